@@ -1,0 +1,2 @@
+//! virtionetd.
+fn main() {}
