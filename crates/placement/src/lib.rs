@@ -1,1 +1,48 @@
-//! Under construction.
+//! Which CPU each worker stands on, and why.
+//!
+//! Nothing in vhost-user maps a queue pair to a vCPU, so the mapping is rebuilt
+//! here from three facts:
+//!
+//! 1. **Which vCPUs the driver gives to a pair.** Linux's virtio-net driver
+//!    spreads its online CPUs over the pairs in use by a fixed rule and sets
+//!    interrupt affinity and XPS accordingly; [`vcpus_of_pair`] is that rule.
+//! 2. **Which host thread runs a vCPU.** [`Planner::discover`] reads the names
+//!    of the front-end's threads and, failing that, asks QEMU over QMP.
+//! 3. **Where that thread may run.** The kernel's affinity mask of the thread.
+//!
+//! [`Planner::place`] puts them together into a [`Decision`], and [`apply`]
+//! carries it out. No step fails hard: where a fact is missing the decision is
+//! a turn over the allowed CPUs, and its `why` says what to do about it.
+//!
+//! ```text
+//! pair k --rule--> vCPUs --thread names | QMP--> thread --affinity--> CPUs --> worker vnet-qk
+//! ```
+//!
+//! **When to discover.** QEMU connects its network back-ends before it creates
+//! its vCPU threads, so discovery belongs at the start of the first ring, and
+//! again when the number of pairs in use changes (the rule depends on it). QEMU
+//! answers no QMP while it waits for a vhost-user reply: discover from another
+//! thread than the one that answers the front-end.
+//!
+//! The guest's CPU numbers are taken to follow the order of QEMU's vCPU
+//! indices, all of them online; a guest that took CPUs offline, or a driver
+//! other than Linux's, may spread its pairs otherwise.
+
+mod affinity;
+mod cpuset;
+mod decision;
+mod mode;
+mod pairs;
+mod planner;
+mod procfs;
+mod qmp;
+mod sys;
+mod vcpus;
+
+pub use affinity::{AffinityError, allowed_cpus, apply};
+pub use cpuset::{CpuListError, CpuSet, MAX_CPU, parse_cpulist};
+pub use decision::{Decision, worker_name};
+pub use mode::{Placement, PlacementParseError};
+pub use pairs::vcpus_of_pair;
+pub use planner::{PlanError, Planner};
+pub use vcpus::{Source, Vcpu, VcpuMap};

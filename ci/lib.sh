@@ -1,0 +1,64 @@
+# Shared by the scripts in this folder: where things are, how a step is shown,
+# how a failure is said. Source it; it runs nothing by itself.
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+CACHE=$ROOT/ci/cache
+ME=$(basename "$0")
+PATH=$PATH:/usr/sbin:/sbin:$HOME/.cargo/bin
+export DEBIAN_FRONTEND=noninteractive
+
+# A step's child, ended with us: nothing is left running after Ctrl-C.
+STEP_PID=
+trap 'stop_step; exit 130' INT
+trap 'stop_step; exit 143' TERM HUP
+
+stop_step() {
+    [ -n "$STEP_PID" ] && kill -TERM "$STEP_PID" 2>/dev/null && wait "$STEP_PID" 2>/dev/null
+    STEP_PID=
+}
+
+say() { printf '%s: %s\n' "$ME" "$*"; }
+
+# One sentence to stderr, then out.
+die() {
+    printf '%s: %s\n' "$ME" "$*" >&2
+    exit 1
+}
+
+have() { command -v "$1" >/dev/null 2>&1; }
+
+# step TEXT COMMAND...: one line for the step, the seconds while it runs
+# longer than 5 s, and how it ended. Its output is kept, and shown on failure.
+step() {
+    local text=$1 log began shown=0 rc=0 took
+    shift
+    log=$(mktemp)
+    began=$SECONDS
+    printf '%s: %s ' "$ME" "$text"
+    "$@" </dev/null >"$log" 2>&1 &
+    STEP_PID=$!
+    while kill -0 "$STEP_PID" 2>/dev/null; do
+        sleep 0.2
+        took=$((SECONDS - began))
+        if [ "$took" -ge $((shown + 5)) ]; then
+            shown=$took
+            if [ -t 1 ]; then printf '\r%s: %s (%s s) ' "$ME" "$text" "$took"; else printf '.'; fi
+        fi
+    done
+    wait "$STEP_PID" || rc=$?
+    STEP_PID=
+    took=$((SECONDS - began))
+    if [ "$rc" -ne 0 ]; then
+        printf 'FAILED (%s s)\n' "$took"
+        tail -n 40 "$log" >&2
+        rm -f "$log"
+        return "$rc"
+    fi
+    printf 'done (%s s)\n' "$took"
+    rm -f "$log"
+}
+
+# need_root WHY: this script goes on only as root.
+need_root() {
+    [ "$(id -u)" -eq 0 ] || die "$1 needs root: run 'sudo $0' (or run it as root in a container with CAP_NET_ADMIN, CAP_SYS_ADMIN and /dev/net/tun)."
+}

@@ -1,0 +1,94 @@
+//! What a queue pair asks of its uplink.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use virtionet_ring::memory::GuestSlice;
+
+use crate::header::{FrameFormat, VnetHeader};
+use crate::stats::RingStats;
+
+/// Most frames handed over in one call.
+pub const MAX_BURST: usize = 64;
+
+/// A frame that the guest sends: its header, checked and in private memory, and the Ethernet frame
+/// where the guest wrote it.
+#[derive(Debug, Clone, Copy)]
+pub struct TxFrame<'a> {
+    /// The virtio-net header, a private copy that has passed every check.
+    pub header: VnetHeader,
+    /// The Ethernet frame, without the header.
+    pub payload: &'a [GuestSlice<'a>],
+    /// Bytes in `payload`: 14 to 65,550.
+    pub len: usize,
+}
+
+/// What [`UplinkQueue::receive`] met.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Received {
+    /// A frame, header included, of this many bytes lies in the buffers.
+    Frame(usize),
+    /// No frame waits; the uplink's descriptor becomes readable when one comes.
+    Empty,
+    /// A frame was longer than the buffers and is lost. The buffers hold part of it.
+    TooLong,
+    /// The uplink failed (gone, down). Nothing is lost that the uplink still holds.
+    Failed,
+}
+
+/// One queue of an uplink: what a queue pair's worker sends to and receives from. All calls are
+/// cheap to make from several threads, though one worker makes nearly all of them.
+pub trait UplinkQueue: Send + Sync + std::fmt::Debug {
+    /// Sends `frames` (at most [`MAX_BURST`]) in order. Never blocks and never fails as a whole:
+    /// what cannot be sent is dropped and counted in `stats` (`dropped_uplink_full`,
+    /// `dropped_uplink_error`, `dropped_uplink_down`), what is sent in `frames` and `bytes`.
+    fn transmit(&self, frames: &[TxFrame<'_>], stats: &RingStats);
+
+    /// Receives one frame into `buffers`: a virtio-net header of the negotiated length, then the
+    /// Ethernet frame, filled slice after slice. `num_buffers` in the header is the caller's.
+    fn receive(&self, buffers: &[GuestSlice<'_>]) -> Received;
+
+    /// What becomes readable when a frame waits, for edge-triggered polling; `None` where frames
+    /// never come by themselves.
+    fn readable(&self) -> Option<BorrowedFd<'_>>;
+
+    /// Lets frames be steered to this queue, or no longer. Idempotent.
+    ///
+    /// # Errors
+    /// What the host says.
+    fn set_attached(&self, attached: bool) -> io::Result<()>;
+}
+
+/// Where the frames of one device go.
+pub trait Uplink: Send + Sync + std::fmt::Debug {
+    /// Opens queue `pair`, detached. Called once a pair, when its first ring starts.
+    ///
+    /// # Errors
+    /// One sentence for a person.
+    fn open_queue(&self, pair: u16) -> Result<Arc<dyn UplinkQueue>, UplinkError>;
+
+    /// Tells the uplink what the guest negotiated: header length and the offloads it takes. Called
+    /// before traffic and whenever that changes.
+    ///
+    /// # Errors
+    /// What the host says.
+    fn set_format(&self, format: FrameFormat) -> io::Result<()>;
+
+    /// Makes sure that frames of this MTU (bytes after the Ethernet header) can pass.
+    ///
+    /// # Errors
+    /// When they cannot.
+    fn set_mtu(&self, mtu: u16) -> io::Result<()>;
+
+    /// Its kind, as the command line spells it: `tap`, `null`.
+    fn kind(&self) -> &'static str;
+
+    /// Its name: the interface's for a TAP.
+    fn name(&self) -> String;
+}
+
+/// Why an uplink cannot be had: one sentence that says what to do.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct UplinkError(pub String);

@@ -1,0 +1,126 @@
+//! Carrying a decision out, and reading back what the kernel made of it.
+
+use std::io;
+
+use crate::cpuset::CpuSet;
+use crate::sys;
+
+/// Why a thread's affinity could not be set or read.
+#[derive(Debug, thiserror::Error)]
+pub enum AffinityError {
+    /// `sched_setaffinity` failed.
+    #[error("{} cannot be placed on {}: {source}; name CPUs that are online and in this daemon's cpuset", thread_words(*.tid), .cpus.words())]
+    Set {
+        /// The thread, `None` for the calling one.
+        tid: Option<i32>,
+        /// The CPUs asked for.
+        cpus: CpuSet,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// `sched_getaffinity` failed.
+    #[error("the CPUs of {} cannot be read: {source}; check that the thread still runs", thread_words(*.tid))]
+    Get {
+        /// The thread, `None` for the calling one.
+        tid: Option<i32>,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+/// Places thread `tid` (`None`: the calling thread) on `cpus`.
+///
+/// Returns the CPUs on which the thread may run now, as the kernel says: fewer
+/// than asked for where some are offline or outside the cpuset.
+///
+/// # Errors
+///
+/// [`AffinityError`] when the kernel refuses (no CPU of the set is usable, or
+/// the thread is gone or not ours) or cannot tell.
+pub fn apply(tid: Option<i32>, cpus: &CpuSet) -> Result<CpuSet, AffinityError> {
+    sys::set_affinity(tid.unwrap_or(0), cpus).map_err(|source| AffinityError::Set {
+        tid,
+        cpus: cpus.clone(),
+        source,
+    })?;
+    read_back(tid)
+}
+
+/// The CPUs on which the calling thread may run.
+///
+/// Called by the main thread before any pinning, this is the set that the
+/// daemon was given (taskset, cpuset, systemd's `AllowedCPUs=`).
+///
+/// # Errors
+///
+/// [`AffinityError::Get`] when the kernel cannot tell.
+pub fn allowed_cpus() -> Result<CpuSet, AffinityError> {
+    read_back(None)
+}
+
+fn read_back(tid: Option<i32>) -> Result<CpuSet, AffinityError> {
+    sys::get_affinity(tid.unwrap_or(0)).map_err(|source| AffinityError::Get { tid, source })
+}
+
+fn thread_words(tid: Option<i32>) -> String {
+    tid.map_or_else(|| "the calling thread".into(), |tid| format!("thread {tid}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// In a thread of its own: the test's thread may serve other tests too.
+    fn in_own_thread<T: Send>(test: impl FnOnce() -> T + Send) -> T {
+        std::thread::scope(|scope| scope.spawn(test).join().unwrap())
+    }
+
+    #[test]
+    fn a_thread_stands_where_it_was_put() {
+        let allowed = allowed_cpus().unwrap();
+        assert!(!allowed.is_empty());
+        for turn in 0..2 {
+            let one = allowed.turn(turn);
+            let (applied, read) = in_own_thread(|| (apply(None, &one).unwrap(), allowed_cpus().unwrap()));
+            assert_eq!(applied, one);
+            assert_eq!(read, one);
+        }
+        assert_eq!(allowed_cpus().unwrap(), allowed, "the other threads are left alone");
+    }
+
+    #[test]
+    fn another_thread_is_placed_by_its_id() {
+        let one = allowed_cpus().unwrap().turn(0);
+        let (tell, told) = std::sync::mpsc::channel();
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        let thread = std::thread::spawn(move || {
+            let link = std::fs::read_link("/proc/thread-self").unwrap();
+            tell.send(link.file_name().unwrap().to_str().unwrap().parse::<i32>().unwrap()).unwrap();
+            ended.recv().unwrap_err();
+            allowed_cpus().unwrap()
+        });
+        assert_eq!(apply(Some(told.recv().unwrap()), &one).unwrap(), one);
+        drop(end);
+        assert_eq!(thread.join().unwrap(), one);
+    }
+
+    #[test]
+    fn cpus_that_the_host_lacks_are_told_by_the_read_back() {
+        let one = allowed_cpus().unwrap().turn(0);
+        let mut asked = one.clone();
+        asked.insert(60_000);
+        assert_eq!(in_own_thread(|| apply(None, &asked).unwrap()), one);
+    }
+
+    #[test]
+    fn refusals_name_the_thread_and_the_cpus() {
+        let error = in_own_thread(|| apply(None, &"60000".parse().unwrap()).unwrap_err());
+        assert_eq!(
+            error.to_string(),
+            "the calling thread cannot be placed on CPU 60000: Invalid argument (os error 22); \
+             name CPUs that are online and in this daemon's cpuset"
+        );
+        let error = apply(Some(i32::MAX), &allowed_cpus().unwrap()).unwrap_err();
+        assert!(error.to_string().starts_with("thread 2147483647 cannot be placed on CPU"), "{error}");
+    }
+}

@@ -1,0 +1,122 @@
+//! The placement policies a user can ask for.
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::cpuset::{CpuListError, parse_cpulist};
+
+/// How a worker's CPU is chosen: the value of `--placement`.
+///
+/// Written `auto`, `same`, `none`, `list:CPUS`, a bare CPUS (the same as
+/// `list:CPUS`), or `list` alone.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Placement {
+    /// Follow the matching vCPU's thread where it is pinned; where it floats,
+    /// take one of its CPUs in turn.
+    #[default]
+    Auto,
+    /// Exactly the CPUs of the matching vCPU's thread, pinned or not.
+    Same,
+    /// Worker k on the k-th CPU, in the order written and wrapping; an empty
+    /// list (written `list`) stands for all allowed CPUs.
+    List(Vec<u32>),
+    /// Workers stay on all allowed CPUs and the scheduler moves them.
+    None,
+}
+
+/// Why a text is not a [`Placement`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PlacementParseError {
+    /// Not one of the policies.
+    #[error("placement {0:?} is not known: write auto, same, none or list:CPUS, such as list:0-3,8")]
+    Unknown(String),
+    /// `list:` with nothing behind it.
+    #[error("placement {0:?} names no CPU: write list:CPUS, such as list:0-3,8, or list for all allowed CPUs")]
+    NoCpu(String),
+    /// The list is not a cpulist.
+    #[error(transparent)]
+    List(#[from] CpuListError),
+}
+
+impl Placement {
+    /// Whether the policy needs to know where the vCPUs' threads run.
+    #[must_use]
+    pub fn follows_vcpus(&self) -> bool {
+        matches!(self, Self::Auto | Self::Same)
+    }
+}
+
+impl FromStr for Placement {
+    type Err = PlacementParseError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "auto" => return Ok(Self::Auto),
+            "same" => return Ok(Self::Same),
+            "none" => return Ok(Self::None),
+            "list" => return Ok(Self::List(Vec::new())),
+            _ => {}
+        }
+        let list = match text.strip_prefix("list:") {
+            Some(list) => list,
+            None if text.starts_with(|c: char| c.is_ascii_digit()) => text,
+            None => return Err(PlacementParseError::Unknown(text.into())),
+        };
+        match parse_cpulist(list)? {
+            cpus if cpus.is_empty() => Err(PlacementParseError::NoCpu(text.into())),
+            cpus => Ok(Self::List(cpus)),
+        }
+    }
+}
+
+impl fmt::Display for Placement {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Same => f.write_str("same"),
+            Self::None => f.write_str("none"),
+            Self::List(cpus) => {
+                f.write_str("list")?;
+                for (at, cpu) in cpus.iter().enumerate() {
+                    write!(f, "{}{cpu}", if at == 0 { ":" } else { "," })?;
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_every_policy_and_its_own_writing() {
+        for (text, placement) in [
+            ("auto", Placement::Auto),
+            ("same", Placement::Same),
+            ("none", Placement::None),
+            ("list", Placement::List(vec![])),
+            ("list:0-3,8", Placement::List(vec![0, 1, 2, 3, 8])),
+            ("list:3,1", Placement::List(vec![3, 1])),
+            ("2,0", Placement::List(vec![2, 0])),
+        ] {
+            assert_eq!(text.parse::<Placement>().unwrap(), placement);
+            assert_eq!(placement.to_string().parse::<Placement>().unwrap(), placement);
+        }
+        assert_eq!(Placement::default(), Placement::Auto);
+    }
+
+    #[test]
+    fn refuses_with_the_value_and_the_remedy() {
+        for (text, message) in [
+            ("Auto", "placement \"Auto\" is not known: write auto, same, none or list:CPUS, such as list:0-3,8"),
+            ("", "placement \"\" is not known: write auto, same, none or list:CPUS, such as list:0-3,8"),
+            ("list:", "placement \"list:\" names no CPU: write list:CPUS, such as list:0-3,8, or list for all allowed CPUs"),
+            ("list:a", "\"a\" in the CPU list \"a\" is not a CPU or a range: write a list such as 0-3,8"),
+            ("3-1", "the range \"3-1\" in the CPU list \"3-1\" runs backwards: write the lower CPU first"),
+        ] {
+            assert_eq!(text.parse::<Placement>().unwrap_err().to_string(), message);
+        }
+    }
+}

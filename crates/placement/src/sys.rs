@@ -1,0 +1,135 @@
+//! The system calls that std does not offer: thread affinity with masks of any
+//! size, and a connect that cannot block.
+#![allow(unsafe_code)]
+
+use std::ffi::{c_char, c_int, c_ulong};
+use std::io;
+use std::mem::{offset_of, size_of, size_of_val};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::ptr;
+
+use crate::cpuset::{CpuSet, MAX_CPU};
+
+/// Words of a mask that holds 1,024 CPUs, glibc's fixed size: enough at the
+/// first try on nearly every host.
+const USUAL_WORDS: usize = 1024 / BITS as usize;
+const BITS: u32 = c_ulong::BITS;
+
+/// Lets thread `tid` (0: the calling thread) run on `cpus` only.
+// syscalls: sched_setaffinity
+pub(crate) fn set_affinity(tid: i32, cpus: &CpuSet) -> io::Result<()> {
+    let mask = to_mask(cpus);
+    // SAFETY: the pointer and the length describe `mask`, which outlives the
+    // call and is aligned as cpu_set_t (an array of c_ulong); it is only read.
+    let rc = unsafe { libc::sched_setaffinity(tid, size_of_val(mask.as_slice()), mask.as_ptr().cast()) };
+    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// The CPUs that thread `tid` (0: the calling thread) may run on.
+// syscalls: sched_getaffinity
+pub(crate) fn get_affinity(tid: i32) -> io::Result<CpuSet> {
+    let mut words = USUAL_WORDS;
+    loop {
+        let mut mask: Vec<c_ulong> = vec![0; words];
+        // SAFETY: the pointer and the length describe `mask`, which is alive,
+        // aligned as cpu_set_t and borrowed by nobody else during the call.
+        let rc = unsafe { libc::sched_getaffinity(tid, size_of_val(mask.as_slice()), mask.as_mut_ptr().cast()) };
+        if rc == 0 {
+            return Ok(from_mask(&mask));
+        }
+        let error = io::Error::last_os_error();
+        // EINVAL: the kernel knows more CPUs than the mask has bits.
+        let longest = MAX_CPU.div_ceil(BITS);
+        let room = u32::try_from(words).is_ok_and(|words| words < longest);
+        if error.raw_os_error() != Some(libc::EINVAL) || !room {
+            return Err(error);
+        }
+        words *= 2;
+    }
+}
+
+/// Connects to the listening stream socket at `path`; `WouldBlock` when its
+/// queue of waiting clients is full (std's connect would wait without end).
+// syscalls: socket connect fcntl
+pub(crate) fn connect_unix(path: &Path) -> io::Result<UnixStream> {
+    let (address, length) = unix_address(path)?;
+    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: takes no pointer.
+    let fd = unsafe { libc::socket(libc::AF_UNIX, kind, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor was just made and nobody else owns it.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: `address` outlives the call and `length` lies within it.
+    let rc = unsafe { libc::connect(fd.as_raw_fd(), ptr::from_ref(&address).cast(), length) };
+    if rc != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let stream = UnixStream::from(fd);
+    stream.set_nonblocking(false)?;
+    Ok(stream)
+}
+
+fn unix_address(path: &Path) -> io::Result<(libc::sockaddr_un, libc::socklen_t)> {
+    let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
+    let bytes = path.as_os_str().as_bytes();
+    let family = libc::sa_family_t::try_from(libc::AF_UNIX).map_err(|_| invalid())?;
+    let mut address = libc::sockaddr_un { sun_family: family, sun_path: [0; 108] };
+    // One byte stays zero: the path must end with it.
+    if bytes.is_empty() || bytes.len() >= address.sun_path.len() || bytes.contains(&0) {
+        return Err(invalid());
+    }
+    for (to, from) in address.sun_path.iter_mut().zip(bytes) {
+        *to = c_char::from_ne_bytes([*from]);
+    }
+    let length = offset_of!(libc::sockaddr_un, sun_path) + bytes.len() + 1;
+    Ok((address, libc::socklen_t::try_from(length).map_err(|_| invalid())?))
+}
+
+/// A mask just long enough for the highest CPU, of one word at least.
+fn to_mask(cpus: &CpuSet) -> Vec<c_ulong> {
+    let highest = cpus.last().unwrap_or(0);
+    let mut mask = vec![0; index(highest) + 1];
+    for cpu in cpus.iter() {
+        if let Some(word) = mask.get_mut(index(cpu)) {
+            *word |= 1 << (cpu % BITS);
+        }
+    }
+    mask
+}
+
+fn from_mask(mask: &[c_ulong]) -> CpuSet {
+    let words = (0u32..).step_by(BITS as usize).zip(mask);
+    words.flat_map(|(base, word)| (0..BITS).filter(move |bit| word >> bit & 1 == 1).map(move |bit| base + bit)).collect()
+}
+
+fn index(cpu: u32) -> usize {
+    usize::try_from(cpu / BITS).unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn masks_hold_cpus_beyond_glibcs_fixed_size() {
+        for list in ["0", "63-64", "0,1023-1025,4095", "65535"] {
+            let cpus: CpuSet = list.parse().unwrap();
+            assert_eq!(from_mask(&to_mask(&cpus)), cpus);
+        }
+        assert_eq!(to_mask(&CpuSet::default()).len(), 1);
+        assert_eq!(size_of::<c_int>(), 4);
+    }
+
+    #[test]
+    fn connecting_reports_what_is_wrong() {
+        let absent = connect_unix(Path::new("/nonexistent/qmp.sock")).unwrap_err();
+        assert_eq!(absent.kind(), io::ErrorKind::NotFound);
+        let long = "/".repeat(108);
+        assert_eq!(connect_unix(Path::new(&long)).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+    }
+}

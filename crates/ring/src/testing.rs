@@ -1,0 +1,31 @@
+//! Guest memory for this crate's own tests.
+use std::fs::File;
+
+use crate::memory::{Region, RegionSpec};
+
+/// An anonymous file of `size` bytes.
+pub(crate) fn memfd(size: u64) -> File {
+    let path = std::env::temp_dir();
+    let file = {
+        use std::os::unix::fs::OpenOptionsExt;
+        File::options()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_TMPFILE)
+            .open(path)
+            .unwrap()
+    };
+    file.set_len(size).unwrap();
+    file
+}
+
+/// A region of its own file.
+pub(crate) fn region(guest_addr: u64, user_addr: u64, size: u64) -> Region {
+    let spec = RegionSpec {
+        guest_addr,
+        size,
+        user_addr,
+        file_offset: 0,
+    };
+    Region::map(spec, memfd(size)).unwrap()
+}
