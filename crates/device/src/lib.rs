@@ -3,4 +3,11 @@
 pub mod features;
 pub mod header;
 pub mod port;
+mod queue;
+mod rx;
 pub mod stats;
+mod tx;
+
+pub use queue::QueueConfig;
+pub use rx::{Filled, RxEnd, RxQueue};
+pub use tx::{Sent, TxQueue};

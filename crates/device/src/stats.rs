@@ -13,8 +13,7 @@ impl Counter {
     /// Adds `n`. A load and a store: with one writer no locked instruction is needed.
     #[inline(always)]
     pub fn add(&self, n: u64) {
-        self.0
-            .store(self.get().wrapping_add(n), Ordering::Relaxed);
+        self.0.store(self.get().wrapping_add(n), Ordering::Relaxed);
     }
 
     /// The count so far.

@@ -63,7 +63,10 @@ fn read_back(tid: Option<i32>) -> Result<CpuSet, AffinityError> {
 }
 
 fn thread_words(tid: Option<i32>) -> String {
-    tid.map_or_else(|| "the calling thread".into(), |tid| format!("thread {tid}"))
+    tid.map_or_else(
+        || "the calling thread".into(),
+        |tid| format!("thread {tid}"),
+    )
 }
 
 #[cfg(test)]
@@ -81,11 +84,16 @@ mod tests {
         assert!(!allowed.is_empty());
         for turn in 0..2 {
             let one = allowed.turn(turn);
-            let (applied, read) = in_own_thread(|| (apply(None, &one).unwrap(), allowed_cpus().unwrap()));
+            let (applied, read) =
+                in_own_thread(|| (apply(None, &one).unwrap(), allowed_cpus().unwrap()));
             assert_eq!(applied, one);
             assert_eq!(read, one);
         }
-        assert_eq!(allowed_cpus().unwrap(), allowed, "the other threads are left alone");
+        assert_eq!(
+            allowed_cpus().unwrap(),
+            allowed,
+            "the other threads are left alone"
+        );
     }
 
     #[test]
@@ -95,7 +103,15 @@ mod tests {
         let (end, ended) = std::sync::mpsc::channel::<()>();
         let thread = std::thread::spawn(move || {
             let link = std::fs::read_link("/proc/thread-self").unwrap();
-            tell.send(link.file_name().unwrap().to_str().unwrap().parse::<i32>().unwrap()).unwrap();
+            tell.send(
+                link.file_name()
+                    .unwrap()
+                    .to_str()
+                    .unwrap()
+                    .parse::<i32>()
+                    .unwrap(),
+            )
+            .unwrap();
             ended.recv().unwrap_err();
             allowed_cpus().unwrap()
         });
@@ -121,6 +137,11 @@ mod tests {
              name CPUs that are online and in this daemon's cpuset"
         );
         let error = apply(Some(i32::MAX), &allowed_cpus().unwrap()).unwrap_err();
-        assert!(error.to_string().starts_with("thread 2147483647 cannot be placed on CPU"), "{error}");
+        assert!(
+            error
+                .to_string()
+                .starts_with("thread 2147483647 cannot be placed on CPU"),
+            "{error}"
+        );
     }
 }

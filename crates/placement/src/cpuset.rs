@@ -20,7 +20,9 @@ pub struct CpuSet(BTreeSet<u32>);
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CpuListError {
     /// An element is neither a number nor a range.
-    #[error("{element:?} in the CPU list {list:?} is not a CPU or a range: write a list such as 0-3,8")]
+    #[error(
+        "{element:?} in the CPU list {list:?} is not a CPU or a range: write a list such as 0-3,8"
+    )]
     Element {
         /// The element.
         element: String,
@@ -28,7 +30,9 @@ pub enum CpuListError {
         list: String,
     },
     /// A range whose end lies before its start.
-    #[error("the range {element:?} in the CPU list {list:?} runs backwards: write the lower CPU first")]
+    #[error(
+        "the range {element:?} in the CPU list {list:?} runs backwards: write the lower CPU first"
+    )]
     Backwards {
         /// The range.
         element: String,
@@ -127,21 +131,33 @@ pub fn parse_cpulist(list: &str) -> Result<Vec<u32>, CpuListError> {
 }
 
 fn parse_element(element: &str, list: &str, cpus: &mut Vec<u32>) -> Result<(), CpuListError> {
-    let bad = || CpuListError::Element { element: element.into(), list: list.into() };
+    let bad = || CpuListError::Element {
+        element: element.into(),
+        list: list.into(),
+    };
     let (range, group) = match element.split_once(':') {
         Some((range, group)) => (range, parse_group(group).ok_or_else(bad)?),
         None => (element, (1, 1)),
     };
     let (first, last) = match range.split_once('-') {
-        Some((first, last)) => (number(first).ok_or_else(bad)?, number(last).ok_or_else(bad)?),
+        Some((first, last)) => (
+            number(first).ok_or_else(bad)?,
+            number(last).ok_or_else(bad)?,
+        ),
         None if range == element => number(range).map(|cpu| (cpu, cpu)).ok_or_else(bad)?,
         None => return Err(bad()),
     };
     if last < first {
-        return Err(CpuListError::Backwards { element: element.into(), list: list.into() });
+        return Err(CpuListError::Backwards {
+            element: element.into(),
+            list: list.into(),
+        });
     }
     if last > MAX_CPU {
-        return Err(CpuListError::TooHigh { cpu: last, list: list.into() });
+        return Err(CpuListError::TooHigh {
+            cpu: last,
+            list: list.into(),
+        });
     }
     let (used, size) = group;
     cpus.extend((first..=last).filter(|cpu| (cpu - first) % size < used));
@@ -225,20 +241,44 @@ mod tests {
             ("65535", vec![65535], "65535"),
         ] {
             assert_eq!(parse_cpulist(text).unwrap(), cpus, "{text:?}");
-            assert_eq!(text.parse::<CpuSet>().unwrap().to_string(), written, "{text:?}");
+            assert_eq!(
+                text.parse::<CpuSet>().unwrap().to_string(),
+                written,
+                "{text:?}"
+            );
         }
     }
 
     #[test]
     fn refuses_what_is_no_cpulist() {
         for text in [
-            "x", "1,", ",", "1,,2", "-1", "1-", "+1", "1-2-3", "0x1", "99999999999", "0-3:", "0-3:1",
-            "0-3:0/2", "0-3:3/2", "0-3:1/0", "3:1/2",
+            "x",
+            "1,",
+            ",",
+            "1,,2",
+            "-1",
+            "1-",
+            "+1",
+            "1-2-3",
+            "0x1",
+            "99999999999",
+            "0-3:",
+            "0-3:1",
+            "0-3:0/2",
+            "0-3:3/2",
+            "0-3:1/0",
+            "3:1/2",
         ] {
             let error = text.parse::<CpuSet>().unwrap_err();
-            assert!(matches!(error, CpuListError::Element { .. }), "{text:?}: {error}");
+            assert!(
+                matches!(error, CpuListError::Element { .. }),
+                "{text:?}: {error}"
+            );
         }
-        assert!(matches!("3-1".parse::<CpuSet>(), Err(CpuListError::Backwards { .. })));
+        assert!(matches!(
+            "3-1".parse::<CpuSet>(),
+            Err(CpuListError::Backwards { .. })
+        ));
         assert_eq!(
             "0-4000000000".parse::<CpuSet>().unwrap_err().to_string(),
             "CPU 4000000000 in the CPU list \"0-4000000000\" is above 65535: name a CPU that this host has"

@@ -42,7 +42,13 @@ impl fmt::Display for Decision {
         if let Some(tid) = self.vcpu_tid {
             write!(f, " (thread {tid})")?;
         }
-        write!(f, " -> worker {} on {}: {}", worker_name(self.pair), self.cpus.words(), self.why)
+        write!(
+            f,
+            " -> worker {} on {}: {}",
+            worker_name(self.pair),
+            self.cpus.words(),
+            self.why
+        )
     }
 }
 
@@ -52,7 +58,13 @@ mod tests {
 
     fn decision(vcpus: Vec<u32>, vcpu_tid: Option<i32>, cpus: &str) -> Decision {
         let cpus = cpus.parse().unwrap();
-        Decision { pair: 2, vcpus, vcpu_tid, cpus, why: "vCPU thread pinned there".into() }
+        Decision {
+            pair: 2,
+            vcpus,
+            vcpu_tid,
+            cpus,
+            why: "vCPU thread pinned there".into(),
+        }
     }
 
     #[test]

@@ -31,12 +31,15 @@
 mod affinity;
 mod cpuset;
 mod decision;
+mod discovery;
 mod mode;
 mod pairs;
 mod planner;
 mod procfs;
 mod qmp;
 mod sys;
+#[cfg(test)]
+mod testing;
 mod vcpus;
 
 pub use affinity::{AffinityError, allowed_cpus, apply};

@@ -28,10 +28,14 @@ pub enum Placement {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PlacementParseError {
     /// Not one of the policies.
-    #[error("placement {0:?} is not known: write auto, same, none or list:CPUS, such as list:0-3,8")]
+    #[error(
+        "placement {0:?} is not known: write auto, same, none or list:CPUS, such as list:0-3,8"
+    )]
     Unknown(String),
     /// `list:` with nothing behind it.
-    #[error("placement {0:?} names no CPU: write list:CPUS, such as list:0-3,8, or list for all allowed CPUs")]
+    #[error(
+        "placement {0:?} names no CPU: write list:CPUS, such as list:0-3,8, or list for all allowed CPUs"
+    )]
     NoCpu(String),
     /// The list is not a cpulist.
     #[error(transparent)]
@@ -102,7 +106,10 @@ mod tests {
             ("2,0", Placement::List(vec![2, 0])),
         ] {
             assert_eq!(text.parse::<Placement>().unwrap(), placement);
-            assert_eq!(placement.to_string().parse::<Placement>().unwrap(), placement);
+            assert_eq!(
+                placement.to_string().parse::<Placement>().unwrap(),
+                placement
+            );
         }
         assert_eq!(Placement::default(), Placement::Auto);
     }
@@ -110,11 +117,26 @@ mod tests {
     #[test]
     fn refuses_with_the_value_and_the_remedy() {
         for (text, message) in [
-            ("Auto", "placement \"Auto\" is not known: write auto, same, none or list:CPUS, such as list:0-3,8"),
-            ("", "placement \"\" is not known: write auto, same, none or list:CPUS, such as list:0-3,8"),
-            ("list:", "placement \"list:\" names no CPU: write list:CPUS, such as list:0-3,8, or list for all allowed CPUs"),
-            ("list:a", "\"a\" in the CPU list \"a\" is not a CPU or a range: write a list such as 0-3,8"),
-            ("3-1", "the range \"3-1\" in the CPU list \"3-1\" runs backwards: write the lower CPU first"),
+            (
+                "Auto",
+                "placement \"Auto\" is not known: write auto, same, none or list:CPUS, such as list:0-3,8",
+            ),
+            (
+                "",
+                "placement \"\" is not known: write auto, same, none or list:CPUS, such as list:0-3,8",
+            ),
+            (
+                "list:",
+                "placement \"list:\" names no CPU: write list:CPUS, such as list:0-3,8, or list for all allowed CPUs",
+            ),
+            (
+                "list:a",
+                "\"a\" in the CPU list \"a\" is not a CPU or a range: write a list such as 0-3,8",
+            ),
+            (
+                "3-1",
+                "the range \"3-1\" in the CPU list \"3-1\" runs backwards: write the lower CPU first",
+            ),
         ] {
             assert_eq!(text.parse::<Placement>().unwrap_err().to_string(), message);
         }

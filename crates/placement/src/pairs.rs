@@ -48,7 +48,11 @@ mod tests {
         ];
         for (vcpus, pairs, groups) in table {
             for (pair, group) in (0..).zip(groups) {
-                assert_eq!(&vcpus_of_pair(pair, pairs, vcpus), group, "{vcpus} vCPUs, pair {pair} of {pairs}");
+                assert_eq!(
+                    &vcpus_of_pair(pair, pairs, vcpus),
+                    group,
+                    "{vcpus} vCPUs, pair {pair} of {pairs}"
+                );
             }
         }
     }
@@ -63,7 +67,11 @@ mod tests {
                     let extra = usize::from(vcpus >= pairs && pair < vcpus % pairs);
                     let size = usize::try_from((vcpus / pairs).max(1)).unwrap() + extra;
                     let group: Vec<_> = walk.by_ref().take(size).collect();
-                    assert_eq!(vcpus_of_pair(pair, pairs, vcpus), group, "{vcpus} vCPUs, pair {pair} of {pairs}");
+                    assert_eq!(
+                        vcpus_of_pair(pair, pairs, vcpus),
+                        group,
+                        "{vcpus} vCPUs, pair {pair} of {pairs}"
+                    );
                 }
             }
         }

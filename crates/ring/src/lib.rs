@@ -1,8 +1,215 @@
 //! Guest memory and virtqueues.
 //!
 //! No I/O, no threads, no sockets: a ring here is memory, indices and rules. Everything the guest
-//! can write is read once, checked, and answered with a [`Fault`] where it breaks the rules.
+//! can write is read once, checked, and answered with a [`ChainFault`] or a [`RingFault`] where it
+//! breaks the rules.
+//!
+//! A queue's life in three calls: [`Ring::take`] moves chains from the ring into a [`Burst`],
+//! [`Ring::complete`] gives each back with the bytes written to it, [`Ring::publish`] shows all of
+//! that to the driver at once and says whether it wants an interrupt. Nothing above [`Ring`] knows
+//! which format the ring has.
 
+mod burst;
+mod fault;
 pub mod memory;
+mod split;
 #[cfg(test)]
 mod testing;
+
+pub use burst::{Burst, Chain};
+pub use fault::{ChainFault, RingFault};
+
+use std::sync::Arc;
+
+use memory::GuestMemory;
+use split::SplitRing;
+
+/// Most descriptors, and most pieces of memory, in one chain.
+pub const MAX_CHAIN: usize = 1024;
+/// Largest ring (virtio 1.3 §2.7).
+pub const MAX_SIZE: u16 = 32_768;
+
+/// Which way the buffers of a ring are meant to be used; a chain of the other kind is a fault.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// The device reads them (TX).
+    Readable,
+    /// The device writes them (RX).
+    Writable,
+}
+
+/// Where a ring lies: its size in descriptors and its three areas, as addresses of the front-end
+/// (SET_VRING_NUM, SET_VRING_ADDR). In a packed ring the second and third are the driver's and the
+/// device's event suppression areas.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct RingLayout {
+    /// Number of descriptors.
+    pub size: u16,
+    /// Descriptor table (split) or descriptor ring (packed).
+    pub desc: u64,
+    /// Available ring, or driver event suppression.
+    pub avail: u64,
+    /// Used ring, or device event suppression.
+    pub used: u64,
+}
+
+/// All that a ring needs to start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RingConfig {
+    /// Where it lies.
+    pub layout: RingLayout,
+    /// Where it goes on, as SET_VRING_BASE says: for a split ring the next available index.
+    pub base: u32,
+    /// Which way its buffers are used.
+    pub direction: Direction,
+    /// VIRTIO_F_EVENT_IDX was negotiated.
+    pub event_idx: bool,
+    /// VIRTIO_F_INDIRECT_DESC was negotiated.
+    pub indirect: bool,
+    /// Fewest bytes that a chain of this ring is good for.
+    pub min_len: u32,
+}
+
+/// Why a ring cannot start (the front-end's fault).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum RingError {
+    /// Not a power of two, 0, or too large.
+    #[error("ring size {0} is not a power of two of at most {MAX_SIZE}")]
+    Size(u16),
+    /// A base that the format does not have.
+    #[error("ring base {0} does not fit a split ring's 16-bit index")]
+    Base(u32),
+    /// An area that is misaligned or does not lie in one region of memory.
+    #[error("the ring's {what} at {addr:#x} is misaligned or not in the guest's shared memory")]
+    Unmapped {
+        /// Which area.
+        what: &'static str,
+        /// Its front-end address.
+        addr: u64,
+    },
+}
+
+impl RingError {
+    fn unmapped(what: &'static str, addr: u64) -> Self {
+        Self::Unmapped { what, addr }
+    }
+}
+
+/// The device's half of a virtqueue, whatever its format.
+#[derive(Debug)]
+pub struct Ring {
+    format: Format,
+    config: RingConfig,
+}
+
+#[derive(Debug)]
+enum Format {
+    Split(SplitRing),
+}
+
+/// Calls the same method on whichever format the ring has.
+macro_rules! each {
+    ($ring:expr, $inner:ident => $call:expr) => {
+        match $ring.format {
+            Format::Split(ref $inner) => $call,
+        }
+    };
+    (mut $ring:expr, $inner:ident => $call:expr) => {
+        match $ring.format {
+            Format::Split(ref mut $inner) => $call,
+        }
+    };
+}
+
+impl Ring {
+    /// A ring in `memory`, going on where `config.base` and the ring's own used index say.
+    ///
+    /// # Errors
+    /// When the configuration cannot be a ring.
+    pub fn new(config: RingConfig, memory: &GuestMemory) -> Result<Self, RingError> {
+        let format = Format::Split(SplitRing::new(&config, memory)?);
+        Ok(Self { format, config })
+    }
+
+    /// The same ring, at the same place in its life, in another snapshot of memory.
+    ///
+    /// # Errors
+    /// When its areas are not all in the new snapshot.
+    pub fn rebind(&self, memory: &Arc<GuestMemory>) -> Result<Self, RingError> {
+        let base = self.base();
+        Self::new(
+            RingConfig {
+                base,
+                ..self.config
+            },
+            memory,
+        )
+    }
+
+    /// Number of descriptors.
+    #[must_use]
+    pub fn size(&self) -> u16 {
+        each!(self, ring => ring.size())
+    }
+
+    /// Where the ring would go on if it stopped now, for GET_VRING_BASE. Chains in a burst count as
+    /// taken: give back what is not used first ([`Ring::untake`]).
+    #[must_use]
+    pub fn base(&self) -> u32 {
+        each!(self, ring => ring.base())
+    }
+
+    /// Moves up to `max` chains (64 at most at once) to the back of `burst` and says how many:
+    /// 0 when none is available. The work of one call is bounded whatever the guest wrote.
+    ///
+    /// # Errors
+    /// When the ring can no longer be believed. Chains that were whole have been taken before.
+    #[inline(always)]
+    pub fn take(&mut self, burst: &mut Burst, max: usize) -> Result<usize, RingFault> {
+        each!(mut self, ring => ring.take(burst, max))
+    }
+
+    /// Gives every chain of `burst` back as if it had never been taken.
+    pub fn untake(&mut self, burst: &mut Burst) {
+        let slots = burst
+            .chains()
+            .iter()
+            .fold(0u16, |sum, chain| sum.wrapping_add(chain.slots));
+        each!(mut self, ring => ring.untake(slots));
+        burst.clear();
+    }
+
+    /// Gives a chain back with the number of bytes written to it. The driver does not see that
+    /// before [`Ring::publish`]. Chains are to be completed in the order in which they were taken:
+    /// what a restart relies on.
+    #[inline(always)]
+    pub fn complete(&mut self, chain: &Chain, written: u32) {
+        each!(mut self, ring => ring.complete(chain, written));
+    }
+
+    /// Shows the driver all completed chains at once; true when it wants to be interrupted.
+    #[inline(always)]
+    #[must_use = "the driver may wait for the interrupt"]
+    pub fn publish(&mut self) -> bool {
+        each!(mut self, ring => ring.publish())
+    }
+
+    /// Asks the driver for kicks. True when chains came in the meantime: look again before
+    /// sleeping, no kick may come for them.
+    #[must_use = "chains may have come for which no kick will"]
+    pub fn enable_kicks(&mut self) -> bool {
+        each!(mut self, ring => ring.enable_kicks())
+    }
+
+    /// Tells the driver that kicks are not needed.
+    pub fn disable_kicks(&mut self) {
+        each!(mut self, ring => ring.disable_kicks());
+    }
+
+    /// Whether chains are available, or the index says so.
+    #[inline(always)]
+    #[must_use]
+    pub fn has_more(&self) -> bool {
+        each!(self, ring => ring.has_more())
+    }
+}

@@ -288,9 +288,7 @@ impl GuestMemory {
 
     /// The region that a guest address lies in.
     fn containing(&self, addr: u64) -> Option<&Arc<Region>> {
-        let after = self
-            .regions
-            .partition_point(|r| r.spec.guest_addr <= addr);
+        let after = self.regions.partition_point(|r| r.spec.guest_addr <= addr);
         let region = self.regions.get(after.checked_sub(1)?)?;
         (addr - region.spec.guest_addr < region.spec.size).then_some(region)
     }
@@ -311,7 +309,9 @@ fn refuse_overlap(
 }
 
 fn array_bytes<T>(len: u16) -> Option<u64> {
-    u64::try_from(size_of::<T>()).ok()?.checked_mul(u64::from(len))
+    u64::try_from(size_of::<T>())
+        .ok()?
+        .checked_mul(u64::from(len))
 }
 
 /// usize fits u64 on every machine that Linux runs on.
@@ -333,6 +333,17 @@ unsafe fn copy_in(from: &[u8], to: *mut u8) {
     // SAFETY: by contract; the two cannot overlap since `from` is private memory.
     unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) }
 }
+
+/// Says of `repr(C)` structs of integers that any bytes make a valid value of theirs.
+macro_rules! plain_data {
+    ($($name:ty),* $(,)?) => {$(
+        // SAFETY: repr(C), integers only, no padding (the size is the sum of its fields, see the
+        // assertion beside each use), so every bit pattern is a value.
+        #[allow(unsafe_code)]
+        unsafe impl vm_memory::ByteValued for $name {}
+    )*};
+}
+pub(crate) use plain_data;
 
 /// An array in guest memory: `len` values of `T`, bounds-checked, each access volatile. It holds
 /// its region, which stays mapped as long as the array lives.
@@ -456,10 +467,12 @@ impl<T: ByteValued> GuestArrayRef<'_, T> {
         // SAFETY: index < len, and `guest_array` saw the whole array in its mapping, which the
         // snapshot behind 'm keeps alive. T is plain data of any bit pattern.
         unsafe {
-            self.ptr
-                .cast::<T>()
-                .add(usize::from(index))
-                .read_unaligned()
+            let ptr = self.ptr.cast::<T>().add(usize::from(index));
+            if ptr.is_aligned() {
+                ptr.read_volatile()
+            } else {
+                ptr.read_unaligned()
+            }
         }
     }
 }
@@ -550,6 +563,14 @@ impl<'m> GuestSlice<'m> {
         // SAFETY: repr(transparent) over iovec; lifetime and length are those of the input.
         unsafe { std::slice::from_raw_parts(slices.as_ptr().cast(), slices.len()) }
     }
+}
+
+/// What [`Pieces::strip`] did.
+pub(crate) struct Stripped {
+    /// Bytes copied.
+    pub(crate) bytes: usize,
+    /// The piece is used up.
+    pub(crate) whole: bool,
 }
 
 /// Where a buffer's address is wrong.
@@ -682,6 +703,23 @@ impl Pieces {
         });
     }
 
+    /// Copies from the start of piece `at` and takes the bytes off it.
+    #[inline(always)]
+    pub(crate) fn strip(&mut self, at: usize, out: &mut [u8]) -> Stripped {
+        let Some(piece) = self.list.get_mut(at) else {
+            return Stripped {
+                bytes: 0,
+                whole: false,
+            };
+        };
+        let bytes = piece.copy_to(out);
+        *piece = piece.skip(bytes);
+        Stripped {
+            bytes,
+            whole: piece.is_empty(),
+        }
+    }
+
     /// The pieces `from..to` (clamped to what there is).
     #[inline(always)]
     #[must_use]
@@ -759,19 +797,18 @@ mod tests {
             .unwrap(),
         );
         let mut pieces = Pieces::new(memory);
-        let lens = |p: &Pieces| -> Vec<usize> {
-            p.slices(0, 99).iter().map(GuestSlice::len).collect()
-        };
+        let lens =
+            |p: &Pieces| -> Vec<usize> { p.slices(0, 99).iter().map(GuestSlice::len).collect() };
         pieces.push(0x1ff0, 32).unwrap();
         assert_eq!(lens(&pieces), [16, 16]);
         for (addr, len) in [
-            (0x2ff0, 32),              // into the hole
-            (0x3000, 1),               // in the hole
-            (0, 1),                    // before everything
-            (0x5000, 0),               // one past the end, no bytes
-            (0x3000, 0),               // no bytes in the hole
-            (u64::MAX, 2),             // wraps
-            (0x1000, u32::MAX),        // longer than all memory
+            (0x2ff0, 32),       // into the hole
+            (0x3000, 1),        // in the hole
+            (0, 1),             // before everything
+            (0x5000, 0),        // one past the end, no bytes
+            (0x3000, 0),        // no bytes in the hole
+            (u64::MAX, 2),      // wraps
+            (0x1000, u32::MAX), // longer than all memory
         ] {
             assert_eq!(pieces.push(addr, len), Err(BadAddress), "{addr:#x} {len}");
             assert_eq!(lens(&pieces), [16, 16]);

@@ -1,0 +1,286 @@
+//! The RX path: frames that wait in the uplink are read straight into the guest's buffers.
+//!
+//! Buffers are *reserved* for the largest frame that may come, the uplink fills them, and the
+//! frame's length decides how many of them it used (virtio 1.3 §5.1.6.4). The rest stays reserved
+//! for the next frame and is given back untouched when the ring stops.
+
+use std::sync::Arc;
+
+use virtionet_ring::memory::{GuestMemory, GuestSlice};
+use virtionet_ring::{Direction, RingError, RingFault};
+
+use crate::header::{HEADER_LEN, MAX_FRAME};
+use crate::port::{Received, UplinkQueue};
+use crate::queue::{Queue, QueueConfig, count_fault};
+
+/// Most pieces handed to the uplink for one frame: what one `readv` takes, less a few of its own.
+const MAX_PIECES: usize = 1000;
+/// Most descriptors read for one call of [`RxQueue::fill`], whatever the guest made of its chains.
+const MAX_WORK: usize = 16 * 1024;
+/// Where `num_buffers` stands in the header.
+const NUM_BUFFERS: usize = 10;
+
+/// How a call of [`RxQueue::fill`] ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RxEnd {
+    /// The uplink has no more frames.
+    UplinkEmpty,
+    /// The guest has no more buffers; frames wait in the uplink.
+    Starved,
+    /// The budget is used up; there may be more.
+    Budget,
+    /// The uplink failed.
+    UplinkFailed,
+}
+
+/// What a call of [`RxQueue::fill`] did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Filled {
+    /// Frames given to the guest.
+    pub frames: usize,
+    /// Bytes of those, without headers.
+    pub bytes: usize,
+    /// The driver wants an interrupt.
+    pub call: bool,
+    /// Why it ended.
+    pub end: RxEnd,
+}
+
+/// The device's side of a receiveq.
+#[derive(Debug)]
+pub struct RxQueue {
+    queue: Queue,
+    /// Bytes that the reserved chains hold.
+    capacity: usize,
+    /// Bytes to reserve for a frame.
+    need: usize,
+}
+
+impl RxQueue {
+    /// An RX queue on a ring of the guest.
+    ///
+    /// # Errors
+    /// When the configuration cannot be a ring.
+    pub fn new(config: QueueConfig) -> Result<Self, RingError> {
+        let queue = Queue::new(config, Direction::Writable)?;
+        // Without merging a frame has one chain, whatever that holds.
+        let need = match queue.features.mergeable() {
+            true => HEADER_LEN + MAX_FRAME,
+            false => 1,
+        };
+        Ok(Self {
+            queue,
+            capacity: 0,
+            need,
+        })
+    }
+
+    /// Moves frames from `uplink` to the guest until one of them has no more, or `max_frames` or
+    /// `max_bytes` are reached. The driver sees all of them at once, at the end.
+    ///
+    /// # Errors
+    /// When the ring can no longer be believed.
+    pub fn fill(
+        &mut self,
+        uplink: &dyn UplinkQueue,
+        max_frames: usize,
+        max_bytes: usize,
+    ) -> Result<Filled, RingFault> {
+        let mut frames = 0;
+        let mut bytes = 0;
+        self.queue.burst.reset_work();
+        let end = loop {
+            if frames >= max_frames || bytes >= max_bytes {
+                break RxEnd::Budget;
+            }
+            match self.reserve()? {
+                Reserved::Enough => {}
+                Reserved::TooLittle => break RxEnd::Starved,
+                Reserved::OverBudget => break RxEnd::Budget,
+            }
+            match uplink.receive(self.room()) {
+                Received::Frame(len) => {
+                    bytes += self.commit(len);
+                    frames += 1;
+                }
+                Received::TooLong => {
+                    self.queue.stats.dropped_too_long.add(1);
+                    // Counted against the budget: dropping is work too.
+                    frames += 1;
+                }
+                Received::Empty => break RxEnd::UplinkEmpty,
+                Received::Failed => break RxEnd::UplinkFailed,
+            }
+        };
+        if frames > 0 {
+            self.queue.stats.bursts.add(1);
+        }
+        Ok(Filled {
+            frames,
+            bytes,
+            call: self.queue.ring.publish(),
+            end,
+        })
+    }
+
+    /// Asks for a kick when the guest adds buffers; true when it already has: fill again. To be
+    /// called when the queue is starved.
+    #[must_use]
+    pub fn await_buffers(&mut self) -> bool {
+        self.queue.ring.enable_kicks()
+    }
+
+    /// Tells the driver that kicks are not needed: there are buffers.
+    pub fn disable_kicks(&mut self) {
+        self.queue.ring.disable_kicks();
+    }
+
+    /// Number of descriptors.
+    #[must_use]
+    pub fn size(&self) -> u16 {
+        self.queue.ring.size()
+    }
+
+    /// Gives back what is reserved; says where the ring goes on.
+    pub fn rewind(&mut self) -> u32 {
+        self.capacity = 0;
+        self.queue.rewind()
+    }
+
+    /// Goes on in another snapshot of memory.
+    ///
+    /// # Errors
+    /// When the ring is not in it.
+    pub fn rebind(&mut self, memory: &Arc<GuestMemory>) -> Result<(), RingError> {
+        self.capacity = 0;
+        self.queue.rebind(memory)
+    }
+
+    /// Takes chains until they hold the largest frame.
+    ///
+    /// A guest that is behind will add buffers, so a frame waits rather than be cut. But a driver
+    /// refills when about half of its ring is empty: once half of the ring is ours nothing more
+    /// may come, and what there is must do (rings too small for a frame of 64 KiB).
+    fn reserve(&mut self) -> Result<Reserved, RingFault> {
+        self.drop_leading_faults();
+        while self.capacity < self.need {
+            let pieces = self.room().len();
+            if pieces >= MAX_PIECES / 2 {
+                return Ok(Reserved::Enough);
+            }
+            if self.queue.burst.work() >= MAX_WORK {
+                return Ok(Reserved::OverBudget);
+            }
+            let taken = self.take(pieces)?;
+            self.drop_leading_faults();
+            if taken == 0 {
+                let ours = self.queue.burst.chains().len();
+                return Ok(
+                    match ours > 0 && ours >= usize::from(self.queue.ring.size()) / 2 {
+                        true => Reserved::Enough,
+                        false => Reserved::TooLittle,
+                    },
+                );
+            }
+        }
+        Ok(Reserved::Enough)
+    }
+
+    /// Takes about as many chains as are missing.
+    fn take(&mut self, pieces: usize) -> Result<usize, RingFault> {
+        let queue = &mut self.queue;
+        let before = queue.burst.chains().len();
+        let each = queue
+            .burst
+            .chains()
+            .last()
+            .map_or(2048, |c| c.len().max(64));
+        let missing = self.need - self.capacity.min(self.need);
+        let want = (missing / each + 1).min((MAX_PIECES - pieces) / 4 + 1);
+        let taken = queue.ring.take(&mut queue.burst, want)?;
+        for chain in &queue.burst.chains()[before..] {
+            self.capacity += chain.len();
+            if let Some(fault) = chain.fault() {
+                count_fault(fault, Direction::Writable, &queue.stats);
+            }
+        }
+        Ok(taken)
+    }
+
+    /// A faulty chain goes back empty when its turn comes, so that the order stays.
+    fn drop_leading_faults(&mut self) {
+        let queue = &mut self.queue;
+        while let Some(chain) = queue.burst.chains().first().copied() {
+            if chain.fault().is_none() {
+                return;
+            }
+            queue.ring.complete(&chain, 0);
+            queue.burst.retire(1);
+        }
+    }
+
+    /// Where the next frame may go.
+    fn room(&self) -> &[GuestSlice<'_>] {
+        let burst = &self.queue.burst;
+        match self.queue.features.mergeable() {
+            true => burst.front_slices(burst.chains().len()),
+            false => burst.front_slices(1),
+        }
+    }
+
+    /// Gives the guest the frame of `len` bytes (header included) that lies in the reserved
+    /// buffers; returns its bytes without header.
+    fn commit(&mut self, len: usize) -> usize {
+        let queue = &mut self.queue;
+        let mut rest = len;
+        let mut buffers: u16 = 0;
+        for chain in queue.burst.chains() {
+            if rest == 0 {
+                break;
+            }
+            let here = rest.min(chain.len());
+            // At most a chain's length, which is 32 bits.
+            queue
+                .ring
+                .complete(chain, u32::try_from(here).unwrap_or(u32::MAX));
+            self.capacity -= chain.len();
+            rest -= here;
+            buffers = buffers.wrapping_add(1);
+        }
+        let header_len = queue.features.header_len();
+        if header_len == HEADER_LEN {
+            write_at(self.room(), NUM_BUFFERS, &buffers.to_le_bytes());
+        }
+        let queue = &mut self.queue;
+        queue.burst.retire(usize::from(buffers));
+        let bytes = len - header_len.min(len);
+        queue.stats.frames.add(1);
+        queue
+            .stats
+            .bytes
+            .add(u64::try_from(bytes).unwrap_or(u64::MAX));
+        bytes
+    }
+}
+
+/// How [`RxQueue::reserve`] ended.
+enum Reserved {
+    Enough,
+    TooLittle,
+    OverBudget,
+}
+
+/// Writes `data` at byte `at` of a list of slices.
+fn write_at(slices: &[GuestSlice<'_>], mut at: usize, mut data: &[u8]) {
+    for slice in slices {
+        if at < slice.len() {
+            let n = slice.skip(at).copy_from(data);
+            data = &data[n..];
+            at += n;
+        }
+        if data.is_empty() {
+            return;
+        }
+        at -= slice.len().min(at);
+    }
+}

@@ -1,0 +1,82 @@
+//! Parts shared by this crate's tests: a directory of one's own, threads laid
+//! out as in /proc, and a QMP server on a real socket.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
+
+use serde_json::Value;
+
+/// QEMU 10's greeting.
+pub(crate) const GREETING: &str = "{\"QMP\": {\"version\": {\"qemu\": {\"micro\": 2, \"minor\": 0, \"major\": 10}, \"package\": \"\"}, \"capabilities\": [\"oob\"]}}\r\n";
+
+/// A directory that is removed with the value.
+pub(crate) struct Dir(PathBuf);
+
+impl Dir {
+    pub(crate) fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("placement-{}-{name}", std::process::id()));
+        fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Lays out thread `tid` of process `pid` as /proc does.
+    pub(crate) fn thread(&self, pid: i32, tid: i32, comm: &str, cpus: &str) {
+        let status =
+            format!("Name:\t{comm}\nTgid:\t{pid}\nPid:\t{tid}\nCpus_allowed_list:\t{cpus}\n");
+        for thread in [
+            self.0.join(format!("{pid}/task/{tid}")),
+            self.0.join(tid.to_string()),
+        ] {
+            fs::create_dir_all(&thread).unwrap();
+            fs::write(thread.join("comm"), format!("{comm}\n")).unwrap();
+            fs::write(thread.join("status"), &status).unwrap();
+        }
+    }
+}
+
+impl Drop for Dir {
+    fn drop(&mut self) {
+        _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A QMP server for one client: says the first line, then one more after each
+/// request, and hangs up when it has no more.
+pub(crate) struct FakeQmp {
+    pub(crate) path: PathBuf,
+    thread: JoinHandle<Vec<Value>>,
+}
+
+impl FakeQmp {
+    pub(crate) fn start(dir: &Dir, script: Vec<String>) -> Self {
+        let path = dir.path().join("qmp.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let thread = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+            let mut requests = Vec::new();
+            for (at, says) in script.iter().enumerate() {
+                if at > 0 {
+                    let Some(Ok(line)) = lines.next() else { break };
+                    requests.push(serde_json::from_str(&line).unwrap());
+                }
+                // The client may hang up on what it hears.
+                _ = stream.write_all(says.as_bytes());
+            }
+            requests
+        });
+        Self { path, thread }
+    }
+
+    /// Everything the client asked, once it is gone.
+    pub(crate) fn requests(self) -> Vec<Value> {
+        self.thread.join().unwrap()
+    }
+}

@@ -1,0 +1,144 @@
+//! What is known of the front-end's vCPU threads.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use crate::cpuset::CpuSet;
+
+/// One vCPU and the host thread that runs it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Vcpu {
+    /// Index in the front-end (QEMU's cpu-index).
+    pub index: u32,
+    /// Host thread id.
+    pub tid: i32,
+    /// The CPUs on which the thread may run; `None` where they cannot be read.
+    pub cpus: Option<CpuSet>,
+}
+
+/// Where the knowledge of the vCPU threads came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Source {
+    /// The names of the front-end's threads.
+    ThreadNames,
+    /// One thread, found by its name, runs every vCPU (QEMU's single-threaded
+    /// TCG); their number is not known and it is listed as vCPU 0.
+    SingleThread,
+    /// QEMU's answer to `query-cpus-fast`.
+    Qmp,
+    /// Neither answered.
+    Nowhere,
+}
+
+/// The vCPU threads of a front-end, as far as they could be found.
+///
+/// Displays as one line for the log. Two equal maps lead to equal decisions.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct VcpuMap {
+    /// The vCPUs by rising index.
+    pub vcpus: Vec<Vcpu>,
+    /// Where they came from.
+    pub source: Source,
+    /// What failed on the way, each with its remedy.
+    pub notes: Vec<String>,
+}
+
+impl VcpuMap {
+    /// Whether every vCPU, of several, may run on the same several CPUs: they
+    /// were confined together, none of them pinned.
+    pub(crate) fn float_together(&self) -> bool {
+        let Some((
+            Vcpu {
+                cpus: Some(first), ..
+            },
+            others,
+        )) = self.vcpus.split_first()
+        else {
+            return false;
+        };
+        !others.is_empty()
+            && first.len() > 1
+            && others.iter().all(|vcpu| vcpu.cpus.as_ref() == Some(first))
+    }
+
+    /// What failed, in one phrase.
+    pub(crate) fn failures(&self) -> String {
+        self.notes.join("; ")
+    }
+}
+
+impl fmt::Display for VcpuMap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let how = match self.source {
+            Source::ThreadNames => "found by thread names",
+            Source::SingleThread => "found by thread names, one thread for all of them",
+            Source::Qmp => "found over QMP",
+            Source::Nowhere => return write!(f, "vCPU threads not found: {}", self.failures()),
+        };
+        write!(f, "vCPU threads {how}:")?;
+        for (at, Vcpu { index, tid, cpus }) in self.vcpus.iter().enumerate() {
+            let cpus = cpus
+                .as_ref()
+                .map_or_else(|| "unknown CPUs".into(), CpuSet::words);
+            write!(
+                f,
+                "{} vCPU {index} = thread {tid} on {cpus}",
+                if at == 0 { "" } else { "," }
+            )?;
+        }
+        if !self.notes.is_empty() {
+            write!(f, "; {}", self.failures())?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn map(cpus: &[Option<&str>]) -> VcpuMap {
+        let vcpu = |(index, cpus): (u32, &Option<&str>)| Vcpu {
+            index,
+            tid: 100,
+            cpus: cpus.map(|cpus| cpus.parse().unwrap()),
+        };
+        let vcpus = (0..).zip(cpus).map(vcpu).collect();
+        VcpuMap {
+            vcpus,
+            source: Source::ThreadNames,
+            notes: vec![],
+        }
+    }
+
+    #[test]
+    fn vcpus_float_together_only_on_one_wide_set() {
+        for (cpus, together) in [
+            (&[Some("0-3"), Some("0-3")][..], true),
+            (&[Some("0-3"), Some("0-1")], false),
+            (&[Some("0-3"), None], false),
+            (&[Some("0"), Some("0")], false),
+            (&[Some("0-3")], false),
+            (&[], false),
+        ] {
+            assert_eq!(map(cpus).float_together(), together, "{cpus:?}");
+        }
+    }
+
+    #[test]
+    fn reads_as_one_line() {
+        let mut map = map(&[Some("0"), None]);
+        assert_eq!(
+            map.to_string(),
+            "vCPU threads found by thread names: vCPU 0 = thread 100 on CPU 0, vCPU 1 = thread 100 on unknown CPUs"
+        );
+        map.source = Source::Nowhere;
+        map.notes = vec!["first failed".into(), "second failed".into()];
+        assert_eq!(
+            map.to_string(),
+            "vCPU threads not found: first failed; second failed"
+        );
+    }
+}

@@ -1,0 +1,54 @@
+//! The whole way on real threads: this process plays the front-end, with threads
+//! named and pinned as QEMU's vCPUs are.
+
+use std::sync::mpsc;
+
+use virtionet_placement::{Placement, Planner, Source, allowed_cpus, apply, worker_name};
+
+#[test]
+fn workers_land_on_the_cpus_of_their_vcpus() {
+    let allowed = allowed_cpus().unwrap();
+    let (ready, is_ready) = mpsc::channel();
+    let mut ends = Vec::new();
+    let mut threads = Vec::new();
+    for index in 0..2 {
+        let (end, ended) = mpsc::channel::<()>();
+        // The other way round, so that no worker is right by chance.
+        let cpus = allowed.turn(1 - index);
+        let ready = ready.clone();
+        let vcpu = std::thread::Builder::new().name(format!("CPU {index}/TCG"));
+        threads.push(vcpu.spawn(move || {
+            ready.send(apply(None, &cpus).unwrap()).unwrap();
+            ended.recv().unwrap_err();
+        }));
+        ends.push(end);
+    }
+    for _ in 0..2 {
+        assert_eq!(is_ready.recv().unwrap().len(), 1);
+    }
+
+    let planner = Planner::new(Placement::Auto, allowed.clone(), None).unwrap();
+    let map = planner.discover(Some(i32::try_from(std::process::id()).unwrap()));
+    assert_eq!(
+        (map.source, map.vcpus.len()),
+        (Source::ThreadNames, 2),
+        "{map}"
+    );
+    for pair in 0..2 {
+        let decision = planner.place(&map, pair, 2);
+        assert_eq!(decision.vcpus, [pair]);
+        let worker = std::thread::Builder::new().name(worker_name(pair));
+        let cpus = decision.cpus.clone();
+        let stands = worker.spawn(move || apply(None, &cpus).map(|_| allowed_cpus().unwrap()));
+        assert_eq!(
+            stands.unwrap().join().unwrap().unwrap(),
+            allowed.turn(1 - pair),
+            "{decision}"
+        );
+    }
+
+    drop(ends);
+    for thread in threads {
+        thread.unwrap().join().unwrap();
+    }
+}
