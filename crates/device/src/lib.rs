@@ -8,6 +8,6 @@ mod rx;
 pub mod stats;
 mod tx;
 
-pub use queue::QueueConfig;
+pub use queue::{DeviceQueue, QueueConfig};
 pub use rx::{Filled, RxEnd, RxQueue};
 pub use tx::{Sent, TxQueue};

@@ -26,6 +26,34 @@ pub struct QueueConfig {
     pub stats: Arc<RingStats>,
 }
 
+/// What every queue of a device can do, whichever way its frames go.
+pub trait DeviceQueue: Sized {
+    /// A queue on a ring of the guest.
+    ///
+    /// # Errors
+    /// When the configuration cannot be a ring.
+    fn new(config: QueueConfig) -> Result<Self, RingError>;
+
+    /// Number of descriptors.
+    fn size(&self) -> u16;
+
+    /// Gives back what is taken and unused; says where the ring goes on.
+    fn rewind(&mut self) -> u32;
+
+    /// Goes on in another snapshot of memory.
+    ///
+    /// # Errors
+    /// When the ring is not in it.
+    fn rebind(&mut self, memory: &Arc<GuestMemory>) -> Result<(), RingError>;
+
+    /// Asks the driver for kicks; true when chains came meanwhile, for which no kick may come.
+    #[must_use]
+    fn enable_kicks(&mut self) -> bool;
+
+    /// Tells the driver that kicks are not needed.
+    fn disable_kicks(&mut self);
+}
+
 /// A running ring, the chains taken from it, and its counters.
 #[derive(Debug)]
 pub(crate) struct Queue {

@@ -11,7 +11,7 @@ use virtionet_ring::{Direction, RingError, RingFault};
 
 use crate::header::{HEADER_LEN, MAX_FRAME};
 use crate::port::{Received, UplinkQueue};
-use crate::queue::{Queue, QueueConfig, count_fault};
+use crate::queue::{DeviceQueue, Queue, QueueConfig, count_fault};
 
 /// Most pieces handed to the uplink for one frame: what one `readv` takes, less a few of its own.
 const MAX_PIECES: usize = 1000;
@@ -57,24 +57,6 @@ pub struct RxQueue {
 }
 
 impl RxQueue {
-    /// An RX queue on a ring of the guest.
-    ///
-    /// # Errors
-    /// When the configuration cannot be a ring.
-    pub fn new(config: QueueConfig) -> Result<Self, RingError> {
-        let queue = Queue::new(config, Direction::Writable)?;
-        // Without merging a frame has one chain, whatever that holds.
-        let need = match queue.features.mergeable() {
-            true => HEADER_LEN + MAX_FRAME,
-            false => 1,
-        };
-        Ok(Self {
-            queue,
-            capacity: 0,
-            need,
-        })
-    }
-
     /// Moves frames from `uplink` to the guest until one of them has no more, or `max_frames` or
     /// `max_bytes` are reached. The driver sees all of them at once, at the end.
     ///
@@ -121,39 +103,6 @@ impl RxQueue {
             call: self.queue.ring.publish(),
             end,
         })
-    }
-
-    /// Asks for a kick when the guest adds buffers; true when it already has: fill again. To be
-    /// called when the queue is starved.
-    #[must_use]
-    pub fn await_buffers(&mut self) -> bool {
-        self.queue.ring.enable_kicks()
-    }
-
-    /// Tells the driver that kicks are not needed: there are buffers.
-    pub fn disable_kicks(&mut self) {
-        self.queue.ring.disable_kicks();
-    }
-
-    /// Number of descriptors.
-    #[must_use]
-    pub fn size(&self) -> u16 {
-        self.queue.ring.size()
-    }
-
-    /// Gives back what is reserved; says where the ring goes on.
-    pub fn rewind(&mut self) -> u32 {
-        self.capacity = 0;
-        self.queue.rewind()
-    }
-
-    /// Goes on in another snapshot of memory.
-    ///
-    /// # Errors
-    /// When the ring is not in it.
-    pub fn rebind(&mut self, memory: &Arc<GuestMemory>) -> Result<(), RingError> {
-        self.capacity = 0;
-        self.queue.rebind(memory)
     }
 
     /// Takes chains until they hold the largest frame.
@@ -260,6 +209,45 @@ impl RxQueue {
             .bytes
             .add(u64::try_from(bytes).unwrap_or(u64::MAX));
         bytes
+    }
+}
+
+impl DeviceQueue for RxQueue {
+    fn new(config: QueueConfig) -> Result<Self, RingError> {
+        let queue = Queue::new(config, Direction::Writable)?;
+        // Without merging a frame has one chain, whatever that holds.
+        let need = match queue.features.mergeable() {
+            true => HEADER_LEN + MAX_FRAME,
+            false => 1,
+        };
+        Ok(Self {
+            queue,
+            capacity: 0,
+            need,
+        })
+    }
+
+    fn size(&self) -> u16 {
+        self.queue.ring.size()
+    }
+
+    fn rewind(&mut self) -> u32 {
+        self.capacity = 0;
+        self.queue.rewind()
+    }
+
+    fn rebind(&mut self, memory: &Arc<GuestMemory>) -> Result<(), RingError> {
+        self.capacity = 0;
+        self.queue.rebind(memory)
+    }
+
+    /// To be called when the queue is starved: the driver then kicks when it adds buffers.
+    fn enable_kicks(&mut self) -> bool {
+        self.queue.ring.enable_kicks()
+    }
+
+    fn disable_kicks(&mut self) {
+        self.queue.ring.disable_kicks();
     }
 }
 

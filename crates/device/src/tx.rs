@@ -8,7 +8,7 @@ use virtionet_ring::{Direction, RingError, RingFault};
 
 use crate::header::VnetHeader;
 use crate::port::{MAX_BURST, TxFrame, UplinkQueue};
-use crate::queue::{Queue, QueueConfig, count_fault};
+use crate::queue::{DeviceQueue, Queue, QueueConfig, count_fault};
 
 /// What one burst did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -26,14 +26,6 @@ pub struct Sent {
 pub struct TxQueue(Queue);
 
 impl TxQueue {
-    /// A TX queue on a ring of the guest.
-    ///
-    /// # Errors
-    /// When the configuration cannot be a ring.
-    pub fn new(config: QueueConfig) -> Result<Self, RingError> {
-        Queue::new(config, Direction::Readable).map(Self)
-    }
-
     /// Takes one burst and hands its frames to `uplink`, or discards them where there is none (a
     /// started ring that is disabled drains: virtio 1.3 §5.1.2 through vhost-user's ring states).
     /// No chain stays taken. `chains` is 0 when nothing was available.
@@ -65,40 +57,36 @@ impl TxQueue {
         })
     }
 
-    /// See [`virtionet_ring::Ring::enable_kicks`].
-    #[must_use]
-    pub fn enable_kicks(&mut self) -> bool {
-        self.0.ring.enable_kicks()
-    }
-
-    /// See [`virtionet_ring::Ring::disable_kicks`].
-    pub fn disable_kicks(&mut self) {
-        self.0.ring.disable_kicks();
-    }
-
     /// Whether chains are available.
     #[must_use]
     pub fn has_more(&self) -> bool {
         self.0.ring.has_more()
     }
+}
 
-    /// Number of descriptors.
-    #[must_use]
-    pub fn size(&self) -> u16 {
+impl DeviceQueue for TxQueue {
+    fn new(config: QueueConfig) -> Result<Self, RingError> {
+        Queue::new(config, Direction::Readable).map(Self)
+    }
+
+    fn size(&self) -> u16 {
         self.0.ring.size()
     }
 
-    /// Gives back what is taken and unused; says where the ring goes on.
-    pub fn rewind(&mut self) -> u32 {
+    fn rewind(&mut self) -> u32 {
         self.0.rewind()
     }
 
-    /// Goes on in another snapshot of memory.
-    ///
-    /// # Errors
-    /// When the ring is not in it.
-    pub fn rebind(&mut self, memory: &Arc<GuestMemory>) -> Result<(), RingError> {
+    fn rebind(&mut self, memory: &Arc<GuestMemory>) -> Result<(), RingError> {
         self.0.rebind(memory)
+    }
+
+    fn enable_kicks(&mut self) -> bool {
+        self.0.ring.enable_kicks()
+    }
+
+    fn disable_kicks(&mut self) {
+        self.0.ring.disable_kicks();
     }
 }
 

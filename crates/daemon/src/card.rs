@@ -1,0 +1,314 @@
+//! One virtio-net device: what a vhost-user session drives, made of queue pairs and an uplink.
+
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, OnceLock};
+
+use parking_lot::Mutex;
+use virtionet_device::features::Features;
+use virtionet_device::port::Uplink;
+use virtionet_device::{DeviceQueue, QueueConfig};
+use virtionet_ring::memory::GuestMemory;
+use virtionet_session::{Backend, BackendError, RingStart};
+
+use crate::config::Poll;
+use crate::pair::Pair;
+use crate::placer::Placer;
+use crate::poll::Polling;
+use crate::slot::{RingFds, Slot};
+
+/// See the module.
+#[derive(Debug)]
+pub struct Card {
+    name: String,
+    uplink: Arc<dyn Uplink>,
+    placer: Arc<Placer>,
+    poll: Poll,
+    /// Made when their first ring starts: a front-end may use fewer than it might.
+    pairs: Vec<OnceLock<Arc<Pair>>>,
+    link: Mutex<Link>,
+}
+
+/// What is known of the front-end.
+#[derive(Debug, Clone, Default)]
+pub struct Link {
+    /// A front-end is connected.
+    pub connected: bool,
+    /// Its process id, where the kernel tells.
+    pub pid: Option<u32>,
+    /// Virtio features in force.
+    pub features: Features,
+    /// vhost-user protocol features in force.
+    pub protocol_features: u64,
+    /// The guest's memory.
+    pub memory: Arc<GuestMemory>,
+    /// The MTU that the front-end told.
+    pub mtu: Option<u16>,
+}
+
+/// Which ring of a pair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Half {
+    Rx,
+    Tx,
+}
+
+/// Calls `$body` with the slot of whichever half.
+macro_rules! with_slot {
+    ($pair:expr, $half:expr, $slot:ident => $body:expr) => {
+        match $half {
+            Half::Rx => {
+                let $slot = $pair.rx();
+                $body
+            }
+            Half::Tx => {
+                let $slot = $pair.tx();
+                $body
+            }
+        }
+    };
+}
+
+impl Card {
+    /// A device called `name` with up to `max_pairs` queue pairs.
+    #[must_use]
+    pub fn new(
+        name: &str,
+        max_pairs: u16,
+        uplink: Arc<dyn Uplink>,
+        placer: Placer,
+        poll: Poll,
+    ) -> Self {
+        Self {
+            name: name.to_owned(),
+            uplink,
+            placer: Arc::new(placer),
+            poll,
+            pairs: (0..max_pairs).map(|_| OnceLock::new()).collect(),
+            link: Mutex::default(),
+        }
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Where its frames go.
+    #[must_use]
+    pub fn uplink(&self) -> &dyn Uplink {
+        &*self.uplink
+    }
+
+    /// What is known of the front-end now.
+    #[must_use]
+    pub fn link(&self) -> Link {
+        self.link.lock().clone()
+    }
+
+    /// The queue pairs that have been used so far.
+    pub fn pairs(&self) -> impl Iterator<Item = &Arc<Pair>> {
+        self.pairs.iter().filter_map(OnceLock::get)
+    }
+
+    /// The pair and half that ring `index` is, if that pair has been used.
+    fn ring(&self, index: u16) -> Option<(&Arc<Pair>, Half)> {
+        let pair = self.pairs.get(usize::from(index / 2))?.get()?;
+        Some((pair, half(index)))
+    }
+
+    /// The same, made now if it has not.
+    fn ring_or_new(&self, index: u16) -> Result<(&Arc<Pair>, Half), BackendError> {
+        let slot = self.pairs.get(usize::from(index / 2)).ok_or_else(|| {
+            BackendError::new(format!(
+                "ring {index} is beyond the {} queue pairs of {}; start virtionetd with more --queues",
+                self.pairs.len(),
+                self.name
+            ))
+        })?;
+        if slot.get().is_none() {
+            let pair = Pair::new(index / 2, &self.name, Arc::clone(&self.placer)).map_err(|e| {
+                BackendError::new(format!(
+                    "cannot make queue pair {}: {e}; raise the limit of open files",
+                    index / 2
+                ))
+            })?;
+            // Only the session thread makes pairs, so none was put there meanwhile.
+            let _ = slot.set(Arc::new(pair));
+        }
+        self.ring(index)
+            .ok_or_else(|| BackendError::new(format!("ring {index} does not exist")))
+    }
+
+    /// The number of pairs that the driver uses decides which vCPUs each of them serves.
+    fn recount_pairs(&self) {
+        let live = |pair: &&Arc<Pair>| pair.rx().enabled() && pair.rx().size() > 0;
+        let count = self.pairs().filter(live).count();
+        if self.placer.set_pairs(u32::try_from(count).unwrap_or(u32::MAX)) {
+            self.pairs().for_each(|pair| pair.wake());
+        }
+    }
+
+    /// Brings all that hangs on whether a ring is live in line with it.
+    fn follow(&self, pair: &Pair, half: Half) {
+        if half == Half::Rx {
+            self.recount_pairs();
+            pair.follow_rx_state();
+        } else {
+            pair.wake();
+        }
+    }
+
+    fn set_format(&self, features: Features) {
+        if let Err(error) = self.uplink.set_format(features.format()) {
+            tracing::error!(
+                "{}: the uplink cannot be set to the offloads that the guest took: {error}",
+                self.name
+            );
+        }
+    }
+}
+
+fn half(index: u16) -> Half {
+    match index % 2 {
+        0 => Half::Rx,
+        _ => Half::Tx,
+    }
+}
+
+impl Backend for Card {
+    fn features(&self) -> u64 {
+        Features::offered().0
+    }
+
+    fn max_pairs(&self) -> u16 {
+        u16::try_from(self.pairs.len()).unwrap_or(u16::MAX)
+    }
+
+    fn connected(&self, pid: Option<u32>) {
+        self.placer
+            .connected(pid.and_then(|pid| i32::try_from(pid).ok()));
+        *self.link.lock() = Link {
+            connected: true,
+            pid,
+            ..Link::default()
+        };
+        tracing::info!(
+            "{}: front-end connected{}",
+            self.name,
+            pid.map_or(String::new(), |pid| format!(" (process {pid})"))
+        );
+    }
+
+    fn negotiated(&self, protocol_features: u64) {
+        self.link.lock().protocol_features = protocol_features;
+    }
+
+    fn set_features(&self, acked: u64) {
+        let features = Features(acked);
+        self.link.lock().features = features;
+        self.set_format(features);
+        tracing::debug!("{}: driver took {:?}", self.name, features.names());
+    }
+
+    fn set_memory(&self, memory: &Arc<GuestMemory>) {
+        self.link.lock().memory = Arc::clone(memory);
+        for pair in self.pairs() {
+            for half in [Half::Rx, Half::Tx] {
+                if let Err(error) = with_slot!(pair, half, slot => slot.rebind(memory)) {
+                    tracing::error!(
+                        "{pair}: the {half:?} ring is not in the new memory table and was stopped: {error}"
+                    );
+                    self.follow(pair, half);
+                }
+            }
+        }
+    }
+
+    fn start_ring(&self, index: u16, start: RingStart) -> Result<(), BackendError> {
+        let (pair, half) = self.ring_or_new(index)?;
+        pair.open_uplink(&*self.uplink)
+            .map_err(|e| BackendError::new(e.to_string()))?;
+        with_slot!(pair, half, slot => start_in(slot, start))
+            .map_err(|e| BackendError::new(format!("ring {index} cannot start: {e}")))?;
+        pair.start_worker(Polling::new(self.poll)).map_err(|e| {
+            BackendError::new(format!(
+                "cannot start the worker of queue pair {}: {e}; raise the limit of threads",
+                pair.index()
+            ))
+        })?;
+        self.follow(pair, half);
+        Ok(())
+    }
+
+    fn stop_ring(&self, index: u16) -> Option<u32> {
+        let (pair, half) = self.ring(index)?;
+        let base = with_slot!(pair, half, slot => slot.stop());
+        self.follow(pair, half);
+        base
+    }
+
+    fn set_enabled(&self, index: u16, enabled: bool) {
+        if let Some((pair, half)) = self.ring(index) {
+            with_slot!(pair, half, slot => slot.set_enabled(enabled));
+            self.follow(pair, half);
+        }
+    }
+
+    fn set_kick(&self, index: u16, kick: Option<Arc<OwnedFd>>) -> Result<(), BackendError> {
+        let Some((pair, half)) = self.ring(index) else {
+            return Ok(());
+        };
+        with_slot!(pair, half, slot => slot.set_kick(kick)).map_err(|e| {
+            BackendError::new(format!(
+                "the kick descriptor of ring {index} cannot be polled: {e}"
+            ))
+        })?;
+        pair.wake();
+        Ok(())
+    }
+
+    fn set_call(&self, index: u16, call: Option<Arc<OwnedFd>>) {
+        if let Some((pair, half)) = self.ring(index) {
+            with_slot!(pair, half, slot => slot.set_call(call));
+        }
+    }
+
+    fn set_err(&self, index: u16, err: Option<Arc<OwnedFd>>) {
+        if let Some((pair, half)) = self.ring(index) {
+            with_slot!(pair, half, slot => slot.set_err(err));
+        }
+    }
+
+    fn set_mtu(&self, mtu: u16) -> Result<(), BackendError> {
+        self.uplink
+            .set_mtu(mtu)
+            .map_err(|e| BackendError::new(e.to_string()))?;
+        self.link.lock().mtu = Some(mtu);
+        Ok(())
+    }
+
+    fn disconnected(&self) {
+        self.pairs().for_each(|pair| pair.stop_worker());
+        self.pairs().for_each(|pair| pair.join_worker());
+        *self.link.lock() = Link::default();
+        tracing::info!("{}: front-end gone", self.name);
+    }
+}
+
+fn start_in<Q: DeviceQueue>(slot: &Slot<Q>, start: RingStart) -> Result<(), crate::slot::StartFault> {
+    slot.set_enabled(start.enabled);
+    let config = QueueConfig {
+        layout: start.layout,
+        base: start.base,
+        features: Features(start.features),
+        memory: start.memory,
+        stats: Arc::clone(slot.stats()),
+    };
+    let fds = RingFds {
+        kick: start.kick,
+        call: start.call,
+        err: start.err,
+    };
+    slot.start(config, fds)
+}

@@ -1,0 +1,393 @@
+//! The command line as the user writes it. What it means is for [`crate::config`] to say.
+
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use clap::{ArgAction, Args, Parser};
+
+use crate::config::{Command, Config, ConfigError, Scope};
+
+/// The answer to `--print-capabilities` (QEMU's docs/interop/vhost-user.rst).
+pub const CAPABILITIES: &str = "{\n  \"type\": \"net\"\n}\n";
+
+const ABOUT: &str = "\
+A guest's network card: a vhost-user back-end for virtio-net.
+
+virtionetd stands beside QEMU (or another vhost-user front-end), takes the guest's frames from \
+its queue pairs and carries them to an uplink, such as a multiqueue TAP. Each queue pair has a \
+worker thread of its own, placed on the CPU of the vCPU that it serves.";
+
+const EXAMPLES: &str = "\
+Several devices in one process:
+  Each --device describes one device as KEY=VALUE,... with the keys name, socket-path, fd, client, \
+queues, tap, bridge, uplink, placement, qmp, poll, poll-us, socket-mode and socket-group. They mean \
+what the flags of these names mean; client is written client or client=on|off, and bridge=BR belongs \
+to tap=NAME. A comma inside a value is written twice: placement=list:0-3,,8. Beside --device, the \
+flags --client, --queues, --placement, --qmp, --poll, --poll-us, --socket-mode and --socket-group \
+are what a device has that does not say otherwise.
+
+Examples:
+  One device with four queue pairs on a TAP:
+    virtionetd --socket-path /run/vnet.sock --queues 4 --tap tap0,bridge=br0
+
+  QEMU's side of it:
+    qemu-system-x86_64 -smp 4 -m 4G \\
+      -object memory-backend-memfd,id=mem,size=4G,share=on -numa node,memdev=mem \\
+      -chardev socket,id=vnet,path=/run/vnet.sock \\
+      -netdev vhost-user,id=net0,chardev=vnet,queues=4 \\
+      -device virtio-net-pci,netdev=net0,mq=on,vectors=10
+
+  Two devices:
+    virtionetd --poll adaptive \\
+      --device socket-path=/run/a.sock,tap=tap0 \\
+      --device socket-path=/run/b.sock,tap=tap1,placement=list:2,,3
+
+  Its state, and its counters for Prometheus:
+    virtionetd --control /run/virtionetd.ctl ...
+    curl --unix-socket /run/virtionetd.ctl http://localhost/v1/devices
+    curl --unix-socket /run/virtionetd.ctl http://localhost/metrics
+
+Environment:
+  RUST_LOG  what is logged, instead of -v: a level, or target=level,... such as virtionetd=debug
+  NO_COLOR  when set, no colours in the log
+
+Exit status:
+  0 at the end or on SIGTERM; 1 when something failed; 2 when the command line cannot be used.";
+
+/// The flags, unchecked.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Parser)]
+#[command(name = "virtionetd", version, about = ABOUT, after_help = EXAMPLES, max_term_width = 100)]
+pub struct Cli {
+    /// The flags of a single device, or what is common to several.
+    #[command(flatten)]
+    pub device: DeviceFlags,
+
+    /// One of several devices, described as below; may be repeated
+    #[arg(
+        long = "device",
+        value_name = "KEY=VALUE,...",
+        help_heading = "Process"
+    )]
+    pub devices: Vec<String>,
+
+    /// Answer HTTP/1.1 on this unix socket (made for its owner only): GET /v1/devices (JSON) and
+    /// GET /metrics (for Prometheus) [default: no such socket]
+    #[arg(long, value_name = "PATH", help_heading = "Process")]
+    pub control: Option<PathBuf>,
+
+    /// Print what kind of back-end this is, as JSON for QEMU's management tools, and exit; all
+    /// else on the command line is ignored
+    #[arg(long, help_heading = "Process")]
+    pub print_capabilities: bool,
+
+    /// Log more: -v for debugging, -vv for everything [default: informational]
+    #[arg(short, long, action = ArgAction::Count, help_heading = "Process")]
+    pub verbose: u8,
+}
+
+/// What can be said of one device, unchecked; as flags, or as the keys of `--device`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
+#[command(next_help_heading = "Device")]
+pub struct DeviceFlags {
+    /// The device's name in log and statistics [default: vnet; vnet0, vnet1, ... with --device]
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+
+    /// The vhost-user socket: virtionetd creates it and the front-end connects; with --client the
+    /// other way round
+    #[arg(long, value_name = "PATH")]
+    pub socket_path: Option<PathBuf>,
+
+    /// The vhost-user socket as a file descriptor, inherited from the parent process, instead of
+    /// --socket-path
+    #[arg(long, value_name = "N")]
+    pub fd: Option<String>,
+
+    /// Connect to the socket of a front-end that listens (QEMU's server=on), again and again until
+    /// it does
+    #[arg(long, num_args = 0, default_missing_value = "on")]
+    pub client: Option<String>,
+
+    /// Mode of the socket that virtionetd creates, in octal
+    /// [default: 600; 660 with --socket-group]
+    #[arg(long, value_name = "OCTAL")]
+    pub socket_mode: Option<String>,
+
+    /// Group of the socket that virtionetd creates, by name or number: the front-end's, where it
+    /// runs as another user [default: virtionetd's own]
+    #[arg(long, value_name = "NAME")]
+    pub socket_group: Option<String>,
+
+    /// Queue pairs: 1 to 128, or auto for as many as the front-end asks for. A front-end that asks
+    /// for more than N is refused [default: auto]
+    #[arg(long, value_name = "N|auto")]
+    pub queues: Option<String>,
+
+    /// Frames go to this TAP, which is made if there is none, and put into bridge BR. Short for
+    /// --uplink tap:NAME[,bridge=BR]. One made by hand must have several queues: ip tuntap add dev
+    /// NAME mode tap multi_queue vnet_hdr
+    #[arg(long, value_name = "NAME[,bridge=BR]")]
+    pub tap: Option<String>,
+
+    /// With the key `tap`: the bridge to put it into. (As a flag it is a part of `--tap`.)
+    #[arg(skip)]
+    pub bridge: Option<String>,
+
+    /// Where frames go: tap:NAME[,bridge=BR], or null, which drops what the guest sends
+    #[arg(long, value_name = "KIND[:...]")]
+    pub uplink: Option<String>,
+
+    /// The CPU of each pair's worker. auto: where the pair's vCPU is pinned, else one of the allowed
+    /// CPUs each in turn; same: the very CPUs of the vCPU's thread; list:CPUS: these in turn, such
+    /// as list:0-3,8; none: left to the kernel [default: auto]
+    #[arg(long, value_name = "auto|same|list:CPUS|none")]
+    pub placement: Option<String>,
+
+    /// QEMU's QMP socket, to ask for its vCPU threads where their names do not tell (QEMU names
+    /// them with -name debug-threads=on) [default: names only]
+    #[arg(long, value_name = "PATH")]
+    pub qmp: Option<PathBuf>,
+
+    /// How a worker waits for frames. off: it sleeps, and uses no CPU when idle; adaptive: after
+    /// work it looks on for up to --poll-us before it sleeps; always: it never sleeps and takes its
+    /// CPU whole [default: off]
+    #[arg(long, value_name = "off|adaptive|always")]
+    pub poll: Option<String>,
+
+    /// Microseconds that --poll adaptive looks on at most [default: 50]
+    #[arg(long, value_name = "N")]
+    pub poll_us: Option<String>,
+}
+
+/// Why a command line leads to no [`Command`].
+#[derive(Debug)]
+pub enum Refusal {
+    /// Flags that do not exist or lack their value; also `--help` and `--version`.
+    Flags(clap::Error),
+    /// Flags that cannot be used together, or values that mean nothing.
+    Config(ConfigError),
+}
+
+impl Refusal {
+    /// Tells the user, and says with which status to exit.
+    #[must_use]
+    pub fn report(&self) -> u8 {
+        // Where even stderr is closed, the exit status is all that is left to say.
+        match self {
+            Self::Flags(why) => {
+                let _ = why.print();
+                u8::try_from(why.exit_code()).unwrap_or(2)
+            }
+            Self::Config(why) => {
+                let _ = writeln!(io::stderr(), "virtionetd: {why}");
+                2
+            }
+        }
+    }
+}
+
+/// Reads the command line, the program's name first.
+///
+/// # Errors
+/// When it cannot be used; also for `--help` and `--version`.
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, Refusal> {
+    let args: Vec<OsString> = args.into_iter().collect();
+    // The specification wants it to win over all else, right or wrong.
+    if args.iter().any(|arg| arg == "--print-capabilities") {
+        return Ok(Command::PrintCapabilities);
+    }
+    let cli = Cli::try_parse_from(args).map_err(Refusal::Flags)?;
+    Config::resolve(cli)
+        .map(Command::Serve)
+        .map_err(Refusal::Config)
+}
+
+/// Answers `--print-capabilities` on stdout.
+///
+/// # Errors
+/// When stdout cannot be written.
+pub fn print_capabilities() -> io::Result<()> {
+    io::stdout().write_all(CAPABILITIES.as_bytes())
+}
+
+impl DeviceFlags {
+    /// The keys of `--device`.
+    pub const KEYS: &'static str = "name, socket-path, fd, client, queues, tap, bridge, uplink, \
+         placement, qmp, poll, poll-us, socket-mode, socket-group";
+
+    /// Reads the text of one `--device`.
+    ///
+    /// # Errors
+    /// A key that is unknown, lacks its value or comes twice.
+    pub fn parse_keys(text: &str, scope: &Scope) -> Result<Self, ConfigError> {
+        let mut flags = Self::default();
+        for item in split_at_commas(text) {
+            let (key, value) = match item.split_once('=') {
+                Some((key, value)) if !value.is_empty() => (key, value),
+                None if item == "client" => ("client", "on"),
+                _ => {
+                    return Err(scope.error(format_args!(
+                        "{item:?} is not KEY=VALUE: write a value behind =, and a comma inside a value twice"
+                    )));
+                }
+            };
+            let slot = flags.slot(key).ok_or_else(|| {
+                scope.error(format_args!(
+                    "the key {key:?} is not known: use {}",
+                    Self::KEYS
+                ))
+            })?;
+            if slot.set(value) {
+                return Err(scope.error(format_args!("{key} is given twice: keep one of them")));
+            }
+        }
+        Ok(flags)
+    }
+
+    /// These flags, and `defaults` where they say nothing.
+    #[must_use]
+    pub fn or(self, defaults: Self) -> Self {
+        Self {
+            name: self.name.or(defaults.name),
+            socket_path: self.socket_path.or(defaults.socket_path),
+            fd: self.fd.or(defaults.fd),
+            client: self.client.or(defaults.client),
+            socket_mode: self.socket_mode.or(defaults.socket_mode),
+            socket_group: self.socket_group.or(defaults.socket_group),
+            queues: self.queues.or(defaults.queues),
+            tap: self.tap.or(defaults.tap),
+            bridge: self.bridge.or(defaults.bridge),
+            uplink: self.uplink.or(defaults.uplink),
+            placement: self.placement.or(defaults.placement),
+            qmp: self.qmp.or(defaults.qmp),
+            poll: self.poll.or(defaults.poll),
+            poll_us: self.poll_us.or(defaults.poll_us),
+        }
+    }
+
+    fn slot(&mut self, key: &str) -> Option<Slot<'_>> {
+        Some(match key {
+            "name" => Slot::Text(&mut self.name),
+            "socket-path" => Slot::Path(&mut self.socket_path),
+            "fd" => Slot::Text(&mut self.fd),
+            "client" => Slot::Text(&mut self.client),
+            "socket-mode" => Slot::Text(&mut self.socket_mode),
+            "socket-group" => Slot::Text(&mut self.socket_group),
+            "queues" => Slot::Text(&mut self.queues),
+            "tap" => Slot::Text(&mut self.tap),
+            "bridge" => Slot::Text(&mut self.bridge),
+            "uplink" => Slot::Text(&mut self.uplink),
+            "placement" => Slot::Text(&mut self.placement),
+            "qmp" => Slot::Path(&mut self.qmp),
+            "poll" => Slot::Text(&mut self.poll),
+            "poll-us" => Slot::Text(&mut self.poll_us),
+            _ => return None,
+        })
+    }
+}
+
+/// Where the value of a key goes.
+enum Slot<'a> {
+    Text(&'a mut Option<String>),
+    Path(&'a mut Option<PathBuf>),
+}
+
+impl Slot<'_> {
+    /// Sets it; true if it was set already.
+    fn set(self, value: &str) -> bool {
+        match self {
+            Self::Text(slot) => slot.replace(value.into()).is_some(),
+            Self::Path(slot) => slot.replace(value.into()).is_some(),
+        }
+    }
+}
+
+/// The parts of `text` between single commas; a doubled comma stands for one inside a part.
+fn split_at_commas(text: &str) -> Vec<String> {
+    let mut parts = vec![String::new()];
+    let mut chars = text.chars().peekable();
+    while let Some(c) = chars.next() {
+        if c == ',' && chars.next_if_eq(&',').is_none() {
+            parts.push(String::new());
+        } else if let Some(part) = parts.last_mut() {
+            part.push(c);
+        }
+    }
+    parts
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn clap_finds_no_fault() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn help_names_every_key_and_fits_a_terminal() {
+        let short = Cli::command().render_help().to_string();
+        let help = Cli::command().render_long_help().to_string();
+        for key in DeviceFlags::KEYS.split(", ") {
+            assert!(
+                key == "bridge" || help.contains(&format!("--{key}")),
+                "{key}\n{help}"
+            );
+            let mut flags = DeviceFlags::default();
+            assert!(flags.slot(key).is_some(), "{key}");
+        }
+        for line in help.lines().chain(short.lines()) {
+            assert!(line.chars().count() <= 100, "{line}");
+        }
+    }
+
+    #[test]
+    fn commas_separate_and_doubled_ones_do_not() {
+        for (text, parts) in [
+            ("", vec![""]),
+            ("a", vec!["a"]),
+            ("a,b", vec!["a", "b"]),
+            ("a,,b", vec!["a,b"]),
+            ("a,,,b", vec!["a,", "b"]),
+            ("a,,,,b,", vec!["a,,b", ""]),
+        ] {
+            assert_eq!(split_at_commas(text), parts, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn capabilities_win_over_all_else_and_are_json() {
+        for args in [
+            &["--print-capabilities"][..],
+            &["--nonsense", "--print-capabilities", "--fd"],
+        ] {
+            let args = [&["virtionetd"], args].concat();
+            let command = parse(args.iter().map(Into::into)).unwrap();
+            assert_eq!(command, Command::PrintCapabilities);
+        }
+        let json: serde_json::Value = serde_json::from_str(CAPABILITIES).unwrap();
+        assert_eq!(json, serde_json::json!({"type": "net"}));
+    }
+
+    #[test]
+    fn exit_status_tells_a_refusal_from_an_answer() {
+        for (args, status) in [
+            ("--help", 0),
+            ("--version", 0),
+            ("--nonsense", 2),
+            ("--poll", 2),
+        ] {
+            let refusal = parse(["virtionetd", args].map(Into::into)).unwrap_err();
+            let Refusal::Flags(why) = &refusal else {
+                panic!("{args}: {refusal:?}");
+            };
+            assert_eq!(why.exit_code(), status, "{args}");
+        }
+        let refusal = parse(["virtionetd".into()]).unwrap_err();
+        assert_eq!(refusal.report(), 2);
+    }
+}

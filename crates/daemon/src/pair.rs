@@ -1,0 +1,237 @@
+//! A queue pair: two slots for rings, a queue of the uplink, and the thread that serves them.
+
+use std::fmt;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::thread::JoinHandle;
+
+use parking_lot::Mutex;
+use std::os::fd::AsRawFd;
+use virtionet_device::port::{Uplink, UplinkError, UplinkQueue};
+use virtionet_device::stats::WorkerStats;
+use virtionet_device::{RxQueue, TxQueue};
+use virtionet_placement::{Decision, worker_name};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::placer::Placer;
+use crate::poll::Polling;
+use crate::slot::Slot;
+use crate::worker::{Event, Worker};
+
+/// Stack of a worker: its deepest call keeps a few dozen KiB of frames and pieces.
+const STACK: usize = 256 * 1024;
+
+/// See the module.
+#[derive(Debug)]
+pub struct Pair {
+    index: u16,
+    /// The device's name, for the log.
+    device: String,
+    epoll: Arc<Epoll>,
+    wake: EventFd,
+    rx: Slot<RxQueue>,
+    tx: Slot<TxQueue>,
+    uplink: OnceLock<Arc<dyn UplinkQueue>>,
+    worker_stats: WorkerStats,
+    placer: Arc<Placer>,
+    placed: Mutex<Option<Placed>>,
+    /// The placer's generation that `placed` is of.
+    generation: AtomicU32,
+    thread: Mutex<Option<Thread>>,
+}
+
+/// Where a worker stands.
+#[derive(Debug, Clone)]
+pub struct Placed {
+    /// Its thread id.
+    pub tid: i32,
+    /// What was decided. `cpus` is what the kernel then said.
+    pub decision: Decision,
+}
+
+#[derive(Debug)]
+struct Thread {
+    stop: Arc<AtomicBool>,
+    handle: JoinHandle<()>,
+}
+
+impl Pair {
+    /// Pair number `index` of `device`, without a thread yet.
+    ///
+    /// # Errors
+    /// When the kernel has no descriptors left.
+    pub fn new(index: u16, device: &str, placer: Arc<Placer>) -> io::Result<Self> {
+        let epoll = Arc::new(Epoll::new()?);
+        let wake = EventFd::new(EFD_NONBLOCK)?;
+        let event = EpollEvent::new(EventSet::IN, Event::Wake.token());
+        epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), event)?;
+        Ok(Self {
+            index,
+            device: device.to_owned(),
+            rx: Slot::new(Arc::clone(&epoll), Event::RxKick),
+            tx: Slot::new(Arc::clone(&epoll), Event::TxKick),
+            epoll,
+            wake,
+            uplink: OnceLock::new(),
+            worker_stats: WorkerStats::default(),
+            placer,
+            placed: Mutex::new(None),
+            generation: AtomicU32::new(0),
+            thread: Mutex::new(None),
+        })
+    }
+
+    /// The receiveq's slot.
+    #[must_use]
+    pub fn rx(&self) -> &Slot<RxQueue> {
+        &self.rx
+    }
+
+    /// The transmitq's slot.
+    #[must_use]
+    pub fn tx(&self) -> &Slot<TxQueue> {
+        &self.tx
+    }
+
+    /// Its number, from 0.
+    #[must_use]
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// What its worker waits on.
+    #[must_use]
+    pub fn epoll(&self) -> &Arc<Epoll> {
+        &self.epoll
+    }
+
+    /// Its queue of the uplink, once opened.
+    #[must_use]
+    pub fn uplink(&self) -> Option<&Arc<dyn UplinkQueue>> {
+        self.uplink.get()
+    }
+
+    /// What its worker did.
+    #[must_use]
+    pub fn worker_stats(&self) -> &WorkerStats {
+        &self.worker_stats
+    }
+
+    /// Where its worker stands, while it runs.
+    #[must_use]
+    pub fn placed(&self) -> Option<Placed> {
+        self.placed.lock().clone()
+    }
+
+    /// Opens the pair's queue of `uplink`, unless it is open.
+    ///
+    /// # Errors
+    /// One sentence for a person.
+    pub fn open_uplink(&self, uplink: &dyn Uplink) -> Result<(), UplinkError> {
+        if self.uplink.get().is_some() {
+            return Ok(());
+        }
+        let queue = uplink.open_queue(self.index)?;
+        if let Some(fd) = queue.readable() {
+            let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+            self.epoll
+                .ctl(
+                    ControlOperation::Add,
+                    fd.as_raw_fd(),
+                    EpollEvent::new(events, Event::Uplink.token()),
+                )
+                .map_err(|e| UplinkError(format!("cannot wait for frames of the uplink: {e}")))?;
+        }
+        // Only the session thread opens queues, so none was put there meanwhile.
+        let _ = self.uplink.set(queue);
+        Ok(())
+    }
+
+    /// Lets frames be steered to this pair exactly while its RX ring is running and enabled.
+    pub fn follow_rx_state(&self) {
+        let live = self.rx.enabled() && self.rx.size() > 0;
+        if let Some(uplink) = self.uplink()
+            && let Err(error) = uplink.set_attached(live)
+        {
+            let verb = if live { "attach" } else { "detach" };
+            tracing::error!("{self}: cannot {verb} the uplink's queue: {error}");
+        }
+        self.wake();
+    }
+
+    /// Makes the worker look at everything once.
+    pub fn wake(&self) {
+        // Fails only when 2^64 wake-ups are pending.
+        let _ = self.wake.write(1);
+    }
+
+    /// The worker's side of [`Pair::wake`]: heeds a change of placement.
+    pub(crate) fn heed_wake(&self) {
+        let _ = self.wake.read();
+        if self.generation.load(Ordering::Relaxed) != self.placer.generation() {
+            self.place_worker();
+        }
+    }
+
+    /// Moves the calling thread, the pair's worker, to where it belongs.
+    pub(crate) fn place_worker(&self) {
+        self.generation
+            .store(self.placer.generation(), Ordering::Relaxed);
+        let mut decision = self.placer.decide(self.index);
+        match virtionet_placement::apply(None, &decision.cpus) {
+            Ok(cpus) => {
+                decision.cpus = cpus;
+                tracing::info!("{}: {decision}", self.device);
+            }
+            Err(error) => tracing::warn!("{}: {decision}, but {error}", self.device),
+        }
+        let tid = rustix::thread::gettid().as_raw_nonzero().get();
+        *self.placed.lock() = Some(Placed { tid, decision });
+    }
+
+    /// Starts the worker, unless it runs.
+    ///
+    /// # Errors
+    /// When the kernel refuses a thread.
+    pub fn start_worker(self: &Arc<Self>, poll: Polling) -> io::Result<()> {
+        let mut thread = self.thread.lock();
+        if thread.is_some() {
+            return Ok(());
+        }
+        let stop = Arc::new(AtomicBool::new(false));
+        let worker = Worker::new(Arc::clone(self), Arc::clone(&stop), poll);
+        let handle = std::thread::Builder::new()
+            .name(worker_name(u32::from(self.index)))
+            .stack_size(STACK)
+            .spawn(move || worker.run())?;
+        *thread = Some(Thread { stop, handle });
+        Ok(())
+    }
+
+    /// Tells the worker to end, without waiting for it.
+    pub fn stop_worker(&self) {
+        if let Some(thread) = &*self.thread.lock() {
+            thread.stop.store(true, Ordering::Release);
+            self.wake();
+        }
+    }
+
+    /// Waits until the worker has ended; to be called after [`Pair::stop_worker`].
+    pub fn join_worker(&self) {
+        let thread = self.thread.lock().take();
+        if let Some(thread) = thread
+            && thread.handle.join().is_err()
+        {
+            tracing::error!("{self}: the worker ended by a panic, which is a bug");
+        }
+        *self.placed.lock() = None;
+    }
+}
+
+impl fmt::Display for Pair {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} pair {}", self.device, self.index)
+    }
+}

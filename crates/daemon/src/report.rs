@@ -1,0 +1,264 @@
+//! What the daemon tells about itself: the answer to `GET /v1/devices`. Data only.
+
+use serde::{Serialize, Serializer};
+use virtionet_device::stats::{RingStats, WorkerStats};
+
+/// Who can say how the devices are.
+pub trait Inventory: Send + Sync {
+    /// The state of every device now.
+    fn report(&self) -> Report;
+}
+
+/// The whole daemon.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Report {
+    /// The daemon's version.
+    pub version: &'static str,
+    /// Its devices, in the order of the command line.
+    pub devices: Vec<Device>,
+}
+
+/// One device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Device {
+    /// Its name.
+    pub name: String,
+    /// The vhost-user socket: its path, or `fd:N` for an inherited one.
+    pub socket: String,
+    /// Who connects to whom.
+    pub role: Role,
+    /// Whether a front-end is connected.
+    pub connected: bool,
+    /// The front-end, while it is connected.
+    pub frontend: Option<Frontend>,
+    /// The guest's memory as the front-end described it.
+    pub memory: Vec<Region>,
+    /// Where the frames go.
+    pub uplink: Uplink,
+    /// The MTU that the front-end set, in bytes.
+    pub mtu: Option<u16>,
+    /// The queue pairs, by number.
+    pub pairs: Vec<Pair>,
+}
+
+/// Who connects on the vhost-user socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// The daemon listens, the front-end connects.
+    Server,
+    /// The front-end listens, the daemon connects.
+    Client,
+    /// The socket came from the parent process.
+    Inherited,
+}
+
+/// What is known of the front-end.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Frontend {
+    /// Its process, where the kernel tells.
+    pub pid: Option<i32>,
+    /// The virtio features that the driver took, by name without prefix.
+    pub features: Vec<&'static str>,
+    /// The vhost-user protocol features in use, by name without prefix.
+    pub protocol_features: Vec<&'static str>,
+}
+
+/// One region of guest memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Region {
+    /// Guest physical address.
+    pub guest_addr: u64,
+    /// Bytes.
+    pub size: u64,
+    /// Address in the front-end's process.
+    pub user_addr: u64,
+}
+
+/// Where the frames of a device go.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Uplink {
+    /// The kind, as `--uplink` spells it.
+    pub kind: &'static str,
+    /// The name; the interface's for a TAP.
+    pub name: String,
+}
+
+/// One queue pair and its worker.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Pair {
+    /// Its number, from 0.
+    pub pair: u16,
+    /// The vCPU that the worker follows.
+    pub vcpu: Option<u32>,
+    /// All vCPUs that the driver gives to the pair.
+    pub vcpus: Vec<u32>,
+    /// The worker thread's name.
+    pub worker: String,
+    /// The worker thread's id, while it runs.
+    pub tid: Option<i32>,
+    /// The CPUs the worker may run on.
+    pub cpus: Vec<u32>,
+    /// Why it stands there.
+    pub placement: String,
+    /// What the worker did; names as in [`WorkerStats::NAMES`].
+    pub worker_counters: Counters,
+    /// The receive ring: frames to the guest.
+    pub rx: Ring,
+    /// The transmit ring: frames from the guest.
+    pub tx: Ring,
+}
+
+/// One ring.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Ring {
+    /// Whether it is served.
+    pub state: RingState,
+    /// Whether the front-end enabled it.
+    pub enabled: bool,
+    /// Descriptors; 0 until the front-end sets it.
+    pub size: u16,
+    /// What happened on it; names as in [`RingStats::NAMES`].
+    pub counters: Counters,
+}
+
+/// Whether a ring is served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RingState {
+    /// The front-end has not started it, or has stopped it.
+    Stopped,
+    /// It is served.
+    Running,
+    /// The guest broke the ring's rules; it waits to be configured anew.
+    Quarantined,
+}
+
+/// Names and values of one block of counters; a map in JSON, in the block's own order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Counters(Vec<(&'static str, u64)>);
+
+impl Counters {
+    /// In the order in which the block declares them.
+    pub fn iter(&self) -> impl Iterator<Item = (&'static str, u64)> + '_ {
+        self.0.iter().copied()
+    }
+
+    fn new(names: &[(&'static str, &str)], values: Vec<u64>) -> Self {
+        Self(names.iter().map(|(name, _)| *name).zip(values).collect())
+    }
+}
+
+impl From<&RingStats> for Counters {
+    fn from(stats: &RingStats) -> Self {
+        Self::new(RingStats::NAMES, stats.values())
+    }
+}
+
+impl From<&WorkerStats> for Counters {
+    fn from(stats: &WorkerStats) -> Self {
+        Self::new(WorkerStats::NAMES, stats.values())
+    }
+}
+
+impl Serialize for Counters {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.iter())
+    }
+}
+
+/// A report with something in every field, for tests of what is made from it.
+#[cfg(test)]
+pub(crate) fn sample() -> Report {
+    let ring = |state, frames| {
+        let stats = RingStats::default();
+        stats.frames.add(frames);
+        stats.bytes.add(frames * 60);
+        Ring {
+            state,
+            enabled: true,
+            size: 256,
+            counters: Counters::from(&stats),
+        }
+    };
+    let worker = WorkerStats::default();
+    worker.wakeups.add(3);
+    Report {
+        version: "0.1.0",
+        devices: vec![Device {
+            name: "vnet".into(),
+            socket: "/run/a \"b\".sock".into(),
+            role: Role::Server,
+            connected: true,
+            frontend: Some(Frontend {
+                pid: Some(1),
+                features: vec!["MQ"],
+                protocol_features: vec!["MQ"],
+            }),
+            memory: vec![Region {
+                guest_addr: 0,
+                size: 4096,
+                user_addr: 1 << 40,
+            }],
+            uplink: Uplink {
+                kind: "tap",
+                name: "tap0".into(),
+            },
+            mtu: Some(1500),
+            pairs: vec![Pair {
+                pair: 0,
+                vcpu: Some(0),
+                vcpus: vec![0],
+                worker: "vnet-q0".into(),
+                tid: Some(1),
+                cpus: vec![2],
+                placement: "why".into(),
+                worker_counters: Counters::from(&worker),
+                rx: ring(RingState::Running, 5),
+                tx: ring(RingState::Quarantined, 7),
+            }],
+        }],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn has_the_documented_shape() {
+        let mut report = serde_json::to_value(sample()).unwrap();
+        let pair = &mut report["devices"][0]["pairs"][0];
+        let rx = pair["rx"]["counters"].take();
+        let tx = pair["tx"]["counters"].take();
+        let worker = pair["worker_counters"].take();
+        assert_eq!((&rx["frames"], &tx["bytes"]), (&5.into(), &420.into()));
+        assert_eq!(worker["wakeups"], 3);
+        assert_eq!(rx.as_object().unwrap().len(), RingStats::NAMES.len());
+        assert_eq!(
+            report,
+            serde_json::json!({"version": "0.1.0", "devices": [{
+                "name": "vnet", "socket": "/run/a \"b\".sock", "role": "server", "connected": true,
+                "frontend": {"pid": 1, "features": ["MQ"], "protocol_features": ["MQ"]},
+                "memory": [{"guest_addr": 0, "size": 4096, "user_addr": 1_u64 << 40}],
+                "uplink": {"kind": "tap", "name": "tap0"},
+                "mtu": 1500,
+                "pairs": [{
+                    "pair": 0, "vcpu": 0, "vcpus": [0], "worker": "vnet-q0", "tid": 1, "cpus": [2],
+                    "placement": "why", "worker_counters": null,
+                    "rx": {"state": "running", "enabled": true, "size": 256, "counters": null},
+                    "tx": {"state": "quarantined", "enabled": true, "size": 256, "counters": null},
+                }],
+            }]})
+        );
+    }
+
+    #[test]
+    fn counters_keep_their_order() {
+        let json = serde_json::to_string(&Counters::from(&WorkerStats::default())).unwrap();
+        assert_eq!(
+            json,
+            r#"{"wakeups":0,"polls":0,"busy_polls":0,"over_budget":0}"#
+        );
+    }
+}

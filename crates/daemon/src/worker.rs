@@ -1,0 +1,253 @@
+//! The thread of a queue pair: who wakes it, and what it does then.
+//!
+//! ```text
+//!   transmitq kick ──┐                  ┌── TX turn: a few bursts from the ring to the uplink
+//!   receiveq kick ───┤                  │
+//!   uplink readable ─┼── epoll ── pass ─┤
+//!   wake-up ─────────┘                  └── RX turn: frames from the uplink into the ring
+//! ```
+//!
+//! A pass gives TX and RX a turn each, with a budget of frames and bytes, so neither starves the
+//! other and none holds the worker. As long as one of them has more, passes follow each other with
+//! a look at epoll in between. Otherwise the worker polls for a while, if it is told to, asks for
+//! kicks, looks once more and sleeps. No error of a frame, a guest or the host ends it.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use virtionet_device::{DeviceQueue, RxEnd};
+use vmm_sys_util::epoll::{Epoll, EpollEvent};
+
+use crate::pair::Pair;
+use crate::poll::Polling;
+
+/// Why a worker wakes up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Event {
+    /// Something about the pair changed: a ring started, a placement, the end.
+    Wake,
+    /// The driver made chains available for TX.
+    TxKick,
+    /// The driver made buffers available for RX.
+    RxKick,
+    /// A frame waits in the uplink.
+    Uplink,
+}
+
+impl Event {
+    const ALL: [Self; 4] = [Self::Wake, Self::TxKick, Self::RxKick, Self::Uplink];
+
+    /// The number that epoll carries for it.
+    #[must_use]
+    pub fn token(self) -> u64 {
+        match self {
+            Self::Wake => 0,
+            Self::TxKick => 1,
+            Self::RxKick => 2,
+            Self::Uplink => 3,
+        }
+    }
+
+    fn of(token: u64) -> Option<Self> {
+        Self::ALL.into_iter().find(|event| event.token() == token)
+    }
+}
+
+/// What one turn of TX may take before RX has its own: about 1 ms at most, whatever is sent.
+const TX_CHAINS: usize = 256;
+const TX_BYTES: usize = 1 << 20;
+/// The same for RX.
+const RX_FRAMES: usize = 64;
+const RX_BYTES: usize = 1 << 20;
+
+/// Empty looks at the rings while polling before it also looks at epoll.
+const LOOKS_PER_WAIT: u32 = 64;
+
+/// A queue pair's thread, seen from within.
+#[derive(Debug)]
+pub struct Worker {
+    pair: Arc<Pair>,
+    epoll: Arc<Epoll>,
+    stop: Arc<AtomicBool>,
+    poll: Polling,
+    /// Chains may be available for TX.
+    tx_ready: bool,
+    /// A frame may wait in the uplink.
+    uplink_ready: bool,
+    /// The guest has no RX buffers; a kick will tell when it has.
+    starved: bool,
+}
+
+impl Worker {
+    /// A worker for `pair`, which ends when `stop` is set and it is woken.
+    #[must_use]
+    pub fn new(pair: Arc<Pair>, stop: Arc<AtomicBool>, poll: Polling) -> Self {
+        Self {
+            epoll: Arc::clone(pair.epoll()),
+            pair,
+            stop,
+            poll,
+            tx_ready: true,
+            uplink_ready: true,
+            starved: false,
+        }
+    }
+
+    /// Serves the pair until it is told to stop.
+    pub fn run(mut self) {
+        self.pair.place_worker();
+        while !self.stop.load(Ordering::Acquire) {
+            let timeout = if self.has_work() { 0 } else { -1 };
+            self.wait(timeout);
+            self.pass(!self.poll.is_on());
+            if self.poll.is_on() && !self.has_work() {
+                self.spin();
+                // Kicks are asked for, and what came before that is found, before it sleeps.
+                self.tx_ready = true;
+                self.pass(true);
+            }
+        }
+    }
+
+    fn has_work(&self) -> bool {
+        self.tx_ready || (self.uplink_ready && !self.starved)
+    }
+
+    /// Waits for events (`timeout` in milliseconds, -1 for ever) and notes what they mean.
+    fn wait(&mut self, timeout: i32) {
+        let mut events = [EpollEvent::default(); Event::ALL.len()];
+        let count = match self.epoll.wait(timeout, &mut events) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+            Err(error) => {
+                // Cannot happen to a live epoll descriptor; never spin on it if it does.
+                tracing::error!("{}: waiting for events failed: {error}", self.pair);
+                std::thread::sleep(Duration::from_millis(100));
+                0
+            }
+        };
+        for event in &events[..count] {
+            match Event::of(event.data()) {
+                Some(Event::Wake) => self.woken(),
+                Some(Event::TxKick) => {
+                    self.pair.tx().stats().kicks.add(1);
+                    self.tx_ready = true;
+                }
+                Some(Event::RxKick) => {
+                    self.pair.rx().stats().kicks.add(1);
+                    self.starved = false;
+                }
+                Some(Event::Uplink) => self.uplink_ready = true,
+                None => {}
+            }
+        }
+        if count > 0 {
+            self.pair.worker_stats().wakeups.add(1);
+        }
+    }
+
+    /// Something changed: look at everything once.
+    fn woken(&mut self) {
+        self.pair.heed_wake();
+        self.tx_ready = true;
+        self.uplink_ready = true;
+        self.starved = false;
+    }
+
+    /// A turn for TX and one for RX; true when one of them found frames. `sleep_next`: where there
+    /// are none, kicks are asked for.
+    fn pass(&mut self, sleep_next: bool) -> bool {
+        let mut found = false;
+        if self.tx_ready {
+            found |= self.tx_turn(sleep_next);
+        }
+        if self.uplink_ready && !self.starved {
+            found |= self.rx_turn();
+        }
+        if self.has_work() && found {
+            self.pair.worker_stats().over_budget.add(1);
+        }
+        found
+    }
+
+    fn tx_turn(&mut self, sleep_next: bool) -> bool {
+        let uplink = self.pair.uplink();
+        let outcome = self.pair.tx().turn(&"tx", |queue, enabled| {
+            let uplink = uplink.filter(|_| enabled).map(|uplink| &**uplink);
+            queue.disable_kicks();
+            let (mut chains, mut bytes, mut call) = (0, 0, false);
+            let more = loop {
+                let sent = queue.send(uplink)?;
+                chains += sent.chains;
+                bytes += sent.bytes;
+                call |= sent.call;
+                if chains >= TX_CHAINS || bytes >= TX_BYTES {
+                    break true;
+                }
+                if sent.chains == 0 && !(sleep_next && queue.enable_kicks()) {
+                    break false;
+                }
+            };
+            Ok(((chains > 0, more), call))
+        });
+        let (found, more) = outcome.unwrap_or_default();
+        self.tx_ready = more;
+        found
+    }
+
+    fn rx_turn(&mut self) -> bool {
+        let Some(uplink) = self.pair.uplink() else {
+            self.uplink_ready = false;
+            return false;
+        };
+        let outcome = self.pair.rx().turn(&"rx", |queue, enabled| {
+            if !enabled {
+                return Ok(((false, RxEnd::UplinkEmpty), false));
+            }
+            let filled = queue.fill(&**uplink, RX_FRAMES, RX_BYTES)?;
+            let end = match filled.end {
+                RxEnd::Starved if queue.enable_kicks() => RxEnd::Budget,
+                end => end,
+            };
+            Ok(((filled.frames > 0, end), filled.call))
+        });
+        let (found, end) = outcome.unwrap_or((false, RxEnd::UplinkEmpty));
+        match end {
+            RxEnd::UplinkEmpty | RxEnd::UplinkFailed => self.uplink_ready = false,
+            RxEnd::Starved => {
+                self.starved = true;
+                self.pair.rx().stats().rx_starved.add(1);
+            }
+            RxEnd::Budget => {}
+        }
+        found
+    }
+
+    /// Looks for frames again and again, without kicks, for as long as that pays.
+    fn spin(&mut self) {
+        let mut until = self.poll.until();
+        let mut looks = 0u32;
+        while !self.stop.load(Ordering::Relaxed) {
+            self.tx_ready = true;
+            self.uplink_ready = true;
+            if self.pass(false) {
+                self.pair.worker_stats().busy_polls.add(1);
+                self.poll.found();
+                until = self.poll.until();
+                continue;
+            }
+            self.pair.worker_stats().polls.add(1);
+            if until.is_none_or(|until| Instant::now() >= until) {
+                self.poll.in_vain();
+                return;
+            }
+            looks = looks.wrapping_add(1);
+            if looks.is_multiple_of(LOOKS_PER_WAIT) {
+                self.wait(0);
+            }
+            std::hint::spin_loop();
+        }
+    }
+}
