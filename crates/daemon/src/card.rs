@@ -144,7 +144,10 @@ impl Card {
     fn recount_pairs(&self) {
         let live = |pair: &&Arc<Pair>| pair.rx().enabled() && pair.rx().size() > 0;
         let count = self.pairs().filter(live).count();
-        if self.placer.set_pairs(u32::try_from(count).unwrap_or(u32::MAX)) {
+        if self
+            .placer
+            .set_pairs(u32::try_from(count).unwrap_or(u32::MAX))
+        {
             self.pairs().for_each(|pair| pair.wake());
         }
     }
@@ -296,7 +299,10 @@ impl Backend for Card {
     }
 }
 
-fn start_in<Q: DeviceQueue>(slot: &Slot<Q>, start: RingStart) -> Result<(), crate::slot::StartFault> {
+fn start_in<Q: DeviceQueue>(
+    slot: &Slot<Q>,
+    start: RingStart,
+) -> Result<(), crate::slot::StartFault> {
     slot.set_enabled(start.enabled);
     let config = QueueConfig {
         layout: start.layout,

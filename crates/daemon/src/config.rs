@@ -214,21 +214,15 @@ impl Config {
                 tap_name(&device.uplink).map(|name| format!("TAP {name}")),
             ];
             for thing in names.into_iter().flatten() {
-                match owners.get(&thing) {
-                    None => {}
-                    Some(owner) if *owner == device.name => {
-                        return Err(ConfigError(format!(
-                            "{thing} is given to two devices: give each a name of its own"
-                        )));
-                    }
-                    Some(owner) => {
-                        return Err(ConfigError(format!(
-                            "{thing} is given to both {owner} and {}: give each one of its own",
-                            device.name
-                        )));
-                    }
+                if let Some(owner) = owners.insert(thing.clone(), &device.name) {
+                    let whom = match owner == device.name {
+                        true => "two devices".into(),
+                        false => format!("both {owner} and {}", device.name),
+                    };
+                    return Err(ConfigError(format!(
+                        "{thing} is given to {whom}: give each one of its own"
+                    )));
                 }
-                owners.insert(thing, &device.name);
             }
         }
         Ok(())
@@ -735,7 +729,7 @@ mod tests {
 --device fd=3,tap=t0 --device fd=3,tap=t1
     descriptor 3 is given to both vnet0 and vnet1: give each one of its own
 --device fd=3,tap=t0,name=x --device fd=4,tap=t1,name=x
-    name x is given to two devices: give each a name of its own
+    name x is given to two devices: give each one of its own
 --device fd=3,tap=t0 --device fd=4
     --device fd=4: no uplink is given: add tap=NAME, or uplink=null to drop what the guest sends
 --device tap=t0

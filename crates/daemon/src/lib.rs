@@ -1,6 +1,6 @@
 //! The parts of the virtionetd program.
 //!
-//! Reading order, from the wire to the frame: `serve` (processes and threads), [`card`] (one
+//! Reading order, from the wire to the frame: [`serve`] (processes and threads), [`card`] (one
 //! device), [`pair`] and [`worker`] (a queue pair and its thread), [`slot`] (a running ring).
 
 pub mod card;
@@ -14,6 +14,6 @@ pub mod pair;
 pub mod placer;
 pub mod poll;
 pub mod report;
-//pub mod serve;
+pub mod serve;
 pub mod slot;
 pub mod worker;

@@ -1,2 +1,29 @@
-//! virtionetd.
-fn main() {}
+//! virtionetd: a guest's network card in a process of its own.
+
+use std::process::ExitCode;
+
+use virtionetd::cli;
+use virtionetd::config::Command;
+use virtionetd::{logging, serve};
+
+fn main() -> ExitCode {
+    let config = match cli::parse(std::env::args_os()) {
+        Ok(Command::PrintCapabilities) => return exit(cli::print_capabilities()),
+        Ok(Command::Serve(config)) => config,
+        Err(refusal) => return ExitCode::from(refusal.report()),
+    };
+    if let Err(error) = logging::init(config.verbosity) {
+        return exit(Err(error));
+    }
+    exit(serve::run(config))
+}
+
+fn exit(result: Result<(), impl std::fmt::Display>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("virtionetd: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

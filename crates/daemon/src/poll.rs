@@ -23,10 +23,7 @@ impl Polling {
     /// Polling as configured, nothing learnt yet.
     #[must_use]
     pub fn new(mode: Poll) -> Self {
-        Self {
-            mode,
-            budget: STEP,
-        }
+        Self { mode, budget: STEP }
     }
 
     /// Whether the worker looks at all before it sleeps.

@@ -1,1 +1,25 @@
-//! Under construction.
+//! The driver's side of virtio-net: for tests, benches and fuzzing, never for the daemon itself.
+//!
+//! From below: [`memory`] is the guest's RAM, [`driver`] and [`split`] its rings, [`net`], [`tx`]
+//! and [`rx`] the two queues of a pair, [`wire`] and [`frontend`] the vhost-user socket as QEMU speaks it, and
+//! [`card`] all of them together: a network card that is connected, started, and sends and
+//! receives. [`frame`] and [`header`] make what it sends and check what it gets.
+//!
+//! Rings can be driven without a socket: [`memory::GuestRam::guest_memory`] is the device's view of
+//! the same memory in this process.
+
+pub mod card;
+pub mod doorbell;
+pub mod driver;
+mod error;
+pub mod frame;
+pub mod frontend;
+pub mod header;
+pub mod memory;
+pub mod net;
+pub mod rx;
+pub mod split;
+pub mod tx;
+pub mod wire;
+
+pub use error::Error;

@@ -1,1 +1,44 @@
-//! Under construction.
+//! The vhost-user session: one front-end (QEMU, as a rule) on one unix socket, from its first byte
+//! to its last.
+//!
+//! ```text
+//! bytes + fds --wire--> Message --request--> Request --session--> calls of a Backend, a Reply
+//! ```
+//!
+//! Each stage is used by the next and by nothing else: [`wire`] knows sockets and no request,
+//! [`request`] knows payloads and no state, [`session`] knows state and no socket. What a stage
+//! let through is never checked again.
+//!
+//! # What an error does
+//! - The protocol itself is broken ([`PeerError`]: framing, payload sizes, descriptors): the
+//!   session ends, since nothing that follows can be believed.
+//! - A request is well formed but cannot be done ([`Refusal`]): nothing changes, one line is
+//!   logged (at most one a second), and the front-end gets a non-zero acknowledgement if it asked
+//!   for one. Requests that this back-end does not know or has not offered are refused alike.
+//! - A request that needs an answer of its own (GET_VRING_BASE) cannot be refused: it ends the
+//!   session.
+//! - The guest's memory is not shared ([`SessionError::NotShared`]): the session ends when the
+//!   first ring is to start.
+//!
+//! # One front-end at a time
+//! A second client of a busy socket waits in the listen backlog: a front-end that reconnects may
+//! come before the end of its old connection has been seen, and must not be turned away.
+
+pub mod backend;
+mod error;
+mod eventfd;
+pub mod features;
+pub mod listen;
+mod quiet;
+pub mod request;
+pub mod session;
+mod sys;
+#[cfg(test)]
+mod testing;
+mod vring;
+pub mod wire;
+
+pub use backend::{Backend, BackendError, RingStart};
+pub use error::{DecodeError, PeerError, Refusal, SessionError};
+pub use session::{Ended, Session, serve};
+pub use sys::{peer_pid, take_fd};

@@ -1,0 +1,207 @@
+//! The program's run: devices are set up, each gets a thread for its vhost-user socket, and the
+//! main thread waits for a signal.
+//!
+//! Threads: `main` (signals), `NAME` (one a device: accepts front-ends and answers them),
+//! `vnet-qK` (one a queue pair: frames), `control` (the HTTP socket, if asked for).
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+
+use rustix::event::{EventfdFlags, eventfd};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use virtionet_placement::{CpuSet, Planner};
+use virtionet_session::listen::{Access, Inherited, ListenError, Listener, connect};
+use virtionet_session::{Ended, SessionError, take_fd};
+use virtionet_uplink::UplinkSpec;
+
+use crate::card::Card;
+use crate::config::{Config, DeviceConfig, Socket};
+use crate::control::ControlServer;
+use crate::inventory::Devices;
+use crate::placer::Placer;
+
+/// Why the program cannot start, or had to end: one sentence.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// A device cannot be set up.
+    #[error("{0}: {1}")]
+    Device(String, String),
+    /// The control socket cannot be made.
+    #[error(transparent)]
+    Control(#[from] crate::control::ControlError),
+    /// The host lacks something that every process needs.
+    #[error("cannot {what}: {error}; check the limits of this process")]
+    Host {
+        /// What was tried.
+        what: &'static str,
+        /// What the kernel said.
+        error: std::io::Error,
+    },
+    /// The CPUs of this process cannot be read.
+    #[error(transparent)]
+    Affinity(#[from] virtionet_placement::AffinityError),
+    /// A device's session ended the program; the log has said why.
+    #[error("device {0} cannot go on")]
+    Ended(String),
+}
+
+/// Serves the devices of `config` until a signal asks to end.
+///
+/// # Errors
+/// When something cannot be set up, or a device that is alone cannot go on.
+pub fn run(config: Config) -> Result<(), RunError> {
+    let allowed = virtionet_placement::allowed_cpus()?;
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(host("handle signals"))?;
+    // Inherited descriptors are taken before anything else is opened in their place.
+    let doors = config
+        .devices
+        .iter()
+        .map(|device| Door::open(&device.socket).map_err(|e| device_error(device, e)))
+        .collect::<Result<Vec<_>, _>>()?;
+    let cards = config
+        .devices
+        .iter()
+        .map(|device| Ok((device.clone(), Arc::new(card(device, &allowed)?))))
+        .collect::<Result<Vec<_>, RunError>>()?;
+    let devices = Arc::new(Devices(cards));
+    let control = match &config.control {
+        Some(path) => Some(ControlServer::start(path, Arc::clone(&devices) as _)?),
+        None => None,
+    };
+    let stop =
+        Arc::new(eventfd(0, EventfdFlags::CLOEXEC).map_err(|e| host("make an eventfd")(e.into()))?);
+    let alone = devices.0.len() == 1;
+    let left = Arc::new(AtomicUsize::new(devices.0.len()));
+    let mut threads = Vec::new();
+    for ((_, card), door) in devices.0.iter().zip(doors) {
+        let (card, stop, main) = (Arc::clone(card), Arc::clone(&stop), signals.handle());
+        let name = card.name().to_owned();
+        let left = Arc::clone(&left);
+        let serve = move || {
+            let ended_well = serve(&card, door, stop.as_fd(), alone);
+            if left.fetch_sub(1, Ordering::Relaxed) == 1 {
+                main.close();
+            }
+            ended_well
+        };
+        let thread = std::thread::Builder::new()
+            .name(name.clone())
+            .spawn(serve)
+            .map_err(host("start a thread"))?;
+        threads.push((name, thread));
+    }
+    if let Some(signal) = signals.forever().next() {
+        tracing::info!("signal {signal}: ending");
+    }
+    // It is never read, so it stays readable for every thread.
+    let _ = rustix::io::write(&*stop, &1u64.to_ne_bytes());
+    let ended = join(threads);
+    drop(control);
+    ended
+}
+
+fn join(threads: Vec<(String, JoinHandle<bool>)>) -> Result<(), RunError> {
+    let mut result = Ok(());
+    for (name, thread) in threads {
+        if !matches!(thread.join(), Ok(true)) {
+            result = Err(RunError::Ended(name));
+        }
+    }
+    result
+}
+
+/// Sets one device up: its uplink is opened now, so that what is wrong with it shows at start.
+fn card(device: &DeviceConfig, allowed: &CpuSet) -> Result<Card, RunError> {
+    let spec: UplinkSpec = device.uplink.parse().map_err(|e| device_error(device, e))?;
+    let uplink = virtionet_uplink::open(&spec).map_err(|e| device_error(device, e))?;
+    let mode = device
+        .placement
+        .parse()
+        .map_err(|e| device_error(device, e))?;
+    let planner = Planner::new(mode, allowed.clone(), device.qmp.clone())
+        .map_err(|e| device_error(device, e))?;
+    Ok(Card::new(
+        &device.name,
+        device.queues.max(),
+        uplink,
+        Placer::new(planner),
+        device.poll,
+    ))
+}
+
+fn device_error(device: &DeviceConfig, error: impl ToString) -> RunError {
+    RunError::Device(device.name.clone(), error.to_string())
+}
+
+fn host(what: &'static str) -> impl Fn(std::io::Error) -> RunError {
+    move |error| RunError::Host { what, error }
+}
+
+/// Where front-ends come from.
+enum Door {
+    Listener(Listener),
+    Connect(PathBuf),
+    /// One connection, already made.
+    Once(Option<UnixStream>),
+}
+
+impl Door {
+    fn open(socket: &Socket) -> Result<Self, ListenError> {
+        Ok(match socket {
+            Socket::Listen { path, mode, group } => {
+                let access = Access {
+                    mode: Some(*mode),
+                    group: group.clone(),
+                };
+                Self::Listener(Listener::bind(path, &access)?)
+            }
+            Socket::Connect { path } => Self::Connect(path.clone()),
+            Socket::Inherited(number) => {
+                let fd = take_fd(*number).map_err(|e| ListenError::WrongKind(e.to_string()))?;
+                match Inherited::new(fd)? {
+                    Inherited::Listening(listener) => Self::Listener(listener),
+                    Inherited::Connected(stream) => Self::Once(Some(stream)),
+                }
+            }
+        })
+    }
+
+    /// The next front-end; `None` when there will be none, or `stop` is readable.
+    fn next(&mut self, stop: BorrowedFd<'_>) -> Result<Option<UnixStream>, ListenError> {
+        match self {
+            Self::Listener(listener) => listener.accept(stop),
+            Self::Connect(path) => connect(path, stop),
+            Self::Once(stream) => Ok(stream.take()),
+        }
+    }
+}
+
+/// A device's thread: one front-end after the other. True when it ended as it should. A front-end
+/// that fails costs its own session; only where nothing can mend it, and there is no other device,
+/// the program ends.
+fn serve(card: &Card, mut door: Door, stop: BorrowedFd<'_>, alone: bool) -> bool {
+    loop {
+        let stream = match door.next(stop) {
+            Ok(Some(stream)) => stream,
+            Ok(None) => return true,
+            Err(error) => {
+                tracing::error!("{}: {error}", card.name());
+                return false;
+            }
+        };
+        match virtionet_session::serve(stream, card, stop) {
+            Ok(Ended::Disconnected) => {}
+            Ok(Ended::Stopped) => return true,
+            Err(error @ SessionError::NotShared) if alone => {
+                tracing::error!("{}: {error}", card.name());
+                return false;
+            }
+            Err(error) => tracing::error!("{}: {error}", card.name()),
+        }
+    }
+}

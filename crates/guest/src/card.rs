@@ -1,0 +1,363 @@
+//! A whole network card: a front-end, guest memory and started queue pairs.
+//!
+//! ```no_run
+//! # use virtionet_guest::{card::{Card, CardConfig}, frame::{FrameSpec, Transport}, net::MODERN};
+//! # use std::{path::Path, time::Duration};
+//! let mut card = Card::connect(Path::new("/run/card.sock"), &CardConfig::new(1, 256, MODERN))?;
+//! let frame = FrameSpec::v4(Transport::Udp).build(b"hello").unwrap();
+//! card.pairs[0].tx.send(&frame)?;
+//! let answer = card.pairs[0].rx.wait_frames(1, Duration::from_secs(1))?;
+//! # Ok::<(), virtionet_guest::Error>(())
+//! ```
+
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
+
+use crate::error::Error;
+use crate::frontend::{FrontEnd, PROTOCOL_FEATURES};
+use crate::memory::GuestRam;
+use crate::net::{QueueConfig, RingSetup};
+use crate::rx::RxQueue;
+use crate::tx::TxQueue;
+
+/// The order in which a pair is started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// QEMU's: a pair's rings are enabled before SET_FEATURES, which is sent once a pair.
+    Qemu,
+    /// Features once and first, then the rings, enabled last.
+    FeaturesFirst,
+}
+
+/// How a card is made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CardConfig {
+    /// Queue pairs, 1 to 128.
+    pub pairs: u16,
+    /// Pairs that are enabled when the card starts.
+    pub enabled: u16,
+    /// Feature bits that the back-end must offer.
+    pub required: u64,
+    /// How every pair's queues are made; `features` are those wanted, and taken where offered.
+    pub queues: QueueConfig,
+    /// Protocol features wanted, and taken where offered.
+    pub protocol: u64,
+    /// The order of the start.
+    pub order: Order,
+    /// Regions of guest memory (address, bytes); none for one region that is large enough.
+    pub layout: Vec<(u64, u64)>,
+    /// How long to try to connect.
+    pub patience: Duration,
+}
+
+impl CardConfig {
+    /// A card of `pairs` pairs, all enabled, with rings of `size` descriptors, that takes what it
+    /// can get of `features`.
+    #[must_use]
+    pub fn new(pairs: u16, size: u16, features: u64) -> Self {
+        let protocol = Protocol::MQ
+            | Protocol::REPLY_ACK
+            | Protocol::CONFIGURE_MEM_SLOTS
+            | Protocol::MTU
+            | Protocol::RARP
+            | Protocol::LOG_SHMFD
+            | Protocol::RESET_DEVICE
+            | Protocol::STATUS;
+        Self {
+            pairs,
+            enabled: pairs,
+            required: 0,
+            queues: QueueConfig::new(size, features),
+            protocol: protocol.bits(),
+            order: Order::Qemu,
+            layout: Vec::new(),
+            patience: Duration::from_secs(5),
+        }
+    }
+}
+
+/// A queue pair: receiveq and transmitq.
+#[derive(Debug)]
+pub struct Pair {
+    /// What the guest receives.
+    pub rx: RxQueue,
+    /// What the guest sends.
+    pub tx: TxQueue,
+}
+
+impl Pair {
+    /// Allocates both queues in `ram`; the receiveq is empty.
+    ///
+    /// # Errors
+    /// When the configuration makes no sense or `ram` has no room.
+    pub fn new(ram: &GuestRam, config: &QueueConfig) -> Result<Self, Error> {
+        Ok(Self {
+            rx: RxQueue::new(ram, config)?,
+            tx: TxQueue::new(ram, config)?,
+        })
+    }
+}
+
+/// A network card on a vhost-user back-end.
+#[derive(Debug)]
+pub struct Card {
+    /// The connection.
+    pub front: FrontEnd,
+    /// The queue pairs. They may be taken out and driven by threads of their own: the card keeps
+    /// what it needs to stop and start them.
+    pub pairs: Vec<Pair>,
+    ram: GuestRam,
+    features: u64,
+    order: Order,
+    enabled: Vec<bool>,
+    /// By ring index: 2k for receiveq k, 2k + 1 for transmitq k.
+    rings: Vec<RingSetup>,
+}
+
+impl Card {
+    /// Connects to a listening back-end, negotiates and starts every pair with its receiveq full.
+    ///
+    /// # Errors
+    /// When the back-end cannot be reached, refuses, or lacks pairs or required features.
+    pub fn connect(path: &Path, config: &CardConfig) -> Result<Self, Error> {
+        Self::start_on(FrontEnd::connect(path, config.patience)?, config)
+    }
+
+    /// The same over a connected socket.
+    ///
+    /// # Errors
+    /// As [`Card::connect`].
+    pub fn over(socket: UnixStream, config: &CardConfig) -> Result<Self, Error> {
+        Self::start_on(FrontEnd::over(socket)?, config)
+    }
+
+    fn start_on(front: FrontEnd, config: &CardConfig) -> Result<Self, Error> {
+        let mut card = Self::negotiate(front, config)?;
+        for pair in &mut card.pairs {
+            pair.rx.fill()?;
+        }
+        card.start()?;
+        Ok(card)
+    }
+
+    /// Negotiates and makes the queues, but starts nothing and fills no receiveq.
+    ///
+    /// # Errors
+    /// As [`Card::connect`].
+    pub fn negotiate(mut front: FrontEnd, config: &CardConfig) -> Result<Self, Error> {
+        let features = negotiate(&mut front, config)?;
+        let queues = QueueConfig {
+            features,
+            ..config.queues.clone()
+        };
+        let ram = guest_ram(config, &queues)?;
+        let mut pairs = Vec::new();
+        let mut rings = Vec::new();
+        for _ in 0..config.pairs {
+            let pair = Pair::new(&ram, &queues)?;
+            rings.push(pair.rx.queue.setup()?);
+            rings.push(pair.tx.queue.setup()?);
+            pairs.push(pair);
+        }
+        let mut card = Self {
+            front,
+            pairs,
+            ram,
+            features,
+            order: config.order,
+            enabled: (0..config.pairs).map(|k| k < config.enabled).collect(),
+            rings,
+        };
+        card.announce()?;
+        Ok(card)
+    }
+
+    /// What QEMU sends before any driver is there: the call eventfds, the first pair enabled and
+    /// the others not.
+    fn announce(&mut self) -> Result<(), Error> {
+        if self.order != Order::Qemu {
+            return Ok(());
+        }
+        for (ring, setup) in (0..).zip(&self.rings) {
+            self.front
+                .set_vring_call(ring, Some(setup.call.as_raw_fd()))?;
+        }
+        for ring in 0..self.ring_count() {
+            self.front.set_vring_enable(ring, ring < 2)?;
+        }
+        Ok(())
+    }
+
+    /// Starts every pair, where the last [`Card::stop`] left it.
+    ///
+    /// # Errors
+    /// When the connection fails or the back-end refuses.
+    pub fn start(&mut self) -> Result<(), Error> {
+        if self.order == Order::FeaturesFirst {
+            self.front.set_features(self.features)?;
+        }
+        self.front_memory_first()?;
+        for pair in 0..self.enabled.len() {
+            self.start_pair(pair)?;
+        }
+        Ok(())
+    }
+
+    /// QEMU shares memory with the first pair, after that pair's features.
+    fn front_memory_first(&mut self) -> Result<(), Error> {
+        if self.order == Order::Qemu {
+            self.send_enable(0, self.enabled[0])?;
+            self.front.set_features(self.features)?;
+        }
+        self.front.share(&self.ram)
+    }
+
+    fn start_pair(&mut self, pair: usize) -> Result<(), Error> {
+        let enabled = self.enabled[pair];
+        if self.order == Order::Qemu && pair != 0 {
+            self.send_enable(pair, enabled)?;
+            self.front.set_features(self.features)?;
+        }
+        for ring in 2 * pair..2 * pair + 2 {
+            self.start_ring(ring)?;
+        }
+        if self.order == Order::FeaturesFirst {
+            self.send_enable(pair, enabled)?;
+        }
+        Ok(())
+    }
+
+    fn start_ring(&mut self, ring: usize) -> Result<(), Error> {
+        let setup = &self.rings[ring];
+        let index = u32::try_from(ring).map_err(|_| Error::Config("too many rings"))?;
+        let front = &mut self.front;
+        front.set_vring_num(index, setup.size.into())?;
+        front.set_vring_base(index, setup.base)?;
+        front.set_vring_addr(index, &self.ram, setup.addresses)?;
+        front.set_vring_err(index, Some(setup.err.as_raw_fd()))?;
+        front.set_vring_kick(index, Some(setup.kick.as_raw_fd()))?;
+        front.set_vring_call(index, Some(setup.call.as_raw_fd()))
+    }
+
+    /// Stops every ring; the back-end writes nothing after this returns. Chains in flight stay
+    /// where they are and go on with the next [`Card::start`].
+    ///
+    /// # Errors
+    /// When the connection fails.
+    pub fn stop(&mut self) -> Result<(), Error> {
+        for (ring, setup) in (0..).zip(&mut self.rings) {
+            setup.base = self.front.get_vring_base(ring)?;
+        }
+        Ok(())
+    }
+
+    /// Goes on with another back-end process after the last one died: the bases come from what
+    /// each ring shows as used, as in QEMU. The pairs must be in the card.
+    ///
+    /// # Errors
+    /// As [`Card::connect`].
+    pub fn reconnect(&mut self, front: FrontEnd, config: &CardConfig) -> Result<(), Error> {
+        let queues = self
+            .pairs
+            .iter()
+            .flat_map(|pair| [&pair.rx.queue, &pair.tx.queue]);
+        for (setup, queue) in self.rings.iter_mut().zip(queues) {
+            setup.base = queue.ring.base();
+        }
+        self.front = front;
+        let offered = negotiate(&mut self.front, config)?;
+        let lost = self.features & !offered;
+        if lost != 0 {
+            return Err(Error::Features(lost));
+        }
+        self.announce()?;
+        self.start()
+    }
+
+    /// Enables or disables a pair, as `ethtool -L` in a guest does.
+    ///
+    /// # Errors
+    /// When the card has no such pair, the connection fails or the back-end refuses.
+    pub fn enable(&mut self, pair: u16, enable: bool) -> Result<(), Error> {
+        let pair = usize::from(pair);
+        let Some(state) = self.enabled.get_mut(pair) else {
+            return Err(Error::Config("there is no such queue pair"));
+        };
+        *state = enable;
+        self.send_enable(pair, enable)
+    }
+
+    fn send_enable(&mut self, pair: usize, enable: bool) -> Result<(), Error> {
+        for ring in 2 * pair..2 * pair + 2 {
+            let index = u32::try_from(ring).map_err(|_| Error::Config("too many rings"))?;
+            self.front.set_vring_enable(index, enable)?;
+        }
+        Ok(())
+    }
+
+    /// The feature bits in force.
+    #[must_use]
+    pub fn features(&self) -> u64 {
+        self.features
+    }
+
+    /// The guest's memory.
+    #[must_use]
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// What the back-end is told of each ring.
+    #[must_use]
+    pub fn rings(&self) -> &[RingSetup] {
+        &self.rings
+    }
+
+    fn ring_count(&self) -> u32 {
+        u32::try_from(self.rings.len()).unwrap_or(u32::MAX)
+    }
+}
+
+/// The conversation before a driver is there; the features to use.
+fn negotiate(front: &mut FrontEnd, config: &CardConfig) -> Result<u64, Error> {
+    if !(1..=128).contains(&config.pairs) {
+        return Err(Error::Config("a card has 1 to 128 queue pairs"));
+    }
+    let offered = front.get_features()?;
+    if offered & PROTOCOL_FEATURES != 0 {
+        let protocol = front.get_protocol_features()? & config.protocol;
+        front.set_protocol_features(protocol)?;
+    }
+    let has = if front.has(Protocol::MQ) {
+        front.get_queue_num()?
+    } else {
+        1
+    };
+    if has < u64::from(config.pairs) {
+        return Err(Error::Pairs {
+            wanted: config.pairs,
+            has,
+        });
+    }
+    front.set_owner()?;
+    let offered = front.get_features()?;
+    let missing = config.required & !offered;
+    if missing != 0 {
+        return Err(Error::Features(missing));
+    }
+    Ok(offered & (config.queues.features | config.required | PROTOCOL_FEATURES))
+}
+
+fn guest_ram(config: &CardConfig, queues: &QueueConfig) -> Result<GuestRam, Error> {
+    if !config.layout.is_empty() {
+        return Ok(GuestRam::with_layout(&config.layout)?);
+    }
+    // A page at each of the few page-aligned allocations of a pair, and one for address 0.
+    let pair = queues.memory() + 8 * 4096;
+    let bytes = pair * u64::from(config.pairs) + 1024 * 1024;
+    Ok(GuestRam::new(bytes.next_multiple_of(4096))?)
+}

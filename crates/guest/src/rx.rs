@@ -1,0 +1,298 @@
+//! The driver's receiveq.
+//!
+//! Buffers lie one after the other in guest memory; a buffer's number is its token. A frame is one
+//! buffer, or with mergeable buffers as many as its header's num_buffers says (virtio 1.3
+//! §5.1.6.4); all of them must have been published together.
+
+use std::time::{Duration, Instant};
+
+use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
+
+use crate::driver::{Buf, DeviceFault, DriverRing, RingConfig};
+use crate::error::Error;
+use crate::frame::Frame;
+use crate::header::{HEADER_LEN, NetHeader, header_len};
+use crate::memory::{Area, GuestRam, wide};
+use crate::net::{Queue, QueueConfig};
+
+/// A receiveq with its buffers.
+#[derive(Debug)]
+pub struct RxQueue {
+    /// Ring and eventfds.
+    pub queue: Queue,
+    /// Whether [`RxQueue::receive`] gives buffers back to the device; without it the device
+    /// starves once it has used what it has.
+    pub refill: bool,
+    store: Store,
+    /// Bytes of each descriptor of a buffer.
+    pieces: Vec<u32>,
+    indirect: bool,
+    mergeable: bool,
+    /// Buffers that the device does not have.
+    idle: Vec<u16>,
+    /// The buffers of the frame at hand, and the bytes in each.
+    parts: Vec<(u16, u32)>,
+    /// Storage for the chain in the making.
+    chain: Vec<Buf>,
+}
+
+/// The buffers' memory.
+#[derive(Debug)]
+struct Store {
+    area: Area,
+    stride: usize,
+    capacity: u32,
+    header_len: usize,
+}
+
+/// A frame in the queue's buffers, until the call that handed it out returns.
+#[derive(Debug)]
+pub struct RxFrame<'a> {
+    /// Its virtio-net header.
+    pub header: NetHeader,
+    /// Bytes from the Ethernet header on.
+    pub len: usize,
+    parts: &'a [(u16, u32)],
+    store: &'a Store,
+}
+
+impl RxFrame<'_> {
+    /// The number of buffers that it lies in.
+    #[must_use]
+    pub fn buffers(&self) -> usize {
+        self.parts.len()
+    }
+
+    /// Copies the frame's first bytes (without the virtio-net header) to `out`; returns how many:
+    /// the shorter of both lengths.
+    #[inline]
+    pub fn copy_to(&self, out: &mut [u8]) -> usize {
+        let mut skip = self.store.header_len;
+        let mut done = 0;
+        for &(buffer, len) in self.parts {
+            let here = usize::try_from(len).unwrap_or(0) - skip;
+            let n = here.min(out.len() - done);
+            let at = self.store.at(buffer) + skip;
+            self.store.area.read(at, &mut out[done..done + n]);
+            done += n;
+            skip = 0;
+        }
+        done
+    }
+
+    /// The frame in private memory.
+    #[must_use]
+    pub fn to_frame(&self) -> Frame {
+        let mut bytes = vec![0; self.len];
+        self.copy_to(&mut bytes);
+        Frame {
+            header: self.header,
+            bytes,
+        }
+    }
+}
+
+impl Store {
+    fn at(&self, buffer: u16) -> usize {
+        usize::from(buffer) * self.stride
+    }
+
+    fn header(&self, buffer: u16) -> NetHeader {
+        let mut raw = [0; HEADER_LEN];
+        self.area
+            .read(self.at(buffer), &mut raw[..self.header_len]);
+        NetHeader::from_bytes(raw)
+    }
+}
+
+impl RxQueue {
+    /// Allocates an empty ring and its buffers in `ram`. The device gets none before
+    /// [`RxQueue::fill`].
+    ///
+    /// # Errors
+    /// When the configuration makes no sense or `ram` has no room.
+    pub fn new(ram: &GuestRam, config: &QueueConfig) -> Result<Self, Error> {
+        config.check()?;
+        let ring = RingConfig {
+            start: config.start,
+            ..RingConfig::new(config.size, config.features)
+        };
+        let too_large = || Error::Config("an RX buffer is larger than 4 GiB");
+        let bytes = config.rx_stride() * u64::from(config.rx_buffers());
+        let capacity = config.rx_buffer.iter().try_fold(0, |a: u32, &b| a.checked_add(b));
+        Ok(Self {
+            queue: Queue::new(DriverRing::new(ram, ring)?)?,
+            refill: true,
+            store: Store {
+                area: ram.area(ram.alloc(bytes, 4096)?, bytes)?,
+                stride: usize::try_from(config.rx_stride()).map_err(|_| too_large())?,
+                capacity: capacity.ok_or_else(too_large)?,
+                header_len: header_len(config.features),
+            },
+            pieces: config.rx_buffer.clone(),
+            indirect: config.indirect() && config.rx_buffer.len() > 1,
+            mergeable: config.has(VIRTIO_NET_F_MRG_RXBUF),
+            idle: (0..config.rx_buffers()).rev().collect(),
+            parts: Vec::new(),
+            chain: Vec::new(),
+        })
+    }
+
+    /// Gives the device every buffer that it does not have; returns how many.
+    ///
+    /// # Errors
+    /// When the kick cannot be written.
+    pub fn fill(&mut self) -> Result<u16, Error> {
+        self.fill_some(u16::MAX)
+    }
+
+    /// Gives the device up to `most` buffers; returns how many.
+    ///
+    /// # Errors
+    /// When the kick cannot be written.
+    #[inline]
+    pub fn fill_some(&mut self, most: u16) -> Result<u16, Error> {
+        let mut count = 0;
+        while count < most {
+            let Some(buffer) = self.idle.pop() else {
+                break;
+            };
+            self.add(buffer)?;
+            count += 1;
+        }
+        self.queue.flush()?;
+        Ok(count)
+    }
+
+    #[inline(always)]
+    fn add(&mut self, buffer: u16) -> Result<(), Error> {
+        let mut addr = self.store.area.addr() + wide(self.store.at(buffer));
+        let token = u64::from(buffer);
+        if let [len] = self.pieces[..] {
+            let chain = [Buf::writable(addr, len)];
+            self.queue.ring.add(&chain, false, token)?;
+            return Ok(());
+        }
+        self.chain.clear();
+        for &len in &self.pieces {
+            self.chain.push(Buf::writable(addr, len));
+            addr += u64::from(len);
+        }
+        self.queue.ring.add(&self.chain, self.indirect, token)?;
+        Ok(())
+    }
+
+    /// Hands up to `most` frames to `each`, then gives their buffers back (see
+    /// [`RxQueue::refill`]). Never waits. Returns how many there were.
+    ///
+    /// # Errors
+    /// When the device broke the ring or a frame; the queue is of no use after that.
+    #[inline]
+    pub fn receive(
+        &mut self,
+        most: usize,
+        mut each: impl FnMut(&RxFrame<'_>),
+    ) -> Result<usize, Error> {
+        self.queue.ring.refresh()?;
+        let mut count = 0;
+        while count < most {
+            let Some((header, len)) = self.gather()? else {
+                break;
+            };
+            each(&RxFrame {
+                header,
+                len,
+                parts: &self.parts,
+                store: &self.store,
+            });
+            self.idle.extend(self.parts.iter().map(|part| part.0));
+            count += 1;
+        }
+        if self.refill && count != 0 {
+            self.fill()?;
+        }
+        Ok(count)
+    }
+
+    /// Frames that are there now, in private memory.
+    ///
+    /// # Errors
+    /// As [`RxQueue::receive`].
+    pub fn receive_frames(&mut self) -> Result<Vec<Frame>, Error> {
+        let mut frames = Vec::new();
+        self.receive(usize::MAX, |frame| frames.push(frame.to_frame()))?;
+        Ok(frames)
+    }
+
+    /// Waits for at least `wanted` frames, sleeping on the call eventfd.
+    ///
+    /// # Errors
+    /// When fewer came within `limit`, or as [`RxQueue::receive`].
+    pub fn wait_frames(&mut self, wanted: usize, limit: Duration) -> Result<Vec<Frame>, Error> {
+        let end = Instant::now() + limit;
+        let mut frames = Vec::new();
+        loop {
+            frames.append(&mut self.receive_frames()?);
+            if frames.len() >= wanted {
+                return Ok(frames);
+            }
+            if self.queue.ring.enable_calls() {
+                continue;
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            let called = self.queue.call.wait(left);
+            if called.map_err(Error::io("cannot wait for a call"))? == 0 {
+                return Err(Error::Waited {
+                    waited: limit,
+                    what: "RX frames",
+                    got: frames.len(),
+                    wanted,
+                });
+            }
+        }
+    }
+
+    /// Collects the buffers of one frame into `parts`; its header and length.
+    #[inline(always)]
+    fn gather(&mut self) -> Result<Option<(NetHeader, usize)>, Error> {
+        self.parts.clear();
+        if !self.gather_one()? {
+            return Ok(None);
+        }
+        let (first, written) = self.parts[0];
+        let mut len = usize::try_from(written).unwrap_or(0);
+        if len < self.store.header_len {
+            return Err(DeviceFault::NoHeader(written).into());
+        }
+        let header = self.store.header(first);
+        if self.mergeable {
+            for got in 1..header.num_buffers {
+                if !self.gather_one()? {
+                    let wanted = header.num_buffers;
+                    return Err(DeviceFault::TornFrame { wanted, got }.into());
+                }
+                len += self.parts.last().map_or(0, |part| {
+                    usize::try_from(part.1).unwrap_or(0)
+                });
+            }
+            if header.num_buffers == 0 {
+                return Err(DeviceFault::NoBuffers.into());
+            }
+        }
+        Ok(Some((header, len - self.store.header_len)))
+    }
+
+    #[inline(always)]
+    fn gather_one(&mut self) -> Result<bool, Error> {
+        let Some((token, len)) = self.queue.ring.pop()? else {
+            return Ok(false);
+        };
+        let capacity = self.store.capacity;
+        if len > capacity {
+            return Err(DeviceFault::UsedLength { len, capacity }.into());
+        }
+        let buffer = u16::try_from(token).unwrap_or_default();
+        self.parts.push((buffer, len));
+        Ok(true)
+    }
+}

@@ -1,0 +1,57 @@
+//! The eventfds that drivers and devices wake each other with.
+
+use std::fs::read_link;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+
+/// What /proc calls an eventfd.
+const EVENTFD: &str = "anon_inode:[eventfd]";
+
+/// Takes `fd` if it is an eventfd, in non-blocking mode: else a peer that empties it between our
+/// poll and our read would stop the reader.
+///
+/// The error says what it is instead. Anything else is refused since reading it could block
+/// (a pipe, a terminal), never end (/dev/zero) or mean something else (a socket).
+pub(crate) fn accept(fd: OwnedFd) -> Result<Arc<OwnedFd>, String> {
+    // syscalls: readlink
+    match read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())) {
+        Ok(target) if target.as_os_str() == EVENTFD => {}
+        Ok(target) => return Err(target.display().to_string()),
+        Err(error) => return Err(format!("a descriptor that /proc does not show ({error})")),
+    }
+    // syscalls: fcntl
+    fcntl_getfl(&fd)
+        .and_then(|flags| fcntl_setfl(&fd, flags | OFlags::NONBLOCK))
+        .map_err(|error| format!("a descriptor that cannot be made non-blocking ({error})"))?;
+    Ok(Arc::new(fd))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::eventfd;
+    use std::fs::File;
+
+    #[test]
+    fn a_blocking_eventfd_becomes_non_blocking() {
+        let fd = accept(eventfd(0)).unwrap();
+        assert!(fcntl_getfl(&fd).unwrap().contains(OFlags::NONBLOCK));
+    }
+
+    #[test]
+    fn other_descriptors_are_named() {
+        let (reader, _writer) = std::io::pipe().unwrap();
+        let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        for (fd, want) in [
+            (OwnedFd::from(File::open("/dev/zero").unwrap()), "/dev/zero"),
+            (OwnedFd::from(File::open("/").unwrap()), "/"),
+            (OwnedFd::from(reader), "pipe:"),
+            (OwnedFd::from(socket), "socket:"),
+        ] {
+            let found = accept(fd).unwrap_err();
+            assert!(found.starts_with(want), "{found}");
+        }
+    }
+}

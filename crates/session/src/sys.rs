@@ -1,0 +1,139 @@
+//! The calls that need `unsafe`: whose process a socket's peer is, descriptors given at start, and
+//! group names.
+#![allow(unsafe_code)]
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Mutex;
+
+/// The process at the other end of `stream` (SO_PEERCRED); `None` when it lives in a process
+/// namespace that this process does not see.
+// syscalls: getsockopt
+#[must_use]
+pub fn peer_pid(stream: &UnixStream) -> Option<u32> {
+    let mut peer = libc::ucred {
+        pid: 0,
+        uid: 0,
+        gid: 0,
+    };
+    let mut len = libc::socklen_t::try_from(size_of_val(&peer)).ok()?;
+    // SAFETY: `peer` is `len` bytes of plain integers, and both outlive the call.
+    let result = unsafe {
+        libc::getsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut peer).cast(),
+            &raw mut len,
+        )
+    };
+    if result != 0 {
+        return None;
+    }
+    u32::try_from(peer.pid).ok().filter(|pid| *pid != 0)
+}
+
+/// Takes a descriptor that this process was started with (`--fd N`); from now on it is closed on
+/// exec. To be called before anything else is opened: a number that was not inherited would be
+/// somebody else's descriptor by then.
+///
+/// # Errors
+/// One sentence when the number is taken already, is one of stdin, stdout and stderr, or is not
+/// open.
+// syscalls: fcntl
+pub fn take_fd(number: RawFd) -> io::Result<OwnedFd> {
+    static TAKEN: Mutex<Vec<RawFd>> = Mutex::new(Vec::new());
+    let error = |text: String| Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+    if number <= libc::STDERR_FILENO {
+        return error(format!(
+            "descriptor {number} cannot be a vhost-user socket; pass one above 2"
+        ));
+    }
+    let mut taken = TAKEN.lock().unwrap_or_else(|poison| poison.into_inner());
+    if taken.contains(&number) {
+        return error(format!(
+            "descriptor {number} is given twice; each device needs its own"
+        ));
+    }
+    // SAFETY: F_SETFD takes an integer; on a number that is not open it only fails.
+    if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
+        return error(format!(
+            "descriptor {number} is not open; the parent process must pass it on"
+        ));
+    }
+    taken.push(number);
+    // SAFETY: open (seen above), inherited rather than opened by this process (the caller's part),
+    // and taken once.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// The number of the group `name`; `None` when there is no such group.
+pub(crate) fn group_id(name: &str) -> io::Result<Option<u32>> {
+    let name = CString::new(name)?;
+    let mut buffer = vec![0; 1024];
+    loop {
+        let mut group = libc::group {
+            gr_name: std::ptr::null_mut(),
+            gr_passwd: std::ptr::null_mut(),
+            gr_gid: 0,
+            gr_mem: std::ptr::null_mut(),
+        };
+        let mut found = std::ptr::null_mut();
+        // SAFETY: every pointer is to a live object, `buffer.len()` is the buffer's length, and
+        // what `group` points to afterwards is not used.
+        let error = unsafe {
+            libc::getgrnam_r(
+                name.as_ptr(),
+                &raw mut group,
+                buffer.as_mut_ptr(),
+                buffer.len(),
+                &raw mut found,
+            )
+        };
+        match error {
+            0 if found.is_null() => return Ok(None),
+            0 => return Ok(Some(group.gr_gid)),
+            libc::ENOENT | libc::ESRCH => return Ok(None),
+            libc::EINTR => {}
+            libc::ERANGE if buffer.len() < 1 << 20 => buffer.resize(buffer.len() * 4, 0),
+            error => return Err(io::Error::from_raw_os_error(error)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::IntoRawFd;
+
+    #[test]
+    fn the_peer_of_a_pair_is_this_process() {
+        let (one, _other) = UnixStream::pair().unwrap();
+        assert_eq!(peer_pid(&one), Some(std::process::id()));
+    }
+
+    #[test]
+    fn descriptors_are_taken_once() {
+        let (one, _other) = UnixStream::pair().unwrap();
+        let number = one.into_raw_fd();
+        let taken = take_fd(number).unwrap();
+        assert!(take_fd(number).unwrap_err().to_string().contains("twice"));
+        drop(taken);
+        assert!(take_fd(2).unwrap_err().to_string().contains("above 2"));
+        assert!(
+            take_fd(1_000_000)
+                .unwrap_err()
+                .to_string()
+                .contains("is not open")
+        );
+    }
+
+    #[test]
+    fn groups_have_numbers() {
+        assert_eq!(group_id("root").unwrap(), Some(0));
+        assert_eq!(group_id("no such group").unwrap(), None);
+        assert!(group_id("nul\0").is_err());
+    }
+}

@@ -1,0 +1,450 @@
+//! Messages on the socket: a 12-byte header, up to 4 KiB of payload, up to 32 descriptors.
+//!
+//! Exactly one message is read at a time, so that descriptors stay with the message they came
+//! with however the peer cuts or joins its writes. No read or write blocks but in `poll`, which
+//! watches a stop descriptor as well.
+
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, recvmsg, send,
+    sockopt,
+};
+use vhost::vhost_user::message::{MAX_ATTACHED_FD_ENTRIES, MAX_MSG_SIZE, VhostUserHeaderFlag};
+
+use crate::error::{PeerError, SessionError};
+
+/// Bytes of a header.
+pub const HEADER_SIZE: usize = 12;
+/// Most bytes of a payload.
+pub const MAX_PAYLOAD: usize = MAX_MSG_SIZE;
+/// Most descriptors of a message.
+pub const MAX_FDS: usize = MAX_ATTACHED_FD_ENTRIES;
+
+/// The only version there is.
+const VERSION: u32 = 1;
+
+/// A request's header, checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Header {
+    /// The request's number.
+    pub code: u32,
+    /// The front-end wants an acknowledgement (valid once REPLY_ACK is negotiated).
+    pub need_reply: bool,
+    /// Bytes of payload that follow: [`MAX_PAYLOAD`] at most.
+    pub size: usize,
+}
+
+impl Header {
+    /// Reads a header (host byte order). Flags that the protocol reserves are ignored.
+    ///
+    /// # Errors
+    /// When the version is wrong, the message is a reply, or its payload too long.
+    pub fn parse(bytes: [u8; HEADER_SIZE]) -> Result<Self, PeerError> {
+        let [code, flags, size] = words(bytes);
+        let version = flags & VhostUserHeaderFlag::VERSION.bits();
+        if version != VERSION {
+            return Err(PeerError::Version(version));
+        }
+        if flags & VhostUserHeaderFlag::REPLY.bits() != 0 {
+            return Err(PeerError::Reply(code));
+        }
+        let size = usize::try_from(size)
+            .ok()
+            .filter(|size| *size <= MAX_PAYLOAD)
+            .ok_or(PeerError::TooLong { code, size })?;
+        Ok(Self {
+            code,
+            need_reply: flags & VhostUserHeaderFlag::NEED_REPLY.bits() != 0,
+            size,
+        })
+    }
+}
+
+fn words([a, b, c, d, e, f, g, h, i, j, k, l]: [u8; HEADER_SIZE]) -> [u32; 3] {
+    [[a, b, c, d], [e, f, g, h], [i, j, k, l]].map(u32::from_ne_bytes)
+}
+
+/// A message as it came. Its descriptors are closed with it unless somebody takes them.
+#[derive(Debug)]
+pub struct Message {
+    /// The header.
+    pub header: Header,
+    /// `header.size` bytes.
+    pub payload: Vec<u8>,
+    /// The descriptors that came with it, in order.
+    pub fds: Vec<OwnedFd>,
+}
+
+/// What a reply carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    /// A number; of an acknowledgement, 0 means done.
+    U64(u64),
+    /// A ring and its base (GET_VRING_BASE).
+    VringState {
+        /// The ring's index.
+        index: u32,
+        /// Where it would go on.
+        num: u32,
+    },
+}
+
+/// A reply to a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reply {
+    /// The request's number.
+    pub code: u32,
+    /// What it carries.
+    pub answer: Answer,
+}
+
+impl Reply {
+    /// The reply's bytes: a header and 8 bytes of payload, as all replies of a net device have.
+    #[must_use]
+    pub fn to_bytes(self) -> [u8; HEADER_SIZE + 8] {
+        let payload: [u8; 8] = match self.answer {
+            Answer::U64(value) => value.to_ne_bytes(),
+            Answer::VringState { index, num } => join([index, num]),
+        };
+        let flags = VERSION | VhostUserHeaderFlag::REPLY.bits();
+        let mut bytes = [0; HEADER_SIZE + 8];
+        bytes[..4].copy_from_slice(&self.code.to_ne_bytes());
+        bytes[4..8].copy_from_slice(&flags.to_ne_bytes());
+        bytes[8..12].copy_from_slice(&8u32.to_ne_bytes());
+        bytes[12..].copy_from_slice(&payload);
+        bytes
+    }
+}
+
+fn join(words: [u32; 2]) -> [u8; 8] {
+    let mut bytes = [0; 8];
+    let (low, high) = bytes.split_at_mut(4);
+    low.copy_from_slice(&words[0].to_ne_bytes());
+    high.copy_from_slice(&words[1].to_ne_bytes());
+    bytes
+}
+
+/// What a wait for a message brought.
+#[derive(Debug)]
+pub(crate) enum Incoming {
+    Message(Message),
+    /// The peer closed the connection between two messages.
+    Closed,
+    /// The stop descriptor is readable.
+    Stopped,
+}
+
+/// How far a read of a number of bytes came.
+enum Filled {
+    Whole,
+    /// The peer closed the connection after this many bytes.
+    Closed(usize),
+    Stopped,
+}
+
+/// A connected socket and the descriptor that ends every wait on it.
+#[derive(Debug)]
+pub(crate) struct Channel<'s> {
+    stream: UnixStream,
+    stop: BorrowedFd<'s>,
+}
+
+impl<'s> Channel<'s> {
+    pub(crate) fn new(stream: UnixStream, stop: BorrowedFd<'s>) -> io::Result<Self> {
+        // Credentials would take the descriptors' room; an inherited socket may ask for them.
+        // syscalls: setsockopt
+        sockopt::set_socket_passcred(&stream, false)?;
+        Ok(Self { stream, stop })
+    }
+
+    /// Waits for the next message.
+    pub(crate) fn receive(&self) -> Result<Incoming, SessionError> {
+        let mut fds = Vec::new();
+        let mut header = [0; HEADER_SIZE];
+        match self.fill(&mut header, &mut fds)? {
+            Filled::Whole => {}
+            Filled::Closed(0) => return Ok(Incoming::Closed),
+            Filled::Closed(_) => return Err(PeerError::Truncated.into()),
+            Filled::Stopped => return Ok(Incoming::Stopped),
+        }
+        let header = Header::parse(header)?;
+        let mut payload = vec![0; header.size];
+        match self.fill(&mut payload, &mut fds)? {
+            Filled::Whole => Ok(Incoming::Message(Message {
+                header,
+                payload,
+                fds,
+            })),
+            Filled::Closed(_) => Err(PeerError::Truncated.into()),
+            Filled::Stopped => Ok(Incoming::Stopped),
+        }
+    }
+
+    /// Sends a reply; false when the wait for room in the socket was stopped or the peer has gone.
+    pub(crate) fn send(&self, reply: Reply) -> io::Result<bool> {
+        let bytes = reply.to_bytes();
+        let mut rest = bytes.as_slice();
+        while !rest.is_empty() {
+            if !self.wait(PollFlags::OUT)? {
+                return Ok(false);
+            }
+            // syscalls: sendto
+            match send(
+                &self.stream,
+                rest,
+                SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
+            ) {
+                Ok(sent) => rest = &rest[sent..],
+                Err(Errno::AGAIN | Errno::INTR) => {}
+                Err(Errno::PIPE | Errno::CONNRESET) => return Ok(false),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Reads until `buffer` is full, and collects the descriptors that come along.
+    fn fill(&self, buffer: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<Filled, SessionError> {
+        let mut filled = 0;
+        while filled < buffer.len() {
+            if !self.wait(PollFlags::IN)? {
+                return Ok(Filled::Stopped);
+            }
+            match receive_some(&self.stream, &mut buffer[filled..], fds)? {
+                Some(0) => return Ok(Filled::Closed(filled)),
+                Some(n) => filled += n,
+                None => {}
+            }
+        }
+        Ok(Filled::Whole)
+    }
+
+    /// Sleeps until the socket is ready; false when the session is to stop.
+    fn wait(&self, events: PollFlags) -> io::Result<bool> {
+        let mut fds = [
+            PollFd::from_borrowed_fd(self.stop, PollFlags::IN),
+            PollFd::new(&self.stream, events),
+        ];
+        loop {
+            // syscalls: poll
+            match poll(&mut fds, None) {
+                Ok(_) => return Ok(fds[0].revents().is_empty()),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+/// One read; 0 bytes at the end of the connection, `None` when there was nothing to read after all.
+fn receive_some(
+    stream: impl AsFd,
+    buffer: &mut [u8],
+    fds: &mut Vec<OwnedFd>,
+) -> Result<Option<usize>, SessionError> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+    // syscalls: recvmsg
+    let got = match recvmsg(
+        stream,
+        &mut [IoSliceMut::new(buffer)],
+        &mut control,
+        flags,
+    ) {
+        Ok(got) => got,
+        Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
+        Err(Errno::CONNRESET) => return Ok(Some(0)),
+        Err(error) => return Err(io::Error::from(error).into()),
+    };
+    let mut here = 0;
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(received) = message {
+            let before = fds.len();
+            fds.extend(received);
+            here += fds.len() - before;
+        }
+    }
+    if fds.len() > MAX_FDS {
+        return Err(PeerError::TooManyFds.into());
+    }
+    if got.flags.contains(ReturnFlags::CTRUNC) {
+        // Either the buffer was full, or the kernel could not give us a descriptor more.
+        return Err(if here >= MAX_FDS {
+            PeerError::TooManyFds.into()
+        } else {
+            SessionError::FdLimit
+        });
+    }
+    Ok(Some(got.bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Peer, eventfd, frame, stop_pair};
+    use std::os::fd::AsFd;
+    use std::thread;
+    use std::time::{Duration, Instant};
+
+    fn header(code: u32, flags: u32, size: u32) -> [u8; HEADER_SIZE] {
+        let mut bytes = [0; HEADER_SIZE];
+        for (chunk, word) in bytes.chunks_mut(4).zip([code, flags, size]) {
+            chunk.copy_from_slice(&word.to_ne_bytes());
+        }
+        bytes
+    }
+
+    #[test]
+    fn headers_are_checked() {
+        for (flags, size, want) in [
+            (0, 0, "version 0"),
+            (2, 0, "version 2"),
+            (3, 0, "version 3"),
+            (5, 0, "marked as a reply"),
+            (1, 4097, "4097 bytes"),
+            (1, u32::MAX, "4294967295 bytes"),
+        ] {
+            let text = Header::parse(header(1, flags, size))
+                .unwrap_err()
+                .to_string();
+            assert!(text.contains(want), "{text}");
+        }
+        let parsed = Header::parse(header(7, 9, 4096)).unwrap();
+        assert_eq!((parsed.code, parsed.need_reply, parsed.size), (7, true, 4096));
+        assert!(!Header::parse(header(7, 1, 0)).unwrap().need_reply);
+    }
+
+    #[test]
+    fn dripped_and_joined_messages_are_the_same() {
+        let (_stop, stopped) = stop_pair();
+        let bytes = [frame(1, 1, &[]), frame(8, 9, &[7; 8]), frame(3, 1, &[])].concat();
+        for piece in [1, 5, 12, 13, bytes.len()] {
+            let (peer, stream) = Peer::pair();
+            let sender = {
+                let bytes = bytes.clone();
+                thread::spawn(move || {
+                    for chunk in bytes.chunks(piece) {
+                        peer.send(chunk, &[]);
+                        thread::yield_now();
+                    }
+                })
+            };
+            let channel = Channel::new(stream, stopped.as_fd()).unwrap();
+            for want in [(1, vec![]), (8, vec![7; 8]), (3, vec![])] {
+                let Incoming::Message(message) = channel.receive().unwrap() else {
+                    panic!("no message");
+                };
+                assert_eq!((message.header.code, message.payload), want);
+            }
+            sender.join().unwrap();
+            assert!(matches!(channel.receive().unwrap(), Incoming::Closed));
+        }
+    }
+
+    #[test]
+    fn descriptors_stay_with_their_message() {
+        let (_stop, stopped) = stop_pair();
+        let (peer, stream) = Peer::pair();
+        let fd = eventfd(0);
+        let whole = frame(12, 1, &[0; 8]);
+        peer.send(&frame(1, 1, &[]), &[]);
+        peer.send(&whole[..1], &[fd.as_fd()]);
+        peer.send(&whole[1..], &[]);
+        // Descriptors on the payload's first byte belong to the message as well.
+        peer.send(&whole[..12], &[]);
+        peer.send(&whole[12..], &[fd.as_fd(), fd.as_fd()]);
+        peer.send(&frame(3, 1, &[]), &[]);
+        let channel = Channel::new(stream, stopped.as_fd()).unwrap();
+        for want in [0, 1, 2, 0] {
+            let Incoming::Message(message) = channel.receive().unwrap() else {
+                panic!("no message");
+            };
+            assert_eq!(message.fds.len(), want);
+        }
+    }
+
+    #[test]
+    fn thirty_two_descriptors_pass_and_more_end_the_session() {
+        let (_stop, stopped) = stop_pair();
+        let fd = eventfd(0);
+        for (count, good) in [(32, true), (33, false), (200, false)] {
+            let (peer, stream) = Peer::pair();
+            peer.send(&frame(3, 1, &[]), &vec![fd.as_fd(); count]);
+            let channel = Channel::new(stream, stopped.as_fd()).unwrap();
+            match channel.receive() {
+                Ok(Incoming::Message(message)) => assert!(good && message.fds.len() == 32),
+                Err(SessionError::Peer(PeerError::TooManyFds)) => assert!(!good),
+                other => panic!("{count}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn an_end_within_a_message_is_an_error() {
+        let (_stop, stopped) = stop_pair();
+        let bytes = frame(8, 1, &[7; 8]);
+        for len in 0..bytes.len() {
+            let (peer, stream) = Peer::pair();
+            peer.send(&bytes[..len], &[]);
+            drop(peer);
+            let channel = Channel::new(stream, stopped.as_fd()).unwrap();
+            match channel.receive() {
+                Ok(Incoming::Closed) => assert_eq!(len, 0),
+                Err(SessionError::Peer(PeerError::Truncated)) => assert_ne!(len, 0),
+                other => panic!("{len}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn stop_ends_every_wait() {
+        // A silent peer, one that stops after a header, and one that reads no reply.
+        for start in [vec![], frame(8, 1, &[7; 8])[..12].to_vec()] {
+            let (stop, stopped) = stop_pair();
+            let (peer, stream) = Peer::pair();
+            peer.send(&start, &[]);
+            let begin = Instant::now();
+            let trigger = thread::spawn(move || {
+                thread::sleep(Duration::from_millis(50));
+                stop.write(1).unwrap();
+            });
+            let channel = Channel::new(stream, stopped.as_fd()).unwrap();
+            assert!(matches!(channel.receive().unwrap(), Incoming::Stopped));
+            assert!(begin.elapsed() < Duration::from_secs(5));
+            trigger.join().unwrap();
+        }
+        let (stop, stopped) = stop_pair();
+        let (_peer, stream) = Peer::pair();
+        let trigger = thread::spawn(move || {
+            thread::sleep(Duration::from_millis(200));
+            stop.write(1).unwrap();
+        });
+        let channel = Channel::new(stream, stopped.as_fd()).unwrap();
+        let reply = Reply {
+            code: 1,
+            answer: Answer::U64(0),
+        };
+        while channel.send(reply).unwrap() {}
+        trigger.join().unwrap();
+    }
+
+    #[test]
+    fn replies_have_the_protocol_s_layout() {
+        let reply = Reply {
+            code: 11,
+            answer: Answer::VringState { index: 3, num: 9 },
+        };
+        let want: Vec<u8> = [11u32, 5, 8, 3, 9]
+            .into_iter()
+            .flat_map(u32::to_ne_bytes)
+            .collect();
+        assert_eq!(reply.to_bytes().as_slice(), want);
+    }
+}

@@ -1,0 +1,274 @@
+//! The system calls that std does not offer: TUN ioctls, vectored I/O on guest memory, a netlink
+//! socket. The only file of this crate with `unsafe`; every function here is safe to call with any
+//! arguments and answers with what the kernel said.
+#![allow(unsafe_code)]
+
+use std::ffi::{c_int, c_short, c_uint};
+use std::fs::File;
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use arrayvec::ArrayVec;
+use virtionet_ring::memory::GuestSlice;
+
+/// Most pieces that one `readv` or `writev` takes (IOV_MAX).
+pub(crate) const MAX_PIECES: usize = 1024;
+
+/// Interrupted calls are repeated this often; a TAP's calls do not sleep, so one is the rule.
+const MAX_INTERRUPTS: usize = 8;
+
+/// Bytes of an interface's name with its final zero (IFNAMSIZ).
+const NAME_LEN: usize = 16;
+
+/// A new handle of the TUN driver, without a device, that never blocks.
+// syscalls: openat
+pub(crate) fn open_tun() -> io::Result<File> {
+    File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open("/dev/net/tun")
+}
+
+/// `struct ifreq` where its union holds flags: 40 bytes on 64-bit machines, 32 on others, of
+/// which the kernel reads and writes no more than that.
+#[repr(C, align(8))]
+struct InterfaceRequest {
+    name: [u8; NAME_LEN],
+    flags: c_short,
+    rest: [u8; 22],
+}
+
+const _: () = assert!(size_of::<InterfaceRequest>() >= size_of::<libc::ifreq>());
+
+impl InterfaceRequest {
+    fn new(name: &str, flags: c_int) -> io::Result<Self> {
+        let mut request = Self {
+            name: [0; NAME_LEN],
+            flags: c_short::try_from(flags).map_err(|_| io::ErrorKind::InvalidInput)?,
+            rest: [0; 22],
+        };
+        // The last byte stays zero.
+        request.name[..NAME_LEN - 1]
+            .get_mut(..name.len())
+            .ok_or(io::ErrorKind::InvalidInput)?
+            .copy_from_slice(name.as_bytes());
+        Ok(request)
+    }
+}
+
+/// Gives `tun` a queue of the multiqueue TAP `name`, which is made when it does not exist. Returns
+/// the name that the kernel chose where `name` holds `%d`. The queue is attached at once.
+// syscalls: ioctl(TUNSETIFF)
+pub(crate) fn attach_device(tun: BorrowedFd<'_>, name: &str) -> io::Result<String> {
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_MULTI_QUEUE;
+    let mut request = InterfaceRequest::new(name, flags)?;
+    // SAFETY: `request` is alive, borrowed by nobody else and at least as long as the ifreq that
+    // the kernel reads and writes; on another kind of file the call fails.
+    check(unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })?;
+    let end = request.name.iter().position(|&byte| byte == 0);
+    let chosen = &request.name[..end.unwrap_or(NAME_LEN)];
+    Ok(String::from_utf8_lossy(chosen).into_owned())
+}
+
+/// Lets the kernel steer frames to the queue `tun`, or no longer. What waits in a queue that is
+/// detached is dropped.
+// syscalls: ioctl(TUNSETQUEUE)
+pub(crate) fn set_queue_attached(tun: BorrowedFd<'_>, attached: bool) -> io::Result<()> {
+    let flags = if attached {
+        libc::IFF_ATTACH_QUEUE
+    } else {
+        libc::IFF_DETACH_QUEUE
+    };
+    let request = InterfaceRequest::new("", flags)?;
+    // SAFETY: `request` is alive and at least as long as the ifreq that the kernel reads.
+    check(unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETQUEUE, &raw const request) })
+}
+
+/// Sets the length of the virtio-net header, for every queue of the TAP.
+// syscalls: ioctl(TUNSETVNETHDRSZ)
+pub(crate) fn set_header_len(tun: BorrowedFd<'_>, len: usize) -> io::Result<()> {
+    let len = c_int::try_from(len).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // SAFETY: the kernel reads one int, which is alive.
+    check(unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const len) })
+}
+
+/// Makes the virtio-net header little-endian whatever the machine is.
+// syscalls: ioctl(TUNSETVNETLE)
+pub(crate) fn set_little_endian(tun: BorrowedFd<'_>) -> io::Result<()> {
+    let yes: c_int = 1;
+    // SAFETY: the kernel reads one int, which is alive.
+    check(unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETVNETLE, &raw const yes) })
+}
+
+/// Sets what frames the reader takes (`TUN_F_*`), for every queue of the TAP.
+// syscalls: ioctl(TUNSETOFFLOAD)
+pub(crate) fn set_offload(tun: BorrowedFd<'_>, offload: c_uint) -> io::Result<()> {
+    // SAFETY: the argument is a number, not a pointer.
+    check(unsafe {
+        libc::ioctl(
+            tun.as_raw_fd(),
+            libc::TUNSETOFFLOAD,
+            libc::c_ulong::from(offload),
+        )
+    })
+}
+
+/// A netlink socket to the kernel's interface table. Unconnected netlink sockets send to the
+/// kernel, so plain reads and writes do.
+// syscalls: socket
+pub(crate) fn netlink_socket() -> io::Result<File> {
+    let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
+    // SAFETY: takes no pointer.
+    let fd = unsafe { libc::socket(libc::AF_NETLINK, kind, libc::NETLINK_ROUTE) };
+    check(fd)?;
+    // SAFETY: `fd` was opened just now and belongs to nobody else.
+    Ok(File::from(unsafe { OwnedFd::from_raw_fd(fd) }))
+}
+
+/// The user that this thread acts as.
+// syscalls: geteuid
+pub(crate) fn effective_user() -> u32 {
+    // SAFETY: takes nothing and cannot fail.
+    unsafe { libc::geteuid() }
+}
+
+/// Pieces of memory for one `writev`: at most `N`, borrowed for `'a`.
+pub(crate) struct Outgoing<'a, const N: usize> {
+    list: ArrayVec<libc::iovec, N>,
+    _borrowed: PhantomData<&'a [u8]>,
+}
+
+/// More pieces than the list holds.
+#[derive(Debug)]
+pub(crate) struct Full;
+
+impl<'a, const N: usize> Outgoing<'a, N> {
+    #[inline(always)]
+    pub(crate) fn new() -> Self {
+        Self {
+            list: ArrayVec::new(),
+            _borrowed: PhantomData,
+        }
+    }
+
+    /// Appends private memory.
+    #[inline(always)]
+    pub(crate) fn bytes(&mut self, bytes: &'a [u8]) -> Result<(), Full> {
+        let piece = libc::iovec {
+            iov_base: bytes.as_ptr().cast_mut().cast(),
+            iov_len: bytes.len(),
+        };
+        self.list.try_push(piece).map_err(|_| Full)
+    }
+
+    /// Appends guest memory.
+    #[inline(always)]
+    pub(crate) fn slices(&mut self, slices: &'a [GuestSlice<'a>]) -> Result<(), Full> {
+        self.list
+            .try_extend_from_slice(GuestSlice::as_iovecs(slices))
+            .map_err(|_| Full)
+    }
+
+    /// Writes all pieces in one call.
+    // syscalls: writev
+    #[inline(always)]
+    pub(crate) fn write(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
+        let count = c_int::try_from(self.list.len()).unwrap_or(c_int::MAX);
+        uninterrupted(|| {
+            // SAFETY: the list's pieces are borrowed for 'a, so they are mapped; the kernel only
+            // reads them.
+            unsafe { libc::writev(fd.as_raw_fd(), self.list.as_ptr(), count) }
+        })
+    }
+}
+
+/// Reads once into `slices` and, after they are full, into `overflow`; returns the bytes read in
+/// both. More than `N` - 1 slices are an error.
+// syscalls: readv
+#[inline(always)]
+pub(crate) fn read_into<const N: usize>(
+    fd: BorrowedFd<'_>,
+    slices: &[GuestSlice<'_>],
+    overflow: &mut [u8],
+) -> io::Result<usize> {
+    let mut list = ArrayVec::<libc::iovec, N>::new();
+    let last = libc::iovec {
+        iov_base: overflow.as_mut_ptr().cast(),
+        iov_len: overflow.len(),
+    };
+    list.try_extend_from_slice(GuestSlice::as_iovecs(slices))
+        .and_then(|()| list.try_push(last).map_err(|e| e.simplify()))
+        .map_err(|_| io::ErrorKind::InvalidInput)?;
+    let count = c_int::try_from(list.len()).unwrap_or(c_int::MAX);
+    uninterrupted(|| {
+        // SAFETY: guest slices are mapped while borrowed and may be written by anybody at any
+        // time (no reference into them exists); `overflow` is borrowed for the call alone.
+        unsafe { libc::readv(fd.as_raw_fd(), list.as_ptr(), count) }
+    })
+}
+
+#[inline(always)]
+fn uninterrupted(mut call: impl FnMut() -> isize) -> io::Result<usize> {
+    for _ in 0..MAX_INTERRUPTS {
+        if let Ok(n) = usize::try_from(call()) {
+            return Ok(n);
+        }
+        let error = io::Error::last_os_error();
+        if error.raw_os_error() != Some(libc::EINTR) {
+            return Err(error);
+        }
+    }
+    Err(io::Error::from_raw_os_error(libc::EAGAIN))
+}
+
+fn check(rc: c_int) -> io::Result<()> {
+    if rc < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn interrupted_calls_are_repeated_for_a_while() {
+        let mut calls = 0;
+        // The C library's errno is what the closure leaves behind: a bad call sets EBADF.
+        let bad = uninterrupted(|| {
+            calls += 1;
+            // SAFETY: no file has this number; nothing is read.
+            unsafe { libc::read(-1, std::ptr::null_mut(), 0) }
+        });
+        assert_eq!(bad.unwrap_err().raw_os_error(), Some(libc::EBADF));
+        assert_eq!(calls, 1);
+        let endless = uninterrupted(|| {
+            calls += 1;
+            // SAFETY: errno is this thread's own.
+            unsafe { *libc::__errno_location() = libc::EINTR };
+            -1
+        });
+        assert_eq!(endless.unwrap_err().raw_os_error(), Some(libc::EAGAIN));
+        assert_eq!(calls, 1 + MAX_INTERRUPTS);
+        assert_eq!(uninterrupted(|| 7).unwrap(), 7);
+    }
+
+    #[test]
+    fn names_that_do_not_fit_are_refused() {
+        assert!(InterfaceRequest::new("fifteen-bytes-x", 2).is_ok());
+        assert!(InterfaceRequest::new("sixteen-bytes-xx", 2).is_err());
+    }
+
+    #[test]
+    fn lists_hold_what_they_say() {
+        let mut list = Outgoing::<2>::new();
+        list.bytes(b"a").unwrap();
+        list.bytes(b"b").unwrap();
+        assert!(list.bytes(b"c").is_err());
+    }
+}

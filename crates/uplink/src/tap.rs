@@ -1,0 +1,294 @@
+//! A multiqueue TAP with virtio-net headers: one queue a queue pair, one system call a frame.
+//!
+//! The kernel steers: the reply to a flow goes to the queue that the flow last wrote to, as long as
+//! each queue pair keeps to a queue of its own. A queue is opened *detached* and gets no frames
+//! until it is attached; it can be written to all the same.
+//!
+//! A TAP that this program makes goes up at once and disappears with it. One that was there before
+//! is left as it was found: its state and bridge are not touched unless asked, and a user who owns
+//! it needs no privilege.
+
+mod config;
+mod queue;
+mod sentence;
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use parking_lot::Mutex;
+use virtionet_device::header::{FrameFormat, HEADER_LEN};
+use virtionet_device::port::{Uplink, UplinkError, UplinkQueue};
+
+pub use self::config::TapConfig;
+use self::queue::{Shared, TapQueue};
+use crate::link::{Link, LinkTable};
+use crate::sys;
+
+/// What a guest takes before it has negotiated anything.
+const PLAIN: FrameFormat = FrameFormat {
+    header_len: HEADER_LEN,
+    csum: false,
+    tso4: false,
+    tso6: false,
+    ecn: false,
+    ufo: false,
+};
+
+/// A multiqueue TAP.
+#[derive(Debug)]
+pub struct Tap {
+    shared: Arc<Shared>,
+    links: LinkTable,
+    /// The interface's index.
+    index: u32,
+    /// Whether this program made the interface.
+    created: bool,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    format: FrameFormat,
+    /// By queue pair. Pair 0's is opened with the TAP, so that errors show early.
+    queues: BTreeMap<u16, Arc<TapQueue>>,
+}
+
+impl Tap {
+    /// Opens the TAP, or makes it, and its first queue.
+    ///
+    /// # Errors
+    /// One sentence that says what is wrong and what to do.
+    pub fn open(config: &TapConfig) -> Result<Self, UplinkError> {
+        let links = LinkTable::open().map_err(|e| sentence::no_link_table(&e))?;
+        let before = links
+            .named(&config.name)
+            .map_err(|e| sentence::no_link_table(&e))?;
+        let (file, name) = open_detached(&links, &config.name, before.as_ref())?;
+        let link = find(&links, &name)?;
+        if let Some(others) = link.queues.map(|all| all.saturating_sub(1))
+            && others > 0
+        {
+            return Err(sentence::held(&name, others));
+        }
+        let tap = Self::new(links, file, name, link.index, before.is_none())?;
+        tap.settle(&link, config.bridge.as_deref())?;
+        Ok(tap)
+    }
+
+    /// Whether this program made the interface (and takes it away with it).
+    #[must_use]
+    pub fn created(&self) -> bool {
+        self.created
+    }
+
+    fn new(
+        links: LinkTable,
+        file: File,
+        name: String,
+        index: u32,
+        created: bool,
+    ) -> Result<Self, UplinkError> {
+        sys::set_little_endian(file.as_fd()).map_err(|e| sentence::unsuited(&name, &e))?;
+        apply(file.as_fd(), PLAIN).map_err(|e| sentence::unsuited(&name, &e))?;
+        let shared = Arc::new(Shared::new(name, PLAIN.header_len));
+        let first = Arc::new(TapQueue::new(file, Arc::clone(&shared)));
+        Ok(Self {
+            shared,
+            links,
+            index,
+            created,
+            state: Mutex::new(State {
+                format: PLAIN,
+                queues: BTreeMap::from([(0, first)]),
+            }),
+        })
+    }
+
+    /// Opens one more queue of the interface, under the name that it bears now, and looks what
+    /// interface that was.
+    fn open_another(&self) -> Result<(File, Link), UplinkError> {
+        let before = self
+            .links
+            .numbered(self.index)
+            .map_err(|e| sentence::no_link_table(&e))?
+            .ok_or_else(|| sentence::gone(&self.shared.name))?;
+        let (file, name) = open_detached(&self.links, &before.name, Some(&before))?;
+        let after = find(&self.links, &name)?;
+        Ok((file, after))
+    }
+
+    /// Puts the interface into its bridge and, when it is ours, up.
+    fn settle(&self, link: &Link, bridge: Option<&str>) -> Result<(), UplinkError> {
+        if let Some(bridge) = bridge {
+            self.join(link, bridge)?;
+        }
+        if self.created {
+            self.links
+                .bring_up(self.index)
+                .map_err(|e| sentence::stays_down(&self.shared.name, &e))?;
+        } else if !link.up {
+            tracing::warn!("{}", sentence::is_down(&self.shared.name));
+        }
+        Ok(())
+    }
+
+    fn join(&self, link: &Link, bridge: &str) -> Result<(), UplinkError> {
+        let name = &self.shared.name;
+        let master = self
+            .links
+            .named(bridge)
+            .map_err(|e| sentence::no_link_table(&e))?
+            .ok_or_else(|| sentence::no_bridge(bridge))?;
+        if master.kind != "bridge" {
+            return Err(sentence::not_a_bridge(bridge));
+        }
+        match link.master {
+            Some(index) if index == master.index => Ok(()),
+            Some(_) => Err(sentence::in_another_bridge(name, bridge)),
+            None => self
+                .links
+                .join(self.index, master.index)
+                .map_err(|e| sentence::join_refused(name, bridge, &e)),
+        }
+    }
+}
+
+impl Uplink for Tap {
+    fn open_queue(&self, pair: u16) -> Result<Arc<dyn UplinkQueue>, UplinkError> {
+        let mut state = self.state.lock();
+        if let Some(queue) = state.queues.get(&pair) {
+            return Ok(Arc::clone(queue) as Arc<dyn UplinkQueue>);
+        }
+        let name = &self.shared.name;
+        let (file, found) = self.open_another()?;
+        // An interface of that name made just now is not ours: it lacks the other queues.
+        if found.index != self.index {
+            return Err(sentence::gone(name));
+        }
+        apply(file.as_fd(), state.format).map_err(|e| sentence::unsuited(name, &e))?;
+        let queue = Arc::new(TapQueue::new(file, Arc::clone(&self.shared)));
+        state.queues.insert(pair, Arc::clone(&queue));
+        Ok(queue)
+    }
+
+    fn set_format(&self, format: FrameFormat) -> io::Result<()> {
+        let mut state = self.state.lock();
+        // Both settings are the interface's, not the queue's: one queue stands for all.
+        if let Some(queue) = state.queues.values().next() {
+            apply(queue.fd(), format)
+                .map_err(|e| sentence::format_refused(&self.shared.name, format, &e))?;
+        }
+        self.shared
+            .header_len
+            .store(format.header_len, Ordering::Relaxed);
+        state.format = format;
+        Ok(())
+    }
+
+    /// An interface of ours gets exactly this MTU; one that was there before is raised to it, and
+    /// left alone when its MTU is as large already.
+    fn set_mtu(&self, mtu: u16) -> io::Result<()> {
+        let (name, mtu) = (&self.shared.name, u32::from(mtu));
+        let link = self
+            .links
+            .numbered(self.index)?
+            .ok_or_else(|| io::Error::other(sentence::gone(name)))?;
+        if link.mtu == mtu || (link.mtu > mtu && !self.created) {
+            return Ok(());
+        }
+        match self.links.set_mtu(self.index, mtu) {
+            // Ours, but made before a privilege was given up: large enough is good enough.
+            Err(_) if link.mtu > mtu => Ok(()),
+            Err(error) => Err(sentence::mtu_refused(name, link.mtu, mtu, &error)),
+            Ok(()) => Ok(()),
+        }
+    }
+
+    fn kind(&self) -> &'static str {
+        "tap"
+    }
+
+    fn name(&self) -> String {
+        self.shared.name.clone()
+    }
+}
+
+/// Opens one more queue of the TAP `name`, detached. TUNSETIFF itself attaches: frames steered to
+/// the queue in the instant before it is detached are dropped.
+fn open_detached(
+    links: &LinkTable,
+    name: &str,
+    before: Option<&Link>,
+) -> Result<(File, String), UplinkError> {
+    let file = sys::open_tun().map_err(|e| sentence::no_tun(&e))?;
+    let name = sys::attach_device(file.as_fd(), name).map_err(|error| {
+        // Where another program made the interface meanwhile, its kind explains the error.
+        let now = links.named(name).ok().flatten();
+        sentence::attach_refused(name, now.as_ref().or(before), &error)
+    })?;
+    sys::set_queue_attached(file.as_fd(), false).map_err(|e| sentence::unsuited(&name, &e))?;
+    Ok((file, name))
+}
+
+fn find(links: &LinkTable, name: &str) -> Result<Link, UplinkError> {
+    links
+        .named(name)
+        .map_err(|e| sentence::no_link_table(&e))?
+        .ok_or_else(|| sentence::gone(name))
+}
+
+/// Tells the kernel what the guest takes.
+fn apply(tun: BorrowedFd<'_>, format: FrameFormat) -> io::Result<()> {
+    sys::set_header_len(tun, format.header_len)?;
+    sys::set_offload(tun, offload(format))
+}
+
+/// `TUN_F_*` of a format. The kernel refuses segmentation without checksums and ECN without TCP
+/// segmentation: a guest that takes one without the other gets neither.
+fn offload(format: FrameFormat) -> u32 {
+    if !format.csum {
+        return 0;
+    }
+    let tso = format.tso4 || format.tso6;
+    [
+        (format.csum, libc::TUN_F_CSUM),
+        (format.tso4, libc::TUN_F_TSO4),
+        (format.tso6, libc::TUN_F_TSO6),
+        (format.ecn && tso, libc::TUN_F_TSO_ECN),
+        (format.ufo, libc::TUN_F_UFO),
+    ]
+    .iter()
+    .filter(|(taken, _)| *taken)
+    .fold(0, |all, (_, flag)| all | flag)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn offloads_never_stand_without_what_they_need() {
+        for bits in 0..32_u32 {
+            let has = |bit: u32| bits >> bit & 1 == 1;
+            let all = offload(FrameFormat {
+                header_len: HEADER_LEN,
+                csum: has(0),
+                tso4: has(1),
+                tso6: has(2),
+                ecn: has(3),
+                ufo: has(4),
+            });
+            assert_eq!(all & !bits, 0, "{bits:#x} gave {all:#x}");
+            let needs = |what: u32, of: u32| all & what == 0 || all & of != 0;
+            assert!(needs(!1, 1), "{bits:#x} gave {all:#x}");
+            assert!(needs(8, 6), "{bits:#x} gave {all:#x}");
+            if bits & 1 == 1 && bits & 6 != 0 {
+                assert_eq!(all, bits);
+            }
+        }
+    }
+}

@@ -1,0 +1,294 @@
+//! One queue of a TAP: the data path.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use parking_lot::Mutex;
+use virtionet_device::header::HEADER_LEN;
+use virtionet_device::port::{Received, TxFrame, UplinkQueue};
+use virtionet_device::stats::RingStats;
+use virtionet_ring::memory::GuestSlice;
+
+use super::sentence;
+use crate::gate::Gate;
+use crate::sys::{self, Full, MAX_PIECES, Outgoing};
+
+/// Pieces of a frame, header included, that need no large list on the stack. A 64 KiB frame in
+/// pages has 18 pieces, in 1,526-byte receive buffers 44.
+const FEW_PIECES: usize = 48;
+
+/// Frames that fail one after the other before `receive` gives up.
+const MAX_LOST: usize = 16;
+
+/// What all queues of a TAP share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    /// The interface's name.
+    pub(super) name: String,
+    /// Bytes of the virtio-net header, as negotiated.
+    pub(super) header_len: AtomicUsize,
+    full: Gate,
+    down: Gate,
+    refused: Gate,
+    unread: Gate,
+}
+
+impl Shared {
+    pub(super) fn new(name: String, header_len: usize) -> Self {
+        Self {
+            name,
+            header_len: AtomicUsize::new(header_len),
+            full: Gate::new(),
+            down: Gate::new(),
+            refused: Gate::new(),
+            unread: Gate::new(),
+        }
+    }
+
+    #[cold]
+    fn count_drop(&self, error: &io::Error, stats: &RingStats) {
+        let name = &self.name;
+        match Loss::of(error) {
+            Loss::Full => {
+                stats.dropped_uplink_full.add(1);
+                if self.full.passes() {
+                    tracing::warn!(
+                        "TAP {name} has no room and frames are dropped ({error}); the host is too busy to take them"
+                    );
+                }
+            }
+            Loss::Down => {
+                stats.dropped_uplink_down.add(1);
+                if self.down.passes() {
+                    tracing::warn!(
+                        "TAP {name} is down or gone and frames are dropped ({error}); bring it up with `ip link set {name} up`"
+                    );
+                }
+            }
+            Loss::Refused => {
+                stats.dropped_uplink_error.add(1);
+                if self.refused.passes() {
+                    tracing::warn!(
+                        "TAP {name} refuses frames and they are dropped ({error}); check what the guest sends"
+                    );
+                }
+            }
+        }
+    }
+
+    #[cold]
+    fn log_unread(&self, error: &io::Error) {
+        if self.unread.passes() {
+            tracing::warn!("a frame cannot be read from TAP {} ({error})", self.name);
+        }
+    }
+}
+
+/// Why a frame was not taken.
+#[derive(Debug, PartialEq, Eq)]
+enum Loss {
+    Full,
+    Down,
+    Refused,
+}
+
+impl Loss {
+    fn of(error: &io::Error) -> Self {
+        match error.raw_os_error() {
+            Some(libc::EAGAIN | libc::ENOBUFS) => Self::Full,
+            // EIO is a TAP's word for an interface that is not up.
+            Some(libc::EIO | libc::EBADFD | libc::ENETDOWN) => Self::Down,
+            _ => Self::Refused,
+        }
+    }
+}
+
+/// One queue of a TAP.
+#[derive(Debug)]
+pub(super) struct TapQueue {
+    file: File,
+    shared: Arc<Shared>,
+    /// Whether the kernel steers frames here: it refuses to be told what it knows.
+    attached: Mutex<bool>,
+}
+
+impl TapQueue {
+    /// A queue that is detached now.
+    pub(super) fn new(file: File, shared: Arc<Shared>) -> Self {
+        Self {
+            file,
+            shared,
+            attached: Mutex::new(false),
+        }
+    }
+
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    /// Sends one frame with one system call.
+    #[inline(always)]
+    fn send(&self, frame: &TxFrame<'_>, header_len: usize) -> io::Result<usize> {
+        let mut header = frame.header.0;
+        // `num_buffers` is for received frames; a driver writes 0 (virtio 1.3 §5.1.6.2.1).
+        header[HEADER_LEN - 2..].fill(0);
+        let header = &header[..header_len.min(HEADER_LEN)];
+        let mut list = Outgoing::<FEW_PIECES>::new();
+        match list.bytes(header).and_then(|()| list.slices(frame.payload)) {
+            Ok(()) => list.write(self.fd()),
+            Err(Full) => self.send_pieces(header, frame.payload),
+        }
+    }
+
+    /// Sends a frame of many pieces: what one system call cannot take is gathered first.
+    #[cold]
+    fn send_pieces(&self, header: &[u8], payload: &[GuestSlice<'_>]) -> io::Result<usize> {
+        let mut rest = Vec::new();
+        let mut payload = payload;
+        if payload.len() > MAX_PIECES - 1 {
+            let (first, last) = payload.split_at(MAX_PIECES - 2);
+            payload = first;
+            rest = gather(last);
+        }
+        let mut list = Outgoing::<MAX_PIECES>::new();
+        list.bytes(header)
+            .and_then(|()| list.slices(payload))
+            .and_then(|()| {
+                if rest.is_empty() {
+                    Ok(())
+                } else {
+                    list.bytes(&rest)
+                }
+            })
+            .map_err(|Full| io::ErrorKind::InvalidInput)?;
+        list.write(self.fd())
+    }
+
+    /// Reads one frame with one system call. A frame longer than the buffers shows in a byte more
+    /// than they hold.
+    #[inline(always)]
+    fn read(&self, buffers: &[GuestSlice<'_>]) -> io::Result<usize> {
+        let mut overflow = [0; 1];
+        if buffers.len() < FEW_PIECES {
+            sys::read_into::<FEW_PIECES>(self.fd(), buffers, &mut overflow)
+        } else {
+            read_many(self.fd(), buffers, &mut overflow)
+        }
+    }
+}
+
+#[cold]
+fn read_many(
+    tun: BorrowedFd<'_>,
+    buffers: &[GuestSlice<'_>],
+    overflow: &mut [u8],
+) -> io::Result<usize> {
+    sys::read_into::<MAX_PIECES>(tun, buffers, overflow)
+}
+
+fn gather(slices: &[GuestSlice<'_>]) -> Vec<u8> {
+    let mut bytes = vec![0; total(slices)];
+    let mut at = 0;
+    for slice in slices {
+        at += slice.copy_to(&mut bytes[at..]);
+    }
+    bytes
+}
+
+#[inline(always)]
+fn total(slices: &[GuestSlice<'_>]) -> usize {
+    slices
+        .iter()
+        .fold(0, |sum, slice| sum.saturating_add(slice.len()))
+}
+
+impl UplinkQueue for TapQueue {
+    fn transmit(&self, frames: &[TxFrame<'_>], stats: &RingStats) {
+        let header_len = self.shared.header_len.load(Ordering::Relaxed);
+        let (mut sent, mut bytes) = (0, 0);
+        for frame in frames {
+            match self.send(frame, header_len) {
+                Ok(_) => {
+                    sent += 1;
+                    bytes += u64::try_from(frame.len).unwrap_or(0);
+                }
+                Err(error) => self.shared.count_drop(&error, stats),
+            }
+        }
+        stats.frames.add(sent);
+        stats.bytes.add(bytes);
+    }
+
+    fn receive(&self, buffers: &[GuestSlice<'_>]) -> Received {
+        let buffers = &buffers[..buffers.len().min(MAX_PIECES - 1)];
+        let room = total(buffers);
+        // The kernel would take a frame off the queue only to find no room for its header.
+        if room < self.shared.header_len.load(Ordering::Relaxed) {
+            return Received::Failed;
+        }
+        for _ in 0..MAX_LOST {
+            match self.read(buffers) {
+                Ok(len) if len > room => return Received::TooLong,
+                Ok(len) => return Received::Frame(len),
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::EAGAIN) => return Received::Empty,
+                    // This frame is lost (the kernel finds no header for it, or the guest's memory
+                    // is not there); those behind it are not.
+                    Some(libc::EINVAL | libc::EFAULT) => self.shared.log_unread(&error),
+                    _ => {
+                        self.shared.log_unread(&error);
+                        return Received::Failed;
+                    }
+                },
+            }
+        }
+        Received::Failed
+    }
+
+    fn readable(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.fd())
+    }
+
+    fn set_attached(&self, attached: bool) -> io::Result<()> {
+        let mut now = self.attached.lock();
+        if *now != attached {
+            sys::set_queue_attached(self.fd(), attached)
+                .map_err(|e| sentence::queue_refused(&self.shared.name, attached, &e))?;
+            *now = attached;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_error_has_its_counter() {
+        for (errno, loss, value) in [
+            (libc::EAGAIN, Loss::Full, [1, 0, 0]),
+            (libc::ENOBUFS, Loss::Full, [1, 0, 0]),
+            (libc::EIO, Loss::Down, [0, 1, 0]),
+            (libc::EBADFD, Loss::Down, [0, 1, 0]),
+            (libc::ENETDOWN, Loss::Down, [0, 1, 0]),
+            (libc::EINVAL, Loss::Refused, [0, 0, 1]),
+            (libc::ENOMEM, Loss::Refused, [0, 0, 1]),
+            (libc::EFAULT, Loss::Refused, [0, 0, 1]),
+        ] {
+            let error = io::Error::from_raw_os_error(errno);
+            assert_eq!(Loss::of(&error), loss, "{error}");
+            let stats = RingStats::default();
+            Shared::new("tap0".into(), HEADER_LEN).count_drop(&error, &stats);
+            let counted = [
+                stats.dropped_uplink_full.get(),
+                stats.dropped_uplink_down.get(),
+                stats.dropped_uplink_error.get(),
+            ];
+            assert_eq!(counted, value, "{error}");
+        }
+    }
+}

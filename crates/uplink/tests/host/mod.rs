@@ -1,0 +1,311 @@
+//! A host to test on: a network and mount namespace for one thread, guest memory, and a raw socket
+//! as the independent witness of what passes a TAP.
+#![allow(unsafe_code, dead_code)]
+
+use std::ffi::c_int;
+use std::fs::{self, File};
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::process::Command;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use virtionet_device::header::VnetHeader;
+use virtionet_device::port::{Received, TxFrame, UplinkQueue};
+use virtionet_device::stats::RingStats;
+use virtionet_ring::memory::{GuestMemory, GuestSlice, Pieces, Region, RegionSpec};
+
+/// An EtherType for local experiments.
+pub const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
+/// The user without privileges.
+pub const NOBODY: u32 = 65534;
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Runs `test` on a thread in namespaces of its own, as root.
+pub fn in_namespaces(test: impl FnOnce() + Send + 'static) {
+    if fs::metadata("/proc/self").unwrap().uid() != 0 {
+        eprintln!("skipped: namespaces and TAPs need root");
+        return;
+    }
+    let outcome = thread::spawn(|| {
+        // SAFETY: takes no pointer; the new namespaces are this thread's and its children's.
+        let rc = unsafe { libc::unshare(libc::CLONE_NEWNET | libc::CLONE_NEWNS) };
+        assert_eq!(rc, 0, "{}", std::io::Error::last_os_error());
+        run("mount --make-rprivate /");
+        fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1").ok();
+        test();
+    })
+    .join();
+    if let Err(panic) = outcome {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+/// Puts a directory without devices in the place of /dev/net, in this thread's namespace.
+pub fn hide_tun() {
+    run("mount -t tmpfs none /dev/net");
+}
+
+/// Makes /dev/net/tun open to everybody, in this thread's namespace.
+pub fn share_tun() {
+    hide_tun();
+    run("mknod -m 666 /dev/net/tun c 10 200");
+}
+
+/// Gives up root on this thread alone (the C library's functions would on all).
+pub fn become_nobody() {
+    let id = libc::c_long::from(NOBODY);
+    // SAFETY: no pointer is read: the list of groups is empty.
+    let rcs = unsafe {
+        [
+            libc::syscall(libc::SYS_setgroups, 0_usize, 0_usize),
+            libc::syscall(libc::SYS_setresgid, id, id, id),
+            libc::syscall(libc::SYS_setresuid, id, id, id),
+        ]
+    };
+    assert_eq!(rcs, [0; 3]);
+}
+
+/// Runs a command in this thread's namespaces; its output.
+pub fn run(command: &str) -> String {
+    let mut words = command.split_whitespace();
+    let output = Command::new(words.next().unwrap())
+        .args(words)
+        .output()
+        .unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command}: {errors}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Asks until the answer is there: where a child is being started on another thread, it holds this
+/// process's files for a moment, and with them TAPs that were closed.
+pub fn eventually<T>(mut ask: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match ask() {
+            Some(answer) => return answer,
+            None => assert!(Instant::now() < deadline, "it never came"),
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+pub fn link(name: &str) -> String {
+    run(&format!("ip -d link show {name}"))
+}
+
+/// Received and transmitted packets of an interface, as the kernel counts them.
+pub fn kernel_packets(name: &str) -> (u64, u64) {
+    let table = fs::read_to_string("/proc/thread-self/net/dev").unwrap();
+    let line = table
+        .lines()
+        .find_map(|line| line.trim().strip_prefix(&format!("{name}:")))
+        .unwrap();
+    let fields: Vec<u64> = line
+        .split_whitespace()
+        .map(|field| field.parse().unwrap())
+        .collect();
+    (fields[1], fields[9])
+}
+
+/// Memory of a guest, and what lies in it.
+pub struct Guest {
+    memory: Arc<GuestMemory>,
+    pieces: Pieces,
+    used: u64,
+    file: File,
+}
+
+impl Guest {
+    pub fn new() -> Self {
+        let size = 1 << 20;
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_TMPFILE)
+            .open(std::env::temp_dir())
+            .unwrap();
+        file.set_len(size).unwrap();
+        let spec = RegionSpec {
+            guest_addr: 0,
+            size,
+            user_addr: 0,
+            file_offset: 0,
+        };
+        let region = Region::map(spec, file.try_clone().unwrap()).unwrap();
+        let memory = Arc::new(GuestMemory::new(vec![Arc::new(region)]).unwrap());
+        Self {
+            pieces: Pieces::new(Arc::clone(&memory)),
+            memory,
+            used: 0,
+            file,
+        }
+    }
+
+    /// Makes room for one buffer of this many bytes, away from the last one.
+    pub fn buffer(&mut self, len: usize) -> u64 {
+        let at = self.used;
+        self.pieces.push(at, u32::try_from(len).unwrap()).unwrap();
+        self.used += u64::try_from(len).unwrap() + 5;
+        at
+    }
+
+    /// Writes `bytes` as pieces of at most `cut` bytes.
+    pub fn put(&mut self, bytes: &[u8], cut: usize) {
+        for piece in bytes.chunks(cut) {
+            let at = self.buffer(piece.len());
+            assert!(self.memory.write(at, piece));
+        }
+    }
+
+    /// Takes the memory away behind its mapping.
+    pub fn cut_short(&self) {
+        self.file.set_len(0).unwrap();
+    }
+
+    pub fn slices(&self) -> &[GuestSlice<'_>] {
+        self.pieces.slices(0, self.pieces.len())
+    }
+
+    pub fn bytes(&self) -> Vec<u8> {
+        let mut all = Vec::new();
+        for slice in self.slices() {
+            let mut piece = vec![0; slice.len()];
+            slice.copy_to(&mut piece);
+            all.extend(piece);
+        }
+        all
+    }
+}
+
+/// Sends one frame, in pieces of `cut` bytes, behind `header`.
+pub fn send(queue: &dyn UplinkQueue, header: VnetHeader, frame: &[u8], cut: usize) -> RingStats {
+    let mut guest = Guest::new();
+    guest.put(frame, cut);
+    let stats = RingStats::default();
+    let frame = TxFrame {
+        header,
+        payload: guest.slices(),
+        len: frame.len(),
+    };
+    queue.transmit(&[frame], &stats);
+    stats
+}
+
+/// Receives into buffers of these lengths: the verdict and, of a frame, its bytes.
+pub fn receive(queue: &dyn UplinkQueue, buffers: &[usize]) -> (Received, Vec<u8>) {
+    let mut guest = Guest::new();
+    for &len in buffers {
+        guest.buffer(len);
+    }
+    let verdict = queue.receive(guest.slices());
+    let mut bytes = guest.bytes();
+    if let Received::Frame(len) = verdict {
+        bytes.truncate(len);
+    }
+    (verdict, bytes)
+}
+
+/// Receives one frame of 2 KiB at most, and waits for it.
+pub fn wait_for_frame(queue: &dyn UplinkQueue) -> Vec<u8> {
+    eventually(|| match receive(queue, &[2048]) {
+        (Received::Frame(_), bytes) => Some(bytes),
+        (Received::Empty, _) => None,
+        (verdict, _) => panic!("{verdict:?}"),
+    })
+}
+
+/// Drops whatever waits in a queue; how many frames that was.
+pub fn drain(queue: &dyn UplinkQueue) -> usize {
+    std::iter::from_fn(|| matches!(receive(queue, &[65_600]).0, Received::Frame(_)).then_some(()))
+        .count()
+}
+
+/// An Ethernet frame of `len` bytes with a payload that tells its position and `mark`.
+pub fn frame(len: usize, mark: u8) -> Vec<u8> {
+    let mut frame = vec![2, 0, 0, 0, 0, 9, 2, 0, 0, 0, 0, mark];
+    frame.extend(ETHERTYPE);
+    let pattern = (0_u8..251).cycle().map(|byte| byte ^ mark);
+    frame.extend(pattern.take(len - 14));
+    frame
+}
+
+/// A UDP datagram over IPv4 in a frame: `from` and `to` are port numbers.
+pub fn datagram(from: u16, to: u16) -> Vec<u8> {
+    let mut frame = vec![2, 0, 0, 0, 0, 9, 2, 0, 0, 0, 0, 8, 8, 0];
+    let address = |port: u16| [10, 0, 0, u8::try_from(port & 0xff).unwrap()];
+    frame.extend([0x45, 0, 0, 32, 0, 0, 0, 0, 64, 17, 0, 0]);
+    frame.extend(address(from));
+    frame.extend(address(to));
+    frame.extend(from.to_be_bytes());
+    frame.extend(to.to_be_bytes());
+    frame.extend([0, 12, 0, 0, 1, 2, 3, 4]);
+    frame
+}
+
+/// A raw socket on one interface.
+pub struct Witness(File);
+
+impl Witness {
+    pub fn on(name: &str) -> Self {
+        Self::with_header(name, false)
+    }
+
+    /// With `header`, frames are sent with a virtio-net header of 10 bytes in front.
+    pub fn with_header(name: &str, header: bool) -> Self {
+        let index = link(name).split(':').next().unwrap().parse().unwrap();
+        let protocol = u16::try_from(libc::ETH_P_ALL).unwrap().to_be();
+        let kind = libc::SOCK_RAW | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
+        // SAFETY: takes no pointer.
+        let fd = unsafe { libc::socket(libc::AF_PACKET, kind, c_int::from(protocol)) };
+        assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+        // SAFETY: opened just now; nobody else has it.
+        let socket = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+        let address = libc::sockaddr_ll {
+            sll_family: u16::try_from(libc::AF_PACKET).unwrap(),
+            sll_protocol: protocol,
+            sll_ifindex: index,
+            sll_hatype: 0,
+            sll_pkttype: 0,
+            sll_halen: 0,
+            sll_addr: [0; 8],
+        };
+        let len = u32::try_from(size_of_val(&address)).unwrap();
+        // SAFETY: the address is alive and of the length that is given.
+        let rc = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), len) };
+        assert_eq!(rc, 0, "{}", std::io::Error::last_os_error());
+        if header {
+            let yes: c_int = 1;
+            // SAFETY: the option is one int, which is alive, and its length is given.
+            let rc = unsafe {
+                libc::setsockopt(
+                    socket.as_raw_fd(),
+                    libc::SOL_PACKET,
+                    libc::PACKET_VNET_HDR,
+                    (&raw const yes).cast(),
+                    u32::try_from(size_of_val(&yes)).unwrap(),
+                )
+            };
+            assert_eq!(rc, 0, "{}", std::io::Error::last_os_error());
+        }
+        Self(socket)
+    }
+
+    pub fn send(&self, frame: &[u8]) {
+        assert_eq!((&self.0).write(frame).unwrap(), frame.len());
+    }
+
+    /// The next frame of [`ETHERTYPE`].
+    pub fn next(&self) -> Vec<u8> {
+        let mut buffer = vec![0; 70_000];
+        eventually(|| match (&self.0).read(&mut buffer) {
+            Ok(len) if buffer[12..14] == ETHERTYPE => Some(buffer[..len].to_vec()),
+            Ok(_) => None,
+            Err(e) if e.kind() == ErrorKind::WouldBlock => None,
+            Err(e) => panic!("{e}"),
+        })
+    }
+}

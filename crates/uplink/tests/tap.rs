@@ -1,0 +1,441 @@
+//! Frames through real TAPs, in network namespaces of their own.
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::print_stdout)]
+
+mod host;
+
+use std::sync::Arc;
+
+use host::{
+    Witness, become_nobody, datagram, drain, eventually, frame, in_namespaces, kernel_packets,
+    link, receive, run, send, share_tun, wait_for_frame,
+};
+use virtionet_device::header::{FrameFormat, VnetHeader};
+use virtionet_device::port::{Received, TxFrame, Uplink, UplinkQueue};
+use virtionet_device::stats::RingStats;
+use virtionet_uplink::open;
+
+const PLAIN: VnetHeader = VnetHeader([0; 12]);
+const WHOLE: usize = 65_600;
+
+fn tap(spec: &str) -> Arc<dyn Uplink> {
+    eventually(|| open(&spec.parse().unwrap()).ok())
+}
+
+fn attached(uplink: &dyn Uplink, pair: u16) -> Arc<dyn UplinkQueue> {
+    let queue = uplink.open_queue(pair).unwrap();
+    queue.set_attached(true).unwrap();
+    queue
+}
+
+fn format(header_len: usize, tso: bool) -> FrameFormat {
+    FrameFormat {
+        header_len,
+        csum: tso,
+        tso4: tso,
+        tso6: tso,
+        ecn: tso,
+        ufo: tso,
+    }
+}
+
+#[test]
+fn frames_leave_as_the_guest_wrote_them() {
+    in_namespaces(|| {
+        let uplink = tap("tap:vt0");
+        let queue = attached(&*uplink, 0);
+        let witness = Witness::on("vt0");
+        // In one piece, in odd ones, in more than the small list holds, in as many as one system
+        // call takes with the header, in one more, and in many more.
+        for (len, cut) in [
+            (14, 14),
+            (60, 7),
+            (1514, WHOLE),
+            (1514, 20),
+            (1023, 1),
+            (1024, 1),
+            (1514, 1),
+            (65_549, 4096),
+            (65_549, 60),
+        ] {
+            for header_len in [12, 10] {
+                uplink.set_format(format(header_len, false)).unwrap();
+                let sent = frame(len, 1);
+                // What the guest left in num_buffers is not for the kernel.
+                let mut header = PLAIN;
+                header.0[10..].fill(0xff);
+                let stats = send(&*queue, header, &sent, cut);
+                assert_eq!(stats.frames.get(), 1, "{len} in {cut}");
+                assert_eq!(stats.bytes.get(), u64::try_from(len).unwrap());
+                assert!(witness.next() == sent, "{len} in {cut}");
+            }
+        }
+    });
+}
+
+#[test]
+fn a_burst_leaves_in_order() {
+    in_namespaces(|| {
+        let uplink = tap("tap:vt0");
+        let queue = attached(&*uplink, 0);
+        let witness = Witness::on("vt0");
+        let (before, _) = kernel_packets("vt0");
+        let stats = RingStats::default();
+        let mut guest = host::Guest::new();
+        for mark in 0..64 {
+            guest.put(&frame(100, mark), 100);
+        }
+        let burst: Vec<TxFrame<'_>> = guest
+            .slices()
+            .chunks(1)
+            .map(|payload| TxFrame {
+                header: PLAIN,
+                payload,
+                len: 100,
+            })
+            .collect();
+        queue.transmit(&burst, &stats);
+        assert_eq!((stats.frames.get(), stats.bytes.get()), (64, 6400));
+        assert_eq!(kernel_packets("vt0").0 - before, 64);
+        for mark in 0..64 {
+            assert_eq!(witness.next(), frame(100, mark));
+        }
+    });
+}
+
+#[test]
+fn frames_arrive_over_many_buffers_and_too_long_ones_are_told() {
+    in_namespaces(|| {
+        let uplink = tap("tap:vt0");
+        let queue = attached(&*uplink, 0);
+        let witness = Witness::on("vt0");
+        assert_eq!(receive(&*queue, &[WHOLE]).0, Received::Empty);
+        for header_len in [12, 10] {
+            uplink.set_format(format(header_len, false)).unwrap();
+            let sent = frame(1514, 3);
+            for buffers in [
+                vec![header_len + 1514],
+                vec![WHOLE],
+                vec![5, 9, 1, 3000],
+                vec![32; 48],
+                vec![2; 900],
+                vec![2; 1400],
+            ] {
+                witness.send(&sent);
+                let (verdict, bytes) = receive(&*queue, &buffers);
+                assert_eq!(verdict, Received::Frame(header_len + 1514), "{buffers:?}");
+                assert_eq!(bytes[..10], [0; 10]);
+                assert!(bytes[header_len..] == sent, "{buffers:?}");
+            }
+            for buffers in [vec![header_len + 1513], vec![700, 700], vec![1; 2000]] {
+                witness.send(&sent);
+                assert_eq!(receive(&*queue, &buffers).0, Received::TooLong);
+            }
+            assert_eq!(receive(&*queue, &[WHOLE]).0, Received::Empty);
+        }
+        // Without room for a header nothing is taken off the queue.
+        witness.send(&frame(60, 4));
+        assert_eq!(receive(&*queue, &[9]).0, Received::Failed);
+        assert_eq!(receive(&*queue, &[]).0, Received::Failed);
+        assert_eq!(receive(&*queue, &[WHOLE]).0, Received::Frame(70));
+    });
+}
+
+#[test]
+fn a_detached_queue_gets_nothing() {
+    in_namespaces(|| {
+        let uplink = tap("tap:vt0");
+        let queues = [attached(&*uplink, 0), attached(&*uplink, 1)];
+        let witness = Witness::on("vt0");
+        let spread = || {
+            for port in 0..200 {
+                witness.send(&datagram(port, 5000 + port));
+            }
+            queues.each_ref().map(|queue| drain(&**queue))
+        };
+        let [first, second] = spread();
+        assert!(first > 20 && second > 20, "{first} and {second}");
+        assert_eq!(first + second, 200);
+        for (idle, expected) in [(1, [200, 0]), (0, [0, 0])] {
+            // Twice is as good as once.
+            queues[idle].set_attached(false).unwrap();
+            queues[idle].set_attached(false).unwrap();
+            assert_eq!(spread(), expected);
+        }
+        queues[1].set_attached(true).unwrap();
+        assert_eq!(spread(), [0, 200]);
+        // A queue that opens later, or again, starts detached or as it was.
+        let third = uplink.open_queue(2).unwrap();
+        assert_eq!((spread(), drain(&*third)), ([0, 200], 0));
+        let again = uplink.open_queue(1).unwrap();
+        witness.send(&datagram(1, 2));
+        assert_eq!(wait_for_frame(&*again).len(), 12 + 46);
+        // What is detached can send.
+        assert_eq!(send(&*third, PLAIN, &frame(60, 1), 60).frames.get(), 1);
+    });
+}
+
+#[test]
+fn a_reply_comes_to_the_queue_that_its_flow_left_from() {
+    in_namespaces(|| {
+        let uplink = tap("tap:vt0");
+        let queues: Vec<_> = (0..4).map(|pair| attached(&*uplink, pair)).collect();
+        let witness = Witness::on("vt0");
+        for port in 0..32_u16 {
+            let home = usize::from(port % 4);
+            send(&*queues[home], PLAIN, &datagram(port, 900 + port), WHOLE);
+        }
+        for port in 0..32_u16 {
+            witness.send(&datagram(900 + port, port));
+            let got: Vec<usize> = queues.iter().map(|queue| drain(&**queue)).collect();
+            assert_eq!(got[usize::from(port % 4)], 1, "port {port}: {got:?}");
+        }
+    });
+}
+
+#[test]
+fn offloads_follow_the_format_on_every_queue() {
+    in_namespaces(|| {
+        let uplink = tap("tap:vt0");
+        let queue = attached(&*uplink, 0);
+        let witness = Witness::with_header("vt0", true);
+        let segments = |queue: &dyn UplinkQueue| {
+            witness.send(&large_segment());
+            std::iter::from_fn(|| match receive(queue, &[WHOLE]) {
+                (Received::Frame(_), bytes) => Some((bytes[1], bytes.len() - 12)),
+                _ => None,
+            })
+            .collect::<Vec<_>>()
+        };
+        let small = vec![(0, 1054), (0, 1054), (0, 1054), (0, 1054)];
+        let large = vec![(1, 4054)];
+        assert_eq!(segments(&*queue), small);
+        uplink.set_format(format(12, true)).unwrap();
+        assert_eq!(segments(&*queue), large);
+        let late = attached(&*uplink, 1);
+        queue.set_attached(false).unwrap();
+        assert_eq!(segments(&*late), large);
+        uplink.set_format(format(12, false)).unwrap();
+        assert_eq!(segments(&*late), small);
+    });
+}
+
+/// A virtio-net header of 10 bytes and 4,000 bytes of TCP over IPv4 to be cut into 1,000s.
+fn large_segment() -> Vec<u8> {
+    let mut packet = vec![1, 1, 54, 0, 0xe8, 3, 34, 0, 16, 0];
+    packet.extend([2, 0, 0, 0, 0, 9, 2, 0, 0, 0, 0, 8, 8, 0]);
+    packet.extend([0x45, 0, 0x0f, 0xc8, 0, 1, 0x40, 0, 64, 6, 0, 0]);
+    packet.extend([10, 0, 0, 1, 10, 0, 0, 2]);
+    packet.extend([
+        0, 80, 0, 90, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 1, 0, 0, 0, 0, 0,
+    ]);
+    packet.resize(10 + 54 + 4000, 0x55);
+    packet
+}
+
+#[test]
+fn a_large_frame_of_the_guest_is_taken_whole() {
+    in_namespaces(|| {
+        let uplink = tap("tap:vt0");
+        let queue = attached(&*uplink, 0);
+        let packet = large_segment();
+        let mut header = PLAIN;
+        header.0[..10].copy_from_slice(&packet[..10]);
+        let stats = send(&*queue, header, &packet[10..], 1000);
+        assert_eq!((stats.frames.get(), stats.bytes.get()), (1, 4054));
+        // A checksum beyond the frame: the kernel's word counts, and the next frame passes.
+        header.0[6..8].copy_from_slice(&60_000_u16.to_le_bytes());
+        let stats = send(&*queue, header, &packet[10..], 1000);
+        assert_eq!(stats.frames.get(), 0);
+        assert_eq!(stats.dropped_uplink_error.get(), 1);
+        assert_eq!(send(&*queue, PLAIN, &frame(60, 1), 60).frames.get(), 1);
+    });
+}
+
+#[test]
+fn down_and_gone_are_counted_and_survived() {
+    in_namespaces(|| {
+        let uplink = tap("tap:vt0");
+        let queue = attached(&*uplink, 0);
+        run("ip link set vt0 down");
+        let stats = send(&*queue, PLAIN, &frame(60, 1), 60);
+        assert_eq!(
+            (stats.frames.get(), stats.dropped_uplink_down.get()),
+            (0, 1)
+        );
+        assert_eq!(receive(&*queue, &[WHOLE]).0, Received::Empty);
+        run("ip link set vt0 up");
+        assert_eq!(send(&*queue, PLAIN, &frame(60, 1), 60).frames.get(), 1);
+
+        run("ip link del vt0");
+        let stats = send(&*queue, PLAIN, &frame(60, 1), 60);
+        assert_eq!(
+            (stats.frames.get(), stats.dropped_uplink_down.get()),
+            (0, 1)
+        );
+        assert_eq!(receive(&*queue, &[WHOLE]).0, Received::Failed);
+        for error in [
+            queue.set_attached(false).unwrap_err().to_string(),
+            uplink.set_format(format(12, true)).unwrap_err().to_string(),
+            uplink.set_mtu(1500).unwrap_err().to_string(),
+            uplink.open_queue(1).unwrap_err().to_string(),
+        ] {
+            assert!(
+                error.starts_with("TAP vt0 is gone; make it again"),
+                "{error}"
+            );
+        }
+    });
+}
+
+#[test]
+fn memory_that_is_not_there_loses_one_frame_and_no_more() {
+    in_namespaces(|| {
+        let uplink = tap("tap:vt0");
+        let queue = attached(&*uplink, 0);
+        let witness = Witness::on("vt0");
+        let mut guest = host::Guest::new();
+        guest.put(&frame(100, 1), 100);
+        guest.cut_short();
+        let stats = RingStats::default();
+        let lost = TxFrame {
+            header: PLAIN,
+            payload: guest.slices(),
+            len: 100,
+        };
+        queue.transmit(&[lost], &stats);
+        assert_eq!(
+            (stats.frames.get(), stats.dropped_uplink_error.get()),
+            (0, 1)
+        );
+        witness.send(&frame(60, 2));
+        assert_eq!(queue.receive(guest.slices()), Received::Empty);
+        witness.send(&frame(60, 3));
+        assert_eq!(wait_for_frame(&*queue)[12..], frame(60, 3));
+    });
+}
+
+#[test]
+fn a_tap_that_was_renamed_is_still_ours() {
+    in_namespaces(|| {
+        let uplink = tap("tap:vt0");
+        run("ip link set vt0 down");
+        run("ip link set vt0 name other");
+        run("ip link set other up");
+        let queue = attached(&*uplink, 1);
+        let witness = Witness::on("other");
+        send(&*queue, PLAIN, &frame(60, 1), 60);
+        assert_eq!(witness.next(), frame(60, 1));
+        assert!(!run("ip link").contains("vt0"));
+    });
+}
+
+#[test]
+fn a_tap_of_ours_comes_up_in_its_bridge_and_goes_with_us() {
+    in_namespaces(|| {
+        run("ip link add vbr type bridge");
+        let uplink = tap("tap:vt%d,bridge=vbr");
+        assert_eq!((uplink.kind(), uplink.name().as_str()), ("tap", "vt0"));
+        let other = tap("tap:vt%d");
+        assert_eq!(other.name(), "vt1");
+        let text = link("vt0");
+        assert!(
+            text.contains(",UP") && text.contains("master vbr"),
+            "{text}"
+        );
+        assert!(text.contains("numdisabled 1"), "{text}");
+        assert!(!link("vt1").contains("master"));
+        let queue = uplink.open_queue(0).unwrap();
+        drop(uplink);
+        link("vt0");
+        drop(queue);
+        eventually(|| (!run("ip link").contains("vt0")).then_some(()));
+    });
+}
+
+#[test]
+fn frames_pass_from_tap_to_tap_through_a_bridge() {
+    in_namespaces(|| {
+        run("ip link add vbr up type bridge");
+        let uplinks = [tap("tap:vt0,bridge=vbr"), tap("tap:vt1,bridge=vbr")];
+        let queues = uplinks.each_ref().map(|uplink| attached(&**uplink, 0));
+        let sent = frame(1514, 7);
+        send(&*queues[0], PLAIN, &sent, 100);
+        let got = loop {
+            // The bridge may say a word of its own first.
+            let got = wait_for_frame(&*queues[1]);
+            if got[24..26] == host::ETHERTYPE {
+                break got;
+            }
+        };
+        assert!(got[12..] == sent);
+    });
+}
+
+#[test]
+fn the_mtu_is_set_on_our_tap_and_raised_on_another() {
+    in_namespaces(|| {
+        let ours = tap("tap:vt0");
+        run("ip tuntap add dev vt1 mode tap multi_queue vnet_hdr");
+        let theirs = tap("tap:vt1");
+        for (mtu, on_ours, on_theirs) in [
+            (9000, "mtu 9000 ", "mtu 9000 "),
+            (1400, "mtu 1400 ", "mtu 9000 "),
+            (65_521, "mtu 65521 ", "mtu 65521 "),
+        ] {
+            ours.set_mtu(mtu).unwrap();
+            theirs.set_mtu(mtu).unwrap();
+            assert!(link("vt0").contains(on_ours), "{mtu}");
+            assert!(link("vt1").contains(on_theirs), "{mtu}");
+        }
+        let error = ours.set_mtu(65_535).unwrap_err().to_string();
+        assert!(
+            error.contains("MTU of 65521 and it cannot be set to 65535"),
+            "{error}"
+        );
+    });
+}
+
+#[test]
+fn an_existing_tap_is_left_as_found() {
+    in_namespaces(|| {
+        run("ip tuntap add dev vt0 mode tap multi_queue vnet_hdr");
+        for _ in 0..2 {
+            let uplink = tap("tap:vt0");
+            assert!(!link("vt0").contains(",UP"));
+            run("ip link set vt0 up");
+            let queue = attached(&*uplink, 0);
+            assert_eq!(send(&*queue, PLAIN, &frame(60, 1), 60).frames.get(), 1);
+            drop((uplink, queue));
+            assert!(link("vt0").contains(",UP"));
+            run("ip link set vt0 down");
+        }
+    });
+}
+
+#[test]
+fn the_owner_of_a_tap_needs_no_privilege() {
+    in_namespaces(|| {
+        share_tun();
+        run("ip link add vbr up type bridge");
+        run("ip tuntap add dev vt0 mode tap user 65534 multi_queue vnet_hdr");
+        run("ip link set vt0 up mtu 2000 master vbr");
+        let witness = Witness::on("vt0");
+        become_nobody();
+        let uplink = tap("tap:vt0,bridge=vbr");
+        uplink.set_format(format(12, true)).unwrap();
+        uplink.set_mtu(1500).unwrap();
+        let error = uplink.set_mtu(2001).unwrap_err().to_string();
+        assert!(
+            error.contains("MTU of 2000 and it cannot be set to 2001"),
+            "{error}"
+        );
+        let queues = [attached(&*uplink, 0), attached(&*uplink, 1)];
+        for (queue, mark) in queues.iter().zip(1..) {
+            assert_eq!(send(&**queue, PLAIN, &frame(60, mark), 60).frames.get(), 1);
+            assert_eq!(witness.next(), frame(60, mark));
+        }
+        queues[0].set_attached(false).unwrap();
+        witness.send(&frame(60, 9));
+        assert_eq!(wait_for_frame(&*queues[1])[12..], frame(60, 9));
+    });
+}
