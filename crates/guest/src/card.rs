@@ -255,19 +255,28 @@ impl Card {
         Ok(())
     }
 
+    /// Empties the rings of a stopped card and fills the receiveqs, as a driver that is loaded
+    /// anew; [`Card::start`] comes next. The pairs must be in the card.
+    ///
+    /// # Errors
+    /// When a kick cannot be written.
+    pub fn reset(&mut self) -> Result<(), Error> {
+        for pair in &mut self.pairs {
+            pair.tx.reset();
+            pair.rx.reset();
+            pair.rx.fill()?;
+        }
+        self.take_bases();
+        Ok(())
+    }
+
     /// Goes on with another back-end process after the last one died: the bases come from what
     /// each ring shows as used, as in QEMU. The pairs must be in the card.
     ///
     /// # Errors
     /// As [`Card::connect`].
     pub fn reconnect(&mut self, front: FrontEnd, config: &CardConfig) -> Result<(), Error> {
-        let queues = self
-            .pairs
-            .iter()
-            .flat_map(|pair| [&pair.rx.queue, &pair.tx.queue]);
-        for (setup, queue) in self.rings.iter_mut().zip(queues) {
-            setup.base = queue.ring.base();
-        }
+        self.take_bases();
         self.front = front;
         let offered = negotiate(&mut self.front, config)?;
         let lost = self.features & !offered;
@@ -276,6 +285,15 @@ impl Card {
         }
         self.announce()?;
         self.start()
+    }
+
+    /// Takes each ring's base from what it shows as used.
+    fn take_bases(&mut self) {
+        let pairs = self.pairs.iter();
+        let queues = pairs.flat_map(|pair| [&pair.rx.queue, &pair.tx.queue]);
+        for (setup, queue) in self.rings.iter_mut().zip(queues) {
+            setup.base = queue.ring.base();
+        }
     }
 
     /// Enables or disables a pair, as `ethtool -L` in a guest does.

@@ -30,6 +30,8 @@ pub struct RxQueue {
     mergeable: bool,
     /// Buffers that the device does not have.
     idle: Vec<u16>,
+    /// Buffers in all.
+    buffers: u16,
     /// The buffers of the frame at hand, and the bytes in each.
     parts: Vec<(u16, u32)>,
     /// Storage for the chain in the making.
@@ -133,9 +135,17 @@ impl RxQueue {
             indirect: config.indirect() && config.rx_buffer.len() > 1,
             mergeable: config.has(VIRTIO_NET_F_MRG_RXBUF),
             idle: (0..config.rx_buffers()).rev().collect(),
+            buffers: config.rx_buffers(),
             parts: Vec::new(),
             chain: Vec::new(),
         })
+    }
+
+    /// Starts over with an empty ring, as a driver that is loaded anew. The device must not be
+    /// running.
+    pub fn reset(&mut self) {
+        self.queue.ring.reset();
+        self.idle = (0..self.buffers).rev().collect();
     }
 
     /// Gives the device every buffer that it does not have; returns how many.

@@ -153,6 +153,13 @@ impl TxQueue {
         }
     }
 
+    /// Starts over with an empty ring, as a driver that is loaded anew. The device must not be
+    /// running.
+    pub fn reset(&mut self) {
+        self.queue.ring.reset();
+        self.free = (0..self.queue.ring.size()).rev().collect();
+    }
+
     /// Writes `frame` into every slot; the ring must be empty.
     ///
     /// # Errors

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Queue, QueueT};
 use virtionet_guest::driver::{Buf, DeviceFault, DriverRing, RingConfig, RingError};
 use virtionet_guest::memory::GuestRam;
 use virtionet_guest::split::{Descriptor, NEXT, SplitRing, WRITE};
@@ -219,7 +219,7 @@ fn kicks_and_calls_follow_the_flags() {
     let mut b = bench(8, false, 0);
     assert!(!b.ring.kick_needed(), "nothing was published");
     let one = [Buf::writable(0x1000, 16)];
-    let mut send = |b: &mut Bench| {
+    let send = |b: &mut Bench| {
         b.ring.add(&one, false, 1).unwrap();
         b.ring.publish();
         b.ring.kick_needed()

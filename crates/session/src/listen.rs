@@ -90,8 +90,8 @@ impl Listener {
         let group = access.group.as_deref().map(group_number).transpose()?;
         remove_stale(path, &address)?;
         let refused = |what| move |error: io::Error| refused(what, path, error);
-        let socket = unix_socket(SocketFlags::CLOEXEC)
-            .map_err(|error| refused("make")(error.into()))?;
+        let socket =
+            unix_socket(SocketFlags::CLOEXEC).map_err(|error| refused("make")(error.into()))?;
         bind(&socket, &address).map_err(|error| match error {
             Errno::ADDRINUSE => ListenError::InUse(path.into()),
             error => refused("bind")(error.into()),
@@ -175,7 +175,9 @@ impl Inherited {
         }
         let stream = UnixStream::from(fd);
         if stream.peer_addr().is_err() {
-            return Err(wrong_kind("a socket that is neither connected nor listening"));
+            return Err(wrong_kind(
+                "a socket that is neither connected nor listening",
+            ));
         }
         Ok(Self::Connected(stream))
     }

@@ -5,8 +5,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use vhost::vhost_user::message::{
-    FrontendReq, VhostUserMemory, VhostUserMemoryRegion, VhostUserSingleMemoryRegion,
-    VhostUserU64, VhostUserVringAddr, VhostUserVringState,
+    FrontendReq, VhostUserMemory, VhostUserMemoryRegion, VhostUserSingleMemoryRegion, VhostUserU64,
+    VhostUserVringAddr, VhostUserVringState,
 };
 use virtionet_ring::MAX_SIZE;
 use virtionet_ring::memory::RegionSpec;
@@ -423,40 +423,180 @@ mod tests {
         let table = |n: u32, regions: usize| [payload(&[n, 0]), vec![0; regions * 32]].concat();
         let u64s = |value: u64| value.to_ne_bytes().to_vec();
         for (code, bytes, fds, want) in [
-            (Code::GET_FEATURES, vec![0; 8], 0, "peer: GET_FEATURES has a payload of 8 bytes"),
-            (Code::GET_FEATURES, vec![], 1, "peer: GET_FEATURES carries 1 file"),
+            (
+                Code::GET_FEATURES,
+                vec![0; 8],
+                0,
+                "peer: GET_FEATURES has a payload of 8 bytes",
+            ),
+            (
+                Code::GET_FEATURES,
+                vec![],
+                1,
+                "peer: GET_FEATURES carries 1 file",
+            ),
             (Code::SET_FEATURES, vec![0; 7], 0, "instead of 8"),
-            (Code::SET_FEATURES, vec![], 0, "peer: SET_FEATURES has a payload of 0"),
-            (Code::SET_FEATURES, vec![0; 4096], 0, "peer: SET_FEATURES has a payload of 4096"),
-            (Code::SET_MEM_TABLE, vec![0; 7], 0, "peer: SET_MEM_TABLE has a payload of 7"),
+            (
+                Code::SET_FEATURES,
+                vec![],
+                0,
+                "peer: SET_FEATURES has a payload of 0",
+            ),
+            (
+                Code::SET_FEATURES,
+                vec![0; 4096],
+                0,
+                "peer: SET_FEATURES has a payload of 4096",
+            ),
+            (
+                Code::SET_MEM_TABLE,
+                vec![0; 7],
+                0,
+                "peer: SET_MEM_TABLE has a payload of 7",
+            ),
             (Code::SET_MEM_TABLE, table(1, 2), 1, "instead of 40"),
-            (Code::SET_MEM_TABLE, table(2, 2), 1, "1 file descriptors instead of 2"),
-            (Code::SET_MEM_TABLE, table(1, 1), 2, "2 file descriptors instead of 1"),
-            (Code::SET_MEM_TABLE, table(9, 9), 9, "peer: SET_MEM_TABLE announces 9"),
+            (
+                Code::SET_MEM_TABLE,
+                table(2, 2),
+                1,
+                "1 file descriptors instead of 2",
+            ),
+            (
+                Code::SET_MEM_TABLE,
+                table(1, 1),
+                2,
+                "2 file descriptors instead of 1",
+            ),
+            (
+                Code::SET_MEM_TABLE,
+                table(9, 9),
+                9,
+                "peer: SET_MEM_TABLE announces 9",
+            ),
             (Code::SET_MEM_TABLE, table(33, 33), 8, "announces 33"),
-            (Code::SET_MEM_TABLE, table(u32::MAX, 1), 1, "announces 4294967295"),
-            (Code::ADD_MEM_REG, vec![0; 40], 0, "0 file descriptors instead of 1"),
-            (Code::ADD_MEM_REG, vec![0; 40], 2, "2 file descriptors instead of 1"),
+            (
+                Code::SET_MEM_TABLE,
+                table(u32::MAX, 1),
+                1,
+                "announces 4294967295",
+            ),
+            (
+                Code::ADD_MEM_REG,
+                vec![0; 40],
+                0,
+                "0 file descriptors instead of 1",
+            ),
+            (
+                Code::ADD_MEM_REG,
+                vec![0; 40],
+                2,
+                "2 file descriptors instead of 1",
+            ),
             (Code::ADD_MEM_REG, vec![0; 32], 1, "instead of 40"),
-            (Code::REM_MEM_REG, vec![0; 40], 2, "2 file descriptors instead of 0"),
+            (
+                Code::REM_MEM_REG,
+                vec![0; 40],
+                2,
+                "2 file descriptors instead of 0",
+            ),
             (Code::SET_VRING_NUM, num(0, 0), 0, "refused: ring size 0"),
-            (Code::SET_VRING_NUM, num(0, 32769), 0, "refused: ring size 32769"),
-            (Code::SET_VRING_NUM, num(0, 65536 + 256), 0, "refused: ring size 65792"),
-            (Code::SET_VRING_NUM, num(256, 256), 0, "refused: 0x100 is no ring index"),
-            (Code::SET_VRING_NUM, num(u32::MAX, 256), 0, "refused: 0xffffffff is no"),
-            (Code::SET_VRING_ADDR, addr(0, 8, 0, 0), 0, "descriptor area at 0x8 is not aligned to 16"),
-            (Code::SET_VRING_ADDR, addr(0, 0, 2, 0), 0, "device area at 0x2 is not aligned to 4"),
-            (Code::SET_VRING_ADDR, addr(0, 0, 0, 1), 0, "driver area at 0x1 is not aligned to 2"),
-            (Code::SET_VRING_ADDR, addr(1, 0, 0, 0), 0, "refused: SET_VRING_ADDR has flags 0x1"),
-            (Code::GET_VRING_BASE, num(256, 0), 0, "peer: GET_VRING_BASE cannot be answered: 0x100"),
-            (Code::SET_VRING_KICK, u64s(0), 0, "peer: SET_VRING_KICK carries 0 file"),
-            (Code::SET_VRING_KICK, u64s(0), 2, "peer: SET_VRING_KICK carries 2 file"),
-            (Code::SET_VRING_CALL, u64s(0x100), 1, "peer: SET_VRING_CALL carries 1 file"),
-            (Code::SET_VRING_ERR, u64s(0x200), 1, "refused: 0x200 is no ring index"),
-            (Code::SET_VRING_ENABLE, num(0, 2), 0, "refused: a ring cannot be enabled with 2"),
+            (
+                Code::SET_VRING_NUM,
+                num(0, 32769),
+                0,
+                "refused: ring size 32769",
+            ),
+            (
+                Code::SET_VRING_NUM,
+                num(0, 65536 + 256),
+                0,
+                "refused: ring size 65792",
+            ),
+            (
+                Code::SET_VRING_NUM,
+                num(256, 256),
+                0,
+                "refused: 0x100 is no ring index",
+            ),
+            (
+                Code::SET_VRING_NUM,
+                num(u32::MAX, 256),
+                0,
+                "refused: 0xffffffff is no",
+            ),
+            (
+                Code::SET_VRING_ADDR,
+                addr(0, 8, 0, 0),
+                0,
+                "descriptor area at 0x8 is not aligned to 16",
+            ),
+            (
+                Code::SET_VRING_ADDR,
+                addr(0, 0, 2, 0),
+                0,
+                "device area at 0x2 is not aligned to 4",
+            ),
+            (
+                Code::SET_VRING_ADDR,
+                addr(0, 0, 0, 1),
+                0,
+                "driver area at 0x1 is not aligned to 2",
+            ),
+            (
+                Code::SET_VRING_ADDR,
+                addr(1, 0, 0, 0),
+                0,
+                "refused: SET_VRING_ADDR has flags 0x1",
+            ),
+            (
+                Code::GET_VRING_BASE,
+                num(256, 0),
+                0,
+                "peer: GET_VRING_BASE cannot be answered: 0x100",
+            ),
+            (
+                Code::SET_VRING_KICK,
+                u64s(0),
+                0,
+                "peer: SET_VRING_KICK carries 0 file",
+            ),
+            (
+                Code::SET_VRING_KICK,
+                u64s(0),
+                2,
+                "peer: SET_VRING_KICK carries 2 file",
+            ),
+            (
+                Code::SET_VRING_CALL,
+                u64s(0x100),
+                1,
+                "peer: SET_VRING_CALL carries 1 file",
+            ),
+            (
+                Code::SET_VRING_ERR,
+                u64s(0x200),
+                1,
+                "refused: 0x200 is no ring index",
+            ),
+            (
+                Code::SET_VRING_ENABLE,
+                num(0, 2),
+                0,
+                "refused: a ring cannot be enabled with 2",
+            ),
             (Code::NET_SET_MTU, u64s(67), 0, "refused: an MTU of 67"),
-            (Code::NET_SET_MTU, u64s(65536), 0, "refused: an MTU of 65536"),
-            (Code::SET_STATUS, u64s(256), 0, "refused: 0x100 is no device status"),
+            (
+                Code::NET_SET_MTU,
+                u64s(65536),
+                0,
+                "refused: an MTU of 65536",
+            ),
+            (
+                Code::SET_STATUS,
+                u64s(256),
+                0,
+                "refused: 0x100 is no device status",
+            ),
         ] {
             let got = text(code, &bytes, fds).unwrap_err();
             assert!(got.contains(want), "{code:?}: {got}\nwanted: {want}");
@@ -478,7 +618,11 @@ mod tests {
 
     #[test]
     fn values_arrive_as_sent() {
-        let region = |base: u64| [base, base + 1, base + 2, base + 3].map(u64::to_ne_bytes).concat();
+        let region = |base: u64| {
+            [base, base + 1, base + 2, base + 3]
+                .map(u64::to_ne_bytes)
+                .concat()
+        };
         let bytes = [payload(&[2, 0]), region(10), region(20)].concat();
         let Ok(Request::SetMemTable(regions)) = text(FrontendReq::SET_MEM_TABLE, &bytes, 2) else {
             panic!("no table");

@@ -65,7 +65,8 @@ impl Peer {
     /// This end and the other.
     pub(crate) fn pair() -> (Self, UnixStream) {
         let (peer, other) = UnixStream::pair().unwrap();
-        peer.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        peer.set_read_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
         (Self(peer), other)
     }
 

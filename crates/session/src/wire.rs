@@ -252,12 +252,7 @@ fn receive_some(
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
     // syscalls: recvmsg
-    let got = match recvmsg(
-        stream,
-        &mut [IoSliceMut::new(buffer)],
-        &mut control,
-        flags,
-    ) {
+    let got = match recvmsg(stream, &mut [IoSliceMut::new(buffer)], &mut control, flags) {
         Ok(got) => got,
         Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
         Err(Errno::CONNRESET) => return Ok(Some(0)),
@@ -317,7 +312,10 @@ mod tests {
             assert!(text.contains(want), "{text}");
         }
         let parsed = Header::parse(header(7, 9, 4096)).unwrap();
-        assert_eq!((parsed.code, parsed.need_reply, parsed.size), (7, true, 4096));
+        assert_eq!(
+            (parsed.code, parsed.need_reply, parsed.size),
+            (7, true, 4096)
+        );
         assert!(!Header::parse(header(7, 1, 0)).unwrap().need_reply);
     }
 

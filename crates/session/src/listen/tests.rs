@@ -42,14 +42,18 @@ fn a_listener_accepts_and_cleans_up() {
     let directory = Directory::new();
     let path = directory.socket();
     let (_stop, stopped) = stop_pair();
+    let own_group = fs::metadata(&directory.0).unwrap().gid();
     let access = Access {
         mode: Some(0o620),
-        group: Some("root".into()),
+        group: Some(own_group.to_string()),
     };
     let listener = Listener::bind(&path, &access).unwrap();
     assert_eq!(listener.path(), Some(path.as_path()));
     let metadata = fs::metadata(&path).unwrap();
-    assert_eq!((metadata.mode() & 0o777, metadata.gid()), (0o620, 0));
+    assert_eq!(
+        (metadata.mode() & 0o777, metadata.gid()),
+        (0o620, own_group)
+    );
     let mut client = UnixStream::connect(&path).unwrap();
     // A second one waits its turn.
     let mut second = UnixStream::connect(&path).unwrap();

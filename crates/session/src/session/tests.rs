@@ -57,7 +57,10 @@ impl FrontEnd {
     fn configure(&self, ring: u32, size: u32, base: u32) {
         self.tell(Code::SET_VRING_NUM, &payload(&[ring, size]));
         self.tell(Code::SET_VRING_BASE, &payload(&[ring, base]));
-        self.tell(Code::SET_VRING_ADDR, &addresses(ring, 0x1000 * u64::from(ring)));
+        self.tell(
+            Code::SET_VRING_ADDR,
+            &addresses(ring, 0x1000 * u64::from(ring)),
+        );
         self.event(Code::SET_VRING_KICK, ring.into());
     }
 
@@ -94,10 +97,7 @@ fn addresses(ring: u32, start: u64) -> Vec<u8> {
 }
 
 /// Runs a session for as long as `front_end` runs; the result is the session's.
-fn session(
-    diary: &Diary,
-    front_end: impl FnOnce(&FrontEnd) + Send,
-) -> Result<Ended, SessionError> {
+fn session(diary: &Diary, front_end: impl FnOnce(&FrontEnd) + Send) -> Result<Ended, SessionError> {
     let (peer, stream) = Peer::pair();
     let (_stop, stopped) = stop_pair();
     thread::scope(|scope| {
@@ -320,7 +320,6 @@ fn memory_that_is_not_shared_ends_the_session() {
 #[test]
 fn refused_requests_change_nothing_and_the_session_goes_on() {
     let diary = Diary::default();
-    let no_shmem = FrontendReq::SET_LOG_BASE;
     let result = session(&diary, |front_end| {
         one_pair(front_end);
         diary.read();
@@ -344,7 +343,7 @@ fn refused_requests_change_nothing_and_the_session_goes_on() {
             (Code::REM_MEM_REG, region(4096)),
             (Code::SET_STATUS, u64s(0x100)),
             (Code::SEND_RARP, u64s(0)),
-            (no_shmem, vec![0; 16]),
+            (Code::SET_LOG_BASE, vec![0; 16]),
             (Code::GET_CONFIG, vec![0; 12]),
         ] {
             assert_eq!(front_end.acknowledged(code, &bytes), 1, "{code:?}");
@@ -398,18 +397,40 @@ fn a_broken_protocol_ends_the_session_and_stops_the_rings() {
         (frame(1, 1, &[0; 1]), 0, "payload of 1 bytes"),
         (frame(1, 1, &[]), 1, "carries 1 file descriptors"),
         (frame(1, 1, &[]), 33, "more than 32 file descriptors"),
-        (frame(code(Code::SET_VRING_KICK), 1, &u64s(0)), 0, "instead of 1"),
-        (frame(code(Code::SET_VRING_KICK), 1, &u64s(0x100)), 1, "instead of 0"),
-        (frame(code(Code::SET_VRING_CALL), 1, &u64s(0)), 2, "instead of 1"),
-        (frame(code(Code::GET_VRING_BASE), 1, &payload(&[4, 0])), 0, "ring 4"),
-        (frame(code(Code::GET_VRING_BASE), 9, &payload(&[999, 0])), 0, "0x3e7"),
+        (
+            frame(code(Code::SET_VRING_KICK), 1, &u64s(0)),
+            0,
+            "instead of 1",
+        ),
+        (
+            frame(code(Code::SET_VRING_KICK), 1, &u64s(0x100)),
+            1,
+            "instead of 0",
+        ),
+        (
+            frame(code(Code::SET_VRING_CALL), 1, &u64s(0)),
+            2,
+            "instead of 1",
+        ),
+        (
+            frame(code(Code::GET_VRING_BASE), 1, &payload(&[4, 0])),
+            0,
+            "ring 4",
+        ),
+        (
+            frame(code(Code::GET_VRING_BASE), 9, &payload(&[999, 0])),
+            0,
+            "0x3e7",
+        ),
         (payload(&[1]), 0, "middle of a message"),
         (payload(&[2, 1, 8, 0]), 0, "middle of a message"),
     ] {
         let diary = Diary::default();
         let error = session(&diary, |front_end| {
             one_pair(front_end);
-            front_end.peer.send(&bytes, &vec![front_end.event.as_fd(); fds]);
+            front_end
+                .peer
+                .send(&bytes, &vec![front_end.event.as_fd(); fds]);
         })
         .unwrap_err();
         assert!(matches!(error, SessionError::Peer(_)));
@@ -462,7 +483,13 @@ fn descriptors_may_change_while_a_ring_runs() {
         front_end.sync();
         assert_eq!(
             diary.read(),
-            ["kick 0 fd", "kick 1 none", "call 0 fd", "call 0 none", "err 1 fd"]
+            [
+                "kick 0 fd",
+                "kick 1 none",
+                "call 0 fd",
+                "call 0 none",
+                "err 1 fd"
+            ]
         );
     })
     .unwrap();

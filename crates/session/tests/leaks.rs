@@ -1,0 +1,88 @@
+//! No descriptor stays open, whatever a connection did. The only test of its process: it counts
+//! the process's descriptors.
+#![cfg(test)]
+
+mod common;
+
+use std::fs::{File, read_dir};
+use std::os::fd::AsFd;
+
+use common::{Device, bring_up, guest_file, send, session};
+use vmm_sys_util::eventfd::EventFd;
+
+fn open_fds() -> usize {
+    read_dir("/proc/self/fd").unwrap().count()
+}
+
+#[test]
+fn no_descriptor_stays_open() {
+    let device = Device::default();
+    // Once, so that what is opened for good is open.
+    session(&device, |stream| drop(bring_up(stream))).unwrap();
+    let before = open_fds();
+
+    for _ in 0..1000 {
+        session(&device, drop).unwrap();
+    }
+    for _ in 0..20 {
+        session(&device, |stream| drop(bring_up(stream))).unwrap();
+    }
+    assert_eq!(open_fds(), before);
+
+    let event = std::os::fd::OwnedFd::from(File::from(
+        rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap(),
+    ));
+    let guest = guest_file();
+    let zero = File::open("/dev/zero").unwrap();
+    let region = [0, 0, 1 << 20, 0, 0].map(u64::to_ne_bytes).concat();
+    let held = open_fds();
+    // Code, payload, descriptors: each repeated within a session, and many of them ending it.
+    for (code, payload, fds) in [
+        (12, vec![0; 8], vec![event.as_fd()]),
+        (13, vec![0; 8], vec![event.as_fd()]),
+        (14, vec![9, 0, 0, 0, 0, 0, 0, 0], vec![event.as_fd()]),
+        (12, vec![0; 8], vec![zero.as_fd()]),
+        (12, vec![0; 8], vec![event.as_fd(); 2]),
+        (12, vec![0; 7], vec![event.as_fd()]),
+        (1, vec![], vec![zero.as_fd(); 32]),
+        (1, vec![], vec![zero.as_fd(); 33]),
+        (6, vec![0; 16], vec![zero.as_fd()]),
+        (5, vec![0; 8], vec![guest.as_fd()]),
+        (37, region.clone(), vec![guest.as_fd()]),
+        (37, region.clone(), vec![zero.as_fd()]),
+        (37, region.clone(), vec![guest.as_fd(); 2]),
+        (38, region.clone(), vec![guest.as_fd()]),
+        (999, vec![0; 100], vec![guest.as_fd(); 5]),
+    ] {
+        let size = u32::try_from(payload.len()).unwrap();
+        let _ = session(&device, |stream| {
+            for _ in 0..50 {
+                send(&stream, &[code, 1, size], &payload, &fds);
+            }
+        });
+        assert_eq!(
+            open_fds(),
+            held,
+            "request {code} with {} descriptors",
+            fds.len()
+        );
+    }
+    // The message never becomes whole.
+    let _ = session(&device, |stream| {
+        send(&stream, &[12, 1, 8], &[0; 3], &[event.as_fd(); 3]);
+    });
+    assert_eq!(open_fds(), held);
+    // A descriptor replaced while its ring runs.
+    session(&device, |stream| {
+        let front_end = bring_up(stream);
+        for _ in 0..100 {
+            let event = EventFd::new(0).unwrap();
+            vhost::VhostBackend::set_vring_call(&front_end, 0, &event).unwrap();
+            vhost::VhostBackend::set_vring_kick(&front_end, 0, &event).unwrap();
+        }
+        // The session holds one each.
+        assert!(open_fds() < held + 20);
+    })
+    .unwrap();
+    assert_eq!(open_fds(), held);
+}

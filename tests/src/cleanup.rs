@@ -1,0 +1,98 @@
+//! A list of what must not outlive this process, worked off when a signal
+//! ends it. `Drop` covers the ordinary end and a panic.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Stdio, exit};
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
+use std::thread;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+static LIST: Mutex<List> = Mutex::new(List {
+    next: 0,
+    actions: BTreeMap::new(),
+});
+
+struct List {
+    next: u64,
+    actions: BTreeMap<u64, Action>,
+}
+
+/// Something to undo.
+#[derive(Clone, Debug)]
+pub enum Action {
+    /// Kill this child process.
+    Kill(i32),
+    /// Delete this named network namespace.
+    Netns(String),
+    /// Remove this directory and all below it.
+    Remove(PathBuf),
+}
+
+impl Action {
+    fn run(&self) {
+        // Nothing can be done about a failure on the way out.
+        match self {
+            Self::Kill(pid) => _ = kill(Pid::from_raw(*pid), Signal::SIGKILL),
+            Self::Netns(name) => _ = delete_netns(name),
+            Self::Remove(path) => _ = fs::remove_dir_all(path),
+        }
+    }
+}
+
+/// Keeps an [`Action`] listed; dropping it takes the action off the list
+/// without running it.
+#[derive(Debug)]
+pub struct Entry(u64);
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        list().actions.remove(&self.0);
+    }
+}
+
+/// Lists `action`, to be run if SIGINT, SIGTERM or SIGHUP ends this process.
+pub fn register(action: Action) -> Entry {
+    static WATCH: Once = Once::new();
+    WATCH.call_once(watch_signals);
+    let mut list = list();
+    let id = list.next;
+    list.next += 1;
+    list.actions.insert(id, action);
+    Entry(id)
+}
+
+/// Deletes a named network namespace with what is in it.
+pub(crate) fn delete_netns(name: &str) -> std::io::Result<bool> {
+    let status = Command::new("ip")
+        .args(["netns", "delete", name])
+        .stderr(Stdio::null())
+        .status()?;
+    Ok(status.success())
+}
+
+fn list() -> MutexGuard<'static, List> {
+    LIST.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn watch_signals() {
+    // Without a handler the default action ends us, and the kernel our children.
+    let Ok(mut signals) = Signals::new([SIGINT, SIGTERM, SIGHUP]) else {
+        return;
+    };
+    thread::spawn(move || {
+        if let Some(signal) = signals.forever().next() {
+            let list = list();
+            // The youngest first: processes before the namespace they are in.
+            for action in list.actions.values().rev() {
+                action.run();
+            }
+            exit(128 + signal);
+        }
+    });
+}

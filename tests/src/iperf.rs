@@ -1,0 +1,369 @@
+//! iperf3 between the host side and the guest.
+//!
+//! iperf3 before 3.16 runs all of its flows in one thread, which the guest
+//! would send from one vCPU: several processes, one for each vCPU, load
+//! several queues.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use serde_json::Value;
+
+use crate::guest::{Background, Guest};
+use crate::paths::RunDir;
+use crate::process::Proc;
+use crate::topology::{self, Addresses, Lan};
+
+const FIRST_PORT: u16 = 5201;
+/// On top of the run's own time.
+const SLACK: Duration = Duration::from_secs(60);
+
+/// Which way the data goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// The guest receives.
+    HostToGuest,
+    /// The guest sends.
+    GuestToHost,
+}
+
+/// The end where the clients run; the servers run at the other one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Clients {
+    /// In the host side's namespace.
+    Host,
+    /// In the guest.
+    Guest,
+}
+
+/// What to send.
+#[derive(Clone, Debug)]
+pub struct Load {
+    flows: u16,
+    seconds: u32,
+    ipv6: bool,
+    udp: Option<String>,
+    args: Vec<String>,
+}
+
+impl Load {
+    /// TCP over IPv4, one flow, for `seconds`.
+    pub fn tcp(seconds: u32) -> Self {
+        Self {
+            flows: 1,
+            seconds,
+            ipv6: false,
+            udp: None,
+            args: Vec::new(),
+        }
+    }
+
+    /// UDP over IPv4, one flow, for `seconds`, each flow at `rate` as iperf3
+    /// writes it (`100M`; `0` for no limit).
+    pub fn udp(seconds: u32, rate: &str) -> Self {
+        Self {
+            udp: Some(rate.to_owned()),
+            ..Self::tcp(seconds)
+        }
+    }
+
+    /// The number of flows of all processes together.
+    #[must_use]
+    pub fn flows(mut self, flows: u16) -> Self {
+        self.flows = flows;
+        self
+    }
+
+    /// Over IPv6.
+    #[must_use]
+    pub fn ipv6(mut self) -> Self {
+        self.ipv6 = true;
+        self
+    }
+
+    /// A further argument of the client, such as `-l` and `1400`.
+    #[must_use]
+    pub fn arg(mut self, arg: &str) -> Self {
+        self.args.push(arg.to_owned());
+        self
+    }
+}
+
+/// What came over.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// Gbit/s at the receivers, all processes together.
+    pub gbps: f64,
+    /// Gbit/s of each process.
+    pub each: Vec<f64>,
+    /// TCP segments sent again.
+    pub retransmits: u64,
+    /// UDP datagrams sent.
+    pub packets: u64,
+    /// UDP datagrams lost.
+    pub lost: u64,
+}
+
+/// Servers that wait for loads.
+#[derive(Debug)]
+pub struct Iperf<'a> {
+    lan: &'a Lan,
+    guest: &'a Guest,
+    dir: &'a RunDir,
+    clients: Clients,
+    ports: Vec<u16>,
+    vcpus: u32,
+    _host: Vec<Proc>,
+}
+
+impl<'a> Iperf<'a> {
+    /// Starts one server for each of `processes`. The guest's end of process
+    /// i runs on vCPU i, round and round.
+    ///
+    /// # Errors
+    /// When one does not start.
+    pub fn new(
+        lan: &'a Lan,
+        guest: &'a Guest,
+        dir: &'a RunDir,
+        clients: Clients,
+        processes: u16,
+    ) -> Result<Self> {
+        let vcpus = guest.ok("nproc")?;
+        let vcpus = vcpus.trim().parse().context("the guest has no nproc")?;
+        let mut iperf = Self {
+            lan,
+            guest,
+            dir,
+            clients,
+            ports: (FIRST_PORT..).take(usize::from(processes)).collect(),
+            vcpus,
+            _host: Vec::new(),
+        };
+        match clients {
+            Clients::Host => iperf.serve_in_guest()?,
+            Clients::Guest => iperf._host = iperf.serve_on_host()?,
+        }
+        Ok(iperf)
+    }
+
+    /// Runs `load` to its end.
+    ///
+    /// # Errors
+    /// When a client fails: with its words.
+    pub fn run(&self, load: &Load, direction: Direction) -> Result<Report> {
+        self.start(load, direction)?.finish()
+    }
+
+    /// Starts `load`.
+    ///
+    /// # Errors
+    /// When a client does not start.
+    pub fn start(&self, load: &Load, direction: Direction) -> Result<Running<'a>> {
+        let mut clients = Vec::new();
+        let processes = u16::try_from(self.ports.len())?;
+        ensure!(
+            load.flows >= processes,
+            "{} flows are too few for {processes} iperf3 processes: ask for {processes} at least",
+            load.flows
+        );
+        for (i, port) in (0..processes).zip(&self.ports) {
+            // The first ones take what does not divide evenly.
+            let flows = load.flows / processes + u16::from(i < load.flows % processes);
+            let args = self.client_args(load, direction, *port, flows);
+            clients.push(match self.clients {
+                Clients::Host => Client::Host(self.on_host(&args)?),
+                Clients::Guest => {
+                    let command = format!("{} {}", self.on_vcpu(i), args.join(" "));
+                    Client::Guest(self.guest.spawn(&command)?)
+                }
+            });
+        }
+        Ok(Running {
+            clients,
+            limit: Duration::from_secs(load.seconds.into()) + SLACK,
+        })
+    }
+
+    fn client_args(&self, load: &Load, direction: Direction, port: u16, flows: u16) -> Vec<String> {
+        let Addresses { v4, v6 } = match self.clients {
+            Clients::Host => topology::GUEST,
+            Clients::Guest => topology::HOST,
+        };
+        let server = if load.ipv6 { v6 } else { v4 };
+        let (seconds, flows, port) = (
+            load.seconds.to_string(),
+            flows.to_string(),
+            port.to_string(),
+        );
+        let mut args = vec!["iperf3", "-J", "-c", server, "-p", &port];
+        args.extend(["-t", &seconds, "-P", &flows]);
+        if let Some(rate) = &load.udp {
+            args.extend(["-u", "-b", rate]);
+        }
+        // A client sends unless it is told to reverse.
+        let sends = match self.clients {
+            Clients::Host => Direction::HostToGuest,
+            Clients::Guest => Direction::GuestToHost,
+        };
+        if direction != sends {
+            args.push("-R");
+        }
+        let own = load.args.iter().cloned();
+        args.into_iter().map(str::to_owned).chain(own).collect()
+    }
+
+    fn on_host(&self, args: &[String]) -> Result<Proc> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("iperf{}", NEXT.fetch_add(1, Ordering::Relaxed));
+        let (program, args) = args.split_first().context("an empty command")?;
+        Proc::spawn(
+            self.dir,
+            &name,
+            Some(self.lan.netns().name()),
+            program,
+            args,
+        )
+    }
+
+    fn serve_on_host(&self) -> Result<Vec<Proc>> {
+        let serve = |port: &u16| {
+            self.on_host(&["iperf3".into(), "-s".into(), "-p".into(), port.to_string()])
+        };
+        let servers = self.ports.iter().map(serve).collect::<Result<Vec<_>>>()?;
+        for port in &self.ports {
+            self.wait(&format!(":{port}"), &|| {
+                self.lan.netns().run("ss", ["-ltn"])
+            })?;
+        }
+        Ok(servers)
+    }
+
+    fn serve_in_guest(&self) -> Result<()> {
+        // What an earlier one left is in the way of the ports.
+        self.guest.ok("killall iperf3 2>/dev/null; true")?;
+        for (i, port) in (0..).zip(&self.ports) {
+            let cpu = self.on_vcpu(i);
+            self.guest.ok(&format!("{cpu} iperf3 -s -D -p {port}"))?;
+            self.wait(&format!(":{port}"), &|| self.guest.ok("netstat -ltn"))?;
+        }
+        Ok(())
+    }
+
+    fn on_vcpu(&self, i: u16) -> String {
+        format!("taskset {:x}", 1_u128 << (u32::from(i) % self.vcpus.max(1)))
+    }
+
+    fn wait(&self, port: &str, listening: &dyn Fn() -> Result<String>) -> Result<()> {
+        for _ in 0..100 {
+            let list = listening()?;
+            if list.split_whitespace().any(|word| word.ends_with(port)) {
+                return Ok(());
+            }
+            sleep(Duration::from_millis(50));
+        }
+        Err(anyhow!("no iperf3 server listens on {port} after 5 s"))
+    }
+}
+
+/// A load that runs.
+#[derive(Debug)]
+pub struct Running<'a> {
+    clients: Vec<Client<'a>>,
+    limit: Duration,
+}
+
+#[derive(Debug)]
+enum Client<'a> {
+    Host(Proc),
+    Guest(Background<'a>),
+}
+
+impl Running<'_> {
+    /// Whether no client on the host side runs any more.
+    ///
+    /// # Errors
+    /// When the kernel does not say.
+    pub fn is_over(&mut self) -> Result<bool> {
+        let mut over = true;
+        for client in &mut self.clients {
+            if let Client::Host(proc) = client {
+                over &= proc.try_wait()?.is_some();
+            }
+        }
+        Ok(over)
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// When a client fails or hangs: with its words.
+    pub fn finish(self) -> Result<Report> {
+        let mut report = Report::default();
+        for client in self.clients {
+            let text = match client {
+                Client::Host(mut proc) => {
+                    proc.wait(self.limit)?;
+                    proc.stdout()
+                }
+                Client::Guest(job) => job.wait(self.limit)?.text,
+            };
+            report.add(&text)?;
+        }
+        Ok(report)
+    }
+}
+
+impl Report {
+    /// Adds what one client wrote with `-J`.
+    fn add(&mut self, text: &str) -> Result<()> {
+        // It may warn before its JSON.
+        let json = text.find('{').and_then(|at| text.get(at..)).unwrap_or("");
+        let value: Value = serde_json::from_str(json)
+            .with_context(|| format!("iperf3 wrote no JSON: {text:?}"))?;
+        if let Some(error) = value["error"].as_str() {
+            return Err(anyhow!("iperf3: {error}"));
+        }
+        let end = &value["end"];
+        let bits = end["sum_received"]["bits_per_second"]
+            .as_f64()
+            .or(end["sum"]["bits_per_second"].as_f64())
+            .context("iperf3's JSON has no sum of what was received")?;
+        self.gbps += bits / 1e9;
+        self.each.push(bits / 1e9);
+        self.retransmits += end["sum_sent"]["retransmits"].as_u64().unwrap_or(0);
+        self.packets += end["sum"]["packets"].as_u64().unwrap_or(0);
+        self.lost += end["sum"]["lost_packets"].as_u64().unwrap_or(0);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reports_of_several_processes_add_up() {
+        let mut report = Report::default();
+        let tcp = r#"{"end": {"sum_sent": {"bits_per_second": 3e9, "retransmits": 4},
+                      "sum_received": {"bits_per_second": 2.5e9}}}"#;
+        let udp = r#"warning: x
+                     {"end": {"sum": {"bits_per_second": 1e9, "packets": 9, "lost_packets": 2}}}"#;
+        report.add(tcp).unwrap();
+        report.add(udp).unwrap();
+        assert!((report.gbps - 3.5).abs() < 1e-9);
+        assert_eq!(report.each.len(), 2);
+        assert_eq!((report.retransmits, report.packets, report.lost), (4, 9, 2));
+    }
+
+    #[test]
+    fn iperf3s_own_error_is_the_error() {
+        let mut report = Report::default();
+        let error = report.add(r#"{"error": "unable to connect"}"#).unwrap_err();
+        assert!(error.to_string().contains("unable to connect"));
+        assert!(report.add("nothing").is_err());
+        assert!(report.add(r#"{"end": {}}"#).is_err());
+    }
+}

@@ -1,0 +1,488 @@
+//! A QEMU machine: how it is put together, started, and looked at.
+
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use crate::accel::Accel;
+use crate::guest::Guest;
+use crate::netns::Netns;
+use crate::paths::{RunDir, guest_image};
+use crate::process::{Proc, output};
+use crate::qmp::Qmp;
+use crate::sched;
+
+const PROGRAM: &str = "qemu-system-x86_64";
+const START: Duration = Duration::from_secs(20);
+
+/// A network card of the guest.
+#[derive(Clone, Debug)]
+pub struct Nic {
+    backend: Backend,
+    queues: u16,
+    props: Vec<String>,
+}
+
+#[derive(Clone, Debug)]
+enum Backend {
+    VhostUser {
+        socket: PathBuf,
+        listen: bool,
+        reconnect_ms: Option<u32>,
+    },
+    Tap {
+        ifname: String,
+    },
+}
+
+impl Nic {
+    /// A card that a vhost-user back-end serves on `socket`; QEMU connects.
+    pub fn vhost_user(socket: &Path) -> Self {
+        Self::new(Backend::VhostUser {
+            socket: socket.to_owned(),
+            listen: false,
+            reconnect_ms: None,
+        })
+    }
+
+    /// The same, but QEMU listens and waits for the back-end.
+    pub fn vhost_user_listen(socket: &Path) -> Self {
+        Self::new(Backend::VhostUser {
+            socket: socket.to_owned(),
+            listen: true,
+            reconnect_ms: None,
+        })
+    }
+
+    /// QEMU's own virtio-net on the TAP device `ifname`, without vhost. The
+    /// machine has to be in the TAP's namespace ([`Machine::netns`]).
+    pub fn tap(ifname: &str) -> Self {
+        Self::new(Backend::Tap {
+            ifname: ifname.to_owned(),
+        })
+    }
+
+    fn new(backend: Backend) -> Self {
+        Self {
+            backend,
+            queues: 1,
+            props: Vec::new(),
+        }
+    }
+
+    /// The number of queue pairs.
+    #[must_use]
+    pub fn queues(mut self, pairs: u16) -> Self {
+        self.queues = pairs;
+        self
+    }
+
+    /// QEMU tries to connect anew after `ms` milliseconds, whole seconds with
+    /// a QEMU before 9.2. Only for a card that connects.
+    #[must_use]
+    pub fn reconnect_ms(mut self, ms: u32) -> Self {
+        if let Backend::VhostUser { reconnect_ms, .. } = &mut self.backend {
+            *reconnect_ms = Some(ms);
+        }
+        self
+    }
+
+    /// A further property of the device, such as `packed=on`, `host_mtu=9000`,
+    /// `rx_queue_size=1024` or `mac=52:54:00:00:00:01`.
+    #[must_use]
+    pub fn prop(mut self, prop: &str) -> Self {
+        self.props.push(prop.to_owned());
+        self
+    }
+
+    fn args(&self, n: usize) -> Result<Vec<String>> {
+        let queues = self.queues;
+        let mut args = Vec::new();
+        match &self.backend {
+            Backend::VhostUser {
+                socket,
+                listen,
+                reconnect_ms,
+            } => {
+                let mut chardev = format!("socket,id=net{n}c,path={}", socket.display());
+                if *listen {
+                    chardev.push_str(",server=on");
+                }
+                if let Some(ms) = reconnect_ms {
+                    chardev.push_str(&reconnect(*ms)?);
+                }
+                let netdev = format!("vhost-user,id=net{n},chardev=net{n}c,queues={queues}");
+                args.extend(["-chardev".into(), chardev, "-netdev".into(), netdev]);
+            }
+            Backend::Tap { ifname } => {
+                let netdev = format!(
+                    "tap,id=net{n},ifname={ifname},script=no,downscript=no,vhost=off,queues={queues}"
+                );
+                args.extend(["-netdev".into(), netdev]);
+            }
+        }
+        // One vector a ring, one for the control queue, one for configuration.
+        let vectors = 2 * u32::from(queues) + 2;
+        let mut device = format!("virtio-net-pci,netdev=net{n},romfile=,vectors={vectors}");
+        if queues > 1 {
+            device.push_str(",mq=on");
+        }
+        for prop in &self.props {
+            device.push(',');
+            device.push_str(prop);
+        }
+        args.extend(["-device".into(), device]);
+        Ok(args)
+    }
+}
+
+/// How a machine is to be. The guest's image is `ci/guest-image`'s.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    vcpus: u32,
+    memory_mib: u32,
+    accel: Accel,
+    shared: bool,
+    no_reboot: bool,
+    paused: bool,
+    monitor: Option<PathBuf>,
+    netns: Option<String>,
+    nics: Vec<Nic>,
+    args: Vec<String>,
+}
+
+impl Default for Machine {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Machine {
+    /// One vCPU, 512 MiB of shareable memory, software emulation, no card.
+    pub fn new() -> Self {
+        Self {
+            vcpus: 1,
+            memory_mib: 512,
+            accel: Accel::Tcg,
+            shared: true,
+            no_reboot: false,
+            paused: false,
+            monitor: None,
+            netns: None,
+            nics: Vec::new(),
+            args: Vec::new(),
+        }
+    }
+
+    /// The number of vCPUs.
+    #[must_use]
+    pub fn vcpus(mut self, n: u32) -> Self {
+        self.vcpus = n;
+        self
+    }
+
+    /// The guest's memory in MiB.
+    #[must_use]
+    pub fn memory_mib(mut self, mib: u32) -> Self {
+        self.memory_mib = mib;
+        self
+    }
+
+    /// The accelerator.
+    #[must_use]
+    pub fn accel(mut self, accel: Accel) -> Self {
+        self.accel = accel;
+        self
+    }
+
+    /// Guest memory that QEMU does not share: a vhost-user back-end gets none.
+    #[must_use]
+    pub fn private_memory(mut self) -> Self {
+        self.shared = false;
+        self
+    }
+
+    /// A reboot in the guest ends QEMU.
+    #[must_use]
+    pub fn no_reboot(mut self) -> Self {
+        self.no_reboot = true;
+        self
+    }
+
+    /// The vCPUs stand still until [`Qemu::resume`].
+    #[must_use]
+    pub fn paused(mut self) -> Self {
+        self.paused = true;
+        self
+    }
+
+    /// A second QMP monitor on which QEMU listens at `path`, for virtionetd.
+    #[must_use]
+    pub fn monitor(mut self, path: &Path) -> Self {
+        self.monitor = Some(path.to_owned());
+        self
+    }
+
+    /// QEMU runs in this network namespace.
+    #[must_use]
+    pub fn netns(mut self, netns: &Netns) -> Self {
+        self.netns = Some(netns.name().to_owned());
+        self
+    }
+
+    /// One more network card.
+    #[must_use]
+    pub fn nic(mut self, nic: Nic) -> Self {
+        self.nics.push(nic);
+        self
+    }
+
+    /// Further arguments for QEMU, as they are.
+    #[must_use]
+    pub fn args<'a>(mut self, args: impl IntoIterator<Item = &'a str>) -> Self {
+        self.args.extend(args.into_iter().map(str::to_owned));
+        self
+    }
+
+    /// Starts it; its sockets and logs go to `dir` under `name`. The guest is
+    /// not waited for: see [`Guest::wait_boot`].
+    ///
+    /// # Errors
+    /// When QEMU is missing or ends at once: with its words.
+    pub fn start(&self, dir: &RunDir, name: &str) -> Result<Qemu> {
+        let serial = listen(&dir.join(&format!("{name}.serial")))?;
+        let monitor = listen(&dir.join(&format!("{name}.qmp")))?;
+        let began = Instant::now();
+        let args = self.command_line(dir, name)?;
+        let mut proc = Proc::spawn(dir, name, self.netns.as_deref(), PROGRAM, &args)?;
+        let serial = accept(&serial, &mut proc)?;
+        let monitor = accept(&monitor, &mut proc)?;
+        Ok(Qemu {
+            guest: Guest::new(serial)?,
+            qmp: Mutex::new(Qmp::new(monitor)),
+            proc,
+            began,
+        })
+    }
+
+    fn command_line(&self, dir: &RunDir, name: &str) -> Result<Vec<String>> {
+        let (kernel, initrd) = guest_image()?;
+        let (accel, cpu) = match self.accel.resolve()? {
+            Accel::Kvm => ("kvm", "host"),
+            _ => ("tcg,thread=multi", "qemu64"),
+        };
+        let memory = self.memory_mib;
+        let ram = if self.shared {
+            format!("memory-backend-memfd,id=ram,size={memory}M,share=on")
+        } else {
+            format!("memory-backend-ram,id=ram,size={memory}M,share=off")
+        };
+        let mut args: Vec<String> = [
+            "-name",
+            &format!("{name},debug-threads=on"),
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-machine",
+            "q35,memory-backend=ram",
+            "-object",
+            &ram,
+            "-m",
+            &format!("{memory}M"),
+            "-accel",
+            accel,
+            "-cpu",
+            cpu,
+            "-smp",
+            &self.vcpus.to_string(),
+            "-kernel",
+            &kernel.display().to_string(),
+            "-initrd",
+            &initrd.display().to_string(),
+            "-append",
+            "console=ttyS0 quiet panic=-1",
+            "-chardev",
+            &socket("serial", &dir.join(&format!("{name}.serial"))),
+            "-serial",
+            "chardev:serial",
+            "-chardev",
+            &socket("qmp", &dir.join(&format!("{name}.qmp"))),
+            "-mon",
+            "chardev=qmp,mode=control",
+        ]
+        .map(str::to_owned)
+        .into();
+        if let Some(path) = &self.monitor {
+            let value = format!("unix:{},server=on,wait=off", path.display());
+            args.extend(["-qmp".into(), value]);
+        }
+        for (wanted, flag) in [(self.no_reboot, "-no-reboot"), (self.paused, "-S")] {
+            args.extend(wanted.then(|| flag.to_owned()));
+        }
+        for (n, nic) in self.nics.iter().enumerate() {
+            args.extend(nic.args(n)?);
+        }
+        args.extend(self.args.iter().cloned());
+        Ok(args)
+    }
+}
+
+/// A running machine; dropping it kills QEMU.
+#[derive(Debug)]
+pub struct Qemu {
+    guest: Guest,
+    qmp: Mutex<Qmp>,
+    proc: Proc,
+    began: Instant,
+}
+
+impl Qemu {
+    /// The guest's shell.
+    pub fn guest(&self) -> &Guest {
+        &self.guest
+    }
+
+    /// The process.
+    pub fn proc(&mut self) -> &mut Proc {
+        &mut self.proc
+    }
+
+    /// QEMU's process id.
+    pub fn pid(&self) -> u32 {
+        self.proc.pid()
+    }
+
+    /// Waits until the guest is up; returns the time since QEMU was started.
+    ///
+    /// # Errors
+    /// When it is not within `timeout`: with QEMU's words and the console's.
+    pub fn boot(&mut self, timeout: Duration) -> Result<Duration> {
+        let up = self.guest.wait_boot(timeout);
+        if up.is_err() {
+            self.proc.check_alive()?;
+        }
+        up.with_context(|| format!("QEMU's stderr: {}", self.proc.stderr().trim()))?;
+        Ok(self.began.elapsed())
+    }
+
+    /// Runs a QMP command.
+    ///
+    /// # Errors
+    /// When QEMU answers with an error, or not at all.
+    pub fn qmp(&self, command: &str, arguments: &Value) -> Result<Value> {
+        let mut qmp = self.qmp.lock().unwrap_or_else(PoisonError::into_inner);
+        qmp.execute(command, arguments)
+            .with_context(|| format!("QEMU's stderr: {}", self.proc.stderr().trim()))
+    }
+
+    /// Waits for a QMP event.
+    ///
+    /// # Errors
+    /// When none comes within `timeout`.
+    pub fn wait_event(&self, name: &str, timeout: Duration) -> Result<Value> {
+        let mut qmp = self.qmp.lock().unwrap_or_else(PoisonError::into_inner);
+        qmp.wait_event(name, timeout)
+    }
+
+    /// Lets the vCPUs of a paused machine run.
+    ///
+    /// # Errors
+    /// When QEMU does not answer.
+    pub fn resume(&self) -> Result<()> {
+        self.qmp("cont", &Value::Null).map(drop)
+    }
+
+    /// The thread ids of the vCPUs, by index.
+    ///
+    /// # Errors
+    /// When QEMU does not answer.
+    pub fn vcpu_threads(&self) -> Result<Vec<i32>> {
+        let cpus = self.qmp("query-cpus-fast", &json!({}))?;
+        let cpus = cpus.as_array().context("query-cpus-fast gave no list")?;
+        let mut threads = Vec::new();
+        for cpu in cpus {
+            let index = cpu["cpu-index"].as_i64().context("a vCPU without index")?;
+            let tid = cpu["thread-id"].as_i64().context("a vCPU without thread")?;
+            threads.push((index, i32::try_from(tid)?));
+        }
+        threads.sort_unstable();
+        Ok(threads.into_iter().map(|(_, tid)| tid).collect())
+    }
+
+    /// Pins vCPU i to the i-th of this process's CPUs, round and round, as
+    /// libvirt's vcpupin would; returns the CPU of each vCPU.
+    ///
+    /// # Errors
+    /// When QEMU does not answer or a thread cannot be pinned.
+    pub fn pin_vcpus(&self) -> Result<Vec<usize>> {
+        let cpus = sched::allowed_cpus()?;
+        let threads = self.vcpu_threads()?;
+        threads
+            .into_iter()
+            .zip(cpus.into_iter().cycle())
+            .map(|(tid, cpu)| sched::pin(tid, cpu).map(|()| cpu))
+            .collect()
+    }
+}
+
+/// QEMU's version, such as `10.0.2`.
+///
+/// # Errors
+/// When QEMU is not installed.
+pub fn version() -> Result<String> {
+    let text = output(PROGRAM, ["--version"])?;
+    let mut words = text.split_whitespace();
+    words
+        .by_ref()
+        .find(|word| *word == "version")
+        .and_then(|_| words.next())
+        .map(str::to_owned)
+        .with_context(|| format!("no version in {text:?}"))
+}
+
+/// The chardev property that makes QEMU reconnect.
+fn reconnect(ms: u32) -> Result<String> {
+    let version = version()?;
+    let mut numbers = version.split('.').map(|part| part.parse().unwrap_or(0));
+    let number: (u32, u32) = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    Ok(if number >= (9, 2) {
+        format!(",reconnect-ms={ms}")
+    } else {
+        format!(",reconnect={}", ms.div_ceil(1000).max(1))
+    })
+}
+
+fn socket(id: &str, path: &Path) -> String {
+    format!("socket,id={id},path={}", path.display())
+}
+
+/// We listen and QEMU connects, so that not a byte of its boot is missed.
+fn listen(path: &Path) -> Result<UnixListener> {
+    let listener = UnixListener::bind(path)
+        .with_context(|| format!("{} cannot be listened on", path.display()))?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+fn accept(listener: &UnixListener, proc: &mut Proc) -> Result<UnixStream> {
+    let until = Instant::now() + START;
+    loop {
+        if let Ok((stream, _)) = listener.accept() {
+            stream.set_nonblocking(false)?;
+            return Ok(stream);
+        }
+        proc.check_alive()?;
+        anyhow::ensure!(
+            Instant::now() < until,
+            "QEMU did not connect in {START:?}; its stderr: {}",
+            proc.stderr().trim()
+        );
+        sleep(Duration::from_millis(5));
+    }
+}

@@ -1,0 +1,104 @@
+//! The ground that the other tests stand on, without the daemon: a guest with
+//! QEMU's own virtio-net on a multiqueue TAP, and traffic both ways.
+
+use std::time::Duration;
+
+use virtionet_tests::accel::Accel;
+use virtionet_tests::iperf::{Clients, Direction, Iperf, Load};
+use virtionet_tests::paths::RunDir;
+use virtionet_tests::qemu::{Machine, Nic};
+use virtionet_tests::sched;
+use virtionet_tests::topology::{GUEST, Lan, TAP, configure_guest};
+
+const PAIRS: u16 = 4;
+const BOOT: Duration = Duration::from_secs(60);
+
+#[test]
+fn a_guest_on_qemus_own_card_moves_data_both_ways() {
+    let dir = RunDir::new().unwrap();
+    let lan = Lan::with_tap(PAIRS).unwrap();
+    let mut qemu = Machine::new()
+        .vcpus(PAIRS.into())
+        .accel(Accel::Auto)
+        .netns(lan.netns())
+        .nic(Nic::tap(TAP).queues(PAIRS))
+        .paused()
+        .start(&dir, "peer")
+        .unwrap();
+    let cpus = qemu.pin_vcpus().unwrap();
+    for (tid, cpu) in qemu.vcpu_threads().unwrap().into_iter().zip(cpus) {
+        assert_eq!(sched::affinity(tid).unwrap(), [cpu], "vCPU thread {tid}");
+    }
+    qemu.resume().unwrap();
+    let boot = qemu.boot(BOOT).unwrap();
+    eprintln!("booted in {:.1} s", boot.as_secs_f64());
+
+    let guest = qemu.guest();
+    configure_guest(guest, PAIRS).unwrap();
+    lan.reach(GUEST.v4).unwrap();
+    lan.reach(GUEST.v6).unwrap();
+    let interrupts = guest.ok("grep -c virtio0-input /proc/interrupts").unwrap();
+    assert_eq!(interrupts.trim(), PAIRS.to_string());
+
+    let iperf = Iperf::new(&lan, guest, &dir, Clients::Host, PAIRS).unwrap();
+    for direction in [Direction::HostToGuest, Direction::GuestToHost] {
+        let report = iperf.run(&Load::tcp(2).flows(8), direction).unwrap();
+        eprintln!("{direction:?}: {:.2} Gbit/s {:?}", report.gbps, report.each);
+        assert_eq!(report.each.len(), usize::from(PAIRS));
+        assert!(report.gbps > 0.05, "{direction:?}: {report:?}");
+    }
+    let six = iperf.run(&Load::tcp(1).ipv6().flows(4), Direction::HostToGuest);
+    assert!(six.unwrap().gbps > 0.05);
+    let udp = Load::udp(1, "10M").flows(4).arg("-l").arg("1400");
+    let report = iperf.run(&udp, Direction::GuestToHost).unwrap();
+    assert!(
+        report.packets > 500 && report.lost < report.packets / 2,
+        "{report:?}"
+    );
+
+    // The servers change ends: only one of the two may hold the ports' names.
+    drop(iperf);
+    let iperf = Iperf::new(&lan, guest, &dir, Clients::Guest, 2).unwrap();
+    let report = iperf.run(&Load::tcp(1).flows(2), Direction::GuestToHost);
+    assert!(report.unwrap().gbps > 0.05);
+}
+
+#[test]
+fn the_shell_keeps_order_through_long_output_failures_and_a_reboot() {
+    let dir = RunDir::new().unwrap();
+    let mut qemu = Machine::new().vcpus(2).start(&dir, "shell").unwrap();
+    qemu.boot(BOOT).unwrap();
+    let guest = qemu.guest();
+
+    let long = guest.ok("seq 1 50000").unwrap();
+    assert_eq!(long.lines().count(), 50000);
+    assert!(long.ends_with("\n50000\n"));
+    let failed = guest.run("echo out; echo err >&2; exit 9", BOOT).unwrap();
+    assert_eq!((failed.text.as_str(), failed.code), ("out\nerr\n", 9));
+    assert!(
+        guest.ok("cat; read x").is_err(),
+        "standard input must be empty"
+    );
+
+    let job = guest
+        .spawn("echo 'it'\"'\"'s on'; sleep 1; exit 4")
+        .unwrap();
+    assert_eq!(guest.ok("echo meanwhile").unwrap(), "meanwhile\n");
+    let done = job.wait(BOOT).unwrap();
+    assert_eq!((done.text.as_str(), done.code), ("it's on\n", 4));
+    let endless = guest.spawn("sleep 1000").unwrap();
+    endless.kill().unwrap();
+    assert_eq!(guest.run("pidof sleep", BOOT).unwrap().code, 1);
+
+    guest.ok("touch /tmp/before").unwrap();
+    guest.reboot(BOOT).unwrap();
+    assert_eq!(guest.run("ls /tmp/before", BOOT).unwrap().code, 1);
+    assert!(guest.run("sleep 5", Duration::from_millis(200)).is_err());
+
+    let status = qemu.qmp("query-status", &serde_json::Value::Null).unwrap();
+    assert_eq!(status["status"], "running");
+    assert!(
+        qemu.qmp("no-such-command", &serde_json::Value::Null)
+            .is_err()
+    );
+}
