@@ -197,9 +197,10 @@ impl Backend for Card {
             ..Link::default()
         };
         tracing::info!(
-            "{}: front-end connected{}",
+            "{}: front-end connected{}; it may use up to {} queue pairs (--queues)",
             self.name,
-            pid.map_or(String::new(), |pid| format!(" (process {pid})"))
+            pid.map_or(String::new(), |pid| format!(" (process {pid})")),
+            self.pairs.len()
         );
     }
 

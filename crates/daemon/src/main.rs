@@ -4,7 +4,8 @@ use std::process::ExitCode;
 
 use virtionetd::cli;
 use virtionetd::config::Command;
-use virtionetd::{logging, serve};
+use virtionetd::logging;
+use virtionetd::serve::{self, RunError};
 
 fn main() -> ExitCode {
     let config = match cli::parse(std::env::args_os()) {
@@ -15,7 +16,13 @@ fn main() -> ExitCode {
     if let Err(error) = logging::init(config.verbosity) {
         return exit(Err(error));
     }
-    exit(serve::run(config))
+    match serve::run(config) {
+        Err(error @ RunError::Usage(..)) => {
+            eprintln!("virtionetd: {error}");
+            ExitCode::from(2)
+        }
+        ended => exit(ended),
+    }
 }
 
 fn exit(result: Result<(), impl std::fmt::Display>) -> ExitCode {

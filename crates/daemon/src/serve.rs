@@ -31,6 +31,9 @@ pub enum RunError {
     /// A device cannot be set up.
     #[error("{0}: {1}")]
     Device(String, String),
+    /// A device is described in a way that means nothing: the command line is wrong.
+    #[error("{0}: {1}")]
+    Usage(String, String),
     /// The control socket cannot be made.
     #[error(transparent)]
     Control(#[from] crate::control::ControlError),
@@ -117,14 +120,11 @@ fn join(threads: Vec<(String, JoinHandle<bool>)>) -> Result<(), RunError> {
 
 /// Sets one device up: its uplink is opened now, so that what is wrong with it shows at start.
 fn card(device: &DeviceConfig, allowed: &CpuSet) -> Result<Card, RunError> {
-    let spec: UplinkSpec = device.uplink.parse().map_err(|e| device_error(device, e))?;
+    let spec: UplinkSpec = device.uplink.parse().map_err(|e| usage(device, e))?;
+    let mode = device.placement.parse().map_err(|e| usage(device, e))?;
+    let planner =
+        Planner::new(mode, allowed.clone(), device.qmp.clone()).map_err(|e| usage(device, e))?;
     let uplink = virtionet_uplink::open(&spec).map_err(|e| device_error(device, e))?;
-    let mode = device
-        .placement
-        .parse()
-        .map_err(|e| device_error(device, e))?;
-    let planner = Planner::new(mode, allowed.clone(), device.qmp.clone())
-        .map_err(|e| device_error(device, e))?;
     Ok(Card::new(
         &device.name,
         device.queues.max(),
@@ -132,6 +132,10 @@ fn card(device: &DeviceConfig, allowed: &CpuSet) -> Result<Card, RunError> {
         Placer::new(planner),
         device.poll,
     ))
+}
+
+fn usage(device: &DeviceConfig, error: impl ToString) -> RunError {
+    RunError::Usage(device.name.clone(), error.to_string())
 }
 
 fn device_error(device: &DeviceConfig, error: impl ToString) -> RunError {
