@@ -17,7 +17,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::placer::Placer;
 use crate::poll::Polling;
-use crate::slot::Slot;
+use crate::slot::{RingState, Slot};
 use crate::worker::{Event, Worker};
 
 /// Stack of a worker: its deepest call keeps a few dozen KiB of frames and pieces.
@@ -149,16 +149,21 @@ impl Pair {
         Ok(())
     }
 
-    /// Lets frames be steered to this pair exactly while its RX ring is running and enabled.
+    /// The RX ring was started, stopped, enabled or disabled.
     pub fn follow_rx_state(&self) {
-        let live = self.rx.enabled() && self.rx.size() > 0;
+        self.steer();
+        self.wake();
+    }
+
+    /// Frames come to this pair exactly while its RX ring is sound and enabled.
+    pub(crate) fn steer(&self) {
+        let live = self.rx.enabled() && self.rx.state() == RingState::Running;
         if let Some(uplink) = self.uplink()
             && let Err(error) = uplink.set_attached(live)
         {
             let verb = if live { "attach" } else { "detach" };
             tracing::error!("{self}: cannot {verb} the uplink's queue: {error}");
         }
-        self.wake();
     }
 
     /// Makes the worker look at everything once.
@@ -167,9 +172,11 @@ impl Pair {
         let _ = self.wake.write(1);
     }
 
-    /// The worker's side of [`Pair::wake`]: heeds a change of placement.
+    /// The worker's side of [`Pair::wake`]: heeds a change of state or placement. It steers again
+    /// because its own word from just before the change may have come after the session's.
     pub(crate) fn heed_wake(&self) {
         let _ = self.wake.read();
+        self.steer();
         if self.generation.load(Ordering::Relaxed) != self.placer.generation() {
             self.place_worker();
         }

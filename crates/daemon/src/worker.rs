@@ -174,24 +174,27 @@ impl Worker {
 
     fn tx_turn(&mut self, sleep_next: bool) -> bool {
         let uplink = self.pair.uplink();
-        let outcome = self.pair.tx().turn(&"tx", |queue, enabled| {
-            let uplink = uplink.filter(|_| enabled).map(|uplink| &**uplink);
-            queue.disable_kicks();
-            let (mut chains, mut bytes, mut call) = (0, 0, false);
-            let more = loop {
-                let sent = queue.send(uplink)?;
-                chains += sent.chains;
-                bytes += sent.bytes;
-                call |= sent.call;
-                if chains >= TX_CHAINS || bytes >= TX_BYTES {
-                    break true;
-                }
-                if sent.chains == 0 && !(sleep_next && queue.enable_kicks()) {
-                    break false;
-                }
-            };
-            Ok(((chains > 0, more), call))
-        });
+        let outcome = self
+            .pair
+            .tx()
+            .turn(&format_args!("{} tx", self.pair), |queue, enabled| {
+                let uplink = uplink.filter(|_| enabled).map(|uplink| &**uplink);
+                queue.disable_kicks();
+                let (mut chains, mut bytes, mut call) = (0, 0, false);
+                let more = loop {
+                    let sent = queue.send(uplink)?;
+                    chains += sent.chains;
+                    bytes += sent.bytes;
+                    call |= sent.call;
+                    if chains >= TX_CHAINS || bytes >= TX_BYTES {
+                        break true;
+                    }
+                    if sent.chains == 0 && !(sleep_next && queue.enable_kicks()) {
+                        break false;
+                    }
+                };
+                Ok(((chains > 0, more), call))
+            });
         let (found, more) = outcome.unwrap_or_default();
         self.tx_ready = more;
         found
@@ -202,18 +205,25 @@ impl Worker {
             self.uplink_ready = false;
             return false;
         };
-        let outcome = self.pair.rx().turn(&"rx", |queue, enabled| {
-            if !enabled {
-                return Ok(((false, RxEnd::UplinkEmpty), false));
-            }
-            let filled = queue.fill(&**uplink, RX_FRAMES, RX_BYTES)?;
-            let end = match filled.end {
-                RxEnd::Starved if queue.enable_kicks() => RxEnd::Budget,
-                end => end,
-            };
-            Ok(((filled.frames > 0, end), filled.call))
+        let outcome = self
+            .pair
+            .rx()
+            .turn(&format_args!("{} rx", self.pair), |queue, enabled| {
+                if !enabled {
+                    return Ok(((false, RxEnd::UplinkEmpty), false));
+                }
+                let filled = queue.fill(&**uplink, RX_FRAMES, RX_BYTES)?;
+                let end = match filled.end {
+                    RxEnd::Starved if queue.enable_kicks() => RxEnd::Budget,
+                    end => end,
+                };
+                Ok(((filled.frames > 0, end), filled.call))
+            });
+        let (found, end) = outcome.unwrap_or_else(|| {
+            // There is no ring, or it is quarantined: frames had better go to other pairs.
+            self.pair.steer();
+            (false, RxEnd::UplinkEmpty)
         });
-        let (found, end) = outcome.unwrap_or((false, RxEnd::UplinkEmpty));
         match end {
             RxEnd::UplinkEmpty | RxEnd::UplinkFailed => self.uplink_ready = false,
             RxEnd::Starved => {

@@ -33,6 +33,8 @@ pub enum Received {
     Empty,
     /// A frame was longer than the buffers and is lost. The buffers hold part of it.
     TooLong,
+    /// One frame could not be read and is lost; others may wait behind it.
+    Lost,
     /// The uplink failed (gone, down). Nothing is lost that the uplink still holds.
     Failed,
 }

@@ -85,9 +85,13 @@ impl RxQueue {
                     bytes += self.commit(len);
                     frames += 1;
                 }
+                // Lost frames count against the budget: dropping is work too.
                 Received::TooLong => {
-                    self.queue.stats.dropped_too_long.add(1);
-                    // Counted against the budget: dropping is work too.
+                    self.count_too_long();
+                    frames += 1;
+                }
+                Received::Lost => {
+                    self.queue.stats.dropped_uplink_error.add(1);
                     frames += 1;
                 }
                 Received::Empty => break RxEnd::UplinkEmpty,
@@ -165,6 +169,15 @@ impl RxQueue {
             }
             queue.ring.complete(&chain, 0);
             queue.burst.retire(1);
+        }
+    }
+
+    /// A frame did not fit: for want of buffers that there might have been, or in any case.
+    fn count_too_long(&self) {
+        let stats = &self.queue.stats;
+        match self.capacity < self.need {
+            true => stats.dropped_no_buffer.add(1),
+            false => stats.dropped_too_long.add(1),
         }
     }
 

@@ -20,9 +20,6 @@ use crate::sys::{self, Full, MAX_PIECES, Outgoing};
 /// pages has 18 pieces, in 1,526-byte receive buffers 44.
 const FEW_PIECES: usize = 48;
 
-/// Frames that fail one after the other before `receive` gives up.
-const MAX_LOST: usize = 16;
-
 /// What all queues of a TAP share.
 #[derive(Debug)]
 pub(super) struct Shared {
@@ -229,23 +226,20 @@ impl UplinkQueue for TapQueue {
         if room < self.shared.header_len.load(Ordering::Relaxed) {
             return Received::Failed;
         }
-        for _ in 0..MAX_LOST {
-            match self.read(buffers) {
-                Ok(len) if len > room => return Received::TooLong,
-                Ok(len) => return Received::Frame(len),
-                Err(error) => match error.raw_os_error() {
-                    Some(libc::EAGAIN) => return Received::Empty,
+        match self.read(buffers) {
+            Ok(len) if len > room => Received::TooLong,
+            Ok(len) => Received::Frame(len),
+            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => Received::Empty,
+            Err(error) => {
+                self.shared.log_unread(&error);
+                match error.raw_os_error() {
                     // This frame is lost (the kernel finds no header for it, or the guest's memory
                     // is not there); those behind it are not.
-                    Some(libc::EINVAL | libc::EFAULT) => self.shared.log_unread(&error),
-                    _ => {
-                        self.shared.log_unread(&error);
-                        return Received::Failed;
-                    }
-                },
+                    Some(libc::EINVAL | libc::EFAULT) => Received::Lost,
+                    _ => Received::Failed,
+                }
             }
         }
-        Received::Failed
     }
 
     fn readable(&self) -> Option<BorrowedFd<'_>> {
