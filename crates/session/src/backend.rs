@@ -21,7 +21,8 @@ pub trait Backend {
     /// A front-end is connected; `pid` is its process, where the kernel tells.
     fn connected(&self, _pid: Option<u32>) {}
 
-    /// The front-end took these protocol features (see [`crate::features`]).
+    /// The front-end took these protocol features (see [`crate::features`]). QEMU says so once a
+    /// queue pair.
     fn negotiated(&self, _protocol_features: u64) {}
 
     /// The front-end took these virtio features: a subset of [`Backend::features`]. May come while

@@ -2,12 +2,17 @@
 //! the process's descriptors.
 #![cfg(test)]
 
-mod common;
+#[path = "common/device.rs"]
+mod device;
+#[path = "common/front_end.rs"]
+mod front_end;
 
 use std::fs::{File, read_dir};
 use std::os::fd::AsFd;
 
-use common::{Device, bring_up, guest_file, send, session};
+use device::{Device, send, session};
+use front_end::{bring_up, guest_file};
+use rustix::event::{EventfdFlags, eventfd};
 use vmm_sys_util::eventfd::EventFd;
 
 fn open_fds() -> usize {
@@ -29,9 +34,7 @@ fn no_descriptor_stays_open() {
     }
     assert_eq!(open_fds(), before);
 
-    let event = std::os::fd::OwnedFd::from(File::from(
-        rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap(),
-    ));
+    let event = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
     let guest = guest_file();
     let zero = File::open("/dev/zero").unwrap();
     let region = [0, 0, 1 << 20, 0, 0].map(u64::to_ne_bytes).concat();

@@ -2,11 +2,15 @@
 //! this one does.
 #![cfg(test)]
 
-mod common;
+#[path = "common/device.rs"]
+mod device;
+#[path = "common/front_end.rs"]
+mod front_end;
 
 use std::io::Read;
 
-use common::{BASE, Device, bring_up, guest_file, region, send, session, start};
+use device::{BASE, Device, send, session};
+use front_end::{bring_up, guest_file, region, start};
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 use virtionet_session::Ended;

@@ -229,6 +229,8 @@ fn the_order_that_qemu_uses() {
                 "call 3 fd",
             ]
         );
+        // Nor does the err descriptor.
+        assert!(diary.started_with(0).err.is_some());
     });
     assert_eq!(ended.unwrap(), Ended::Disconnected);
     assert_eq!(
@@ -560,9 +562,13 @@ fn resets_stop_every_ring() {
         let diary = Diary::default();
         session(&diary, |front_end| {
             one_pair(front_end);
+            front_end.tell_number(Code::SET_STATUS, 15);
+            assert_eq!(front_end.number(Code::GET_STATUS), 15);
             diary.read();
             assert_eq!(front_end.acknowledged(code, &bytes), 0);
             assert_eq!(diary.read(), ["stop 0", "stop 1"], "{code:?}");
+            let status = front_end.number(Code::GET_STATUS);
+            assert_eq!(status == 0, code != Code::RESET_OWNER);
             assert_eq!(front_end.acknowledged(code, &bytes), 0);
             assert_eq!(diary.read(), Vec::<String>::new());
         })
