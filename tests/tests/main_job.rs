@@ -18,7 +18,8 @@ fn every_pair_carries_frames_both_ways() {
     let lan = Lan::bare().unwrap();
     let daemon = Options::new()
         .netns(lan.netns())
-        .flag("--tap", TAP).arg("-vv")
+        .flag("--tap", TAP)
+        .arg("-vv")
         .start(&dir, "vnet")
         .unwrap();
     lan.configure().unwrap();
@@ -33,7 +34,10 @@ fn every_pair_carries_frames_both_ways() {
     qemu.resume().unwrap();
     let boot = qemu.boot(Duration::from_secs(20));
     eprintln!("{}", daemon.stderr());
-    if boot.is_err() { eprintln!("{:#}", daemon.device().unwrap()); std::thread::sleep(Duration::from_secs(12)); }
+    if boot.is_err() {
+        eprintln!("{:#}", daemon.device().unwrap());
+        std::thread::sleep(Duration::from_secs(12));
+    }
     let boot = boot.unwrap();
     eprintln!("booted in {:.1} s", boot.as_secs_f64());
     let guest = qemu.guest();

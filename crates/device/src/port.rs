@@ -27,11 +27,11 @@ pub struct TxFrame<'a> {
 /// What [`UplinkQueue::receive`] met.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Received {
-    /// A frame, header included, of this many bytes lies in the buffers.
+    /// A frame of this many bytes, header included, lies in the buffers and the spill.
     Frame(usize),
     /// No frame waits; the uplink's descriptor becomes readable when one comes.
     Empty,
-    /// A frame was longer than the buffers and is lost. The buffers hold part of it.
+    /// A frame was longer than buffers and spill and is lost; they hold part of it.
     TooLong,
     /// One frame could not be read and is lost; others may wait behind it.
     Lost,
@@ -47,9 +47,10 @@ pub trait UplinkQueue: Send + Sync + std::fmt::Debug {
     /// `dropped_uplink_error`, `dropped_uplink_down`), what is sent in `frames` and `bytes`.
     fn transmit(&self, frames: &[TxFrame<'_>], stats: &RingStats);
 
-    /// Receives one frame into `buffers`: a virtio-net header of the negotiated length, then the
-    /// Ethernet frame, filled slice after slice. `num_buffers` in the header is the caller's.
-    fn receive(&self, buffers: &[GuestSlice<'_>]) -> Received;
+    /// Receives one frame: a virtio-net header of the negotiated length, then the Ethernet frame,
+    /// into `buffers` slice after slice, and what does not fit there into `spill`. `num_buffers` in
+    /// the header is the caller's.
+    fn receive(&self, buffers: &[GuestSlice<'_>], spill: &mut [u8]) -> Received;
 
     /// What becomes readable when a frame waits, for edge-triggered polling; `None` where frames
     /// never come by themselves.

@@ -15,6 +15,11 @@ use crate::queue::{DeviceQueue, Queue, QueueConfig, count_fault};
 
 /// Most pieces handed to the uplink for one frame: what one `readv` takes, less a few of its own.
 const MAX_PIECES: usize = 1000;
+/// Slices shown to the kernel for a frame that is expected to be small: with the spill 8, which it
+/// takes without an allocation.
+const FEW_PIECES: usize = 7;
+/// Frames after a large one for which the next large one is expected.
+const LARGE_PATIENCE: u32 = 64;
 /// Most descriptors read for one call of [`RxQueue::fill`], whatever the guest made of its chains.
 const MAX_WORK: usize = 16 * 1024;
 /// Where `num_buffers` stands in the header.
@@ -54,6 +59,10 @@ pub struct RxQueue {
     capacity: usize,
     /// Bytes to reserve for a frame.
     need: usize,
+    /// Where the end of a frame goes for which too few slices were shown to the kernel.
+    spill: Vec<u8>,
+    /// For so many more frames all slices are shown.
+    large_expected: u32,
 }
 
 impl RxQueue {
@@ -80,23 +89,15 @@ impl RxQueue {
                 Reserved::TooLittle => break RxEnd::Starved,
                 Reserved::OverBudget => break RxEnd::Budget,
             }
-            match uplink.receive(self.room()) {
-                Received::Frame(len) => {
-                    bytes += self.commit(len);
-                    frames += 1;
-                }
-                // Lost frames count against the budget: dropping is work too.
-                Received::TooLong => {
-                    self.count_too_long();
-                    frames += 1;
-                }
-                Received::Lost => {
-                    self.queue.stats.dropped_uplink_error.add(1);
-                    frames += 1;
-                }
+            match self.receive(uplink) {
+                Received::Frame(len) => bytes += self.commit(len),
+                Received::TooLong => self.count_too_long(),
+                Received::Lost => self.queue.stats.dropped_uplink_error.add(1),
                 Received::Empty => break RxEnd::UplinkEmpty,
                 Received::Failed => break RxEnd::UplinkFailed,
             }
+            // Frames that are lost count too: dropping is work.
+            frames += 1;
         };
         if frames > 0 {
             self.queue.stats.bursts.add(1);
@@ -190,6 +191,38 @@ impl RxQueue {
         }
     }
 
+    /// Reads one frame from the uplink into the reserved buffers.
+    ///
+    /// The kernel's work grows with the number of slices it is shown, and most frames need one or
+    /// two of the dozens that are reserved. So it is shown a few, and a spill of our own behind
+    /// them; once a frame spills, and until large frames stay away for a while, it is shown all.
+    fn receive(&mut self, uplink: &dyn UplinkQueue) -> Received {
+        let mut spill = std::mem::take(&mut self.spill);
+        let room = self.room();
+        let shown = match self.large_expected {
+            0 => room.len().min(FEW_PIECES),
+            _ => room.len(),
+        };
+        let (first, others) = room.split_at(shown);
+        let mut received = uplink.receive(first, &mut spill);
+        let mut large = shown > FEW_PIECES
+            && matches!(received, Received::Frame(len) if len > total(&first[..FEW_PIECES]));
+        if let Received::Frame(len) = received
+            && let Some(rest) = len.checked_sub(total(first)).filter(|rest| *rest > 0)
+        {
+            large = true;
+            if scatter(&spill[..rest.min(spill.len())], others) < rest {
+                received = Received::TooLong;
+            }
+        }
+        self.spill = spill;
+        self.large_expected = match large {
+            true => LARGE_PATIENCE,
+            false => self.large_expected.saturating_sub(1),
+        };
+        received
+    }
+
     /// Gives the guest the frame of `len` bytes (header included) that lies in the reserved
     /// buffers; returns its bytes without header.
     fn commit(&mut self, len: usize) -> usize {
@@ -237,6 +270,9 @@ impl DeviceQueue for RxQueue {
             queue,
             capacity: 0,
             need,
+            // A byte more than any frame, so that a frame that fills it is too long.
+            spill: vec![0; HEADER_LEN + MAX_FRAME + 1],
+            large_expected: 0,
         })
     }
 
@@ -269,6 +305,22 @@ enum Reserved {
     Enough,
     TooLittle,
     OverBudget,
+}
+
+fn total(slices: &[GuestSlice<'_>]) -> usize {
+    slices.iter().map(GuestSlice::len).sum()
+}
+
+/// Copies `data` to the start of a list of slices; returns the bytes copied.
+fn scatter(data: &[u8], slices: &[GuestSlice<'_>]) -> usize {
+    let mut done = 0;
+    for slice in slices {
+        if done == data.len() {
+            break;
+        }
+        done += slice.copy_from(&data[done..]);
+    }
+    done
 }
 
 /// Writes `data` at byte `at` of a list of slices.

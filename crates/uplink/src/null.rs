@@ -42,7 +42,7 @@ impl UplinkQueue for Null {
         stats.bytes.add(bytes);
     }
 
-    fn receive(&self, _buffers: &[GuestSlice<'_>]) -> Received {
+    fn receive(&self, _buffers: &[GuestSlice<'_>], _spill: &mut [u8]) -> Received {
         Received::Empty
     }
 

@@ -164,15 +164,13 @@ impl TapQueue {
         list.write(self.fd())
     }
 
-    /// Reads one frame with one system call. A frame longer than the buffers shows in a byte more
-    /// than they hold.
+    /// Reads one frame with one system call.
     #[inline(always)]
-    fn read(&self, buffers: &[GuestSlice<'_>]) -> io::Result<usize> {
-        let mut overflow = [0; 1];
+    fn read(&self, buffers: &[GuestSlice<'_>], spill: &mut [u8]) -> io::Result<usize> {
         if buffers.len() < FEW_PIECES {
-            sys::read_into::<FEW_PIECES>(self.fd(), buffers, &mut overflow)
+            sys::read_into::<FEW_PIECES>(self.fd(), buffers, spill)
         } else {
-            read_many(self.fd(), buffers, &mut overflow)
+            read_many(self.fd(), buffers, spill)
         }
     }
 }
@@ -181,9 +179,9 @@ impl TapQueue {
 fn read_many(
     tun: BorrowedFd<'_>,
     buffers: &[GuestSlice<'_>],
-    overflow: &mut [u8],
+    spill: &mut [u8],
 ) -> io::Result<usize> {
-    sys::read_into::<MAX_PIECES>(tun, buffers, overflow)
+    sys::read_into::<MAX_PIECES>(tun, buffers, spill)
 }
 
 fn gather(slices: &[GuestSlice<'_>]) -> Vec<u8> {
@@ -219,15 +217,11 @@ impl UplinkQueue for TapQueue {
         stats.bytes.add(bytes);
     }
 
-    fn receive(&self, buffers: &[GuestSlice<'_>]) -> Received {
+    fn receive(&self, buffers: &[GuestSlice<'_>], spill: &mut [u8]) -> Received {
         let buffers = &buffers[..buffers.len().min(MAX_PIECES - 1)];
-        let room = total(buffers);
-        // The kernel would take a frame off the queue only to find no room for its header.
-        if room < self.shared.header_len.load(Ordering::Relaxed) {
-            return Received::Failed;
-        }
-        match self.read(buffers) {
-            Ok(len) if len > room => Received::TooLong,
+        match self.read(buffers, spill) {
+            // The kernel cuts what does not fit and does not say so: a full house is too long.
+            Ok(len) if len >= total(buffers) + spill.len() => Received::TooLong,
             Ok(len) => Received::Frame(len),
             Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => Received::Empty,
             Err(error) => {
