@@ -333,8 +333,7 @@ impl Parsed {
         if segment.end > bytes.len() || segment.start + header > segment.end {
             return Err(short("IP length"));
         }
-        let (source, target) =
-            addresses(bytes, ip, ip_len).ok_or_else(|| short("IP addresses"))?;
+        let (source, target) = addresses(bytes, ip, ip_len).ok_or_else(|| short("IP addresses"))?;
         Ok(Self {
             vlan,
             source,

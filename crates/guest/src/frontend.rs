@@ -195,7 +195,8 @@ impl FrontEnd {
         let body = words(&[size, offset]);
         if self.has(Protocol::LOG_SHMFD) {
             // With LOG_SHMFD the message has a reply of its own, of no set content.
-            self.wire.send(FrontendReq::SET_LOG_BASE.into(), VERSION, &body, &[log])?;
+            self.wire
+                .send(FrontendReq::SET_LOG_BASE.into(), VERSION, &body, &[log])?;
             self.wire.reply(FrontendReq::SET_LOG_BASE.into()).map(drop)
         } else {
             self.set(FrontendReq::SET_LOG_BASE, &body, &[log])
@@ -365,12 +366,7 @@ impl FrontEnd {
     ///
     /// # Errors
     /// When the connection fails or the reply has another length.
-    pub fn get(
-        &mut self,
-        request: FrontendReq,
-        body: &[u8],
-        len: usize,
-    ) -> Result<Vec<u8>, Error> {
+    pub fn get(&mut self, request: FrontendReq, body: &[u8], len: usize) -> Result<Vec<u8>, Error> {
         let code = request.into();
         self.wire.send(code, VERSION, body, &[])?;
         let reply = self.wire.reply(code)?;

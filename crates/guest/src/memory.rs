@@ -535,7 +535,7 @@ mod tests {
         let a = ram.alloc(100, 64).unwrap();
         let b = ram.alloc(100, 4096).unwrap();
         let c = ram.alloc(8, 8).unwrap();
-        assert!(a != 0 && a % 64 == 0 && b % 4096 == 0);
+        assert!(a != 0 && a.is_multiple_of(64) && b.is_multiple_of(4096));
         assert!(a + 100 <= c && c + 8 <= b);
         // The last page is a region of its own: 0x2f00 bytes fit nowhere.
         assert!(ram.alloc(0x2f00, 1).is_err());

@@ -131,9 +131,7 @@ impl QueueConfig {
         match self.tx_layout {
             TxLayout::Single => 1,
             TxLayout::HeaderApart => 2,
-            TxLayout::Pieces(len) => {
-                u64::from(self.tx_slot).div_ceil(u64::from(len.max(1)))
-            }
+            TxLayout::Pieces(len) => u64::from(self.tx_slot).div_ceil(u64::from(len.max(1))),
         }
     }
 

@@ -101,8 +101,7 @@ impl Store {
 
     fn header(&self, buffer: u16) -> NetHeader {
         let mut raw = [0; HEADER_LEN];
-        self.area
-            .read(self.at(buffer), &mut raw[..self.header_len]);
+        self.area.read(self.at(buffer), &mut raw[..self.header_len]);
         NetHeader::from_bytes(raw)
     }
 }
@@ -121,7 +120,10 @@ impl RxQueue {
         };
         let too_large = || Error::Config("an RX buffer is larger than 4 GiB");
         let bytes = config.rx_stride() * u64::from(config.rx_buffers());
-        let capacity = config.rx_buffer.iter().try_fold(0, |a: u32, &b| a.checked_add(b));
+        let capacity = config
+            .rx_buffer
+            .iter()
+            .try_fold(0, |a: u32, &b| a.checked_add(b));
         Ok(Self {
             queue: Queue::new(DriverRing::new(ram, ring)?)?,
             refill: true,
@@ -281,9 +283,10 @@ impl RxQueue {
                     let wanted = header.num_buffers;
                     return Err(DeviceFault::TornFrame { wanted, got }.into());
                 }
-                len += self.parts.last().map_or(0, |part| {
-                    usize::try_from(part.1).unwrap_or(0)
-                });
+                len += self
+                    .parts
+                    .last()
+                    .map_or(0, |part| usize::try_from(part.1).unwrap_or(0));
             }
             if header.num_buffers == 0 {
                 return Err(DeviceFault::NoBuffers.into());

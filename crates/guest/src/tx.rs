@@ -174,7 +174,9 @@ impl TxQueue {
             });
         }
         if self.queue.ring.in_flight() != 0 {
-            return Err(Error::Config("TX slots are filled while chains are in flight"));
+            return Err(Error::Config(
+                "TX slots are filled while chains are in flight",
+            ));
         }
         for at in (0..self.slots.len()).step_by(self.stride) {
             self.slots.write(at, header);

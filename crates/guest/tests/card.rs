@@ -1,4 +1,5 @@
 //! The card on a stock vhost-user back-end that echoes frames, and the order of its messages.
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -18,6 +19,9 @@ use virtionet_guest::frontend::{FrontEnd, PROTOCOL_FEATURES};
 use virtionet_guest::net::MODERN;
 use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::event::{
+    EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
+};
 
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -45,12 +49,12 @@ impl VhostUserBackendMut for Echo {
         Protocol::MQ | Protocol::REPLY_ACK | Protocol::CONFIGURE_MEM_SLOTS
     }
     fn set_event_idx(&mut self, _enabled: bool) {}
-    fn update_memory(
-        &mut self,
-        memory: GuestMemoryAtomic<GuestMemoryMmap>,
-    ) -> std::io::Result<()> {
+    fn update_memory(&mut self, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> std::io::Result<()> {
         self.memory = Some(memory);
         Ok(())
+    }
+    fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
+        Some(new_event_consumer_and_notifier(EventFlag::NONBLOCK).unwrap())
     }
     fn handle_event(
         &mut self,
@@ -133,6 +137,9 @@ fn serve(pairs: usize) -> (PathBuf, JoinHandle<()>) {
         daemon.start(&mut listener).unwrap();
         // The end of a connection is an error to that crate.
         let _ = daemon.wait();
+        for handler in daemon.get_epoll_handlers() {
+            handler.send_exit_event();
+        }
     });
     (path, thread)
 }
@@ -268,13 +275,19 @@ fn what_the_back_end_lacks_is_an_error() {
     let (path, server) = serve(1);
     let error = Card::connect(&path, &config(5)).unwrap_err();
     // That crate answers GET_QUEUE_NUM in rings.
-    assert!(matches!(error, Error::Pairs { wanted: 5, has: 2 }), "{error}");
+    assert!(
+        matches!(error, Error::Pairs { wanted: 5, has: 2 }),
+        "{error}"
+    );
     server.join().unwrap();
     let (path, server) = serve(1);
     let mut ours = config(1);
     ours.required = 1 << 15;
     let error = Card::connect(&path, &ours).unwrap_err();
-    assert!(matches!(error, Error::Features(bits) if bits == 1 << 15), "{error}");
+    assert!(
+        matches!(error, Error::Features(bits) if bits == 1 << 15),
+        "{error}"
+    );
     server.join().unwrap();
     let mut nobody = config(1);
     nobody.patience = Duration::from_millis(20);

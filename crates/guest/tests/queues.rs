@@ -1,4 +1,5 @@
 //! Both queues of a pair against a device made of virtio-queue's rings in this process.
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::time::Duration;
 
@@ -114,7 +115,11 @@ fn frames_reach_the_device_in_every_layout() {
         (TxLayout::HeaderApart, VERSION_1 | INDIRECT, vec![12, 154]),
         (TxLayout::HeaderApart, 0, vec![10, 154]),
         (TxLayout::Pieces(60), VERSION_1, vec![60, 60, 46]),
-        (TxLayout::Pieces(5), VERSION_1 | INDIRECT, [5; 33].into_iter().chain([1]).collect()),
+        (
+            TxLayout::Pieces(5),
+            VERSION_1 | INDIRECT,
+            [5; 33].into_iter().chain([1]).collect(),
+        ),
     ] {
         let mut config = QueueConfig::new(64, features);
         config.tx_layout = layout;
@@ -146,7 +151,17 @@ fn a_full_transmitq_says_so_and_goes_on() {
     assert!(queue(&mut pair));
     assert!(!queue(&mut pair));
     let error = pair.tx.drain(Duration::from_millis(5)).unwrap_err();
-    assert!(matches!(error, Error::Waited { got: 0, wanted: 7, .. }), "{error}");
+    assert!(
+        matches!(
+            error,
+            Error::Waited {
+                got: 0,
+                wanted: 7,
+                ..
+            }
+        ),
+        "{error}"
+    );
     let long = frame(2048);
     assert!(matches!(
         pair.tx.queue(&long.header, &long.bytes),

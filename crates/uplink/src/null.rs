@@ -78,7 +78,7 @@ mod tests {
         queue.transmit(&[frame(60), frame(1514)], &stats);
         queue.transmit(&[], &stats);
         assert_eq!((stats.frames.get(), stats.bytes.get()), (2, 1574));
-        assert_eq!(queue.receive(&[]), Received::Empty);
+        assert_eq!(queue.receive(&[], &mut [0]), Received::Empty);
         assert!(queue.readable().is_none());
     }
 }

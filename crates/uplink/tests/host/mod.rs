@@ -201,7 +201,7 @@ pub fn receive(queue: &dyn UplinkQueue, buffers: &[usize]) -> (Received, Vec<u8>
     for &len in buffers {
         guest.buffer(len);
     }
-    let verdict = queue.receive(guest.slices());
+    let verdict = queue.receive(guest.slices(), &mut [0]);
     let mut bytes = guest.bytes();
     if let Received::Frame(len) = verdict {
         bytes.truncate(len);
