@@ -23,6 +23,9 @@ const STOP: Duration = Duration::from_secs(10);
 #[derive(Clone, Debug)]
 pub struct Options {
     netns: Option<String>,
+    program: Option<PathBuf>,
+    wrapper: Vec<OsString>,
+    own_socket: bool,
     listens: bool,
     args: Vec<OsString>,
 }
@@ -39,6 +42,9 @@ impl Options {
     pub fn new() -> Self {
         Self {
             netns: None,
+            program: None,
+            wrapper: Vec::new(),
+            own_socket: true,
             listens: true,
             args: Vec::new(),
         }
@@ -59,6 +65,28 @@ impl Options {
         self.arg("--client")
     }
 
+    /// Without `--socket-path`: for `--fd` and `--device`, which say where front-ends come from.
+    #[must_use]
+    pub fn no_socket(mut self) -> Self {
+        self.own_socket = false;
+        self.listens = false;
+        self
+    }
+
+    /// It is started through these words, such as `setpriv` with its flags, in its namespace.
+    #[must_use]
+    pub fn wrapped_in<'a>(mut self, words: impl IntoIterator<Item = &'a str>) -> Self {
+        self.wrapper.extend(words.into_iter().map(OsString::from));
+        self
+    }
+
+    /// Another copy of the program than [`paths::virtionetd`]'s.
+    #[must_use]
+    pub fn program(mut self, path: &Path) -> Self {
+        self.program = Some(path.to_owned());
+        self
+    }
+
     /// A further flag or value.
     #[must_use]
     pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
@@ -77,25 +105,7 @@ impl Options {
     /// # Errors
     /// When it ends at once or its sockets do not come: with its words.
     pub fn start(&self, dir: &RunDir, name: &str) -> Result<Daemon> {
-        let socket = dir.join(&format!("{name}.sock"));
-        let control = dir.join(&format!("{name}.control"));
-        self.start_at(dir, name, &socket, &control)
-    }
-
-    fn start_at(&self, dir: &RunDir, name: &str, socket: &Path, control: &Path) -> Result<Daemon> {
-        let mut args: Vec<OsString> = vec![
-            "--socket-path".into(),
-            socket.into(),
-            "--control".into(),
-            control.into(),
-        ];
-        args.extend(self.args.iter().cloned());
-        let program = paths::virtionetd()?;
-        let mut daemon = Daemon {
-            proc: Proc::spawn(dir, name, self.netns.as_deref(), program, &args)?,
-            socket: socket.to_owned(),
-            control: control.to_owned(),
-        };
+        let mut daemon = self.spawn(dir, name)?;
         // Connecting to the vhost-user socket would be taken for a front-end.
         if self.listens {
             daemon.wait_for("its vhost-user socket", |d| d.socket.exists())?;
@@ -104,6 +114,43 @@ impl Options {
             UnixStream::connect(&d.control).is_ok()
         })?;
         Ok(daemon)
+    }
+
+    /// Starts it, where it is to refuse, and waits for its end, 10 s at most.
+    ///
+    /// # Errors
+    /// When it does not end.
+    pub fn run_to_end(&self, dir: &RunDir, name: &str) -> Result<Stopped> {
+        let began = Instant::now();
+        let mut proc = self.spawn(dir, name)?.proc;
+        let status = proc.wait(STOP)?;
+        Ok(Stopped {
+            status,
+            took: began.elapsed(),
+            stderr: proc.stderr(),
+        })
+    }
+
+    fn spawn(&self, dir: &RunDir, name: &str) -> Result<Daemon> {
+        let socket = dir.join(&format!("{name}.sock"));
+        let control = dir.join(&format!("{name}.control"));
+        let program = match &self.program {
+            Some(path) => path.clone(),
+            None => paths::virtionetd()?,
+        };
+        let mut words = self.wrapper.clone();
+        words.push(program.into());
+        words.extend(["--control".into(), control.clone().into()]);
+        if self.own_socket {
+            words.extend(["--socket-path".into(), socket.clone().into()]);
+        }
+        words.extend(self.args.iter().cloned());
+        let (program, args) = words.split_first().context("an empty command")?;
+        Ok(Daemon {
+            proc: Proc::spawn(dir, name, self.netns.as_deref(), program, args)?,
+            socket,
+            control,
+        })
     }
 }
 
@@ -127,7 +174,7 @@ pub struct Stopped {
 }
 
 impl Daemon {
-    /// The vhost-user socket.
+    /// The vhost-user socket; nothing is there after [`Options::no_socket`].
     pub fn socket(&self) -> &Path {
         &self.socket
     }
@@ -217,6 +264,14 @@ impl Daemon {
     /// # Errors
     /// When it had ended before, or does not end.
     pub fn stop(mut self, signal: Signal) -> Result<Stopped> {
+        self.end(signal)
+    }
+
+    /// The same for a daemon that another is to follow.
+    ///
+    /// # Errors
+    /// When it had ended before, or does not end.
+    pub fn end(&mut self, signal: Signal) -> Result<Stopped> {
         let began = Instant::now();
         self.proc.signal(signal)?;
         let status = self.proc.wait(STOP)?;

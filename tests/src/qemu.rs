@@ -1,6 +1,8 @@
 //! A QEMU machine: how it is put together, started, and looked at.
 
+use std::fs;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::thread::sleep;
@@ -150,6 +152,7 @@ pub struct Machine {
     shared: bool,
     no_reboot: bool,
     paused: bool,
+    pinned: bool,
     monitor: Option<PathBuf>,
     netns: Option<String>,
     nics: Vec<Nic>,
@@ -172,6 +175,7 @@ impl Machine {
             shared: true,
             no_reboot: false,
             paused: false,
+            pinned: false,
             monitor: None,
             netns: None,
             nics: Vec::new(),
@@ -221,6 +225,14 @@ impl Machine {
         self
     }
 
+    /// Each vCPU is pinned ([`Qemu::pin_vcpus`]) before its first instruction:
+    /// a back-end reads where they stand when the driver starts its rings.
+    #[must_use]
+    pub fn pinned(mut self) -> Self {
+        self.pinned = true;
+        self
+    }
+
     /// A second QMP monitor on which QEMU listens at `path`, for virtionetd.
     #[must_use]
     pub fn monitor(mut self, path: &Path) -> Self {
@@ -262,12 +274,46 @@ impl Machine {
         let mut proc = Proc::spawn(dir, name, self.netns.as_deref(), PROGRAM, &args)?;
         let serial = accept(&serial, &mut proc)?;
         let monitor = accept(&monitor, &mut proc)?;
-        Ok(Qemu {
+        let qemu = Qemu {
             guest: Guest::new(serial)?,
             qmp: Mutex::new(Qmp::new(monitor)),
             proc,
             began,
-        })
+        };
+        if self.pinned {
+            qemu.pin_vcpus()?;
+            if !self.paused {
+                qemu.resume()?;
+            }
+        }
+        Ok(qemu)
+    }
+
+    /// Starts it and waits until the guest is up; returns the time that took.
+    ///
+    /// QEMU 10.0.2 under software emulation dies now and then of an assertion
+    /// of its own while several vCPUs set up PCI (`msix_table_mmio_write`), with
+    /// any card. Such a death by signal is said on stderr, and the machine is
+    /// started anew, twice at most.
+    ///
+    /// # Errors
+    /// When it is not up within `timeout`: with QEMU's words and the console's.
+    pub fn boot(&self, dir: &RunDir, name: &str, timeout: Duration) -> Result<(Qemu, Duration)> {
+        let mut again = 2;
+        loop {
+            let mut qemu = self.start(dir, name)?;
+            let error = match qemu.boot(timeout) {
+                Ok(took) => return Ok((qemu, took)),
+                Err(error) => error,
+            };
+            let status = qemu.proc.try_wait()?;
+            let died = status.is_some_and(|s| s.signal().is_some());
+            if !died || again == 0 || self.accel == Accel::Kvm {
+                return Err(error);
+            }
+            again -= 1;
+            eprintln!("QEMU itself died in the guest's boot and is started anew: {error:#}");
+        }
     }
 
     fn command_line(&self, dir: &RunDir, name: &str) -> Result<Vec<String>> {
@@ -322,7 +368,8 @@ impl Machine {
             let value = format!("unix:{},server=on,wait=off", path.display());
             args.extend(["-qmp".into(), value]);
         }
-        for (wanted, flag) in [(self.no_reboot, "-no-reboot"), (self.paused, "-S")] {
+        let paused = self.paused || self.pinned;
+        for (wanted, flag) in [(self.no_reboot, "-no-reboot"), (paused, "-S")] {
             args.extend(wanted.then(|| flag.to_owned()));
         }
         for (n, nic) in self.nics.iter().enumerate() {
@@ -464,6 +511,8 @@ fn socket(id: &str, path: &Path) -> String {
 
 /// We listen and QEMU connects, so that not a byte of its boot is missed.
 fn listen(path: &Path) -> Result<UnixListener> {
+    // A machine of this name that is gone may have left its own.
+    _ = fs::remove_file(path);
     let listener = UnixListener::bind(path)
         .with_context(|| format!("{} cannot be listened on", path.display()))?;
     listener.set_nonblocking(true)?;

@@ -37,6 +37,20 @@ pub fn allowed_cpus() -> Result<Vec<usize>> {
     affinity(0)
 }
 
+/// The CPU that thread `tid` was last seen on.
+///
+/// # Errors
+/// When the thread is gone.
+pub fn last_cpu(tid: i32) -> Result<usize> {
+    let path = format!("/proc/{tid}/stat");
+    let stat = fs::read_to_string(&path).with_context(|| format!("thread {tid} is gone"))?;
+    // proc(5): "processor" is field 39, and the name in field 2 may hold spaces.
+    stat.rsplit_once(") ")
+        .and_then(|(_, rest)| rest.split(' ').nth(36))
+        .and_then(|cpu| cpu.parse().ok())
+        .with_context(|| format!("{path} has no processor field"))
+}
+
 /// The threads of process `pid`: their ids and names, by id.
 ///
 /// # Errors
@@ -73,6 +87,7 @@ mod tests {
                 pin(tid, cpu).unwrap();
                 let named = threads(std::process::id()).unwrap();
                 assert!(named.contains(&(tid, "pinned".into())), "{named:?}");
+                assert_eq!(last_cpu(tid).unwrap(), cpu);
                 affinity(tid).unwrap()
             })
             .unwrap()

@@ -17,20 +17,23 @@ const BOOT: Duration = Duration::from_secs(60);
 fn a_guest_on_qemus_own_card_moves_data_both_ways() {
     let dir = RunDir::new().unwrap();
     let lan = Lan::with_tap(PAIRS).unwrap();
-    let mut qemu = Machine::new()
+    let (qemu, boot) = Machine::new()
         .vcpus(PAIRS.into())
         .accel(Accel::Auto)
         .netns(lan.netns())
         .nic(Nic::tap(TAP).queues(PAIRS))
-        .paused()
-        .start(&dir, "peer")
+        .pinned()
+        .boot(&dir, "peer", BOOT)
         .unwrap();
-    let cpus = qemu.pin_vcpus().unwrap();
-    for (tid, cpu) in qemu.vcpu_threads().unwrap().into_iter().zip(cpus) {
-        assert_eq!(sched::affinity(tid).unwrap(), [cpu], "vCPU thread {tid}");
+    let cpus = sched::allowed_cpus().unwrap();
+    for (tid, cpu) in qemu
+        .vcpu_threads()
+        .unwrap()
+        .into_iter()
+        .zip(cpus.iter().cycle())
+    {
+        assert_eq!(sched::affinity(tid).unwrap(), [*cpu], "vCPU thread {tid}");
     }
-    qemu.resume().unwrap();
-    let boot = qemu.boot(BOOT).unwrap();
     eprintln!("booted in {:.1} s", boot.as_secs_f64());
 
     let guest = qemu.guest();
@@ -66,8 +69,7 @@ fn a_guest_on_qemus_own_card_moves_data_both_ways() {
 #[test]
 fn the_shell_keeps_order_through_long_output_failures_and_a_reboot() {
     let dir = RunDir::new().unwrap();
-    let mut qemu = Machine::new().vcpus(2).start(&dir, "shell").unwrap();
-    qemu.boot(BOOT).unwrap();
+    let (qemu, _) = Machine::new().vcpus(2).boot(&dir, "shell", BOOT).unwrap();
     let guest = qemu.guest();
 
     let long = guest.ok("seq 1 50000").unwrap();

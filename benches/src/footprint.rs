@@ -1,0 +1,229 @@
+//! What the idle daemon takes: resident memory, threads and descriptors with pairs connected, and
+//! the time from its start to its first reply.
+//!
+//! The daemon is the release build, as a user starts it, with its control socket; the front-end is
+//! crate `virtionet-guest` over the vhost-user socket. Guest memory that the daemon has touched (the
+//! rings) counts as resident and shared.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use virtionet_guest::card::{Card, CardConfig};
+use virtionet_guest::frontend::FrontEnd;
+use virtionet_guest::net::MODERN;
+use virtionet_tests::cleanup::{Action, Entry, register};
+use virtionet_tests::paths::{RunDir, virtionetd};
+
+use crate::outcome::{Better, Outcome, Row};
+use crate::rig::{in_own_netns, progress};
+use crate::sampling::{Effort, median};
+
+const PAIRS: [u16; 4] = [1, 8, 64, 128];
+const UPLINKS: [&str; 2] = ["null", "tap:bench0"];
+/// The aims: KiB of the daemon, KiB of a pair, ms to the first reply.
+const AIM_DAEMON: f64 = 5.0 * 1024.0;
+const AIM_PAIR: f64 = 64.0;
+const AIM_START: f64 = 10.0;
+/// A daemon that needs longer to reply is broken.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Until everything that a start brings about is over.
+const SETTLE: Duration = Duration::from_millis(300);
+
+/// Measures both uplinks with every number of pairs.
+///
+/// # Errors
+/// When this process is not root, or the daemon fails: with its words.
+pub fn run(effort: Effort) -> Result<Outcome> {
+    raise_limits()?;
+    in_own_netns(|| {
+        let mut outcome = Outcome::default();
+        for uplink in UPLINKS {
+            for pairs in PAIRS {
+                progress(&format!("footprint: {pairs} pairs, {uplink}"));
+                memory(uplink, pairs, &mut outcome)?;
+            }
+        }
+        for uplink in UPLINKS {
+            outcome.rows.push(start(uplink, effort)?);
+        }
+        Ok(outcome)
+    })
+}
+
+/// 128 pairs have more eventfds than many a shell allows.
+fn raise_limits() -> Result<()> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    Ok(())
+}
+
+fn memory(uplink: &str, pairs: u16, outcome: &mut Outcome) -> Result<()> {
+    let daemon = Daemon::spawn(uplink)?;
+    let front = FrontEnd::over(daemon.connect()?)?;
+    let card = start_card(front, pairs).with_context(|| daemon.words())?;
+    sleep(SETTLE);
+    let used = daemon.usage()?;
+    drop(card);
+    let kind = kind(uplink);
+    let aim = AIM_DAEMON + AIM_PAIR * f64::from(pairs);
+    for (what, kib) in [
+        ("resident", used.resident),
+        ("proportional", used.proportional),
+        ("private", used.private),
+    ] {
+        let case = format!("{kind}, {pairs} pairs: {what}");
+        let row = Row::new(&case, "KiB", Better::Lower, kib, ("aim", aim));
+        outcome.rows.push(row.bound(1.0));
+    }
+    outcome.notes.push(format!(
+        "{kind}, {pairs} pairs: {} threads, {} file descriptors",
+        used.threads, used.descriptors
+    ));
+    Ok(())
+}
+
+fn start_card(front: FrontEnd, pairs: u16) -> Result<Card> {
+    let config = CardConfig::new(pairs, 256, MODERN);
+    let mut card = Card::negotiate(front, &config)?;
+    for pair in &mut card.pairs {
+        pair.rx.fill()?;
+    }
+    card.start()?;
+    Ok(card)
+}
+
+fn start(uplink: &str, effort: Effort) -> Result<Row> {
+    let mut times = Vec::new();
+    for _ in 0..effort.choose(20, 5) {
+        let daemon = Daemon::spawn(uplink)?;
+        let mut front = FrontEnd::over(daemon.connect()?)?;
+        front.get_features().with_context(|| daemon.words())?;
+        times.push(daemon.began.elapsed().as_secs_f64() * 1e3);
+    }
+    let case = format!("{}: start to first reply", kind(uplink));
+    let aim = ("aim", AIM_START);
+    Ok(Row::new(&case, "ms", Better::Lower, median(&times), aim).bound(1.0))
+}
+
+fn kind(uplink: &str) -> &str {
+    uplink.split(':').next().unwrap_or(uplink)
+}
+
+/// A daemon without any wrapper around it, whose start could be timed no better otherwise.
+struct Daemon {
+    child: Child,
+    began: Instant,
+    dir: RunDir,
+    _entry: Entry,
+}
+
+/// What a process takes. Sizes in KiB.
+struct Usage {
+    resident: f64,
+    proportional: f64,
+    private: f64,
+    threads: usize,
+    descriptors: usize,
+}
+
+impl Daemon {
+    fn spawn(uplink: &str) -> Result<Self> {
+        let program = virtionetd()?;
+        let dir = RunDir::new()?;
+        let mut command = Command::new(program);
+        command
+            .arg("--socket-path")
+            .arg(dir.join("vnet.sock"))
+            .arg("--control")
+            .arg(dir.join("control.sock"))
+            .args(["--uplink", uplink])
+            .stdin(Stdio::null())
+            .stderr(File::create(dir.join("stderr"))?);
+        let began = Instant::now();
+        let child = command.spawn().context("virtionetd cannot be started")?;
+        Ok(Self {
+            _entry: register(Action::Kill(i32::try_from(child.id())?)),
+            child,
+            began,
+            dir,
+        })
+    }
+
+    /// Connects as soon as it listens.
+    fn connect(&self) -> Result<UnixStream> {
+        let path = self.dir.join("vnet.sock");
+        loop {
+            if let Ok(stream) = UnixStream::connect(&path) {
+                return Ok(stream);
+            }
+            if self.began.elapsed() > PATIENCE {
+                bail!("it does not listen after {PATIENCE:?}; {}", self.words());
+            }
+            sleep(Duration::from_micros(50));
+        }
+    }
+
+    fn words(&self) -> String {
+        let text = fs::read_to_string(self.dir.join("stderr")).unwrap_or_default();
+        format!("virtionetd's stderr: {}", text.trim())
+    }
+
+    fn usage(&self) -> Result<Usage> {
+        let proc = PathBuf::from(format!("/proc/{}", self.child.id()));
+        let sizes = sizes(&fs::read_to_string(proc.join("smaps_rollup"))?);
+        let size = |name| {
+            let size = sizes.get(name).copied();
+            size.with_context(|| format!("smaps_rollup does not say {name}"))
+        };
+        ensure!(size("Rss")? > 0.0, "the daemon has ended; {}", self.words());
+        Ok(Usage {
+            resident: size("Rss")?,
+            proportional: size("Pss")?,
+            private: size("Private_Clean")? + size("Private_Dirty")?,
+            threads: fs::read_dir(proc.join("task"))?.count(),
+            descriptors: fs::read_dir(proc.join("fd"))?.count(),
+        })
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // An error here means that it is gone, which is what is wanted.
+        _ = self.child.kill();
+        _ = self.child.wait();
+    }
+}
+
+/// `NAME:  N kB` lines.
+fn sizes(text: &str) -> BTreeMap<&str, f64> {
+    text.lines()
+        .filter_map(|line| {
+            let (name, rest) = line.split_once(':')?;
+            let kib = rest.trim().strip_suffix(" kB")?.parse().ok()?;
+            Some((name, kib))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_and_the_head_line_is_none() {
+        let text = "55d0-7ffe ---p 00000000 00:00 0    [rollup]\nRss:      3412 kB\n\
+                    Pss:      1200 kB\nTHP: 0\n";
+        let sizes = sizes(text);
+        assert_eq!(
+            (sizes["Rss"], sizes["Pss"], sizes.len()),
+            (3412.0, 1200.0, 2)
+        );
+    }
+}

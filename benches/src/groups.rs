@@ -1,0 +1,58 @@
+//! What can be measured.
+
+use anyhow::Result;
+use clap::ValueEnum;
+
+use crate::outcome::Outcome;
+use crate::sampling::Effort;
+use crate::{footprint, iperf, ring, tap};
+
+/// A group of cases, measured and shown together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Group {
+    /// A chain through a split ring, against virtio-queue
+    Ring,
+    /// A frame between a ring and a TAP, against bare system calls
+    Tap,
+    /// The idle daemon's memory and start, against their aims
+    Footprint,
+    /// A guest's TCP through the daemon, against QEMU's own virtio-net
+    Iperf,
+}
+
+impl Group {
+    /// Its name, on the command line and of its result files.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ring => "ring",
+            Self::Tap => "tap",
+            Self::Footprint => "footprint",
+            Self::Iperf => "iperf",
+        }
+    }
+
+    /// What is measured, as a headline.
+    #[must_use]
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::Ring => "A chain through a 256-entry split ring, device's side",
+            Self::Tap => "A frame between a guest's ring and a TAP, one thread",
+            Self::Footprint => "The idle daemon: memory, and time to its first reply",
+            Self::Iperf => "TCP between a QEMU guest (4 vCPUs) and its host, iperf3",
+        }
+    }
+
+    /// Measures it.
+    ///
+    /// # Errors
+    /// When a part of the rig fails: with its words.
+    pub fn run(self, effort: Effort) -> Result<Outcome> {
+        match self {
+            Self::Ring => ring::run(effort),
+            Self::Tap => tap::run(effort),
+            Self::Footprint => footprint::run(effort),
+            Self::Iperf => iperf::run(effort),
+        }
+    }
+}

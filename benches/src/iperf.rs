@@ -1,0 +1,165 @@
+//! A Linux guest's TCP through virtionetd against QEMU's own virtio-net on a TAP (vhost=off): the
+//! same guest, vCPUs and queues, both at their defaults.
+//!
+//! Both guests are booted anew for each repetition and number of pairs. Only one of them runs at a
+//! time: the other is stopped over its monitor, so that it takes no CPU while its rival is measured.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+use virtionet_tests::accel::Accel;
+use virtionet_tests::daemon::{Daemon, Options};
+use virtionet_tests::iperf::{Clients, Direction, Iperf, Load};
+use virtionet_tests::paths::RunDir;
+use virtionet_tests::qemu::{Machine, Nic, Qemu};
+use virtionet_tests::topology::{GUEST, Lan, TAP, configure_guest};
+
+use crate::outcome::{Better, Outcome};
+use crate::rig::progress;
+use crate::sampling::{Effort, Pairs};
+
+const PAIRS: [u16; 3] = [1, 2, 4];
+const FLOWS: [u16; 2] = [1, 4];
+const DIRECTIONS: [Direction; 2] = [Direction::HostToGuest, Direction::GuestToHost];
+const VCPUS: u16 = 4;
+const BOOT: Duration = Duration::from_secs(120);
+
+/// Measures every number of pairs and flows, both ways.
+///
+/// # Errors
+/// When this process is not root, or a part fails: with its words.
+pub fn run(effort: Effort) -> Result<Outcome> {
+    let mut outcome = Outcome::default();
+    for pairs in PAIRS {
+        let loads = loads();
+        let mut taken = vec![Pairs::default(); loads.len()];
+        for n in 1..=effort.choose(3, 1) {
+            progress(&format!("iperf: {pairs} pairs, repetition {n}"));
+            repeat(pairs, effort, &loads, &mut taken)
+                .with_context(|| format!("with {pairs} pairs, in repetition {n}"))?;
+        }
+        for (load, taken) in loads.iter().zip(&taken) {
+            let case = load.case(pairs);
+            let row = taken.row(&case, "Gbit/s", Better::Higher, "QEMU virtio-net");
+            outcome.rows.push(row);
+        }
+    }
+    let accel = Accel::Auto.resolve()?;
+    outcome.notes.push(format!(
+        "{VCPUS} vCPUs under {accel}, vCPU i pinned to CPU i mod n; one iperf3 process a flow; medians of the runs"
+    ));
+    Ok(outcome)
+}
+
+/// What iperf3 is to do.
+#[derive(Debug, Clone, Copy)]
+struct Flows {
+    direction: Direction,
+    flows: u16,
+}
+
+fn loads() -> Vec<Flows> {
+    let both = |direction| FLOWS.map(|flows| Flows { direction, flows });
+    DIRECTIONS.into_iter().flat_map(both).collect()
+}
+
+impl Flows {
+    fn case(self, pairs: u16) -> String {
+        let way = match self.direction {
+            Direction::HostToGuest => "host to guest",
+            Direction::GuestToHost => "guest to host",
+        };
+        let plural = |n: u16| if n == 1 { "" } else { "s" };
+        let (flows, of) = (self.flows, plural(self.flows));
+        format!("{way}, {flows} flow{of}, {pairs} pair{}", plural(pairs))
+    }
+}
+
+/// Boots both sides and takes one pair of every load.
+fn repeat(pairs: u16, effort: Effort, loads: &[Flows], taken: &mut [Pairs]) -> Result<()> {
+    let dir = RunDir::new()?;
+    let ours = Side::ours(&dir, pairs).context("with virtionetd")?;
+    let peer = Side::peer(&dir, pairs).context("with QEMU's own card")?;
+    let seconds = effort.choose(4, 2);
+    for (load, taken) in loads.iter().zip(taken) {
+        let our_rate = ours.measure(&dir, *load, seconds);
+        let our_rate = our_rate.context("with virtionetd")?;
+        let peer_rate = peer.measure(&dir, *load, seconds);
+        let peer_rate = peer_rate.context("with QEMU's own card")?;
+        progress(&format!(
+            "iperf: {}: {our_rate:.2} against {peer_rate:.2} Gbit/s",
+            load.case(pairs)
+        ));
+        taken.push(our_rate, peer_rate);
+    }
+    Ok(())
+}
+
+/// A guest and what its card is connected to. QEMU goes first, the network last.
+struct Side {
+    qemu: Qemu,
+    _daemon: Option<Daemon>,
+    lan: Lan,
+}
+
+impl Side {
+    fn ours(dir: &RunDir, pairs: u16) -> Result<Self> {
+        let lan = Lan::bare()?;
+        let daemon = Options::new()
+            .netns(lan.netns())
+            .flag("--tap", TAP)
+            .start(dir, "ours")?;
+        lan.configure()?;
+        let nic = Nic::vhost_user(daemon.socket()).queues(pairs);
+        let qemu = machine().nic(nic).start(dir, "ours-guest")?;
+        Self::boot(qemu, Some(daemon), lan, pairs)
+    }
+
+    fn peer(dir: &RunDir, pairs: u16) -> Result<Self> {
+        let lan = Lan::with_tap(pairs)?;
+        let nic = Nic::tap(TAP).queues(pairs);
+        let machine = machine().netns(lan.netns()).nic(nic);
+        let qemu = machine.start(dir, "peer-guest")?;
+        Self::boot(qemu, None, lan, pairs)
+    }
+
+    /// Boots the guest and stops it again.
+    fn boot(mut qemu: Qemu, daemon: Option<Daemon>, lan: Lan, pairs: u16) -> Result<Self> {
+        qemu.pin_vcpus()?;
+        qemu.resume()?;
+        qemu.boot(BOOT)?;
+        configure_guest(qemu.guest(), pairs)?;
+        lan.reach(GUEST.v4)?;
+        stop(&qemu)?;
+        Ok(Self {
+            qemu,
+            _daemon: daemon,
+            lan,
+        })
+    }
+
+    /// Gbit/s at the receivers, while the guest runs for this.
+    fn measure(&self, dir: &RunDir, load: Flows, seconds: u32) -> Result<f64> {
+        self.qemu.resume()?;
+        self.lan.reach(GUEST.v4)?;
+        let guest = self.qemu.guest();
+        let iperf = Iperf::new(&self.lan, guest, dir, Clients::Host, load.flows)?;
+        // The first second, in which the flows find their speed, does not count.
+        let what = Load::tcp(seconds).flows(load.flows).arg("-O").arg("1");
+        let report = iperf.run(&what, load.direction)?;
+        stop(&self.qemu)?;
+        Ok(report.gbps)
+    }
+}
+
+fn machine() -> Machine {
+    Machine::new()
+        .vcpus(VCPUS.into())
+        .accel(Accel::Auto)
+        .paused()
+}
+
+fn stop(qemu: &Qemu) -> Result<()> {
+    qemu.qmp("stop", &Value::Null).map(drop)
+}

@@ -1,0 +1,207 @@
+//! What a chain costs the device on a split ring of 256 entries that lies in the caches: taken,
+//! every piece translated, given back, the driver asked once a burst whether it wants an interrupt.
+//!
+//! Both sides run against the same simulated driver ([`driver`]), on rings and in memory of the
+//! same layout: [`ours`] is virtionet-ring, [`stock`] is virtio-queue. The driver's part, one store
+//! of the available index a burst, is within both sides' time.
+
+pub mod driver;
+pub mod ours;
+pub mod stock;
+
+use std::hint::black_box;
+
+use anyhow::{Result, ensure};
+
+use self::driver::{Driver, Shape};
+use self::ours::Ours;
+use self::stock::{Stock, Way};
+use crate::outcome::{Better, Outcome, Row};
+use crate::rig::{in_thread, nanoseconds, stay_on_one_cpu};
+use crate::sampling::{Effort, Pairs};
+
+/// The most that a chain of two descriptors may cost us, in ns.
+const BOUND: f64 = 5.0;
+
+/// What a device did with one burst.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Burst {
+    /// Chains taken and given back.
+    pub chains: u32,
+    /// Bytes in all their pieces.
+    pub bytes: usize,
+    /// The driver wants an interrupt.
+    pub call: bool,
+}
+
+/// What a case is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Case {
+    /// How a chain is made.
+    pub shape: Shape,
+    /// Chains a burst.
+    pub burst: u16,
+    /// VIRTIO_F_EVENT_IDX.
+    pub event_idx: bool,
+    /// How the peer takes chains.
+    pub way: Way,
+}
+
+/// The cases, the plain one first.
+pub const CASES: [Case; 7] = {
+    let plain = Case {
+        shape: Shape::Direct,
+        burst: 64,
+        event_idx: false,
+        way: Way::Pop,
+    };
+    [
+        plain,
+        Case { burst: 32, ..plain },
+        Case {
+            event_idx: true,
+            ..plain
+        },
+        Case {
+            shape: Shape::Indirect,
+            ..plain
+        },
+        Case {
+            shape: Shape::Single,
+            ..plain
+        },
+        Case {
+            shape: Shape::Single,
+            event_idx: true,
+            ..plain
+        },
+        Case {
+            way: Way::Iter,
+            ..plain
+        },
+    ]
+};
+
+impl Case {
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> String {
+        let shape = match self.shape {
+            Shape::Single => "1 descriptor",
+            Shape::Direct => "2 descriptors",
+            Shape::Indirect => "2 indirect",
+        };
+        let event_idx = if self.event_idx { ", EVENT_IDX" } else { "" };
+        format!("{shape}, bursts of {}{event_idx}", self.burst)
+    }
+}
+
+/// Measures every case.
+///
+/// # Errors
+/// When a side does not do its work.
+pub fn run(effort: Effort) -> Result<Outcome> {
+    in_thread(|| {
+        stay_on_one_cpu()?;
+        let mut outcome = Outcome::default();
+        for case in &CASES {
+            outcome.rows.push(measure(case, effort)?);
+        }
+        let plain = outcome.rows[0].ours;
+        let name = format!("{}: its bound", CASES[0].name());
+        let bound = Row::new(&name, "ns/chain", Better::Lower, plain, ("bound", BOUND));
+        outcome.rows.push(bound.bound(1.0));
+        Ok(outcome)
+    })
+}
+
+fn measure(case: &Case, effort: Effort) -> Result<Row> {
+    let bursts = effort.choose(1000, 300);
+    let (mut our_driver, mut ours) = our_side(case)?;
+    let (mut peer_driver, mut peer) = peer_side(case)?;
+    let pairs = Pairs::take(
+        effort.choose(151, 15),
+        || {
+            rounds(&mut our_driver, case.burst, bursts, || {
+                ours.burst(case.burst)
+            })
+        },
+        || {
+            rounds(&mut peer_driver, case.burst, bursts, || {
+                peer.burst(case.burst)
+            })
+        },
+    )?;
+    Ok(pairs.row(&case.name(), "ns/chain", Better::Lower, case.way.name()))
+}
+
+/// Our device and its driver.
+///
+/// # Errors
+/// When the memory or the ring cannot be had.
+pub fn our_side(case: &Case) -> Result<(Driver, Ours)> {
+    let driver = Driver::new(case.shape, case.event_idx)?;
+    let ours = Ours::new(&driver, case)?;
+    Ok((driver, ours))
+}
+
+/// The peer's device and its driver.
+///
+/// # Errors
+/// When the memory or the ring cannot be had.
+pub fn peer_side(case: &Case) -> Result<(Driver, Stock)> {
+    let driver = Driver::new(case.shape, case.event_idx)?;
+    let stock = Stock::new(&driver, case)?;
+    Ok((driver, stock))
+}
+
+/// Nanoseconds a chain over `bursts` bursts of `size` chains.
+fn rounds(
+    driver: &mut Driver,
+    size: u16,
+    bursts: u32,
+    mut device: impl FnMut() -> Result<Burst>,
+) -> Result<f64> {
+    let mut chains = 0;
+    let mut bytes = 0;
+    let took = nanoseconds(|| {
+        for _ in 0..bursts {
+            driver.offer(size);
+            let burst = black_box(device()?);
+            chains += burst.chains;
+            bytes += burst.bytes;
+        }
+        Ok(())
+    })?;
+    let wanted = bursts * u32::from(size);
+    ensure!(
+        chains == wanted && bytes == driver::CHAIN_BYTES * usize::try_from(wanted)?,
+        "a device did {chains} chains with {bytes} bytes, where {wanted} chains were offered"
+    );
+    Ok(took / f64::from(chains))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_sides_do_the_same_work_in_every_case() {
+        for case in &CASES {
+            let (mut our_driver, mut ours) = our_side(case).unwrap();
+            let (mut peer_driver, mut peer) = peer_side(case).unwrap();
+            // More than 65,536 chains: the index wraps.
+            for n in 0..1100 {
+                our_driver.offer(case.burst);
+                peer_driver.offer(case.burst);
+                let did = ours.burst(case.burst).unwrap();
+                assert_eq!(did, peer.burst(case.burst).unwrap(), "{case:?} {n}");
+                assert_eq!(did.chains, u32::from(case.burst), "{case:?} {n}");
+                assert_eq!(our_driver.used(), peer_driver.used(), "{case:?} {n}");
+            }
+            // Nothing offered, nothing done.
+            assert_eq!(ours.burst(case.burst).unwrap().chains, 0);
+            assert_eq!(peer.burst(case.burst).unwrap().chains, 0);
+        }
+    }
+}

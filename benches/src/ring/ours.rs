@@ -1,0 +1,65 @@
+//! virtionet-ring, used as the TX path uses it.
+
+use std::sync::Arc;
+
+use anyhow::Result;
+use virtionet_ring as ring;
+use virtionet_ring::{Direction, Ring, RingConfig, RingLayout};
+
+use super::driver::{Driver, SIZE, Shape};
+use super::{Burst, Case};
+
+/// Our device's side of the ring.
+#[derive(Debug)]
+pub struct Ours {
+    ring: Ring,
+    burst: ring::Burst,
+}
+
+impl Ours {
+    /// On the driver's ring.
+    ///
+    /// # Errors
+    /// When the ring cannot be had.
+    pub fn new(driver: &Driver, case: &Case) -> Result<Self> {
+        let memory = Arc::new(driver.ram().guest_memory()?);
+        let at = driver.addresses();
+        let config = RingConfig {
+            layout: RingLayout {
+                size: SIZE,
+                desc: driver.user_addr(at.descriptors)?,
+                avail: driver.user_addr(at.driver)?,
+                used: driver.user_addr(at.device)?,
+            },
+            base: 0,
+            direction: Direction::Readable,
+            event_idx: case.event_idx,
+            indirect: case.shape == Shape::Indirect,
+            min_len: 12,
+        };
+        Ok(Self {
+            ring: Ring::new(config, &memory)?,
+            burst: ring::Burst::new(memory),
+        })
+    }
+
+    /// Takes up to `most` chains, looks at every piece, gives them back and publishes that.
+    ///
+    /// # Errors
+    /// When the ring is broken.
+    #[inline]
+    pub fn burst(&mut self, most: u16) -> Result<Burst> {
+        let mut did = Burst::default();
+        self.ring.take(&mut self.burst, most.into())?;
+        for chain in self.burst.chains() {
+            for slice in self.burst.slices(chain) {
+                did.bytes += slice.len();
+            }
+            did.chains += 1;
+            self.ring.complete(chain, 0);
+        }
+        self.burst.clear();
+        did.call = self.ring.publish();
+        Ok(did)
+    }
+}

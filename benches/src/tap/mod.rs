@@ -1,0 +1,138 @@
+//! What a frame costs between a guest's ring and a TAP, against bare system calls on the same queue
+//! of the same TAP: how much of a frame's time is ours.
+//!
+//! Everything is in one thread and one network namespace: the guest (crate `virtionet-guest`), the
+//! device's queue, the real TAP. Only the device's part is timed, one call a burst; the driver's
+//! part is not. The bare side moves the same frames through buffers of the same number and places,
+//! so that both find the caches alike.
+
+mod bed;
+mod receive;
+mod send;
+
+use anyhow::Result;
+use virtionet_guest::frame::{Checksum, Frame, FrameSpec, Transport};
+
+use self::bed::Bed;
+use self::receive::Receive;
+use self::send::Send;
+use crate::outcome::{Better, Outcome, Row};
+use crate::rig::{in_own_netns, stay_on_one_cpu};
+use crate::sampling::{Effort, Pairs};
+
+/// The least ratio that is good enough.
+const BOUND: f64 = 0.9;
+/// Bytes of Ethernet, IPv4 and TCP headers.
+const TCP: usize = 14 + 20 + 20;
+/// Bytes of Ethernet, IPv4 and UDP headers.
+const UDP: usize = 14 + 20 + 8;
+
+/// A size of frames.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Size {
+    /// 64 bytes.
+    Small,
+    /// 1514 bytes: a full one of Ethernet.
+    Full,
+    /// 65,000 bytes of TCP, to be cut into segments of 1448.
+    Segments,
+}
+
+impl Size {
+    const ALL: [Self; 3] = [Self::Small, Self::Full, Self::Segments];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Small => "64 B",
+            Self::Full => "1514 B",
+            Self::Segments => "65,000 B GSO",
+        }
+    }
+
+    fn frame(self) -> Result<Frame> {
+        let tcp = FrameSpec::v4(Transport::Tcp);
+        let frame = match self {
+            Self::Small => FrameSpec::v4(Transport::Udp).build(&[1; 64 - UDP]),
+            Self::Full => tcp.build(&[1; 1514 - TCP]),
+            Self::Segments => {
+                let spec = FrameSpec {
+                    checksum: Checksum::Partial,
+                    gso_size: Some(1448),
+                    ..tcp
+                };
+                spec.build(&[1; 65_000 - TCP])
+            }
+        };
+        Ok(frame?)
+    }
+
+    /// Frames a sample: some ten milliseconds of them.
+    fn frames(self, effort: Effort) -> usize {
+        let full = match self {
+            Self::Small | Self::Full => 8192,
+            Self::Segments => 2048,
+        };
+        effort.choose(full, full / 8)
+    }
+}
+
+/// Measures every size, both ways.
+///
+/// # Errors
+/// When this process is not root, or a frame is lost.
+pub fn run(effort: Effort) -> Result<Outcome> {
+    in_own_netns(|| {
+        stay_on_one_cpu()?;
+        let mut outcome = Outcome::default();
+        for size in Size::ALL {
+            outcome.rows.push(sending(size, effort)?);
+        }
+        for size in Size::ALL {
+            outcome.rows.push(receiving(size, effort)?);
+        }
+        Ok(outcome)
+    })
+}
+
+fn sending(size: Size, effort: Effort) -> Result<Row> {
+    let bed = Bed::alone()?;
+    let mut ours = Send::ours(&bed, &size.frame()?)?;
+    let mut bare = Send::bare(&bed, &size.frame()?)?;
+    let frames = size.frames(effort);
+    let pairs = Pairs::take(
+        effort.choose(41, 5),
+        || ours.measure(frames),
+        || bare.measure(frames),
+    )?;
+    let case = format!("guest to TAP, {}", size.name());
+    let row = pairs.row(&case, "ns/frame", Better::Lower, "bare writev");
+    Ok(row.bound(BOUND))
+}
+
+fn receiving(size: Size, effort: Effort) -> Result<Row> {
+    let bed = Bed::with_source()?;
+    let mut ours = Receive::ours(&bed, &size.frame()?)?;
+    let mut bare = Receive::bare(&bed, &size.frame()?)?;
+    let frames = size.frames(effort) / 2;
+    let pairs = Pairs::take(
+        effort.choose(41, 5),
+        || ours.measure(frames),
+        || bare.measure(frames),
+    )?;
+    let case = format!("TAP to guest, {}", size.name());
+    let row = pairs.row(&case, "ns/frame", Better::Lower, "bare read");
+    Ok(row.bound(BOUND))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_have_the_sizes_that_the_cases_name() {
+        let lens = Size::ALL.map(|size| size.frame().unwrap().bytes.len());
+        assert_eq!(lens, [64, 1514, 65_000]);
+        let header = Size::Segments.frame().unwrap().header;
+        assert_eq!((header.gso_type, header.gso_size), (1, 1448));
+    }
+}

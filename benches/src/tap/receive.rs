@@ -1,0 +1,148 @@
+//! From the TAP to the guest.
+
+use std::fs::File;
+use std::io::{IoSlice, Read, Write};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, ensure};
+use virtionet_device::port::UplinkQueue;
+use virtionet_device::rx::RxQueue as DeviceRx;
+use virtionet_device::stats::RingStats;
+use virtionet_guest::frame::Frame;
+use virtionet_guest::net::{MERGEABLE_BUFFER, QueueConfig};
+use virtionet_guest::rx::RxQueue as DriverRx;
+
+use super::bed::{Bed, FEATURES, device, guest_ram};
+use crate::rig::nanoseconds;
+
+/// Buffers of the ring.
+const SIZE: u16 = 256;
+/// Bytes of the virtio-net header.
+const HEADER: usize = 12;
+
+/// One way to receive, and what there is to receive.
+pub(super) struct Receive {
+    source: File,
+    header: Vec<u8>,
+    frame: Vec<u8>,
+    /// Frames a burst.
+    burst: usize,
+    side: Side,
+}
+
+enum Side {
+    /// The TAP's uplink queue, a device's RX queue, a ring.
+    Ours(Box<Ours>),
+    /// `read` on the TAP's descriptor.
+    Bare(Bare),
+}
+
+struct Ours {
+    driver: DriverRx,
+    device: DeviceRx,
+    uplink: Arc<dyn UplinkQueue>,
+}
+
+struct Bare {
+    tap: File,
+    /// Each large enough for a frame; as many bytes together as the ring's buffers, where frames
+    /// are small as many buffers.
+    buffers: Vec<Vec<u8>>,
+    next: usize,
+}
+
+impl Receive {
+    pub(super) fn ours(bed: &Bed, frame: &Frame) -> Result<Self> {
+        let config = QueueConfig::new(SIZE, FEATURES);
+        let ram = guest_ram(&config)?;
+        let mut driver = DriverRx::new(&ram, &config)?;
+        driver.fill()?;
+        let stats = Arc::new(RingStats::default());
+        let ours = Ours {
+            device: device(&ram, &driver.queue, &stats)?,
+            driver,
+            uplink: bed.queue(),
+        };
+        Self::new(bed, frame, Side::Ours(Box::new(ours)))
+    }
+
+    pub(super) fn bare(bed: &Bed, frame: &Frame) -> Result<Self> {
+        let len = HEADER + frame.bytes.len();
+        let ring = usize::from(SIZE) * usize::try_from(MERGEABLE_BUFFER)?;
+        let count = (ring / len).min(SIZE.into());
+        let bare = Bare {
+            tap: bed.bare()?,
+            buffers: vec![vec![0; len + 1]; count],
+            next: 0,
+        };
+        Self::new(bed, frame, Side::Bare(bare))
+    }
+
+    fn new(bed: &Bed, frame: &Frame, side: Side) -> Result<Self> {
+        Ok(Self {
+            source: bed.source()?,
+            header: frame.header.to_bytes().to_vec(),
+            frame: frame.bytes.clone(),
+            // The ring holds five of the largest frames.
+            burst: if frame.header.gso_size == 0 { 64 } else { 4 },
+            side,
+        })
+    }
+
+    /// Nanoseconds a frame over some `frames`.
+    pub(super) fn measure(&mut self, frames: usize) -> Result<f64> {
+        let bursts = frames.div_ceil(self.burst);
+        let mut took = 0.0;
+        for _ in 0..bursts {
+            self.inject()?;
+            took += match &mut self.side {
+                Side::Ours(ours) => ours.burst(self.burst, self.frame.len())?,
+                Side::Bare(bare) => bare.burst(self.burst, HEADER + self.frame.len())?,
+            };
+        }
+        Ok(took / f64::from(u32::try_from(bursts * self.burst)?))
+    }
+
+    /// Puts a burst into the TAP's queue.
+    fn inject(&mut self) -> Result<()> {
+        let parts = [IoSlice::new(&self.header), IoSlice::new(&self.frame)];
+        for _ in 0..self.burst {
+            self.source
+                .write_vectored(&parts)
+                .context("the source does not take a frame")?;
+        }
+        Ok(())
+    }
+}
+
+impl Ours {
+    fn burst(&mut self, count: usize, len: usize) -> Result<f64> {
+        let mut filled = None;
+        let took = nanoseconds(|| {
+            filled = Some(self.device.fill(&*self.uplink, count, usize::MAX)?);
+            Ok(())
+        })?;
+        let did = filled.map(|filled| (filled.frames, filled.bytes));
+        ensure!(
+            did == Some((count, count * len)),
+            "the device received {filled:?}, where {count} frames of {len} bytes waited"
+        );
+        // Gives the buffers back as well.
+        let got = self.driver.receive(usize::MAX, |_| ())?;
+        ensure!(got == count, "the guest received {got} of {count} frames");
+        Ok(took)
+    }
+}
+
+impl Bare {
+    fn burst(&mut self, count: usize, len: usize) -> Result<f64> {
+        nanoseconds(|| {
+            for _ in 0..count {
+                let got = self.tap.read(&mut self.buffers[self.next])?;
+                ensure!(got == len, "a frame of {got} bytes came, not one of {len}");
+                self.next = (self.next + 1) % self.buffers.len();
+            }
+            Ok(())
+        })
+    }
+}

@@ -1,0 +1,123 @@
+//! From the guest to the TAP.
+
+use std::fs::File;
+use std::io::{IoSlice, Write};
+use std::sync::Arc;
+
+use anyhow::{Result, ensure};
+use virtionet_device::port::UplinkQueue;
+use virtionet_device::stats::RingStats;
+use virtionet_device::tx::TxQueue as DeviceTx;
+use virtionet_guest::frame::Frame;
+use virtionet_guest::net::{QueueConfig, TxLayout};
+use virtionet_guest::tx::TxQueue as DriverTx;
+
+use super::bed::{Bed, FEATURES, device, guest_ram};
+use crate::rig::nanoseconds;
+
+/// Frames a burst: what a device takes at once.
+const BURST: u16 = 64;
+/// How a Linux guest cuts a frame of many segments: by pages.
+const PAGE: u32 = 4096;
+
+/// One way to send.
+pub(super) enum Send {
+    /// A ring, a device's TX queue, the TAP's uplink queue.
+    Ours(Box<Ours>),
+    /// `writev` on the TAP's descriptor.
+    Bare(Bare),
+}
+
+pub(super) struct Ours {
+    driver: DriverTx,
+    device: DeviceTx,
+    uplink: Arc<dyn UplinkQueue>,
+    stats: Arc<RingStats>,
+}
+
+pub(super) struct Bare {
+    tap: File,
+    header: Vec<u8>,
+    /// As many as the driver has in use.
+    frames: Vec<Vec<u8>>,
+}
+
+impl Send {
+    pub(super) fn ours(bed: &Bed, frame: &Frame) -> Result<Self> {
+        let mut config = QueueConfig::new(256, FEATURES);
+        if frame.header.gso_size != 0 {
+            config = config.with_big_tx();
+            config.tx_layout = TxLayout::Pieces(PAGE);
+        }
+        let ram = guest_ram(&config)?;
+        let mut driver = DriverTx::new(&ram, &config)?;
+        driver.prefill(frame)?;
+        let stats = Arc::new(RingStats::default());
+        Ok(Self::Ours(Box::new(Ours {
+            device: device(&ram, &driver.queue, &stats)?,
+            driver,
+            uplink: bed.queue(),
+            stats,
+        })))
+    }
+
+    pub(super) fn bare(bed: &Bed, frame: &Frame) -> Result<Self> {
+        Ok(Self::Bare(Bare {
+            tap: bed.bare()?,
+            header: frame.header.to_bytes().to_vec(),
+            frames: vec![frame.bytes.clone(); BURST.into()],
+        }))
+    }
+
+    /// Nanoseconds a frame over some `frames`.
+    pub(super) fn measure(&mut self, frames: usize) -> Result<f64> {
+        let bursts = frames.div_ceil(BURST.into());
+        let mut took = 0.0;
+        for _ in 0..bursts {
+            took += match self {
+                Self::Ours(ours) => ours.burst()?,
+                Self::Bare(bare) => bare.burst()?,
+            };
+        }
+        Ok(took / (f64::from(u32::try_from(bursts)?) * f64::from(BURST)))
+    }
+}
+
+impl Ours {
+    fn burst(&mut self) -> Result<f64> {
+        ensure!(
+            self.driver.queue_prefilled(BURST)? == BURST,
+            "the driver's ring is full although every burst is taken back"
+        );
+        self.driver.flush()?;
+        let before = self.stats.frames.get();
+        let took = nanoseconds(|| {
+            self.device.send(Some(&*self.uplink))?;
+            Ok(())
+        })?;
+        let sent = self.stats.frames.get() - before;
+        ensure!(
+            sent == BURST.into(),
+            "the TAP took {sent} of {BURST} frames"
+        );
+        self.driver.reclaim()?;
+        Ok(took)
+    }
+}
+
+impl Bare {
+    fn burst(&mut self) -> Result<f64> {
+        let Self {
+            tap,
+            header,
+            frames,
+        } = self;
+        nanoseconds(|| {
+            for frame in &*frames {
+                let len = tap.write_vectored(&[IoSlice::new(header), IoSlice::new(frame)])?;
+                ensure!(len == header.len() + frame.len(), "the TAP cut a frame");
+            }
+            Ok(())
+        })
+    }
+}

@@ -1,0 +1,212 @@
+//! The demo behind `ci/demo`: a guest, the daemon, traffic both ways, and who
+//! moved what.
+
+use std::env;
+use std::fs;
+use std::io::{self, Write};
+use std::process::ExitCode;
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+
+use args::{Args, HELP};
+use bars::Bars;
+use result::{Moved, Outcome, Row};
+use sample::Sample;
+use virtionet_tests::daemon::{Daemon, Options};
+use virtionet_tests::guest::Guest;
+use virtionet_tests::iperf::{Clients, Direction, Iperf, Load, Report};
+use virtionet_tests::paths::{self, RunDir};
+use virtionet_tests::qemu::{Machine, Nic, Qemu, version};
+use virtionet_tests::sched;
+use virtionet_tests::topology::{GUEST, Lan, TAP, configure_guest};
+
+mod args;
+mod bars;
+mod interrupts;
+mod result;
+mod sample;
+
+const BOOT: Duration = Duration::from_secs(120);
+const FRAME: Duration = Duration::from_millis(250);
+const FLOWS: u16 = 8;
+
+fn main() -> ExitCode {
+    let outcome = match Args::parse(env::args().skip(1)) {
+        Ok(None) => say(HELP).map_err(Into::into),
+        Ok(Some(args)) => run(&args),
+        Err(error) => Err(error),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("demo: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<()> {
+    paths::require_root()?;
+    let accel = args.accel.resolve()?;
+    let dir = RunDir::new()?;
+    let lan = Lan::bare()?;
+    let monitor = dir.join("monitor.qmp");
+    say("starting virtionetd\n")?;
+    let daemon = Options::new()
+        .netns(lan.netns())
+        .flag("--tap", TAP)
+        .flag("--queues", args.queues.to_string())
+        .flag("--qmp", &monitor)
+        .arg("-v")
+        .start(&dir, "vnet")?;
+    lan.configure()?;
+
+    say(&format!(
+        "booting a guest with {} vCPUs and {} queue pairs ({accel})\n",
+        args.vcpus, args.queues
+    ))?;
+    let (qemu, boot) = Machine::new()
+        .vcpus(args.vcpus.into())
+        .memory_mib(1024)
+        .accel(accel)
+        .monitor(&monitor)
+        .nic(Nic::vhost_user(daemon.socket()).queues(args.queues))
+        .pinned()
+        .boot(&dir, "guest", BOOT)
+        .with_context(|| format!("virtionetd's log:\n{}", daemon.stderr()))?;
+    say(&format!("it is up after {:.1} s\n", boot.as_secs_f64()))?;
+
+    let pairs = args.queues.min(args.vcpus);
+    configure_guest(qemu.guest(), pairs)?;
+    lan.reach(GUEST.v4)
+        .with_context(|| format!("virtionetd's log:\n{}", daemon.stderr()))?;
+    let outcome = measure(args, &dir, &lan, &daemon, &qemu)
+        .with_context(|| format!("virtionetd's log:\n{}", daemon.stderr()))?;
+    let outcome = Outcome {
+        accel: accel.to_string(),
+        boot_seconds: boot.as_secs_f64(),
+        ..outcome
+    };
+    say(&format!("\n{}", outcome.table()))?;
+    if let Some(path) = &args.json {
+        let text = serde_json::to_string_pretty(&outcome)? + "\n";
+        fs::write(path, text).with_context(|| format!("{} cannot be written", path.display()))?;
+    }
+    let stopped = daemon.stop(Signal::SIGTERM)?;
+    ensure!(
+        stopped.status.success(),
+        "virtionetd ended with {}; its log:\n{}",
+        stopped.status,
+        stopped.stderr
+    );
+    Ok(())
+}
+
+/// Both directions, and what each pair moved in them.
+fn measure(args: &Args, dir: &RunDir, lan: &Lan, daemon: &Daemon, qemu: &Qemu) -> Result<Outcome> {
+    let guest = qemu.guest();
+    let processes = args.queues.min(args.vcpus).min(FLOWS);
+    let iperf = Iperf::new(lan, guest, dir, Clients::Host, processes)?;
+    let load = Load::tcp(args.seconds).flows(FLOWS);
+    say(&format!(
+        "\nhost to guest, {FLOWS} flows, {} s\n",
+        args.seconds
+    ))?;
+    let time = Duration::from_secs(args.seconds.into());
+    let (there, to_guest) = show(&iperf, &load, Direction::HostToGuest, daemon, time)?;
+    say(&format!(
+        "guest to host, {FLOWS} flows, {} s\n",
+        args.seconds
+    ))?;
+    let (back, to_host) = show(&iperf, &load, Direction::GuestToHost, daemon, time)?;
+
+    let mut pairs = rows(guest, daemon)?;
+    for (row, (there, back)) in pairs.iter_mut().zip(there.into_iter().zip(back)) {
+        row.moved(there, back);
+    }
+    Ok(Outcome {
+        pairs,
+        host_to_guest_gbps: to_guest.gbps,
+        guest_to_host_gbps: to_host.gbps,
+        accel: String::new(),
+        qemu: version()?,
+        vcpus: args.vcpus,
+        flows: FLOWS,
+        seconds: args.seconds,
+        boot_seconds: 0.0,
+    })
+}
+
+/// Runs `load` with the bars moving; returns what each pair moved meanwhile.
+fn show(
+    iperf: &Iperf<'_>,
+    load: &Load,
+    direction: Direction,
+    daemon: &Daemon,
+    time: Duration,
+) -> Result<(Vec<Moved>, Report)> {
+    let before = Sample::take(daemon)?;
+    let mut bars = Bars::new(before.clone());
+    let mut running = iperf.start(load, direction)?;
+    let mut last = before.clone();
+    while !running.is_over()? {
+        sleep(FRAME);
+        last = Sample::take(daemon)?;
+        bars.draw(last.clone())?;
+    }
+    let report = running.finish()?;
+    let moved = last
+        .pairs
+        .iter()
+        .zip(&before.pairs)
+        .map(|(new, old)| Moved {
+            rx: new.rx.since(old.rx),
+            tx: new.tx.since(old.tx),
+            time,
+        })
+        .collect();
+    Ok((moved, report))
+}
+
+/// Who serves each pair, and from where. The CPUs are the kernel's word, not
+/// the daemon's.
+fn rows(guest: &Guest, daemon: &Daemon) -> Result<Vec<Row>> {
+    let interrupts = interrupts::receive_cpus(guest)?;
+    let sample = Sample::take(daemon)?;
+    sample
+        .pairs
+        .into_iter()
+        .enumerate()
+        .map(|(pair, it)| {
+            let cpus = sched::affinity(it.tid)?;
+            let (host_cpu, pinned) = match cpus.as_slice() {
+                [one] => (*one, true),
+                _ => (sched::last_cpu(it.tid)?, false),
+            };
+            Ok(Row {
+                pair,
+                guest_cpu: interrupts.get(&pair).copied(),
+                worker: it.worker,
+                tid: it.tid,
+                host_cpu,
+                pinned,
+                placement: it.placement,
+                tx_frames: 0,
+                tx_bytes: 0,
+                rx_frames: 0,
+                rx_bytes: 0,
+                rx_gbps: 0.0,
+                tx_gbps: 0.0,
+            })
+        })
+        .collect()
+}
+
+fn say(text: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    out.flush()
+}

@@ -1,0 +1,202 @@
+//! A whole set-up: the host side, the daemon on a TAP, a guest whose card it
+//! serves, up and reached.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+
+use crate::accel::Accel;
+use crate::daemon::{Daemon, Options};
+use crate::iperf::{Clients, Direction, Iperf, Load};
+use crate::paths::RunDir;
+use crate::qemu::{Machine, Nic, Qemu};
+use crate::topology::{GUEST, Lan, TAP, configure_guest};
+
+/// A guest that takes longer to boot does not boot.
+pub const BOOT: Duration = Duration::from_secs(60);
+
+/// What is to be set up.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pairs: u16,
+    memory_mib: u32,
+    lasting_tap: bool,
+    qemu_listens: bool,
+    reconnect_ms: Option<u32>,
+    props: Vec<String>,
+}
+
+impl Plan {
+    /// As many vCPUs as queue pairs, all of them in use; a TAP that the daemon makes.
+    pub fn new(pairs: u16) -> Self {
+        Self {
+            pairs,
+            memory_mib: 512,
+            lasting_tap: false,
+            qemu_listens: false,
+            reconnect_ms: None,
+            props: Vec::new(),
+        }
+    }
+
+    /// The guest's memory in MiB.
+    #[must_use]
+    pub fn memory_mib(mut self, mib: u32) -> Self {
+        self.memory_mib = mib;
+        self
+    }
+
+    /// The TAP is there before the daemon and outlives it, and with it the host side's connections.
+    #[must_use]
+    pub fn lasting_tap(mut self) -> Self {
+        self.lasting_tap = true;
+        self
+    }
+
+    /// QEMU listens and the daemon connects.
+    #[must_use]
+    pub fn qemu_listens(mut self) -> Self {
+        self.qemu_listens = true;
+        self
+    }
+
+    /// QEMU looks for a new daemon this often, in milliseconds.
+    #[must_use]
+    pub fn reconnect_ms(mut self, ms: u32) -> Self {
+        self.reconnect_ms = Some(ms);
+        self
+    }
+
+    /// A further property of the card.
+    #[must_use]
+    pub fn prop(mut self, prop: &str) -> Self {
+        self.props.push(prop.to_owned());
+        self
+    }
+
+    /// Sets it all up and waits until the guest answers a ping. vCPU i is
+    /// pinned to the i-th CPU, round and round.
+    ///
+    /// # Errors
+    /// When a part does not come up: with its words.
+    pub fn start(&self) -> Result<Rig> {
+        let dir = RunDir::new()?;
+        let lan = if self.lasting_tap {
+            Lan::with_tap(self.pairs)?
+        } else {
+            Lan::bare()?
+        };
+        let daemon = self.start_daemon(&lan, &dir)?;
+        let mut rig = Rig {
+            qemu: self.boot(&dir, &daemon, "guest")?,
+            daemon,
+            lan,
+            dir,
+            plan: self.clone(),
+        };
+        rig.configure_guest()?;
+        Ok(rig)
+    }
+
+    /// Starts a daemon on the TAP; also in the place of one that has ended.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn start_daemon(&self, lan: &Lan, dir: &RunDir) -> Result<Daemon> {
+        let mut options = Options::new().netns(lan.netns()).flag("--tap", TAP);
+        if self.qemu_listens {
+            options = options.client();
+        }
+        let daemon = options.start(dir, "vnet")?;
+        lan.configure()?;
+        Ok(daemon)
+    }
+
+    fn boot(&self, dir: &RunDir, daemon: &Daemon, name: &str) -> Result<Qemu> {
+        let mut nic = if self.qemu_listens {
+            Nic::vhost_user_listen(daemon.socket())
+        } else {
+            Nic::vhost_user(daemon.socket())
+        };
+        nic = nic.queues(self.pairs);
+        if let Some(ms) = self.reconnect_ms {
+            nic = nic.reconnect_ms(ms);
+        }
+        for prop in &self.props {
+            nic = nic.prop(prop);
+        }
+        let mut qemu = Machine::new()
+            .vcpus(self.pairs.into())
+            .memory_mib(self.memory_mib)
+            .accel(Accel::Auto)
+            .nic(nic)
+            .paused()
+            .start(dir, name)?;
+        qemu.pin_vcpus()?;
+        qemu.resume()?;
+        qemu.boot(BOOT)?;
+        Ok(qemu)
+    }
+}
+
+/// A set-up that runs.
+#[derive(Debug)]
+pub struct Rig {
+    /// The machine.
+    pub qemu: Qemu,
+    /// The daemon.
+    pub daemon: Daemon,
+    /// The host side.
+    pub lan: Lan,
+    /// Where sockets and logs are.
+    pub dir: RunDir,
+    plan: Plan,
+}
+
+impl Rig {
+    /// Gives the guest's card its addresses and waits until it answers: after a
+    /// boot, or when its driver was loaded anew.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn configure_guest(&mut self) -> Result<()> {
+        configure_guest(self.qemu.guest(), self.plan.pairs)?;
+        self.lan.reach(GUEST.v4)
+    }
+
+    /// Starts another machine in the place of the last one, which must have ended.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn start_qemu(&mut self, name: &str) -> Result<()> {
+        self.qemu = self.plan.boot(&self.dir, &self.daemon, name)?;
+        self.configure_guest()
+    }
+
+    /// iperf3 with clients on the host side, one process for each queue pair.
+    ///
+    /// # Errors
+    /// When a server does not start.
+    pub fn iperf(&self) -> Result<Iperf<'_>> {
+        let guest = self.qemu.guest();
+        Iperf::new(&self.lan, guest, &self.dir, Clients::Host, self.plan.pairs)
+    }
+
+    /// Moves data for a second each way, two flows a pair.
+    ///
+    /// # Errors
+    /// When nothing to speak of arrives.
+    pub fn move_data_both_ways(&self) -> Result<()> {
+        let iperf = self.iperf()?;
+        for direction in [Direction::HostToGuest, Direction::GuestToHost] {
+            let load = Load::tcp(1).flows(2 * self.plan.pairs);
+            let report = iperf.run(&load, direction)?;
+            eprintln!("{direction:?}: {:.2} Gbit/s", report.gbps);
+            ensure!(
+                report.gbps > 0.02,
+                "{direction:?} carried next to nothing: {report:?}"
+            );
+        }
+        Ok(())
+    }
+}

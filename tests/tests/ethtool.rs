@@ -1,0 +1,141 @@
+//! The number of pairs in use, as `ethtool -L` in the guest changes it: no
+//! connection suffers, and a pair out of use gets and sends nothing.
+
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+use virtionet_guest::card::{Card, CardConfig};
+use virtionet_guest::frame::{Frame, FrameSpec, Transport};
+use virtionet_guest::net::MODERN;
+use virtionet_tests::counters::{Pair, pairs};
+use virtionet_tests::daemon::Options;
+use virtionet_tests::guest::Guest;
+use virtionet_tests::iperf::{Direction, Load};
+use virtionet_tests::paths::RunDir;
+use virtionet_tests::rig::Plan;
+use virtionet_tests::topology::{CARD, Lan, TAP};
+
+const PAIRS: u16 = 4;
+/// For what was on its way when the number changed.
+const SETTLE: Duration = Duration::from_millis(700);
+const WATCH: Duration = Duration::from_millis(1500);
+
+#[test]
+fn connections_live_through_changes_and_unused_pairs_stay_silent() {
+    let rig = Plan::new(PAIRS).start().unwrap();
+    let guest = rig.qemu.guest();
+    let iperf = rig.iperf().unwrap();
+    let load = Load::tcp(25).flows(8).arg("--bidir");
+    let mut running = iperf.start(&load, Direction::HostToGuest).unwrap();
+    sleep(Duration::from_secs(2));
+    for used in [1, 2, 4, 2, 1, 4_usize] {
+        guest
+            .ok(&format!("ethtool -L {CARD} combined {used}"))
+            .unwrap();
+        sleep(SETTLE);
+        let before = pairs(&rig.daemon.device().unwrap()).unwrap();
+        sleep(WATCH);
+        let after = pairs(&rig.daemon.device().unwrap()).unwrap();
+        let moved = changes(&before, &after);
+        eprintln!("{used} in use: (rx, tx) frames {moved:?}");
+        for (k, pair) in after.iter().enumerate() {
+            assert_eq!(pair.rx.enabled, k < used, "pair {k} of {used}");
+            assert_eq!(pair.tx.enabled, k < used, "pair {k} of {used}");
+        }
+        assert!(
+            moved[used..].iter().all(|m| *m == (0, 0)),
+            "{used}: {moved:?}"
+        );
+        let (rx, tx) = moved.iter().fold((0, 0), |sum, m| (sum.0 + m.0, sum.1 + m.1));
+        assert!(rx > 100 && tx > 100, "{used}: {moved:?}");
+        assert_eq!(
+            vcpus_of_interrupts(guest, used).unwrap(),
+            after[..used]
+                .iter()
+                .map(|pair| pair.vcpus.clone())
+                .collect::<Vec<_>>(),
+            "{used} in use"
+        );
+    }
+    assert!(!running.is_over().unwrap(), "the load ended too early");
+    let report = running.finish().unwrap();
+    eprintln!("{report:?}");
+    assert_eq!(report.each.len(), usize::from(PAIRS));
+    assert!(report.each.iter().all(|gbps| *gbps > 0.0), "{report:?}");
+}
+
+#[test]
+fn a_disabled_pairs_frames_are_drained_counted_and_reach_nobody() {
+    const SENT: u64 = 1000;
+    let limit = Duration::from_secs(10);
+    let dir = RunDir::new().unwrap();
+    let lan = Lan::bare().unwrap();
+    let options = Options::new().netns(lan.netns()).flag("--tap", TAP);
+    let daemon = options.start(&dir, "vnet").unwrap();
+    let config = CardConfig::new(2, 256, MODERN);
+    let mut card = Card::connect(daemon.socket(), &config).unwrap();
+    let frame = FrameSpec::v4(Transport::Udp).build(b"to nobody").unwrap();
+    let frames: Vec<Frame> = (0..SENT).map(|_| frame.clone()).collect();
+
+    let mut handed_over = 0;
+    for enabled in [false, true, false] {
+        card.enable(1, enabled).unwrap();
+        let old = pairs(&daemon.device().unwrap()).unwrap().remove(1).tx;
+        let seen = received_by_host(&lan).unwrap();
+        card.pairs[1].tx.send_all(&frames, limit).unwrap();
+        card.pairs[1].tx.drain(limit).unwrap();
+        let new = pairs(&daemon.device().unwrap()).unwrap().remove(1).tx;
+        let host = received_by_host(&lan).unwrap() - seen;
+        let dropped = new.dropped_disabled - old.dropped_disabled;
+        assert_eq!(new.enabled, enabled);
+        if enabled {
+            assert_eq!((host, dropped), (SENT, 0));
+            assert_eq!(new.frames - old.frames, SENT);
+        } else {
+            assert_eq!((host, dropped), (0, SENT));
+        }
+        handed_over += host;
+    }
+    assert_eq!(handed_over, SENT);
+}
+
+/// Frames to and from the guest in between, by pair.
+fn changes(before: &[Pair], after: &[Pair]) -> Vec<(u64, u64)> {
+    let change = |(old, new): (&Pair, &Pair)| {
+        let tx = new.tx.frames + new.tx.dropped_disabled;
+        let old_tx = old.tx.frames + old.tx.dropped_disabled;
+        (new.rx.frames - old.rx.frames, tx - old_tx)
+    };
+    before.iter().zip(after).map(change).collect()
+}
+
+/// The vCPUs that the driver gave to the receive interrupts of the first pairs.
+fn vcpus_of_interrupts(guest: &Guest, pairs: usize) -> Result<Vec<Vec<usize>>> {
+    let one = |k| {
+        let irq = format!("grep 'virtio0-input.{k}$' /proc/interrupts | cut -d: -f1 | tr -d ' '");
+        let list = guest.ok(&format!("cat /proc/irq/$({irq})/smp_affinity_list"))?;
+        parse_list(list.trim()).with_context(|| format!("{list:?} is no list of CPUs"))
+    };
+    (0..pairs).map(one).collect()
+}
+
+/// `0-2,5` as numbers.
+fn parse_list(text: &str) -> Option<Vec<usize>> {
+    let mut numbers = Vec::new();
+    for part in text.split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        numbers.extend(first.parse::<usize>().ok()?..=last.parse().ok()?);
+    }
+    Some(numbers)
+}
+
+/// Frames that the host's network stack got from the TAP.
+fn received_by_host(lan: &Lan) -> Result<u64> {
+    let text = lan.netns().ip(&format!("-j -s link show {TAP}"))?;
+    let links: Value = serde_json::from_str(&text)?;
+    links[0]["stats64"]["rx"]["packets"]
+        .as_u64()
+        .with_context(|| format!("no count in {text}"))
+}

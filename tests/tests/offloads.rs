@@ -1,0 +1,239 @@
+//! What the guest sees of the card and what passes through it: offloads, large
+//! frames, IPv4 and IPv6, TCP and UDP, and every byte as it was sent.
+
+use std::fs::File;
+use std::io::{Read, copy};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use virtionet_tests::counters::pairs;
+use virtionet_tests::guest::Guest;
+use virtionet_tests::iperf::{Direction, Load};
+use virtionet_tests::process::{Proc, output};
+use virtionet_tests::rig::{Plan, Rig};
+use virtionet_tests::topology::{CARD, GUEST, HOST, TAP};
+
+const PORT: u16 = 5000;
+const FILE_BYTES: u64 = 256 << 20;
+const TRANSFER: Duration = Duration::from_secs(120);
+
+#[test]
+fn offloads_are_offered_and_large_segments_pass_whole() {
+    let rig = Plan::new(2).start().unwrap();
+    let guest = rig.qemu.guest();
+    guest_has_its_offloads(guest).unwrap();
+
+    let iperf = rig.iperf().unwrap();
+    for six in [false, true] {
+        for direction in [Direction::HostToGuest, Direction::GuestToHost] {
+            let mut load = Load::tcp(2).flows(2);
+            if six {
+                load = load.ipv6();
+            }
+            let before = mean_base(&rig, direction).unwrap();
+            let report = iperf.run(&load, direction).unwrap();
+            let after = mean_base(&rig, direction).unwrap();
+            let mean = (after.1 - before.1) / (after.0 - before.0);
+            eprintln!(
+                "IPv{} {direction:?}: {:.2} Gbit/s, {mean} bytes a frame",
+                if six { 6 } else { 4 },
+                report.gbps
+            );
+            assert!(report.gbps > 0.05, "{report:?}");
+            // The link carries 1,514: a mean above that is segments left to the other end.
+            assert!(mean > 3000, "{mean} bytes a frame");
+        }
+        for direction in [Direction::HostToGuest, Direction::GuestToHost] {
+            let mut load = Load::udp(2, "20M").flows(2).arg("-l").arg("1400");
+            if six {
+                load = load.ipv6();
+            }
+            let report = iperf.run(&load, direction).unwrap();
+            eprintln!("UDP {direction:?}: {} of {} lost", report.lost, report.packets);
+            assert!(report.packets > 2000, "{report:?}");
+            assert!(report.lost * 20 < report.packets, "{report:?}");
+        }
+    }
+}
+
+#[test]
+fn a_jumbo_link_carries_large_frames_and_every_byte_arrives() {
+    let plan = Plan::new(2).memory_mib(1024).prop("host_mtu=9000");
+    let rig = plan.start().unwrap();
+    mtu_is_9000_at_both_ends(&rig).unwrap();
+    unfragmented(&rig, || {
+        let ping = format!("ping -c 3 -s 8900 {}", HOST.v4);
+        eprintln!("{}", rig.qemu.guest().ok(&ping)?);
+        let ping = ["ping", "-c", "3", "-s", "8900", GUEST.v4];
+        rig.lan.netns().run("busybox", ping)?;
+        let iperf = rig.iperf()?;
+        for direction in [Direction::HostToGuest, Direction::GuestToHost] {
+            let load = Load::udp(1, "50M").flows(2).arg("-l").arg("8900");
+            let report = iperf.run(&load, direction)?;
+            ensure!(
+                report.packets > 500 && report.lost * 20 < report.packets,
+                "{direction:?}: {report:?}"
+            );
+        }
+        Ok(())
+    })
+    .unwrap();
+
+    let file = rig.dir.join("file");
+    let back = rig.dir.join("back");
+    let mut random = File::open("/dev/urandom").unwrap().take(FILE_BYTES);
+    copy(&mut random, &mut File::create(&file).unwrap()).unwrap();
+    let sent = sha256(&file).unwrap();
+    send_to_guest(&rig, &file).unwrap();
+    let began = Instant::now();
+    let arrived = rig.qemu.guest().run("sha256sum /tmp/file", TRANSFER);
+    eprintln!("hashed in the guest in {:.1?}", began.elapsed());
+    assert_eq!(first_word(&arrived.unwrap().text), sent);
+    fetch_from_guest(&rig, &back).unwrap();
+    assert_eq!(sha256(&back).unwrap(), sent);
+}
+
+/// Feature bits as virtio 1.3 §5.1.3 and §6 number them, and what ethtool makes of them.
+fn guest_has_its_offloads(guest: &Guest) -> Result<()> {
+    let bits = guest.ok(&format!("cat /sys/class/net/{CARD}/device/features"))?;
+    for (bit, name) in [
+        (0, "CSUM"),
+        (1, "GUEST_CSUM"),
+        (7, "GUEST_TSO4"),
+        (8, "GUEST_TSO6"),
+        (11, "HOST_TSO4"),
+        (12, "HOST_TSO6"),
+        (15, "MRG_RXBUF"),
+        (22, "MQ"),
+        (28, "INDIRECT_DESC"),
+        (29, "EVENT_IDX"),
+        (32, "VERSION_1"),
+    ] {
+        ensure!(bits.as_bytes().get(bit) == Some(&b'1'), "{name} in {bits}");
+    }
+    let list = guest.ok(&format!("ethtool -k {CARD}"))?;
+    for feature in [
+        "rx-checksumming",
+        "tx-checksumming",
+        "tx-checksum-ip-generic",
+        "scatter-gather",
+        "tcp-segmentation-offload",
+        "tx-tcp-segmentation",
+        "tx-tcp6-segmentation",
+    ] {
+        let on = format!("{feature}: on");
+        ensure!(
+            list.lines().any(|line| line.trim().starts_with(&on)),
+            "no '{on}' in {list}"
+        );
+    }
+    Ok(())
+}
+
+/// Frames and bytes of all pairs so far, in the direction of the data.
+fn mean_base(rig: &Rig, direction: Direction) -> Result<(u64, u64)> {
+    let pairs = pairs(&rig.daemon.device()?)?;
+    let rings = pairs.iter().map(|pair| match direction {
+        Direction::HostToGuest => pair.rx,
+        Direction::GuestToHost => pair.tx,
+    });
+    Ok(rings.fold((0, 0), |sum, ring| {
+        (sum.0 + ring.frames, sum.1 + ring.bytes)
+    }))
+}
+
+fn mtu_is_9000_at_both_ends(rig: &Rig) -> Result<()> {
+    let guest = rig.qemu.guest();
+    let mtu = guest.ok(&format!("cat /sys/class/net/{CARD}/mtu"))?;
+    ensure!(mtu.trim() == "9000", "the guest's MTU is {mtu}");
+    let link = rig.lan.netns().ip(&format!("-o link show {TAP}"))?;
+    ensure!(link.contains(" mtu 9000 "), "the TAP: {link}");
+    let device = rig.daemon.device()?;
+    ensure!(device["mtu"] == 9000, "{device}");
+    Ok(())
+}
+
+/// Does `work` and checks that neither end cut a packet in pieces.
+fn unfragmented(rig: &Rig, work: impl FnOnce() -> Result<()>) -> Result<()> {
+    let before = fragments(rig)?;
+    work()?;
+    let after = fragments(rig)?;
+    ensure!(before == after, "fragments: {before:?}, then {after:?}");
+    Ok(())
+}
+
+/// FragCreates and ReasmReqds of IPv4 at both ends.
+fn fragments(rig: &Rig) -> Result<[u64; 4]> {
+    let guest = rig.qemu.guest().ok("cat /proc/net/snmp")?;
+    let host = rig.lan.netns().run("cat", ["/proc/net/snmp"])?;
+    let of = |text: &str, name| snmp(text, name).with_context(|| format!("no {name} in {text}"));
+    Ok([
+        of(&guest, "FragCreates")?,
+        of(&guest, "ReasmReqds")?,
+        of(&host, "FragCreates")?,
+        of(&host, "ReasmReqds")?,
+    ])
+}
+
+fn snmp(text: &str, name: &str) -> Option<u64> {
+    let mut lines = text.lines().filter_map(|line| line.strip_prefix("Ip: "));
+    let (names, values) = (lines.next()?, lines.next()?);
+    let at = names.split(' ').position(|word| word == name)?;
+    values.split(' ').nth(at)?.parse().ok()
+}
+
+// busybox's nc ends when the other end closes; its standard input must stay
+// open, which a FIFO opened for both ways does.
+
+fn send_to_guest(rig: &Rig, file: &Path) -> Result<()> {
+    let guest = rig.qemu.guest();
+    guest.ok("mkfifo /tmp/hold")?;
+    let job = guest.spawn(&format!("nc -l -p {PORT} <>/tmp/hold >/tmp/file"))?;
+    wait_for_listener(|| guest.ok("netstat -ltn"))?;
+    let send = format!("busybox nc {} {PORT} <{}", GUEST.v4, file.display());
+    let began = Instant::now();
+    rig.lan.netns().run("bash", ["-c", &send])?;
+    let done = job.wait(TRANSFER)?;
+    ensure!(done.code == 0, "nc in the guest: {done:?}");
+    eprintln!("to the guest in {:.1?}", began.elapsed());
+    Ok(())
+}
+
+fn fetch_from_guest(rig: &Rig, file: &Path) -> Result<()> {
+    let hold = rig.dir.join("hold");
+    let receive = format!(
+        "mkfifo {0} && busybox nc -l -p {PORT} <>{0} >{1}",
+        hold.display(),
+        file.display()
+    );
+    let netns = rig.lan.netns();
+    let mut receiver = Proc::spawn(&rig.dir, "nc", Some(netns.name()), "bash", ["-c", &receive])?;
+    wait_for_listener(|| netns.run("ss", ["-ltn"]))?;
+    let began = Instant::now();
+    let send = format!("nc {} {PORT} </tmp/file", HOST.v4);
+    let sent = rig.qemu.guest().run(&send, TRANSFER)?;
+    ensure!(sent.code == 0, "nc in the guest: {sent:?}");
+    let status = receiver.wait(TRANSFER)?;
+    ensure!(status.success(), "nc on the host side: {status}");
+    eprintln!("from the guest in {:.1?}", began.elapsed());
+    Ok(())
+}
+
+fn wait_for_listener(list: impl Fn() -> Result<String>) -> Result<()> {
+    let port = format!(":{PORT}");
+    let began = Instant::now();
+    while !list()?.split_whitespace().any(|word| word.ends_with(&port)) {
+        ensure!(began.elapsed() < Duration::from_secs(10), "no listener");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
+}
+
+fn sha256(file: &Path) -> Result<String> {
+    Ok(first_word(&output("sha256sum", [file])?))
+}
+
+fn first_word(text: &str) -> String {
+    text.split_whitespace().next().unwrap_or("").to_owned()
+}
