@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::fault::ChainFault;
 use crate::memory::{GuestMemory, GuestSlice, Pieces};
+use crate::walk::Walked;
 
 /// One chain. Which of its ring's formats it came from does not show.
 #[derive(Debug, Clone, Copy)]
@@ -20,6 +21,18 @@ pub struct Chain {
 }
 
 impl Chain {
+    #[inline(always)]
+    pub(crate) fn new(id: u16, slots: u16, walked: Walked) -> Self {
+        Self {
+            id,
+            slots,
+            fault: walked.fault,
+            from: walked.from,
+            to: walked.to,
+            len: walked.len,
+        }
+    }
+
     /// Bytes in all its pieces; 0 for a faulty chain.
     #[inline(always)]
     #[must_use]

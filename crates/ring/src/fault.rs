@@ -59,6 +59,13 @@ pub enum RingFault {
         /// Ring size in descriptors.
         size: u16,
     },
+    /// A packed ring's chain that goes on through the whole ring: where the next begins cannot be
+    /// known.
+    #[error("a descriptor chain goes on through a whole ring of {size}")]
+    ChainWithoutEnd {
+        /// Ring size in descriptors.
+        size: u16,
+    },
     /// A head outside the descriptor table: it cannot even be given back.
     #[error("available head {head} is outside a ring of {size}")]
     HeadOutOfRange {

@@ -12,9 +12,11 @@
 mod burst;
 mod fault;
 pub mod memory;
+mod packed;
 mod split;
 #[cfg(test)]
 mod testing;
+mod walk;
 
 pub use burst::{Burst, Chain};
 pub use fault::{ChainFault, RingFault};
@@ -22,6 +24,7 @@ pub use fault::{ChainFault, RingFault};
 use std::sync::Arc;
 
 use memory::GuestMemory;
+use packed::PackedRing;
 use split::SplitRing;
 
 /// Most descriptors, and most pieces of memory, in one chain.
@@ -58,10 +61,14 @@ pub struct RingLayout {
 pub struct RingConfig {
     /// Where it lies.
     pub layout: RingLayout,
-    /// Where it goes on, as SET_VRING_BASE says: for a split ring the next available index.
+    /// Where it goes on, as SET_VRING_BASE says: for a split ring the next available index, for a
+    /// packed one the next descriptor and its wrap counter (bit 15), and the same of the next used
+    /// one in the upper half.
     pub base: u32,
     /// Which way its buffers are used.
     pub direction: Direction,
+    /// VIRTIO_F_RING_PACKED was negotiated.
+    pub packed: bool,
     /// VIRTIO_F_EVENT_IDX was negotiated.
     pub event_idx: bool,
     /// VIRTIO_F_INDIRECT_DESC was negotiated.
@@ -73,11 +80,13 @@ pub struct RingConfig {
 /// Why a ring cannot start (the front-end's fault).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RingError {
-    /// Not a power of two, 0, or too large.
-    #[error("ring size {0} is not a power of two of at most {MAX_SIZE}")]
+    /// 0, too large, or (split) not a power of two.
+    #[error(
+        "ring size {0} is not allowed; it must be at most {MAX_SIZE}, and a power of two in a split ring"
+    )]
     Size(u16),
     /// A base that the format does not have.
-    #[error("ring base {0} does not fit a split ring's 16-bit index")]
+    #[error("ring base {0:#x} is outside the ring")]
     Base(u32),
     /// An area that is misaligned or does not lie in one region of memory.
     #[error("the ring's {what} at {addr:#x} is misaligned or not in the guest's shared memory")]
@@ -105,6 +114,7 @@ pub struct Ring {
 #[derive(Debug)]
 enum Format {
     Split(SplitRing),
+    Packed(PackedRing),
 }
 
 /// Calls the same method on whichever format the ring has.
@@ -112,11 +122,13 @@ macro_rules! each {
     ($ring:expr, $inner:ident => $call:expr) => {
         match $ring.format {
             Format::Split(ref $inner) => $call,
+            Format::Packed(ref $inner) => $call,
         }
     };
     (mut $ring:expr, $inner:ident => $call:expr) => {
         match $ring.format {
             Format::Split(ref mut $inner) => $call,
+            Format::Packed(ref mut $inner) => $call,
         }
     };
 }
@@ -127,7 +139,10 @@ impl Ring {
     /// # Errors
     /// When the configuration cannot be a ring.
     pub fn new(config: RingConfig, memory: &GuestMemory) -> Result<Self, RingError> {
-        let format = Format::Split(SplitRing::new(&config, memory)?);
+        let format = match config.packed {
+            false => Format::Split(SplitRing::new(&config, memory)?),
+            true => Format::Packed(PackedRing::new(&config, memory)?),
+        };
         Ok(Self { format, config })
     }
 
@@ -212,4 +227,10 @@ impl Ring {
     pub fn has_more(&self) -> bool {
         each!(self, ring => ring.has_more())
     }
+}
+
+/// Whether moving an index from `old` to `new` passes `event` (virtio 1.3 §2.7.7.2 and §2.8.10).
+#[inline(always)]
+fn needs_event(event: u16, new: u16, old: u16) -> bool {
+    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
 }

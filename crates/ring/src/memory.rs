@@ -22,7 +22,7 @@ use std::fs::File;
 use std::marker::PhantomData;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering, fence};
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering, fence};
 
 use vm_memory::{ByteValued, FileOffset, MmapRegion};
 
@@ -431,6 +431,83 @@ impl GuestArray<u16> {
         // SAFETY: as for `acquire`.
         let word = unsafe { AtomicU16::from_ptr(self.slot(index)) };
         word.store(value.to_le(), Ordering::Release);
+    }
+}
+
+/// A descriptor as it lies in memory: little-endian fields. The last two 16-bit fields are `flags`
+/// and `next` in a split ring, `id` and `flags` in a packed one.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct Descriptor {
+    addr: u64,
+    len: u32,
+    third: u16,
+    fourth: u16,
+}
+
+plain_data!(Descriptor);
+const _: () = assert!(size_of::<Descriptor>() == 16);
+
+impl Descriptor {
+    #[inline(always)]
+    pub(crate) fn addr(self) -> u64 {
+        u64::from_le(self.addr)
+    }
+
+    #[inline(always)]
+    pub(crate) fn len(self) -> u32 {
+        u32::from_le(self.len)
+    }
+
+    /// Whether `flags` of a split ring's descriptor has this bit.
+    #[inline(always)]
+    pub(crate) fn has(self, flag: u16) -> bool {
+        u16::from_le(self.third) & flag != 0
+    }
+
+    /// `next` of a split ring's descriptor.
+    #[inline(always)]
+    pub(crate) fn next(self) -> u16 {
+        u16::from_le(self.fourth)
+    }
+
+    /// A packed ring's descriptor in a split ring's order of fields, with `flags` as they were
+    /// read before; its `id` is then what [`Descriptor::next`] gives.
+    #[inline(always)]
+    pub(crate) fn unpacked(self, flags: u16) -> Self {
+        Self {
+            third: flags.to_le(),
+            fourth: self.third,
+            ..self
+        }
+    }
+
+    /// `flags` of a packed ring's descriptor.
+    #[inline(always)]
+    pub(crate) fn packed_flags(self) -> u16 {
+        u16::from_le(self.fourth)
+    }
+}
+
+impl GuestArray<Descriptor> {
+    /// Reads `flags` of descriptor `index` of a packed ring; what the driver wrote before them is
+    /// seen after them.
+    #[inline(always)]
+    pub(crate) fn acquire_flags(&self, index: u16) -> u16 {
+        // SAFETY: the last field of a descriptor in bounds, 2-aligned as descriptors are 16-aligned.
+        let word = unsafe { AtomicU16::from_ptr(&raw mut (*self.slot(index)).fourth) };
+        u16::from_le(word.load(Ordering::Acquire))
+    }
+
+    /// Writes `len`, `id` and `flags` of descriptor `index` of a packed ring in one store, after
+    /// everything written before it.
+    #[inline(always)]
+    pub(crate) fn release_used(&self, index: u16, id: u16, len: u32, flags: u16) {
+        let word = u64::from(len) | u64::from(id) << 32 | u64::from(flags) << 48;
+        // SAFETY: the second half of a descriptor in bounds, 8-aligned as descriptors are
+        // 16-aligned.
+        let half = unsafe { AtomicU64::from_ptr((&raw mut (*self.slot(index)).len).cast()) };
+        half.store(word.to_le(), Ordering::Release);
     }
 }
 

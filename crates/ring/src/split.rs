@@ -9,12 +9,10 @@
 
 use crate::burst::{Burst, Chain};
 use crate::fault::{ChainFault, RingFault};
-use crate::memory::{GuestArray, GuestMemory, full_fence};
-use crate::{Direction, MAX_CHAIN, RingConfig, RingError};
+use crate::memory::{Descriptor, GuestArray, GuestMemory, full_fence};
+use crate::walk::{INDIRECT, MAX_STEPS, NEXT, Rules, Table, Walk};
+use crate::{RingConfig, RingError, needs_event};
 
-const NEXT: u16 = 1;
-const WRITE: u16 = 2;
-const INDIRECT: u16 = 4;
 /// `used.flags`: no kicks wanted.
 const NO_NOTIFY: u16 = 1;
 /// `avail.flags`: no interrupts wanted.
@@ -28,16 +26,6 @@ const RING: u16 = 2;
 /// Most heads looked up ahead of their descriptors.
 const LOOK_AHEAD: usize = 64;
 
-/// A descriptor as it lies in memory: little-endian fields.
-#[derive(Debug, Clone, Copy, Default)]
-#[repr(C)]
-struct Descriptor {
-    addr: u64,
-    len: u32,
-    flags: u16,
-    next: u16,
-}
-
 /// A used element as it lies in memory.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
@@ -46,24 +34,15 @@ struct UsedElement {
     len: u32,
 }
 
-crate::memory::plain_data!(Descriptor, UsedElement);
-const _: () = assert!(size_of::<Descriptor>() == 16 && size_of::<UsedElement>() == 8);
-
-impl Descriptor {
-    #[inline(always)]
-    fn has(self, flag: u16) -> bool {
-        u16::from_le(self.flags) & flag != 0
-    }
-}
+crate::memory::plain_data!(UsedElement);
+const _: () = assert!(size_of::<UsedElement>() == 8);
 
 /// The device's half of a split ring.
 #[derive(Debug)]
 pub(crate) struct SplitRing {
     size: u16,
-    direction: Direction,
     event_idx: bool,
-    indirect: bool,
-    min_len: u32,
+    rules: Rules,
     /// Next entry of the available ring to take.
     next_avail: u16,
     /// Next entry of the used ring to fill. Elements from `published` up to here are written but
@@ -93,10 +72,8 @@ impl SplitRing {
         let no_used = RingError::unmapped("used ring", layout.used);
         let ring = Self {
             size,
-            direction: config.direction,
             event_idx: config.event_idx,
-            indirect: config.indirect,
-            min_len: config.min_len,
+            rules: Rules::new(config),
             next_avail: base,
             next_used: 0,
             published: 0,
@@ -150,7 +127,7 @@ impl SplitRing {
             self.desc.prefetch(*head);
             at = at.wrapping_add(1);
         }
-        let mut budget = Budget::new();
+        let limit = burst.work + MAX_STEPS;
         for (taken, head) in heads[..count].iter().copied().enumerate() {
             if head >= self.size {
                 // Chains before it are whole: they go on, and the next call meets the fault.
@@ -162,10 +139,10 @@ impl SplitRing {
                     _ => Ok(taken),
                 };
             }
-            if budget.is_spent() {
+            if burst.work >= limit {
                 return Ok(taken);
             }
-            let chain = self.walk(head, burst, &mut budget);
+            let chain = self.walk(head, burst);
             burst.chains.push(chain);
             self.next_avail = self.next_avail.wrapping_add(1);
         }
@@ -174,32 +151,10 @@ impl SplitRing {
 
     /// Follows one chain and translates its buffers.
     #[inline(always)]
-    fn walk(&self, head: u16, burst: &mut Burst, budget: &mut Budget) -> Chain {
-        let from = burst.pieces.len();
-        let mut walk = Walk {
-            len: 0,
-            steps: 0,
-            from,
-        };
-        let fault = match self.follow(head, burst, &mut walk) {
-            Ok(()) if walk.len < self.min_len => Some(ChainFault::TooShort),
-            Ok(()) => None,
-            Err(fault) => Some(fault),
-        };
-        budget.spend(walk.steps);
-        burst.work += walk.steps;
-        if fault.is_some() {
-            burst.pieces.truncate(from);
-            walk.len = 0;
-        }
-        Chain {
-            id: head,
-            slots: 1,
-            fault,
-            from: small(from),
-            to: small(burst.pieces.len()),
-            len: walk.len,
-        }
+    fn walk(&self, head: u16, burst: &mut Burst) -> Chain {
+        let mut walk = Walk::new(self.rules, burst);
+        let followed = self.follow(head, burst, &mut walk);
+        Chain::new(head, 1, walk.end(followed, burst))
     }
 
     #[inline(always)]
@@ -208,56 +163,14 @@ impl SplitRing {
         loop {
             let desc = self.desc.get(index);
             if desc.has(INDIRECT) {
-                return self.follow_table(desc, burst, walk);
+                return walk.table(desc, Table::Linked, burst);
             }
-            walk.step(desc, self.direction, usize::from(self.size), burst)?;
+            walk.step(desc, usize::from(self.size), burst)?;
             if !desc.has(NEXT) {
                 return Ok(());
             }
-            index = u16::from_le(desc.next);
+            index = desc.next();
             if index >= self.size {
-                return Err(ChainFault::NextOutOfRange);
-            }
-        }
-    }
-
-    /// Follows an indirect table (virtio 1.3 §2.7.5.3). WRITE on the descriptor that refers to it
-    /// is ignored, as §2.7.5.3.2 asks.
-    fn follow_table(
-        &self,
-        outer: Descriptor,
-        burst: &mut Burst,
-        walk: &mut Walk,
-    ) -> Result<(), ChainFault> {
-        if !self.indirect {
-            return Err(ChainFault::IndirectNotNegotiated);
-        }
-        if outer.has(NEXT) {
-            return Err(ChainFault::IndirectWithNext);
-        }
-        let bytes = u32::from_le(outer.len);
-        let entries = u16::try_from(bytes / 16).map_err(|_| ChainFault::IndirectBadLength)?;
-        if entries == 0 || !bytes.is_multiple_of(16) {
-            return Err(ChainFault::IndirectBadLength);
-        }
-        let memory = std::sync::Arc::clone(burst.pieces.memory());
-        let table = memory
-            .guest_array::<Descriptor>(u64::from_le(outer.addr), entries)
-            .ok_or(ChainFault::IndirectUnmapped)?;
-        let before = walk.steps;
-        let mut index = 0;
-        loop {
-            let desc = table.get(index);
-            if desc.has(INDIRECT) {
-                return Err(ChainFault::IndirectNested);
-            }
-            let limit = before + usize::from(entries);
-            walk.step(desc, self.direction, limit, burst)?;
-            if !desc.has(NEXT) {
-                return Ok(());
-            }
-            index = u16::from_le(desc.next);
-            if index >= entries {
                 return Err(ChainFault::NextOutOfRange);
             }
         }
@@ -321,77 +234,4 @@ impl SplitRing {
     pub(crate) fn has_more(&self) -> bool {
         self.avail.acquire(IDX) != self.next_avail
     }
-}
-
-/// Whether moving the index from `old` to `new` passes `event` (virtio 1.3 §2.7.7.2).
-#[inline(always)]
-fn needs_event(event: u16, new: u16, old: u16) -> bool {
-    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
-}
-
-/// What has been gathered of one chain.
-struct Walk {
-    len: u32,
-    steps: usize,
-    /// Pieces in the burst before this chain.
-    from: usize,
-}
-
-impl Walk {
-    /// Takes in one buffer descriptor. `limit`: how many steps the ring or table allows.
-    #[inline(always)]
-    fn step(
-        &mut self,
-        desc: Descriptor,
-        direction: Direction,
-        limit: usize,
-        burst: &mut Burst,
-    ) -> Result<(), ChainFault> {
-        self.steps += 1;
-        if self.steps > limit {
-            return Err(ChainFault::Loop);
-        }
-        if self.steps > MAX_CHAIN {
-            return Err(ChainFault::TooLong);
-        }
-        if desc.has(WRITE) != (direction == Direction::Writable) {
-            return Err(ChainFault::DirectionWrong);
-        }
-        let len = u32::from_le(desc.len);
-        self.len = self.len.checked_add(len).ok_or(ChainFault::TooBig)?;
-        burst
-            .pieces
-            .push(u64::from_le(desc.addr), len)
-            .map_err(|_| ChainFault::AddressInvalid)?;
-        if burst.pieces.len() - self.from > MAX_CHAIN {
-            return Err(ChainFault::TooLong);
-        }
-        Ok(())
-    }
-}
-
-/// Descriptors that one call of `take` may still read: whatever the guest wrote, a call ends in
-/// some tens of microseconds.
-struct Budget(usize);
-
-impl Budget {
-    fn new() -> Self {
-        Self(4 * MAX_CHAIN)
-    }
-
-    #[inline(always)]
-    fn spend(&mut self, steps: usize) {
-        self.0 = self.0.saturating_sub(steps);
-    }
-
-    #[inline(always)]
-    fn is_spent(&self) -> bool {
-        self.0 == 0
-    }
-}
-
-/// Piece counts are bounded far below 2^32 by the size of a ring and [`MAX_CHAIN`].
-#[inline(always)]
-fn small(n: usize) -> u32 {
-    u32::try_from(n).unwrap_or(u32::MAX)
 }

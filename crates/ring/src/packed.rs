@@ -1,0 +1,339 @@
+//! The packed virtqueue (virtio 1.3 §2.8).
+//!
+//! ```text
+//! descriptor ring, read by us and written back    driver's events      device's events (ours)
+//! [addr len id flags]                             off_wrap flags       off_wrap flags
+//! ```
+//!
+//! One ring for both directions: the driver makes descriptors available in order, the device
+//! overwrites them with used ones in order. Two bits of `flags`, AVAIL and USED, say whose a
+//! descriptor is; what they mean turns over each time the ring wraps, which each side follows with
+//! a wrap counter.
+
+use crate::burst::{Burst, Chain};
+use crate::fault::{ChainFault, RingFault};
+use crate::memory::{Descriptor, GuestArray, GuestMemory, full_fence};
+use crate::walk::{INDIRECT, MAX_STEPS, NEXT, Rules, Table, WRITE, Walk};
+use crate::{RingConfig, RingError, needs_event};
+
+const AVAIL: u16 = 1 << 7;
+const USED: u16 = 1 << 15;
+/// The wrap counter's bit beside an index.
+const WRAP: u16 = 1 << 15;
+
+/// Places in an event suppression area, in 16-bit words.
+const OFF_WRAP: u16 = 0;
+const FLAGS: u16 = 1;
+/// What `flags` of such an area say: always, never, or at the descriptor of `off_wrap`.
+const ENABLE: u16 = 0;
+const DISABLE: u16 = 1;
+const AT_DESCRIPTOR: u16 = 2;
+
+/// Descriptors fetched ahead of the one looked at: two cache lines.
+const AHEAD: u16 = 8;
+
+/// A place in the ring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Place {
+    index: u16,
+    wrap: bool,
+}
+
+impl Place {
+    /// From the form that SET_VRING_BASE and event areas have.
+    fn parse(word: u16, size: u16) -> Option<Self> {
+        let index = word & !WRAP;
+        (index < size).then_some(Self {
+            index,
+            wrap: word & WRAP != 0,
+        })
+    }
+
+    fn word(self) -> u16 {
+        self.index | if self.wrap { WRAP } else { 0 }
+    }
+
+    /// `n` descriptors further (`n` at most the ring's size, which is at most 32,768).
+    #[inline(always)]
+    fn after(self, n: u16, size: u16) -> Self {
+        let index = self.index + n;
+        if index < size {
+            Self { index, ..self }
+        } else {
+            Self {
+                index: index - size,
+                wrap: !self.wrap,
+            }
+        }
+    }
+
+    /// `n` descriptors back.
+    fn before(self, n: u16, size: u16) -> Self {
+        if n <= self.index {
+            Self {
+                index: self.index - n,
+                ..self
+            }
+        } else {
+            Self {
+                index: self.index + (size - n),
+                wrap: !self.wrap,
+            }
+        }
+    }
+}
+
+/// A chain that is done with and not yet shown to the driver.
+#[derive(Debug, Clone, Copy)]
+struct Done {
+    id: u16,
+    slots: u16,
+    written: u32,
+}
+
+/// The device's half of a packed ring.
+#[derive(Debug)]
+pub(crate) struct PackedRing {
+    size: u16,
+    event_idx: bool,
+    rules: Rules,
+    /// Next descriptor to take.
+    avail: Place,
+    /// Next descriptor to overwrite.
+    used: Place,
+    desc: GuestArray<Descriptor>,
+    driver_event: GuestArray<u16>,
+    device_event: GuestArray<u16>,
+    done: Vec<Done>,
+}
+
+impl PackedRing {
+    pub(crate) fn new(config: &RingConfig, memory: &GuestMemory) -> Result<Self, RingError> {
+        let layout = config.layout;
+        let size = layout.size;
+        if size == 0 || size > crate::MAX_SIZE {
+            return Err(RingError::Size(size));
+        }
+        // The used half of the base is not filled by every front-end; since chains are completed
+        // in order and none is taken when a ring stops, it equals the available half.
+        let low = u16::try_from(config.base & 0xffff).unwrap_or(0);
+        let place = Place::parse(low, size).ok_or(RingError::Base(config.base))?;
+        Ok(Self {
+            size,
+            event_idx: config.event_idx,
+            rules: Rules::new(config),
+            avail: place,
+            used: place,
+            desc: memory
+                .user_array(layout.desc, size)
+                .ok_or(RingError::unmapped("descriptor ring", layout.desc))?,
+            driver_event: memory
+                .user_array(layout.avail, 2)
+                .ok_or(RingError::unmapped("driver event area", layout.avail))?,
+            device_event: memory
+                .user_array(layout.used, 2)
+                .ok_or(RingError::unmapped("device event area", layout.used))?,
+            done: Vec::new(),
+        })
+    }
+
+    pub(crate) fn size(&self) -> u16 {
+        self.size
+    }
+
+    pub(crate) fn base(&self) -> u32 {
+        u32::from(self.avail.word()) | u32::from(self.used.word()) << 16
+    }
+
+    /// Takes chain after chain for as long as the next descriptor is the device's.
+    #[inline]
+    pub(crate) fn take(&mut self, burst: &mut Burst, max: usize) -> Result<usize, RingFault> {
+        let limit = burst.work + MAX_STEPS;
+        let mut taken = 0;
+        while taken < max && burst.work < limit {
+            let flags = self.desc.acquire_flags(self.avail.index);
+            if !is_available(flags, self.avail.wrap) {
+                break;
+            }
+            self.desc
+                .prefetch(self.avail.after(AHEAD.min(self.size), self.size).index);
+            match self.walk(flags, burst) {
+                Ok(chain) => {
+                    self.avail = self.avail.after(chain.slots, self.size);
+                    burst.chains.push(chain);
+                    taken += 1;
+                }
+                // Chains before it are whole: they go on, and the next call meets the fault.
+                Err(_) if taken > 0 => break,
+                Err(fault) => return Err(fault),
+            }
+        }
+        Ok(taken)
+    }
+
+    /// Follows the chain at the next descriptor, whose flags have been read.
+    #[inline(always)]
+    fn walk(&self, flags: u16, burst: &mut Burst) -> Result<Chain, RingFault> {
+        let mut walk = Walk::new(self.rules, burst);
+        let mut place = self.avail;
+        let mut slots = 0;
+        let mut flags = flags;
+        let mut followed = Ok(());
+        loop {
+            let raw = self.desc.get(place.index);
+            if slots > 0 {
+                flags = raw.packed_flags();
+            }
+            let desc = raw.unpacked(flags);
+            slots += 1;
+            // Past a fault only the chain's end is looked for: where the next one begins.
+            if followed.is_ok() {
+                followed = self.buffer(desc, &mut walk, burst);
+            } else {
+                burst.work += 1;
+            }
+            if !desc.has(NEXT) {
+                let id = desc.next();
+                return Ok(Chain::new(id, slots, walk.end(followed, burst)));
+            }
+            if slots == self.size {
+                burst.pieces.truncate(walk.from());
+                return Err(RingFault::ChainWithoutEnd { size: self.size });
+            }
+            place = place.after(1, self.size);
+        }
+    }
+
+    #[inline(always)]
+    fn buffer(
+        &self,
+        desc: Descriptor,
+        walk: &mut Walk,
+        burst: &mut Burst,
+    ) -> Result<(), ChainFault> {
+        if desc.has(INDIRECT) {
+            walk.table(desc, Table::Sequential, burst)
+        } else {
+            walk.step(desc, usize::from(self.size), burst)
+        }
+    }
+
+    /// Gives the most recently taken `slots` descriptors back untouched.
+    pub(crate) fn untake(&mut self, slots: u16) {
+        self.avail = self.avail.before(slots, self.size);
+    }
+
+    /// Notes a chain to be shown with the others.
+    #[inline(always)]
+    pub(crate) fn complete(&mut self, chain: &Chain, written: u32) {
+        self.done.push(Done {
+            id: chain.id,
+            slots: chain.slots,
+            written,
+        });
+    }
+
+    /// Overwrites descriptors with used ones, the first of them last: the driver reads them in
+    /// order, so it sees all or none. True when it wants an interrupt.
+    #[inline(always)]
+    pub(crate) fn publish(&mut self) -> bool {
+        let Some(first) = self.done.first().copied() else {
+            return false;
+        };
+        let start = self.used;
+        let mut moved = first.slots;
+        let mut place = start.after(first.slots, self.size);
+        for done in &self.done[1..] {
+            self.write(place, *done);
+            place = place.after(done.slots, self.size);
+            moved = moved.wrapping_add(done.slots);
+        }
+        self.write(start, first);
+        self.used = place;
+        self.done.clear();
+        full_fence();
+        self.wants_call(moved)
+    }
+
+    #[inline(always)]
+    fn write(&self, place: Place, done: Done) {
+        let mut flags = if place.wrap { AVAIL | USED } else { 0 };
+        if done.written != 0 {
+            flags |= WRITE;
+        }
+        self.desc
+            .release_used(place.index, done.id, done.written, flags);
+    }
+
+    /// Whether the driver wants an interrupt for the last `moved` descriptors.
+    #[inline(always)]
+    fn wants_call(&self, moved: u16) -> bool {
+        match self.driver_event.acquire(FLAGS) & 3 {
+            DISABLE => false,
+            AT_DESCRIPTOR if self.event_idx => {
+                let word = self.driver_event.acquire(OFF_WRAP);
+                let mut event = word & !WRAP;
+                if (word & WRAP != 0) != self.used.wrap {
+                    event = event.wrapping_sub(self.size);
+                }
+                let new = self.used.index;
+                needs_event(event, new, new.wrapping_sub(moved))
+            }
+            _ => true,
+        }
+    }
+
+    pub(crate) fn enable_kicks(&mut self) -> bool {
+        if self.event_idx {
+            self.device_event.release(OFF_WRAP, self.avail.word());
+            self.device_event.release(FLAGS, AT_DESCRIPTOR);
+        } else {
+            self.device_event.release(FLAGS, ENABLE);
+        }
+        full_fence();
+        self.has_more()
+    }
+
+    pub(crate) fn disable_kicks(&mut self) {
+        self.device_event.release(FLAGS, DISABLE);
+    }
+
+    #[inline(always)]
+    pub(crate) fn has_more(&self) -> bool {
+        is_available(self.desc.acquire_flags(self.avail.index), self.avail.wrap)
+    }
+}
+
+/// Whether a descriptor with these flags is the device's (virtio 1.3 §2.8.1).
+#[inline(always)]
+fn is_available(flags: u16, wrap: bool) -> bool {
+    (flags & AVAIL != 0) == wrap && (flags & USED != 0) != wrap
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_go_round_both_ways() {
+        for size in [1, 3, 256, 32_768] {
+            let mut place = Place {
+                index: 0,
+                wrap: true,
+            };
+            for n in [1, size, size / 2 + 1] {
+                let there = place.after(n, size);
+                assert_eq!(there.before(n, size), place, "{n} of {size}");
+                place = there;
+            }
+        }
+        assert_eq!(
+            Place::parse(0x8003, 4),
+            Some(Place {
+                index: 3,
+                wrap: true
+            })
+        );
+        assert_eq!(Place::parse(4, 4), None);
+    }
+}
