@@ -227,6 +227,7 @@ impl<Q: DeviceQueue> Slot<Q> {
         match fault {
             RingFault::AvailIndexJump { .. } => self.stats.avail_index_jump.add(1),
             RingFault::HeadOutOfRange { .. } => self.stats.head_out_of_range.add(1),
+            RingFault::ChainWithoutEnd { .. } => self.stats.chain_without_end.add(1),
         }
         if let Some(err) = &ring.fds.err {
             // Nobody may be listening; the counters and the log say it too.

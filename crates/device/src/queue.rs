@@ -9,6 +9,7 @@ use crate::features::Features;
 use crate::header::MIN_FRAME;
 use crate::stats::RingStats;
 
+use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 /// All that a TX or RX queue needs to start.
@@ -70,6 +71,7 @@ impl Queue {
             layout: config.layout,
             base: config.base,
             direction,
+            packed: features.has(VIRTIO_F_RING_PACKED),
             event_idx: features.has(VIRTIO_RING_F_EVENT_IDX),
             indirect: features.has(VIRTIO_RING_F_INDIRECT_DESC),
             min_len: shortest_chain(direction, features),

@@ -88,6 +88,7 @@ counters! {
         indirect_not_negotiated: "Indirect descriptors without VIRTIO_F_INDIRECT_DESC.",
         head_out_of_range: "Rings quarantined for an available head outside the ring.",
         avail_index_jump: "Rings quarantined for an available index ahead by more than the ring's size.",
+        chain_without_end: "Rings quarantined for a packed chain that goes on through the whole ring.",
         quarantines: "Times the ring was stopped for a fault until configured anew.",
     }
 }
