@@ -177,7 +177,8 @@ impl Daemon {
 
     fn usage(&self) -> Result<Usage> {
         let proc = PathBuf::from(format!("/proc/{}", self.child.id()));
-        let sizes = sizes(&fs::read_to_string(proc.join("smaps_rollup"))?);
+        let rollup = fs::read_to_string(proc.join("smaps_rollup"))?;
+        let sizes = sizes(&rollup);
         let size = |name| {
             let size = sizes.get(name).copied();
             size.with_context(|| format!("smaps_rollup does not say {name}"))

@@ -120,7 +120,7 @@ pub struct Iperf<'a> {
 
 impl<'a> Iperf<'a> {
     /// Starts one server for each of `processes`. The guest's end of process
-    /// i runs on vCPU i, round and round.
+    /// i runs on a vCPU of queue pair i, where there are as many pairs.
     ///
     /// # Errors
     /// When one does not start.
@@ -252,8 +252,15 @@ impl<'a> Iperf<'a> {
         Ok(())
     }
 
+    /// Runs what follows on process i's vCPU: the first one of queue pair i's
+    /// share, as Linux's virtio-net shares vCPUs out to as many pairs.
     fn on_vcpu(&self, i: u16) -> String {
-        format!("taskset {:x}", 1_u128 << (u32::from(i) % self.vcpus.max(1)))
+        let mask = 1_u128 << first_vcpu(i.into(), self.vcpus, self.processes()).min(127);
+        format!("taskset {mask:x}")
+    }
+
+    fn processes(&self) -> u32 {
+        u32::try_from(self.ports.len()).unwrap_or(u32::MAX)
     }
 
     fn wait(&self, port: &str, listening: &dyn Fn() -> Result<String>) -> Result<()> {
@@ -266,6 +273,16 @@ impl<'a> Iperf<'a> {
         }
         Err(anyhow!("no iperf3 server listens on {port} after 5 s"))
     }
+}
+
+/// The first `cpus % shares` shares have one CPU more than the others; with
+/// fewer CPUs than shares they go round.
+fn first_vcpu(share: u32, cpus: u32, shares: u32) -> u32 {
+    let (cpus, shares) = (cpus.max(1), shares.max(1));
+    if shares >= cpus {
+        return share % cpus;
+    }
+    share * (cpus / shares) + share.min(cpus % shares)
 }
 
 /// A load that runs.
@@ -356,6 +373,17 @@ mod tests {
         assert!((report.gbps - 3.5).abs() < 1e-9);
         assert_eq!(report.each.len(), 2);
         assert_eq!((report.retransmits, report.packets, report.lost), (4, 9, 2));
+    }
+
+    #[test]
+    fn each_process_is_on_a_vcpu_of_its_pair() {
+        let all = |cpus, shares| -> Vec<u32> {
+            (0..shares).map(|i| first_vcpu(i, cpus, shares)).collect()
+        };
+        assert_eq!(all(4, 4), [0, 1, 2, 3]);
+        assert_eq!(all(4, 2), [0, 2]);
+        assert_eq!(all(4, 3), [0, 2, 3]);
+        assert_eq!(all(2, 5), [0, 1, 0, 1, 0]);
     }
 
     #[test]

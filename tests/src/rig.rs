@@ -164,13 +164,14 @@ impl Rig {
         self.lan.reach(GUEST.v4)
     }
 
-    /// Starts another machine in the place of the last one, which must have ended.
+    /// Boots another machine in the place of the last one, which must have
+    /// ended; [`Rig::configure_guest`] comes next.
     ///
     /// # Errors
     /// When it does not come up.
     pub fn start_qemu(&mut self, name: &str) -> Result<()> {
         self.qemu = self.plan.boot(&self.dir, &self.daemon, name)?;
-        self.configure_guest()
+        Ok(())
     }
 
     /// iperf3 with clients on the host side, one process for each queue pair.

@@ -48,7 +48,9 @@ fn connections_live_through_changes_and_unused_pairs_stay_silent() {
             moved[used..].iter().all(|m| *m == (0, 0)),
             "{used}: {moved:?}"
         );
-        let (rx, tx) = moved.iter().fold((0, 0), |sum, m| (sum.0 + m.0, sum.1 + m.1));
+        let (rx, tx) = moved
+            .iter()
+            .fold((0, 0), |sum, m| (sum.0 + m.0, sum.1 + m.1));
         assert!(rx > 100 && tx > 100, "{used}: {moved:?}");
         assert_eq!(
             vcpus_of_interrupts(guest, used).unwrap(),

@@ -50,7 +50,10 @@ fn offloads_are_offered_and_large_segments_pass_whole() {
                 load = load.ipv6();
             }
             let report = iperf.run(&load, direction).unwrap();
-            eprintln!("UDP {direction:?}: {} of {} lost", report.lost, report.packets);
+            eprintln!(
+                "UDP {direction:?}: {} of {} lost",
+                report.lost, report.packets
+            );
             assert!(report.packets > 2000, "{report:?}");
             assert!(report.lost * 20 < report.packets, "{report:?}");
         }

@@ -3,9 +3,9 @@
 //! memory is borrowed: what its users do with an `Arc` a chain costs more.
 
 use anyhow::{Context, Result};
-use virtio_queue::{Queue, QueueT};
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use virtionet_guest::memory::GuestRam;
-use vm_memory::{FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use super::driver::{Driver, SIZE};
 use super::{Burst, Case};

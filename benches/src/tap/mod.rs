@@ -3,8 +3,9 @@
 //!
 //! Everything is in one thread and one network namespace: the guest (crate `virtionet-guest`), the
 //! device's queue, the real TAP. Only the device's part is timed, one call a burst; the driver's
-//! part is not. The bare side moves the same frames through buffers of the same number and places,
-//! so that both find the caches alike.
+//! part is not. The bare side moves the same frames through buffers of the same number and size, so
+//! that both find the caches alike. A sample is the median of its bursts: a burst in which another
+//! program had the CPU says nothing of ours.
 
 mod bed;
 mod receive;
@@ -66,13 +67,12 @@ impl Size {
         Ok(frame?)
     }
 
-    /// Frames a sample: some ten milliseconds of them.
-    fn frames(self, effort: Effort) -> usize {
-        let full = match self {
-            Self::Small | Self::Full => 8192,
-            Self::Segments => 2048,
-        };
-        effort.choose(full, full / 8)
+    /// Frames a sample: a few milliseconds of them, so that a pair of samples is soon taken.
+    fn frames(self) -> usize {
+        match self {
+            Self::Small | Self::Full => 2048,
+            Self::Segments => 512,
+        }
     }
 }
 
@@ -98,9 +98,9 @@ fn sending(size: Size, effort: Effort) -> Result<Row> {
     let bed = Bed::alone()?;
     let mut ours = Send::ours(&bed, &size.frame()?)?;
     let mut bare = Send::bare(&bed, &size.frame()?)?;
-    let frames = size.frames(effort);
+    let frames = size.frames();
     let pairs = Pairs::take(
-        effort.choose(41, 5),
+        effort.choose(101, 11),
         || ours.measure(frames),
         || bare.measure(frames),
     )?;
@@ -113,14 +113,14 @@ fn receiving(size: Size, effort: Effort) -> Result<Row> {
     let bed = Bed::with_source()?;
     let mut ours = Receive::ours(&bed, &size.frame()?)?;
     let mut bare = Receive::bare(&bed, &size.frame()?)?;
-    let frames = size.frames(effort) / 2;
+    let frames = size.frames() / 2;
     let pairs = Pairs::take(
-        effort.choose(41, 5),
+        effort.choose(101, 11),
         || ours.measure(frames),
         || bare.measure(frames),
     )?;
     let case = format!("TAP to guest, {}", size.name());
-    let row = pairs.row(&case, "ns/frame", Better::Lower, "bare read");
+    let row = pairs.row(&case, "ns/frame", Better::Lower, "bare readv");
     Ok(row.bound(BOUND))
 }
 

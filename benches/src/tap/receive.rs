@@ -1,12 +1,12 @@
 //! From the TAP to the guest.
 
 use std::fs::File;
-use std::io::{IoSlice, Read, Write};
+use std::io::{IoSlice, IoSliceMut, Read, Write};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
+use virtionet_device::RxQueue as DeviceRx;
 use virtionet_device::port::UplinkQueue;
-use virtionet_device::rx::RxQueue as DeviceRx;
 use virtionet_device::stats::RingStats;
 use virtionet_guest::frame::Frame;
 use virtionet_guest::net::{MERGEABLE_BUFFER, QueueConfig};
@@ -14,9 +14,12 @@ use virtionet_guest::rx::RxQueue as DriverRx;
 
 use super::bed::{Bed, FEATURES, device, guest_ram};
 use crate::rig::nanoseconds;
+use crate::sampling::median;
 
 /// Buffers of the ring.
 const SIZE: u16 = 256;
+/// Buffers of the largest frame.
+const MOST: usize = 48;
 /// Bytes of the virtio-net header.
 const HEADER: usize = 12;
 
@@ -33,7 +36,7 @@ pub(super) struct Receive {
 enum Side {
     /// The TAP's uplink queue, a device's RX queue, a ring.
     Ours(Box<Ours>),
-    /// `read` on the TAP's descriptor.
+    /// `readv` on the TAP's descriptor.
     Bare(Bare),
 }
 
@@ -43,11 +46,13 @@ struct Ours {
     uplink: Arc<dyn UplinkQueue>,
 }
 
+/// Buffers like the ring's, as many and as large. Each frame is read into just as many as it needs,
+/// which a device cannot know before.
 struct Bare {
     tap: File,
-    /// Each large enough for a frame; as many bytes together as the ring's buffers, where frames
-    /// are small as many buffers.
     buffers: Vec<Vec<u8>>,
+    /// Buffers of a frame.
+    needed: usize,
     next: usize,
 }
 
@@ -67,12 +72,11 @@ impl Receive {
     }
 
     pub(super) fn bare(bed: &Bed, frame: &Frame) -> Result<Self> {
-        let len = HEADER + frame.bytes.len();
-        let ring = usize::from(SIZE) * usize::try_from(MERGEABLE_BUFFER)?;
-        let count = (ring / len).min(SIZE.into());
+        let size = usize::try_from(MERGEABLE_BUFFER)?;
         let bare = Bare {
             tap: bed.bare()?,
-            buffers: vec![vec![0; len + 1]; count],
+            buffers: vec![vec![0; size]; SIZE.into()],
+            needed: (HEADER + frame.bytes.len()).div_ceil(size),
             next: 0,
         };
         Self::new(bed, frame, Side::Bare(bare))
@@ -89,18 +93,17 @@ impl Receive {
         })
     }
 
-    /// Nanoseconds a frame over some `frames`.
+    /// Nanoseconds a frame over some `frames`, in the median burst.
     pub(super) fn measure(&mut self, frames: usize) -> Result<f64> {
-        let bursts = frames.div_ceil(self.burst);
-        let mut took = 0.0;
-        for _ in 0..bursts {
+        let mut took = Vec::new();
+        for _ in 0..frames.div_ceil(self.burst) {
             self.inject()?;
-            took += match &mut self.side {
+            took.push(match &mut self.side {
                 Side::Ours(ours) => ours.burst(self.burst, self.frame.len())?,
                 Side::Bare(bare) => bare.burst(self.burst, HEADER + self.frame.len())?,
-            };
+            });
         }
-        Ok(took / f64::from(u32::try_from(bursts * self.burst)?))
+        Ok(median(&took) / f64::from(u32::try_from(self.burst)?))
     }
 
     /// Puts a burst into the TAP's queue.
@@ -138,11 +141,26 @@ impl Bare {
     fn burst(&mut self, count: usize, len: usize) -> Result<f64> {
         nanoseconds(|| {
             for _ in 0..count {
-                let got = self.tap.read(&mut self.buffers[self.next])?;
+                let got = self.read()?;
                 ensure!(got == len, "a frame of {got} bytes came, not one of {len}");
-                self.next = (self.next + 1) % self.buffers.len();
             }
             Ok(())
         })
+    }
+
+    fn read(&mut self) -> Result<usize> {
+        if self.next + self.needed > self.buffers.len() {
+            self.next = 0;
+        }
+        let buffers = &mut self.buffers[self.next..self.next + self.needed];
+        self.next += self.needed;
+        if let [buffer] = buffers {
+            return Ok(self.tap.read(buffer)?);
+        }
+        let mut list: [IoSliceMut<'_>; MOST] = std::array::from_fn(|_| IoSliceMut::new(&mut []));
+        for (slot, buffer) in list.iter_mut().zip(buffers) {
+            *slot = IoSliceMut::new(buffer);
+        }
+        Ok(self.tap.read_vectored(&mut list[..self.needed])?)
     }
 }

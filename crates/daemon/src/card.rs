@@ -2,6 +2,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use virtionet_device::features::Features;
@@ -10,7 +11,7 @@ use virtionet_device::{DeviceQueue, QueueConfig};
 use virtionet_ring::memory::GuestMemory;
 use virtionet_session::{Backend, BackendError, RingStart};
 
-use crate::config::Poll;
+use crate::config::{MAX_PAIRS, Poll};
 use crate::pair::Pair;
 use crate::placer::Placer;
 use crate::poll::Polling;
@@ -26,6 +27,19 @@ pub struct Card {
     /// Made when their first ring starts: a front-end may use fewer than it might.
     pairs: Vec<OnceLock<Arc<Pair>>>,
     link: Mutex<Link>,
+    told: Mutex<Told>,
+}
+
+/// A front-end that connects again and again must not flood the log.
+const TELL_AGAIN: Duration = Duration::from_secs(1);
+
+/// What the log says of connections.
+#[derive(Debug, Default)]
+struct Told {
+    /// When it last told of one.
+    last: Option<Instant>,
+    /// Whether it told of the present one.
+    present: bool,
 }
 
 /// What is known of the front-end.
@@ -85,6 +99,7 @@ impl Card {
             poll,
             pairs: (0..max_pairs).map(|_| OnceLock::new()).collect(),
             link: Mutex::default(),
+            told: Mutex::default(),
         }
     }
 
@@ -162,6 +177,21 @@ impl Card {
         }
     }
 
+    /// The protocol has no message for "more pairs than you have": a front-end that wants more just
+    /// hangs up, before the device has any use (QEMU then tries again at once).
+    fn tell_of_end(&self, link: &Link) {
+        let unused = link.protocol_features != 0 && link.features == Features::default();
+        if unused && self.max_pairs() < MAX_PAIRS {
+            tracing::warn!(
+                "{0}: front-end gone before it used the device; if it asked for more than {1} queue pairs, raise --queues {1} or lower queues= of QEMU's -netdev vhost-user",
+                self.name,
+                self.pairs.len()
+            );
+        } else {
+            tracing::info!("{}: front-end gone", self.name);
+        }
+    }
+
     fn set_format(&self, features: Features) {
         if let Err(error) = self.uplink.set_format(features.format()) {
             tracing::error!(
@@ -196,12 +226,17 @@ impl Backend for Card {
             pid,
             ..Link::default()
         };
-        tracing::info!(
-            "{}: front-end connected{}; it may use up to {} queue pairs (--queues)",
-            self.name,
-            pid.map_or(String::new(), |pid| format!(" (process {pid})")),
-            self.pairs.len()
-        );
+        let mut told = self.told.lock();
+        told.present = told.last.is_none_or(|last| last.elapsed() >= TELL_AGAIN);
+        if told.present {
+            told.last = Some(Instant::now());
+            tracing::info!(
+                "{}: front-end connected{}; it may use up to {} queue pairs (--queues)",
+                self.name,
+                pid.map_or(String::new(), |pid| format!(" (process {pid})")),
+                self.pairs.len()
+            );
+        }
     }
 
     fn negotiated(&self, protocol_features: u64) {
@@ -295,8 +330,10 @@ impl Backend for Card {
     fn disconnected(&self) {
         self.pairs().for_each(|pair| pair.stop_worker());
         self.pairs().for_each(|pair| pair.join_worker());
-        *self.link.lock() = Link::default();
-        tracing::info!("{}: front-end gone", self.name);
+        let link = std::mem::take(&mut *self.link.lock());
+        if self.told.lock().present {
+            self.tell_of_end(&link);
+        }
     }
 }
 

@@ -48,9 +48,9 @@ pub enum RunError {
     /// The CPUs of this process cannot be read.
     #[error(transparent)]
     Affinity(#[from] virtionet_placement::AffinityError),
-    /// A device's session ended the program; the log has said why.
-    #[error("device {0} cannot go on")]
-    Ended(String),
+    /// A device cannot go on.
+    #[error("{0}: {1}")]
+    Ended(String, String),
 }
 
 /// Serves the devices of `config` until a signal asks to end.
@@ -86,11 +86,11 @@ pub fn run(config: Config) -> Result<(), RunError> {
         let name = card.name().to_owned();
         let left = Arc::clone(&left);
         let serve = move || {
-            let ended_well = serve(&card, door, stop.as_fd(), alone);
+            let ended = serve(&card, door, stop.as_fd(), alone);
             if left.fetch_sub(1, Ordering::Relaxed) == 1 {
                 main.close();
             }
-            ended_well
+            ended
         };
         let thread = std::thread::Builder::new()
             .name(name.clone())
@@ -108,11 +108,14 @@ pub fn run(config: Config) -> Result<(), RunError> {
     ended
 }
 
-fn join(threads: Vec<(String, JoinHandle<bool>)>) -> Result<(), RunError> {
+fn join(threads: Vec<(String, JoinHandle<Result<(), String>>)>) -> Result<(), RunError> {
     let mut result = Ok(());
     for (name, thread) in threads {
-        if !matches!(thread.join(), Ok(true)) {
-            result = Err(RunError::Ended(name));
+        let ended = thread
+            .join()
+            .unwrap_or_else(|_| Err("its thread ended by a panic, which is a bug".into()));
+        if let Err(why) = ended {
+            result = Err(RunError::Ended(name, why));
         }
     }
     result
@@ -185,26 +188,30 @@ impl Door {
     }
 }
 
-/// A device's thread: one front-end after the other. True when it ended as it should. A front-end
-/// that fails costs its own session; only where nothing can mend it, and there is no other device,
-/// the program ends.
-fn serve(card: &Card, mut door: Door, stop: BorrowedFd<'_>, alone: bool) -> bool {
+/// A device's thread: one front-end after the other, until there will be none. A front-end that
+/// fails costs its own session; only where nothing can mend it, and there is no other device, the
+/// program ends.
+///
+/// # Errors
+/// Why the device cannot go on.
+fn serve(card: &Card, mut door: Door, stop: BorrowedFd<'_>, alone: bool) -> Result<(), String> {
+    // A program that goes on with other devices must tell now, one that ends tells with its end.
+    let cannot_go_on = |why: String| {
+        if !alone {
+            tracing::error!("{}: {why}", card.name());
+        }
+        Err(why)
+    };
     loop {
         let stream = match door.next(stop) {
             Ok(Some(stream)) => stream,
-            Ok(None) => return true,
-            Err(error) => {
-                tracing::error!("{}: {error}", card.name());
-                return false;
-            }
+            Ok(None) => return Ok(()),
+            Err(error) => return cannot_go_on(error.to_string()),
         };
         match virtionet_session::serve(stream, card, stop) {
             Ok(Ended::Disconnected) => {}
-            Ok(Ended::Stopped) => return true,
-            Err(error @ SessionError::NotShared) if alone => {
-                tracing::error!("{}: {error}", card.name());
-                return false;
-            }
+            Ok(Ended::Stopped) => return Ok(()),
+            Err(error @ SessionError::NotShared) if alone => return cannot_go_on(error.to_string()),
             Err(error) => tracing::error!("{}: {error}", card.name()),
         }
     }

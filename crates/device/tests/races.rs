@@ -9,7 +9,7 @@ mod common;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{Carried, DATA, END, FULL, Lab, TABLE, frame};
+use common::{Carried, DATA, Done, END, FULL, Lab, TABLE, frame};
 use virtionet_device::features::Features;
 use virtionet_device::header::{MAX_FRAME, MIN_FRAME};
 use virtionet_device::{DeviceQueue, RxQueue, TxQueue};
@@ -29,13 +29,10 @@ fn race(write: impl Fn(usize) + Sync, mut turn: impl FnMut() -> (bool, bool)) {
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            for round in 0.. {
-                if done.load(Ordering::Relaxed) {
-                    break;
-                }
-                write(round);
-            }
+            let rounds = (0..).take_while(|_| !done.load(Ordering::Relaxed));
+            rounds.for_each(&write);
         });
+        let _done = Done(&done);
         let begin = Instant::now();
         let (mut good, mut bad) = (false, false);
         while begin.elapsed() < LEAST || !(good && bad) && begin.elapsed() < MOST {
@@ -43,7 +40,6 @@ fn race(write: impl Fn(usize) + Sync, mut turn: impl FnMut() -> (bool, bool)) {
             good |= seen.0;
             bad |= seen.1;
         }
-        done.store(true, Ordering::Relaxed);
         assert!(good && bad, "good seen: {good}, bad seen: {bad}");
     });
 }
@@ -192,9 +188,8 @@ fn rx_descriptors_that_change_while_buffers_are_filled() {
             }
         },
         || {
-            let next = lab.ring.avail_index();
-            let heads: Vec<u16> = (next..next.wrapping_add(SIZE)).map(|at| at % SIZE).collect();
-            lab.offer(&heads[..usize::from(SIZE)]);
+            let heads: Vec<u16> = (0..SIZE).collect();
+            lab.offer(&heads);
             while lab.uplink.waiting().len() < 32 {
                 lab.uplink.feed([vec![0; 12], frame(1, 48)].concat());
             }

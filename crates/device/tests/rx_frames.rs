@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{FULL, Recorder, frame};
+use common::{Done, FULL, Recorder, frame};
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 use virtionet_device::features::Features;
@@ -282,6 +282,7 @@ fn a_driver_that_runs_meanwhile_never_sees_half_a_frame() {
             }
             seed
         });
+        let finish = Done(&done);
         let end = Instant::now() + Duration::from_millis(300);
         let mut fed = 0;
         let mut given = 0;
@@ -295,7 +296,7 @@ fn a_driver_that_runs_meanwhile_never_sees_half_a_frame() {
             given += device.fill(&uplink, 5, 1 << 20).unwrap().frames;
         }
         std::thread::sleep(Duration::from_millis(50));
-        done.store(true, Ordering::Relaxed);
+        drop(finish);
         assert_eq!(receiver.join().unwrap(), fed);
         assert!(fed >= 64, "{fed} frames");
     });

@@ -5,6 +5,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use virtionet_device::features::Features;
@@ -262,5 +263,14 @@ impl UplinkQueue for Recorder {
 
     fn set_attached(&self, _attached: bool) -> io::Result<()> {
         Ok(())
+    }
+}
+
+/// Sets its flag when it goes, by a panic as well: else the other thread would go on for ever.
+pub struct Done<'a>(pub &'a AtomicBool);
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }

@@ -1,0 +1,313 @@
+//! A front-end of fuzzer's bytes: the input is what it writes to the socket, message by message.
+//!
+//! Bits of a header's flags that the protocol reserves say which descriptors come along: bits 8 to
+//! 13 how many, bits 16 to 19 of which [`Kind`]. A message's header may promise more payload than
+//! there is. Bit 31 of the first header's flags sends all of it through a real socket; else the
+//! messages go straight to the session.
+//!
+//! The back-end is the device's own queues over whatever memory the front-end shares. What must
+//! hold: no panic; rings are started and stopped in turn, with indices that exist; whatever is
+//! mapped, a ring's turn stays within it; and nothing runs when the session is over.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+
+use virtionet_device::features::Features;
+use virtionet_device::stats::RingStats;
+use virtionet_device::{DeviceQueue, QueueConfig, RxQueue, TxQueue};
+use virtionet_guest::memory::GuestRam;
+use virtionet_ring::memory::GuestMemory;
+use virtionet_session::wire::{HEADER_SIZE, Header, Message};
+use virtionet_session::{Backend, BackendError, RingStart, Session, serve};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+use crate::input::Input;
+use crate::uplink::{Checker, Mapped};
+
+/// Queue pairs of the device.
+const PAIRS: u16 = 2;
+/// Bytes of the file that the front-end shares.
+pub const FILE: u64 = 0x10_0000;
+/// Most bytes of an input: more could bring more replies than a socket holds unread.
+const MOST: usize = 2048;
+/// See the module's text.
+const THROUGH_SOCKET: u32 = 1 << 31;
+
+/// One input from start to end.
+pub fn run(data: &[u8]) {
+    let data = &data[..data.len().min(MOST)];
+    let device = Device::default();
+    let files = Files::new();
+    let flags = data.get(4..8).map_or([0; 4], |f| [f[0], f[1], f[2], f[3]]);
+    match u32::from_ne_bytes(flags) & THROUGH_SOCKET {
+        0 => straight(data, &device, &files),
+        _ => through_socket(data, &device, &files),
+    }
+    assert!(device.rings.lock().unwrap().is_empty(), "a ring still runs");
+}
+
+/// A message of the input: its header, its payload as far as it is there, and what comes along.
+struct Piece<'d> {
+    bytes: &'d [u8],
+    header: [u8; HEADER_SIZE],
+    payload: &'d [u8],
+    fds: usize,
+    kind: Kind,
+}
+
+fn pieces(data: &[u8]) -> impl Iterator<Item = Piece<'_>> {
+    let mut input = Input(data);
+    std::iter::from_fn(move || {
+        if input.is_empty() {
+            return None;
+        }
+        let all = input.0;
+        let header: [u8; HEADER_SIZE] = input.array();
+        let [_, _, _, _, _, fds, kind, _, ..] = header;
+        let size = u32::from_ne_bytes([header[8], header[9], header[10], header[11]]);
+        let payload = input.bytes(usize::try_from(size).unwrap());
+        Some(Piece {
+            bytes: &all[..all.len() - input.0.len()],
+            header,
+            payload,
+            fds: usize::from(fds % 64),
+            kind: Kind::from(kind),
+        })
+    })
+}
+
+fn straight(data: &[u8], device: &Device, files: &Files) {
+    let mut session = Session::new(device);
+    for piece in pieces(data) {
+        let Ok(header) = Header::parse(piece.header) else {
+            break;
+        };
+        if piece.payload.len() < header.size {
+            break;
+        }
+        let message = Message {
+            header,
+            payload: piece.payload.to_vec(),
+            fds: (0..piece.fds.min(32)).map(|_| files.owned(piece.kind)).collect(),
+        };
+        match session.handle(message) {
+            Ok(Some(reply)) => assert_eq!(reply.code, header.code),
+            Ok(None) => {}
+            Err(_) => break,
+        }
+        device.turn();
+    }
+    session.stop_all();
+}
+
+/// All is written before the session reads it: a socket's buffer is larger than any input.
+fn through_socket(data: &[u8], device: &Device, files: &Files) {
+    let (front, back) = UnixStream::pair().unwrap();
+    for piece in pieces(data) {
+        let fds: Vec<RawFd> = (0..piece.fds).map(|_| files.raw(piece.kind)).collect();
+        match fds.is_empty() {
+            true => (&front).write_all(piece.bytes).unwrap(),
+            false => {
+                let sent = front.send_with_fds(&[piece.bytes], &fds).unwrap();
+                assert_eq!(sent, piece.bytes.len());
+            }
+        }
+    }
+    front.shutdown(std::net::Shutdown::Write).unwrap();
+    let never = EventFd::new(EFD_NONBLOCK).unwrap();
+    let never = File::from(duplicate(&never));
+    let _how_it_ended = serve(back, device, never.as_fd());
+}
+
+/// What comes with a message.
+#[derive(Debug, Clone, Copy)]
+pub enum Kind {
+    /// What most messages carry.
+    EventFd,
+    /// Guest memory.
+    Memory,
+    /// A file that is neither.
+    Null,
+}
+
+impl From<u8> for Kind {
+    fn from(bits: u8) -> Self {
+        match bits % 16 {
+            0 => Self::EventFd,
+            1 => Self::Memory,
+            _ => Self::Null,
+        }
+    }
+}
+
+/// A file of each kind.
+struct Files {
+    event: EventFd,
+    memory: GuestRam,
+    null: File,
+}
+
+impl Files {
+    fn new() -> Self {
+        Self {
+            event: EventFd::new(0).unwrap(),
+            memory: GuestRam::new(FILE).unwrap(),
+            null: File::open("/dev/null").unwrap(),
+        }
+    }
+
+    fn raw(&self, kind: Kind) -> RawFd {
+        match kind {
+            Kind::EventFd => self.event.as_raw_fd(),
+            Kind::Memory => self.memory.fd(),
+            Kind::Null => self.null.as_raw_fd(),
+        }
+    }
+
+    fn owned(&self, kind: Kind) -> OwnedFd {
+        match kind {
+            Kind::EventFd => duplicate(&self.event),
+            Kind::Memory => self.memory.file().try_clone().unwrap().into(),
+            Kind::Null => self.null.try_clone().unwrap().into(),
+        }
+    }
+}
+
+fn duplicate(event: &EventFd) -> OwnedFd {
+    let copy = event.try_clone().unwrap();
+    let path = format!("/proc/self/fd/{}", copy.as_raw_fd());
+    File::options().read(true).write(true).open(path).map_or_else(
+        |_| File::open("/dev/null").unwrap().into(),
+        OwnedFd::from,
+    )
+}
+
+/// A queue of either direction.
+enum Queue {
+    Rx(RxQueue),
+    Tx(TxQueue),
+}
+
+impl Queue {
+    fn new(index: u16, config: QueueConfig) -> Result<Self, virtionet_ring::RingError> {
+        Ok(match index % 2 {
+            0 => Self::Rx(RxQueue::new(config)?),
+            _ => Self::Tx(TxQueue::new(config)?),
+        })
+    }
+
+    fn turn(&mut self, uplink: &Checker) {
+        match self {
+            Self::Rx(rx) => {
+                uplink.waiting.lock().unwrap().push_back(100);
+                let _fault = rx.fill(uplink, 4, 1 << 20);
+            }
+            Self::Tx(tx) => {
+                let _fault = tx.send(Some(uplink));
+            }
+        }
+    }
+}
+
+/// The device: its running rings.
+#[derive(Default)]
+struct Device {
+    rings: Mutex<BTreeMap<u16, (Queue, Checker)>>,
+}
+
+impl Device {
+    fn turn(&self) {
+        for (queue, uplink) in self.rings.lock().unwrap().values_mut() {
+            queue.turn(uplink);
+        }
+    }
+
+    fn known(&self, index: u16) {
+        assert!(index < 2 * PAIRS, "ring {index} does not exist");
+    }
+
+    fn running(&self, index: u16) {
+        self.known(index);
+        let running = self.rings.lock().unwrap().contains_key(&index);
+        assert!(running, "ring {index} does not run");
+    }
+}
+
+impl Backend for Device {
+    fn features(&self) -> u64 {
+        Features::offered().0
+    }
+
+    fn max_pairs(&self) -> u16 {
+        PAIRS
+    }
+
+    fn set_features(&self, acked: u64) {
+        assert_eq!(acked & !self.features(), 0);
+    }
+
+    fn set_memory(&self, memory: &Arc<GuestMemory>) {
+        self.rings.lock().unwrap().retain(|_, (queue, uplink)| {
+            *uplink.mapped.lock().unwrap() = Mapped::new(memory);
+            match queue {
+                Queue::Rx(rx) => rx.rebind(memory).is_ok(),
+                Queue::Tx(tx) => tx.rebind(memory).is_ok(),
+            }
+        });
+    }
+
+    fn start_ring(&self, index: u16, start: RingStart) -> Result<(), BackendError> {
+        self.known(index);
+        assert!(!start.memory.is_empty());
+        assert!((1..=virtionet_ring::MAX_SIZE).contains(&start.layout.size));
+        let features = Features(start.features);
+        let uplink = Checker::new(features, &start.memory);
+        let config = QueueConfig {
+            layout: start.layout,
+            base: start.base,
+            features,
+            memory: start.memory,
+            stats: Arc::new(RingStats::default()),
+        };
+        let queue = Queue::new(index, config).map_err(|e| BackendError::new(e.to_string()))?;
+        let before = self.rings.lock().unwrap().insert(index, (queue, uplink));
+        assert!(before.is_none(), "ring {index} runs already");
+        Ok(())
+    }
+
+    fn stop_ring(&self, index: u16) -> Option<u32> {
+        self.known(index);
+        let (queue, _) = self.rings.lock().unwrap().remove(&index)?;
+        Some(match queue {
+            Queue::Rx(mut rx) => rx.rewind(),
+            Queue::Tx(mut tx) => tx.rewind(),
+        })
+    }
+
+    fn set_enabled(&self, index: u16, _enabled: bool) {
+        self.known(index);
+    }
+
+    fn set_kick(&self, index: u16, _kick: Option<Arc<OwnedFd>>) -> Result<(), BackendError> {
+        self.known(index);
+        Ok(())
+    }
+
+    fn set_call(&self, index: u16, _call: Option<Arc<OwnedFd>>) {
+        self.known(index);
+    }
+
+    fn set_err(&self, index: u16, _err: Option<Arc<OwnedFd>>) {
+        self.known(index);
+    }
+
+    fn set_mtu(&self, mtu: u16) -> Result<(), BackendError> {
+        assert!(mtu >= 68);
+        Ok(())
+    }
+}

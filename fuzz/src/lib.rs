@@ -1,0 +1,33 @@
+//! What the fuzz targets do with their input, apart from the fuzzer: so the committed seeds can be
+//! made ([`seeds`]) and run as a test without it.
+//!
+//! Run a target from the repository's root (`RUSTC_BOOTSTRAP=1` for the sanitizer's flags):
+//! `RUSTC_BOOTSTRAP=1 cargo fuzz run split_chains fuzz/corpus/split_chains fuzz/seeds/split_chains`
+
+pub mod framing;
+mod input;
+pub mod seeds;
+pub mod split_chains;
+mod uplink;
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    /// The seeds in the repository are those that the program makes, and no target fails on one.
+    #[test]
+    fn seeds_are_as_made_and_pass() {
+        let targets: [(&str, fn(&[u8]), _); 2] = [
+            ("framing", crate::framing::run, crate::seeds::framing()),
+            ("split_chains", crate::split_chains::run, crate::seeds::split_chains()),
+        ];
+        for (target, run, seeds) in targets {
+            let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("seeds").join(target);
+            assert_eq!(std::fs::read_dir(&folder).unwrap().count(), seeds.len());
+            for (name, bytes) in seeds {
+                assert_eq!(std::fs::read(folder.join(name)).unwrap(), bytes, "{name}");
+                run(&bytes);
+            }
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! Two devices in one process, and what the control socket tells of them.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use virtionet_guest::card::CardConfig;
+use virtionet_guest::net::MODERN;
+use virtionet_tests::daemon::Options;
+use virtionet_tests::http;
+use virtionet_tests::paths::RunDir;
+use virtionet_tests::station::{Identity, Station};
+use virtionet_tests::topology::Lan;
+
+const PAIRS: [u16; 2] = [1, 2];
+
+#[test]
+fn two_devices_carry_frames_side_by_side_and_are_told_apart() {
+    let dir = RunDir::new().unwrap();
+    let lan = Lan::bare().unwrap();
+    let sockets = ["a.sock", "b.sock"].map(|name| dir.join(name));
+    let device = |n: usize, more: &str| {
+        format!("socket-path={},tap=tap{n}{more}", sockets[n].display())
+    };
+    let daemon = Options::new()
+        .no_socket()
+        .netns(lan.netns())
+        .flag("--device", device(0, ""))
+        .flag("--device", device(1, ",name=other,queues=2"))
+        .start(&dir, "vnet")
+        .unwrap();
+    let stations: Vec<Station> = (0..2)
+        .map(|n| connect(&lan, &sockets[n], n).unwrap())
+        .collect();
+    for n in 0..2 {
+        lan.reach(&address(n, 2)).unwrap();
+    }
+
+    let all = daemon.get("/v1/devices").unwrap();
+    let list = all["devices"].as_array().unwrap();
+    let names: Vec<_> = list.iter().map(|d| d["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["vnet0", "other"]);
+    for (n, device) in list.iter().enumerate() {
+        assert_eq!(device["uplink"]["name"], format!("tap{n}"));
+        assert_eq!(device["socket"], sockets[n].display().to_string());
+        assert_eq!(device["frontend"]["pid"], std::process::id());
+        let pairs = device["pairs"].as_array().unwrap();
+        assert_eq!(pairs.len(), usize::from(PAIRS[n]));
+        let carried = |ring: &str| -> u64 {
+            let of = |pair: &Value| pair[ring]["counters"]["frames"].as_u64().unwrap();
+            pairs.iter().map(of).sum()
+        };
+        assert!(carried("rx") > 1 && carried("tx") > 1, "{device}");
+    }
+    let page = daemon.get_text("/metrics").unwrap();
+    metrics_agree(&page, list).unwrap();
+
+    // The end of one does not touch the other.
+    let mut stations = stations.into_iter();
+    drop(stations.next());
+    lan.reach(&address(1, 2)).unwrap();
+    let all = daemon.get("/v1/devices").unwrap();
+    assert_eq!(all["devices"][0]["connected"], false);
+    assert_eq!(all["devices"][1]["connected"], true);
+    let first = connect(&lan, &sockets[0], 0).unwrap();
+    lan.reach(&address(0, 2)).unwrap();
+    drop(first);
+
+    let answer = http::request(daemon.control(), "GET", "/nothing", "").unwrap();
+    assert_eq!(answer.status, 404);
+    let error: Value = serde_json::from_str(&answer.body).unwrap();
+    assert!(error["error"].as_str().unwrap().contains("/v1/devices"));
+
+    let stopped = daemon.stop(Signal::SIGTERM).unwrap();
+    assert!(stopped.status.success(), "{stopped:?}");
+    assert!(sockets.iter().all(|socket| !socket.exists()));
+}
+
+/// The address of `host` on network n: 1 is the host side, 2 the station.
+fn address(n: usize, host: u8) -> String {
+    format!("10.77.{n}.{host}")
+}
+
+fn connect(lan: &Lan, socket: &Path, n: usize) -> Result<Station> {
+    let host = address(n, 1);
+    lan.netns().ip(&format!("addr replace {host}/24 dev tap{n}"))?;
+    let config = CardConfig::new(PAIRS[n], 256, MODERN);
+    Station::connect(socket, &config, Identity::at(&address(n, 2))?)
+}
+
+/// Every counter of every ring and worker in `devices` is on the page, with
+/// labels that name it, and no smaller: the page is the younger one.
+fn metrics_agree(page: &str, devices: &[Value]) -> Result<()> {
+    let samples = parse(page)?;
+    let mut found = 0;
+    for device in devices {
+        let name = &device["name"];
+        let connected = format!("virtionetd_device_connected{{device={name}}}");
+        ensure!(samples.get(&connected) == Some(&1), "{connected}: {page}");
+        for pair in device["pairs"].as_array().context("no pairs")? {
+            let labels = format!("device={name},pair=\"{}\"", pair["pair"]);
+            found += block(&samples, "worker", &labels, &pair["worker_counters"])?;
+            for direction in ["rx", "tx"] {
+                let labels = format!("{labels},direction=\"{direction}\"");
+                found += block(&samples, "ring", &labels, &pair[direction]["counters"])?;
+            }
+        }
+    }
+    eprintln!("{found} counters in {} samples", samples.len());
+    ensure!(found > 3 * 2 * 30, "only {found} counters");
+    Ok(())
+}
+
+fn block(
+    samples: &BTreeMap<String, u64>,
+    family: &str,
+    labels: &str,
+    counters: &Value,
+) -> Result<usize> {
+    let counters = counters.as_object().context("no counters")?;
+    for (counter, value) in counters {
+        let sample = format!("virtionetd_{family}_{counter}_total{{{labels}}}");
+        let shown = samples.get(&sample);
+        ensure!(
+            shown.is_some() && shown.copied() >= value.as_u64(),
+            "{sample} is {shown:?} where the device says {value}"
+        );
+    }
+    Ok(counters.len())
+}
+
+/// The samples of a page in the OpenMetrics text format, by name with labels.
+fn parse(page: &str) -> Result<BTreeMap<String, u64>> {
+    let body = page
+        .strip_suffix("# EOF\n")
+        .context("the page has no end")?;
+    let mut samples = BTreeMap::new();
+    for line in body.lines() {
+        if let Some(comment) = line.strip_prefix("# ") {
+            let word = comment.split(' ').next().unwrap_or("");
+            ensure!(["HELP", "TYPE", "UNIT"].contains(&word), "{line}");
+            continue;
+        }
+        let sample = line.rsplit_once(' ');
+        let (name, value) = sample.with_context(|| format!("no sample: {line}"))?;
+        let value = value.parse().with_context(|| format!("no number: {line}"))?;
+        ensure!(
+            samples.insert(name.to_owned(), value).is_none(),
+            "twice: {line}"
+        );
+    }
+    Ok(samples)
+}

@@ -1,0 +1,107 @@
+//! What a person is told when something is wrong on QEMU's side or with a
+//! socket: one sentence that says what to do, and an exit code that tells.
+
+use std::fs;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use virtionet_guest::card::{Card, CardConfig};
+use virtionet_guest::net::MODERN;
+use virtionet_tests::accel::Accel;
+use virtionet_tests::daemon::{Options, Stopped};
+use virtionet_tests::paths::RunDir;
+use virtionet_tests::qemu::{Machine, Nic};
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+#[test]
+fn a_qemu_that_wants_more_pairs_is_refused_and_the_next_is_served() {
+    let dir = RunDir::new().unwrap();
+    let daemon = null().flag("--queues", "2").start(&dir, "vnet").unwrap();
+    let nic = Nic::vhost_user(daemon.socket()).queues(4);
+    let machine = Machine::new().accel(Accel::Auto).nic(nic);
+    let words = match machine.start(&dir, "guest") {
+        Err(error) => format!("{error:#}"),
+        Ok(mut qemu) => {
+            let status = qemu.proc().wait(LIMIT).unwrap();
+            assert!(!status.success(), "{status}");
+            qemu.proc().stderr()
+        }
+    };
+    assert!(words.contains("queues than supported: 2"), "{words}");
+    let said = daemon.stderr();
+    let told = |line: &&str| line.contains("2 queue pairs") && line.contains("--queues");
+    assert_eq!(said.lines().filter(told).count(), 1, "{said}");
+
+    let card = Card::connect(daemon.socket(), &CardConfig::new(2, 256, MODERN)).unwrap();
+    assert_eq!(card.pairs.len(), 2);
+    drop(card);
+    assert!(daemon.stop(Signal::SIGTERM).unwrap().status.success());
+}
+
+#[test]
+fn guest_memory_that_is_not_shared_ends_the_daemon_with_the_remedy() {
+    let dir = RunDir::new().unwrap();
+    let mut daemon = null().start(&dir, "vnet").unwrap();
+    let nic = Nic::vhost_user(daemon.socket());
+    let machine = Machine::new().accel(Accel::Auto).nic(nic).private_memory();
+    let _qemu = machine.start(&dir, "guest").unwrap();
+    let status = daemon.proc().wait(LIMIT).unwrap();
+    assert_eq!(status.code(), Some(1));
+    let said = daemon.stderr();
+    let last = said.lines().next_back().unwrap();
+    assert!(last.starts_with("virtionetd: vnet: "), "{said}");
+    assert!(last.contains("memory is not shared"), "{said}");
+    assert!(last.contains("memory-backend-memfd"), "{said}");
+    assert!(last.contains("share=on"), "{said}");
+    // Nothing else is an error.
+    assert!(!said.contains("ERROR"), "{said}");
+    assert!(!daemon.socket().exists());
+}
+
+#[test]
+fn a_socket_that_cannot_be_had_is_named_with_the_remedy() {
+    let dir = RunDir::new().unwrap();
+    let holder = null().start(&dir, "vnet").unwrap();
+    let socket = holder.socket().to_owned();
+    let second = null().no_socket().flag("--socket-path", &socket);
+    let refused = second.run_to_end(&dir, "second").unwrap();
+    sentence(&refused, "vnet.sock is in use by another process");
+    assert!(socket.exists(), "the holder's socket must stay");
+    let card = Card::connect(&socket, &CardConfig::new(1, 256, MODERN)).unwrap();
+    drop(card);
+
+    // Left behind by a daemon that is gone: taken over.
+    drop(holder);
+    assert!(socket.exists(), "a killed daemon leaves its socket");
+    let next = second.start(&dir, "next").unwrap();
+    drop(Card::connect(&socket, &CardConfig::new(1, 256, MODERN)).unwrap());
+    assert!(next.stop(Signal::SIGTERM).unwrap().status.success());
+    assert!(!socket.exists());
+
+    fs::write(&socket, "a person's file").unwrap();
+    let refused = second.run_to_end(&dir, "file").unwrap();
+    sentence(&refused, "vnet.sock exists and is not a socket");
+    assert_eq!(fs::read_to_string(&socket).unwrap(), "a person's file");
+
+    let nowhere = dir.join("nowhere/vnet.sock");
+    let lost = null().no_socket().flag("--socket-path", &nowhere);
+    let refused = lost.run_to_end(&dir, "nowhere").unwrap();
+    sentence(&refused, "nowhere/vnet.sock: No such file or directory");
+
+    let fd = null().no_socket().flag("--fd", "77");
+    sentence(&fd.run_to_end(&dir, "fd").unwrap(), "77");
+}
+
+/// A daemon whose frames go nowhere.
+fn null() -> Options {
+    Options::new().flag("--uplink", "null")
+}
+
+fn sentence(stopped: &Stopped, part: &str) {
+    assert_eq!(stopped.status.code(), Some(1), "{stopped:?}");
+    let text = stopped.stderr.trim();
+    assert!(text.starts_with("virtionetd: vnet: "), "{text}");
+    assert_eq!(text.lines().count(), 1, "{text}");
+    assert!(text.contains(part), "no '{part}' in: {text}");
+}
