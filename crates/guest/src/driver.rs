@@ -6,6 +6,7 @@
 //! that more is there, collect again instead of sleeping.
 
 use crate::memory::{GuestRam, RamError};
+use crate::packed::PackedRing;
 use crate::split::SplitRing;
 
 /// One buffer of a chain.
@@ -44,13 +45,15 @@ impl Buf {
 /// How a ring is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RingConfig {
-    /// Descriptors, 2 to 32,768; a power of two for a split ring.
+    /// Descriptors: a power of two from 2 to 32,768 in a split ring, any number from 1 to 32,768 in a
+    /// packed one.
     pub size: u16,
     /// Whether VIRTIO_F_EVENT_IDX is negotiated.
     pub event_idx: bool,
     /// Whether VIRTIO_F_RING_PACKED is negotiated.
     pub packed: bool,
-    /// The index that a split ring begins at, to start close to its wrap at 65,535.
+    /// The index that a split ring begins at, to start close to its wrap at 65,535; in a packed
+    /// ring so many descriptors, round and round, from its beginning.
     pub start: u16,
 }
 
@@ -82,11 +85,10 @@ pub struct RingAddresses {
 #[derive(Debug, thiserror::Error)]
 pub enum RingError {
     /// A size that the format does not have.
-    #[error("a ring of {0} descriptors cannot be made; take a power of two from 2 to 32768")]
+    #[error(
+        "a ring of {0} descriptors cannot be made; take 1 to 32768, and a power of two from 2 in a split ring"
+    )]
     Size(u16),
-    /// A format that this crate does not drive.
-    #[error("this driver has no packed ring; do not negotiate VIRTIO_F_RING_PACKED with it")]
-    Packed,
     /// No room.
     #[error("a chain needs {needed} descriptors and {free} are free; collect used ones first")]
     Full {
@@ -119,8 +121,8 @@ pub enum DeviceFault {
         /// Chains in flight.
         in_flight: u16,
     },
-    /// A used element names no chain in flight.
-    #[error("the device's used element names descriptor {0}, which heads no chain in flight")]
+    /// A used element or used descriptor names no chain in flight, by its head or buffer id.
+    #[error("the device used {0}, which names no chain in flight")]
     UsedId(u32),
     /// A used length beyond what the chain can take.
     #[error("the device says that it wrote {len} bytes into a buffer of {capacity}")]
@@ -146,11 +148,23 @@ pub enum DeviceFault {
     },
 }
 
-/// A driver's ring. The packed format becomes a second variant; nothing in the interface changes.
+/// A driver's ring.
 #[derive(Debug)]
 pub enum DriverRing {
     /// Virtio 1.3 §2.7.
     Split(SplitRing),
+    /// Virtio 1.3 §2.8.
+    Packed(PackedRing),
+}
+
+/// Calls the same on whichever format the ring has.
+macro_rules! each {
+    ($self:expr, $ring:ident => $call:expr) => {
+        match $self {
+            DriverRing::Split($ring) => $call,
+            DriverRing::Packed($ring) => $call,
+        }
+    };
 }
 
 impl DriverRing {
@@ -159,26 +173,22 @@ impl DriverRing {
     /// # Errors
     /// When the format does not have that size or `ram` has no room.
     pub fn new(ram: &GuestRam, config: RingConfig) -> Result<Self, RingError> {
-        if config.packed {
-            return Err(RingError::Packed);
-        }
-        Ok(Self::Split(SplitRing::new(ram, config)?))
+        Ok(match config.packed {
+            false => Self::Split(SplitRing::new(ram, config)?),
+            true => Self::Packed(PackedRing::new(ram, config)?),
+        })
     }
 
     /// Number of descriptors.
     #[must_use]
     pub fn size(&self) -> u16 {
-        match self {
-            Self::Split(ring) => ring.size(),
-        }
+        each!(self, ring => ring.size())
     }
 
     /// Where the parts lie.
     #[must_use]
     pub fn addresses(&self) -> RingAddresses {
-        match self {
-            Self::Split(ring) => ring.addresses(),
-        }
+        each!(self, ring => ring.addresses())
     }
 
     /// What SET_VRING_BASE takes for a device that is to go on where the last one stopped: derived
@@ -187,6 +197,10 @@ impl DriverRing {
     pub fn base(&self) -> u32 {
         match self {
             Self::Split(ring) => u32::from(ring.used_index()),
+            Self::Packed(ring) => {
+                let place = u32::from(ring.used_up_to().word());
+                place | place << 16
+            }
         }
     }
 
@@ -194,26 +208,20 @@ impl DriverRing {
     #[inline(always)]
     #[must_use]
     pub fn free(&self) -> u16 {
-        match self {
-            Self::Split(ring) => ring.free(),
-        }
+        each!(self, ring => ring.free())
     }
 
     /// Chains that were published and not collected yet.
     #[inline(always)]
     #[must_use]
     pub fn in_flight(&self) -> u16 {
-        match self {
-            Self::Split(ring) => ring.in_flight(),
-        }
+        each!(self, ring => ring.in_flight())
     }
 
     /// Forgets every chain and starts over with zeroed memory, as a driver that is loaded anew.
     /// The device must not be running.
     pub fn reset(&mut self) {
-        match self {
-            Self::Split(ring) => ring.reset(),
-        }
+        each!(self, ring => ring.reset())
     }
 
     /// Writes a chain, not yet visible to the device. With `indirect` it takes one descriptor and a
@@ -224,26 +232,20 @@ impl DriverRing {
     /// When there is no room; nothing was added then.
     #[inline(always)]
     pub fn add(&mut self, chain: &[Buf], indirect: bool, token: u64) -> Result<u16, RingError> {
-        match self {
-            Self::Split(ring) => ring.add(chain, indirect, token),
-        }
+        each!(self, ring => ring.add(chain, indirect, token))
     }
 
     /// Makes what was added visible to the device, all at once.
     #[inline(always)]
     pub fn publish(&mut self) {
-        match self {
-            Self::Split(ring) => ring.publish(),
-        }
+        each!(self, ring => ring.publish())
     }
 
     /// Whether the device wants a kick for what was published since the last call of this.
     #[inline(always)]
     #[must_use]
     pub fn kick_needed(&mut self) -> bool {
-        match self {
-            Self::Split(ring) => ring.kick_needed(),
-        }
+        each!(self, ring => ring.kick_needed())
     }
 
     /// Reads the device's progress once; returns the chains that [`DriverRing::pop`] can now give.
@@ -252,9 +254,7 @@ impl DriverRing {
     /// When the device's index is impossible.
     #[inline(always)]
     pub fn refresh(&mut self) -> Result<u16, DeviceFault> {
-        match self {
-            Self::Split(ring) => ring.refresh(),
-        }
+        each!(self, ring => ring.refresh())
     }
 
     /// The next chain, token and bytes written, of those that the last [`DriverRing::refresh`] saw.
@@ -263,9 +263,7 @@ impl DriverRing {
     /// When the device names a chain that is not in flight.
     #[inline(always)]
     pub fn pop(&mut self) -> Result<Option<(u64, u32)>, DeviceFault> {
-        match self {
-            Self::Split(ring) => ring.pop(),
-        }
+        each!(self, ring => ring.pop())
     }
 
     /// Hands every chain that the device is done with to `each`: its token and the bytes written.
@@ -285,9 +283,7 @@ impl DriverRing {
     /// Asks the device for no calls. With EVENT_IDX one more may come.
     #[inline(always)]
     pub fn disable_calls(&mut self) {
-        match self {
-            Self::Split(ring) => ring.disable_calls(),
-        }
+        each!(self, ring => ring.disable_calls())
     }
 
     /// Asks the device for a call with the next chain that it uses. Returns whether there is more
@@ -295,15 +291,33 @@ impl DriverRing {
     #[inline(always)]
     #[must_use]
     pub fn enable_calls(&mut self) -> bool {
-        match self {
-            Self::Split(ring) => ring.enable_calls(),
-        }
+        each!(self, ring => ring.enable_calls())
     }
 
     /// The ring as a split ring, for its raw access; `None` for another format.
     pub fn as_split(&mut self) -> Option<&mut SplitRing> {
         match self {
             Self::Split(ring) => Some(ring),
+            Self::Packed(_) => None,
         }
+    }
+
+    /// The ring as a packed ring, for its raw access; `None` for another format.
+    pub fn as_packed(&mut self) -> Option<&mut PackedRing> {
+        match self {
+            Self::Packed(ring) => Some(ring),
+            Self::Split(_) => None,
+        }
+    }
+}
+
+/// Descriptors that a chain takes from a ring with `free` ones.
+#[inline(always)]
+pub(crate) fn needed(chain: &[Buf], indirect: bool, free: u16) -> Result<u16, RingError> {
+    let needed = if indirect { 1 } else { chain.len() };
+    match u16::try_from(needed) {
+        _ if chain.is_empty() => Err(RingError::Empty),
+        Ok(count) if count <= free => Ok(count),
+        _ => Err(RingError::Full { needed, free }),
     }
 }

@@ -22,6 +22,9 @@ pub const MODERN: u64 = 1 << config::VIRTIO_F_VERSION_1
     | 1 << net::VIRTIO_NET_F_MQ
     | OFFLOADS;
 
+/// Packed rings, which a guest must ask for beside [`MODERN`].
+pub const PACKED: u64 = 1 << config::VIRTIO_F_RING_PACKED;
+
 /// Checksum and TCP segmentation offloads in both directions.
 pub const OFFLOADS: u64 = 1 << net::VIRTIO_NET_F_CSUM
     | 1 << net::VIRTIO_NET_F_GUEST_CSUM
@@ -50,7 +53,7 @@ pub struct QueueConfig {
     pub size: u16,
     /// Negotiated feature bits.
     pub features: u64,
-    /// The index that the rings begin at (split).
+    /// Where the rings begin, see [`crate::driver::RingConfig::start`].
     pub start: u16,
     /// Bytes of each descriptor of an RX buffer.
     pub rx_buffer: Vec<u32>,

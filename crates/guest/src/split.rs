@@ -6,8 +6,9 @@
 
 use virtionet_ring::memory::full_fence;
 
-use crate::driver::{Buf, DeviceFault, RingAddresses, RingConfig, RingError};
-use crate::memory::{Area, GuestRam, wide};
+use crate::driver::{Buf, DeviceFault, RingAddresses, RingConfig, RingError, needed};
+use crate::indirect::Tables;
+use crate::memory::{Area, GuestRam};
 
 /// Descriptor flag: the chain goes on at `next`.
 pub const NEXT: u16 = 1;
@@ -108,9 +109,8 @@ pub struct SplitRing {
     collected: u16,
     /// The used index when it was last read.
     seen: u16,
-    /// Indirect tables by head, kept for the next use.
-    tables: Box<[Option<Area>]>,
-    ram: GuestRam,
+    /// Indirect tables by head.
+    tables: Tables,
 }
 
 impl SplitRing {
@@ -138,8 +138,7 @@ impl SplitRing {
             kicked: 0,
             collected: 0,
             seen: 0,
-            tables: (0..size).map(|_| None).collect(),
-            ram: ram.clone(),
+            tables: Tables::new(ram, size),
         };
         ring.start_at(config.start);
         Ok(ring)
@@ -204,17 +203,7 @@ impl SplitRing {
     /// When there is no room; nothing was added then.
     #[inline(always)]
     pub fn add(&mut self, chain: &[Buf], indirect: bool, token: u64) -> Result<u16, RingError> {
-        let needed = if indirect { 1 } else { chain.len() };
-        let count = match u16::try_from(needed) {
-            _ if chain.is_empty() => return Err(RingError::Empty),
-            Ok(count) if count <= self.free => count,
-            _ => {
-                return Err(RingError::Full {
-                    needed,
-                    free: self.free,
-                });
-            }
-        };
+        let count = needed(chain, indirect, self.free)?;
         let head = self.free_head;
         let last = if indirect {
             self.write_indirect(head, chain)?
@@ -254,7 +243,7 @@ impl SplitRing {
         };
         let count = u16::try_from(chain.len()).map_err(|_| full())?;
         let bytes = DESCRIPTOR * chain.len();
-        let table = self.table(head, bytes)?;
+        let table = self.tables.table(head, bytes)?;
         for ((index, buf), offset) in (0..).zip(chain).zip((0..).step_by(DESCRIPTOR)) {
             let more = index + 1 < count;
             let next = if more { index + 1 } else { 0 };
@@ -264,21 +253,6 @@ impl SplitRing {
         let len = u32::try_from(bytes).map_err(|_| full())?;
         self.set_descriptor(head, Descriptor::new(addr, len, INDIRECT, 0));
         Ok(head)
-    }
-
-    /// The indirect table of `head`, of at least `bytes` bytes.
-    fn table(&mut self, head: u16, bytes: usize) -> Result<&Area, RingError> {
-        let kept = &mut self.tables[usize::from(head)];
-        if let Some(old) = kept.take_if(|old| old.len() < bytes) {
-            self.ram.free(old.addr(), wide(old.len()));
-        }
-        match kept {
-            Some(table) => Ok(table),
-            None => {
-                let room = bytes.next_power_of_two();
-                Ok(kept.insert(self.ram.alloc_area(wide(room), 16)?))
-            }
-        }
     }
 
     /// See [`crate::driver::DriverRing::publish`].

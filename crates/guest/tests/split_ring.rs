@@ -366,8 +366,4 @@ fn sizes_that_a_split_ring_has_not_are_refused() {
             Err(RingError::Size(_))
         ));
     }
-    assert!(matches!(
-        DriverRing::new(&ram, RingConfig::new(256, 1 << 34)),
-        Err(RingError::Packed)
-    ));
 }
