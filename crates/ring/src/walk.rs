@@ -44,6 +44,17 @@ pub(crate) enum Table {
     Sequential,
 }
 
+impl Table {
+    /// A table's descriptor has its fields in the order of the ring's format.
+    #[inline(always)]
+    fn descriptor(self, raw: Descriptor) -> Descriptor {
+        match self {
+            Self::Linked => raw,
+            Self::Sequential => raw.unpacked(raw.packed_flags()),
+        }
+    }
+}
+
 /// What has been gathered of one chain.
 pub(crate) struct Walk {
     rules: Rules,
@@ -119,7 +130,7 @@ impl Walk {
         let limit = self.steps + usize::from(entries);
         let mut index = 0;
         loop {
-            let desc = table.get(index);
+            let desc = order.descriptor(table.get(index));
             if desc.has(INDIRECT) {
                 return Err(ChainFault::IndirectNested);
             }
@@ -147,7 +158,8 @@ impl Walk {
             Ok(()) => None,
             Err(fault) => Some(fault),
         };
-        burst.work += self.steps;
+        // A chain that was refused at its first descriptor was read all the same.
+        burst.work += self.steps.max(1);
         if fault.is_some() {
             burst.pieces.truncate(self.from);
         }

@@ -144,6 +144,7 @@ impl Ours {
             },
             base: setup.start.into(),
             direction: setup.direction,
+            packed: false,
             event_idx: setup.event_idx,
             indirect: true,
             min_len: 0,

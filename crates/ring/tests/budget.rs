@@ -39,6 +39,7 @@ impl Bench {
             },
             base: 0,
             direction: Direction::Readable,
+            packed: false,
             event_idx: false,
             indirect,
             min_len: 12,
