@@ -13,7 +13,7 @@
 use crate::burst::{Burst, Chain};
 use crate::fault::{ChainFault, RingFault};
 use crate::memory::{Descriptor, GuestArray, GuestMemory, full_fence};
-use crate::walk::{INDIRECT, MAX_STEPS, NEXT, Rules, Table, WRITE, Walk};
+use crate::walk::{INDIRECT, MAX_CHAINS, MAX_STEPS, NEXT, Rules, Table, WRITE, Walk};
 use crate::{RingConfig, RingError, needs_event};
 
 const AVAIL: u16 = 1 << 7;
@@ -64,6 +64,16 @@ impl Place {
                 index: index - size,
                 wrap: !self.wrap,
             }
+        }
+    }
+
+    /// Descriptors from `earlier` to here, a lap at most.
+    #[inline(always)]
+    fn since(self, earlier: Self, size: u16) -> u16 {
+        if self.wrap == earlier.wrap {
+            self.index.saturating_sub(earlier.index)
+        } else {
+            size - earlier.index.saturating_sub(self.index)
         }
     }
 
@@ -145,20 +155,31 @@ impl PackedRing {
         u32::from(self.avail.word()) | u32::from(self.used.word()) << 16
     }
 
+    /// Descriptors that the driver may have made available: those that we did not take, or gave
+    /// back. The flags of the others are not to be believed, or a driver that rewrites them makes us
+    /// take more than the ring has.
+    #[inline(always)]
+    fn room(&self) -> u16 {
+        self.size - self.avail.since(self.used, self.size)
+    }
+
     /// Takes chain after chain for as long as the next descriptor is the device's.
     #[inline]
     pub(crate) fn take(&mut self, burst: &mut Burst, max: usize) -> Result<usize, RingFault> {
         let limit = burst.work + MAX_STEPS;
+        let max = max.min(MAX_CHAINS);
+        let mut room = self.room();
         let mut taken = 0;
-        while taken < max && burst.work < limit {
+        while taken < max && room > 0 && burst.work < limit {
             let flags = self.desc.acquire_flags(self.avail.index);
             if !is_available(flags, self.avail.wrap) {
                 break;
             }
             self.desc
                 .prefetch(self.avail.after(AHEAD.min(self.size), self.size).index);
-            match self.walk(flags, burst) {
+            match self.walk(flags, room, burst) {
                 Ok(chain) => {
+                    room -= chain.slots;
                     self.avail = self.avail.after(chain.slots, self.size);
                     burst.chains.push(chain);
                     taken += 1;
@@ -171,9 +192,10 @@ impl PackedRing {
         Ok(taken)
     }
 
-    /// Follows the chain at the next descriptor, whose flags have been read.
+    /// Follows the chain at the next descriptor, whose flags have been read, for `room` descriptors
+    /// at most.
     #[inline(always)]
-    fn walk(&self, flags: u16, burst: &mut Burst) -> Result<Chain, RingFault> {
+    fn walk(&self, flags: u16, room: u16, burst: &mut Burst) -> Result<Chain, RingFault> {
         let mut walk = Walk::new(self.rules, burst);
         let mut place = self.avail;
         let mut slots = 0;
@@ -196,7 +218,7 @@ impl PackedRing {
                 let id = desc.next();
                 return Ok(Chain::new(id, slots, walk.end(followed, burst)));
             }
-            if slots == self.size {
+            if slots == room {
                 burst.pieces.truncate(walk.from());
                 return Err(RingFault::ChainWithoutEnd { size: self.size });
             }
@@ -300,7 +322,8 @@ impl PackedRing {
 
     #[inline(always)]
     pub(crate) fn has_more(&self) -> bool {
-        is_available(self.desc.acquire_flags(self.avail.index), self.avail.wrap)
+        let flags = self.desc.acquire_flags(self.avail.index);
+        is_available(flags, self.avail.wrap) && self.room() > 0
     }
 }
 
@@ -324,6 +347,8 @@ mod tests {
             for n in [1, size, size / 2 + 1] {
                 let there = place.after(n, size);
                 assert_eq!(there.before(n, size), place, "{n} of {size}");
+                assert_eq!(there.since(place, size), n, "{n} of {size}");
+                assert_eq!(there.since(there, size), 0);
                 place = there;
             }
         }

@@ -185,6 +185,9 @@ pub(crate) struct Walked {
     pub(crate) len: u32,
 }
 
+/// Chains that one call of `take` may take.
+pub(crate) const MAX_CHAINS: usize = 64;
+
 /// Descriptors that one call of `take` may read: whatever the guest wrote, a call ends in some tens
 /// of microseconds.
 pub(crate) const MAX_STEPS: usize = 4 * MAX_CHAIN;

@@ -114,7 +114,9 @@ enum Wish {
     /// With the next: nothing was there when it was said.
     Next,
     /// At a point that was passed `ago` descriptors (packed) or chains (split) ago.
-    Passed { ago: u64 },
+    Passed {
+        ago: u64,
+    },
     /// Nothing is known of where it stands.
     Unknown,
 }
@@ -337,7 +339,10 @@ impl World {
 
     fn collect(&mut self) {
         let mut back = Vec::new();
-        let count = self.guest.ring.collect(|token, len| back.push((token, len)));
+        let count = self
+            .guest
+            .ring
+            .collect(|token, len| back.push((token, len)));
         assert_eq!(usize::from(count.unwrap()), back.len());
         let used = std::mem::take(&mut self.used);
         let want: Vec<_> = used
@@ -437,10 +442,9 @@ fn each_setup(test: impl Fn(Setup)) {
         (false, &[2, 4, 8, 256]),
     ] {
         for &size in sizes {
-            for (event_idx, direction) in [
-                (false, Direction::Readable),
-                (true, Direction::Writable),
-            ] {
+            for (event_idx, direction) in
+                [(false, Direction::Readable), (true, Direction::Writable)]
+            {
                 test(Setup {
                     size,
                     packed,
@@ -472,7 +476,7 @@ fn full_rings_come_back_whole_lap_after_lap() {
             }
             world.step(&Op::Show);
             while !world.available.is_empty() {
-                world.step(&Op::Take(64));
+                world.step(&Op::Take(100));
             }
             assert_eq!(world.guest.ring.free(), 0);
             world.step(&Op::Complete(usize::MAX));

@@ -1,0 +1,107 @@
+//! A driver and a device on threads of their own, each asleep whenever there is nothing for it to
+//! do: a signal that is lost stops both for ever.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use common::{DATA, Guest, Setup};
+use virtionet_guest::doorbell::Doorbell;
+use virtionet_guest::driver::Buf;
+use virtionet_ring::{Burst, Direction, Ring};
+
+/// Longer than any sleep that has an end.
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// Sleeps until the bell rings.
+fn sleep(bell: &Doorbell, who: &str) {
+    assert_ne!(bell.wait(LIMIT).unwrap(), 0, "the {who} was not woken");
+}
+
+fn drive(mut guest: Guest, chains: u64, kick: &Doorbell, call: &Doorbell) {
+    let ring = &mut guest.ring;
+    let mut out = VecDeque::new();
+    let (mut added, mut back) = (0, 0);
+    while back < chains {
+        // As many as fit, of one to three descriptors, shown a few at a time.
+        let batch = 1 + added % 7;
+        for _ in 0..batch {
+            let count = usize::try_from(1 + added % 3).unwrap();
+            let chain = vec![Buf::readable(DATA + added % 64, 8); count];
+            let indirect = added.is_multiple_of(5) || count > usize::from(ring.size());
+            if added == chains || ring.add(&chain, indirect, added).is_err() {
+                break;
+            }
+            out.push_back(added);
+            added += 1;
+        }
+        ring.publish();
+        if ring.kick_needed() {
+            kick.ring().unwrap();
+        }
+        let more = ring.collect(|token, _| assert_eq!(Some(token), out.pop_front()));
+        let more = more.unwrap();
+        back += u64::from(more);
+        if more == 0 && (ring.free() < 3 || added == chains) && !ring.enable_calls() {
+            sleep(call, "driver");
+            ring.disable_calls();
+        }
+    }
+}
+
+fn serve(mut ring: Ring, mut burst: Burst, chains: u64, kick: &Doorbell, call: &Doorbell) {
+    let mut done = 0;
+    while done < chains {
+        let taken = ring.take(&mut burst, 5).unwrap();
+        for chain in burst.chains() {
+            assert_eq!(chain.fault(), None);
+            ring.complete(chain, 0);
+        }
+        burst.clear();
+        if ring.publish() {
+            call.ring().unwrap();
+        }
+        done += u64::try_from(taken).unwrap();
+        if taken == 0 && !ring.enable_kicks() {
+            sleep(kick, "device");
+            ring.disable_kicks();
+        }
+    }
+}
+
+fn run(size: u16, packed: bool, event_idx: bool) {
+    let guest = Guest::new(Setup {
+        size,
+        packed,
+        event_idx,
+        start: 3,
+        direction: Direction::Readable,
+    });
+    let (ring, burst) = guest.device(guest.ring.base());
+    let chains = 30_000;
+    let (kick, call) = (Doorbell::new().unwrap(), Doorbell::new().unwrap());
+    std::thread::scope(|scope| {
+        scope.spawn(|| serve(ring, burst, chains, &kick, &call));
+        drive(guest, chains, &kick, &call);
+    });
+}
+
+#[test]
+fn no_signal_is_lost_on_packed_rings() {
+    for size in [1, 2, 3, 5, 8, 256] {
+        for event_idx in [false, true] {
+            run(size, true, event_idx);
+        }
+    }
+}
+
+#[test]
+fn no_signal_is_lost_on_split_rings() {
+    for size in [2, 4, 8, 256] {
+        for event_idx in [false, true] {
+            run(size, false, event_idx);
+        }
+    }
+}
