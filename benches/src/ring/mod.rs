@@ -116,11 +116,13 @@ pub fn run(effort: Effort) -> Result<Outcome> {
 }
 
 fn measure(case: &Case, effort: Effort) -> Result<Row> {
-    let bursts = effort.choose(1000, 300);
+    // Shorter than what a scheduler gives to another program at a time: most samples have none of
+    // that in them.
+    let bursts = 100;
     let (mut our_driver, mut ours) = our_side(case)?;
     let (mut peer_driver, mut peer) = peer_side(case)?;
     let pairs = Pairs::take(
-        effort.choose(151, 15),
+        effort.choose(1001, 51),
         || {
             rounds(&mut our_driver, case.burst, bursts, || {
                 ours.burst(case.burst)

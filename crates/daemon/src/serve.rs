@@ -211,7 +211,9 @@ fn serve(card: &Card, mut door: Door, stop: BorrowedFd<'_>, alone: bool) -> Resu
         match virtionet_session::serve(stream, card, stop) {
             Ok(Ended::Disconnected) => {}
             Ok(Ended::Stopped) => return Ok(()),
-            Err(error @ SessionError::NotShared) if alone => return cannot_go_on(error.to_string()),
+            Err(error @ SessionError::NotShared) if alone => {
+                return cannot_go_on(error.to_string());
+            }
             Err(error) => tracing::error!("{}: {error}", card.name()),
         }
     }

@@ -1,4 +1,5 @@
 //! Frames that a guest receives: where their bytes lie, and what the ring says of them.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
 
@@ -250,7 +251,11 @@ fn a_snapshot_without_the_ring_is_refused_and_the_base_stays_right() {
     pair.driver.fill().unwrap();
     pair.feed(1, 3000);
     pair.fill();
-    assert!(pair.device.rebind(&Arc::new(GuestMemory::default())).is_err());
+    assert!(
+        pair.device
+            .rebind(&Arc::new(GuestMemory::default()))
+            .is_err()
+    );
     assert_eq!(pair.device.rewind(), 2);
     assert_eq!(pair.driver.queue.ring.base(), 2);
     assert_eq!(pair.received()[0].2, frame(1, 3000));

@@ -215,7 +215,9 @@ impl Theirs {
         let mut queue = Queue::new(setup.size).unwrap();
         let at = guest.ring.addresses();
         let part = GuestAddress;
-        queue.try_set_desc_table_address(part(at.descriptors)).unwrap();
+        queue
+            .try_set_desc_table_address(part(at.descriptors))
+            .unwrap();
         queue.try_set_avail_ring_address(part(at.driver)).unwrap();
         queue.try_set_used_ring_address(part(at.device)).unwrap();
         queue.set_event_idx(setup.event_idx);
@@ -396,7 +398,10 @@ impl Twins {
         }
         self.both(|guest| {
             let mut back = Vec::new();
-            guest.ring.collect(|token, len| back.push((token, len))).unwrap();
+            guest
+                .ring
+                .collect(|token, len| back.push((token, len)))
+                .unwrap();
             back
         });
     }
@@ -449,7 +454,13 @@ fn rings_of_every_size_go_round() {
                     lens: lens.into(),
                     indirect,
                 };
-                let steps = [add(false), add(true), Op::Publish, Op::Take(9), Op::Finish(9)];
+                let steps = [
+                    add(false),
+                    add(true),
+                    Op::Publish,
+                    Op::Take(9),
+                    Op::Finish(9),
+                ];
                 steps.iter().for_each(|op| twins.step(op));
             }
             assert!(twins.ours.ring.base() < 65_530, "the index has wrapped");
