@@ -186,8 +186,10 @@ impl SplitRing {
             Ok(()) => None,
             Err(fault) => Some(fault),
         };
-        budget.spend(walk.steps);
-        burst.work += walk.steps;
+        // The head counts even when it is refused at sight, as an indirect descriptor may be.
+        let work = walk.steps + 1;
+        budget.spend(work);
+        burst.work += work;
         if fault.is_some() {
             burst.pieces.truncate(from);
             walk.len = 0;
@@ -296,6 +298,10 @@ impl SplitRing {
         } else {
             self.avail.acquire(FLAGS) & NO_INTERRUPT == 0
         }
+    }
+
+    pub(crate) fn is_unpublished(&self) -> bool {
+        self.published != self.next_used
     }
 
     /// Asks for kicks; true when chains came meanwhile, so that no kick may come for them.
