@@ -161,7 +161,10 @@ fn a_turn_s_frames_become_visible_together() {
         pair.feed(len, len);
     }
     let before = pair.driver.queue.ring.base();
+    let used = pair.driver.queue.ring.addresses().device;
+    pair.uplink.used = Some(pair.ram.area(used, 4).unwrap());
     let filled = pair.device.fill(&pair.uplink, 3, 1 << 20).unwrap();
+    assert_eq!(*pair.uplink.seen.lock().unwrap(), [0, 0, 0]);
     assert_eq!((filled.frames, filled.bytes), (3, 5074));
     assert_eq!(filled.end, RxEnd::Budget);
     assert_eq!(pair.driver.queue.ring.base() - before, 1 + 4 + 1);
