@@ -17,16 +17,22 @@ const BAR: f64 = 16.0;
 const LEFT: f64 = 330.0;
 const RIGHT: f64 = 790.0;
 
+/// Axes for rows that are all close to 1: both ends and the ticks.
+const CLOSE: [(f64, f64, &[f64]); 2] = [
+    (0.8, 1.25, &[0.8, 0.9, 1.0, 1.1, 1.2]),
+    (0.7, 1.4, &[0.7, 0.8, 0.9, 1.0, 1.2, 1.4]),
+];
+
 const STYLE: &str = "text{font:13px sans-serif;fill:#222}.h{font-size:16px;font-weight:bold}\
 .s{font-size:11px;fill:#555}.e{text-anchor:end}.m{text-anchor:middle}\
 .grid{stroke:#ddd}.one{stroke:#222;stroke-width:1.5}.bound{stroke:#c60;stroke-width:2}\
-.better{fill:#2a7f4f}.worse{fill:#b8442f}";
+.better{fill:#2a7f4f}.held{fill:#8aa04a}.worse{fill:#b8442f}";
 
 /// The picture.
 #[must_use]
 pub fn render(meta: &Meta, outcome: &Outcome) -> String {
     let axis = Axis::over(&outcome.rows);
-    let lines = [meta.lines(), meta.notes.clone()].concat();
+    let lines = meta.lines();
     let top = MARGIN + 24.0 + LINE * count(lines.len()) + 34.0;
     let bottom = top + STEP * count(outcome.rows.len());
     let height = bottom + 34.0;
@@ -47,7 +53,7 @@ pub fn render(meta: &Meta, outcome: &Outcome) -> String {
         bar(&mut svg, &axis, row, top + STEP * count(n));
     }
     line(&mut svg, "one", axis.x(1.0), top - 4.0, bottom);
-    let legend = "ratio to the peer: 1.0 is as good, right of it is better; orange: the bound";
+    let legend = "ratio to the peer: 1.0 is as good, right of it is better; orange line: the bound";
     text(&mut svg, "s", LEFT, bottom + 20.0, legend);
     svg.push_str("</svg>\n");
     svg
@@ -64,7 +70,11 @@ fn ticks(svg: &mut String, axis: &Axis, top: f64, bottom: f64) {
 fn bar(svg: &mut String, axis: &Axis, row: &Row, y: f64) {
     let (one, end) = (axis.x(1.0), axis.x(row.ratio));
     let (from, to) = (one.min(end), one.max(end));
-    let class = if row.ratio < 1.0 { "worse" } else { "better" };
+    let class = match row.bound {
+        _ if row.ratio >= 1.0 => "better",
+        Some(_) if row.holds() => "held",
+        _ => "worse",
+    };
     let base = y + BAR - 3.0;
     text(svg, "e", LEFT - 12.0, base, &row.case);
     // Writing to a String cannot fail.
@@ -123,12 +133,11 @@ impl Axis {
         let shown = || rows.iter().flat_map(|row| [Some(row.ratio), row.bound]);
         let finite = || shown().flatten().filter(|r| r.is_finite() && *r > 0.0);
         let (least, most) = (finite().fold(1.0, f64::min), finite().fold(1.0, f64::max));
-        if least >= 0.8 && most <= 1.25 {
-            return Self {
-                low: 0.8,
-                high: 1.25,
-                ticks: vec![0.8, 0.9, 1.0, 1.1, 1.2],
-            };
+        for (low, high, ticks) in CLOSE {
+            if least >= low && most <= high {
+                let ticks = ticks.to_vec();
+                return Self { low, high, ticks };
+            }
         }
         let low = least.log2().floor().min(-1.0);
         let high = most.log2().ceil().max(1.0);
@@ -175,7 +184,14 @@ mod tests {
 
     #[test]
     fn the_axis_holds_every_ratio_and_bound() {
-        for (ratio, bound) in [(30.0, 1.0), (0.01, 1.0), (1.0, 0.9), (1.0, 5.0)] {
+        for (ratio, bound) in [
+            (1.2, 0.9),
+            (0.75, 0.9),
+            (30.0, 1.0),
+            (0.01, 1.0),
+            (1.0, 0.9),
+            (1.0, 5.0),
+        ] {
             let axis = Axis::over(&[row(ratio).bound(bound)]);
             for value in [ratio, bound] {
                 assert!(axis.low <= value && value <= axis.high, "{value}: {axis:?}");
@@ -186,9 +202,14 @@ mod tests {
     #[test]
     fn a_bar_goes_from_one_to_the_ratio() {
         let axis = Axis::over(&[row(2.0), row(0.5)]);
-        for (ratio, class, x) in [(2.0, "better", axis.x(1.0)), (0.5, "worse", LEFT)] {
+        for (row, class, x) in [
+            (row(2.0), "better", axis.x(1.0)),
+            (row(0.5), "worse", LEFT),
+            (row(0.5).bound(0.4), "held", LEFT),
+            (row(0.5).bound(0.6), "worse", LEFT),
+        ] {
             let mut svg = String::new();
-            bar(&mut svg, &axis, &row(ratio), 0.0);
+            bar(&mut svg, &axis, &row, 0.0);
             let width = (RIGHT - LEFT) / 2.0;
             let want = format!("class=\"{class}\" x=\"{x:.1}\" y=\"0.0\" width=\"{width:.1}\"");
             assert!(svg.contains(&want), "{svg}");

@@ -46,7 +46,7 @@ pub fn run(effort: Effort) -> Result<Outcome> {
         let mut outcome = Outcome::default();
         for uplink in UPLINKS {
             for pairs in PAIRS {
-                progress(&format!("footprint: {pairs} pairs, {uplink}"));
+                progress(&format!("footprint: pairs {pairs}, {uplink}"));
                 memory(uplink, pairs, &mut outcome)?;
             }
         }
@@ -72,18 +72,19 @@ fn memory(uplink: &str, pairs: u16, outcome: &mut Outcome) -> Result<()> {
     let used = daemon.usage()?;
     drop(card);
     let kind = kind(uplink);
+    let plural = if pairs == 1 { "" } else { "s" };
     let aim = AIM_DAEMON + AIM_PAIR * f64::from(pairs);
     for (what, kib) in [
         ("resident", used.resident),
         ("proportional", used.proportional),
         ("private", used.private),
     ] {
-        let case = format!("{kind}, {pairs} pairs: {what}");
+        let case = format!("{kind}, {pairs} pair{plural}: {what}");
         let row = Row::new(&case, "KiB", Better::Lower, kib, ("aim", aim));
         outcome.rows.push(row.bound(1.0));
     }
     outcome.notes.push(format!(
-        "{kind}, {pairs} pairs: {} threads, {} file descriptors",
+        "{kind}, {pairs} pair{plural}: {} threads, {} file descriptors",
         used.threads, used.descriptors
     ));
     Ok(())

@@ -34,13 +34,15 @@ pub fn run(effort: Effort) -> Result<Outcome> {
     for pairs in PAIRS {
         let loads = loads();
         let mut taken = vec![Pairs::default(); loads.len()];
+        let mut work = vec![String::new(); loads.len()];
         for n in 1..=effort.choose(3, 1) {
-            progress(&format!("iperf: {pairs} pairs, repetition {n}"));
-            repeat(pairs, effort, &loads, &mut taken)
-                .with_context(|| format!("with {pairs} pairs, in repetition {n}"))?;
+            progress(&format!("iperf: pairs {pairs}, repetition {n}"));
+            work = repeat(pairs, effort, &loads, &mut taken)
+                .with_context(|| format!("with {pairs} pair(s), in repetition {n}"))?;
         }
-        for (load, taken) in loads.iter().zip(&taken) {
+        for (n, (load, taken)) in loads.iter().zip(&taken).enumerate() {
             let case = load.case(pairs);
+            outcome.notes.push(format!("{case}: {}", work[n]));
             let row = taken.row(&case, "Gbit/s", Better::Higher, "QEMU virtio-net");
             outcome.rows.push(row);
         }
@@ -76,14 +78,17 @@ impl Flows {
     }
 }
 
-/// Boots both sides and takes one pair of every load.
-fn repeat(pairs: u16, effort: Effort, loads: &[Flows], taken: &mut [Pairs]) -> Result<()> {
+/// Boots both sides and takes one pair of every load; says what our rings did in each.
+fn repeat(pairs: u16, effort: Effort, loads: &[Flows], taken: &mut [Pairs]) -> Result<Vec<String>> {
     let dir = RunDir::new()?;
     let ours = Side::ours(&dir, pairs).context("with virtionetd")?;
     let peer = Side::peer(&dir, pairs).context("with QEMU's own card")?;
     let seconds = effort.choose(4, 2);
+    let mut work = Vec::new();
     for (load, taken) in loads.iter().zip(taken) {
+        let before = ours.counted(load.direction)?;
         let our_rate = ours.measure(&dir, *load, seconds);
+        work.push(ours.counted(load.direction)?.since(before).words());
         let our_rate = our_rate.context("with virtionetd")?;
         let peer_rate = peer.measure(&dir, *load, seconds);
         let peer_rate = peer_rate.context("with QEMU's own card")?;
@@ -93,14 +98,23 @@ fn repeat(pairs: u16, effort: Effort, loads: &[Flows], taken: &mut [Pairs]) -> R
         ));
         taken.push(our_rate, peer_rate);
     }
-    Ok(())
+    Ok(work)
 }
 
 /// A guest and what its card is connected to. QEMU goes first, the network last.
 struct Side {
     qemu: Qemu,
-    _daemon: Option<Daemon>,
+    daemon: Option<Daemon>,
     lan: Lan,
+}
+
+/// What the rings of one direction counted, all pairs together.
+#[derive(Debug, Clone, Copy, Default)]
+struct Counted {
+    frames: f64,
+    bytes: f64,
+    bursts: f64,
+    dropped: f64,
 }
 
 impl Side {
@@ -132,11 +146,7 @@ impl Side {
         configure_guest(qemu.guest(), pairs)?;
         lan.reach(GUEST.v4)?;
         stop(&qemu)?;
-        Ok(Self {
-            qemu,
-            _daemon: daemon,
-            lan,
-        })
+        Ok(Self { qemu, daemon, lan })
     }
 
     /// Gbit/s at the receivers, while the guest runs for this.
@@ -150,6 +160,53 @@ impl Side {
         let report = iperf.run(&what, load.direction)?;
         stop(&self.qemu)?;
         Ok(report.gbps)
+    }
+
+    /// Zeros for QEMU's own card, which tells nothing.
+    fn counted(&self, direction: Direction) -> Result<Counted> {
+        let ring = match direction {
+            Direction::HostToGuest => "rx",
+            Direction::GuestToHost => "tx",
+        };
+        let mut sum = Counted::default();
+        let Some(daemon) = &self.daemon else {
+            return Ok(sum);
+        };
+        let device = daemon.device()?;
+        for pair in device["pairs"].as_array().into_iter().flatten() {
+            let counters = pair[ring]["counters"].as_object();
+            for (name, value) in counters.into_iter().flatten() {
+                let value = value.as_f64().unwrap_or(0.0);
+                match name.as_str() {
+                    "frames" => sum.frames += value,
+                    "bytes" => sum.bytes += value,
+                    "bursts" => sum.bursts += value,
+                    name if name.starts_with("dropped_") => sum.dropped += value,
+                    _ => {}
+                }
+            }
+        }
+        Ok(sum)
+    }
+}
+
+impl Counted {
+    fn since(self, before: Self) -> Self {
+        Self {
+            frames: self.frames - before.frames,
+            bytes: self.bytes - before.bytes,
+            bursts: self.bursts - before.bursts,
+            dropped: self.dropped - before.dropped,
+        }
+    }
+
+    fn words(self) -> String {
+        format!(
+            "{:.1} frames a burst, {:.0} bytes a frame, {} dropped",
+            self.frames / self.bursts.max(1.0),
+            self.bytes / self.frames.max(1.0),
+            self.dropped
+        )
     }
 }
 

@@ -9,7 +9,9 @@ fn main() -> std::io::Result<()> {
         ("framing", seeds::framing()),
         ("split_chains", seeds::split_chains()),
     ] {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("seeds").join(target);
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("seeds")
+            .join(target);
         std::fs::create_dir_all(&folder)?;
         for (name, bytes) in made {
             std::fs::write(folder.join(name), bytes)?;

@@ -16,6 +16,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
+use rustix::event::{EventfdFlags, eventfd};
 use virtionet_device::features::Features;
 use virtionet_device::stats::RingStats;
 use virtionet_device::{DeviceQueue, QueueConfig, RxQueue, TxQueue};
@@ -23,7 +24,6 @@ use virtionet_guest::memory::GuestRam;
 use virtionet_ring::memory::GuestMemory;
 use virtionet_session::wire::{HEADER_SIZE, Header, Message};
 use virtionet_session::{Backend, BackendError, RingStart, Session, serve};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::input::Input;
@@ -93,7 +93,9 @@ fn straight(data: &[u8], device: &Device, files: &Files) {
         let message = Message {
             header,
             payload: piece.payload.to_vec(),
-            fds: (0..piece.fds.min(32)).map(|_| files.owned(piece.kind)).collect(),
+            fds: (0..piece.fds.min(32))
+                .map(|_| files.owned(piece.kind))
+                .collect(),
         };
         match session.handle(message) {
             Ok(Some(reply)) => assert_eq!(reply.code, header.code),
@@ -119,8 +121,7 @@ fn through_socket(data: &[u8], device: &Device, files: &Files) {
         }
     }
     front.shutdown(std::net::Shutdown::Write).unwrap();
-    let never = EventFd::new(EFD_NONBLOCK).unwrap();
-    let never = File::from(duplicate(&never));
+    let never = eventfd(0, EventfdFlags::empty()).unwrap();
     let _how_it_ended = serve(back, device, never.as_fd());
 }
 
@@ -147,7 +148,7 @@ impl From<u8> for Kind {
 
 /// A file of each kind.
 struct Files {
-    event: EventFd,
+    event: OwnedFd,
     memory: GuestRam,
     null: File,
 }
@@ -155,7 +156,7 @@ struct Files {
 impl Files {
     fn new() -> Self {
         Self {
-            event: EventFd::new(0).unwrap(),
+            event: eventfd(0, EventfdFlags::empty()).unwrap(),
             memory: GuestRam::new(FILE).unwrap(),
             null: File::open("/dev/null").unwrap(),
         }
@@ -171,20 +172,11 @@ impl Files {
 
     fn owned(&self, kind: Kind) -> OwnedFd {
         match kind {
-            Kind::EventFd => duplicate(&self.event),
+            Kind::EventFd => self.event.try_clone().unwrap(),
             Kind::Memory => self.memory.file().try_clone().unwrap().into(),
             Kind::Null => self.null.try_clone().unwrap().into(),
         }
     }
-}
-
-fn duplicate(event: &EventFd) -> OwnedFd {
-    let copy = event.try_clone().unwrap();
-    let path = format!("/proc/self/fd/{}", copy.as_raw_fd());
-    File::options().read(true).write(true).open(path).map_or_else(
-        |_| File::open("/dev/null").unwrap().into(),
-        OwnedFd::from,
-    )
 }
 
 /// A queue of either direction.
@@ -229,12 +221,6 @@ impl Device {
 
     fn known(&self, index: u16) {
         assert!(index < 2 * PAIRS, "ring {index} does not exist");
-    }
-
-    fn running(&self, index: u16) {
-        self.known(index);
-        let running = self.rings.lock().unwrap().contains_key(&index);
-        assert!(running, "ring {index} does not run");
     }
 }
 

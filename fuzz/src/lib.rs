@@ -17,12 +17,22 @@ mod tests {
     /// The seeds in the repository are those that the program makes, and no target fails on one.
     #[test]
     fn seeds_are_as_made_and_pass() {
-        let targets: [(&str, fn(&[u8]), _); 2] = [
-            ("framing", crate::framing::run, crate::seeds::framing()),
-            ("split_chains", crate::split_chains::run, crate::seeds::split_chains()),
+        let targets = [
+            (
+                "framing",
+                crate::framing::run as fn(&[u8]),
+                crate::seeds::framing(),
+            ),
+            (
+                "split_chains",
+                crate::split_chains::run,
+                crate::seeds::split_chains(),
+            ),
         ];
         for (target, run, seeds) in targets {
-            let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("seeds").join(target);
+            let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+                .join("seeds")
+                .join(target);
             assert_eq!(std::fs::read_dir(&folder).unwrap().count(), seeds.len());
             for (name, bytes) in seeds {
                 assert_eq!(std::fs::read(folder.join(name)).unwrap(), bytes, "{name}");

@@ -318,12 +318,30 @@ fn layout(setup: Setup, ram: &GuestRam, driver: &SplitRing) -> RingLayout {
     };
     match setup.layout % 8 {
         0 => good,
-        1 => RingLayout { used: good.desc, ..good },
-        2 => RingLayout { avail: good.used, ..good },
-        3 => RingLayout { used: good.avail & !3, ..good },
-        4 => RingLayout { desc: good.desc + 8, ..good },
-        5 => RingLayout { used: user(0x3_fff0), ..good },
-        6 => RingLayout { avail: u64::MAX - 1, ..good },
+        1 => RingLayout {
+            used: good.desc,
+            ..good
+        },
+        2 => RingLayout {
+            avail: good.used,
+            ..good
+        },
+        3 => RingLayout {
+            used: good.avail & !3,
+            ..good
+        },
+        4 => RingLayout {
+            desc: good.desc + 8,
+            ..good
+        },
+        5 => RingLayout {
+            used: user(0x3_fff0),
+            ..good
+        },
+        6 => RingLayout {
+            avail: u64::MAX - 1,
+            ..good
+        },
         _ => RingLayout { size: 3, ..good },
     }
 }

@@ -2,8 +2,8 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::BorrowedFd;
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex};
 
 use virtionet_device::features::Features;
@@ -66,8 +66,10 @@ impl UplinkQueue for Checker {
             frame.payload.iter().for_each(|slice| mapped.check(slice));
             let total: usize = frame.payload.iter().map(GuestSlice::len).sum();
             assert_eq!(total, frame.len);
-            let mut bytes = [0; 64];
-            frame.payload[0].copy_to(&mut bytes);
+            for slice in frame.payload {
+                assert_eq!(slice.copy_to(&mut [0]), 1);
+                assert_eq!(slice.skip(slice.len() - 1).copy_to(&mut [0, 0]), 1);
+            }
             stats.frames.add(1);
         }
     }

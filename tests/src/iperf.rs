@@ -242,8 +242,10 @@ impl<'a> Iperf<'a> {
     }
 
     fn serve_in_guest(&self) -> Result<()> {
-        // What an earlier one left is in the way of the ports.
-        self.guest.ok("killall iperf3 2>/dev/null; true")?;
+        // What an earlier one left is in the way of the ports until it is gone.
+        self.guest.ok(
+            "killall iperf3 2>/dev/null; for i in $(seq 100); do pidof iperf3 >/dev/null || exit 0; sleep 0.05; done; exit 1",
+        )?;
         for (i, port) in (0..).zip(&self.ports) {
             let cpu = self.on_vcpu(i);
             self.guest.ok(&format!("{cpu} iperf3 -s -D -p {port}"))?;

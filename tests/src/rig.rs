@@ -125,16 +125,13 @@ impl Plan {
         for prop in &self.props {
             nic = nic.prop(prop);
         }
-        let mut qemu = Machine::new()
+        let (qemu, _) = Machine::new()
             .vcpus(self.pairs.into())
             .memory_mib(self.memory_mib)
             .accel(Accel::Auto)
             .nic(nic)
-            .paused()
-            .start(dir, name)?;
-        qemu.pin_vcpus()?;
-        qemu.resume()?;
-        qemu.boot(BOOT)?;
+            .pinned()
+            .boot(dir, name, BOOT)?;
         Ok(qemu)
     }
 }

@@ -105,7 +105,7 @@ pub fn configure_guest(guest: &Guest, queues: u16) -> Result<()> {
     let Addresses { v4, v6 } = GUEST;
     // No duplicate detection: an address counts at once.
     guest.ok(&format!(
-        "echo 0 >/proc/sys/net/ipv6/conf/{CARD}/accept_dad && ip addr add {v4}/24 dev {CARD} && ip -6 addr add {v6}/64 dev {CARD} && ip link set {CARD} up"
+        "echo 0 >/proc/sys/net/ipv6/conf/{CARD}/accept_dad && ip addr replace {v4}/24 dev {CARD} && ip -6 addr replace {v6}/64 dev {CARD} && ip link set {CARD} up"
     ))?;
     let now = guest.ok(&format!("ethtool -l {CARD} | grep Combined | tail -n 1"))?;
     if !now.trim().ends_with(&format!("\t{queues}")) {

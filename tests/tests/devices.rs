@@ -21,9 +21,8 @@ fn two_devices_carry_frames_side_by_side_and_are_told_apart() {
     let dir = RunDir::new().unwrap();
     let lan = Lan::bare().unwrap();
     let sockets = ["a.sock", "b.sock"].map(|name| dir.join(name));
-    let device = |n: usize, more: &str| {
-        format!("socket-path={},tap=tap{n}{more}", sockets[n].display())
-    };
+    let device =
+        |n: usize, more: &str| format!("socket-path={},tap=tap{n}{more}", sockets[n].display());
     let daemon = Options::new()
         .no_socket()
         .netns(lan.netns())
@@ -85,7 +84,8 @@ fn address(n: usize, host: u8) -> String {
 
 fn connect(lan: &Lan, socket: &Path, n: usize) -> Result<Station> {
     let host = address(n, 1);
-    lan.netns().ip(&format!("addr replace {host}/24 dev tap{n}"))?;
+    lan.netns()
+        .ip(&format!("addr replace {host}/24 dev tap{n}"))?;
     let config = CardConfig::new(PAIRS[n], 256, MODERN);
     Station::connect(socket, &config, Identity::at(&address(n, 2))?)
 }
@@ -145,7 +145,9 @@ fn parse(page: &str) -> Result<BTreeMap<String, u64>> {
         }
         let sample = line.rsplit_once(' ');
         let (name, value) = sample.with_context(|| format!("no sample: {line}"))?;
-        let value = value.parse().with_context(|| format!("no number: {line}"))?;
+        let value = value
+            .parse()
+            .with_context(|| format!("no number: {line}"))?;
         ensure!(
             samples.insert(name.to_owned(), value).is_none(),
             "twice: {line}"

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use virtionet_tests::counters::pairs;
 use virtionet_tests::guest::Guest;
-use virtionet_tests::iperf::{Direction, Load};
+use virtionet_tests::iperf::{Direction, Iperf, Load};
 use virtionet_tests::process::{Proc, output};
 use virtionet_tests::rig::{Plan, Rig};
 use virtionet_tests::topology::{CARD, GUEST, HOST, TAP};
@@ -26,36 +26,13 @@ fn offloads_are_offered_and_large_segments_pass_whole() {
 
     let iperf = rig.iperf().unwrap();
     for six in [false, true] {
+        let family = |load: Load| if six { load.ipv6() } else { load };
         for direction in [Direction::HostToGuest, Direction::GuestToHost] {
-            let mut load = Load::tcp(2).flows(2);
-            if six {
-                load = load.ipv6();
-            }
-            let before = mean_base(&rig, direction).unwrap();
-            let report = iperf.run(&load, direction).unwrap();
-            let after = mean_base(&rig, direction).unwrap();
-            let mean = (after.1 - before.1) / (after.0 - before.0);
-            eprintln!(
-                "IPv{} {direction:?}: {:.2} Gbit/s, {mean} bytes a frame",
-                if six { 6 } else { 4 },
-                report.gbps
-            );
-            assert!(report.gbps > 0.05, "{report:?}");
-            // The link carries 1,514: a mean above that is segments left to the other end.
-            assert!(mean > 3000, "{mean} bytes a frame");
-        }
-        for direction in [Direction::HostToGuest, Direction::GuestToHost] {
-            let mut load = Load::udp(2, "20M").flows(2).arg("-l").arg("1400");
-            if six {
-                load = load.ipv6();
-            }
-            let report = iperf.run(&load, direction).unwrap();
-            eprintln!(
-                "UDP {direction:?}: {} of {} lost",
-                report.lost, report.packets
-            );
-            assert!(report.packets > 2000, "{report:?}");
-            assert!(report.lost * 20 < report.packets, "{report:?}");
+            eprintln!("IPv{}, {direction:?}:", if six { 6 } else { 4 });
+            let load = family(Load::tcp(2).flows(2));
+            segments_pass_whole(&rig, &iperf, &load, direction).unwrap();
+            let load = family(Load::udp(2, "20M").flows(2).arg("-l").arg("1400"));
+            datagrams_arrive(&rig, &iperf, &load, direction).unwrap();
         }
     }
 }
@@ -72,12 +49,8 @@ fn a_jumbo_link_carries_large_frames_and_every_byte_arrives() {
         rig.lan.netns().run("busybox", ping)?;
         let iperf = rig.iperf()?;
         for direction in [Direction::HostToGuest, Direction::GuestToHost] {
-            let load = Load::udp(1, "50M").flows(2).arg("-l").arg("8900");
-            let report = iperf.run(&load, direction)?;
-            ensure!(
-                report.packets > 500 && report.lost * 20 < report.packets,
-                "{direction:?}: {report:?}"
-            );
+            let load = Load::udp(2, "50M").flows(2).arg("-l").arg("8900");
+            datagrams_arrive(&rig, &iperf, &load, direction)?;
         }
         Ok(())
     })
@@ -134,8 +107,26 @@ fn guest_has_its_offloads(guest: &Guest) -> Result<()> {
     Ok(())
 }
 
+/// The link carries 1,514 bytes: frames that are larger on average are segments
+/// left for the other end to cut, or not to.
+fn segments_pass_whole(
+    rig: &Rig,
+    iperf: &Iperf<'_>,
+    load: &Load,
+    direction: Direction,
+) -> Result<()> {
+    let before = carried(rig, direction)?;
+    let report = iperf.run(load, direction)?;
+    let after = carried(rig, direction)?;
+    let mean = (after.1 - before.1) / (after.0 - before.0).max(1);
+    eprintln!("TCP: {:.2} Gbit/s, {mean} bytes a frame", report.gbps);
+    ensure!(report.gbps > 0.05, "{report:?}");
+    ensure!(mean > 3000, "{mean} bytes a frame");
+    Ok(())
+}
+
 /// Frames and bytes of all pairs so far, in the direction of the data.
-fn mean_base(rig: &Rig, direction: Direction) -> Result<(u64, u64)> {
+fn carried(rig: &Rig, direction: Direction) -> Result<(u64, u64)> {
     let pairs = pairs(&rig.daemon.device()?)?;
     let rings = pairs.iter().map(|pair| match direction {
         Direction::HostToGuest => pair.rx,
@@ -157,6 +148,39 @@ fn mtu_is_9000_at_both_ends(rig: &Rig) -> Result<()> {
     Ok(())
 }
 
+/// At most one datagram in a hundred is lost on the way. Those that the
+/// receiver's own socket had no room for do not count: on a busy machine iperf3
+/// sleeps for too long.
+fn datagrams_arrive(rig: &Rig, iperf: &Iperf<'_>, load: &Load, direction: Direction) -> Result<()> {
+    let before = socket_overruns(rig, direction)?;
+    let report = iperf.run(load, direction)?;
+    let overruns = socket_overruns(rig, direction)? - before;
+    eprintln!(
+        "UDP: {} of {} lost, {overruns} of them at the socket",
+        report.lost, report.packets
+    );
+    ensure!(report.packets > 1000, "{report:?}");
+    ensure!(report.lost <= overruns + report.packets / 100, "{report:?}");
+    Ok(())
+}
+
+/// Datagrams that came and found their socket full, at the receiver.
+fn socket_overruns(rig: &Rig, direction: Direction) -> Result<u64> {
+    let text = match direction {
+        Direction::HostToGuest => rig.qemu.guest().ok("cat /proc/net/snmp /proc/net/snmp6")?,
+        Direction::GuestToHost => {
+            let files = ["/proc/net/snmp", "/proc/net/snmp6"];
+            rig.lan.netns().run("cat", files)?
+        }
+    };
+    let six = text
+        .lines()
+        .find_map(|line| line.strip_prefix("Udp6RcvbufErrors"));
+    let six: u64 = six.context("no Udp6RcvbufErrors")?.trim().parse()?;
+    let four = snmp(&text, "Udp", "RcvbufErrors").context("no RcvbufErrors")?;
+    Ok(four + six)
+}
+
 /// Does `work` and checks that neither end cut a packet in pieces.
 fn unfragmented(rig: &Rig, work: impl FnOnce() -> Result<()>) -> Result<()> {
     let before = fragments(rig)?;
@@ -170,7 +194,8 @@ fn unfragmented(rig: &Rig, work: impl FnOnce() -> Result<()>) -> Result<()> {
 fn fragments(rig: &Rig) -> Result<[u64; 4]> {
     let guest = rig.qemu.guest().ok("cat /proc/net/snmp")?;
     let host = rig.lan.netns().run("cat", ["/proc/net/snmp"])?;
-    let of = |text: &str, name| snmp(text, name).with_context(|| format!("no {name} in {text}"));
+    let of =
+        |text: &str, name| snmp(text, "Ip", name).with_context(|| format!("no {name} in {text}"));
     Ok([
         of(&guest, "FragCreates")?,
         of(&guest, "ReasmReqds")?,
@@ -179,8 +204,14 @@ fn fragments(rig: &Rig) -> Result<[u64; 4]> {
     ])
 }
 
-fn snmp(text: &str, name: &str) -> Option<u64> {
-    let mut lines = text.lines().filter_map(|line| line.strip_prefix("Ip: "));
+/// A value of /proc/net/snmp: a line of names, then one of numbers.
+fn snmp(text: &str, protocol: &str, name: &str) -> Option<u64> {
+    let of = |line: &'_ str| {
+        line.strip_prefix(protocol)?
+            .strip_prefix(": ")
+            .map(str::to_owned)
+    };
+    let mut lines = text.lines().filter_map(of);
     let (names, values) = (lines.next()?, lines.next()?);
     let at = names.split(' ').position(|word| word == name)?;
     values.split(' ').nth(at)?.parse().ok()

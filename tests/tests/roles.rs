@@ -2,10 +2,11 @@
 //! one: QEMU listens, or the daemon inherits its socket.
 
 use std::net::Shutdown;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
+use anyhow::Result;
 use nix::sys::signal::Signal;
 use rustix::io::{FdFlags, fcntl_setfd};
 use virtionet_guest::card::CardConfig;
@@ -41,7 +42,8 @@ fn an_inherited_listening_socket_serves_one_front_end_after_another() {
     let lan = Lan::bare().unwrap();
     let path = dir.join("given.sock");
     let listener = UnixListener::bind(&path).unwrap();
-    let daemon = inheriting(&lan, &listener).start(&dir, "vnet").unwrap();
+    let options = inheriting(&lan, &listener).unwrap();
+    let daemon = options.start(&dir, "vnet").unwrap();
     drop(listener);
     lan.configure().unwrap();
     for pairs in [1, 2] {
@@ -62,7 +64,8 @@ fn an_inherited_connection_is_served_to_its_end_and_the_daemon_with_it() {
     let dir = RunDir::new().unwrap();
     let lan = Lan::bare().unwrap();
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let mut daemon = inheriting(&lan, &theirs).start(&dir, "vnet").unwrap();
+    let options = inheriting(&lan, &theirs).unwrap();
+    let mut daemon = options.start(&dir, "vnet").unwrap();
     drop(theirs);
     lan.configure().unwrap();
     let config = CardConfig::new(2, 256, MODERN);
@@ -76,9 +79,10 @@ fn an_inherited_connection_is_served_to_its_end_and_the_daemon_with_it() {
 }
 
 /// A daemon that gets `socket`, which every program started from now on gets as well.
-fn inheriting(lan: &Lan, socket: &(impl AsRawFd + std::os::fd::AsFd)) -> Options {
-    fcntl_setfd(socket, FdFlags::empty()).unwrap();
-    let number = socket.as_raw_fd().to_string();
+fn inheriting(lan: &Lan, socket: &impl AsFd) -> Result<Options> {
+    let fd = socket.as_fd();
+    fcntl_setfd(fd, FdFlags::empty())?;
     let options = Options::new().netns(lan.netns()).no_socket();
-    options.flag("--tap", TAP).flag("--fd", number)
+    let number = fd.as_raw_fd().to_string();
+    Ok(options.flag("--tap", TAP).flag("--fd", number))
 }

@@ -62,7 +62,7 @@ fn a_killed_daemon_is_followed_by_the_next_and_connections_live_on() {
     let mut rig = plan.start().unwrap();
     for direction in [Direction::HostToGuest, Direction::GuestToHost] {
         let iperf = iperf(&rig.lan, rig.qemu.guest(), &rig.dir).unwrap();
-        let mut running = iperf.start(&Load::tcp(12).flows(4), direction).unwrap();
+        let mut running = iperf.start(&Load::tcp(15).flows(4), direction).unwrap();
         for _ in 0..3 {
             sleep(Duration::from_millis(1500));
             rig.daemon.proc().signal(Signal::SIGKILL).unwrap();

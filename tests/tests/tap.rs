@@ -120,7 +120,10 @@ impl User {
         let program = dir.join("virtionetd");
         fs::copy(paths::virtionetd()?, &program)?;
         let tun = dir.join("tun");
-        output("mknod", [tun.as_os_str(), "c".as_ref(), "10".as_ref(), "200".as_ref()])?;
+        output(
+            "mknod",
+            [tun.as_os_str(), "c".as_ref(), "10".as_ref(), "200".as_ref()],
+        )?;
         fs::set_permissions(&tun, fs::Permissions::from_mode(0o666))?;
         chown(dir.join("."), Some(NOBODY), Some(NOBODY))?;
         Ok(Self {

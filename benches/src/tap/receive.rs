@@ -23,6 +23,24 @@ const MOST: usize = 48;
 /// Bytes of the virtio-net header.
 const HEADER: usize = 12;
 
+/// What the bare side calls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Call {
+    /// `readv`, as anyone must who reads a frame into several buffers.
+    Readv,
+    /// `read` into one buffer: for who knows that every frame fits one.
+    Read,
+}
+
+impl Call {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Readv => "bare readv",
+            Self::Read => "bare read",
+        }
+    }
+}
+
 /// One way to receive, and what there is to receive.
 pub(super) struct Receive {
     source: File,
@@ -36,7 +54,7 @@ pub(super) struct Receive {
 enum Side {
     /// The TAP's uplink queue, a device's RX queue, a ring.
     Ours(Box<Ours>),
-    /// `readv` on the TAP's descriptor.
+    /// A system call on the TAP's descriptor.
     Bare(Bare),
 }
 
@@ -50,6 +68,7 @@ struct Ours {
 /// which a device cannot know before.
 struct Bare {
     tap: File,
+    call: Call,
     buffers: Vec<Vec<u8>>,
     /// Buffers of a frame.
     needed: usize,
@@ -71,10 +90,11 @@ impl Receive {
         Self::new(bed, frame, Side::Ours(Box::new(ours)))
     }
 
-    pub(super) fn bare(bed: &Bed, frame: &Frame) -> Result<Self> {
+    pub(super) fn bare(bed: &Bed, frame: &Frame, call: Call) -> Result<Self> {
         let size = usize::try_from(MERGEABLE_BUFFER)?;
         let bare = Bare {
             tap: bed.bare()?,
+            call,
             buffers: vec![vec![0; size]; SIZE.into()],
             needed: (HEADER + frame.bytes.len()).div_ceil(size),
             next: 0,
@@ -154,7 +174,9 @@ impl Bare {
         }
         let buffers = &mut self.buffers[self.next..self.next + self.needed];
         self.next += self.needed;
-        if let [buffer] = buffers {
+        if self.call == Call::Read
+            && let [buffer] = buffers
+        {
             return Ok(self.tap.read(buffer)?);
         }
         let mut list: [IoSliceMut<'_>; MOST] = std::array::from_fn(|_| IoSliceMut::new(&mut []));

@@ -10,8 +10,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use virtionet_placement::{CpuSet, Planner};
@@ -24,6 +25,9 @@ use crate::config::{Config, DeviceConfig, Socket};
 use crate::control::ControlServer;
 use crate::inventory::Devices;
 use crate::placer::Placer;
+
+/// A session that ends sooner than this is followed by a pause of this length.
+const SHORT: Duration = Duration::from_millis(20);
 
 /// Why the program cannot start, or had to end: one sentence.
 #[derive(Debug, thiserror::Error)]
@@ -208,11 +212,25 @@ fn serve(card: &Card, mut door: Door, stop: BorrowedFd<'_>, alone: bool) -> Resu
             Ok(None) => return Ok(()),
             Err(error) => return cannot_go_on(error.to_string()),
         };
+        let began = Instant::now();
         match virtionet_session::serve(stream, card, stop) {
             Ok(Ended::Disconnected) => {}
             Ok(Ended::Stopped) => return Ok(()),
-            Err(error @ SessionError::NotShared) if alone => return cannot_go_on(error.to_string()),
+            Err(error @ SessionError::NotShared) if alone => {
+                return cannot_go_on(error.to_string());
+            }
             Err(error) => tracing::error!("{}: {error}", card.name()),
         }
+        if began.elapsed() < SHORT && pause(stop) {
+            return Ok(());
+        }
     }
+}
+
+/// Lets a moment pass before the next front-end: one that is refused may come again at once, and
+/// without end (QEMU does when it asks for too many queue pairs). True when `stop` is readable.
+fn pause(stop: BorrowedFd<'_>) -> bool {
+    let mut fds = [PollFd::from_borrowed_fd(stop, PollFlags::IN)];
+    let timeout = Timespec::try_from(SHORT).ok();
+    matches!(poll(&mut fds, timeout.as_ref()), Ok(ready) if ready > 0)
 }

@@ -84,10 +84,13 @@ impl RxQueue {
             if frames >= max_frames || bytes >= max_bytes {
                 break RxEnd::Budget;
             }
-            match self.reserve()? {
-                Reserved::Enough => {}
-                Reserved::TooLittle => break RxEnd::Starved,
-                Reserved::OverBudget => break RxEnd::Budget,
+            match self.reserve() {
+                Ok(Reserved::Enough) => {}
+                Ok(Reserved::TooLittle) => break RxEnd::Starved,
+                Ok(Reserved::OverBudget) => break RxEnd::Budget,
+                // What was done before is shown first; the next call meets the fault again.
+                Err(_) if self.queue.ring.is_unpublished() => break RxEnd::Budget,
+                Err(fault) => return Err(fault),
             }
             match self.receive(uplink) {
                 Received::Frame(len) => bytes += self.commit(len),

@@ -1,4 +1,5 @@
 //! Receive buffers that a guest must not offer, and buffers that run out.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
 
@@ -27,12 +28,16 @@ const ROWS: &[Row] = &[
     ("11 bytes", "rx_buffer_too_small", |lab| {
         lab.desc(0, DATA, 11, WRITE, 0);
     }),
-    ("11 bytes in eleven descriptors", "rx_buffer_too_small", |lab| {
-        for at in 0..10 {
-            lab.desc(at, DATA + u64::from(at), 1, WRITE | NEXT, at + 1);
-        }
-        lab.desc(10, DATA + 10, 1, WRITE, 0);
-    }),
+    (
+        "11 bytes in eleven descriptors",
+        "rx_buffer_too_small",
+        |lab| {
+            for at in 0..10 {
+                lab.desc(at, DATA + u64::from(at), 1, WRITE | NEXT, at + 1);
+            }
+            lab.desc(10, DATA + 10, 1, WRITE, 0);
+        },
+    ),
     ("readable", "direction_wrong", |lab| {
         lab.desc(0, DATA, ROOM, 0, 0);
     }),
@@ -84,7 +89,10 @@ fn with_header(seed: usize, len: usize) -> Vec<u8> {
 fn found(lab: &Lab, addr: u64, len: usize) -> (u16, Vec<u8>) {
     let mut bytes = vec![0; 12 + len];
     lab.ram.read(addr, &mut bytes).unwrap();
-    (u16::from_le_bytes([bytes[10], bytes[11]]), bytes.split_off(12))
+    (
+        u16::from_le_bytes([bytes[10], bytes[11]]),
+        bytes.split_off(12),
+    )
 }
 
 #[test]
@@ -108,9 +116,16 @@ fn a_bad_buffer_goes_back_empty_and_the_frame_takes_the_next() {
             assert_eq!(used[..4], want, "{name}, {features:#x}");
             assert!(used[4..].iter().all(|e| *e == (0, 0)), "{name}");
             let taken = lab.counted();
-            assert!(matches!(taken[..], [(c, 2..=14)] if c == counter), "{name}: {taken:?}");
+            assert!(
+                matches!(taken[..], [(c, 2..=14)] if c == counter),
+                "{name}: {taken:?}"
+            );
             assert_eq!(found(&lab, BUFFER, 1000), (1, frame(1, 1000)), "{name}");
-            assert_eq!(found(&lab, BUFFER + 0x1000, 60), (1, frame(2, 60)), "{name}");
+            assert_eq!(
+                found(&lab, BUFFER + 0x1000, 60),
+                (1, frame(2, 60)),
+                "{name}"
+            );
             assert_eq!(rx.rewind(), u32::from(lab.ring.used_index()), "{name}");
         }
     }
@@ -135,7 +150,11 @@ fn a_bad_chain_among_the_buffers_of_a_frame_is_an_empty_one_of_them() {
 
 #[test]
 fn without_merging_a_buffer_must_hold_a_header_and_a_frame() {
-    for (len, counter) in [(12, "rx_buffer_too_small"), (25, "rx_buffer_too_small"), (26, "")] {
+    for (len, counter) in [
+        (12, "rx_buffer_too_small"),
+        (25, "rx_buffer_too_small"),
+        (26, ""),
+    ] {
         let mut lab = Lab::new(8, UNMERGED);
         let mut rx: RxQueue = lab.device();
         lab.desc(0, BUFFER, len, WRITE, 0);
@@ -230,7 +249,9 @@ fn frames_wait_while_there_are_no_buffers_and_come_in_order_later() {
 fn a_table_of_65_535_entries_shared_by_1_024_heads_costs_little_at_a_time() {
     let mut lab = Lab::new(1024, FULL);
     let mut rx: RxQueue = lab.device();
-    let entries: Vec<_> = (0..u16::MAX).map(|at| (DATA, 1, WRITE | NEXT, at + 1)).collect();
+    let entries: Vec<_> = (0..u16::MAX)
+        .map(|at| (DATA, 1, WRITE | NEXT, at + 1))
+        .collect();
     lab.table(&entries);
     for head in 0..1024 {
         lab.desc(head, TABLE, 16 * 65_535, INDIRECT, 0);
@@ -263,7 +284,11 @@ fn a_large_ring_of_heads_refused_at_sight_takes_more_than_one_turn() {
         let mut lab = Lab::new(32_768, features);
         let mut rx: RxQueue = lab.device();
         lab.table(&[(TABLE, 16, INDIRECT, 0)]);
-        let addr = if counter == "indirect_unmapped" { HOLE } else { TABLE };
+        let addr = if counter == "indirect_unmapped" {
+            HOLE
+        } else {
+            TABLE
+        };
         for head in 0..32_768 {
             lab.desc(head, addr, len, INDIRECT, 0);
         }

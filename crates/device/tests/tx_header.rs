@@ -1,5 +1,6 @@
 //! The virtio-net header of frames that a guest sends (virtio 1.3 §5.1.6.2): each rule that it can
 //! break has a counter, and a frame that breaks one never reaches the uplink.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
 
@@ -45,6 +46,53 @@ const NONE: NetHeader = NetHeader {
 /// What goes into a chain, and the counter that tells of it (`GOOD`: it passes).
 type Row = (&'static str, u64, NetHeader, usize, &'static str);
 
+const fn gso(gso_type: u8) -> NetHeader {
+    NetHeader {
+        gso_type,
+        ..SEGMENTS
+    }
+}
+
+const fn flags(flags: u8, header: NetHeader) -> NetHeader {
+    NetHeader { flags, ..header }
+}
+
+const fn hdr_len(hdr_len: u16) -> NetHeader {
+    NetHeader {
+        hdr_len,
+        ..SEGMENTS
+    }
+}
+
+const fn csum(csum_start: u16, csum_offset: u16) -> NetHeader {
+    NetHeader {
+        csum_start,
+        csum_offset,
+        ..PARTIAL
+    }
+}
+
+const NO_SIZE: NetHeader = NetHeader {
+    gso_size: 0,
+    ..SEGMENTS
+};
+const STRAY: NetHeader = NetHeader {
+    csum_start: 3000,
+    ..SEGMENTS
+};
+/// Fields that nothing refers to.
+const UNUSED: NetHeader = NetHeader {
+    flags: 0,
+    gso_type: GSO_NONE,
+    hdr_len: 9999,
+    gso_size: 77,
+    csum_start: 9999,
+    csum_offset: 9999,
+    num_buffers: 9,
+};
+
+// One row a line.
+#[rustfmt::skip]
 const ROWS: &[Row] = &[
     ("no frame", FULL, NONE, 0, "frame_too_short"),
     ("1 byte", FULL, NONE, 1, "frame_too_short"),
@@ -53,298 +101,38 @@ const ROWS: &[Row] = &[
     ("the longest", FULL, NONE, 65_553, GOOD),
     ("one byte more", FULL, NONE, 65_554, "frame_too_long"),
     ("100,000 bytes", FULL, NONE, 100_000, "frame_too_long"),
-    (
-        "fields that nothing refers to",
-        PLAIN,
-        NetHeader {
-            hdr_len: 9999,
-            gso_size: 77,
-            csum_start: 9999,
-            csum_offset: 9999,
-            num_buffers: 9,
-            ..NONE
-        },
-        60,
-        GOOD,
-    ),
-    (
-        "DATA_VALID",
-        PLAIN,
-        NetHeader {
-            flags: DATA_VALID,
-            ..NONE
-        },
-        60,
-        GOOD,
-    ),
-    (
-        "flags that do not exist",
-        PLAIN,
-        NetHeader {
-            flags: 0xf8,
-            ..NONE
-        },
-        60,
-        GOOD,
-    ),
-    (
-        "gso_type 2",
-        FULL,
-        NetHeader {
-            gso_type: 2,
-            ..SEGMENTS
-        },
-        3000,
-        "gso_unknown",
-    ),
-    (
-        "gso_type 5, USO, never offered",
-        FULL,
-        NetHeader {
-            gso_type: 5,
-            ..SEGMENTS
-        },
-        3000,
-        "gso_unknown",
-    ),
-    (
-        "gso_type 0x7f",
-        FULL,
-        NetHeader {
-            gso_type: 0x7f,
-            ..SEGMENTS
-        },
-        3000,
-        "gso_unknown",
-    ),
-    (
-        "ECN of nothing",
-        FULL,
-        NetHeader {
-            gso_type: GSO_ECN,
-            ..SEGMENTS
-        },
-        3000,
-        "gso_unknown",
-    ),
-    (
-        "ECN of UFO",
-        UFO | FULL,
-        NetHeader {
-            gso_type: GSO_UDP | GSO_ECN,
-            ..SEGMENTS
-        },
-        3000,
-        "gso_unknown",
-    ),
+    ("fields that nothing refers to", PLAIN, UNUSED, 60, GOOD),
+    ("DATA_VALID", PLAIN, flags(DATA_VALID, NONE), 60, GOOD),
+    ("flags that do not exist", PLAIN, flags(0xf8, NONE), 60, GOOD),
+    ("gso_type 2", FULL, gso(2), 3000, "gso_unknown"),
+    ("gso_type 5, USO, never offered", FULL, gso(5), 3000, "gso_unknown"),
+    ("gso_type 0x7f", FULL, gso(0x7f), 3000, "gso_unknown"),
+    ("ECN of nothing", FULL, gso(GSO_ECN), 3000, "gso_unknown"),
+    ("ECN of UFO", UFO | FULL, gso(GSO_UDP | GSO_ECN), 3000, "gso_unknown"),
     ("TSO4", TSO4, SEGMENTS, 3000, GOOD),
-    (
-        "TSO4 not negotiated",
-        CSUM,
-        SEGMENTS,
-        3000,
-        "gso_not_negotiated",
-    ),
-    (
-        "TSO6 not negotiated",
-        TSO4,
-        NetHeader {
-            gso_type: GSO_TCPV6,
-            ..SEGMENTS
-        },
-        3000,
-        "gso_not_negotiated",
-    ),
-    (
-        "TSO6",
-        FULL,
-        NetHeader {
-            gso_type: GSO_TCPV6,
-            ..SEGMENTS
-        },
-        3000,
-        GOOD,
-    ),
-    (
-        "UFO not negotiated",
-        FULL,
-        NetHeader {
-            gso_type: GSO_UDP,
-            ..SEGMENTS
-        },
-        3000,
-        "gso_not_negotiated",
-    ),
-    (
-        "UFO",
-        UFO,
-        NetHeader {
-            gso_type: GSO_UDP,
-            ..SEGMENTS
-        },
-        3000,
-        GOOD,
-    ),
-    (
-        "ECN not negotiated",
-        TSO4,
-        NetHeader {
-            gso_type: GSO_TCPV4 | GSO_ECN,
-            ..SEGMENTS
-        },
-        3000,
-        "gso_not_negotiated",
-    ),
-    (
-        "TSO4 with ECN",
-        TSO4_ECN,
-        NetHeader {
-            gso_type: GSO_TCPV4 | GSO_ECN,
-            ..SEGMENTS
-        },
-        3000,
-        GOOD,
-    ),
-    (
-        "gso_size 0",
-        FULL,
-        NetHeader {
-            gso_size: 0,
-            ..SEGMENTS
-        },
-        3000,
-        "gso_size_zero",
-    ),
-    (
-        "GSO without NEEDS_CSUM",
-        FULL,
-        NetHeader {
-            flags: 0,
-            ..SEGMENTS
-        },
-        3000,
-        "gso_without_csum",
-    ),
-    (
-        "GSO with DATA_VALID alone",
-        FULL,
-        NetHeader {
-            flags: DATA_VALID,
-            ..SEGMENTS
-        },
-        3000,
-        "gso_without_csum",
-    ),
-    (
-        "hdr_len of the whole frame",
-        FULL,
-        NetHeader {
-            hdr_len: 3000,
-            ..SEGMENTS
-        },
-        3000,
-        GOOD,
-    ),
-    (
-        "hdr_len beyond the frame",
-        FULL,
-        NetHeader {
-            hdr_len: 3001,
-            ..SEGMENTS
-        },
-        3000,
-        "hdr_len_out_of_frame",
-    ),
-    (
-        "hdr_len 65,535",
-        FULL,
-        NetHeader {
-            hdr_len: u16::MAX,
-            ..SEGMENTS
-        },
-        3000,
-        "hdr_len_out_of_frame",
-    ),
+    ("TSO4 not negotiated", CSUM, SEGMENTS, 3000, "gso_not_negotiated"),
+    ("TSO6", FULL, gso(GSO_TCPV6), 3000, GOOD),
+    ("TSO6 not negotiated", TSO4, gso(GSO_TCPV6), 3000, "gso_not_negotiated"),
+    ("UFO", UFO, gso(GSO_UDP), 3000, GOOD),
+    ("UFO not negotiated", FULL, gso(GSO_UDP), 3000, "gso_not_negotiated"),
+    ("TSO4 with ECN", TSO4_ECN, gso(GSO_TCPV4 | GSO_ECN), 3000, GOOD),
+    ("ECN not negotiated", TSO4, gso(GSO_TCPV4 | GSO_ECN), 3000, "gso_not_negotiated"),
+    ("gso_size 0", FULL, NO_SIZE, 3000, "gso_size_zero"),
+    ("GSO without NEEDS_CSUM", FULL, flags(0, SEGMENTS), 3000, "gso_without_csum"),
+    ("GSO with DATA_VALID alone", FULL, flags(DATA_VALID, SEGMENTS), 3000, "gso_without_csum"),
+    ("hdr_len of the whole frame", FULL, hdr_len(3000), 3000, GOOD),
+    ("hdr_len beyond the frame", FULL, hdr_len(3001), 3000, "hdr_len_out_of_frame"),
+    ("hdr_len 65,535", FULL, hdr_len(u16::MAX), 3000, "hdr_len_out_of_frame"),
     ("checksum", CSUM, PARTIAL, 60, GOOD),
-    (
-        "checksum not negotiated",
-        PLAIN,
-        PARTIAL,
-        60,
-        "csum_not_negotiated",
-    ),
+    ("checksum not negotiated", PLAIN, PARTIAL, 60, "csum_not_negotiated"),
     ("checksum in the last two bytes", CSUM, PARTIAL, 52, GOOD),
-    (
-        "checksum half beyond the frame",
-        CSUM,
-        PARTIAL,
-        51,
-        "csum_out_of_frame",
-    ),
-    (
-        "csum_start beyond the frame",
-        CSUM,
-        NetHeader {
-            csum_start: 61,
-            csum_offset: 0,
-            ..PARTIAL
-        },
-        60,
-        "csum_out_of_frame",
-    ),
-    (
-        "csum_offset beyond the frame",
-        CSUM,
-        NetHeader {
-            csum_offset: 60,
-            ..PARTIAL
-        },
-        60,
-        "csum_out_of_frame",
-    ),
-    (
-        "parts in the frame, sum beyond",
-        CSUM,
-        NetHeader {
-            csum_start: 40,
-            csum_offset: 40,
-            ..PARTIAL
-        },
-        60,
-        "csum_out_of_frame",
-    ),
-    (
-        "sum over 65,535",
-        CSUM,
-        NetHeader {
-            csum_start: u16::MAX,
-            csum_offset: u16::MAX,
-            ..PARTIAL
-        },
-        60,
-        "csum_out_of_frame",
-    ),
-    (
-        "sum of 65,536",
-        CSUM,
-        NetHeader {
-            csum_start: 0x8000,
-            csum_offset: 0x7ffe,
-            ..PARTIAL
-        },
-        60,
-        "csum_out_of_frame",
-    ),
-    (
-        "GSO and a checksum beyond the frame",
-        FULL,
-        NetHeader {
-            csum_start: 3000,
-            ..SEGMENTS
-        },
-        3000,
-        "csum_out_of_frame",
-    ),
+    ("checksum half beyond the frame", CSUM, PARTIAL, 51, "csum_out_of_frame"),
+    ("csum_start beyond the frame", CSUM, csum(61, 0), 60, "csum_out_of_frame"),
+    ("csum_offset beyond the frame", CSUM, csum(34, 60), 60, "csum_out_of_frame"),
+    ("parts in the frame, sum beyond", CSUM, csum(40, 40), 60, "csum_out_of_frame"),
+    ("sum over 65,535", CSUM, csum(u16::MAX, u16::MAX), 60, "csum_out_of_frame"),
+    ("sum of 65,536", CSUM, csum(0x8000, 0x7ffe), 60, "csum_out_of_frame"),
+    ("GSO, checksum beyond the frame", FULL, STRAY, 3000, "csum_out_of_frame"),
 ];
 
 #[test]

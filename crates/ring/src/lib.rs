@@ -209,6 +209,12 @@ impl Ring {
         each!(mut self, ring => ring.publish())
     }
 
+    /// Whether chains have been completed that the driver has not been shown.
+    #[must_use]
+    pub fn is_unpublished(&self) -> bool {
+        each!(self, ring => ring.is_unpublished())
+    }
+
     /// Asks the driver for kicks. True when chains came in the meantime: look again before
     /// sleeping, no kick may come for them.
     #[must_use = "chains may have come for which no kick will"]

@@ -305,6 +305,10 @@ impl PackedRing {
         }
     }
 
+    pub(crate) fn is_unpublished(&self) -> bool {
+        !self.done.is_empty()
+    }
+
     pub(crate) fn enable_kicks(&mut self) -> bool {
         if self.event_idx {
             self.device_event.release(OFF_WRAP, self.avail.word());

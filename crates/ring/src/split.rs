@@ -211,6 +211,10 @@ impl SplitRing {
         }
     }
 
+    pub(crate) fn is_unpublished(&self) -> bool {
+        self.published != self.next_used
+    }
+
     /// Asks for kicks; true when chains came meanwhile, so that no kick may come for them.
     pub(crate) fn enable_kicks(&mut self) -> bool {
         if self.event_idx {

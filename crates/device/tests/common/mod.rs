@@ -14,7 +14,7 @@ use virtionet_device::port::{Received, TxFrame, UplinkQueue};
 use virtionet_device::stats::RingStats;
 use virtionet_device::{DeviceQueue, QueueConfig};
 use virtionet_guest::driver::RingConfig;
-use virtionet_guest::memory::GuestRam;
+use virtionet_guest::memory::{Area, GuestRam};
 use virtionet_guest::net::MODERN;
 use virtionet_guest::split::{Descriptor, SplitRing};
 use virtionet_ring::RingLayout;
@@ -201,6 +201,9 @@ pub struct Carried {
 pub struct Recorder {
     sent: Mutex<Vec<Carried>>,
     waiting: Mutex<VecDeque<Vec<u8>>>,
+    /// A used ring, and its index at each call of `receive`.
+    pub used: Option<Area>,
+    pub seen: Mutex<Vec<u16>>,
 }
 
 impl Recorder {
@@ -240,6 +243,9 @@ impl UplinkQueue for Recorder {
     }
 
     fn receive(&self, buffers: &[GuestSlice<'_>], spill: &mut [u8]) -> Received {
+        if let Some(used) = &self.used {
+            self.seen.lock().unwrap().push(used.acquire(2));
+        }
         let Some(frame) = self.waiting().pop_front() else {
             return Received::Empty;
         };
