@@ -359,11 +359,19 @@ pub fn split_chains() -> Seeds {
         .turn()
         .turn();
     let index = tx().op(Op::AvailIndex, &[9, 9]).turn();
-    let poke = tx()
-        .ring(0, (IN_DATA, 0), 72, 0, 0)
-        .op(Op::Poke, &[0, 0x80, 1, 1, 54, 0, 168, 5, 34, 0])
-        .offer(&[0])
+    // 2,047 entries, of which one is followed over and over; the second time over 7 MiB.
+    let long = tx()
+        .table(0, (IN_DATA, 0), 1, NEXT, 0)
+        .table(1, (AT_SEAM, 0x8000), 0x8030, NEXT, 0)
+        .ring(0, (IN_TABLE, 0), 0x7ff0, INDIRECT, 0)
+        .ring(1, (IN_TABLE, 16), 0x7fe0, INDIRECT, 0)
+        .offer(&[0, 1])
         .turn();
+    let header = |bytes: [u8; 8]| {
+        let poke = [&[0, 0x80], &bytes[..]].concat();
+        let script = tx().ring(0, (IN_DATA, 0), 72, 0, 0).op(Op::Poke, &poke);
+        script.offer(&[0]).turn().0
+    };
     vec![
         ("frames", frames.0),
         ("indirect_tables", tables.0),
@@ -373,6 +381,9 @@ pub fn split_chains() -> Seeds {
         ("legacy_buffers", legacy.0),
         ("bad_buffers", bad_buffers.0),
         ("bad_index", index.0),
-        ("segments", poke.0),
+        ("long_chains", long.0),
+        ("segments", header([1, 1, 54, 0, 168, 5, 34, 0])),
+        ("segments_of_no_size", header([1, 1, 54, 0, 0, 0, 34, 0])),
+        ("segments_ecn", header([1, 0x81, 54, 0, 168, 5, 34, 0])),
     ]
 }

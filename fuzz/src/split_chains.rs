@@ -23,11 +23,16 @@ use virtionet_ring::{RingFault, RingLayout};
 use crate::input::Input;
 use crate::uplink::{Checker, Mapped};
 
-/// Guest memory: two regions that touch, a hole, and a third.
-const LAYOUT: [(u64, u64); 3] = [(0, 0x4_0000), (0x4_0000, 0x1_0000), (0x8_0000, 0x1000)];
+/// Guest memory: two regions that touch, the second large enough for chains of 4 GiB, a hole, and a
+/// third.
+const LAYOUT: [(u64, u64); 3] = [(0, SEAM), (SEAM, HOLE - SEAM), (HOLE + 0x8000, 0x1000)];
+/// Where the second region begins.
+const SEAM: u64 = 0x4_0000;
+/// Where it ends.
+const HOLE: u64 = 0x80_0000;
 /// Where buffers lie.
 pub const DATA: u64 = 0x2_0000;
-/// Where indirect tables lie: 256 descriptors.
+/// Where indirect tables lie; the first 256 of their descriptors can be written.
 pub const TABLE: u64 = 0x1_0000;
 /// Most frames for one turn of an RX queue.
 const TURN: usize = 16;
@@ -289,8 +294,8 @@ fn descriptor(input: &mut Input<'_>) -> (Descriptor, bool) {
         // The ring itself.
         4 => 0x1000 + offset % 0x2000,
         // Around the seam of two regions, and the hole behind them.
-        5 => 0x4_0000 - 0x8000 + offset,
-        6 => 0x5_0000 - 0x8000 + offset,
+        5 => SEAM - 0x8000 + offset,
+        6 => HOLE - 0x8000 + offset,
         _ => input.u64(),
     };
     let len = match input.u16() {
