@@ -33,6 +33,7 @@ impl Ours {
             },
             base: 0,
             direction: Direction::Readable,
+            packed: false,
             event_idx: case.event_idx,
             indirect: case.shape == Shape::Indirect,
             min_len: 12,
@@ -56,8 +57,8 @@ impl Ours {
                 did.bytes += slice.len();
             }
             did.chains += 1;
-            self.ring.complete(chain, 0);
         }
+        self.ring.complete_all(self.burst.chains());
         self.burst.clear();
         did.call = self.ring.publish();
         Ok(did)

@@ -16,4 +16,5 @@ pub mod poll;
 pub mod report;
 pub mod serve;
 pub mod slot;
+pub mod sys;
 pub mod worker;

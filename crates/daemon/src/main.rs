@@ -6,8 +6,10 @@ use virtionetd::cli;
 use virtionetd::config::Command;
 use virtionetd::logging;
 use virtionetd::serve::{self, RunError};
+use virtionetd::sys;
 
 fn main() -> ExitCode {
+    sys::use_one_arena();
     let config = match cli::parse(std::env::args_os()) {
         Ok(Command::PrintCapabilities) => return exit(cli::print_capabilities()),
         Ok(Command::Serve(config)) => config,

@@ -32,6 +32,12 @@ impl Polling {
         self.mode != Poll::Off
     }
 
+    /// Whether the worker never sleeps.
+    #[must_use]
+    pub fn is_always(&self) -> bool {
+        self.mode == Poll::Always
+    }
+
     /// Until when it may look now; `None` when it may not.
     #[must_use]
     pub fn until(&self) -> Option<Instant> {

@@ -101,13 +101,33 @@ impl Worker {
         while !self.stop.load(Ordering::Acquire) {
             let timeout = if self.has_work() { 0 } else { -1 };
             self.wait(timeout);
-            self.pass(!self.poll.is_on());
-            if self.poll.is_on() && !self.has_work() {
-                self.spin();
-                // Kicks are asked for, and what came before that is found, before it sleeps.
+            let found = self.pass(false);
+            if self.has_work() {
+                continue;
+            }
+            if found || self.poll.is_always() {
+                self.linger();
+                // Kicks are not asked for yet: look before it sleeps.
+                self.tx_ready = true;
+            } else {
+                // Kicks are asked for, and what came before that is found.
                 self.tx_ready = true;
                 self.pass(true);
             }
+        }
+    }
+
+    /// Gives frames that follow the last ones a chance to be found without a kick.
+    ///
+    /// Without polling that is one yield. Where the driver's vCPU shares this CPU, as it does when
+    /// each pair stands beside its vCPU, the vCPU goes on and makes more frames meanwhile, instead
+    /// of being interrupted for each of them; where nobody waits for this CPU it costs a system
+    /// call.
+    fn linger(&mut self) {
+        if self.poll.is_on() {
+            self.spin();
+        } else {
+            std::thread::yield_now();
         }
     }
 

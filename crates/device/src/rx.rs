@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use memmap2::MmapMut;
 use virtionet_ring::memory::{GuestMemory, GuestSlice};
 use virtionet_ring::{Direction, RingError, RingFault};
 
@@ -15,9 +16,8 @@ use crate::queue::{DeviceQueue, Queue, QueueConfig, count_fault};
 
 /// Most pieces handed to the uplink for one frame: what one `readv` takes, less a few of its own.
 const MAX_PIECES: usize = 1000;
-/// Slices shown to the kernel for a frame that is expected to be small: with the spill 8, which it
-/// takes without an allocation.
-const FEW_PIECES: usize = 7;
+/// Slices shown to the kernel for a frame that is expected to be small; each costs it time.
+const FEW_PIECES: usize = 2;
 /// Frames after a large one for which the next large one is expected.
 const LARGE_PATIENCE: u32 = 64;
 /// Most descriptors read for one call of [`RxQueue::fill`], whatever the guest made of its chains.
@@ -60,7 +60,8 @@ pub struct RxQueue {
     /// Bytes to reserve for a frame.
     need: usize,
     /// Where the end of a frame goes for which too few slices were shown to the kernel.
-    spill: Vec<u8>,
+    /// A mapping of its own, of which only pages that were needed take memory.
+    spill: Option<MmapMut>,
     /// For so many more frames all slices are shown.
     large_expected: u32,
 }
@@ -121,7 +122,7 @@ impl RxQueue {
     fn reserve(&mut self) -> Result<Reserved, RingFault> {
         self.drop_leading_faults();
         while self.capacity < self.need {
-            let pieces = self.room().len();
+            let pieces = room(&self.queue).len();
             if pieces >= MAX_PIECES / 2 {
                 return Ok(Reserved::Enough);
             }
@@ -185,45 +186,33 @@ impl RxQueue {
         }
     }
 
-    /// Where the next frame may go.
-    fn room(&self) -> &[GuestSlice<'_>] {
-        let burst = &self.queue.burst;
-        match self.queue.features.mergeable() {
-            true => burst.front_slices(burst.chains().len()),
-            false => burst.front_slices(1),
-        }
-    }
-
     /// Reads one frame from the uplink into the reserved buffers.
     ///
     /// The kernel's work grows with the number of slices it is shown, and most frames need one or
     /// two of the dozens that are reserved. So it is shown a few, and a spill of our own behind
     /// them; once a frame spills, and until large frames stay away for a while, it is shown all.
     fn receive(&mut self, uplink: &dyn UplinkQueue) -> Received {
-        let mut spill = std::mem::take(&mut self.spill);
-        let room = self.room();
+        let room = room(&self.queue);
+        let spill = self.spill.as_deref_mut().unwrap_or_default();
         let shown = match self.large_expected {
-            0 => room.len().min(FEW_PIECES),
+            0 if !spill.is_empty() => room.len().min(FEW_PIECES),
             _ => room.len(),
         };
         let (first, others) = room.split_at(shown);
-        let mut received = uplink.receive(first, &mut spill);
-        let mut large = shown > FEW_PIECES
-            && matches!(received, Received::Frame(len) if len > total(&first[..FEW_PIECES]));
-        if let Received::Frame(len) = received
-            && let Some(rest) = len.checked_sub(total(first)).filter(|rest| *rest > 0)
-        {
-            large = true;
-            if scatter(&spill[..rest.min(spill.len())], others) < rest {
-                received = Received::TooLong;
-            }
-        }
-        self.spill = spill;
-        self.large_expected = match large {
+        let received = uplink.receive(first, spill);
+        let Received::Frame(len) = received else {
+            return received;
+        };
+        let few = total(&first[..shown.min(FEW_PIECES)]);
+        self.large_expected = match len > few {
             true => LARGE_PATIENCE,
             false => self.large_expected.saturating_sub(1),
         };
-        received
+        let rest = len.saturating_sub(total(first)).min(spill.len());
+        match scatter(&spill[..rest], others) == rest {
+            true => received,
+            false => Received::TooLong,
+        }
     }
 
     /// Gives the guest the frame of `len` bytes (header included) that lies in the reserved
@@ -247,7 +236,7 @@ impl RxQueue {
         }
         let header_len = queue.features.header_len();
         if header_len == HEADER_LEN {
-            write_at(self.room(), NUM_BUFFERS, &buffers.to_le_bytes());
+            write_at(room(&self.queue), NUM_BUFFERS, &buffers.to_le_bytes());
         }
         let queue = &mut self.queue;
         queue.burst.retire(usize::from(buffers));
@@ -274,7 +263,7 @@ impl DeviceQueue for RxQueue {
             capacity: 0,
             need,
             // A byte more than any frame, so that a frame that fills it is too long.
-            spill: vec![0; HEADER_LEN + MAX_FRAME + 1],
+            spill: MmapMut::map_anon(HEADER_LEN + MAX_FRAME + 1).ok(),
             large_expected: 0,
         })
     }
@@ -308,6 +297,14 @@ enum Reserved {
     Enough,
     TooLittle,
     OverBudget,
+}
+
+/// Where the next frame may go.
+fn room(queue: &Queue) -> &[GuestSlice<'_>] {
+    match queue.features.mergeable() {
+        true => queue.burst.front_slices(queue.burst.chains().len()),
+        false => queue.burst.front_slices(1),
+    }
 }
 
 fn total(slices: &[GuestSlice<'_>]) -> usize {

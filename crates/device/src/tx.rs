@@ -46,9 +46,7 @@ impl TxQueue {
                 0
             }
         };
-        for chain in queue.burst.chains() {
-            queue.ring.complete(chain, 0);
-        }
+        queue.ring.complete_all(queue.burst.chains());
         queue.burst.clear();
         Ok(Sent {
             chains,

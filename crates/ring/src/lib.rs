@@ -202,6 +202,12 @@ impl Ring {
         each!(mut self, ring => ring.complete(chain, written));
     }
 
+    /// Gives many chains back to which nothing was written, in their order.
+    #[inline(always)]
+    pub fn complete_all(&mut self, chains: &[Chain]) {
+        each!(mut self, ring => ring.complete_all(chains));
+    }
+
     /// Shows the driver all completed chains at once; true when it wants to be interrupted.
     #[inline(always)]
     #[must_use = "the driver may wait for the interrupt"]

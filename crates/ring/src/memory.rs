@@ -434,15 +434,13 @@ impl GuestArray<u16> {
     }
 }
 
-/// A descriptor as it lies in memory: little-endian fields. The last two 16-bit fields are `flags`
-/// and `next` in a split ring, `id` and `flags` in a packed one.
+/// A descriptor, read as the two words that it is: its address, and its length with two 16-bit
+/// fields, which are `flags` and `next` in a split ring, `id` and `flags` in a packed one.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 pub(crate) struct Descriptor {
     addr: u64,
-    len: u32,
-    third: u16,
-    fourth: u16,
+    rest: u64,
 }
 
 plain_data!(Descriptor);
@@ -456,28 +454,38 @@ impl Descriptor {
 
     #[inline(always)]
     pub(crate) fn len(self) -> u32 {
-        u32::from_le(self.len)
+        u32::try_from(u64::from_le(self.rest) & 0xffff_ffff).unwrap_or(0)
+    }
+
+    #[inline(always)]
+    fn third(self) -> u16 {
+        u16::try_from(u64::from_le(self.rest) >> 32 & 0xffff).unwrap_or(0)
+    }
+
+    #[inline(always)]
+    fn fourth(self) -> u16 {
+        u16::try_from(u64::from_le(self.rest) >> 48).unwrap_or(0)
     }
 
     /// Whether `flags` of a split ring's descriptor has this bit.
     #[inline(always)]
     pub(crate) fn has(self, flag: u16) -> bool {
-        u16::from_le(self.third) & flag != 0
+        self.third() & flag != 0
     }
 
     /// `next` of a split ring's descriptor.
     #[inline(always)]
     pub(crate) fn next(self) -> u16 {
-        u16::from_le(self.fourth)
+        self.fourth()
     }
 
     /// A packed ring's descriptor in a split ring's order of fields, with `flags` as they were
     /// read before; its `id` is then what [`Descriptor::next`] gives.
     #[inline(always)]
     pub(crate) fn unpacked(self, flags: u16) -> Self {
+        let rest = u64::from(self.len()) | u64::from(flags) << 32 | u64::from(self.third()) << 48;
         Self {
-            third: flags.to_le(),
-            fourth: self.third,
+            rest: rest.to_le(),
             ..self
         }
     }
@@ -485,17 +493,31 @@ impl Descriptor {
     /// `flags` of a packed ring's descriptor.
     #[inline(always)]
     pub(crate) fn packed_flags(self) -> u16 {
-        u16::from_le(self.fourth)
+        self.fourth()
     }
 }
 
 impl GuestArray<Descriptor> {
+    /// Reads descriptor `index` once, in two loads.
+    #[inline(always)]
+    pub(crate) fn descriptor(&self, index: u16) -> Descriptor {
+        let slot = self.slot(index);
+        // SAFETY: `slot` is in bounds and aligned; both words are plain data.
+        unsafe {
+            Descriptor {
+                addr: (&raw const (*slot).addr).read_volatile(),
+                rest: (&raw const (*slot).rest).read_volatile(),
+            }
+        }
+    }
+
     /// Reads `flags` of descriptor `index` of a packed ring; what the driver wrote before them is
     /// seen after them.
     #[inline(always)]
     pub(crate) fn acquire_flags(&self, index: u16) -> u16 {
-        // SAFETY: the last field of a descriptor in bounds, 2-aligned as descriptors are 16-aligned.
-        let word = unsafe { AtomicU16::from_ptr(&raw mut (*self.slot(index)).fourth) };
+        // SAFETY: the last 2 of a descriptor's 16 bytes, in bounds and 2-aligned as descriptors are
+        // 16-aligned.
+        let word = unsafe { AtomicU16::from_ptr(self.slot(index).cast::<u16>().add(7)) };
         u16::from_le(word.load(Ordering::Acquire))
     }
 
@@ -506,7 +528,7 @@ impl GuestArray<Descriptor> {
         let word = u64::from(len) | u64::from(id) << 32 | u64::from(flags) << 48;
         // SAFETY: the second half of a descriptor in bounds, 8-aligned as descriptors are
         // 16-aligned.
-        let half = unsafe { AtomicU64::from_ptr((&raw mut (*self.slot(index)).len).cast()) };
+        let half = unsafe { AtomicU64::from_ptr(&raw mut (*self.slot(index)).rest) };
         half.store(word.to_le(), Ordering::Release);
     }
 }
@@ -568,6 +590,22 @@ unsafe impl Send for GuestSlice<'_> {}
 unsafe impl Sync for GuestSlice<'_> {}
 
 impl<'m> GuestSlice<'m> {
+    /// `len` bytes at `offset` of a mapping at `host`; the caller saw that they lie within it.
+    #[inline(always)]
+    fn new(host: *mut u8, offset: u64, len: u64) -> Self {
+        // Both fit usize: they lie within one mapping.
+        let offset = usize::try_from(offset).unwrap_or(0);
+        Self {
+            vec: libc::iovec {
+                // Wrapping, because it needs no promise here: it is where it is used that the
+                // bytes must be mapped, and they are.
+                iov_base: host.wrapping_add(offset).cast(),
+                iov_len: usize::try_from(len).unwrap_or(0),
+            },
+            _life: PhantomData,
+        }
+    }
+
     /// Length in bytes.
     #[inline(always)]
     #[must_use]
@@ -664,12 +702,93 @@ pub struct Pieces {
     memory: Arc<GuestMemory>,
 }
 
+/// Appends to [`Pieces`] with everything that the fast path needs at hand: a burst's pieces cost a
+/// comparison and a store each. What it appended counts once it is dropped.
+pub(crate) struct PieceWriter<'p> {
+    pieces: &'p mut Pieces,
+    /// The list's length, with what has been appended.
+    len: usize,
+    /// The region that the last translation met.
+    window: Window,
+}
+
+impl PieceWriter<'_> {
+    /// Number of pieces.
+    #[inline(always)]
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Forgets the pieces from number `len` on.
+    #[inline(always)]
+    pub(crate) fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+    }
+
+    /// See [`Pieces::push`].
+    #[inline(always)]
+    pub(crate) fn push(&mut self, addr: u64, len: u32) -> Result<(), BadAddress> {
+        let len = u64::from(len);
+        if let Some(offset) = self.window.offset(addr, len)
+            && len != 0
+            && self.len < self.pieces.list.capacity()
+        {
+            let slice = GuestSlice::new(self.window.host, offset, len);
+            // SAFETY: len < capacity, so the place is the list's own; the list's length, which says
+            // what of it is initialised, is set when the writer is dropped.
+            unsafe { self.pieces.list.as_mut_ptr().add(self.len).write(slice) };
+            self.len += 1;
+            return Ok(());
+        }
+        // By value, so that the fast path's state can stay in registers.
+        let (len, window, pushed) = self.pieces.push_slow(self.len, addr, len);
+        self.len = len;
+        self.window = window;
+        pushed
+    }
+
+    /// A table of `len` values at guest address `addr`, in one region.
+    #[inline(always)]
+    pub(crate) fn table<T: ByteValued>(&self, addr: u64, len: u16) -> Option<GuestArrayRef<'_, T>> {
+        let bytes = array_bytes::<T>(len)?;
+        match self.window.offset(addr, bytes) {
+            Some(offset) => Some(GuestArrayRef {
+                // SAFETY: the table lies within the mapping at `host`.
+                ptr: unsafe { self.window.host.add(usize::try_from(offset).ok()?) },
+                len,
+                _life: PhantomData,
+            }),
+            None => self.pieces.memory.guest_array(addr, len),
+        }
+    }
+}
+
+impl Drop for PieceWriter<'_> {
+    #[inline(always)]
+    fn drop(&mut self) {
+        // SAFETY: the first `len` places are initialised: the list's own, and those written by
+        // `push` one after the other; `len` never passes the capacity.
+        unsafe { self.pieces.list.set_len(self.len) };
+        self.pieces.last = self.window;
+    }
+}
+
 /// A region as three plain words.
 #[derive(Debug, Clone, Copy)]
 struct Window {
     start: u64,
     size: u64,
     host: *mut u8,
+}
+
+impl Window {
+    /// Offset of `len` bytes at `addr`, when all of them are in.
+    #[inline(always)]
+    fn offset(&self, addr: u64, len: u64) -> Option<u64> {
+        // An address below the start wraps to a huge offset; `size - offset` cannot underflow.
+        let offset = addr.wrapping_sub(self.start);
+        (offset < self.size && len <= self.size - offset).then_some(offset)
+    }
 }
 
 // SAFETY: as for GuestSlice; `memory` keeps what `host` points to.
@@ -727,23 +846,27 @@ impl Pieces {
     /// When any byte of the range is not mapped; nothing is appended then.
     #[inline(always)]
     pub fn push(&mut self, addr: u64, len: u32) -> Result<(), BadAddress> {
-        let len = u64::from(len);
-        let offset = addr.wrapping_sub(self.last.start);
-        // An address below the start wraps to a huge offset; `size - offset` cannot underflow.
-        if offset < self.last.size && len <= self.last.size - offset && len != 0 {
-            self.append(self.last.host, offset, len);
-            return Ok(());
-        }
-        self.push_slow(addr, len)
+        self.writer().push(addr, len)
     }
 
+    /// Appends behind the first `at` pieces whatever the fast path of [`PieceWriter::push`] cannot:
+    /// ranges in another region than the last, or in several, and lists that must grow. The list's
+    /// new length and the region met last come with the result.
     #[cold]
-    fn push_slow(&mut self, mut addr: u64, mut len: u64) -> Result<(), BadAddress> {
-        let before = self.list.len();
+    #[inline(never)]
+    fn push_slow(
+        &mut self,
+        at: usize,
+        mut addr: u64,
+        mut len: u64,
+    ) -> (usize, Window, Result<(), BadAddress>) {
+        // SAFETY: the writer has initialised the first `at` places and `at` never passes the
+        // capacity.
+        unsafe { self.list.set_len(at) };
         loop {
             let Some(region) = self.memory.containing(addr) else {
-                self.list.truncate(before);
-                return Err(BadAddress);
+                self.list.truncate(at);
+                return (at, self.last, Err(BadAddress));
             };
             self.last = Window {
                 start: region.spec.guest_addr,
@@ -753,31 +876,26 @@ impl Pieces {
             let offset = addr - self.last.start;
             let here = len.min(self.last.size - offset);
             if here != 0 {
-                self.append(self.last.host, offset, here);
+                self.list
+                    .push(GuestSlice::new(self.last.host, offset, here));
             }
             len -= here;
             if len == 0 {
-                return Ok(());
+                return (self.list.len(), self.last, Ok(()));
             }
             // No overflow: the region's end fits 64 bits.
             addr += here;
         }
     }
 
+    /// A writer at the end of the list.
     #[inline(always)]
-    fn append(&mut self, host: *mut u8, offset: u64, len: u64) {
-        // Both fit usize: they lie within one mapping.
-        let (Ok(offset), Ok(len)) = (usize::try_from(offset), usize::try_from(len)) else {
-            return;
-        };
-        self.list.push(GuestSlice {
-            vec: libc::iovec {
-                // SAFETY: the caller saw offset + len within the mapping at `host`.
-                iov_base: unsafe { host.add(offset) }.cast(),
-                iov_len: len,
-            },
-            _life: PhantomData,
-        });
+    pub(crate) fn writer(&mut self) -> PieceWriter<'_> {
+        PieceWriter {
+            len: self.list.len(),
+            window: self.last,
+            pieces: self,
+        }
     }
 
     /// Copies from the start of piece `at` and takes the bytes off it.

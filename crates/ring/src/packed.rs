@@ -12,7 +12,7 @@
 
 use crate::burst::{Burst, Chain};
 use crate::fault::{ChainFault, RingFault};
-use crate::memory::{Descriptor, GuestArray, GuestMemory, full_fence};
+use crate::memory::{Descriptor, GuestArray, GuestMemory, PieceWriter, full_fence};
 use crate::walk::{INDIRECT, MAX_CHAINS, MAX_STEPS, NEXT, Rules, Table, WRITE, Walk};
 use crate::{RingConfig, RingError, needs_event};
 
@@ -166,43 +166,66 @@ impl PackedRing {
     /// Takes chain after chain for as long as the next descriptor is the device's.
     #[inline]
     pub(crate) fn take(&mut self, burst: &mut Burst, max: usize) -> Result<usize, RingFault> {
-        let limit = burst.work + MAX_STEPS;
+        let Burst {
+            chains,
+            pieces,
+            work,
+            ..
+        } = burst;
+        let mut pieces = pieces.writer();
+        let mut budget = MAX_STEPS;
         let max = max.min(MAX_CHAINS);
+        chains.reserve(max);
         let mut room = self.room();
+        let mut place = self.avail;
         let mut taken = 0;
-        while taken < max && room > 0 && burst.work < limit {
-            let flags = self.desc.acquire_flags(self.avail.index);
-            if !is_available(flags, self.avail.wrap) {
+        let mut fault = Ok(());
+        while taken < max && room > 0 && budget > 0 {
+            let flags = self.desc.acquire_flags(place.index);
+            if !is_available(flags, place.wrap) {
                 break;
             }
             self.desc
-                .prefetch(self.avail.after(AHEAD.min(self.size), self.size).index);
-            match self.walk(flags, room, burst) {
-                Ok(chain) => {
+                .prefetch(place.after(AHEAD.min(self.size), self.size).index);
+            match self.walk(place, flags, room, &mut pieces) {
+                Ok((chain, read)) => {
                     room -= chain.slots;
-                    self.avail = self.avail.after(chain.slots, self.size);
-                    burst.chains.push(chain);
+                    place = place.after(chain.slots, self.size);
+                    budget = budget.saturating_sub(read);
+                    *work += read;
+                    chains.push(chain);
                     taken += 1;
                 }
-                // Chains before it are whole: they go on, and the next call meets the fault.
-                Err(_) if taken > 0 => break,
-                Err(fault) => return Err(fault),
+                Err(found) => {
+                    fault = Err(found);
+                    break;
+                }
             }
         }
-        Ok(taken)
+        self.avail = place;
+        match taken {
+            0 => fault.map(|()| 0),
+            // Chains before the fault are whole: they go on, and the next call meets it again.
+            _ => Ok(taken),
+        }
     }
 
-    /// Follows the chain at the next descriptor, whose flags have been read, for `room` descriptors
-    /// at most.
+    /// Follows the chain at `place`, whose flags have been read, for `room` descriptors at most; the
+    /// chain and the descriptors read for it.
     #[inline(always)]
-    fn walk(&self, flags: u16, room: u16, burst: &mut Burst) -> Result<Chain, RingFault> {
-        let mut walk = Walk::new(self.rules, burst);
-        let mut place = self.avail;
+    fn walk(
+        &self,
+        mut place: Place,
+        mut flags: u16,
+        room: u16,
+        pieces: &mut PieceWriter<'_>,
+    ) -> Result<(Chain, usize), RingFault> {
+        let mut walk = Walk::new(self.rules, pieces);
         let mut slots = 0;
-        let mut flags = flags;
+        let mut skipped = 0;
         let mut followed = Ok(());
         loop {
-            let raw = self.desc.get(place.index);
+            let raw = self.desc.descriptor(place.index);
             if slots > 0 {
                 flags = raw.packed_flags();
             }
@@ -210,16 +233,17 @@ impl PackedRing {
             slots += 1;
             // Past a fault only the chain's end is looked for: where the next one begins.
             if followed.is_ok() {
-                followed = self.buffer(desc, &mut walk, burst);
+                followed = self.buffer(desc, &mut walk);
             } else {
-                burst.work += 1;
+                skipped += 1;
             }
             if !desc.has(NEXT) {
-                let id = desc.next();
-                return Ok(Chain::new(id, slots, walk.end(followed, burst)));
+                let walked = walk.end(followed);
+                let read = walked.work + skipped;
+                return Ok((Chain::new(desc.next(), slots, walked), read));
             }
             if slots == room {
-                burst.pieces.truncate(walk.from());
+                walk.abandon();
                 return Err(RingFault::ChainWithoutEnd { size: self.size });
             }
             place = place.after(1, self.size);
@@ -227,16 +251,11 @@ impl PackedRing {
     }
 
     #[inline(always)]
-    fn buffer(
-        &self,
-        desc: Descriptor,
-        walk: &mut Walk,
-        burst: &mut Burst,
-    ) -> Result<(), ChainFault> {
+    fn buffer(&self, desc: Descriptor, walk: &mut Walk<'_, '_>) -> Result<(), ChainFault> {
         if desc.has(INDIRECT) {
-            walk.table(desc, Table::Sequential, burst)
+            walk.table(desc, Table::Sequential)
         } else {
-            walk.step(desc, usize::from(self.size), burst)
+            walk.step(desc, usize::from(self.size))
         }
     }
 
@@ -253,6 +272,16 @@ impl PackedRing {
             slots: chain.slots,
             written,
         });
+    }
+
+    /// Notes chains to which nothing was written.
+    #[inline(always)]
+    pub(crate) fn complete_all(&mut self, chains: &[Chain]) {
+        self.done.extend(chains.iter().map(|chain| Done {
+            id: chain.id,
+            slots: chain.slots,
+            written: 0,
+        }));
     }
 
     /// Overwrites descriptors with used ones, the first of them last: the driver reads them in

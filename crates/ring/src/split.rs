@@ -9,8 +9,8 @@
 
 use crate::burst::{Burst, Chain};
 use crate::fault::{ChainFault, RingFault};
-use crate::memory::{Descriptor, GuestArray, GuestMemory, full_fence};
-use crate::walk::{INDIRECT, MAX_STEPS, NEXT, Rules, Table, Walk};
+use crate::memory::{Descriptor, GuestArray, GuestMemory, PieceWriter, full_fence};
+use crate::walk::{INDIRECT, MAX_STEPS, NEXT, Rules, Table, Walk, Walked};
 use crate::{RingConfig, RingError, needs_event};
 
 /// `used.flags`: no kicks wanted.
@@ -127,45 +127,54 @@ impl SplitRing {
             self.desc.prefetch(*head);
             at = at.wrapping_add(1);
         }
-        let limit = burst.work + MAX_STEPS;
-        for (taken, head) in heads[..count].iter().copied().enumerate() {
-            if head >= self.size {
-                // Chains before it are whole: they go on, and the next call meets the fault.
-                return match taken {
-                    0 => Err(RingFault::HeadOutOfRange {
-                        head,
-                        size: self.size,
-                    }),
-                    _ => Ok(taken),
-                };
+        let Burst {
+            chains,
+            pieces,
+            work,
+            ..
+        } = burst;
+        chains.reserve(count);
+        let mut pieces = pieces.writer();
+        let mut budget = MAX_STEPS;
+        let mut taken = 0;
+        for head in heads[..count].iter().copied() {
+            // Chains before it are whole: they go on, and the next call meets the fault.
+            if head >= self.size || budget == 0 {
+                break;
             }
-            if burst.work >= limit {
-                return Ok(taken);
-            }
-            let chain = self.walk(head, burst);
-            burst.chains.push(chain);
-            self.next_avail = self.next_avail.wrapping_add(1);
+            let walked = self.walk(head, &mut pieces);
+            budget = budget.saturating_sub(walked.work);
+            *work += walked.work;
+            chains.push(Chain::new(head, 1, walked));
+            taken += 1;
         }
-        Ok(count)
+        self.next_avail = self.next_avail.wrapping_add(small(taken));
+        match heads[..count].first() {
+            Some(&head) if taken == 0 => Err(RingFault::HeadOutOfRange {
+                head,
+                size: self.size,
+            }),
+            _ => Ok(taken),
+        }
     }
 
     /// Follows one chain and translates its buffers.
     #[inline(always)]
-    fn walk(&self, head: u16, burst: &mut Burst) -> Chain {
-        let mut walk = Walk::new(self.rules, burst);
-        let followed = self.follow(head, burst, &mut walk);
-        Chain::new(head, 1, walk.end(followed, burst))
+    fn walk(&self, head: u16, pieces: &mut PieceWriter<'_>) -> Walked {
+        let mut walk = Walk::new(self.rules, pieces);
+        let followed = self.follow(head, &mut walk);
+        walk.end(followed)
     }
 
     #[inline(always)]
-    fn follow(&self, head: u16, burst: &mut Burst, walk: &mut Walk) -> Result<(), ChainFault> {
+    fn follow(&self, head: u16, walk: &mut Walk<'_, '_>) -> Result<(), ChainFault> {
         let mut index = head;
         loop {
-            let desc = self.desc.get(index);
+            let desc = self.desc.descriptor(index);
             if desc.has(INDIRECT) {
-                return walk.table(desc, Table::Linked, burst);
+                return walk.table(desc, Table::Linked);
             }
-            walk.step(desc, usize::from(self.size), burst)?;
+            walk.step(desc, usize::from(self.size))?;
             if !desc.has(NEXT) {
                 return Ok(());
             }
@@ -190,6 +199,22 @@ impl SplitRing {
         };
         self.used.set(self.next_used & (self.size - 1), element);
         self.next_used = self.next_used.wrapping_add(1);
+    }
+
+    /// Gives chains back to which nothing was written: the same for many at once.
+    #[inline(always)]
+    pub(crate) fn complete_all(&mut self, chains: &[Chain]) {
+        // Kept in a register: through memory it would cost more than the rest.
+        let mut at = self.next_used;
+        for chain in chains {
+            let element = UsedElement {
+                id: u32::from(chain.id).to_le(),
+                len: 0,
+            };
+            self.used.set(at & (self.size - 1), element);
+            at = at.wrapping_add(1);
+        }
+        self.next_used = at;
     }
 
     /// Shows the driver every completed chain at once; true when it wants an interrupt for them.
@@ -238,4 +263,10 @@ impl SplitRing {
     pub(crate) fn has_more(&self) -> bool {
         self.avail.acquire(IDX) != self.next_avail
     }
+}
+
+/// At most [`LOOK_AHEAD`].
+#[inline(always)]
+fn small(n: usize) -> u16 {
+    u16::try_from(n).unwrap_or(u16::MAX)
 }

@@ -3,11 +3,8 @@
 //! A walk takes in one buffer descriptor after the other, checks it and translates its address. How
 //! the next descriptor is found is the format's own affair.
 
-use std::sync::Arc;
-
-use crate::burst::Burst;
 use crate::fault::ChainFault;
-use crate::memory::Descriptor;
+use crate::memory::{Descriptor, PieceWriter};
 use crate::{Direction, MAX_CHAIN, RingConfig};
 
 /// `flags`: another descriptor follows.
@@ -56,63 +53,52 @@ impl Table {
 }
 
 /// What has been gathered of one chain.
-pub(crate) struct Walk {
+pub(crate) struct Walk<'w, 'p> {
     rules: Rules,
-    len: u32,
+    pieces: &'w mut PieceWriter<'p>,
+    len: u64,
     steps: usize,
     /// Pieces in the burst before this chain.
     from: usize,
 }
 
-impl Walk {
-    /// A walk whose pieces go to the end of `burst`.
+impl<'w, 'p> Walk<'w, 'p> {
+    /// A walk whose pieces go to the end of `pieces`.
     #[inline(always)]
-    pub(crate) fn new(rules: Rules, burst: &Burst) -> Self {
+    pub(crate) fn new(rules: Rules, pieces: &'w mut PieceWriter<'p>) -> Self {
         Self {
             rules,
             len: 0,
             steps: 0,
-            from: burst.pieces.len(),
+            from: pieces.len(),
+            pieces,
         }
     }
 
     /// Takes in one buffer descriptor. `limit`: how many steps the ring or table allows.
     #[inline(always)]
-    pub(crate) fn step(
-        &mut self,
-        desc: Descriptor,
-        limit: usize,
-        burst: &mut Burst,
-    ) -> Result<(), ChainFault> {
+    pub(crate) fn step(&mut self, desc: Descriptor, limit: usize) -> Result<(), ChainFault> {
         self.steps += 1;
-        if self.steps > limit {
-            return Err(ChainFault::Loop);
-        }
-        if self.steps > MAX_CHAIN {
-            return Err(ChainFault::TooLong);
+        if self.steps > limit.min(MAX_CHAIN) {
+            return Err(match self.steps > limit {
+                true => ChainFault::Loop,
+                false => ChainFault::TooLong,
+            });
         }
         if desc.has(WRITE) != (self.rules.direction == Direction::Writable) {
             return Err(ChainFault::DirectionWrong);
         }
-        self.len = self.len.checked_add(desc.len()).ok_or(ChainFault::TooBig)?;
-        burst
-            .pieces
+        // No overflow: 1,024 lengths of 32 bits.
+        self.len += u64::from(desc.len());
+        self.pieces
             .push(desc.addr(), desc.len())
-            .map_err(|_| ChainFault::AddressInvalid)?;
-        if burst.pieces.len() - self.from > MAX_CHAIN {
-            return Err(ChainFault::TooLong);
-        }
-        Ok(())
+            .map_err(|_| ChainFault::AddressInvalid)
     }
 
     /// Takes in an indirect table. WRITE on the descriptor that refers to it is ignored, as
     /// virtio 1.3 §2.7.5.3.2 asks.
-    pub(crate) fn table(
-        &mut self,
-        outer: Descriptor,
-        order: Table,
-        burst: &mut Burst,
-    ) -> Result<(), ChainFault> {
+    #[inline(always)]
+    pub(crate) fn table(&mut self, outer: Descriptor, order: Table) -> Result<(), ChainFault> {
         if !self.rules.indirect {
             return Err(ChainFault::IndirectNotNegotiated);
         }
@@ -123,18 +109,18 @@ impl Walk {
         if entries == 0 || !outer.len().is_multiple_of(16) {
             return Err(ChainFault::IndirectBadLength);
         }
-        let memory = Arc::clone(burst.pieces.memory());
-        let table = memory
-            .guest_array::<Descriptor>(outer.addr(), entries)
-            .ok_or(ChainFault::IndirectUnmapped)?;
         let limit = self.steps + usize::from(entries);
         let mut index = 0;
         loop {
+            let table = self
+                .pieces
+                .table::<Descriptor>(outer.addr(), entries)
+                .ok_or(ChainFault::IndirectUnmapped)?;
             let desc = order.descriptor(table.get(index));
             if desc.has(INDIRECT) {
                 return Err(ChainFault::IndirectNested);
             }
-            self.step(desc, limit, burst)?;
+            self.step(desc, limit)?;
             index = match order {
                 Table::Linked if !desc.has(NEXT) => return Ok(()),
                 Table::Linked => desc.next(),
@@ -150,30 +136,35 @@ impl Walk {
     }
 
     /// Ends the walk. A chain at fault, or too short for this ring, has no pieces. The result is
-    /// the fault and the chain's bytes; its pieces are those from [`Walk::from`] to the burst's end.
+    /// the fault, the chain's bytes and where its pieces lie.
     #[inline(always)]
-    pub(crate) fn end(self, followed: Result<(), ChainFault>, burst: &mut Burst) -> Walked {
-        let fault = match followed {
-            Ok(()) if self.len < self.rules.min_len => Some(ChainFault::TooShort),
-            Ok(()) => None,
-            Err(fault) => Some(fault),
+    pub(crate) fn end(self, followed: Result<(), ChainFault>) -> Walked {
+        let count = self.pieces.len() - self.from;
+        let len = u32::try_from(self.len);
+        let fault = match (followed, len) {
+            (Err(fault), _) => Some(fault),
+            (Ok(()), Err(_)) => Some(ChainFault::TooBig),
+            // A buffer that crosses regions has several pieces.
+            (Ok(()), Ok(_)) if count > MAX_CHAIN => Some(ChainFault::TooLong),
+            (Ok(()), Ok(len)) if len < self.rules.min_len => Some(ChainFault::TooShort),
+            (Ok(()), Ok(_)) => None,
         };
-        // A chain that was refused at its first descriptor was read all the same.
-        burst.work += self.steps.max(1);
         if fault.is_some() {
-            burst.pieces.truncate(self.from);
+            self.pieces.truncate(self.from);
         }
         Walked {
             fault,
             from: small(self.from),
-            to: small(burst.pieces.len()),
-            len: if fault.is_some() { 0 } else { self.len },
+            to: small(self.pieces.len()),
+            len: len.ok().filter(|_| fault.is_none()).unwrap_or(0),
+            // A chain that was refused at its first descriptor was read all the same.
+            work: self.steps.max(1),
         }
     }
 
-    /// Pieces in the burst before this chain.
-    pub(crate) fn from(&self) -> usize {
-        self.from
+    /// Forgets the chain.
+    pub(crate) fn abandon(self) {
+        self.pieces.truncate(self.from);
     }
 }
 
@@ -183,6 +174,8 @@ pub(crate) struct Walked {
     pub(crate) from: u32,
     pub(crate) to: u32,
     pub(crate) len: u32,
+    /// Descriptors read for it.
+    pub(crate) work: usize,
 }
 
 /// Chains that one call of `take` may take.
