@@ -1,4 +1,5 @@
 //! A driver's transmitq and the device's end of it, in both ring formats.
+#![allow(clippy::unwrap_used)]
 
 mod common;
 
@@ -78,7 +79,7 @@ fn pass(size: u16, features: u64, layout: TxLayout) {
         assert_eq!(tx.rewind(), driver.queue.ring.base(), "{name}");
         driver.drain(Duration::from_secs(1)).unwrap();
         arrived.append(&mut uplink.sent());
-        if left.len() % 3 == 0 {
+        if left.len().is_multiple_of(3) {
             tx = device(&ram, &driver, features);
         }
     }
@@ -90,7 +91,11 @@ fn pass(size: u16, features: u64, layout: TxLayout) {
 
 #[test]
 fn frames_pass_in_order_in_every_format_and_layout() {
-    let layouts = [TxLayout::Single, TxLayout::HeaderApart, TxLayout::Pieces(60)];
+    let layouts = [
+        TxLayout::Single,
+        TxLayout::HeaderApart,
+        TxLayout::Pieces(60),
+    ];
     for features in [FULL, PLAIN] {
         for layout in layouts {
             for size in [16, 256] {

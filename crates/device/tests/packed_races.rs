@@ -1,6 +1,7 @@
 //! A guest that rewrites the descriptors of a packed ring, wrap counters and all, while the device
 //! reads them. Whatever mix the device reads: a fault, or frames that would pass, and no byte
 //! written outside the buffers.
+#![allow(clippy::unwrap_used)]
 
 mod common;
 

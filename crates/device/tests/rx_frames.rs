@@ -1,4 +1,5 @@
 //! Frames that a guest receives: where their bytes lie, and what the ring says of them.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
 

@@ -1,6 +1,7 @@
 //! A ring with both its ends in this process: the driver's side with raw access, a device's queue,
 //! and an uplink that writes down what it is given.
 #![allow(dead_code, reason = "each test file uses its own part of this")]
+#![allow(clippy::unwrap_used)]
 
 pub mod packed;
 
