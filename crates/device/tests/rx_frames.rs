@@ -13,7 +13,9 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 use virtionet_device::features::Features;
 use virtionet_device::stats::RingStats;
 use virtionet_device::{DeviceQueue, QueueConfig, RxEnd, RxQueue};
+use virtionet_guest::driver::DriverRing;
 use virtionet_guest::memory::GuestRam;
+use virtionet_guest::packed::Place;
 use virtionet_guest::{net, rx};
 use virtionet_ring::RingLayout;
 use virtionet_ring::memory::GuestMemory;
@@ -22,6 +24,9 @@ const MERGEABLE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
 const DIRECT: u64 = FULL & !(1 << VIRTIO_RING_F_INDIRECT_DESC);
 const UNMERGED: u64 = FULL & !MERGEABLE;
 const LEGACY: u64 = 0;
+const PACKED: u64 = FULL | net::PACKED;
+const PACKED_DIRECT: u64 = DIRECT | net::PACKED;
+const PACKED_UNMERGED: u64 = UNMERGED | net::PACKED;
 
 /// A driver's receiveq and the device's end of it.
 struct Pair {
@@ -52,7 +57,7 @@ impl Pair {
                 avail: user(at.driver),
                 used: user(at.device),
             },
-            base: 0,
+            base: driver.queue.ring.base(),
             features: Features(features),
             memory: Arc::new(ram.guest_memory().unwrap()),
             stats: Arc::clone(&stats),
@@ -74,6 +79,18 @@ impl Pair {
 
     fn fill(&mut self) -> RxEnd {
         self.device.fill(&self.uplink, 1024, 1 << 24).unwrap().end
+    }
+
+    /// The base of a ring of which so many chains of `pieces` descriptors were used.
+    fn base(&self, chains: u16, pieces: usize) -> u32 {
+        match self.driver.queue.ring {
+            DriverRing::Split(_) => u32::from(chains),
+            DriverRing::Packed(ref ring) => {
+                let descriptors = chains * u16::try_from(pieces).unwrap();
+                let word = u32::from(Place::nth(descriptors, ring.size()).word());
+                word | word << 16
+            }
+        }
     }
 
     /// What the driver received: (buffers, num_buffers, bytes) of each frame.
@@ -109,6 +126,16 @@ const LAYOUTS: &[(u16, u64, &[u32])] = &[
     (256, LEGACY, &[1524]),
     (256, LEGACY, &[10, 1514]),
     (256, LEGACY, &[65_565]),
+    (256, PACKED, &[1526]),
+    (100, PACKED, &[1526]),
+    (1023, PACKED, &[147]),
+    (1025, PACKED, &[12]),
+    (200, PACKED, &[1, 10, 1, 700]),
+    (1022, PACKED_DIRECT, &[1, 10, 1, 700]),
+    (1024, PACKED_DIRECT, &[5, 1, 4, 1, 3, 500, 1]),
+    (7, PACKED_UNMERGED, &[65_565]),
+    (5, PACKED_UNMERGED, &[7, 5, 10_000, 55_553]),
+    (1021, PACKED_DIRECT & !MERGEABLE, &[11, 1, 1, 65_552]),
 ];
 
 const LENGTHS: &[usize] = &[
@@ -155,7 +182,12 @@ fn frames_lie_as_they_are_in_buffers_of_every_shape() {
 
 #[test]
 fn a_turn_s_frames_become_visible_together() {
-    let mut pair = Pair::new(256, FULL, &[1526]);
+    for features in [FULL, PACKED] {
+        frames_become_visible_together(Pair::new(256, features, &[1526]));
+    }
+}
+
+fn frames_become_visible_together(mut pair: Pair) {
     pair.driver.fill().unwrap();
     for len in [60, 5000, 14, 9014] {
         pair.feed(len, len);
@@ -167,7 +199,8 @@ fn a_turn_s_frames_become_visible_together() {
     assert_eq!(*pair.uplink.seen.lock().unwrap(), [0, 0, 0]);
     assert_eq!((filled.frames, filled.bytes), (3, 5074));
     assert_eq!(filled.end, RxEnd::Budget);
-    assert_eq!(pair.driver.queue.ring.base() - before, 1 + 4 + 1);
+    let moved = pair.driver.queue.ring.base() - before;
+    assert_eq!(moved & 0xffff, 1 + 4 + 1);
     let lens: Vec<_> = pair.received().iter().map(|f| f.2.len()).collect();
     assert_eq!(lens, [60, 5000, 14]);
     let filled = pair.device.fill(&pair.uplink, 3, 1 << 20).unwrap();
@@ -195,6 +228,10 @@ fn nothing_is_used_that_was_only_reserved() {
         (64, FULL, &[1526][..]),
         (64, DIRECT, &[12, 1500]),
         (64, UNMERGED, &[65_565]),
+        (64, PACKED, &[1526]),
+        (47, PACKED, &[1526]),
+        (100, PACKED_DIRECT, &[12, 1500]),
+        (3, PACKED_UNMERGED, &[65_565]),
     ] {
         let mut pair = Pair::new(size, features, pieces);
         pair.driver.fill().unwrap();
@@ -206,29 +243,36 @@ fn nothing_is_used_that_was_only_reserved() {
             let base = pair.device.rewind();
             let frames = pair.received();
             assert_eq!(frames.last().unwrap().2, frame(seed, len));
-            used += u32::try_from(frames[0].0).unwrap();
-            assert_eq!(base, used);
-            assert_eq!(pair.driver.queue.ring.base(), used);
+            used += u16::try_from(frames[0].0).unwrap();
+            assert_eq!(base, pair.base(used, pieces.len()));
+            assert_eq!(pair.driver.queue.ring.base(), base);
         }
     }
 }
 
 #[test]
 fn a_frame_for_which_a_small_ring_never_has_room_is_dropped_and_counted() {
-    let mut pair = Pair::new(16, FULL, &[1526]);
-    pair.driver.fill().unwrap();
-    for len in [60, 40_000, 1514] {
-        pair.feed(len, len);
+    for (size, features) in [(16, FULL), (16, PACKED), (13, PACKED)] {
+        let mut pair = Pair::new(size, features, &[1526]);
+        pair.driver.fill().unwrap();
+        for len in [60, 40_000, 1514] {
+            pair.feed(len, len);
+        }
+        pair.fill();
+        let lens: Vec<_> = pair.received().iter().map(|f| f.2.len()).collect();
+        assert_eq!(lens, [60, 1514]);
+        assert_eq!(pair.stats.dropped_no_buffer.get(), 1);
     }
-    pair.fill();
-    let lens: Vec<_> = pair.received().iter().map(|f| f.2.len()).collect();
-    assert_eq!(lens, [60, 1514]);
-    assert_eq!(pair.stats.dropped_no_buffer.get(), 1);
 }
 
 #[test]
 fn a_ring_goes_on_in_another_snapshot_of_memory() {
-    let mut pair = Pair::new(256, FULL, &[1000]);
+    for (size, features) in [(256, FULL), (256, PACKED), (99, PACKED)] {
+        goes_on_elsewhere(Pair::new(size, features, &[1000]));
+    }
+}
+
+fn goes_on_elsewhere(mut pair: Pair) {
     pair.driver.fill().unwrap();
     for round in 0..20 {
         for seed in 0..5 {
@@ -250,31 +294,37 @@ fn a_ring_goes_on_in_another_snapshot_of_memory() {
 
 #[test]
 fn a_snapshot_without_the_ring_is_refused_and_the_base_stays_right() {
-    let mut pair = Pair::new(64, FULL, &[1526]);
-    pair.driver.fill().unwrap();
-    pair.feed(1, 3000);
-    pair.fill();
-    assert!(
-        pair.device
-            .rebind(&Arc::new(GuestMemory::default()))
-            .is_err()
-    );
-    assert_eq!(pair.device.rewind(), 2);
-    assert_eq!(pair.driver.queue.ring.base(), 2);
-    assert_eq!(pair.received()[0].2, frame(1, 3000));
+    for features in [FULL, PACKED] {
+        let mut pair = Pair::new(64, features, &[1526]);
+        pair.driver.fill().unwrap();
+        pair.feed(1, 3000);
+        pair.fill();
+        let nothing = Arc::new(GuestMemory::default());
+        assert!(pair.device.rebind(&nothing).is_err());
+        let base = pair.base(2, 1);
+        assert_eq!(pair.device.rewind(), base);
+        assert_eq!(pair.driver.queue.ring.base(), base);
+        assert_eq!(pair.received()[0].2, frame(1, 3000));
+    }
 }
 
 /// The driver runs on a thread of its own and gives buffers back while frames come; it ends with
 /// an error at a torn frame, that is, when it can see some of a frame's buffers and not all.
 #[test]
 fn a_driver_that_runs_meanwhile_never_sees_half_a_frame() {
+    for (size, features) in [(256, FULL), (256, PACKED), (251, PACKED)] {
+        never_half_a_frame(Pair::new(size, features, &[300]));
+    }
+}
+
+fn never_half_a_frame(pair: Pair) {
     let Pair {
         ram: _ram,
         mut driver,
         mut device,
         uplink,
         ..
-    } = Pair::new(256, FULL, &[300]);
+    } = pair;
     driver.fill().unwrap();
     let length = |seed: usize| 14 + seed * 977 % 18_000;
     let done = AtomicBool::new(false);

@@ -1,9 +1,11 @@
 //! The driver's side of a packed virtqueue (virtio 1.3 §2.8), and raw access for hostile guests.
 //!
-//! What the driver must remember of a chain lies in [`Slot`]s by buffer id, out of the device's
+//! What the driver must remember of a chain lies in private slots by buffer id, out of the device's
 //! reach. Chains are written where the device will look for them, all but the flags of the first
 //! descriptor since the last [`PackedRing::publish`]: the device stops there, so it sees what
 //! follows only when that one descriptor becomes available.
+
+mod layout;
 
 use virtionet_ring::memory::full_fence;
 
@@ -11,135 +13,16 @@ use crate::driver::{Buf, DeviceFault, RingAddresses, RingConfig, RingError, need
 use crate::indirect::Tables;
 use crate::memory::{Area, GuestRam};
 use crate::split::{INDIRECT, NEXT, WRITE};
+use layout::{FLAGS, ID, LEN};
 
-/// Descriptor flag: the driver's wrap counter when it made the descriptor available.
-pub const AVAIL: u16 = 1 << 7;
-/// Descriptor flag: the device's wrap counter when it used the descriptor; the opposite of
-/// [`AVAIL`] while it has not.
-pub const USED: u16 = 1 << 15;
-
-/// Event suppression flag: always signal.
-pub const ENABLE: u16 = 0;
-/// Event suppression flag: never signal.
-pub const DISABLE: u16 = 1;
-/// Event suppression flag: signal when the descriptor of `off_wrap` is passed.
-pub const AT_DESCRIPTOR: u16 = 2;
+pub use layout::{AT_DESCRIPTOR, AVAIL, DISABLE, ENABLE, PackedDescriptor, Place, USED};
 
 /// Bytes of a descriptor.
 const DESCRIPTOR: usize = 16;
-/// Byte offsets in a descriptor.
-const LEN: usize = 8;
-const ID: usize = 12;
-const FLAGS: usize = 14;
 /// Byte offset of `flags` in an event suppression area; `off_wrap` comes first.
 const EVENT_FLAGS: usize = 2;
 /// Each part starts on a cache line of its own.
 const LINE: u64 = 64;
-
-/// A place in the ring: a descriptor and the wrap counter that holds there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Place {
-    /// Descriptor.
-    pub index: u16,
-    /// Wrap counter.
-    pub wrap: bool,
-}
-
-impl Place {
-    /// Where a ring of `size` descriptors is after `n` of them, counted from its beginning.
-    #[must_use]
-    pub fn nth(n: u16, size: u16) -> Self {
-        Self {
-            index: n % size,
-            wrap: (n / size).is_multiple_of(2),
-        }
-    }
-
-    /// `n` descriptors further on; `n` is at most `size`.
-    #[inline(always)]
-    #[must_use]
-    pub fn after(self, n: u16, size: u16) -> Self {
-        let left = size - self.index;
-        if n < left {
-            Self {
-                index: self.index + n,
-                ..self
-            }
-        } else {
-            Self {
-                index: n - left,
-                wrap: !self.wrap,
-            }
-        }
-    }
-
-    /// As event suppression areas and SET_VRING_BASE have it: the wrap counter in bit 15.
-    #[inline(always)]
-    #[must_use]
-    pub fn word(self) -> u16 {
-        self.index | if self.wrap { 1 << 15 } else { 0 }
-    }
-
-    /// The flags of an available descriptor here.
-    #[inline(always)]
-    #[must_use]
-    pub fn available(self) -> u16 {
-        if self.wrap { AVAIL } else { USED }
-    }
-
-    /// The flags of a used descriptor here.
-    #[inline(always)]
-    #[must_use]
-    pub fn used(self) -> u16 {
-        if self.wrap { AVAIL | USED } else { 0 }
-    }
-}
-
-/// A descriptor (virtio 1.3 §2.8.13).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct PackedDescriptor {
-    /// Guest physical address; of no meaning once it is used.
-    pub addr: u64,
-    /// Length in bytes, or bytes written.
-    pub len: u32,
-    /// Buffer id.
-    pub id: u16,
-    /// [`NEXT`], [`WRITE`], [`INDIRECT`], [`AVAIL`], [`USED`].
-    pub flags: u16,
-}
-
-impl PackedDescriptor {
-    /// A descriptor of these values.
-    #[must_use]
-    pub fn new(addr: u64, len: u32, id: u16, flags: u16) -> Self {
-        Self {
-            addr,
-            len,
-            id,
-            flags,
-        }
-    }
-
-    /// Writes it at byte `offset` of a ring or table, as two words.
-    #[inline(always)]
-    pub fn store(self, table: &Area, offset: usize) {
-        let rest = u64::from(self.len) | u64::from(self.id) << 32 | u64::from(self.flags) << 48;
-        table.store(offset, self.addr.to_le());
-        table.store(offset + LEN, rest.to_le());
-    }
-
-    /// Reads it from byte `offset` of a ring or table.
-    #[inline(always)]
-    #[must_use]
-    pub fn load(table: &Area, offset: usize) -> Self {
-        Self {
-            addr: u64::from_le(table.load(offset)),
-            len: u32::from_le(table.load(offset + LEN)),
-            id: u16::from_le(table.load(offset + ID)),
-            flags: u16::from_le(table.load(offset + FLAGS)),
-        }
-    }
-}
 
 /// What the driver remembers of a buffer id.
 #[derive(Debug, Clone, Copy, Default)]

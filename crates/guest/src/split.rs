@@ -1,7 +1,7 @@
 //! The driver's side of a split virtqueue (virtio 1.3 §2.7), and raw access for hostile guests.
 //!
 //! Everything that the driver must remember is private: free descriptors, chain ends and tokens
-//! live in [`Slot`]s, so nothing that a device (or a test's raw write) does to the shared memory
+//! live in slots, so nothing that a device (or a test's raw write) does to the shared memory
 //! changes what the driver believes.
 
 use virtionet_ring::memory::full_fence;

@@ -16,7 +16,7 @@ use virtionet_guest::Error;
 use virtionet_guest::card::{Card, CardConfig, Order};
 use virtionet_guest::frame::{Frame, FrameSpec, Transport, check};
 use virtionet_guest::frontend::{FrontEnd, PROTOCOL_FEATURES};
-use virtionet_guest::net::MODERN;
+use virtionet_guest::net::{MODERN, PACKED};
 use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{
@@ -299,7 +299,7 @@ fn what_the_back_end_lacks_is_an_error() {
 
 /// Answers every message as a back-end with two pairs would, until the front-end hangs up; returns
 /// the requests and, of rings' messages, the index and value.
-fn record(mut socket: UnixStream) -> Vec<(u32, u32, u32)> {
+fn record(mut socket: UnixStream, features: u64) -> Vec<(u32, u32, u32)> {
     let mut seen = Vec::new();
     let mut header = [0; 12];
     while socket.read_exact(&mut header).is_ok() {
@@ -311,7 +311,7 @@ fn record(mut socket: UnixStream) -> Vec<(u32, u32, u32)> {
         let half = |at: usize| u32::from_ne_bytes(body[at..at + 4].try_into().unwrap());
         seen.push((request, half(0), half(4)));
         let answer = match FrontendReq::try_from(request).unwrap() {
-            FrontendReq::GET_FEATURES => MODERN | PROTOCOL_FEATURES,
+            FrontendReq::GET_FEATURES => features | PROTOCOL_FEATURES,
             FrontendReq::GET_PROTOCOL_FEATURES => Protocol::MQ.bits(),
             FrontendReq::GET_QUEUE_NUM => 2,
             FrontendReq::GET_VRING_BASE => u64::from(half(0)) | 9 << 32,
@@ -328,7 +328,7 @@ fn record(mut socket: UnixStream) -> Vec<(u32, u32, u32)> {
 #[test]
 fn the_order_is_qemus() {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let server = std::thread::spawn(move || record(theirs));
+    let server = std::thread::spawn(move || record(theirs, MODERN));
     let mut card = Card::over(ours, &CardConfig::new(2, 64, MODERN)).unwrap();
     card.enable(1, false).unwrap();
     card.stop().unwrap();
@@ -358,6 +358,28 @@ fn the_order_is_qemus() {
     assert!(calls[3].0 < enables[0].0, "calls are set before any driver");
     let bases = at(FrontendReq::GET_VRING_BASE);
     assert_eq!(bases.iter().map(|b| b.1).collect::<Vec<_>>(), [0, 1, 2, 3]);
+}
+
+#[test]
+fn packed_rings_are_taken_where_they_are_offered() {
+    for (offered, size, base) in [(MODERN | PACKED, 100, 0x8000_8000), (MODERN, 64, 0)] {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let server = std::thread::spawn(move || record(theirs, offered));
+        let config = CardConfig::new(1, size, MODERN | PACKED);
+        let mut card = Card::over(ours, &config).unwrap();
+        assert_eq!(card.features() & PACKED, offered & PACKED);
+        let packed = card.pairs[0].tx.queue.ring.as_packed().is_some();
+        assert_eq!(packed, offered & PACKED != 0);
+        assert!(card.rings().iter().all(|ring| ring.base == base));
+        drop(card);
+        let seen = server.join().unwrap();
+        let bases: Vec<_> = seen
+            .iter()
+            .filter(|m| m.0 == u32::from(FrontendReq::SET_VRING_BASE))
+            .map(|m| m.2)
+            .collect();
+        assert_eq!(bases, [base; 2]);
+    }
 }
 
 #[test]

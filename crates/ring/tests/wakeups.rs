@@ -5,9 +5,10 @@
 mod common;
 
 use std::collections::VecDeque;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
-use common::{DATA, Guest, Setup};
+use common::{DATA, Done, Guest, Setup};
 use virtionet_guest::doorbell::Doorbell;
 use virtionet_guest::driver::Buf;
 use virtionet_ring::{Burst, Direction, Ring};
@@ -71,14 +72,18 @@ fn serve(mut ring: Ring, mut burst: Burst, chains: u64, kick: &Doorbell, call: &
     }
 }
 
-fn run(size: u16, packed: bool, event_idx: bool) {
-    let guest = Guest::new(Setup {
+fn setup(size: u16, packed: bool, event_idx: bool) -> Setup {
+    Setup {
         size,
         packed,
         event_idx,
         start: 3,
         direction: Direction::Readable,
-    });
+    }
+}
+
+fn run(size: u16, packed: bool, event_idx: bool) {
+    let guest = Guest::new(setup(size, packed, event_idx));
     let (ring, burst) = guest.device(guest.ring.base());
     let chains = 30_000;
     let (kick, call) = (Doorbell::new().unwrap(), Doorbell::new().unwrap());
@@ -86,6 +91,108 @@ fn run(size: u16, packed: bool, event_idx: bool) {
         scope.spawn(|| serve(ring, burst, chains, &kick, &call));
         drive(guest, chains, &kick, &call);
     });
+}
+
+/// A device that polls, and a driver that sleeps after each chain that it adds: at times just when
+/// the chain is used.
+fn sleep_while_used(packed: bool, event_idx: bool) {
+    let mut guest = Guest::new(setup(8, packed, event_idx));
+    let (ring, burst) = guest.device(guest.ring.base());
+    let call = Doorbell::new().unwrap();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| poll(ring, burst, &call, &done));
+        let _done = Done(&done);
+        let begin = Instant::now();
+        let mut round = 0u32;
+        while begin.elapsed() < Duration::from_millis(400) {
+            guest.ring.add(&[Buf::readable(DATA, 8)], false, 0).unwrap();
+            guest.ring.publish();
+            for _ in 0..round % 97 {
+                std::hint::spin_loop();
+            }
+            round += 1;
+            while guest.ring.collect(|_, _| {}).unwrap() == 0 {
+                if !guest.ring.enable_calls() {
+                    sleep(&call, "driver");
+                }
+            }
+            guest.ring.disable_calls();
+        }
+    });
+}
+
+fn poll(mut ring: Ring, mut burst: Burst, call: &Doorbell, done: &AtomicBool) {
+    while !done.load(Ordering::Relaxed) {
+        if ring.take(&mut burst, 64).unwrap() == 0 {
+            std::thread::yield_now();
+        }
+        for chain in burst.chains() {
+            ring.complete(chain, 0);
+        }
+        burst.clear();
+        if ring.publish() {
+            call.ring().unwrap();
+        }
+    }
+}
+
+/// What either side shows at once, the other sees at once: all of it or none.
+fn all_or_none(packed: bool) {
+    let mut guest = Guest::new(setup(256, packed, false));
+    let (ring, burst) = guest.device(guest.ring.base());
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| use_whole_bursts(ring, burst, &done));
+        let _done = Done(&done);
+        let begin = Instant::now();
+        while begin.elapsed() < Duration::from_millis(400) {
+            for token in 0..60 {
+                let chain = [Buf::readable(DATA, 8)];
+                guest.ring.add(&chain, false, token).unwrap();
+            }
+            guest.ring.publish();
+            loop {
+                match guest.ring.collect(|_, _| {}).unwrap() {
+                    0 if done.load(Ordering::Relaxed) => return,
+                    0 => std::thread::yield_now(),
+                    count => break assert_eq!(count, 60, "the driver sees a part"),
+                }
+            }
+        }
+    });
+}
+
+fn use_whole_bursts(mut ring: Ring, mut burst: Burst, done: &AtomicBool) {
+    let _done = Done(done);
+    while !done.load(Ordering::Relaxed) {
+        let taken = ring.take(&mut burst, 64).unwrap();
+        if taken == 0 {
+            std::thread::yield_now();
+            continue;
+        }
+        assert_eq!(taken, 60, "the device sees a part");
+        for chain in burst.chains() {
+            ring.complete(chain, 0);
+        }
+        burst.clear();
+        let _call = ring.publish();
+    }
+}
+
+#[test]
+fn a_driver_that_goes_to_sleep_gets_the_call_of_that_moment() {
+    for packed in [false, true] {
+        for event_idx in [false, true] {
+            sleep_while_used(packed, event_idx);
+        }
+    }
+}
+
+#[test]
+fn what_is_shown_together_is_seen_together() {
+    all_or_none(false);
+    all_or_none(true);
 }
 
 #[test]

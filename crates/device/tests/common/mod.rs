@@ -1,6 +1,9 @@
 //! A ring with both its ends in this process: the driver's side with raw access, a device's queue,
 //! and an uplink that writes down what it is given.
 #![allow(dead_code, reason = "each test file uses its own part of this")]
+#![allow(clippy::unwrap_used)]
+
+pub mod packed;
 
 use std::collections::VecDeque;
 use std::io;
@@ -177,14 +180,19 @@ impl Lab {
 
     /// Counters that went up since the last call, and by how much; but not those of success.
     pub fn counted(&mut self) -> Vec<(&'static str, u64)> {
-        let before = std::mem::replace(&mut self.counted, self.stats.values());
-        let names = RingStats::NAMES.iter().map(|(name, _)| *name);
-        names
-            .zip(self.counted.iter().zip(before))
-            .map(|(name, (now, before))| (name, now - before))
-            .filter(|(name, n)| *n != 0 && !["frames", "bytes", "bursts"].contains(name))
-            .collect()
+        counted(&self.stats, &mut self.counted)
     }
+}
+
+/// What went up since `last`, which becomes the values of now; but not what counts success.
+fn counted(stats: &RingStats, last: &mut Vec<u64>) -> Vec<(&'static str, u64)> {
+    let before = std::mem::replace(last, stats.values());
+    let names = RingStats::NAMES.iter().map(|(name, _)| *name);
+    names
+        .zip(last.iter().zip(before))
+        .map(|(name, (now, before))| (name, now - before))
+        .filter(|(name, n)| *n != 0 && !["frames", "bytes", "bursts"].contains(name))
+        .collect()
 }
 
 /// A frame that was transmitted: its header, and its bytes as they were at that moment.

@@ -1,7 +1,9 @@
 //! A ring of either format with both its ends in this process.
 #![allow(dead_code, reason = "each test file uses its own part of this")]
+#![allow(clippy::unwrap_used)]
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use virtionet_guest::driver::{DriverRing, RingConfig as DriverConfig};
 use virtionet_guest::memory::GuestRam;
@@ -76,5 +78,14 @@ impl Guest {
             ..self.config
         };
         (Ring::new(config, &memory).unwrap(), Burst::new(memory))
+    }
+}
+
+/// Sets its flag when it goes, by a panic as well: else the other thread would go on for ever.
+pub struct Done<'a>(pub &'a AtomicBool);
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }

@@ -1,0 +1,327 @@
+//! The packed ring's driver against a device that does no more than the specification's words:
+//! one descriptor after the other, read and written through the ring's raw access.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::collections::VecDeque;
+
+use virtionet_guest::driver::{Buf, DeviceFault, DriverRing, RingConfig, RingError};
+use virtionet_guest::memory::GuestRam;
+use virtionet_guest::packed::{
+    AT_DESCRIPTOR, AVAIL, DISABLE, ENABLE, PackedDescriptor, PackedRing, Place, USED,
+};
+use virtionet_guest::split::{INDIRECT, NEXT, WRITE};
+
+struct Bench {
+    ram: GuestRam,
+    ring: DriverRing,
+    avail: Place,
+    used: Place,
+}
+
+/// A chain as the device sees it: its id, its descriptors in the ring, its buffers.
+type Chain = (u16, u16, Vec<Buf>);
+
+fn bench(size: u16, event_idx: bool, start: u16) -> Bench {
+    let ram = GuestRam::new(8 << 20).unwrap();
+    let config = RingConfig {
+        size,
+        event_idx,
+        packed: true,
+        start,
+    };
+    let ring = DriverRing::new(&ram, config).unwrap();
+    let place = Place::nth(start, size);
+    assert_eq!(ring.base() & 0xffff, u32::from(place.word()));
+    Bench {
+        ram,
+        ring,
+        avail: place,
+        used: place,
+    }
+}
+
+impl Bench {
+    fn packed(&mut self) -> &mut PackedRing {
+        self.ring.as_packed().unwrap()
+    }
+
+    /// Takes the next chain.
+    fn pop(&mut self) -> Option<Chain> {
+        let size = self.ring.size();
+        let mut bufs = Vec::new();
+        for count in 1.. {
+            let at = self.avail;
+            let found = self.packed().descriptor(at.index);
+            if found.flags & (AVAIL | USED) != at.available() {
+                assert!(bufs.is_empty(), "a chain breaks off");
+                return None;
+            }
+            self.avail = at.after(1, size);
+            if found.flags & INDIRECT != 0 {
+                bufs.append(&mut self.table(found.addr, found.len));
+            } else {
+                bufs.push(buf(found));
+            }
+            if found.flags & NEXT == 0 {
+                return Some((found.id, count, bufs));
+            }
+        }
+        None
+    }
+
+    fn table(&self, addr: u64, len: u32) -> Vec<Buf> {
+        let area = self.ram.area(addr, len.into()).unwrap();
+        let entries = (0..area.len()).step_by(16);
+        entries
+            .map(|at| {
+                let entry = PackedDescriptor::load(&area, at);
+                assert_eq!(entry.flags & !WRITE, 0);
+                buf(entry)
+            })
+            .collect()
+    }
+
+    fn complete(&mut self, id: u16, count: u16, len: u32) {
+        let place = self.used;
+        let used = PackedDescriptor::new(0, len, id, place.used());
+        self.packed().set_descriptor(place.index, used);
+        self.used = place.after(count, self.ring.size());
+    }
+
+    fn collected(&mut self) -> Vec<(u64, u32)> {
+        let mut all = Vec::new();
+        self.ring
+            .collect(|token, len| all.push((token, len)))
+            .unwrap();
+        all
+    }
+}
+
+fn buf(found: PackedDescriptor) -> Buf {
+    Buf {
+        addr: found.addr,
+        len: found.len,
+        writable: found.flags & WRITE != 0,
+    }
+}
+
+/// A chain of `n` buffers that differ from those of any other `token`.
+fn chain(token: u64, n: u64) -> Vec<Buf> {
+    (0..n)
+        .map(|i| Buf {
+            addr: 0x10_0000 + token * 0x100 + i * 16,
+            len: u32::try_from(16 + i).unwrap(),
+            writable: token.is_multiple_of(3) && i > 0,
+        })
+        .collect()
+}
+
+/// Chains of every length, direct and indirect, lap after lap, completed in and out of order.
+fn run_through(size: u16, start: u16, shuffled: bool) {
+    let mut b = bench(size, true, start);
+    let mut token = 0;
+    let mut pending = VecDeque::new();
+    for round in 0..40 {
+        for length in (1..=4).cycle().skip(round) {
+            let bufs = chain(token, length);
+            match b.ring.add(&bufs, round % 3 == 2, token) {
+                Ok(_) => pending.push_back((token, bufs)),
+                Err(RingError::Full { .. }) => break,
+                Err(error) => panic!("{error}"),
+            };
+            token += 1;
+        }
+        assert!(b.pop().is_none(), "nothing may be seen before publish");
+        b.ring.publish();
+        let mut taken = Vec::new();
+        while let Some((id, count, bufs)) = b.pop() {
+            let (token, made) = pending.pop_front().unwrap();
+            assert_eq!(bufs, made);
+            taken.push((id, count, token));
+        }
+        assert!(pending.is_empty(), "the device did not see every chain");
+        if shuffled {
+            let mid = taken.len() / 2;
+            taken.rotate_left(mid);
+        }
+        let mut want = Vec::new();
+        for (id, count, token) in taken {
+            let len = u32::try_from(token).unwrap();
+            b.complete(id, count, len);
+            want.push((token, len));
+        }
+        let base = u32::from(b.used.word());
+        assert_eq!(b.ring.base(), base | base << 16);
+        assert_eq!(b.collected(), want);
+        assert_eq!((b.ring.free(), b.ring.in_flight()), (size, 0));
+        assert_eq!(b.used, b.avail);
+    }
+}
+
+#[test]
+fn chains_go_through_in_any_order_lap_after_lap() {
+    for size in [1, 2, 3, 4, 5, 7, 8, 100, 256] {
+        for start in [0, size - 1, size, 65_500] {
+            run_through(size, start, false);
+            run_through(size, start, true);
+        }
+    }
+}
+
+#[test]
+fn the_largest_ring_can_be_full() {
+    let mut b = bench(32_768, false, 40_000);
+    let one = [Buf::readable(0x1000, 1)];
+    for token in 0..32_768 {
+        b.ring.add(&one, false, token).unwrap();
+    }
+    assert!(matches!(
+        b.ring.add(&one, true, 0),
+        Err(RingError::Full { needed: 1, free: 0 })
+    ));
+    b.ring.publish();
+    while let Some((id, count, _)) = b.pop() {
+        b.complete(id, count, 0);
+    }
+    assert_eq!(b.collected().len(), 32_768);
+}
+
+#[test]
+fn an_indirect_chain_takes_one_descriptor_and_may_be_longer_than_the_ring() {
+    let mut b = bench(2, false, 0);
+    let long = chain(1, 9);
+    assert!(b.ring.add(&long, false, 7).is_err());
+    assert!(matches!(b.ring.add(&[], true, 7), Err(RingError::Empty)));
+    b.ring.add(&long, true, 7).unwrap();
+    assert_eq!(b.ring.free(), 1);
+    b.ring.publish();
+    let (id, count, bufs) = b.pop().unwrap();
+    assert_eq!((count, bufs), (1, long));
+    b.complete(id, count, 0);
+    assert_eq!(b.collected(), [(7, 0)]);
+}
+
+#[test]
+fn kicks_follow_the_devices_event_area() {
+    // Each row: what the device wrote, and whether a chain of two descriptors at 5 of 8 passes it.
+    for (off_wrap, flags, wanted) in [
+        (0, ENABLE, true),
+        (0x8005, DISABLE, false),
+        (0x8004, AT_DESCRIPTOR, false),
+        (0x8005, AT_DESCRIPTOR, true),
+        (0x8006, AT_DESCRIPTOR, true),
+        (0x8007, AT_DESCRIPTOR, false),
+        (0x0005, AT_DESCRIPTOR, false),
+        (0xffff, AT_DESCRIPTOR, false),
+        (0x8004, 3, true),
+    ] {
+        let mut b = bench(8, true, 5);
+        b.packed().set_device_event(off_wrap, flags);
+        assert!(!b.ring.kick_needed(), "nothing was published");
+        b.ring.add(&chain(1, 2), false, 1).unwrap();
+        b.ring.publish();
+        assert_eq!(b.ring.kick_needed(), wanted, "{off_wrap:#x} {flags}");
+        assert!(!b.ring.kick_needed(), "once is enough");
+    }
+    let mut b = bench(8, false, 5);
+    b.packed().set_device_event(0x8001, AT_DESCRIPTOR);
+    b.ring.add(&chain(1, 2), false, 1).unwrap();
+    b.ring.publish();
+    assert!(b.ring.kick_needed(), "without the feature");
+}
+
+#[test]
+fn a_kick_is_found_due_however_much_was_published_since() {
+    for size in [1, 4, 7] {
+        let mut b = bench(size, true, 0);
+        let asleep_at = b.avail.word();
+        b.packed().set_device_event(asleep_at, AT_DESCRIPTOR);
+        for token in 0..u64::from(size) {
+            b.ring.add(&chain(token, 1), false, token).unwrap();
+            b.ring.publish();
+        }
+        assert!(b.ring.kick_needed(), "{size} at once");
+    }
+}
+
+#[test]
+fn calls_are_asked_for_where_the_next_chain_will_be_used() {
+    let mut b = bench(5, true, 4);
+    b.ring.disable_calls();
+    assert_eq!(b.packed().driver_event().1, DISABLE);
+    assert!(!b.ring.enable_calls());
+    assert_eq!(b.packed().driver_event(), (0x8004, AT_DESCRIPTOR));
+    b.ring.add(&chain(0, 2), false, 9).unwrap();
+    b.ring.publish();
+    assert!(!b.ring.enable_calls(), "nothing is used yet");
+    let (id, count, _) = b.pop().unwrap();
+    b.complete(id, count, 3);
+    assert!(b.ring.enable_calls(), "a used chain waits");
+    assert_eq!(b.collected(), [(9, 3)]);
+    assert!(!b.ring.enable_calls());
+    assert_eq!(b.packed().driver_event(), (1, AT_DESCRIPTOR));
+    let mut b = bench(5, false, 4);
+    assert!(!b.ring.enable_calls());
+    assert_eq!(b.packed().driver_event().1, ENABLE);
+}
+
+#[test]
+fn a_reset_ring_starts_over() {
+    let mut b = bench(3, true, 7);
+    b.ring.add(&chain(0, 2), false, 0).unwrap();
+    b.ring.publish();
+    b.ring.add(&chain(1, 1), true, 1).unwrap();
+    b.ring.reset();
+    assert_eq!((b.ring.free(), b.ring.in_flight()), (3, 0));
+    assert_eq!(b.ring.base(), 0x8000_8000);
+    (b.avail, b.used) = (Place::nth(0, 3), Place::nth(0, 3));
+    assert!(b.pop().is_none());
+    b.ring.add(&chain(2, 3), false, 2).unwrap();
+    b.ring.publish();
+    assert_eq!(b.pop().unwrap().2, chain(2, 3));
+}
+
+#[test]
+fn a_device_that_names_no_chain_is_found_out() {
+    let fresh = || {
+        let mut b = bench(4, false, 6);
+        for token in 0..3 {
+            b.ring.add(&chain(token, 1), false, token).unwrap();
+        }
+        b.ring.publish();
+        b
+    };
+    for id in [3, 4, 70, u16::MAX] {
+        let mut b = fresh();
+        b.complete(id, 1, 0);
+        let fault = b.ring.collect(|_, _| {}).unwrap_err();
+        assert_eq!(fault, DeviceFault::UsedId(id.into()));
+    }
+    let mut twice = fresh();
+    twice.complete(1, 1, 0);
+    twice.complete(1, 1, 0);
+    let fault = twice.ring.collect(|_, _| {}).unwrap_err();
+    assert_eq!(fault, DeviceFault::UsedId(1));
+    // More used than is in flight: what lies behind is not looked at.
+    let mut more = fresh();
+    for id in [0, 1, 2, 3] {
+        more.complete(id, 1, 0);
+    }
+    assert_eq!(more.collected().len(), 3);
+    assert_eq!(more.ring.refresh(), Ok(0));
+}
+
+#[test]
+fn sizes_that_a_packed_ring_has_not_are_refused() {
+    let ram = GuestRam::new(1 << 20).unwrap();
+    for size in [0, 32_769] {
+        let config = RingConfig {
+            packed: true,
+            ..RingConfig::new(size, 0)
+        };
+        let error = DriverRing::new(&ram, config).unwrap_err();
+        assert!(matches!(error, RingError::Size(n) if n == size));
+    }
+    let packed = RingConfig::new(100, virtionet_guest::net::PACKED);
+    assert!(DriverRing::new(&ram, packed).unwrap().as_packed().is_some());
+}
