@@ -17,7 +17,12 @@ use crate::queue::{DeviceQueue, Queue, QueueConfig, count_fault};
 /// Most pieces handed to the uplink for one frame: what one `readv` takes, less a few of its own.
 const MAX_PIECES: usize = 1000;
 /// Slices shown to the kernel for a frame that is expected to be small; each costs it time.
-const FEW_PIECES: usize = 2;
+const FEW_PIECES: usize = 1;
+/// Bytes from which on a frame is large: too many to be copied out of the spill.
+const LARGE: usize = 4096;
+/// Fewest chains taken at once, more than are missing if need be: a look at the ring costs as much
+/// as several chains.
+const TAKE_AT_ONCE: usize = 16;
 /// Frames after a large one for which the next large one is expected.
 const LARGE_PATIENCE: u32 = 64;
 /// Most descriptors read for one call of [`RxQueue::fill`], whatever the guest made of its chains.
@@ -132,7 +137,8 @@ impl RxQueue {
             let taken = self.take(pieces)?;
             self.drop_leading_faults();
             if taken == 0 {
-                let ours = self.queue.burst.chains().len();
+                // A chain takes a descriptor at least, and more where its buffer has more pieces.
+                let ours = self.queue.burst.chains().len().max(pieces);
                 return Ok(
                     match ours > 0 && ours >= usize::from(self.queue.ring.size()) / 2 {
                         true => Reserved::Enough,
@@ -154,7 +160,9 @@ impl RxQueue {
             .last()
             .map_or(2048, |c| c.len().max(64));
         let missing = self.need - self.capacity.min(self.need);
-        let want = (missing / each + 1).min((MAX_PIECES - pieces) / 4 + 1);
+        let want = (missing / each + 1)
+            .max(TAKE_AT_ONCE)
+            .min((MAX_PIECES - pieces) / 4 + 1);
         let taken = queue.ring.take(&mut queue.burst, want)?;
         for chain in &queue.burst.chains()[before..] {
             self.capacity += chain.len();
@@ -204,10 +212,13 @@ impl RxQueue {
             return received;
         };
         let few = total(&first[..shown.min(FEW_PIECES)]);
-        self.large_expected = match len > few {
+        self.large_expected = match len > LARGE {
             true => LARGE_PATIENCE,
             false => self.large_expected.saturating_sub(1),
         };
+        if len <= few {
+            return received;
+        }
         let rest = len.saturating_sub(total(first)).min(spill.len());
         match scatter(&spill[..rest], others) == rest {
             true => received,
@@ -219,27 +230,17 @@ impl RxQueue {
     /// buffers; returns its bytes without header.
     fn commit(&mut self, len: usize) -> usize {
         let queue = &mut self.queue;
-        let mut rest = len;
-        let mut buffers: u16 = 0;
-        for chain in queue.burst.chains() {
-            if rest == 0 {
-                break;
-            }
-            let here = rest.min(chain.len());
-            // At most a chain's length, which is 32 bits.
-            queue
-                .ring
-                .complete(chain, u32::try_from(here).unwrap_or(u32::MAX));
+        let buffers = queue.ring.complete_filled(queue.burst.chains(), len);
+        for chain in &queue.burst.chains()[..buffers] {
             self.capacity -= chain.len();
-            rest -= here;
-            buffers = buffers.wrapping_add(1);
         }
         let header_len = queue.features.header_len();
         if header_len == HEADER_LEN {
-            write_at(room(&self.queue), NUM_BUFFERS, &buffers.to_le_bytes());
+            let count = u16::try_from(buffers).unwrap_or(u16::MAX);
+            write_at(room(&self.queue), NUM_BUFFERS, &count.to_le_bytes());
         }
         let queue = &mut self.queue;
-        queue.burst.retire(usize::from(buffers));
+        queue.burst.retire(buffers);
         let bytes = len - header_len.min(len);
         queue.stats.frames.add(1);
         queue

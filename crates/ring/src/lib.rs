@@ -208,6 +208,13 @@ impl Ring {
         each!(mut self, ring => ring.complete_all(chains));
     }
 
+    /// Gives back the chains that `len` bytes fill, one after the other from the first on, each with
+    /// its part of them; says how many chains those are.
+    #[inline(always)]
+    pub fn complete_filled(&mut self, chains: &[Chain], len: usize) -> usize {
+        each!(mut self, ring => ring.complete_filled(chains, len))
+    }
+
     /// Shows the driver all completed chains at once; true when it wants to be interrupted.
     #[inline(always)]
     #[must_use = "the driver may wait for the interrupt"]
@@ -245,4 +252,10 @@ impl Ring {
 #[inline(always)]
 fn needs_event(event: u16, new: u16, old: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+}
+
+/// Bytes written to one chain: at most its length, which is 32 bits.
+#[inline(always)]
+fn written(bytes: usize) -> u32 {
+    u32::try_from(bytes).unwrap_or(u32::MAX)
 }

@@ -14,7 +14,7 @@ use crate::burst::{Burst, Chain};
 use crate::fault::{ChainFault, RingFault};
 use crate::memory::{Descriptor, GuestArray, GuestMemory, PieceWriter, full_fence};
 use crate::walk::{INDIRECT, MAX_CHAINS, MAX_STEPS, NEXT, Rules, Table, WRITE, Walk};
-use crate::{RingConfig, RingError, needs_event};
+use crate::{RingConfig, RingError, needs_event, written};
 
 const AVAIL: u16 = 1 << 7;
 const USED: u16 = 1 << 15;
@@ -282,6 +282,23 @@ impl PackedRing {
             slots: chain.slots,
             written: 0,
         }));
+    }
+
+    /// Notes the chains that `len` bytes fill, one after the other; says how many those are.
+    #[inline(always)]
+    pub(crate) fn complete_filled(&mut self, chains: &[Chain], len: usize) -> usize {
+        let mut rest = len;
+        let mut used = 0;
+        for chain in chains {
+            if rest == 0 {
+                break;
+            }
+            let here = rest.min(chain.len());
+            rest -= here;
+            self.complete(chain, written(here));
+            used += 1;
+        }
+        used
     }
 
     /// Overwrites descriptors with used ones, the first of them last: the driver reads them in

@@ -11,7 +11,7 @@ use crate::burst::{Burst, Chain};
 use crate::fault::{ChainFault, RingFault};
 use crate::memory::{Descriptor, GuestArray, GuestMemory, PieceWriter, full_fence};
 use crate::walk::{INDIRECT, MAX_STEPS, NEXT, Rules, Table, Walk, Walked};
-use crate::{RingConfig, RingError, needs_event};
+use crate::{RingConfig, RingError, needs_event, written};
 
 /// `used.flags`: no kicks wanted.
 const NO_NOTIFY: u16 = 1;
@@ -215,6 +215,30 @@ impl SplitRing {
             at = at.wrapping_add(1);
         }
         self.next_used = at;
+    }
+
+    /// Gives back the chains that `len` bytes fill, one after the other; says how many those are.
+    #[inline(always)]
+    pub(crate) fn complete_filled(&mut self, chains: &[Chain], len: usize) -> usize {
+        let mut at = self.next_used;
+        let mut rest = len;
+        let mut used = 0;
+        for chain in chains {
+            if rest == 0 {
+                break;
+            }
+            let here = rest.min(chain.len());
+            rest -= here;
+            let element = UsedElement {
+                id: u32::from(chain.id).to_le(),
+                len: written(here).to_le(),
+            };
+            self.used.set(at & (self.size - 1), element);
+            at = at.wrapping_add(1);
+            used += 1;
+        }
+        self.next_used = at;
+        used
     }
 
     /// Shows the driver every completed chain at once; true when it wants an interrupt for them.

@@ -220,8 +220,11 @@ impl UplinkQueue for TapQueue {
     fn receive(&self, buffers: &[GuestSlice<'_>], spill: &mut [u8]) -> Received {
         let buffers = &buffers[..buffers.len().min(MAX_PIECES - 1)];
         match self.read(buffers, spill) {
-            // The kernel cuts what does not fit and does not say so: a full house is too long.
-            Ok(len) if len >= total(buffers) + spill.len() => Received::TooLong,
+            // The kernel cuts what does not fit and does not say so: a full house is too long. The
+            // buffers need no adding up for a frame that the spill alone would hold.
+            Ok(len) if len >= spill.len() && len >= total(buffers) + spill.len() => {
+                Received::TooLong
+            }
             Ok(len) => Received::Frame(len),
             Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => Received::Empty,
             Err(error) => {
