@@ -467,6 +467,12 @@ impl Descriptor {
         u16::try_from(u64::from_le(self.rest) >> 48).unwrap_or(0)
     }
 
+    /// `flags` of a split ring's descriptor.
+    #[inline(always)]
+    pub(crate) fn flags(self) -> u16 {
+        self.third()
+    }
+
     /// Whether `flags` of a split ring's descriptor has this bit.
     #[inline(always)]
     pub(crate) fn has(self, flag: u16) -> bool {
@@ -725,21 +731,32 @@ impl PieceWriter<'_> {
         self.len = self.len.min(len);
     }
 
+    /// Appends a range that is not empty and lies in the region met last, if there is room; false,
+    /// and nothing done, for any other.
+    #[inline(always)]
+    pub(crate) fn push_near(&mut self, addr: u64, len: u32) -> bool {
+        let len = u64::from(len);
+        let Some(offset) = self.window.offset(addr, len) else {
+            return false;
+        };
+        if len == 0 || self.len >= self.pieces.list.capacity() {
+            return false;
+        }
+        let slice = GuestSlice::new(self.window.host, offset, len);
+        // SAFETY: len < capacity, so the place is the list's own; the list's length, which says
+        // what of it is initialised, is set when the writer is dropped.
+        unsafe { self.pieces.list.as_mut_ptr().add(self.len).write(slice) };
+        self.len += 1;
+        true
+    }
+
     /// See [`Pieces::push`].
     #[inline(always)]
     pub(crate) fn push(&mut self, addr: u64, len: u32) -> Result<(), BadAddress> {
-        let len = u64::from(len);
-        if let Some(offset) = self.window.offset(addr, len)
-            && len != 0
-            && self.len < self.pieces.list.capacity()
-        {
-            let slice = GuestSlice::new(self.window.host, offset, len);
-            // SAFETY: len < capacity, so the place is the list's own; the list's length, which says
-            // what of it is initialised, is set when the writer is dropped.
-            unsafe { self.pieces.list.as_mut_ptr().add(self.len).write(slice) };
-            self.len += 1;
+        if self.push_near(addr, len) {
             return Ok(());
         }
+        let len = u64::from(len);
         // By value, so that the fast path's state can stay in registers.
         let (len, window, pushed) = self.pieces.push_slow(self.len, addr, len);
         self.len = len;

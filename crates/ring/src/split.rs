@@ -161,16 +161,19 @@ impl SplitRing {
     /// Follows one chain and translates its buffers.
     #[inline(always)]
     fn walk(&self, head: u16, pieces: &mut PieceWriter<'_>) -> Walked {
+        let desc = self.desc.descriptor(head);
+        if let Some(walked) = self.rules.lone(desc, pieces) {
+            return walked;
+        }
         let mut walk = Walk::new(self.rules, pieces);
-        let followed = self.follow(head, &mut walk);
+        let followed = self.follow(desc, &mut walk);
         walk.end(followed)
     }
 
     #[inline(always)]
-    fn follow(&self, head: u16, walk: &mut Walk<'_, '_>) -> Result<(), ChainFault> {
-        let mut index = head;
+    fn follow(&self, head: Descriptor, walk: &mut Walk<'_, '_>) -> Result<(), ChainFault> {
+        let mut desc = head;
         loop {
-            let desc = self.desc.descriptor(index);
             if desc.has(INDIRECT) {
                 return walk.table(desc, Table::Linked);
             }
@@ -178,10 +181,11 @@ impl SplitRing {
             if !desc.has(NEXT) {
                 return Ok(());
             }
-            index = desc.next();
-            if index >= self.size {
+            let next = desc.next();
+            if next >= self.size {
                 return Err(ChainFault::NextOutOfRange);
             }
+            desc = self.desc.descriptor(next);
         }
     }
 

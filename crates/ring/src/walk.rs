@@ -23,6 +23,27 @@ pub(crate) struct Rules {
 }
 
 impl Rules {
+    /// The chain that a lone descriptor makes, where nothing is out of the ordinary: most chains of
+    /// most guests. `None`, and nothing done, for any other.
+    #[inline(always)]
+    pub(crate) fn lone(self, desc: Descriptor, pieces: &mut PieceWriter<'_>) -> Option<Walked> {
+        let flags = match self.direction {
+            Direction::Readable => 0,
+            Direction::Writable => WRITE,
+        };
+        if desc.flags() & (NEXT | WRITE | INDIRECT) != flags || desc.len() < self.min_len {
+            return None;
+        }
+        let from = pieces.len();
+        pieces.push_near(desc.addr(), desc.len()).then(|| Walked {
+            fault: None,
+            from: small(from),
+            to: small(from + 1),
+            len: desc.len(),
+            work: 1,
+        })
+    }
+
     pub(crate) fn new(config: &RingConfig) -> Self {
         Self {
             direction: config.direction,
