@@ -162,9 +162,19 @@ impl SplitRing {
     #[inline(always)]
     fn walk(&self, head: u16, pieces: &mut PieceWriter<'_>) -> Walked {
         let desc = self.desc.descriptor(head);
-        if let Some(walked) = self.rules.lone(desc, pieces) {
+        let next = |desc: Descriptor| {
+            let next = desc.next();
+            (next < self.size).then(|| self.desc.descriptor(next))
+        };
+        if let Some(walked) = self.rules.plain(desc, pieces, next) {
             return walked;
         }
+        self.walk_any(desc, pieces)
+    }
+
+    /// The same for any chain. What the short way may have read of it before is forgotten.
+    #[inline(never)]
+    fn walk_any(&self, desc: Descriptor, pieces: &mut PieceWriter<'_>) -> Walked {
         let mut walk = Walk::new(self.rules, pieces);
         let followed = self.follow(desc, &mut walk);
         walk.end(followed)

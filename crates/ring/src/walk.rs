@@ -23,25 +23,47 @@ pub(crate) struct Rules {
 }
 
 impl Rules {
-    /// The chain that a lone descriptor makes, where nothing is out of the ordinary: most chains of
-    /// most guests. `None`, and nothing done, for any other.
+    /// A chain with nothing out of the ordinary, as most chains of most guests are: few
+    /// descriptors, none indirect, all in the region met last. `None`, and nothing done, for any
+    /// other. `next` finds the descriptor that one of them goes on with.
     #[inline(always)]
-    pub(crate) fn lone(self, desc: Descriptor, pieces: &mut PieceWriter<'_>) -> Option<Walked> {
+    pub(crate) fn plain(
+        self,
+        head: Descriptor,
+        pieces: &mut PieceWriter<'_>,
+        next: impl Fn(Descriptor) -> Option<Descriptor>,
+    ) -> Option<Walked> {
         let flags = match self.direction {
             Direction::Readable => 0,
             Direction::Writable => WRITE,
         };
-        if desc.flags() & (NEXT | WRITE | INDIRECT) != flags || desc.len() < self.min_len {
-            return None;
-        }
         let from = pieces.len();
-        pieces.push_near(desc.addr(), desc.len()).then(|| Walked {
-            fault: None,
-            from: small(from),
-            to: small(from + 1),
-            len: desc.len(),
-            work: 1,
-        })
+        let mut desc = head;
+        let mut len = 0;
+        for work in 1..=MAX_PLAIN {
+            if desc.flags() & (WRITE | INDIRECT) != flags
+                || !pieces.push_near(desc.addr(), desc.len())
+            {
+                break;
+            }
+            // No overflow: a few lengths of 32 bits.
+            len += u64::from(desc.len());
+            if !desc.has(NEXT) {
+                let len = u32::try_from(len).ok().filter(|len| *len >= self.min_len);
+                let Some(len) = len else { break };
+                return Some(Walked {
+                    fault: None,
+                    from: small(from),
+                    to: small(pieces.len()),
+                    len,
+                    work,
+                });
+            }
+            let Some(found) = next(desc) else { break };
+            desc = found;
+        }
+        pieces.truncate(from);
+        None
     }
 
     pub(crate) fn new(config: &RingConfig) -> Self {
@@ -52,6 +74,9 @@ impl Rules {
         }
     }
 }
+
+/// Most descriptors of a chain that [`Rules::plain`] takes.
+const MAX_PLAIN: usize = 18;
 
 /// How the descriptors of an indirect table follow each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
