@@ -142,7 +142,15 @@ impl SplitRing {
             if head >= self.size || budget == 0 {
                 break;
             }
-            let walked = self.walk(head, &mut pieces);
+            let desc = self.desc.descriptor(head);
+            let walked = match self.walk_plain(desc, &mut pieces) {
+                Some(walked) => walked,
+                None => {
+                    let any = self.walk_any(desc, pieces);
+                    pieces = any.1;
+                    any.0
+                }
+            };
             budget = budget.saturating_sub(walked.work);
             *work += walked.work;
             chains.push(Chain::new(head, 1, walked));
@@ -158,26 +166,26 @@ impl SplitRing {
         }
     }
 
-    /// Follows one chain and translates its buffers.
+    /// Follows a chain in which nothing is out of the ordinary.
     #[inline(always)]
-    fn walk(&self, head: u16, pieces: &mut PieceWriter<'_>) -> Walked {
-        let desc = self.desc.descriptor(head);
-        let next = |desc: Descriptor| {
+    fn walk_plain(&self, head: Descriptor, pieces: &mut PieceWriter<'_>) -> Option<Walked> {
+        self.rules.plain(head, pieces, |desc| {
             let next = desc.next();
             (next < self.size).then(|| self.desc.descriptor(next))
-        };
-        if let Some(walked) = self.rules.plain(desc, pieces, next) {
-            return walked;
-        }
-        self.walk_any(desc, pieces)
+        })
     }
 
-    /// The same for any chain. What the short way may have read of it before is forgotten.
+    /// Follows any chain. What the short way may have read of it before is forgotten. The writer
+    /// goes in and out by value, so that the short way can keep it in registers.
     #[inline(never)]
-    fn walk_any(&self, desc: Descriptor, pieces: &mut PieceWriter<'_>) -> Walked {
-        let mut walk = Walk::new(self.rules, pieces);
-        let followed = self.follow(desc, &mut walk);
-        walk.end(followed)
+    fn walk_any<'p>(
+        &self,
+        head: Descriptor,
+        mut pieces: PieceWriter<'p>,
+    ) -> (Walked, PieceWriter<'p>) {
+        let mut walk = Walk::new(self.rules, &mut pieces);
+        let followed = self.follow(head, &mut walk);
+        (walk.end(followed), pieces)
     }
 
     #[inline(always)]
