@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use virtionet_tests::counters::{Pair, pairs};
 use virtionet_tests::guest::Guest;
 use virtionet_tests::iperf::{Direction, Load};
-use virtionet_tests::rig::{Plan, Rig};
+use virtionet_tests::rig::{BOOT, Plan, Rig};
 use virtionet_tests::sched;
 
 const PAIRS: u16 = 4;
@@ -48,6 +48,20 @@ fn four_pairs_carry_frames_both_ways_each_on_its_own_cpu() {
             let came = now - before;
             assert_eq!(came > 0, cpu == pair, "{name}: {came} on vCPU {cpu}");
         }
+    }
+}
+
+#[test]
+fn a_guest_with_packed_rings_moves_data_both_ways_and_reboots() {
+    let mut rig = Plan::new(2).prop("packed=on").start().unwrap();
+    let features = rig.daemon.device().unwrap()["frontend"]["features"].clone();
+    assert!(features.to_string().contains("RING_PACKED"), "{features}");
+    rig.move_data_both_ways().unwrap();
+    rig.qemu.guest().reboot(BOOT).unwrap();
+    rig.configure_guest().unwrap();
+    rig.move_data_both_ways().unwrap();
+    for pair in pairs(&rig.daemon.device().unwrap()).unwrap() {
+        assert!(pair.rx.frames > 0 && pair.tx.frames > 0, "{pair:?}");
     }
 }
 
