@@ -1,0 +1,269 @@
+//! Arrays in guest memory: a ring's own areas and indirect tables.
+#![allow(unsafe_code)]
+
+use std::marker::PhantomData;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering, fence};
+
+use vm_memory::ByteValued;
+
+use super::{GuestMemory, Region};
+
+/// Says of `repr(C)` structs of integers that any bytes make a valid value of theirs.
+macro_rules! plain_data {
+    ($($name:ty),* $(,)?) => {$(
+        // SAFETY: repr(C), integers only, no padding (the size is the sum of its fields, see the
+        // assertion beside each use), so every bit pattern is a value.
+        #[allow(unsafe_code)]
+        unsafe impl vm_memory::ByteValued for $name {}
+    )*};
+}
+pub(crate) use plain_data;
+
+/// An array in guest memory: `len` values of `T`, bounds-checked, each access volatile. It holds
+/// its region, which stays mapped as long as the array lives.
+#[derive(Debug)]
+pub struct GuestArray<T> {
+    ptr: *mut T,
+    len: u16,
+    _region: Arc<Region>,
+}
+
+// SAFETY: the pointer leads into a shared mapping that the region keeps alive; every access is a
+// volatile or atomic access of plain data, whatever thread makes it.
+unsafe impl<T: ByteValued> Send for GuestArray<T> {}
+
+impl<T: ByteValued> GuestArray<T> {
+    pub(super) fn at(region: &Arc<Region>, offset: usize, len: u16) -> Option<Self> {
+        // SAFETY: the callers checked that the whole array lies in the region's mapping.
+        let ptr: *mut T = unsafe { region.host().add(offset) }.cast();
+        ptr.is_aligned().then(|| Self {
+            ptr,
+            len,
+            _region: Arc::clone(region),
+        })
+    }
+
+    /// Number of values.
+    #[must_use]
+    pub fn len(&self) -> u16 {
+        self.len
+    }
+
+    /// Whether the array holds no value.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// An index beyond the end reads the first value: callers mask their indices, and a branchless
+    /// clamp costs less than a panic path here.
+    #[inline(always)]
+    fn slot(&self, index: u16) -> *mut T {
+        let index = if index < self.len { index } else { 0 };
+        // SAFETY: index < len (arrays of length 0 are never made into rings and never indexed by
+        // them; their pointer still leads into the region).
+        unsafe { self.ptr.add(usize::from(index)) }
+    }
+
+    /// Reads value `index` once.
+    #[inline(always)]
+    #[must_use]
+    pub fn get(&self, index: u16) -> T {
+        // SAFETY: `slot` is in bounds, aligned (checked in `at`), and T is plain data.
+        unsafe { self.slot(index).read_volatile() }
+    }
+
+    /// Writes value `index`.
+    #[inline(always)]
+    pub fn set(&self, index: u16, value: T) {
+        // SAFETY: as for `get`.
+        unsafe { self.slot(index).write_volatile(value) }
+    }
+
+    /// Asks the CPU to fetch the line of value `index`; a hint, without effect on meaning.
+    #[inline(always)]
+    pub fn prefetch(&self, index: u16) {
+        prefetch(self.slot(index).cast());
+    }
+}
+
+impl GuestArray<u16> {
+    /// Reads value `index` (little-endian), and what was written before it by the other side is
+    /// seen after it.
+    #[inline(always)]
+    #[must_use]
+    pub fn acquire(&self, index: u16) -> u16 {
+        // SAFETY: in bounds and aligned; every access of this word from this process is atomic or
+        // volatile.
+        let word = unsafe { AtomicU16::from_ptr(self.slot(index)) };
+        u16::from_le(word.load(Ordering::Acquire))
+    }
+
+    /// Writes value `index` (little-endian) after everything written before it.
+    #[inline(always)]
+    pub fn release(&self, index: u16, value: u16) {
+        // SAFETY: as for `acquire`.
+        let word = unsafe { AtomicU16::from_ptr(self.slot(index)) };
+        word.store(value.to_le(), Ordering::Release);
+    }
+}
+
+/// A descriptor, read as the two words that it is: its address, and its length with two 16-bit
+/// fields, which are `flags` and `next` in a split ring, `id` and `flags` in a packed one.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct Descriptor {
+    addr: u64,
+    rest: u64,
+}
+
+plain_data!(Descriptor);
+const _: () = assert!(size_of::<Descriptor>() == 16);
+
+impl Descriptor {
+    #[inline(always)]
+    pub(crate) fn addr(self) -> u64 {
+        u64::from_le(self.addr)
+    }
+
+    #[inline(always)]
+    pub(crate) fn len(self) -> u32 {
+        u32::try_from(u64::from_le(self.rest) & 0xffff_ffff).unwrap_or(0)
+    }
+
+    #[inline(always)]
+    fn third(self) -> u16 {
+        u16::try_from(u64::from_le(self.rest) >> 32 & 0xffff).unwrap_or(0)
+    }
+
+    #[inline(always)]
+    fn fourth(self) -> u16 {
+        u16::try_from(u64::from_le(self.rest) >> 48).unwrap_or(0)
+    }
+
+    /// `flags` of a split ring's descriptor.
+    #[inline(always)]
+    pub(crate) fn flags(self) -> u16 {
+        self.third()
+    }
+
+    /// Whether `flags` of a split ring's descriptor has this bit.
+    #[inline(always)]
+    pub(crate) fn has(self, flag: u16) -> bool {
+        self.third() & flag != 0
+    }
+
+    /// `next` of a split ring's descriptor.
+    #[inline(always)]
+    pub(crate) fn next(self) -> u16 {
+        self.fourth()
+    }
+
+    /// A packed ring's descriptor in a split ring's order of fields, with `flags` as they were
+    /// read before; its `id` is then what [`Descriptor::next`] gives.
+    #[inline(always)]
+    pub(crate) fn unpacked(self, flags: u16) -> Self {
+        let rest = u64::from(self.len()) | u64::from(flags) << 32 | u64::from(self.third()) << 48;
+        Self {
+            rest: rest.to_le(),
+            ..self
+        }
+    }
+
+    /// `flags` of a packed ring's descriptor.
+    #[inline(always)]
+    pub(crate) fn packed_flags(self) -> u16 {
+        self.fourth()
+    }
+}
+
+impl GuestArray<Descriptor> {
+    /// Reads descriptor `index` once, in two loads.
+    #[inline(always)]
+    pub(crate) fn descriptor(&self, index: u16) -> Descriptor {
+        let slot = self.slot(index);
+        // SAFETY: `slot` is in bounds and aligned; both words are plain data.
+        unsafe {
+            Descriptor {
+                addr: (&raw const (*slot).addr).read_volatile(),
+                rest: (&raw const (*slot).rest).read_volatile(),
+            }
+        }
+    }
+
+    /// Reads `flags` of descriptor `index` of a packed ring; what the driver wrote before them is
+    /// seen after them.
+    #[inline(always)]
+    pub(crate) fn acquire_flags(&self, index: u16) -> u16 {
+        // SAFETY: the last 2 of a descriptor's 16 bytes, in bounds and 2-aligned as descriptors are
+        // 16-aligned.
+        let word = unsafe { AtomicU16::from_ptr(self.slot(index).cast::<u16>().add(7)) };
+        u16::from_le(word.load(Ordering::Acquire))
+    }
+
+    /// Writes `len`, `id` and `flags` of descriptor `index` of a packed ring in one store, after
+    /// everything written before it.
+    #[inline(always)]
+    pub(crate) fn release_used(&self, index: u16, id: u16, len: u32, flags: u16) {
+        let word = u64::from(len) | u64::from(id) << 32 | u64::from(flags) << 48;
+        // SAFETY: the second half of a descriptor in bounds, 8-aligned as descriptors are
+        // 16-aligned.
+        let half = unsafe { AtomicU64::from_ptr(&raw mut (*self.slot(index)).rest) };
+        half.store(word.to_le(), Ordering::Release);
+    }
+}
+
+/// Orders a store before a later load of the other side's memory: the one fence that event
+/// suppression needs (virtio 1.3 §2.7.7 and §2.8.10).
+#[inline(always)]
+pub fn full_fence() {
+    fence(Ordering::SeqCst);
+}
+
+#[inline(always)]
+fn prefetch(_ptr: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch never faults, whatever the address.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(_ptr.cast());
+    }
+}
+
+/// A read-only array at a guest address, borrowed from its snapshot; any alignment.
+#[derive(Debug, Clone, Copy)]
+pub struct GuestArrayRef<'m, T> {
+    ptr: *const u8,
+    len: u16,
+    _life: PhantomData<(&'m GuestMemory, T)>,
+}
+
+impl<T: ByteValued> GuestArrayRef<'_, T> {
+    /// # Safety
+    /// `len` values from `ptr` on must be mapped as long as the snapshot that 'm stands for.
+    #[inline(always)]
+    pub(super) unsafe fn new(ptr: *const u8, len: u16) -> Self {
+        Self {
+            ptr,
+            len,
+            _life: PhantomData,
+        }
+    }
+
+    /// Reads value `index` once; an index beyond the end reads the first value.
+    #[inline(always)]
+    #[must_use]
+    pub fn get(&self, index: u16) -> T {
+        let index = if index < self.len { index } else { 0 };
+        // SAFETY: index < len, and `guest_array` saw the whole array in its mapping, which the
+        // snapshot behind 'm keeps alive. T is plain data of any bit pattern.
+        unsafe {
+            let ptr = self.ptr.cast::<T>().add(usize::from(index));
+            if ptr.is_aligned() {
+                ptr.read_volatile()
+            } else {
+                ptr.read_unaligned()
+            }
+        }
+    }
+}

@@ -1,0 +1,368 @@
+//! Pieces of the guest's buffers, as the kernel takes them, and their translation.
+#![allow(unsafe_code)]
+
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+use vm_memory::ByteValued;
+
+use super::array::GuestArrayRef;
+use super::{GuestMemory, array_bytes, copy_in, copy_out};
+
+/// A piece of a guest's buffer, laid out as an `iovec`.
+#[derive(Debug, Clone, Copy)]
+#[repr(transparent)]
+pub struct GuestSlice<'m> {
+    vec: libc::iovec,
+    _life: PhantomData<&'m GuestMemory>,
+}
+
+// SAFETY: plain shared memory behind volatile copies, as for GuestArray.
+unsafe impl Send for GuestSlice<'_> {}
+// SAFETY: no method takes or hands out a reference into the memory.
+unsafe impl Sync for GuestSlice<'_> {}
+
+impl<'m> GuestSlice<'m> {
+    /// `len` bytes at `offset` of a mapping at `host`; the caller saw that they lie within it.
+    #[inline(always)]
+    fn new(host: *mut u8, offset: u64, len: u64) -> Self {
+        // Both fit usize: they lie within one mapping.
+        let offset = usize::try_from(offset).unwrap_or(0);
+        Self {
+            vec: libc::iovec {
+                // Wrapping, because it needs no promise here: it is where it is used that the
+                // bytes must be mapped, and they are.
+                iov_base: host.wrapping_add(offset).cast(),
+                iov_len: usize::try_from(len).unwrap_or(0),
+            },
+            _life: PhantomData,
+        }
+    }
+
+    /// Length in bytes.
+    #[inline(always)]
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.vec.iov_len
+    }
+
+    /// Whether the slice holds no byte.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Copies from the slice's start; returns the bytes copied: the shorter of both lengths.
+    #[inline(always)]
+    pub fn copy_to(&self, out: &mut [u8]) -> usize {
+        let n = self.len().min(out.len());
+        // SAFETY: n bytes from the slice's start are mapped (see Pieces::push) while 'm lives.
+        unsafe { copy_out(self.vec.iov_base.cast(), &mut out[..n]) };
+        n
+    }
+
+    /// Copies to the slice's start; returns the bytes copied: the shorter of both lengths.
+    #[inline(always)]
+    pub fn copy_from(&self, data: &[u8]) -> usize {
+        let n = self.len().min(data.len());
+        // SAFETY: as for `copy_to`.
+        unsafe { copy_in(&data[..n], self.vec.iov_base.cast()) };
+        n
+    }
+
+    /// The slice without its first `n` bytes (none left when it is shorter).
+    #[inline(always)]
+    #[must_use]
+    pub fn skip(&self, n: usize) -> Self {
+        let n = n.min(self.len());
+        Self {
+            vec: libc::iovec {
+                // SAFETY: n <= len, so the result stays within or one past the slice.
+                iov_base: unsafe { self.vec.iov_base.cast::<u8>().add(n) }.cast(),
+                iov_len: self.vec.iov_len - n,
+            },
+            _life: PhantomData,
+        }
+    }
+
+    /// The slice's first `n` bytes (all of it when it is shorter).
+    #[inline(always)]
+    #[must_use]
+    pub fn first(&self, n: usize) -> Self {
+        Self {
+            vec: libc::iovec {
+                iov_base: self.vec.iov_base,
+                iov_len: self.vec.iov_len.min(n),
+            },
+            _life: PhantomData,
+        }
+    }
+
+    /// The slice as the kernel takes it. The pointer is good while `self` lives.
+    #[inline(always)]
+    #[must_use]
+    pub fn as_iovec(&self) -> libc::iovec {
+        self.vec
+    }
+
+    /// Slices as the kernel takes them, without a copy.
+    #[must_use]
+    pub fn as_iovecs<'a>(slices: &'a [GuestSlice<'m>]) -> &'a [libc::iovec] {
+        // SAFETY: repr(transparent) over iovec; lifetime and length are those of the input.
+        unsafe { std::slice::from_raw_parts(slices.as_ptr().cast(), slices.len()) }
+    }
+}
+
+/// What [`Pieces::strip`] did.
+pub(crate) struct Stripped {
+    /// Bytes copied.
+    pub(crate) bytes: usize,
+    /// The piece is used up.
+    pub(crate) whole: bool,
+}
+
+/// Where a buffer's address is wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BadAddress;
+
+/// Storage for a burst's slices, all of one snapshot.
+#[derive(Debug)]
+pub struct Pieces {
+    list: Vec<GuestSlice<'static>>,
+    /// The region that the last translation met; guests keep to one or two.
+    last: Window,
+    /// Keeps every slice in `list` mapped; the 'static above never leaves this type.
+    memory: Arc<GuestMemory>,
+}
+
+/// Appends to [`Pieces`] with everything that the fast path needs at hand: a burst's pieces cost a
+/// comparison and a store each. What it appended counts once it is dropped.
+pub(crate) struct PieceWriter<'p> {
+    pieces: &'p mut Pieces,
+    /// The list's length, with what has been appended.
+    len: usize,
+    /// The region that the last translation met.
+    window: Window,
+}
+
+impl PieceWriter<'_> {
+    /// Number of pieces.
+    #[inline(always)]
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Forgets the pieces from number `len` on.
+    #[inline(always)]
+    pub(crate) fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+    }
+
+    /// Appends a range that is not empty and lies in the region met last, if there is room; false,
+    /// and nothing done, for any other.
+    #[inline(always)]
+    pub(crate) fn push_near(&mut self, addr: u64, len: u32) -> bool {
+        let len = u64::from(len);
+        let Some(offset) = self.window.offset(addr, len) else {
+            return false;
+        };
+        if len == 0 || self.len >= self.pieces.list.capacity() {
+            return false;
+        }
+        let slice = GuestSlice::new(self.window.host, offset, len);
+        // SAFETY: len < capacity, so the place is the list's own; the list's length, which says
+        // what of it is initialised, is set when the writer is dropped.
+        unsafe { self.pieces.list.as_mut_ptr().add(self.len).write(slice) };
+        self.len += 1;
+        true
+    }
+
+    /// See [`Pieces::push`].
+    #[inline(always)]
+    pub(crate) fn push(&mut self, addr: u64, len: u32) -> Result<(), BadAddress> {
+        if self.push_near(addr, len) {
+            return Ok(());
+        }
+        let len = u64::from(len);
+        // By value, so that the fast path's state can stay in registers.
+        let (len, window, pushed) = self.pieces.push_slow(self.len, addr, len);
+        self.len = len;
+        self.window = window;
+        pushed
+    }
+
+    /// A table of `len` values at guest address `addr`, in one region.
+    #[inline(always)]
+    pub(crate) fn table<T: ByteValued>(&self, addr: u64, len: u16) -> Option<GuestArrayRef<'_, T>> {
+        let bytes = array_bytes::<T>(len)?;
+        match self.window.offset(addr, bytes) {
+            Some(offset) => {
+                let offset = usize::try_from(offset).ok()?;
+                // SAFETY: the table lies within the mapping at `host`.
+                Some(unsafe { GuestArrayRef::new(self.window.host.add(offset), len) })
+            }
+            None => self.pieces.memory.guest_array(addr, len),
+        }
+    }
+}
+
+impl Drop for PieceWriter<'_> {
+    #[inline(always)]
+    fn drop(&mut self) {
+        // SAFETY: the first `len` places are initialised: the list's own, and those written by
+        // `push` one after the other; `len` never passes the capacity.
+        unsafe { self.pieces.list.set_len(self.len) };
+        self.pieces.last = self.window;
+    }
+}
+
+/// A region as three plain words.
+#[derive(Debug, Clone, Copy)]
+struct Window {
+    start: u64,
+    size: u64,
+    host: *mut u8,
+}
+
+impl Window {
+    /// Offset of `len` bytes at `addr`, when all of them are in.
+    #[inline(always)]
+    fn offset(&self, addr: u64, len: u64) -> Option<u64> {
+        // An address below the start wraps to a huge offset; `size - offset` cannot underflow.
+        let offset = addr.wrapping_sub(self.start);
+        (offset < self.size && len <= self.size - offset).then_some(offset)
+    }
+}
+
+// SAFETY: as for GuestSlice; `memory` keeps what `host` points to.
+unsafe impl Send for Pieces {}
+
+impl Pieces {
+    /// No pieces yet, over `memory`.
+    #[must_use]
+    pub fn new(memory: Arc<GuestMemory>) -> Self {
+        Self {
+            list: Vec::new(),
+            last: Window {
+                start: 0,
+                size: 0,
+                host: std::ptr::null_mut(),
+            },
+            memory,
+        }
+    }
+
+    /// The snapshot that addresses are translated in.
+    #[must_use]
+    pub fn memory(&self) -> &Arc<GuestMemory> {
+        &self.memory
+    }
+
+    /// Number of pieces.
+    #[inline(always)]
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.list.len()
+    }
+
+    /// Whether there is no piece.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+
+    /// Forgets the pieces from number `len` on.
+    #[inline(always)]
+    pub fn truncate(&mut self, len: usize) {
+        self.list.truncate(len);
+    }
+
+    /// Forgets the first `n` pieces; later ones move down.
+    pub fn discard_front(&mut self, n: usize) {
+        self.list.drain(..n.min(self.list.len()));
+    }
+
+    /// Translates `len` bytes at guest address `addr` and appends them: one piece, or several where
+    /// the range crosses regions that join. A range of no bytes is checked and adds nothing.
+    ///
+    /// # Errors
+    /// When any byte of the range is not mapped; nothing is appended then.
+    #[inline(always)]
+    pub fn push(&mut self, addr: u64, len: u32) -> Result<(), BadAddress> {
+        self.writer().push(addr, len)
+    }
+
+    /// Appends behind the first `at` pieces whatever the fast path of [`PieceWriter::push`] cannot:
+    /// ranges in another region than the last, or in several, and lists that must grow. The list's
+    /// new length and the region met last come with the result.
+    #[cold]
+    #[inline(never)]
+    fn push_slow(
+        &mut self,
+        at: usize,
+        mut addr: u64,
+        mut len: u64,
+    ) -> (usize, Window, Result<(), BadAddress>) {
+        // SAFETY: the writer has initialised the first `at` places and `at` never passes the
+        // capacity.
+        unsafe { self.list.set_len(at) };
+        loop {
+            let Some(region) = self.memory.containing(addr) else {
+                self.list.truncate(at);
+                return (at, self.last, Err(BadAddress));
+            };
+            self.last = Window {
+                start: region.spec.guest_addr,
+                size: region.spec.size,
+                host: region.host(),
+            };
+            let offset = addr - self.last.start;
+            let here = len.min(self.last.size - offset);
+            if here != 0 {
+                self.list
+                    .push(GuestSlice::new(self.last.host, offset, here));
+            }
+            len -= here;
+            if len == 0 {
+                return (self.list.len(), self.last, Ok(()));
+            }
+            // No overflow: the region's end fits 64 bits.
+            addr += here;
+        }
+    }
+
+    /// A writer at the end of the list.
+    #[inline(always)]
+    pub(crate) fn writer(&mut self) -> PieceWriter<'_> {
+        PieceWriter {
+            len: self.list.len(),
+            window: self.last,
+            pieces: self,
+        }
+    }
+
+    /// Copies from the start of piece `at` and takes the bytes off it.
+    #[inline(always)]
+    pub(crate) fn strip(&mut self, at: usize, out: &mut [u8]) -> Stripped {
+        let Some(piece) = self.list.get_mut(at) else {
+            return Stripped {
+                bytes: 0,
+                whole: false,
+            };
+        };
+        let bytes = piece.copy_to(out);
+        *piece = piece.skip(bytes);
+        Stripped {
+            bytes,
+            whole: piece.is_empty(),
+        }
+    }
+
+    /// The pieces `from..to` (clamped to what there is).
+    #[inline(always)]
+    #[must_use]
+    pub fn slices(&self, from: usize, to: usize) -> &[GuestSlice<'_>] {
+        let to = to.min(self.list.len());
+        &self.list[from.min(to)..to]
+    }
+}
