@@ -1,7 +1,7 @@
-//! The RX path: frames that wait in the uplink are read straight into the guest's buffers.
+//! The RX path: frames that wait in the uplink go to the guest's buffers.
 //!
-//! Buffers are *reserved* for the largest frame that may come, the uplink fills them, and the
-//! frame's length decides how many of them it used (virtio 1.3 §5.1.6.4). The rest stays reserved
+//! Buffers are *reserved* for the largest frame that may come, the frame is put into them, and its
+//! length decides how many of them it used (virtio 1.3 §5.1.6.4). The rest stays reserved
 //! for the next frame and is given back untouched when the ring stops.
 
 use std::sync::Arc;
@@ -16,9 +16,7 @@ use crate::queue::{DeviceQueue, Queue, QueueConfig, count_fault};
 
 /// Most pieces handed to the uplink for one frame: what one `readv` takes, less a few of its own.
 const MAX_PIECES: usize = 1000;
-/// Slices shown to the kernel for a frame that is expected to be small; each costs it time.
-const FEW_PIECES: usize = 1;
-/// Bytes from which on a frame is large: too many to be copied out of the spill.
+/// Bytes from which on a frame is large: a copy costs more than what it saves.
 const LARGE: usize = 4096;
 /// Fewest chains taken at once, more than are missing if need be: a look at the ring costs as much
 /// as several chains.
@@ -64,7 +62,7 @@ pub struct RxQueue {
     capacity: usize,
     /// Bytes to reserve for a frame.
     need: usize,
-    /// Where the end of a frame goes for which too few slices were shown to the kernel.
+    /// Where small frames are read to, and what is too long for the guest's buffers.
     /// A mapping of its own, of which only pages that were needed take memory.
     spill: Option<MmapMut>,
     /// For so many more frames all slices are shown.
@@ -196,31 +194,29 @@ impl RxQueue {
 
     /// Reads one frame from the uplink into the reserved buffers.
     ///
-    /// The kernel's work grows with the number of slices it is shown, and most frames need one or
-    /// two of the dozens that are reserved. So it is shown a few, and a spill of our own behind
-    /// them; once a frame spills, and until large frames stay away for a while, it is shown all.
+    /// A large frame goes there straight. But the kernel's work grows with the number of slices that
+    /// it is shown, dozens for the largest frame, and for a small one that is more than a copy. So
+    /// as long as frames are small they are read into a spill of our own, which stays in the
+    /// CPU's cache, and copied; a large one, and those that follow it, go straight.
     fn receive(&mut self, uplink: &dyn UplinkQueue) -> Received {
         let room = room(&self.queue);
         let spill = self.spill.as_deref_mut().unwrap_or_default();
-        let shown = match self.large_expected {
-            0 if !spill.is_empty() => room.len().min(FEW_PIECES),
-            _ => room.len(),
-        };
-        let (first, others) = room.split_at(shown);
-        let received = uplink.receive(first, spill);
+        let straight = self.large_expected > 0 || spill.is_empty();
+        let received = uplink.receive(if straight { room } else { &[] }, spill);
         let Received::Frame(len) = received else {
             return received;
         };
-        let few = total(&first[..shown.min(FEW_PIECES)]);
         self.large_expected = match len > LARGE {
             true => LARGE_PATIENCE,
             false => self.large_expected.saturating_sub(1),
         };
-        if len <= few {
-            return received;
-        }
-        let rest = len.saturating_sub(total(first)).min(spill.len());
-        match scatter(&spill[..rest], others) == rest {
+        let fits = match straight {
+            // Summed up already where the room is all that is reserved.
+            true if self.queue.features.mergeable() => len <= self.capacity,
+            true => len <= total(room),
+            false => scatter(&spill[..len.min(spill.len())], room) == len,
+        };
+        match fits {
             true => received,
             false => Received::TooLong,
         }

@@ -185,6 +185,16 @@ impl<'a, const N: usize> Outgoing<'a, N> {
     }
 }
 
+/// Reads once into `bytes`; returns the bytes read.
+// syscalls: read
+#[inline(always)]
+pub(crate) fn read(fd: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<usize> {
+    uninterrupted(|| {
+        // SAFETY: `bytes` is borrowed for the call, and is as long as the kernel is told.
+        unsafe { libc::read(fd.as_raw_fd(), bytes.as_mut_ptr().cast(), bytes.len()) }
+    })
+}
+
 /// Reads once into `slices` and, after they are full, into `overflow`; returns the bytes read in
 /// both. More than `N` - 1 slices are an error.
 // syscalls: readv

@@ -167,7 +167,9 @@ impl TapQueue {
     /// Reads one frame with one system call.
     #[inline(always)]
     fn read(&self, buffers: &[GuestSlice<'_>], spill: &mut [u8]) -> io::Result<usize> {
-        if buffers.len() < FEW_PIECES {
+        if buffers.is_empty() {
+            sys::read(self.fd(), spill)
+        } else if buffers.len() < FEW_PIECES {
             sys::read_into::<FEW_PIECES>(self.fd(), buffers, spill)
         } else {
             read_many(self.fd(), buffers, spill)
