@@ -1,5 +1,6 @@
 //! A guest that breaks its rings, seen from outside: the ring at fault stops and is told of, all
 //! others go on, and a driver that starts anew is served again.
+#![allow(clippy::unwrap_used)]
 
 use std::time::Duration;
 
