@@ -170,8 +170,8 @@ impl<Q: DeviceQueue> Slot<Q> {
     /// When it cannot be waited for.
     pub fn set_kick(&self, kick: Option<Arc<OwnedFd>>) -> io::Result<()> {
         if let Some(running) = self.ring.lock().as_mut() {
-            self.unwatch(running.fds.kick.as_deref());
             self.watch(kick.as_deref())?;
+            self.unwatch(running.fds.kick.as_deref());
             running.fds.kick = kick;
         }
         Ok(())

@@ -62,7 +62,7 @@ const TX_BYTES: usize = 1 << 20;
 const RX_FRAMES: usize = 64;
 const RX_BYTES: usize = 1 << 20;
 
-/// Empty looks at the rings while polling before it also looks at epoll.
+/// Looks at the rings while polling before it also looks at epoll.
 const LOOKS_PER_WAIT: u32 = 64;
 
 /// A queue pair's thread, seen from within.
@@ -260,6 +260,12 @@ impl Worker {
         let mut until = self.poll.until();
         let mut looks = 0u32;
         while !self.stop.load(Ordering::Relaxed) {
+            // Also between looks that find frames: a busy ring must not hide a kick of the other,
+            // or a change of the pair.
+            looks = looks.wrapping_add(1);
+            if looks.is_multiple_of(LOOKS_PER_WAIT) {
+                self.wait(0);
+            }
             self.tx_ready = true;
             self.uplink_ready = true;
             if self.pass(false) {
@@ -272,10 +278,6 @@ impl Worker {
             if until.is_none_or(|until| Instant::now() >= until) {
                 self.poll.in_vain();
                 return;
-            }
-            looks = looks.wrapping_add(1);
-            if looks.is_multiple_of(LOOKS_PER_WAIT) {
-                self.wait(0);
             }
             std::hint::spin_loop();
         }

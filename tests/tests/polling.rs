@@ -1,0 +1,55 @@
+//! Workers that look on for frames instead of sleeping at once.
+#![allow(clippy::unwrap_used)]
+
+use std::thread::sleep;
+use std::time::Duration;
+
+use virtionet_guest::card::{Card, CardConfig};
+use virtionet_guest::header::NetHeader;
+use virtionet_guest::net::MODERN;
+use virtionet_tests::daemon::{Daemon, Options};
+use virtionet_tests::paths::RunDir;
+use virtionet_tests::procfs::cpu_ticks;
+
+const LIMIT: Duration = Duration::from_secs(5);
+const FRAMES: u64 = 500;
+
+/// Sends frames one by one and waits until all are counted.
+fn carries(daemon: &mut Daemon, card: &mut Card, total: u64) {
+    for _ in 0..FRAMES {
+        let tx = &mut card.pairs[0].tx;
+        while !tx.queue(&NetHeader::default(), &[0x55; 60]).unwrap() {
+            sleep(Duration::from_millis(1));
+        }
+        tx.flush().unwrap();
+    }
+    daemon
+        .wait_device("the frames", LIMIT, |device| {
+            device["pairs"][0]["tx"]["counters"]["frames"] == total
+        })
+        .unwrap();
+}
+
+#[test]
+fn a_polling_worker_carries_every_frame_also_after_a_rest_and_a_change() {
+    for mode in ["adaptive", "always"] {
+        let dir = RunDir::new().unwrap();
+        let mut daemon = Options::new()
+            .flag("--uplink", "null")
+            .flag("--poll", mode)
+            .start(&dir, "vnet")
+            .unwrap();
+        let config = CardConfig::new(2, 256, MODERN);
+        let mut card = Card::connect(daemon.socket(), &config).unwrap();
+        carries(&mut daemon, &mut card, FRAMES);
+        if mode == "adaptive" {
+            let before = cpu_ticks(daemon.pid()).unwrap();
+            sleep(Duration::from_secs(2));
+            assert!(cpu_ticks(daemon.pid()).unwrap() - before <= 1);
+        }
+        card.enable(1, false).unwrap();
+        carries(&mut daemon, &mut card, 2 * FRAMES);
+        let device = daemon.device().unwrap();
+        assert!(device["pairs"][0]["worker_counters"]["polls"].as_u64() > Some(0));
+    }
+}
