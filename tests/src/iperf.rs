@@ -106,7 +106,7 @@ pub struct Report {
     pub lost: u64,
 }
 
-/// Servers that wait for loads.
+/// What runs loads, one after the other.
 #[derive(Debug)]
 pub struct Iperf<'a> {
     lan: &'a Lan,
@@ -115,15 +115,14 @@ pub struct Iperf<'a> {
     clients: Clients,
     ports: Vec<u16>,
     vcpus: u32,
-    _host: Vec<Proc>,
 }
 
 impl<'a> Iperf<'a> {
-    /// Starts one server for each of `processes`. The guest's end of process
-    /// i runs on a vCPU of queue pair i, where there are as many pairs.
+    /// Loads of so many `processes`. The guest's end of process i runs on a
+    /// vCPU of queue pair i, where there are as many pairs.
     ///
     /// # Errors
-    /// When one does not start.
+    /// When the guest does not answer.
     pub fn new(
         lan: &'a Lan,
         guest: &'a Guest,
@@ -133,20 +132,14 @@ impl<'a> Iperf<'a> {
     ) -> Result<Self> {
         let vcpus = guest.ok("nproc")?;
         let vcpus = vcpus.trim().parse().context("the guest has no nproc")?;
-        let mut iperf = Self {
+        Ok(Self {
             lan,
             guest,
             dir,
             clients,
             ports: (FIRST_PORT..).take(usize::from(processes)).collect(),
             vcpus,
-            _host: Vec::new(),
-        };
-        match clients {
-            Clients::Host => iperf.serve_in_guest()?,
-            Clients::Guest => iperf._host = iperf.serve_on_host()?,
-        }
-        Ok(iperf)
+        })
     }
 
     /// Runs `load` to its end.
@@ -157,11 +150,16 @@ impl<'a> Iperf<'a> {
         self.start(load, direction)?.finish()
     }
 
-    /// Starts `load`.
+    /// Starts `load` with servers of its own: one that has served a load refuses
+    /// connections for a moment, while it prepares for the next.
     ///
     /// # Errors
-    /// When a client does not start.
+    /// When a server or a client does not start.
     pub fn start(&self, load: &Load, direction: Direction) -> Result<Running<'a>> {
+        let servers = match self.clients {
+            Clients::Host => self.serve_in_guest().map(|()| Vec::new()),
+            Clients::Guest => self.serve_on_host(),
+        }?;
         let mut clients = Vec::new();
         let processes = u16::try_from(self.ports.len())?;
         ensure!(
@@ -183,6 +181,7 @@ impl<'a> Iperf<'a> {
         }
         Ok(Running {
             clients,
+            _servers: servers,
             limit: Duration::from_secs(load.seconds.into()) + SLACK,
         })
     }
@@ -291,6 +290,8 @@ fn first_vcpu(share: u32, cpus: u32, shares: u32) -> u32 {
 #[derive(Debug)]
 pub struct Running<'a> {
     clients: Vec<Client<'a>>,
+    /// Those on the host side.
+    _servers: Vec<Proc>,
     limit: Duration,
 }
 

@@ -46,12 +46,16 @@ fn signals_end_it_at_once_and_the_next_daemon_goes_on() {
     }
     assert!(times.iter().any(|took| *took <= AT_ONCE), "{times:?}");
 
-    let stopped = rig.daemon.end(Signal::SIGINT).unwrap();
-    eprintln!("SIGINT: {:?}", stopped.took);
-    assert!(stopped.status.success(), "{stopped:?}");
-    assert!(stopped.took <= AT_ONCE, "{:?}", stopped.took);
-    assert!(!rig.daemon.socket().exists());
-    rig.daemon = plan.start_daemon(&rig.lan, &rig.dir).unwrap();
+    times.clear();
+    while times.len() < 3 && times.last().is_none_or(|took| *took > AT_ONCE) {
+        let stopped = rig.daemon.end(Signal::SIGINT).unwrap();
+        eprintln!("SIGINT: {:?}", stopped.took);
+        assert!(stopped.status.success(), "{stopped:?}");
+        assert!(!rig.daemon.socket().exists());
+        times.push(stopped.took);
+        rig.daemon = plan.start_daemon(&rig.lan, &rig.dir).unwrap();
+    }
+    assert!(times.iter().any(|took| *took <= AT_ONCE), "{times:?}");
     rig.lan.reach(GUEST.v4).unwrap();
     rig.lan.reach(GUEST.v6).unwrap();
 }

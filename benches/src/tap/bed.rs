@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use virtionet_device::features::Features;
-use virtionet_device::port::{Uplink, UplinkQueue};
+use virtionet_device::port::{Uplink, UplinkQueue, nobody};
 use virtionet_device::stats::RingStats;
 use virtionet_device::{DeviceQueue, QueueConfig};
 use virtionet_guest::memory::GuestRam;
@@ -80,7 +80,7 @@ impl Leg {
         let tap = Tap::open(&config)?;
         ensure!(tap.created(), "the TAP {name} was there already");
         tap.set_format(Features(FEATURES).format())?;
-        let queue = tap.open_queue(0)?;
+        let queue = tap.open_queue(0, nobody())?;
         queue.set_attached(true)?;
         Ok(Self { queue, _tap: tap })
     }

@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 
 use parking_lot::Mutex;
 use std::os::fd::AsRawFd;
-use virtionet_device::port::{Uplink, UplinkError, UplinkQueue};
+use virtionet_device::port::{RxPort, TxFrame, Uplink, UplinkError, UplinkQueue};
 use virtionet_device::stats::WorkerStats;
 use virtionet_device::{RxQueue, TxQueue};
 use virtionet_placement::{Decision, worker_name};
@@ -129,11 +129,12 @@ impl Pair {
     ///
     /// # Errors
     /// One sentence for a person.
-    pub fn open_uplink(&self, uplink: &dyn Uplink) -> Result<(), UplinkError> {
+    pub fn open_uplink(self: &Arc<Self>, uplink: &dyn Uplink) -> Result<(), UplinkError> {
         if self.uplink.get().is_some() {
             return Ok(());
         }
-        let queue = uplink.open_queue(self.index)?;
+        let rx = Arc::downgrade(self);
+        let queue = uplink.open_queue(self.index, rx)?;
         if let Some(fd) = queue.readable() {
             let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
             self.epoll
@@ -234,6 +235,16 @@ impl Pair {
             tracing::error!("{self}: the worker ended by a panic, which is a bug");
         }
         *self.placed.lock() = None;
+    }
+}
+
+/// For uplinks that push: called by other threads than the worker.
+impl RxPort for Pair {
+    fn push(&self, frames: &[TxFrame<'_>]) {
+        if !self.rx.push(&format_args!("{self} rx"), frames) {
+            // No ring, or one that just was quarantined: the worker has the uplink told.
+            self.wake();
+        }
     }
 }
 

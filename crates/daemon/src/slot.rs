@@ -11,8 +11,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 
 use parking_lot::{Mutex, MutexGuard};
+use virtionet_device::port::TxFrame;
 use virtionet_device::stats::RingStats;
-use virtionet_device::{DeviceQueue, QueueConfig};
+use virtionet_device::{DeviceQueue, QueueConfig, RxQueue};
 use virtionet_ring::memory::GuestMemory;
 use virtionet_ring::{RingError, RingFault};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -202,8 +203,19 @@ impl<Q: DeviceQueue> Slot<Q> {
         work: impl FnOnce(&mut Q, bool) -> Result<(T, bool), RingFault>,
     ) -> Option<T> {
         let mut slot = self.ring.lock();
+        let done = self.work_on(&mut slot, who, work);
+        MutexGuard::unlock_fair(slot);
+        done
+    }
+
+    fn work_on<T>(
+        &self,
+        slot: &mut Option<Running<Q>>,
+        who: &dyn std::fmt::Display,
+        work: impl FnOnce(&mut Q, bool) -> Result<(T, bool), RingFault>,
+    ) -> Option<T> {
         let running = slot.as_mut().filter(|ring| !ring.quarantined)?;
-        let done = match work(&mut running.queue, self.enabled()) {
+        match work(&mut running.queue, self.enabled()) {
             Ok((done, call)) => {
                 if call {
                     running.call(&self.stats);
@@ -214,9 +226,7 @@ impl<Q: DeviceQueue> Slot<Q> {
                 self.quarantine(running, fault, who);
                 None
             }
-        };
-        MutexGuard::unlock_fair(slot);
-        done
+        }
     }
 
     /// Once a start at most, so the log cannot be flooded by it.
@@ -259,6 +269,23 @@ impl<Q: DeviceQueue> Slot<Q> {
                 EpollEvent::default(),
             );
         }
+    }
+}
+
+impl Slot<RxQueue> {
+    /// Gives `frames` to the guest, or drops and counts them; false when there is no sound ring.
+    pub fn push(&self, who: &dyn std::fmt::Display, frames: &[TxFrame<'_>]) -> bool {
+        let mut slot = self.ring.lock();
+        let pushed = self.work_on(&mut slot, who, |queue, enabled| match enabled {
+            true => queue.push(frames).map(|pushed| (true, pushed.call)),
+            false => Ok((false, false)),
+        });
+        if pushed != Some(true) {
+            let count = u64::try_from(frames.len()).unwrap_or(u64::MAX);
+            self.stats.dropped_disabled.add(count);
+        }
+        MutexGuard::unlock_fair(slot);
+        pushed.is_some()
     }
 }
 

@@ -9,5 +9,5 @@ pub mod stats;
 mod tx;
 
 pub use queue::{DeviceQueue, QueueConfig};
-pub use rx::{Filled, RxEnd, RxQueue};
+pub use rx::{Filled, Pushed, RxEnd, RxQueue};
 pub use tx::{Sent, TxQueue};

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use virtionet_ring::memory::GuestSlice;
 
@@ -63,13 +63,44 @@ pub trait UplinkQueue: Send + Sync + std::fmt::Debug {
     fn set_attached(&self, attached: bool) -> io::Result<()>;
 }
 
+/// A receiveq as an uplink sees it whose frames come at any time and from any thread (a switch).
+pub trait RxPort: Send + Sync + std::fmt::Debug {
+    /// Copies `frames` (at most [`MAX_BURST`]), in order, to the guest's buffers, and interrupts
+    /// the guest once if it wants that. What a header asks of the guest must be among what it took
+    /// ([`FrameFormat`]); `num_buffers` is the ring's own affair.
+    ///
+    /// Never waits for the guest: a frame for which there is no room is dropped and counted with
+    /// the receiving ring (`dropped_no_buffer`, `dropped_too_long`), as is one that comes while
+    /// the ring is stopped or disabled (`dropped_disabled`). The ring is locked meanwhile, so the
+    /// caller must not hold another receiveq's lock.
+    fn push(&self, frames: &[TxFrame<'_>]);
+}
+
+/// A receiveq that never was: what uplinks get that no device stands behind.
+#[must_use]
+pub fn nobody() -> Weak<dyn RxPort> {
+    Weak::<Nobody>::new()
+}
+
+#[derive(Debug)]
+struct Nobody;
+
+impl RxPort for Nobody {
+    fn push(&self, _frames: &[TxFrame<'_>]) {}
+}
+
 /// Where the frames of one device go.
 pub trait Uplink: Send + Sync + std::fmt::Debug {
-    /// Opens queue `pair`, detached. Called once a pair, when its first ring starts.
+    /// Opens queue `pair`, detached. Called once a pair, when its first ring starts. `rx` is the
+    /// pair's receiveq, for uplinks that push frames instead of waiting to be asked for them.
     ///
     /// # Errors
     /// One sentence for a person.
-    fn open_queue(&self, pair: u16) -> Result<Arc<dyn UplinkQueue>, UplinkError>;
+    fn open_queue(
+        &self,
+        pair: u16,
+        rx: Weak<dyn RxPort>,
+    ) -> Result<Arc<dyn UplinkQueue>, UplinkError>;
 
     /// Tells the uplink what the guest negotiated: header length and the offloads it takes. Called
     /// before traffic and whenever that changes.
@@ -84,7 +115,7 @@ pub trait Uplink: Send + Sync + std::fmt::Debug {
     /// When they cannot.
     fn set_mtu(&self, mtu: u16) -> io::Result<()>;
 
-    /// Its kind, as the command line spells it: `tap`, `null`.
+    /// Its kind, as the command line spells it: `tap`, `switch`, `null`.
     fn kind(&self) -> &'static str;
 
     /// Its name: the interface's for a TAP.

@@ -4,7 +4,11 @@
 //! length decides how many of them it used (virtio 1.3 §5.1.6.4). The rest stays reserved
 //! for the next frame and is given back untouched when the ring stops.
 
+mod push;
+
 use std::sync::Arc;
+
+pub use push::Pushed;
 
 use memmap2::MmapMut;
 use virtionet_ring::memory::{GuestMemory, GuestSlice};
@@ -129,7 +133,7 @@ impl RxQueue {
             if pieces >= MAX_PIECES / 2 {
                 return Ok(Reserved::Enough);
             }
-            if self.queue.burst.work() >= MAX_WORK {
+            if !self.may_take() {
                 return Ok(Reserved::OverBudget);
             }
             let taken = self.take(pieces)?;
@@ -148,11 +152,15 @@ impl RxQueue {
         Ok(Reserved::Enough)
     }
 
+    /// Whether the guest's chains have not cost too much work in this call.
+    fn may_take(&self) -> bool {
+        self.queue.burst.work() < MAX_WORK
+    }
+
     /// Takes about as many chains as are missing.
     fn take(&mut self, pieces: usize) -> Result<usize, RingFault> {
-        let queue = &mut self.queue;
-        let before = queue.burst.chains().len();
-        let each = queue
+        let each = self
+            .queue
             .burst
             .chains()
             .last()
@@ -161,6 +169,13 @@ impl RxQueue {
         let want = (missing / each + 1)
             .max(TAKE_AT_ONCE)
             .min((MAX_PIECES - pieces) / 4 + 1);
+        self.take_chains(want)
+    }
+
+    /// Takes up to `want` chains, 64 at most.
+    fn take_chains(&mut self, want: usize) -> Result<usize, RingFault> {
+        let queue = &mut self.queue;
+        let before = queue.burst.chains().len();
         let taken = queue.ring.take(&mut queue.burst, want)?;
         for chain in &queue.burst.chains()[before..] {
             self.capacity += chain.len();

@@ -57,7 +57,7 @@ counters! {
         kicks: "Wake-ups by the driver's kick.",
         calls: "Interrupts asked of the driver's side (call eventfd written).",
         calls_failed: "Call eventfd writes that failed.",
-        dropped_disabled: "TX frames discarded because the ring was disabled (virtio 1.3 via vhost-user: a disabled TX ring drains).",
+        dropped_disabled: "Frames discarded because the ring was disabled: TX (a disabled TX ring drains), or pushed to an RX ring that was disabled or stopped.",
         dropped_uplink_full: "Frames the uplink had no room for (ENOBUFS, EAGAIN).",
         dropped_uplink_error: "Frames the uplink refused with an error (EIO, EINVAL, ...).",
         dropped_uplink_down: "Frames lost because the uplink was gone or down (EBADFD, ENETDOWN, EIO on a TAP that is down).",

@@ -114,7 +114,14 @@ impl Burst {
     #[must_use]
     pub fn front_slices(&self, n: usize) -> &[GuestSlice<'_>] {
         let chains = self.chains();
-        match (chains.first(), chains[..n.min(chains.len())].last()) {
+        self.slices_of(&chains[..n.min(chains.len())])
+    }
+
+    /// The pieces of chains that follow each other, as one list.
+    #[inline(always)]
+    #[must_use]
+    pub fn slices_of(&self, chains: &[Chain]) -> &[GuestSlice<'_>] {
+        match (chains.first(), chains.last()) {
             (Some(first), Some(last)) => self.pieces.slices(index(first.from), index(last.to)),
             _ => &[],
         }

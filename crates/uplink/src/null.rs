@@ -2,10 +2,10 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use virtionet_device::header::FrameFormat;
-use virtionet_device::port::{Received, TxFrame, Uplink, UplinkError, UplinkQueue};
+use virtionet_device::port::{Received, RxPort, TxFrame, Uplink, UplinkError, UplinkQueue};
 use virtionet_device::stats::RingStats;
 use virtionet_ring::memory::GuestSlice;
 
@@ -14,7 +14,11 @@ use virtionet_ring::memory::GuestSlice;
 pub struct Null;
 
 impl Uplink for Null {
-    fn open_queue(&self, _pair: u16) -> Result<Arc<dyn UplinkQueue>, UplinkError> {
+    fn open_queue(
+        &self,
+        _pair: u16,
+        _rx: Weak<dyn RxPort>,
+    ) -> Result<Arc<dyn UplinkQueue>, UplinkError> {
         Ok(Arc::new(Self))
     }
 
@@ -63,6 +67,7 @@ fn wide(n: usize) -> u64 {
 #[cfg(test)]
 mod tests {
     use virtionet_device::header::VnetHeader;
+    use virtionet_device::port::nobody;
 
     use super::*;
 
@@ -74,7 +79,7 @@ mod tests {
             len,
         };
         let stats = RingStats::default();
-        let queue = Null.open_queue(3).unwrap();
+        let queue = Null.open_queue(3, nobody()).unwrap();
         queue.transmit(&[frame(60), frame(1514)], &stats);
         queue.transmit(&[], &stats);
         assert_eq!((stats.frames.get(), stats.bytes.get()), (2, 1574));

@@ -16,12 +16,12 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 use virtionet_device::header::{FrameFormat, HEADER_LEN};
-use virtionet_device::port::{Uplink, UplinkError, UplinkQueue};
+use virtionet_device::port::{RxPort, Uplink, UplinkError, UplinkQueue};
 
 pub use self::config::TapConfig;
 use self::queue::{Shared, TapQueue};
@@ -158,7 +158,11 @@ impl Tap {
 }
 
 impl Uplink for Tap {
-    fn open_queue(&self, pair: u16) -> Result<Arc<dyn UplinkQueue>, UplinkError> {
+    fn open_queue(
+        &self,
+        pair: u16,
+        _rx: Weak<dyn RxPort>,
+    ) -> Result<Arc<dyn UplinkQueue>, UplinkError> {
         let mut state = self.state.lock();
         if let Some(queue) = state.queues.get(&pair) {
             return Ok(Arc::clone(queue) as Arc<dyn UplinkQueue>);

@@ -6,7 +6,7 @@ mod host;
 use std::sync::Arc;
 
 use host::{become_nobody, eventually, hide_tun, in_namespaces, run, share_tun};
-use virtionet_device::port::Uplink;
+use virtionet_device::port::{Uplink, nobody};
 use virtionet_uplink::open;
 
 fn refusal(spec: &str) -> String {
@@ -110,7 +110,7 @@ fn the_wrong_kind_of_interface() {
 fn held_by_another() {
     in_namespaces(|| {
         let uplink = tap("tap:vt0");
-        let queue = uplink.open_queue(1).unwrap();
+        let queue = uplink.open_queue(1, nobody()).unwrap();
         assert_says(
             &refusal("tap:vt0"),
             &["vt0 is held by another process, with 2 of its queues"],
@@ -125,9 +125,9 @@ fn too_many_queues() {
     in_namespaces(|| {
         let uplink = tap("tap:vt0");
         let _queues: Vec<_> = (0..256)
-            .map(|pair| uplink.open_queue(pair).unwrap())
+            .map(|pair| uplink.open_queue(pair, nobody()).unwrap())
             .collect();
-        let sentence = uplink.open_queue(256).unwrap_err().to_string();
+        let sentence = uplink.open_queue(256, nobody()).unwrap_err().to_string();
         assert_says(
             &sentence,
             &[

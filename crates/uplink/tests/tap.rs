@@ -10,7 +10,7 @@ use host::{
     link, receive, run, send, share_tun, wait_for_frame,
 };
 use virtionet_device::header::{FrameFormat, VnetHeader};
-use virtionet_device::port::{Received, TxFrame, Uplink, UplinkQueue};
+use virtionet_device::port::{Received, TxFrame, Uplink, UplinkQueue, nobody};
 use virtionet_device::stats::RingStats;
 use virtionet_uplink::open;
 
@@ -22,7 +22,7 @@ fn tap(spec: &str) -> Arc<dyn Uplink> {
 }
 
 fn attached(uplink: &dyn Uplink, pair: u16) -> Arc<dyn UplinkQueue> {
-    let queue = uplink.open_queue(pair).unwrap();
+    let queue = uplink.open_queue(pair, nobody()).unwrap();
     queue.set_attached(true).unwrap();
     queue
 }
@@ -170,9 +170,9 @@ fn a_detached_queue_gets_nothing() {
         queues[1].set_attached(true).unwrap();
         assert_eq!(spread(), [0, 200]);
         // A queue that opens later, or again, starts detached or as it was.
-        let third = uplink.open_queue(2).unwrap();
+        let third = uplink.open_queue(2, nobody()).unwrap();
         assert_eq!((spread(), drain(&*third)), ([0, 200], 0));
-        let again = uplink.open_queue(1).unwrap();
+        let again = uplink.open_queue(1, nobody()).unwrap();
         witness.send(&datagram(1, 2));
         assert_eq!(wait_for_frame(&*again).len(), 12 + 46);
         // What is detached can send.
@@ -283,7 +283,7 @@ fn down_and_gone_are_counted_and_survived() {
             queue.set_attached(false).unwrap_err().to_string(),
             uplink.set_format(format(12, true)).unwrap_err().to_string(),
             uplink.set_mtu(1500).unwrap_err().to_string(),
-            uplink.open_queue(1).unwrap_err().to_string(),
+            uplink.open_queue(1, nobody()).unwrap_err().to_string(),
         ] {
             assert!(
                 error.starts_with("TAP vt0 is gone; make it again"),
@@ -350,7 +350,7 @@ fn a_tap_of_ours_comes_up_in_its_bridge_and_goes_with_us() {
         );
         assert!(text.contains("numdisabled 1"), "{text}");
         assert!(!link("vt1").contains("master"));
-        let queue = uplink.open_queue(0).unwrap();
+        let queue = uplink.open_queue(0, nobody()).unwrap();
         drop(uplink);
         link("vt0");
         drop(queue);

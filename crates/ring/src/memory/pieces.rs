@@ -70,6 +70,28 @@ impl<'m> GuestSlice<'m> {
         n
     }
 
+    /// Copies from another slice's start to this one's; returns the bytes copied: the shorter of
+    /// both lengths. The two may overlap: guests may share memory with each other.
+    #[inline(always)]
+    pub fn copy_from_slice(&self, from: &GuestSlice<'_>) -> usize {
+        let n = self.len().min(from.len());
+        // SAFETY: as for `copy_to` and `copy_from`, on either side.
+        unsafe { std::ptr::copy(from.vec.iov_base.cast::<u8>(), self.vec.iov_base.cast(), n) };
+        n
+    }
+
+    /// A slice of private memory, for what takes frames from wherever they lie.
+    #[must_use]
+    pub fn private(bytes: &'m mut [u8]) -> Self {
+        Self {
+            vec: libc::iovec {
+                iov_base: bytes.as_mut_ptr().cast(),
+                iov_len: bytes.len(),
+            },
+            _life: PhantomData,
+        }
+    }
+
     /// The slice without its first `n` bytes (none left when it is shorter).
     #[inline(always)]
     #[must_use]

@@ -1,0 +1,199 @@
+//! Frames that another thread has for a receiveq: copied once, from where the sender's guest put
+//! them to where this one wants them.
+
+use virtionet_ring::memory::GuestSlice;
+use virtionet_ring::{Chain, RingFault};
+
+use super::{NUM_BUFFERS, RxQueue, TAKE_AT_ONCE};
+use crate::header::HEADER_LEN;
+use crate::port::TxFrame;
+
+/// What a call of [`RxQueue::push`] did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pushed {
+    /// Frames given to the guest; the others were dropped and counted.
+    pub frames: usize,
+    /// The driver wants an interrupt.
+    pub call: bool,
+}
+
+/// What has been done of a push.
+#[derive(Default)]
+struct Done {
+    /// Chains of the burst that have been completed.
+    chains: usize,
+    frames: usize,
+    bytes: usize,
+}
+
+impl RxQueue {
+    /// Gives `frames` (at most [`crate::port::MAX_BURST`]), in order, to the guest. The driver sees
+    /// all of them at once, at the end. What finds no buffer is dropped and counted:
+    /// `dropped_no_buffer`, `dropped_too_long`.
+    ///
+    /// # Errors
+    /// When the ring can no longer be believed.
+    pub fn push(&mut self, frames: &[TxFrame<'_>]) -> Result<Pushed, RingFault> {
+        self.queue.burst.reset_work();
+        let ready = self.queue.burst.chains().len();
+        let mut fault = match ready < frames.len() {
+            true => self.take_chains(frames.len() - ready).err(),
+            false => None,
+        };
+        let mut done = Done::default();
+        for frame in frames {
+            if let Err(found) = self.place(frame, &mut done) {
+                fault = Some(found);
+                break;
+            }
+        }
+        for chain in &self.queue.burst.chains()[..done.chains] {
+            self.capacity -= chain.len();
+        }
+        self.queue.burst.retire(done.chains);
+        let stats = &self.queue.stats;
+        if done.frames > 0 {
+            stats.bursts.add(1);
+            stats.frames.add(wide(done.frames));
+            stats.bytes.add(wide(done.bytes));
+        }
+        match fault {
+            // What was given before is shown first; the next call meets the fault again.
+            Some(fault) if !self.queue.ring.is_unpublished() => Err(fault),
+            _ => Ok(Pushed {
+                frames: done.frames,
+                call: self.queue.ring.publish(),
+            }),
+        }
+    }
+
+    /// Copies one frame to the next chains.
+    #[inline(always)]
+    fn place(&mut self, frame: &TxFrame<'_>, done: &mut Done) -> Result<(), RingFault> {
+        let queue = &mut self.queue;
+        let header_len = queue.features.header_len();
+        let total = header_len + frame.len;
+        let next = queue.burst.chains().get(done.chains).copied();
+        let Some(chain) = next.filter(|chain| chain.len() >= total) else {
+            return self.place_slowly(frame, done);
+        };
+        let mut header = frame.header.0;
+        header[NUM_BUFFERS..].copy_from_slice(&1u16.to_le_bytes());
+        let room = queue.burst.slices(&chain);
+        copy_frame(&header[..header_len], frame.payload, room);
+        queue.ring.complete(&chain, length(total));
+        done.chains += 1;
+        done.frames += 1;
+        done.bytes += frame.len;
+        Ok(())
+    }
+
+    /// The same where the next chain alone does not do.
+    #[inline(never)]
+    fn place_slowly(&mut self, frame: &TxFrame<'_>, done: &mut Done) -> Result<(), RingFault> {
+        let header_len = self.queue.features.header_len();
+        let total = header_len + frame.len;
+        // A faulty chain goes back empty when its turn comes, so that the order stays.
+        while let Some(chain) = self.chain(done.chains)?
+            && chain.fault().is_some()
+        {
+            self.queue.ring.complete(&chain, 0);
+            done.chains += 1;
+        }
+        let mergeable = self.queue.features.mergeable();
+        let (mut room, mut count) = (0, 0);
+        while room < total {
+            let Some(chain) = self.chain(done.chains + count)? else {
+                self.queue.stats.dropped_no_buffer.add(1);
+                return Ok(());
+            };
+            room += chain.len();
+            count += 1;
+            if room < total && !mergeable {
+                self.queue.stats.dropped_too_long.add(1);
+                return Ok(());
+            }
+        }
+        let mut header = frame.header.0;
+        let buffers = u16::try_from(count).unwrap_or(u16::MAX);
+        header[NUM_BUFFERS..HEADER_LEN].copy_from_slice(&buffers.to_le_bytes());
+        let queue = &mut self.queue;
+        let chains = &queue.burst.chains()[done.chains..done.chains + count];
+        copy_frame(
+            &header[..header_len],
+            frame.payload,
+            queue.burst.slices_of(chains),
+        );
+        queue.ring.complete_filled(chains, total);
+        done.chains += count;
+        done.frames += 1;
+        done.bytes += frame.len;
+        Ok(())
+    }
+
+    /// Chain number `at` of the burst, taken now if it must be; `None` when there is none.
+    fn chain(&mut self, at: usize) -> Result<Option<Chain>, RingFault> {
+        if at >= self.queue.burst.chains().len() && !self.may_take() {
+            return Ok(None);
+        }
+        if at >= self.queue.burst.chains().len() {
+            self.take_chains(TAKE_AT_ONCE)?;
+        }
+        Ok(self.queue.burst.chains().get(at).copied())
+    }
+}
+
+/// Copies header and frame to a list of slices that holds them.
+#[inline(always)]
+fn copy_frame(header: &[u8], payload: &[GuestSlice<'_>], room: &[GuestSlice<'_>]) {
+    match (payload, room) {
+        ([payload], [room]) => {
+            room.copy_from(header);
+            room.skip(header.len()).copy_from_slice(payload);
+        }
+        _ => gather(header, payload, room),
+    }
+}
+
+/// The same for any number of slices on either side.
+#[inline(never)]
+fn gather(header: &[u8], payload: &[GuestSlice<'_>], room: &[GuestSlice<'_>]) {
+    let mut room = room.iter().copied();
+    let Some(mut to) = room.next() else { return };
+    let mut header = header;
+    while !header.is_empty() {
+        let n = to.copy_from(header);
+        header = &header[n..];
+        to = to.skip(n);
+        if to.is_empty() {
+            match room.next() {
+                Some(next) => to = next,
+                None => return,
+            }
+        }
+    }
+    for from in payload {
+        let mut from = *from;
+        while !from.is_empty() {
+            let n = to.copy_from_slice(&from);
+            from = from.skip(n);
+            to = to.skip(n);
+            if to.is_empty() {
+                match room.next() {
+                    Some(next) => to = next,
+                    None => return,
+                }
+            }
+        }
+    }
+}
+
+fn wide(n: usize) -> u64 {
+    u64::try_from(n).unwrap_or(u64::MAX)
+}
+
+/// A frame's length is bounded far below 2^32.
+#[inline(always)]
+fn length(n: usize) -> u32 {
+    u32::try_from(n).unwrap_or(u32::MAX)
+}
