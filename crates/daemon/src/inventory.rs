@@ -72,6 +72,7 @@ fn pair(pair: &Pair) -> report::Pair {
         cpus: decision.map_or_else(Vec::new, |d| d.cpus.iter().collect()),
         placement: decision.map_or_else(String::new, |d| d.why.clone()),
         worker_counters: pair.worker_stats().into(),
+        worker_load: report::Load::new(pair.worker_cycles(), pair.worker_stats()),
         rx: ring(pair.rx()),
         tx: ring(pair.tx()),
     }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
@@ -18,6 +18,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::placer::Placer;
 use crate::poll::Polling;
 use crate::slot::{RingState, Slot};
+use crate::sys::cycles;
 use crate::worker::{Event, Worker};
 
 /// Stack of a worker: its deepest call keeps a few dozen KiB of frames and pieces.
@@ -35,6 +36,7 @@ pub struct Pair {
     tx: Slot<TxQueue>,
     uplink: OnceLock<Arc<dyn UplinkQueue>>,
     worker_stats: WorkerStats,
+    life: Life,
     placer: Arc<Placer>,
     placed: Mutex<Option<Placed>>,
     /// The placer's generation that `placed` is of.
@@ -49,6 +51,15 @@ pub struct Placed {
     pub tid: i32,
     /// What was decided. `cpus` is what the kernel then said.
     pub decision: Decision,
+}
+
+/// How long workers of the pair have lived, in cycles of the time-stamp counter.
+#[derive(Debug, Default)]
+struct Life {
+    /// Those that have ended.
+    past: AtomicU64,
+    /// When the present one began; 0 while there is none.
+    began: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -76,6 +87,7 @@ impl Pair {
             wake,
             uplink: OnceLock::new(),
             worker_stats: WorkerStats::default(),
+            life: Life::default(),
             placer,
             placed: Mutex::new(None),
             generation: AtomicU32::new(0),
@@ -117,6 +129,16 @@ impl Pair {
     #[must_use]
     pub fn worker_stats(&self) -> &WorkerStats {
         &self.worker_stats
+    }
+
+    /// Cycles of the time-stamp counter that its worker has lived.
+    #[must_use]
+    pub fn worker_cycles(&self) -> u64 {
+        let past = self.life.past.load(Ordering::Relaxed);
+        match self.life.began.load(Ordering::Relaxed) {
+            0 => past,
+            began => past + cycles().saturating_sub(began),
+        }
     }
 
     /// Where its worker stands, while it runs.
@@ -214,6 +236,7 @@ impl Pair {
             .name(worker_name(u32::from(self.index)))
             .stack_size(STACK)
             .spawn(move || worker.run())?;
+        self.life.began.store(cycles(), Ordering::Relaxed);
         *thread = Some(Thread { stop, handle });
         Ok(())
     }
@@ -234,6 +257,9 @@ impl Pair {
         {
             tracing::error!("{self}: the worker ended by a panic, which is a bug");
         }
+        let lived = self.worker_cycles();
+        self.life.began.store(0, Ordering::Relaxed);
+        self.life.past.store(lived, Ordering::Relaxed);
         *self.placed.lock() = None;
     }
 }

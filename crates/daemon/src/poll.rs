@@ -1,14 +1,19 @@
 //! How long a worker looks for frames before it sleeps.
 //!
-//! The budget of `adaptive` grows while looking finds frames and halves when it was in vain, down
-//! to a single look; so an idle guest costs nothing and a busy one is not slept on.
+//! Polling pays where frames come sooner than a sleep and a kick would take. What tells is how many
+//! of them the looks of late have found: `adaptive` keeps a score of that, which finds raise (many
+//! frames at once more than one) and a look in vain lowers by half, and looks on for the score's
+//! share of its limit. A few looks in vain, and it is down to a single one; so an idle guest costs
+//! nothing, a slow one next to nothing, and a busy one is not slept on.
 
 use std::time::{Duration, Instant};
 
 use crate::config::Poll;
 
-/// Smallest step by which the adaptive budget grows.
-const STEP: Duration = Duration::from_micros(5);
+/// The score at which the whole limit is spent.
+const FULL: u32 = 256;
+/// Frames found at once beyond which more of them say nothing new.
+const MANY: usize = 16;
 /// Longest time that an `always` worker looks before it takes a breath to look at its events.
 const ALWAYS: Duration = Duration::from_millis(100);
 
@@ -16,14 +21,15 @@ const ALWAYS: Duration = Duration::from_millis(100);
 #[derive(Debug, Clone, Copy)]
 pub struct Polling {
     mode: Poll,
-    budget: Duration,
+    /// From 0 to [`FULL`].
+    score: u32,
 }
 
 impl Polling {
     /// Polling as configured, nothing learnt yet.
     #[must_use]
     pub fn new(mode: Poll) -> Self {
-        Self { mode, budget: STEP }
+        Self { mode, score: 0 }
     }
 
     /// Whether the worker looks at all before it sleeps.
@@ -43,21 +49,22 @@ impl Polling {
     pub fn until(&self) -> Option<Instant> {
         match self.mode {
             Poll::Off => None,
-            Poll::Adaptive(_) => Some(Instant::now() + self.budget),
+            Poll::Adaptive(limit) => Some(Instant::now() + limit * self.score / FULL),
             Poll::Always => Some(Instant::now() + ALWAYS),
         }
     }
 
-    /// A look found frames.
-    pub fn found(&mut self) {
-        if let Poll::Adaptive(limit) = self.mode {
-            self.budget = (self.budget + STEP).min(limit);
-        }
+    /// A look found so many frames.
+    pub fn found(&mut self, frames: usize) {
+        // At most MANY, which fits.
+        let frames = u32::try_from(frames.min(MANY)).unwrap_or(0);
+        // From 1/32 to 1/2 of what is missing.
+        self.score += ((FULL - self.score) * frames).div_ceil(32);
     }
 
-    /// The budget ran out and nothing came.
+    /// The time ran out and nothing came.
     pub fn in_vain(&mut self) {
-        self.budget /= 2;
+        self.score /= 2;
     }
 }
 
@@ -65,15 +72,34 @@ impl Polling {
 mod tests {
     use super::*;
 
+    const LIMIT: Duration = Duration::from_micros(50);
+
+    fn looks(polling: &Polling) -> Duration {
+        polling
+            .until()
+            .map_or(Duration::ZERO, |until| until - Instant::now())
+    }
+
     #[test]
-    fn adaptive_grows_to_its_limit_and_shrinks_to_nothing() {
-        let limit = Duration::from_micros(50);
-        let mut polling = Polling::new(Poll::Adaptive(limit));
-        (0..100).for_each(|_| polling.found());
-        assert_eq!(polling.budget, limit);
-        (0..100).for_each(|_| polling.in_vain());
-        assert_eq!(polling.budget, Duration::ZERO);
-        polling.found();
-        assert_eq!(polling.budget, STEP);
+    fn finds_raise_it_to_the_limit_and_a_few_looks_in_vain_end_it() {
+        let mut polling = Polling::new(Poll::Adaptive(LIMIT));
+        assert_eq!(polling.score, 0);
+        (0..200).for_each(|_| polling.found(1));
+        assert_eq!(polling.score, FULL);
+        assert!(looks(&polling) <= LIMIT);
+        (0..9).for_each(|_| polling.in_vain());
+        assert_eq!(polling.score, 0);
+        assert_eq!(looks(&polling), Duration::ZERO);
+    }
+
+    #[test]
+    fn many_frames_at_once_tell_sooner_than_single_ones() {
+        let mut single = Polling::new(Poll::Adaptive(LIMIT));
+        let mut many = single;
+        (0..4).for_each(|_| single.found(1));
+        (0..4).for_each(|_| many.found(64));
+        assert!(many.score > 2 * single.score, "{many:?} {single:?}");
+        many.found(usize::MAX);
+        assert!(many.score <= FULL);
     }
 }

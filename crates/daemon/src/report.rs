@@ -10,7 +10,7 @@ pub trait Inventory: Send + Sync {
 }
 
 /// The whole daemon.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Report {
     /// The daemon's version.
     pub version: &'static str,
@@ -19,7 +19,7 @@ pub struct Report {
 }
 
 /// One device.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Device {
     /// Its name.
     pub name: String,
@@ -85,7 +85,7 @@ pub struct Uplink {
 }
 
 /// One queue pair and its worker.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Pair {
     /// Its number, from 0.
     pub pair: u16,
@@ -103,10 +103,47 @@ pub struct Pair {
     pub placement: String,
     /// What the worker did; names as in [`WorkerStats::NAMES`].
     pub worker_counters: Counters,
+    /// How busy the worker is.
+    pub worker_load: Load,
     /// The receive ring: frames to the guest.
     pub rx: Ring,
     /// The transmit ring: frames from the guest.
     pub tx: Ring,
+}
+
+/// What a worker's time went into, since it first ran. For a shorter while, read twice: the busy
+/// share is the growth of `busy_cycles` over that of `cycles`.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
+pub struct Load {
+    /// Time-stamp counter cycles that it has lived.
+    pub cycles: u64,
+    /// The share of those that turns took which found frames, from 0 to 1.
+    pub busy_share: f64,
+    /// Cycles that a frame took in those turns.
+    pub cycles_per_frame: f64,
+}
+
+impl Load {
+    /// Of a worker that has lived for so many cycles.
+    #[must_use]
+    pub fn new(cycles: u64, stats: &WorkerStats) -> Self {
+        let share = |part: u64, whole: u64| match whole {
+            0 => 0.0,
+            _ => float(part) / float(whole),
+        };
+        let busy = stats.busy_cycles.get();
+        Self {
+            cycles,
+            busy_share: share(busy, cycles).min(1.0),
+            cycles_per_frame: share(busy, stats.busy_frames.get()),
+        }
+    }
+}
+
+/// Precise up to 2^53; beyond that a ratio does not need it.
+#[allow(clippy::cast_precision_loss, clippy::as_conversions)]
+fn float(n: u64) -> f64 {
+    n as f64
 }
 
 /// One ring.
@@ -183,6 +220,8 @@ pub(crate) fn sample() -> Report {
     };
     let worker = WorkerStats::default();
     worker.wakeups.add(3);
+    worker.busy_cycles.add(100);
+    worker.busy_frames.add(2);
     Report {
         version: "0.1.0",
         devices: vec![Device {
@@ -214,6 +253,7 @@ pub(crate) fn sample() -> Report {
                 cpus: vec![2],
                 placement: "why".into(),
                 worker_counters: Counters::from(&worker),
+                worker_load: Load::new(400, &worker),
                 rx: ring(RingState::Running, 5),
                 tx: ring(RingState::Quarantined, 7),
             }],
@@ -246,6 +286,7 @@ mod tests {
                 "pairs": [{
                     "pair": 0, "vcpu": 0, "vcpus": [0], "worker": "vnet-q0", "tid": 1, "cpus": [2],
                     "placement": "why", "worker_counters": null,
+                    "worker_load": {"cycles": 400, "busy_share": 0.25, "cycles_per_frame": 50.0},
                     "rx": {"state": "running", "enabled": true, "size": 256, "counters": null},
                     "tx": {"state": "quarantined", "enabled": true, "size": 256, "counters": null},
                 }],
@@ -258,7 +299,7 @@ mod tests {
         let json = serde_json::to_string(&Counters::from(&WorkerStats::default())).unwrap();
         assert_eq!(
             json,
-            r#"{"wakeups":0,"polls":0,"busy_polls":0,"over_budget":0}"#
+            r#"{"wakeups":0,"sleeps":0,"busy_cycles":0,"busy_frames":0,"polls":0,"busy_polls":0,"over_budget":0}"#
         );
     }
 }

@@ -22,6 +22,7 @@ use vmm_sys_util::epoll::{Epoll, EpollEvent};
 
 use crate::pair::Pair;
 use crate::poll::Polling;
+use crate::sys::cycles;
 
 /// Why a worker wakes up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,12 +73,16 @@ pub struct Worker {
     epoll: Arc<Epoll>,
     stop: Arc<AtomicBool>,
     poll: Polling,
+    /// Frames must be asked for at the uplink; a switch pushes them instead.
+    pulls: bool,
     /// Chains may be available for TX.
     tx_ready: bool,
     /// A frame may wait in the uplink.
     uplink_ready: bool,
     /// The guest has no RX buffers; a kick will tell when it has.
     starved: bool,
+    /// Since when what it does is to be told busy or not, by the time-stamp counter.
+    since: u64,
 }
 
 impl Worker {
@@ -86,12 +91,16 @@ impl Worker {
     pub fn new(pair: Arc<Pair>, stop: Arc<AtomicBool>, poll: Polling) -> Self {
         Self {
             epoll: Arc::clone(pair.epoll()),
+            pulls: pair
+                .uplink()
+                .is_some_and(|uplink| uplink.readable().is_some()),
             pair,
             stop,
             poll,
             tx_ready: true,
             uplink_ready: true,
             starved: false,
+            since: 0,
         }
     }
 
@@ -105,7 +114,7 @@ impl Worker {
             if self.has_work() {
                 continue;
             }
-            if found || self.poll.is_always() {
+            if found > 0 || self.poll.is_always() {
                 self.linger();
                 // Kicks are not asked for yet: look before it sleeps.
                 self.tx_ready = true;
@@ -128,6 +137,7 @@ impl Worker {
             self.spin();
         } else {
             std::thread::yield_now();
+            self.since = cycles();
         }
     }
 
@@ -137,6 +147,9 @@ impl Worker {
 
     /// Waits for events (`timeout` in milliseconds, -1 for ever) and notes what they mean.
     fn wait(&mut self, timeout: i32) {
+        if timeout != 0 {
+            self.pair.worker_stats().sleeps.add(1);
+        }
         let mut events = [EpollEvent::default(); Event::ALL.len()];
         let count = match self.epoll.wait(timeout, &mut events) {
             Ok(count) => count,
@@ -159,40 +172,48 @@ impl Worker {
                     self.pair.rx().stats().kicks.add(1);
                     self.starved = false;
                 }
-                Some(Event::Uplink) => self.uplink_ready = true,
+                Some(Event::Uplink) => self.uplink_ready = self.pulls,
                 None => {}
             }
         }
         if count > 0 {
             self.pair.worker_stats().wakeups.add(1);
         }
+        self.since = cycles();
     }
 
     /// Something changed: look at everything once.
     fn woken(&mut self) {
         self.pair.heed_wake();
         self.tx_ready = true;
-        self.uplink_ready = true;
+        self.uplink_ready = self.pulls;
         self.starved = false;
     }
 
-    /// A turn for TX and one for RX; true when one of them found frames. `sleep_next`: where there
-    /// are none, kicks are asked for.
-    fn pass(&mut self, sleep_next: bool) -> bool {
-        let mut found = false;
+    /// A turn for TX and one for RX; says how many frames they found. `sleep_next`: where there are
+    /// none, kicks are asked for.
+    fn pass(&mut self, sleep_next: bool) -> usize {
+        let mut found = 0;
         if self.tx_ready {
-            found |= self.tx_turn(sleep_next);
+            found += self.tx_turn(sleep_next);
         }
         if self.uplink_ready && !self.starved {
-            found |= self.rx_turn();
+            found += self.rx_turn();
         }
-        if self.has_work() && found {
-            self.pair.worker_stats().over_budget.add(1);
+        let stats = self.pair.worker_stats();
+        let now = cycles();
+        if found > 0 {
+            stats.busy_cycles.add(now.wrapping_sub(self.since));
+            stats.busy_frames.add(u64::try_from(found).unwrap_or(0));
+            if self.has_work() {
+                stats.over_budget.add(1);
+            }
         }
+        self.since = now;
         found
     }
 
-    fn tx_turn(&mut self, sleep_next: bool) -> bool {
+    fn tx_turn(&mut self, sleep_next: bool) -> usize {
         let uplink = self.pair.uplink();
         let outcome = self
             .pair
@@ -213,36 +234,36 @@ impl Worker {
                         break false;
                     }
                 };
-                Ok(((chains > 0, more), call))
+                Ok(((chains, more), call))
             });
         let (found, more) = outcome.unwrap_or_default();
         self.tx_ready = more;
         found
     }
 
-    fn rx_turn(&mut self) -> bool {
+    fn rx_turn(&mut self) -> usize {
         let Some(uplink) = self.pair.uplink() else {
             self.uplink_ready = false;
-            return false;
+            return 0;
         };
         let outcome = self
             .pair
             .rx()
             .turn(&format_args!("{} rx", self.pair), |queue, enabled| {
                 if !enabled {
-                    return Ok(((false, RxEnd::UplinkEmpty), false));
+                    return Ok(((0, RxEnd::UplinkEmpty), false));
                 }
                 let filled = queue.fill(&**uplink, RX_FRAMES, RX_BYTES)?;
                 let end = match filled.end {
                     RxEnd::Starved if queue.enable_kicks() => RxEnd::Budget,
                     end => end,
                 };
-                Ok(((filled.frames > 0, end), filled.call))
+                Ok(((filled.frames, end), filled.call))
             });
         let (found, end) = outcome.unwrap_or_else(|| {
             // There is no ring, or it is quarantined: frames had better go to other pairs.
             self.pair.steer();
-            (false, RxEnd::UplinkEmpty)
+            (0, RxEnd::UplinkEmpty)
         });
         match end {
             RxEnd::UplinkEmpty | RxEnd::UplinkFailed => self.uplink_ready = false,
@@ -267,10 +288,11 @@ impl Worker {
                 self.wait(0);
             }
             self.tx_ready = true;
-            self.uplink_ready = true;
-            if self.pass(false) {
+            self.uplink_ready = self.pulls;
+            let found = self.pass(false);
+            if found > 0 {
                 self.pair.worker_stats().busy_polls.add(1);
-                self.poll.found();
+                self.poll.found(found);
                 until = self.poll.until();
                 continue;
             }
@@ -279,7 +301,9 @@ impl Worker {
                 self.poll.in_vain();
                 return;
             }
-            std::hint::spin_loop();
+            // Who shares this CPU goes first: the vCPU that makes frames, other workers.
+            std::thread::yield_now();
+            self.since = cycles();
         }
     }
 }

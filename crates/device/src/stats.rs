@@ -97,6 +97,9 @@ counters! {
     /// What one worker did.
     pub struct WorkerStats {
         wakeups: "Returns from epoll_wait with an event.",
+        sleeps: "Times it went to sleep.",
+        busy_cycles: "Time-stamp counter cycles of the turns that found frames.",
+        busy_frames: "Frames that those turns found.",
         polls: "Empty looks at the rings while polling.",
         busy_polls: "Looks at the rings while polling that found frames.",
         over_budget: "Wake-ups that used their whole budget and went on in the next.",
