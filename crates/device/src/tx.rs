@@ -4,11 +4,13 @@ use std::sync::Arc;
 
 use arrayvec::ArrayVec;
 use virtionet_ring::memory::GuestMemory;
-use virtionet_ring::{Direction, RingError, RingFault};
+use virtionet_ring::{Chain, Direction, RingError, RingFault};
 
-use crate::header::VnetHeader;
+use crate::features::Features;
+use crate::header::{HEADER_LEN, LEGACY_HEADER_LEN, VnetHeader};
 use crate::port::{MAX_BURST, TxFrame, UplinkQueue};
 use crate::queue::{DeviceQueue, Queue, QueueConfig, count_fault};
+use crate::stats::RingStats;
 
 /// What one burst did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -90,46 +92,57 @@ impl DeviceQueue for TxQueue {
 
 /// Makes frames of the burst's good chains and transmits them; returns their bytes.
 fn hand_over(queue: &mut Queue, uplink: &dyn UplinkQueue) -> usize {
-    let header_len = queue.features.header_len();
-    let mut headers: ArrayVec<Option<VnetHeader>, MAX_BURST> = ArrayVec::new();
-    for n in 0..queue.burst.chains().len().min(MAX_BURST) {
-        headers.push(parse(queue, n, header_len));
-    }
+    let mut headers = [VnetHeader::default(); MAX_BURST];
+    strip(queue, &mut headers);
+    let Queue {
+        burst,
+        features,
+        stats,
+        ..
+    } = queue;
     let mut frames: ArrayVec<TxFrame<'_>, MAX_BURST> = ArrayVec::new();
     let mut bytes = 0;
-    for (chain, header) in queue.burst.chains().iter().zip(&headers) {
-        if let Some(header) = *header {
-            bytes += chain.len();
-            frames.push(TxFrame {
-                header,
-                payload: queue.burst.slices(chain),
-                len: chain.len(),
-            });
+    for (chain, header) in burst.chains().iter().zip(&headers) {
+        if chain.fault().is_some() || header.check(chain.len(), *features).is_err() {
+            count_no_frame(chain, header, *features, stats);
+            continue;
         }
+        bytes += chain.len();
+        // There is room: `headers` has no more places than `frames`.
+        let _ = frames.try_push(TxFrame {
+            header: *header,
+            payload: burst.slices(chain),
+            len: chain.len(),
+        });
     }
     if !frames.is_empty() {
-        uplink.transmit(&frames, &queue.stats);
+        uplink.transmit(&frames, stats);
     }
     bytes
 }
 
-/// Takes the header off chain `n` and checks it; `None` (and counted) when the chain is no frame.
+/// Takes the headers off the chains. The ring refused chains that have none.
 #[inline(always)]
-fn parse(queue: &mut Queue, n: usize, header_len: usize) -> Option<VnetHeader> {
-    let chain = queue.burst.chains()[n];
-    if let Some(fault) = chain.fault() {
-        count_fault(fault, Direction::Readable, &queue.stats);
-        return None;
+fn strip(queue: &mut Queue, headers: &mut [VnetHeader; MAX_BURST]) {
+    if queue.features.header_len() == HEADER_LEN {
+        let whole = headers.iter_mut().map(|header| &mut header.0);
+        queue.burst.strip_all(whole);
+        return;
     }
-    let mut header = VnetHeader::default();
-    queue.burst.strip(n, &mut header.0[..header_len]);
-    let len = chain.len() - header_len.min(chain.len());
-    match header.check(len, queue.features) {
-        Ok(()) => Some(header),
-        Err(fault) => {
-            fault.count(&queue.stats);
-            None
-        }
+    let mut short = [[0; LEGACY_HEADER_LEN]; MAX_BURST];
+    queue.burst.strip_all(short.iter_mut());
+    for (header, short) in headers.iter_mut().zip(&short) {
+        header.0[..LEGACY_HEADER_LEN].copy_from_slice(short);
+    }
+}
+
+/// Counts what is wrong with a chain that is no frame.
+#[cold]
+fn count_no_frame(chain: &Chain, header: &VnetHeader, features: Features, stats: &RingStats) {
+    match (chain.fault(), header.check(chain.len(), features)) {
+        (Some(fault), _) => count_fault(fault, Direction::Readable, stats),
+        (None, Err(fault)) => fault.count(stats),
+        (None, Ok(())) => {}
     }
 }
 

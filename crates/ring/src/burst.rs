@@ -3,32 +3,49 @@
 use std::sync::Arc;
 
 use crate::fault::ChainFault;
-use crate::memory::{GuestMemory, GuestSlice, Pieces};
+use crate::memory::{GuestMemory, GuestSlice, PieceWriter, Pieces};
 use crate::walk::Walked;
 
 /// One chain. Which of its ring's formats it came from does not show.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Chain {
     /// What gives it back: the head (split) or the buffer id (packed).
     pub(crate) id: u16,
     /// Places that it takes in the ring: 1 entry of an available ring, or its number of
     /// descriptors in a packed ring.
     pub(crate) slots: u16,
+    /// Its number of pieces, [`crate::MAX_CHAIN`] at most, and where the first one is.
+    pub(crate) pieces: u16,
     pub(crate) fault: Option<ChainFault>,
     pub(crate) from: u32,
-    pub(crate) to: u32,
     pub(crate) len: u32,
 }
 
+// Bursts are read from end to end again and again: four chains to a cache line.
+const _: () = assert!(size_of::<Chain>() == 16);
+
 impl Chain {
+    /// Of one buffer, piece number `at`, and nothing wrong with it.
+    #[inline(always)]
+    pub(crate) fn single(id: u16, at: u32, len: u32) -> Self {
+        Self {
+            id,
+            slots: 1,
+            pieces: 1,
+            fault: None,
+            from: at,
+            len,
+        }
+    }
+
     #[inline(always)]
     pub(crate) fn new(id: u16, slots: u16, walked: Walked) -> Self {
         Self {
             id,
             slots,
             fault: walked.fault,
+            pieces: walked.pieces,
             from: walked.from,
-            to: walked.to,
             len: walked.len,
         }
     }
@@ -59,12 +76,20 @@ impl Chain {
 /// the front ([`Burst::retire`]); new ones come at the back ([`crate::Ring::take`]).
 #[derive(Debug)]
 pub struct Burst {
-    pub(crate) chains: Vec<Chain>,
-    pub(crate) pieces: Pieces,
+    /// Those up to `end` count; the rest is room.
+    store: Vec<Chain>,
+    end: usize,
+    pieces: Pieces,
     /// Chains at the front that have been retired; they are dropped in batches.
     retired: usize,
     /// Descriptors read for this burst since [`Burst::reset_work`].
-    pub(crate) work: usize,
+    work: usize,
+}
+
+/// What a ring puts chains into: places for as many as it asked for, and the pieces.
+pub(crate) struct Intake<'b> {
+    pub(crate) places: &'b mut [Chain],
+    pub(crate) pieces: PieceWriter<'b>,
 }
 
 /// Retired chains are moved out when so many have gathered.
@@ -75,7 +100,8 @@ impl Burst {
     #[must_use]
     pub fn new(memory: Arc<GuestMemory>) -> Self {
         Self {
-            chains: Vec::new(),
+            store: Vec::new(),
+            end: 0,
             pieces: Pieces::new(memory),
             retired: 0,
             work: 0,
@@ -99,14 +125,35 @@ impl Burst {
     #[inline(always)]
     #[must_use]
     pub fn chains(&self) -> &[Chain] {
-        &self.chains[self.retired..]
+        self.store.get(self.retired..self.end).unwrap_or_default()
+    }
+
+    /// Room for `count` more chains. [`Burst::took`] then says how many there are.
+    #[inline(always)]
+    pub(crate) fn intake(&mut self, count: usize) -> Intake<'_> {
+        let room = self.end + count;
+        if self.store.len() < room {
+            self.store.resize(room, Chain::default());
+        }
+        Intake {
+            places: &mut self.store[self.end..room],
+            pieces: self.pieces.writer(),
+        }
+    }
+
+    /// So many of the intake's places have been filled, for which so many descriptors were read.
+    #[inline(always)]
+    pub(crate) fn took(&mut self, chains: usize, work: usize) {
+        self.end = (self.end + chains).min(self.store.len());
+        self.work += work;
     }
 
     /// A chain's pieces, in order, none of them empty.
     #[inline(always)]
     #[must_use]
     pub fn slices(&self, chain: &Chain) -> &[GuestSlice<'_>] {
-        self.pieces.slices(index(chain.from), index(chain.to))
+        let from = index(chain.from);
+        self.pieces.slices(from, from + usize::from(chain.pieces))
     }
 
     /// The pieces of the first `n` chains not yet retired, as one list.
@@ -122,45 +169,43 @@ impl Burst {
     #[must_use]
     pub fn slices_of(&self, chains: &[Chain]) -> &[GuestSlice<'_>] {
         match (chains.first(), chains.last()) {
-            (Some(first), Some(last)) => self.pieces.slices(index(first.from), index(last.to)),
+            (Some(first), Some(last)) => self.pieces.slices(
+                index(first.from),
+                index(last.from) + usize::from(last.pieces),
+            ),
             _ => &[],
         }
     }
 
-    /// Copies the first bytes of chain `n` (counted among those not yet retired) to `out` and takes
-    /// them off the chain, so that they are read once and never again. False, and the chain
-    /// unchanged, when it has fewer bytes.
-    #[inline]
-    pub fn strip(&mut self, n: usize, out: &mut [u8]) -> bool {
-        let Some(chain) = self.chains.get_mut(self.retired + n) else {
-            return false;
-        };
-        let Some(rest) = u32::try_from(out.len())
-            .ok()
-            .and_then(|bytes| chain.len.checked_sub(bytes))
-        else {
-            return false;
-        };
-        let mut done = 0;
-        let mut at = index(chain.from);
-        while done < out.len() {
-            let copied = self.pieces.strip(at, &mut out[done..]);
-            done += copied.bytes;
-            at += usize::from(copied.whole);
-            if copied.bytes == 0 {
-                break;
+    /// The first `N` bytes of every chain, which are taken off the chains, so that they are read
+    /// once and never again: into `out`, one after the other, as many as it gives. A chain with
+    /// fewer bytes (a faulty one has none) is left as it is, its place in `out` too.
+    #[inline(always)]
+    pub fn strip_all<'o, const N: usize>(&mut self, out: impl Iterator<Item = &'o mut [u8; N]>) {
+        let Ok(bytes) = u32::try_from(N) else { return };
+        let chains = self
+            .store
+            .get_mut(self.retired..self.end)
+            .unwrap_or_default();
+        for (chain, out) in chains.iter_mut().zip(out) {
+            let Some(rest) = chain.len.checked_sub(bytes) else {
+                continue;
+            };
+            chain.len = rest;
+            let from = index(chain.from);
+            if !self.pieces.strip_from(from, out) {
+                let gone = self.pieces.strip_across(from, out);
+                chain.from += u32::from(gone);
+                chain.pieces = chain.pieces.saturating_sub(gone);
             }
         }
-        chain.from = u32::try_from(at).unwrap_or(chain.to);
-        chain.len = rest;
-        true
     }
 
     /// Forgets the first `n` chains: they have been given back.
     #[inline]
     pub fn retire(&mut self, n: usize) {
-        self.retired = (self.retired + n).min(self.chains.len());
-        if self.retired == self.chains.len() {
+        self.retired = (self.retired + n).min(self.end);
+        if self.retired == self.end {
             self.clear();
         } else if self.retired >= COMPACT_AT {
             self.compact();
@@ -170,19 +215,20 @@ impl Burst {
     /// Forgets every chain.
     #[inline]
     pub fn clear(&mut self) {
-        self.chains.clear();
+        self.end = 0;
         self.pieces.truncate(0);
         self.retired = 0;
     }
 
     fn compact(&mut self) {
-        self.chains.drain(..self.retired);
+        self.store.copy_within(self.retired..self.end, 0);
+        self.end -= self.retired;
         self.retired = 0;
-        let gone = self.chains.first().map_or(0, |chain| chain.from);
+        let chains = &mut self.store[..self.end];
+        let gone = chains.first().map_or(0, |chain| chain.from);
         self.pieces.discard_front(index(gone));
-        for chain in &mut self.chains {
+        for chain in chains {
             chain.from -= gone;
-            chain.to -= gone;
         }
     }
 }

@@ -199,13 +199,20 @@ impl Ring {
     /// what a restart relies on.
     #[inline(always)]
     pub fn complete(&mut self, chain: &Chain, written: u32) {
-        each!(mut self, ring => ring.complete(chain, written));
+        self.complete_each(std::iter::once((chain, written)));
     }
 
     /// Gives many chains back to which nothing was written, in their order.
     #[inline(always)]
     pub fn complete_all(&mut self, chains: &[Chain]) {
-        each!(mut self, ring => ring.complete_all(chains));
+        self.complete_each(chains.iter().map(|chain| (chain, 0)));
+    }
+
+    /// Gives many chains back, each with the number of bytes written to it.
+    #[inline(always)]
+    pub fn complete_each<'c>(&mut self, each: impl Iterator<Item = (&'c Chain, u32)>) {
+        let each = each.map(|(chain, written)| (chain.id, chain.slots, written));
+        each!(mut self, ring => ring.complete_each(each));
     }
 
     /// Gives back the chains that `len` bytes fill, one after the other from the first on, each with

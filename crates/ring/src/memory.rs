@@ -19,6 +19,8 @@
 #![allow(unsafe_code)]
 
 mod array;
+#[cfg(loom)]
+mod loom;
 mod pieces;
 
 use std::fs::File;
@@ -29,6 +31,8 @@ use vm_memory::{ByteValued, FileOffset, MmapRegion};
 
 pub(crate) use array::{Descriptor, plain_data};
 pub use array::{GuestArray, GuestArrayRef, full_fence};
+#[cfg(loom)]
+pub use loom::{Without, do_without, forget_model};
 pub(crate) use pieces::PieceWriter;
 pub use pieces::{BadAddress, GuestSlice, Pieces};
 
@@ -404,8 +408,9 @@ mod tests {
             .unwrap(),
         );
         let mut pieces = Pieces::new(memory);
-        let lens =
-            |p: &Pieces| -> Vec<usize> { p.slices(0, 99).iter().map(GuestSlice::len).collect() };
+        let lens = |p: &Pieces| -> Vec<usize> {
+            p.slices(0, p.len()).iter().map(GuestSlice::len).collect()
+        };
         pieces.push(0x1ff0, 32).unwrap();
         assert_eq!(lens(&pieces), [16, 16]);
         for (addr, len) in [

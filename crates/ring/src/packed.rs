@@ -10,7 +10,7 @@
 //! descriptor is; what they mean turns over each time the ring wraps, which each side follows with
 //! a wrap counter.
 
-use crate::burst::{Burst, Chain};
+use crate::burst::{Burst, Chain, Intake};
 use crate::fault::{ChainFault, RingFault};
 use crate::memory::{Descriptor, GuestArray, GuestMemory, PieceWriter, full_fence};
 use crate::walk::{INDIRECT, MAX_CHAINS, MAX_STEPS, NEXT, Rules, Table, WRITE, Walk};
@@ -166,34 +166,30 @@ impl PackedRing {
     /// Takes chain after chain for as long as the next descriptor is the device's.
     #[inline]
     pub(crate) fn take(&mut self, burst: &mut Burst, max: usize) -> Result<usize, RingFault> {
-        let Burst {
-            chains,
-            pieces,
-            work,
-            ..
-        } = burst;
-        let mut pieces = pieces.writer();
-        let mut budget = MAX_STEPS;
-        let max = max.min(MAX_CHAINS);
-        chains.reserve(max);
+        let Intake { places, mut pieces } = burst.intake(max.min(MAX_CHAINS));
         let mut room = self.room();
         let mut place = self.avail;
+        // Work of chains that are not single ones; those are bounded by their number.
+        let mut work = 0;
         let mut taken = 0;
         let mut fault = Ok(());
-        while taken < max && room > 0 && budget > 0 {
-            let flags = self.desc.acquire_flags(place.index);
-            if !is_available(flags, place.wrap) {
+        while taken < places.len() && room > 0 && work < MAX_STEPS {
+            let singles = self.take_singles(place, room, &mut places[taken..], &mut pieces);
+            taken += usize::from(singles);
+            room -= singles;
+            place = place.after(singles, self.size);
+            let Some(chain) = places.get_mut(taken).filter(|_| room > 0) else {
                 break;
-            }
-            self.desc
-                .prefetch(place.after(AHEAD.min(self.size), self.size).index);
-            match self.walk(place, flags, room, &mut pieces) {
-                Ok((chain, read)) => {
-                    room -= chain.slots;
-                    place = place.after(chain.slots, self.size);
-                    budget = budget.saturating_sub(read);
-                    *work += read;
-                    chains.push(chain);
+            };
+            let Some(raw) = self.available(place) else {
+                break;
+            };
+            match self.walk(place, raw.unpacked(raw.packed_flags()), room, &mut pieces) {
+                Ok((any, read)) => {
+                    room -= any.slots;
+                    place = place.after(any.slots, self.size);
+                    work += read;
+                    *chain = any;
                     taken += 1;
                 }
                 Err(found) => {
@@ -202,6 +198,8 @@ impl PackedRing {
                 }
             }
         }
+        drop(pieces);
+        burst.took(taken, taken + work);
         self.avail = place;
         match taken {
             0 => fault.map(|()| 0),
@@ -210,13 +208,49 @@ impl PackedRing {
         }
     }
 
-    /// Follows the chain at `place`, whose flags have been read, for `room` descriptors at most; the
-    /// chain and the descriptors read for it.
+    /// Takes chains of one buffer each from `place` on, until there is another or the ring's end;
+    /// says how many.
     #[inline(always)]
+    fn take_singles(
+        &self,
+        place: Place,
+        room: u16,
+        chains: &mut [Chain],
+        pieces: &mut PieceWriter<'_>,
+    ) -> u16 {
+        let end = self.size.min(place.index + room);
+        let mut at = place.index;
+        for (chain, index) in chains.iter_mut().zip(place.index..end) {
+            let Some(raw) = self.available(Place { index, ..place }) else {
+                break;
+            };
+            // Past the end there is nothing to fetch, and no harm in asking.
+            self.desc.prefetch(index.wrapping_add(AHEAD));
+            let buffer = (raw.addr(), raw.len());
+            let flags = raw.packed_flags();
+            let Some(single) = self.rules.single(raw.packed_id(), buffer, flags, pieces) else {
+                break;
+            };
+            *chain = single;
+            at = index + 1;
+        }
+        at - place.index
+    }
+
+    /// The descriptor at `place`, if it is available.
+    #[inline(always)]
+    fn available(&self, place: Place) -> Option<Descriptor> {
+        self.desc
+            .descriptor_if(place.index, |flags| is_available(flags, place.wrap))
+    }
+
+    /// Follows the chain at `place`, whose first descriptor has been read, for `room` descriptors at
+    /// most; the chain and the descriptors read for it.
+    #[inline(never)]
     fn walk(
         &self,
         mut place: Place,
-        mut flags: u16,
+        mut desc: Descriptor,
         room: u16,
         pieces: &mut PieceWriter<'_>,
     ) -> Result<(Chain, usize), RingFault> {
@@ -225,11 +259,6 @@ impl PackedRing {
         let mut skipped = 0;
         let mut followed = Ok(());
         loop {
-            let raw = self.desc.descriptor(place.index);
-            if slots > 0 {
-                flags = raw.packed_flags();
-            }
-            let desc = raw.unpacked(flags);
             slots += 1;
             // Past a fault only the chain's end is looked for: where the next one begins.
             if followed.is_ok() {
@@ -247,6 +276,12 @@ impl PackedRing {
                 return Err(RingFault::ChainWithoutEnd { size: self.size });
             }
             place = place.after(1, self.size);
+            let Some(raw) = self.desc.descriptor(place.index) else {
+                // No place is outside the ring.
+                walk.abandon();
+                return Err(RingFault::ChainWithoutEnd { size: self.size });
+            };
+            desc = raw.unpacked(raw.packed_flags());
         }
     }
 
@@ -264,24 +299,11 @@ impl PackedRing {
         self.avail = self.avail.before(slots, self.size);
     }
 
-    /// Notes a chain to be shown with the others.
+    /// Notes chains to be shown with the others, each with the number of bytes written to it.
     #[inline(always)]
-    pub(crate) fn complete(&mut self, chain: &Chain, written: u32) {
-        self.done.push(Done {
-            id: chain.id,
-            slots: chain.slots,
-            written,
-        });
-    }
-
-    /// Notes chains to which nothing was written.
-    #[inline(always)]
-    pub(crate) fn complete_all(&mut self, chains: &[Chain]) {
-        self.done.extend(chains.iter().map(|chain| Done {
-            id: chain.id,
-            slots: chain.slots,
-            written: 0,
-        }));
+    pub(crate) fn complete_each(&mut self, each: impl Iterator<Item = (u16, u16, u32)>) {
+        self.done
+            .extend(each.map(|(id, slots, written)| Done { id, slots, written }));
     }
 
     /// Notes the chains that `len` bytes fill, one after the other; says how many those are.
@@ -295,7 +317,7 @@ impl PackedRing {
             }
             let here = rest.min(chain.len());
             rest -= here;
-            self.complete(chain, written(here));
+            self.complete_each(std::iter::once((chain.id, chain.slots, written(here))));
             used += 1;
         }
         used
@@ -380,7 +402,7 @@ impl PackedRing {
 /// Whether a descriptor with these flags is the device's (virtio 1.3 §2.8.1).
 #[inline(always)]
 fn is_available(flags: u16, wrap: bool) -> bool {
-    (flags & AVAIL != 0) == wrap && (flags & USED != 0) != wrap
+    flags & (AVAIL | USED) == if wrap { AVAIL } else { USED }
 }
 
 #[cfg(test)]

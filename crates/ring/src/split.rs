@@ -7,7 +7,7 @@
 //!
 //! `idx` values run freely through 16 bits; an entry's place is `idx` modulo the size.
 
-use crate::burst::{Burst, Chain};
+use crate::burst::{Burst, Chain, Intake};
 use crate::fault::{ChainFault, RingFault};
 use crate::memory::{Descriptor, GuestArray, GuestMemory, PieceWriter, full_fence};
 use crate::walk::{INDIRECT, MAX_STEPS, NEXT, Rules, Table, Walk, Walked};
@@ -121,28 +121,26 @@ impl SplitRing {
         }
         let count = usize::from(pending).min(max).min(LOOK_AHEAD);
         let mut heads = [0u16; LOOK_AHEAD];
-        let mut at = self.next_avail;
-        for head in &mut heads[..count] {
-            *head = u16::from_le(self.avail.get(RING + (at & (self.size - 1))));
-            self.desc.prefetch(*head);
-            at = at.wrapping_add(1);
-        }
-        let Burst {
-            chains,
-            pieces,
-            work,
-            ..
-        } = burst;
-        chains.reserve(count);
-        let mut pieces = pieces.writer();
-        let mut budget = MAX_STEPS;
+        self.look_ahead(&mut heads[..count]);
+        let Intake { places, mut pieces } = burst.intake(count);
+        // Work of chains that are not single ones; those are bounded by their number.
+        let mut work = 0;
         let mut taken = 0;
-        for head in heads[..count].iter().copied() {
+        for (head, place) in heads.iter().copied().zip(places) {
             // Chains before it are whole: they go on, and the next call meets the fault.
-            if head >= self.size || budget == 0 {
+            let Some(desc) = self.desc.descriptor(head) else {
+                break;
+            };
+            let buffer = (desc.addr(), desc.len());
+            let single = self.rules.single(head, buffer, desc.flags(), &mut pieces);
+            if let Some(chain) = single {
+                *place = chain;
+                taken += 1;
+                continue;
+            }
+            if work >= MAX_STEPS {
                 break;
             }
-            let desc = self.desc.descriptor(head);
             let walked = match self.walk_plain(desc, &mut pieces) {
                 Some(walked) => walked,
                 None => {
@@ -151,11 +149,12 @@ impl SplitRing {
                     any.0
                 }
             };
-            budget = budget.saturating_sub(walked.work);
-            *work += walked.work;
-            chains.push(Chain::new(head, 1, walked));
+            work += walked.work;
+            *place = Chain::new(head, 1, walked);
             taken += 1;
         }
+        drop(pieces);
+        burst.took(taken, taken + work);
         self.next_avail = self.next_avail.wrapping_add(small(taken));
         match heads[..count].first() {
             Some(&head) if taken == 0 => Err(RingFault::HeadOutOfRange {
@@ -166,13 +165,24 @@ impl SplitRing {
         }
     }
 
+    /// Reads the next heads and asks for their descriptors.
+    #[inline(always)]
+    fn look_ahead(&self, heads: &mut [u16]) {
+        let at = self.next_avail & (self.size - 1);
+        let (first, rest) = heads.split_at_mut(heads.len().min(usize::from(self.size - at)));
+        // Both lie in the ring, by the line above.
+        self.avail.get_run(RING + at, first);
+        self.avail.get_run(RING, rest);
+        for head in heads {
+            self.desc.prefetch(*head);
+        }
+    }
+
     /// Follows a chain in which nothing is out of the ordinary.
     #[inline(always)]
     fn walk_plain(&self, head: Descriptor, pieces: &mut PieceWriter<'_>) -> Option<Walked> {
-        self.rules.plain(head, pieces, |desc| {
-            let next = desc.next();
-            (next < self.size).then(|| self.desc.descriptor(next))
-        })
+        self.rules
+            .plain(head, pieces, |desc| self.desc.descriptor(desc.next()))
     }
 
     /// Follows any chain. What the short way may have read of it before is forgotten. The writer
@@ -199,44 +209,16 @@ impl SplitRing {
             if !desc.has(NEXT) {
                 return Ok(());
             }
-            let next = desc.next();
-            if next >= self.size {
-                return Err(ChainFault::NextOutOfRange);
-            }
-            desc = self.desc.descriptor(next);
+            desc = self
+                .desc
+                .descriptor(desc.next())
+                .ok_or(ChainFault::NextOutOfRange)?;
         }
     }
 
     /// Gives the most recently taken `slots` entries back untouched.
     pub(crate) fn untake(&mut self, slots: u16) {
         self.next_avail = self.next_avail.wrapping_sub(slots);
-    }
-
-    /// Writes a used element behind the published ones.
-    #[inline(always)]
-    pub(crate) fn complete(&mut self, chain: &Chain, written: u32) {
-        let element = UsedElement {
-            id: u32::from(chain.id).to_le(),
-            len: written.to_le(),
-        };
-        self.used.set(self.next_used & (self.size - 1), element);
-        self.next_used = self.next_used.wrapping_add(1);
-    }
-
-    /// Gives chains back to which nothing was written: the same for many at once.
-    #[inline(always)]
-    pub(crate) fn complete_all(&mut self, chains: &[Chain]) {
-        // Kept in a register: through memory it would cost more than the rest.
-        let mut at = self.next_used;
-        for chain in chains {
-            let element = UsedElement {
-                id: u32::from(chain.id).to_le(),
-                len: 0,
-            };
-            self.used.set(at & (self.size - 1), element);
-            at = at.wrapping_add(1);
-        }
-        self.next_used = at;
     }
 
     /// Gives back the chains that `len` bytes fill, one after the other; says how many those are.
@@ -261,6 +243,22 @@ impl SplitRing {
         }
         self.next_used = at;
         used
+    }
+
+    /// Gives chains back, each with the number of bytes written to it.
+    #[inline(always)]
+    pub(crate) fn complete_each(&mut self, each: impl Iterator<Item = (u16, u16, u32)>) {
+        // Kept in a register: through memory it would cost more than the rest.
+        let mut at = self.next_used;
+        for (id, _, written) in each {
+            let element = UsedElement {
+                id: u32::from(id).to_le(),
+                len: written.to_le(),
+            };
+            self.used.set(at & (self.size - 1), element);
+            at = at.wrapping_add(1);
+        }
+        self.next_used = at;
     }
 
     /// Shows the driver every completed chain at once; true when it wants an interrupt for them.

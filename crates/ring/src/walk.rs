@@ -3,6 +3,7 @@
 //! A walk takes in one buffer descriptor after the other, checks it and translates its address. How
 //! the next descriptor is found is the format's own affair.
 
+use crate::burst::Chain;
 use crate::fault::ChainFault;
 use crate::memory::{Descriptor, PieceWriter};
 use crate::{Direction, MAX_CHAIN, RingConfig};
@@ -23,6 +24,33 @@ pub(crate) struct Rules {
 }
 
 impl Rules {
+    /// A chain of one buffer in the region met last, as most chains of most drivers are; `None`,
+    /// and nothing done, for any other. `id` is what gives it back.
+    #[inline(always)]
+    pub(crate) fn single(
+        self,
+        id: u16,
+        (addr, len): (u64, u32),
+        flags: u16,
+        pieces: &mut PieceWriter<'_>,
+    ) -> Option<Chain> {
+        let at = pieces.len();
+        let fits = flags & (NEXT | WRITE | INDIRECT) == self.flags()
+            && len >= self.min_len
+            && len != 0
+            && pieces.push_near(addr, len);
+        fits.then(|| Chain::single(id, small(at), len))
+    }
+
+    /// What a buffer's flags are, NEXT aside, where nothing is out of the ordinary.
+    #[inline(always)]
+    fn flags(self) -> u16 {
+        match self.direction {
+            Direction::Readable => 0,
+            Direction::Writable => WRITE,
+        }
+    }
+
     /// A chain with nothing out of the ordinary, as most chains of most guests are: few
     /// descriptors, none indirect, all in the region met last. `None`, and nothing done, for any
     /// other. `next` finds the descriptor that one of them goes on with.
@@ -33,15 +61,13 @@ impl Rules {
         pieces: &mut PieceWriter<'_>,
         next: impl Fn(Descriptor) -> Option<Descriptor>,
     ) -> Option<Walked> {
-        let flags = match self.direction {
-            Direction::Readable => 0,
-            Direction::Writable => WRITE,
-        };
+        let flags = self.flags();
         let from = pieces.len();
         let mut desc = head;
         let mut len = 0;
         for work in 1..=MAX_PLAIN {
             if desc.flags() & (WRITE | INDIRECT) != flags
+                || desc.len() == 0
                 || !pieces.push_near(desc.addr(), desc.len())
             {
                 break;
@@ -54,7 +80,7 @@ impl Rules {
                 return Some(Walked {
                     fault: None,
                     from: small(from),
-                    to: small(pieces.len()),
+                    pieces: few(pieces.len() - from),
                     len,
                     work,
                 });
@@ -201,7 +227,7 @@ impl<'w, 'p> Walk<'w, 'p> {
         Walked {
             fault,
             from: small(self.from),
-            to: small(self.pieces.len()),
+            pieces: few(self.pieces.len() - self.from),
             len: len.ok().filter(|_| fault.is_none()).unwrap_or(0),
             // A chain that was refused at its first descriptor was read all the same.
             work: self.steps.max(1),
@@ -218,7 +244,7 @@ impl<'w, 'p> Walk<'w, 'p> {
 pub(crate) struct Walked {
     pub(crate) fault: Option<ChainFault>,
     pub(crate) from: u32,
-    pub(crate) to: u32,
+    pub(crate) pieces: u16,
     pub(crate) len: u32,
     /// Descriptors read for it.
     pub(crate) work: usize,
@@ -230,6 +256,12 @@ pub(crate) const MAX_CHAINS: usize = 64;
 /// Descriptors that one call of `take` may read: whatever the guest wrote, a call ends in some tens
 /// of microseconds.
 pub(crate) const MAX_STEPS: usize = 4 * MAX_CHAIN;
+
+/// At most [`MAX_CHAIN`].
+#[inline(always)]
+fn few(n: usize) -> u16 {
+    u16::try_from(n).unwrap_or(u16::MAX)
+}
 
 /// Piece counts are bounded far below 2^32 by the size of a ring and [`MAX_CHAIN`].
 #[inline(always)]

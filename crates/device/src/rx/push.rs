@@ -7,6 +7,7 @@ use virtionet_ring::{Chain, RingFault};
 use super::{NUM_BUFFERS, RxQueue, TAKE_AT_ONCE};
 use crate::header::HEADER_LEN;
 use crate::port::TxFrame;
+use crate::queue::Queue;
 
 /// What a call of [`RxQueue::push`] did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,11 +42,17 @@ impl RxQueue {
             false => None,
         };
         let mut done = Done::default();
-        for frame in frames {
+        let mut rest = frames;
+        loop {
+            rest = &rest[self.place_each(rest, &mut done)..];
+            let Some((frame, others)) = rest.split_first() else {
+                break;
+            };
             if let Err(found) = self.place(frame, &mut done) {
                 fault = Some(found);
                 break;
             }
+            rest = others;
         }
         for chain in &self.queue.burst.chains()[..done.chains] {
             self.capacity -= chain.len();
@@ -67,30 +74,38 @@ impl RxQueue {
         }
     }
 
-    /// Copies one frame to the next chains.
+    /// Copies frames to the next chains, one each, for as long as they fit; says how many.
     #[inline(always)]
-    fn place(&mut self, frame: &TxFrame<'_>, done: &mut Done) -> Result<(), RingFault> {
-        let queue = &mut self.queue;
-        let header_len = queue.features.header_len();
-        let total = header_len + frame.len;
-        let next = queue.burst.chains().get(done.chains).copied();
-        let Some(chain) = next.filter(|chain| chain.len() >= total) else {
-            return self.place_slowly(frame, done);
-        };
-        let mut header = frame.header.0;
-        header[NUM_BUFFERS..].copy_from_slice(&1u16.to_le_bytes());
-        let room = queue.burst.slices(&chain);
-        copy_frame(&header[..header_len], frame.payload, room);
-        queue.ring.complete(&chain, length(total));
-        done.chains += 1;
-        done.frames += 1;
-        done.bytes += frame.len;
-        Ok(())
+    fn place_each(&mut self, frames: &[TxFrame<'_>], done: &mut Done) -> usize {
+        let Queue {
+            ring,
+            burst,
+            features,
+            ..
+        } = &mut self.queue;
+        let header_len = features.header_len();
+        let chains = burst.chains().get(done.chains..).unwrap_or_default();
+        let (mut count, mut bytes) = (0, 0);
+        for (frame, chain) in frames.iter().zip(chains) {
+            if chain.len() < header_len + frame.len {
+                break;
+            }
+            let header = with_buffers(frame, 1);
+            copy_frame(&header, header_len, frame.payload, burst.slices(chain));
+            bytes += frame.len;
+            count += 1;
+        }
+        let each = chains.iter().zip(&frames[..count]);
+        ring.complete_each(each.map(|(chain, frame)| (chain, length(header_len + frame.len))));
+        done.chains += count;
+        done.frames += count;
+        done.bytes += bytes;
+        count
     }
 
-    /// The same where the next chain alone does not do.
+    /// Copies one frame to the next chains, whatever they are.
     #[inline(never)]
-    fn place_slowly(&mut self, frame: &TxFrame<'_>, done: &mut Done) -> Result<(), RingFault> {
+    fn place(&mut self, frame: &TxFrame<'_>, done: &mut Done) -> Result<(), RingFault> {
         let header_len = self.queue.features.header_len();
         let total = header_len + frame.len;
         // A faulty chain goes back empty when its turn comes, so that the order stays.
@@ -114,16 +129,11 @@ impl RxQueue {
                 return Ok(());
             }
         }
-        let mut header = frame.header.0;
-        let buffers = u16::try_from(count).unwrap_or(u16::MAX);
-        header[NUM_BUFFERS..HEADER_LEN].copy_from_slice(&buffers.to_le_bytes());
+        let header = with_buffers(frame, u16::try_from(count).unwrap_or(u16::MAX));
         let queue = &mut self.queue;
         let chains = &queue.burst.chains()[done.chains..done.chains + count];
-        copy_frame(
-            &header[..header_len],
-            frame.payload,
-            queue.burst.slices_of(chains),
-        );
+        let room = queue.burst.slices_of(chains);
+        copy_frame(&header, header_len, frame.payload, room);
         queue.ring.complete_filled(chains, total);
         done.chains += count;
         done.frames += 1;
@@ -143,15 +153,29 @@ impl RxQueue {
     }
 }
 
+/// A frame's header with the number of buffers that the frame lies in.
+#[inline(always)]
+fn with_buffers(frame: &TxFrame<'_>, count: u16) -> [u8; HEADER_LEN] {
+    let mut header = frame.header.0;
+    header[NUM_BUFFERS..].copy_from_slice(&count.to_le_bytes());
+    header
+}
+
 /// Copies header and frame to a list of slices that holds them.
 #[inline(always)]
-fn copy_frame(header: &[u8], payload: &[GuestSlice<'_>], room: &[GuestSlice<'_>]) {
-    match (payload, room) {
-        ([payload], [room]) => {
-            room.copy_from(header);
-            room.skip(header.len()).copy_from_slice(payload);
-        }
-        _ => gather(header, payload, room),
+fn copy_frame(
+    header: &[u8; HEADER_LEN],
+    header_len: usize,
+    payload: &[GuestSlice<'_>],
+    room: &[GuestSlice<'_>],
+) {
+    if let ([payload], [room]) = (payload, room)
+        && header_len == HEADER_LEN
+        && room.copy_from_array(header)
+    {
+        room.skip(HEADER_LEN).copy_from_slice(payload);
+    } else {
+        gather(header.get(..header_len).unwrap_or(header), payload, room);
     }
 }
 

@@ -3,7 +3,15 @@
 
 use std::marker::PhantomData;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, AtomicU64, Ordering, fence};
+use std::sync::atomic::Ordering;
+#[cfg(not(loom))]
+use std::{
+    ptr::{read_volatile, write_volatile},
+    sync::atomic::{AtomicU16, AtomicU64, fence},
+};
+
+#[cfg(loom)]
+use super::loom::{AtomicU16, AtomicU64, fence, read_volatile, write_volatile};
 
 use vm_memory::ByteValued;
 
@@ -71,24 +79,40 @@ impl<T: ByteValued> GuestArray<T> {
     #[must_use]
     pub fn get(&self, index: u16) -> T {
         // SAFETY: `slot` is in bounds, aligned (checked in `at`), and T is plain data.
-        unsafe { self.slot(index).read_volatile() }
+        unsafe { read_volatile(self.slot(index)) }
     }
 
     /// Writes value `index`.
     #[inline(always)]
     pub fn set(&self, index: u16, value: T) {
         // SAFETY: as for `get`.
-        unsafe { self.slot(index).write_volatile(value) }
+        unsafe { write_volatile(self.slot(index), value) }
     }
 
-    /// Asks the CPU to fetch the line of value `index`; a hint, without effect on meaning.
+    /// Asks the CPU to fetch the line of value `index`; a hint, without effect on meaning, also
+    /// where there is no such value.
     #[inline(always)]
     pub fn prefetch(&self, index: u16) {
-        prefetch(self.slot(index).cast());
+        prefetch(self.ptr.wrapping_add(usize::from(index)).cast());
     }
 }
 
 impl GuestArray<u16> {
+    /// Reads the values (little-endian) from number `start` on to `out`, each once; false, and
+    /// nothing done, when there are not so many.
+    #[inline(always)]
+    pub fn get_run(&self, start: u16, out: &mut [u16]) -> bool {
+        let end = usize::from(start) + out.len();
+        if end > usize::from(self.len) {
+            return false;
+        }
+        for (value, index) in out.iter_mut().zip(usize::from(start)..) {
+            // SAFETY: index < len, and aligned as every value of the array is.
+            *value = u16::from_le(unsafe { read_volatile(self.ptr.add(index)) });
+        }
+        true
+    }
+
     /// Reads value `index` (little-endian), and what was written before it by the other side is
     /// seen after it.
     #[inline(always)]
@@ -171,6 +195,12 @@ impl Descriptor {
         }
     }
 
+    /// `id` of a packed ring's descriptor.
+    #[inline(always)]
+    pub(crate) fn packed_id(self) -> u16 {
+        self.third()
+    }
+
     /// `flags` of a packed ring's descriptor.
     #[inline(always)]
     pub(crate) fn packed_flags(self) -> u16 {
@@ -179,17 +209,41 @@ impl Descriptor {
 }
 
 impl GuestArray<Descriptor> {
-    /// Reads descriptor `index` once, in two loads.
+    /// Reads descriptor `index` once, in two loads; `None` when there is no such descriptor.
     #[inline(always)]
-    pub(crate) fn descriptor(&self, index: u16) -> Descriptor {
-        let slot = self.slot(index);
-        // SAFETY: `slot` is in bounds and aligned; both words are plain data.
-        unsafe {
-            Descriptor {
-                addr: (&raw const (*slot).addr).read_volatile(),
-                rest: (&raw const (*slot).rest).read_volatile(),
-            }
+    pub(crate) fn descriptor(&self, index: u16) -> Option<Descriptor> {
+        if index >= self.len {
+            return None;
         }
+        // SAFETY: `index` is in bounds, and the array aligned; both words are plain data.
+        unsafe {
+            let slot = self.ptr.add(usize::from(index));
+            Some(Descriptor {
+                addr: read_volatile(&raw const (*slot).addr),
+                rest: read_volatile(&raw const (*slot).rest),
+            })
+        }
+    }
+
+    /// Reads descriptor `index` of a packed ring if its flags say `wanted` (see `available`): flags
+    /// first, with everything the driver wrote before them seen after them.
+    #[inline(always)]
+    pub(crate) fn descriptor_if(
+        &self,
+        index: u16,
+        wanted: impl Fn(u16) -> bool,
+    ) -> Option<Descriptor> {
+        let slot = self.slot(index);
+        // SAFETY: the second half of a descriptor in bounds, 8-aligned as descriptors are
+        // 16-aligned.
+        let half = unsafe { AtomicU64::from_ptr(&raw mut (*slot).rest) };
+        let rest = half.load(Ordering::Acquire);
+        let seen = Descriptor { addr: 0, rest };
+        wanted(seen.packed_flags()).then(|| Descriptor {
+            // SAFETY: `slot` is in bounds and aligned; the word is plain data.
+            addr: unsafe { read_volatile(&raw const (*slot).addr) },
+            rest,
+        })
     }
 
     /// Reads `flags` of descriptor `index` of a packed ring; what the driver wrote before them is
@@ -221,8 +275,9 @@ pub fn full_fence() {
     fence(Ordering::SeqCst);
 }
 
+/// Asks the CPU to fetch the line of an address; a hint, without effect on meaning.
 #[inline(always)]
-fn prefetch(_ptr: *const u8) {
+pub(super) fn prefetch(_ptr: *const u8) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch never faults, whatever the address.
     unsafe {

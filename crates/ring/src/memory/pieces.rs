@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use vm_memory::ByteValued;
 
-use super::array::GuestArrayRef;
+use super::array::{GuestArrayRef, prefetch};
 use super::{GuestMemory, array_bytes, copy_in, copy_out};
 
 /// A piece of a guest's buffer, laid out as an `iovec`.
@@ -61,6 +61,30 @@ impl<'m> GuestSlice<'m> {
         n
     }
 
+    /// Fills `out` from the slice's start, in one or two moves of the CPU where it is short; false,
+    /// and nothing done, when the slice is shorter.
+    #[inline(always)]
+    pub fn copy_to_array<const N: usize>(&self, out: &mut [u8; N]) -> bool {
+        if self.len() < N {
+            return false;
+        }
+        // SAFETY: as for `copy_to`: N bytes are mapped.
+        unsafe { copy_out(self.vec.iov_base.cast(), out) };
+        true
+    }
+
+    /// Copies `data` to the slice's start, as [`GuestSlice::copy_to_array`]; false, and nothing
+    /// done, when the slice is shorter.
+    #[inline(always)]
+    pub fn copy_from_array<const N: usize>(&self, data: &[u8; N]) -> bool {
+        if self.len() < N {
+            return false;
+        }
+        // SAFETY: as for `copy_from`: N bytes are mapped.
+        unsafe { copy_in(data, self.vec.iov_base.cast()) };
+        true
+    }
+
     /// Copies to the slice's start; returns the bytes copied: the shorter of both lengths.
     #[inline(always)]
     pub fn copy_from(&self, data: &[u8]) -> usize {
@@ -90,6 +114,11 @@ impl<'m> GuestSlice<'m> {
             },
             _life: PhantomData,
         }
+    }
+
+    /// No byte.
+    fn nothing() -> Self {
+        Self::new(std::ptr::null_mut(), 0, 0)
     }
 
     /// The slice without its first `n` bytes (none left when it is shorter).
@@ -135,13 +164,8 @@ impl<'m> GuestSlice<'m> {
     }
 }
 
-/// What [`Pieces::strip`] did.
-pub(crate) struct Stripped {
-    /// Bytes copied.
-    pub(crate) bytes: usize,
-    /// The piece is used up.
-    pub(crate) whole: bool,
-}
+/// Pieces for which room is made at first: a burst of chains with two each.
+const FIRST_ROOM: usize = 128;
 
 /// Where a buffer's address is wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -150,7 +174,9 @@ pub struct BadAddress;
 /// Storage for a burst's slices, all of one snapshot.
 #[derive(Debug)]
 pub struct Pieces {
+    /// The first `len` of these count; the rest is room.
     list: Vec<GuestSlice<'static>>,
+    len: usize,
     /// The region that the last translation met; guests keep to one or two.
     last: Window,
     /// Keeps every slice in `list` mapped; the 'static above never leaves this type.
@@ -161,7 +187,7 @@ pub struct Pieces {
 /// comparison and a store each. What it appended counts once it is dropped.
 pub(crate) struct PieceWriter<'p> {
     pieces: &'p mut Pieces,
-    /// The list's length, with what has been appended.
+    /// The pieces, with what has been appended.
     len: usize,
     /// The region that the last translation met.
     window: Window,
@@ -180,7 +206,7 @@ impl PieceWriter<'_> {
         self.len = self.len.min(len);
     }
 
-    /// Appends a range that is not empty and lies in the region met last, if there is room; false,
+    /// Appends a range, not an empty one, that lies in the region met last, if there is room; false,
     /// and nothing done, for any other.
     #[inline(always)]
     pub(crate) fn push_near(&mut self, addr: u64, len: u32) -> bool {
@@ -188,13 +214,11 @@ impl PieceWriter<'_> {
         let Some(offset) = self.window.offset(addr, len) else {
             return false;
         };
-        if len == 0 || self.len >= self.pieces.list.capacity() {
+        let Some(place) = self.pieces.list.get_mut(self.len) else {
             return false;
-        }
-        let slice = GuestSlice::new(self.window.host, offset, len);
-        // SAFETY: len < capacity, so the place is the list's own; the list's length, which says
-        // what of it is initialised, is set when the writer is dropped.
-        unsafe { self.pieces.list.as_mut_ptr().add(self.len).write(slice) };
+        };
+        *place = GuestSlice::new(self.window.host, offset, len);
+        prefetch(place.vec.iov_base.cast());
         self.len += 1;
         true
     }
@@ -202,7 +226,7 @@ impl PieceWriter<'_> {
     /// See [`Pieces::push`].
     #[inline(always)]
     pub(crate) fn push(&mut self, addr: u64, len: u32) -> Result<(), BadAddress> {
-        if self.push_near(addr, len) {
+        if len != 0 && self.push_near(addr, len) {
             return Ok(());
         }
         let len = u64::from(len);
@@ -231,9 +255,7 @@ impl PieceWriter<'_> {
 impl Drop for PieceWriter<'_> {
     #[inline(always)]
     fn drop(&mut self) {
-        // SAFETY: the first `len` places are initialised: the list's own, and those written by
-        // `push` one after the other; `len` never passes the capacity.
-        unsafe { self.pieces.list.set_len(self.len) };
+        self.pieces.len = self.len;
         self.pieces.last = self.window;
     }
 }
@@ -265,6 +287,7 @@ impl Pieces {
     pub fn new(memory: Arc<GuestMemory>) -> Self {
         Self {
             list: Vec::new(),
+            len: 0,
             last: Window {
                 start: 0,
                 size: 0,
@@ -284,24 +307,26 @@ impl Pieces {
     #[inline(always)]
     #[must_use]
     pub fn len(&self) -> usize {
-        self.list.len()
+        self.len
     }
 
     /// Whether there is no piece.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.list.is_empty()
+        self.len == 0
     }
 
     /// Forgets the pieces from number `len` on.
     #[inline(always)]
     pub fn truncate(&mut self, len: usize) {
-        self.list.truncate(len);
+        self.len = self.len.min(len);
     }
 
     /// Forgets the first `n` pieces; later ones move down.
     pub fn discard_front(&mut self, n: usize) {
-        self.list.drain(..n.min(self.list.len()));
+        let n = n.min(self.len);
+        self.list.copy_within(n..self.len, 0);
+        self.len -= n;
     }
 
     /// Translates `len` bytes at guest address `addr` and appends them: one piece, or several where
@@ -325,12 +350,9 @@ impl Pieces {
         mut addr: u64,
         mut len: u64,
     ) -> (usize, Window, Result<(), BadAddress>) {
-        // SAFETY: the writer has initialised the first `at` places and `at` never passes the
-        // capacity.
-        unsafe { self.list.set_len(at) };
+        self.len = at;
         loop {
             let Some(region) = self.memory.containing(addr) else {
-                self.list.truncate(at);
                 return (at, self.last, Err(BadAddress));
             };
             self.last = Window {
@@ -341,12 +363,16 @@ impl Pieces {
             let offset = addr - self.last.start;
             let here = len.min(self.last.size - offset);
             if here != 0 {
-                self.list
-                    .push(GuestSlice::new(self.last.host, offset, here));
+                if self.len == self.list.len() {
+                    let room = (2 * self.len).max(FIRST_ROOM);
+                    self.list.resize(room, GuestSlice::nothing());
+                }
+                self.list[self.len] = GuestSlice::new(self.last.host, offset, here);
+                self.len += 1;
             }
             len -= here;
             if len == 0 {
-                return (self.list.len(), self.last, Ok(()));
+                return (self.len, self.last, Ok(()));
             }
             // No overflow: the region's end fits 64 bits.
             addr += here;
@@ -357,34 +383,45 @@ impl Pieces {
     #[inline(always)]
     pub(crate) fn writer(&mut self) -> PieceWriter<'_> {
         PieceWriter {
-            len: self.list.len(),
+            len: self.len,
             window: self.last,
             pieces: self,
         }
     }
 
-    /// Copies from the start of piece `at` and takes the bytes off it.
+    /// The first `N` bytes of piece `at`, taken off it; false, and nothing done, when it has not
+    /// more than that.
     #[inline(always)]
-    pub(crate) fn strip(&mut self, at: usize, out: &mut [u8]) -> Stripped {
-        let Some(piece) = self.list.get_mut(at) else {
-            return Stripped {
-                bytes: 0,
-                whole: false,
-            };
+    pub(crate) fn strip_from<const N: usize>(&mut self, at: usize, out: &mut [u8; N]) -> bool {
+        let Some(piece) = self.list.get_mut(at).filter(|piece| piece.len() > N) else {
+            return false;
         };
-        let bytes = piece.copy_to(out);
-        *piece = piece.skip(bytes);
-        Stripped {
-            bytes,
-            whole: piece.is_empty(),
-        }
+        piece.copy_to_array(out);
+        *piece = piece.skip(N);
+        true
     }
 
-    /// The pieces `from..to` (clamped to what there is).
+    /// Copies from the start of piece `at` and those after it and takes the bytes off them; how many
+    /// pieces have none left.
+    #[inline(never)]
+    pub(crate) fn strip_across(&mut self, at: usize, mut out: &mut [u8]) -> u16 {
+        let mut gone = 0;
+        for piece in self.list[..self.len].get_mut(at..).unwrap_or_default() {
+            let bytes = piece.copy_to(out);
+            *piece = piece.skip(bytes);
+            gone += u16::from(piece.is_empty());
+            out = &mut out[bytes..];
+            if out.is_empty() {
+                break;
+            }
+        }
+        gone
+    }
+
+    /// The pieces `from..to`; none when there are not so many.
     #[inline(always)]
     #[must_use]
     pub fn slices(&self, from: usize, to: usize) -> &[GuestSlice<'_>] {
-        let to = to.min(self.list.len());
-        &self.list[from.min(to)..to]
+        self.list[..self.len].get(from..to).unwrap_or_default()
     }
 }
