@@ -5,10 +5,7 @@ use std::path::Path;
 use virtionet_fuzz::seeds;
 
 fn main() -> std::io::Result<()> {
-    for (target, made) in [
-        ("framing", seeds::framing()),
-        ("split_chains", seeds::split_chains()),
-    ] {
+    for (target, made) in seeds::all() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
             .join("seeds")
             .join(target);

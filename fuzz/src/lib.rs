@@ -4,8 +4,13 @@
 //! Run a target from the repository's root (`RUSTC_BOOTSTRAP=1` for the sanitizer's flags):
 //! `RUSTC_BOOTSTRAP=1 cargo fuzz run split_chains fuzz/corpus/split_chains fuzz/seeds/split_chains`
 
+mod chains;
 pub mod framing;
 mod input;
+pub mod offload;
+pub mod packed_chains;
+#[path = "../../crates/device/tests/packets/mod.rs"]
+mod packets;
 pub mod seeds;
 pub mod split_chains;
 mod uplink;
@@ -17,19 +22,13 @@ mod tests {
     /// The seeds in the repository are those that the program makes, and no target fails on one.
     #[test]
     fn seeds_are_as_made_and_pass() {
-        let targets = [
-            (
-                "framing",
-                crate::framing::run as fn(&[u8]),
-                crate::seeds::framing(),
-            ),
-            (
-                "split_chains",
-                crate::split_chains::run,
-                crate::seeds::split_chains(),
-            ),
-        ];
-        for (target, run, seeds) in targets {
+        for (target, seeds) in crate::seeds::all() {
+            let run = match target {
+                "framing" => crate::framing::run as fn(&[u8]),
+                "split_chains" => crate::split_chains::run,
+                "packed_chains" => crate::packed_chains::run,
+                _ => crate::offload::run,
+            };
             let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
                 .join("seeds")
                 .join(target);

@@ -2,6 +2,7 @@
 
 pub mod features;
 pub mod header;
+pub mod offload;
 pub mod port;
 mod queue;
 mod rx;

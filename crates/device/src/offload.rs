@@ -1,0 +1,320 @@
+//! Offloads in software (virtio 1.3 §5.1.6.2): for frames that ask for a checksum or for GSO on
+//! their way to a guest that did not negotiate it.
+//!
+//! ```text
+//!              fits? ── yes ──────────────────────────────▶ the frame as it is, never copied
+//! TxFrame ─────┤
+//!              no ─▶ one copy to private memory ─▶ Segmenter
+//!                       NEEDS_CSUM alone   the checksum is filled in        checksum.rs
+//!                       TCPV4, TCPV6       TCP segments                     segment.rs
+//!                       UDP                IP fragments, as Linux does      fragment.rs
+//! ```
+//!
+//! The sending guest can change its memory at any time and its header can lie: the frame is copied
+//! once, everything is read from the copy, `hdr_len` is ignored and the headers are parsed
+//! (headers.rs). The header's `csum_start` and `csum_offset` must name the checksum that the parser
+//! found, so both sides mean the same packet. What does not fit together is an [`OffloadFault`],
+//! found before anything has been emitted.
+//!
+//! A target that takes partial checksums but not TSO gets segments with a partial checksum each:
+//! that costs one pass over the data less, for us and (it trusts them) for the guest.
+//!
+//! Length fields of the IP header are not believed but written: the packet goes to the frame's end,
+//! as in the kernel. Checksums start from the pseudo header's sum that the guest left in the
+//! checksum field (virtio 1.3 §5.1.6.2), so they are right even where a routing header hides the
+//! final destination.
+
+mod batch;
+mod checksum;
+mod fragment;
+mod headers;
+mod segment;
+
+use virtio_bindings::virtio_net as net;
+
+use crate::header::{FrameFormat, HEADER_LEN, MAX_FRAME, MIN_FRAME, VnetHeader};
+use crate::port::TxFrame;
+use crate::stats::RingStats;
+use batch::Batch;
+use fragment::Identifications;
+use headers::Version;
+
+/// The smallest `gso_size` that is served: what the smallest MTU of IPv4 (68 bytes, RFC 791) leaves
+/// of a TCP segment. It bounds what one frame can become: 1 + [`MAX_FRAME`] / 24 frames.
+pub const MIN_GSO_SIZE: usize = 28;
+
+const NEEDS_CSUM: u32 = net::VIRTIO_NET_HDR_F_NEEDS_CSUM;
+const DATA_VALID: u32 = net::VIRTIO_NET_HDR_F_DATA_VALID;
+const ECN: u32 = net::VIRTIO_NET_HDR_GSO_ECN;
+
+/// Whether a guest that negotiated `format` takes a frame with this header as it is.
+#[inline(always)]
+#[must_use]
+pub fn fits(header: &VnetHeader, format: &FrameFormat) -> bool {
+    header.flags() | header.gso_type() == 0 || asks_for_no_more(header, format)
+}
+
+fn asks_for_no_more(header: &VnetHeader, format: &FrameFormat) -> bool {
+    let flags = u32::from(header.flags());
+    let partial = flags & NEEDS_CSUM != 0;
+    let unknown = flags & !(NEEDS_CSUM | DATA_VALID) != 0;
+    let gso = match Gso::of(header) {
+        Ok(Gso::None) => true,
+        Ok(Gso::Tcp(Version::V4)) => partial && format.tso4,
+        Ok(Gso::Tcp(Version::V6)) => partial && format.tso6,
+        Ok(Gso::Udp) => partial && format.ufo,
+        Err(_) => false,
+    };
+    let ecn = u32::from(header.gso_type()) & ECN != 0;
+    !unknown && gso && (format.csum || flags == 0) && (format.ecn || !ecn)
+}
+
+/// What a header asks to be done with the frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Gso {
+    None,
+    Tcp(Version),
+    Udp,
+}
+
+impl Gso {
+    fn of(header: &VnetHeader) -> Result<Self, OffloadFault> {
+        let with_ecn = u32::from(header.gso_type());
+        match with_ecn & !ECN {
+            _ if with_ecn == net::VIRTIO_NET_HDR_GSO_NONE => Ok(Self::None),
+            net::VIRTIO_NET_HDR_GSO_TCPV4 => Ok(Self::Tcp(Version::V4)),
+            net::VIRTIO_NET_HDR_GSO_TCPV6 => Ok(Self::Tcp(Version::V6)),
+            _ if with_ecn == net::VIRTIO_NET_HDR_GSO_UDP => Ok(Self::Udp),
+            _ => Err(OffloadFault::GsoUnknown),
+        }
+    }
+}
+
+/// How a frame's header and its content do not go together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum OffloadFault {
+    /// Under [`MIN_FRAME`] bytes.
+    #[error("the frame is too short for Ethernet")]
+    FrameTooShort,
+    /// Over [`MAX_FRAME`] bytes, or more than a length field of IP can say.
+    #[error("the frame is too long for IP")]
+    FrameTooLong,
+    /// No such gso_type.
+    #[error("there is no such gso_type")]
+    GsoUnknown,
+    /// GSO without NEEDS_CSUM.
+    #[error("GSO is asked for without NEEDS_CSUM")]
+    GsoWithoutCsum,
+    /// gso_size is under [`MIN_GSO_SIZE`].
+    #[error("gso_size is under {MIN_GSO_SIZE}")]
+    GsoSizeTooSmall,
+    /// The checksum lies in the Ethernet header or beyond the frame.
+    #[error("the checksum lies outside the packet")]
+    CsumOutOfPacket,
+    /// The checksum to fill in is not that of the header found in the frame.
+    #[error("csum_start and csum_offset do not name the packet's checksum")]
+    CsumElsewhere,
+    /// The frame does not carry the protocol that gso_type names.
+    #[error("gso_type does not name the packet's protocol")]
+    WrongProtocol,
+    /// A header goes on beyond the frame, or is shorter than its kind can be.
+    #[error("a packet header is cut short")]
+    HeaderCut,
+    /// All headers together are longer than any that is worth repeating.
+    #[error("the packet headers are too long")]
+    HeadersTooLong,
+    /// The packet is a fragment already.
+    #[error("GSO is asked for a packet that is a fragment")]
+    Fragment,
+}
+
+impl OffloadFault {
+    /// Counts the fault, with the ring that sent the frame.
+    pub fn count(self, stats: &RingStats) {
+        stats.offload_invalid.add(1);
+    }
+}
+
+/// Does the work of a network card that a target lacks. Its buffers grow to the largest frame met
+/// (about 80 KiB each) and are used again; one is enough for a thread.
+#[derive(Debug, Default)]
+pub struct Segmenter {
+    /// The frame as it was when it was copied.
+    copy: Vec<u8>,
+    batch: Batch,
+    identifications: Identifications,
+}
+
+impl Segmenter {
+    /// No buffers yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Makes of `frame` frames that [`fits`] passes for `format`, and hands them to `emit` in
+    /// order, at most [`crate::port::MAX_BURST`] at once; they are good for that call only.
+    ///
+    /// A frame that asks for nothing comes out as it went in, without its header's flags; so call
+    /// this only for frames that do not fit. Flags of the header beyond NEEDS_CSUM are never
+    /// passed on.
+    ///
+    /// # Errors
+    /// When header and content do not go together; nothing has been emitted then.
+    pub fn convert(
+        &mut self,
+        frame: &TxFrame<'_>,
+        format: &FrameFormat,
+        mut emit: impl FnMut(&[TxFrame<'_>]),
+    ) -> Result<(), OffloadFault> {
+        let gso = Gso::of(&frame.header)?;
+        let len = self.take_copy(frame)?;
+        let copy = &mut self.copy[..len];
+        let partial = u32::from(frame.header.flags()) & NEEDS_CSUM != 0;
+        let field = match partial {
+            true => Some(CsumField::of(&frame.header, len)?),
+            false if gso == Gso::None => None,
+            false => return Err(OffloadFault::GsoWithoutCsum),
+        };
+        self.batch.clear();
+        match (gso, field) {
+            (Gso::Tcp(version), Some(field)) => {
+                let plan = segment::Plan::new(copy, version, &frame.header, field)?;
+                segment::run(&plan, copy, format.csum, &mut self.batch, &mut emit);
+            }
+            (Gso::Udp, Some(field)) => {
+                let plan = fragment::Plan::new(copy, &frame.header, field)?;
+                let identification = self.identifications.next();
+                fragment::run(&plan, copy, identification, &mut self.batch, &mut emit);
+            }
+            (_, Some(field)) if format.csum => {
+                batch::emit_whole(copy, field.partial(), &mut emit);
+            }
+            (_, field) => {
+                if let Some(field) = field {
+                    checksum::fill(copy, field);
+                }
+                batch::emit_whole(copy, VnetHeader::default(), &mut emit);
+            }
+        }
+        self.batch.flush(&mut emit);
+        Ok(())
+    }
+
+    /// Reads the frame, once; its length.
+    fn take_copy(&mut self, frame: &TxFrame<'_>) -> Result<usize, OffloadFault> {
+        if frame.len > MAX_FRAME {
+            return Err(OffloadFault::FrameTooLong);
+        }
+        if self.copy.len() < frame.len {
+            self.copy.resize(frame.len, 0);
+        }
+        let mut len = 0;
+        for slice in frame.payload {
+            let Some(room) = self.copy.get_mut(len..frame.len) else {
+                break;
+            };
+            len += slice.copy_to(room);
+        }
+        match len < MIN_FRAME {
+            true => Err(OffloadFault::FrameTooShort),
+            false => Ok(len),
+        }
+    }
+}
+
+/// Where a checksum is to be filled in; it lies in the frame and behind its Ethernet header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct CsumField {
+    /// First byte that it covers.
+    start: usize,
+    /// Where it is stored, from there.
+    offset: usize,
+}
+
+impl CsumField {
+    fn of(header: &VnetHeader, len: usize) -> Result<Self, OffloadFault> {
+        let field = Self {
+            start: header.csum_start().into(),
+            offset: header.csum_offset().into(),
+        };
+        match field.start >= MIN_FRAME && field.at() + 2 <= len {
+            true => Ok(field),
+            false => Err(OffloadFault::CsumOutOfPacket),
+        }
+    }
+
+    /// Where in the frame it is stored. Both parts come from 16 bits, so nothing overflows.
+    fn at(self) -> usize {
+        self.start + self.offset
+    }
+
+    /// The header of a frame without GSO whose checksum this still is.
+    fn partial(self) -> VnetHeader {
+        let mut header = [0; HEADER_LEN];
+        header[0] = u8::try_from(NEEDS_CSUM).unwrap_or(1);
+        let word = |n: usize| u16::try_from(n).unwrap_or(u16::MAX).to_le_bytes();
+        header[6..8].copy_from_slice(&word(self.start));
+        header[8..10].copy_from_slice(&word(self.offset));
+        VnetHeader(header)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOTHING: FrameFormat = FrameFormat {
+        header_len: HEADER_LEN,
+        csum: false,
+        tso4: false,
+        tso6: false,
+        ecn: false,
+        ufo: false,
+    };
+    const ALL: FrameFormat = FrameFormat {
+        header_len: HEADER_LEN,
+        csum: true,
+        tso4: true,
+        tso6: true,
+        ecn: true,
+        ufo: true,
+    };
+
+    #[test]
+    fn a_frame_fits_when_all_that_it_asks_for_was_negotiated() {
+        let csum = FrameFormat {
+            csum: true,
+            ..NOTHING
+        };
+        let without_ecn = FrameFormat { ecn: false, ..ALL };
+        let tso4 = FrameFormat { tso4: true, ..csum };
+        let tso6 = FrameFormat { tso6: true, ..csum };
+        let ufo = FrameFormat { ufo: true, ..csum };
+        let formats = [NOTHING, csum, tso4, tso6, ufo, without_ecn, ALL];
+        // Flags, gso_type, and which of the formats take it.
+        for (flags, gso_type, takers) in [
+            (0, 0, [true; 7]),
+            (1, 0, [false, true, true, true, true, true, true]),
+            // Data valid, of a frame from the host.
+            (2, 0, [false, true, true, true, true, true, true]),
+            (1, 1, [false, false, true, false, false, true, true]),
+            (1, 4, [false, false, false, true, false, true, true]),
+            (1, 3, [false, false, false, false, true, true, true]),
+            (1, 0x81, [false, false, false, false, false, false, true]),
+            (1, 0x84, [false, false, false, false, false, false, true]),
+            // What does not exist.
+            (1, 0x80, [false; 7]),
+            (1, 0x83, [false; 7]),
+            (1, 2, [false; 7]),
+            (1, 5, [false; 7]),
+            (0, 1, [false; 7]),
+            (4, 0, [false; 7]),
+        ] {
+            let mut header = VnetHeader::default();
+            header.0[..2].copy_from_slice(&[flags, gso_type]);
+            let found = formats.map(|format| fits(&header, &format));
+            assert_eq!(found, takers, "{flags} {gso_type:#x}");
+        }
+    }
+}

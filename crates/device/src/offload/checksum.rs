@@ -1,0 +1,147 @@
+//! The Internet checksum (RFC 1071).
+
+use super::CsumField;
+use super::headers::{put_word, word_at};
+
+/// A one's complement sum that is not folded yet. Kept in the machine's byte order: the sum does
+/// not care, and the fold turns it (RFC 1071 §2 B).
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Sum(u64);
+
+impl Sum {
+    /// The sum of `bytes` as 16-bit words; the last one is padded with a zero.
+    pub(super) fn of(bytes: &[u8]) -> Self {
+        // Lanes of 32 bits in 64 cannot overflow below 16 GiB, and the compiler makes vectors of
+        // them.
+        let mut lanes = [0u64; 8];
+        let mut blocks = bytes.chunks_exact(32);
+        for block in &mut blocks {
+            for (lane, word) in lanes.iter_mut().zip(block.chunks_exact(4)) {
+                *lane += u64::from(u32::from_ne_bytes([word[0], word[1], word[2], word[3]]));
+            }
+        }
+        let mut sum = lanes.iter().sum::<u64>();
+        let mut pairs = blocks.remainder().chunks_exact(2);
+        for pair in &mut pairs {
+            sum += u64::from(u16::from_ne_bytes([pair[0], pair[1]]));
+        }
+        if let [last] = pairs.remainder() {
+            sum += u64::from(u16::from_ne_bytes([*last, 0]));
+        }
+        Self(sum)
+    }
+
+    /// With one more word, given as a number.
+    pub(super) fn plus(self, word: u16) -> Self {
+        Self(self.0 + u64::from(word.to_be()))
+    }
+
+    /// The 16-bit sum, not complemented: what a partial checksum holds.
+    pub(super) fn fold(self) -> u16 {
+        let mut sum = self.0;
+        while let Some(carry) = Some(sum >> 16).filter(|carry| *carry != 0) {
+            sum = (sum & 0xffff) + carry;
+        }
+        u16::from_be(u16::try_from(sum).unwrap_or(u16::MAX))
+    }
+
+    /// The checksum: the complement of the sum.
+    pub(super) fn checksum(self) -> u16 {
+        !self.fold()
+    }
+}
+
+/// The sum that a field holds once the length in its pseudo header is `new` instead of `old`.
+/// Lengths count modulo 2^16 as they do in the kernel: a packet's length never reaches that.
+pub(super) fn with_length(seed: u16, old: u16, new: u16) -> u16 {
+    Sum::default().plus(seed).plus(!old).plus(new).fold()
+}
+
+/// Completes the checksum at `field`, which holds the pseudo header's sum.
+pub(super) fn fill(packet: &mut [u8], field: CsumField) {
+    let covered = packet.get(field.start..).unwrap_or_default();
+    let sum = Sum::of(covered);
+    // A field at an odd place would be summed with its bytes swapped, as in the kernel.
+    let checksum = match sum.checksum() {
+        // In UDP a 0 says that there is no checksum (RFC 768); elsewhere both are the same.
+        0 => 0xffff,
+        checksum => checksum,
+    };
+    put_word(packet, field.at(), checksum);
+}
+
+/// Writes the checksum of the IPv4 header that is `header`.
+pub(super) fn fill_ipv4(header: &mut [u8]) {
+    put_word(header, IPV4_CHECKSUM, 0);
+    let checksum = Sum::of(header).checksum();
+    put_word(header, IPV4_CHECKSUM, checksum);
+}
+
+/// Writes the checksum at `at` of the segment that is `segment` and whose field holds `seed` from
+/// now on: complete, or the seed itself for a target that takes partial ones.
+pub(super) fn fill_segment(segment: &mut [u8], at: usize, seed: u16, partial: bool) {
+    put_word(segment, at, seed);
+    if !partial {
+        let checksum = Sum::of(segment).checksum();
+        put_word(segment, at, checksum);
+    }
+}
+
+/// What a checksum field holds now.
+pub(super) fn seed(packet: &[u8], field: CsumField) -> u16 {
+    word_at(packet, field.at()).unwrap_or(0)
+}
+
+const IPV4_CHECKSUM: usize = 10;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn slowly(bytes: &[u8]) -> u16 {
+        bytes.chunks(2).fold(0u16, |sum, pair| {
+            let word = u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or(0)]);
+            let (sum, carry) = sum.overflowing_add(word);
+            sum + u16::from(carry)
+        })
+    }
+
+    #[test]
+    fn the_example_of_rfc_1071() {
+        let bytes = [0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7];
+        assert_eq!(Sum::of(&bytes).fold(), 0xddf2);
+        assert_eq!(Sum::of(&bytes).checksum(), 0x220d);
+    }
+
+    #[test]
+    fn a_checksum_of_zero_is_written_as_all_ones() {
+        let mut packet = [0; 24];
+        packet[14..16].copy_from_slice(&[0xff, 0xff]);
+        let field = CsumField {
+            start: 14,
+            offset: 6,
+        };
+        fill(&mut packet, field);
+        assert_eq!(packet[20..22], [0xff, 0xff]);
+    }
+
+    proptest! {
+        #[test]
+        fn sums_are_those_of_a_slow_one(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            prop_assert_eq!(Sum::of(&bytes).fold(), slowly(&bytes));
+        }
+
+        #[test]
+        fn words_are_numbers(bytes in prop::collection::vec(any::<u8>(), 0..40), word: u16) {
+            let longer = [&word.to_be_bytes()[..], &bytes].concat();
+            prop_assert_eq!(Sum::of(&bytes).plus(word).fold(), slowly(&longer));
+        }
+
+        #[test]
+        fn lengths_are_exchanged(bytes in prop::collection::vec(1u8.., 8), old: u16, new: u16) {
+            let with = |length: u16| Sum::of(&bytes).plus(length).fold();
+            prop_assert_eq!(with_length(with(old), old, new) % 0xffff, with(new) % 0xffff);
+        }
+    }
+}

@@ -1,0 +1,297 @@
+//! What the targets for chains have in common, whatever the ring's format: guest memory, the device's
+//! side, and how an input says what is in a descriptor.
+
+use std::sync::Arc;
+
+use virtio_bindings::virtio_net as net;
+use virtio_bindings::virtio_ring as ring;
+use virtionet_device::features::Features;
+use virtionet_device::header::VnetHeader;
+use virtionet_device::port::{MAX_BURST, TxFrame};
+use virtionet_device::stats::RingStats;
+use virtionet_device::{DeviceQueue, QueueConfig, RxQueue, TxQueue};
+use virtionet_guest::driver::RingAddresses;
+use virtionet_guest::memory::GuestRam;
+use virtionet_ring::memory::GuestSlice;
+use virtionet_ring::{RingFault, RingLayout};
+
+use crate::input::Input;
+use crate::uplink::{Checker, Mapped};
+
+/// Guest memory: two regions that touch, the second large enough for chains of 4 GiB, a hole, and a
+/// third.
+const LAYOUT: [(u64, u64); 3] = [(0, SEAM), (SEAM, HOLE - SEAM), (HOLE + 0x8000, 0x1000)];
+/// Where the second region begins.
+const SEAM: u64 = 0x4_0000;
+/// Where it ends.
+const HOLE: u64 = 0x80_0000;
+/// Where buffers lie.
+pub const DATA: u64 = 0x2_0000;
+/// Where indirect tables lie; the first 256 of their descriptors can be written.
+pub const TABLE: u64 = 0x1_0000;
+/// Most frames for one turn of an RX queue.
+const TURN: usize = 16;
+
+/// What the first bytes say.
+#[derive(Debug, Clone, Copy)]
+pub struct Setup {
+    /// Bits: RX, EVENT_IDX, INDIRECT_DESC, MRG_RXBUF, offloads, VERSION_1.
+    pub options: u8,
+    /// Of a split ring the binary logarithm of the size, modulo 9; of a packed ring one less than
+    /// the size.
+    pub size: u8,
+    /// Where the driver begins.
+    pub start: u16,
+    /// Where the device finds the ring: 0 where it is; else areas over one another or outside.
+    pub layout: u8,
+    /// Added to the base that the device is told.
+    pub skew: u8,
+}
+
+impl Setup {
+    /// From the first 6 bytes.
+    pub fn read(input: &mut Input<'_>) -> Self {
+        Self {
+            options: input.u8(),
+            size: input.u8(),
+            start: input.u16(),
+            layout: input.u8(),
+            skew: input.u8(),
+        }
+    }
+
+    fn features(self) -> Features {
+        let offloads = 1 << net::VIRTIO_NET_F_CSUM
+            | 1 << net::VIRTIO_NET_F_HOST_TSO4
+            | 1 << net::VIRTIO_NET_F_HOST_ECN;
+        let bits = [
+            1 << ring::VIRTIO_RING_F_EVENT_IDX,
+            1 << ring::VIRTIO_RING_F_INDIRECT_DESC,
+            1 << net::VIRTIO_NET_F_MRG_RXBUF,
+            offloads,
+            1 << 32,
+        ];
+        let chosen = (1..).zip(bits).filter(|(n, _)| self.options >> n & 1 == 1);
+        Features(chosen.fold(0, |all, (_, bits)| all | bits))
+    }
+
+    /// Whether it is a receiveq.
+    pub fn is_rx(self) -> bool {
+        self.options & 1 == 1
+    }
+
+    /// Whether VIRTIO_F_EVENT_IDX is negotiated.
+    pub fn event_idx(self) -> bool {
+        self.options >> 1 & 1 == 1
+    }
+
+    /// Whether the device is told the truth about where the ring lies and how far it is.
+    pub fn is_true(self) -> bool {
+        self.layout == 0 && self.skew == 0
+    }
+}
+
+/// Fresh guest memory.
+pub fn ram() -> GuestRam {
+    GuestRam::with_layout(&LAYOUT).unwrap()
+}
+
+/// A queue's turn.
+pub trait Turn: DeviceQueue {
+    fn turn(&mut self, uplink: &Checker) -> Result<(), RingFault>;
+
+    /// Frames come from another thread: `count` of `len` bytes each.
+    fn push(&mut self, count: usize, len: usize);
+}
+
+impl Turn for TxQueue {
+    fn turn(&mut self, uplink: &Checker) -> Result<(), RingFault> {
+        let sent = self.send(Some(uplink))?;
+        assert!(sent.chains <= MAX_BURST);
+        Ok(())
+    }
+
+    fn push(&mut self, _count: usize, _len: usize) {}
+}
+
+impl Turn for RxQueue {
+    fn turn(&mut self, uplink: &Checker) -> Result<(), RingFault> {
+        let filled = self.fill(uplink, TURN, 1 << 20)?;
+        assert!(filled.frames <= TURN);
+        Ok(())
+    }
+
+    fn push(&mut self, count: usize, len: usize) {
+        let mut bytes = vec![0xa5; len];
+        let payload = [GuestSlice::private(&mut bytes)];
+        let frame = TxFrame {
+            header: VnetHeader::default(),
+            payload: &payload,
+            len,
+        };
+        if let Ok(pushed) = RxQueue::push(self, &vec![frame; count]) {
+            assert!(pushed.frames <= count);
+        }
+    }
+}
+
+/// The device's side of a ring.
+pub struct Device<Q> {
+    pub ram: GuestRam,
+    uplink: Checker,
+    queue: Q,
+}
+
+impl<Q: Turn> Device<Q> {
+    /// `None` when the device refuses the ring.
+    pub fn new(
+        setup: Setup,
+        ram: GuestRam,
+        layout: RingLayout,
+        base: u32,
+        more: u64,
+    ) -> Option<Self> {
+        let memory = Arc::new(ram.guest_memory().unwrap());
+        let features = Features(setup.features().0 | more);
+        let uplink = Checker::new(features, &memory);
+        let queue = Q::new(QueueConfig {
+            layout,
+            base,
+            features,
+            memory,
+            stats: Arc::new(RingStats::default()),
+        });
+        Some(Self {
+            queue: queue.ok()?,
+            uplink,
+            ram,
+        })
+    }
+
+    /// A frame of so many bytes (2 bytes) waits.
+    pub fn feed(&self, input: &mut Input<'_>) {
+        let len = self.uplink.features.header_len() + usize::from(input.u16());
+        self.uplink.waiting.lock().unwrap().push_back(len);
+    }
+
+    /// Frames are pushed: how many (1 byte), and their length (2 bytes).
+    pub fn push(&mut self, input: &mut Input<'_>) {
+        let count = usize::from(input.u8()) % (MAX_BURST + 1);
+        self.queue.push(count, usize::from(input.u16()).max(14));
+    }
+
+    /// A fault ends a turn; what the guest does afterwards must do no harm either.
+    pub fn turn(&mut self) {
+        let _fault = self.queue.turn(&self.uplink);
+    }
+
+    /// Unused chains go back; the base.
+    pub fn rewind(&mut self) -> u32 {
+        self.queue.rewind()
+    }
+
+    /// Another snapshot of memory.
+    pub fn rebind(&mut self) {
+        let memory = Arc::new(self.ram.guest_memory().unwrap());
+        self.queue.rebind(&memory).unwrap();
+        *self.uplink.mapped.lock().unwrap() = Mapped::new(&memory);
+    }
+
+    /// Kicks wanted (1 byte: odd) or not.
+    pub fn kicks(&mut self, input: &mut Input<'_>) {
+        if input.u8() & 1 == 1 {
+            let _more = self.queue.enable_kicks();
+        } else {
+            self.queue.disable_kicks();
+        }
+    }
+
+    /// Address (2 bytes, times 4) and 8 bytes for it. Into the ring as well, so nothing can be said
+    /// of what is used any more.
+    pub fn poke(&self, input: &mut Input<'_>) {
+        let addr = 4 * u64::from(input.u16());
+        self.ram.write(addr, &input.array::<8>()).unwrap();
+    }
+}
+
+/// What an input says of a descriptor.
+pub struct Fields {
+    pub addr: u64,
+    pub len: u32,
+    pub flags: u16,
+    pub next: u16,
+    /// Whether it is known to lie apart from the ring.
+    pub apart: bool,
+}
+
+/// A descriptor of 7 bytes: where its address lies (1: kind, 2: offset), its length (2: below
+/// 0x8000 as it is, else in 128 KiB), flags (1) and next or id (1).
+pub fn fields(input: &mut Input<'_>) -> Fields {
+    let kind = input.u8();
+    let offset = u64::from(input.u16());
+    let addr = match kind % 8 {
+        0..=2 => DATA + offset,
+        3 => TABLE + offset,
+        // The ring itself.
+        4 => 0x1000 + offset % 0x2000,
+        // Around the seam of two regions, and the hole behind them.
+        5 => SEAM - 0x8000 + offset,
+        6 => HOLE - 0x8000 + offset,
+        _ => input.u64(),
+    };
+    let len = match input.u16() {
+        n if n < 0x8000 => u32::from(n),
+        n => u32::from(n & 0x7fff) << 17 | 0x1_ffff,
+    };
+    let flags = u16::from(input.u8());
+    let next = match input.u8() {
+        0xff => u16::MAX,
+        n => u16::from(n),
+    };
+    Fields {
+        addr,
+        len,
+        flags,
+        next,
+        apart: !matches!(kind % 8, 4 | 7),
+    }
+}
+
+/// Where the device is told that a ring of `size` at `at` lies.
+pub fn layout(setup: Setup, ram: &GuestRam, at: RingAddresses, size: u16) -> RingLayout {
+    let user = |addr| ram.user_addr(addr).unwrap();
+    let good = RingLayout {
+        size,
+        desc: user(at.descriptors),
+        avail: user(at.driver),
+        used: user(at.device),
+    };
+    match setup.layout % 8 {
+        0 => good,
+        1 => RingLayout {
+            used: good.desc,
+            ..good
+        },
+        2 => RingLayout {
+            avail: good.used,
+            ..good
+        },
+        3 => RingLayout {
+            used: good.avail & !3,
+            ..good
+        },
+        4 => RingLayout {
+            desc: good.desc + 8,
+            ..good
+        },
+        5 => RingLayout {
+            used: user(0x3_fff0),
+            ..good
+        },
+        6 => RingLayout {
+            avail: u64::MAX - 1,
+            ..good
+        },
+        _ => RingLayout { size: 3, ..good },
+    }
+}

@@ -1,0 +1,65 @@
+//! Frames that ask for offloads.
+
+use super::Seeds;
+use crate::packets::{ACK, CWR, ECE, FIN, Maker, PSH, Packet};
+
+/// What the target takes: see `offload`.
+const NOTHING: u8 = 0;
+const CSUM: u8 = 1;
+const ALL: u8 = 31;
+
+/// A packet of which only the headers are given: the rest is appended.
+fn input(takes: u8, packet: Packet) -> Vec<u8> {
+    let given = packet.bytes.len().min(160);
+    let more = u16::try_from(packet.bytes.len() - given).unwrap();
+    let mut bytes = vec![takes, 0, 4];
+    bytes.extend(packet.header.0);
+    bytes.extend(more.to_le_bytes());
+    bytes.extend(&packet.bytes[..given]);
+    bytes
+}
+
+/// One of each kind, and some that lie.
+pub fn offload() -> Seeds {
+    let tcp4 = || Maker::tcp(false, 12, 5000).gso(1448);
+    let tcp6 = || Maker::tcp(true, 12, 5000).gso(1428);
+    let udp4 = || Maker::udp(false, 5000).gso(1480);
+    let udp6 = || Maker::udp(true, 5000).gso(1448);
+    let mut wrong = tcp4().done();
+    wrong.header.0[1] = 4;
+    let mut cut = tcp4().done();
+    cut.bytes.truncate(60);
+    let mut arp = udp4().done();
+    arp.bytes[12..14].copy_from_slice(&[8, 6]);
+    vec![
+        ("tcp4", input(NOTHING, tcp4().done())),
+        ("tcp6", input(NOTHING, tcp6().done())),
+        ("tcp4_partial", input(CSUM, tcp4().done())),
+        ("tcp6_as_it_is", input(ALL, tcp6().done())),
+        ("udp4", input(NOTHING, udp4().done())),
+        ("udp6", input(CSUM, udp6().done())),
+        ("ecn", input(NOTHING, tcp4().flags(ACK | CWR | ECE).done())),
+        ("last", input(NOTHING, tcp6().flags(ACK | FIN | PSH).done())),
+        (
+            "tags",
+            input(NOTHING, tcp4().tag(0x8100, 1).tag(0x88a8, 2).done()),
+        ),
+        ("options", input(NOTHING, udp4().ip_options(3).done())),
+        (
+            "extensions",
+            input(NOTHING, tcp6().extension(60, 1).extension(0, 2).done()),
+        ),
+        (
+            "fragment_behind_extension",
+            input(NOTHING, udp6().extension(43, 2).done()),
+        ),
+        ("checksum", input(NOTHING, Maker::udp(false, 301).done())),
+        (
+            "small",
+            input(NOTHING, Maker::tcp(false, 0, 3000).gso(28).done()),
+        ),
+        ("wrong_version", input(NOTHING, wrong)),
+        ("cut", input(NOTHING, cut)),
+        ("not_ip", input(NOTHING, arp)),
+    ]
+}
