@@ -224,8 +224,8 @@ impl PackedRing {
             let Some(raw) = self.available(Place { index, ..place }) else {
                 break;
             };
-            // Past the end there is nothing to fetch, and no harm in asking.
-            self.desc.prefetch(index.wrapping_add(AHEAD));
+            // It will be written back. Past the end there is nothing, and no harm in asking.
+            self.desc.prefetch_to_write(index.wrapping_add(AHEAD));
             let buffer = (raw.addr(), raw.len());
             let flags = raw.packed_flags();
             let Some(single) = self.rules.single(raw.packed_id(), buffer, flags, pieces) else {

@@ -173,8 +173,14 @@ impl SplitRing {
         // Both lie in the ring, by the line above.
         self.avail.get_run(RING + at, first);
         self.avail.get_run(RING, rest);
+        let mut used = self.next_used;
         for head in heads {
             self.desc.prefetch(*head);
+            // Eight used elements to a line.
+            if used & 7 == 0 {
+                self.used.prefetch_to_write(used & (self.size - 1));
+            }
+            used = used.wrapping_add(1);
         }
     }
 

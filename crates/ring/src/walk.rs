@@ -39,7 +39,10 @@ impl Rules {
             && len >= self.min_len
             && len != 0
             && pieces.push_near(addr, len);
-        fits.then(|| Chain::single(id, small(at), len))
+        fits.then(|| {
+            pieces.prefetch_last(self.direction);
+            Chain::single(id, small(at), len)
+        })
     }
 
     /// What a buffer's flags are, NEXT aside, where nothing is out of the ordinary.

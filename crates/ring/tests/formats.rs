@@ -26,6 +26,11 @@ enum Op {
     Take(usize),
     /// The device completes up to so many, some of them in part.
     Complete(usize),
+    /// The device completes up to so many at once, nothing written to them.
+    CompleteAll(usize),
+    /// The device fills chains with up to so many bytes, one chain after the other, and completes
+    /// those.
+    Fill(usize),
     /// The device shows the driver what it completed, and calls if that is wanted.
     Publish,
     /// The device wants kicks or not.
@@ -48,7 +53,9 @@ fn ops() -> impl Strategy<Value = Op> {
         4 => Just(Op::Collect),
         2 => any::<bool>().prop_map(Op::Calls),
         5 => (0usize..80).prop_map(Op::Take),
-        5 => (0usize..80).prop_map(Op::Complete),
+        4 => (0usize..80).prop_map(Op::Complete),
+        2 => (0usize..80).prop_map(Op::CompleteAll),
+        2 => (0usize..4000).prop_map(Op::Fill),
         4 => Just(Op::Publish),
         2 => any::<bool>().prop_map(Op::Kicks),
         1 => Just(Op::Untake),
@@ -223,6 +230,8 @@ impl World {
             }
             Op::Take(most) => self.take(*most),
             Op::Complete(most) => self.complete(*most),
+            Op::CompleteAll(most) => self.complete_all(*most),
+            Op::Fill(bytes) => self.fill(*bytes),
             Op::Publish => self.publish(),
             Op::Kicks(true) => {
                 let more = self.ring.enable_kicks();
@@ -328,6 +337,37 @@ impl World {
             self.burst.retire(1);
             self.completed.push_back(made);
         }
+    }
+
+    fn complete_all(&mut self, most: usize) {
+        let count = most.min(self.taken.len());
+        self.ring.complete_all(&self.burst.chains()[..count]);
+        self.burst.retire(count);
+        self.completed.extend(self.taken.drain(..count));
+    }
+
+    fn fill(&mut self, bytes: usize) {
+        let room: usize = self.taken.iter().map(Made::len).sum();
+        let mut rest = match self.setup.direction {
+            Direction::Readable => 0,
+            Direction::Writable => bytes.min(room),
+        };
+        let used = self.ring.complete_filled(self.burst.chains(), rest);
+        let mut count = 0;
+        while rest > 0 {
+            let mut made = self.taken.pop_front().unwrap();
+            let chain = self.burst.chains()[count];
+            made.written = made.len().min(rest);
+            let mut at = 0;
+            for slice in self.burst.slices(&chain) {
+                at += slice.copy_from(&made.bytes(1)[at..made.written.max(at)]);
+            }
+            rest -= made.written;
+            count += 1;
+            self.completed.push_back(made);
+        }
+        assert_eq!(used, count);
+        self.burst.retire(count);
     }
 
     fn publish(&mut self) {

@@ -95,6 +95,12 @@ impl<T: ByteValued> GuestArray<T> {
     pub fn prefetch(&self, index: u16) {
         prefetch(self.ptr.wrapping_add(usize::from(index)).cast());
     }
+
+    /// The same where the value is to be written.
+    #[inline(always)]
+    pub fn prefetch_to_write(&self, index: u16) {
+        prefetch_to_write(self.ptr.wrapping_add(usize::from(index)).cast());
+    }
 }
 
 impl GuestArray<u16> {
@@ -282,6 +288,18 @@ pub(super) fn prefetch(_ptr: *const u8) {
     // SAFETY: a prefetch never faults, whatever the address.
     unsafe {
         std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(_ptr.cast());
+    }
+}
+
+/// The same for a line that is to be written: it comes with the right to that, which otherwise is
+/// asked for, and waited for, at the first store.
+#[inline(always)]
+pub(super) fn prefetch_to_write(_ptr: *const u8) {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    // SAFETY: it never faults, whatever the address, and changes nothing; a CPU that does not know
+    // it does nothing.
+    unsafe {
+        std::arch::asm!("prefetchw [{}]", in(reg) _ptr, options(nostack, preserves_flags, readonly));
     }
 }
 

@@ -15,6 +15,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
+use ::loom::sync::atomic::AtomicU64 as AtomicU64Model;
 use vm_memory::ByteValued;
 
 use super::GuestMemory;
@@ -32,8 +33,17 @@ pub enum Without {
     Release,
 }
 
-/// Bytes of the cell, and its value.
-type Held = (usize, Rc<::loom::sync::atomic::AtomicU64>);
+/// A cell of so many bytes.
+#[derive(Clone)]
+struct Held {
+    bytes: usize,
+    value: Rc<AtomicU64Model>,
+    /// Stored to before each access, and never loaded. loom tries other orders of two accesses only
+    /// where one is a store, and of several loads it remembers but the last: a load that another
+    /// thread's load and store follow would never be tried between or behind those two. A relaxed
+    /// store that nobody loads orders nothing else.
+    turn: Rc<AtomicU64Model>,
+}
 
 thread_local! {
     // All threads of a model run on one thread of the system.
@@ -75,7 +85,12 @@ impl GuestMemory {
         };
         CELLS.with_borrow_mut(|cells| {
             for at in (start..).step_by(bytes).take(count) {
-                cells.insert(at, (bytes, Rc::default()));
+                let held = Held {
+                    bytes,
+                    value: Rc::default(),
+                    turn: Rc::default(),
+                };
+                cells.insert(at, held);
             }
         });
     }
@@ -99,7 +114,7 @@ impl Word {
         let found = CELLS.with_borrow(|cells| {
             let (start, cell) = cells.range(..=addr).next_back()?;
             let at = addr - start;
-            (at + bytes <= cell.0).then(|| (at, cell.clone()))
+            (at + bytes <= cell.bytes).then(|| (at, cell.clone()))
         });
         match found {
             Some((at, cell)) => Self { cell, at, bytes },
@@ -108,7 +123,8 @@ impl Word {
     }
 
     fn load(&self, order: Ordering) -> u64 {
-        let whole = self.cell.1.load(order).to_le_bytes();
+        self.cell.turn.store(0, Ordering::Relaxed);
+        let whole = self.cell.value.load(order).to_le_bytes();
         let mut part = [0; 8];
         part[..self.bytes].copy_from_slice(&whole[self.at..self.at + self.bytes]);
         u64::from_le_bytes(part)
@@ -116,13 +132,14 @@ impl Word {
 
     /// A cell has one writer at a time, which sees what was stored last.
     fn store(&self, value: u64, order: Ordering) {
-        let mut whole = match self.bytes == self.cell.0 {
+        self.cell.turn.store(0, Ordering::Relaxed);
+        let mut whole = match self.bytes == self.cell.bytes {
             true => [0; 8],
-            false => self.cell.1.load(Ordering::Relaxed).to_le_bytes(),
+            false => self.cell.value.load(Ordering::Relaxed).to_le_bytes(),
         };
         let part = &value.to_le_bytes()[..self.bytes];
         whole[self.at..self.at + self.bytes].copy_from_slice(part);
-        self.cell.1.store(u64::from_le_bytes(whole), order);
+        self.cell.value.store(u64::from_le_bytes(whole), order);
     }
 }
 

@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use vm_memory::ByteValued;
 
-use super::array::{GuestArrayRef, prefetch};
+use super::array::{GuestArrayRef, prefetch, prefetch_to_write};
 use super::{GuestMemory, array_bytes, copy_in, copy_out};
+use crate::Direction;
 
 /// A piece of a guest's buffer, laid out as an `iovec`.
 #[derive(Debug, Clone, Copy)]
@@ -218,9 +219,27 @@ impl PieceWriter<'_> {
             return false;
         };
         *place = GuestSlice::new(self.window.host, offset, len);
-        prefetch(place.vec.iov_base.cast());
         self.len += 1;
         true
+    }
+
+    /// Asks the CPU for the first two lines of the last piece: the header, and where the frame
+    /// begins.
+    #[inline(always)]
+    pub(crate) fn prefetch_last(&self, direction: Direction) {
+        let last = self.pieces.list.get(self.len.wrapping_sub(1));
+        let at = last.map_or(std::ptr::null_mut(), |last| last.vec.iov_base.cast::<u8>());
+        let next = at.wrapping_add(64);
+        match direction {
+            Direction::Readable => {
+                prefetch(at);
+                prefetch(next);
+            }
+            Direction::Writable => {
+                prefetch_to_write(at);
+                prefetch_to_write(next);
+            }
+        }
     }
 
     /// See [`Pieces::push`].
