@@ -109,6 +109,9 @@ impl RingError {
 pub struct Ring {
     format: Format,
     config: RingConfig,
+    /// The driver may have been asked for kicks. Asking for none again and again would take a cache
+    /// line from it each time.
+    kicks: bool,
 }
 
 #[derive(Debug)]
@@ -143,7 +146,11 @@ impl Ring {
             false => Format::Split(SplitRing::new(&config, memory)?),
             true => Format::Packed(PackedRing::new(&config, memory)?),
         };
-        Ok(Self { format, config })
+        Ok(Self {
+            format,
+            config,
+            kicks: true,
+        })
     }
 
     /// The same ring, at the same place in its life, in another snapshot of memory.
@@ -239,12 +246,16 @@ impl Ring {
     /// sleeping, no kick may come for them.
     #[must_use = "chains may have come for which no kick will"]
     pub fn enable_kicks(&mut self) -> bool {
+        self.kicks = true;
         each!(mut self, ring => ring.enable_kicks())
     }
 
     /// Tells the driver that kicks are not needed.
+    #[inline(always)]
     pub fn disable_kicks(&mut self) {
-        each!(mut self, ring => ring.disable_kicks());
+        if std::mem::take(&mut self.kicks) {
+            each!(mut self, ring => ring.disable_kicks());
+        }
     }
 
     /// Whether chains are available, or the index says so.
