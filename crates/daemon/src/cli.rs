@@ -43,6 +43,10 @@ Examples:
       --device socket-path=/run/a.sock,tap=tap0 \\
       --device socket-path=/run/b.sock,tap=tap1,placement=list:2,,3
 
+  Two devices on a switch, with the host as a third port:
+    virtionetd --device socket-path=/run/a.sock,uplink=switch:lan,,tap=tap0 \\
+      --device socket-path=/run/b.sock,uplink=switch:lan
+
   Its state, and its counters for Prometheus:
     virtionetd --control /run/virtionetd.ctl ...
     curl --unix-socket /run/virtionetd.ctl http://localhost/v1/devices
@@ -134,7 +138,9 @@ pub struct DeviceFlags {
     #[arg(skip)]
     pub bridge: Option<String>,
 
-    /// Where frames go: tap:NAME[,bridge=BR], or null, which drops what the guest sends
+    /// Where frames go: tap:NAME[,bridge=BR]; switch:NAME[,tap=IF[,bridge=BR]], which joins the
+    /// devices of this process that name the same switch, and the host's TAP IF; or null, which
+    /// drops what the guest sends
     #[arg(long, value_name = "KIND[:...]")]
     pub uplink: Option<String>,
 

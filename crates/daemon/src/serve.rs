@@ -2,9 +2,10 @@
 //! main thread waits for a signal.
 //!
 //! Threads: `main` (signals), `NAME` (one a device: accepts front-ends and answers them),
-//! `vnet-qK` (one a queue pair: frames), `control` (the HTTP socket, if asked for).
+//! `vnet-qK` (one a queue pair: frames), `sw-NAME` (one a switch with a TAP: the host's frames),
+//! `control` (the HTTP socket, if asked for).
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -18,7 +19,8 @@ use signal_hook::iterator::Signals;
 use virtionet_placement::{CpuSet, Planner};
 use virtionet_session::listen::{Access, Inherited, ListenError, Listener, connect};
 use virtionet_session::{Ended, SessionError, take_fd};
-use virtionet_uplink::UplinkSpec;
+use virtionet_uplink::switch::Pump;
+use virtionet_uplink::{UplinkSpec, Uplinks};
 
 use crate::card::Card;
 use crate::config::{Config, DeviceConfig, Socket};
@@ -70,10 +72,14 @@ pub fn run(config: Config) -> Result<(), RunError> {
         .iter()
         .map(|device| Door::open(&device.socket).map_err(|e| device_error(device, e)))
         .collect::<Result<Vec<_>, _>>()?;
+    let mut uplinks = Uplinks::default();
     let cards = config
         .devices
         .iter()
-        .map(|device| Ok((device.clone(), Arc::new(card(device, &allowed)?))))
+        .map(|device| {
+            let card = card(device, &allowed, &mut uplinks)?;
+            Ok((device.clone(), Arc::new(card)))
+        })
         .collect::<Result<Vec<_>, RunError>>()?;
     let devices = Arc::new(Devices(cards));
     let control = match &config.control {
@@ -82,6 +88,7 @@ pub fn run(config: Config) -> Result<(), RunError> {
     };
     let stop =
         Arc::new(eventfd(0, EventfdFlags::CLOEXEC).map_err(|e| host("make an eventfd")(e.into()))?);
+    let pumps = start_pumps(&uplinks, &stop)?;
     let alone = devices.0.len() == 1;
     let left = Arc::new(AtomicUsize::new(devices.0.len()));
     let mut threads = Vec::new();
@@ -108,11 +115,34 @@ pub fn run(config: Config) -> Result<(), RunError> {
     // It is never read, so it stays readable for every thread.
     let _ = rustix::io::write(&*stop, &1u64.to_ne_bytes());
     let ended = join(threads);
+    for switch in uplinks.switches() {
+        tracing::info!("{switch}");
+    }
     drop(control);
-    ended
+    ended.and(join(pumps))
 }
 
-fn join(threads: Vec<(String, JoinHandle<Result<(), String>>)>) -> Result<(), RunError> {
+/// Starts what switches need beside the devices' workers.
+fn start_pumps(uplinks: &Uplinks, stop: &Arc<OwnedFd>) -> Result<Vec<Thread>, RunError> {
+    let start = |pump: Pump| {
+        let stop = Arc::clone(stop);
+        let name = format!("switch {}", pump.switch());
+        let thread = std::thread::Builder::new()
+            .name(format!("sw-{}", pump.switch()))
+            .spawn(move || {
+                pump.run(stop.as_fd());
+                Ok(())
+            })
+            .map_err(host("start a thread"))?;
+        Ok((name, thread))
+    };
+    uplinks.pumps().into_iter().map(start).collect()
+}
+
+/// A thread and whose it is.
+type Thread = (String, JoinHandle<Result<(), String>>);
+
+fn join(threads: Vec<Thread>) -> Result<(), RunError> {
     let mut result = Ok(());
     for (name, thread) in threads {
         let ended = thread
@@ -126,12 +156,12 @@ fn join(threads: Vec<(String, JoinHandle<Result<(), String>>)>) -> Result<(), Ru
 }
 
 /// Sets one device up: its uplink is opened now, so that what is wrong with it shows at start.
-fn card(device: &DeviceConfig, allowed: &CpuSet) -> Result<Card, RunError> {
+fn card(device: &DeviceConfig, allowed: &CpuSet, uplinks: &mut Uplinks) -> Result<Card, RunError> {
     let spec: UplinkSpec = device.uplink.parse().map_err(|e| usage(device, e))?;
     let mode = device.placement.parse().map_err(|e| usage(device, e))?;
     let planner =
         Planner::new(mode, allowed.clone(), device.qmp.clone()).map_err(|e| usage(device, e))?;
-    let uplink = virtionet_uplink::open(&spec).map_err(|e| device_error(device, e))?;
+    let uplink = uplinks.open(&spec).map_err(|e| device_error(device, e))?;
     Ok(Card::new(
         &device.name,
         device.queues.max(),

@@ -1,0 +1,178 @@
+//! The host's port: a TAP that is a port of the switch.
+//!
+//! Frames to it are written by the sender's worker, with one system call each. Frames from it have
+//! no worker that waits for them, so a [`Pump`] wants a thread of its own: it reads what waits into
+//! a buffer that stays in the CPU's cache, and pushes that as one burst.
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arrayvec::ArrayVec;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use virtionet_device::header::{FrameFormat, HEADER_LEN, MAX_FRAME, MIN_FRAME, VnetHeader};
+use virtionet_device::port::{
+    MAX_BURST, Received, TxFrame, Uplink, UplinkError, UplinkQueue, nobody,
+};
+use virtionet_device::stats::RingStats;
+use virtionet_ring::memory::GuestSlice;
+
+use super::Switch;
+use super::burst::Sender;
+use crate::tap::{Tap, TapConfig};
+
+/// Everything: what a receiver does not take is done by the switch.
+const ALL: FrameFormat = FrameFormat {
+    header_len: HEADER_LEN,
+    csum: true,
+    tso4: true,
+    tso6: true,
+    ecn: true,
+    ufo: true,
+};
+
+/// A byte more than any frame needs: what fills it has been cut.
+const LONGEST: usize = HEADER_LEN + MAX_FRAME + 1;
+/// Room for a burst of ordinary frames, or for a few of the largest.
+const ARENA: usize = 4 * LONGEST;
+/// Bursts between two looks at the end's descriptor.
+const BURSTS: usize = 16;
+/// How long to leave a TAP alone that failed.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct HostPort {
+    pub(super) config: TapConfig,
+    queue: Arc<dyn UplinkQueue>,
+}
+
+impl HostPort {
+    pub(super) fn open(config: &TapConfig) -> Result<Self, UplinkError> {
+        let tap = Tap::open(config)?;
+        let queue = tap.open_queue(0, nobody())?;
+        tap.set_format(ALL)
+            .and_then(|()| queue.set_attached(true))
+            .map_err(|e| UplinkError(e.to_string()))?;
+        Ok(Self {
+            config: config.clone(),
+            queue,
+        })
+    }
+
+    /// Writes one frame; false, and counted in `stats`, when the host does not take it.
+    pub(super) fn send(&self, frame: &TxFrame<'_>, stats: &RingStats) -> bool {
+        // Whether it counts as carried is for the caller to say: it may be one of several copies.
+        let own = RingStats::default();
+        self.queue.transmit(std::slice::from_ref(frame), &own);
+        stats.dropped_uplink_full.add(own.dropped_uplink_full.get());
+        stats
+            .dropped_uplink_error
+            .add(own.dropped_uplink_error.get());
+        stats.dropped_uplink_down.add(own.dropped_uplink_down.get());
+        own.frames.get() == 1
+    }
+}
+
+/// Carries frames from a switch's TAP to its other ports. It needs a thread.
+#[derive(Debug)]
+pub struct Pump {
+    switch: Arc<Switch>,
+    sender: Sender,
+    queue: Arc<dyn UplinkQueue>,
+    stats: RingStats,
+}
+
+impl Pump {
+    pub(super) fn new(switch: Arc<Switch>, number: u16, port: &HostPort) -> Self {
+        Self {
+            switch,
+            sender: Sender::host(number),
+            queue: Arc::clone(&port.queue),
+            stats: RingStats::default(),
+        }
+    }
+
+    /// The switch's name.
+    #[must_use]
+    pub fn switch(&self) -> &str {
+        &self.switch.name
+    }
+
+    /// Works until `stop` is readable. No error of the TAP ends it.
+    // syscalls: poll, read
+    pub fn run(&self, stop: BorrowedFd<'_>) {
+        let Some(tap) = self.queue.readable() else {
+            return;
+        };
+        let mut arena = vec![0; ARENA];
+        loop {
+            if wait(&[tap, stop], None) & 2 != 0 {
+                return;
+            }
+            let ended = (0..BURSTS)
+                .map(|_| self.burst(&mut arena))
+                .find(|end| !matches!(end, Received::Frame(_)));
+            if ended == Some(Received::Failed) && wait(&[stop], Some(PAUSE)) != 0 {
+                return;
+            }
+        }
+    }
+
+    /// Reads and pushes one burst; tells how its reading ended, `Frame` where more may wait.
+    fn burst(&self, arena: &mut [u8]) -> Received {
+        let mut headers = ArrayVec::<VnetHeader, MAX_BURST>::new();
+        let mut slices = ArrayVec::<GuestSlice<'_>, MAX_BURST>::new();
+        let mut rest = arena;
+        let end = loop {
+            if slices.is_full() || rest.len() < LONGEST {
+                break Received::Frame(0);
+            }
+            let len = match self.queue.receive(&[], &mut rest[..LONGEST]) {
+                Received::Frame(len) if len >= HEADER_LEN + MIN_FRAME => len,
+                Received::Frame(_) | Received::TooLong | Received::Lost => continue,
+                end => break end,
+            };
+            let (used, after) = rest.split_at_mut(len.next_multiple_of(64));
+            rest = after;
+            let (header, frame) = used[..len].split_at_mut(HEADER_LEN);
+            let mut copy = VnetHeader::default();
+            copy.0.copy_from_slice(header);
+            headers.push(copy);
+            slices.push(GuestSlice::private(frame));
+        };
+        let frames: ArrayVec<TxFrame<'_>, MAX_BURST> = headers
+            .iter()
+            .zip(&slices)
+            .map(|(header, slice)| TxFrame {
+                header: *header,
+                payload: std::slice::from_ref(slice),
+                len: slice.len(),
+            })
+            .collect();
+        if !frames.is_empty() {
+            self.switch.forward(&self.sender, &frames, &self.stats);
+        }
+        end
+    }
+}
+
+/// Waits until one of `fds` is readable; a bit for each that is. There may be none, also before
+/// `limit`.
+fn wait(fds: &[BorrowedFd<'_>], limit: Option<Duration>) -> u8 {
+    let mut fds: ArrayVec<PollFd<'_>, 2> = fds
+        .iter()
+        .map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN))
+        .collect();
+    let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
+    if poll(&mut fds, limit.as_ref()).is_err() {
+        // Interrupted, or the kernel lacks memory: not to be tried again at once.
+        std::thread::sleep(PAUSE);
+        return 0;
+    }
+    let ready = fds.iter().map(|fd| !fd.revents().is_empty());
+    ready.zip([1, 2]).fold(0, |all, (ready, bit)| match ready {
+        true => all | bit,
+        false => all,
+    })
+}

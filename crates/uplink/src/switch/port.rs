@@ -1,0 +1,115 @@
+//! A device's port: its pairs' receiveqs, which of them take frames, and what its guest takes.
+
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{OnceLock, Weak};
+
+use virtionet_device::header::{FrameFormat, HEADER_LEN};
+use virtionet_device::port::{RxPort, TxFrame};
+
+use super::steer::{FlowTable, MAX_PAIRS, Pairs};
+
+/// See the module. What senders read here changes only when the guest's driver reconfigures.
+#[derive(Debug)]
+pub(super) struct DevicePort {
+    /// A bit each of [`MAX_PAIRS`] pairs.
+    attached: [AtomicU64; 2],
+    /// See [`pack`].
+    format: AtomicU8,
+    pairs: Box<[OnceLock<Weak<dyn RxPort>>]>,
+    /// Made when a second pair is attached.
+    flows: OnceLock<FlowTable>,
+}
+
+impl DevicePort {
+    pub(super) fn new() -> Self {
+        Self {
+            attached: [AtomicU64::new(0), AtomicU64::new(0)],
+            format: AtomicU8::new(0),
+            pairs: (0..MAX_PAIRS).map(|_| OnceLock::new()).collect(),
+            flows: OnceLock::new(),
+        }
+    }
+
+    /// Sets the receiveq of a pair, which is detached; false when there can be no such pair. The
+    /// first one stays.
+    pub(super) fn add_pair(&self, pair: u16, rx: Weak<dyn RxPort>) -> bool {
+        match self.pairs.get(usize::from(pair)) {
+            Some(slot) => {
+                slot.get_or_init(|| rx);
+                true
+            }
+            None => false,
+        }
+    }
+
+    pub(super) fn set_attached(&self, pair: u16, attached: bool) {
+        let Some(word) = self.attached.get(usize::from(pair / 64)) else {
+            return;
+        };
+        let bit = 1 << (pair % 64);
+        match attached {
+            true => word.fetch_or(bit, Ordering::Relaxed),
+            false => word.fetch_and(!bit, Ordering::Relaxed),
+        };
+        if self.attached().are_several() {
+            self.flows.get_or_init(FlowTable::new);
+        }
+    }
+
+    /// The pairs that take frames now.
+    #[inline(always)]
+    pub(super) fn attached(&self) -> Pairs {
+        let [low, high] = &self.attached;
+        let [low, high] = [low, high].map(|word| u128::from(word.load(Ordering::Relaxed)));
+        Pairs(high << 64 | low)
+    }
+
+    /// Where its flows are known; `None` until it had several pairs.
+    #[inline(always)]
+    pub(super) fn flows(&self) -> Option<&FlowTable> {
+        self.flows.get()
+    }
+
+    pub(super) fn set_format(&self, format: FrameFormat) {
+        self.format.store(pack(format), Ordering::Relaxed);
+    }
+
+    /// What the guest takes. The header's length is the receiveq's own affair.
+    #[inline(always)]
+    pub(super) fn format(&self) -> FrameFormat {
+        unpack(self.format.load(Ordering::Relaxed))
+    }
+
+    /// Gives `frames` to a pair's receiveq.
+    #[inline(always)]
+    pub(super) fn push(&self, pair: u16, frames: &[TxFrame<'_>]) {
+        if frames.is_empty() {
+            return;
+        }
+        let rx = self.pairs.get(usize::from(pair)).and_then(OnceLock::get);
+        if let Some(rx) = rx.and_then(Weak::upgrade) {
+            rx.push(frames);
+        }
+    }
+}
+
+fn pack(format: FrameFormat) -> u8 {
+    u8::from(format.csum)
+        | u8::from(format.tso4) << 1
+        | u8::from(format.tso6) << 2
+        | u8::from(format.ecn) << 3
+        | u8::from(format.ufo) << 4
+}
+
+#[inline(always)]
+fn unpack(bits: u8) -> FrameFormat {
+    let has = |bit: u8| bits >> bit & 1 == 1;
+    FrameFormat {
+        header_len: HEADER_LEN,
+        csum: has(0),
+        tso4: has(1),
+        tso6: has(2),
+        ecn: has(3),
+        ufo: has(4),
+    }
+}
