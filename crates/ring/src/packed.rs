@@ -184,7 +184,12 @@ impl PackedRing {
             let Some(raw) = self.available(place) else {
                 break;
             };
-            match self.walk(place, raw.unpacked(raw.packed_flags()), room, &mut pieces) {
+            let desc = raw.unpacked(raw.packed_flags());
+            let followed = match self.walk_plain(place, desc, room, &mut pieces) {
+                Some(plain) => Ok(plain),
+                None => self.walk(place, desc, room, &mut pieces),
+            };
+            match followed {
                 Ok((any, read)) => {
                     room -= any.slots;
                     place = place.after(any.slots, self.size);
@@ -242,6 +247,32 @@ impl PackedRing {
     fn available(&self, place: Place) -> Option<Descriptor> {
         self.desc
             .descriptor_if(place.index, |flags| is_available(flags, place.wrap))
+    }
+
+    /// Follows the chain at `place` if nothing in it is out of the ordinary.
+    #[inline(always)]
+    fn walk_plain(
+        &self,
+        mut place: Place,
+        desc: Descriptor,
+        room: u16,
+        pieces: &mut PieceWriter<'_>,
+    ) -> Option<(Chain, usize)> {
+        let mut slots = 1;
+        // The chain's id stands in its last descriptor.
+        let mut last = desc;
+        let walked = self.rules.plain(desc, pieces, |_| {
+            slots += 1;
+            place = place.after(1, self.size);
+            let raw = self
+                .desc
+                .descriptor(place.index)
+                .filter(|_| slots <= room)?;
+            last = raw.unpacked(raw.packed_flags());
+            Some(last)
+        })?;
+        let read = walked.work;
+        Some((Chain::new(last.next(), slots, walked), read))
     }
 
     /// Follows the chain at `place`, whose first descriptor has been read, for `room` descriptors at

@@ -62,7 +62,7 @@ impl Rules {
         self,
         head: Descriptor,
         pieces: &mut PieceWriter<'_>,
-        next: impl Fn(Descriptor) -> Option<Descriptor>,
+        mut next: impl FnMut(Descriptor) -> Option<Descriptor>,
     ) -> Option<Walked> {
         let flags = self.flags();
         let from = pieces.len();

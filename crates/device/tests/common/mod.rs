@@ -285,6 +285,6 @@ pub struct Done<'a>(pub &'a AtomicBool);
 
 impl Drop for Done<'_> {
     fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
+        self.0.store(true, Ordering::Release);
     }
 }

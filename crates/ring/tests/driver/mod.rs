@@ -276,7 +276,7 @@ impl Driver {
             (true, false) => self.avail.set(1, 0),
             (true, true) => {
                 let wrap = if lap_is_odd(self.used_at) { 0 } else { WRAP };
-                self.avail.set(0, self.used_at % SIZE | wrap);
+                self.avail.set(0, (self.used_at % SIZE) | wrap);
                 self.avail.release(1, AT_DESCRIPTOR);
             }
         }
