@@ -25,13 +25,13 @@ pub struct Chain {
 const _: () = assert!(size_of::<Chain>() == 16);
 
 impl Chain {
-    /// Of one buffer, piece number `at`, and nothing wrong with it.
+    /// One slot and so many pieces from number `at` on, and nothing wrong with it.
     #[inline(always)]
-    pub(crate) fn single(id: u16, at: u32, len: u32) -> Self {
+    pub(crate) fn of(id: u16, at: u32, pieces: u16, len: u32) -> Self {
         Self {
             id,
             slots: 1,
-            pieces: 1,
+            pieces,
             fault: None,
             from: at,
             len,

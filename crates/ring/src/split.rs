@@ -123,7 +123,7 @@ impl SplitRing {
         let mut heads = [0u16; LOOK_AHEAD];
         self.look_ahead(&mut heads[..count]);
         let Intake { places, mut pieces } = burst.intake(count);
-        // Work of chains that are not single ones; those are bounded by their number.
+        // Work of chains that are not short ones; those are bounded by their number.
         let mut work = 0;
         let mut taken = 0;
         for (head, place) in heads.iter().copied().zip(places) {
@@ -132,8 +132,14 @@ impl SplitRing {
                 break;
             };
             let buffer = (desc.addr(), desc.len());
-            let single = self.rules.single(head, buffer, desc.flags(), &mut pieces);
-            if let Some(chain) = single {
+            let short = match desc.has(NEXT) {
+                false => self.rules.single(head, buffer, desc.flags(), &mut pieces),
+                true => self
+                    .desc
+                    .descriptor(desc.next())
+                    .and_then(|second| self.rules.double(head, desc, second, &mut pieces)),
+            };
+            if let Some(chain) = short {
                 *place = chain;
                 taken += 1;
                 continue;

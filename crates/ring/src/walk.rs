@@ -41,8 +41,37 @@ impl Rules {
             && pieces.push_near(addr, len);
         fits.then(|| {
             pieces.prefetch_last(self.direction);
-            Chain::single(id, small(at), len)
+            Chain::of(id, small(at), 1, len)
         })
+    }
+
+    /// The same of two buffers, a header's and a frame's.
+    #[inline(always)]
+    pub(crate) fn double(
+        self,
+        id: u16,
+        first: Descriptor,
+        second: Descriptor,
+        pieces: &mut PieceWriter<'_>,
+    ) -> Option<Chain> {
+        const ALL: u16 = NEXT | WRITE | INDIRECT;
+        let at = pieces.len();
+        let len = first.len().checked_add(second.len())?;
+        let fits = first.flags() & ALL == self.flags() | NEXT
+            && second.flags() & ALL == self.flags()
+            && len >= self.min_len
+            && first.len() != 0
+            && second.len() != 0
+            && pieces.push_near(first.addr(), first.len());
+        if !fits {
+            return None;
+        }
+        if !pieces.push_near(second.addr(), second.len()) {
+            pieces.truncate(at);
+            return None;
+        }
+        pieces.prefetch_last(self.direction);
+        Some(Chain::of(id, small(at), 2, len))
     }
 
     /// What a buffer's flags are, NEXT aside, where nothing is out of the ordinary.
