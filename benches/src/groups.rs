@@ -5,7 +5,7 @@ use clap::ValueEnum;
 
 use crate::outcome::Outcome;
 use crate::sampling::Effort;
-use crate::{footprint, iperf, ring, tap};
+use crate::{footprint, guests, iperf, peers, ring, tap};
 
 /// A group of cases, measured and shown together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -14,10 +14,14 @@ pub enum Group {
     Ring,
     /// A frame between a ring and a TAP, against bare system calls
     Tap,
+    /// Frames between two cards, against DPDK's vhost PMD and a device on the stock crates
+    Peers,
     /// The idle daemon's memory and start, against their aims
     Footprint,
     /// A guest's TCP through the daemon, against QEMU's own virtio-net
     Iperf,
+    /// TCP between two guests through the switch, against QEMU's own cards and a bridge
+    Guests,
 }
 
 impl Group {
@@ -27,8 +31,10 @@ impl Group {
         match self {
             Self::Ring => "ring",
             Self::Tap => "tap",
+            Self::Peers => "peers",
             Self::Footprint => "footprint",
             Self::Iperf => "iperf",
+            Self::Guests => "guests",
         }
     }
 
@@ -38,8 +44,10 @@ impl Group {
         match self {
             Self::Ring => "A chain through a 256-entry split ring, device's side",
             Self::Tap => "A frame between a guest's ring and a TAP, one thread",
+            Self::Peers => "Frames between two cards on one CPU, driven by DPDK's virtio-user",
             Self::Footprint => "The idle daemon: memory, and time to its first reply",
             Self::Iperf => "TCP between a QEMU guest (4 vCPUs) and its host, iperf3",
+            Self::Guests => "TCP between two QEMU guests (2 vCPUs each), iperf3",
         }
     }
 
@@ -51,8 +59,10 @@ impl Group {
         match self {
             Self::Ring => ring::run(effort),
             Self::Tap => tap::run(effort),
+            Self::Peers => peers::run(effort),
             Self::Footprint => footprint::run(effort),
             Self::Iperf => iperf::run(effort),
+            Self::Guests => guests::run(effort),
         }
     }
 }

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 use virtionet_tests::paths::root;
 use virtionet_tests::process::output;
-use virtionet_tests::{qemu, sched};
+use virtionet_tests::{qemu, sched, testpmd};
 
 use crate::groups::Group;
 use crate::sampling::Effort;
@@ -96,7 +96,13 @@ fn versions(group: Group) -> Result<BTreeMap<&'static str, String>> {
     let mut versions = BTreeMap::from([("virtionetd", own_version()), ("rustc", rustc())]);
     match group {
         Group::Ring => _ = versions.insert("virtio-queue", locked("virtio-queue")?),
-        Group::Iperf => {
+        Group::Peers => {
+            versions.insert("DPDK", testpmd::version()?);
+            for stock in ["vhost-user-backend", "virtio-queue"] {
+                versions.insert(stock, locked(stock)?);
+            }
+        }
+        Group::Iperf | Group::Guests => {
             versions.insert("QEMU", qemu::version()?);
             let text = output("iperf3", ["--version"])?;
             let version = text.split_whitespace().nth(1).unwrap_or("unknown");
@@ -128,7 +134,9 @@ fn own_version() -> String {
     format!("{version} ({}{mark})", commit.trim())
 }
 
-fn rustc() -> String {
+/// The compiler's version.
+#[must_use]
+pub fn rustc() -> String {
     let text = output("rustc", ["--version"]).unwrap_or_default();
     text.split_whitespace().nth(1).unwrap_or("unknown").into()
 }

@@ -13,6 +13,8 @@ use nix::unistd::Pid;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use crate::hugepages;
+
 static LIST: Mutex<List> = Mutex::new(List {
     next: 0,
     actions: BTreeMap::new(),
@@ -32,6 +34,8 @@ pub enum Action {
     Netns(String),
     /// Remove this directory and all below it.
     Remove(PathBuf),
+    /// Give this many huge pages back to the kernel.
+    HugePages(u64),
 }
 
 impl Action {
@@ -41,6 +45,7 @@ impl Action {
             Self::Kill(pid) => _ = kill(Pid::from_raw(*pid), Signal::SIGKILL),
             Self::Netns(name) => _ = delete_netns(name),
             Self::Remove(path) => _ = fs::remove_dir_all(path),
+            Self::HugePages(count) => _ = hugepages::give_back(*count),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! iperf3 between the host side and the guest.
+//! iperf3 between the host side and the guest, or between two guests.
 //!
 //! iperf3 before 3.16 runs all of its flows in one thread, which the guest
 //! would send from one vCPU: several processes, one for each vCPU, load
@@ -89,6 +89,39 @@ impl Load {
         self.args.push(arg.to_owned());
         self
     }
+
+    /// A client's command: `flows` of this to the `server` on `port`.
+    fn client(&self, server: Addresses, port: u16, flows: u16) -> Vec<String> {
+        let Addresses { v4, v6 } = server;
+        let server = if self.ipv6 { v6 } else { v4 };
+        let (seconds, flows, port) = (
+            self.seconds.to_string(),
+            flows.to_string(),
+            port.to_string(),
+        );
+        let mut args = vec!["iperf3", "-J", "-c", server, "-p", &port];
+        args.extend(["-t", &seconds, "-P", &flows]);
+        if let Some(rate) = &self.udp {
+            args.extend(["-u", "-b", rate]);
+        }
+        let own = self.args.iter().cloned();
+        args.into_iter().map(str::to_owned).chain(own).collect()
+    }
+
+    /// What each of `processes` carries; the first ones take what does not divide evenly.
+    fn shares(&self, processes: u16) -> Result<Vec<u16>> {
+        ensure!(
+            self.flows >= processes && processes > 0,
+            "{} flows are too few for {processes} iperf3 processes: ask for {processes} at least",
+            self.flows
+        );
+        let share = |i| self.flows / processes + u16::from(i < self.flows % processes);
+        Ok((0..processes).map(share).collect())
+    }
+
+    fn limit(&self) -> Duration {
+        Duration::from_secs(self.seconds.into()) + SLACK
+    }
 }
 
 /// What came over.
@@ -130,15 +163,13 @@ impl<'a> Iperf<'a> {
         clients: Clients,
         processes: u16,
     ) -> Result<Self> {
-        let vcpus = guest.ok("nproc")?;
-        let vcpus = vcpus.trim().parse().context("the guest has no nproc")?;
         Ok(Self {
             lan,
             guest,
             dir,
             clients,
             ports: (FIRST_PORT..).take(usize::from(processes)).collect(),
-            vcpus,
+            vcpus: nproc(guest)?,
         })
     }
 
@@ -157,24 +188,21 @@ impl<'a> Iperf<'a> {
     /// When a server or a client does not start.
     pub fn start(&self, load: &Load, direction: Direction) -> Result<Running<'a>> {
         let servers = match self.clients {
-            Clients::Host => self.serve_in_guest().map(|()| Vec::new()),
+            Clients::Host => serve_in(self.guest, &self.ports, self.vcpus).map(|()| Vec::new()),
             Clients::Guest => self.serve_on_host(),
         }?;
         let mut clients = Vec::new();
-        let processes = u16::try_from(self.ports.len())?;
-        ensure!(
-            load.flows >= processes,
-            "{} flows are too few for {processes} iperf3 processes: ask for {processes} at least",
-            load.flows
-        );
-        for (i, port) in (0..processes).zip(&self.ports) {
-            // The first ones take what does not divide evenly.
-            let flows = load.flows / processes + u16::from(i < load.flows % processes);
+        let shares = load.shares(u16::try_from(self.ports.len())?)?;
+        for ((i, port), flows) in (0..).zip(&self.ports).zip(shares) {
             let args = self.client_args(load, direction, *port, flows);
             clients.push(match self.clients {
                 Clients::Host => Client::Host(self.on_host(&args)?),
                 Clients::Guest => {
-                    let command = format!("{} {}", self.on_vcpu(i), args.join(" "));
+                    let command = format!(
+                        "{} {}",
+                        on_vcpu(i, self.vcpus, self.processes()),
+                        args.join(" ")
+                    );
                     Client::Guest(self.guest.spawn(&command)?)
                 }
             });
@@ -182,36 +210,19 @@ impl<'a> Iperf<'a> {
         Ok(Running {
             clients,
             _servers: servers,
-            limit: Duration::from_secs(load.seconds.into()) + SLACK,
+            limit: load.limit(),
         })
     }
 
     fn client_args(&self, load: &Load, direction: Direction, port: u16, flows: u16) -> Vec<String> {
-        let Addresses { v4, v6 } = match self.clients {
-            Clients::Host => topology::GUEST,
-            Clients::Guest => topology::HOST,
-        };
-        let server = if load.ipv6 { v6 } else { v4 };
-        let (seconds, flows, port) = (
-            load.seconds.to_string(),
-            flows.to_string(),
-            port.to_string(),
-        );
-        let mut args = vec!["iperf3", "-J", "-c", server, "-p", &port];
-        args.extend(["-t", &seconds, "-P", &flows]);
-        if let Some(rate) = &load.udp {
-            args.extend(["-u", "-b", rate]);
-        }
         // A client sends unless it is told to reverse.
-        let sends = match self.clients {
-            Clients::Host => Direction::HostToGuest,
-            Clients::Guest => Direction::GuestToHost,
+        let (server, sends) = match self.clients {
+            Clients::Host => (topology::GUEST, Direction::HostToGuest),
+            Clients::Guest => (topology::HOST, Direction::GuestToHost),
         };
-        if direction != sends {
-            args.push("-R");
-        }
-        let own = load.args.iter().cloned();
-        args.into_iter().map(str::to_owned).chain(own).collect()
+        let mut args = load.client(server, port, flows);
+        args.extend((direction != sends).then(|| "-R".to_owned()));
+        args
     }
 
     fn on_host(&self, args: &[String]) -> Result<Proc> {
@@ -233,47 +244,83 @@ impl<'a> Iperf<'a> {
         };
         let servers = self.ports.iter().map(serve).collect::<Result<Vec<_>>>()?;
         for port in &self.ports {
-            self.wait(&format!(":{port}"), &|| {
+            wait(&format!(":{port}"), &|| {
                 self.lan.netns().run("ss", ["-ltn"])
             })?;
         }
         Ok(servers)
     }
 
-    fn serve_in_guest(&self) -> Result<()> {
-        // What an earlier one left is in the way of the ports until it is gone.
-        self.guest.ok(
-            "killall iperf3 2>/dev/null; for i in $(seq 100); do pidof iperf3 >/dev/null || exit 0; sleep 0.05; done; exit 1",
-        )?;
-        for (i, port) in (0..).zip(&self.ports) {
-            let cpu = self.on_vcpu(i);
-            self.guest.ok(&format!("{cpu} iperf3 -s -D -p {port}"))?;
-            self.wait(&format!(":{port}"), &|| self.guest.ok("netstat -ltn"))?;
-        }
-        Ok(())
-    }
-
-    /// Runs what follows on process i's vCPU: the first one of queue pair i's
-    /// share, as Linux's virtio-net shares vCPUs out to as many pairs.
-    fn on_vcpu(&self, i: u16) -> String {
-        let mask = 1_u128 << first_vcpu(i.into(), self.vcpus, self.processes()).min(127);
-        format!("taskset {mask:x}")
-    }
-
     fn processes(&self) -> u32 {
         u32::try_from(self.ports.len()).unwrap_or(u32::MAX)
     }
+}
 
-    fn wait(&self, port: &str, listening: &dyn Fn() -> Result<String>) -> Result<()> {
-        for _ in 0..100 {
-            let list = listening()?;
-            if list.split_whitespace().any(|word| word.ends_with(port)) {
-                return Ok(());
-            }
-            sleep(Duration::from_millis(50));
-        }
-        Err(anyhow!("no iperf3 server listens on {port} after 5 s"))
+/// Runs `load` from one guest to another, which has servers of its own for
+/// it; `processes` at each end, each on the vCPUs in turn as with [`Iperf`].
+///
+/// # Errors
+/// When a server does not start or a client fails: with its words.
+pub fn between(
+    (from, to): (&Guest, &Guest),
+    server: Addresses,
+    load: &Load,
+    processes: u16,
+) -> Result<Report> {
+    let vcpus = nproc(from)?;
+    let ports: Vec<u16> = (FIRST_PORT..).take(usize::from(processes)).collect();
+    serve_in(to, &ports, nproc(to)?)?;
+    let mut clients = Vec::new();
+    for ((i, port), flows) in (0..).zip(ports).zip(load.shares(processes)?) {
+        let cpu = on_vcpu(i, vcpus, processes.into());
+        // Without intervals: all of the report comes over the serial line.
+        let command = load.client(server, port, flows).join(" ");
+        clients.push(Client::Guest(from.spawn(&format!("{cpu} {command} -i 0"))?));
     }
+    let running = Running {
+        clients,
+        _servers: Vec::new(),
+        limit: load.limit(),
+    };
+    running.finish()
+}
+
+fn nproc(guest: &Guest) -> Result<u32> {
+    let vcpus = guest.ok("nproc")?;
+    vcpus.trim().parse().context("the guest has no nproc")
+}
+
+/// Starts a server for each of `ports`, each on its vCPU.
+fn serve_in(guest: &Guest, ports: &[u16], vcpus: u32) -> Result<()> {
+    // What an earlier one left is in the way of the ports until it is gone.
+    guest.ok(
+        "killall iperf3 2>/dev/null; for i in $(seq 100); do pidof iperf3 >/dev/null || exit 0; sleep 0.05; done; exit 1",
+    )?;
+    let processes = u32::try_from(ports.len())?;
+    for (i, port) in (0..).zip(ports) {
+        let cpu = on_vcpu(i, vcpus, processes);
+        guest.ok(&format!("{cpu} iperf3 -s -D -p {port}"))?;
+        wait(&format!(":{port}"), &|| guest.ok("netstat -ltn"))?;
+    }
+    Ok(())
+}
+
+fn wait(port: &str, listening: &dyn Fn() -> Result<String>) -> Result<()> {
+    for _ in 0..100 {
+        let list = listening()?;
+        if list.split_whitespace().any(|word| word.ends_with(port)) {
+            return Ok(());
+        }
+        sleep(Duration::from_millis(50));
+    }
+    Err(anyhow!("no iperf3 server listens on {port} after 5 s"))
+}
+
+/// Runs what follows on process i's vCPU: the first one of queue pair i's
+/// share, as Linux's virtio-net shares vCPUs out to as many pairs.
+fn on_vcpu(i: u16, vcpus: u32, processes: u32) -> String {
+    let mask = 1_u128 << first_vcpu(i.into(), vcpus, processes).min(127);
+    format!("taskset {mask:x}")
 }
 
 /// The first `cpus % shares` shares have one CPU more than the others; with

@@ -5,8 +5,9 @@
 //! Reading order: [`topology`] puts a host side together from a [`netns`];
 //! [`qemu`] starts a machine, whose [`guest`] runs commands and whose [`qmp`]
 //! monitor answers; [`daemon`] starts virtionetd; [`iperf`] loads the path;
-//! [`rig`] is all of that at once. A [`station`] is a card without a guest
-//! around it.
+//! [`rig`] is all of that at once, [`duo`] with a second guest in the host's
+//! place. A [`station`] is a card without a guest
+//! around it; [`testpmd`] is DPDK's driver and back-end, on [`hugepages`].
 //! Everything that is started is ended by its `Drop`, by a signal handler
 //! ([`cleanup`]) or, when this process is killed outright, by the kernel.
 
@@ -14,10 +15,13 @@ pub mod accel;
 pub mod cleanup;
 pub mod counters;
 pub mod daemon;
+pub mod duo;
 pub mod guest;
 pub mod http;
+pub mod hugepages;
 pub mod iperf;
 pub mod netns;
+pub mod nic;
 pub mod paths;
 pub mod process;
 pub mod procfs;
@@ -26,4 +30,5 @@ pub mod qmp;
 pub mod rig;
 pub mod sched;
 pub mod station;
+pub mod testpmd;
 pub mod topology;

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use crate::accel::Accel;
 use crate::guest::Guest;
 use crate::netns::Netns;
+pub use crate::nic::Nic;
 use crate::paths::{RunDir, guest_image};
 use crate::process::{Proc, output};
 use crate::qmp::Qmp;
@@ -21,127 +22,6 @@ use crate::sched;
 
 const PROGRAM: &str = "qemu-system-x86_64";
 const START: Duration = Duration::from_secs(20);
-
-/// A network card of the guest.
-#[derive(Clone, Debug)]
-pub struct Nic {
-    backend: Backend,
-    queues: u16,
-    props: Vec<String>,
-}
-
-#[derive(Clone, Debug)]
-enum Backend {
-    VhostUser {
-        socket: PathBuf,
-        listen: bool,
-        reconnect_ms: Option<u32>,
-    },
-    Tap {
-        ifname: String,
-    },
-}
-
-impl Nic {
-    /// A card that a vhost-user back-end serves on `socket`; QEMU connects.
-    pub fn vhost_user(socket: &Path) -> Self {
-        Self::new(Backend::VhostUser {
-            socket: socket.to_owned(),
-            listen: false,
-            reconnect_ms: None,
-        })
-    }
-
-    /// The same, but QEMU listens and waits for the back-end.
-    pub fn vhost_user_listen(socket: &Path) -> Self {
-        Self::new(Backend::VhostUser {
-            socket: socket.to_owned(),
-            listen: true,
-            reconnect_ms: None,
-        })
-    }
-
-    /// QEMU's own virtio-net on the TAP device `ifname`, without vhost. The
-    /// machine has to be in the TAP's namespace ([`Machine::netns`]).
-    pub fn tap(ifname: &str) -> Self {
-        Self::new(Backend::Tap {
-            ifname: ifname.to_owned(),
-        })
-    }
-
-    fn new(backend: Backend) -> Self {
-        Self {
-            backend,
-            queues: 1,
-            props: Vec::new(),
-        }
-    }
-
-    /// The number of queue pairs.
-    #[must_use]
-    pub fn queues(mut self, pairs: u16) -> Self {
-        self.queues = pairs;
-        self
-    }
-
-    /// QEMU tries to connect anew after `ms` milliseconds, whole seconds with
-    /// a QEMU before 9.2. Only for a card that connects.
-    #[must_use]
-    pub fn reconnect_ms(mut self, ms: u32) -> Self {
-        if let Backend::VhostUser { reconnect_ms, .. } = &mut self.backend {
-            *reconnect_ms = Some(ms);
-        }
-        self
-    }
-
-    /// A further property of the device, such as `packed=on`, `host_mtu=9000`,
-    /// `rx_queue_size=1024` or `mac=52:54:00:00:00:01`.
-    #[must_use]
-    pub fn prop(mut self, prop: &str) -> Self {
-        self.props.push(prop.to_owned());
-        self
-    }
-
-    fn args(&self, n: usize) -> Result<Vec<String>> {
-        let queues = self.queues;
-        let mut args = Vec::new();
-        match &self.backend {
-            Backend::VhostUser {
-                socket,
-                listen,
-                reconnect_ms,
-            } => {
-                let mut chardev = format!("socket,id=net{n}c,path={}", socket.display());
-                if *listen {
-                    chardev.push_str(",server=on");
-                }
-                if let Some(ms) = reconnect_ms {
-                    chardev.push_str(&reconnect(*ms)?);
-                }
-                let netdev = format!("vhost-user,id=net{n},chardev=net{n}c,queues={queues}");
-                args.extend(["-chardev".into(), chardev, "-netdev".into(), netdev]);
-            }
-            Backend::Tap { ifname } => {
-                let netdev = format!(
-                    "tap,id=net{n},ifname={ifname},script=no,downscript=no,vhost=off,queues={queues}"
-                );
-                args.extend(["-netdev".into(), netdev]);
-            }
-        }
-        // One vector a ring, one for the control queue, one for configuration.
-        let vectors = 2 * u32::from(queues) + 2;
-        let mut device = format!("virtio-net-pci,netdev=net{n},romfile=,vectors={vectors}");
-        if queues > 1 {
-            device.push_str(",mq=on");
-        }
-        for prop in &self.props {
-            device.push(',');
-            device.push_str(prop);
-        }
-        args.extend(["-device".into(), device]);
-        Ok(args)
-    }
-}
 
 /// How a machine is to be. The guest's image is `ci/guest-image`'s.
 #[derive(Clone, Debug)]
@@ -152,7 +32,7 @@ pub struct Machine {
     shared: bool,
     no_reboot: bool,
     paused: bool,
-    pinned: bool,
+    pinned: Option<Vec<usize>>,
     monitor: Option<PathBuf>,
     netns: Option<String>,
     nics: Vec<Nic>,
@@ -175,7 +55,7 @@ impl Machine {
             shared: true,
             no_reboot: false,
             paused: false,
-            pinned: false,
+            pinned: None,
             monitor: None,
             netns: None,
             nics: Vec::new(),
@@ -229,7 +109,14 @@ impl Machine {
     /// a back-end reads where they stand when the driver starts its rings.
     #[must_use]
     pub fn pinned(mut self) -> Self {
-        self.pinned = true;
+        self.pinned = Some(Vec::new());
+        self
+    }
+
+    /// The same, to these CPUs in turn instead of all that this process has.
+    #[must_use]
+    pub fn pinned_to(mut self, cpus: &[usize]) -> Self {
+        self.pinned = Some(cpus.to_vec());
         self
     }
 
@@ -280,8 +167,11 @@ impl Machine {
             proc,
             began,
         };
-        if self.pinned {
-            qemu.pin_vcpus()?;
+        if let Some(cpus) = &self.pinned {
+            match cpus.is_empty() {
+                true => qemu.pin_vcpus()?,
+                false => qemu.pin_vcpus_to(cpus)?,
+            };
             if !self.paused {
                 qemu.resume()?;
             }
@@ -291,6 +181,15 @@ impl Machine {
 
     /// Starts it and waits until the guest is up; returns the time that took.
     ///
+    /// # Errors
+    /// As [`Machine::booted`].
+    pub fn boot(&self, dir: &RunDir, name: &str, timeout: Duration) -> Result<(Qemu, Duration)> {
+        self.booted(self.start(dir, name)?, dir, name, timeout)
+    }
+
+    /// Waits until `qemu`, which this has started under `name`, is up: several
+    /// machines may boot at once. Returns the time that took.
+    ///
     /// QEMU 10.0.2 under software emulation dies now and then of an assertion
     /// of its own while several vCPUs set up PCI (`msix_table_mmio_write`), with
     /// any card. Such a death by signal is said on stderr, and the machine is
@@ -298,10 +197,15 @@ impl Machine {
     ///
     /// # Errors
     /// When it is not up within `timeout`: with QEMU's words and the console's.
-    pub fn boot(&self, dir: &RunDir, name: &str, timeout: Duration) -> Result<(Qemu, Duration)> {
+    pub fn booted(
+        &self,
+        mut qemu: Qemu,
+        dir: &RunDir,
+        name: &str,
+        timeout: Duration,
+    ) -> Result<(Qemu, Duration)> {
         let mut again = 2;
         loop {
-            let mut qemu = self.start(dir, name)?;
             let error = match qemu.boot(timeout) {
                 Ok(took) => return Ok((qemu, took)),
                 Err(error) => error,
@@ -313,6 +217,7 @@ impl Machine {
             }
             again -= 1;
             eprintln!("QEMU itself died in the guest's boot and is started anew: {error:#}");
+            qemu = self.start(dir, name)?;
         }
     }
 
@@ -368,7 +273,7 @@ impl Machine {
             let value = format!("unix:{},server=on,wait=off", path.display());
             args.extend(["-qmp".into(), value]);
         }
-        let paused = self.paused || self.pinned;
+        let paused = self.paused || self.pinned.is_some();
         for (wanted, flag) in [(self.no_reboot, "-no-reboot"), (paused, "-S")] {
             args.extend(wanted.then(|| flag.to_owned()));
         }
@@ -468,12 +373,19 @@ impl Qemu {
     /// # Errors
     /// When QEMU does not answer or a thread cannot be pinned.
     pub fn pin_vcpus(&self) -> Result<Vec<usize>> {
-        let cpus = sched::allowed_cpus()?;
+        self.pin_vcpus_to(&sched::allowed_cpus()?)
+    }
+
+    /// The same, to `cpus`.
+    ///
+    /// # Errors
+    /// When QEMU does not answer or a thread cannot be pinned.
+    pub fn pin_vcpus_to(&self, cpus: &[usize]) -> Result<Vec<usize>> {
         let threads = self.vcpu_threads()?;
         threads
             .into_iter()
-            .zip(cpus.into_iter().cycle())
-            .map(|(tid, cpu)| sched::pin(tid, cpu).map(|()| cpu))
+            .zip(cpus.iter().cycle())
+            .map(|(tid, cpu)| sched::pin(tid, *cpu).map(|()| *cpu))
             .collect()
     }
 }
@@ -491,18 +403,6 @@ pub fn version() -> Result<String> {
         .and_then(|_| words.next())
         .map(str::to_owned)
         .with_context(|| format!("no version in {text:?}"))
-}
-
-/// The chardev property that makes QEMU reconnect.
-fn reconnect(ms: u32) -> Result<String> {
-    let version = version()?;
-    let mut numbers = version.split('.').map(|part| part.parse().unwrap_or(0));
-    let number: (u32, u32) = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
-    Ok(if number >= (9, 2) {
-        format!(",reconnect-ms={ms}")
-    } else {
-        format!(",reconnect={}", ms.div_ceil(1000).max(1))
-    })
 }
 
 fn socket(id: &str, path: &Path) -> String {

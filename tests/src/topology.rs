@@ -16,6 +16,17 @@ pub const GUEST: Addresses = Addresses {
     v4: "10.77.0.2",
     v6: "fd77::2",
 };
+/// The addresses of two guests on one network.
+pub const GUESTS: [Addresses; 2] = [
+    Addresses {
+        v4: "10.77.0.11",
+        v6: "fd77::11",
+    },
+    Addresses {
+        v4: "10.77.0.12",
+        v6: "fd77::12",
+    },
+];
 /// The name of the TAP in the host side's namespace.
 pub const TAP: &str = "tap0";
 /// The name of the first card in the guest.
@@ -97,12 +108,55 @@ impl Lan {
     }
 }
 
+/// A bridge of the kernel in a namespace of its own, with TAPs as its ports.
+#[derive(Debug)]
+pub struct Bridge {
+    netns: Netns,
+}
+
+impl Bridge {
+    /// Makes it, with ports of these names: multiqueue for more than one queue
+    /// pair, with virtio-net headers, all up and forwarding.
+    ///
+    /// # Errors
+    /// When this process is not root, or the kernel refuses.
+    pub fn with_taps(names: &[&str], queues: u16) -> Result<Self> {
+        let netns = Netns::new()?;
+        // Its ports would listen for 15 s first, and its groups want a querier.
+        netns
+            .ip("link add br0 type bridge forward_delay 0 mcast_snooping 0")
+            .context("a bridge cannot be made")?;
+        let multi = if queues > 1 { " multi_queue" } else { "" };
+        for name in names {
+            netns
+                .ip(&format!("tuntap add dev {name} mode tap vnet_hdr{multi}"))
+                .context("a TAP cannot be made: is /dev/net/tun there?")?;
+            netns.ip(&format!("link set dev {name} master br0 up"))?;
+        }
+        netns.ip("link set br0 up")?;
+        Ok(Self { netns })
+    }
+
+    /// The namespace.
+    pub fn netns(&self) -> &Netns {
+        &self.netns
+    }
+}
+
 /// Sets the guest's card up with its addresses and `queues` pairs in use.
 ///
 /// # Errors
 /// When the card is missing: with the guest's words.
 pub fn configure_guest(guest: &Guest, queues: u16) -> Result<()> {
-    let Addresses { v4, v6 } = GUEST;
+    configure_card(guest, GUEST, queues)
+}
+
+/// The same with other addresses.
+///
+/// # Errors
+/// When the card is missing: with the guest's words.
+pub fn configure_card(guest: &Guest, addresses: Addresses, queues: u16) -> Result<()> {
+    let Addresses { v4, v6 } = addresses;
     // No duplicate detection: an address counts at once.
     guest.ok(&format!(
         "echo 0 >/proc/sys/net/ipv6/conf/{CARD}/accept_dad && ip addr replace {v4}/24 dev {CARD} && ip -6 addr replace {v6}/64 dev {CARD} && ip link set {CARD} up"

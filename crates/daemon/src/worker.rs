@@ -63,6 +63,9 @@ const TX_BYTES: usize = 1 << 20;
 const RX_FRAMES: usize = 64;
 const RX_BYTES: usize = 1 << 20;
 
+/// Cycles that a yield takes at most when nobody else wants the CPU.
+const ALONE: u64 = 1500;
+
 /// Looks at the rings while polling before it also looks at epoll.
 const LOOKS_PER_WAIT: u32 = 64;
 
@@ -81,6 +84,8 @@ pub struct Worker {
     uplink_ready: bool,
     /// The guest has no RX buffers; a kick will tell when it has.
     starved: bool,
+    /// Somebody else ran when it last yielded: it has its CPU not for itself.
+    shares: bool,
     /// Since when what it does is to be told busy or not, by the time-stamp counter.
     since: u64,
 }
@@ -100,6 +105,7 @@ impl Worker {
             tx_ready: true,
             uplink_ready: true,
             starved: false,
+            shares: false,
             since: 0,
         }
     }
@@ -136,8 +142,7 @@ impl Worker {
         if self.poll.is_on() {
             self.spin();
         } else {
-            std::thread::yield_now();
-            self.since = cycles();
+            self.give_way();
         }
     }
 
@@ -276,6 +281,14 @@ impl Worker {
         found
     }
 
+    /// Who shares this CPU goes first: the vCPU that makes frames, other workers.
+    fn give_way(&mut self) {
+        std::thread::yield_now();
+        let now = cycles();
+        self.shares = now.wrapping_sub(self.since) > ALONE;
+        self.since = now;
+    }
+
     /// Looks for frames again and again, without kicks, for as long as that pays.
     fn spin(&mut self) {
         let mut until = self.poll.until();
@@ -294,6 +307,11 @@ impl Worker {
                 self.pair.worker_stats().busy_polls.add(1);
                 self.poll.found(found);
                 until = self.poll.until();
+                // To be preempted instead would cost as much, at a worse moment: others on this
+                // CPU have waited, and their frames too.
+                if self.shares {
+                    self.give_way();
+                }
                 continue;
             }
             self.pair.worker_stats().polls.add(1);
@@ -301,9 +319,7 @@ impl Worker {
                 self.poll.in_vain();
                 return;
             }
-            // Who shares this CPU goes first: the vCPU that makes frames, other workers.
-            std::thread::yield_now();
-            self.since = cycles();
+            self.give_way();
         }
     }
 }

@@ -151,9 +151,6 @@ const TX: &[Row] = &[
         lab.put(DATA, 12, BAD, WRITE | NEXT);
         line(lab, 4, 60);
     }),
-    ("writable in a table", "direction_wrong", |lab| {
-        refer(lab, &[(DATA, 12, 0), (DATA, 60, WRITE)]);
-    }),
     ("no bytes", "header_missing", |lab| line(lab, 4, 0)),
     ("11 bytes", "header_missing", |lab| line(lab, 11, 1)),
     ("13 bytes of frame", "frame_too_short", |lab| {
@@ -225,6 +222,12 @@ const LEGAL: &[(&str, Write)] = &[
     ("indirect, WRITE on the outer descriptor", |lab| {
         lab.table(&[(DATA, 72, 0)]);
         lab.put(TABLE, 16, BAD, INDIRECT | WRITE);
+    }),
+    ("indirect, WRITE on the header, as DPDK has it", |lab| {
+        refer(lab, &[(DATA, 12, WRITE), (DATA + 12, 60, 0)]);
+    }),
+    ("indirect, WRITE on a piece, as DPDK has it", |lab| {
+        refer(lab, &[(DATA, 12, WRITE), (DATA + 12, 60, WRITE)]);
     }),
     ("indirect behind a buffer", |lab| {
         lab.table(&[(DATA + 12, 60, 0)]);

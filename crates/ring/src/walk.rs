@@ -220,7 +220,13 @@ impl<'w, 'p> Walk<'w, 'p> {
                 .pieces
                 .table::<Descriptor>(outer.addr(), entries)
                 .ok_or(ChainFault::IndirectUnmapped)?;
-            let desc = order.descriptor(table.get(index));
+            let mut desc = order.descriptor(table.get(index));
+            if order == Table::Sequential && self.rules.direction == Direction::Readable {
+                // DPDK's driver leaves WRITE on the header in such a table, and on a piece whose
+                // number is that of the ring's descriptor (seen with 22.11). What is only read loses
+                // nothing by that, and its guests would lose their frames.
+                desc = desc.without(WRITE);
+            }
             if desc.has(INDIRECT) {
                 return Err(ChainFault::IndirectNested);
             }

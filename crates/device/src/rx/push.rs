@@ -27,6 +27,14 @@ struct Done {
     bytes: usize,
 }
 
+/// What came of one frame.
+enum Placed {
+    /// It was given, or dropped and counted; the next may have more luck.
+    Room,
+    /// The guest has no buffer at all.
+    Full,
+}
+
 impl RxQueue {
     /// Gives `frames` (at most [`crate::port::MAX_BURST`]), in order, to the guest. The driver sees
     /// all of them at once, at the end. What finds no buffer is dropped and counted:
@@ -48,11 +56,18 @@ impl RxQueue {
             let Some((frame, others)) = rest.split_first() else {
                 break;
             };
-            if let Err(found) = self.place(frame, &mut done) {
-                fault = Some(found);
-                break;
+            match self.place(frame, &mut done) {
+                Ok(Placed::Room) => rest = others,
+                Ok(Placed::Full) => {
+                    // Not one buffer is left: the others need not ask.
+                    self.queue.stats.dropped_no_buffer.add(wide(rest.len()));
+                    break;
+                }
+                Err(found) => {
+                    fault = Some(found);
+                    break;
+                }
             }
-            rest = others;
         }
         for chain in &self.queue.burst.chains()[..done.chains] {
             self.capacity -= chain.len();
@@ -105,7 +120,7 @@ impl RxQueue {
 
     /// Copies one frame to the next chains, whatever they are.
     #[inline(never)]
-    fn place(&mut self, frame: &TxFrame<'_>, done: &mut Done) -> Result<(), RingFault> {
+    fn place(&mut self, frame: &TxFrame<'_>, done: &mut Done) -> Result<Placed, RingFault> {
         let header_len = self.queue.features.header_len();
         let total = header_len + frame.len;
         // A faulty chain goes back empty when its turn comes, so that the order stays.
@@ -119,14 +134,17 @@ impl RxQueue {
         let (mut room, mut count) = (0, 0);
         while room < total {
             let Some(chain) = self.chain(done.chains + count)? else {
+                if count == 0 {
+                    return Ok(Placed::Full);
+                }
                 self.queue.stats.dropped_no_buffer.add(1);
-                return Ok(());
+                return Ok(Placed::Room);
             };
             room += chain.len();
             count += 1;
             if room < total && !mergeable {
                 self.queue.stats.dropped_too_long.add(1);
-                return Ok(());
+                return Ok(Placed::Room);
             }
         }
         let header = with_buffers(frame, u16::try_from(count).unwrap_or(u16::MAX));
@@ -138,7 +156,7 @@ impl RxQueue {
         done.chains += count;
         done.frames += 1;
         done.bytes += frame.len;
-        Ok(())
+        Ok(Placed::Room)
     }
 
     /// Chain number `at` of the burst, taken now if it must be; `None` when there is none.

@@ -184,6 +184,16 @@ impl Descriptor {
         self.third() & flag != 0
     }
 
+    /// The same without this bit in `flags` of a split ring's descriptor.
+    #[inline(always)]
+    pub(crate) fn without(self, flag: u16) -> Self {
+        let rest = u64::from_le(self.rest) & !(u64::from(flag) << 32);
+        Self {
+            rest: rest.to_le(),
+            ..self
+        }
+    }
+
     /// `next` of a split ring's descriptor.
     #[inline(always)]
     pub(crate) fn next(self) -> u16 {

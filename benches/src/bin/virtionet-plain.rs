@@ -1,0 +1,239 @@
+//! Two ports with a wire between them, on vhost-user-backend and virtio-queue used the plain way:
+//! what a virtio-net device is without rings and a session of its own. Only a peer to measure
+//! against.
+//!
+//! A kick wakes the pair's thread; it takes the chains that are available, reads each frame into a
+//! buffer, writes it to a chain of the other port's receiveq, and gives both back.
+
+use std::collections::HashMap;
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use anyhow::{Context, Result, anyhow};
+use clap::Parser;
+use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost_user_backend::{VhostUserBackend, VhostUserDaemon, VringRwLock, VringT};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_net::VIRTIO_NET_F_MQ;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::{QueueOwnedT, QueueT};
+use virtionet_tests::sched;
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::epoll::EventSet;
+
+type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
+type Vring = VringRwLock<Memory>;
+
+const QUEUE_SIZE: usize = 1024;
+/// Where num_buffers is in the virtio-net header (virtio 1.3 §5.1.6).
+const NUM_BUFFERS: std::ops::Range<usize> = 10..12;
+/// The event of a pair's receiveq, numbered within the pair.
+const RX: u16 = 0;
+
+/// Two virtio-net ports, joined, on the stock crates.
+#[derive(Debug, Parser)]
+struct Cli {
+    /// The CPU of all its threads
+    cpu: usize,
+    /// Queue pairs of each port, 32 at most
+    pairs: usize,
+    /// The first port's socket
+    first: PathBuf,
+    /// The second port's socket
+    second: PathBuf,
+}
+
+fn main() -> Result<()> {
+    let cli = Cli::parse();
+    sched::pin(0, cli.cpu)?;
+    let table = Arc::new(Table::default());
+    let serve = |number, socket: PathBuf| {
+        let table = Arc::clone(&table);
+        thread::spawn(move || serve(number, cli.pairs, table, &socket))
+    };
+    let ports = [serve(0, cli.first), serve(1, cli.second)];
+    for port in ports {
+        port.join().map_err(|_| anyhow!("a port panicked"))??;
+    }
+    Ok(())
+}
+
+/// Serves one front-end on `socket` until it hangs up.
+fn serve(number: usize, pairs: usize, table: Arc<Table>, socket: &Path) -> Result<()> {
+    let memory = Memory::new(GuestMemoryMmap::new());
+    let port = Arc::new(Port {
+        number,
+        pairs,
+        memory: memory.clone(),
+        event_idx: AtomicBool::new(false),
+        table,
+    });
+    let name = format!("port{number}");
+    let mut daemon = VhostUserDaemon::new(name, port, memory).map_err(|e| anyhow!("{e}"))?;
+    daemon
+        .serve(socket)
+        .map_err(|e| anyhow!("{e}"))
+        .with_context(|| format!("port {number}"))
+}
+
+/// The receiveqs that were seen, by port and pair.
+#[derive(Default)]
+struct Table(Mutex<HashMap<(usize, usize), Target>>);
+
+/// A receiveq and the memory that it is in.
+#[derive(Clone)]
+struct Target {
+    vring: Vring,
+    memory: Memory,
+}
+
+impl Table {
+    fn set(&self, at: (usize, usize), target: Target) {
+        let mut map = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        map.insert(at, target);
+    }
+
+    fn get(&self, at: (usize, usize)) -> Option<Target> {
+        let map = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        map.get(&at).cloned()
+    }
+}
+
+struct Port {
+    number: usize,
+    pairs: usize,
+    memory: Memory,
+    event_idx: AtomicBool,
+    table: Arc<Table>,
+}
+
+impl VhostUserBackend for Port {
+    type Bitmap = ();
+    type Vring = Vring;
+
+    fn num_queues(&self) -> usize {
+        self.pairs * 2
+    }
+
+    fn max_queue_size(&self) -> usize {
+        QUEUE_SIZE
+    }
+
+    fn features(&self) -> u64 {
+        1 << VIRTIO_F_VERSION_1
+            | 1 << VIRTIO_NET_F_MQ
+            | 1 << VIRTIO_RING_F_INDIRECT_DESC
+            | 1 << VIRTIO_RING_F_EVENT_IDX
+            | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK
+    }
+
+    fn set_event_idx(&self, enabled: bool) {
+        self.event_idx.store(enabled, Ordering::Relaxed);
+    }
+
+    fn update_memory(&self, _memory: Memory) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// A thread a pair.
+    fn queues_per_thread(&self) -> Vec<u64> {
+        (0..self.pairs).map(|pair| 0b11 << (2 * pair)).collect()
+    }
+
+    fn handle_event(
+        &self,
+        event: u16,
+        _events: EventSet,
+        vrings: &[Vring],
+        pair: usize,
+    ) -> io::Result<()> {
+        let [rx, tx] = vrings else {
+            return Err(io::Error::other("a pair has two rings"));
+        };
+        let target = Target {
+            vring: rx.clone(),
+            memory: self.memory.clone(),
+        };
+        self.table.set((self.number, pair), target);
+        if event == RX {
+            return Ok(());
+        }
+        match self.table.get((1 - self.number, pair)) {
+            Some(target) => self.forward(tx, &target),
+            // The other port has no ring yet; a later kick finds these chains.
+            None => Ok(()),
+        }
+    }
+}
+
+impl Port {
+    /// Forwards what is available, until there is nothing more.
+    fn forward(&self, tx: &Vring, to: &Target) -> io::Result<()> {
+        if !self.event_idx.load(Ordering::Relaxed) {
+            return self.burst(tx, to);
+        }
+        loop {
+            tx.disable_notification().map_err(io::Error::other)?;
+            self.burst(tx, to)?;
+            if !tx.enable_notification().map_err(io::Error::other)? {
+                return Ok(());
+            }
+        }
+    }
+
+    fn burst(&self, tx: &Vring, to: &Target) -> io::Result<()> {
+        let memory = self.memory.memory();
+        let chains: Vec<_> = tx
+            .get_mut()
+            .get_queue_mut()
+            .iter(memory.clone())
+            .map_err(io::Error::other)?
+            .collect();
+        let mut frame = Vec::new();
+        for chain in chains {
+            let head = chain.head_index();
+            frame.clear();
+            let mut reader = chain.reader(&memory).map_err(io::Error::other)?;
+            reader.read_to_end(&mut frame)?;
+            deliver(&mut frame, to)?;
+            tx.add_used(head, 0).map_err(io::Error::other)?;
+        }
+        signal(tx)?;
+        signal(&to.vring)
+    }
+}
+
+/// Writes a frame to a chain of the receiveq; it is lost when there is none.
+fn deliver(frame: &mut [u8], to: &Target) -> io::Result<()> {
+    if let Some(num_buffers) = frame.get_mut(NUM_BUFFERS) {
+        num_buffers.copy_from_slice(&1_u16.to_le_bytes());
+    }
+    let memory = to.memory.memory();
+    let chain = to
+        .vring
+        .get_mut()
+        .get_queue_mut()
+        .pop_descriptor_chain(memory.clone());
+    let Some(chain) = chain else {
+        return Ok(());
+    };
+    let head = chain.head_index();
+    let mut writer = chain.writer(&memory).map_err(io::Error::other)?;
+    writer.write_all(frame)?;
+    let written = u32::try_from(writer.bytes_written()).map_err(io::Error::other)?;
+    to.vring.add_used(head, written).map_err(io::Error::other)
+}
+
+fn signal(vring: &Vring) -> io::Result<()> {
+    match vring.needs_notification().map_err(io::Error::other)? {
+        true => vring.signal_used_queue(),
+        false => Ok(()),
+    }
+}

@@ -1,0 +1,164 @@
+//! testpmd's counters, read from what it prints.
+
+use anyhow::{Context, Result};
+
+/// The counters of one port.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PortStats {
+    /// Frames received.
+    pub rx_packets: u64,
+    /// Frames lost because the program was too slow.
+    pub rx_missed: u64,
+    /// Broken frames.
+    pub rx_errors: u64,
+    /// Times that there was no packet buffer for a frame.
+    pub rx_nombuf: u64,
+    /// Bytes received.
+    pub rx_bytes: u64,
+    /// Frames sent.
+    pub tx_packets: u64,
+    /// Frames that could not be sent.
+    pub tx_errors: u64,
+    /// Bytes sent.
+    pub tx_bytes: u64,
+    /// Frames received a second, since the last look.
+    pub rx_pps: u64,
+    /// Frames sent a second, since the last look.
+    pub tx_pps: u64,
+}
+
+/// What was forwarded on all ports together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Forwarded {
+    /// Frames received.
+    pub rx_packets: u64,
+    /// Frames sent.
+    pub tx_packets: u64,
+    /// Frames that found no room in a transmit queue.
+    pub tx_dropped: u64,
+    /// Cycles of the time-stamp counter spent on bursts that found frames.
+    pub busy_cycles: u64,
+}
+
+impl Forwarded {
+    /// What came after `before`.
+    #[must_use]
+    pub fn since(self, before: Self) -> Self {
+        Self {
+            rx_packets: self.rx_packets.saturating_sub(before.rx_packets),
+            tx_packets: self.tx_packets.saturating_sub(before.tx_packets),
+            tx_dropped: self.tx_dropped.saturating_sub(before.tx_dropped),
+            busy_cycles: self.busy_cycles.saturating_sub(before.busy_cycles),
+        }
+    }
+}
+
+/// The answer to `show port stats all`.
+pub(super) fn ports(text: &str) -> Result<Vec<PortStats>> {
+    text.split("NIC statistics for port")
+        .skip(1)
+        .map(|part| port(part).with_context(|| format!("a port without all its counters: {part}")))
+        .collect()
+}
+
+fn port(text: &str) -> Option<PortStats> {
+    Some(PortStats {
+        rx_packets: number(text, "RX-packets:")?,
+        rx_missed: number(text, "RX-missed:")?,
+        rx_errors: number(text, "RX-errors:")?,
+        rx_nombuf: number(text, "RX-nombuf:")?,
+        rx_bytes: number(text, "RX-bytes:")?,
+        tx_packets: number(text, "TX-packets:")?,
+        tx_errors: number(text, "TX-errors:")?,
+        tx_bytes: number(text, "TX-bytes:")?,
+        rx_pps: number(text, "Rx-pps:")?,
+        tx_pps: number(text, "Tx-pps:")?,
+    })
+}
+
+/// The answer to `show fwd stats all`.
+pub(super) fn forwarded(text: &str) -> Result<Forwarded> {
+    let all = text.split_once("for all ports").map(|(_, rest)| rest);
+    all.and_then(sum)
+        .with_context(|| format!("no accumulated forward statistics in: {text}"))
+}
+
+fn sum(text: &str) -> Option<Forwarded> {
+    Some(Forwarded {
+        rx_packets: number(text, "RX-packets:")?,
+        tx_packets: number(text, "TX-packets:")?,
+        tx_dropped: number(text, "TX-dropped:")?,
+        // There is no such line as long as no burst found a frame.
+        busy_cycles: number(text, "total cycles=").unwrap_or(0),
+    })
+}
+
+/// The number behind the first `key`.
+fn number(text: &str, key: &str) -> Option<u64> {
+    let (_, rest) = text.split_once(key)?;
+    let rest = rest.trim_start();
+    let end = rest
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(rest.len());
+    rest[..end].parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PORTS: &str = "
+  ######################## NIC statistics for port 0  ########################
+  RX-packets: 1443360    RX-missed: 7          RX-bytes:  92375040
+  RX-errors: 1
+  RX-nombuf:  2         
+  TX-packets: 1443616    TX-errors: 3          TX-bytes:  92391424
+
+  Throughput (since last show)
+  Rx-pps:       977067          Rx-bps:    500258512
+  Tx-pps:       977163          Tx-bps:    500307664
+  ############################################################################
+";
+    const ALL: &str = "
+  ---------------------- Forward statistics for port 0  ----------------------
+  RX-packets: 1              RX-dropped: 0             RX-total: 1
+
+  +++++++++++++++ Accumulated forward statistics for all ports+++++++++++++++
+  RX-packets: 8756832        RX-dropped: 0             RX-total: 8756832
+  TX-packets: 8757344        TX-dropped: 5             TX-total: 8757344
+  ++++++++++++++++++++++++++++++++++++++++++++++++++++++++++++++++++++++++++++
+
+  CPU cycles/packet=607.88 (total cycles=5323090622 / total io packets=8756832) at 2600 MHz Clock
+";
+
+    #[test]
+    fn every_port_is_read() {
+        let two = PORTS.repeat(2).replacen("977067", "5", 1);
+        let ports = ports(&two).unwrap();
+        let first = ports[0];
+        assert_eq!(
+            (ports.len(), first.rx_pps, ports[1].rx_pps),
+            (2, 5, 977_067)
+        );
+        assert_eq!((first.rx_packets, first.tx_packets), (1_443_360, 1_443_616));
+        assert_eq!((first.rx_missed, first.rx_errors), (7, 1));
+        assert_eq!((first.rx_nombuf, first.tx_errors), (2, 3));
+        assert_eq!((first.rx_bytes, first.tx_bytes), (92_375_040, 92_391_424));
+        assert_eq!(first.tx_pps, 977_163);
+    }
+
+    #[test]
+    fn the_sum_of_all_ports_is_read_and_not_the_first_port() {
+        let all = forwarded(ALL).unwrap();
+        assert_eq!((all.rx_packets, all.tx_packets), (8_756_832, 8_757_344));
+        assert_eq!((all.tx_dropped, all.busy_cycles), (5, 5_323_090_622));
+        let idle = forwarded(ALL.split("CPU cycles").next().unwrap()).unwrap();
+        assert_eq!(idle.busy_cycles, 0);
+    }
+
+    #[test]
+    fn a_missing_counter_is_an_error() {
+        assert!(ports(&PORTS.replace("RX-missed", "RX-other")).is_err());
+        assert!(forwarded("nothing of that").is_err());
+    }
+}

@@ -1,0 +1,295 @@
+//! Two Linux guests on a switch: TCP over IPv4 and IPv6 both ways, every byte
+//! and every checksum as it should be, every frame accounted for; also where one
+//! of them leaves segmentation and checksums to the switch.
+
+use std::collections::BTreeMap;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use virtionet_tests::duo::{Duo, DuoPlan, Which, sums};
+use virtionet_tests::guest::Guest;
+use virtionet_tests::iperf::Load;
+use virtionet_tests::topology::{CARD, GUESTS};
+
+const PAIRS: u16 = 2;
+const FILE_MIB: u32 = 16;
+const PORT: u16 = 5000;
+/// How long frames that are on their way may take to be counted.
+const SETTLE: Duration = Duration::from_secs(5);
+const TRANSFER: Duration = Duration::from_secs(60);
+/// What a frame of a link with MTU 1500 has at most.
+const WHOLE_FRAME: u64 = 1514;
+/// All that a card can leave to the device or take over from it.
+const OFFLOADS: [&str; 10] = [
+    "csum=off",
+    "guest_csum=off",
+    "guest_tso4=off",
+    "guest_tso6=off",
+    "guest_ecn=off",
+    "guest_ufo=off",
+    "host_tso4=off",
+    "host_tso6=off",
+    "host_ecn=off",
+    "host_ufo=off",
+];
+
+#[test]
+fn two_guests_exchange_everything_and_large_segments_stay_whole() {
+    let duo = DuoPlan::new(PAIRS).on_switch().unwrap();
+    for carried in exchange(&duo).unwrap() {
+        assert!(carried.sent.mean() > 2 * WHOLE_FRAME, "{carried:?}");
+        assert!(carried.got.mean() > 2 * WHOLE_FRAME, "{carried:?}");
+    }
+    for from in [Which::A, Which::B] {
+        every_frame_arrived_or_is_named(&duo, from).unwrap();
+        the_driver_saw_what_was_carried(&duo, from).unwrap();
+    }
+}
+
+#[test]
+fn a_guest_without_offloads_gets_frames_that_the_switch_cut_and_summed() {
+    let plain = OFFLOADS.into_iter();
+    let plan = plain.fold(DuoPlan::new(PAIRS), |plan, p| plan.prop(Which::B, p));
+    let duo = plan.on_switch().unwrap();
+    offloads_are_off(duo.guest(Which::B)).unwrap();
+    let [cut, plain] = exchange(&duo).unwrap();
+    assert!(cut.sent.mean() > 2 * WHOLE_FRAME, "{cut:?}");
+    assert!(cut.got.mean() <= WHOLE_FRAME, "{cut:?}");
+    assert!(cut.got.frames > 2 * cut.sent.frames, "{cut:?}");
+    assert!(plain.sent.mean() <= WHOLE_FRAME, "{plain:?}");
+    let sent = duo.counters(Which::A, "tx").unwrap();
+    assert_eq!(sent["offload_invalid"], 0, "{sent:?}");
+    // What has no need of segmenting is carried as it is.
+    every_frame_arrived_or_is_named(&duo, Which::B).unwrap();
+    for from in [Which::A, Which::B] {
+        the_driver_saw_what_was_carried(&duo, from).unwrap();
+    }
+}
+
+/// By the feature bits of virtio 1.3 §5.1.3.
+fn offloads_are_off(guest: &Guest) -> Result<()> {
+    let bits = guest.ok(&format!("cat /sys/class/net/{CARD}/device/features"))?;
+    for bit in [0, 1, 7, 8, 9, 10, 11, 12, 13, 14] {
+        ensure!(bits.as_bytes().get(bit) == Some(&b'0'), "{bit} in {bits}");
+    }
+    Ok(())
+}
+
+/// What loads in one direction made the rings carry: the sender's and the receiver's.
+#[derive(Debug)]
+struct Carried {
+    sent: Work,
+    got: Work,
+}
+
+#[derive(Debug)]
+struct Work {
+    frames: u64,
+    bytes: u64,
+}
+
+impl Work {
+    fn so_far(duo: &Duo, which: Which, direction: &str) -> Result<Self> {
+        let counters = duo.counters(which, direction)?;
+        Ok(Self {
+            frames: counters["frames"],
+            bytes: counters["bytes"],
+        })
+    }
+
+    fn since(self, before: &Self) -> Self {
+        Self {
+            frames: self.frames - before.frames,
+            bytes: self.bytes - before.bytes,
+        }
+    }
+
+    /// Bytes a frame.
+    fn mean(&self) -> u64 {
+        self.bytes / self.frames.max(1)
+    }
+}
+
+/// Pings, loads and files both ways, from the first guest at first; neither may
+/// find anything wrong with them.
+fn exchange(duo: &Duo) -> Result<[Carried; 2]> {
+    for from in [Which::A, Which::B] {
+        let to = &GUESTS[usize::from(from == Which::A)];
+        for address in [to.v4, to.v6] {
+            let ping = format!("ping -c 3 -i 0.2 -s 3000 {address}");
+            let said = duo.guest(from).ok(&ping)?;
+            ensure!(said.contains(" 0% packet loss"), "{said}");
+        }
+    }
+    let carried = [load(duo, Which::A)?, load(duo, Which::B)?];
+    files_arrive_as_they_were(duo)?;
+    for which in [Which::A, Which::B] {
+        let guest = duo.guest(which);
+        nothing_was_wrong(guest).with_context(|| format!("in guest {which:?}"))?;
+        both_pairs_are_used(duo, which)?;
+    }
+    Ok(carried)
+}
+
+/// TCP over IPv4 and IPv6, two flows a pair.
+fn load(duo: &Duo, from: Which) -> Result<Carried> {
+    let so_far = || -> Result<[Work; 2]> {
+        let got = Work::so_far(duo, from.other(), "rx")?;
+        Ok([Work::so_far(duo, from, "tx")?, got])
+    };
+    let before = so_far()?;
+    for load in [Load::tcp(1), Load::tcp(1).ipv6()] {
+        let report = duo.iperf(from, &load.flows(2 * PAIRS), PAIRS)?;
+        eprintln!(
+            "from {from:?}: {:.2} Gbit/s, {} segments sent again",
+            report.gbps, report.retransmits
+        );
+        ensure!(report.each.len() == usize::from(PAIRS), "{report:?}");
+        ensure!(report.each.iter().all(|gbps| *gbps > 0.0), "{report:?}");
+    }
+    let [sent, got] = so_far()?;
+    let carried = Carried {
+        sent: sent.since(&before[0]),
+        got: got.since(&before[1]),
+    };
+    eprintln!("from {from:?}: {carried:?}");
+    Ok(carried)
+}
+
+fn files_arrive_as_they_were(duo: &Duo) -> Result<()> {
+    let make = format!(
+        "dd if=/dev/urandom of=/tmp/file bs=1M count={FILE_MIB} 2>/dev/null && sha256sum </tmp/file"
+    );
+    let sent = duo.guest(Which::A).ok(&make)?;
+    for (from, name) in [(Which::A, "/tmp/file"), (Which::B, "/tmp/back")] {
+        let arrived = send(duo, from, "/tmp/file", name)?;
+        ensure!(arrived == sent, "{arrived}arrived for {sent}");
+    }
+    Ok(())
+}
+
+/// Sends a file; gives the SHA-256 of what arrived.
+fn send(duo: &Duo, from: Which, file: &str, name: &str) -> Result<String> {
+    let receiver = duo.guest(from.other());
+    // nc ends when the other end closes; its standard input must stay open,
+    // which a FIFO opened for both ways does.
+    receiver.ok("[ -p /tmp/hold ] || mkfifo /tmp/hold")?;
+    let job = receiver.spawn(&format!("nc -l -p {PORT} <>/tmp/hold >{name}"))?;
+    let listens = format!(
+        "for i in $(seq 100); do netstat -ltn | grep -q :{PORT} && exit; sleep 0.1; done; exit 1"
+    );
+    receiver.ok(&listens)?;
+    let to = GUESTS[usize::from(from == Which::A)].v4;
+    duo.guest(from).ok(&format!("nc {to} {PORT} <{file}"))?;
+    let done = job.wait(TRANSFER)?;
+    ensure!(done.code == 0, "nc: {done:?}");
+    receiver.ok(&format!("sha256sum <{name}"))
+}
+
+/// No checksum and no header was wrong, and nothing was lost within the guest.
+fn nothing_was_wrong(guest: &Guest) -> Result<()> {
+    let text = guest.ok("cat /proc/net/snmp /proc/net/snmp6")?;
+    let found = errors(&text);
+    ensure!(found.len() >= 8, "only {found:?} in {text}");
+    ensure!(found.values().all(|count| *count == 0), "{found:?}");
+    let dir = format!("/sys/class/net/{CARD}/statistics");
+    let counts = guest.ok(&format!("cat {dir}/rx_errors {dir}/rx_frame_errors"))?;
+    ensure!(counts == "0\n0\n", "rx_errors, rx_frame_errors: {counts}");
+    Ok(())
+}
+
+/// What the stack counts of packets that are not as they should be, by name.
+fn errors(snmp: &str) -> BTreeMap<String, u64> {
+    const ENDINGS: [&str; 2] = ["InCsumErrors", "InHdrErrors"];
+    let lines: Vec<Vec<&str>> = snmp
+        .lines()
+        .map(|line| line.split_whitespace().collect())
+        .collect();
+    let mut found = BTreeMap::new();
+    let mut add = |name: String, value: Option<&&str>| {
+        let value = value.and_then(|value| value.parse().ok());
+        if let Some(value) = value
+            && ENDINGS.iter().any(|ending| name.ends_with(ending))
+        {
+            found.insert(name, value);
+        }
+    };
+    for (line, next) in lines.iter().zip(lines.iter().skip(1)) {
+        // IPv4 has a line of names, then one of numbers.
+        for (name, value) in line.iter().zip(next) {
+            add(format!("{}{name}", line[0]), Some(value));
+        }
+    }
+    for line in &lines {
+        // IPv6 has a line each.
+        add(line[0].to_owned(), line.get(1));
+    }
+    found
+}
+
+fn both_pairs_are_used(duo: &Duo, which: Which) -> Result<()> {
+    let devices = duo.daemon().context("no daemon")?.get("/v1/devices")?;
+    let pairs = devices["devices"][usize::from(which == Which::B)]["pairs"].as_array();
+    let pairs = pairs.context("no pairs")?;
+    ensure!(pairs.len() >= usize::from(PAIRS), "{pairs:?}");
+    for pair in pairs.iter().take(usize::from(PAIRS)) {
+        for direction in ["rx", "tx"] {
+            let frames = pair[direction]["counters"]["frames"].as_u64();
+            ensure!(frames > Some(100), "{direction} of {which:?}: {pair}");
+        }
+    }
+    Ok(())
+}
+
+/// All frames of one guest are the other's, or in a counter that says why not.
+fn every_frame_arrived_or_is_named(duo: &Duo, from: Which) -> Result<()> {
+    let daemon = duo.daemon().context("no daemon")?;
+    settles("sent, received, dropped", || {
+        let devices = daemon.get("/v1/devices")?;
+        let sent = sums(&devices, from, "tx")?;
+        let got = sums(&devices, from.other(), "rx")?;
+        let drops = got.iter().filter(|(name, _)| name.starts_with("dropped_"));
+        let dropped: u64 = drops.map(|(_, count)| count).sum();
+        let (sent, got) = (sent["frames"], got["frames"]);
+        eprintln!("from {from:?}: {sent} sent, {got} received, {dropped} dropped");
+        Ok((sent, got + dropped))
+    })
+}
+
+/// What the daemon put into a guest's rings is what its driver took from them.
+fn the_driver_saw_what_was_carried(duo: &Duo, which: Which) -> Result<()> {
+    settles("carried, seen by the driver", || {
+        let list = duo.guest(which).ok(&format!("ethtool -S {CARD}"))?;
+        let seen = statistic(&list, "_packets")?;
+        ensure!(statistic(&list, "_drops")? == 0, "{list}");
+        Ok((duo.counters(which, "rx")?["frames"], seen))
+    })
+}
+
+/// The sum of ethtool's `rx_queue_N` and `name`.
+fn statistic(list: &str, name: &str) -> Result<u64> {
+    let lines = list.lines().filter_map(|line| line.trim().split_once(": "));
+    let of_queues = lines.filter(|(key, _)| key.starts_with("rx_queue_"));
+    let mut values = of_queues.filter(|(key, _)| {
+        let queue = key["rx_queue_".len()..].trim_start_matches(|c: char| c.is_ascii_digit());
+        queue == name
+    });
+    let (_, first) = values
+        .next()
+        .with_context(|| format!("no {name}: {list}"))?;
+    values.try_fold(first.parse()?, |sum, (_, v)| Ok(sum + v.parse::<u64>()?))
+}
+
+/// The two figures are equal once nothing is on its way.
+fn settles(what: &str, figures: impl Fn() -> Result<(u64, u64)>) -> Result<()> {
+    let until = Instant::now() + SETTLE;
+    loop {
+        let (one, other) = figures()?;
+        if one == other {
+            return Ok(());
+        }
+        ensure!(Instant::now() < until, "{what}: {one} and {other}");
+        sleep(Duration::from_millis(100));
+    }
+}
