@@ -35,14 +35,12 @@ impl Rules {
         pieces: &mut PieceWriter<'_>,
     ) -> Option<Chain> {
         let at = pieces.len();
-        let fits = flags & (NEXT | WRITE | INDIRECT) == self.flags()
-            && len >= self.min_len
-            && len != 0
-            && pieces.push_near(addr, len);
-        fits.then(|| {
-            pieces.prefetch_last(self.direction);
-            Chain::of(id, small(at), 1, len)
-        })
+        let fits = flags & (NEXT | WRITE | INDIRECT) == self.flags();
+        if !fits || len < self.min_len || len == 0 {
+            return None;
+        }
+        pieces.push_near(addr, len)?.prefetch(self.direction);
+        Some(Chain::of(id, small(at), 1, len))
     }
 
     /// The same of two buffers, a header's and a frame's.
@@ -61,16 +59,16 @@ impl Rules {
             && second.flags() & ALL == self.flags()
             && len >= self.min_len
             && first.len() != 0
-            && second.len() != 0
-            && pieces.push_near(first.addr(), first.len());
+            && second.len() != 0;
         if !fits {
             return None;
         }
-        if !pieces.push_near(second.addr(), second.len()) {
+        pieces.push_near(first.addr(), first.len())?;
+        let Some(near) = pieces.push_near(second.addr(), second.len()) else {
             pieces.truncate(at);
             return None;
-        }
-        pieces.prefetch_last(self.direction);
+        };
+        near.prefetch(self.direction);
         Some(Chain::of(id, small(at), 2, len))
     }
 
@@ -100,7 +98,7 @@ impl Rules {
         for work in 1..=MAX_PLAIN {
             if desc.flags() & (WRITE | INDIRECT) != flags
                 || desc.len() == 0
-                || !pieces.push_near(desc.addr(), desc.len())
+                || pieces.push_near(desc.addr(), desc.len()).is_none()
             {
                 break;
             }

@@ -184,6 +184,29 @@ pub struct Pieces {
     memory: Arc<GuestMemory>,
 }
 
+/// Where a piece that was just appended begins.
+#[derive(Clone, Copy)]
+pub(crate) struct Near(*const u8);
+
+impl Near {
+    /// Asks the CPU for the first two lines: the header, and where the frame begins. Those that are
+    /// to be written come with the right to that.
+    #[inline(always)]
+    pub(crate) fn prefetch(self, direction: Direction) {
+        let next = self.0.wrapping_add(64);
+        match direction {
+            Direction::Readable => {
+                prefetch(self.0);
+                prefetch(next);
+            }
+            Direction::Writable => {
+                prefetch_to_write(self.0);
+                prefetch_to_write(next);
+            }
+        }
+    }
+}
+
 /// Appends to [`Pieces`] with everything that the fast path needs at hand: a burst's pieces cost a
 /// comparison and a store each. What it appended counts once it is dropped.
 pub(crate) struct PieceWriter<'p> {
@@ -207,45 +230,23 @@ impl PieceWriter<'_> {
         self.len = self.len.min(len);
     }
 
-    /// Appends a range, not an empty one, that lies in the region met last, if there is room; false,
+    /// Appends a range, not an empty one, that lies in the region met last, if there is room; `None`,
     /// and nothing done, for any other.
     #[inline(always)]
-    pub(crate) fn push_near(&mut self, addr: u64, len: u32) -> bool {
+    pub(crate) fn push_near(&mut self, addr: u64, len: u32) -> Option<Near> {
         let len = u64::from(len);
-        let Some(offset) = self.window.offset(addr, len) else {
-            return false;
-        };
-        let Some(place) = self.pieces.list.get_mut(self.len) else {
-            return false;
-        };
-        *place = GuestSlice::new(self.window.host, offset, len);
+        let offset = self.window.offset(addr, len)?;
+        let place = self.pieces.list.get_mut(self.len)?;
+        let slice = GuestSlice::new(self.window.host, offset, len);
+        *place = slice;
         self.len += 1;
-        true
-    }
-
-    /// Asks the CPU for the first two lines of the last piece: the header, and where the frame
-    /// begins.
-    #[inline(always)]
-    pub(crate) fn prefetch_last(&self, direction: Direction) {
-        let last = self.pieces.list.get(self.len.wrapping_sub(1));
-        let at = last.map_or(std::ptr::null_mut(), |last| last.vec.iov_base.cast::<u8>());
-        let next = at.wrapping_add(64);
-        match direction {
-            Direction::Readable => {
-                prefetch(at);
-                prefetch(next);
-            }
-            Direction::Writable => {
-                prefetch_to_write(at);
-                prefetch_to_write(next);
-            }
-        }
+        Some(Near(slice.vec.iov_base.cast()))
     }
 
     /// See [`Pieces::push`].
     #[inline(always)]
     pub(crate) fn push(&mut self, addr: u64, len: u32) -> Result<(), BadAddress> {
-        if len != 0 && self.push_near(addr, len) {
+        if len != 0 && self.push_near(addr, len).is_some() {
             return Ok(());
         }
         let len = u64::from(len);
