@@ -46,7 +46,7 @@ impl Nic {
     }
 
     /// QEMU's own virtio-net on the TAP device `ifname`, without vhost. The
-    /// machine has to be in the TAP's namespace ([`Machine::netns`]).
+    /// machine has to be in the TAP's namespace ([`crate::qemu::Machine::netns`]).
     pub fn tap(ifname: &str) -> Self {
         Self::new(Backend::Tap {
             ifname: ifname.to_owned(),
