@@ -330,6 +330,8 @@ impl Backend for Card {
     fn disconnected(&self) {
         self.pairs().for_each(|pair| pair.stop_worker());
         self.pairs().for_each(|pair| pair.join_worker());
+        // A worker's last word about its uplink may have come after ours.
+        self.pairs().for_each(|pair| pair.steer());
         let link = std::mem::take(&mut *self.link.lock());
         if self.told.lock().present {
             self.tell_of_end(&link);

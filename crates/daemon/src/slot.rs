@@ -276,11 +276,16 @@ impl Slot<RxQueue> {
     /// Gives `frames` to the guest, or drops and counts them; false when there is no sound ring.
     pub fn push(&self, who: &dyn std::fmt::Display, frames: &[TxFrame<'_>]) -> bool {
         let mut slot = self.ring.lock();
-        let pushed = self.work_on(&mut slot, who, |queue, enabled| match enabled {
-            true => queue.push(frames).map(|pushed| (true, pushed.call)),
-            false => Ok((false, false)),
+        let mut tried = false;
+        let pushed = self.work_on(&mut slot, who, |queue, enabled| {
+            tried = enabled;
+            match enabled {
+                true => queue.push(frames).map(|pushed| ((), pushed.call)),
+                false => Ok(((), false)),
+            }
         });
-        if pushed != Some(true) {
+        // What a ring refuses it counts itself.
+        if !tried {
             let count = u64::try_from(frames.len()).unwrap_or(u64::MAX);
             self.stats.dropped_disabled.add(count);
         }

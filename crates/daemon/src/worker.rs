@@ -228,7 +228,12 @@ impl Worker {
                 queue.disable_kicks();
                 let (mut chains, mut bytes, mut call) = (0, 0, false);
                 let more = loop {
-                    let sent = queue.send(uplink)?;
+                    let sent = match queue.send(uplink) {
+                        Ok(sent) => sent,
+                        // What was done before is told first; the next turn meets the fault again.
+                        Err(_) if chains > 0 => break true,
+                        Err(fault) => return Err(fault),
+                    };
                     chains += sent.chains;
                     bytes += sent.bytes;
                     call |= sent.call;

@@ -172,10 +172,15 @@ impl RxQueue {
         self.take_chains(want)
     }
 
-    /// Takes up to `want` chains, 64 at most.
+    /// Takes up to `want` chains, 64 at most, and no more in all than the ring has: a driver that
+    /// offers chains anew which it has not got back must not fill our memory.
     fn take_chains(&mut self, want: usize) -> Result<usize, RingFault> {
         let queue = &mut self.queue;
         let before = queue.burst.chains().len();
+        let want = want.min(usize::from(queue.ring.size()).saturating_sub(before));
+        if want == 0 {
+            return Ok(0);
+        }
         let taken = queue.ring.take(&mut queue.burst, want)?;
         for chain in &queue.burst.chains()[before..] {
             self.capacity += chain.len();

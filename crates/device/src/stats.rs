@@ -62,6 +62,7 @@ counters! {
         dropped_uplink_error: "Frames the uplink refused with an error (EIO, EINVAL, ...).",
         dropped_uplink_down: "Frames lost because the uplink was gone or down (EBADFD, ENETDOWN, EIO on a TAP that is down).",
         dropped_no_port: "TX frames that no port of the switch was there to take.",
+        dropped_over_budget: "Copies of a frame that were not made, because the frame's burst had cost too much by then (floods, offloads in software).",
         dropped_no_buffer: "RX frames lost because the guest had too few buffers, and no reason to add any.",
         dropped_too_long: "RX frames longer than any that the guest takes.",
         rx_starved: "Times the uplink had frames and the guest no RX buffers; the frames wait in the uplink.",

@@ -180,6 +180,35 @@ fn frames_before_a_broken_index_are_shown_and_then_the_fault() {
     let frames = [frame(1, 60), frame(2, 60)];
     assert_eq!(push(&mut rx, &frames, 60).unwrap().frames, 1);
     assert_eq!(lab.used(), [(2, 72)]);
+    assert_eq!(lab.counted(), [("dropped_no_buffer", 1)]);
     let fault = push(&mut rx, &frames, 60).unwrap_err();
     assert_eq!(fault, RingFault::HeadOutOfRange { head: 77, size: 8 });
+    assert_eq!(lab.counted(), [("dropped_no_buffer", 2)]);
+}
+
+/// A driver that offers the same bad buffers for ever gets no more of them taken than its ring has,
+/// and costs no more memory than that.
+#[test]
+fn buffers_that_are_offered_anew_without_end_are_not_hoarded() {
+    let mut lab = Lab::new(8, MERGEABLE);
+    let mut rx: RxQueue = lab.device();
+    lab.desc(0, DATA, 12, WRITE, 0);
+    lab.desc(1, DATA, 1526, 0, 0);
+    lab.offer(&[0]);
+    let mut dropped = 0;
+    for _ in 0..100 {
+        lab.offer(&[1; 7]);
+        let pushed = push(&mut rx, &[frame(1, 60), frame(2, 60), frame(3, 1000)], 60);
+        assert_eq!(pushed.unwrap().frames, 0);
+        for (name, count) in lab.counted() {
+            match name {
+                "dropped_no_buffer" => dropped += count,
+                "direction_wrong" => assert!(count <= 7),
+                other => panic!("{other}: {count}"),
+            }
+        }
+    }
+    assert_eq!(dropped, 300);
+    assert_eq!(lab.stats.direction_wrong.get(), 7);
+    assert_eq!(rx.rewind(), 0);
 }

@@ -394,7 +394,8 @@ fn a_receiver_gets_no_more_than_it_negotiated() {
     able.send(0, &[odd]);
     assert_eq!(packed.received(0).len(), 1);
     assert!(plain.received(0).is_empty());
-    assert_eq!(able.tx().offload_invalid.get(), 2);
+    // A frame counts once, however many could not take it.
+    assert_eq!(able.tx().offload_invalid.get(), 1);
 }
 
 #[test]

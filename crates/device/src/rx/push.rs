@@ -25,6 +25,8 @@ struct Done {
     chains: usize,
     frames: usize,
     bytes: usize,
+    /// Frames of this length and more found too little room, and nothing has changed since.
+    room: Option<usize>,
 }
 
 /// What came of one frame.
@@ -56,6 +58,11 @@ impl RxQueue {
             let Some((frame, others)) = rest.split_first() else {
                 break;
             };
+            if done.room.is_some_and(|room| frame.len >= room) {
+                self.queue.stats.dropped_no_buffer.add(1);
+                rest = others;
+                continue;
+            }
             match self.place(frame, &mut done) {
                 Ok(Placed::Room) => rest = others,
                 Ok(Placed::Full) => {
@@ -64,6 +71,7 @@ impl RxQueue {
                     break;
                 }
                 Err(found) => {
+                    self.queue.stats.dropped_no_buffer.add(wide(rest.len()));
                     fault = Some(found);
                     break;
                 }
@@ -137,6 +145,7 @@ impl RxQueue {
                 if count == 0 {
                     return Ok(Placed::Full);
                 }
+                done.room = Some(frame.len);
                 self.queue.stats.dropped_no_buffer.add(1);
                 return Ok(Placed::Room);
             };

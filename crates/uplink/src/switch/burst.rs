@@ -17,6 +17,12 @@ use super::masks::{Groups, bits, run, wide};
 use super::port::DevicePort;
 use super::steer::Pairs;
 
+/// What floods and conversions of one burst may cost, in bytes copied: some ms at most, whoever is
+/// to receive. Beyond it frames are dropped (`dropped_over_budget`).
+const WORK: usize = 16 << 20;
+/// What a segment costs beside its bytes.
+const SEGMENT: usize = 512;
+
 /// VIRTIO_NET_HDR_F_NEEDS_CSUM.
 const NEEDS_CSUM: u8 = 1;
 
@@ -81,6 +87,8 @@ pub(super) struct Burst<'a> {
     stats: &'a RingStats,
     /// Frames that were dropped and counted.
     refused: Cell<u64>,
+    /// Work that it may still cost, beside one copy of each frame.
+    left: Cell<usize>,
     /// Each frame's flow, once that was asked for.
     flows: RefCell<ArrayVec<u64, MAX_BURST>>,
 }
@@ -104,6 +112,7 @@ impl<'a> Burst<'a> {
             asks,
             stats,
             refused: Cell::new(0),
+            left: Cell::new(WORK),
             flows: RefCell::default(),
         }
     }
@@ -176,6 +185,27 @@ impl<'a> Burst<'a> {
         taken
     }
 
+    /// Takes `work` from what one burst may cost, or counts a frame that would cost more.
+    fn afford(&self, work: usize) -> bool {
+        match self.left.get().checked_sub(work) {
+            Some(left) => self.left.set(left),
+            None => {
+                self.stats.dropped_over_budget.add(1);
+                return false;
+            }
+        }
+        true
+    }
+
+    /// The frames in `mask` that may be copied once more.
+    pub(super) fn affordable(&self, mask: u64) -> u64 {
+        let can = bits(mask)
+            .filter(|&n| self.afford(self.frames[n].len))
+            .fold(0, |mask, n| mask | 1 << n);
+        self.refuse(mask & !can);
+        can
+    }
+
     fn refuse(&self, mask: u64) {
         self.refused.set(self.refused.get() | mask);
     }
@@ -238,8 +268,16 @@ impl<'a> Burst<'a> {
             // What came before it goes before it.
             port.push(pair, &ready);
             ready.clear();
+            if !self.afford(frame.len + segments(&frame) * SEGMENT) {
+                taken &= !(1 << n);
+                continue;
+            }
             if let Err(fault) = self.convert(&frame, format, |frames| port.push(pair, frames)) {
-                fault.count(self.stats);
+                // Other receivers may have found the same.
+                if self.refused.get() & 1 << n == 0 {
+                    fault.count(self.stats);
+                }
+                self.refuse(1 << n);
                 taken &= !(1 << n);
             }
         }
@@ -273,5 +311,13 @@ impl<'a> Burst<'a> {
     /// Bytes of the frames in `mask`.
     pub(super) fn bytes(&self, mask: u64) -> u64 {
         bits(mask).map(|n| wide(self.frames[n].len)).sum()
+    }
+}
+
+/// Segments that a frame asks for, about.
+fn segments(frame: &TxFrame<'_>) -> usize {
+    match frame.header.gso_size() {
+        0 => 1,
+        size => frame.len / usize::from(size) + 1,
     }
 }

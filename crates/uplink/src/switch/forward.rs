@@ -118,7 +118,7 @@ impl Switch {
     fn deliver_flood(&self, from: u16, burst: &Burst<'_>, plan: &Plan) -> u64 {
         let others = self.ports().filter(|(number, _)| *number != from);
         others.fold(0, |taken, (number, port)| {
-            let mask = plan.flood | plan.ports.of(number);
+            let mask = burst.affordable(plan.flood) | plan.ports.of(number);
             taken | burst.deliver(port, mask)
         })
     }

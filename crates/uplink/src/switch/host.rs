@@ -124,16 +124,32 @@ impl Pump {
         let mut headers = ArrayVec::<VnetHeader, MAX_BURST>::new();
         let mut slices = ArrayVec::<GuestSlice<'_>, MAX_BURST>::new();
         let mut rest = arena;
+        let mut reads = 0;
         let end = loop {
-            if slices.is_full() || rest.len() < LONGEST {
+            // Frames that are lost count too: to read them is work.
+            if reads == MAX_BURST || rest.len() < LONGEST {
                 break Received::Frame(0);
             }
+            reads += 1;
             let len = match self.queue.receive(&[], &mut rest[..LONGEST]) {
                 Received::Frame(len) if len >= HEADER_LEN + MIN_FRAME => len,
-                Received::Frame(_) | Received::TooLong | Received::Lost => continue,
+                Received::Frame(_) => {
+                    self.stats.frame_too_short.add(1);
+                    continue;
+                }
+                Received::TooLong => {
+                    self.stats.dropped_too_long.add(1);
+                    continue;
+                }
+                Received::Lost => {
+                    self.stats.dropped_uplink_error.add(1);
+                    continue;
+                }
                 end => break end,
             };
-            let (used, after) = rest.split_at_mut(len.next_multiple_of(64));
+            // The last one may end where the arena does, without the gap to the next line.
+            let gap = len.next_multiple_of(64).min(rest.len());
+            let (used, after) = rest.split_at_mut(gap);
             rest = after;
             let (header, frame) = used[..len].split_at_mut(HEADER_LEN);
             let mut copy = VnetHeader::default();
