@@ -187,3 +187,15 @@ pub struct FrameFormat {
     /// The guest takes UDP fragments of up to 64 KiB (GUEST_UFO).
     pub ufo: bool,
 }
+
+impl FrameFormat {
+    /// Everything there is.
+    pub const ALL: Self = Self {
+        header_len: HEADER_LEN,
+        csum: true,
+        tso4: true,
+        tso6: true,
+        ecn: true,
+        ufo: true,
+    };
+}

@@ -223,6 +223,30 @@ impl Segmenter {
     }
 }
 
+/// About how many frames [`Segmenter::convert`] makes of `frame` at most: what it costs.
+#[must_use]
+pub fn most_frames(frame: &TxFrame<'_>) -> usize {
+    match frame.header.gso_size() {
+        0 => 1,
+        size => 1 + frame.len / usize::from(size).max(MIN_GSO_SIZE),
+    }
+}
+
+/// Bytes of payload that `request` asks for in each frame, if its checksum, `field`, is where the
+/// protocol has it.
+fn requested_size(
+    request: &VnetHeader,
+    field: CsumField,
+    expected: CsumField,
+) -> Result<usize, OffloadFault> {
+    let size = usize::from(request.gso_size());
+    match size {
+        _ if field != expected => Err(OffloadFault::CsumElsewhere),
+        0..MIN_GSO_SIZE => Err(OffloadFault::GsoSizeTooSmall),
+        _ => Ok(size),
+    }
+}
+
 /// Where a checksum is to be filled in; it lies in the frame and behind its Ethernet header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct CsumField {
@@ -272,26 +296,28 @@ mod tests {
         ecn: false,
         ufo: false,
     };
-    const ALL: FrameFormat = FrameFormat {
-        header_len: HEADER_LEN,
-        csum: true,
-        tso4: true,
-        tso6: true,
-        ecn: true,
-        ufo: true,
-    };
-
     #[test]
     fn a_frame_fits_when_all_that_it_asks_for_was_negotiated() {
         let csum = FrameFormat {
             csum: true,
             ..NOTHING
         };
-        let without_ecn = FrameFormat { ecn: false, ..ALL };
+        let without_ecn = FrameFormat {
+            ecn: false,
+            ..FrameFormat::ALL
+        };
         let tso4 = FrameFormat { tso4: true, ..csum };
         let tso6 = FrameFormat { tso6: true, ..csum };
         let ufo = FrameFormat { ufo: true, ..csum };
-        let formats = [NOTHING, csum, tso4, tso6, ufo, without_ecn, ALL];
+        let formats = [
+            NOTHING,
+            csum,
+            tso4,
+            tso6,
+            ufo,
+            without_ecn,
+            FrameFormat::ALL,
+        ];
         // Flags, gso_type, and which of the formats take it.
         for (flags, gso_type, takers) in [
             (0, 0, [true; 7]),

@@ -17,6 +17,7 @@ use virtionet_ring::{Direction, RingError, RingFault};
 use crate::header::{HEADER_LEN, MAX_FRAME};
 use crate::port::{Received, UplinkQueue};
 use crate::queue::{DeviceQueue, Queue, QueueConfig, count_fault};
+use crate::stats::wide;
 
 /// Most pieces handed to the uplink for one frame: what one `readv` takes, less a few of its own.
 const MAX_PIECES: usize = 1000;
@@ -259,10 +260,7 @@ impl RxQueue {
         queue.burst.retire(buffers);
         let bytes = len - header_len.min(len);
         queue.stats.frames.add(1);
-        queue
-            .stats
-            .bytes
-            .add(u64::try_from(bytes).unwrap_or(u64::MAX));
+        queue.stats.bytes.add(wide(bytes));
         bytes
     }
 }

@@ -24,6 +24,14 @@ impl Counter {
     }
 }
 
+/// A length or number of things as counters hold it; usize fits u64 on every machine that Linux
+/// runs on.
+#[inline(always)]
+#[must_use]
+pub fn wide(n: usize) -> u64 {
+    u64::try_from(n).unwrap_or(u64::MAX)
+}
+
 macro_rules! counters {
     ($(#[$doc:meta])* pub struct $name:ident { $($field:ident: $help:literal,)* }) => {
         $(#[$doc])*

@@ -10,7 +10,7 @@ use crate::features::Features;
 use crate::header::{HEADER_LEN, LEGACY_HEADER_LEN, VnetHeader};
 use crate::port::{MAX_BURST, TxFrame, UplinkQueue};
 use crate::queue::{DeviceQueue, Queue, QueueConfig, count_fault};
-use crate::stats::RingStats;
+use crate::stats::{RingStats, wide};
 
 /// What one burst did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -144,8 +144,4 @@ fn count_no_frame(chain: &Chain, header: &VnetHeader, features: Features, stats:
         (None, Err(fault)) => fault.count(stats),
         (None, Ok(())) => {}
     }
-}
-
-fn wide(n: usize) -> u64 {
-    u64::try_from(n).unwrap_or(u64::MAX)
 }

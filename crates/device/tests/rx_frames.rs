@@ -7,17 +7,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{Done, FULL, Recorder, frame};
+use common::{Done, FULL, Receiveq, Recorder, frame};
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 use virtionet_device::features::Features;
 use virtionet_device::stats::RingStats;
-use virtionet_device::{DeviceQueue, QueueConfig, RxEnd, RxQueue};
+use virtionet_device::{DeviceQueue, RxEnd, RxQueue};
 use virtionet_guest::driver::DriverRing;
 use virtionet_guest::memory::GuestRam;
 use virtionet_guest::packed::Place;
 use virtionet_guest::{net, rx};
-use virtionet_ring::RingLayout;
 use virtionet_ring::memory::GuestMemory;
 
 const MERGEABLE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
@@ -40,30 +39,14 @@ struct Pair {
 
 impl Pair {
     fn new(size: u16, features: u64, rx_buffer: &[u32]) -> Self {
-        let config = net::QueueConfig {
-            rx_buffer: rx_buffer.to_vec(),
-            ..net::QueueConfig::new(size, features)
-        };
-        let bytes = (config.memory() + 0x10_0000).next_multiple_of(4096);
-        let ram = GuestRam::new(bytes).unwrap();
-        let driver = rx::RxQueue::new(&ram, &config).unwrap();
-        let stats = Arc::new(RingStats::default());
-        let at = driver.queue.ring.addresses();
-        let user = |addr| ram.user_addr(addr).unwrap();
-        let device = RxQueue::new(QueueConfig {
-            layout: RingLayout {
-                size,
-                desc: user(at.descriptors),
-                avail: user(at.driver),
-                used: user(at.device),
-            },
-            base: driver.queue.ring.base(),
-            features: Features(features),
-            memory: Arc::new(ram.guest_memory().unwrap()),
-            stats: Arc::clone(&stats),
-        });
+        let Receiveq {
+            ram,
+            driver,
+            device,
+            stats,
+        } = Receiveq::new(size, features, rx_buffer);
         Self {
-            device: device.unwrap(),
+            device,
             ram,
             driver,
             stats,

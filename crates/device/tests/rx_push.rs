@@ -3,18 +3,16 @@
 
 mod common;
 
-use common::{DATA, FULL, Lab, PLAIN, frame};
+use common::{DATA, FULL, Lab, PLAIN, Receiveq, frame};
 use proptest::prelude::*;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
-use virtionet_device::features::Features;
 use virtionet_device::header::VnetHeader;
 use virtionet_device::port::TxFrame;
-use virtionet_device::{DeviceQueue, Pushed, QueueConfig, RxQueue};
-use virtionet_guest::memory::GuestRam;
+use virtionet_device::{DeviceQueue, Pushed, RxQueue};
+use virtionet_guest::net;
 use virtionet_guest::split::WRITE;
-use virtionet_guest::{net, rx};
+use virtionet_ring::RingFault;
 use virtionet_ring::memory::GuestSlice;
-use virtionet_ring::{RingFault, RingLayout};
 
 const UNMERGED: u64 = FULL & !(1 << VIRTIO_NET_F_MRG_RXBUF);
 const MERGEABLE: u64 = PLAIN | 1 << VIRTIO_NET_F_MRG_RXBUF;
@@ -37,31 +35,6 @@ fn push(rx: &mut RxQueue, frames: &[Vec<u8>], cut: usize) -> Result<Pushed, Ring
         })
         .collect();
     rx.push(&frames)
-}
-
-/// A driver's receiveq and the device's end of it.
-fn pair(size: u16, features: u64, rx_buffer: &[u32]) -> (rx::RxQueue, RxQueue, GuestRam) {
-    let config = net::QueueConfig {
-        rx_buffer: rx_buffer.to_vec(),
-        ..net::QueueConfig::new(size, features)
-    };
-    let ram = GuestRam::new((config.memory() + 0x10_0000).next_multiple_of(4096)).unwrap();
-    let driver = rx::RxQueue::new(&ram, &config).unwrap();
-    let at = driver.queue.ring.addresses();
-    let user = |addr| ram.user_addr(addr).unwrap();
-    let device = RxQueue::new(QueueConfig {
-        layout: RingLayout {
-            size,
-            desc: user(at.descriptors),
-            avail: user(at.driver),
-            used: user(at.device),
-        },
-        base: driver.queue.ring.base(),
-        features: Features(features),
-        memory: std::sync::Arc::new(ram.guest_memory().unwrap()),
-        stats: std::sync::Arc::default(),
-    });
-    (driver, device.unwrap(), ram)
 }
 
 /// Ring size, features, and the descriptors of each buffer.
@@ -91,7 +64,7 @@ proptest! {
             prop_oneof![14..200_usize, 1000..3000_usize, 60_000..65_550_usize], 1..6), 1..12),
     ) {
         let (size, features, buffers) = LAYOUTS[layout];
-        let (mut driver, mut device, _ram) = pair(size, features, buffers);
+        let Receiveq { mut driver, mut device, ram: _ram, .. } = Receiveq::new(size, features, buffers);
         driver.fill().unwrap();
         let mut seed = 0;
         for lens in bursts {

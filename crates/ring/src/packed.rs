@@ -425,8 +425,7 @@ impl PackedRing {
 
     #[inline(always)]
     pub(crate) fn has_more(&self) -> bool {
-        let flags = self.desc.acquire_flags(self.avail.index);
-        is_available(flags, self.avail.wrap) && self.room() > 0
+        self.available(self.avail).is_some() && self.room() > 0
     }
 }
 

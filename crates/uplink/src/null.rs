@@ -6,7 +6,7 @@ use std::sync::{Arc, Weak};
 
 use virtionet_device::header::FrameFormat;
 use virtionet_device::port::{Received, RxPort, TxFrame, Uplink, UplinkError, UplinkQueue};
-use virtionet_device::stats::RingStats;
+use virtionet_device::stats::{RingStats, wide};
 use virtionet_ring::memory::GuestSlice;
 
 /// The null uplink, and each of its queues.
@@ -57,11 +57,6 @@ impl UplinkQueue for Null {
     fn set_attached(&self, _attached: bool) -> io::Result<()> {
         Ok(())
     }
-}
-
-/// A length as counters hold it; usize fits u64 on every machine that Linux runs on.
-fn wide(n: usize) -> u64 {
-    u64::try_from(n).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

@@ -321,6 +321,25 @@ fn a_flow_is_answered_on_the_pair_that_it_was_sent_on() {
     assert!(b.received(2).len() >= 13);
 }
 
+/// What a flood to many ports may cost its sender has a limit, past which copies are not made.
+#[test]
+fn a_flood_of_large_frames_costs_no_more_than_its_budget() {
+    const RECEIVERS: usize = 12;
+    const BUDGET: usize = 16 << 20;
+    let mut uplinks = Uplinks::default();
+    let [mut a, others @ ..] = guests::<{ RECEIVERS + 1 }>(&mut uplinks, 1);
+    let burst = vec![frame(0, ALL, &[7; 23_000]); MAX_BURST];
+    a.send(0, &burst);
+    let copies = BUDGET / burst[0].bytes.len();
+    let pushed: usize = others.iter().flat_map(|guest| guest.pushes(0)).sum();
+    assert_eq!(pushed, copies);
+    let left_out = u64::try_from(RECEIVERS * MAX_BURST - copies).unwrap();
+    assert!(left_out > 0);
+    assert_eq!(a.tx().dropped_over_budget.get(), left_out);
+    // Each went to somebody.
+    assert_eq!((a.tx().frames.get(), a.tx().dropped_no_port.get()), (64, 0));
+}
+
 #[test]
 fn a_receiver_gets_no_more_than_it_negotiated() {
     let mut uplinks = Uplinks::default();

@@ -9,7 +9,7 @@ use std::hash::{BuildHasher, RandomState};
 
 use super::batch::Batch;
 use super::headers::{self, Layout, UDP, Version, put_len, put_word};
-use super::{CsumField, MIN_GSO_SIZE, OffloadFault, checksum};
+use super::{CsumField, OffloadFault, checksum, requested_size};
 use crate::header::VnetHeader;
 use crate::port::TxFrame;
 
@@ -45,13 +45,7 @@ impl Plan {
             start: layout.transport,
             offset: CHECKSUM,
         };
-        if field != expected {
-            return Err(OffloadFault::CsumElsewhere);
-        }
-        let size = usize::from(request.gso_size());
-        if size < MIN_GSO_SIZE {
-            return Err(OffloadFault::GsoSizeTooSmall);
-        }
+        let size = requested_size(request, field, expected)?;
         // What the fragments make when they are put together again must be a packet.
         headers::packet_len(frame.len(), &layout)?;
         Ok(Self {

@@ -6,7 +6,7 @@
 
 use super::batch::Batch;
 use super::headers::{self, Layout, TCP, Version, put_len, put_word, word_at};
-use super::{CsumField, MIN_GSO_SIZE, OffloadFault, checksum};
+use super::{CsumField, OffloadFault, checksum, requested_size};
 use crate::header::VnetHeader;
 use crate::port::TxFrame;
 
@@ -49,13 +49,7 @@ impl Plan {
             start: layout.transport,
             offset: CHECKSUM,
         };
-        if field != expected {
-            return Err(OffloadFault::CsumElsewhere);
-        }
-        let size = usize::from(request.gso_size());
-        if size < MIN_GSO_SIZE {
-            return Err(OffloadFault::GsoSizeTooSmall);
-        }
+        let size = requested_size(request, field, expected)?;
         headers::packet_len(frame.len().min(headers + size), &layout)?;
         let len = u16::try_from(frame.len() - layout.transport)
             .map_err(|_| OffloadFault::FrameTooLong)?;

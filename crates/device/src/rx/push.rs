@@ -8,6 +8,7 @@ use super::{NUM_BUFFERS, RxQueue, TAKE_AT_ONCE};
 use crate::header::HEADER_LEN;
 use crate::port::TxFrame;
 use crate::queue::Queue;
+use crate::stats::wide;
 
 /// What a call of [`RxQueue::push`] did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,8 +26,9 @@ struct Done {
     chains: usize,
     frames: usize,
     bytes: usize,
-    /// Frames of this length and more found too little room, and nothing has changed since.
-    room: Option<usize>,
+    /// Frames of this length and more find too little room: one was dropped for want of it, and
+    /// room only gets less.
+    too_large: Option<usize>,
 }
 
 /// What came of one frame.
@@ -58,7 +60,7 @@ impl RxQueue {
             let Some((frame, others)) = rest.split_first() else {
                 break;
             };
-            if done.room.is_some_and(|room| frame.len >= room) {
+            if done.too_large.is_some_and(|len| frame.len >= len) {
                 self.queue.stats.dropped_no_buffer.add(1);
                 rest = others;
                 continue;
@@ -145,7 +147,7 @@ impl RxQueue {
                 if count == 0 {
                     return Ok(Placed::Full);
                 }
-                done.room = Some(frame.len);
+                done.too_large = Some(frame.len);
                 self.queue.stats.dropped_no_buffer.add(1);
                 return Ok(Placed::Room);
             };
@@ -170,10 +172,7 @@ impl RxQueue {
 
     /// Chain number `at` of the burst, taken now if it must be; `None` when there is none.
     fn chain(&mut self, at: usize) -> Result<Option<Chain>, RingFault> {
-        if at >= self.queue.burst.chains().len() && !self.may_take() {
-            return Ok(None);
-        }
-        if at >= self.queue.burst.chains().len() {
+        if at >= self.queue.burst.chains().len() && self.may_take() {
             self.take_chains(TAKE_AT_ONCE)?;
         }
         Ok(self.queue.burst.chains().get(at).copied())
@@ -237,10 +236,6 @@ fn gather(header: &[u8], payload: &[GuestSlice<'_>], room: &[GuestSlice<'_>]) {
             }
         }
     }
-}
-
-fn wide(n: usize) -> u64 {
-    u64::try_from(n).unwrap_or(u64::MAX)
 }
 
 /// A frame's length is bounded far below 2^32.

@@ -15,11 +15,12 @@ use virtionet_device::features::Features;
 use virtionet_device::header::VnetHeader;
 use virtionet_device::port::{Received, TxFrame, UplinkQueue};
 use virtionet_device::stats::RingStats;
-use virtionet_device::{DeviceQueue, QueueConfig};
+use virtionet_device::{DeviceQueue, QueueConfig, RxQueue};
 use virtionet_guest::driver::RingConfig;
 use virtionet_guest::memory::{Area, GuestRam};
 use virtionet_guest::net::MODERN;
 use virtionet_guest::split::{Descriptor, SplitRing};
+use virtionet_guest::{net, rx};
 use virtionet_ring::RingLayout;
 use virtionet_ring::memory::{GuestMemory, GuestSlice};
 
@@ -181,6 +182,48 @@ impl Lab {
     /// Counters that went up since the last call, and by how much; but not those of success.
     pub fn counted(&mut self) -> Vec<(&'static str, u64)> {
         counted(&self.stats, &mut self.counted)
+    }
+}
+
+/// A driver's receiveq, empty, and the device's end of it.
+pub struct Receiveq {
+    pub ram: GuestRam,
+    pub driver: rx::RxQueue,
+    pub device: RxQueue,
+    pub stats: Arc<RingStats>,
+}
+
+impl Receiveq {
+    /// With buffers of these descriptors.
+    pub fn new(size: u16, features: u64, rx_buffer: &[u32]) -> Self {
+        let config = net::QueueConfig {
+            rx_buffer: rx_buffer.to_vec(),
+            ..net::QueueConfig::new(size, features)
+        };
+        let bytes = (config.memory() + 0x10_0000).next_multiple_of(4096);
+        let ram = GuestRam::new(bytes).unwrap();
+        let driver = rx::RxQueue::new(&ram, &config).unwrap();
+        let stats = Arc::new(RingStats::default());
+        let at = driver.queue.ring.addresses();
+        let user = |addr| ram.user_addr(addr).unwrap();
+        let device = RxQueue::new(QueueConfig {
+            layout: RingLayout {
+                size,
+                desc: user(at.descriptors),
+                avail: user(at.driver),
+                used: user(at.device),
+            },
+            base: driver.queue.ring.base(),
+            features: Features(features),
+            memory: Arc::new(ram.guest_memory().unwrap()),
+            stats: Arc::clone(&stats),
+        });
+        Self {
+            device: device.unwrap(),
+            ram,
+            driver,
+            stats,
+        }
     }
 }
 

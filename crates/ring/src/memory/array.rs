@@ -262,16 +262,6 @@ impl GuestArray<Descriptor> {
         })
     }
 
-    /// Reads `flags` of descriptor `index` of a packed ring; what the driver wrote before them is
-    /// seen after them.
-    #[inline(always)]
-    pub(crate) fn acquire_flags(&self, index: u16) -> u16 {
-        // SAFETY: the last 2 of a descriptor's 16 bytes, in bounds and 2-aligned as descriptors are
-        // 16-aligned.
-        let word = unsafe { AtomicU16::from_ptr(self.slot(index).cast::<u16>().add(7)) };
-        u16::from_le(word.load(Ordering::Acquire))
-    }
-
     /// Writes `len`, `id` and `flags` of descriptor `index` of a packed ring in one store, after
     /// everything written before it.
     #[inline(always)]

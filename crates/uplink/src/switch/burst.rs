@@ -6,14 +6,14 @@ use std::sync::Arc;
 use arrayvec::ArrayVec;
 use parking_lot::Mutex;
 use virtionet_device::header::{FrameFormat, VnetHeader};
-use virtionet_device::offload::{OffloadFault, Segmenter, fits};
+use virtionet_device::offload::{OffloadFault, Segmenter, fits, most_frames};
 use virtionet_device::port::{MAX_BURST, TxFrame};
-use virtionet_device::stats::RingStats;
+use virtionet_device::stats::{RingStats, wide};
 
 use super::Port;
 use super::flow::{NO_FLOW, flow_of};
 use super::host::HostPort;
-use super::masks::{Groups, bits, run, wide};
+use super::masks::{Groups, bits, run};
 use super::port::DevicePort;
 use super::steer::Pairs;
 
@@ -268,7 +268,7 @@ impl<'a> Burst<'a> {
             // What came before it goes before it.
             port.push(pair, &ready);
             ready.clear();
-            if !self.afford(frame.len + segments(&frame) * SEGMENT) {
+            if !self.afford(frame.len + most_frames(&frame) * SEGMENT) {
                 taken &= !(1 << n);
                 continue;
             }
@@ -311,13 +311,5 @@ impl<'a> Burst<'a> {
     /// Bytes of the frames in `mask`.
     pub(super) fn bytes(&self, mask: u64) -> u64 {
         bits(mask).map(|n| wide(self.frames[n].len)).sum()
-    }
-}
-
-/// Segments that a frame asks for, about.
-fn segments(frame: &TxFrame<'_>) -> usize {
-    match frame.header.gso_size() {
-        0 => 1,
-        size => frame.len / usize::from(size) + 1,
     }
 }

@@ -5,12 +5,12 @@
 use std::ops::Range;
 
 use virtionet_device::port::{MAX_BURST, TxFrame};
-use virtionet_device::stats::RingStats;
+use virtionet_device::stats::{RingStats, wide};
 use virtionet_ring::memory::GuestSlice;
 
 use super::burst::{Asks, Burst, Sender};
 use super::macs::Mac;
-use super::masks::{Groups, all, wide};
+use super::masks::{Groups, all};
 use super::{Switch, seconds};
 
 /// In place of a port's number: all but the sender's.

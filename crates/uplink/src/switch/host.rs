@@ -21,16 +21,6 @@ use super::Switch;
 use super::burst::Sender;
 use crate::tap::{Tap, TapConfig};
 
-/// Everything: what a receiver does not take is done by the switch.
-const ALL: FrameFormat = FrameFormat {
-    header_len: HEADER_LEN,
-    csum: true,
-    tso4: true,
-    tso6: true,
-    ecn: true,
-    ufo: true,
-};
-
 /// A byte more than any frame needs: what fills it has been cut.
 const LONGEST: usize = HEADER_LEN + MAX_FRAME + 1;
 /// Room for a burst of ordinary frames, or for a few of the largest.
@@ -51,7 +41,8 @@ impl HostPort {
     pub(super) fn open(config: &TapConfig) -> Result<Self, UplinkError> {
         let tap = Tap::open(config)?;
         let queue = tap.open_queue(0, nobody())?;
-        tap.set_format(ALL)
+        // What a receiver does not take is done by the switch.
+        tap.set_format(FrameFormat::ALL)
             .and_then(|()| queue.set_attached(true))
             .map_err(|e| UplinkError(e.to_string()))?;
         Ok(Self {
@@ -191,4 +182,71 @@ fn wait(fds: &[BorrowedFd<'_>], limit: Option<Duration>) -> u8 {
         true => all | bit,
         false => all,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+    use std::io;
+
+    use parking_lot::Mutex;
+
+    use super::*;
+
+    /// Frames of these lengths, header included.
+    #[derive(Debug)]
+    struct Waiting(Mutex<VecDeque<usize>>);
+
+    impl UplinkQueue for Waiting {
+        fn transmit(&self, _frames: &[TxFrame<'_>], _stats: &RingStats) {}
+
+        fn receive(&self, _buffers: &[GuestSlice<'_>], spill: &mut [u8]) -> Received {
+            match self.0.lock().pop_front() {
+                Some(len) if len > spill.len() => Received::TooLong,
+                Some(len) => Received::Frame(len),
+                None => Received::Empty,
+            }
+        }
+
+        fn readable(&self) -> Option<BorrowedFd<'_>> {
+            None
+        }
+
+        fn set_attached(&self, _attached: bool) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn pump(lens: impl IntoIterator<Item = usize>) -> Pump {
+        Pump {
+            switch: Switch::new("s"),
+            sender: Sender::host(0),
+            queue: Arc::new(Waiting(Mutex::new(lens.into_iter().collect()))),
+            stats: RingStats::default(),
+        }
+    }
+
+    /// The first three leave fewer bytes than the fourth and the gap behind it take.
+    #[test]
+    fn frames_of_any_length_pass_the_arena() {
+        let pump = pump([65_561, 65_561, 65_472, 65_561, 26, 65_565]);
+        let mut arena = vec![0; ARENA];
+        while pump.burst(&mut arena) != Received::Empty {}
+        // There is no other port to take them.
+        assert_eq!(pump.stats.dropped_no_port.get(), 6);
+    }
+
+    #[test]
+    fn frames_that_cannot_be_had_are_counted_and_end_a_burst_too() {
+        let pump = pump([HEADER_LEN, LONGEST + 1].into_iter().cycle().take(100));
+        let mut arena = vec![0; ARENA];
+        assert_eq!(pump.burst(&mut arena), Received::Frame(0));
+        let counted = |pump: &Pump| {
+            let stats = &pump.stats;
+            (stats.frame_too_short.get(), stats.dropped_too_long.get())
+        };
+        assert_eq!(counted(&pump), (32, 32));
+        assert_eq!(pump.burst(&mut arena), Received::Empty);
+        assert_eq!(counted(&pump), (50, 50));
+    }
 }

@@ -40,12 +40,6 @@ impl Groups {
     }
 }
 
-/// usize fits u64 on every machine that Linux runs on.
-#[inline(always)]
-pub(super) fn wide(n: usize) -> u64 {
-    u64::try_from(n).unwrap_or(u64::MAX)
-}
-
 /// A mask of the first `len` frames.
 #[inline(always)]
 pub(super) fn all(len: usize) -> u64 {
