@@ -120,6 +120,26 @@ pub trait Uplink: Send + Sync + std::fmt::Debug {
 
     /// Its name: the interface's for a TAP.
     fn name(&self) -> String;
+
+    /// The host's interface that its queues are queues of, as it is now; `None` where there is
+    /// none.
+    fn host_interface(&self) -> Option<HostInterface> {
+        None
+    }
+}
+
+/// An interface of the host, and which queue pair each of its queues serves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostInterface {
+    /// Its name.
+    pub name: String,
+    /// Its index, which tells it from one of that name in another network namespace.
+    pub index: u32,
+    /// How often a queue was attached or detached so far. What the kernel kept of a queue is gone
+    /// once it was, even where it is back.
+    pub changes: u64,
+    /// By the host's own number of an attached queue: the queue pair that it serves.
+    pub queues: Vec<u16>,
 }
 
 /// Why an uplink cannot be had: one sentence that says what to do.

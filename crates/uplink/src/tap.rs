@@ -21,7 +21,7 @@ use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 use virtionet_device::header::{FrameFormat, HEADER_LEN};
-use virtionet_device::port::{RxPort, Uplink, UplinkError, UplinkQueue};
+use virtionet_device::port::{HostInterface, RxPort, Uplink, UplinkError, UplinkQueue};
 
 pub use self::config::TapConfig;
 use self::queue::{Shared, TapQueue};
@@ -95,7 +95,7 @@ impl Tap {
         sys::set_little_endian(file.as_fd()).map_err(|e| sentence::unsuited(&name, &e))?;
         apply(file.as_fd(), PLAIN).map_err(|e| sentence::unsuited(&name, &e))?;
         let shared = Arc::new(Shared::new(name, PLAIN.header_len));
-        let first = Arc::new(TapQueue::new(file, Arc::clone(&shared)));
+        let first = Arc::new(TapQueue::new(file, 0, Arc::clone(&shared)));
         Ok(Self {
             shared,
             links,
@@ -168,13 +168,19 @@ impl Uplink for Tap {
             return Ok(Arc::clone(queue) as Arc<dyn UplinkQueue>);
         }
         let name = &self.shared.name;
-        let (file, found) = self.open_another()?;
+        // The new queue is attached for a moment: none may leave meanwhile, or this one would be
+        // numbered in its place.
+        let opened = {
+            let _order = self.shared.attached.lock();
+            self.open_another()
+        };
+        let (file, found) = opened?;
         // An interface of that name made just now is not ours: it lacks the other queues.
         if found.index != self.index {
             return Err(sentence::gone(name));
         }
         apply(file.as_fd(), state.format).map_err(|e| sentence::unsuited(name, &e))?;
-        let queue = Arc::new(TapQueue::new(file, Arc::clone(&self.shared)));
+        let queue = Arc::new(TapQueue::new(file, pair, Arc::clone(&self.shared)));
         state.queues.insert(pair, Arc::clone(&queue));
         Ok(queue)
     }
@@ -218,6 +224,16 @@ impl Uplink for Tap {
 
     fn name(&self) -> String {
         self.shared.name.clone()
+    }
+
+    fn host_interface(&self) -> Option<HostInterface> {
+        let attached = self.shared.attached.lock();
+        Some(HostInterface {
+            name: self.shared.name.clone(),
+            index: self.index,
+            changes: attached.changes,
+            queues: attached.pairs.clone(),
+        })
     }
 }
 

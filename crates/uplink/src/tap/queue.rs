@@ -27,10 +27,41 @@ pub(super) struct Shared {
     pub(super) name: String,
     /// Bytes of the virtio-net header, as negotiated.
     pub(super) header_len: AtomicUsize,
+    /// The attached queues. Locked while one is attached or detached, so that their order here is
+    /// the kernel's.
+    pub(super) attached: Mutex<Attached>,
     full: Gate,
     down: Gate,
     refused: Gate,
     unread: Gate,
+}
+
+/// The attached queues of a TAP, as the kernel numbers them: an attached queue gets the next number,
+/// and where one is detached, the last one takes its number (drivers/net/tun.c, tun_attach and
+/// __tun_detach).
+#[derive(Debug, Default)]
+pub(super) struct Attached {
+    /// The queues' pairs, by the kernel's number.
+    pub(super) pairs: Vec<u16>,
+    /// How often that changed.
+    pub(super) changes: u64,
+}
+
+impl Attached {
+    fn place_of(&self, pair: u16) -> Option<usize> {
+        self.pairs.iter().position(|other| *other == pair)
+    }
+
+    /// The kernel attached the queue of `pair`, or detached the one of number `at`.
+    fn note(&mut self, pair: u16, at: Option<usize>) {
+        match at {
+            Some(at) => {
+                self.pairs.swap_remove(at);
+            }
+            None => self.pairs.push(pair),
+        }
+        self.changes += 1;
+    }
 }
 
 impl Shared {
@@ -38,6 +69,7 @@ impl Shared {
         Self {
             name,
             header_len: AtomicUsize::new(header_len),
+            attached: Mutex::default(),
             full: Gate::new(),
             down: Gate::new(),
             refused: Gate::new(),
@@ -107,16 +139,19 @@ impl Loss {
 #[derive(Debug)]
 pub(super) struct TapQueue {
     file: File,
+    pair: u16,
     shared: Arc<Shared>,
-    /// Whether the kernel steers frames here: it refuses to be told what it knows.
+    /// Whether the kernel steers frames here. Of its own: who has nothing to change must not wait
+    /// for other queues, whose detaching takes the kernel milliseconds.
     attached: Mutex<bool>,
 }
 
 impl TapQueue {
-    /// A queue that is detached now.
-    pub(super) fn new(file: File, shared: Arc<Shared>) -> Self {
+    /// The queue of this pair, which is detached now.
+    pub(super) fn new(file: File, pair: u16, shared: Arc<Shared>) -> Self {
         Self {
             file,
+            pair,
             shared,
             attached: Mutex::new(false),
         }
@@ -247,9 +282,13 @@ impl UplinkQueue for TapQueue {
 
     fn set_attached(&self, attached: bool) -> io::Result<()> {
         let mut now = self.attached.lock();
+        // The kernel refuses to be told what it knows.
         if *now != attached {
+            let mut all = self.shared.attached.lock();
             sys::set_queue_attached(self.fd(), attached)
                 .map_err(|e| sentence::queue_refused(&self.shared.name, attached, &e))?;
+            let at = all.place_of(self.pair);
+            all.note(self.pair, at);
             *now = attached;
         }
         Ok(())
@@ -259,6 +298,20 @@ impl UplinkQueue for TapQueue {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_has_nothing_to_change_waits_for_no_other_queue() {
+        let shared = Arc::new(Shared::new("tap0".into(), HEADER_LEN));
+        let file = File::open("/dev/null").unwrap();
+        let queue = TapQueue::new(file, 0, Arc::clone(&shared));
+        let _busy = shared.attached.lock();
+        let (tell, told) = std::sync::mpsc::channel();
+        std::thread::spawn(move || tell.send(queue.set_attached(false).is_ok()));
+        assert_eq!(
+            told.recv_timeout(std::time::Duration::from_secs(20)),
+            Ok(true)
+        );
+    }
 
     #[test]
     fn each_error_has_its_counter() {

@@ -249,6 +249,12 @@ pub fn datagram(from: u16, to: u16) -> Vec<u8> {
 /// A raw socket on one interface.
 pub struct Witness(File);
 
+impl AsRawFd for Witness {
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
 impl Witness {
     pub fn on(name: &str) -> Self {
         Self::with_header(name, false)
@@ -296,6 +302,16 @@ impl Witness {
 
     pub fn send(&self, frame: &[u8]) {
         assert_eq!((&self.0).write(frame).unwrap(), frame.len());
+    }
+
+    /// A frame, if one waits.
+    pub fn poll(&self) -> Option<Vec<u8>> {
+        let mut buffer = vec![0; 70_000];
+        match (&self.0).read(&mut buffer) {
+            Ok(len) => Some(buffer[..len].to_vec()),
+            Err(e) if e.kind() == ErrorKind::WouldBlock => None,
+            Err(e) => panic!("{e}"),
+        }
     }
 
     /// The next frame of [`ETHERTYPE`].
