@@ -252,6 +252,17 @@ impl GuestMemory {
         GuestArray::at(region, offset, len)
     }
 
+    /// Where a *front-end* address lies in this process, as a number: for asking the kernel about
+    /// its page. `None` when it lies in no region.
+    #[must_use]
+    pub fn host_address(&self, user_addr: u64) -> Option<usize> {
+        let at = |r: &Arc<Region>| {
+            let offset = r.offset(r.spec.user_addr, user_addr, 1)?;
+            r.host().addr().checked_add(offset)
+        };
+        self.regions.iter().find_map(at)
+    }
+
     /// An array of `len` values at a *guest* address (an indirect descriptor table).
     /// `None` as for [`GuestMemory::user_array`], but any alignment is taken: the specification
     /// asks none of an indirect table that we could rely on.
@@ -445,6 +456,17 @@ mod tests {
         assert!(memory.read(100, &mut back));
         assert_eq!(&back, b"hello rinld");
         assert!(!memory.read(4090, &mut back));
+    }
+
+    #[test]
+    fn front_end_addresses_lead_to_their_pages() {
+        let memory = GuestMemory::new(vec![Arc::new(region(0, 1 << 20, 8192))]).unwrap();
+        let first = memory.host_address(1 << 20).unwrap();
+        assert_eq!(first % 4096, 0);
+        assert_eq!(memory.host_address((1 << 20) + 8191), Some(first + 8191));
+        for outside in [0, (1 << 20) + 8192, u64::MAX] {
+            assert_eq!(memory.host_address(outside), None);
+        }
     }
 
     #[test]

@@ -57,6 +57,10 @@ pub trait Backend {
     /// last call may have gone to the old descriptor.
     fn set_call(&self, index: u16, call: Option<Arc<OwnedFd>>);
 
+    /// The front-end has a ring of this index, whether the driver uses it or not: it said what to
+    /// call. QEMU does that for all rings of its netdev when it connects.
+    fn ring_named(&self, _index: u16) {}
+
     /// Changes the descriptor that tells the front-end of a running ring's faults.
     fn set_err(&self, index: u16, err: Option<Arc<OwnedFd>>);
 

@@ -331,6 +331,7 @@ impl<'b> Session<'b> {
         if vring.running {
             self.backend.set_call(call.ring, call.fd);
         }
+        self.backend.ring_named(call.ring);
         DONE
     }
 
