@@ -3,6 +3,7 @@
 use std::io;
 
 use crate::cpuset::CpuSet;
+use crate::procfs::ProcFs;
 use crate::sys;
 
 /// Why a thread's affinity could not be set or read.
@@ -56,6 +57,30 @@ pub fn apply(tid: Option<i32>, cpus: &CpuSet) -> Result<CpuSet, AffinityError> {
 /// [`AffinityError::Get`] when the kernel cannot tell.
 pub fn allowed_cpus() -> Result<CpuSet, AffinityError> {
     read_back(None)
+}
+
+/// The CPUs on which thread `tid` may run, those of them that are online.
+///
+/// # Errors
+///
+/// [`AffinityError::Get`] when the kernel cannot tell, as for a thread that is gone.
+pub fn thread_cpus(tid: i32) -> Result<CpuSet, AffinityError> {
+    read_back(Some(tid))
+}
+
+/// The CPUs that this process was given, those that are offline included: the
+/// affinity of its main thread, which this crate's callers never pin. A change
+/// of the cpuset, or a `taskset -p` on the process, shows in it.
+///
+/// # Errors
+///
+/// [`AffinityError::Get`] when neither /proc nor the kernel can tell.
+pub fn process_cpus() -> Result<CpuSet, AffinityError> {
+    let main = i32::try_from(std::process::id()).unwrap_or(0);
+    match ProcFs::new("/proc").any_thread(main) {
+        Some(thread) if !thread.cpus.is_empty() => Ok(thread.cpus),
+        _ => read_back(Some(main)),
+    }
 }
 
 fn read_back(tid: Option<i32>) -> Result<CpuSet, AffinityError> {
@@ -118,6 +143,20 @@ mod tests {
         assert_eq!(apply(Some(told.recv().unwrap()), &one).unwrap(), one);
         drop(end);
         assert_eq!(thread.join().unwrap(), one);
+    }
+
+    #[test]
+    fn the_process_keeps_its_cpus_when_a_thread_is_pinned() {
+        let all = process_cpus().unwrap();
+        let main = i32::try_from(std::process::id()).unwrap();
+        assert_eq!(
+            all.intersection(&thread_cpus(main).unwrap()),
+            thread_cpus(main).unwrap()
+        );
+        in_own_thread(|| {
+            apply(None, &all.turn(0)).unwrap();
+            assert_eq!(process_cpus().unwrap(), all);
+        });
     }
 
     #[test]

@@ -90,6 +90,12 @@ impl CpuSet {
         Self(&self.0 & &other.0)
     }
 
+    /// The CPUs of this set that are not in `other`.
+    #[must_use]
+    pub fn difference(&self, other: &Self) -> Self {
+        Self(&self.0 - &other.0)
+    }
+
     /// The set holding the `turn`-th CPU alone, counted from 0 and wrapping at
     /// the end; empty only if this set is.
     #[must_use]
@@ -188,6 +194,12 @@ impl FromStr for CpuSet {
 impl FromIterator<u32> for CpuSet {
     fn from_iter<I: IntoIterator<Item = u32>>(cpus: I) -> Self {
         Self(cpus.into_iter().collect())
+    }
+}
+
+impl Extend<u32> for CpuSet {
+    fn extend<I: IntoIterator<Item = u32>>(&mut self, cpus: I) {
+        self.0.extend(cpus);
     }
 }
 
@@ -291,6 +303,15 @@ mod tests {
         let turns: Vec<_> = (0..5).map(|turn| cpus.turn(turn).to_string()).collect();
         assert_eq!(turns, ["1", "4", "5", "1", "4"]);
         assert!(CpuSet::default().turn(3).is_empty());
+    }
+
+    #[test]
+    fn sets_are_cut_and_joined() {
+        let set = |list: &str| list.parse::<CpuSet>().unwrap();
+        assert_eq!(set("0-3").difference(&set("1,5")), set("0,2-3"));
+        let mut joined = set("0");
+        joined.extend(set("2-3").iter());
+        assert_eq!(joined, set("0,2-3"));
     }
 
     #[test]

@@ -20,15 +20,27 @@ pub struct Decision {
     pub vcpu_tid: Option<i32>,
     /// The CPUs for the worker's thread; never empty.
     pub cpus: CpuSet,
+    /// Whether a worker that is told to poll may do so there: not beside a vCPU
+    /// that is pinned to the same CPU, unless the policy was told to put it there.
+    pub may_poll: bool,
     /// The reason, in words.
     pub why: String,
 }
 
-/// Name of the thread that serves `pair`; fits the kernel's 15 bytes for every
-/// pair vhost-user can address.
+/// Longest name of a thread, in bytes (TASK_COMM_LEN without its end).
+const LONGEST_NAME: usize = 15;
+
+/// Name of the thread that serves `pair` of `device`: `DEVICE-qPAIR`, with the
+/// device's name cut where the whole would be longer than a thread's name may
+/// be.
 #[must_use]
-pub fn worker_name(pair: u32) -> String {
-    format!("vnet-q{pair}")
+pub fn worker_name(device: &str, pair: u32) -> String {
+    let end = format!("-q{pair}");
+    let mut room = LONGEST_NAME.saturating_sub(end.len()).min(device.len());
+    while !device.is_char_boundary(room) {
+        room -= 1;
+    }
+    format!("{}{end}", device.get(..room).unwrap_or_default())
 }
 
 impl fmt::Display for Decision {
@@ -42,13 +54,7 @@ impl fmt::Display for Decision {
         if let Some(tid) = self.vcpu_tid {
             write!(f, " (thread {tid})")?;
         }
-        write!(
-            f,
-            " -> worker {} on {}: {}",
-            worker_name(self.pair),
-            self.cpus.words(),
-            self.why
-        )
+        write!(f, " -> worker on {}: {}", self.cpus.words(), self.why)
     }
 }
 
@@ -63,6 +69,7 @@ mod tests {
             vcpus,
             vcpu_tid,
             cpus,
+            may_poll: true,
             why: "vCPU thread pinned there".into(),
         }
     }
@@ -72,15 +79,15 @@ mod tests {
         for (decision, line) in [
             (
                 decision(vec![2], Some(1234), "0"),
-                "pair 2 -> vCPU 2 (thread 1234) -> worker vnet-q2 on CPU 0: vCPU thread pinned there",
+                "pair 2 -> vCPU 2 (thread 1234) -> worker on CPU 0: vCPU thread pinned there",
             ),
             (
                 decision(vec![4, 5], Some(9), "0-1"),
-                "pair 2 -> vCPUs 4-5 (thread 9) -> worker vnet-q2 on CPUs 0-1: vCPU thread pinned there",
+                "pair 2 -> vCPUs 4-5 (thread 9) -> worker on CPUs 0-1: vCPU thread pinned there",
             ),
             (
                 decision(vec![], None, "3"),
-                "pair 2 -> unknown vCPU -> worker vnet-q2 on CPU 3: vCPU thread pinned there",
+                "pair 2 -> unknown vCPU -> worker on CPU 3: vCPU thread pinned there",
             ),
         ] {
             assert_eq!(decision.to_string(), line);
@@ -92,13 +99,28 @@ mod tests {
         assert_eq!(
             serde_json::to_value(decision(vec![4, 5], Some(9), "0-1")).unwrap(),
             serde_json::json!({
-                "pair": 2, "vcpus": [4, 5], "vcpu_tid": 9, "cpus": "0-1", "why": "vCPU thread pinned there",
+                "pair": 2, "vcpus": [4, 5], "vcpu_tid": 9, "cpus": "0-1", "may_poll": true,
+                "why": "vCPU thread pinned there",
             })
         );
     }
 
     #[test]
-    fn the_last_worker_name_fits_a_thread_name() {
-        assert!(worker_name(127).len() <= 15);
+    fn worker_names_fit_a_threads_name() {
+        for (device, pair, name) in [
+            ("vnet", 0, "vnet-q0"),
+            ("vnet", 127, "vnet-q127"),
+            ("internal-network", 3, "internal-net-q3"),
+            ("internal-network", 127, "internal-n-q127"),
+            ("aaaaaaaaaaa\u{e9}\u{e9}", 3, "aaaaaaaaaaa-q3"),
+            ("", 1, "-q1"),
+            ("vnet", u32::MAX, "vn-q4294967295"),
+        ] {
+            let got = worker_name(device, pair);
+            assert!(got.len() <= 15, "{got}");
+            if pair < u32::MAX {
+                assert_eq!(got, name);
+            }
+        }
     }
 }

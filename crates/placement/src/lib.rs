@@ -15,7 +15,7 @@
 //! a turn over the allowed CPUs, and its `why` says what to do about it.
 //!
 //! ```text
-//! pair k --rule--> vCPUs --thread names | QMP--> thread --affinity--> CPUs --> worker vnet-qk
+//! pair k --rule--> vCPUs --thread names | QMP--> thread --affinity--> CPUs --> worker DEVICE-qk
 //! ```
 //!
 //! **When to discover.** QEMU connects its network back-ends before it creates
@@ -23,6 +23,11 @@
 //! again when the number of pairs in use changes (the rule depends on it). QEMU
 //! answers no QMP while it waits for a vhost-user reply: discover from another
 //! thread than the one that answers the front-end.
+//!
+//! **When to look again.** [`Watch`] tells cheaply whether the vCPU threads or
+//! their affinity have changed, [`process_cpus`] which CPUs the process has now,
+//! and [`Topology`] which of them are online; [`Planner::place`] then says anew
+//! where each worker stands, and [`Planner::warnings`] what is wrong with that.
 //!
 //! The guest's CPU numbers are taken to follow the order of QEMU's vCPU
 //! indices, all of them online; a guest that took CPUs offline, or a driver
@@ -32,20 +37,33 @@ mod affinity;
 mod cpuset;
 mod decision;
 mod discovery;
+pub mod interrupts;
 mod mode;
+mod numa;
 mod pairs;
 mod planner;
 mod procfs;
 mod qmp;
+pub mod queues;
+mod review;
+mod rules;
 mod sys;
 #[cfg(test)]
 mod testing;
+mod topology;
 mod vcpus;
+mod warnings;
+mod watch;
 
-pub use affinity::{AffinityError, allowed_cpus, apply};
+pub use affinity::{AffinityError, allowed_cpus, apply, process_cpus, thread_cpus};
 pub use cpuset::{CpuListError, CpuSet, MAX_CPU, parse_cpulist};
 pub use decision::{Decision, worker_name};
 pub use mode::{Placement, PlacementParseError};
+pub use numa::{node_of_address, prefer_node};
 pub use pairs::vcpus_of_pair;
 pub use planner::{PlanError, Planner};
+pub use qmp::cards::{GuestCard, guest_card};
+pub use topology::Topology;
 pub use vcpus::{Source, Vcpu, VcpuMap};
+pub use warnings::{Kind as WarningKind, Warning};
+pub use watch::{Seen, Watch};

@@ -7,16 +7,22 @@ use crate::cpuset::{CpuListError, parse_cpulist};
 
 /// How a worker's CPU is chosen: the value of `--placement`.
 ///
-/// Written `auto`, `same`, `none`, `list:CPUS`, a bare CPUS (the same as
-/// `list:CPUS`), or `list` alone.
+/// Written `auto`, `same`, `sibling`, `core-near`, `none`, `list:CPUS`, a bare
+/// CPUS (the same as `list:CPUS`), or `list` alone.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Placement {
-    /// Follow the matching vCPU's thread where it is pinned; where it floats,
-    /// take one of its CPUs in turn.
+    /// Follow the matching vCPU's thread where it is pinned, onto its CPU, or
+    /// near it for a worker that polls; where it floats, take one of its CPUs
+    /// in turn.
     #[default]
     Auto,
     /// Exactly the CPUs of the matching vCPU's thread, pinned or not.
     Same,
+    /// The SMT sibling of the matching vCPU's CPU.
+    Sibling,
+    /// Another CPU near the matching vCPU's: of the same L3 cache, else of the
+    /// same NUMA node, and none that a vCPU is pinned to.
+    CoreNear,
     /// Worker k on the k-th CPU, in the order written and wrapping; an empty
     /// list (written `list`) stands for all allowed CPUs.
     List(Vec<u32>),
@@ -29,7 +35,7 @@ pub enum Placement {
 pub enum PlacementParseError {
     /// Not one of the policies.
     #[error(
-        "placement {0:?} is not known: write auto, same, none or list:CPUS, such as list:0-3,8"
+        "placement {0:?} is not known: write auto, same, sibling, core-near, none or list:CPUS, such as list:0-3,8"
     )]
     Unknown(String),
     /// `list:` with nothing behind it.
@@ -46,7 +52,7 @@ impl Placement {
     /// Whether the policy needs to know where the vCPUs' threads run.
     #[must_use]
     pub fn follows_vcpus(&self) -> bool {
-        matches!(self, Self::Auto | Self::Same)
+        !matches!(self, Self::List(_) | Self::None)
     }
 }
 
@@ -57,6 +63,8 @@ impl FromStr for Placement {
         match text {
             "auto" => return Ok(Self::Auto),
             "same" => return Ok(Self::Same),
+            "sibling" => return Ok(Self::Sibling),
+            "core-near" => return Ok(Self::CoreNear),
             "none" => return Ok(Self::None),
             "list" => return Ok(Self::List(Vec::new())),
             _ => {}
@@ -78,6 +86,8 @@ impl fmt::Display for Placement {
         match self {
             Self::Auto => f.write_str("auto"),
             Self::Same => f.write_str("same"),
+            Self::Sibling => f.write_str("sibling"),
+            Self::CoreNear => f.write_str("core-near"),
             Self::None => f.write_str("none"),
             Self::List(cpus) => {
                 f.write_str("list")?;
@@ -99,6 +109,8 @@ mod tests {
         for (text, placement) in [
             ("auto", Placement::Auto),
             ("same", Placement::Same),
+            ("sibling", Placement::Sibling),
+            ("core-near", Placement::CoreNear),
             ("none", Placement::None),
             ("list", Placement::List(vec![])),
             ("list:0-3,8", Placement::List(vec![0, 1, 2, 3, 8])),
@@ -119,11 +131,11 @@ mod tests {
         for (text, message) in [
             (
                 "Auto",
-                "placement \"Auto\" is not known: write auto, same, none or list:CPUS, such as list:0-3,8",
+                "placement \"Auto\" is not known: write auto, same, sibling, core-near, none or list:CPUS, such as list:0-3,8",
             ),
             (
                 "",
-                "placement \"\" is not known: write auto, same, none or list:CPUS, such as list:0-3,8",
+                "placement \"\" is not known: write auto, same, sibling, core-near, none or list:CPUS, such as list:0-3,8",
             ),
             (
                 "list:",

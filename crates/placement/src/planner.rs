@@ -1,15 +1,22 @@
-//! From policy, vCPU threads and queue pair to a decision.
+//! From policy, host, vCPU threads and queue pair to a decision; the rules
+//! themselves are in `rules.rs`.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::cpuset::CpuSet;
 use crate::decision::Decision;
 use crate::discovery;
 use crate::mode::Placement;
-use crate::pairs::vcpus_of_pair;
 use crate::procfs::ProcFs;
-use crate::vcpus::{Vcpu, VcpuMap};
+use crate::review;
+use crate::rules::{Host, Rules, Stand};
+use crate::topology::Topology;
+use crate::vcpus::VcpuMap;
+use crate::warnings::Warning;
+use crate::watch::Watch;
 
 /// How long a visit to QEMU's monitor may take.
 const QMP_TIMEOUT: Duration = Duration::from_secs(2);
@@ -22,6 +29,12 @@ pub struct Planner {
     qmp: Option<PathBuf>,
     qmp_timeout: Duration,
     proc: ProcFs,
+    topology: Arc<Topology>,
+    polling: bool,
+    /// NUMA node of each pair's rings, as far as it is known.
+    memory: BTreeMap<u32, u32>,
+    /// CPUs that vCPUs of other guests are pinned to.
+    others: CpuSet,
 }
 
 /// Why a policy cannot be followed on this host.
@@ -44,7 +57,7 @@ pub enum PlanError {
 
 impl Planner {
     /// A planner for `mode` on the CPUs `allowed` to this process, as
-    /// [`allowed_cpus`](crate::allowed_cpus) gave them at start. `qmp` is the
+    /// [`process_cpus`](crate::process_cpus) gives them. `qmp` is the
     /// path of a QMP socket that nobody else uses.
     ///
     /// # Errors
@@ -75,7 +88,60 @@ impl Planner {
             qmp,
             qmp_timeout: QMP_TIMEOUT,
             proc: ProcFs::new("/proc"),
+            topology: Arc::default(),
+            polling: false,
+            memory: BTreeMap::new(),
+            others: CpuSet::default(),
         })
+    }
+
+    /// Heeds the host's topology: offline and isolated CPUs, SMT siblings,
+    /// caches, nodes. Without it every CPU counts as online and near.
+    #[must_use]
+    pub fn with_topology(mut self, topology: impl Into<Arc<Topology>>) -> Self {
+        self.topology = topology.into();
+        self
+    }
+
+    /// Whether the workers poll: these keep off the CPUs of pinned vCPUs.
+    #[must_use]
+    pub fn polling(mut self, polling: bool) -> Self {
+        self.polling = polling;
+        self
+    }
+
+    /// The host has changed: other CPUs are `allowed` to this process, or
+    /// online. An empty `allowed` is ignored.
+    pub fn set_host(&mut self, allowed: CpuSet, topology: impl Into<Arc<Topology>>) {
+        if !allowed.is_empty() {
+            self.allowed = allowed;
+        }
+        self.topology = topology.into();
+    }
+
+    /// The rings of `pair` lie on this NUMA node (`None`: not known).
+    pub fn set_memory_node(&mut self, pair: u32, node: Option<u32>) {
+        match node {
+            Some(node) => _ = self.memory.insert(pair, node),
+            None => _ = self.memory.remove(&pair),
+        }
+    }
+
+    /// vCPUs of other guests are pinned to these CPUs: workers that poll keep off them, too.
+    pub fn set_others(&mut self, cpus: CpuSet) {
+        self.others = cpus;
+    }
+
+    /// The CPUs that the vCPUs of `map` are pinned to.
+    #[must_use]
+    pub fn pinned(&self, map: &VcpuMap) -> CpuSet {
+        self.rules(map, 1).pinned()
+    }
+
+    /// The topology that decisions heed.
+    #[must_use]
+    pub fn topology(&self) -> &Topology {
+        &self.topology
     }
 
     /// Reads threads from another procfs than the one at `/proc`.
@@ -93,6 +159,12 @@ impl Planner {
         self
     }
 
+    /// Whether [`Planner::discover`] may ask QEMU's monitor, and wait for it.
+    #[must_use]
+    pub fn may_ask_monitor(&self) -> bool {
+        self.qmp.is_some() && self.mode.follows_vcpus()
+    }
+
     /// Looks for the vCPU threads of the front-end, process `pid` (from
     /// SO_PEERCRED).
     ///
@@ -108,123 +180,86 @@ impl Planner {
         )
     }
 
+    /// Reads anew where the threads of `map` may run, without looking for them
+    /// again. A thread that is gone is left without CPUs.
+    pub fn refresh(&self, map: &mut VcpuMap) {
+        for vcpu in &mut map.vcpus {
+            // One whose CPUs were never known may be a stranger with the same number.
+            if vcpu.cpus.is_some() {
+                vcpu.cpus = self.proc.any_thread(vcpu.tid).map(|thread| thread.cpus);
+            }
+        }
+    }
+
+    /// A watch over the threads of `map`, which [`discover`](Self::discover)
+    /// found in process `pid`. To miss nothing, [`refresh`](Self::refresh) the
+    /// map once more after this.
+    #[must_use]
+    pub fn watch(&self, pid: Option<i32>, map: &VcpuMap) -> Watch {
+        Watch::new(&self.proc, pid, map)
+    }
+
     /// Where the worker of `pair` stands when the driver uses `pairs` pairs.
     #[must_use]
     pub fn place(&self, map: &VcpuMap, pair: u32, pairs: u32) -> Decision {
-        let vcpus = served(map, pair, pairs);
-        let (cpus, why) = match &self.mode {
-            Placement::Auto => self.follow(map, vcpus.first(), pair, false),
-            Placement::Same => self.follow(map, vcpus.first(), pair, true),
-            Placement::List(cpus) => self.listed(cpus, pair),
-            Placement::None => (
-                self.allowed.clone(),
-                "placement none leaves it to the scheduler".into(),
-            ),
-        };
-        Decision {
-            pair,
-            vcpus: vcpus.iter().map(|vcpu| vcpu.index).collect(),
-            vcpu_tid: vcpus.first().map(|vcpu| vcpu.tid),
-            cpus,
-            why,
-        }
+        decide(&self.rules(map, pairs), pair)
     }
 
-    fn listed(&self, cpus: &[u32], pair: u32) -> (CpuSet, String) {
-        let turn = usize::try_from(pair)
-            .ok()
-            .and_then(|pair| pair.checked_rem(cpus.len()));
-        let cpus = match turn.and_then(|turn| cpus.get(turn)) {
-            Some(&cpu) => CpuSet::from_iter([cpu]),
-            None => self.allowed.turn(pair),
-        };
-        (cpus, format!("placement {} says so", self.mode))
+    /// Where the workers of the first `count` pairs stand when the driver uses
+    /// `pairs` of them: what [`place`](Self::place) says of each.
+    #[must_use]
+    pub fn place_all(&self, map: &VcpuMap, count: u32, pairs: u32) -> Vec<Decision> {
+        let rules = self.rules(map, pairs);
+        // The last one first: what is worked out for it serves all.
+        let decisions = (0..count).rev().map(|pair| decide(&rules, pair));
+        let mut decisions: Vec<_> = decisions.collect();
+        decisions.reverse();
+        decisions
     }
 
-    /// The CPUs of the matching vCPU's thread, within what is allowed.
-    fn follow(
-        &self,
-        map: &VcpuMap,
-        vcpu: Option<&&Vcpu>,
-        pair: u32,
-        exactly: bool,
-    ) -> (CpuSet, String) {
-        let Some(vcpu) = vcpu else {
-            return self.take_turn(pair, &map.failures());
-        };
-        let Some(pinned) = &vcpu.cpus else {
-            let why = format!(
-                "the CPUs of the vCPU thread cannot be read; {}",
-                map.failures()
-            );
-            return self.take_turn(pair, why.trim_end_matches("; "));
-        };
-        let shared = pinned.intersection(&self.allowed);
-        if shared.is_empty() {
-            let (there, here) = (pinned.words(), self.allowed.words());
-            return self.take_turn(
-                pair,
-                &format!("vCPU thread is on {there} where this daemon, on {here}, may not run: widen the daemon's cpuset"),
-            );
-        }
-        if exactly {
-            return (
-                shared,
-                format!("placement same, vCPU thread on {}", pinned.words()),
-            );
-        }
-        if self.floats(map, pinned, &shared) {
-            return (
-                shared.turn(pair),
-                format!(
-                    "vCPU thread floats over {}, so workers take these in turn",
-                    pinned.words()
-                ),
-            );
-        }
-        let why = match shared == *pinned {
-            true => "vCPU thread pinned there".into(),
-            false => format!(
-                "vCPU thread pinned to {}, the rest not allowed to this daemon",
-                pinned.words()
-            ),
-        };
-        (shared, why)
+    /// What is wrong with how vCPUs and workers stand, with these decisions for
+    /// the pairs in use.
+    #[must_use]
+    pub fn warnings(&self, map: &VcpuMap, decisions: &[Decision]) -> Vec<Warning> {
+        let pairs = u32::try_from(decisions.len()).unwrap_or(u32::MAX);
+        review::warnings(&self.rules(map, pairs), decisions)
     }
 
-    /// Whether a vCPU is not pinned: it may run on every CPU that we may (and
-    /// there is a choice), or all vCPUs were confined to one wide set.
-    ///
-    /// A worker that floats as well would wander off the cache its ring lies
-    /// in, and two could meet on one CPU; standing on one of the vCPU's CPUs,
-    /// each its own while there are enough, neither happens.
-    fn floats(&self, map: &VcpuMap, pinned: &CpuSet, shared: &CpuSet) -> bool {
-        (pinned.len() > 1 && *shared == self.allowed) || map.float_together()
-    }
-
-    fn take_turn(&self, pair: u32, why: &str) -> (CpuSet, String) {
-        (
-            self.allowed.turn(pair),
-            format!("workers take {} in turn, as {why}", self.allowed.words()),
-        )
+    fn rules<'a>(&'a self, map: &'a VcpuMap, pairs: u32) -> Rules<'a> {
+        let host = Host {
+            mode: &self.mode,
+            allowed: &self.allowed,
+            topology: &self.topology,
+            polling: self.polling,
+            memory: &self.memory,
+            others: &self.others,
+        };
+        Rules::new(host, map, pairs)
     }
 }
 
-/// The vCPUs that the driver gives to `pair`.
-fn served(map: &VcpuMap, pair: u32, pairs: u32) -> Vec<&Vcpu> {
-    let count = u32::try_from(map.vcpus.len()).unwrap_or(u32::MAX);
-    let positions = vcpus_of_pair(pair, pairs, count);
-    positions
-        .iter()
-        .filter_map(|&at| map.vcpus.get(usize::try_from(at).ok()?))
-        .collect()
+fn decide(rules: &Rules<'_>, pair: u32) -> Decision {
+    let vcpus = rules.served(pair);
+    let Stand {
+        cpus,
+        may_poll,
+        why,
+    } = rules.stand(pair);
+    Decision {
+        pair,
+        vcpus: vcpus.iter().map(|vcpu| vcpu.index).collect(),
+        vcpu_tid: vcpus.first().map(|vcpu| vcpu.tid),
+        cpus,
+        may_poll,
+        why,
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::testing::Dir;
-    use crate::vcpus::Source;
+    use crate::vcpus::{Source, Vcpu};
 
     fn set(list: &str) -> CpuSet {
         list.parse().unwrap()
@@ -310,46 +345,46 @@ mod tests {
             (
                 "auto",
                 map(&["2", "3", "0", "1"]),
-                "pair 1 -> vCPUs 2-3 (thread 102) -> worker vnet-q1 on CPU 0: vCPU thread pinned there",
+                "pair 1 -> vCPUs 2-3 (thread 102) -> worker on CPU 0: vCPU thread pinned there",
             ),
             (
                 "auto",
                 map(&["0-3", "0-3"]),
-                "pair 1 -> vCPU 1 (thread 101) -> worker vnet-q1 on CPU 1: \
+                "pair 1 -> vCPU 1 (thread 101) -> worker on CPU 1: \
                  vCPU thread floats over CPUs 0-3, so workers take these in turn",
             ),
             (
                 "auto",
                 map(&["0", "3-4"]),
-                "pair 1 -> vCPU 1 (thread 101) -> worker vnet-q1 on CPU 3: \
+                "pair 1 -> vCPU 1 (thread 101) -> worker on CPU 3: \
                  vCPU thread pinned to CPUs 3-4, the rest not allowed to this daemon",
             ),
             (
                 "same",
                 map(&["0", "8"]),
-                "pair 1 -> vCPU 1 (thread 101) -> worker vnet-q1 on CPU 1: workers take CPUs 0-3 in turn, \
+                "pair 1 -> vCPU 1 (thread 101) -> worker on CPU 1: workers take CPUs 0-3 in turn, \
                  as vCPU thread is on CPU 8 where this daemon, on CPUs 0-3, may not run: widen the daemon's cpuset",
             ),
             (
                 "auto",
                 map(&["0", "?"]),
-                "pair 1 -> vCPU 1 (thread 101) -> worker vnet-q1 on CPU 1: workers take CPUs 0-3 in turn, \
+                "pair 1 -> vCPU 1 (thread 101) -> worker on CPU 1: workers take CPUs 0-3 in turn, \
                  as the CPUs of the vCPU thread cannot be read",
             ),
             (
                 "same",
                 map(&["0", "2-3"]),
-                "pair 1 -> vCPU 1 (thread 101) -> worker vnet-q1 on CPUs 2-3: placement same, vCPU thread on CPUs 2-3",
+                "pair 1 -> vCPU 1 (thread 101) -> worker on CPUs 2-3: placement same, vCPU thread on CPUs 2-3",
             ),
             (
                 "list:3",
                 map(&["0", "2"]),
-                "pair 1 -> vCPU 1 (thread 101) -> worker vnet-q1 on CPU 3: placement list:3 says so",
+                "pair 1 -> vCPU 1 (thread 101) -> worker on CPU 3: placement list:3 says so",
             ),
             (
                 "none",
                 map(&[]),
-                "pair 1 -> unknown vCPU -> worker vnet-q1 on CPUs 0-3: placement none leaves it to the scheduler",
+                "pair 1 -> unknown vCPU -> worker on CPUs 0-3: placement none leaves it to the scheduler",
             ),
         ] {
             assert_eq!(planner(mode, "0-3").place(&vcpus, 1, 2).to_string(), line);
@@ -365,9 +400,66 @@ mod tests {
             planner
                 .place(&planner.discover(Some(100)), 3, 4)
                 .to_string(),
-            "pair 3 -> unknown vCPU -> worker vnet-q3 on CPU 1: workers take CPUs 0-1 in turn, \
+            "pair 3 -> unknown vCPU -> worker on CPU 1: workers take CPUs 0-1 in turn, \
              as no vCPU threads found for process 100: start QEMU with -name NAME,debug-threads=on or give --qmp=PATH"
         );
+    }
+
+    #[test]
+    fn a_map_is_refreshed_without_a_search() {
+        let dir = Dir::new("refresh");
+        dir.thread(100, 100, "qemu-system-x86", "0-3");
+        dir.thread(100, 102, "CPU 0/KVM", "2");
+        dir.thread(100, 103, "CPU 1/KVM", "3");
+        let planner = planner("auto", "0-3").with_proc_root(dir.path());
+        let mut map = planner.discover(Some(100));
+        // A stranger's number: its CPUs were never known, and are not read now.
+        map.vcpus.push(Vcpu {
+            index: 2,
+            tid: 102,
+            cpus: None,
+        });
+        dir.thread(100, 102, "CPU 0/KVM", "1");
+        std::fs::remove_dir_all(dir.path().join("103")).unwrap();
+        planner.refresh(&mut map);
+        let cpus: Vec<_> = map.vcpus.iter().map(|vcpu| vcpu.cpus.clone()).collect();
+        assert_eq!(cpus, [Some(set("1")), None, None]);
+    }
+
+    #[test]
+    fn another_host_makes_other_decisions() {
+        let map = map(&["0-3", "0-3"]);
+        let mut planner = planner("auto", "0-3");
+        assert_eq!(places(&planner, &map, 2), ["0", "1"]);
+        planner.set_host(set("2-3"), Topology::default());
+        assert_eq!(places(&planner, &map, 2), ["2", "3"]);
+        planner.set_host(CpuSet::default(), Topology::default());
+        assert_eq!(
+            places(&planner, &map, 2),
+            ["2", "3"],
+            "no CPU at all cannot be"
+        );
+        assert_eq!(
+            planner.place_all(&map, 3, 2),
+            [0, 1, 2].map(|pair| planner.place(&map, pair, 2))
+        );
+    }
+
+    #[test]
+    fn workers_that_poll_keep_off_the_vcpus_of_other_guests() {
+        for (mode, alone, beside) in [
+            ("auto", ["2", "3"], ["4", "5"]),
+            ("none", ["2-5", "2-5"], ["4-5", "4-5"]),
+            ("same", ["0", "1"], ["0", "1"]),
+        ] {
+            let map = map(&["0", "1"]);
+            let mut planner = planner(mode, "0-5").polling(true);
+            assert_eq!(planner.pinned(&map), set("0-1"));
+            assert_eq!(places(&planner, &map, 2), alone, "{mode}");
+            planner.set_others(set("2-3"));
+            assert_eq!(planner.pinned(&map), set("0-1"));
+            assert_eq!(places(&planner, &map, 2), beside, "{mode}");
+        }
     }
 
     #[test]

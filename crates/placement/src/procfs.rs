@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::cpuset::CpuSet;
@@ -66,7 +67,8 @@ impl ProcFs {
         self.status(&self.root.join(tid.to_string()))
     }
 
-    fn tasks(&self, pid: i32) -> PathBuf {
+    /// Where the threads of `pid` are.
+    pub(crate) fn tasks(&self, pid: i32) -> PathBuf {
         self.root.join(pid.to_string()).join("task")
     }
 
@@ -90,6 +92,12 @@ impl ProcFs {
         let text = fs::read(thread.join("status")).ok()?;
         parse_status(&String::from_utf8_lossy(&text))
     }
+}
+
+/// The number of threads in `tasks`, without listing them: procfs keeps it in
+/// the directory's count of links, with two for the directory itself.
+pub(crate) fn task_count(tasks: &Path) -> Option<u64> {
+    Some(fs::metadata(tasks).ok()?.nlink())
 }
 
 /// What a thread's name says of vCPUs.

@@ -1,6 +1,7 @@
 //! Asking QEMU for its vCPU threads over QMP.
 //!
-//! One short read-only visit: greeting, `qmp_capabilities`, `query-cpus-fast`.
+//! One short read-only visit: greeting, `qmp_capabilities`, then `query-cpus-fast`
+//! (or, for a guest's cards, what [`cards`] asks).
 //! Events may come between any two messages and are passed over. A monitor
 //! serves one client at a time, so the socket must be one that nobody else
 //! (libvirt, for one) holds open. The whole visit has one deadline and a limit
@@ -16,6 +17,8 @@ use serde_json::de::IoRead;
 use serde_json::{Deserializer, StreamDeserializer, Value, json};
 
 use crate::sys;
+
+pub(crate) mod cards;
 
 /// Bytes read in one visit at most; 4,096 vCPUs take about 1 MiB.
 const MAX_BYTES: u64 = 4 << 20;
@@ -124,7 +127,15 @@ impl<'a> Visit<'a> {
 
     /// Runs a command without arguments; its name is its id as well.
     fn execute(&mut self, command: &'static str) -> Result<Value, QmpError> {
-        self.send(command)
+        self.execute_with(command, &json!({}))
+    }
+
+    fn execute_with(
+        &mut self,
+        command: &'static str,
+        arguments: &Value,
+    ) -> Result<Value, QmpError> {
+        self.send(command, arguments)
             .map_err(|source| self.failed(command, source))?;
         loop {
             let mut message = self.next(command)?;
@@ -148,10 +159,14 @@ impl<'a> Visit<'a> {
         }
     }
 
-    fn send(&mut self, command: &str) -> io::Result<()> {
+    fn send(&mut self, command: &str, arguments: &Value) -> io::Result<()> {
         self.stream
             .set_write_timeout(Some(remaining(self.until)?))?;
-        let line = format!("{}\n", json!({ "execute": command, "id": command }));
+        let mut request = json!({ "execute": command, "id": command });
+        if arguments.as_object().is_some_and(|all| !all.is_empty()) {
+            request["arguments"] = arguments.clone();
+        }
+        let line = format!("{request}\n");
         self.stream.write_all(line.as_bytes())
     }
 

@@ -1,8 +1,8 @@
 //! The system calls that std does not offer: thread affinity with masks of any
-//! size, and a connect that cannot block.
+//! size, the NUMA node of memory, and a connect that cannot block.
 #![allow(unsafe_code)]
 
-use std::ffi::{c_char, c_ulong};
+use std::ffi::{c_char, c_int, c_ulong};
 use std::io;
 use std::mem::{offset_of, size_of, size_of_val};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -17,6 +17,11 @@ use crate::cpuset::{CpuSet, MAX_CPU};
 /// first try on nearly every host.
 const USUAL_WORDS: usize = 128 / size_of::<c_ulong>();
 const BITS: u32 = c_ulong::BITS;
+/// Highest NUMA node of any Linux build.
+const MAX_NODE: u32 = 1023;
+/// linux/mempolicy.h, get_mempolicy: tell a node instead of a policy, of the page at the address.
+const MPOL_F_NODE: c_ulong = 1 << 0;
+const MPOL_F_ADDR: c_ulong = 1 << 1;
 
 /// Lets thread `tid` (0: the calling thread) run on `cpus` only.
 // syscalls: sched_setaffinity
@@ -33,9 +38,18 @@ pub(crate) fn set_affinity(tid: i32, cpus: &CpuSet) -> io::Result<()> {
     }
 }
 
+/// A thread's affinity as the kernel keeps it: cheap to read and to compare.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Mask(Vec<c_ulong>);
+
 /// The CPUs that thread `tid` (0: the calling thread) may run on.
-// syscalls: sched_getaffinity
 pub(crate) fn get_affinity(tid: i32) -> io::Result<CpuSet> {
+    get_mask(tid).map(|mask| from_mask(&mask.0))
+}
+
+/// The same as a [`Mask`].
+// syscalls: sched_getaffinity
+pub(crate) fn get_mask(tid: i32) -> io::Result<Mask> {
     let mut words = USUAL_WORDS;
     loop {
         let mut mask: Vec<c_ulong> = vec![0; words];
@@ -45,7 +59,7 @@ pub(crate) fn get_affinity(tid: i32) -> io::Result<CpuSet> {
             libc::sched_getaffinity(tid, size_of_val(mask.as_slice()), mask.as_mut_ptr().cast())
         };
         if rc == 0 {
-            return Ok(from_mask(&mask));
+            return Ok(Mask(mask));
         }
         let error = io::Error::last_os_error();
         // EINVAL: the kernel knows more CPUs than the mask has bits.
@@ -56,6 +70,55 @@ pub(crate) fn get_affinity(tid: i32) -> io::Result<CpuSet> {
         }
         words *= 2;
     }
+}
+
+/// The node of the page at `address`.
+// syscalls: get_mempolicy
+pub(crate) fn node_of_address(address: usize) -> io::Result<u32> {
+    let mut node: c_int = -1;
+    // SAFETY: `node` is a c_int that outlives the call, the only thing written to; no mask is
+    // asked for. `address` is looked up by the kernel, which answers EFAULT where nothing is.
+    let rc = unsafe {
+        libc::syscall(
+            libc::SYS_get_mempolicy,
+            ptr::from_mut(&mut node),
+            ptr::null_mut::<c_ulong>(),
+            0 as c_ulong,
+            address,
+            MPOL_F_NODE | MPOL_F_ADDR,
+        )
+    };
+    if rc != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    u32::try_from(node).map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
+/// Where the calling thread's memory comes from; `None`: the node it runs on.
+// syscalls: set_mempolicy
+pub(crate) fn prefer_node(node: Option<u32>) -> io::Result<()> {
+    let mask: Vec<c_ulong> = match node {
+        Some(node) if node > MAX_NODE => return Err(io::ErrorKind::InvalidInput.into()),
+        Some(node) => to_mask(&CpuSet::from_iter([node])),
+        None => Vec::new(),
+    };
+    let mode = match node {
+        Some(_) => libc::MPOL_PREFERRED,
+        None => libc::MPOL_DEFAULT,
+    };
+    // The kernel reads one bit less than it is told.
+    let bits = size_of_val(mask.as_slice()) * 8 + 1;
+    let at = match node {
+        Some(_) => mask.as_ptr(),
+        None => ptr::null(),
+    };
+    // SAFETY: pointer and length describe `mask`, which outlives the call and is only read; for
+    // the default policy it is null, as the call wants it.
+    let rc = unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, at, bits) };
+    if rc != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 /// Connects to the listening stream socket at `path`; `WouldBlock` when its

@@ -41,6 +41,67 @@ impl Dir {
     }
 }
 
+/// A sysfs being laid out.
+pub(crate) struct SysFs<'a>(&'a Path);
+
+/// Lays out a sysfs under `root`.
+pub(crate) fn sysfs(root: &Path) -> SysFs<'_> {
+    SysFs(root)
+}
+
+impl SysFs<'_> {
+    pub(crate) fn online(self, list: &str) -> Self {
+        self.put("devices/system/cpu/online", list)
+    }
+
+    pub(crate) fn isolated(self, list: &str) -> Self {
+        self.put("devices/system/cpu/isolated", list)
+    }
+
+    /// Each list is one core.
+    pub(crate) fn cores(self, lists: &[&str]) -> Self {
+        self.each(lists, "topology/core_cpus_list", |_, _, list| list.into())
+    }
+
+    /// Each list is one L3 cache; the other caches are each CPU's own.
+    pub(crate) fn caches(self, lists: &[&str]) -> Self {
+        let own = |_: &str, cpu: u32, _: &str| cpu.to_string();
+        self.each(lists, "cache/index0/level", |_, _, _| "1".into())
+            .each(lists, "cache/index0/shared_cpu_list", own)
+            .each(lists, "cache/index2/level", |_, _, _| "2".into())
+            .each(lists, "cache/index2/shared_cpu_list", own)
+            .each(lists, "cache/index3/level", |_, _, _| "3".into())
+            .each(lists, "cache/index3/shared_cpu_list", |_, _, list| {
+                list.into()
+            })
+    }
+
+    /// Each list is one node.
+    pub(crate) fn nodes(mut self, lists: &[&str]) -> Self {
+        for (node, list) in lists.iter().enumerate() {
+            self = self.put(&format!("devices/system/node/node{node}/cpulist"), list);
+        }
+        self
+    }
+
+    fn each(mut self, lists: &[&str], file: &str, text: fn(&str, u32, &str) -> String) -> Self {
+        for list in lists {
+            for cpu in list.parse::<crate::CpuSet>().unwrap().iter() {
+                let path = format!("devices/system/cpu/cpu{cpu}/{file}");
+                self = self.put(&path, &text(file, cpu, list));
+            }
+        }
+        self
+    }
+
+    fn put(self, path: &str, text: &str) -> Self {
+        let path = self.0.join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, format!("{text}\n")).unwrap();
+        self
+    }
+}
+
 impl Drop for Dir {
     fn drop(&mut self) {
         _ = fs::remove_dir_all(&self.0);

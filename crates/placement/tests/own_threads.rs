@@ -37,7 +37,7 @@ fn workers_land_on_the_cpus_of_their_vcpus() {
     for pair in 0..2 {
         let decision = planner.place(&map, pair, 2);
         assert_eq!(decision.vcpus, [pair]);
-        let worker = std::thread::Builder::new().name(worker_name(pair));
+        let worker = std::thread::Builder::new().name(worker_name("vnet", pair));
         let cpus = decision.cpus.clone();
         let stands = worker.spawn(move || apply(None, &cpus).map(|_| allowed_cpus().unwrap()));
         assert_eq!(

@@ -1,0 +1,251 @@
+//! irqbalance moves interrupts by its own lights unless they are on its ban list.
+//!
+//! It listens on a unix socket in its run folder and believes root (the kernel tells it who sends).
+//! A connection takes one command: `setup` answers with what is banned, among other things;
+//! `settings ban irqs N N ...` puts another list in its place, the one of its command line included,
+//! so what others banned is read before and kept.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::read;
+use crate::sys;
+
+/// Where its sockets are.
+pub(super) const FOLDER: &str = "/run/irqbalance";
+/// How long it may take to answer.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// Bytes of a command that it takes.
+const LONGEST: usize = 499;
+/// Bytes of an answer that are read.
+const ANSWER: u64 = 1 << 20;
+
+/// The interrupts that an irqbalance was told to leave alone, on our account.
+#[derive(Debug)]
+pub(super) struct Bans {
+    folder: PathBuf,
+    ours: BTreeSet<u32>,
+}
+
+impl Bans {
+    /// None yet; irqbalance's sockets are in `folder`.
+    pub(super) fn new(folder: &Path) -> Self {
+        Self {
+            folder: folder.into(),
+            ours: BTreeSet::new(),
+        }
+    }
+
+    /// Makes `wanted` the interrupts that are banned on our account. True when irqbalance leaves all
+    /// of them alone now.
+    pub(super) fn set(&mut self, wanted: &BTreeSet<u32>) -> bool {
+        if *wanted == self.ours {
+            return !wanted.is_empty();
+        }
+        self.tell(wanted).is_ok()
+    }
+
+    fn tell(&mut self, wanted: &BTreeSet<u32>) -> io::Result<()> {
+        let socket = socket_in(&self.folder).ok_or(io::ErrorKind::NotFound)?;
+        let banned = banned(&ask(&socket, "setup")?).ok_or(io::ErrorKind::InvalidData)?;
+        let others: BTreeSet<u32> = &banned - &self.ours;
+        let all: Vec<String> = (&others | wanted).iter().map(u32::to_string).collect();
+        let list = match all.is_empty() {
+            true => "NONE".into(),
+            false => all.join(" "),
+        };
+        ask(&socket, &format!("settings ban irqs {list}"))?;
+        self.ours = wanted - &others;
+        Ok(())
+    }
+}
+
+fn socket_in(folder: &Path) -> Option<PathBuf> {
+    let sockets = fs::read_dir(folder).ok()?.flatten();
+    let mut sockets = sockets.map(|entry| entry.path());
+    sockets.find(|path| {
+        path.extension()
+            .is_some_and(|extension| extension == "sock")
+    })
+}
+
+/// What it answers to `command`; nothing to one that sets something.
+fn ask(socket: &Path, command: &str) -> io::Result<String> {
+    if command.len() > LONGEST {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let mut stream = sys::connect_unix(socket)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    stream.write_all(command.as_bytes())?;
+    stream.shutdown(Shutdown::Write)?;
+    let mut answer = String::new();
+    stream.take(ANSWER).read_to_string(&mut answer)?;
+    Ok(answer)
+}
+
+/// The interrupts in an answer `SLEEP 10 IRQ 41 LOAD 0 DIFF 0 CLASS 0 ... BANNED 0`.
+fn banned(setup: &str) -> Option<BTreeSet<u32>> {
+    let words: Vec<&str> = setup.split_whitespace().collect();
+    if words.first() != Some(&"SLEEP") {
+        return None;
+    }
+    words
+        .windows(2)
+        .filter(|pair| pair[0] == "IRQ")
+        .map(|pair| pair[1].parse().ok())
+        .collect()
+}
+
+/// Where irqbalance runs, the sentence that says how to keep it from `irqs`; `None` where it does
+/// not run, or there are none.
+#[must_use]
+pub fn ban_line(proc: &Path, irqs: &[u32]) -> Option<String> {
+    if irqs.is_empty() || !runs(proc) {
+        return None;
+    }
+    let bans: Vec<String> = irqs.iter().map(|irq| format!("--banirq={irq}")).collect();
+    Some(format!(
+        "irqbalance runs and will move these interrupts again: add IRQBALANCE_ARGS=\"{}\" to /etc/default/irqbalance (/etc/sysconfig/irqbalance on Red Hat's) and restart it",
+        bans.join(" ")
+    ))
+}
+
+fn runs(proc: &Path) -> bool {
+    fs::read_dir(proc)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .any(|entry| {
+            let name = entry.file_name();
+            let process = name
+                .to_str()
+                .is_some_and(|name| name.parse::<u32>().is_ok());
+            process && read(&entry.path().join("comm")).is_ok_and(|comm| comm == "irqbalance")
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::Host;
+    use super::*;
+    use std::os::unix::net::UnixListener;
+    use std::sync::{Arc, Mutex};
+
+    /// An irqbalance, as far as its ban list goes; it ends with the test's process.
+    fn irqbalance(folder: &Path, banned: &[u32]) -> Arc<Mutex<Vec<u32>>> {
+        fs::create_dir_all(folder).unwrap();
+        let list = Arc::new(Mutex::new(banned.to_vec()));
+        let listener = UnixListener::bind(folder.join("irqbalance812.sock")).unwrap();
+        let shared = Arc::clone(&list);
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                let mut buffer = [0; 500];
+                let length = stream.read(&mut buffer).unwrap();
+                let command = std::str::from_utf8(&buffer[..length]).unwrap();
+                let mut list = shared.lock().unwrap();
+                if command == "setup" {
+                    let mut answer = "SLEEP 10 ".to_owned();
+                    for irq in &*list {
+                        answer += &format!("IRQ {irq} LOAD 0 DIFF 0 CLASS 4 ");
+                    }
+                    answer += "BANNED 00000000";
+                    stream.write_all(answer.as_bytes()).unwrap();
+                } else if let Some(irqs) = command.strip_prefix("settings ban irqs ") {
+                    *list = irqs.split(' ').filter_map(|irq| irq.parse().ok()).collect();
+                }
+            }
+        });
+        list
+    }
+
+    #[test]
+    fn bans_are_added_to_others_and_taken_back() {
+        let host = Host::new("irqbalance-bans", "0");
+        let folder = host.path().join("run");
+        let list = irqbalance(&folder, &[7, 42]);
+        let banned = || list.lock().unwrap().clone();
+        let mut bans = Bans::new(&folder);
+        for (wanted, expected, told) in [
+            (&[41, 42][..], &[7, 41, 42][..], true),
+            (&[41, 43], &[7, 41, 42, 43], true),
+            (&[], &[7, 42], true),
+        ] {
+            let wanted = wanted.iter().copied().collect();
+            assert_eq!(bans.set(&wanted), told);
+            assert_eq!(banned(), expected, "{wanted:?}");
+        }
+        assert!(!bans.set(&BTreeSet::new()), "nothing is told twice");
+        // More than it takes in one command.
+        assert!(!bans.set(&(1000..1200).collect()));
+        assert_eq!(banned(), [7, 42]);
+        *list.lock().unwrap() = Vec::new();
+        assert!(bans.set(&[41].into()));
+        assert!(bans.set(&BTreeSet::new()));
+        assert!(banned().is_empty());
+    }
+
+    /// The one that runs on this machine, if one does: an interrupt is banned and let go again.
+    #[test]
+    fn a_real_irqbalance_keeps_such_a_list() {
+        let Some(socket) = socket_in(Path::new(FOLDER)) else {
+            eprintln!("skipped: no irqbalance runs here");
+            return;
+        };
+        let now = || banned(&ask(&socket, "setup").unwrap()).unwrap();
+        let before = now();
+        let exists = |irq: &u32| Path::new(&format!("/proc/irq/{irq}")).exists();
+        let free = |irq: &u32| exists(irq) && !before.contains(irq);
+        let irq = (1..1000).find(free).unwrap();
+        let mut bans = Bans::new(Path::new(FOLDER));
+        assert!(bans.set(&[irq].into()));
+        assert!(now().contains(&irq) && now().is_superset(&before));
+        assert!(bans.set(&BTreeSet::new()));
+        assert_eq!(now(), before);
+    }
+
+    #[test]
+    fn without_irqbalance_nothing_is_banned() {
+        let host = Host::new("irqbalance-none", "0");
+        let mut bans = Bans::new(&host.path().join("run"));
+        assert!(!bans.set(&[41].into()));
+    }
+
+    #[test]
+    fn answers_are_read_whole_or_not_at_all() {
+        let none = BTreeSet::new();
+        for (answer, irqs) in [
+            ("SLEEP 10 BANNED 0", Some(none.clone())),
+            (
+                "SLEEP 10 IRQ 41 LOAD 9 DIFF 0 CLASS 4 IRQ 7 LOAD 0 DIFF 0 CLASS 0 BANNED 3",
+                Some([7, 41].into()),
+            ),
+            ("SLEEP 10 IRQ x LOAD 9", None),
+            ("", None),
+            ("HTTP/1.1 400", None),
+        ] {
+            assert_eq!(banned(answer), irqs, "{answer}");
+        }
+    }
+
+    #[test]
+    fn the_line_names_each_interrupt_while_irqbalance_runs() {
+        let host = Host::new("irqbalance", "0");
+        let proc = host.roots().proc;
+        host.put("proc/7/comm", "bash");
+        host.put("proc/version/comm", "irqbalance");
+        assert_eq!(ban_line(&proc, &[41]), None);
+        host.put("proc/812/comm", "irqbalance");
+        assert_eq!(ban_line(&proc, &[]), None);
+        let line = ban_line(&proc, &[41, 42]).unwrap();
+        assert!(
+            line.contains("IRQBALANCE_ARGS=\"--banirq=41 --banirq=42\""),
+            "{line}"
+        );
+    }
+}

@@ -1,0 +1,99 @@
+//! How much of the guest's vCPUs a card may keep busy.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::Serialize;
+
+/// The throughput wished of a card: a share of the guest's vCPUs as queue pairs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Throughput {
+    /// A pair for each vCPU.
+    High,
+    /// A pair for every two vCPUs, rounded up.
+    Medium,
+    /// One pair.
+    Low,
+}
+
+/// A text that is no [`Throughput`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("throughput {0:?} is not known: write high, medium or low")]
+pub struct ThroughputParseError(String);
+
+impl Throughput {
+    /// Pairs for this many vCPUs, before any limit; at least 1.
+    #[must_use]
+    pub fn share_of(self, vcpus: u32) -> u32 {
+        match self {
+            Self::High => vcpus.max(1),
+            Self::Medium => vcpus.div_ceil(2).max(1),
+            Self::Low => 1,
+        }
+    }
+
+    /// The share in words.
+    pub(super) fn words(self) -> &'static str {
+        match self {
+            Self::High => "one for each vCPU",
+            Self::Medium => "one for every two vCPUs",
+            Self::Low => "one",
+        }
+    }
+}
+
+impl FromStr for Throughput {
+    type Err = ThroughputParseError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "high" => Ok(Self::High),
+            "medium" => Ok(Self::Medium),
+            "low" => Ok(Self::Low),
+            _ => Err(ThroughputParseError(text.into())),
+        }
+    }
+}
+
+impl fmt::Display for Throughput {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::High => "high",
+            Self::Medium => "medium",
+            Self::Low => "low",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_word_is_a_share_of_the_vcpus() {
+        for (text, shares) in [
+            ("high", [1, 2, 3, 4, 5]),
+            ("medium", [1, 1, 2, 2, 3]),
+            ("low", [1, 1, 1, 1, 1]),
+        ] {
+            let throughput: Throughput = text.parse().unwrap();
+            assert_eq!(throughput.to_string(), text);
+            assert_eq!(serde_json::to_value(throughput).unwrap(), text);
+            assert_eq!([1, 2, 3, 4, 5].map(|n| throughput.share_of(n)), shares);
+            assert_eq!(throughput.share_of(0), 1);
+        }
+        assert_eq!(Throughput::Medium.share_of(u32::MAX), 1 << 31);
+    }
+
+    #[test]
+    fn other_words_are_refused_with_the_remedy() {
+        for text in ["", "High", "50%", "auto"] {
+            let error = text.parse::<Throughput>().unwrap_err().to_string();
+            assert_eq!(
+                error,
+                format!("throughput {text:?} is not known: write high, medium or low")
+            );
+        }
+    }
+}
