@@ -8,10 +8,13 @@ use parking_lot::Mutex;
 use virtionet_device::features::Features;
 use virtionet_device::port::Uplink;
 use virtionet_device::{DeviceQueue, QueueConfig};
+use virtionet_placement::Warning;
 use virtionet_ring::memory::GuestMemory;
 use virtionet_session::{Backend, BackendError, RingStart};
 
+use crate::advice::{Adviser, Use};
 use crate::config::{MAX_PAIRS, Poll};
+use crate::interrupts::{Interrupts, Seen};
 use crate::pair::Pair;
 use crate::placer::Placer;
 use crate::poll::Polling;
@@ -28,6 +31,8 @@ pub struct Card {
     pairs: Vec<OnceLock<Arc<Pair>>>,
     link: Mutex<Link>,
     told: Mutex<Told>,
+    interrupts: Interrupts,
+    adviser: Adviser,
 }
 
 /// A front-end that connects again and again must not flood the log.
@@ -57,6 +62,8 @@ pub struct Link {
     pub memory: Arc<GuestMemory>,
     /// The MTU that the front-end told.
     pub mtu: Option<u16>,
+    /// Queue pairs that the front-end has for the driver, as far as it has named them.
+    pub pairs: u16,
 }
 
 /// Which ring of a pair.
@@ -100,7 +107,20 @@ impl Card {
             pairs: (0..max_pairs).map(|_| OnceLock::new()).collect(),
             link: Mutex::default(),
             told: Mutex::default(),
+            interrupts: Interrupts::off(name),
+            adviser: Adviser::new(name, None, None),
         }
+    }
+
+    /// The same with these to look after its interrupts and to advise its guest.
+    #[must_use]
+    pub fn with(mut self, interrupts: Interrupts, adviser: Adviser) -> Self {
+        if self.uplink.host_interface().is_none() {
+            interrupts.tell_useless(self.uplink.kind());
+        }
+        self.interrupts = interrupts;
+        self.adviser = adviser;
+        self
     }
 
     /// Its name.
@@ -119,6 +139,24 @@ impl Card {
     #[must_use]
     pub fn link(&self) -> Link {
         self.link.lock().clone()
+    }
+
+    /// The host's interrupts and steering masks that belong to it.
+    #[must_use]
+    pub fn interrupts(&self) -> &Interrupts {
+        &self.interrupts
+    }
+
+    /// What its guest could do better.
+    #[must_use]
+    pub fn advice(&self) -> Vec<String> {
+        self.adviser.current()
+    }
+
+    /// Brings in line what hangs on the workers' places and the guest's choice of pairs.
+    fn tend(&self) {
+        self.interrupts.follow(|| Seen::of(self));
+        self.adviser.look(Use::of(self), Instant::now());
     }
 
     /// The queue pairs that have been used so far.
@@ -157,8 +195,7 @@ impl Card {
 
     /// The number of pairs that the driver uses decides which vCPUs each of them serves.
     fn recount_pairs(&self) {
-        let live = |pair: &&Arc<Pair>| pair.rx().enabled() && pair.rx().size() > 0;
-        let count = self.pairs().filter(live).count();
+        let count = self.pairs().filter(|pair| is_live(pair)).count();
         if self
             .placer
             .set_pairs(u32::try_from(count).unwrap_or(u32::MAX))
@@ -192,6 +229,36 @@ impl Card {
         }
     }
 
+    /// Whether there is a front-end whose vCPUs and memory may move.
+    pub(crate) fn is_followed(&self) -> bool {
+        self.placer.is_connected()
+    }
+
+    /// Looks whether workers should stand elsewhere, and has them go there.
+    pub(crate) fn look(&self) {
+        if !self.is_followed() {
+            return;
+        }
+        let mut news = self.placer.look();
+        if self.placer.has_several_nodes() {
+            let memory = Arc::clone(&self.link.lock().memory);
+            self.pairs().for_each(|pair| news |= pair.locate(&memory));
+        }
+        if news {
+            self.pairs().for_each(|pair| pair.wake());
+        } else {
+            self.pairs().for_each(|pair| pair.look());
+        }
+        self.placer.review();
+        self.tend();
+    }
+
+    /// What is wrong with how vCPUs and workers stand.
+    #[must_use]
+    pub fn warnings(&self) -> Vec<Warning> {
+        self.placer.warnings()
+    }
+
     fn set_format(&self, features: Features) {
         if let Err(error) = self.uplink.set_format(features.format()) {
             tracing::error!(
@@ -200,6 +267,11 @@ impl Card {
             );
         }
     }
+}
+
+/// Whether the driver uses the pair.
+pub(crate) fn is_live(pair: &Pair) -> bool {
+    pair.rx().enabled() && pair.rx().size() > 0
 }
 
 fn half(index: u16) -> Half {
@@ -268,8 +340,18 @@ impl Backend for Card {
         let (pair, half) = self.ring_or_new(index)?;
         pair.open_uplink(&*self.uplink)
             .map_err(|e| BackendError::new(e.to_string()))?;
-        with_slot!(pair, half, slot => start_in(slot, start))
-            .map_err(|e| BackendError::new(format!("ring {index} cannot start: {e}")))?;
+        if half == Half::Rx {
+            pair.set_ring_address(start.layout.desc);
+            pair.locate(&start.memory);
+        }
+        let near = pair
+            .memory_node()
+            .filter(|_| self.placer.has_several_nodes());
+        let started = on_node(
+            near,
+            || with_slot!(pair, half, slot => start_in(slot, start)),
+        );
+        started.map_err(|e| BackendError::new(format!("ring {index} cannot start: {e}")))?;
         pair.start_worker(Polling::new(self.poll)).map_err(|e| {
             BackendError::new(format!(
                 "cannot start the worker of queue pair {}: {e}; raise the limit of threads",
@@ -313,6 +395,11 @@ impl Backend for Card {
         }
     }
 
+    fn ring_named(&self, index: u16) {
+        let mut link = self.link.lock();
+        link.pairs = link.pairs.max(index / 2 + 1);
+    }
+
     fn set_err(&self, index: u16, err: Option<Arc<OwnedFd>>) {
         if let Some((pair, half)) = self.ring(index) {
             with_slot!(pair, half, slot => slot.set_err(err));
@@ -328,15 +415,31 @@ impl Backend for Card {
     }
 
     fn disconnected(&self) {
+        self.placer.disconnected();
         self.pairs().for_each(|pair| pair.stop_worker());
         self.pairs().for_each(|pair| pair.join_worker());
         // A worker's last word about its uplink may have come after ours.
         self.pairs().for_each(|pair| pair.steer());
+        self.pairs().for_each(|pair| pair.forget_ring());
+        self.interrupts.release();
+        self.adviser.forget();
         let link = std::mem::take(&mut *self.link.lock());
         if self.told.lock().present {
             self.tell_of_end(&link);
         }
     }
+}
+
+/// What `work` allocates anew comes from `node`, where that is known: a ring's bookkeeping is made
+/// by the session thread, which may run anywhere.
+fn on_node<T>(node: Option<u32>, work: impl FnOnce() -> T) -> T {
+    if node.is_none() {
+        return work();
+    }
+    virtionet_placement::prefer_node(node);
+    let done = work();
+    virtionet_placement::prefer_node(None);
+    done
 }
 
 fn start_in<Q: DeviceQueue>(

@@ -2,11 +2,15 @@
 
 use std::ffi::OsString;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use clap::{ArgAction, Args, Parser};
+use clap::{ArgAction, Args, Parser, Subcommand};
 
-use crate::config::{Command, Config, ConfigError, Scope};
+use crate::config::given::{Given, Place, Settings};
+use crate::config::keys::Key;
+use crate::config::problem::Problem;
+use crate::config::{Command, Config, ConfigError};
+use crate::plan::PlanArgs;
 
 /// The answer to `--print-capabilities` (QEMU's docs/interop/vhost-user.rst).
 pub const CAPABILITIES: &str = "{\n  \"type\": \"net\"\n}\n";
@@ -21,11 +25,17 @@ worker thread of its own, placed on the CPU of the vCPU that it serves.";
 const EXAMPLES: &str = "\
 Several devices in one process:
   Each --device describes one device as KEY=VALUE,... with the keys name, socket-path, fd, client, \
-queues, tap, bridge, uplink, placement, qmp, poll, poll-us, socket-mode and socket-group. They mean \
-what the flags of these names mean; client is written client or client=on|off, and bridge=BR belongs \
-to tap=NAME. A comma inside a value is written twice: placement=list:0-3,,8. Beside --device, the \
-flags --client, --queues, --placement, --qmp, --poll, --poll-us, --socket-mode and --socket-group \
-are what a device has that does not say otherwise.
+queues, vcpus, tap, bridge, uplink, placement, irq-affinity, qmp, poll, poll-us, socket-mode and \
+socket-group. They mean what the flags of these names mean; client is written client or \
+client=on|off, and bridge=BR belongs to tap=NAME. A comma inside a value is written twice: \
+placement=list:0-3,,8. Flags beside --device are what a device has that does not say otherwise.
+
+Devices in a file:
+  --config FILE reads TOML with the same keys: each device in a [[device]] table, what devices have \
+that do not say otherwise in [defaults], and control = \"PATH\" at the top. The command line wins: a \
+flag beside --config holds for every device, whatever the file says of it; --device name=X,... \
+changes the file's device X, or adds one of another name. virtionetd check FILE tells all that is \
+wrong with a file.
 
 Examples:
   One device with four queue pairs on a TAP:
@@ -47,6 +57,9 @@ Examples:
     virtionetd --device socket-path=/run/a.sock,uplink=switch:lan,,tap=tap0 \\
       --device socket-path=/run/b.sock,uplink=switch:lan
 
+  Devices from a file, all of them with another way to wait:
+    virtionetd --config /etc/virtionetd.toml --poll adaptive
+
   Its state, and its counters for Prometheus:
     virtionetd --control /run/virtionetd.ctl ...
     curl --unix-socket /run/virtionetd.ctl http://localhost/v1/devices
@@ -57,12 +70,17 @@ Environment:
   NO_COLOR  when set, no colours in the log
 
 Exit status:
-  0 at the end or on SIGTERM; 1 when something failed; 2 when the command line cannot be used.";
+  0 at the end or on SIGTERM; 1 when something failed; 2 when the command line or the file cannot be used.";
 
 /// The flags, unchecked.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Parser)]
 #[command(name = "virtionetd", version, about = ABOUT, after_help = EXAMPLES, max_term_width = 100)]
+#[command(args_conflicts_with_subcommands = true, disable_help_subcommand = true)]
 pub struct Cli {
+    /// What to do instead of serving devices.
+    #[command(subcommand)]
+    pub instead: Option<Instead>,
+
     /// The flags of a single device, or what is common to several.
     #[command(flatten)]
     pub device: DeviceFlags,
@@ -74,6 +92,11 @@ pub struct Cli {
         help_heading = "Process"
     )]
     pub devices: Vec<String>,
+
+    /// Read devices, and what they have in common, from this file (TOML); what the command line says
+    /// wins over it
+    #[arg(long, value_name = "FILE", help_heading = "Process")]
+    pub config: Option<PathBuf>,
 
     /// Answer HTTP/1.1 on this unix socket (made for its owner only): GET /v1/devices (JSON) and
     /// GET /metrics (for Prometheus) [default: no such socket]
@@ -88,6 +111,22 @@ pub struct Cli {
     /// Log more: -v for debugging, -vv for everything [default: informational]
     #[arg(short, long, action = ArgAction::Count, help_heading = "Process")]
     pub verbose: u8,
+}
+
+/// What to do instead of serving devices.
+#[derive(Debug, Clone, PartialEq, Eq, Subcommand)]
+pub enum Instead {
+    /// Say how many queue pairs each card of a guest should have, and why, with the command lines of
+    /// QEMU, libvirt and virtionetd that make it so
+    Plan(Box<PlanArgs>),
+
+    /// Tell what is wrong with a configuration file, each problem with its line, and open nothing
+    /// that it names
+    Check {
+        /// The file
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+    },
 }
 
 /// What can be said of one device, unchecked; as flags, or as the keys of `--device`.
@@ -123,10 +162,15 @@ pub struct DeviceFlags {
     #[arg(long, value_name = "NAME")]
     pub socket_group: Option<String>,
 
-    /// Queue pairs: 1 to 128, or auto for as many as the front-end asks for. A front-end that asks
-    /// for more than N is refused [default: auto]
-    #[arg(long, value_name = "N|auto")]
+    /// Queue pairs: 1 to 128; auto for as many as the front-end asks for; or with --vcpus a share of
+    /// the guest's vCPUs: high for one pair each (as auto then), medium for half as many, low for
+    /// one. A front-end that asks for more is refused [default: auto]
+    #[arg(long, value_name = "N|auto|high|medium|low")]
     pub queues: Option<String>,
+
+    /// The guest's vCPUs, for --queues auto, high, medium and low [default: not known]
+    #[arg(long, value_name = "N")]
+    pub vcpus: Option<String>,
 
     /// Frames go to this TAP, which is made if there is none, and put into bridge BR. Short for
     /// --uplink tap:NAME[,bridge=BR]. One made by hand must have several queues: ip tuntap add dev
@@ -134,21 +178,24 @@ pub struct DeviceFlags {
     #[arg(long, value_name = "NAME[,bridge=BR]")]
     pub tap: Option<String>,
 
-    /// With the key `tap`: the bridge to put it into. (As a flag it is a part of `--tap`.)
-    #[arg(skip)]
-    pub bridge: Option<String>,
-
     /// Where frames go: tap:NAME[,bridge=BR]; switch:NAME[,tap=IF[,bridge=BR]], which joins the
     /// devices of this process that name the same switch, and the host's TAP IF; or null, which
     /// drops what the guest sends
     #[arg(long, value_name = "KIND[:...]")]
     pub uplink: Option<String>,
 
-    /// The CPU of each pair's worker. auto: where the pair's vCPU is pinned, else one of the allowed
-    /// CPUs each in turn; same: the very CPUs of the vCPU's thread; list:CPUS: these in turn, such
-    /// as list:0-3,8; none: left to the kernel [default: auto]
-    #[arg(long, value_name = "auto|same|list:CPUS|none")]
+    /// The CPU of each pair's worker. auto: where the pair's vCPU is pinned, or near it with --poll,
+    /// else one of the allowed CPUs each in turn; same: the very CPUs of the vCPU's thread; sibling:
+    /// the other thread of its core; core-near: another CPU of its L3 cache or NUMA node; list:CPUS:
+    /// these in turn, such as list:0-3,8; none: left to the kernel [default: auto]
+    #[arg(long, value_name = "auto|same|sibling|core-near|list:CPUS|none")]
     pub placement: Option<String>,
+
+    /// What becomes of the interrupts and steering masks that belong to a worker's CPU on the host's
+    /// side. apply: they are set, and put back at the end; print: the log and /v1/devices tell the
+    /// commands that would set them; off: nothing [default: off]
+    #[arg(long, value_name = "apply|print|off")]
+    pub irq_affinity: Option<String>,
 
     /// QEMU's QMP socket, to ask for its vCPU threads where their names do not tell (QEMU names
     /// them with -name debug-threads=on) [default: names only]
@@ -186,7 +233,9 @@ impl Refusal {
                 u8::try_from(why.exit_code()).unwrap_or(2)
             }
             Self::Config(why) => {
-                let _ = writeln!(io::stderr(), "virtionetd: {why}");
+                for problem in why.problems() {
+                    let _ = writeln!(io::stderr(), "virtionetd: {problem}");
+                }
                 2
             }
         }
@@ -204,9 +253,35 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, Refusa
         return Ok(Command::PrintCapabilities);
     }
     let cli = Cli::try_parse_from(args).map_err(Refusal::Flags)?;
-    Config::resolve(cli)
-        .map(Command::Serve)
-        .map_err(Refusal::Config)
+    match cli.instead {
+        Some(Instead::Check { file }) => Ok(Command::Check(file)),
+        Some(Instead::Plan(args)) => Ok(Command::Plan(args)),
+        None => Config::resolve(cli)
+            .map(Command::Serve)
+            .map_err(Refusal::Config),
+    }
+}
+
+/// Answers `virtionetd check FILE`: the exit status, with the number of its devices on stdout or
+/// what is wrong on stderr, a line each.
+#[must_use]
+pub fn check(file: &Path) -> u8 {
+    let cli = Cli {
+        config: Some(file.into()),
+        ..Cli::default()
+    };
+    match Config::resolve(cli) {
+        Ok(config) => {
+            let (count, file) = (config.devices.len(), file.display());
+            let plural = if count == 1 { "" } else { "s" };
+            let _ = writeln!(io::stdout(), "{file}: {count} device{plural}, ok");
+            0
+        }
+        Err(why) => {
+            let _ = writeln!(io::stderr(), "{why}");
+            2
+        }
+    }
 }
 
 /// Answers `--print-capabilities` on stdout.
@@ -218,99 +293,69 @@ pub fn print_capabilities() -> io::Result<()> {
 }
 
 impl DeviceFlags {
-    /// The keys of `--device`.
-    pub const KEYS: &'static str = "name, socket-path, fd, client, queues, tap, bridge, uplink, \
-         placement, qmp, poll, poll-us, socket-mode, socket-group";
-
-    /// Reads the text of one `--device`.
-    ///
-    /// # Errors
-    /// A key that is unknown, lacks its value or comes twice.
-    pub fn parse_keys(text: &str, scope: &Scope) -> Result<Self, ConfigError> {
-        let mut flags = Self::default();
-        for item in split_at_commas(text) {
-            let (key, value) = match item.split_once('=') {
-                Some((key, value)) if !value.is_empty() => (key, value),
-                None if item == "client" => ("client", "on"),
-                _ => {
-                    return Err(scope.error(format_args!(
-                        "{item:?} is not KEY=VALUE: write a value behind =, and a comma inside a value twice"
-                    )));
-                }
-            };
-            let slot = flags.slot(key).ok_or_else(|| {
-                scope.error(format_args!(
-                    "the key {key:?} is not known: use {}",
-                    Self::KEYS
-                ))
-            })?;
-            if slot.set(value) {
-                return Err(scope.error(format_args!("{key} is given twice: keep one of them")));
+    /// What was given, by key.
+    #[must_use]
+    pub fn settings(self) -> Settings {
+        let path = |path: Option<PathBuf>| path.map(PathBuf::into_os_string);
+        let text = |text: Option<String>| text.map(OsString::from);
+        let flags = [
+            ("name", text(self.name)),
+            ("socket-path", path(self.socket_path)),
+            ("fd", text(self.fd)),
+            ("client", text(self.client)),
+            ("queues", text(self.queues)),
+            ("vcpus", text(self.vcpus)),
+            ("tap", text(self.tap)),
+            ("uplink", text(self.uplink)),
+            ("placement", text(self.placement)),
+            ("irq-affinity", text(self.irq_affinity)),
+            ("qmp", path(self.qmp)),
+            ("poll", text(self.poll)),
+            ("poll-us", text(self.poll_us)),
+            ("socket-mode", text(self.socket_mode)),
+            ("socket-group", text(self.socket_group)),
+        ];
+        let mut settings = Settings::default();
+        for (name, value) in flags {
+            if let (Some(key), Some(value)) = (Key::find(name), value) {
+                settings.put(key, Given::new(value, &Place::Flag));
             }
         }
-        Ok(flags)
-    }
-
-    /// These flags, and `defaults` where they say nothing.
-    #[must_use]
-    pub fn or(self, defaults: Self) -> Self {
-        Self {
-            name: self.name.or(defaults.name),
-            socket_path: self.socket_path.or(defaults.socket_path),
-            fd: self.fd.or(defaults.fd),
-            client: self.client.or(defaults.client),
-            socket_mode: self.socket_mode.or(defaults.socket_mode),
-            socket_group: self.socket_group.or(defaults.socket_group),
-            queues: self.queues.or(defaults.queues),
-            tap: self.tap.or(defaults.tap),
-            bridge: self.bridge.or(defaults.bridge),
-            uplink: self.uplink.or(defaults.uplink),
-            placement: self.placement.or(defaults.placement),
-            qmp: self.qmp.or(defaults.qmp),
-            poll: self.poll.or(defaults.poll),
-            poll_us: self.poll_us.or(defaults.poll_us),
-        }
-    }
-
-    fn slot(&mut self, key: &str) -> Option<Slot<'_>> {
-        Some(match key {
-            "name" => Slot::Text(&mut self.name),
-            "socket-path" => Slot::Path(&mut self.socket_path),
-            "fd" => Slot::Text(&mut self.fd),
-            "client" => Slot::Text(&mut self.client),
-            "socket-mode" => Slot::Text(&mut self.socket_mode),
-            "socket-group" => Slot::Text(&mut self.socket_group),
-            "queues" => Slot::Text(&mut self.queues),
-            "tap" => Slot::Text(&mut self.tap),
-            "bridge" => Slot::Text(&mut self.bridge),
-            "uplink" => Slot::Text(&mut self.uplink),
-            "placement" => Slot::Text(&mut self.placement),
-            "qmp" => Slot::Path(&mut self.qmp),
-            "poll" => Slot::Text(&mut self.poll),
-            "poll-us" => Slot::Text(&mut self.poll_us),
-            _ => return None,
-        })
+        settings
     }
 }
 
-/// Where the value of a key goes.
-enum Slot<'a> {
-    Text(&'a mut Option<String>),
-    Path(&'a mut Option<PathBuf>),
-}
-
-impl Slot<'_> {
-    /// Sets it; true if it was set already.
-    fn set(self, value: &str) -> bool {
-        match self {
-            Self::Text(slot) => slot.replace(value.into()).is_some(),
-            Self::Path(slot) => slot.replace(value.into()).is_some(),
+/// Reads the text of one `--device`, which is `place`.
+///
+/// # Errors
+/// A key that is unknown, lacks its value or comes twice.
+pub fn device_keys(text: &str, place: &Place) -> Result<Settings, Problem> {
+    let mut settings = Settings::default();
+    for item in split_at_commas(text) {
+        let (name, value) = match item.split_once('=') {
+            Some((name, value)) if !value.is_empty() => (name, value),
+            None if item == "client" => ("client", "on"),
+            _ => {
+                return Err(place.problem(format_args!(
+                    "{item:?} is not KEY=VALUE: write a value behind =, and a comma inside a value twice"
+                )));
+            }
+        };
+        let key = Key::find(name).ok_or_else(|| {
+            place.problem(format_args!(
+                "the key {name:?} is not known: use {}",
+                Key::names()
+            ))
+        })?;
+        if settings.put(key, Given::new(value, place)) {
+            return Err(place.problem(format_args!("{name} is given twice: keep one of them")));
         }
     }
+    Ok(settings)
 }
 
 /// The parts of `text` between single commas; a doubled comma stands for one inside a part.
-fn split_at_commas(text: &str) -> Vec<String> {
+pub(crate) fn split_at_commas(text: &str) -> Vec<String> {
     let mut parts = vec![String::new()];
     let mut chars = text.chars().peekable();
     while let Some(c) = chars.next() {
@@ -328,6 +373,7 @@ mod tests {
     use clap::CommandFactory;
 
     use super::*;
+    use crate::config::keys::KEYS;
 
     #[test]
     fn clap_finds_no_fault() {
@@ -338,13 +384,11 @@ mod tests {
     fn help_names_every_key_and_fits_a_terminal() {
         let short = Cli::command().render_help().to_string();
         let help = Cli::command().render_long_help().to_string();
-        for key in DeviceFlags::KEYS.split(", ") {
+        for key in KEYS.map(|key| key.name) {
             assert!(
                 key == "bridge" || help.contains(&format!("--{key}")),
                 "{key}\n{help}"
             );
-            let mut flags = DeviceFlags::default();
-            assert!(flags.slot(key).is_some(), "{key}");
         }
         for line in help.lines().chain(short.lines()) {
             assert!(line.chars().count() <= 100, "{line}");

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use virtionet_device::DeviceQueue;
-use virtionet_placement::worker_name;
 use virtionet_session::features::names as protocol_names;
 
 use crate::card::Card;
@@ -56,6 +55,9 @@ fn device(config: &DeviceConfig, card: &Card) -> report::Device {
             name: card.uplink().name(),
         },
         mtu: link.mtu,
+        warnings: card.warnings().iter().map(ToString::to_string).collect(),
+        advice: card.advice(),
+        interrupts: card.interrupts().report(),
         pairs: card.pairs().map(|p| pair(p)).collect(),
     }
 }
@@ -67,10 +69,12 @@ fn pair(pair: &Pair) -> report::Pair {
         pair: pair.index(),
         vcpu: decision.and_then(|d| d.vcpus.first().copied()),
         vcpus: decision.map_or_else(Vec::new, |d| d.vcpus.clone()),
-        worker: worker_name(u32::from(pair.index())),
+        worker: pair.worker_name(),
         tid: placed.as_ref().map(|placed| placed.tid),
         cpus: decision.map_or_else(Vec::new, |d| d.cpus.iter().collect()),
         placement: decision.map_or_else(String::new, |d| d.why.clone()),
+        worker_node: placed.as_ref().and_then(|placed| placed.node),
+        memory_node: pair.memory_node(),
         worker_counters: pair.worker_stats().into(),
         worker_load: report::Load::new(pair.worker_cycles(), pair.worker_stats()),
         rx: ring(pair.rx()),

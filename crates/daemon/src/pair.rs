@@ -12,6 +12,7 @@ use virtionet_device::port::{RxPort, TxFrame, Uplink, UplinkError, UplinkQueue};
 use virtionet_device::stats::WorkerStats;
 use virtionet_device::{RxQueue, TxQueue};
 use virtionet_placement::{Decision, worker_name};
+use virtionet_ring::memory::GuestMemory;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -41,6 +42,11 @@ pub struct Pair {
     placed: Mutex<Option<Placed>>,
     /// The placer's generation that `placed` is of.
     generation: AtomicU32,
+    /// Whether the worker may poll where it stands.
+    may_poll: AtomicBool,
+    /// Where the receiveq's descriptors lie in the front-end's addresses, if it ever started.
+    ring_address: AtomicU64,
+    memory_node: Mutex<Option<u32>>,
     thread: Mutex<Option<Thread>>,
 }
 
@@ -51,6 +57,10 @@ pub struct Placed {
     pub tid: i32,
     /// What was decided. `cpus` is what the kernel then said.
     pub decision: Decision,
+    /// The NUMA node of those CPUs, if it is one.
+    pub node: Option<u32>,
+    /// The kernel refused what was decided.
+    refused: bool,
 }
 
 /// How long workers of the pair have lived, in cycles of the time-stamp counter.
@@ -91,6 +101,9 @@ impl Pair {
             placer,
             placed: Mutex::new(None),
             generation: AtomicU32::new(0),
+            may_poll: AtomicBool::new(true),
+            ring_address: AtomicU64::new(0),
+            memory_node: Mutex::new(None),
             thread: Mutex::new(None),
         })
     }
@@ -117,6 +130,12 @@ impl Pair {
     #[must_use]
     pub fn epoll(&self) -> &Arc<Epoll> {
         &self.epoll
+    }
+
+    /// The name of its worker's thread.
+    #[must_use]
+    pub fn worker_name(&self) -> String {
+        worker_name(&self.device, u32::from(self.index))
     }
 
     /// Its queue of the uplink, once opened.
@@ -207,18 +226,102 @@ impl Pair {
 
     /// Moves the calling thread, the pair's worker, to where it belongs.
     pub(crate) fn place_worker(&self) {
+        let mut placed = self.settle();
+        if placed.refused {
+            // The cpuset or the online CPUs may have changed just now.
+            self.placer.doubt();
+            placed = self.settle();
+        }
+        self.may_poll
+            .store(placed.decision.may_poll, Ordering::Relaxed);
+        if self.placer.has_several_nodes() {
+            // What the worker touches first from here on, its stack for one.
+            virtionet_placement::prefer_node(placed.node);
+        }
+        *self.placed.lock() = Some(placed);
+    }
+
+    /// Carries the placer's decision out, and tells the log of it when it is another than before.
+    fn settle(&self) -> Placed {
         self.generation
             .store(self.placer.generation(), Ordering::Relaxed);
         let mut decision = self.placer.decide(self.index);
-        match virtionet_placement::apply(None, &decision.cpus) {
+        let refusal = match virtionet_placement::apply(None, &decision.cpus) {
             Ok(cpus) => {
                 decision.cpus = cpus;
-                tracing::info!("{}: {decision}", self.device);
+                None
             }
-            Err(error) => tracing::warn!("{}: {decision}, but {error}", self.device),
+            Err(error) => {
+                // What is told is where it stands, not where it should; that may be a vCPU's place.
+                decision.may_poll = false;
+                if let Ok(cpus) = virtionet_placement::allowed_cpus() {
+                    decision.cpus = cpus;
+                }
+                Some(error)
+            }
+        };
+        let before = self.placed();
+        let news = before.is_none_or(|placed| placed.decision != decision);
+        match &refusal {
+            None if news => tracing::info!("{}: {decision}", self.device),
+            Some(error) if news => tracing::warn!("{}: {decision}, but {error}", self.device),
+            _ => {}
         }
-        let tid = rustix::thread::gettid().as_raw_nonzero().get();
-        *self.placed.lock() = Some(Placed { tid, decision });
+        Placed {
+            tid: rustix::thread::gettid().as_raw_nonzero().get(),
+            node: self.placer.node_of(&decision),
+            decision,
+            refused: refusal.is_some(),
+        }
+    }
+
+    /// Whether a worker that is told to poll may do so where it stands.
+    pub(crate) fn may_poll(&self) -> bool {
+        self.may_poll.load(Ordering::Relaxed)
+    }
+
+    /// Wakes the worker to be placed anew where the kernel has moved it, as it does when a CPU goes
+    /// offline or a cpuset changes.
+    pub(crate) fn look(&self) {
+        let strayed = self.placed.lock().as_ref().is_some_and(|placed| {
+            let now = virtionet_placement::thread_cpus(placed.tid);
+            placed.refused || now.is_ok_and(|cpus| cpus != placed.decision.cpus)
+        });
+        if strayed {
+            let other = self.placer.generation().wrapping_sub(1);
+            self.generation.store(other, Ordering::Relaxed);
+            self.wake();
+        }
+    }
+
+    /// The NUMA node of its receiveq, while there is a front-end and as far as the kernel tells.
+    #[must_use]
+    pub fn memory_node(&self) -> Option<u32> {
+        *self.memory_node.lock()
+    }
+
+    /// Its receiveq lies here, in the front-end's addresses.
+    pub(crate) fn set_ring_address(&self, address: u64) {
+        self.ring_address.store(address, Ordering::Relaxed);
+    }
+
+    /// The front-end and its memory are gone.
+    pub(crate) fn forget_ring(&self) {
+        self.ring_address.store(0, Ordering::Relaxed);
+        *self.memory_node.lock() = None;
+        self.placer.set_memory_node(self.index, None);
+    }
+
+    /// Asks the kernel on which node its receiveq lies; true when that may change where the worker
+    /// belongs.
+    pub(crate) fn locate(&self, memory: &GuestMemory) -> bool {
+        let address = self.ring_address.load(Ordering::Relaxed);
+        let address = (address != 0).then(|| memory.host_address(address));
+        let node = address
+            .flatten()
+            .and_then(virtionet_placement::node_of_address);
+        *self.memory_node.lock() = node;
+        self.placer.set_memory_node(self.index, node)
     }
 
     /// Starts the worker, unless it runs.
@@ -233,7 +336,7 @@ impl Pair {
         let stop = Arc::new(AtomicBool::new(false));
         let worker = Worker::new(Arc::clone(self), Arc::clone(&stop), poll);
         let handle = std::thread::Builder::new()
-            .name(worker_name(u32::from(self.index)))
+            .name(self.worker_name())
             .stack_size(STACK)
             .spawn(move || worker.run())?;
         self.life.began.store(cycles(), Ordering::Relaxed);

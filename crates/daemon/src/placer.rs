@@ -1,46 +1,129 @@
 //! Placement of one device's workers: what is known of the front-end's vCPUs, shared by them.
 //!
 //! The workers ask, never the session thread: QEMU serves no QMP while it waits for an answer on
-//! the vhost-user socket.
+//! the vhost-user socket. While a front-end is connected, `follow.rs` has it look whether anything
+//! changed: the vCPU threads, their affinity, the CPUs of this process. If so the generation goes
+//! up, and workers that are woken ask again.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use virtionet_placement::{Decision, Planner, VcpuMap};
+use virtionet_placement::{CpuSet, Decision, Planner, Seen, Source, VcpuMap, Warning, Watch};
+
+use crate::host::Host;
+use crate::told::Told;
+
+/// How soon vCPU threads may be looked for again, when their number changed or none was found.
+/// Without success twice as late each time.
+const SEARCH_AGAIN: Duration = Duration::from_secs(1);
+const SEARCH_RARELY: Duration = Duration::from_secs(8);
+/// The same where QEMU's monitor had to be asked: it may have other uses.
+const ASK_AGAIN: Duration = Duration::from_secs(5);
 
 /// See the module.
 #[derive(Debug)]
 pub struct Placer {
-    planner: Planner,
+    /// The device's name, for the log.
+    name: String,
+    host: Arc<Host>,
+    /// The device's number there.
+    device: u32,
     known: Mutex<Known>,
+    /// A front-end is connected.
+    connected: AtomicBool,
     /// Pairs that the driver uses.
     pairs: AtomicU32,
     /// Goes up when decisions may have changed.
     generation: AtomicU32,
+    /// Workers should ask again and have not been woken.
+    owed: AtomicBool,
+    /// NUMA nodes of the pairs' rings. Apart: the session thread tells them, and must not wait for a
+    /// monitor that is being asked.
+    nodes: Mutex<BTreeMap<u32, Option<u32>>>,
+    told: Mutex<Told>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Known {
+    planner: Planner,
+    /// The host's version that the planner knows.
+    host: u32,
     pid: Option<i32>,
-    map: Option<VcpuMap>,
+    /// Counts front-ends.
+    session: u32,
+    found: Option<Found>,
+    /// Of which generation they are, and with how many pairs in use.
+    decisions: Option<(u32, u32, Vec<Decision>)>,
+}
+
+/// The vCPU threads of the front-end.
+#[derive(Debug)]
+struct Found {
+    map: VcpuMap,
+    watch: Watch,
+    /// They should be looked for again.
+    stale: bool,
+    /// A thread of its own is at it.
+    searching: bool,
+    /// Not before this.
+    search_at: Instant,
+    /// How long that is after the last time.
+    pause: Duration,
 }
 
 impl Placer {
-    /// A placer that follows `planner`.
+    /// A placer for the device of this name, which follows `planner` on `host`.
     #[must_use]
-    pub fn new(planner: Planner) -> Self {
+    pub fn new(name: &str, planner: Planner, host: Arc<Host>) -> Self {
+        let version = host.version();
         Self {
-            planner,
-            known: Mutex::default(),
+            name: name.to_owned(),
+            device: host.number(),
+            known: Mutex::new(Known {
+                planner: planner.with_topology(host.topology()),
+                host: version,
+                pid: None,
+                session: 0,
+                found: None,
+                decisions: None,
+            }),
+            host,
+            connected: AtomicBool::new(false),
             pairs: AtomicU32::new(1),
             generation: AtomicU32::new(0),
+            owed: AtomicBool::new(false),
+            nodes: Mutex::default(),
+            told: Mutex::default(),
         }
     }
 
     /// A front-end of this process id has connected.
     pub fn connected(&self, pid: Option<i32>) {
-        *self.known.lock() = Known { pid, map: None };
+        let mut known = self.known.lock();
+        known.pid = pid;
+        known.session = known.session.wrapping_add(1);
+        known.found = None;
+        drop(known);
         self.generation.fetch_add(1, Ordering::Relaxed);
+        self.connected.store(true, Ordering::Release);
+        self.host.ring_bell();
+    }
+
+    /// The front-end is gone.
+    pub fn disconnected(&self) {
+        self.connected.store(false, Ordering::Release);
+        self.told.lock().forget_present();
+        self.host.set_pinned(self.device, CpuSet::default);
+    }
+
+    /// Whether there is a front-end to follow.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        self.connected.load(Ordering::Acquire)
     }
 
     /// The driver now uses `pairs` pairs; true when that is news.
@@ -50,6 +133,28 @@ impl Placer {
             self.generation.fetch_add(1, Ordering::Relaxed);
         }
         news
+    }
+
+    /// The rings of `pair` lie on this NUMA node; true when that may change where its worker belongs.
+    pub fn set_memory_node(&self, pair: u16, node: Option<u32>) -> bool {
+        let before = self.nodes.lock().insert(u32::from(pair), node);
+        let news = before.flatten() != node && self.has_several_nodes();
+        if news {
+            self.generation.fetch_add(1, Ordering::Relaxed);
+        }
+        news
+    }
+
+    /// Whether the host has more than one NUMA node.
+    #[must_use]
+    pub fn has_several_nodes(&self) -> bool {
+        self.host.topology().nodes() > 1
+    }
+
+    /// The NUMA node of these CPUs, if it is one.
+    #[must_use]
+    pub fn node_of(&self, decision: &Decision) -> Option<u32> {
+        self.host.topology().node_of_all(&decision.cpus)
     }
 
     /// Changes when a worker should ask again.
@@ -63,13 +168,441 @@ impl Placer {
     #[must_use]
     pub fn decide(&self, pair: u16) -> Decision {
         let mut known = self.known.lock();
-        let pid = known.pid;
-        let map = known.map.get_or_insert_with(|| {
-            let map = self.planner.discover(pid);
-            tracing::info!("{map}");
-            map
+        let known = &mut *known;
+        if known.heed(&self.host, self.device) {
+            // This worker is the first to know: the others are yet to be woken.
+            self.generation.fetch_add(1, Ordering::Relaxed);
+            self.owed.store(true, Ordering::Relaxed);
+        }
+        let (planner, pid) = (&known.planner, known.pid);
+        let found = known.found.get_or_insert_with(|| {
+            let found = Found::search(planner, pid);
+            tracing::info!("{}: {}", self.name, found.map);
+            found
         });
-        let pairs = self.pairs.load(Ordering::Relaxed);
-        self.planner.place(map, u32::from(pair), pairs)
+        self.tell_pins(&known.planner, &found.map);
+        let (generation, pairs) = (self.generation(), self.pairs.load(Ordering::Relaxed));
+        let at = usize::from(pair);
+        if let Some((of, with, decisions)) = &known.decisions
+            && (*of, *with) == (generation, pairs)
+            && let Some(decision) = decisions.get(at)
+        {
+            return decision.clone();
+        }
+        for (pair, node) in &*self.nodes.lock() {
+            known.planner.set_memory_node(*pair, *node);
+        }
+        let count = pairs.max(u32::from(pair) + 1);
+        let decisions = known.planner.place_all(&found.map, count, pairs);
+        let decision = decisions.get(at).cloned();
+        known.decisions = Some((generation, pairs, decisions));
+        decision.unwrap_or_else(|| known.planner.place(&found.map, u32::from(pair), pairs))
+    }
+
+    /// Lets the placers of other devices know where this one's vCPUs are pinned.
+    fn tell_pins(&self, planner: &Planner, map: &VcpuMap) {
+        // Asked when nobody else can tell: a front-end that has gone meanwhile pins nothing.
+        self.host
+            .set_pinned(self.device, || match self.is_connected() {
+                true => planner.pinned(map),
+                false => CpuSet::default(),
+            });
+    }
+
+    /// The kernel refused what was decided: the host may have changed since it was last looked at.
+    pub fn doubt(&self) {
+        self.host.look();
+        self.generation.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Looks whether anything changed that decisions depend on; true when workers should ask again.
+    pub fn look(self: &Arc<Self>) -> bool {
+        // Somebody who is at it has news of his own.
+        let Some(mut known) = self.known.try_lock() else {
+            return false;
+        };
+        let mut news =
+            known.heed(&self.host, self.device) | self.owed.swap(false, Ordering::Relaxed);
+        let (pid, session) = (known.pid, known.session);
+        let Known { planner, found, .. } = &mut *known;
+        let Some(found) = found else {
+            return false;
+        };
+        match found.watch.look() {
+            Seen::Same => {}
+            Seen::Moved => news |= found.refresh(planner),
+            Seen::Threads => {
+                found.stale = true;
+                // Some may have moved as well, and the search may have to wait.
+                news |= found.refresh_living(planner);
+            }
+        }
+        if found.stale && !found.searching && Instant::now() >= found.search_at {
+            let planner = planner.clone();
+            if planner.may_ask_monitor() {
+                found.searching = self.search_aside(planner, pid, session).is_ok();
+            } else {
+                drop(known);
+                news |= self.search(&planner, pid, session);
+            }
+        }
+        if news {
+            self.generation.fetch_add(1, Ordering::Relaxed);
+        }
+        news
+    }
+
+    /// The same as [`Placer::search`] in a thread of its own: a monitor may take its time, and
+    /// neither workers that ask nor other devices must wait for it.
+    fn search_aside(
+        self: &Arc<Self>,
+        planner: Planner,
+        pid: Option<i32>,
+        session: u32,
+    ) -> io::Result<()> {
+        let placer = Arc::clone(self);
+        let search = move || {
+            if placer.search(&planner, pid, session) {
+                placer.owed.store(true, Ordering::Relaxed);
+            }
+        };
+        let thread = std::thread::Builder::new().name("qmp".into());
+        thread.spawn(search).map(|_| ())
+    }
+
+    /// Looks for the vCPU threads again; true when they are others than before.
+    fn search(&self, planner: &Planner, pid: Option<i32>, session: u32) -> bool {
+        let mut new = Found::search(planner, pid);
+        let mut known = self.known.lock();
+        let Some(old) = known.found.as_ref().filter(|_| known.session == session) else {
+            return false;
+        };
+        new.be_patient(old.pause);
+        let mut map = old.map.clone();
+        planner.refresh(&mut map);
+        if new.stale && map.vcpus.iter().any(|vcpu| vcpu.cpus.is_some()) {
+            // A monitor that is busy just now takes nothing away from what is known.
+            new.watch = planner.watch(pid, &map);
+            new.map = map;
+        }
+        let news = new.map != old.map;
+        if news {
+            tracing::info!("{}: {}", self.name, new.map);
+        }
+        known.found = Some(new);
+        news
+    }
+
+    /// Says in the log what is wrong with how vCPUs and workers stand, each thing once.
+    pub fn review(&self) {
+        let state = (self.generation(), self.pairs.load(Ordering::Relaxed));
+        if self.told.lock().is_settled(state) {
+            return;
+        }
+        let (_, pairs) = state;
+        let warnings = {
+            let Some(known) = self.known.try_lock() else {
+                return;
+            };
+            let (Some(found), Some((of, with, decisions))) = (&known.found, &known.decisions)
+            else {
+                return;
+            };
+            let in_use = usize::try_from(pairs).ok().and_then(|n| decisions.get(..n));
+            let current = (*of, *with) == state;
+            let Some(in_use) = in_use.filter(|_| current) else {
+                // Workers have yet to ask.
+                return;
+            };
+            known.planner.warnings(&found.map, in_use)
+        };
+        let mut told = self.told.lock();
+        if !self.is_connected() {
+            // It went meanwhile, and what was in force with it.
+            return;
+        }
+        for warning in told.news(state, warnings, Instant::now()) {
+            tracing::warn!("{}: {warning}", self.name);
+        }
+    }
+
+    /// What is wrong now.
+    #[must_use]
+    pub fn warnings(&self) -> Vec<Warning> {
+        self.told.lock().present().to_vec()
+    }
+}
+
+impl Known {
+    /// Takes the host as it is now into account; true when it changed.
+    fn heed(&mut self, host: &Host, device: u32) -> bool {
+        let version = host.version();
+        let news = version != self.host;
+        if news {
+            self.host = version;
+            self.planner.set_host(host.allowed(), host.topology());
+            self.planner.set_others(host.pinned_beside(device));
+            self.decisions = None;
+        }
+        news
+    }
+}
+
+impl Found {
+    fn search(planner: &Planner, pid: Option<i32>) -> Self {
+        let mut map = planner.discover(pid);
+        let watch = planner.watch(pid, &map);
+        // What changed between the two.
+        planner.refresh(&mut map);
+        let pause = SEARCH_AGAIN;
+        Self {
+            searching: false,
+            stale: map.vcpus.iter().all(|vcpu| vcpu.cpus.is_none()),
+            map,
+            watch,
+            search_at: Instant::now() + pause,
+            pause,
+        }
+    }
+
+    /// The last search was `pause` after the one before.
+    fn be_patient(&mut self, pause: Duration) {
+        self.pause = match (self.stale, self.map.source) {
+            (true, _) => (pause * 2).min(SEARCH_RARELY),
+            (false, Source::Qmp) => ASK_AGAIN,
+            (false, _) => SEARCH_AGAIN,
+        };
+        self.search_at = Instant::now() + self.pause;
+    }
+
+    /// The same, but leaves threads that are gone where they were: the search will tell.
+    fn refresh_living(&mut self, planner: &Planner) -> bool {
+        let before = self.map.vcpus.clone();
+        planner.refresh(&mut self.map);
+        for (now, before) in self.map.vcpus.iter_mut().zip(&before) {
+            if now.cpus.is_none() {
+                now.cpus.clone_from(&before.cpus);
+            }
+        }
+        self.map.vcpus != before
+    }
+
+    /// Reads where the threads may run now; true when that changed.
+    fn refresh(&mut self, planner: &Planner) -> bool {
+        let before = self.map.vcpus.clone();
+        planner.refresh(&mut self.map);
+        self.map.vcpus != before
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+    use virtionet_placement::Placement;
+
+    /// The vCPU threads of one test are found by all: one at a time.
+    static ALONE: Mutex<()> = Mutex::new(());
+
+    fn me() -> Option<i32> {
+        i32::try_from(std::process::id()).ok()
+    }
+
+    /// A thread called as QEMU calls that of a vCPU, until the sender is dropped.
+    fn vcpu(index: u32) -> (i32, mpsc::Sender<()>, std::thread::JoinHandle<()>) {
+        let (tell, told) = mpsc::channel();
+        let (end, ended) = mpsc::channel::<()>();
+        let thread = std::thread::Builder::new().name(format!("CPU {index}/TCG"));
+        let thread = thread.spawn(move || {
+            tell.send(rustix::thread::gettid().as_raw_nonzero().get())
+                .unwrap();
+            ended.recv().unwrap_err();
+        });
+        (told.recv().unwrap(), end, thread.unwrap())
+    }
+
+    fn looks_until(placer: &Arc<Placer>, news: impl Fn() -> bool) {
+        let until = Instant::now() + Duration::from_secs(20);
+        while !news() {
+            placer.look();
+            assert!(Instant::now() < until);
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// This process plays the front-end: vCPUs that appear late, move, become more and go.
+    #[test]
+    fn decisions_follow_the_vcpus() {
+        let _alone = ALONE.lock();
+        let host = Arc::new(Host::read().unwrap());
+        let cpus = host.allowed();
+        let planner = Planner::new(Placement::Auto, cpus.clone(), None).unwrap();
+        let placer = Arc::new(Placer::new("test", planner, host));
+        assert!(!placer.look(), "nobody is connected");
+        placer.connected(me());
+        placer.set_pairs(2);
+        let blind = placer.decide(1);
+        assert_eq!(
+            (blind.vcpu_tid, &blind.cpus),
+            (None, &cpus.turn(1)),
+            "{blind}"
+        );
+        placer.review();
+        assert!(matches!(
+            placer.warnings()[..],
+            [Warning::Unknown { .. }, ..]
+        ));
+
+        // They get their names.
+        let (first, ends_first, thread) = vcpu(0);
+        looks_until(&placer, || placer.decide(0).vcpu_tid == Some(first));
+        assert_eq!(
+            placer.decide(1).vcpu_tid,
+            Some(first),
+            "one vCPU for both pairs"
+        );
+
+        // The first is pinned elsewhere.
+        for turn in [1, 0] {
+            let there = cpus.turn(turn);
+            virtionet_placement::apply(Some(first), &there).unwrap();
+            let before = placer.generation();
+            assert!(placer.look() || cpus.len() == 1);
+            assert!(placer.generation() != before || cpus.len() == 1);
+            assert_eq!(placer.decide(0).cpus, there);
+            assert_eq!(placer.decide(7).cpus, there, "also of a pair not in use");
+        }
+
+        // Another is plugged in, and unplugged.
+        let (second, ends_second, other) = vcpu(1);
+        looks_until(&placer, || placer.decide(1).vcpu_tid == Some(second));
+        drop(ends_second);
+        other.join().unwrap();
+        looks_until(&placer, || placer.decide(1).vcpu_tid == Some(first));
+
+        placer.disconnected();
+        assert_eq!(placer.warnings(), []);
+        assert!(!placer.is_connected());
+        drop(ends_first);
+        thread.join().unwrap();
+    }
+
+    /// A thread more or less must not hide that a vCPU moved until the next search.
+    #[test]
+    fn a_vcpu_that_moves_while_threads_come_and_go_is_followed_at_the_next_look() {
+        let _alone = ALONE.lock();
+        let host = Arc::new(Host::read().unwrap());
+        let cpus = host.allowed();
+        let (tid, ends, thread) = vcpu(40);
+        virtionet_placement::apply(Some(tid), &cpus.turn(0)).unwrap();
+        let planner = Planner::new(Placement::Auto, cpus.clone(), None).unwrap();
+        let placer = Arc::new(Placer::new("test", planner, host));
+        placer.connected(me());
+        let pair = |placer: &Arc<Placer>| {
+            let all = (0..64).map(|pair| placer.decide(pair));
+            all.into_iter()
+                .find(|one| one.vcpu_tid == Some(tid))
+                .unwrap()
+        };
+        assert_eq!(pair(&placer).cpus, cpus.turn(0));
+        placer.known.lock().found.as_mut().unwrap().search_at += Duration::from_secs(60);
+        let (_, ends_other, other) = vcpu(41);
+        virtionet_placement::apply(Some(tid), &cpus.turn(1)).unwrap();
+        assert!(placer.look() || cpus.len() == 1);
+        assert_eq!(pair(&placer).cpus, cpus.turn(1));
+        drop((ends, ends_other));
+        thread.join().unwrap();
+        other.join().unwrap();
+    }
+
+    #[test]
+    fn nothing_is_wrong_once_the_front_end_has_gone() {
+        let host = Arc::new(Host::read().unwrap());
+        let planner = Planner::new(Placement::Auto, host.allowed(), None).unwrap();
+        let placer = Arc::new(Placer::new("test", planner, host));
+        placer.connected(None);
+        let _ = placer.decide(0);
+        placer.disconnected();
+        // A look that began before.
+        placer.review();
+        assert_eq!(placer.warnings(), []);
+    }
+
+    #[test]
+    fn devices_know_of_each_others_vcpus() {
+        let _alone = ALONE.lock();
+        let host = Arc::new(Host::read().unwrap());
+        let cpus = host.allowed();
+        let planner = || {
+            Planner::new(Placement::None, cpus.clone(), None)
+                .unwrap()
+                .polling(true)
+        };
+        let one = Arc::new(Placer::new("test", planner(), Arc::clone(&host)));
+        let other = Arc::new(Placer::new("test", planner(), Arc::clone(&host)));
+        let (tid, ends, thread) = vcpu(50);
+        virtionet_placement::apply(Some(tid), &cpus.turn(0)).unwrap();
+        one.connected(me());
+        other.connected(None);
+        assert_eq!(other.decide(0).cpus, cpus, "nobody has looked for vCPUs");
+        let _ = one.decide(0);
+        assert!(other.look(), "another guest came");
+        let free = cpus.difference(&host.pinned_beside(other.device));
+        assert_eq!(host.pinned_beside(one.device), CpuSet::default());
+        assert!(!free.contains(cpus.turn(0).last().unwrap()));
+        let decision = other.decide(0);
+        assert_eq!(decision.may_poll, !free.is_empty());
+        assert!(free.is_empty() || decision.cpus == free, "{decision}");
+        one.disconnected();
+        assert!(other.look(), "it went");
+        assert_eq!(other.decide(0).cpus, cpus);
+        drop(ends);
+        thread.join().unwrap();
+    }
+
+    /// Whoever looks goes on at once, and who asks gets what is known.
+    #[test]
+    fn a_monitor_that_hangs_is_asked_by_a_thread_of_its_own() {
+        let host = Arc::new(Host::read().unwrap());
+        let path = std::env::temp_dir().join(format!("placer-{}.qmp", std::process::id()));
+        let silent = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let planner = Planner::new(Placement::Auto, host.allowed(), Some(path.clone())).unwrap();
+        let planner = planner.with_qmp_timeout(Duration::from_millis(200));
+        let placer = Arc::new(Placer::new("test", planner, host));
+        placer.connected(None);
+        let first = placer.decide(0);
+        let due = |placer: &Placer| {
+            let mut known = placer.known.lock();
+            let found = known.found.as_mut().unwrap();
+            found.search_at = Instant::now();
+            found.searching
+        };
+        assert!(!due(&placer));
+        assert!(!placer.look());
+        assert!(due(&placer), "it is being asked");
+        assert!(!placer.look(), "and not twice");
+        assert_eq!(placer.decide(0), first);
+        looks_until(&placer, || Arc::strong_count(&placer) == 1);
+        drop(silent);
+        std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn a_worker_that_saw_the_host_change_has_the_others_woken() {
+        let host = Arc::new(Host::read().unwrap());
+        let planner = Planner::new(Placement::None, host.allowed(), None).unwrap();
+        let placer = Arc::new(Placer::new("test", planner, host));
+        placer.connected(None);
+        assert!(!placer.decide(0).cpus.is_empty());
+        assert!(!placer.look());
+        placer.known.lock().host = u32::MAX;
+        let before = placer.generation();
+        assert_eq!(
+            placer.decide(0).cpus,
+            CpuSet::from_iter(placer.host.allowed().iter())
+        );
+        assert_ne!(placer.generation(), before);
+        assert!(placer.look(), "the others have yet to ask");
+        assert!(!placer.look());
     }
 }

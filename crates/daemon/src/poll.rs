@@ -21,6 +21,8 @@ const ALWAYS: Duration = Duration::from_millis(100);
 #[derive(Debug, Clone, Copy)]
 pub struct Polling {
     mode: Poll,
+    /// Where the worker stands it may look on; else it sleeps, whatever the mode.
+    permitted: bool,
     /// From 0 to [`FULL`].
     score: u32,
 }
@@ -29,25 +31,35 @@ impl Polling {
     /// Polling as configured, nothing learnt yet.
     #[must_use]
     pub fn new(mode: Poll) -> Self {
-        Self { mode, score: 0 }
+        Self {
+            mode,
+            permitted: true,
+            score: 0,
+        }
+    }
+
+    /// Whether it may look on where it stands now.
+    pub fn permit(&mut self, permitted: bool) {
+        self.permitted = permitted;
     }
 
     /// Whether the worker looks at all before it sleeps.
     #[must_use]
     pub fn is_on(&self) -> bool {
-        self.mode != Poll::Off
+        self.permitted && self.mode != Poll::Off
     }
 
     /// Whether the worker never sleeps.
     #[must_use]
     pub fn is_always(&self) -> bool {
-        self.mode == Poll::Always
+        self.permitted && self.mode == Poll::Always
     }
 
     /// Until when it may look now; `None` when it may not.
     #[must_use]
     pub fn until(&self) -> Option<Instant> {
         match self.mode {
+            _ if !self.permitted => None,
             Poll::Off => None,
             Poll::Adaptive(limit) => Some(Instant::now() + limit * self.score / FULL),
             Poll::Always => Some(Instant::now() + ALWAYS),
@@ -90,6 +102,18 @@ mod tests {
         (0..9).for_each(|_| polling.in_vain());
         assert_eq!(polling.score, 0);
         assert_eq!(looks(&polling), Duration::ZERO);
+    }
+
+    #[test]
+    fn where_it_is_not_permitted_it_sleeps_at_once() {
+        for mode in [Poll::Always, Poll::Adaptive(LIMIT)] {
+            let mut polling = Polling::new(mode);
+            assert!(polling.is_on() && polling.until().is_some());
+            polling.permit(false);
+            assert!(!polling.is_on() && !polling.is_always() && polling.until().is_none());
+            polling.permit(true);
+            assert_eq!(polling.is_always(), mode == Poll::Always);
+        }
     }
 
     #[test]

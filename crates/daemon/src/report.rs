@@ -37,8 +37,42 @@ pub struct Device {
     pub uplink: Uplink,
     /// The MTU that the front-end set, in bytes.
     pub mtu: Option<u16>,
+    /// What is wrong with where vCPUs and workers stand, one sentence each with the remedy.
+    pub warnings: Vec<String>,
+    /// What the guest could do better, one sentence each with the command that mends it.
+    pub advice: Vec<String>,
+    /// The host's interrupts and steering masks that follow the workers.
+    pub interrupts: Interrupts,
     /// The queue pairs, by number.
     pub pairs: Vec<Pair>,
+}
+
+/// The host's interrupts and steering masks of a device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Interrupts {
+    /// As `--irq-affinity` spells it.
+    pub mode: String,
+    /// The files that are set, or would be.
+    pub settings: Vec<Setting>,
+    /// What a person should know or do.
+    pub notes: Vec<String>,
+}
+
+/// A file that says on which CPUs the kernel works.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Setting {
+    /// The file.
+    pub file: String,
+    /// What it should hold.
+    pub value: String,
+    /// What it held before; `None` where it cannot be read.
+    pub original: Option<String>,
+    /// Whether it was set, and is put back at the end.
+    pub applied: bool,
+    /// The command that sets it.
+    pub command: String,
+    /// Why it was not set, where that was tried.
+    pub refused: Option<String>,
 }
 
 /// Who connects on the vhost-user socket.
@@ -101,6 +135,10 @@ pub struct Pair {
     pub cpus: Vec<u32>,
     /// Why it stands there.
     pub placement: String,
+    /// The NUMA node of those CPUs, if it is one.
+    pub worker_node: Option<u32>,
+    /// The NUMA node of the pair's receive ring, as far as the kernel tells.
+    pub memory_node: Option<u32>,
     /// What the worker did; names as in [`WorkerStats::NAMES`].
     pub worker_counters: Counters,
     /// How busy the worker is.
@@ -244,6 +282,20 @@ pub(crate) fn sample() -> Report {
                 name: "tap0".into(),
             },
             mtu: Some(1500),
+            warnings: vec!["few".into()],
+            advice: vec!["more".into()],
+            interrupts: Interrupts {
+                mode: "apply".into(),
+                settings: vec![Setting {
+                    file: "/f".into(),
+                    value: "2".into(),
+                    original: Some("0".into()),
+                    applied: true,
+                    command: "echo 2 > /f".into(),
+                    refused: None,
+                }],
+                notes: vec!["note".into()],
+            },
             pairs: vec![Pair {
                 pair: 0,
                 vcpu: Some(0),
@@ -252,6 +304,8 @@ pub(crate) fn sample() -> Report {
                 tid: Some(1),
                 cpus: vec![2],
                 placement: "why".into(),
+                worker_node: Some(0),
+                memory_node: Some(1),
                 worker_counters: Counters::from(&worker),
                 worker_load: Load::new(400, &worker),
                 rx: ring(RingState::Running, 5),
@@ -283,9 +337,14 @@ mod tests {
                 "memory": [{"guest_addr": 0, "size": 4096, "user_addr": 1_u64 << 40}],
                 "uplink": {"kind": "tap", "name": "tap0"},
                 "mtu": 1500,
+                "warnings": ["few"], "advice": ["more"],
+                "interrupts": {"mode": "apply", "notes": ["note"], "settings": [{
+                    "file": "/f", "value": "2", "original": "0", "applied": true,
+                    "command": "echo 2 > /f", "refused": null,
+                }]},
                 "pairs": [{
                     "pair": 0, "vcpu": 0, "vcpus": [0], "worker": "vnet-q0", "tid": 1, "cpus": [2],
-                    "placement": "why", "worker_counters": null,
+                    "placement": "why", "worker_node": 0, "memory_node": 1, "worker_counters": null,
                     "worker_load": {"cycles": 400, "busy_share": 0.25, "cycles_per_frame": 50.0},
                     "rx": {"state": "running", "enabled": true, "size": 256, "counters": null},
                     "tx": {"state": "quarantined", "enabled": true, "size": 256, "counters": null},

@@ -2,8 +2,9 @@
 //! main thread waits for a signal.
 //!
 //! Threads: `main` (signals), `NAME` (one a device: accepts front-ends and answers them),
-//! `vnet-qK` (one a queue pair: frames), `sw-NAME` (one a switch with a TAP: the host's frames),
-//! `control` (the HTTP socket, if asked for).
+//! `NAME-qK` (one a queue pair: frames), `sw-NAME` (one a switch with a TAP: the host's frames),
+//! `control` (the HTTP socket, if asked for), `placer` (while a front-end is connected: looks now
+//! and then whether workers should stand elsewhere, and how the devices are).
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -16,15 +17,20 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
-use virtionet_placement::{CpuSet, Planner};
+use virtionet_placement::Planner;
+use virtionet_placement::interrupts::Ledger;
 use virtionet_session::listen::{Access, Inherited, ListenError, Listener, connect};
 use virtionet_session::{Ended, SessionError, take_fd};
 use virtionet_uplink::switch::Pump;
 use virtionet_uplink::{UplinkSpec, Uplinks};
 
+use crate::advice::Adviser;
 use crate::card::Card;
-use crate::config::{Config, DeviceConfig, Socket};
+use crate::config::{Config, DeviceConfig, Poll, Socket};
 use crate::control::ControlServer;
+use crate::follow;
+use crate::host::{Host, HostError};
+use crate::interrupts::Interrupts;
 use crate::inventory::Devices;
 use crate::placer::Placer;
 
@@ -53,7 +59,7 @@ pub enum RunError {
     },
     /// The CPUs of this process cannot be read.
     #[error(transparent)]
-    Affinity(#[from] virtionet_placement::AffinityError),
+    Cpus(#[from] HostError),
     /// A device cannot go on.
     #[error("{0}: {1}")]
     Ended(String, String),
@@ -64,7 +70,6 @@ pub enum RunError {
 /// # Errors
 /// When something cannot be set up, or a device that is alone cannot go on.
 pub fn run(config: Config) -> Result<(), RunError> {
-    let allowed = virtionet_placement::allowed_cpus()?;
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(host("handle signals"))?;
     // Inherited descriptors are taken before anything else is opened in their place.
     let doors = config
@@ -72,12 +77,14 @@ pub fn run(config: Config) -> Result<(), RunError> {
         .iter()
         .map(|device| Door::open(&device.socket).map_err(|e| device_error(device, e)))
         .collect::<Result<Vec<_>, _>>()?;
+    let cpus = Arc::new(Host::read()?);
     let mut uplinks = Uplinks::default();
+    let ledger = Arc::new(Ledger::with_irqbalance());
     let cards = config
         .devices
         .iter()
         .map(|device| {
-            let card = card(device, &allowed, &mut uplinks)?;
+            let card = card(device, &cpus, &mut uplinks, &ledger)?;
             Ok((device.clone(), Arc::new(card)))
         })
         .collect::<Result<Vec<_>, RunError>>()?;
@@ -88,7 +95,10 @@ pub fn run(config: Config) -> Result<(), RunError> {
     };
     let stop =
         Arc::new(eventfd(0, EventfdFlags::CLOEXEC).map_err(|e| host("make an eventfd")(e.into()))?);
-    let pumps = start_pumps(&uplinks, &stop)?;
+    let mut pumps = start_pumps(&uplinks, &stop)?;
+    let followed = devices.0.iter().map(|(_, card)| Arc::clone(card));
+    let placer = follow::start(followed.collect(), cpus, Arc::clone(&stop), Ok(()));
+    pumps.push(("placer".into(), placer.map_err(host("start a thread"))?));
     let alone = devices.0.len() == 1;
     let left = Arc::new(AtomicUsize::new(devices.0.len()));
     let mut threads = Vec::new();
@@ -156,18 +166,36 @@ fn join(threads: Vec<Thread>) -> Result<(), RunError> {
 }
 
 /// Sets one device up: its uplink is opened now, so that what is wrong with it shows at start.
-fn card(device: &DeviceConfig, allowed: &CpuSet, uplinks: &mut Uplinks) -> Result<Card, RunError> {
+fn card(
+    device: &DeviceConfig,
+    cpus: &Arc<Host>,
+    uplinks: &mut Uplinks,
+    ledger: &Arc<Ledger>,
+) -> Result<Card, RunError> {
     let spec: UplinkSpec = device.uplink.parse().map_err(|e| usage(device, e))?;
     let mode = device.placement.parse().map_err(|e| usage(device, e))?;
     let planner =
-        Planner::new(mode, allowed.clone(), device.qmp.clone()).map_err(|e| usage(device, e))?;
+        Planner::new(mode, cpus.allowed(), device.qmp.clone()).map_err(|e| usage(device, e))?;
+    let irq_affinity = device.irq_affinity.parse().map_err(|e| usage(device, e))?;
     let uplink = uplinks.open(&spec).map_err(|e| device_error(device, e))?;
-    Ok(Card::new(
+    let socket = match &device.socket {
+        Socket::Listen { path, .. } | Socket::Connect { path } => Some(path.clone()),
+        Socket::Inherited(_) => None,
+    };
+    let card = Card::new(
         &device.name,
         device.queues.max(),
         uplink,
-        Placer::new(planner),
+        Placer::new(
+            &device.name,
+            planner.polling(device.poll != Poll::Off),
+            Arc::clone(cpus),
+        ),
         device.poll,
+    );
+    Ok(card.with(
+        Interrupts::new(&device.name, irq_affinity, Arc::clone(ledger)),
+        Adviser::new(&device.name, device.qmp.clone(), socket),
     ))
 }
 

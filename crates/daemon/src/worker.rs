@@ -113,6 +113,7 @@ impl Worker {
     /// Serves the pair until it is told to stop.
     pub fn run(mut self) {
         self.pair.place_worker();
+        self.poll.permit(self.pair.may_poll());
         while !self.stop.load(Ordering::Acquire) {
             let timeout = if self.has_work() { 0 } else { -1 };
             self.wait(timeout);
@@ -190,6 +191,7 @@ impl Worker {
     /// Something changed: look at everything once.
     fn woken(&mut self) {
         self.pair.heed_wake();
+        self.poll.permit(self.pair.may_poll());
         self.tx_ready = true;
         self.uplink_ready = self.pulls;
         self.starved = false;

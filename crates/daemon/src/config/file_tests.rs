@@ -1,0 +1,364 @@
+//! The configuration file: what is read, what wins over it, and every sentence about it.
+
+use std::path::PathBuf;
+
+use super::{Command, Config, Poll, Queues, Socket};
+use crate::cli::{self, Refusal};
+
+/// Runs the command line `line` with `text` in the file `f.toml`, which errors name by that.
+fn command(name: &str, text: impl AsRef<[u8]>, line: &str) -> Result<Config, String> {
+    let dir = std::env::temp_dir().join(format!("vnet-config-{}-{name}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let path: PathBuf = dir.join("f.toml");
+    std::fs::write(&path, text).unwrap();
+    let path = path.to_str().unwrap();
+    let args = ["virtionetd", "--config", path].into_iter();
+    let args = args.chain(line.split_whitespace()).map(Into::into);
+    let command = cli::parse(args).map_err(|refusal| match refusal {
+        Refusal::Config(why) => why.to_string().replace(path, "f.toml"),
+        Refusal::Flags(why) => panic!("{line}: {why}"),
+    });
+    std::fs::remove_dir_all(&dir).unwrap();
+    command.map(|command| match command {
+        Command::Serve(config) => config,
+        other => panic!("{other:?}"),
+    })
+}
+
+const TWO: &str = r#"
+control = "/c"
+
+[defaults]
+queues = 4
+poll = "adaptive"
+poll-us = 9
+socket-group = "kvm"
+
+[[device]]
+name = "a"
+socket-path = "/a"
+tap = "t0"
+bridge = "br0"
+placement = "list:0-3,8"
+socket-mode = 0o640
+
+[[device]]
+fd = 3
+uplink = "switch:lan,tap=t1"
+queues = "medium"
+vcpus = 6
+poll = "off"
+irq-affinity = "print"
+"#;
+
+/// What matters of a configuration, in a line for each device.
+fn summary(config: &Config) -> String {
+    let line = |device: &super::DeviceConfig| {
+        let socket = match &device.socket {
+            Socket::Listen { path, mode, group } => {
+                let group = group.as_deref().unwrap_or("-");
+                format!("listen {} {mode:o} {group}", path.display())
+            }
+            Socket::Connect { path } => format!("connect {}", path.display()),
+            Socket::Inherited(fd) => format!("fd {fd}"),
+        };
+        let queues = match device.queues {
+            Queues::Auto => "auto".into(),
+            Queues::AtMost(pairs) => pairs.to_string(),
+        };
+        let poll = match device.poll {
+            Poll::Off => "off".into(),
+            Poll::Adaptive(time) => format!("{}us", time.as_micros()),
+            Poll::Always => "always".into(),
+        };
+        let (name, uplink) = (&device.name, &device.uplink);
+        let (placement, irq) = (&device.placement, &device.irq_affinity);
+        format!("{name}: {socket}, {queues} on {uplink}, {placement}, {poll} {irq}")
+            .trim_end()
+            .into()
+    };
+    let lines: Vec<String> = config.devices.iter().map(line).collect();
+    lines.join("\n")
+}
+
+#[test]
+fn devices_have_their_keys_and_the_defaults() {
+    let config = command("two", TWO, "").unwrap();
+    assert_eq!(config.control, Some("/c".into()));
+    assert_eq!(
+        summary(&config),
+        "a: listen /a 640 kvm, 4 on tap:t0,bridge=br0, list:0-3,8, 9us\n\
+         vnet1: fd 3, 3 on switch:lan,tap=t1, auto, off print"
+    );
+}
+
+#[test]
+fn the_command_line_wins_over_the_file() {
+    for (line, expected) in [
+        (
+            "--poll always --queues 2 --control /d",
+            "a: listen /a 640 kvm, 2 on tap:t0,bridge=br0, list:0-3,8, always\n\
+             vnet1: fd 3, 2 on switch:lan,tap=t1, auto, always print",
+        ),
+        // What a flag says for all has no meaning for some, which is no fault.
+        (
+            "--poll-us 7 --client",
+            "a: connect /a, 4 on tap:t0,bridge=br0, list:0-3,8, 7us\n\
+             vnet1: fd 3, 3 on switch:lan,tap=t1, auto, off print",
+        ),
+        (
+            "--vcpus 2",
+            "a: listen /a 640 kvm, 4 on tap:t0,bridge=br0, list:0-3,8, 9us\n\
+             vnet1: fd 3, 1 on switch:lan,tap=t1, auto, off print",
+        ),
+        // Of one device: stronger than the flags for all.
+        (
+            "--poll off --device name=a,uplink=null,poll=always",
+            "a: listen /a 640 kvm, 4 on null, list:0-3,8, always\n\
+             vnet1: fd 3, 3 on switch:lan,tap=t1, auto, off print",
+        ),
+        (
+            "--device name=vnet1,socket-path=/b,queues=1,socket-group=7",
+            "a: listen /a 640 kvm, 4 on tap:t0,bridge=br0, list:0-3,8, 9us\n\
+             vnet1: listen /b 660 7, 1 on switch:lan,tap=t1, auto, off print",
+        ),
+        (
+            "--device name=a,fd=4 --device socket-path=/x,tap=t3,socket-mode=600",
+            "a: fd 4, 4 on tap:t0,bridge=br0, list:0-3,8, 9us\n\
+             vnet1: fd 3, 3 on switch:lan,tap=t1, auto, off print\n\
+             vnet2: listen /x 600 kvm, 4 on tap:t3, auto, 9us",
+        ),
+    ] {
+        let config = command("wins", TWO, line).unwrap();
+        assert_eq!(summary(&config), expected, "{line}");
+        let control = if line.contains("--control") {
+            "/d"
+        } else {
+            "/c"
+        };
+        assert_eq!(config.control, Some(control.into()));
+    }
+}
+
+/// Files, each with its name first, and under it all that is wrong with it.
+const REFUSED: &str = r#"
+## unknown keys, in all places
+queues = 4
+contrl = "/c"
+frob = 1
+[defaults]
+tap = "t0"
+queue = 4
+[[device]]
+socket_path = "/a"
+socket-path = "/b"
+uplink = "null"
+frobnicate = true
+[[devices]]
+--
+f.toml:1: queues belongs to a device: write it below a [[device]], or below [defaults] where it is for all
+f.toml:2: "contrl" is not known at the top: control is the nearest, write that
+f.toml:3: "frob" is not known at the top: write control = "PATH", [defaults] or [[device]]
+f.toml:5: tap describes one device: write it below its [[device]]
+f.toml:6: the key "queue" is not known: queues is the nearest, write that
+f.toml:8: the key "socket_path" is not known: socket-path is the nearest, write that
+f.toml:11: the key "frobnicate" is not known: use name, socket-path, fd, client, queues, vcpus, tap, bridge, uplink, placement, irq-affinity, qmp, poll, poll-us, socket-mode, socket-group
+f.toml:12: "devices" is not known at the top: device is the nearest, write that
+## wrong kinds
+control = 5
+defaults = "x"
+[[device]]
+name = 1
+socket-path = ["/a"]
+queues = 1.5
+uplink = true
+client = "on"
+poll-us = "50"
+socket-mode = 660
+qmp = 1979-05-27
+vcpus = 0x4
+placement = {a = 1}
+--
+f.toml:1: control is the number 5: write a text in quotes
+f.toml:2: defaults is a table: write [defaults]
+f.toml:3: no socket is given: add socket-path = "PATH" or fd = N
+f.toml:3: no uplink is given: add tap = "NAME", or uplink = "null" to drop what the guest sends
+f.toml:4: name is the number 1: write a text in quotes
+f.toml:5: socket-path is a list: write a text in quotes
+f.toml:6: queues is the number 1.5: write a whole number, or a word in quotes
+f.toml:7: uplink is true: write a text in quotes
+f.toml:8: client is the text "on": write true or false
+f.toml:9: poll-us is the text "50": write a whole number without quotes
+f.toml:10: socket-mode is the number 660: write octal digits in quotes, such as "660"
+f.toml:11: qmp is the date 1979-05-27: write a text in quotes
+f.toml:12: vcpus is the number 0x4: write a whole number without quotes
+f.toml:13: placement is a table: write a text in quotes
+## one table for devices
+[device]
+tap = "t0"
+--
+f.toml:1: each device is a table of its own in a list: write [[device]]
+f.toml:1: no device is described: add [[device]], with socket-path and tap below it
+## a list of other things
+device = [1]
+--
+f.toml:1: each device is a table of its own: write [[device]], and its keys below
+f.toml:1: no device is described: add [[device]], with socket-path and tap below it
+## values that mean nothing
+[defaults]
+poll = "busy"
+[[device]]
+name = "a b"
+socket-path = "/a"
+tap = "t0"
+uplink = "null"
+queues = 129
+[[device]]
+fd = 2
+tap = "abcdefghijklmnopq"
+placement = "list:"
+client = true
+[[device]]
+socket-path = "/c"
+uplink = "null"
+bridge = "b"
+poll = "off"
+poll-us = 3
+queues = "high"
+irq-affinity = "on"
+qmp = ""
+--
+f.toml:2: poll = "busy" is not known: write off, adaptive or always
+f.toml:4: name "a b" cannot be used: write 1 to 64 letters, digits, '.', '_' or '-'
+f.toml:6: tap = "t0" and uplink = "null" are both given: keep one of them
+f.toml:8: queues = 129 cannot be had: write 1 to 128 queue pairs, auto for as many as the front-end asks for, or high, medium or low with vcpus = N
+f.toml:11: tap: TAP name "abcdefghijklmnopq" has 17 bytes; an interface's name has 1 to 15
+f.toml:12: placement: placement "list:" names no CPU: write list:CPUS, such as list:0-3,8, or list for all allowed CPUs
+f.toml:13: client and fd = 2 are both given: leave client out, or name the socket with socket-path = "PATH"
+f.toml:17: bridge = "b" stands without tap: write tap = "NAME" instead of uplink = "null", or leave bridge out
+f.toml:19: poll-us = 3 has no meaning with poll = "off": add poll = "adaptive", or leave poll-us out
+f.toml:20: queues = "high" is a share of the guest's vCPUs, which are not known: add vcpus = N, or write the number of queue pairs
+f.toml:21: irq-affinity: there is no interrupt affinity mode "on": use apply, print or off
+f.toml:22: qmp is empty: write a path, or leave it out
+## things given to two
+control = "/a"
+[[device]]
+socket-path = "/a"
+tap = "t0"
+[[device]]
+socket-path = "/./b"
+tap = "t0"
+name = "vnet0"
+[[device]]
+socket-path = "/b"
+uplink = "switch:s,tap=t0"
+--
+f.toml:3: socket /a is given to both control (f.toml:1) and vnet0: give each one of its own
+f.toml:7: TAP t0 is given to two devices (f.toml:4): give each one of its own
+f.toml:8: name vnet0 is given to two devices (f.toml:2): give each one of its own
+f.toml:10: socket /b is given to both vnet0 (f.toml:6) and vnet2: give each one of its own
+f.toml:11: TAP t0 is given to both vnet0 (f.toml:4) and switch s: give each one of its own
+## twice
+[[device]]
+tap = "t0"
+fd = 3
+tap = "t1"
+--
+f.toml:4: tap is given twice: keep one of them
+## not toml, and what can be read all the same
+[[device]]
+tap = lan0
+fd = 3
+quques = 4
+uplink "null"
+--
+f.toml:2: `tap = lan0` has a value that cannot be read: write a text in quotes, and a number, true or false without
+f.toml:4: the key "quques" is not known: queues is the nearest, write that
+f.toml:5: `uplink "null"` is not TOML (key with no value, expected `=`): write KEY = VALUE or [TABLE]
+## nothing
+# only a comment
+--
+f.toml:1: no device is described: add [[device]], with socket-path and tap below it
+"#;
+
+#[test]
+fn every_problem_is_told_with_its_line() {
+    for (at, case) in REFUSED.trim().split("## ").skip(1).enumerate() {
+        let (name, case) = case.split_once('\n').unwrap();
+        let (text, problems) = case.split_once("--\n").unwrap();
+        let found = command(&format!("bad{at}"), text, "").unwrap_err();
+        assert_eq!(found, problems.trim_end(), "{name}");
+    }
+    assert_eq!(REFUSED.matches("## ").count(), 9);
+}
+
+#[test]
+fn problems_of_both_sides_are_told_together() {
+    for (line, problem) in [
+        (
+            "--poll busy",
+            "--poll busy is not known: write off, adaptive or always",
+        ),
+        (
+            "--tap t5",
+            "--tap stands beside --config: write it as tap=... into the --device that it belongs to",
+        ),
+        (
+            "--device name=b,fd=3,tap=t5",
+            "descriptor 3 is given to both vnet1 (f.toml:19) and b: give each one of its own",
+        ),
+        (
+            "--device name=a,queues=1 --device name=a,poll=off",
+            "--device name=a,poll=off: another --device has this name already: write all that is said of it into one",
+        ),
+        (
+            "--device name=a,tap=t1",
+            "f.toml:20: TAP t1 is given to both a and switch lan: give each one of its own",
+        ),
+        (
+            "--device name=a,client,socket-mode=600",
+            "--device name=a,client,socket-mode=600: socket-mode is for a socket that virtionetd creates: leave it out, or use socket-path without client",
+        ),
+    ] {
+        assert_eq!(command("sides", TWO, line).unwrap_err(), problem, "{line}");
+    }
+    let bad = format!("{TWO}queus = 1\n");
+    assert_eq!(
+        command("both", bad, "--poll busy").unwrap_err(),
+        "--poll busy is not known: write off, adaptive or always\n\
+         f.toml:25: the key \"queus\" is not known: queues is the nearest, write that"
+    );
+}
+
+#[test]
+fn a_file_that_cannot_be_read_is_one_problem() {
+    assert_eq!(
+        command("binary", b"a = 1\nb = \xff", "").unwrap_err(),
+        "f.toml:2: the file is no text in UTF-8: save it as one"
+    );
+    let long = command("long", format!("a = [{}", "[".repeat(9_000)), "").unwrap_err();
+    assert!(long.len() < 400, "{long}");
+    let huge = command("huge", "#".repeat((1 << 20) + 1), "").unwrap_err();
+    assert!(huge.contains("it is larger than 1 MiB; name a"), "{huge}");
+    assert!(command("large", "#".repeat(1 << 20), "").is_err_and(|e| e.contains("no device")));
+    let args = ["virtionetd", "--config", "/nowhere/f.toml"].map(Into::into);
+    let Err(Refusal::Config(why)) = cli::parse(args) else {
+        panic!("a file that is not there was read");
+    };
+    assert_eq!(
+        why.to_string(),
+        "cannot read /nowhere/f.toml: No such file or directory (os error 2); name a configuration file that exists and that this user may read"
+    );
+}
+
+#[test]
+fn the_example_in_the_readme_is_right() {
+    let readme = include_str!("../../../../README.md");
+    let (_, example) = readme.split_once("```toml\n").unwrap();
+    let (example, _) = example.split_once("```").unwrap();
+    assert_eq!(
+        summary(&command("readme", example, "").unwrap()),
+        "web: listen /run/web.sock 660 kvm, 4 on tap:web0,bridge=br0, list:0-3, 30us\n\
+         db: connect /run/db.sock, 4 on switch:lan,tap=lan0, auto, 30us"
+    );
+}

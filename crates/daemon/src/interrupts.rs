@@ -1,0 +1,408 @@
+//! The host's interrupts and steering masks of one device, kept on its workers' CPUs.
+//!
+//! Nothing here is on the way of a frame: a look now and then compares where the workers stand and
+//! which queues the kernel has attached with what was seen last, and writes only what changed.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use virtionet_device::port::HostInterface;
+use virtionet_placement::CpuSet;
+use virtionet_placement::interrupts::{
+    IrqAffinity, Kind, Ledger, Outcome, Refusal, Roots, Served, Wanted, ban_line, wanted,
+};
+
+use crate::card::{Card, is_live};
+use crate::report;
+
+/// A NIC may join the bridge at any time: what is beside the TAP is looked up again this often.
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
+
+/// See the module.
+#[derive(Debug)]
+pub struct Interrupts {
+    device: String,
+    mode: IrqAffinity,
+    roots: Roots,
+    ledger: Arc<Ledger>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    seen: Option<Seen>,
+    looked: Option<Instant>,
+    wanted: Wanted,
+    outcomes: Vec<Outcome>,
+    notes: Vec<String>,
+    /// What the log has said.
+    told: Vec<String>,
+}
+
+/// What settings follow from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seen {
+    /// The uplink's interface and its queues.
+    pub interface: HostInterface,
+    /// By queue pair: the CPUs of its worker; empty while it has none.
+    pub workers: Vec<CpuSet>,
+}
+
+impl Seen {
+    /// What there is to see of `card` now.
+    #[must_use]
+    pub fn of(card: &Card) -> Option<Self> {
+        let mut workers = Vec::new();
+        for pair in card.pairs().filter(|pair| is_live(pair)) {
+            workers.resize_with(usize::from(pair.index()) + 1, CpuSet::default);
+            if let (Some(last), Some(placed)) = (workers.last_mut(), pair.placed()) {
+                *last = placed.decision.cpus;
+            }
+        }
+        let interface = card.uplink().host_interface()?;
+        (!workers.is_empty()).then_some(Self { interface, workers })
+    }
+}
+
+impl Interrupts {
+    /// Those of `device`; `ledger` is the process's.
+    #[must_use]
+    pub fn new(device: &str, mode: IrqAffinity, ledger: Arc<Ledger>) -> Self {
+        Self::with_roots(device, mode, ledger, Roots::default())
+    }
+
+    /// Those of a device that leaves them alone.
+    #[must_use]
+    pub fn off(device: &str) -> Self {
+        Self::new(device, IrqAffinity::Off, Arc::default())
+    }
+
+    fn with_roots(device: &str, mode: IrqAffinity, ledger: Arc<Ledger>, roots: Roots) -> Self {
+        Self {
+            device: device.to_owned(),
+            mode,
+            roots,
+            ledger,
+            state: Mutex::default(),
+        }
+    }
+
+    /// The device's queues are no queues of an interface of the host's.
+    pub fn tell_useless(&self, uplink: &str) {
+        if self.mode != IrqAffinity::Off {
+            tracing::warn!(
+                "{}: --irq-affinity {} does nothing with uplink {uplink}, whose queues the host does not know; give the device a TAP of its own, or leave the flag away",
+                self.device,
+                self.mode
+            );
+        }
+    }
+
+    /// Brings the settings in line with what `look` sees now; `None` where no front-end uses the
+    /// device, or its uplink is none of the host's.
+    pub fn follow(&self, look: impl FnOnce() -> Option<Seen>) {
+        if self.mode == IrqAffinity::Off {
+            return;
+        }
+        // Looked at under the lock: who looked first also writes first.
+        let mut state = self.state.lock();
+        let seen = look();
+        let fresh = state.looked.is_some_and(|at| at.elapsed() < LOOK_AGAIN);
+        if state.seen == seen && (fresh || seen.is_none()) {
+            return;
+        }
+        // What another device held may be free by now.
+        let held = |outcome: &Outcome| matches!(outcome.why, Some(Refusal::Held(_)));
+        let changed = state.seen != seen || state.outcomes.iter().any(held);
+        let wanted = seen.as_ref().map(|seen| wanted(&self.roots, &served(seen)));
+        let wanted = wanted.unwrap_or_default();
+        state.looked = Some(Instant::now());
+        state.seen = seen;
+        if changed || wanted != state.wanted {
+            state.outcomes = match self.mode {
+                IrqAffinity::Apply => self.ledger.follow(&self.device, &wanted.settings),
+                _ => Ledger::look(&wanted.settings),
+            };
+            state.notes = self.notes(&wanted, &state.outcomes);
+            state.wanted = wanted;
+            self.tell(&mut state);
+        }
+    }
+
+    /// Puts everything back.
+    pub fn release(&self) {
+        self.follow(|| None);
+    }
+
+    /// What is set, or would be.
+    #[must_use]
+    pub fn report(&self) -> report::Interrupts {
+        let state = self.state.lock();
+        let setting = |outcome: &Outcome| report::Setting {
+            file: outcome.setting.file.display().to_string(),
+            value: outcome.setting.value.clone(),
+            original: outcome.original.clone(),
+            applied: outcome.applied,
+            command: outcome.setting.command(),
+            refused: outcome.why.as_ref().map(ToString::to_string),
+        };
+        report::Interrupts {
+            mode: self.mode.to_string(),
+            settings: state.outcomes.iter().map(setting).collect(),
+            notes: state.notes.clone(),
+        }
+    }
+
+    /// What a person should know or do.
+    fn notes(&self, wanted: &Wanted, outcomes: &[Outcome]) -> Vec<String> {
+        let mut notes = wanted.notes.clone();
+        let denied = |outcome: &&Outcome| matches!(outcome.why, Some(Refusal::Denied(_)));
+        if let Some(first) = outcomes.iter().find(denied) {
+            notes.push(format!(
+                "{} of {} interrupt and steering masks cannot be set, such as {} ({}); run virtionetd as root with /sys and /proc/irq writable, or use --irq-affinity=print and run its commands as root",
+                outcomes.iter().filter(denied).count(),
+                outcomes.len(),
+                first.setting.file.display(),
+                first.why.as_ref().map(ToString::to_string).unwrap_or_default(),
+            ));
+        }
+        let irqs = |which: fn(&Outcome) -> bool| -> Vec<u32> {
+            outcomes
+                .iter()
+                .filter(|outcome| which(outcome))
+                .filter_map(|outcome| match outcome.setting.kind {
+                    Kind::Irq(irq) => Some(irq),
+                    _ => None,
+                })
+                .collect()
+        };
+        let managed = irqs(|outcome| outcome.why == Some(Refusal::Managed));
+        if !managed.is_empty() {
+            notes.push(format!(
+                "the NIC's driver keeps the affinity of interrupts {managed:?} to itself and they stay where they are; pin vCPUs to their CPUs instead"
+            ));
+        }
+        let set = irqs(|outcome| outcome.why.is_none());
+        if !(self.mode == IrqAffinity::Apply && self.ledger.is_left_alone()) {
+            notes.extend(ban_line(&self.roots.proc, &set));
+        }
+        notes
+    }
+
+    /// Says each thing once, and again only after it was otherwise.
+    fn tell(&self, state: &mut State) {
+        let set = state.outcomes.iter().filter(|outcome| outcome.applied);
+        let count = set.count();
+        let mut lines = Vec::new();
+        if self.mode == IrqAffinity::Print {
+            lines.extend(state.outcomes.iter().map(|o| o.setting.command()));
+        } else if count > 0 {
+            let commands = state.outcomes.iter().filter(|outcome| outcome.applied);
+            let commands: Vec<String> = commands.map(|o| o.setting.command()).collect();
+            lines.push(format!(
+                "{count} interrupt and steering masks are on the workers' CPUs: {}",
+                commands.join("; ")
+            ));
+        }
+        for line in lines.iter().filter(|line| !state.told.contains(line)) {
+            tracing::info!("{}: {line}", self.device);
+        }
+        for note in state.notes.iter().filter(|note| !state.told.contains(note)) {
+            tracing::warn!("{}: {note}", self.device);
+        }
+        // A device that ended tells the same again to the next front-end only where it differs.
+        if state.seen.is_some() {
+            lines.extend(state.notes.iter().cloned());
+            state.told = lines;
+        }
+    }
+}
+
+fn served(seen: &Seen) -> Served {
+    let of = |pair: &u16| seen.workers.get(usize::from(*pair)).cloned();
+    Served {
+        name: seen.interface.name.clone(),
+        index: seen.interface.index,
+        queues: seen
+            .interface
+            .queues
+            .iter()
+            .map(|pair| of(pair).unwrap_or_default())
+            .collect(),
+        workers: seen.workers.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::{Path, PathBuf};
+
+    use super::*;
+
+    /// A TAP of two queues and online CPUs 0-3, in a folder that goes with it.
+    struct Host(PathBuf);
+
+    impl Host {
+        fn new(name: &str) -> Self {
+            let root = std::env::temp_dir().join(format!("irq-{}-{name}", std::process::id()));
+            let host = Self(root);
+            host.put("sys/devices/system/cpu/online", "0-3");
+            host.put("sys/class/net/tap0/ifindex", "5");
+            host.put("sys/class/net/tap0/tun_flags", "0x5102");
+            for queue in 0..2 {
+                host.put(&xps(queue), "0");
+                host.put(&rps(queue), "f");
+            }
+            host
+        }
+
+        fn put(&self, file: &str, text: &str) {
+            let file = self.0.join(file);
+            fs::create_dir_all(file.parent().unwrap()).unwrap();
+            fs::write(file, text).unwrap();
+        }
+
+        fn get(&self, file: &str) -> String {
+            let text = fs::read_to_string(self.0.join(file)).unwrap();
+            text.trim_end().to_owned()
+        }
+
+        fn interrupts(&self, mode: IrqAffinity) -> Interrupts {
+            self.with_ledger("vnet", mode, Arc::default())
+        }
+
+        fn with_ledger(&self, device: &str, mode: IrqAffinity, ledger: Arc<Ledger>) -> Interrupts {
+            let roots = Roots {
+                sys: self.0.join("sys"),
+                proc: self.0.join("proc"),
+            };
+            Interrupts::with_roots(device, mode, ledger, roots)
+        }
+    }
+
+    impl Drop for Host {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(Path::new(&self.0));
+        }
+    }
+
+    fn xps(queue: u32) -> String {
+        format!("sys/class/net/tap0/queues/tx-{queue}/xps_cpus")
+    }
+
+    fn rps(queue: u32) -> String {
+        format!("sys/class/net/tap0/queues/rx-{queue}/rps_cpus")
+    }
+
+    fn seen(queues: &[u16], workers: &[&str]) -> Option<Seen> {
+        Some(Seen {
+            interface: HostInterface {
+                name: "tap0".into(),
+                index: 5,
+                changes: 0,
+                queues: queues.to_vec(),
+            },
+            workers: workers.iter().map(|list| list.parse().unwrap()).collect(),
+        })
+    }
+
+    #[test]
+    fn masks_follow_workers_and_queues_and_go_back() {
+        let host = Host::new("apply");
+        let it = host.interrupts(IrqAffinity::Apply);
+        let files = [xps(0), rps(0), xps(1), rps(1)];
+        let now = || files.each_ref().map(|file| host.get(file));
+        for (queues, workers, expected) in [
+            (&[0, 1][..], ["1", "2"], ["2", "2", "4", "4"]),
+            (&[1, 0], ["1", "2"], ["4", "4", "2", "2"]),
+            (&[1, 0], ["1", "3"], ["8", "8", "2", "2"]),
+            (&[1], ["1", "3"], ["8", "8", "0", "f"]),
+            (&[1, 0], ["", "0-3"], ["0", "f", "0", "f"]),
+            (&[0, 1], ["0", "1"], ["1", "1", "2", "2"]),
+        ] {
+            it.follow(|| seen(queues, &workers));
+            assert_eq!(now(), expected, "{queues:?} {workers:?}");
+        }
+        let report = it.report();
+        assert_eq!((report.mode.as_str(), report.settings.len()), ("apply", 4));
+        assert!(report.settings.iter().all(|setting| setting.applied));
+        assert_eq!(report.settings[1].original.as_deref(), Some("f"));
+        it.release();
+        assert_eq!(now(), ["0", "f", "0", "f"]);
+        assert_eq!(it.report().settings, []);
+    }
+
+    #[test]
+    fn nothing_is_written_while_nothing_changes() {
+        let host = Host::new("still");
+        let it = host.interrupts(IrqAffinity::Apply);
+        it.follow(|| seen(&[0], &["1"]));
+        host.put(&xps(0), "f");
+        it.follow(|| seen(&[0], &["1"]));
+        assert_eq!(host.get(&xps(0)), "f");
+        it.follow(|| seen(&[0], &["2"]));
+        assert_eq!(host.get(&xps(0)), "4");
+    }
+
+    #[test]
+    fn what_another_device_held_is_taken_once_it_is_free() {
+        let host = Host::new("held");
+        let ledger = Arc::new(Ledger::default());
+        let two = ["a", "b"];
+        let two = two.map(|it| host.with_ledger(it, IrqAffinity::Apply, Arc::clone(&ledger)));
+        let [first, second] = two;
+        first.follow(|| seen(&[0], &["1"]));
+        second.follow(|| seen(&[0], &["2"]));
+        assert_eq!(host.get(&xps(0)), "2");
+        assert!(second.report().settings[0].refused.is_some());
+        first.release();
+        assert_eq!(host.get(&xps(0)), "0");
+        second.state.lock().looked = Instant::now().checked_sub(LOOK_AGAIN);
+        second.follow(|| seen(&[0], &["2"]));
+        assert_eq!(host.get(&xps(0)), "4");
+        assert!(second.report().settings[0].applied);
+    }
+
+    #[test]
+    fn printing_and_off_change_nothing() {
+        let host = Host::new("print");
+        for (mode, settings) in [(IrqAffinity::Print, 4), (IrqAffinity::Off, 0)] {
+            let it = host.interrupts(mode);
+            it.follow(|| seen(&[0, 1], &["1", "2"]));
+            assert_eq!(
+                (host.get(&xps(0)), host.get(&rps(1))),
+                ("0".into(), "f".into())
+            );
+            let report = it.report();
+            assert_eq!(report.settings.len(), settings);
+            assert!(report.settings.iter().all(|setting| !setting.applied));
+            if let Some(first) = report.settings.first() {
+                let file = host.0.join(xps(0));
+                assert_eq!(first.command, format!("echo 2 > {}", file.display()));
+            }
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_set_is_told_once_with_a_remedy() {
+        let host = Host::new("denied");
+        let dir = host.0.join(xps(0));
+        fs::remove_file(&dir).unwrap();
+        // A folder in the file's place cannot be written, whoever tries.
+        fs::create_dir(&dir).unwrap();
+        let it = host.interrupts(IrqAffinity::Apply);
+        it.follow(|| seen(&[0, 1], &["1", "2"]));
+        let report = it.report();
+        assert_eq!(report.notes.len(), 1);
+        assert!(
+            report.notes[0].starts_with("1 of 4 interrupt and steering masks cannot be set")
+                && report.notes[0].contains("--irq-affinity=print"),
+            "{:?}",
+            report.notes
+        );
+        assert!(report.settings[0].refused.is_some() && !report.settings[0].applied);
+        assert_eq!(host.get(&xps(1)), "4");
+    }
+}

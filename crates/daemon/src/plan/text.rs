@@ -1,0 +1,133 @@
+//! The plan as a person reads it.
+
+use virtionet_placement::CpuSet;
+
+use super::answer::{CardPlan, Plan, WorkerPlan, path_text};
+use super::args::Part;
+use super::daemon::{self, Side};
+use super::shell::{paste, quote};
+use super::{libvirt, qemu};
+
+/// One part of the plan, or all of it.
+pub(super) fn part(plan: &Plan, part: Part) -> String {
+    match part {
+        Part::All => all(plan),
+        Part::Queues => queues(plan),
+        Part::Qemu => paste(&qemu::command(plan)),
+        Part::Pin => qemu::pin_commands(plan).unwrap_or_default(),
+        Part::Libvirt => libvirt::domain(plan),
+        Part::Virtionetd => paste(&daemon::command(plan, Side::Listens)),
+        Part::VirtionetdClient => paste(&daemon::command(plan, Side::Connects)),
+        Part::Config => daemon::config(plan),
+    }
+}
+
+fn all(plan: &Plan) -> String {
+    let dir = quote(&path_text(&plan.socket_dir));
+    let mut text = queues(plan);
+    let mut section = |heading: &str, body: &str| {
+        text += &format!("\n== {heading}\n\n{body}");
+    };
+    section(
+        "virtionetd beside QEMU (start it first)",
+        &format!("install -d {dir}\n{}", part(plan, Part::Virtionetd)),
+    );
+    section(
+        "QEMU (add disks and the like; before QEMU 9.2 write reconnect=1 for reconnect-ms=1000)",
+        &part(plan, Part::Qemu),
+    );
+    if let Some(pin) = qemu::pin_commands(plan) {
+        section("Pins for that QEMU's vCPUs, once it runs", &pin);
+    }
+    section(
+        "A domain for libvirt (virsh define; add disks and the like)",
+        &part(plan, Part::Libvirt),
+    );
+    section(
+        "virtionetd beside that domain (its QEMU makes the sockets, as a user of the group kvm)",
+        &format!(
+            "install -d -g kvm -m 2770 {dir}\n{}",
+            part(plan, Part::VirtionetdClient)
+        ),
+    );
+    text
+}
+
+fn queues(plan: &Plan) -> String {
+    let mut text = format!(
+        "guest {}: {}, {} MiB of memory{}, {}\n",
+        plan.guest,
+        count(plan.vcpus, "vCPU"),
+        plan.memory_mib,
+        plan.memory_node
+            .map(|node| format!(" on NUMA node {node}"))
+            .unwrap_or_default(),
+        pins(plan)
+    );
+    for card in &plan.cards {
+        text += &card_text(card);
+    }
+    let vectors = &plan.vectors;
+    text += &format!(
+        "\ninterrupt vectors: {} of {} ({} for network cards, {} for other devices)\n",
+        vectors.total, vectors.budget, vectors.cards, vectors.other
+    );
+    text += &format!(
+        "workers' CPU time: {} when idle, up to {} under load\n",
+        count(plan.worker_cpus.idle, "CPU"),
+        count(plan.worker_cpus.busy, "CPU")
+    );
+    for note in &plan.notes {
+        text += &format!("note: {note}\n");
+    }
+    text
+}
+
+fn pins(plan: &Plan) -> String {
+    match &plan.pins {
+        None => "vCPUs floating".into(),
+        Some(pins) => {
+            let pins: Vec<String> = pins.iter().map(u32::to_string).collect();
+            format!("vCPUs pinned to CPUs {}", pins.join(","))
+        }
+    }
+}
+
+fn card_text(card: &CardPlan) -> String {
+    let mut text = format!(
+        "\ncard {}: {}, {}; on {}\n  why: {}\n",
+        card.name,
+        count(card.pairs.into(), "queue pair"),
+        count(card.vectors, "interrupt vector"),
+        card.uplink,
+        card.why
+    );
+    for worker in &card.workers {
+        text += &worker_text(worker);
+    }
+    if let Some(command) = &card.guest_command {
+        text += &format!(
+            "  Linux in the guest uses all pairs by itself; where it does not: {command}\n"
+        );
+    }
+    text
+}
+
+fn worker_text(worker: &WorkerPlan) -> String {
+    let set = |cpus: &[u32]| cpus.iter().copied().collect::<CpuSet>();
+    format!(
+        "  pair {} -> vCPU {} -> worker {} on {}: {}\n",
+        worker.pair,
+        set(&worker.vcpus),
+        worker.name,
+        set(&worker.cpus).words(),
+        worker.why
+    )
+}
+
+fn count(number: u32, what: &str) -> String {
+    match number {
+        1 => format!("1 {what}"),
+        _ => format!("{number} {what}s"),
+    }
+}
