@@ -13,6 +13,7 @@ use nix::unistd::Pid;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use crate::cpus;
 use crate::hugepages;
 
 static LIST: Mutex<List> = Mutex::new(List {
@@ -36,6 +37,10 @@ pub enum Action {
     Remove(PathBuf),
     /// Give this many huge pages back to the kernel.
     HugePages(u64),
+    /// Bring this CPU back online.
+    Online(usize),
+    /// Empty and remove this cpuset.
+    Cpuset(PathBuf),
 }
 
 impl Action {
@@ -46,6 +51,8 @@ impl Action {
             Self::Netns(name) => _ = delete_netns(name),
             Self::Remove(path) => _ = fs::remove_dir_all(path),
             Self::HugePages(count) => _ = hugepages::give_back(*count),
+            Self::Online(cpu) => cpus::online(*cpu),
+            Self::Cpuset(dir) => cpus::dissolve(dir),
         }
     }
 }

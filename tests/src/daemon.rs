@@ -27,6 +27,7 @@ pub struct Options {
     wrapper: Vec<OsString>,
     own_socket: bool,
     listens: bool,
+    control: Option<PathBuf>,
     args: Vec<OsString>,
 }
 
@@ -46,6 +47,7 @@ impl Options {
             wrapper: Vec::new(),
             own_socket: true,
             listens: true,
+            control: None,
             args: Vec::new(),
         }
     }
@@ -71,6 +73,16 @@ impl Options {
         self.own_socket = false;
         self.listens = false;
         self
+    }
+
+    /// With the words of this command line, the program's name first, and nothing else; they name
+    /// `control` as the control socket.
+    #[must_use]
+    pub fn command(mut self, words: &[String], control: &Path) -> Self {
+        let words = words.iter().skip(1).map(OsString::from);
+        self.args.extend(words);
+        self.control = Some(control.to_owned());
+        self.no_socket()
     }
 
     /// It is started through these words, such as `setpriv` with its flags, in its namespace.
@@ -133,14 +145,19 @@ impl Options {
 
     fn spawn(&self, dir: &RunDir, name: &str) -> Result<Daemon> {
         let socket = dir.join(&format!("{name}.sock"));
-        let control = dir.join(&format!("{name}.control"));
+        let control = match &self.control {
+            Some(path) => path.clone(),
+            None => dir.join(&format!("{name}.control")),
+        };
         let program = match &self.program {
             Some(path) => path.clone(),
             None => paths::virtionetd()?,
         };
         let mut words = self.wrapper.clone();
         words.push(program.into());
-        words.extend(["--control".into(), control.clone().into()]);
+        if self.control.is_none() {
+            words.extend(["--control".into(), control.clone().into()]);
+        }
         if self.own_socket {
             words.extend(["--socket-path".into(), socket.clone().into()]);
         }

@@ -6,20 +6,24 @@
 //! [`qemu`] starts a machine, whose [`guest`] runs commands and whose [`qmp`]
 //! monitor answers; [`daemon`] starts virtionetd; [`iperf`] loads the path;
 //! [`rig`] is all of that at once, [`duo`] with a second guest in the host's
-//! place. A [`station`] is a card without a guest
-//! around it; [`testpmd`] is DPDK's driver and back-end, on [`hugepages`].
+//! place, and [`libvirt`] has domains in the machine's. A [`station`] is a card without a guest
+//! around it; [`evidence`] tells what stands still when a guest does not answer.
+//! [`testpmd`] is DPDK's driver and back-end, on [`hugepages`].
 //! Everything that is started is ended by its `Drop`, by a signal handler
 //! ([`cleanup`]) or, when this process is killed outright, by the kernel.
 
 pub mod accel;
 pub mod cleanup;
 pub mod counters;
+pub mod cpus;
 pub mod daemon;
 pub mod duo;
+pub mod evidence;
 pub mod guest;
 pub mod http;
 pub mod hugepages;
 pub mod iperf;
+pub mod libvirt;
 pub mod netns;
 pub mod nic;
 pub mod paths;

@@ -36,6 +36,7 @@ pub struct Machine {
     monitor: Option<PathBuf>,
     netns: Option<String>,
     nics: Vec<Nic>,
+    command: Option<Vec<String>>,
     args: Vec<String>,
 }
 
@@ -59,6 +60,7 @@ impl Machine {
             monitor: None,
             netns: None,
             nics: Vec::new(),
+            command: None,
             args: Vec::new(),
         }
     }
@@ -138,6 +140,15 @@ impl Machine {
     #[must_use]
     pub fn nic(mut self, nic: Nic) -> Self {
         self.nics.push(nic);
+        self
+    }
+
+    /// The machine that the words of this command line make, the program's name
+    /// first, instead of one with the vCPUs, memory, accelerator and cards told
+    /// here.
+    #[must_use]
+    pub fn command(mut self, words: &[String]) -> Self {
+        self.command = Some(words.get(1..).unwrap_or_default().to_owned());
         self
     }
 
@@ -223,35 +234,15 @@ impl Machine {
 
     fn command_line(&self, dir: &RunDir, name: &str) -> Result<Vec<String>> {
         let (kernel, initrd) = guest_image()?;
-        let (accel, cpu) = match self.accel.resolve()? {
-            Accel::Kvm => ("kvm", "host"),
-            _ => ("tcg,thread=multi", "qemu64"),
+        let mut args = match &self.command {
+            Some(words) => words.clone(),
+            None => self.hardware(name)?,
         };
-        let memory = self.memory_mib;
-        let ram = if self.shared {
-            format!("memory-backend-memfd,id=ram,size={memory}M,share=on")
-        } else {
-            format!("memory-backend-ram,id=ram,size={memory}M,share=off")
-        };
-        let mut args: Vec<String> = [
-            "-name",
-            &format!("{name},debug-threads=on"),
+        let harness = [
             "-nodefaults",
             "-no-user-config",
             "-display",
             "none",
-            "-machine",
-            "q35,memory-backend=ram",
-            "-object",
-            &ram,
-            "-m",
-            &format!("{memory}M"),
-            "-accel",
-            accel,
-            "-cpu",
-            cpu,
-            "-smp",
-            &self.vcpus.to_string(),
             "-kernel",
             &kernel.display().to_string(),
             "-initrd",
@@ -266,9 +257,8 @@ impl Machine {
             &socket("qmp", &dir.join(&format!("{name}.qmp"))),
             "-mon",
             "chardev=qmp,mode=control",
-        ]
-        .map(str::to_owned)
-        .into();
+        ];
+        args.extend(harness.map(str::to_owned));
         if let Some(path) = &self.monitor {
             let value = format!("unix:{},server=on,wait=off", path.display());
             args.extend(["-qmp".into(), value]);
@@ -277,10 +267,43 @@ impl Machine {
         for (wanted, flag) in [(self.no_reboot, "-no-reboot"), (paused, "-S")] {
             args.extend(wanted.then(|| flag.to_owned()));
         }
+        args.extend(self.args.iter().cloned());
+        Ok(args)
+    }
+
+    /// Memory, vCPUs and cards.
+    fn hardware(&self, name: &str) -> Result<Vec<String>> {
+        let (accel, cpu) = match self.accel.resolve()? {
+            Accel::Kvm => ("kvm", "host"),
+            _ => ("tcg,thread=multi", "qemu64"),
+        };
+        let memory = self.memory_mib;
+        let ram = if self.shared {
+            format!("memory-backend-memfd,id=ram,size={memory}M,share=on")
+        } else {
+            format!("memory-backend-ram,id=ram,size={memory}M,share=off")
+        };
+        let mut args: Vec<String> = [
+            "-name",
+            &format!("{name},debug-threads=on"),
+            "-machine",
+            "q35,memory-backend=ram",
+            "-object",
+            &ram,
+            "-m",
+            &format!("{memory}M"),
+            "-accel",
+            accel,
+            "-cpu",
+            cpu,
+            "-smp",
+            &self.vcpus.to_string(),
+        ]
+        .map(str::to_owned)
+        .into();
         for (n, nic) in self.nics.iter().enumerate() {
             args.extend(nic.args(n)?);
         }
-        args.extend(self.args.iter().cloned());
         Ok(args)
     }
 }

@@ -7,10 +7,11 @@ use anyhow::{Result, ensure};
 
 use crate::accel::Accel;
 use crate::daemon::{Daemon, Options};
+use crate::evidence;
 use crate::iperf::{Clients, Direction, Iperf, Load};
 use crate::paths::RunDir;
 use crate::qemu::{Machine, Nic, Qemu};
-use crate::topology::{GUEST, Lan, TAP, configure_guest};
+use crate::topology::{Lan, TAP, configure_guest};
 
 /// A guest that takes longer to boot does not boot.
 pub const BOOT: Duration = Duration::from_secs(60);
@@ -24,6 +25,8 @@ pub struct Plan {
     qemu_listens: bool,
     reconnect_ms: Option<u32>,
     props: Vec<String>,
+    vcpus: Option<u32>,
+    daemon_flags: Vec<(String, String)>,
 }
 
 impl Plan {
@@ -36,7 +39,23 @@ impl Plan {
             qemu_listens: false,
             reconnect_ms: None,
             props: Vec::new(),
+            vcpus: None,
+            daemon_flags: Vec::new(),
         }
+    }
+
+    /// Another number of vCPUs than of queue pairs.
+    #[must_use]
+    pub fn vcpus(mut self, vcpus: u32) -> Self {
+        self.vcpus = Some(vcpus);
+        self
+    }
+
+    /// A further flag of the daemon, with its value.
+    #[must_use]
+    pub fn daemon_flag(mut self, flag: &str, value: &str) -> Self {
+        self.daemon_flags.push((flag.to_owned(), value.to_owned()));
+        self
     }
 
     /// The guest's memory in MiB.
@@ -104,6 +123,9 @@ impl Plan {
     /// When it does not start.
     pub fn start_daemon(&self, lan: &Lan, dir: &RunDir) -> Result<Daemon> {
         let mut options = Options::new().netns(lan.netns()).flag("--tap", TAP);
+        for (flag, value) in &self.daemon_flags {
+            options = options.flag(flag, value);
+        }
         if self.qemu_listens {
             options = options.client();
         }
@@ -126,7 +148,7 @@ impl Plan {
             nic = nic.prop(prop);
         }
         let (qemu, _) = Machine::new()
-            .vcpus(self.pairs.into())
+            .vcpus(self.vcpus.unwrap_or(self.pairs.into()))
             .memory_mib(self.memory_mib)
             .accel(Accel::Auto)
             .nic(nic)
@@ -158,7 +180,7 @@ impl Rig {
     /// When it does not.
     pub fn configure_guest(&mut self) -> Result<()> {
         configure_guest(self.qemu.guest(), self.plan.pairs)?;
-        self.lan.reach(GUEST.v4)
+        evidence::reach(&self.lan, self.qemu.guest(), Some(&self.daemon))
     }
 
     /// Boots another machine in the place of the last one, which must have

@@ -11,10 +11,19 @@ use nix::unistd::Pid;
 /// # Errors
 /// When the thread is gone, or the CPU is not in its cpuset.
 pub fn pin(tid: i32, cpu: usize) -> Result<()> {
+    pin_to(tid, &[cpu])
+}
+
+/// Lets thread `tid` run on `cpus` alone.
+///
+/// # Errors
+/// When the thread is gone, or no CPU of them is in its cpuset.
+pub fn pin_to(tid: i32, cpus: &[usize]) -> Result<()> {
     let mut set = CpuSet::new();
-    set.set(cpu)
+    cpus.iter()
+        .try_for_each(|cpu| set.set(*cpu))
         .and_then(|()| sched_setaffinity(Pid::from_raw(tid), &set))
-        .with_context(|| format!("thread {tid} cannot be pinned to CPU {cpu}"))
+        .with_context(|| format!("thread {tid} cannot be pinned to CPUs {cpus:?}"))
 }
 
 /// The CPUs that thread `tid` may run on, ascending.

@@ -13,10 +13,10 @@ use nix::sys::signal::Signal;
 
 use args::{Args, HELP};
 use bars::Bars;
+use interrupts::Choice;
 use result::{Moved, Outcome, Row};
 use sample::Sample;
 use virtionet_tests::daemon::{Daemon, Options};
-use virtionet_tests::guest::Guest;
 use virtionet_tests::iperf::{Clients, Direction, Iperf, Load, Report};
 use virtionet_tests::paths::{self, RunDir};
 use virtionet_tests::qemu::{Machine, Nic, Qemu, version};
@@ -123,12 +123,14 @@ fn measure(args: &Args, dir: &RunDir, lan: &Lan, daemon: &Daemon, qemu: &Qemu) -
     ))?;
     let (back, to_host) = show(&iperf, &load, Direction::GuestToHost, daemon, time)?;
 
-    let mut pairs = rows(guest, daemon)?;
+    let choice = interrupts::choice(guest, args.queues, args.vcpus)?;
+    let mut pairs = rows(&choice, daemon)?;
     for (row, (there, back)) in pairs.iter_mut().zip(there.into_iter().zip(back)) {
         row.moved(there, back);
     }
     Ok(Outcome {
         pairs,
+        guest: choice,
         host_to_guest_gbps: to_guest.gbps,
         guest_to_host_gbps: to_host.gbps,
         accel: String::new(),
@@ -173,8 +175,7 @@ fn show(
 
 /// Who serves each pair, and from where. The CPUs are the kernel's word, not
 /// the daemon's.
-fn rows(guest: &Guest, daemon: &Daemon) -> Result<Vec<Row>> {
-    let interrupts = interrupts::receive_cpus(guest)?;
+fn rows(choice: &Choice, daemon: &Daemon) -> Result<Vec<Row>> {
     let sample = Sample::take(daemon)?;
     sample
         .pairs
@@ -188,7 +189,7 @@ fn rows(guest: &Guest, daemon: &Daemon) -> Result<Vec<Row>> {
             };
             Ok(Row {
                 pair,
-                guest_cpu: interrupts.get(&pair).copied(),
+                guest_cpu: choice.receive_cpu(pair),
                 worker: it.worker,
                 tid: it.tid,
                 host_cpu,

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::interrupts::Choice;
 use crate::sample::Count;
 
 /// One row: a queue pair.
@@ -44,6 +45,8 @@ pub struct Row {
 pub struct Outcome {
     /// The queue pairs, by number.
     pub pairs: Vec<Row>,
+    /// What the guest's driver chose.
+    pub guest: Choice,
     /// What iperf3's receivers saw.
     pub host_to_guest_gbps: f64,
     /// What iperf3's receivers saw.
@@ -139,6 +142,7 @@ impl Outcome {
         if self.pairs.iter().any(|row| !row.pinned) {
             text.push_str("* not pinned: where it was last seen\n");
         }
+        _ = write!(text, "\n{}", self.guest.lines());
         _ = write!(
             text,
             "\niperf3, {} flows: host to guest {:.2} Gbit/s, guest to host {:.2} Gbit/s (QEMU {}, {}, {} vCPUs)\n",
@@ -207,6 +211,7 @@ mod tests {
         );
         Outcome {
             pairs: vec![row],
+            guest: Choice::default(),
             host_to_guest_gbps: 1.9,
             guest_to_host_gbps: 0.9,
             accel: "tcg".into(),

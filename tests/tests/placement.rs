@@ -1,0 +1,467 @@
+//! Workers stand where `/v1/devices` says, as the kernel sees it: beside their
+//! vCPUs, also after these were pinned elsewhere, after a CPU went offline and
+//! came back, and after the cpuset changed. And the map from queue pairs to
+//! vCPUs is the one that the guest's driver made.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::collections::BTreeMap;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use virtionet_guest::card::{Card, CardConfig};
+use virtionet_guest::net::MODERN;
+use virtionet_tests::counters::{Pair, pairs};
+use virtionet_tests::cpus::{Cpuset, Offline};
+use virtionet_tests::daemon::{Daemon, Options};
+use virtionet_tests::guest::Guest;
+use virtionet_tests::iperf::{Direction, Load};
+use virtionet_tests::paths::RunDir;
+use virtionet_tests::process::Proc;
+use virtionet_tests::rig::{Plan, Rig};
+use virtionet_tests::sched;
+use virtionet_tests::topology::{CARD, GUEST};
+
+/// How soon a worker has to be where its vCPU went.
+const FOLLOWS: Duration = Duration::from_secs(1);
+/// For what has no such promise.
+const SOON: Duration = Duration::from_secs(10);
+
+#[test]
+fn workers_follow_their_vcpus_without_losing_a_frame() {
+    let cpus = sched::allowed_cpus().unwrap();
+    if cpus.len() < 2 {
+        eprintln!("skipped: this test needs two CPUs");
+        return;
+    }
+    let rig = Plan::new(2).start().unwrap();
+    let vcpus = rig.qemu.vcpu_threads().unwrap();
+    let pin = |turn: usize| {
+        for (k, tid) in vcpus.iter().enumerate() {
+            sched::pin(*tid, cpus[(k + turn) % 2]).unwrap();
+        }
+        followed(&rig, &vcpus)
+    };
+    pin(0);
+
+    let dropped = drops(&rig.daemon.device().unwrap());
+    let ping = pings(&rig, 60).unwrap();
+    let mut slowest = Duration::ZERO;
+    for turn in 1..=6 {
+        slowest = slowest.max(pin(turn));
+        sleep(Duration::from_millis(300));
+    }
+    all_answered(&rig, ping, 60).unwrap();
+    assert_eq!(drops(&rig.daemon.device().unwrap()), dropped);
+
+    let iperf = rig.iperf().unwrap();
+    for direction in [Direction::HostToGuest, Direction::GuestToHost] {
+        let load = iperf.start(&Load::tcp(4).flows(4), direction).unwrap();
+        for turn in 1..=3 {
+            slowest = slowest.max(pin(turn));
+            sleep(Duration::from_millis(400));
+        }
+        let report = load.finish().unwrap();
+        eprintln!("{direction:?}: {:.2} Gbit/s {:?}", report.gbps, report.each);
+        assert!(report.each.iter().all(|gbps| *gbps > 0.0), "{report:?}");
+    }
+    eprintln!("the slowest worker was with its vCPU after {slowest:?}");
+    assert!(slowest < FOLLOWS, "{slowest:?}");
+}
+
+#[test]
+fn what_is_wrong_is_told_once_with_the_remedy() {
+    let mut rig = Plan::new(2).start().unwrap();
+    let cpus = sched::allowed_cpus().unwrap();
+    for tid in rig.qemu.vcpu_threads().unwrap() {
+        sched::pin_to(tid, &cpus).unwrap();
+    }
+    if cpus.len() < 2 {
+        eprintln!("skipped: on one CPU nothing floats");
+        return;
+    }
+    let told = |device: &Value| device["warnings"].to_string().contains("virsh vcpupin");
+    rig.daemon.wait_device("warned of", SOON, told).unwrap();
+    sleep(Duration::from_secs(2));
+    let log = rig.daemon.stderr();
+    assert_eq!(log.matches("virsh vcpupin").count(), 1, "{log}");
+    rig.qemu.pin_vcpus().unwrap();
+    let quiet = |device: &Value| !told(device);
+    rig.daemon.wait_device("content", SOON, quiet).unwrap();
+}
+
+#[test]
+fn a_worker_polls_only_where_no_vcpu_is_pinned() {
+    let cpus = sched::allowed_cpus().unwrap();
+    if cpus.len() < 2 {
+        eprintln!("skipped: this test needs two CPUs");
+        return;
+    }
+    let plan = Plan::new(1).vcpus(2).daemon_flag("--poll", "always");
+    let mut rig = plan.start().unwrap();
+    // Both CPUs have a vCPU: the worker sleeps beside its own.
+    let asleep = |device: &Value| {
+        device["warnings"]
+            .to_string()
+            .contains("instead of polling")
+    };
+    rig.daemon
+        .wait_device("told to sleep", SOON, asleep)
+        .unwrap();
+    assert_eq!(polls_a_second(&rig.daemon), 0);
+    // One CPU is free: it polls there.
+    let vcpus = rig.qemu.vcpu_threads().unwrap();
+    for tid in &vcpus {
+        sched::pin(*tid, cpus[0]).unwrap();
+    }
+    let free = |device: &Value| device["pairs"][0]["cpus"] == serde_json::json!([cpus[1]]);
+    let device = rig
+        .daemon
+        .wait_device("on the free CPU", SOON, free)
+        .unwrap();
+    assert!(!asleep(
+        &rig.daemon
+            .wait_device("content", SOON, |d| !asleep(d))
+            .unwrap()
+    ));
+    stands_as_told(&device).unwrap();
+    assert!(polls_a_second(&rig.daemon) > 100);
+    // And there is none again.
+    rig.qemu.pin_vcpus().unwrap();
+    rig.daemon
+        .wait_device("told to sleep again", SOON, asleep)
+        .unwrap();
+    assert_eq!(polls_a_second(&rig.daemon), 0);
+    rig.lan.reach(GUEST.v4).unwrap();
+}
+
+#[test]
+fn following_an_idle_guest_costs_next_to_nothing() {
+    const WHILE: Duration = Duration::from_secs(5);
+    let rig = Plan::new(4).start().unwrap();
+    nodes_are_told(&rig.daemon.device().unwrap());
+    let threads = sched::threads(rig.daemon.pid()).unwrap();
+    let placer = threads.iter().find(|(_, name)| name == "placer").unwrap().0;
+    let before = time_on_cpu(placer).unwrap();
+    sleep(WHILE);
+    let took = time_on_cpu(placer).unwrap() - before;
+    let share = took.as_secs_f64() / WHILE.as_secs_f64();
+    eprintln!("following takes {:.4} % of a CPU", 100.0 * share);
+    assert!(share < 0.002, "{took:?} in {WHILE:?}");
+}
+
+#[test]
+fn the_map_from_pairs_to_vcpus_is_the_guests_own() {
+    // Guest with 4 vCPUs, then with 2.
+    for (vcpus, uses) in [(4, &[4, 3, 2, 1][..]), (2, &[4, 2])] {
+        let mut rig = Plan::new(4).vcpus(vcpus).start().unwrap();
+        for pairs in uses {
+            let guest = rig.qemu.guest();
+            let now = guest.ok(&format!("ethtool -l {CARD} | grep Combined | tail -n 1"));
+            if !now.unwrap().trim().ends_with(&format!("\t{pairs}")) {
+                guest
+                    .ok(&format!("ethtool -L {CARD} combined {pairs}"))
+                    .unwrap();
+            }
+            let real = guests_map(guest, *pairs).unwrap();
+            eprintln!("{vcpus} vCPUs, {pairs} pairs: {real:?}");
+            let same = |device: &Value| told_map(device, *pairs).is_ok_and(|told| told == real);
+            let what = format!("serving {pairs} pairs as the guest does, {real:?}");
+            let device = rig.daemon.wait_device(&what, SOON, same).unwrap();
+            stands_as_told(&device).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_shrinking_cpuset_takes_the_workers_along_and_a_growing_one_back() {
+    let cpus = sched::allowed_cpus().unwrap();
+    if cpus.len() < 2 {
+        eprintln!("skipped: this test needs two CPUs");
+        return;
+    }
+    let mut rig = Plan::new(2).start().unwrap();
+    let vcpus = rig.qemu.vcpu_threads().unwrap();
+    followed(&rig, &vcpus);
+    let both = format!("{},{}", cpus[0], cpus[1]);
+    let set = match Cpuset::with(rig.daemon.pid(), &both) {
+        Ok(set) => set,
+        Err(why) => {
+            eprintln!("skipped: {why:#}");
+            return;
+        }
+    };
+    followed(&rig, &vcpus);
+    let ping = pings(&rig, 40).unwrap();
+    for _ in 0..2 {
+        set.change(&cpus[0].to_string()).unwrap();
+        let told = |device: &Value| {
+            let warnings = device["warnings"].to_string();
+            warnings.contains("widen the daemon's cpuset") && all_on(device, cpus[0])
+        };
+        let device = rig
+            .daemon
+            .wait_device("on the CPU left", SOON, told)
+            .unwrap();
+        stands_as_told(&device).unwrap();
+        set.change(&both).unwrap();
+        followed(&rig, &vcpus);
+    }
+    all_answered(&rig, ping, 40).unwrap();
+}
+
+#[test]
+fn a_cpu_that_goes_offline_and_comes_back_finds_its_workers_again() {
+    let cpus = sched::allowed_cpus().unwrap();
+    let Some(&last) = cpus.last().filter(|_| cpus.len() > 1) else {
+        eprintln!("skipped: this test needs two CPUs");
+        return;
+    };
+    if let Err(why) = Offline::possible(last) {
+        eprintln!("skipped: {why:#}");
+        return;
+    }
+    let rig = Plan::new(2).start().unwrap();
+    let vcpus = rig.qemu.vcpu_threads().unwrap();
+    followed(&rig, &vcpus);
+    // Beside the guest's, one that was told where its workers stand.
+    let dir = RunDir::new().unwrap();
+    let list = format!("list:{},{last}", cpus[0]);
+    let options = Options::new().flag("--uplink", "null");
+    let mut listed = options
+        .flag("--placement", &list)
+        .start(&dir, "list")
+        .unwrap();
+    let _card = Card::connect(listed.socket(), &CardConfig::new(2, 256, MODERN)).unwrap();
+    stands(&mut listed, &[cpus[0], last]);
+
+    let ping = pings(&rig, 50).unwrap();
+    let offline = Offline::take(last).unwrap();
+    let began = Instant::now();
+    stands(&mut listed, &[cpus[0], cpus[0]]);
+    eprintln!("away from CPU {last} after {:?}", began.elapsed());
+    let warned = |device: &Value| device["warnings"].to_string().contains("is offline");
+    listed.wait_device("warned of", SOON, warned).unwrap();
+    eventually(SOON, || stands_as_told(&rig.daemon.device()?)).unwrap();
+    drop(offline);
+    let began = Instant::now();
+    stands(&mut listed, &[cpus[0], last]);
+    eprintln!("back on CPU {last} after {:?}", began.elapsed());
+    assert!(began.elapsed() < FOLLOWS);
+    assert_eq!(listed.device().unwrap()["warnings"], serde_json::json!([]));
+    // The kernel took the vCPU off its CPU and does not put it back: a manager would.
+    for (k, tid) in vcpus.iter().enumerate() {
+        sched::pin(*tid, cpus[k % cpus.len()]).unwrap();
+    }
+    followed(&rig, &vcpus);
+    all_answered(&rig, ping, 50).unwrap();
+}
+
+/// Waits until each worker is where its vCPU's thread is, as the kernel says;
+/// how long that took.
+fn followed(rig: &Rig, vcpus: &[i32]) -> Duration {
+    let began = Instant::now();
+    let workers = pairs(&rig.daemon.device().unwrap()).unwrap();
+    let there = || {
+        for (worker, vcpu) in workers.iter().zip(vcpus) {
+            let (is, goal) = (sched::affinity(worker.tid)?, sched::affinity(*vcpu)?);
+            ensure!(
+                is == goal,
+                "{} is on CPUs {is:?}, its vCPU on {goal:?}",
+                worker.worker
+            );
+        }
+        Ok(())
+    };
+    eventually(SOON, there).unwrap();
+    let took = began.elapsed();
+    eventually(SOON, || stands_as_told(&rig.daemon.device()?)).unwrap();
+    took
+}
+
+/// Each pair's worker and memory are on a NUMA node that the host has.
+fn nodes_are_told(device: &Value) {
+    if !std::path::Path::new("/sys/devices/system/node/node0").exists() {
+        eprintln!("skipped: this kernel has no NUMA nodes");
+        return;
+    }
+    for pair in device["pairs"].as_array().unwrap() {
+        for what in ["worker_node", "memory_node"] {
+            let node = pair[what]
+                .as_u64()
+                .unwrap_or_else(|| panic!("no {what} in {pair}"));
+            let dir = format!("/sys/devices/system/node/node{node}");
+            assert!(std::fs::exists(&dir).unwrap(), "{what} {node} is not there");
+        }
+    }
+}
+
+/// The kernel has each worker of the device on the CPUs that it names.
+fn stands_as_told(device: &Value) -> Result<()> {
+    for Pair {
+        worker, tid, cpus, ..
+    } in pairs(device)?
+    {
+        let is = sched::affinity(tid)?;
+        ensure!(
+            is == cpus,
+            "{worker} is on CPUs {is:?}, not on {cpus:?} as told"
+        );
+    }
+    Ok(())
+}
+
+/// Waits until worker k is on the k-th of `cpus`, as told and as the kernel says.
+fn stands(daemon: &mut Daemon, cpus: &[usize]) {
+    eventually(SOON, || {
+        let device = daemon.device()?;
+        let told: Vec<_> = pairs(&device)?.into_iter().map(|pair| pair.cpus).collect();
+        let goal: Vec<_> = cpus.iter().map(|cpu| vec![*cpu]).collect();
+        ensure!(
+            told == goal,
+            "workers are on CPUs {told:?}, not on {goal:?}"
+        );
+        stands_as_told(&device)
+    })
+    .unwrap();
+}
+
+fn all_on(device: &Value, cpu: usize) -> bool {
+    pairs(device).is_ok_and(|pairs| pairs.iter().all(|pair| pair.cpus == [cpu]))
+}
+
+fn eventually(limit: Duration, mut holds: impl FnMut() -> Result<()>) -> Result<()> {
+    let until = Instant::now() + limit;
+    loop {
+        match holds() {
+            Ok(()) => return Ok(()),
+            Err(why) if Instant::now() >= until => {
+                return Err(why.context(format!("after {limit:?}")));
+            }
+            Err(_) => sleep(Duration::from_millis(5)),
+        }
+    }
+}
+
+/// Starts `count` pings of the guest, ten a second.
+fn pings(rig: &Rig, count: u32) -> Result<Proc> {
+    let netns = Some(rig.lan.netns().name());
+    let count = count.to_string();
+    let args = ["ping", "-q", "-i", "0.1", "-W", "5", "-c", &count, GUEST.v4];
+    Proc::spawn(&rig.dir, "ping", netns, "busybox", args)
+}
+
+fn all_answered(rig: &Rig, mut ping: Proc, count: u32) -> Result<()> {
+    ping.wait(Duration::from_secs(60))?;
+    let said = ping.stdout();
+    let all = format!("{count} packets transmitted, {count} packets received");
+    let tap = || rig.lan.netns().ip("-s link show tap0");
+    ensure!(
+        said.contains(&all),
+        "pings were lost: {said}; {:?}; {}",
+        drops(&rig.daemon.device()?),
+        tap()?
+    );
+    Ok(())
+}
+
+/// All that the rings' counters say was dropped.
+fn drops(device: &Value) -> BTreeMap<String, u64> {
+    let mut drops = BTreeMap::new();
+    for (k, pair) in device["pairs"].as_array().into_iter().flatten().enumerate() {
+        for ring in ["rx", "tx"] {
+            let counters = pair[ring]["counters"].as_object().into_iter().flatten();
+            for (name, count) in counters.filter(|(name, _)| name.starts_with("dropped")) {
+                drops.insert(format!("{k} {ring} {name}"), count.as_u64().unwrap_or(0));
+            }
+        }
+    }
+    assert!(!drops.is_empty(), "no counter of drops in {device}");
+    drops
+}
+
+/// How often the first worker looks for frames in vain, in a second.
+fn polls_a_second(daemon: &Daemon) -> u64 {
+    let polls = || {
+        let device = daemon.device().unwrap();
+        device["pairs"][0]["worker_counters"]["polls"]
+            .as_u64()
+            .unwrap()
+    };
+    let before = polls();
+    sleep(Duration::from_secs(1));
+    polls() - before
+}
+
+/// The time that thread `tid` has been running (schedstat's first field).
+fn time_on_cpu(tid: i32) -> Result<Duration> {
+    let text = std::fs::read_to_string(format!("/proc/{tid}/schedstat"))?;
+    let nanoseconds = text.split(' ').next().context("an empty schedstat")?;
+    Ok(Duration::from_nanos(nanoseconds.parse()?))
+}
+
+/// By queue pair: its vCPUs, as the daemon tells.
+fn told_map(device: &Value, count: usize) -> Result<Vec<Vec<usize>>> {
+    let all = pairs(device)?;
+    ensure!(all.len() >= count, "{} pairs", all.len());
+    Ok(all.into_iter().take(count).map(|pair| pair.vcpus).collect())
+}
+
+/// By queue pair: its vCPUs, as the guest's kernel has set both its interrupts
+/// and, where it sets any, its transmit steering.
+fn guests_map(guest: &Guest, count: usize) -> Result<Vec<Vec<usize>>> {
+    let table = guest.ok("cat /proc/interrupts")?;
+    (0..count)
+        .map(|pair| {
+            let mut vcpus = None;
+            for ring in ["input", "output"] {
+                let name = format!("virtio0-{ring}.{pair}");
+                let line = table.lines().find(|line| line.trim_end().ends_with(&name));
+                let line = line.with_context(|| format!("no vector {name} in {table}"))?;
+                let irq = line.trim().split(':').next().context("no number")?;
+                let list = guest.ok(&format!("cat /proc/irq/{irq}/smp_affinity_list"))?;
+                let list = cpulist(list.trim())?;
+                let same = vcpus.get_or_insert_with(|| list.clone());
+                ensure!(
+                    *same == list,
+                    "{name} is on {list:?}, its other vector on {same:?}"
+                );
+            }
+            let vcpus = vcpus.context("no vector")?;
+            let xps = guest.ok(&format!(
+                "cat /sys/class/net/{CARD}/queues/tx-{pair}/xps_cpus"
+            ))?;
+            let xps = mask(xps.trim())?;
+            ensure!(
+                xps == vcpus,
+                "queue {pair} sends for {xps:?}, its vectors are on {vcpus:?}"
+            );
+            Ok(vcpus)
+        })
+        .collect()
+}
+
+/// Reads `0-1,3`.
+fn cpulist(list: &str) -> Result<Vec<usize>> {
+    let mut cpus = Vec::new();
+    for part in list.split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        cpus.extend(first.parse::<usize>()?..=last.parse()?);
+    }
+    Ok(cpus)
+}
+
+/// Reads a mask in the kernel's words of 32 bits, such as `3` or `00000000,0000000f`.
+fn mask(text: &str) -> Result<Vec<usize>> {
+    let mut cpus = Vec::new();
+    for (word, bits) in text.split(',').rev().enumerate() {
+        let bits = u32::from_str_radix(bits, 16)?;
+        cpus.extend(
+            (0..32)
+                .filter(|bit| bits >> bit & 1 == 1)
+                .map(|bit| word * 32 + bit),
+        );
+    }
+    Ok(cpus)
+}
