@@ -5,7 +5,7 @@ use clap::ValueEnum;
 
 use crate::outcome::Outcome;
 use crate::sampling::Effort;
-use crate::{footprint, guests, iperf, peers, ring, tap};
+use crate::{footprint, guests, iperf, peers, queues, ring, tap};
 
 /// A group of cases, measured and shown together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -22,6 +22,8 @@ pub enum Group {
     Iperf,
     /// TCP between two guests through the switch, against QEMU's own cards and a bridge
     Guests,
+    /// One queue pair against several: throughput, CPU time and latency
+    Queues,
 }
 
 impl Group {
@@ -35,6 +37,7 @@ impl Group {
             Self::Footprint => "footprint",
             Self::Iperf => "iperf",
             Self::Guests => "guests",
+            Self::Queues => "queues",
         }
     }
 
@@ -48,14 +51,15 @@ impl Group {
             Self::Footprint => "The idle daemon: memory, and time to its first reply",
             Self::Iperf => "TCP between a QEMU guest (4 vCPUs) and its host, iperf3",
             Self::Guests => "TCP between two QEMU guests (2 vCPUs each), iperf3",
+            Self::Queues => "Several queue pairs against one, a QEMU guest (4 vCPUs) and its host",
         }
     }
 
-    /// Measures it.
+    /// Measures it; `pairs` are what [`Group::Queues`] compares with one pair.
     ///
     /// # Errors
     /// When a part of the rig fails: with its words.
-    pub fn run(self, effort: Effort) -> Result<Outcome> {
+    pub fn run(self, effort: Effort, pairs: &[u16]) -> Result<Outcome> {
         match self {
             Self::Ring => ring::run(effort),
             Self::Tap => tap::run(effort),
@@ -63,6 +67,7 @@ impl Group {
             Self::Footprint => footprint::run(effort),
             Self::Iperf => iperf::run(effort),
             Self::Guests => guests::run(effort),
+            Self::Queues => queues::run(effort, pairs),
         }
     }
 }

@@ -10,10 +10,11 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 use virtionet_tests::accel::Accel;
 use virtionet_tests::daemon::{Daemon, Options};
+use virtionet_tests::evidence;
 use virtionet_tests::iperf::{Clients, Direction, Iperf, Load};
 use virtionet_tests::paths::RunDir;
 use virtionet_tests::qemu::{Machine, Nic, Qemu};
-use virtionet_tests::topology::{GUEST, Lan, TAP, configure_guest};
+use virtionet_tests::topology::{Lan, TAP, configure_guest};
 
 use crate::outcome::{Better, Outcome};
 use crate::rig::progress;
@@ -144,7 +145,7 @@ impl Side {
         qemu.resume()?;
         qemu.boot(BOOT)?;
         configure_guest(qemu.guest(), pairs)?;
-        lan.reach(GUEST.v4)?;
+        evidence::reach(&lan, qemu.guest(), daemon.as_ref())?;
         stop(&qemu)?;
         Ok(Self { qemu, daemon, lan })
     }
@@ -152,8 +153,8 @@ impl Side {
     /// Gbit/s at the receivers, while the guest runs for this.
     fn measure(&self, dir: &RunDir, load: Flows, seconds: u32) -> Result<f64> {
         self.qemu.resume()?;
-        self.lan.reach(GUEST.v4)?;
         let guest = self.qemu.guest();
+        evidence::reach(&self.lan, guest, self.daemon.as_ref())?;
         let iperf = Iperf::new(&self.lan, guest, dir, Clients::Host, load.flows)?;
         // The first second, in which the flows find their speed, does not count.
         let what = Load::tcp(seconds).flows(load.flows).arg("-O").arg("1");

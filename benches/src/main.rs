@@ -1,4 +1,5 @@
-//! Runs the named groups, shows each as a table, and writes NAME.json, NAME.meta.json and NAME.svg.
+//! Runs the named groups, shows each as a table, and writes NAME.json, NAME.meta.json and NAME.svg,
+//! and NAME.md where a group has a page.
 
 use std::fs;
 use std::io::{self, Write};
@@ -28,6 +29,11 @@ struct Cli {
     /// Where the results go [default: benches/results]
     #[arg(long, value_name = "DIR")]
     results: Option<PathBuf>,
+
+    /// The numbers of queue pairs that the group 'queues' compares with one
+    #[arg(long, value_name = "N,N", default_value = "4", value_delimiter = ',',
+          value_parser = clap::value_parser!(u16).range(2..=8))]
+    pairs: Vec<u16>,
 }
 
 fn main() -> Result<()> {
@@ -46,15 +52,20 @@ fn main() -> Result<()> {
     fs::create_dir_all(&results)
         .with_context(|| format!("the folder {} cannot be made", results.display()))?;
     for group in groups {
-        measure(group, effort, &results)?;
+        measure(group, effort, &cli.pairs, &results)?;
     }
     Ok(())
 }
 
-fn measure(group: Group, effort: Effort, results: &Path) -> Result<()> {
-    let meta = Meta::gather(group, effort)?;
+fn measure(group: Group, effort: Effort, pairs: &[u16], results: &Path) -> Result<()> {
+    let mut meta = Meta::gather(group, effort)?;
+    if group == Group::Queues {
+        let list: Vec<String> = pairs.iter().map(u16::to_string).collect();
+        meta.command
+            .push_str(&format!(" --pairs {}", list.join(",")));
+    }
     let outcome = group
-        .run(effort)
+        .run(effort, pairs)
         .with_context(|| format!("the group '{}' could not be measured", group.name()))?;
     let meta = meta.with_notes(&outcome.notes);
     io::stdout()
@@ -66,11 +77,14 @@ fn measure(group: Group, effort: Effort, results: &Path) -> Result<()> {
 fn write(results: &Path, group: Group, meta: &Meta, outcome: &Outcome) -> Result<()> {
     let rows = serde_json::to_string_pretty(&outcome.rows)?;
     let side = serde_json::to_string_pretty(meta)?;
-    for (ending, text) in [
+    let page = outcome.page.as_ref();
+    let page = page.map(|page| ("md", format!("# {}\n\n{page}", meta.title)));
+    let files = [
         ("json", rows + "\n"),
         ("meta.json", side + "\n"),
         ("svg", chart::render(meta, outcome)),
-    ] {
+    ];
+    for (ending, text) in files.into_iter().chain(page) {
         let path = results.join(format!("{}.{ending}", group.name()));
         // Written whole or not at all: a result that was cut off would still look like one.
         let unfinished = path.with_extension("tmp");

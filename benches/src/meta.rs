@@ -102,11 +102,16 @@ fn versions(group: Group) -> Result<BTreeMap<&'static str, String>> {
                 versions.insert(stock, locked(stock)?);
             }
         }
-        Group::Iperf | Group::Guests => {
+        Group::Iperf | Group::Guests | Group::Queues => {
             versions.insert("QEMU", qemu::version()?);
             let text = output("iperf3", ["--version"])?;
             let version = text.split_whitespace().nth(1).unwrap_or("unknown");
             versions.insert("iperf3", version.to_owned());
+            if group == Group::Queues {
+                let text = output("sockperf", ["--version"])?;
+                let version = text.split_whitespace().nth(2).unwrap_or("unknown");
+                versions.insert("sockperf", version.to_owned());
+            }
         }
         Group::Tap | Group::Footprint => {}
     }

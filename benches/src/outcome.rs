@@ -79,6 +79,8 @@ pub struct Outcome {
     pub rows: Vec<Row>,
     /// What else is worth knowing, a sentence each.
     pub notes: Vec<String>,
+    /// What is better read otherwise than by rows: a page in Markdown.
+    pub page: Option<String>,
 }
 
 #[cfg(test)]
