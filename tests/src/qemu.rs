@@ -27,6 +27,7 @@ const START: Duration = Duration::from_secs(20);
 #[derive(Clone, Debug)]
 pub struct Machine {
     vcpus: u32,
+    max_vcpus: Option<u32>,
     memory_mib: u32,
     accel: Accel,
     shared: bool,
@@ -51,6 +52,7 @@ impl Machine {
     pub fn new() -> Self {
         Self {
             vcpus: 1,
+            max_vcpus: None,
             memory_mib: 512,
             accel: Accel::Tcg,
             shared: true,
@@ -69,6 +71,13 @@ impl Machine {
     #[must_use]
     pub fn vcpus(mut self, n: u32) -> Self {
         self.vcpus = n;
+        self
+    }
+
+    /// Room for so many vCPUs, plugged in later.
+    #[must_use]
+    pub fn max_vcpus(mut self, n: u32) -> Self {
+        self.max_vcpus = Some(n);
         self
     }
 
@@ -278,6 +287,10 @@ impl Machine {
             _ => ("tcg,thread=multi", "qemu64"),
         };
         let memory = self.memory_mib;
+        let smp = match self.max_vcpus {
+            Some(max) => format!("{},maxcpus={max}", self.vcpus),
+            None => self.vcpus.to_string(),
+        };
         let ram = if self.shared {
             format!("memory-backend-memfd,id=ram,size={memory}M,share=on")
         } else {
@@ -297,7 +310,7 @@ impl Machine {
             "-cpu",
             cpu,
             "-smp",
-            &self.vcpus.to_string(),
+            &smp,
         ]
         .map(str::to_owned)
         .into();

@@ -26,6 +26,7 @@ pub struct Plan {
     reconnect_ms: Option<u32>,
     props: Vec<String>,
     vcpus: Option<u32>,
+    max_vcpus: Option<u32>,
     daemon_flags: Vec<(String, String)>,
 }
 
@@ -40,6 +41,7 @@ impl Plan {
             reconnect_ms: None,
             props: Vec::new(),
             vcpus: None,
+            max_vcpus: None,
             daemon_flags: Vec::new(),
         }
     }
@@ -48,6 +50,13 @@ impl Plan {
     #[must_use]
     pub fn vcpus(mut self, vcpus: u32) -> Self {
         self.vcpus = Some(vcpus);
+        self
+    }
+
+    /// Room for so many vCPUs, plugged in later.
+    #[must_use]
+    pub fn max_vcpus(mut self, vcpus: u32) -> Self {
+        self.max_vcpus = Some(vcpus);
         self
     }
 
@@ -147,7 +156,11 @@ impl Plan {
         for prop in &self.props {
             nic = nic.prop(prop);
         }
-        let (qemu, _) = Machine::new()
+        let mut machine = Machine::new();
+        if let Some(max) = self.max_vcpus {
+            machine = machine.max_vcpus(max);
+        }
+        let (qemu, _) = machine
             .vcpus(self.vcpus.unwrap_or(self.pairs.into()))
             .memory_mib(self.memory_mib)
             .accel(Accel::Auto)

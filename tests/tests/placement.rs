@@ -175,6 +175,29 @@ fn the_map_from_pairs_to_vcpus_is_the_guests_own() {
 }
 
 #[test]
+fn vcpus_that_are_plugged_in_are_served_as_the_guest_does() {
+    let mut rig = Plan::new(2).max_vcpus(4).start().unwrap();
+    let slots = rig.qemu.qmp("query-hotpluggable-cpus", &Value::Null);
+    let slots = slots.unwrap();
+    let free = slots.as_array().unwrap().iter().rev();
+    for (cpu, slot) in (2..).zip(free.filter(|slot| slot["qom-path"].is_null())) {
+        let mut device = slot["props"].clone();
+        device["driver"] = slot["type"].clone();
+        device["id"] = format!("cpu{cpu}").into();
+        rig.qemu.qmp("device_add", &device).unwrap();
+        let online = format!("echo 1 > /sys/devices/system/cpu/cpu{cpu}/online");
+        let guest = rig.qemu.guest();
+        eventually(SOON, || guest.ok(&online).map(|_| ())).unwrap();
+    }
+    let real = guests_map(rig.qemu.guest(), 2).unwrap();
+    assert_eq!(real, [[0, 1], [2, 3]]);
+    let same = |device: &Value| told_map(device, 2).is_ok_and(|told| told == real);
+    let device = rig.daemon.wait_device("serving 4 vCPUs", SOON, same);
+    stands_as_told(&device.unwrap()).unwrap();
+    rig.lan.reach(GUEST.v4).unwrap();
+}
+
+#[test]
 fn a_shrinking_cpuset_takes_the_workers_along_and_a_growing_one_back() {
     let cpus = sched::allowed_cpus().unwrap();
     if cpus.len() < 2 {
