@@ -460,20 +460,23 @@ fn what_cannot_be_is_told_in_a_sentence() {
         (
             ["switch:s,tap=tap0", "switch:s,tap=tap1"],
             [
-                "switch s has tap=tap0 already, not tap=tap1",
+                "d1: switch s has tap=tap0 already, not tap=tap1",
                 "name the same TAP",
             ],
             1,
         ),
         (
             ["switch:s,tap=tap0", "switch:t,tap=tap0"],
-            ["TAP tap0 belongs to switch s already", "name another one"],
-            1,
+            [
+                "TAP tap0 is given to both switch s and switch t",
+                "give each",
+            ],
+            2,
         ),
         (
             ["switch:s,tap=tap0", "tap:tap0"],
-            ["TAP tap0 belongs to switch s already", "name another one"],
-            1,
+            ["TAP tap0 is given to both switch s and d1", "give each"],
+            2,
         ),
         (["switch:s", "switch:"], ["has 0 bytes", "1 to 32"], 2),
         (
@@ -491,7 +494,7 @@ fn what_cannot_be_is_told_in_a_sentence() {
         let refused = options.run_to_end(&dir, "vnet").unwrap();
         let text = refused.stderr.trim();
         assert_eq!(refused.status.code(), Some(status), "{text}");
-        assert!(text.starts_with("virtionetd: d1: "), "{text}");
+        assert!(text.starts_with("virtionetd: "), "{text}");
         assert_eq!(text.lines().count(), 1, "{text}");
         for part in parts {
             assert!(text.contains(part), "no {part:?} in: {text}");
