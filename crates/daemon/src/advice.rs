@@ -93,10 +93,11 @@ impl Adviser {
         self.state.lock().current.clone()
     }
 
-    /// Notes what the guest does now; `None` while it uses no pair at all.
-    pub fn look(&self, usage: Option<Use>, now: Instant) {
+    /// Notes what `look` says that the guest does now; `None` while it uses no pair at all.
+    pub fn look(&self, look: impl FnOnce() -> Option<Use>, now: Instant) {
+        // Looked at under the lock: a front-end that goes meanwhile is forgotten after it.
         let mut state = self.state.lock();
-        let Some(usage) = usage else {
+        let Some(usage) = look() else {
             // The guest boots again, perhaps: what was said is not said again.
             let told = std::mem::take(&mut state.told);
             let asking = state.asking;
@@ -129,7 +130,7 @@ impl Adviser {
 
     /// The front-end has gone: the next one is told all anew.
     pub fn forget(&self) {
-        self.look(None, Instant::now());
+        self.look(|| None, Instant::now());
         self.state.lock().told.clear();
     }
 
@@ -283,22 +284,22 @@ mod tests {
         let adviser = Adviser::new("vnet", None, None);
         let start = Instant::now();
         let few = Some(usage(1, 4, Some(4)));
-        adviser.look(few, start);
-        adviser.look(few, start + SETTLED / 2);
+        adviser.look(|| few, start);
+        adviser.look(|| few, start + SETTLED / 2);
         assert_eq!(adviser.current(), [""; 0]);
         // Another choice starts the time anew.
-        adviser.look(Some(usage(2, 4, Some(4))), start + SETTLED / 2);
-        adviser.look(Some(usage(2, 4, Some(4))), start + SETTLED);
+        adviser.look(|| Some(usage(2, 4, Some(4))), start + SETTLED / 2);
+        adviser.look(|| Some(usage(2, 4, Some(4))), start + SETTLED);
         assert_eq!(adviser.current(), [""; 0]);
-        adviser.look(Some(usage(2, 4, Some(4))), start + 2 * SETTLED);
+        adviser.look(|| Some(usage(2, 4, Some(4))), start + 2 * SETTLED);
         assert_eq!(adviser.current().len(), 1);
-        adviser.look(Some(usage(4, 4, Some(4))), start + 3 * SETTLED);
-        adviser.look(Some(usage(4, 4, Some(4))), start + 4 * SETTLED);
+        adviser.look(|| Some(usage(4, 4, Some(4))), start + 3 * SETTLED);
+        adviser.look(|| Some(usage(4, 4, Some(4))), start + 4 * SETTLED);
         assert_eq!(adviser.current(), [""; 0]);
-        adviser.look(few, start + 5 * SETTLED);
-        adviser.look(few, start + 6 * SETTLED);
+        adviser.look(|| few, start + 5 * SETTLED);
+        adviser.look(|| few, start + 6 * SETTLED);
         assert_eq!(adviser.current().len(), 1);
-        adviser.look(None, start + 7 * SETTLED);
+        adviser.look(|| None, start + 7 * SETTLED);
         assert_eq!(adviser.current(), [""; 0]);
     }
 }

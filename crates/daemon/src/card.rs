@@ -156,7 +156,7 @@ impl Card {
     /// Brings in line what hangs on the workers' places and the guest's choice of pairs.
     fn tend(&self) {
         self.interrupts.follow(|| Seen::of(self));
-        self.adviser.look(Use::of(self), Instant::now());
+        self.adviser.look(|| Use::of(self), Instant::now());
     }
 
     /// The queue pairs that have been used so far.

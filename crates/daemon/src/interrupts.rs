@@ -192,18 +192,15 @@ impl Interrupts {
 
     /// Says each thing once, and again only after it was otherwise.
     fn tell(&self, state: &mut State) {
-        let set = state.outcomes.iter().filter(|outcome| outcome.applied);
-        let count = set.count();
-        let mut lines = Vec::new();
-        if self.mode == IrqAffinity::Print {
-            lines.extend(state.outcomes.iter().map(|o| o.setting.command()));
-        } else if count > 0 {
-            let commands = state.outcomes.iter().filter(|outcome| outcome.applied);
-            let commands: Vec<String> = commands.map(|o| o.setting.command()).collect();
-            lines.push(format!(
-                "{count} interrupt and steering masks are on the workers' CPUs: {}",
-                commands.join("; ")
-            ));
+        let print = self.mode == IrqAffinity::Print;
+        let told = state.outcomes.iter().filter(|o| print || o.applied);
+        let mut lines: Vec<String> = told.map(|o| o.setting.command()).collect();
+        if !print && !lines.is_empty() {
+            lines = vec![format!(
+                "{} interrupt and steering masks are on the workers' CPUs: {}",
+                lines.len(),
+                lines.join("; ")
+            )];
         }
         for line in lines.iter().filter(|line| !state.told.contains(line)) {
             tracing::info!("{}: {line}", self.device);

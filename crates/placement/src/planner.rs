@@ -258,33 +258,11 @@ fn decide(rules: &Rules<'_>, pair: u32) -> Decision {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::Dir;
-    use crate::vcpus::{Source, Vcpu};
-
-    fn set(list: &str) -> CpuSet {
-        list.parse().unwrap()
-    }
+    use crate::testing::{Dir, map, set};
+    use crate::vcpus::Vcpu;
 
     fn planner(mode: &str, allowed: &str) -> Planner {
         Planner::new(mode.parse().unwrap(), set(allowed), None).unwrap()
-    }
-
-    /// vCPUs 0.. in threads 100.. on these CPUs; `?` for unreadable ones.
-    fn map(cpus: &[&str]) -> VcpuMap {
-        let vcpus = (0..)
-            .zip(100..)
-            .zip(cpus)
-            .map(|((index, tid), cpus)| Vcpu {
-                index,
-                tid,
-                cpus: (*cpus != "?").then(|| set(cpus)),
-            })
-            .collect();
-        VcpuMap {
-            vcpus,
-            source: Source::ThreadNames,
-            notes: vec![],
-        }
     }
 
     fn places(planner: &Planner, map: &VcpuMap, pairs: u32) -> Vec<String> {

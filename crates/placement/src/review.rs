@@ -172,26 +172,9 @@ fn union<'a>(sets: impl Iterator<Item = &'a CpuSet>) -> CpuSet {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{Dir, sysfs};
-    use crate::vcpus::{Source, VcpuMap};
+    use crate::testing::{Dir, map, set, sysfs};
+    use crate::vcpus::VcpuMap;
     use crate::{Planner, Topology};
-
-    fn set(list: &str) -> CpuSet {
-        list.parse().unwrap()
-    }
-
-    fn map(cpus: &[&str]) -> VcpuMap {
-        let vcpus = (0..).zip(100..).zip(cpus).map(|((index, tid), cpus)| Vcpu {
-            index,
-            tid,
-            cpus: (*cpus != "?").then(|| set(cpus)),
-        });
-        VcpuMap {
-            vcpus: vcpus.collect(),
-            source: Source::ThreadNames,
-            notes: vec![],
-        }
-    }
 
     /// CPUs 0-3 on node 0, 4-7 on node 1; 7 is offline.
     fn planner(dir: &Dir, mode: &str, allowed: &str) -> Planner {

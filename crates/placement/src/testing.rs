@@ -1,5 +1,5 @@
 //! Parts shared by this crate's tests: a directory of one's own, threads laid
-//! out as in /proc, and a QMP server on a real socket.
+//! out as in /proc, maps of vCPUs, and a QMP server on a real socket.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -9,8 +9,30 @@ use std::thread::JoinHandle;
 
 use serde_json::Value;
 
+use crate::cpuset::CpuSet;
+use crate::vcpus::{Source, Vcpu, VcpuMap};
+
 /// QEMU 10's greeting.
 pub(crate) const GREETING: &str = "{\"QMP\": {\"version\": {\"qemu\": {\"micro\": 2, \"minor\": 0, \"major\": 10}, \"package\": \"\"}, \"capabilities\": [\"oob\"]}}\r\n";
+
+/// The CPUs of a list that is sound.
+pub(crate) fn set(list: &str) -> CpuSet {
+    list.parse().unwrap()
+}
+
+/// vCPUs 0.. in threads 100.. on these CPUs; `?` for unreadable ones.
+pub(crate) fn map(cpus: &[&str]) -> VcpuMap {
+    let vcpus = (0..).zip(100..).zip(cpus).map(|((index, tid), cpus)| Vcpu {
+        index,
+        tid,
+        cpus: (*cpus != "?").then(|| set(cpus)),
+    });
+    VcpuMap {
+        vcpus: vcpus.collect(),
+        source: Source::ThreadNames,
+        notes: vec![],
+    }
+}
 
 /// A directory that is removed with the value.
 pub(crate) struct Dir(PathBuf);
@@ -86,7 +108,7 @@ impl SysFs<'_> {
 
     fn each(mut self, lists: &[&str], file: &str, text: fn(&str, u32, &str) -> String) -> Self {
         for list in lists {
-            for cpu in list.parse::<crate::CpuSet>().unwrap().iter() {
+            for cpu in list.parse::<CpuSet>().unwrap().iter() {
                 let path = format!("devices/system/cpu/cpu{cpu}/{file}");
                 self = self.put(&path, &text(file, cpu, list));
             }

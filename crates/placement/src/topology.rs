@@ -180,11 +180,7 @@ fn text(file: &Path) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{Dir, sysfs};
-
-    fn set(list: &str) -> CpuSet {
-        list.parse().unwrap()
-    }
+    use crate::testing::{Dir, set, sysfs};
 
     #[test]
     fn reads_two_nodes_with_smt_caches_isolated_and_offline_cpus() {

@@ -18,6 +18,8 @@ pub struct Owners<'a>(HashMap<String, Owner<'a>>);
 struct Owner<'a> {
     name: String,
     place: &'a Place,
+    /// A switch, which has its TAP from each device that names both.
+    is_switch: bool,
 }
 
 impl<'a> Owners<'a> {
@@ -25,31 +27,31 @@ impl<'a> Owners<'a> {
     pub fn add_control(&mut self, path: &Path, given: &'a Given) {
         let name = given.place.key("control");
         let place = &given.place;
-        self.0.insert(socket_at(path), Owner { name, place });
+        let owner = Owner {
+            name,
+            place,
+            is_switch: false,
+        };
+        self.0.insert(socket_at(path), owner);
     }
 
     /// Notes what `device` has, and as problems what others have already.
     pub fn add(&mut self, described: &'a Described, device: &DeviceConfig, found: &mut Problems) {
+        let owner = |keys| Owner {
+            name: device.name.clone(),
+            place: described.place_of(keys),
+            is_switch: false,
+        };
         let things = [
-            Some((format!("name {}", device.name), ["name"].as_slice())),
-            Some((socket(&device.socket), &["socket-path", "fd"])),
-            tap(&device.uplink).map(|tap| (tap, ["tap", "uplink"].as_slice())),
+            Some((format!("name {}", device.name), owner(&["name"]))),
+            Some((socket(&device.socket), owner(&["socket-path", "fd"]))),
+            tap(&device.uplink, owner(&["tap", "uplink"])),
         ];
-        for (thing, keys) in things.into_iter().flatten() {
-            let owner = Owner {
-                name: match thing.starts_with("TAP") {
-                    true => owner_of_tap(device),
-                    false => device.name.clone(),
-                },
-                place: described.place_of(keys),
-            };
-            // A switch has its TAP from each device that names both.
-            if let Some(first) = self.0.get(&thing) {
-                if first.name != owner.name || !owner.name.starts_with("switch ") {
-                    found.add(conflict(&thing, first, &owner));
-                }
-            } else {
-                self.0.insert(thing, owner);
+        for (thing, owner) in things.into_iter().flatten() {
+            match self.0.get(&thing) {
+                Some(first) if owner.is_switch && first.name == owner.name => {}
+                Some(first) => found.add(conflict(&thing, first, &owner)),
+                None => _ = self.0.insert(thing, owner),
             }
         }
     }
@@ -84,19 +86,20 @@ fn socket_at(path: &Path) -> String {
     format!("socket {}", absolute.display())
 }
 
-/// The TAP of an uplink, unless its name is a pattern (`tap%d`) from which the kernel chooses.
-fn tap(uplink: &str) -> Option<String> {
-    let tap = match uplink.parse() {
-        Ok(UplinkSpec::Tap(tap)) => tap,
-        Ok(UplinkSpec::Switch(switch)) => switch.tap?,
+/// The TAP of an uplink and whose it is: the device's, or its switch's. None where its name is a
+/// pattern (`tap%d`) from which the kernel chooses.
+fn tap<'a>(uplink: &str, device: Owner<'a>) -> Option<(String, Owner<'a>)> {
+    let (tap, owner) = match uplink.parse() {
+        Ok(UplinkSpec::Tap(tap)) => (tap, device),
+        Ok(UplinkSpec::Switch(switch)) => {
+            let owner = Owner {
+                name: format!("switch {}", switch.name),
+                is_switch: true,
+                ..device
+            };
+            (switch.tap?, owner)
+        }
         _ => return None,
     };
-    (!tap.name.contains('%')).then(|| format!("TAP {}", tap.name))
-}
-
-fn owner_of_tap(device: &DeviceConfig) -> String {
-    match device.uplink.parse() {
-        Ok(UplinkSpec::Switch(switch)) => format!("switch {}", switch.name),
-        _ => device.name.clone(),
-    }
+    (!tap.name.contains('%')).then(|| (format!("TAP {}", tap.name), owner))
 }

@@ -1,26 +1,7 @@
 //! Each rule, on a host with two nodes, four caches and SMT.
 
 use super::*;
-use crate::testing::{Dir, sysfs};
-use crate::vcpus::Source;
-
-fn set(list: &str) -> CpuSet {
-    list.parse().unwrap()
-}
-
-/// vCPUs 0.. in threads 100.. on these CPUs; `?` for unreadable ones.
-fn map(cpus: &[&str]) -> VcpuMap {
-    let vcpus = (0..).zip(100..).zip(cpus).map(|((index, tid), cpus)| Vcpu {
-        index,
-        tid,
-        cpus: (*cpus != "?").then(|| set(cpus)),
-    });
-    VcpuMap {
-        vcpus: vcpus.collect(),
-        source: Source::ThreadNames,
-        notes: vec![],
-    }
-}
+use crate::testing::{Dir, map, set, sysfs};
 
 /// Two nodes of two L3 caches of two cores of two threads: CPU k and k + 8
 /// are one core, 0-1 (and 8-9) one cache, 0-3 (and 8-11) one node.
