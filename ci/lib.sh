@@ -4,7 +4,11 @@
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 CACHE=$ROOT/ci/cache
 ME=$(basename "$0")
-PATH=$PATH:/usr/sbin:/sbin:$HOME/.cargo/bin
+# A Rust that rustup installed comes before a distribution's.
+PATH=$HOME/.cargo/bin:$PATH:/usr/sbin:/sbin
+# The suite of the guest's kernel: 'own' is this machine's.
+GUEST=${GUEST:-own}
+GUEST_DIR=$CACHE/guest-$GUEST
 export DEBIAN_FRONTEND=noninteractive
 
 # A step's child, ended with us: nothing is left running after Ctrl-C.
@@ -25,7 +29,24 @@ die() {
     exit 1
 }
 
+check_guest() {
+    case $GUEST in
+        own | bookworm | trixie | sid) ;;
+        *) die "GUEST is '$GUEST', which is no suite that guests can have: set it to bookworm, trixie or sid, or unset it." ;;
+    esac
+}
+
 have() { command -v "$1" >/dev/null 2>&1; }
+
+# The address that this Debian machine's packages come from, in whichever format its sources are
+# written.
+mirror() {
+    local uri
+    uri=$(apt-get indextargets --format '$(REPO_URI)|$(COMPONENT)|$(CODENAME)' 'Identifier: Packages' |
+        awk -F'|' '$2 == "main" && $3 !~ /-/ { print $1; exit }')
+    [ -n "$uri" ] || die "no apt source of a Debian release's main component was found: add one to /etc/apt/sources.list."
+    echo "$uri"
+}
 
 # step TEXT COMMAND...: one line for the step, the seconds while it runs
 # longer than 5 s, and how it ended. Its output is kept, and shown on failure.

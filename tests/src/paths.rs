@@ -27,16 +27,20 @@ pub fn cache() -> PathBuf {
     root().join("ci/cache")
 }
 
-/// The guest's kernel and initramfs, as `ci/guest-image` built them.
+/// The guest's kernel and initramfs, as `ci/guest-image` built them: with this machine's kernel,
+/// or with that of the Debian suite that `$GUEST` names.
 ///
 /// # Errors
 /// When one is not there yet.
 pub fn guest_image() -> Result<(PathBuf, PathBuf)> {
-    let pair = (cache().join("vmlinuz"), cache().join("initramfs.cpio.gz"));
+    let suite = env::var("GUEST").ok().filter(|suite| !suite.is_empty());
+    let suite = suite.as_deref().unwrap_or("own");
+    let dir = cache().join(format!("guest-{suite}"));
+    let pair = (dir.join("vmlinuz"), dir.join("initramfs.cpio.gz"));
     for path in [&pair.0, &pair.1] {
         ensure!(
             path.exists(),
-            "the guest image {} is missing: run ci/setup and ci/guest-image",
+            "the guest image {} is missing: run ci/setup and ci/guest-image, with the same GUEST",
             path.display()
         );
     }
