@@ -66,10 +66,10 @@ fn conflict(thing: &str, first: &Owner<'_>, second: &Owner<'_>) -> Problem {
         true => format!("two devices{also}"),
         false => format!("both {}{also} and {}", first.name, second.name),
     };
-    let sentence = format_args!("{thing} is given to {whom}: give each one of its own");
+    let sentence = format!("{thing} is given to {whom}: give each one of its own");
     match second.place {
-        file @ Place::File { .. } => file.problem(sentence),
-        _ => Problem::new(sentence.to_string()),
+        file @ Place::File { .. } => file.problem(format_args!("{sentence}")),
+        _ => Problem::new(sentence),
     }
 }
 

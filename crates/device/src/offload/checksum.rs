@@ -14,18 +14,19 @@ impl Sum {
         // Lanes of 32 bits in 64 cannot overflow below 16 GiB, and the compiler makes vectors of
         // them.
         let mut lanes = [0u64; 8];
-        let mut blocks = bytes.chunks_exact(32);
-        for block in &mut blocks {
-            for (lane, word) in lanes.iter_mut().zip(block.chunks_exact(4)) {
-                *lane += u64::from(u32::from_ne_bytes([word[0], word[1], word[2], word[3]]));
+        let (blocks, rest) = bytes.as_chunks::<32>();
+        for block in blocks {
+            let (words, _) = block.as_chunks::<4>();
+            for (lane, word) in lanes.iter_mut().zip(words) {
+                *lane += u64::from(u32::from_ne_bytes(*word));
             }
         }
         let mut sum = lanes.iter().sum::<u64>();
-        let mut pairs = blocks.remainder().chunks_exact(2);
-        for pair in &mut pairs {
-            sum += u64::from(u16::from_ne_bytes([pair[0], pair[1]]));
+        let (words, rest) = rest.as_chunks::<2>();
+        for word in words {
+            sum += u64::from(u16::from_ne_bytes(*word));
         }
-        if let [last] = pairs.remainder() {
+        if let [last] = rest {
             sum += u64::from(u16::from_ne_bytes([*last, 0]));
         }
         Self(sum)
