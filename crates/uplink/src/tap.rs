@@ -18,6 +18,8 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use virtionet_device::header::{FrameFormat, HEADER_LEN};
@@ -27,6 +29,12 @@ pub use self::config::TapConfig;
 use self::queue::{Shared, TapQueue};
 use crate::link::{Link, LinkTable};
 use crate::sys;
+
+/// The kernel closes the queues of a process that has ended a moment later, so a TAP that is in use
+/// gets this long to become free before another process is said to hold it.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);
+/// How often the interface table is asked meanwhile.
+const RELEASE_INTERVAL: Duration = Duration::from_millis(10);
 
 /// What a guest takes before it has negotiated anything.
 const PLAIN: FrameFormat = FrameFormat {
@@ -64,9 +72,7 @@ impl Tap {
     /// One sentence that says what is wrong and what to do.
     pub fn open(config: &TapConfig) -> Result<Self, UplinkError> {
         let links = LinkTable::open().map_err(|e| sentence::no_link_table(&e))?;
-        let before = links
-            .named(&config.name)
-            .map_err(|e| sentence::no_link_table(&e))?;
+        let before = wait_for_release(&links, &config.name)?;
         let (file, name) = open_detached(&links, &config.name, before.as_ref())?;
         let link = find(&links, &name)?;
         if let Some(others) = link.queues.map(|all| all.saturating_sub(1))
@@ -234,6 +240,21 @@ impl Uplink for Tap {
             changes: attached.changes,
             queues: attached.pairs.clone(),
         })
+    }
+}
+
+/// Waits up to [`RELEASE_TIMEOUT`] until no process has a queue of the TAP `name`; what the interface
+/// table says then. The table is asked rather than the TAP opened, because an open queue takes frames
+/// from its owner.
+fn wait_for_release(links: &LinkTable, name: &str) -> Result<Option<Link>, UplinkError> {
+    let deadline = Instant::now() + RELEASE_TIMEOUT;
+    loop {
+        let link = links.named(name).map_err(|e| sentence::no_link_table(&e))?;
+        let queues = link.as_ref().and_then(|link| link.queues).unwrap_or(0);
+        if queues == 0 || Instant::now() >= deadline {
+            return Ok(link);
+        }
+        thread::sleep(RELEASE_INTERVAL);
     }
 }
 

@@ -4,6 +4,8 @@
 mod host;
 
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use host::{become_nobody, eventually, hide_tun, in_namespaces, run, share_tun};
 use virtionet_device::port::{Uplink, nobody};
@@ -117,6 +119,24 @@ fn held_by_another() {
         );
         drop((uplink, queue));
         tap("tap:vt0");
+    });
+}
+
+#[test]
+fn a_tap_whose_owner_lets_it_go_within_a_second_is_opened() {
+    in_namespaces(|| {
+        run("ip tuntap add dev vt0 mode tap multi_queue vnet_hdr");
+        let owner = tap("tap:vt0");
+        let spec = "tap:vt0".parse().unwrap();
+        thread::scope(|scope| {
+            scope.spawn(move || {
+                thread::sleep(Duration::from_millis(300));
+                drop(owner);
+            });
+            let began = Instant::now();
+            open(&spec).unwrap();
+            assert!(began.elapsed() >= Duration::from_millis(300));
+        });
     });
 }
 
