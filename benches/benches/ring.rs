@@ -17,7 +17,7 @@ fn rings(criterion: &mut Criterion) -> anyhow::Result<()> {
     for case in &CASES {
         group.throughput(Throughput::Elements(case.burst.into()));
         let (mut driver, mut ours) = our_side(case)?;
-        group.bench_function(BenchmarkId::new("virtionet-ring", case.name()), |bencher| {
+        group.bench_function(BenchmarkId::new("virtionet-virtqueue", case.name()), |bencher| {
             bencher.iter(|| {
                 driver.offer(case.burst);
                 ours.burst(case.burst)

@@ -5,15 +5,15 @@ use std::sync::Arc;
 
 use virtio_bindings::virtio_net as net;
 use virtio_bindings::virtio_ring as ring;
-use virtionet_device::features::Features;
-use virtionet_device::header::VnetHeader;
-use virtionet_device::port::{MAX_BURST, TxFrame};
-use virtionet_device::stats::RingStats;
-use virtionet_device::{DeviceQueue, QueueConfig, RxQueue, TxQueue};
+use virtionet_virtio_net::features::Features;
+use virtionet_virtio_net::header::VnetHeader;
+use virtionet_virtio_net::port::{MAX_BURST, TxFrame};
+use virtionet_virtio_net::stats::RingStats;
+use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue, TxQueue};
 use virtionet_guest::driver::RingAddresses;
 use virtionet_guest::memory::GuestRam;
-use virtionet_ring::memory::GuestSlice;
-use virtionet_ring::{RingFault, RingLayout};
+use virtionet_virtqueue::memory::GuestSlice;
+use virtionet_virtqueue::{RingFault, RingLayout};
 
 use crate::input::Input;
 use crate::uplink::{Checker, Mapped};

@@ -17,13 +17,13 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
 use rustix::event::{EventfdFlags, eventfd};
-use virtionet_device::features::Features;
-use virtionet_device::stats::RingStats;
-use virtionet_device::{DeviceQueue, QueueConfig, RxQueue, TxQueue};
+use virtionet_virtio_net::features::Features;
+use virtionet_virtio_net::stats::RingStats;
+use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue, TxQueue};
 use virtionet_guest::memory::GuestRam;
-use virtionet_ring::memory::GuestMemory;
-use virtionet_session::wire::{HEADER_SIZE, Header, Message};
-use virtionet_session::{Backend, BackendError, RingStart, Session, serve};
+use virtionet_virtqueue::memory::GuestMemory;
+use virtionet_vhost_user::wire::{HEADER_SIZE, Header, Message};
+use virtionet_vhost_user::{Backend, BackendError, RingStart, Session, serve};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::input::Input;
@@ -186,7 +186,7 @@ enum Queue {
 }
 
 impl Queue {
-    fn new(index: u16, config: QueueConfig) -> Result<Self, virtionet_ring::RingError> {
+    fn new(index: u16, config: QueueConfig) -> Result<Self, virtionet_virtqueue::RingError> {
         Ok(match index % 2 {
             0 => Self::Rx(RxQueue::new(config)?),
             _ => Self::Tx(TxQueue::new(config)?),
@@ -250,7 +250,7 @@ impl Backend for Device {
     fn start_ring(&self, index: u16, start: RingStart) -> Result<(), BackendError> {
         self.known(index);
         assert!(!start.memory.is_empty());
-        assert!((1..=virtionet_ring::MAX_SIZE).contains(&start.layout.size));
+        assert!((1..=virtionet_virtqueue::MAX_SIZE).contains(&start.layout.size));
         let features = Features(start.features);
         let uplink = Checker::new(features, &start.memory);
         let config = QueueConfig {

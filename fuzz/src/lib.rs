@@ -9,7 +9,7 @@ pub mod framing;
 mod input;
 pub mod offload;
 pub mod packed_chains;
-#[path = "../../crates/device/tests/packets/mod.rs"]
+#[path = "../../crates/virtio-net/tests/packets/mod.rs"]
 mod packets;
 pub mod seeds;
 pub mod split_chains;

@@ -7,9 +7,9 @@
 //! Input: what the target takes (1 byte), the length of the frame's pieces (2 bytes), the header (12
 //! bytes), how many bytes to append to the frame (2 bytes), and the frame.
 
-use virtionet_device::features::Features;
-use virtionet_device::header::{FrameFormat, HEADER_LEN, MIN_FRAME, VnetHeader};
-use virtionet_device::offload::{Segmenter, fits};
+use virtionet_virtio_net::features::Features;
+use virtionet_virtio_net::header::{FrameFormat, HEADER_LEN, MIN_FRAME, VnetHeader};
+use virtionet_virtio_net::offload::{Segmenter, fits};
 
 use crate::input::Input;
 use crate::packets::{self, Packet};

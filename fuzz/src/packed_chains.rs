@@ -9,7 +9,7 @@
 
 use std::collections::VecDeque;
 
-use virtionet_device::{RxQueue, TxQueue};
+use virtionet_virtio_net::{RxQueue, TxQueue};
 use virtionet_guest::driver::RingConfig;
 use virtionet_guest::net::PACKED;
 use virtionet_guest::packed::{AVAIL, PackedDescriptor, PackedRing, Place, USED};

@@ -7,7 +7,7 @@
 //!
 //! Input: [`Setup`] (6 bytes), then operations, each an [`Op`] byte and its operands.
 
-use virtionet_device::{RxQueue, TxQueue};
+use virtionet_virtio_net::{RxQueue, TxQueue};
 use virtionet_guest::driver::RingConfig;
 use virtionet_guest::split::{Descriptor, SplitRing};
 

@@ -6,11 +6,11 @@ use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex};
 
-use virtionet_device::features::Features;
-use virtionet_device::header::{HEADER_LEN, MAX_FRAME, MIN_FRAME};
-use virtionet_device::port::{MAX_BURST, Received, TxFrame, UplinkQueue};
-use virtionet_device::stats::RingStats;
-use virtionet_ring::memory::{GuestMemory, GuestSlice, Pieces};
+use virtionet_virtio_net::features::Features;
+use virtionet_virtio_net::header::{HEADER_LEN, MAX_FRAME, MIN_FRAME};
+use virtionet_virtio_net::port::{MAX_BURST, Received, TxFrame, UplinkQueue};
+use virtionet_virtio_net::stats::RingStats;
+use virtionet_virtqueue::memory::{GuestMemory, GuestSlice, Pieces};
 
 /// Where a snapshot of guest memory is mapped in this process.
 #[derive(Debug, Default)]

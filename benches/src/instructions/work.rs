@@ -4,18 +4,18 @@ use std::hint::black_box;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use anyhow::{Context, Result, ensure};
-use virtionet_device::features::Features;
-use virtionet_device::header::VnetHeader;
-use virtionet_device::port::{MAX_BURST, RxPort, TxFrame, Uplink, UplinkQueue, nobody};
-use virtionet_device::stats::RingStats;
-use virtionet_device::{DeviceQueue, QueueConfig, RxQueue, TxQueue};
+use virtionet_virtio_net::features::Features;
+use virtionet_virtio_net::header::VnetHeader;
+use virtionet_virtio_net::port::{MAX_BURST, RxPort, TxFrame, Uplink, UplinkQueue, nobody};
+use virtionet_virtio_net::stats::RingStats;
+use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue, TxQueue};
 use virtionet_guest::driver::{Buf, DriverRing, RingConfig as DriverConfig};
 use virtionet_guest::frame::{Checksum, Frame, FrameSpec, Transport};
 use virtionet_guest::memory::GuestRam;
 use virtionet_guest::net::{self, MODERN, PACKED, TxLayout};
 use virtionet_guest::{rx, tx};
-use virtionet_ring::memory::GuestSlice;
-use virtionet_ring::{Burst, Direction, Ring, RingConfig, RingLayout};
+use virtionet_virtqueue::memory::GuestSlice;
+use virtionet_virtqueue::{Burst, Direction, Ring, RingConfig, RingLayout};
 use virtionet_uplink::null::Null;
 use virtionet_uplink::switch::Switch;
 

@@ -2,7 +2,7 @@
 //! every piece translated, given back, the driver asked once a burst whether it wants an interrupt.
 //!
 //! Both sides run against the same simulated driver ([`driver`]), on rings and in memory of the
-//! same layout: [`ours`] is virtionet-ring, [`stock`] is virtio-queue. The driver's part, one store
+//! same layout: [`ours`] is virtionet-virtqueue, [`stock`] is virtio-queue. The driver's part, one store
 //! of the available index a burst, is within both sides' time.
 
 pub mod driver;

@@ -1,10 +1,10 @@
-//! virtionet-ring, used as the TX path uses it.
+//! virtionet-virtqueue, used as the TX path uses it.
 
 use std::sync::Arc;
 
 use anyhow::Result;
-use virtionet_ring as ring;
-use virtionet_ring::{Direction, Ring, RingConfig, RingLayout};
+use virtionet_virtqueue as ring;
+use virtionet_virtqueue::{Direction, Ring, RingConfig, RingLayout};
 
 use super::driver::{Driver, SIZE, Shape};
 use super::{Burst, Case};

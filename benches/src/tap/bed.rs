@@ -5,13 +5,13 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use virtionet_device::features::Features;
-use virtionet_device::port::{Uplink, UplinkQueue, nobody};
-use virtionet_device::stats::RingStats;
-use virtionet_device::{DeviceQueue, QueueConfig};
+use virtionet_virtio_net::features::Features;
+use virtionet_virtio_net::port::{Uplink, UplinkQueue, nobody};
+use virtionet_virtio_net::stats::RingStats;
+use virtionet_virtio_net::{DeviceQueue, QueueConfig};
 use virtionet_guest::memory::GuestRam;
 use virtionet_guest::net::{self, MODERN};
-use virtionet_ring::RingLayout;
+use virtionet_virtqueue::RingLayout;
 use virtionet_uplink::tap::{Tap, TapConfig};
 
 use crate::rig::ip;

@@ -5,9 +5,9 @@ use std::io::{IoSlice, IoSliceMut, Read, Write};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use virtionet_device::RxQueue as DeviceRx;
-use virtionet_device::port::UplinkQueue;
-use virtionet_device::stats::RingStats;
+use virtionet_virtio_net::RxQueue as DeviceRx;
+use virtionet_virtio_net::port::UplinkQueue;
+use virtionet_virtio_net::stats::RingStats;
 use virtionet_guest::frame::Frame;
 use virtionet_guest::net::{MERGEABLE_BUFFER, QueueConfig};
 use virtionet_guest::rx::RxQueue as DriverRx;

@@ -5,9 +5,9 @@ use std::io::{IoSlice, Write};
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
-use virtionet_device::TxQueue as DeviceTx;
-use virtionet_device::port::UplinkQueue;
-use virtionet_device::stats::RingStats;
+use virtionet_virtio_net::TxQueue as DeviceTx;
+use virtionet_virtio_net::port::UplinkQueue;
+use virtionet_virtio_net::stats::RingStats;
 use virtionet_guest::frame::Frame;
 use virtionet_guest::net::{QueueConfig, TxLayout};
 use virtionet_guest::tx::TxQueue as DriverTx;

@@ -5,12 +5,12 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use virtionet_device::features::Features;
-use virtionet_device::port::Uplink;
-use virtionet_device::{DeviceQueue, QueueConfig};
+use virtionet_virtio_net::features::Features;
+use virtionet_virtio_net::port::Uplink;
+use virtionet_virtio_net::{DeviceQueue, QueueConfig};
 use virtionet_placement::Warning;
-use virtionet_ring::memory::GuestMemory;
-use virtionet_session::{Backend, BackendError, RingStart};
+use virtionet_virtqueue::memory::GuestMemory;
+use virtionet_vhost_user::{Backend, BackendError, RingStart};
 
 use crate::advice::{Adviser, Use};
 use crate::config::{MAX_PAIRS, Poll};

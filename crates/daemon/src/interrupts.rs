@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use virtionet_device::port::HostInterface;
+use virtionet_virtio_net::port::HostInterface;
 use virtionet_placement::CpuSet;
 use virtionet_placement::interrupts::{
     IrqAffinity, Kind, Ledger, Outcome, Refusal, Roots, Served, Wanted, ban_line, wanted,

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use virtionet_device::DeviceQueue;
-use virtionet_session::features::names as protocol_names;
+use virtionet_virtio_net::DeviceQueue;
+use virtionet_vhost_user::features::names as protocol_names;
 
 use crate::card::Card;
 use crate::config::{DeviceConfig, Socket};

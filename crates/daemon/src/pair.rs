@@ -8,11 +8,11 @@ use std::thread::JoinHandle;
 
 use parking_lot::Mutex;
 use std::os::fd::AsRawFd;
-use virtionet_device::port::{RxPort, TxFrame, Uplink, UplinkError, UplinkQueue};
-use virtionet_device::stats::WorkerStats;
-use virtionet_device::{RxQueue, TxQueue};
+use virtionet_virtio_net::port::{RxPort, TxFrame, Uplink, UplinkError, UplinkQueue};
+use virtionet_virtio_net::stats::WorkerStats;
+use virtionet_virtio_net::{RxQueue, TxQueue};
 use virtionet_placement::{Decision, worker_name};
-use virtionet_ring::memory::GuestMemory;
+use virtionet_virtqueue::memory::GuestMemory;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 

@@ -19,8 +19,8 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use virtionet_placement::Planner;
 use virtionet_placement::interrupts::Ledger;
-use virtionet_session::listen::{Access, Inherited, ListenError, Listener, connect};
-use virtionet_session::{Ended, SessionError, take_fd};
+use virtionet_vhost_user::listen::{Access, Inherited, ListenError, Listener, connect};
+use virtionet_vhost_user::{Ended, SessionError, take_fd};
 use virtionet_uplink::switch::Pump;
 use virtionet_uplink::{UplinkSpec, Uplinks};
 
@@ -271,7 +271,7 @@ fn serve(card: &Card, mut door: Door, stop: BorrowedFd<'_>, alone: bool) -> Resu
             Err(error) => return cannot_go_on(error.to_string()),
         };
         let began = Instant::now();
-        match virtionet_session::serve(stream, card, stop) {
+        match virtionet_vhost_user::serve(stream, card, stop) {
             Ok(Ended::Disconnected) => {}
             Ok(Ended::Stopped) => return Ok(()),
             Err(error @ SessionError::NotShared) if alone => {

@@ -11,11 +11,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 
 use parking_lot::{Mutex, MutexGuard};
-use virtionet_device::port::TxFrame;
-use virtionet_device::stats::RingStats;
-use virtionet_device::{DeviceQueue, QueueConfig, RxQueue};
-use virtionet_ring::memory::GuestMemory;
-use virtionet_ring::{RingError, RingFault};
+use virtionet_virtio_net::port::TxFrame;
+use virtionet_virtio_net::stats::RingStats;
+use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue};
+use virtionet_virtqueue::memory::GuestMemory;
+use virtionet_virtqueue::{RingError, RingFault};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::worker::Event;

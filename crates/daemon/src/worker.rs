@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use virtionet_device::{DeviceQueue, RxEnd};
+use virtionet_virtio_net::{DeviceQueue, RxEnd};
 use vmm_sys_util::epoll::{Epoll, EpollEvent};
 
 use crate::pair::Pair;

@@ -12,7 +12,7 @@ use std::time::Duration;
 use vhost::vhost_user::message::{
     FrontendReq, VhostUserProtocolFeatures as Protocol, VhostUserVirtioFeatures,
 };
-use virtionet_ring::memory::RegionSpec;
+use virtionet_virtqueue::memory::RegionSpec;
 
 use crate::driver::RingAddresses;
 use crate::error::Error;

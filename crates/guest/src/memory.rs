@@ -14,7 +14,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use virtionet_ring::memory::{GuestMemory, MemoryError, Region, RegionSpec};
+use virtionet_virtqueue::memory::{GuestMemory, MemoryError, Region, RegionSpec};
 use vm_memory::{ByteValued, FileOffset, MmapRegion};
 
 /// Bytes of the smallest page: region addresses and sizes are multiples of it.

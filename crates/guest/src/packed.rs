@@ -7,7 +7,7 @@
 
 mod layout;
 
-use virtionet_ring::memory::full_fence;
+use virtionet_virtqueue::memory::full_fence;
 
 use crate::driver::{Buf, DeviceFault, RingAddresses, RingConfig, RingError, needed};
 use crate::indirect::Tables;

@@ -4,7 +4,7 @@
 //! live in slots, so nothing that a device (or a test's raw write) does to the shared memory
 //! changes what the driver believes.
 
-use virtionet_ring::memory::full_fence;
+use virtionet_virtqueue::memory::full_fence;
 
 use crate::driver::{Buf, DeviceFault, RingAddresses, RingConfig, RingError, needed};
 use crate::indirect::Tables;

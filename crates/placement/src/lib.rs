@@ -44,7 +44,6 @@ mod pairs;
 mod planner;
 mod procfs;
 mod qmp;
-pub mod queues;
 mod review;
 mod rules;
 mod sys;

@@ -4,10 +4,10 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Weak};
 
-use virtionet_device::header::FrameFormat;
-use virtionet_device::port::{Received, RxPort, TxFrame, Uplink, UplinkError, UplinkQueue};
-use virtionet_device::stats::{RingStats, wide};
-use virtionet_ring::memory::GuestSlice;
+use virtionet_virtio_net::header::FrameFormat;
+use virtionet_virtio_net::port::{Received, RxPort, TxFrame, Uplink, UplinkError, UplinkQueue};
+use virtionet_virtio_net::stats::{RingStats, wide};
+use virtionet_virtqueue::memory::GuestSlice;
 
 /// The null uplink, and each of its queues.
 #[derive(Debug, Clone, Copy, Default)]
@@ -61,8 +61,8 @@ impl UplinkQueue for Null {
 
 #[cfg(test)]
 mod tests {
-    use virtionet_device::header::VnetHeader;
-    use virtionet_device::port::nobody;
+    use virtionet_virtio_net::header::VnetHeader;
+    use virtionet_virtio_net::port::nobody;
 
     use super::*;
 

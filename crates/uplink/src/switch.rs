@@ -24,7 +24,7 @@
 //! sender's, so that pair k talks to pair k. (flow.rs, steer.rs)
 //!
 //! **Fit.** A frame asks its receiver for no more than the receiver's driver negotiated; what it does not take
-//! is done here, on a copy. ([`virtionet_device::offload`])
+//! is done here, on a copy. ([`virtionet_virtio_net::offload`])
 //!
 //! **Trust.** As on any plain switch, a guest can send in another's name and so draw its frames. What
 //! it cannot do is to fill the tables at the cost of others: they are of fixed size, a port that
@@ -38,7 +38,6 @@
 //! are none: tables are words that are read and written at once.
 
 mod burst;
-mod config;
 mod flow;
 mod forward;
 mod host;
@@ -56,13 +55,12 @@ use std::sync::{Arc, OnceLock, Weak};
 
 use parking_lot::Mutex;
 use rustix::time::{ClockId, clock_gettime};
-use virtionet_device::header::FrameFormat;
-use virtionet_device::port::{Received, RxPort, TxFrame, Uplink, UplinkError, UplinkQueue};
-use virtionet_device::stats::RingStats;
-use virtionet_ring::memory::GuestSlice;
+use virtionet_virtio_net::header::FrameFormat;
+use virtionet_virtio_net::port::{Received, RxPort, TxFrame, Uplink, UplinkError, UplinkQueue};
+use virtionet_virtio_net::stats::RingStats;
+use virtionet_virtqueue::memory::GuestSlice;
 
 use self::burst::Sender;
-pub use self::config::SwitchConfig;
 use self::host::HostPort;
 pub use self::host::Pump;
 use self::macs::MacTable;

@@ -11,7 +11,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use arrayvec::ArrayVec;
-use virtionet_ring::memory::GuestSlice;
+use virtionet_virtqueue::memory::GuestSlice;
 
 /// Most pieces that one `readv` or `writev` takes (IOV_MAX).
 pub(crate) const MAX_PIECES: usize = 1024;

@@ -22,8 +22,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use virtionet_device::header::{FrameFormat, HEADER_LEN};
-use virtionet_device::port::{HostInterface, RxPort, Uplink, UplinkError, UplinkQueue};
+use virtionet_virtio_net::header::{FrameFormat, HEADER_LEN};
+use virtionet_virtio_net::port::{HostInterface, RxPort, Uplink, UplinkError, UplinkQueue};
 
 pub use self::config::TapConfig;
 use self::queue::{Shared, TapQueue};

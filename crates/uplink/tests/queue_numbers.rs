@@ -12,8 +12,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use host::{Witness, drain, frame, in_namespaces, run, send};
-use virtionet_device::header::VnetHeader;
-use virtionet_device::port::{Uplink, UplinkQueue, nobody};
+use virtionet_virtio_net::header::VnetHeader;
+use virtionet_virtio_net::port::{Uplink, UplinkQueue, nobody};
 
 const PLAIN: VnetHeader = VnetHeader([0; 12]);
 const QUEUES: u16 = 5;

@@ -12,9 +12,9 @@ use std::time::Duration;
 
 use host::{eventually, in_namespaces, receive, run, send};
 use packets::{ACK, CWR, ECE, FIN, Maker, PSH, Packet, convert, format};
-use virtionet_device::header::VnetHeader;
-use virtionet_device::offload::Segmenter;
-use virtionet_device::port::{Received, Uplink, UplinkQueue, nobody};
+use virtionet_virtio_net::header::VnetHeader;
+use virtionet_virtio_net::offload::Segmenter;
+use virtionet_virtio_net::port::{Received, Uplink, UplinkQueue, nobody};
 use virtionet_uplink::open;
 
 const WHOLE: usize = 1 << 17;

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use host::{become_nobody, eventually, hide_tun, in_namespaces, run, share_tun};
-use virtionet_device::port::{Uplink, nobody};
+use virtionet_virtio_net::port::{Uplink, nobody};
 use virtionet_uplink::open;
 
 fn refusal(spec: &str) -> String {

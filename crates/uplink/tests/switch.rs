@@ -7,16 +7,16 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use proptest::prelude::*;
-use virtionet_device::features::Features;
-use virtionet_device::port::{MAX_BURST, Received, RxPort, TxFrame, Uplink, UplinkQueue};
-use virtionet_device::stats::RingStats;
-use virtionet_device::{DeviceQueue, QueueConfig, RxQueue, TxQueue};
+use virtionet_virtio_net::features::Features;
+use virtionet_virtio_net::port::{MAX_BURST, Received, RxPort, TxFrame, Uplink, UplinkQueue};
+use virtionet_virtio_net::stats::RingStats;
+use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue, TxQueue};
 use virtionet_guest::card::Pair;
 use virtionet_guest::frame::{Checksum, Frame, FrameSpec, Transport, check};
 use virtionet_guest::memory::GuestRam;
 use virtionet_guest::net::{self, MODERN, OFFLOADS, PACKED, Queue};
-use virtionet_ring::RingLayout;
-use virtionet_ring::memory::GuestMemory;
+use virtionet_virtqueue::RingLayout;
+use virtionet_virtqueue::memory::GuestMemory;
 use virtionet_uplink::Uplinks;
 
 const LIMIT: Duration = Duration::from_secs(5);
@@ -437,7 +437,7 @@ fn nothing_comes_by_itself() {
     assert!(a.pairs[0].uplink.readable().is_none());
     assert_eq!(a.pairs[0].uplink.receive(&[], &mut [0]), Received::Empty);
     a.uplink.set_mtu(9000).unwrap();
-    let too_many = a.uplink.open_queue(128, virtionet_device::port::nobody());
+    let too_many = a.uplink.open_queue(128, virtionet_virtio_net::port::nobody());
     assert!(too_many.unwrap_err().to_string().contains("pair 128"));
 }
 

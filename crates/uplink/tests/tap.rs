@@ -9,9 +9,9 @@ use host::{
     Witness, become_nobody, datagram, drain, eventually, frame, in_namespaces, kernel_packets,
     link, receive, run, send, share_tun, wait_for_frame,
 };
-use virtionet_device::header::{FrameFormat, VnetHeader};
-use virtionet_device::port::{Received, TxFrame, Uplink, UplinkQueue, nobody};
-use virtionet_device::stats::RingStats;
+use virtionet_virtio_net::header::{FrameFormat, VnetHeader};
+use virtionet_virtio_net::port::{Received, TxFrame, Uplink, UplinkQueue, nobody};
+use virtionet_virtio_net::stats::RingStats;
 use virtionet_uplink::open;
 
 const PLAIN: VnetHeader = VnetHeader([0; 12]);

@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use arrayvec::ArrayVec;
 use parking_lot::Mutex;
-use virtionet_device::header::{FrameFormat, VnetHeader};
-use virtionet_device::offload::{OffloadFault, Segmenter, fits, most_frames};
-use virtionet_device::port::{MAX_BURST, TxFrame};
-use virtionet_device::stats::{RingStats, wide};
+use virtionet_virtio_net::header::{FrameFormat, VnetHeader};
+use virtionet_virtio_net::offload::{OffloadFault, Segmenter, fits, most_frames};
+use virtionet_virtio_net::port::{MAX_BURST, TxFrame};
+use virtionet_virtio_net::stats::{RingStats, wide};
 
 use super::Port;
 use super::flow::{NO_FLOW, flow_of};

@@ -4,7 +4,7 @@
 //! still write it, each field once; a guest that changes fields meanwhile gets its own frames
 //! steered elsewhere and nothing more.
 
-use virtionet_ring::memory::GuestSlice;
+use virtionet_virtqueue::memory::GuestSlice;
 
 /// The hash of frames that belong to no flow: those that are not IP.
 pub(super) const NO_FLOW: u64 = 0;

@@ -4,9 +4,9 @@
 
 use std::ops::Range;
 
-use virtionet_device::port::{MAX_BURST, TxFrame};
-use virtionet_device::stats::{RingStats, wide};
-use virtionet_ring::memory::GuestSlice;
+use virtionet_virtio_net::port::{MAX_BURST, TxFrame};
+use virtionet_virtio_net::stats::{RingStats, wide};
+use virtionet_virtqueue::memory::GuestSlice;
 
 use super::burst::{Asks, Burst, Sender};
 use super::macs::Mac;

@@ -10,12 +10,12 @@ use std::time::Duration;
 
 use arrayvec::ArrayVec;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use virtionet_device::header::{FrameFormat, HEADER_LEN, MAX_FRAME, MIN_FRAME, VnetHeader};
-use virtionet_device::port::{
+use virtionet_virtio_net::header::{FrameFormat, HEADER_LEN, MAX_FRAME, MIN_FRAME, VnetHeader};
+use virtionet_virtio_net::port::{
     MAX_BURST, Received, TxFrame, Uplink, UplinkError, UplinkQueue, nobody,
 };
-use virtionet_device::stats::RingStats;
-use virtionet_ring::memory::GuestSlice;
+use virtionet_virtio_net::stats::RingStats;
+use virtionet_virtqueue::memory::GuestSlice;
 
 use super::Switch;
 use super::burst::Sender;

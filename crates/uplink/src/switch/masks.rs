@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use arrayvec::ArrayVec;
-use virtionet_device::port::MAX_BURST;
+use virtionet_virtio_net::port::MAX_BURST;
 
 /// The masks have a bit for each frame.
 const _: () = assert!(MAX_BURST == 64);

@@ -3,8 +3,8 @@
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{OnceLock, Weak};
 
-use virtionet_device::header::{FrameFormat, HEADER_LEN};
-use virtionet_device::port::{RxPort, TxFrame};
+use virtionet_virtio_net::header::{FrameFormat, HEADER_LEN};
+use virtionet_virtio_net::port::{RxPort, TxFrame};
 
 use super::steer::{FlowTable, MAX_PAIRS, Pairs};
 

@@ -7,10 +7,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
-use virtionet_device::header::HEADER_LEN;
-use virtionet_device::port::{Received, TxFrame, UplinkQueue};
-use virtionet_device::stats::RingStats;
-use virtionet_ring::memory::GuestSlice;
+use virtionet_virtio_net::header::HEADER_LEN;
+use virtionet_virtio_net::port::{Received, TxFrame, UplinkQueue};
+use virtionet_virtio_net::stats::RingStats;
+use virtionet_virtqueue::memory::GuestSlice;
 
 use super::sentence;
 use crate::gate::Gate;

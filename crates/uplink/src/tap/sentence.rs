@@ -2,8 +2,8 @@
 
 use std::io;
 
-use virtionet_device::header::FrameFormat;
-use virtionet_device::port::UplinkError;
+use virtionet_virtio_net::header::FrameFormat;
+use virtionet_virtio_net::port::UplinkError;
 
 use crate::link::Link;
 use crate::sys;

@@ -12,10 +12,10 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use virtionet_device::header::VnetHeader;
-use virtionet_device::port::{Received, TxFrame, UplinkQueue};
-use virtionet_device::stats::RingStats;
-use virtionet_ring::memory::{GuestMemory, GuestSlice, Pieces, Region, RegionSpec};
+use virtionet_virtio_net::header::VnetHeader;
+use virtionet_virtio_net::port::{Received, TxFrame, UplinkQueue};
+use virtionet_virtio_net::stats::RingStats;
+use virtionet_virtqueue::memory::{GuestMemory, GuestSlice, Pieces, Region, RegionSpec};
 
 /// An EtherType for local experiments.
 pub const ETHERTYPE: [u8; 2] = [0x88, 0xb5];

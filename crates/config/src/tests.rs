@@ -1,0 +1,326 @@
+use super::*;
+use crate::cli::{self, Refusal};
+use crate::keys::Key;
+
+fn command(line: &str) -> Result<Command, String> {
+    let args = ["virtionetd"].into_iter().chain(line.split_whitespace());
+    cli::parse(args.map(Into::into)).map_err(|refusal| match refusal {
+        Refusal::Config(why) => why.to_string(),
+        Refusal::Flags(why) => panic!("{line}: {why}"),
+    })
+}
+
+fn config(line: &str) -> Config {
+    match command(line) {
+        Ok(Command::Serve(config)) => config,
+        other => panic!("{line}: {other:?}"),
+    }
+}
+
+fn device(name: &str, path: &str, uplink: &str) -> DeviceConfig {
+    DeviceConfig {
+        name: name.into(),
+        socket: listen(path, 0o600, None),
+        queues: Queues::Auto,
+        uplink: uplink.into(),
+        placement: "auto".into(),
+        irq_affinity: String::new(),
+        qmp: None,
+        poll: Poll::Off,
+    }
+}
+
+fn listen(path: &str, mode: u32, group: Option<&str>) -> Socket {
+    Socket::Listen {
+        path: path.into(),
+        mode,
+        group: group.map(Into::into),
+    }
+}
+
+#[test]
+fn defaults_are_complete() {
+    assert_eq!(
+        config("--socket-path /s --tap t0"),
+        Config {
+            devices: vec![device("vnet", "/s", "tap:t0")],
+            control: None,
+            verbosity: 0,
+        }
+    );
+}
+
+#[test]
+fn flags_of_one_device_are_taken() {
+    let plain = || device("vnet", "/s", "null");
+    let us = |us| Poll::Adaptive(Duration::from_micros(us));
+    for (flags, expected) in [
+        (
+            "--name eth.0_a-b",
+            DeviceConfig {
+                name: "eth.0_a-b".into(),
+                ..plain()
+            },
+        ),
+        (
+            "--queues 1",
+            DeviceConfig {
+                queues: Queues::AtMost(1),
+                ..plain()
+            },
+        ),
+        (
+            "--queues 128",
+            DeviceConfig {
+                queues: Queues::AtMost(128),
+                ..plain()
+            },
+        ),
+        ("--queues auto", plain()),
+        (
+            "--queues auto --vcpus 3",
+            DeviceConfig {
+                queues: Queues::AtMost(3),
+                ..plain()
+            },
+        ),
+        (
+            "--queues high --vcpus 200",
+            DeviceConfig {
+                queues: Queues::AtMost(128),
+                ..plain()
+            },
+        ),
+        (
+            "--queues medium --vcpus 3",
+            DeviceConfig {
+                queues: Queues::AtMost(2),
+                ..plain()
+            },
+        ),
+        (
+            "--queues low --vcpus 3",
+            DeviceConfig {
+                queues: Queues::AtMost(1),
+                ..plain()
+            },
+        ),
+        (
+            "--irq-affinity print",
+            DeviceConfig {
+                irq_affinity: "print".into(),
+                ..plain()
+            },
+        ),
+        (
+            "--placement list:0-3,8",
+            DeviceConfig {
+                placement: "list:0-3,8".into(),
+                ..plain()
+            },
+        ),
+        (
+            "--qmp /q",
+            DeviceConfig {
+                qmp: Some("/q".into()),
+                ..plain()
+            },
+        ),
+        ("--poll off", plain()),
+        (
+            "--poll always",
+            DeviceConfig {
+                poll: Poll::Always,
+                ..plain()
+            },
+        ),
+        (
+            "--poll adaptive",
+            DeviceConfig {
+                poll: us(50),
+                ..plain()
+            },
+        ),
+        (
+            "--poll adaptive --poll-us 7",
+            DeviceConfig {
+                poll: us(7),
+                ..plain()
+            },
+        ),
+        (
+            "--client",
+            DeviceConfig {
+                socket: Socket::Connect { path: "/s".into() },
+                ..plain()
+            },
+        ),
+        (
+            "--socket-mode 0640",
+            DeviceConfig {
+                socket: listen("/s", 0o640, None),
+                ..plain()
+            },
+        ),
+        (
+            "--socket-group kvm",
+            DeviceConfig {
+                socket: listen("/s", 0o660, Some("kvm")),
+                ..plain()
+            },
+        ),
+        (
+            "--socket-group 7 --socket-mode 620",
+            DeviceConfig {
+                socket: listen("/s", 0o620, Some("7")),
+                ..plain()
+            },
+        ),
+    ] {
+        let line = format!("--socket-path /s --uplink null {flags}");
+        assert_eq!(config(&line).devices, [expected], "{line}");
+    }
+    let inherited = &config("--fd 3 --tap t0,bridge=br0").devices[0];
+    assert_eq!(inherited.socket, Socket::Inherited(3));
+    assert_eq!(inherited.uplink, "tap:t0,bridge=br0");
+}
+
+#[test]
+fn flags_of_the_process_are_taken() {
+    let config = config("--socket-path /s --uplink tap:t0 --control /c -vv --verbose");
+    assert_eq!((config.control, config.verbosity), (Some("/c".into()), 3));
+}
+
+#[test]
+fn several_devices_have_keys_of_their_own_and_common_flags() {
+    let found = config(
+        "--queues 2 --poll adaptive --poll-us 9 --client --socket-group kvm \
+             --device socket-path=/a,tap=t0,bridge=br0,placement=list:0-3,,8,client=off \
+             --device name=b,socket-path=/b,client,uplink=switch:e0,,tap=t9,poll=off,queues=auto,qmp=/q",
+    );
+    let first = DeviceConfig {
+        socket: listen("/a", 0o660, Some("kvm")),
+        queues: Queues::AtMost(2),
+        placement: "list:0-3,8".into(),
+        poll: Poll::Adaptive(Duration::from_micros(9)),
+        ..device("vnet0", "/a", "tap:t0,bridge=br0")
+    };
+    let second = DeviceConfig {
+        socket: Socket::Connect { path: "/b".into() },
+        qmp: Some("/q".into()),
+        ..device("b", "/b", "switch:e0,tap=t9")
+    };
+    assert_eq!(found.devices, [first, second]);
+    // A pattern lets the kernel choose: two of it are two TAPs.
+    let patterns = config("--device fd=3,tap=t%d --device fd=4,tap=t%d");
+    assert_eq!(patterns.devices.len(), 2);
+}
+
+/// Command lines, and under each the sentence that refuses it.
+const REFUSED: &str = r#"
+--queues 2
+    no device is described: give its socket and its uplink, such as --socket-path /run/vnet.sock --tap tap0, or a file that describes devices with --config FILE
+--tap t0
+    no socket is given: add --socket-path PATH or --fd N
+--socket-path /s
+    no uplink is given: add --tap NAME, or --uplink null to drop what the guest sends
+--socket-path /s --fd 3 --tap t0
+    --socket-path /s and --fd 3 are both given: keep one of them
+--fd 3 --client --tap t0
+    --client and --fd 3 are both given: leave --client out, or name the socket with --socket-path PATH
+--fd 2 --tap t0
+    --fd 2 is no descriptor for a socket: write the number, 3 or more, under which the parent process hands it over
+--fd x --tap t0
+    --fd x is no descriptor for a socket: write the number, 3 or more, under which the parent process hands it over
+--socket-path /s --tap t0 --uplink null
+    --tap t0 and --uplink null are both given: keep one of them
+--socket-path /s --tap t0 --queues 0
+    --queues 0 cannot be had: write 1 to 128 queue pairs, auto for as many as the front-end asks for, or high, medium or low with --vcpus N
+--socket-path /s --tap t0 --queues 129
+    --queues 129 cannot be had: write 1 to 128 queue pairs, auto for as many as the front-end asks for, or high, medium or low with --vcpus N
+--socket-path /s --tap t0 --queues medium
+    --queues medium is a share of the guest's vCPUs, which are not known: add --vcpus N, or write the number of queue pairs
+--socket-path /s --tap t0 --queues high --vcpus 0
+    --vcpus 0 cannot be: write the number of the guest's vCPUs, 1 or more
+--socket-path /s --tap t0 --vcpus many
+    --vcpus many cannot be: write the number of the guest's vCPUs, 1 or more
+--socket-path /s --tap t0 --queues 4 --vcpus 4
+    --vcpus 4 has no meaning with --queues 4: leave it out, or write --queues high for as many queue pairs as vCPUs
+--socket-path /s --tap t0 --placement list:
+    --placement: placement "list:" names no CPU: write list:CPUS, such as list:0-3,8, or list for all allowed CPUs
+--socket-path /s --tap a/b
+    --tap: TAP name "a/b" contains '/'; use letters, digits, '-', '_' and '.'
+--socket-path /s --tap t0 --poll busy
+    --poll busy is not known: write off, adaptive or always
+--socket-path /s --tap t0 --poll-us 5
+    --poll-us 5 has no meaning with --poll off: add --poll adaptive, or leave --poll-us out
+--socket-path /s --tap t0 --poll adaptive --poll-us 0
+    --poll-us 0 cannot be used: write 1 to 100000 microseconds
+--socket-path /s --tap t0 --socket-mode 888
+    --socket-mode 888 is no file mode: write it in octal, 0 to 777, such as 660
+--socket-path /s --tap t0 --socket-mode 1777
+    --socket-mode 1777 is no file mode: write it in octal, 0 to 777, such as 660
+--socket-path /s --tap t0 --client --socket-mode 600
+    --socket-mode is for a socket that virtionetd creates: leave it out, or use --socket-path without --client
+--fd 3 --tap t0 --socket-group kvm
+    --socket-group is for a socket that virtionetd creates: leave it out, or use --socket-path without --client
+--socket-path /s --tap t0 --socket-group=
+    --socket-group is empty: write a group's name or number
+--socket-path /s --tap t0 --name a/b
+    --name "a/b" cannot be used: write 1 to 64 letters, digits, '.', '_' or '-'
+--socket-path /s --tap t0 --control /./s
+    socket /s is given to both --control and vnet: give each one of its own
+--socket-path /s --device socket-path=/t,tap=t0
+    --socket-path stands beside --device: write it as socket-path=... into the --device that it belongs to
+--device socket-path=/a,tap=t0 --device socket-path=/a,tap=t1
+    socket /a is given to both vnet0 and vnet1: give each one of its own
+--device socket-path=/a,tap=t0 --device socket-path=/b,uplink=tap:t0,,bridge=b
+    TAP t0 is given to both vnet0 and vnet1: give each one of its own
+--device socket-path=/a,tap=t0 --device socket-path=/b,uplink=switch:s,,tap=t0
+    TAP t0 is given to both vnet0 and switch s: give each one of its own
+--device fd=3,tap=t0 --device fd=3,tap=t1
+    descriptor 3 is given to both vnet0 and vnet1: give each one of its own
+--device fd=3,tap=t0,name=x --device fd=4,tap=t1,name=x
+    name x is given to two devices: give each one of its own
+--device fd=3,tap=t0 --device fd=4
+    --device fd=4: no uplink is given: add tap=NAME, or uplink=null to drop what the guest sends
+--device tap=t0
+    --device tap=t0: no socket is given: add socket-path=PATH or fd=N
+--device fd=3,fd=4,tap=t0
+    --device fd=3,fd=4,tap=t0: fd is given twice: keep one of them
+--device fd=3,tap
+    --device fd=3,tap: "tap" is not KEY=VALUE: write a value behind =, and a comma inside a value twice
+--device fd=3,tap=
+    --device fd=3,tap=: "tap=" is not KEY=VALUE: write a value behind =, and a comma inside a value twice
+--device fd=3,tap=t0,placement=list:0-3,8
+    --device fd=3,tap=t0,placement=list:0-3,8: "8" is not KEY=VALUE: write a value behind =, and a comma inside a value twice
+--device fd=3,tap=t0,client=yes
+    --device fd=3,tap=t0,client=yes: client=yes is not known: write client=on or client=off
+--device fd=3,uplink=null,bridge=b
+    --device fd=3,uplink=null,bridge=b: bridge=b stands without tap: write tap=NAME instead of uplink=null, or leave bridge out
+--poll adaptive --device fd=3,tap=t0,poll=off,poll-us=3
+    --device fd=3,tap=t0,poll=off,poll-us=3: poll-us=3 has no meaning with poll=off: add poll=adaptive, or leave poll-us out
+"#;
+
+#[test]
+fn every_conflict_is_one_sentence_that_says_what_to_do() {
+    let rows: Vec<&str> = REFUSED.trim().lines().collect();
+    for row in rows.chunks(2) {
+        assert_eq!(command(row[0]), Err(row[1].trim().into()), "{}", row[0]);
+    }
+    assert_eq!(command(""), command("--queues 2"));
+    let long = format!("/{}", "x".repeat(107));
+    assert_eq!(
+        command(&format!("--socket-path {long} --tap t0")),
+        Err(format!(
+            "--socket-path {long} is 108 bytes long: a unix socket's path has 107 at most, choose a shorter one"
+        ))
+    );
+    assert_eq!(
+        command("--device taps=t0"),
+        Err(format!(
+            "--device taps=t0: the key \"taps\" is not known: use {}",
+            Key::names()
+        ))
+    );
+}

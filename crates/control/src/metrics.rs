@@ -1,0 +1,372 @@
+//! `GET /metrics`: a [`Report`] in the OpenMetrics text format, which Prometheus reads.
+//!
+//! The counters live in the rings, not in a registry of live metrics, so the page is made from a
+//! report at every scrape. One family a counter; a frame's way is told by the labels `device`,
+//! `pair` and `direction` (`rx` and `tx` as the guest sees them).
+
+use std::fmt;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, NoLabelSet, text};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::registry::{Registry, Unit};
+
+use crate::v1::{Counter, Counters, Device, Pair, Report, Ring, RingState};
+
+/// The page's media type.
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// The page for `report`.
+///
+/// # Errors
+/// None that a [`String`] can raise; the encoder's signature has one.
+pub fn encode(report: Report) -> Result<String, fmt::Error> {
+    let mut registry = Registry::with_prefix("virtionetd");
+    registry.register_collector(Box::new(Snapshot(report)));
+    let mut page = String::new();
+    text::encode(&mut page, &registry)?;
+    Ok(page)
+}
+
+#[derive(Debug)]
+struct Snapshot(Report);
+
+impl Collector for Snapshot {
+    fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let mut page = Page(encoder);
+        let Report { version, devices } = &self.0;
+        page.info(
+            "build",
+            "The daemon that answers.",
+            [[("version", version.as_str())]],
+        )?;
+        encode_devices(&mut page, devices)?;
+        encode_workers(&mut page, devices)?;
+        encode_rings(&mut page, devices)
+    }
+}
+
+fn encode_devices(page: &mut Page<'_>, devices: &[Device]) -> fmt::Result {
+    page.info(
+        "device",
+        "The device's vhost-user socket and uplink.",
+        devices.iter().map(|device| {
+            [
+                ("device", device.name.as_str()),
+                ("socket", &device.socket),
+                ("uplink_kind", &device.uplink.kind),
+                ("uplink", &device.uplink.name),
+            ]
+        }),
+    )?;
+    page.gauge(
+        ("device_connected", None),
+        "Whether a front-end is connected.",
+        devices
+            .iter()
+            .map(|device| (device_label(device), u32::from(device.connected))),
+    )?;
+    page.gauge(
+        ("device_mtu", Some(&Unit::Bytes)),
+        "The MTU that the front-end set.",
+        devices
+            .iter()
+            .filter_map(|device| Some((device_label(device), u32::from(device.mtu?)))),
+    )
+}
+
+fn encode_workers(page: &mut Page<'_>, devices: &[Device]) -> fmt::Result {
+    page.info(
+        "worker",
+        "The worker thread of a queue pair, the CPUs it may run on and the vCPUs it serves.",
+        pairs(devices).map(|(device, pair)| {
+            [
+                ("device", device.name.clone()),
+                ("pair", pair.pair.to_string()),
+                ("worker", pair.worker.clone()),
+                ("cpus", numbers(&pair.cpus)),
+                ("vcpus", numbers(&pair.vcpus)),
+            ]
+        }),
+    )?;
+    page.gauge(
+        ("worker_cpu", None),
+        "The CPU that the worker is pinned to, where it is one.",
+        pairs(devices).filter_map(|(device, pair)| match pair.cpus.as_slice() {
+            [cpu] => Some((pair_labels(device, pair), *cpu)),
+            _ => None,
+        }),
+    )?;
+    for Counter { name, help, .. } in names(pairs(devices).map(|(_, pair)| &pair.worker_counters)) {
+        page.counter(
+            (&format!("worker_{name}"), None),
+            help,
+            pairs(devices).filter_map(|(device, pair)| {
+                Some((pair_labels(device, pair), pair.worker_counters.get(name)?))
+            }),
+        )?;
+    }
+    Ok(())
+}
+
+fn encode_rings(page: &mut Page<'_>, devices: &[Device]) -> fmt::Result {
+    let is = |state: RingState| move |ring: &Ring| u32::from(ring.state == state);
+    page.rings(
+        "ring_enabled",
+        "Whether the front-end enabled the ring.",
+        devices,
+        |ring| u32::from(ring.enabled),
+    )?;
+    page.rings(
+        "ring_running",
+        "Whether the ring is served.",
+        devices,
+        is(RingState::Running),
+    )?;
+    page.rings(
+        "ring_quarantined",
+        "Whether the ring waits to be configured anew because the guest broke its rules.",
+        devices,
+        is(RingState::Quarantined),
+    )?;
+    page.rings(
+        "ring_size",
+        "Descriptors in the ring; 0 until the front-end sets it.",
+        devices,
+        |ring| u32::from(ring.size),
+    )?;
+    for Counter { name, help, .. } in names(rings(devices).map(|(_, ring)| &ring.counters)) {
+        // A unit belongs at the end of the name and in a line of its own; the encoder writes both.
+        let bytes = name == "bytes";
+        let family = if bytes {
+            "ring".into()
+        } else {
+            format!("ring_{name}")
+        };
+        page.counter(
+            (&family, bytes.then_some(&Unit::Bytes)),
+            help,
+            rings(devices)
+                .filter_map(|(labels, ring)| Some((labels, ring.counters.get(name)?))),
+        )?;
+    }
+    Ok(())
+}
+
+/// Writes whole metric families.
+struct Page<'a>(DescriptorEncoder<'a>);
+
+/// A family's name without prefix, unit and suffix, and its unit.
+type Name<'a> = (&'a str, Option<&'a Unit>);
+
+impl Page<'_> {
+    fn info<L: EncodeLabelSet>(
+        &mut self,
+        name: &str,
+        help: &str,
+        samples: impl IntoIterator<Item = L>,
+    ) -> fmt::Result {
+        let mut family = self
+            .0
+            .encode_descriptor(name, help, None, MetricType::Info)?;
+        samples
+            .into_iter()
+            .try_for_each(|labels| family.encode_info(&labels))
+    }
+
+    fn gauge<L: EncodeLabelSet>(
+        &mut self,
+        (name, unit): Name<'_>,
+        help: &str,
+        mut samples: impl Iterator<Item = (L, u32)>,
+    ) -> fmt::Result {
+        let mut family = self
+            .0
+            .encode_descriptor(name, help, unit, MetricType::Gauge)?;
+        samples.try_for_each(|(labels, value)| family.encode_family(&labels)?.encode_gauge(&value))
+    }
+
+    fn counter<L: EncodeLabelSet>(
+        &mut self,
+        (name, unit): Name<'_>,
+        help: &str,
+        mut samples: impl Iterator<Item = (L, u64)>,
+    ) -> fmt::Result {
+        let mut family = self
+            .0
+            .encode_descriptor(name, help, unit, MetricType::Counter)?;
+        samples.try_for_each(|(labels, value)| {
+            family
+                .encode_family(&labels)?
+                .encode_counter::<NoLabelSet, u64, u64>(&value, None)
+        })
+    }
+
+    fn rings(
+        &mut self,
+        name: &str,
+        help: &str,
+        devices: &[Device],
+        value: impl Fn(&Ring) -> u32,
+    ) -> fmt::Result {
+        self.gauge(
+            (name, None),
+            help,
+            rings(devices).map(|(labels, ring)| (labels, value(ring))),
+        )
+    }
+}
+
+fn pairs(devices: &[Device]) -> impl Iterator<Item = (&Device, &Pair)> {
+    devices
+        .iter()
+        .flat_map(|device| device.pairs.iter().map(move |pair| (device, pair)))
+}
+
+fn rings(devices: &[Device]) -> impl Iterator<Item = ([(&str, String); 3], &Ring)> {
+    pairs(devices).flat_map(|(device, pair)| {
+        [("rx", &pair.rx), ("tx", &pair.tx)].map(|(direction, ring)| {
+            let [name, number] = pair_labels(device, pair);
+            ([name, number, ("direction", direction.into())], ring)
+        })
+    })
+}
+
+fn device_label(device: &Device) -> [(&str, &str); 1] {
+    [("device", &device.name)]
+}
+
+fn pair_labels<'a>(device: &'a Device, pair: &Pair) -> [(&'a str, String); 2] {
+    [
+        ("device", device.name.clone()),
+        ("pair", pair.pair.to_string()),
+    ]
+}
+
+/// The counters that have a family: all blocks of a kind have the same ones.
+fn names<'a>(mut blocks: impl Iterator<Item = &'a Counters>) -> impl Iterator<Item = &'a Counter> {
+    blocks.next().into_iter().flat_map(|block| &block.0)
+}
+
+fn numbers(numbers: &[u32]) -> String {
+    numbers
+        .iter()
+        .map(u32::to_string)
+        .collect::<Vec<_>>()
+        .join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::*;
+    use crate::v1::sample;
+
+    /// Name, labels and value of a sample line, by the grammar of OpenMetrics 1.0 (§ABNF).
+    fn parse_sample(line: &str) -> Option<(&str, HashMap<&str, String>, u64)> {
+        let (head, value) = line.rsplit_once(' ')?;
+        let (name, labels) = match head.split_once('{') {
+            Some((name, labels)) => (name, labels.strip_suffix('}')?),
+            None => (head, ""),
+        };
+        let letters = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        (name.starts_with(|c: char| c.is_ascii_lowercase()) && name.chars().all(letters))
+            .then_some((name, parse_labels(labels)?, value.parse().ok()?))
+    }
+
+    fn parse_labels(mut text: &str) -> Option<HashMap<&str, String>> {
+        let mut labels = HashMap::new();
+        while !text.is_empty() {
+            let (key, rest) = text.split_once("=\"")?;
+            let mut value = String::new();
+            let mut chars = rest.char_indices();
+            let end = loop {
+                match chars.next()? {
+                    (_, '\\') => value.push(chars.next()?.1),
+                    (at, '"') => break at,
+                    (_, c) => value.push(c),
+                }
+            };
+            assert!(labels.insert(key, value).is_none(), "label {key} twice");
+            text = &rest[end + 1..];
+            text = text.strip_prefix(',').unwrap_or(text);
+        }
+        Some(labels)
+    }
+
+    #[test]
+    fn every_line_is_valid_and_stands_in_its_family() {
+        let page = encode(sample()).unwrap();
+        let body = page.strip_suffix("# EOF\n").expect("the end is marked");
+        let (mut family, mut kind) = ("", "");
+        let mut seen = std::collections::HashSet::new();
+        for line in body.lines() {
+            if let Some(rest) = line.strip_prefix("# ") {
+                let mut words = rest.splitn(3, ' ');
+                match (words.next(), words.next(), words.next()) {
+                    (Some("HELP"), Some(name), Some(help)) => {
+                        assert!(seen.insert(name), "{name} twice");
+                        assert!(help.ends_with('.'), "{line}");
+                        family = name;
+                    }
+                    (Some("TYPE"), Some(name), Some(word)) if name == family => kind = word,
+                    (Some("UNIT"), Some(name), Some(unit)) if name == family => {
+                        assert!(name.ends_with(unit));
+                    }
+                    _ => panic!("{line}"),
+                }
+                continue;
+            }
+            let (name, labels, value) = parse_sample(line).unwrap_or_else(|| panic!("{line}"));
+            let suffix = match kind {
+                "counter" => "_total",
+                "info" => "_info",
+                "gauge" => "",
+                _ => panic!("{kind}"),
+            };
+            assert_eq!(name, format!("{family}{suffix}"));
+            assert!(name.starts_with("virtionetd_"));
+            assert!(kind != "info" || value == 1);
+            assert!(family == "virtionetd_build" || labels["device"] == "vnet");
+        }
+        assert!(seen.len() > 10, "{seen:?}");
+    }
+
+    #[test]
+    fn every_counter_has_one_sample_a_ring_with_its_value() {
+        let page = encode(sample()).unwrap();
+        for name in ["frames", "kicks"] {
+            let start = format!("virtionetd_ring_{name}_total{{");
+            assert_eq!(page.matches(&start).count(), 2, "{name}");
+        }
+        for line in [
+            r#"virtionetd_build_info{version="0.1.0"} 1"#,
+            r#"virtionetd_device_info{device="vnet",socket="/run/a \"b\".sock",uplink_kind="tap",uplink="tap0"} 1"#,
+            r#"virtionetd_device_connected{device="vnet"} 1"#,
+            r#"virtionetd_device_mtu_bytes{device="vnet"} 1500"#,
+            r#"virtionetd_worker_info{device="vnet",pair="0",worker="vnet-q0",cpus="2",vcpus="0"} 1"#,
+            r#"virtionetd_worker_cpu{device="vnet",pair="0"} 2"#,
+            r#"virtionetd_worker_wakeups_total{device="vnet",pair="0"} 3"#,
+            r#"virtionetd_ring_enabled{device="vnet",pair="0",direction="rx"} 1"#,
+            r#"virtionetd_ring_running{device="vnet",pair="0",direction="tx"} 0"#,
+            r#"virtionetd_ring_quarantined{device="vnet",pair="0",direction="tx"} 1"#,
+            r#"virtionetd_ring_size{device="vnet",pair="0",direction="tx"} 256"#,
+            r#"virtionetd_ring_frames_total{device="vnet",pair="0",direction="rx"} 5"#,
+            r#"virtionetd_ring_bytes_total{device="vnet",pair="0",direction="tx"} 420"#,
+        ] {
+            assert!(page.lines().any(|found| found == line), "{line}\n{page}");
+        }
+    }
+
+    #[test]
+    fn a_worker_on_several_cpus_names_them_without_a_single_cpu() {
+        let mut report = sample();
+        report.devices[0].pairs[0].cpus = vec![0, 1];
+        report.devices[0].mtu = None;
+        let page = encode(report).unwrap();
+        assert!(page.contains(r#"cpus="0,1""#));
+        assert!(!page.contains("worker_cpu{"));
+        assert!(!page.contains("mtu_bytes{"));
+    }
+}

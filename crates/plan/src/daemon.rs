@@ -1,0 +1,116 @@
+//! virtionetd's command line and configuration file.
+
+use super::PlanError;
+use super::answer::{CardPlan, Plan, path_text};
+use virtionet_config::cli::{self, Refusal};
+
+/// Who makes the vhost-user sockets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Side {
+    /// virtionetd: QEMU connects, and again when virtionetd was restarted.
+    Listens,
+    /// QEMU, as libvirt starts it.
+    Connects,
+}
+
+/// The command, by lines.
+pub(super) fn command(plan: &Plan, side: Side) -> Vec<Vec<String>> {
+    let mut first = vec!["virtionetd".to_owned(), "--control".into()];
+    first.push(path_text(&plan.control));
+    let mut lines = vec![first];
+    let common: Vec<String> = common(plan)
+        .into_iter()
+        .flat_map(|(key, value)| [format!("--{key}"), value])
+        .collect();
+    if !common.is_empty() {
+        lines.push(common);
+    }
+    if side == Side::Connects {
+        lines.push(vec!["--client".into()]);
+    }
+    let one = plan.cards.len() == 1;
+    for card in &plan.cards {
+        let keys = keys(card);
+        lines.push(match one {
+            true => keys
+                .into_iter()
+                .flat_map(|(key, value)| [format!("--{key}"), value])
+                .collect(),
+            false => {
+                let keys: Vec<String> = keys
+                    .into_iter()
+                    .map(|(key, value)| format!("{key}={}", value.replace(',', ",,")))
+                    .collect();
+                vec!["--device".into(), keys.join(",")]
+            }
+        });
+    }
+    lines
+}
+
+/// What all cards have in common and is not the daemon's default.
+fn common(plan: &Plan) -> Vec<(&'static str, String)> {
+    let placement = plan.request.placement.to_string();
+    let poll = &plan.request.poll;
+    let set = [
+        ("placement", Some(placement).filter(|mode| mode != "auto")),
+        ("poll", poll.mode.clone()),
+        ("poll-us", poll.us.clone()),
+    ];
+    set.into_iter()
+        .filter_map(|(key, value)| Some((key, value?)))
+        .collect()
+}
+
+/// What is one card's own.
+fn keys(card: &CardPlan) -> [(&'static str, String); 4] {
+    [
+        ("name", card.device.clone()),
+        ("socket-path", path_text(&card.socket)),
+        ("queues", card.pairs.to_string()),
+        ("uplink", card.uplink.clone()),
+    ]
+}
+
+/// The configuration file that says the same as the command where virtionetd listens.
+pub(super) fn config(plan: &Plan) -> String {
+    let mut text = format!("control = {}\n", toml_string(&path_text(&plan.control)));
+    for card in &plan.cards {
+        text += "\n[[device]]\n";
+        for (key, value) in keys(card).into_iter().chain(common(plan)) {
+            let value = match key {
+                "queues" | "poll-us" => value,
+                _ => toml_string(&value),
+            };
+            text += &format!("{key} = {value}\n");
+        }
+    }
+    text
+}
+
+/// A basic string of TOML, whose escapes are JSON's.
+fn toml_string(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
+}
+
+/// Lets the daemon's own reading of the command line have its say, so that what is printed is never
+/// refused.
+pub(super) fn check(plan: &Plan) -> Result<(), PlanError> {
+    for side in [Side::Listens, Side::Connects] {
+        let words = command(plan, side).into_iter().flatten();
+        match cli::parse(words.map(Into::into)) {
+            Ok(_) => {}
+            Err(Refusal::Config(why)) => return Err(PlanError::Usage(why.to_string())),
+            // A value that looks like a flag; the other lines are about the daemon's own usage.
+            Err(Refusal::Flags(why)) => {
+                let why = why.to_string();
+                let first = why.lines().next().unwrap_or_default();
+                return Err(PlanError::Usage(format!(
+                    "virtionetd cannot be told this: {}; write values that begin with no dash",
+                    first.trim_start_matches("error: ")
+                )));
+            }
+        }
+    }
+    Ok(())
+}

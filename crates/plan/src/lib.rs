@@ -1,0 +1,127 @@
+//! `virtionetd plan`: how many queue pairs, where the workers stand, and the command lines for it.
+//!
+//! ```text
+//! PlanArgs --request--> policy (virtionet_sizing) --workers--> Plan --> text | JSON
+//!                                                                          |-> qemu, libvirt, daemon
+//! ```
+//!
+//! A worker's CPU is what [`Planner::place`](virtionet_placement::Planner::place) says of the vCPU
+//! pins that the plan proposes: the daemon asks the same function.
+
+mod answer;
+mod args;
+mod card;
+mod daemon;
+mod libvirt;
+mod qemu;
+mod request;
+mod shell;
+mod text;
+mod workers;
+
+use std::io::{self, Write};
+use std::path::Path;
+
+use virtionet_sizing::{QueuesError, plan_queues};
+use virtionet_placement::{
+    AffinityError, CpuListError, CpuSet, PlacementParseError, Topology, allowed_cpus,
+};
+
+pub use answer::{CardPlan, Commands, Plan, Vectors, WorkerCpus, WorkerPlan};
+pub use args::{Accel, Part, PlanArgs};
+use request::Request;
+
+/// Why there is no plan: one sentence that says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    /// A flag or key whose value means nothing.
+    #[error("{0}")]
+    Usage(String),
+    /// The request contradicts itself or the budget.
+    #[error(transparent)]
+    Queues(#[from] QueuesError),
+    /// A list of CPUs that is none.
+    #[error(transparent)]
+    CpuList(#[from] CpuListError),
+    /// A placement that does not exist.
+    #[error(transparent)]
+    Placement(#[from] PlacementParseError),
+    /// A placement that this host cannot carry out.
+    #[error(transparent)]
+    Planner(#[from] virtionet_placement::PlanError),
+    /// The CPUs of this process cannot be read.
+    #[error(transparent)]
+    Affinity(#[from] AffinityError),
+    /// The answer cannot be written.
+    #[error("the plan cannot be written: {0}; check where standard output goes")]
+    Write(#[from] io::Error),
+}
+
+impl PlanError {
+    /// The exit status that tells it: 2 for what cannot be used, 1 for what failed.
+    #[must_use]
+    pub fn status(&self) -> u8 {
+        match self {
+            Self::Write(_) | Self::Affinity(_) => 1,
+            _ => 2,
+        }
+    }
+}
+
+/// Answers `virtionetd plan`.
+///
+/// # Errors
+/// When what is asked for contradicts itself or this host, or `out` cannot be written.
+pub fn run(args: &PlanArgs, out: &mut dyn Write) -> Result<(), PlanError> {
+    let plan = plan(args, &Host::of(args)?)?;
+    let text = match args.json {
+        true => plan.json(),
+        false => text::part(&plan, args.print),
+    };
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        // Whoever read it has had enough, such as head.
+        Err(why) if why.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        written => Ok(written?),
+    }
+}
+
+/// The host that is planned for.
+#[derive(Debug)]
+pub struct Host {
+    /// The CPUs that the daemon may run on.
+    pub cpus: CpuSet,
+    /// Their caches, nodes and siblings, as far as they are known.
+    pub topology: Topology,
+}
+
+impl Host {
+    /// The host of `--host-cpus`, of which no more is known, or this one.
+    fn of(args: &PlanArgs) -> Result<Self, PlanError> {
+        Ok(match &args.host_cpus {
+            Some(list) => Self {
+                cpus: list.parse()?,
+                topology: Topology::default(),
+            },
+            None => Self {
+                cpus: allowed_cpus()?,
+                topology: Topology::read(Path::new("/sys")),
+            },
+        })
+    }
+}
+
+/// The plan for `host`.
+///
+/// # Errors
+/// When what is asked for contradicts itself or that host.
+pub fn plan(args: &PlanArgs, host: &Host) -> Result<Plan, PlanError> {
+    let mut request = Request::resolve(args, host)?;
+    let queues = plan_queues(&request.queues)?;
+    let workers = workers::place(&mut request, &queues, host)?;
+    let plan = Plan::new(request, queues, workers);
+    daemon::check(&plan)?;
+    Ok(plan)
+}
+
+#[cfg(test)]
+mod tests;

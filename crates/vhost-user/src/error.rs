@@ -1,0 +1,183 @@
+//! What goes wrong in a session, and whose fault it is.
+
+use std::io;
+
+use vhost::vhost_user::message::FrontendReq;
+use virtionet_virtqueue::memory::MemoryError;
+
+use crate::backend::BackendError;
+use crate::request::MAX_TABLE_REGIONS;
+use crate::wire::{MAX_FDS, MAX_PAYLOAD};
+
+/// Why a session ended before its time.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// The front-end broke the protocol.
+    #[error("{0}")]
+    Peer(#[from] PeerError),
+    /// QEMU was started without shared memory: no device can work. It sends no region and starts
+    /// the rings all the same.
+    #[error(
+        "the guest's memory is not shared with virtionetd (no region came with SET_MEM_TABLE); start QEMU with -object memory-backend-memfd,id=mem,size=SIZE,share=on -numa node,memdev=mem (or -machine memory-backend=mem)"
+    )]
+    NotShared,
+    /// The host refused a descriptor that the front-end sent.
+    #[error(
+        "virtionetd has reached its limit of open files while it received descriptors; raise it (ulimit -n, or LimitNOFILE= of its service)"
+    )]
+    FdLimit,
+    /// The socket failed.
+    #[error("the vhost-user socket failed: {0}; the front-end must connect anew")]
+    Socket(#[from] io::Error),
+}
+
+/// How the front-end broke the protocol. Nothing that follows can be believed: the session ends.
+#[derive(Debug, thiserror::Error)]
+pub enum PeerError {
+    /// The header's version is not 1.
+    #[error(
+        "a vhost-user message has version {0} where only version 1 exists; is the peer a vhost-user front-end?"
+    )]
+    Version(u32),
+    /// The header says that the message is a reply.
+    #[error("request {0} is marked as a reply, but virtionetd asked for nothing")]
+    Reply(u32),
+    /// The payload is longer than any request's.
+    #[error("request {code} announces a payload of {size} bytes where {MAX_PAYLOAD} are the most")]
+    TooLong {
+        /// The request's number.
+        code: u32,
+        /// Bytes announced.
+        size: u32,
+    },
+    /// The connection ended within a message.
+    #[error("the front-end closed the connection in the middle of a message")]
+    Truncated,
+    /// More descriptors than a message may carry.
+    #[error("a message carries more than {MAX_FDS} file descriptors")]
+    TooManyFds,
+    /// The payload's size is not the request's.
+    #[error("{request:?} has a payload of {size} bytes instead of {wanted}")]
+    Size {
+        /// The request.
+        request: FrontendReq,
+        /// Bytes received.
+        size: usize,
+        /// Bytes that the protocol asks for.
+        wanted: usize,
+    },
+    /// Descriptors are missing or surplus.
+    #[error("{request:?} carries {got} file descriptors instead of {wanted}")]
+    FdCount {
+        /// The request.
+        request: FrontendReq,
+        /// Descriptors received.
+        got: usize,
+        /// Descriptors that the request asks for.
+        wanted: usize,
+    },
+    /// More regions than one table may have.
+    #[error(
+        "SET_MEM_TABLE announces {0} memory regions where {MAX_TABLE_REGIONS} are the most; further ones come with ADD_MEM_REG"
+    )]
+    Regions(u32),
+    /// A descriptor of the wrong kind.
+    #[error("{request:?} for ring {ring} carries {found} where an eventfd is needed")]
+    NotEventFd {
+        /// The request.
+        request: FrontendReq,
+        /// The ring's index.
+        ring: u16,
+        /// What the descriptor is.
+        found: String,
+    },
+    /// A request that must be answered cannot be.
+    #[error("{request:?} cannot be answered: {refusal}")]
+    Unanswerable {
+        /// The request.
+        request: FrontendReq,
+        /// Why not.
+        refusal: Refusal,
+    },
+}
+
+/// Why a well-formed request is not done. The session goes on.
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    /// A ring index with more than 8 bits, or reserved bits set beside it.
+    #[error("{0:#x} is no ring index; the protocol counts rings in 8 bits")]
+    RingIndex(u64),
+    /// A ring that this device does not have.
+    #[error(
+        "the front-end configures ring {ring}, but this device has {pairs} queue pairs (rings 0 to {last}); raise virtionetd's --queues or lower queues= of QEMU's -netdev vhost-user",
+        last = 2 * u32::from(*pairs) - 1
+    )]
+    NoSuchRing {
+        /// The ring's index.
+        ring: u16,
+        /// Queue pairs of this device.
+        pairs: u16,
+    },
+    /// A ring size that virtio does not allow.
+    #[error(
+        "ring size {0} is not allowed; it must be 1 to 32768, and a power of two unless the ring is packed"
+    )]
+    RingSize(u32),
+    /// A base that a split ring's index cannot have.
+    #[error("ring base {0} does not fit the 16-bit index of a split ring")]
+    RingBase(u32),
+    /// A ring's area is not aligned as virtio asks.
+    #[error("the ring's {area} at {addr:#x} is not aligned to {align} bytes")]
+    Misaligned {
+        /// Which area.
+        area: &'static str,
+        /// Its front-end address.
+        addr: u64,
+        /// Alignment in bytes (virtio 1.3 §2.7, §2.8).
+        align: u64,
+    },
+    /// Flags of SET_VRING_ADDR that were not offered (logging of the used ring).
+    #[error("SET_VRING_ADDR has flags {0:#x}, which virtionetd does not offer")]
+    RingFlags(u32),
+    /// Neither 0 nor 1.
+    #[error("a ring cannot be enabled with {0}; 1 enables and 0 disables it")]
+    Enable(u32),
+    /// An MTU that IPv4 or virtio-net do not allow.
+    #[error("an MTU of {0} bytes is not allowed; it must be 68 to 65535")]
+    Mtu(u64),
+    /// A device status with more than 8 bits.
+    #[error("{0:#x} is no device status; it has 8 bits")]
+    Status(u64),
+    /// Virtio features that were not offered.
+    #[error("the front-end takes feature bits {0:#x}, which virtionetd does not offer")]
+    Features(u64),
+    /// Protocol features that were not offered.
+    #[error("the front-end takes protocol feature bits {0:#x}, which virtionetd does not offer")]
+    ProtocolFeatures(u64),
+    /// The format of the rings would change under running ones.
+    #[error("split and packed rings cannot be exchanged while rings run; stop them first")]
+    FormatWhileRunning,
+    /// The memory table cannot be used.
+    #[error("{0}")]
+    Memory(#[from] MemoryError),
+    /// The device cannot do it.
+    #[error("{0}")]
+    Backend(#[from] BackendError),
+    /// A request of the protocol that belongs to a feature not offered.
+    #[error("virtionetd does not offer it")]
+    NotOffered,
+    /// A request that this version of the protocol does not have.
+    #[error("virtionetd does not know it")]
+    Unknown,
+}
+
+/// Why a message is no request.
+#[derive(Debug, thiserror::Error)]
+pub enum DecodeError {
+    /// The session must end.
+    #[error("{0}")]
+    Peer(#[from] PeerError),
+    /// The message is well formed, its values are not allowed.
+    #[error("{0}")]
+    Refused(#[from] Refusal),
+}

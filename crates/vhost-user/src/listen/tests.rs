@@ -1,0 +1,202 @@
+//! Real sockets in a directory of their own.
+
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::Instant;
+
+use super::*;
+use crate::testing::stop_pair;
+
+/// A directory that is removed at the end.
+struct Directory(PathBuf);
+
+impl Directory {
+    fn new() -> Self {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let name = format!("virtionet-vhost-user-{}-{number}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.0.join("s")
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        fs::remove_dir_all(&self.0).unwrap();
+    }
+}
+
+fn bind(path: &Path) -> Result<Listener, ListenError> {
+    Listener::bind(path, &Access::default())
+}
+
+#[test]
+fn a_listener_accepts_and_cleans_up() {
+    let directory = Directory::new();
+    let path = directory.socket();
+    let (_stop, stopped) = stop_pair();
+    let own_group = fs::metadata(&directory.0).unwrap().gid();
+    let access = Access {
+        mode: Some(0o620),
+        group: Some(own_group.to_string()),
+    };
+    let listener = Listener::bind(&path, &access).unwrap();
+    assert_eq!(listener.path(), Some(path.as_path()));
+    let metadata = fs::metadata(&path).unwrap();
+    assert_eq!(
+        (metadata.mode() & 0o777, metadata.gid()),
+        (0o620, own_group)
+    );
+    let mut client = UnixStream::connect(&path).unwrap();
+    // A second one waits its turn.
+    let mut second = UnixStream::connect(&path).unwrap();
+    client.write_all(b"1").unwrap();
+    second.write_all(b"2").unwrap();
+    for want in [b"1", b"2"] {
+        let mut stream = listener.accept(stopped.as_fd()).unwrap().unwrap();
+        let mut byte = [0];
+        // Blocking, though the listener is not.
+        stream.read_exact(&mut byte).unwrap();
+        assert_eq!(&byte, want);
+    }
+    drop(listener);
+    assert!(!path.exists());
+}
+
+#[test]
+fn stale_files_go_and_living_sockets_stay() {
+    let directory = Directory::new();
+    let path = directory.socket();
+    drop(UnixListener::bind(&path).unwrap());
+    assert!(path.exists());
+    let first = bind(&path).unwrap();
+    let error = bind(&path).unwrap_err();
+    let text = format!(
+        "socket {} is in use by another process; stop that or choose another path",
+        path.display()
+    );
+    assert_eq!(error.to_string(), text);
+    // A full backlog is in use as well.
+    let clients: Vec<_> = (0..BACKLOG + 1)
+        .map_while(|_| connect_once(&address(&path).unwrap()).ok())
+        .collect();
+    assert!(matches!(bind(&path), Err(ListenError::InUse(_))));
+    drop(clients);
+    // Another's socket under the same name outlives us.
+    fs::remove_file(&path).unwrap();
+    let other = UnixListener::bind(&path).unwrap();
+    drop(first);
+    assert!(path.exists());
+    drop(other);
+}
+
+#[test]
+fn what_cannot_be_a_socket_is_told() {
+    let directory = Directory::new();
+    let file = directory.0.join("file");
+    fs::write(&file, "precious").unwrap();
+    let no_group = Access {
+        group: Some("no such group".into()),
+        ..Access::default()
+    };
+    for (error, want) in [
+        (bind(&file).unwrap_err(), "exists and is not a socket"),
+        (
+            bind(&directory.0.join("x".repeat(200))).unwrap_err(),
+            "107 bytes at most",
+        ),
+        (
+            bind(&directory.0.join("none/s")).unwrap_err(),
+            "cannot bind socket",
+        ),
+        (
+            Listener::bind(&directory.socket(), &no_group).unwrap_err(),
+            "group no such group does not exist",
+        ),
+    ] {
+        assert!(error.to_string().contains(want), "{error}");
+    }
+    assert_eq!(fs::read(&file).unwrap(), b"precious");
+    assert!(!directory.socket().exists());
+}
+
+#[test]
+fn stop_ends_accept_and_connect() {
+    let directory = Directory::new();
+    let listener = bind(&directory.socket()).unwrap();
+    let (stop, stopped) = stop_pair();
+    let begin = Instant::now();
+    let trigger = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(50));
+        stop.write(1).unwrap();
+    });
+    assert!(listener.accept(stopped.as_fd()).unwrap().is_none());
+    let nobody = directory.0.join("nobody");
+    assert!(connect(&nobody, stopped.as_fd()).unwrap().is_none());
+    assert!(begin.elapsed() < Duration::from_secs(5));
+    trigger.join().unwrap();
+}
+
+#[test]
+fn a_client_waits_for_its_front_end() {
+    let directory = Directory::new();
+    let path = directory.socket();
+    let (_stop, stopped) = stop_pair();
+    let server = {
+        let path = path.clone();
+        thread::spawn(move || {
+            thread::sleep(Duration::from_millis(100));
+            let listener = UnixListener::bind(path).unwrap();
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.write_all(b"x").unwrap();
+        })
+    };
+    let stream = connect(&path, stopped.as_fd()).unwrap().unwrap();
+    server.join().unwrap();
+    let mut byte = [0];
+    (&stream).read_exact(&mut byte).unwrap();
+    assert!(matches!(
+        connect(&directory.0.join("x".repeat(200)), stopped.as_fd()),
+        Err(ListenError::TooLong(_))
+    ));
+}
+
+#[test]
+fn inherited_sockets_are_told_apart() {
+    let directory = Directory::new();
+    let path = directory.socket();
+    let (_stop, stopped) = stop_pair();
+    let listening = UnixListener::bind(&path).unwrap();
+    let Inherited::Listening(listener) = Inherited::new(listening.into()).unwrap() else {
+        panic!("not listening");
+    };
+    let _client = UnixStream::connect(&path).unwrap();
+    assert!(listener.accept(stopped.as_fd()).unwrap().is_some());
+    drop(listener);
+    // Not ours to remove.
+    assert!(path.exists());
+    let (one, _other) = UnixStream::pair().unwrap();
+    assert!(matches!(
+        Inherited::new(one.into()),
+        Ok(Inherited::Connected(_))
+    ));
+    let idle = unix_socket(SocketFlags::CLOEXEC).unwrap();
+    let datagram = std::os::unix::net::UnixDatagram::unbound().unwrap();
+    let network = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    for (fd, want) in [
+        (idle, "neither connected nor listening"),
+        (datagram.into(), "another kind of socket"),
+        (network.into(), "another kind of socket"),
+        (fs::File::open("/dev/null").unwrap().into(), "no socket"),
+    ] {
+        let error = Inherited::new(fd).unwrap_err();
+        assert!(error.to_string().contains(want), "{error}");
+    }
+}

@@ -1,0 +1,669 @@
+//! Requests, decoded once from a message and checked as far as that goes without state.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use vhost::vhost_user::message::{
+    FrontendReq, VhostUserMemory, VhostUserMemoryRegion, VhostUserSingleMemoryRegion, VhostUserU64,
+    VhostUserVringAddr, VhostUserVringState,
+};
+use virtionet_virtqueue::MAX_SIZE;
+use virtionet_virtqueue::memory::RegionSpec;
+use vm_memory::ByteValued;
+
+use crate::error::{DecodeError, PeerError, Refusal};
+use crate::eventfd;
+
+/// Most regions of one SET_MEM_TABLE.
+pub const MAX_TABLE_REGIONS: usize = 8;
+
+/// Bits 0-7 of SET_VRING_KICK's payload, and of its like, are the ring's index.
+const INDEX_MASK: u64 = 0xff;
+/// Bit 8 says that no descriptor comes along.
+const NO_FD: u64 = 1 << 8;
+/// The smallest MTU of IPv4 (RFC 791) and of virtio-net (virtio 1.3 §5.1.4.1).
+const MIN_MTU: u16 = 68;
+
+/// A front-end's request. Whether its ring exists and its bits were offered is for the session to
+/// say.
+#[derive(Debug)]
+pub enum Request {
+    /// Which virtio features there are.
+    GetFeatures,
+    /// Takes virtio features.
+    SetFeatures(u64),
+    /// Begins a session.
+    SetOwner,
+    /// Deprecated; stops all rings.
+    ResetOwner,
+    /// Replaces the memory table.
+    SetMemTable(Vec<(RegionSpec, File)>),
+    /// Adds a region to the memory table.
+    AddMemReg(RegionSpec, File),
+    /// Removes a region from the memory table; its file offset means nothing.
+    RemMemReg(RegionSpec),
+    /// How many regions the memory table may have.
+    GetMaxMemSlots,
+    /// Sets a ring's size: 1 to 32,768.
+    SetVringNum {
+        /// The ring's index.
+        ring: u16,
+        /// Number of descriptors.
+        size: u16,
+    },
+    /// Sets a ring's addresses, aligned as virtio asks.
+    SetVringAddr {
+        /// The ring's index.
+        ring: u16,
+        /// Its areas.
+        areas: Areas,
+    },
+    /// Sets where a ring goes on.
+    SetVringBase {
+        /// The ring's index.
+        ring: u16,
+        /// See [`crate::RingStart::base`].
+        base: u32,
+    },
+    /// Stops a ring and asks where it would go on.
+    GetVringBase {
+        /// The ring's index.
+        ring: u16,
+    },
+    /// Sets what the driver signals, and lets the ring start.
+    SetVringKick(Notifier),
+    /// Sets what signals the driver.
+    SetVringCall(Notifier),
+    /// Sets what signals the front-end when the ring is at fault.
+    SetVringErr(Notifier),
+    /// Enables or disables a ring.
+    SetVringEnable {
+        /// The ring's index.
+        ring: u16,
+        /// Whether frames pass.
+        enabled: bool,
+    },
+    /// Which protocol features there are.
+    GetProtocolFeatures,
+    /// Takes protocol features.
+    SetProtocolFeatures(u64),
+    /// How many queue pairs there are.
+    GetQueueNum,
+    /// Sets the MTU that the guest sees: 68 to 65,535.
+    NetSetMtu(u16),
+    /// Asks for a RARP frame from this MAC address.
+    SendRarp([u8; 6]),
+    /// Resets the device.
+    ResetDevice,
+    /// Asks for the device status.
+    GetStatus,
+    /// Sets the device status.
+    SetStatus(u8),
+    /// A request of the protocol that a net device without further features does not serve.
+    NotOffered(FrontendReq),
+    /// A request that this version of the protocol does not have.
+    Unknown(u32),
+}
+
+/// A ring's areas, as front-end addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Areas {
+    /// Descriptor table or ring.
+    pub desc: u64,
+    /// Available ring, or driver event suppression.
+    pub avail: u64,
+    /// Used ring, or device event suppression.
+    pub used: u64,
+}
+
+/// An eventfd for a ring.
+#[derive(Debug)]
+pub struct Notifier {
+    /// The ring's index.
+    pub ring: u16,
+    /// A non-blocking eventfd; `None`: polling is used instead.
+    pub fd: Option<Arc<OwnedFd>>,
+}
+
+impl Request {
+    /// Decodes request `code`. Descriptors that the request does not keep are closed.
+    ///
+    /// # Errors
+    /// [`DecodeError::Peer`] when the payload's size, the number of descriptors or their kind are
+    /// not the request's; [`DecodeError::Refused`] when a value is not allowed.
+    pub fn decode(code: u32, payload: &[u8], fds: Vec<OwnedFd>) -> Result<Self, DecodeError> {
+        let Ok(request) = FrontendReq::try_from(code) else {
+            return Ok(Self::Unknown(code));
+        };
+        Body {
+            request,
+            payload,
+            fds,
+        }
+        .decode()
+    }
+}
+
+/// The parts of a message whose code is known.
+struct Body<'p> {
+    request: FrontendReq,
+    payload: &'p [u8],
+    fds: Vec<OwnedFd>,
+}
+
+impl Body<'_> {
+    fn decode(self) -> Result<Request, DecodeError> {
+        use FrontendReq as Code;
+        Ok(match self.request {
+            Code::GET_FEATURES => self.empty(Request::GetFeatures)?,
+            Code::SET_FEATURES => Request::SetFeatures(self.number()?),
+            Code::SET_OWNER => self.empty(Request::SetOwner)?,
+            Code::RESET_OWNER => self.empty(Request::ResetOwner)?,
+            Code::SET_MEM_TABLE => self.mem_table()?,
+            Code::ADD_MEM_REG => self.add_mem_reg()?,
+            Code::REM_MEM_REG => self.rem_mem_reg()?,
+            Code::GET_MAX_MEM_SLOTS => self.empty(Request::GetMaxMemSlots)?,
+            Code::SET_VRING_NUM => self.vring_num()?,
+            Code::SET_VRING_ADDR => self.vring_addr()?,
+            Code::SET_VRING_BASE => self.vring_base()?,
+            Code::GET_VRING_BASE => self.get_vring_base()?,
+            Code::SET_VRING_KICK => Request::SetVringKick(self.notifier()?),
+            Code::SET_VRING_CALL => Request::SetVringCall(self.notifier()?),
+            Code::SET_VRING_ERR => Request::SetVringErr(self.notifier()?),
+            Code::SET_VRING_ENABLE => self.vring_enable()?,
+            Code::GET_PROTOCOL_FEATURES => self.empty(Request::GetProtocolFeatures)?,
+            Code::SET_PROTOCOL_FEATURES => Request::SetProtocolFeatures(self.number()?),
+            Code::GET_QUEUE_NUM => self.empty(Request::GetQueueNum)?,
+            Code::NET_SET_MTU => self.mtu()?,
+            Code::SEND_RARP => self.rarp()?,
+            Code::RESET_DEVICE => self.empty(Request::ResetDevice)?,
+            Code::GET_STATUS => self.empty(Request::GetStatus)?,
+            Code::SET_STATUS => self.status()?,
+            other => Request::NotOffered(other),
+        })
+    }
+
+    fn empty(&self, request: Request) -> Result<Request, PeerError> {
+        self.want_fds(0)?;
+        self.want_size(0)?;
+        Ok(request)
+    }
+
+    fn number(&self) -> Result<u64, PeerError> {
+        self.want_fds(0)?;
+        Ok(self.read::<VhostUserU64>()?.value)
+    }
+
+    fn mem_table(self) -> Result<Request, DecodeError> {
+        const HEAD: usize = size_of::<VhostUserMemory>();
+        const ENTRY: usize = size_of::<VhostUserMemoryRegion>();
+        let Some((head, entries)) = self.payload.split_at_checked(HEAD) else {
+            return Err(self.wrong_size(HEAD).into());
+        };
+        let announced = copy::<VhostUserMemory>(head).num_regions;
+        let regions = usize::try_from(announced)
+            .ok()
+            .filter(|n| *n <= MAX_TABLE_REGIONS)
+            .ok_or(PeerError::Regions(announced))?;
+        self.want_size(HEAD + regions * ENTRY)?;
+        self.want_fds(regions)?;
+        let specs = entries.chunks(ENTRY).map(|entry| spec(&copy(entry)));
+        Ok(Request::SetMemTable(
+            specs.zip(self.fds.into_iter().map(File::from)).collect(),
+        ))
+    }
+
+    fn add_mem_reg(mut self) -> Result<Request, DecodeError> {
+        self.want_fds(1)?;
+        let spec = spec(&*self.read::<VhostUserSingleMemoryRegion>()?);
+        let fd = self.take_fd()?;
+        Ok(Request::AddMemReg(spec, File::from(fd)))
+    }
+
+    /// A descriptor may come along, as older front-ends have it; it is closed unused.
+    fn rem_mem_reg(self) -> Result<Request, DecodeError> {
+        if self.fds.len() > 1 {
+            self.want_fds(0)?;
+        }
+        let region = self.read::<VhostUserSingleMemoryRegion>()?;
+        Ok(Request::RemMemReg(spec(&region)))
+    }
+
+    fn vring_num(&self) -> Result<Request, DecodeError> {
+        let (ring, num) = self.vring_state()?;
+        let size = u16::try_from(num)
+            .ok()
+            .filter(|size| (1..=MAX_SIZE).contains(size))
+            .ok_or(Refusal::RingSize(num))?;
+        Ok(Request::SetVringNum { ring, size })
+    }
+
+    fn vring_addr(&self) -> Result<Request, DecodeError> {
+        self.want_fds(0)?;
+        let addr = self.read::<VhostUserVringAddr>()?;
+        let ring = ring_index(addr.index)?;
+        if addr.flags != 0 {
+            return Err(Refusal::RingFlags(addr.flags).into());
+        }
+        let areas = Areas {
+            desc: aligned("descriptor area", addr.descriptor, 16)?,
+            avail: aligned("driver area", addr.available, 2)?,
+            used: aligned("device area", addr.used, 4)?,
+        };
+        Ok(Request::SetVringAddr { ring, areas })
+    }
+
+    fn vring_base(&self) -> Result<Request, DecodeError> {
+        let (ring, base) = self.vring_state()?;
+        Ok(Request::SetVringBase { ring, base })
+    }
+
+    fn get_vring_base(&self) -> Result<Request, DecodeError> {
+        let request = self.request;
+        match self.vring_state() {
+            Ok((ring, _)) => Ok(Request::GetVringBase { ring }),
+            Err(DecodeError::Refused(refusal)) => {
+                Err(PeerError::Unanswerable { request, refusal }.into())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn vring_enable(&self) -> Result<Request, DecodeError> {
+        let (ring, num) = self.vring_state()?;
+        let enabled = match num {
+            0 => false,
+            1 => true,
+            other => return Err(Refusal::Enable(other).into()),
+        };
+        Ok(Request::SetVringEnable { ring, enabled })
+    }
+
+    fn notifier(mut self) -> Result<Notifier, DecodeError> {
+        let value = self.read::<VhostUserU64>()?.value;
+        self.want_fds(usize::from(value & NO_FD == 0))?;
+        if value & !(INDEX_MASK | NO_FD) != 0 {
+            return Err(Refusal::RingIndex(value).into());
+        }
+        let ring = u16::from((value & INDEX_MASK).to_le_bytes()[0]);
+        if value & NO_FD != 0 {
+            return Ok(Notifier { ring, fd: None });
+        }
+        let request = self.request;
+        let fd = eventfd::accept(self.take_fd()?).map_err(|found| PeerError::NotEventFd {
+            request,
+            ring,
+            found,
+        })?;
+        Ok(Notifier { ring, fd: Some(fd) })
+    }
+
+    fn mtu(&self) -> Result<Request, DecodeError> {
+        let value = self.number()?;
+        let mtu = u16::try_from(value)
+            .ok()
+            .filter(|mtu| *mtu >= MIN_MTU)
+            .ok_or(Refusal::Mtu(value))?;
+        Ok(Request::NetSetMtu(mtu))
+    }
+
+    /// The address is the first six bytes of the payload as they lie in memory.
+    fn rarp(&self) -> Result<Request, DecodeError> {
+        let [a, b, c, d, e, f, _, _] = self.number()?.to_ne_bytes();
+        Ok(Request::SendRarp([a, b, c, d, e, f]))
+    }
+
+    fn status(&self) -> Result<Request, DecodeError> {
+        let value = self.number()?;
+        let status = u8::try_from(value).map_err(|_| Refusal::Status(value))?;
+        Ok(Request::SetStatus(status))
+    }
+
+    /// A ring's index and a number.
+    fn vring_state(&self) -> Result<(u16, u32), DecodeError> {
+        self.want_fds(0)?;
+        let state = self.read::<VhostUserVringState>()?;
+        Ok((ring_index(state.index)?, state.num))
+    }
+
+    fn read<T: ByteValued + Default>(&self) -> Result<T, PeerError> {
+        self.want_size(size_of::<T>())?;
+        Ok(copy(self.payload))
+    }
+
+    fn take_fd(&mut self) -> Result<OwnedFd, PeerError> {
+        self.fds.pop().ok_or(PeerError::FdCount {
+            request: self.request,
+            got: 0,
+            wanted: 1,
+        })
+    }
+
+    fn want_size(&self, wanted: usize) -> Result<(), PeerError> {
+        if self.payload.len() == wanted {
+            return Ok(());
+        }
+        Err(self.wrong_size(wanted))
+    }
+
+    fn wrong_size(&self, wanted: usize) -> PeerError {
+        PeerError::Size {
+            request: self.request,
+            size: self.payload.len(),
+            wanted,
+        }
+    }
+
+    fn want_fds(&self, wanted: usize) -> Result<(), PeerError> {
+        if self.fds.len() == wanted {
+            return Ok(());
+        }
+        Err(PeerError::FdCount {
+            request: self.request,
+            got: self.fds.len(),
+            wanted,
+        })
+    }
+}
+
+/// A value from bytes at any alignment; `bytes` has the value's size.
+fn copy<T: ByteValued + Default>(bytes: &[u8]) -> T {
+    let mut value = T::default();
+    value.as_mut_slice().copy_from_slice(bytes);
+    value
+}
+
+fn spec(region: &VhostUserMemoryRegion) -> RegionSpec {
+    RegionSpec {
+        guest_addr: region.guest_phys_addr,
+        size: region.memory_size,
+        user_addr: region.user_addr,
+        file_offset: region.mmap_offset,
+    }
+}
+
+fn ring_index(index: u32) -> Result<u16, Refusal> {
+    u8::try_from(index)
+        .map(u16::from)
+        .map_err(|_| Refusal::RingIndex(index.into()))
+}
+
+fn aligned(area: &'static str, addr: u64, align: u64) -> Result<u64, Refusal> {
+    if addr.is_multiple_of(align) {
+        return Ok(addr);
+    }
+    Err(Refusal::Misaligned { area, addr, align })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{eventfd, payload};
+
+    fn text(code: FrontendReq, payload: &[u8], fds: usize) -> Result<Request, String> {
+        let fds = (0..fds).map(|_| eventfd(0)).collect();
+        Request::decode(code.into(), payload, fds).map_err(|error| match error {
+            DecodeError::Peer(peer) => format!("peer: {peer}"),
+            DecodeError::Refused(refusal) => format!("refused: {refusal}"),
+        })
+    }
+
+    #[test]
+    fn malformed_requests_are_told_apart() {
+        use FrontendReq as Code;
+        let num = |index: u32, num: u32| payload(&[index, num]);
+        let addr = |flags: u32, desc: u64, used: u64, avail: u64| {
+            let mut bytes = payload(&[0u32, flags]);
+            for word in [desc, used, avail, 0] {
+                bytes.extend(word.to_ne_bytes());
+            }
+            bytes
+        };
+        let table = |n: u32, regions: usize| [payload(&[n, 0]), vec![0; regions * 32]].concat();
+        let u64s = |value: u64| value.to_ne_bytes().to_vec();
+        for (code, bytes, fds, want) in [
+            (
+                Code::GET_FEATURES,
+                vec![0; 8],
+                0,
+                "peer: GET_FEATURES has a payload of 8 bytes",
+            ),
+            (
+                Code::GET_FEATURES,
+                vec![],
+                1,
+                "peer: GET_FEATURES carries 1 file",
+            ),
+            (Code::SET_FEATURES, vec![0; 7], 0, "instead of 8"),
+            (
+                Code::SET_FEATURES,
+                vec![],
+                0,
+                "peer: SET_FEATURES has a payload of 0",
+            ),
+            (
+                Code::SET_FEATURES,
+                vec![0; 4096],
+                0,
+                "peer: SET_FEATURES has a payload of 4096",
+            ),
+            (
+                Code::SET_MEM_TABLE,
+                vec![0; 7],
+                0,
+                "peer: SET_MEM_TABLE has a payload of 7",
+            ),
+            (Code::SET_MEM_TABLE, table(1, 2), 1, "instead of 40"),
+            (
+                Code::SET_MEM_TABLE,
+                table(2, 2),
+                1,
+                "1 file descriptors instead of 2",
+            ),
+            (
+                Code::SET_MEM_TABLE,
+                table(1, 1),
+                2,
+                "2 file descriptors instead of 1",
+            ),
+            (
+                Code::SET_MEM_TABLE,
+                table(9, 9),
+                9,
+                "peer: SET_MEM_TABLE announces 9",
+            ),
+            (Code::SET_MEM_TABLE, table(33, 33), 8, "announces 33"),
+            (
+                Code::SET_MEM_TABLE,
+                table(u32::MAX, 1),
+                1,
+                "announces 4294967295",
+            ),
+            (
+                Code::ADD_MEM_REG,
+                vec![0; 40],
+                0,
+                "0 file descriptors instead of 1",
+            ),
+            (
+                Code::ADD_MEM_REG,
+                vec![0; 40],
+                2,
+                "2 file descriptors instead of 1",
+            ),
+            (Code::ADD_MEM_REG, vec![0; 32], 1, "instead of 40"),
+            (
+                Code::REM_MEM_REG,
+                vec![0; 40],
+                2,
+                "2 file descriptors instead of 0",
+            ),
+            (Code::SET_VRING_NUM, num(0, 0), 0, "refused: ring size 0"),
+            (
+                Code::SET_VRING_NUM,
+                num(0, 32769),
+                0,
+                "refused: ring size 32769",
+            ),
+            (
+                Code::SET_VRING_NUM,
+                num(0, 65536 + 256),
+                0,
+                "refused: ring size 65792",
+            ),
+            (
+                Code::SET_VRING_NUM,
+                num(256, 256),
+                0,
+                "refused: 0x100 is no ring index",
+            ),
+            (
+                Code::SET_VRING_NUM,
+                num(u32::MAX, 256),
+                0,
+                "refused: 0xffffffff is no",
+            ),
+            (
+                Code::SET_VRING_ADDR,
+                addr(0, 8, 0, 0),
+                0,
+                "descriptor area at 0x8 is not aligned to 16",
+            ),
+            (
+                Code::SET_VRING_ADDR,
+                addr(0, 0, 2, 0),
+                0,
+                "device area at 0x2 is not aligned to 4",
+            ),
+            (
+                Code::SET_VRING_ADDR,
+                addr(0, 0, 0, 1),
+                0,
+                "driver area at 0x1 is not aligned to 2",
+            ),
+            (
+                Code::SET_VRING_ADDR,
+                addr(1, 0, 0, 0),
+                0,
+                "refused: SET_VRING_ADDR has flags 0x1",
+            ),
+            (
+                Code::GET_VRING_BASE,
+                num(256, 0),
+                0,
+                "peer: GET_VRING_BASE cannot be answered: 0x100",
+            ),
+            (
+                Code::SET_VRING_KICK,
+                u64s(0),
+                0,
+                "peer: SET_VRING_KICK carries 0 file",
+            ),
+            (
+                Code::SET_VRING_KICK,
+                u64s(0),
+                2,
+                "peer: SET_VRING_KICK carries 2 file",
+            ),
+            (
+                Code::SET_VRING_CALL,
+                u64s(0x100),
+                1,
+                "peer: SET_VRING_CALL carries 1 file",
+            ),
+            (
+                Code::SET_VRING_ERR,
+                u64s(0x200),
+                1,
+                "refused: 0x200 is no ring index",
+            ),
+            (
+                Code::SET_VRING_ENABLE,
+                num(0, 2),
+                0,
+                "refused: a ring cannot be enabled with 2",
+            ),
+            (Code::NET_SET_MTU, u64s(67), 0, "refused: an MTU of 67"),
+            (
+                Code::NET_SET_MTU,
+                u64s(65536),
+                0,
+                "refused: an MTU of 65536",
+            ),
+            (
+                Code::SET_STATUS,
+                u64s(256),
+                0,
+                "refused: 0x100 is no device status",
+            ),
+        ] {
+            let got = text(code, &bytes, fds).unwrap_err();
+            assert!(got.contains(want), "{code:?}: {got}\nwanted: {want}");
+        }
+    }
+
+    #[test]
+    fn a_kick_must_be_an_eventfd() {
+        for path in ["/dev/zero", "/"] {
+            let fds = vec![OwnedFd::from(File::open(path).unwrap())];
+            let code = FrontendReq::SET_VRING_KICK.into();
+            let error = Request::decode(code, &3u64.to_ne_bytes(), fds).unwrap_err();
+            assert_eq!(
+                error.to_string(),
+                format!("SET_VRING_KICK for ring 3 carries {path} where an eventfd is needed")
+            );
+        }
+    }
+
+    #[test]
+    fn values_arrive_as_sent() {
+        let region = |base: u64| {
+            [base, base + 1, base + 2, base + 3]
+                .map(u64::to_ne_bytes)
+                .concat()
+        };
+        let bytes = [payload(&[2, 0]), region(10), region(20)].concat();
+        let Ok(Request::SetMemTable(regions)) = text(FrontendReq::SET_MEM_TABLE, &bytes, 2) else {
+            panic!("no table");
+        };
+        let want = |base| RegionSpec {
+            guest_addr: base,
+            size: base + 1,
+            user_addr: base + 2,
+            file_offset: base + 3,
+        };
+        assert_eq!(regions[0].0, want(10));
+        assert_eq!(regions[1].0, want(20));
+
+        let bytes = [vec![0; 8], region(30)].concat();
+        let Ok(Request::RemMemReg(spec)) = text(FrontendReq::REM_MEM_REG, &bytes, 1) else {
+            panic!("no region");
+        };
+        assert_eq!(spec, want(30));
+
+        let Ok(Request::SendRarp(mac)) = text(FrontendReq::SEND_RARP, &[1, 2, 3, 4, 5, 6, 7, 8], 0)
+        else {
+            panic!("no address");
+        };
+        assert_eq!(mac, [1, 2, 3, 4, 5, 6]);
+
+        let bytes = 0x1ffu64.to_ne_bytes();
+        let Ok(Request::SetVringKick(kick)) = text(FrontendReq::SET_VRING_KICK, &bytes, 0) else {
+            panic!("no kick");
+        };
+        assert!(kick.ring == 255 && kick.fd.is_none());
+    }
+
+    #[test]
+    fn requests_of_others_are_named_and_their_descriptors_closed() {
+        assert!(matches!(
+            text(FrontendReq::SET_LOG_BASE, &[0; 16], 1),
+            Ok(Request::NotOffered(FrontendReq::SET_LOG_BASE))
+        ));
+        assert!(matches!(
+            Request::decode(1000, &[0; 100], vec![eventfd(0)]),
+            Ok(Request::Unknown(1000))
+        ));
+    }
+}

@@ -1,0 +1,249 @@
+//! A front-end made of bytes, and a device that writes down what it is asked.
+
+use std::fs::File;
+use std::io::{IoSlice, Read};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use virtionet_virtqueue::memory::GuestMemory;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::backend::{Backend, BackendError, RingStart};
+
+/// A raw eventfd.
+pub(crate) fn eventfd(flags: i32) -> OwnedFd {
+    let number = EventFd::new(flags).unwrap().into_raw_fd();
+    #[allow(unsafe_code)]
+    // SAFETY: the number was just given up by its only owner.
+    unsafe {
+        OwnedFd::from_raw_fd(number)
+    }
+}
+
+/// A stop descriptor: what triggers it, and what is waited on.
+pub(crate) fn stop_pair() -> (EventFd, OwnedFd) {
+    let stop = EventFd::new(EFD_NONBLOCK).unwrap();
+    let waited = stop.try_clone().unwrap().into_raw_fd();
+    #[allow(unsafe_code)]
+    // SAFETY: the number was just given up by its only owner.
+    (stop, unsafe { OwnedFd::from_raw_fd(waited) })
+}
+
+/// A file of `size` bytes.
+pub(crate) fn memory_file(size: u64) -> File {
+    let fd = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    let file = File::from(fd);
+    file.set_len(size).unwrap();
+    file
+}
+
+/// Words as bytes.
+pub(crate) fn payload(words: &[u32]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_ne_bytes()).collect()
+}
+
+/// A whole message.
+pub(crate) fn frame(code: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
+    let size = u32::try_from(payload.len()).unwrap();
+    let mut bytes: Vec<u8> = [code, flags, size]
+        .into_iter()
+        .flat_map(u32::to_ne_bytes)
+        .collect();
+    bytes.extend(payload);
+    bytes
+}
+
+/// The front-end's end of a socket.
+#[derive(Debug)]
+pub(crate) struct Peer(pub(crate) UnixStream);
+
+impl Peer {
+    /// This end and the other.
+    pub(crate) fn pair() -> (Self, UnixStream) {
+        let (peer, other) = UnixStream::pair().unwrap();
+        peer.set_read_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
+        (Self(peer), other)
+    }
+
+    /// One write with its descriptors.
+    pub(crate) fn send(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
+        if bytes.is_empty() {
+            return;
+        }
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() {
+            assert!(control.push(SendAncillaryMessage::ScmRights(fds)));
+        }
+        let sent = sendmsg(
+            &self.0,
+            &[IoSlice::new(bytes)],
+            &mut control,
+            SendFlags::NOSIGNAL,
+        );
+        assert_eq!(sent, Ok(bytes.len()));
+    }
+
+    /// A request without an acknowledgement.
+    pub(crate) fn tell(&self, code: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) {
+        self.send(&frame(code, 1, payload), fds);
+    }
+
+    /// A request, and the payload of its reply.
+    pub(crate) fn ask(&self, code: u32, payload: &[u8]) -> [u8; 8] {
+        self.tell(code, payload, &[]);
+        self.reply(code)
+    }
+
+    /// A request that wants an acknowledgement, and that.
+    pub(crate) fn acknowledged(&self, code: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -> u64 {
+        self.send(&frame(code, 9, payload), fds);
+        u64::from_ne_bytes(self.reply(code))
+    }
+
+    /// The payload of the next reply, which must be to `code`.
+    pub(crate) fn reply(&self, code: u32) -> [u8; 8] {
+        let mut bytes = [0; 20];
+        (&self.0).read_exact(&mut bytes).unwrap();
+        assert_eq!(bytes[..12], frame(code, 5, &[0; 8])[..12]);
+        bytes[12..].try_into().unwrap()
+    }
+}
+
+/// A device that does nothing but keep a diary.
+#[derive(Debug, Default)]
+pub(crate) struct Diary {
+    entries: Mutex<Vec<String>>,
+    running: Mutex<std::collections::BTreeMap<u16, RingStart>>,
+    stands_at: Option<u32>,
+}
+
+pub(crate) const FEATURES: u64 = 1 << 32 | 1 << 34 | 1;
+pub(crate) const PAIRS: u16 = 2;
+
+impl Diary {
+    /// A device whose rings all stop at `base`.
+    pub(crate) fn standing_at(base: u32) -> Self {
+        Self {
+            stands_at: Some(base),
+            ..Self::default()
+        }
+    }
+
+    fn write(&self, entry: String) {
+        self.entries.lock().unwrap().push(entry);
+    }
+
+    /// The entries since the last call.
+    pub(crate) fn read(&self) -> Vec<String> {
+        std::mem::take(&mut self.entries.lock().unwrap())
+    }
+
+    /// The rings that run.
+    pub(crate) fn running(&self) -> Vec<u16> {
+        self.running.lock().unwrap().keys().copied().collect()
+    }
+
+    /// What a running ring was started with.
+    pub(crate) fn started_with(&self, index: u16) -> RingStart {
+        self.running.lock().unwrap()[&index].clone()
+    }
+}
+
+/// Whether a descriptor is there, by its number.
+fn number(fd: Option<&Arc<OwnedFd>>) -> &'static str {
+    match fd {
+        Some(fd) if fd.as_raw_fd() >= 0 => "fd",
+        _ => "none",
+    }
+}
+
+impl Backend for Diary {
+    fn features(&self) -> u64 {
+        FEATURES
+    }
+
+    fn max_pairs(&self) -> u16 {
+        PAIRS
+    }
+
+    fn connected(&self, pid: Option<u32>) {
+        assert_eq!(pid, Some(std::process::id()));
+        self.write("connected".into());
+    }
+
+    fn negotiated(&self, bits: u64) {
+        self.write(format!("negotiated {bits:#x}"));
+    }
+
+    fn set_features(&self, acked: u64) {
+        self.write(format!("features {acked:#x}"));
+    }
+
+    fn set_memory(&self, memory: &Arc<GuestMemory>) {
+        self.write(format!("memory {}", memory.regions().count()));
+    }
+
+    fn start_ring(&self, index: u16, start: RingStart) -> Result<(), BackendError> {
+        let layout = start.layout;
+        if start
+            .memory
+            .user_array::<u16>(layout.desc, layout.size)
+            .is_none()
+        {
+            return Err(BackendError::new(format!(
+                "ring {index} lies outside of memory"
+            )));
+        }
+        self.write(format!(
+            "start {index} size {} base {} enabled {} kick {} call {}",
+            layout.size,
+            start.base,
+            start.enabled,
+            number(start.kick.as_ref()),
+            number(start.call.as_ref()),
+        ));
+        assert!(self.running.lock().unwrap().insert(index, start).is_none());
+        Ok(())
+    }
+
+    fn stop_ring(&self, index: u16) -> Option<u32> {
+        self.write(format!("stop {index}"));
+        let start = self.running.lock().unwrap().remove(&index)?;
+        Some(self.stands_at.unwrap_or(start.base))
+    }
+
+    fn set_enabled(&self, index: u16, enabled: bool) {
+        self.write(format!("enabled {index} {enabled}"));
+    }
+
+    fn set_kick(&self, index: u16, kick: Option<Arc<OwnedFd>>) -> Result<(), BackendError> {
+        self.write(format!("kick {index} {}", number(kick.as_ref())));
+        Ok(())
+    }
+
+    fn set_call(&self, index: u16, call: Option<Arc<OwnedFd>>) {
+        self.write(format!("call {index} {}", number(call.as_ref())));
+    }
+
+    fn set_err(&self, index: u16, err: Option<Arc<OwnedFd>>) {
+        self.write(format!("err {index} {}", number(err.as_ref())));
+    }
+
+    fn set_mtu(&self, mtu: u16) -> Result<(), BackendError> {
+        self.write(format!("mtu {mtu}"));
+        if mtu > 9000 {
+            return Err(BackendError::new(format!("the uplink cannot carry {mtu}")));
+        }
+        Ok(())
+    }
+
+    fn disconnected(&self) {
+        self.write("disconnected".into());
+    }
+}

@@ -1,0 +1,89 @@
+//! What the front-end has said about one ring.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use virtionet_virtqueue::RingLayout;
+use virtionet_virtqueue::memory::GuestMemory;
+
+use crate::backend::RingStart;
+use crate::request::Areas;
+
+/// One ring as configured. Every message replaces what an earlier one said.
+#[derive(Debug, Default)]
+pub(crate) struct Vring {
+    pub(crate) size: Option<u16>,
+    pub(crate) areas: Option<Areas>,
+    pub(crate) base: Option<u32>,
+    pub(crate) kick: Kick,
+    pub(crate) call: Option<Arc<OwnedFd>>,
+    pub(crate) err: Option<Arc<OwnedFd>>,
+    /// What SET_VRING_ENABLE said, whenever it came: QEMU sends it before SET_FEATURES and does
+    /// not repeat it.
+    pub(crate) enabled: Option<bool>,
+    pub(crate) running: bool,
+}
+
+/// Whether SET_VRING_KICK has come since the ring was last stopped, and with what.
+#[derive(Debug, Default)]
+pub(crate) enum Kick {
+    /// It has not: the ring is not to start.
+    #[default]
+    Unset,
+    /// Without a descriptor: the ring is to be polled.
+    Poll,
+    Fd(Arc<OwnedFd>),
+}
+
+impl Kick {
+    pub(crate) fn new(fd: Option<Arc<OwnedFd>>) -> Self {
+        fd.map_or(Self::Poll, Self::Fd)
+    }
+
+    fn fd(&self) -> Option<Arc<OwnedFd>> {
+        match self {
+            Self::Fd(fd) => Some(Arc::clone(fd)),
+            Self::Poll | Self::Unset => None,
+        }
+    }
+}
+
+impl Vring {
+    /// What the ring starts with, once all of it is known.
+    pub(crate) fn start(
+        &self,
+        enabled: bool,
+        features: u64,
+        memory: &Arc<GuestMemory>,
+    ) -> Option<RingStart> {
+        if matches!(self.kick, Kick::Unset) {
+            return None;
+        }
+        let areas = self.areas?;
+        Some(RingStart {
+            layout: RingLayout {
+                size: self.size?,
+                desc: areas.desc,
+                avail: areas.avail,
+                used: areas.used,
+            },
+            base: self.base?,
+            kick: self.kick.fd(),
+            call: self.call.clone(),
+            err: self.err.clone(),
+            enabled,
+            features,
+            memory: Arc::clone(memory),
+        })
+    }
+
+    /// Forgets what a reset of the device forgets: everything but the call and err descriptors,
+    /// which QEMU hands out once.
+    pub(crate) fn reset(&mut self) {
+        *self = Self {
+            call: self.call.take(),
+            err: self.err.take(),
+            ..Self::default()
+        };
+    }
+}

@@ -1,0 +1,95 @@
+//! A device that starts and stops rings, and sessions with it.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+
+use rustix::event::{EventfdFlags, eventfd};
+use virtionet_virtqueue::memory::GuestMemory;
+use virtionet_vhost_user::{Backend, BackendError, Ended, RingStart, SessionError, serve};
+
+/// VIRTIO_F_VERSION_1 and VIRTIO_NET_F_MQ.
+pub const FEATURES: u64 = 1 << 32 | 1 << 22;
+/// Where every ring of the device stops.
+pub const BASE: u32 = 77;
+
+/// Rings that run, with what they were started with.
+#[derive(Debug, Default)]
+pub struct Device(pub Mutex<BTreeMap<u16, RingStart>>);
+
+impl Backend for Device {
+    fn features(&self) -> u64 {
+        FEATURES
+    }
+
+    fn max_pairs(&self) -> u16 {
+        2
+    }
+
+    fn set_features(&self, _acked: u64) {}
+
+    fn set_memory(&self, _memory: &Arc<GuestMemory>) {}
+
+    fn start_ring(&self, index: u16, start: RingStart) -> Result<(), BackendError> {
+        self.0.lock().unwrap().insert(index, start);
+        Ok(())
+    }
+
+    fn stop_ring(&self, index: u16) -> Option<u32> {
+        self.0.lock().unwrap().remove(&index).map(|_| BASE)
+    }
+
+    fn set_enabled(&self, index: u16, enabled: bool) {
+        if let Some(start) = self.0.lock().unwrap().get_mut(&index) {
+            start.enabled = enabled;
+        }
+    }
+
+    fn set_kick(&self, index: u16, kick: Option<Arc<OwnedFd>>) -> Result<(), BackendError> {
+        if let Some(start) = self.0.lock().unwrap().get_mut(&index) {
+            start.kick = kick;
+        }
+        Ok(())
+    }
+
+    fn set_call(&self, index: u16, call: Option<Arc<OwnedFd>>) {
+        if let Some(start) = self.0.lock().unwrap().get_mut(&index) {
+            start.call = call;
+        }
+    }
+
+    fn set_err(&self, _index: u16, _err: Option<Arc<OwnedFd>>) {}
+
+    fn set_mtu(&self, _mtu: u16) -> Result<(), BackendError> {
+        Ok(())
+    }
+}
+
+/// Runs a session for as long as `peer` runs on the other end of its socket.
+pub fn session(
+    device: &Device,
+    peer: impl FnOnce(UnixStream) + Send,
+) -> Result<Ended, SessionError> {
+    let (near, far) = UnixStream::pair().unwrap();
+    let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(move || peer(near));
+        serve(far, device, stop.as_fd())
+    })
+}
+
+/// A message with `fds`, written at once.
+pub fn send(stream: &UnixStream, words: &[u32], payload: &[u8], fds: &[BorrowedFd<'_>]) {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+    let mut bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+    bytes.extend(payload);
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() {
+        assert!(control.push(SendAncillaryMessage::ScmRights(fds)));
+    }
+    let data = [std::io::IoSlice::new(&bytes)];
+    // The session may have ended already.
+    let _ = sendmsg(stream, &data, &mut control, SendFlags::NOSIGNAL);
+}

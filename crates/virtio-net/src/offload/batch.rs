@@ -1,0 +1,91 @@
+//! Frames in private memory, side by side, on their way out.
+
+use arrayvec::ArrayVec;
+use virtionet_virtqueue::memory::GuestSlice;
+
+use crate::header::VnetHeader;
+use crate::port::{MAX_BURST, TxFrame};
+
+/// Frames that wait to be emitted together.
+#[derive(Debug, Default)]
+pub(super) struct Batch {
+    /// Their bytes, one after the other.
+    bytes: Vec<u8>,
+    lens: ArrayVec<usize, MAX_BURST>,
+    /// The header that they all have.
+    header: VnetHeader,
+}
+
+impl Batch {
+    /// Forgets what is left of the frame before.
+    pub(super) fn clear(&mut self) {
+        self.bytes.clear();
+        self.lens.clear();
+        self.header = VnetHeader::default();
+    }
+
+    /// The header of all frames from now on.
+    pub(super) fn set_header(&mut self, header: VnetHeader) {
+        self.header = header;
+    }
+
+    /// Appends a frame of these parts and shows it, for its fields to be written.
+    pub(super) fn add(
+        &mut self,
+        parts: &[&[u8]],
+        emit: &mut impl FnMut(&[TxFrame<'_>]),
+    ) -> &mut [u8] {
+        if self.lens.is_full() {
+            self.flush(emit);
+        }
+        let start = self.bytes.len();
+        for part in parts {
+            self.bytes.extend_from_slice(part);
+        }
+        self.lens.push(self.bytes.len() - start);
+        &mut self.bytes[start..]
+    }
+
+    /// Emits all frames that wait.
+    pub(super) fn flush(&mut self, emit: &mut impl FnMut(&[TxFrame<'_>])) {
+        if !self.lens.is_empty() {
+            self.show(emit);
+        }
+        self.bytes.clear();
+        self.lens.clear();
+    }
+
+    fn show(&mut self, emit: &mut impl FnMut(&[TxFrame<'_>])) {
+        let mut payloads: ArrayVec<GuestSlice<'_>, MAX_BURST> = ArrayVec::new();
+        let mut rest = self.bytes.as_mut_slice();
+        for len in &self.lens {
+            let (bytes, behind) = rest.split_at_mut(*len);
+            payloads.push(GuestSlice::private(bytes));
+            rest = behind;
+        }
+        let frames: ArrayVec<TxFrame<'_>, MAX_BURST> = payloads
+            .iter()
+            .map(|payload| TxFrame {
+                header: self.header,
+                payload: std::slice::from_ref(payload),
+                len: payload.len(),
+            })
+            .collect();
+        emit(&frames);
+    }
+}
+
+/// Emits one frame from where it lies.
+pub(super) fn emit_whole(
+    bytes: &mut [u8],
+    header: VnetHeader,
+    emit: &mut impl FnMut(&[TxFrame<'_>]),
+) {
+    let len = bytes.len();
+    let payload = [GuestSlice::private(bytes)];
+    emit(&[TxFrame {
+        header,
+        payload: &payload,
+        len,
+    }]);
+}

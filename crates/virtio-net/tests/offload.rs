@@ -1,0 +1,352 @@
+//! Checksums, segments and fragments made in software.
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
+
+mod packets;
+
+use packets::{ACK, CWR, ECE, FIN, Maker, PSH, Packet, convert, format, verify};
+use proptest::prelude::*;
+use virtionet_virtio_net::header::{MAX_FRAME, VnetHeader};
+use virtionet_virtio_net::offload::{MIN_GSO_SIZE, OffloadFault, Segmenter};
+use virtionet_virtio_net::stats::RingStats;
+use virtionet_guest::frame::{Frame, check};
+use virtionet_guest::header::NetHeader;
+
+const WHOLE: usize = 1 << 17;
+
+fn made(packet: &Packet, csum: bool) -> Vec<Packet> {
+    convert(&mut Segmenter::new(), packet, WHOLE, &format(csum, false)).unwrap()
+}
+
+fn fault(packet: &Packet) -> OffloadFault {
+    convert(&mut Segmenter::new(), packet, WHOLE, &format(false, false)).unwrap_err()
+}
+
+#[test]
+fn segments_are_right() {
+    for v6 in [false, true] {
+        for packet in [
+            Maker::tcp(v6, 0, 5000).gso(1460),
+            Maker::tcp(v6, 12, 65_000).gso(1448),
+            Maker::tcp(v6, 12, 64_999).gso(1447),
+            Maker::tcp(v6, 40, 64_999).gso(28),
+            Maker::tcp(v6, 12, 2896).gso(1448),
+            Maker::tcp(v6, 12, 9000).gso(1448).flags(ACK | FIN | PSH),
+            Maker::tcp(v6, 12, 9000).gso(1448).flags(ACK | CWR | ECE),
+            Maker::tcp(v6, 12, 9000).gso(1448).tag(0x8100, 7),
+            Maker::tcp(v6, 12, 9000)
+                .gso(1448)
+                .tag(0x8100, 7)
+                .tag(0x88a8, 9),
+            // One segment after all, and one without payload.
+            Maker::tcp(v6, 12, 100).gso(1448),
+            Maker::tcp(v6, 12, 0).gso(1448),
+            Maker::tcp(v6, 12, 100).gso(65_535),
+        ] {
+            let packet = packet.done();
+            verify(&packet, &format(false, false), &made(&packet, false));
+            verify(&packet, &format(true, false), &made(&packet, true));
+        }
+    }
+}
+
+#[test]
+fn headers_before_tcp_are_kept() {
+    for packet in [
+        Maker::tcp(true, 12, 9000).gso(1400).extension(60, 1),
+        Maker::tcp(true, 12, 9000)
+            .gso(1400)
+            .extension(60, 2)
+            .extension(43, 3)
+            .extension(0, 1),
+        Maker::tcp(false, 12, 9000).gso(1400).ip_options(10),
+    ] {
+        let packet = packet.done();
+        let made = made(&packet, false);
+        assert_eq!(made.len(), 7);
+        verify(&packet, &format(false, false), &made);
+    }
+}
+
+#[test]
+fn fragments_are_right() {
+    for v6 in [false, true] {
+        for packet in [
+            Maker::udp(v6, 8000).gso(1480),
+            Maker::udp(v6, 65_400).gso(1472),
+            // Not a multiple of 8: rounded down.
+            Maker::udp(v6, 65_399).gso(1479),
+            Maker::udp(v6, 65_399).gso(28),
+            Maker::udp(v6, 2952).gso(1480),
+            Maker::udp(v6, 8000).gso(1480).tag(0x8100, 7),
+            Maker::udp(v6, 100).gso(1480),
+            Maker::udp(v6, 0).gso(1480),
+        ] {
+            let packet = packet.done();
+            verify(&packet, &format(false, false), &made(&packet, false));
+            verify(&packet, &format(true, false), &made(&packet, true));
+        }
+    }
+    let packet = Maker::udp(true, 8000).gso(1400).extension(60, 1);
+    let packet = packet.extension(0, 2).done();
+    verify(&packet, &format(false, false), &made(&packet, false));
+    let packet = Maker::udp(false, 8000).gso(1400).ip_options(3).done();
+    verify(&packet, &format(false, false), &made(&packet, false));
+}
+
+#[test]
+fn checksums_alone_are_right() {
+    for v6 in [false, true] {
+        for payload in [0, 1, 2, 31, 1447, 1448] {
+            for packet in [Maker::tcp(v6, 12, payload), Maker::udp(v6, payload)] {
+                let packet = packet.done();
+                let made = made(&packet, false);
+                verify(&packet, &format(false, false), &made);
+                assert_eq!(made[0].header, VnetHeader::default());
+                check(&Frame {
+                    header: NetHeader::default(),
+                    bytes: made[0].bytes.clone(),
+                })
+                .unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn headers_are_stripped_of_what_was_not_negotiated() {
+    let mut packet = Maker::udp(false, 100).done();
+    packet.header = VnetHeader([2, 0, 42, 0, 99, 0, 1, 0, 1, 0, 7, 7]);
+    let made = made(&packet, false);
+    assert_eq!(made.len(), 1);
+    assert_eq!(made[0].header, VnetHeader::default());
+    assert_eq!(made[0].bytes, packet.bytes);
+}
+
+#[test]
+fn partial_checksums_stay_partial_for_a_target_that_takes_them() {
+    for v6 in [false, true] {
+        let packet = Maker::tcp(v6, 0, 5000).gso(1460).done();
+        let segments = made(&packet, true);
+        assert_eq!(segments.len(), 4);
+        for segment in segments {
+            check(&Frame {
+                header: NetHeader::from_bytes(segment.header.0),
+                bytes: segment.bytes,
+            })
+            .unwrap();
+        }
+        // A single flag that has no meaning does not cost the offload.
+        let mut packet = Maker::udp(v6, 500).done();
+        packet.header.0[0] |= 0x40;
+        let whole = made(&packet, true);
+        assert_eq!(whole[0].bytes, packet.bytes);
+        assert_eq!(whole[0].header.flags(), 1);
+    }
+}
+
+#[test]
+fn it_does_not_matter_how_the_frame_lies_in_memory() {
+    let packet = Maker::tcp(false, 12, 20_000).gso(1448).done();
+    let mut segmenter = Segmenter::new();
+    let expected = made(&packet, false);
+    for cut in [1, 7, 54, 4096] {
+        let made = convert(&mut segmenter, &packet, cut, &format(false, false)).unwrap();
+        assert!(made == expected, "{cut}");
+    }
+}
+
+/// A change to a packet: bytes from a place on.
+fn with(mut packet: Packet, at: usize, bytes: &[u8]) -> Packet {
+    packet.bytes[at..at + bytes.len()].copy_from_slice(bytes);
+    packet
+}
+
+fn with_header(mut packet: Packet, at: usize, bytes: &[u8]) -> Packet {
+    packet.header.0[at..at + bytes.len()].copy_from_slice(bytes);
+    packet
+}
+
+fn cut_to(mut packet: Packet, len: usize) -> Packet {
+    packet.bytes.truncate(len);
+    packet
+}
+
+#[test]
+fn requests_that_do_not_match_the_content_are_refused() {
+    use OffloadFault as F;
+    let tcp4 = || Maker::tcp(false, 12, 5000).gso(1448).done();
+    let tcp6 = || Maker::tcp(true, 12, 5000).gso(1448).done();
+    let udp4 = || Maker::udp(false, 5000).gso(1480).done();
+    let udp6 = || Maker::udp(true, 5000).gso(1480).done();
+    let long_extensions = |packet: Maker| packet.extension(60, 20).extension(0, 20).done();
+    for (packet, expected) in [
+        // gso_type.
+        (with_header(tcp4(), 1, &[2]), F::GsoUnknown),
+        (with_header(tcp4(), 1, &[0x80]), F::GsoUnknown),
+        (with_header(udp4(), 1, &[0x83]), F::GsoUnknown),
+        (with_header(tcp4(), 1, &[4]), F::WrongProtocol),
+        (with_header(tcp6(), 1, &[1]), F::WrongProtocol),
+        (with_header(tcp4(), 1, &[3]), F::WrongProtocol),
+        (with_header(udp6(), 1, &[4]), F::WrongProtocol),
+        (with_header(tcp4(), 0, &[0]), F::GsoWithoutCsum),
+        // gso_size.
+        (with_header(tcp4(), 4, &[0, 0]), F::GsoSizeTooSmall),
+        (with_header(tcp4(), 4, &[27, 0]), F::GsoSizeTooSmall),
+        (with_header(udp6(), 4, &[27, 0]), F::GsoSizeTooSmall),
+        // The checksum's place.
+        (with_header(tcp4(), 6, &[35, 0]), F::CsumElsewhere),
+        (with_header(tcp6(), 8, &[6, 0]), F::CsumElsewhere),
+        (with_header(udp4(), 8, &[16, 0]), F::CsumElsewhere),
+        (with_header(tcp4(), 6, &[0xff, 0xff]), F::CsumOutOfPacket),
+        (with_header(tcp4(), 8, &[0xff, 0xff]), F::CsumOutOfPacket),
+        (with_header(tcp4(), 6, &[13, 0]), F::CsumOutOfPacket),
+        // The content.
+        (with(tcp4(), 12, &[8, 6]), F::WrongProtocol),
+        (with(tcp4(), 14, &[0x65]), F::WrongProtocol),
+        (with(tcp6(), 14, &[0x45]), F::WrongProtocol),
+        (with(tcp4(), 23, &[17]), F::WrongProtocol),
+        (with(tcp6(), 20, &[50]), F::WrongProtocol),
+        (with(tcp4(), 14, &[0x44]), F::HeaderCut),
+        (with(tcp4(), 46, &[0x40]), F::HeaderCut),
+        (with(tcp4(), 20, &[0x20, 0]), F::Fragment),
+        (with(udp4(), 20, &[0, 1]), F::Fragment),
+        (with(tcp6(), 20, &[44]), F::Fragment),
+        (
+            with(tcp4(), 12, &[0x81, 0, 0, 0, 0x81, 0, 0, 0, 0x81, 0]),
+            F::WrongProtocol,
+        ),
+        // Ends within its headers.
+        (cut_to(tcp4(), 13), F::FrameTooShort),
+        (cut_to(tcp4(), 14), F::CsumOutOfPacket),
+        (cut_to(tcp4(), 60), F::HeaderCut),
+        (cut_to(with_header(udp4(), 6, &[14, 0]), 30), F::HeaderCut),
+        (cut_to(with_header(udp6(), 6, &[14, 0]), 50), F::HeaderCut),
+        (
+            cut_to(with(with_header(tcp4(), 6, &[14, 0]), 12, &[0x81, 0]), 32),
+            F::WrongProtocol,
+        ),
+        // Too long.
+        (
+            long_extensions(Maker::tcp(true, 0, 5000).gso(1400)),
+            F::HeadersTooLong,
+        ),
+        (
+            long_extensions(Maker::udp(true, 5000).gso(1400)),
+            F::HeadersTooLong,
+        ),
+        (
+            with(with(tcp6(), 20, &[0]), 54, &[0, 255]),
+            F::HeadersTooLong,
+        ),
+    ] {
+        assert_eq!(fault(&packet), expected, "{:?}", packet.header);
+    }
+    let stats = RingStats::default();
+    OffloadFault::HeaderCut.count(&stats);
+    assert_eq!(stats.offload_invalid.get(), 1);
+}
+
+#[test]
+fn frames_beyond_the_lengths_of_ip_are_refused() {
+    let longer = |maker: Maker, len: usize, size: u16| {
+        let mut packet = maker.gso(size).done();
+        packet.bytes.resize(len, 7);
+        packet
+    };
+    // The longest frame of all holds more than one packet of IP can; its segments do not.
+    let packet = longer(Maker::tcp(false, 0, 100), MAX_FRAME, 1460);
+    assert_eq!(made(&packet, true).len(), 45);
+    for maker in [Maker::tcp(false, 0, 100), Maker::udp(false, 100)] {
+        let packet = longer(maker, MAX_FRAME, 65_535);
+        assert_eq!(fault(&packet), OffloadFault::FrameTooLong);
+    }
+    let packet = longer(Maker::tcp(false, 0, 100), MAX_FRAME + 1, 1460);
+    assert_eq!(fault(&packet), OffloadFault::FrameTooLong);
+}
+
+#[test]
+fn what_one_frame_can_become_is_bounded() {
+    let size = u16::try_from(MIN_GSO_SIZE).unwrap();
+    for packet in [
+        Maker::tcp(false, 0, 65_400).gso(size).done(),
+        Maker::udp(true, 65_400).gso(size).done(),
+    ] {
+        assert!(made(&packet, false).len() <= 1 + MAX_FRAME / 24);
+    }
+}
+
+/// Any packet that a good guest may send.
+fn any_packet() -> impl Strategy<Value = Packet> {
+    let shape = (any::<bool>(), any::<bool>(), 0..=10usize, 0..65_000usize);
+    let rest = (
+        28..=u16::MAX,
+        0..=2usize,
+        any::<u8>(),
+        0..=3u8,
+        any::<bool>(),
+    );
+    (shape, rest).prop_map(|((udp, v6, options, payload), rest)| {
+        let (size, tags, flags, before, gso) = rest;
+        let payload = payload.min(64_000);
+        let mut maker = match udp {
+            true => Maker::udp(v6, payload),
+            false => Maker::tcp(v6, options * 4, payload),
+        };
+        if gso {
+            // Small sizes are what there is most of.
+            maker = maker.gso(28 + size % (1 << (size % 16)));
+        }
+        if !udp {
+            maker = maker.flags(flags);
+        }
+        for _ in 0..tags {
+            maker = maker.tag(0x8100, 5);
+        }
+        maker = match v6 {
+            true if before > 0 => maker.extension(60, before),
+            true => maker,
+            false => maker.ip_options(before),
+        };
+        maker.done()
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn put_together_again_it_is_what_was_sent(
+        packet in any_packet(),
+        csum: bool,
+        cut in 1..3000usize,
+    ) {
+        let format = format(csum, false);
+        let made = convert(&mut Segmenter::new(), &packet, cut, &format).unwrap();
+        verify(&packet, &format, &made);
+    }
+
+    #[test]
+    fn damaged_requests_do_no_harm(
+        packet in any_packet(),
+        csum: bool,
+        header in prop::collection::vec((0..12usize, any::<u8>()), 0..3),
+        bytes in prop::collection::vec((0..120usize, any::<u8>()), 0..4),
+        len in 14..3000usize,
+    ) {
+        let mut packet = packet;
+        packet.bytes.truncate(len);
+        for (at, value) in header {
+            packet.header.0[at] = value;
+        }
+        for (at, value) in bytes {
+            if let Some(byte) = packet.bytes.get_mut(at) {
+                *byte = value;
+            }
+        }
+        let format = format(csum, false);
+        if let Ok(made) = convert(&mut Segmenter::new(), &packet, 100, &format) {
+            prop_assert!(made.len() <= 1 + len / 24);
+            verify(&packet, &format, &made);
+        }
+    }
+}

@@ -1,0 +1,150 @@
+//! A guest that rewrites the descriptors of a packed ring, wrap counters and all, while the device
+//! reads them. Whatever mix the device reads: a fault, or frames that would pass, and no byte
+//! written outside the buffers.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use common::packed::PackedLab;
+use common::{DATA, Done, END, FULL, TABLE, frame, good};
+use virtionet_virtio_net::features::Features;
+use virtionet_virtio_net::header::{MAX_FRAME, MIN_FRAME};
+use virtionet_virtio_net::{DeviceQueue, RxQueue, TxQueue};
+use virtionet_guest::memory::Area;
+use virtionet_guest::packed::{AVAIL, PackedDescriptor, USED};
+use virtionet_guest::split::{INDIRECT, NEXT, WRITE};
+
+const SIZE: u16 = 13;
+/// How long a race goes on at least.
+const LEAST: Duration = Duration::from_millis(300);
+/// How long it may go on until all has been seen that is to be seen.
+const MOST: Duration = Duration::from_secs(20);
+
+/// A row of numbers without order, the same in every run.
+fn mix(round: usize) -> usize {
+    let n = round.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    (n ^ n >> 29).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 16
+}
+
+/// What a descriptor may hold at any moment. `flag` is the direction that the ring asks for.
+fn variant(index: u16, flag: u16, n: usize) -> PackedDescriptor {
+    let addr = DATA + 0x1000 * u64::from(index);
+    let whose = [AVAIL, USED, AVAIL, USED, AVAIL | USED, 0][n % 6];
+    let (addr, len, flags) = match n / 6 % 12 {
+        0 => (END - 10, 72, flag),
+        1 => (addr, 72, flag ^ WRITE),
+        2 => (TABLE, 32, INDIRECT),
+        3 => (TABLE, 32, INDIRECT | NEXT),
+        4..8 => (addr, 72, flag | NEXT),
+        _ => (addr, 72, flag),
+    };
+    PackedDescriptor::new(addr, len, index, flags | whose)
+}
+
+/// Rewrites the ring on a thread of its own while `turn` runs here, until all three of what it
+/// tells of have been seen: frames, chains refused, and a ring given up.
+fn race(ring: &Area, flag: u16, mut turn: impl FnMut() -> [bool; 3]) {
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let rounds = (0..).take_while(|_| !done.load(Ordering::Relaxed));
+            for round in rounds {
+                // At times every chain goes on and on; else most of them end.
+                let endless = if round >> 12 & 7 == 7 { NEXT } else { 0 };
+                let index = u16::try_from(round % usize::from(SIZE)).unwrap();
+                let mut next = variant(index, flag, mix(round));
+                next.flags |= endless;
+                next.store(ring, 16 * usize::from(index));
+            }
+        });
+        let _done = Done(&done);
+        let begin = Instant::now();
+        let mut seen = [false; 3];
+        while begin.elapsed() < LEAST || seen.contains(&false) && begin.elapsed() < MOST {
+            for (all, now) in seen.iter_mut().zip(turn()) {
+                *all |= now;
+            }
+        }
+        assert_eq!(seen, [true; 3], "frames, refused chains, faults");
+    });
+}
+
+/// A view of the ring that another thread may write through.
+fn descriptors(lab: &PackedLab) -> Area {
+    let at = lab.ring.addresses().descriptors;
+    lab.ram.area(at, 16 * u64::from(SIZE)).unwrap()
+}
+
+/// A place in the ring, in both halves.
+fn in_the_ring(base: u32) {
+    assert_eq!(base & 0xffff, base >> 16, "{base:#x}");
+    assert!(base & 0x7fff < u32::from(SIZE), "{base:#x}");
+}
+
+#[test]
+fn tx_descriptors_and_wrap_counters_that_change_while_they_are_read() {
+    let mut lab = PackedLab::new(0, SIZE, FULL);
+    let mut tx: TxQueue = lab.device();
+    for index in 0..SIZE {
+        let addr = DATA + 0x1000 * u64::from(index);
+        lab.ram.write(addr, &good()).unwrap();
+    }
+    lab.table(&[(DATA, 12, 0), (DATA + 12, 60, 0)]);
+    let ring = descriptors(&lab);
+    race(&ring, 0, || {
+        let sent = tx.send(Some(&lab.uplink));
+        let carried = lab.uplink.sent();
+        for frame in &carried {
+            assert_eq!(frame.bytes.len(), frame.len);
+            assert!((MIN_FRAME..=MAX_FRAME).contains(&frame.len));
+            assert_eq!(frame.header.check(frame.len, Features(FULL)), Ok(()));
+        }
+        let refused: u64 = lab.counted().iter().map(|(_, n)| n).sum();
+        in_the_ring(tx.rewind());
+        let Ok(sent) = sent else {
+            tx = lab.device();
+            return [false, false, true];
+        };
+        let passed = u64::try_from(carried.len()).unwrap();
+        assert_eq!(passed + refused, u64::try_from(sent.chains).unwrap());
+        assert!(sent.chains <= usize::from(SIZE));
+        [passed > 0, refused > 0, false]
+    });
+}
+
+#[test]
+fn rx_descriptors_and_wrap_counters_that_change_while_buffers_are_filled() {
+    let mut lab = PackedLab::new(0, SIZE, FULL);
+    let mut rx: RxQueue = lab.device();
+    lab.table(&[(DATA, 72, WRITE); 2]);
+    let pages = || (DATA..).step_by(0x1000).take(usize::from(SIZE));
+    // Canaries: behind every buffer, and at the end of memory.
+    let canary = [0xa5; 0x800];
+    for page in pages() {
+        lab.ram.write(page + 72, &canary).unwrap();
+    }
+    lab.ram.write(END - 0x800, &canary).unwrap();
+    let ring = descriptors(&lab);
+    race(&ring, WRITE, || {
+        while lab.uplink.waiting().len() < 32 {
+            lab.uplink.feed([vec![0; 12], frame(1, 48)].concat());
+        }
+        let filled = rx.fill(&lab.uplink, 16, 1 << 20);
+        let refused = !lab.counted().is_empty();
+        let base = rx.rewind();
+        let Ok(filled) = filled else {
+            rx = lab.device();
+            return [false, refused, true];
+        };
+        in_the_ring(base);
+        [filled.frames > 0, refused, false]
+    });
+    let mut back = canary;
+    for at in pages().map(|page| page + 72).chain([END - 0x800]) {
+        lab.ram.read(at, &mut back).unwrap();
+        assert_eq!(back, canary);
+    }
+}

@@ -1,0 +1,345 @@
+//! Frames that a guest receives: where their bytes lie, and what the ring says of them.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use common::{Done, FULL, Receiveq, Recorder, frame};
+use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
+use virtionet_virtio_net::features::Features;
+use virtionet_virtio_net::stats::RingStats;
+use virtionet_virtio_net::{DeviceQueue, RxEnd, RxQueue};
+use virtionet_guest::driver::DriverRing;
+use virtionet_guest::memory::GuestRam;
+use virtionet_guest::packed::Place;
+use virtionet_guest::{net, rx};
+use virtionet_virtqueue::memory::GuestMemory;
+
+const MERGEABLE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
+const DIRECT: u64 = FULL & !(1 << VIRTIO_RING_F_INDIRECT_DESC);
+const UNMERGED: u64 = FULL & !MERGEABLE;
+const LEGACY: u64 = 0;
+const PACKED: u64 = FULL | net::PACKED;
+const PACKED_DIRECT: u64 = DIRECT | net::PACKED;
+const PACKED_UNMERGED: u64 = UNMERGED | net::PACKED;
+
+/// A driver's receiveq and the device's end of it.
+struct Pair {
+    ram: GuestRam,
+    driver: rx::RxQueue,
+    device: RxQueue,
+    stats: Arc<RingStats>,
+    uplink: Recorder,
+    header_len: usize,
+}
+
+impl Pair {
+    fn new(size: u16, features: u64, rx_buffer: &[u32]) -> Self {
+        let Receiveq {
+            ram,
+            driver,
+            device,
+            stats,
+        } = Receiveq::new(size, features, rx_buffer);
+        Self {
+            device,
+            ram,
+            driver,
+            stats,
+            uplink: Recorder::default(),
+            header_len: Features(features).header_len(),
+        }
+    }
+
+    fn feed(&self, seed: usize, len: usize) {
+        let header = vec![0; self.header_len];
+        self.uplink.feed([header, frame(seed, len)].concat());
+    }
+
+    fn fill(&mut self) -> RxEnd {
+        self.device.fill(&self.uplink, 1024, 1 << 24).unwrap().end
+    }
+
+    /// The base of a ring of which so many chains of `pieces` descriptors were used.
+    fn base(&self, chains: u16, pieces: usize) -> u32 {
+        match self.driver.queue.ring {
+            DriverRing::Split(_) => u32::from(chains),
+            DriverRing::Packed(ref ring) => {
+                let descriptors = chains * u16::try_from(pieces).unwrap();
+                let word = u32::from(Place::nth(descriptors, ring.size()).word());
+                word | word << 16
+            }
+        }
+    }
+
+    /// What the driver received: (buffers, num_buffers, bytes) of each frame.
+    fn received(&mut self) -> Vec<(usize, u16, Vec<u8>)> {
+        let mut frames = Vec::new();
+        let count = self.driver.receive(usize::MAX, |frame| {
+            let bytes = frame.to_frame().bytes;
+            frames.push((frame.buffers(), frame.header.num_buffers, bytes));
+        });
+        assert_eq!(count.unwrap(), frames.len());
+        frames
+    }
+}
+
+/// Ring size, features, and the descriptors of each buffer.
+const LAYOUTS: &[(u16, u64, &[u32])] = &[
+    (256, FULL, &[1526]),
+    (256, FULL, &[4096]),
+    (256, FULL, &[65_565]),
+    (1024, FULL, &[12]),
+    (1024, FULL, &[13]),
+    (1024, FULL, &[64]),
+    (1024, FULL, &[147]),
+    (256, FULL, &[12, 1500]),
+    (256, FULL, &[1, 10, 1, 700]),
+    (1024, DIRECT, &[1, 10, 1, 700]),
+    (1024, DIRECT, &[5, 1, 4, 1, 3, 500, 1]),
+    (256, MERGEABLE, &[1526]),
+    (256, UNMERGED, &[65_565]),
+    (256, UNMERGED, &[12, 65_553]),
+    (256, UNMERGED, &[7, 5, 10_000, 55_553]),
+    (1024, DIRECT & !MERGEABLE, &[11, 1, 1, 65_552]),
+    (256, LEGACY, &[1524]),
+    (256, LEGACY, &[10, 1514]),
+    (256, LEGACY, &[65_565]),
+    (256, PACKED, &[1526]),
+    (100, PACKED, &[1526]),
+    (1023, PACKED, &[147]),
+    (1025, PACKED, &[12]),
+    (200, PACKED, &[1, 10, 1, 700]),
+    (1022, PACKED_DIRECT, &[1, 10, 1, 700]),
+    (1024, PACKED_DIRECT, &[5, 1, 4, 1, 3, 500, 1]),
+    (7, PACKED_UNMERGED, &[65_565]),
+    (5, PACKED_UNMERGED, &[7, 5, 10_000, 55_553]),
+    (1021, PACKED_DIRECT & !MERGEABLE, &[11, 1, 1, 65_552]),
+];
+
+const LENGTHS: &[usize] = &[
+    14, 15, 52, 60, 134, 135, 136, 1500, 1501, 1514, 1515, 3040, 4084, 5000, 9014, 30_000, 65_552,
+    65_553,
+];
+
+/// The most that one buffer takes or, merged, so many buffers as have 500 descriptors.
+fn largest(features: u64, pieces: &[u32], buffer: usize) -> usize {
+    let header = Features(features).header_len();
+    match Features(features).mergeable() {
+        true => buffer * (500 / pieces.len()) - header,
+        false => buffer - header,
+    }
+}
+
+#[test]
+fn frames_lie_as_they_are_in_buffers_of_every_shape() {
+    for &(size, features, pieces) in LAYOUTS {
+        let mut pair = Pair::new(size, features, pieces);
+        let buffer = usize::try_from(pieces.iter().sum::<u32>()).unwrap();
+        let largest = largest(features, pieces, buffer);
+        // Twice round, so that frames of one size follow frames of another in the same buffers.
+        for (seed, len) in LENGTHS.iter().chain(LENGTHS).copied().enumerate() {
+            if len > largest {
+                continue;
+            }
+            let name = format!("{len} bytes in {pieces:?}, {features:#x}");
+            pair.driver.fill().unwrap();
+            pair.feed(seed, len);
+            assert_eq!(pair.fill(), RxEnd::UplinkEmpty, "{name}");
+            let (buffers, num_buffers, bytes) = pair.received().pop().expect(&name);
+            assert_eq!(bytes, frame(seed, len), "{name}");
+            let want = (len + pair.header_len).div_ceil(buffer);
+            assert_eq!(buffers, want, "{name}");
+            if pair.header_len == 12 {
+                assert_eq!(usize::from(num_buffers), want, "{name}");
+            }
+        }
+        assert_eq!(pair.stats.dropped_too_long.get(), 0);
+        assert_eq!(pair.stats.dropped_no_buffer.get(), 0);
+    }
+}
+
+#[test]
+fn a_turn_s_frames_become_visible_together() {
+    for features in [FULL, PACKED] {
+        frames_become_visible_together(Pair::new(256, features, &[1526]));
+    }
+}
+
+fn frames_become_visible_together(mut pair: Pair) {
+    pair.driver.fill().unwrap();
+    for len in [60, 5000, 14, 9014] {
+        pair.feed(len, len);
+    }
+    let before = pair.driver.queue.ring.base();
+    let used = pair.driver.queue.ring.addresses().device;
+    pair.uplink.used = Some(pair.ram.area(used, 4).unwrap());
+    let filled = pair.device.fill(&pair.uplink, 3, 1 << 20).unwrap();
+    assert_eq!(*pair.uplink.seen.lock().unwrap(), [0, 0, 0]);
+    assert_eq!((filled.frames, filled.bytes), (3, 5074));
+    assert_eq!(filled.end, RxEnd::Budget);
+    let moved = pair.driver.queue.ring.base() - before;
+    assert_eq!(moved & 0xffff, 1 + 4 + 1);
+    let lens: Vec<_> = pair.received().iter().map(|f| f.2.len()).collect();
+    assert_eq!(lens, [60, 5000, 14]);
+    let filled = pair.device.fill(&pair.uplink, 3, 1 << 20).unwrap();
+    assert_eq!((filled.frames, filled.end), (1, RxEnd::UplinkEmpty));
+    assert_eq!(pair.received()[0].2, frame(9014, 9014));
+    assert_eq!(pair.stats.frames.get(), 4);
+    assert_eq!(pair.stats.bytes.get(), 60 + 5000 + 14 + 9014);
+}
+
+#[test]
+fn a_turn_ends_at_its_bytes_too() {
+    let mut pair = Pair::new(256, FULL, &[1526]);
+    pair.driver.fill().unwrap();
+    for seed in 0..10 {
+        pair.feed(seed, 1514);
+    }
+    let filled = pair.device.fill(&pair.uplink, 100, 4000).unwrap();
+    assert_eq!((filled.frames, filled.end), (3, RxEnd::Budget));
+    assert_eq!(pair.received().len(), 3);
+}
+
+#[test]
+fn nothing_is_used_that_was_only_reserved() {
+    for (size, features, pieces) in [
+        (64, FULL, &[1526][..]),
+        (64, DIRECT, &[12, 1500]),
+        (64, UNMERGED, &[65_565]),
+        (64, PACKED, &[1526]),
+        (47, PACKED, &[1526]),
+        (100, PACKED_DIRECT, &[12, 1500]),
+        (3, PACKED_UNMERGED, &[65_565]),
+    ] {
+        let mut pair = Pair::new(size, features, pieces);
+        pair.driver.fill().unwrap();
+        let mut used = 0;
+        for (seed, len) in [60, 1514, 3000, 14, 40_000].into_iter().enumerate() {
+            pair.feed(seed, len);
+            pair.fill();
+            // What is in reserve is rewound each time; the driver sees no trace of it.
+            let base = pair.device.rewind();
+            let frames = pair.received();
+            assert_eq!(frames.last().unwrap().2, frame(seed, len));
+            used += u16::try_from(frames[0].0).unwrap();
+            assert_eq!(base, pair.base(used, pieces.len()));
+            assert_eq!(pair.driver.queue.ring.base(), base);
+        }
+    }
+}
+
+#[test]
+fn a_frame_for_which_a_small_ring_never_has_room_is_dropped_and_counted() {
+    for (size, features) in [(16, FULL), (16, PACKED), (13, PACKED)] {
+        let mut pair = Pair::new(size, features, &[1526]);
+        pair.driver.fill().unwrap();
+        for len in [60, 40_000, 1514] {
+            pair.feed(len, len);
+        }
+        pair.fill();
+        let lens: Vec<_> = pair.received().iter().map(|f| f.2.len()).collect();
+        assert_eq!(lens, [60, 1514]);
+        assert_eq!(pair.stats.dropped_no_buffer.get(), 1);
+    }
+}
+
+#[test]
+fn a_ring_goes_on_in_another_snapshot_of_memory() {
+    for (size, features) in [(256, FULL), (256, PACKED), (99, PACKED)] {
+        goes_on_elsewhere(Pair::new(size, features, &[1000]));
+    }
+}
+
+fn goes_on_elsewhere(mut pair: Pair) {
+    pair.driver.fill().unwrap();
+    for round in 0..20 {
+        for seed in 0..5 {
+            pair.feed(seed, 700 * (seed + 1) + round);
+        }
+        // Frames wait and buffers are in reserve when the table changes.
+        pair.device.fill(&pair.uplink, 2, 1 << 20).unwrap();
+        let memory = Arc::new(pair.ram.guest_memory().unwrap());
+        pair.device.rebind(&memory).unwrap();
+        drop(memory);
+        pair.fill();
+        for (seed, (_, _, bytes)) in pair.received().iter().enumerate() {
+            assert_eq!(*bytes, frame(seed, 700 * (seed + 1) + round));
+        }
+    }
+    assert_eq!(pair.stats.frames.get(), 100);
+    assert_eq!(pair.device.rewind(), pair.driver.queue.ring.base());
+}
+
+#[test]
+fn a_snapshot_without_the_ring_is_refused_and_the_base_stays_right() {
+    for features in [FULL, PACKED] {
+        let mut pair = Pair::new(64, features, &[1526]);
+        pair.driver.fill().unwrap();
+        pair.feed(1, 3000);
+        pair.fill();
+        let nothing = Arc::new(GuestMemory::default());
+        assert!(pair.device.rebind(&nothing).is_err());
+        let base = pair.base(2, 1);
+        assert_eq!(pair.device.rewind(), base);
+        assert_eq!(pair.driver.queue.ring.base(), base);
+        assert_eq!(pair.received()[0].2, frame(1, 3000));
+    }
+}
+
+/// The driver runs on a thread of its own and gives buffers back while frames come; it ends with
+/// an error at a torn frame, that is, when it can see some of a frame's buffers and not all.
+#[test]
+fn a_driver_that_runs_meanwhile_never_sees_half_a_frame() {
+    for (size, features) in [(256, FULL), (256, PACKED), (251, PACKED)] {
+        never_half_a_frame(Pair::new(size, features, &[300]));
+    }
+}
+
+fn never_half_a_frame(pair: Pair) {
+    let Pair {
+        ram: _ram,
+        mut driver,
+        mut device,
+        uplink,
+        ..
+    } = pair;
+    driver.fill().unwrap();
+    let length = |seed: usize| 14 + seed * 977 % 18_000;
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let receiver = scope.spawn(|| {
+            let mut seed = 0;
+            loop {
+                let last = done.load(Ordering::Acquire);
+                let count = driver.receive(8, |got| {
+                    assert_eq!(got.to_frame().bytes, frame(seed, length(seed)));
+                    seed += 1;
+                });
+                if count.unwrap() == 0 && last {
+                    return seed;
+                }
+            }
+        });
+        let finish = Done(&done);
+        let end = Instant::now() + Duration::from_millis(300);
+        let mut fed = 0;
+        let mut given = 0;
+        // However slow the machine: enough frames that something could have gone wrong.
+        while !receiver.is_finished() && (Instant::now() < end || fed < 64 || given < fed) {
+            if given == fed {
+                for _ in 0..16 {
+                    uplink.feed([vec![0; 12], frame(fed, length(fed))].concat());
+                    fed += 1;
+                }
+            }
+            given += device.fill(&uplink, 5, 1 << 20).unwrap().frames;
+        }
+        drop(finish);
+        assert_eq!(receiver.join().unwrap(), fed);
+    });
+}

@@ -1,0 +1,187 @@
+//! Frames that another thread pushes to a receiveq: contents, order, and what finds no room.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use common::{DATA, FULL, Lab, PLAIN, Receiveq, frame};
+use proptest::prelude::*;
+use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
+use virtionet_virtio_net::header::VnetHeader;
+use virtionet_virtio_net::port::TxFrame;
+use virtionet_virtio_net::{DeviceQueue, Pushed, RxQueue};
+use virtionet_guest::net;
+use virtionet_guest::split::WRITE;
+use virtionet_virtqueue::RingFault;
+use virtionet_virtqueue::memory::GuestSlice;
+
+const UNMERGED: u64 = FULL & !(1 << VIRTIO_NET_F_MRG_RXBUF);
+const MERGEABLE: u64 = PLAIN | 1 << VIRTIO_NET_F_MRG_RXBUF;
+const PACKED: u64 = FULL | net::PACKED;
+
+/// Pushes frames, each cut into slices of `cut` bytes.
+fn push(rx: &mut RxQueue, frames: &[Vec<u8>], cut: usize) -> Result<Pushed, RingFault> {
+    let mut bytes = frames.to_vec();
+    let slices: Vec<Vec<GuestSlice<'_>>> = bytes
+        .iter_mut()
+        .map(|frame| frame.chunks_mut(cut).map(GuestSlice::private).collect())
+        .collect();
+    let frames: Vec<TxFrame<'_>> = slices
+        .iter()
+        .zip(frames)
+        .map(|(payload, frame)| TxFrame {
+            header: VnetHeader::default(),
+            payload,
+            len: frame.len(),
+        })
+        .collect();
+    rx.push(&frames)
+}
+
+/// Ring size, features, and the descriptors of each buffer.
+const LAYOUTS: &[(u16, u64, &[u32])] = &[
+    (256, FULL, &[1526]),
+    (1024, FULL, &[147]),
+    (256, FULL, &[1, 10, 1, 700]),
+    (256, UNMERGED, &[65_565]),
+    (256, UNMERGED, &[7, 5, 10_000, 55_553]),
+    (256, 0, &[65_565]),
+    (256, PACKED, &[1526]),
+    (1023, PACKED, &[147]),
+    (200, PACKED, &[1, 10, 1, 700]),
+    (7, PACKED & !(1 << VIRTIO_NET_F_MRG_RXBUF), &[65_565]),
+];
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Whatever the buffers, the cuts and the order of pushes: each frame that was given arrives,
+    /// whole and in its place, with its number of buffers; the others are counted.
+    #[test]
+    fn frames_arrive_whole_and_in_order(
+        layout in 0..LAYOUTS.len(),
+        cut in prop_oneof![Just(usize::MAX), 1..200_usize],
+        bursts in prop::collection::vec(prop::collection::vec(
+            prop_oneof![14..200_usize, 1000..3000_usize, 60_000..65_550_usize], 1..6), 1..12),
+    ) {
+        let (size, features, buffers) = LAYOUTS[layout];
+        let Receiveq { mut driver, mut device, ram: _ram, .. } = Receiveq::new(size, features, buffers);
+        driver.fill().unwrap();
+        let mut seed = 0;
+        for lens in bursts {
+            let frames: Vec<_> = lens.iter().map(|len| { seed += 1; frame(seed, *len) }).collect();
+            let pushed = push(&mut device, &frames, cut).unwrap();
+            let mut got = Vec::new();
+            driver.receive(usize::MAX, |frame| {
+                assert_eq!(usize::from(frame.header.num_buffers.max(1)), frame.buffers());
+                got.push(frame.to_frame().bytes);
+            }).unwrap();
+            prop_assert_eq!(pushed.frames, got.len());
+            // Large ones may be too many at once; what came is in order, and all where all had room.
+            let mut wanted = frames.iter();
+            for bytes in &got {
+                prop_assert!(wanted.any(|frame| frame == bytes));
+            }
+            let need: usize = frames.iter().map(|frame| frame.len() + 12).sum();
+            let each: usize = buffers.iter().map(|len| usize::try_from(*len).unwrap()).sum();
+            if need + each * frames.len() <= each * usize::from(size) / buffers.len() {
+                prop_assert_eq!(got.len(), frames.len());
+            }
+        }
+        prop_assert_eq!(driver.queue.ring.in_flight() > 0, true);
+    }
+}
+
+#[test]
+fn frames_without_room_are_counted_and_the_next_ones_go_on() {
+    let mut lab = Lab::new(8, MERGEABLE);
+    let mut rx: RxQueue = lab.device();
+    assert_eq!(push(&mut rx, &[frame(0, 60)], 60).unwrap().frames, 0);
+    assert_eq!(lab.counted(), [("dropped_no_buffer", 1)]);
+    lab.desc(0, DATA, 100, WRITE, 0);
+    lab.desc(1, DATA + 0x1000, 100, WRITE, 0);
+    lab.offer(&[0, 1]);
+    // The first is too large for both buffers; they are there for the second.
+    let pushed = push(&mut rx, &[frame(1, 500), frame(2, 60)], 500).unwrap();
+    assert_eq!(pushed.frames, 1);
+    assert_eq!(lab.counted(), [("dropped_no_buffer", 1)]);
+    assert_eq!(lab.used(), [(0, 72)]);
+    let mut bytes = vec![0; 60];
+    lab.ram.read(DATA + 12, &mut bytes).unwrap();
+    assert_eq!(bytes, frame(2, 60));
+    // The other is ours, unused, and goes back.
+    assert_eq!(rx.rewind(), 1);
+}
+
+#[test]
+fn a_frame_for_which_an_unmerged_buffer_is_too_small_is_too_long() {
+    let mut lab = Lab::new(8, UNMERGED);
+    let mut rx: RxQueue = lab.device();
+    lab.desc(0, DATA, 100, WRITE, 0);
+    lab.offer(&[0]);
+    let pushed = push(&mut rx, &[frame(1, 89), frame(2, 88)], 100).unwrap();
+    assert_eq!(pushed.frames, 1);
+    assert_eq!(lab.counted(), [("dropped_too_long", 1)]);
+    assert_eq!(lab.used(), [(0, 100)]);
+}
+
+#[test]
+fn a_bad_buffer_goes_back_empty_and_the_frame_takes_the_next() {
+    for features in [FULL, UNMERGED] {
+        let mut lab = Lab::new(8, features);
+        let mut rx: RxQueue = lab.device();
+        lab.desc(0, DATA, 11, WRITE, 0);
+        lab.desc(1, DATA, 1526, 0, 0);
+        lab.desc(2, DATA, 1526, WRITE, 0);
+        lab.offer(&[0, 1, 2, 2]);
+        let frames = [frame(1, 60), frame(2, 61)];
+        assert_eq!(push(&mut rx, &frames, 7).unwrap().frames, 2);
+        assert_eq!(lab.used(), [(0, 0), (1, 0), (2, 72), (2, 73)]);
+        let counted = lab.counted();
+        assert_eq!(
+            counted,
+            [("rx_buffer_too_small", 1), ("direction_wrong", 1)]
+        );
+    }
+}
+
+#[test]
+fn frames_before_a_broken_index_are_shown_and_then_the_fault() {
+    let mut lab = Lab::new(8, FULL);
+    let mut rx: RxQueue = lab.device();
+    lab.desc(2, DATA, 1526, WRITE, 0);
+    lab.offer(&[2, 77]);
+    let frames = [frame(1, 60), frame(2, 60)];
+    assert_eq!(push(&mut rx, &frames, 60).unwrap().frames, 1);
+    assert_eq!(lab.used(), [(2, 72)]);
+    assert_eq!(lab.counted(), [("dropped_no_buffer", 1)]);
+    let fault = push(&mut rx, &frames, 60).unwrap_err();
+    assert_eq!(fault, RingFault::HeadOutOfRange { head: 77, size: 8 });
+    assert_eq!(lab.counted(), [("dropped_no_buffer", 2)]);
+}
+
+/// A driver that offers the same bad buffers for ever gets no more of them taken than its ring has,
+/// and costs no more memory than that.
+#[test]
+fn buffers_that_are_offered_anew_without_end_are_not_hoarded() {
+    let mut lab = Lab::new(8, MERGEABLE);
+    let mut rx: RxQueue = lab.device();
+    lab.desc(0, DATA, 12, WRITE, 0);
+    lab.desc(1, DATA, 1526, 0, 0);
+    lab.offer(&[0]);
+    let mut dropped = 0;
+    for _ in 0..100 {
+        lab.offer(&[1; 7]);
+        let pushed = push(&mut rx, &[frame(1, 60), frame(2, 60), frame(3, 1000)], 60);
+        assert_eq!(pushed.unwrap().frames, 0);
+        for (name, count) in lab.counted() {
+            match name {
+                "dropped_no_buffer" => dropped += count,
+                "direction_wrong" => assert!(count <= 7),
+                other => panic!("{other}: {count}"),
+            }
+        }
+    }
+    assert_eq!(dropped, 300);
+    assert_eq!(lab.stats.direction_wrong.get(), 7);
+    assert_eq!(rx.rewind(), 0);
+}

@@ -1,0 +1,497 @@
+//! The split ring against virtio-queue's: two guests do the same, one device is ours and the other
+//! theirs, and everything that the guests can see must be the same.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtionet_guest::driver::{Buf, DriverRing, RingConfig as DriverConfig};
+use virtionet_guest::memory::GuestRam;
+use virtionet_guest::split::{NO_INTERRUPT, SplitRing};
+use virtionet_virtqueue::{Burst, Direction, Ring, RingConfig, RingLayout};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+
+/// Buffers lie here, each byte of the area different from its neighbours.
+const BUFFERS: u64 = 0x18_0000;
+const BUFFER_BYTES: usize = 0x1_0000;
+const RAM: u64 = 0x20_0000;
+
+/// What a guest or its device does next.
+#[derive(Debug, Clone)]
+enum Op {
+    /// Adds a chain of buffers of these lengths.
+    Add { lens: Vec<u16>, indirect: bool },
+    /// Makes what was added visible.
+    Publish,
+    /// The device takes up to so many chains.
+    Take(usize),
+    /// The device gives up to so many back, and asks whether to interrupt.
+    Finish(usize),
+    /// The device forgets that it took what it has not given back.
+    Rewind,
+    /// The device wants kicks or not.
+    Kicks(bool),
+    /// The guest wants calls or not.
+    Calls(bool),
+    /// The guest writes used_event so far from the used index.
+    UsedEvent(i16),
+}
+
+fn ops() -> impl Strategy<Value = Op> {
+    let lens = prop::collection::vec(prop_oneof![1 => Just(0u16), 9 => 1u16..400], 1..8);
+    prop_oneof![
+        8 => (lens, any::<bool>()).prop_map(|(lens, indirect)| Op::Add { lens, indirect }),
+        4 => Just(Op::Publish),
+        4 => (0usize..70).prop_map(Op::Take),
+        4 => (0usize..70).prop_map(Op::Finish),
+        1 => Just(Op::Rewind),
+        1 => any::<bool>().prop_map(Op::Kicks),
+        1 => any::<bool>().prop_map(Op::Calls),
+        1 => (-3i16..40).prop_map(Op::UsedEvent),
+    ]
+}
+
+/// How both rings are made.
+#[derive(Debug, Clone)]
+struct Setup {
+    size: u16,
+    start: u16,
+    event_idx: bool,
+    direction: Direction,
+}
+
+fn setups() -> impl Strategy<Value = Setup> {
+    let starts = prop_oneof![Just(0), 65_500u16.., any::<u16>()];
+    (1u32..=15, starts, any::<bool>(), any::<bool>()).prop_map(|(log, start, event_idx, tx)| {
+        Setup {
+            size: 1 << log,
+            start,
+            event_idx,
+            direction: match tx {
+                true => Direction::Readable,
+                false => Direction::Writable,
+            },
+        }
+    })
+}
+
+/// A guest with its driver.
+struct Guest {
+    ram: GuestRam,
+    ring: DriverRing,
+}
+
+impl Guest {
+    fn new(setup: &Setup) -> Self {
+        let ram = GuestRam::new(RAM).unwrap();
+        let bytes: Vec<u8> = (0..BUFFER_BYTES)
+            .map(|at| u8::try_from(at * at / 7 % 251).unwrap())
+            .collect();
+        ram.write(BUFFERS, &bytes).unwrap();
+        let config = DriverConfig {
+            size: setup.size,
+            event_idx: setup.event_idx,
+            packed: false,
+            start: setup.start,
+        };
+        let ring = DriverRing::new(&ram, config).unwrap();
+        Self { ram, ring }
+    }
+
+    fn split(&mut self) -> &mut SplitRing {
+        self.ring.as_split().unwrap()
+    }
+
+    fn buffers(&self) -> Vec<u8> {
+        let mut bytes = vec![0; BUFFER_BYTES];
+        self.ram.read(BUFFERS, &mut bytes).unwrap();
+        bytes
+    }
+
+    /// All that the device wrote into the ring.
+    fn written(&mut self) -> (u16, u16, u16, Vec<(u32, u32)>) {
+        let ring = self.split();
+        let elements = (0..ring.size()).map(|at| ring.used_element(at));
+        let elements = elements.collect();
+        (
+            ring.used_index(),
+            ring.used_flags(),
+            ring.avail_event(),
+            elements,
+        )
+    }
+}
+
+/// Our device.
+struct Ours {
+    ring: Ring,
+    burst: Burst,
+}
+
+impl Ours {
+    fn new(guest: &Guest, setup: &Setup) -> Self {
+        let at = guest.ring.addresses();
+        let user = |addr| guest.ram.user_addr(addr).unwrap();
+        let memory = Arc::new(guest.ram.guest_memory().unwrap());
+        let config = RingConfig {
+            layout: RingLayout {
+                size: setup.size,
+                desc: user(at.descriptors),
+                avail: user(at.driver),
+                used: user(at.device),
+            },
+            base: setup.start.into(),
+            direction: setup.direction,
+            packed: false,
+            event_idx: setup.event_idx,
+            indirect: true,
+            min_len: 0,
+        };
+        Self {
+            ring: Ring::new(config, &memory).unwrap(),
+            burst: Burst::new(memory),
+        }
+    }
+
+    /// Takes up to `most` chains: what each holds.
+    fn take(&mut self, most: usize) -> Vec<Vec<u8>> {
+        let before = self.burst.chains().len();
+        let mut taken = 0;
+        while taken < most {
+            match self.ring.take(&mut self.burst, most - taken).unwrap() {
+                0 => break,
+                n => taken += n,
+            }
+        }
+        assert_eq!(self.burst.chains().len(), before + taken);
+        let new = &self.burst.chains()[before..];
+        new.iter().map(|chain| self.content(chain)).collect()
+    }
+
+    fn content(&self, chain: &virtionet_virtqueue::Chain) -> Vec<u8> {
+        assert_eq!(chain.fault(), None);
+        let mut bytes = Vec::new();
+        for slice in self.burst.slices(chain) {
+            let at = bytes.len();
+            bytes.resize(at + slice.len(), 0);
+            assert_eq!(slice.copy_to(&mut bytes[at..]), slice.len());
+        }
+        assert_eq!(bytes.len(), chain.len());
+        bytes
+    }
+
+    /// Gives the first chain back, filled with `byte` where it is for the device to write.
+    fn finish(&mut self, byte: u8, writable: bool) {
+        let chain = self.burst.chains()[0];
+        if writable {
+            for slice in self.burst.slices(&chain) {
+                slice.copy_from(&vec![byte; slice.len()]);
+            }
+        }
+        let len = u32::try_from(chain.len()).unwrap();
+        self.ring.complete(&chain, len);
+        self.burst.retire(1);
+    }
+}
+
+/// Their device: chains taken are kept as (head, descriptors).
+struct Theirs {
+    queue: Queue,
+    memory: GuestMemoryMmap,
+    taken: VecDeque<(u16, Vec<(u64, u32)>)>,
+}
+
+impl Theirs {
+    fn new(guest: &Guest, setup: &Setup) -> Self {
+        let region = guest.ram.regions()[0];
+        let file = FileOffset::new(guest.ram.file().try_clone().unwrap(), 0);
+        let ranges = [(
+            GuestAddress(region.guest_addr),
+            usize::try_from(region.size).unwrap(),
+            Some(file),
+        )];
+        let memory = GuestMemoryMmap::from_ranges_with_files(ranges).unwrap();
+        let mut queue = Queue::new(setup.size).unwrap();
+        let at = guest.ring.addresses();
+        let part = GuestAddress;
+        queue
+            .try_set_desc_table_address(part(at.descriptors))
+            .unwrap();
+        queue.try_set_avail_ring_address(part(at.driver)).unwrap();
+        queue.try_set_used_ring_address(part(at.device)).unwrap();
+        queue.set_event_idx(setup.event_idx);
+        queue.set_next_avail(setup.start);
+        queue.set_next_used(setup.start);
+        queue.set_ready(true);
+        assert!(queue.is_valid(&memory));
+        Self {
+            queue,
+            memory,
+            taken: VecDeque::new(),
+        }
+    }
+
+    fn take(&mut self, most: usize) -> Vec<Vec<u8>> {
+        let mut contents = Vec::new();
+        while contents.len() < most {
+            let Some(chain) = self.queue.iter(&self.memory).unwrap().next() else {
+                break;
+            };
+            let head = chain.head_index();
+            let pieces: Vec<_> = chain.map(|d| (d.addr().0, d.len())).collect();
+            contents.push(self.content(&pieces));
+            self.taken.push_back((head, pieces));
+        }
+        contents
+    }
+
+    fn content(&self, pieces: &[(u64, u32)]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for &(addr, len) in pieces {
+            let at = bytes.len();
+            bytes.resize(at + usize::try_from(len).unwrap(), 0);
+            let to = &mut bytes[at..];
+            self.memory.read_slice(to, GuestAddress(addr)).unwrap();
+        }
+        bytes
+    }
+
+    fn finish(&mut self, byte: u8, writable: bool) {
+        let (head, pieces) = self.taken.pop_front().unwrap();
+        if writable {
+            for &(addr, len) in &pieces {
+                let data = vec![byte; usize::try_from(len).unwrap()];
+                self.memory.write_slice(&data, GuestAddress(addr)).unwrap();
+            }
+        }
+        let len = pieces.iter().map(|piece| piece.1).sum();
+        self.queue.add_used(&self.memory, head, len).unwrap();
+    }
+
+    fn rewind(&mut self) {
+        let taken = u16::try_from(self.taken.len()).unwrap();
+        let back = self.queue.next_avail().wrapping_sub(taken);
+        self.queue.set_next_avail(back);
+        self.taken.clear();
+    }
+}
+
+/// Both guests and both devices.
+struct Twins {
+    setup: Setup,
+    guests: [Guest; 2],
+    ours: Ours,
+    theirs: Theirs,
+    /// Where the next buffer lies.
+    at: usize,
+    /// Chains added, finished: tokens and fill bytes.
+    added: u64,
+    finished: u8,
+}
+
+impl Twins {
+    fn new(setup: Setup) -> Self {
+        let guests = [Guest::new(&setup), Guest::new(&setup)];
+        Self {
+            ours: Ours::new(&guests[0], &setup),
+            theirs: Theirs::new(&guests[1], &setup),
+            guests,
+            setup,
+            at: 0,
+            added: 0,
+            finished: 0,
+        }
+    }
+
+    fn writable(&self) -> bool {
+        self.setup.direction == Direction::Writable
+    }
+
+    /// Does the same with both guests; the results must be the same.
+    fn both<R: PartialEq + std::fmt::Debug>(&mut self, act: impl Fn(&mut Guest) -> R) -> R {
+        let [ours, theirs] = &mut self.guests;
+        let (a, b) = (act(ours), act(theirs));
+        assert_eq!(a, b);
+        a
+    }
+
+    fn step(&mut self, op: &Op) {
+        match op {
+            Op::Add { lens, indirect } => self.add(lens, *indirect),
+            Op::Publish => {
+                self.both(|guest| guest.ring.publish());
+                self.both(|guest| guest.ring.kick_needed());
+            }
+            Op::Take(most) => assert_eq!(self.ours.take(*most), self.theirs.take(*most)),
+            Op::Finish(most) => self.finish(*most),
+            Op::Rewind => {
+                self.ours.ring.untake(&mut self.ours.burst);
+                self.theirs.rewind();
+            }
+            Op::Kicks(true) => {
+                let memory = &self.theirs.memory;
+                let more = self.theirs.queue.enable_notification(memory).unwrap();
+                assert_eq!(self.ours.ring.enable_kicks(), more);
+            }
+            Op::Kicks(false) => {
+                self.ours.ring.disable_kicks();
+                let memory = &self.theirs.memory;
+                self.theirs.queue.disable_notification(memory).unwrap();
+            }
+            Op::Calls(true) => {
+                self.both(|guest| guest.ring.enable_calls());
+            }
+            Op::Calls(false) => self.both(|guest| guest.ring.disable_calls()),
+            Op::UsedEvent(offset) => self.both(|guest| {
+                let ring = guest.split();
+                let event = ring.used_index().wrapping_add_signed(*offset);
+                ring.set_used_event(event);
+            }),
+        }
+        self.compare();
+    }
+
+    fn add(&mut self, lens: &[u16], indirect: bool) {
+        let mut chain = Vec::new();
+        for &len in lens {
+            if self.at + usize::from(len) > BUFFER_BYTES {
+                self.at = 0;
+            }
+            chain.push(Buf {
+                addr: BUFFERS + u64::try_from(self.at).unwrap(),
+                len: len.into(),
+                writable: self.writable(),
+            });
+            self.at += usize::from(len);
+        }
+        let token = self.added;
+        // A full ring refuses both alike.
+        let added = self.both(|guest| guest.ring.add(&chain, indirect, token).ok());
+        self.added += u64::from(added.is_some());
+    }
+
+    fn finish(&mut self, most: usize) {
+        let count = most.min(self.theirs.taken.len());
+        for _ in 0..count {
+            let writable = self.writable();
+            self.ours.finish(self.finished, writable);
+            self.theirs.finish(self.finished, writable);
+            self.finished = self.finished.wrapping_add(1);
+        }
+        if count == 0 {
+            assert!(!self.ours.ring.publish(), "no call for nothing");
+            return;
+        }
+        let called = self.ours.ring.publish();
+        let memory = &self.theirs.memory;
+        let theirs = self.theirs.queue.needs_notification(memory).unwrap();
+        match self.setup.event_idx {
+            true => assert_eq!(called, theirs),
+            // virtio-queue does not look at the flag.
+            false => {
+                let mut flags = [0; 2];
+                let addr = self.guests[0].ring.addresses().driver;
+                self.guests[0].ram.read(addr, &mut flags).unwrap();
+                assert_eq!(called, u16::from_le_bytes(flags) & NO_INTERRUPT == 0);
+            }
+        }
+        self.both(|guest| {
+            let mut back = Vec::new();
+            guest
+                .ring
+                .collect(|token, len| back.push((token, len)))
+                .unwrap();
+            back
+        });
+    }
+
+    fn compare(&mut self) {
+        if self.setup.size <= 256 {
+            self.both(Guest::written);
+        } else {
+            self.both(|guest| {
+                let ring = guest.split();
+                (ring.used_index(), ring.used_flags(), ring.avail_event())
+            });
+        }
+        let next = self.theirs.queue.next_avail();
+        assert_eq!(self.ours.ring.base(), u32::from(next));
+        let more = self.guests[0].split().avail_index() != next;
+        assert_eq!(self.ours.ring.has_more(), more);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
+
+    #[test]
+    fn two_devices_do_the_same(setup in setups(), ops in prop::collection::vec(ops(), 1..200)) {
+        let mut twins = Twins::new(setup);
+        for op in &ops {
+            twins.step(op);
+        }
+        twins.both(Guest::written);
+        twins.both(|guest| guest.buffers());
+    }
+}
+
+/// Every size, with traffic across the wrap of the indices at 65,535.
+#[test]
+fn rings_of_every_size_go_round() {
+    for log in 1..=15 {
+        for event_idx in [false, true] {
+            let size = 1u16 << log;
+            let mut twins = Twins::new(Setup {
+                size,
+                start: 65_530,
+                event_idx,
+                direction: Direction::Writable,
+            });
+            for round in 0..40 {
+                let lens = [10 + round, 7];
+                let add = |indirect| Op::Add {
+                    lens: lens.into(),
+                    indirect,
+                };
+                let steps = [
+                    add(false),
+                    add(true),
+                    Op::Publish,
+                    Op::Take(9),
+                    Op::Finish(9),
+                ];
+                steps.iter().for_each(|op| twins.step(op));
+            }
+            assert!(twins.ours.ring.base() < 65_530, "the index has wrapped");
+            twins.both(Guest::written);
+            twins.both(|guest| guest.buffers());
+        }
+    }
+}
+
+/// The whole ring at once, more than once round.
+#[test]
+fn full_rings_come_back_whole() {
+    for log in [1, 4, 10, 15] {
+        let size = 1u16 << log;
+        let mut twins = Twins::new(Setup {
+            size,
+            start: 65_000,
+            event_idx: true,
+            direction: Direction::Readable,
+        });
+        for _ in 0..2 {
+            for _ in 0..size {
+                twins.add(&[60], false);
+            }
+            let all = usize::from(size);
+            twins.step(&Op::Publish);
+            twins.step(&Op::Take(all));
+            assert_eq!(twins.ours.burst.chains().len(), all);
+            twins.step(&Op::Finish(all));
+        }
+        twins.both(Guest::written);
+    }
+}

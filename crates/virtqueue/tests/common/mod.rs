@@ -1,0 +1,91 @@
+//! A ring of either format with both its ends in this process.
+#![allow(dead_code, reason = "each test file uses its own part of this")]
+#![allow(clippy::unwrap_used)]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use virtionet_guest::driver::{DriverRing, RingConfig as DriverConfig};
+use virtionet_guest::memory::GuestRam;
+use virtionet_virtqueue::memory::GuestMemory;
+use virtionet_virtqueue::{Burst, Direction, Ring, RingConfig, RingLayout};
+
+/// Bytes of guest memory.
+pub const RAM: u64 = 0x60_0000;
+/// Buffers lie from here on, each chain's in a slot of its own.
+pub const DATA: u64 = 0x20_0000;
+/// Bytes of a slot.
+pub const SLOT: u64 = 0x1000;
+/// Number of slots.
+pub const SLOTS: u64 = 1024;
+
+/// How a ring is made.
+#[derive(Debug, Clone, Copy)]
+pub struct Setup {
+    pub size: u16,
+    pub packed: bool,
+    pub event_idx: bool,
+    pub start: u16,
+    pub direction: Direction,
+}
+
+/// The driver's end, and what the device's end is made of.
+pub struct Guest {
+    pub ram: GuestRam,
+    pub ring: DriverRing,
+    pub config: RingConfig,
+}
+
+impl Guest {
+    pub fn new(setup: Setup) -> Self {
+        let ram = GuestRam::new(RAM).unwrap();
+        let driver = DriverConfig {
+            size: setup.size,
+            event_idx: setup.event_idx,
+            packed: setup.packed,
+            start: setup.start,
+        };
+        let ring = DriverRing::new(&ram, driver).unwrap();
+        let at = ring.addresses();
+        let user = |addr| ram.user_addr(addr).unwrap();
+        let config = RingConfig {
+            layout: RingLayout {
+                size: setup.size,
+                desc: user(at.descriptors),
+                avail: user(at.driver),
+                used: user(at.device),
+            },
+            base: ring.base(),
+            direction: setup.direction,
+            packed: setup.packed,
+            event_idx: setup.event_idx,
+            indirect: true,
+            min_len: 0,
+        };
+        Self { ram, ring, config }
+    }
+
+    /// A snapshot of the memory, mapped anew.
+    pub fn memory(&self) -> Arc<GuestMemory> {
+        Arc::new(self.ram.guest_memory().unwrap())
+    }
+
+    /// A device's end that goes on at `base`.
+    pub fn device(&self, base: u32) -> (Ring, Burst) {
+        let memory = self.memory();
+        let config = RingConfig {
+            base,
+            ..self.config
+        };
+        (Ring::new(config, &memory).unwrap(), Burst::new(memory))
+    }
+}
+
+/// Sets its flag when it goes, by a panic as well: else the other thread would go on for ever.
+pub struct Done<'a>(pub &'a AtomicBool);
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}

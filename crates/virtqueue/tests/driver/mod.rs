@@ -1,0 +1,296 @@
+//! A driver of both formats for models: a ring of four descriptors, every access as Linux makes it.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use loom::sync::atomic::fence;
+use virtionet_virtqueue::memory::{GuestArray, GuestMemory};
+use virtionet_virtqueue::{Direction, RingConfig, RingLayout};
+
+/// Descriptors.
+const SIZE: u16 = 4;
+/// Where the parts lie, from the ring's base on. Used elements, 4 bytes further, are 8-aligned.
+const AVAIL: u64 = 0x100;
+const USED: u64 = 0x204;
+/// A guest address in memory, for buffers that nobody touches.
+const BUFFER: u64 = 0x2000;
+
+const NEXT: u64 = 1;
+const WRITE: u64 = 2;
+const AVAIL_BIT: u16 = 1 << 7;
+const USED_BIT: u16 = 1 << 15;
+const WRAP: u16 = 1 << 15;
+/// Event flags of a packed ring: never, at a descriptor. 0 is always.
+const DISABLE: u16 = 1;
+const AT_DESCRIPTOR: u16 = 2;
+
+/// How a ring is.
+#[derive(Debug, Clone, Copy)]
+pub struct Format {
+    pub packed: bool,
+    pub event_idx: bool,
+}
+
+impl Format {
+    pub const ALL: [Self; 4] = {
+        let split = Self {
+            packed: false,
+            event_idx: false,
+        };
+        let packed = Self {
+            packed: true,
+            ..split
+        };
+        [
+            split,
+            Self {
+                event_idx: true,
+                ..split
+            },
+            packed,
+            Self {
+                event_idx: true,
+                ..packed
+            },
+        ]
+    };
+}
+
+/// The driver's end. Chains are numbered by token, each used once; token N has N's descriptors.
+pub struct Driver {
+    format: Format,
+    /// The descriptors as 64-bit words and, for parts of those, as 16-bit words.
+    desc: GuestArray<u64>,
+    desc16: GuestArray<u16>,
+    avail: GuestArray<u16>,
+    used: GuestArray<u16>,
+    used_elements: GuestArray<u64>,
+    /// The device's event area as the one word that Linux reads.
+    device_event: GuestArray<u32>,
+    /// The next free descriptor (split), or the next one to write and the laps (packed).
+    next: u16,
+    /// Chains written and shown (split: the available index).
+    added: u16,
+    shown: u16,
+    kicked: u16,
+    /// Packed: flags of the first chain not shown yet, which are to be written last.
+    held: Option<(u16, u16)>,
+    collected: u16,
+    /// Descriptors of the chains in flight.
+    counts: [u16; 4],
+    /// Packed: the descriptor that the device uses next, counted on through all laps.
+    used_at: u16,
+}
+
+impl Driver {
+    /// An empty ring, and what the device must know of it.
+    pub fn new(memory: &Arc<GuestMemory>, base: u64, format: Format) -> (Self, RingConfig) {
+        let size = u64::from(SIZE);
+        memory.model(base, 8, 2 * usize::from(SIZE));
+        memory.model(base + AVAIL, 2, usize::from(SIZE) + 3);
+        if format.packed {
+            memory.model(base + USED, 4, 1);
+        } else {
+            memory.model(base + USED, 2, 2);
+            memory.model(base + USED + 4, 8, usize::from(SIZE));
+            memory.model(base + USED + 4 + 8 * size, 2, 1);
+        }
+        let config = RingConfig {
+            layout: RingLayout {
+                size: SIZE,
+                desc: base,
+                avail: base + AVAIL,
+                used: base + USED,
+            },
+            base: if format.packed { 0x8000_8000 } else { 0 },
+            direction: Direction::Writable,
+            packed: format.packed,
+            event_idx: format.event_idx,
+            indirect: false,
+            min_len: 0,
+        };
+        let driver = Self {
+            format,
+            desc: memory.user_array(base, 2 * SIZE).unwrap(),
+            desc16: memory.user_array(base, 8 * SIZE).unwrap(),
+            avail: memory.user_array(base + AVAIL, SIZE + 3).unwrap(),
+            used: memory.user_array(base + USED, 3 + 4 * SIZE).unwrap(),
+            used_elements: memory.user_array(base + USED + 4, SIZE).unwrap(),
+            device_event: memory.user_array(base + USED, 1).unwrap(),
+            next: 0,
+            added: 0,
+            shown: 0,
+            kicked: 0,
+            held: None,
+            collected: 0,
+            counts: [0; 4],
+            used_at: 0,
+        };
+        (driver, config)
+    }
+
+    /// Writes a chain of `count` descriptors and `len` bytes; the device must not see it yet.
+    pub fn add(&mut self, token: u16, len: u32, count: u16) {
+        self.counts[usize::from(token)] = count;
+        let first = self.next;
+        for n in 0..count {
+            let rest = len / u32::from(count) + if n == 0 { len % u32::from(count) } else { 0 };
+            let flags = WRITE | if n + 1 < count { NEXT } else { 0 };
+            match self.format.packed {
+                false => self.write_split(first + n, rest, flags),
+                true => self.write_packed(first + n, token, rest, flags, n == 0),
+            }
+        }
+        self.next += count;
+        if !self.format.packed {
+            self.avail.set(2 + self.added % SIZE, first % SIZE);
+        }
+        self.added += 1;
+    }
+
+    fn write_split(&self, at: u16, len: u32, flags: u64) {
+        let next = u64::from((at + 1) % SIZE);
+        self.desc.set(2 * (at % SIZE), BUFFER);
+        let rest = u64::from(len) | flags << 32 | next << 48;
+        self.desc.set(2 * (at % SIZE) + 1, rest);
+    }
+
+    /// Flags at once, but for the first descriptor of all that is shown together.
+    fn write_packed(&mut self, at: u16, token: u16, len: u32, flags: u64, head: bool) {
+        let place = at % SIZE;
+        let mut all = u16::try_from(flags).unwrap();
+        all |= if lap_is_odd(at) { USED_BIT } else { AVAIL_BIT };
+        self.desc.set(2 * place, BUFFER);
+        let old = self.desc16.get(8 * place + 7);
+        let rest = u64::from(len) | u64::from(token) << 32 | u64::from(old) << 48;
+        self.desc.set(2 * place + 1, rest);
+        if head && self.held.is_none() {
+            self.held = Some((8 * place + 7, all));
+        } else {
+            self.desc16.set(8 * place + 7, all);
+        }
+    }
+
+    /// Shows the device all that was added.
+    pub fn show(&mut self) {
+        self.shown = self.added;
+        match self.held.take() {
+            Some((at, flags)) => self.desc16.release(at, flags),
+            None => self.avail.release(1, self.added),
+        }
+    }
+
+    /// Whether the device wants a kick for what was shown since this was asked.
+    pub fn kick_needed(&mut self) -> bool {
+        fence(Ordering::SeqCst);
+        let old = self.kicked;
+        self.kicked = self.position();
+        match (self.format.packed, self.format.event_idx) {
+            (false, false) => self.used.get(0) & 1 == 0,
+            (false, true) => passed(self.used.get(2 + 4 * SIZE), self.kicked, old),
+            (true, _) => {
+                let [low, high, flags, _] = self.device_event.get(0).to_le_bytes();
+                match u16::from(flags) {
+                    0 => true,
+                    AT_DESCRIPTOR => {
+                        let event = u16::from_le_bytes([low, high]);
+                        let mut at = event & !WRAP;
+                        if lap_is_odd(self.kicked) == (event & WRAP != 0) {
+                            at = at.wrapping_sub(SIZE);
+                        }
+                        let new = self.kicked % SIZE;
+                        passed(at, new, new.wrapping_sub(self.kicked - old))
+                    }
+                    _ => false,
+                }
+            }
+        }
+    }
+
+    /// Chains (split) or descriptors (packed) that have been shown.
+    fn position(&self) -> u16 {
+        match self.format.packed {
+            false => self.shown,
+            true => self.next,
+        }
+    }
+
+    /// The next used chain, if there is one: its token and the bytes written.
+    pub fn collect(&mut self) -> Option<(u16, u32)> {
+        if !self.is_used() {
+            return None;
+        }
+        let (token, written) = match self.format.packed {
+            false => {
+                let element = self.used_elements.get(self.collected % SIZE);
+                // The head says which: chains take descriptors in order.
+                let head = u16::try_from(element & 0xffff_ffff).unwrap();
+                let token = self.token_at(head);
+                (token, u32::try_from(element >> 32).unwrap())
+            }
+            true => {
+                let rest = self.desc.get(2 * (self.used_at % SIZE) + 1);
+                let token = u16::try_from(rest >> 32 & 0xffff).unwrap();
+                (token, u32::try_from(rest & 0xffff_ffff).unwrap())
+            }
+        };
+        self.collected += 1;
+        self.used_at += self.counts[usize::from(token)];
+        Some((token, written))
+    }
+
+    /// The chain in flight whose first descriptor this is.
+    fn token_at(&self, head: u16) -> u16 {
+        let mut at = 0;
+        for token in 0..4 {
+            if token >= self.collected && at % SIZE == head {
+                return token;
+            }
+            at += self.counts[usize::from(token)];
+        }
+        panic!("descriptor {head} heads no chain in flight")
+    }
+
+    fn is_used(&self) -> bool {
+        if !self.format.packed {
+            return self.used.acquire(1) != self.collected;
+        }
+        let flags = self.desc16.acquire(8 * (self.used_at % SIZE) + 7);
+        let want = !lap_is_odd(self.used_at);
+        (flags & AVAIL_BIT != 0) == want && (flags & USED_BIT != 0) == want
+    }
+
+    pub fn disable_calls(&mut self) {
+        match (self.format.packed, self.format.event_idx) {
+            (false, false) => self.avail.set(0, 1),
+            (false, true) => {}
+            (true, _) => self.avail.set(1, DISABLE),
+        }
+    }
+
+    /// Asks for a call with the next used chain; whether there is one already.
+    pub fn enable_calls(&mut self) -> bool {
+        match (self.format.packed, self.format.event_idx) {
+            (false, false) => self.avail.set(0, 0),
+            (false, true) => self.avail.set(2 + SIZE, self.collected),
+            (true, false) => self.avail.set(1, 0),
+            (true, true) => {
+                let wrap = if lap_is_odd(self.used_at) { 0 } else { WRAP };
+                self.avail.set(0, (self.used_at % SIZE) | wrap);
+                self.avail.release(1, AT_DESCRIPTOR);
+            }
+        }
+        fence(Ordering::SeqCst);
+        self.is_used()
+    }
+}
+
+/// Whether descriptor number `at`, counted on through all laps, is in the second lap, the fourth...
+fn lap_is_odd(at: u16) -> bool {
+    at / SIZE % 2 == 1
+}
+
+/// Whether moving from `old` to `new` passes `event` (virtio 1.3 §2.7.7.2).
+fn passed(event: u16, new: u16, old: u16) -> bool {
+    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+}

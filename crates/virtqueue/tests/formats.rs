@@ -1,0 +1,550 @@
+//! Both formats against a model: a driver and a device do random things in random order, and at
+//! every step each must see what the other did, and be signalled when it has to be.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod common;
+
+use std::collections::VecDeque;
+
+use common::{DATA, Guest, SLOT, SLOTS, Setup};
+use proptest::prelude::*;
+use virtionet_guest::driver::{Buf, RingError};
+use virtionet_virtqueue::{Burst, Direction, Ring};
+
+/// What one of the two does next.
+#[derive(Debug, Clone)]
+enum Op {
+    /// The driver writes a chain of buffers of these lengths.
+    Add { lens: Vec<u16>, indirect: bool },
+    /// The driver shows the device what it wrote, and kicks if that is wanted.
+    Show,
+    /// The driver collects what was used.
+    Collect,
+    /// The driver wants calls or not.
+    Calls(bool),
+    /// The device takes up to so many chains.
+    Take(usize),
+    /// The device completes up to so many, some of them in part.
+    Complete(usize),
+    /// The device completes up to so many at once, nothing written to them.
+    CompleteAll(usize),
+    /// The device fills chains with up to so many bytes, one chain after the other, and completes
+    /// those.
+    Fill(usize),
+    /// The device shows the driver what it completed, and calls if that is wanted.
+    Publish,
+    /// The device wants kicks or not.
+    Kicks(bool),
+    /// The device forgets that it took what it has not completed.
+    Untake,
+    /// The device goes on in a new mapping of memory.
+    Rebind,
+    /// The device is stopped, and another one goes on from its base.
+    Restart,
+    /// The device dies, and another one goes on from what the driver sees.
+    Crash,
+}
+
+fn ops() -> impl Strategy<Value = Op> {
+    let lens = prop::collection::vec(prop_oneof![1 => Just(0u16), 9 => 1u16..400], 1..9);
+    prop_oneof![
+        8 => (lens, any::<bool>()).prop_map(|(lens, indirect)| Op::Add { lens, indirect }),
+        5 => Just(Op::Show),
+        4 => Just(Op::Collect),
+        2 => any::<bool>().prop_map(Op::Calls),
+        5 => (0usize..80).prop_map(Op::Take),
+        4 => (0usize..80).prop_map(Op::Complete),
+        2 => (0usize..80).prop_map(Op::CompleteAll),
+        2 => (0usize..4000).prop_map(Op::Fill),
+        4 => Just(Op::Publish),
+        2 => any::<bool>().prop_map(Op::Kicks),
+        1 => Just(Op::Untake),
+        1 => Just(Op::Rebind),
+        1 => Just(Op::Restart),
+        1 => Just(Op::Crash),
+    ]
+}
+
+fn setups() -> impl Strategy<Value = Setup> {
+    let formats = prop_oneof![
+        3 => prop::sample::select(vec![1, 2, 3, 4, 5, 7, 8, 256]).prop_map(|size| (true, size)),
+        1 => prop::sample::select(vec![2, 4, 8, 256]).prop_map(|size| (false, size)),
+    ];
+    let starts = prop_oneof![Just(0), 0..600u16, 65_500u16..];
+    (formats, starts, any::<bool>(), any::<bool>()).prop_map(|(format, start, event_idx, tx)| {
+        let (packed, size) = format;
+        Setup {
+            size,
+            packed,
+            event_idx,
+            start,
+            direction: match tx {
+                true => Direction::Readable,
+                false => Direction::Writable,
+            },
+        }
+    })
+}
+
+/// A chain as the driver made it.
+#[derive(Debug, Clone)]
+struct Made {
+    token: u64,
+    lens: Vec<u16>,
+    descriptors: u16,
+    /// Bytes that the device said it wrote.
+    written: usize,
+}
+
+impl Made {
+    fn addr(&self) -> u64 {
+        DATA + self.token % SLOTS * SLOT
+    }
+
+    fn len(&self) -> usize {
+        self.lens.iter().map(|len| usize::from(*len)).sum()
+    }
+
+    /// The bytes that one side puts there; `side` tells whose they are.
+    fn bytes(&self, side: u64) -> Vec<u8> {
+        let byte = |at: u64| u8::try_from((self.token * 31 + side * 101 + at * 7) % 251).unwrap();
+        (0..).map(byte).take(self.len()).collect()
+    }
+}
+
+/// What one side has said about being signalled, and what follows from it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Wish {
+    /// With everything.
+    Always,
+    Never,
+    /// With the next: nothing was there when it was said.
+    Next,
+    /// At a point that was passed `ago` descriptors (packed) or chains (split) ago.
+    Passed {
+        ago: u64,
+    },
+    /// Nothing is known of where it stands.
+    Unknown,
+}
+
+impl Wish {
+    /// What a new ring's memory says.
+    fn new(setup: Setup) -> Self {
+        match setup.event_idx && !setup.packed {
+            true => Self::Unknown,
+            false => Self::Always,
+        }
+    }
+
+    /// One side asked for signals; `more` was there already: so many descriptors or chains.
+    fn ask(&mut self, setup: Setup, more: u64) {
+        *self = match (setup.event_idx, more) {
+            (false, _) => Self::Always,
+            (true, 0) => Self::Next,
+            (true, ago) => Self::Passed { ago },
+        };
+    }
+
+    fn refuse(&mut self, setup: Setup) {
+        if setup.packed || !setup.event_idx {
+            *self = Self::Never;
+        }
+    }
+
+    /// So many more were shown, with a signal or without.
+    fn shown(&mut self, setup: Setup, count: u64, signalled: bool) {
+        // A point that was passed comes round again: after two laps, or with the 16-bit index.
+        let round = match setup.packed {
+            true => 2 * u64::from(setup.size),
+            false => 65_536,
+        };
+        match self {
+            _ if count == 0 => assert!(!signalled, "a signal for nothing"),
+            Self::Always => assert!(signalled, "no signal, though every one is wanted"),
+            Self::Never => assert!(!signalled, "a signal that is not wanted"),
+            Self::Next => {
+                assert!(signalled, "the other side sleeps and gets no signal");
+                *self = Self::Passed { ago: count };
+            }
+            Self::Passed { ago } => {
+                *ago += count;
+                let due = *ago > round;
+                *ago = (*ago - 1) % round + 1;
+                assert_eq!(signalled, due, "{count} more");
+            }
+            Self::Unknown => {}
+        }
+    }
+}
+
+/// Both ends, and chains by how far they have come.
+struct World {
+    setup: Setup,
+    guest: Guest,
+    ring: Ring,
+    burst: Burst,
+    next: u64,
+    added: VecDeque<Made>,
+    available: VecDeque<Made>,
+    taken: VecDeque<Made>,
+    completed: VecDeque<Made>,
+    used: VecDeque<Made>,
+    kicks: Wish,
+    calls: Wish,
+}
+
+impl World {
+    fn new(setup: Setup) -> Self {
+        let guest = Guest::new(setup);
+        let (ring, burst) = guest.device(guest.ring.base());
+        Self {
+            setup,
+            guest,
+            ring,
+            burst,
+            next: 0,
+            added: VecDeque::new(),
+            available: VecDeque::new(),
+            taken: VecDeque::new(),
+            completed: VecDeque::new(),
+            used: VecDeque::new(),
+            kicks: Wish::new(setup),
+            calls: Wish::new(setup),
+        }
+    }
+
+    fn step(&mut self, op: &Op) {
+        match op {
+            Op::Add { lens, indirect } => self.add(lens, *indirect),
+            Op::Show => self.show(),
+            Op::Collect => self.collect(),
+            Op::Calls(true) => {
+                let more = self.guest.ring.enable_calls();
+                assert_eq!(more, !self.used.is_empty());
+                self.calls.ask(self.setup, self.moved(&self.used));
+            }
+            Op::Calls(false) => {
+                self.guest.ring.disable_calls();
+                self.calls.refuse(self.setup);
+            }
+            Op::Take(most) => self.take(*most),
+            Op::Complete(most) => self.complete(*most),
+            Op::CompleteAll(most) => self.complete_all(*most),
+            Op::Fill(bytes) => self.fill(*bytes),
+            Op::Publish => self.publish(),
+            Op::Kicks(true) => {
+                let more = self.ring.enable_kicks();
+                assert_eq!(more, !self.available.is_empty());
+                self.kicks.ask(self.setup, self.moved(&self.available));
+            }
+            Op::Kicks(false) => {
+                self.ring.disable_kicks();
+                self.kicks.refuse(self.setup);
+            }
+            Op::Untake => self.untake(),
+            Op::Rebind => self.rebind(),
+            Op::Restart => self.restart(),
+            Op::Crash => self.crash(),
+        }
+        self.check();
+    }
+
+    /// What these chains move an index by.
+    fn moved(&self, chains: &VecDeque<Made>) -> u64 {
+        let each = |made: &Made| match self.setup.packed {
+            true => u64::from(made.descriptors),
+            false => 1,
+        };
+        chains.iter().map(each).sum()
+    }
+
+    fn add(&mut self, lens: &[u16], indirect: bool) {
+        let descriptors = match indirect {
+            true => 1,
+            false => u16::try_from(lens.len()).unwrap(),
+        };
+        let made = Made {
+            token: self.next,
+            lens: lens.to_vec(),
+            descriptors,
+            written: 0,
+        };
+        let writable = self.setup.direction == Direction::Writable;
+        let mut addr = made.addr();
+        let mut chain = Vec::new();
+        for &len in lens {
+            chain.push(Buf {
+                addr,
+                len: len.into(),
+                writable,
+            });
+            addr += u64::from(len);
+        }
+        let free = self.guest.ring.free();
+        match self.guest.ring.add(&chain, indirect, made.token) {
+            Ok(_) => {
+                assert_eq!(self.guest.ring.free(), free - descriptors);
+                let bytes = made.bytes(0);
+                self.guest.ram.write(made.addr(), &bytes).unwrap();
+                self.added.push_back(made);
+                self.next += 1;
+            }
+            Err(RingError::Full { .. }) => assert!(free < descriptors),
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    fn show(&mut self) {
+        self.guest.ring.publish();
+        let count = self.moved(&self.added);
+        let kicked = self.guest.ring.kick_needed();
+        self.kicks.shown(self.setup, count, kicked);
+        self.available.append(&mut self.added);
+    }
+
+    fn take(&mut self, most: usize) {
+        let before = self.burst.chains().len();
+        let taken = self.ring.take(&mut self.burst, most).unwrap();
+        assert_eq!(taken, most.min(64).min(self.available.len()));
+        assert_eq!(self.burst.chains().len(), before + taken);
+        self.taken.extend(self.available.drain(..taken));
+        for (chain, made) in self.burst.chains().iter().zip(&self.taken).skip(before) {
+            assert_eq!(chain.fault(), None);
+            assert_eq!(chain.len(), made.len());
+            assert_eq!(contents(&self.burst, chain), made.bytes(0));
+            let pieces: Vec<_> = self.burst.slices(chain).iter().map(|s| s.len()).collect();
+            let lens = made.lens.iter().map(|len| usize::from(*len));
+            assert_eq!(pieces, lens.filter(|len| *len != 0).collect::<Vec<_>>());
+        }
+    }
+
+    fn complete(&mut self, most: usize) {
+        for _ in 0..most.min(self.taken.len()) {
+            let mut made = self.taken.pop_front().unwrap();
+            let chain = self.burst.chains()[0];
+            if self.setup.direction == Direction::Writable {
+                // Nothing, a part or all of it.
+                made.written = made.len() * usize::try_from(made.token % 3).unwrap() / 2;
+                let bytes = made.bytes(1);
+                let mut at = 0;
+                for slice in self.burst.slices(&chain) {
+                    at += slice.copy_from(&bytes[at..made.written.max(at)]);
+                }
+            }
+            let written = u32::try_from(made.written).unwrap();
+            self.ring.complete(&chain, written);
+            self.burst.retire(1);
+            self.completed.push_back(made);
+        }
+    }
+
+    fn complete_all(&mut self, most: usize) {
+        let count = most.min(self.taken.len());
+        self.ring.complete_all(&self.burst.chains()[..count]);
+        self.burst.retire(count);
+        self.completed.extend(self.taken.drain(..count));
+    }
+
+    fn fill(&mut self, bytes: usize) {
+        let room: usize = self.taken.iter().map(Made::len).sum();
+        let mut rest = match self.setup.direction {
+            Direction::Readable => 0,
+            Direction::Writable => bytes.min(room),
+        };
+        let used = self.ring.complete_filled(self.burst.chains(), rest);
+        let mut count = 0;
+        while rest > 0 {
+            let mut made = self.taken.pop_front().unwrap();
+            let chain = self.burst.chains()[count];
+            made.written = made.len().min(rest);
+            let mut at = 0;
+            for slice in self.burst.slices(&chain) {
+                at += slice.copy_from(&made.bytes(1)[at..made.written.max(at)]);
+            }
+            rest -= made.written;
+            count += 1;
+            self.completed.push_back(made);
+        }
+        assert_eq!(used, count);
+        self.burst.retire(count);
+    }
+
+    fn publish(&mut self) {
+        let count = self.moved(&self.completed);
+        let called = self.ring.publish();
+        self.calls.shown(self.setup, count, called);
+        self.used.append(&mut self.completed);
+    }
+
+    fn collect(&mut self) {
+        let mut back = Vec::new();
+        let count = self
+            .guest
+            .ring
+            .collect(|token, len| back.push((token, len)));
+        assert_eq!(usize::from(count.unwrap()), back.len());
+        let used = std::mem::take(&mut self.used);
+        let want: Vec<_> = used
+            .iter()
+            .map(|made| (made.token, u32::try_from(made.written).unwrap()))
+            .collect();
+        assert_eq!(back, want);
+        for made in &used {
+            let mut bytes = made.bytes(1);
+            bytes[made.written..].copy_from_slice(&made.bytes(0)[made.written..]);
+            let mut found = vec![0; made.len()];
+            self.guest.ram.read(made.addr(), &mut found).unwrap();
+            assert_eq!(found, bytes);
+        }
+    }
+
+    fn untake(&mut self) {
+        self.ring.untake(&mut self.burst);
+        self.all_available();
+    }
+
+    fn all_available(&mut self) {
+        while let Some(made) = self.taken.pop_back() {
+            self.available.push_front(made);
+        }
+    }
+
+    fn rebind(&mut self) {
+        self.publish();
+        self.untake();
+        let memory = self.guest.memory();
+        self.ring = self.ring.rebind(&memory).unwrap();
+        self.burst = Burst::new(memory);
+    }
+
+    fn restart(&mut self) {
+        self.publish();
+        self.untake();
+        let base = self.ring.base();
+        assert_eq!(base, self.guest.ring.base());
+        (self.ring, self.burst) = self.guest.device(base);
+    }
+
+    /// What the driver has not seen used comes again, and may have been written to.
+    fn crash(&mut self) {
+        (self.ring, self.burst) = self.guest.device(self.guest.ring.base());
+        self.all_available();
+        while let Some(mut made) = self.completed.pop_back() {
+            made.written = 0;
+            self.guest.ram.write(made.addr(), &made.bytes(0)).unwrap();
+            self.available.push_front(made);
+        }
+    }
+
+    fn check(&mut self) {
+        let ring = &mut self.guest.ring;
+        assert_eq!(self.ring.has_more(), !self.available.is_empty());
+        let out = [&self.available, &self.taken, &self.completed, &self.used];
+        let out: usize = out.iter().map(|list| list.len()).sum();
+        assert_eq!(usize::from(ring.in_flight()), out);
+        assert_eq!(usize::from(ring.refresh().unwrap()), self.used.len());
+        if self.taken.is_empty() && self.completed.is_empty() {
+            assert_eq!(self.ring.base(), ring.base());
+        }
+    }
+}
+
+fn contents(burst: &Burst, chain: &virtionet_virtqueue::Chain) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for slice in burst.slices(chain) {
+        let at = bytes.len();
+        bytes.resize(at + slice.len(), 0);
+        assert_eq!(slice.copy_to(&mut bytes[at..]), slice.len());
+    }
+    bytes
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 512,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn driver_and_device_agree(setup in setups(), ops in prop::collection::vec(ops(), 1..250)) {
+        let mut world = World::new(setup);
+        for op in &ops {
+            world.step(op);
+        }
+    }
+}
+
+fn each_setup(test: impl Fn(Setup)) {
+    for (packed, sizes) in [
+        (true, &[1, 2, 3, 4, 5, 7, 8, 100, 256][..]),
+        (false, &[2, 4, 8, 256]),
+    ] {
+        for &size in sizes {
+            for (event_idx, direction) in
+                [(false, Direction::Readable), (true, Direction::Writable)]
+            {
+                test(Setup {
+                    size,
+                    packed,
+                    event_idx,
+                    start: 0,
+                    direction,
+                });
+            }
+        }
+    }
+}
+
+/// The longest chains that fit, the whole ring at once, over and over.
+#[test]
+fn full_rings_come_back_whole_lap_after_lap() {
+    each_setup(|setup| {
+        let mut world = World::new(setup);
+        for round in 0..20u16 {
+            let longest = setup.size.min(9);
+            loop {
+                let free = world.guest.ring.free();
+                let count = (round % longest + 1).min(free);
+                if count == 0 {
+                    break;
+                }
+                let lens = vec![7 + round; usize::from(count)];
+                let indirect = round % 4 == 3;
+                world.step(&Op::Add { lens, indirect });
+            }
+            world.step(&Op::Show);
+            while !world.available.is_empty() {
+                world.step(&Op::Take(100));
+            }
+            assert_eq!(world.guest.ring.free(), 0);
+            world.step(&Op::Complete(usize::MAX));
+            world.step(&Op::Publish);
+            world.step(&Op::Collect);
+            assert_eq!(world.guest.ring.free(), setup.size);
+        }
+    });
+}
+
+/// A descriptor that both sides pass in every lap.
+#[test]
+fn either_side_is_woken_from_every_sleep() {
+    each_setup(|setup| {
+        let mut world = World::new(setup);
+        for round in 0..3 * setup.size {
+            world.step(&Op::Kicks(true));
+            world.step(&Op::Calls(true));
+            let count = usize::from(round % setup.size.min(9) + 1);
+            world.step(&Op::Add {
+                lens: vec![3; count],
+                indirect: false,
+            });
+            // Each of the two sleeps: the model wants a signal for the first, and only for that.
+            for op in [Op::Show, Op::Take(9), Op::Complete(9), Op::Publish] {
+                world.step(&op);
+            }
+            world.step(&Op::Collect);
+        }
+    });
+}

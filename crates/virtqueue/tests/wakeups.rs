@@ -1,0 +1,214 @@
+//! A driver and a device on threads of their own, each asleep whenever there is nothing for it to
+//! do: a signal that is lost stops both for ever.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use common::{DATA, Done, Guest, Setup};
+use virtionet_guest::doorbell::Doorbell;
+use virtionet_guest::driver::Buf;
+use virtionet_virtqueue::{Burst, Direction, Ring};
+
+/// Longer than any sleep that has an end.
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// Sleeps until the bell rings.
+fn sleep(bell: &Doorbell, who: &str) {
+    assert_ne!(bell.wait(LIMIT).unwrap(), 0, "the {who} was not woken");
+}
+
+fn drive(mut guest: Guest, chains: u64, kick: &Doorbell, call: &Doorbell) {
+    let ring = &mut guest.ring;
+    let mut out = VecDeque::new();
+    let (mut added, mut back) = (0, 0);
+    while back < chains {
+        // As many as fit, of one to three descriptors, shown a few at a time.
+        let batch = 1 + added % 7;
+        for _ in 0..batch {
+            let count = usize::try_from(1 + added % 3).unwrap();
+            let chain = vec![Buf::readable(DATA + added % 64, 8); count];
+            let indirect = added.is_multiple_of(5) || count > usize::from(ring.size());
+            if added == chains || ring.add(&chain, indirect, added).is_err() {
+                break;
+            }
+            out.push_back(added);
+            added += 1;
+        }
+        ring.publish();
+        if ring.kick_needed() {
+            kick.ring().unwrap();
+        }
+        let more = ring.collect(|token, _| assert_eq!(Some(token), out.pop_front()));
+        let more = more.unwrap();
+        back += u64::from(more);
+        if more == 0 && (ring.free() < 3 || added == chains) && !ring.enable_calls() {
+            sleep(call, "driver");
+            ring.disable_calls();
+        }
+    }
+}
+
+fn serve(mut ring: Ring, mut burst: Burst, chains: u64, kick: &Doorbell, call: &Doorbell) {
+    let mut done = 0;
+    while done < chains {
+        let taken = ring.take(&mut burst, 5).unwrap();
+        for chain in burst.chains() {
+            assert_eq!(chain.fault(), None);
+            ring.complete(chain, 0);
+        }
+        burst.clear();
+        if ring.publish() {
+            call.ring().unwrap();
+        }
+        done += u64::try_from(taken).unwrap();
+        if taken == 0 && !ring.enable_kicks() {
+            sleep(kick, "device");
+            ring.disable_kicks();
+        }
+    }
+}
+
+fn setup(size: u16, packed: bool, event_idx: bool) -> Setup {
+    Setup {
+        size,
+        packed,
+        event_idx,
+        start: 3,
+        direction: Direction::Readable,
+    }
+}
+
+fn run(size: u16, packed: bool, event_idx: bool) {
+    let guest = Guest::new(setup(size, packed, event_idx));
+    let (ring, burst) = guest.device(guest.ring.base());
+    let chains = 30_000;
+    let (kick, call) = (Doorbell::new().unwrap(), Doorbell::new().unwrap());
+    std::thread::scope(|scope| {
+        scope.spawn(|| serve(ring, burst, chains, &kick, &call));
+        drive(guest, chains, &kick, &call);
+    });
+}
+
+/// A device that polls, and a driver that sleeps after each chain that it adds: at times just when
+/// the chain is used.
+fn sleep_while_used(packed: bool, event_idx: bool) {
+    let mut guest = Guest::new(setup(8, packed, event_idx));
+    let (ring, burst) = guest.device(guest.ring.base());
+    let call = Doorbell::new().unwrap();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| poll(ring, burst, &call, &done));
+        let _done = Done(&done);
+        let begin = Instant::now();
+        let mut round = 0u32;
+        while begin.elapsed() < Duration::from_millis(400) {
+            guest.ring.add(&[Buf::readable(DATA, 8)], false, 0).unwrap();
+            guest.ring.publish();
+            for _ in 0..round % 97 {
+                std::hint::spin_loop();
+            }
+            round += 1;
+            while guest.ring.collect(|_, _| {}).unwrap() == 0 {
+                if !guest.ring.enable_calls() {
+                    sleep(&call, "driver");
+                }
+            }
+            guest.ring.disable_calls();
+        }
+    });
+}
+
+fn poll(mut ring: Ring, mut burst: Burst, call: &Doorbell, done: &AtomicBool) {
+    while !done.load(Ordering::Relaxed) {
+        if ring.take(&mut burst, 64).unwrap() == 0 {
+            std::thread::yield_now();
+        }
+        for chain in burst.chains() {
+            ring.complete(chain, 0);
+        }
+        burst.clear();
+        if ring.publish() {
+            call.ring().unwrap();
+        }
+    }
+}
+
+/// What either side shows at once, the other sees at once: all of it or none.
+fn all_or_none(packed: bool) {
+    let mut guest = Guest::new(setup(256, packed, false));
+    let (ring, burst) = guest.device(guest.ring.base());
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| use_whole_bursts(ring, burst, &done));
+        let _done = Done(&done);
+        let begin = Instant::now();
+        while begin.elapsed() < Duration::from_millis(400) {
+            for token in 0..60 {
+                let chain = [Buf::readable(DATA, 8)];
+                guest.ring.add(&chain, false, token).unwrap();
+            }
+            guest.ring.publish();
+            loop {
+                match guest.ring.collect(|_, _| {}).unwrap() {
+                    0 if done.load(Ordering::Relaxed) => return,
+                    0 => std::thread::yield_now(),
+                    count => break assert_eq!(count, 60, "the driver sees a part"),
+                }
+            }
+        }
+    });
+}
+
+fn use_whole_bursts(mut ring: Ring, mut burst: Burst, done: &AtomicBool) {
+    let _done = Done(done);
+    while !done.load(Ordering::Relaxed) {
+        let taken = ring.take(&mut burst, 64).unwrap();
+        if taken == 0 {
+            std::thread::yield_now();
+            continue;
+        }
+        assert_eq!(taken, 60, "the device sees a part");
+        for chain in burst.chains() {
+            ring.complete(chain, 0);
+        }
+        burst.clear();
+        let _call = ring.publish();
+    }
+}
+
+#[test]
+fn a_driver_that_goes_to_sleep_gets_the_call_of_that_moment() {
+    for packed in [false, true] {
+        for event_idx in [false, true] {
+            sleep_while_used(packed, event_idx);
+        }
+    }
+}
+
+#[test]
+fn what_is_shown_together_is_seen_together() {
+    all_or_none(false);
+    all_or_none(true);
+}
+
+#[test]
+fn no_signal_is_lost_on_packed_rings() {
+    for size in [1, 2, 3, 5, 8, 256] {
+        for event_idx in [false, true] {
+            run(size, true, event_idx);
+        }
+    }
+}
+
+#[test]
+fn no_signal_is_lost_on_split_rings() {
+    for size in [2, 4, 8, 256] {
+        for event_idx in [false, true] {
+            run(size, false, event_idx);
+        }
+    }
+}
