@@ -1,11 +1,11 @@
 //! The cases of the group `ring` under criterion, each side by itself: for work on one side.
 
 use criterion::{BenchmarkId, Criterion, Throughput};
-use virtionet_benches::rig::stay_on_one_cpu;
+use virtionet_benches::harness::pin_to_last_cpu;
 use virtionet_benches::ring::{CASES, our_side, peer_side};
 
 fn main() -> anyhow::Result<()> {
-    stay_on_one_cpu()?;
+    pin_to_last_cpu()?;
     let mut criterion = Criterion::default().configure_from_args();
     rings(&mut criterion)?;
     criterion.final_summary();

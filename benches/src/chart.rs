@@ -5,7 +5,7 @@
 use std::fmt::Write;
 
 use crate::meta::Meta;
-use crate::outcome::{Outcome, Row};
+use crate::outcome::{GroupResult, Row};
 use crate::table::figure;
 
 const WIDTH: f64 = 1080.0;
@@ -30,7 +30,7 @@ const STYLE: &str = "text{font:13px sans-serif;fill:#222}.h{font-size:16px;font-
 
 /// The picture.
 #[must_use]
-pub fn render(meta: &Meta, outcome: &Outcome) -> String {
+pub fn render(meta: &Meta, outcome: &GroupResult) -> String {
     let axis = Axis::over(&outcome.rows);
     let lines = meta.lines();
     let top = MARGIN + 24.0 + LINE * count(lines.len()) + 34.0;

@@ -15,35 +15,35 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use virtionet_guest::card::{Card, CardConfig};
-use virtionet_guest::frontend::FrontEnd;
+use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
+use virtionet_guest::frontend::FrontendConnection;
 use virtionet_guest::net::MODERN;
 use virtionet_tests::cleanup::{Action, Entry, register};
 use virtionet_tests::paths::{RunDir, virtionetd};
 
-use crate::outcome::{Better, Outcome, Row};
-use crate::rig::{in_own_netns, progress};
+use crate::outcome::{Better, GroupResult, Row};
+use crate::harness::{run_in_netns, progress};
 use crate::sampling::{Effort, median};
 
 const PAIRS: [u16; 4] = [1, 8, 64, 128];
 const UPLINKS: [&str; 2] = ["null", "tap:bench0"];
 /// The aims: KiB of the daemon, KiB of a pair, ms to the first reply.
-const AIM_DAEMON: f64 = 5.0 * 1024.0;
-const AIM_PAIR: f64 = 64.0;
-const AIM_START: f64 = 10.0;
+const MAX_DAEMON_KIB: f64 = 5.0 * 1024.0;
+const MAX_QUEUE_PAIR_KIB: f64 = 64.0;
+const MAX_START_MS: f64 = 10.0;
 /// A daemon that needs longer to reply is broken.
-const PATIENCE: Duration = Duration::from_secs(10);
+const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Until everything that a start brings about is over.
-const SETTLE: Duration = Duration::from_millis(300);
+const SETTLE_TIME: Duration = Duration::from_millis(300);
 
 /// Measures both uplinks with every number of pairs.
 ///
 /// # Errors
 /// When this process is not root, or the daemon fails: with its words.
-pub fn run(effort: Effort) -> Result<Outcome> {
+pub fn run(effort: Effort) -> Result<GroupResult> {
     raise_limits()?;
-    in_own_netns(|| {
-        let mut outcome = Outcome::default();
+    run_in_netns(|| {
+        let mut outcome = GroupResult::default();
         for uplink in UPLINKS {
             for pairs in PAIRS {
                 progress(&format!("footprint: pairs {pairs}, {uplink}"));
@@ -64,16 +64,16 @@ fn raise_limits() -> Result<()> {
     Ok(())
 }
 
-fn memory(uplink: &str, pairs: u16, outcome: &mut Outcome) -> Result<()> {
+fn memory(uplink: &str, pairs: u16, outcome: &mut GroupResult) -> Result<()> {
     let daemon = Daemon::spawn(uplink)?;
-    let front = FrontEnd::over(daemon.connect()?)?;
-    let card = start_card(front, pairs).with_context(|| daemon.words())?;
-    sleep(SETTLE);
+    let connection = FrontendConnection::from_socket(daemon.connect()?)?;
+    let frontend = start_frontend(connection, pairs).with_context(|| daemon.words())?;
+    sleep(SETTLE_TIME);
     let used = daemon.usage()?;
-    drop(card);
+    drop(frontend);
     let kind = kind(uplink);
     let plural = if pairs == 1 { "" } else { "s" };
-    let aim = AIM_DAEMON + AIM_PAIR * f64::from(pairs);
+    let aim = MAX_DAEMON_KIB + MAX_QUEUE_PAIR_KIB * f64::from(pairs);
     for (what, kib) in [
         ("resident", used.resident),
         ("proportional", used.proportional),
@@ -90,26 +90,26 @@ fn memory(uplink: &str, pairs: u16, outcome: &mut Outcome) -> Result<()> {
     Ok(())
 }
 
-fn start_card(front: FrontEnd, pairs: u16) -> Result<Card> {
-    let config = CardConfig::new(pairs, 256, MODERN);
-    let mut card = Card::negotiate(front, &config)?;
-    for pair in &mut card.pairs {
+fn start_frontend(connection: FrontendConnection, pairs: u16) -> Result<TestFrontend> {
+    let config = TestFrontendConfig::new(pairs, 256, MODERN);
+    let mut frontend = TestFrontend::negotiate(connection, &config)?;
+    for pair in &mut frontend.pairs {
         pair.rx.fill()?;
     }
-    card.start()?;
-    Ok(card)
+    frontend.start()?;
+    Ok(frontend)
 }
 
 fn start(uplink: &str, effort: Effort) -> Result<Row> {
     let mut times = Vec::new();
     for _ in 0..effort.choose(20, 5) {
         let daemon = Daemon::spawn(uplink)?;
-        let mut front = FrontEnd::over(daemon.connect()?)?;
-        front.get_features().with_context(|| daemon.words())?;
-        times.push(daemon.began.elapsed().as_secs_f64() * 1e3);
+        let mut connection = FrontendConnection::from_socket(daemon.connect()?)?;
+        connection.get_features().with_context(|| daemon.words())?;
+        times.push(daemon.started_at.elapsed().as_secs_f64() * 1e3);
     }
     let case = format!("{}: start to first reply", kind(uplink));
-    let aim = ("aim", AIM_START);
+    let aim = ("aim", MAX_START_MS);
     Ok(Row::new(&case, "ms", Better::Lower, median(&times), aim).bound(1.0))
 }
 
@@ -120,7 +120,7 @@ fn kind(uplink: &str) -> &str {
 /// A daemon without any wrapper around it, whose start could be timed no better otherwise.
 struct Daemon {
     child: Child,
-    began: Instant,
+    started_at: Instant,
     dir: RunDir,
     _entry: Entry,
 }
@@ -147,12 +147,12 @@ impl Daemon {
             .args(["--uplink", uplink])
             .stdin(Stdio::null())
             .stderr(File::create(dir.join("stderr"))?);
-        let began = Instant::now();
+        let started_at = Instant::now();
         let child = command.spawn().context("virtionetd cannot be started")?;
         Ok(Self {
             _entry: register(Action::Kill(i32::try_from(child.id())?)),
             child,
-            began,
+            started_at,
             dir,
         })
     }
@@ -164,8 +164,8 @@ impl Daemon {
             if let Ok(stream) = UnixStream::connect(&path) {
                 return Ok(stream);
             }
-            if self.began.elapsed() > PATIENCE {
-                bail!("it does not listen after {PATIENCE:?}; {}", self.words());
+            if self.started_at.elapsed() > REPLY_TIMEOUT {
+                bail!("it does not listen after {REPLY_TIMEOUT:?}; {}", self.words());
             }
             sleep(Duration::from_micros(50));
         }

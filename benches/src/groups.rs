@@ -3,7 +3,7 @@
 use anyhow::Result;
 use clap::ValueEnum;
 
-use crate::outcome::Outcome;
+use crate::outcome::GroupResult;
 use crate::sampling::Effort;
 use crate::{footprint, guests, iperf, peers, queues, ring, tap};
 
@@ -59,7 +59,7 @@ impl Group {
     ///
     /// # Errors
     /// When a part of the rig fails: with its words.
-    pub fn run(self, effort: Effort, pairs: &[u16]) -> Result<Outcome> {
+    pub fn run(self, effort: Effort, pairs: &[u16]) -> Result<GroupResult> {
         match self {
             Self::Ring => ring::run(effort),
             Self::Tap => tap::run(effort),

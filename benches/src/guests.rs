@@ -10,11 +10,11 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
 use virtionet_tests::accel::Accel;
-use virtionet_tests::duo::{Duo, DuoPlan, Which};
+use virtionet_tests::two_guests::{TwoGuestTestbed, TwoGuestConfig, GuestId};
 use virtionet_tests::iperf::Load;
 
-use crate::outcome::{Better, Outcome};
-use crate::rig::progress;
+use crate::outcome::{Better, GroupResult};
+use crate::harness::progress;
 use crate::sampling::{Effort, Pairs};
 
 /// Of queues and of vCPUs.
@@ -51,17 +51,17 @@ struct Setup {
 ///
 /// # Errors
 /// When this process is not root, or a part fails: with its words.
-pub fn run(effort: Effort) -> Result<Outcome> {
-    let mut outcome = Outcome::default();
+pub fn run(effort: Effort) -> Result<GroupResult> {
+    let mut outcome = GroupResult::default();
     for setup in &SETUPS {
         progress(&format!("guests: {}: four of them boot", setup.name));
         let prop = format!("rx_queue_size={}", setup.rx_size);
-        let plan = DuoPlan::new(PAIRS)
+        let plan = TwoGuestConfig::new(PAIRS)
             .device("placement", setup.placement)
-            .prop(Which::A, &prop)
-            .prop(Which::B, &prop);
-        let ours = Side::up(plan.on_switch()).context("with virtionetd")?;
-        let peer = Side::up(plan.on_bridge()).context("with QEMU's own cards")?;
+            .prop(GuestId::A, &prop)
+            .prop(GuestId::B, &prop);
+        let ours = GuestsUnderTest::boot(plan.on_switch()).context("with virtionetd")?;
+        let peer = GuestsUnderTest::boot(plan.on_bridge()).context("with QEMU's own cards")?;
         for flows in FLOWS {
             let plural = if flows == 1 { "" } else { "s" };
             let name = format!("{flows} flow{plural}, {}", setup.name);
@@ -77,24 +77,24 @@ pub fn run(effort: Effort) -> Result<Outcome> {
 
 fn measure(
     effort: Effort,
-    ours: &Side,
-    peer: &Side,
+    ours: &GuestsUnderTest,
+    peer: &GuestsUnderTest,
     (name, flows): (&str, u16),
-    outcome: &mut Outcome,
+    outcome: &mut GroupResult,
 ) -> Result<()> {
     let seconds = effort.choose(3, 1);
-    let before = ours.counted()?;
+    let before = ours.ring_counters()?;
     let told = |who: &str, rate: Result<f64>| -> Result<f64> {
         let rate = rate.with_context(|| format!("with {who}: {name}"))?;
         progress(&format!("guests: {name}: {rate:.2} Gbit/s with {who}"));
         Ok(rate)
     };
-    let taken = Pairs::take(
+    let taken = PairedSamples::measure_in_turns(
         effort.choose(5, 1),
         || told("virtionetd", ours.measure(flows, seconds)),
         || told("QEMU's own cards", peer.measure(flows, seconds)),
     )?;
-    let work = words(&before, &ours.counted()?);
+    let work = words(&before, &ours.ring_counters()?);
     outcome.notes.push(format!("{name}: {work}"));
     let row = taken.row(name, "Gbit/s", Better::Higher, "QEMU, bridge");
     outcome.rows.push(row.bound(BOUND));
@@ -102,30 +102,30 @@ fn measure(
 }
 
 /// Two guests and what is between them.
-struct Side(Duo);
+struct GuestsUnderTest(TwoGuestTestbed);
 
-impl Side {
+impl GuestsUnderTest {
     /// They stand still until they are measured.
-    fn up(duo: Result<Duo>) -> Result<Self> {
-        let duo = duo?;
-        duo.set_running(false)?;
-        Ok(Self(duo))
+    fn boot(testbed: Result<TwoGuestTestbed>) -> Result<Self> {
+        let testbed = testbed?;
+        testbed.set_running(false)?;
+        Ok(Self(testbed))
     }
 
     /// Gbit/s at the receiver, while the guests run for this.
     fn measure(&self, flows: u16, seconds: u32) -> Result<f64> {
         self.0.set_running(true)?;
-        self.0.reach()?;
+        self.0.wait_for_ping()?;
         // The first second, in which the flows find their speed, does not count.
         let load = Load::tcp(seconds).flows(flows).arg("-O").arg("1");
-        let report = self.0.iperf(Which::A, &load, flows)?;
+        let report = self.0.iperf(GuestId::A, &load, flows)?;
         self.0.set_running(false)?;
         Ok(report.gbps)
     }
 
     /// What the receiver's rings counted.
-    fn counted(&self) -> Result<BTreeMap<String, u64>> {
-        self.0.counters(Which::B, "rx")
+    fn ring_counters(&self) -> Result<BTreeMap<String, u64>> {
+        self.0.counters(GuestId::B, "rx")
     }
 }
 

@@ -11,13 +11,13 @@ use serde_json::Value;
 use virtionet_tests::accel::Accel;
 use virtionet_tests::daemon::{Daemon, Options};
 use virtionet_tests::evidence;
-use virtionet_tests::iperf::{Clients, Direction, Iperf, Load};
+use virtionet_tests::iperf::{Clients, Direction, Iperf, IperfLoad};
 use virtionet_tests::paths::RunDir;
 use virtionet_tests::qemu::{Machine, Nic, Qemu};
-use virtionet_tests::topology::{Lan, TAP, configure_guest};
+use virtionet_tests::topology::{HostNetwork, TAP, configure_guest};
 
-use crate::outcome::{Better, Outcome};
-use crate::rig::progress;
+use crate::outcome::{Better, GroupResult};
+use crate::harness::progress;
 use crate::sampling::{Effort, Pairs};
 
 const PAIRS: [u16; 3] = [1, 2, 4];
@@ -30,8 +30,8 @@ const BOOT: Duration = Duration::from_secs(120);
 ///
 /// # Errors
 /// When this process is not root, or a part fails: with its words.
-pub fn run(effort: Effort) -> Result<Outcome> {
-    let mut outcome = Outcome::default();
+pub fn run(effort: Effort) -> Result<GroupResult> {
+    let mut outcome = GroupResult::default();
     for pairs in PAIRS {
         let loads = loads();
         let mut taken = vec![Pairs::default(); loads.len()];
@@ -57,17 +57,17 @@ pub fn run(effort: Effort) -> Result<Outcome> {
 
 /// What iperf3 is to do.
 #[derive(Debug, Clone, Copy)]
-struct Flows {
+struct IperfCase {
     direction: Direction,
     flows: u16,
 }
 
-fn loads() -> Vec<Flows> {
-    let both = |direction| FLOWS.map(|flows| Flows { direction, flows });
+fn loads() -> Vec<IperfCase> {
+    let both = |direction| FLOWS.map(|flows| IperfCase { direction, flows });
     DIRECTIONS.into_iter().flat_map(both).collect()
 }
 
-impl Flows {
+impl IperfCase {
     fn case(self, pairs: u16) -> String {
         let way = match self.direction {
             Direction::HostToGuest => "host to guest",
@@ -80,16 +80,16 @@ impl Flows {
 }
 
 /// Boots both sides and takes one pair of every load; says what our rings did in each.
-fn repeat(pairs: u16, effort: Effort, loads: &[Flows], taken: &mut [Pairs]) -> Result<Vec<String>> {
+fn repeat(pairs: u16, effort: Effort, loads: &[IperfCase], taken: &mut [Pairs]) -> Result<Vec<String>> {
     let dir = RunDir::new()?;
-    let ours = Side::ours(&dir, pairs).context("with virtionetd")?;
-    let peer = Side::peer(&dir, pairs).context("with QEMU's own card")?;
+    let ours = GuestUnderTest::ours(&dir, pairs).context("with virtionetd")?;
+    let peer = GuestUnderTest::peer(&dir, pairs).context("with QEMU's own card")?;
     let seconds = effort.choose(4, 2);
     let mut work = Vec::new();
     for (load, taken) in loads.iter().zip(taken) {
-        let before = ours.counted(load.direction)?;
+        let before = ours.ring_counters(load.direction)?;
         let our_rate = ours.measure(&dir, *load, seconds);
-        work.push(ours.counted(load.direction)?.since(before).words());
+        work.push(ours.ring_counters(load.direction)?.since(before).words());
         let our_rate = our_rate.context("with virtionetd")?;
         let peer_rate = peer.measure(&dir, *load, seconds);
         let peer_rate = peer_rate.context("with QEMU's own card")?;
@@ -103,73 +103,73 @@ fn repeat(pairs: u16, effort: Effort, loads: &[Flows], taken: &mut [Pairs]) -> R
 }
 
 /// A guest and what its card is connected to. QEMU goes first, the network last.
-struct Side {
+struct GuestUnderTest {
     qemu: Qemu,
     daemon: Option<Daemon>,
-    lan: Lan,
+    network: HostNetwork,
 }
 
 /// What the rings of one direction counted, all pairs together.
 #[derive(Debug, Clone, Copy, Default)]
-struct Counted {
+struct DirectionCounters {
     frames: f64,
     bytes: f64,
     bursts: f64,
     dropped: f64,
 }
 
-impl Side {
+impl GuestUnderTest {
     fn ours(dir: &RunDir, pairs: u16) -> Result<Self> {
-        let lan = Lan::bare()?;
+        let network = HostNetwork::bare()?;
         let daemon = Options::new()
-            .netns(lan.netns())
+            .netns(network.netns())
             .flag("--tap", TAP)
             .start(dir, "ours")?;
-        lan.configure()?;
+        network.configure()?;
         let nic = Nic::vhost_user(daemon.socket()).queues(pairs);
         let qemu = machine().nic(nic).start(dir, "ours-guest")?;
-        Self::boot(qemu, Some(daemon), lan, pairs)
+        Self::boot(qemu, Some(daemon), network, pairs)
     }
 
     fn peer(dir: &RunDir, pairs: u16) -> Result<Self> {
-        let lan = Lan::with_tap(pairs)?;
+        let network = HostNetwork::with_tap(pairs)?;
         let nic = Nic::tap(TAP).queues(pairs);
-        let machine = machine().netns(lan.netns()).nic(nic);
+        let machine = machine().netns(network.netns()).nic(nic);
         let qemu = machine.start(dir, "peer-guest")?;
-        Self::boot(qemu, None, lan, pairs)
+        Self::boot(qemu, None, network, pairs)
     }
 
     /// Boots the guest and stops it again.
-    fn boot(mut qemu: Qemu, daemon: Option<Daemon>, lan: Lan, pairs: u16) -> Result<Self> {
+    fn boot(mut qemu: Qemu, daemon: Option<Daemon>, network: HostNetwork, pairs: u16) -> Result<Self> {
         qemu.pin_vcpus()?;
         qemu.resume()?;
         qemu.boot(BOOT)?;
         configure_guest(qemu.guest(), pairs)?;
-        evidence::reach(&lan, qemu.guest(), daemon.as_ref())?;
+        diagnostics::wait_for_ping(&network, qemu.guest(), daemon.as_ref())?;
         stop(&qemu)?;
-        Ok(Self { qemu, daemon, lan })
+        Ok(Self { qemu, daemon, network })
     }
 
     /// Gbit/s at the receivers, while the guest runs for this.
-    fn measure(&self, dir: &RunDir, load: Flows, seconds: u32) -> Result<f64> {
+    fn measure(&self, dir: &RunDir, load: IperfCase, seconds: u32) -> Result<f64> {
         self.qemu.resume()?;
         let guest = self.qemu.guest();
-        evidence::reach(&self.lan, guest, self.daemon.as_ref())?;
-        let iperf = Iperf::new(&self.lan, guest, dir, Clients::Host, load.flows)?;
+        diagnostics::wait_for_ping(&self.network, guest, self.daemon.as_ref())?;
+        let iperf = Iperf::new(&self.network, guest, dir, Clients::Host, load.flows)?;
         // The first second, in which the flows find their speed, does not count.
-        let what = Load::tcp(seconds).flows(load.flows).arg("-O").arg("1");
+        let what = IperfLoad::tcp(seconds).flows(load.flows).arg("-O").arg("1");
         let report = iperf.run(&what, load.direction)?;
         stop(&self.qemu)?;
         Ok(report.gbps)
     }
 
     /// Zeros for QEMU's own card, which tells nothing.
-    fn counted(&self, direction: Direction) -> Result<Counted> {
+    fn ring_counters(&self, direction: Direction) -> Result<DirectionCounters> {
         let ring = match direction {
             Direction::HostToGuest => "rx",
             Direction::GuestToHost => "tx",
         };
-        let mut sum = Counted::default();
+        let mut sum = DirectionCounters::default();
         let Some(daemon) = &self.daemon else {
             return Ok(sum);
         };
@@ -191,7 +191,7 @@ impl Side {
     }
 }
 
-impl Counted {
+impl DirectionCounters {
     fn since(self, before: Self) -> Self {
         Self {
             frames: self.frames - before.frames,

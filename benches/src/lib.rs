@@ -17,7 +17,7 @@ pub mod meta;
 pub mod outcome;
 pub mod peers;
 pub mod queues;
-pub mod rig;
+pub mod harness;
 pub mod ring;
 pub mod sampling;
 pub mod table;

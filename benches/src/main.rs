@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
 use virtionet_benches::groups::Group;
 use virtionet_benches::meta::Meta;
-use virtionet_benches::outcome::Outcome;
+use virtionet_benches::outcome::GroupResult;
 use virtionet_benches::sampling::Effort;
 use virtionet_benches::{chart, table};
 use virtionet_tests::paths::root;
@@ -74,7 +74,7 @@ fn measure(group: Group, effort: Effort, pairs: &[u16], results: &Path) -> Resul
     write(results, group, &meta, &outcome)
 }
 
-fn write(results: &Path, group: Group, meta: &Meta, outcome: &Outcome) -> Result<()> {
+fn write(results: &Path, group: Group, meta: &Meta, outcome: &GroupResult) -> Result<()> {
     let rows = serde_json::to_string_pretty(&outcome.rows)?;
     let side = serde_json::to_string_pretty(meta)?;
     let page = outcome.page.as_ref();

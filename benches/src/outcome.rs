@@ -74,7 +74,7 @@ impl Row {
 
 /// All that a group measured.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub struct Outcome {
+pub struct GroupResult {
     /// The cases.
     pub rows: Vec<Row>,
     /// What else is worth knowing, a sentence each.

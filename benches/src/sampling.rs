@@ -115,7 +115,7 @@ mod tests {
             order.borrow_mut().push(c);
             Ok(f64::from(u32::try_from(order.borrow().len()).unwrap()))
         };
-        let pairs = Pairs::take(2, || call('A'), || call('B')).unwrap();
+        let pairs = PairedSamples::measure_in_turns(2, || call('A'), || call('B')).unwrap();
         assert_eq!(*order.borrow(), "ABABAB");
         assert_eq!(pairs.ours, [3.0, 5.0]);
         assert_eq!(pairs.peer, [4.0, 6.0]);

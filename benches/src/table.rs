@@ -3,11 +3,11 @@
 use std::fmt::Write;
 
 use crate::meta::Meta;
-use crate::outcome::{Outcome, Row};
+use crate::outcome::{GroupResult, Row};
 
 /// The machine, the rows in columns, the notes.
 #[must_use]
-pub fn render(meta: &Meta, outcome: &Outcome) -> String {
+pub fn render(meta: &Meta, outcome: &GroupResult) -> String {
     let mut text = format!("\n== {}: {}\n", meta.group, meta.title);
     for line in meta.lines() {
         text.push_str(&line);
@@ -59,7 +59,7 @@ fn verdict(row: &Row) -> String {
     }
 }
 
-fn width(outcome: &Outcome, head: &str, of: impl Fn(&Row) -> &String) -> usize {
+fn width(outcome: &GroupResult, head: &str, of: impl Fn(&Row) -> &String) -> usize {
     let longest = outcome.rows.iter().map(|row| of(row).chars().count()).max();
     longest.unwrap_or(0).max(head.len())
 }

@@ -7,34 +7,34 @@ use virtio_bindings::virtio_net as net;
 use virtio_bindings::virtio_ring as ring;
 use virtionet_virtio_net::features::Features;
 use virtionet_virtio_net::header::VnetHeader;
-use virtionet_virtio_net::port::{MAX_BURST, TxFrame};
-use virtionet_virtio_net::stats::RingStats;
+use virtionet_virtio_net::uplink::{MAX_BURST, TxFrame};
+use virtionet_virtio_net::stats::VringStats;
 use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue, TxQueue};
-use virtionet_guest::driver::RingAddresses;
+use virtionet_guest::driver::VirtqueueAddresses;
 use virtionet_guest::memory::GuestRam;
 use virtionet_virtqueue::memory::GuestSlice;
-use virtionet_virtqueue::{RingFault, RingLayout};
+use virtionet_virtqueue::{VirtqueueFault, VirtqueueLayout};
 
 use crate::input::Input;
-use crate::uplink::{Checker, Mapped};
+use crate::uplink::{CheckingUplink, Mapped};
 
 /// Guest memory: two regions that touch, the second large enough for chains of 4 GiB, a hole, and a
 /// third.
-const LAYOUT: [(u64, u64); 3] = [(0, SEAM), (SEAM, HOLE - SEAM), (HOLE + 0x8000, 0x1000)];
+const LAYOUT: [(u64, u64); 3] = [(0, REGION_BOUNDARY), (REGION_BOUNDARY, GAP_START - REGION_BOUNDARY), (GAP_START + 0x8000, 0x1000)];
 /// Where the second region begins.
-const SEAM: u64 = 0x4_0000;
+const REGION_BOUNDARY: u64 = 0x4_0000;
 /// Where it ends.
-const HOLE: u64 = 0x80_0000;
+const GAP_START: u64 = 0x80_0000;
 /// Where buffers lie.
 pub const DATA: u64 = 0x2_0000;
 /// Where indirect tables lie; the first 256 of their descriptors can be written.
 pub const TABLE: u64 = 0x1_0000;
 /// Most frames for one turn of an RX queue.
-const TURN: usize = 16;
+const MAX_FRAMES_PER_CALL: usize = 16;
 
 /// What the first bytes say.
 #[derive(Debug, Clone, Copy)]
-pub struct Setup {
+pub struct FuzzSetup {
     /// Bits: RX, EVENT_IDX, INDIRECT_DESC, MRG_RXBUF, offloads, VERSION_1.
     pub options: u8,
     /// Of a split ring the binary logarithm of the size, modulo 9; of a packed ring one less than
@@ -45,10 +45,10 @@ pub struct Setup {
     /// Where the device finds the ring: 0 where it is; else areas over one another or outside.
     pub layout: u8,
     /// Added to the base that the device is told.
-    pub skew: u8,
+    pub base_offset: u8,
 }
 
-impl Setup {
+impl FuzzSetup {
     /// From the first 6 bytes.
     pub fn read(input: &mut Input<'_>) -> Self {
         Self {
@@ -56,7 +56,7 @@ impl Setup {
             size: input.u8(),
             start: input.u16(),
             layout: input.u8(),
-            skew: input.u8(),
+            base_offset: input.u8(),
         }
     }
 
@@ -86,8 +86,8 @@ impl Setup {
     }
 
     /// Whether the device is told the truth about where the ring lies and how far it is.
-    pub fn is_true(self) -> bool {
-        self.layout == 0 && self.skew == 0
+    pub fn is_consistent(self) -> bool {
+        self.layout == 0 && self.base_offset == 0
     }
 }
 
@@ -98,14 +98,14 @@ pub fn ram() -> GuestRam {
 
 /// A queue's turn.
 pub trait Turn: DeviceQueue {
-    fn turn(&mut self, uplink: &Checker) -> Result<(), RingFault>;
+    fn turn(&mut self, uplink: &CheckingUplink) -> Result<(), VirtqueueFault>;
 
     /// Frames come from another thread: `count` of `len` bytes each.
     fn push(&mut self, count: usize, len: usize);
 }
 
 impl Turn for TxQueue {
-    fn turn(&mut self, uplink: &Checker) -> Result<(), RingFault> {
+    fn turn(&mut self, uplink: &CheckingUplink) -> Result<(), VirtqueueFault> {
         let sent = self.send(Some(uplink))?;
         assert!(sent.chains <= MAX_BURST);
         Ok(())
@@ -115,15 +115,15 @@ impl Turn for TxQueue {
 }
 
 impl Turn for RxQueue {
-    fn turn(&mut self, uplink: &Checker) -> Result<(), RingFault> {
-        let filled = self.fill(uplink, TURN, 1 << 20)?;
-        assert!(filled.frames <= TURN);
+    fn turn(&mut self, uplink: &CheckingUplink) -> Result<(), VirtqueueFault> {
+        let received = self.receive(uplink, MAX_FRAMES_PER_CALL, 1 << 20)?;
+        assert!(received.frames <= MAX_FRAMES_PER_CALL);
         Ok(())
     }
 
     fn push(&mut self, count: usize, len: usize) {
         let mut bytes = vec![0xa5; len];
-        let payload = [GuestSlice::private(&mut bytes)];
+        let payload = [GuestSlice::from_private(&mut bytes)];
         let frame = TxFrame {
             header: VnetHeader::default(),
             payload: &payload,
@@ -136,30 +136,30 @@ impl Turn for RxQueue {
 }
 
 /// The device's side of a ring.
-pub struct Device<Q> {
+pub struct DeviceUnderTest<Q> {
     pub ram: GuestRam,
-    uplink: Checker,
+    uplink: CheckingUplink,
     queue: Q,
 }
 
-impl<Q: Turn> Device<Q> {
+impl<Q: Turn> DeviceUnderTest<Q> {
     /// `None` when the device refuses the ring.
     pub fn new(
-        setup: Setup,
+        setup: FuzzSetup,
         ram: GuestRam,
-        layout: RingLayout,
+        layout: VirtqueueLayout,
         base: u32,
         more: u64,
     ) -> Option<Self> {
         let memory = Arc::new(ram.guest_memory().unwrap());
         let features = Features(setup.features().0 | more);
-        let uplink = Checker::new(features, &memory);
+        let uplink = CheckingUplink::new(features, &memory);
         let queue = Q::new(QueueConfig {
             layout,
             base,
             features,
             memory,
-            stats: Arc::new(RingStats::default()),
+            stats: Arc::new(VringStats::default()),
         });
         Some(Self {
             queue: queue.ok()?,
@@ -208,25 +208,25 @@ impl<Q: Turn> Device<Q> {
 
     /// Address (2 bytes, times 4) and 8 bytes for it. Into the ring as well, so nothing can be said
     /// of what is used any more.
-    pub fn poke(&self, input: &mut Input<'_>) {
+    pub fn write_memory(&self, input: &mut Input<'_>) {
         let addr = 4 * u64::from(input.u16());
         self.ram.write(addr, &input.array::<8>()).unwrap();
     }
 }
 
 /// What an input says of a descriptor.
-pub struct Fields {
+pub struct DescriptorFields {
     pub addr: u64,
     pub len: u32,
     pub flags: u16,
     pub next: u16,
     /// Whether it is known to lie apart from the ring.
-    pub apart: bool,
+    pub is_outside_ring: bool,
 }
 
 /// A descriptor of 7 bytes: where its address lies (1: kind, 2: offset), its length (2: below
 /// 0x8000 as it is, else in 128 KiB), flags (1) and next or id (1).
-pub fn fields(input: &mut Input<'_>) -> Fields {
+pub fn fields(input: &mut Input<'_>) -> DescriptorFields {
     let kind = input.u8();
     let offset = u64::from(input.u16());
     let addr = match kind % 8 {
@@ -235,8 +235,8 @@ pub fn fields(input: &mut Input<'_>) -> Fields {
         // The ring itself.
         4 => 0x1000 + offset % 0x2000,
         // Around the seam of two regions, and the hole behind them.
-        5 => SEAM - 0x8000 + offset,
-        6 => HOLE - 0x8000 + offset,
+        5 => REGION_BOUNDARY - 0x8000 + offset,
+        6 => GAP_START - 0x8000 + offset,
         _ => input.u64(),
     };
     let len = match input.u16() {
@@ -248,19 +248,19 @@ pub fn fields(input: &mut Input<'_>) -> Fields {
         0xff => u16::MAX,
         n => u16::from(n),
     };
-    Fields {
+    DescriptorFields {
         addr,
         len,
         flags,
         next,
-        apart: !matches!(kind % 8, 4 | 7),
+        is_outside_ring: !matches!(kind % 8, 4 | 7),
     }
 }
 
 /// Where the device is told that a ring of `size` at `at` lies.
-pub fn layout(setup: Setup, ram: &GuestRam, at: RingAddresses, size: u16) -> RingLayout {
+pub fn layout(setup: FuzzSetup, ram: &GuestRam, at: VirtqueueAddresses, size: u16) -> VirtqueueLayout {
     let user = |addr| ram.user_addr(addr).unwrap();
-    let good = RingLayout {
+    let good = VirtqueueLayout {
         size,
         desc: user(at.descriptors),
         avail: user(at.driver),
@@ -268,30 +268,30 @@ pub fn layout(setup: Setup, ram: &GuestRam, at: RingAddresses, size: u16) -> Rin
     };
     match setup.layout % 8 {
         0 => good,
-        1 => RingLayout {
+        1 => VirtqueueLayout {
             used: good.desc,
             ..good
         },
-        2 => RingLayout {
+        2 => VirtqueueLayout {
             avail: good.used,
             ..good
         },
-        3 => RingLayout {
+        3 => VirtqueueLayout {
             used: good.avail & !3,
             ..good
         },
-        4 => RingLayout {
+        4 => VirtqueueLayout {
             desc: good.desc + 8,
             ..good
         },
-        5 => RingLayout {
+        5 => VirtqueueLayout {
             used: user(0x3_fff0),
             ..good
         },
-        6 => RingLayout {
+        6 => VirtqueueLayout {
             avail: u64::MAX - 1,
             ..good
         },
-        _ => RingLayout { size: 3, ..good },
+        _ => VirtqueueLayout { size: 3, ..good },
     }
 }

@@ -18,49 +18,49 @@ use std::sync::{Arc, Mutex};
 
 use rustix::event::{EventfdFlags, eventfd};
 use virtionet_virtio_net::features::Features;
-use virtionet_virtio_net::stats::RingStats;
+use virtionet_virtio_net::stats::VringStats;
 use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue, TxQueue};
 use virtionet_guest::memory::GuestRam;
 use virtionet_virtqueue::memory::GuestMemory;
 use virtionet_vhost_user::wire::{HEADER_SIZE, Header, Message};
-use virtionet_vhost_user::{Backend, BackendError, RingStart, Session, serve};
+use virtionet_vhost_user::{Backend, BackendError, VringStart, Session, serve};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::input::Input;
-use crate::uplink::{Checker, Mapped};
+use crate::uplink::{CheckingUplink, Mapped};
 
 /// Queue pairs of the device.
 const PAIRS: u16 = 2;
 /// Bytes of the file that the front-end shares.
-pub const FILE: u64 = 0x10_0000;
+pub const SHARED_FILE_SIZE: u64 = 0x10_0000;
 /// Most bytes of an input: more could bring more replies than a socket holds unread.
-const MOST: usize = 2048;
+const MAX_INPUT_SIZE: usize = 2048;
 /// See the module's text.
-const THROUGH_SOCKET: u32 = 1 << 31;
+const OVER_SOCKET: u32 = 1 << 31;
 
 /// One input from start to end.
 pub fn run(data: &[u8]) {
-    let data = &data[..data.len().min(MOST)];
-    let device = Device::default();
+    let data = &data[..data.len().min(MAX_INPUT_SIZE)];
+    let device = FuzzDevice::default();
     let files = Files::new();
     let flags = data.get(4..8).map_or([0; 4], |f| [f[0], f[1], f[2], f[3]]);
-    match u32::from_ne_bytes(flags) & THROUGH_SOCKET {
-        0 => straight(data, &device, &files),
-        _ => through_socket(data, &device, &files),
+    match u32::from_ne_bytes(flags) & OVER_SOCKET {
+        0 => run_in_process(data, &device, &files),
+        _ => run_over_socket(data, &device, &files),
     }
     assert!(device.rings.lock().unwrap().is_empty(), "a ring still runs");
 }
 
 /// A message of the input: its header, its payload as far as it is there, and what comes along.
-struct Piece<'d> {
+struct InputMessage<'d> {
     bytes: &'d [u8],
     header: [u8; HEADER_SIZE],
     payload: &'d [u8],
     fds: usize,
-    kind: Kind,
+    kind: FdKind,
 }
 
-fn pieces(data: &[u8]) -> impl Iterator<Item = Piece<'_>> {
+fn input_messages(data: &[u8]) -> impl Iterator<Item = InputMessage<'_>> {
     let mut input = Input(data);
     std::iter::from_fn(move || {
         if input.is_empty() {
@@ -71,30 +71,30 @@ fn pieces(data: &[u8]) -> impl Iterator<Item = Piece<'_>> {
         let [_, _, _, _, _, fds, kind, _, ..] = header;
         let size = u32::from_ne_bytes([header[8], header[9], header[10], header[11]]);
         let payload = input.bytes(usize::try_from(size).unwrap());
-        Some(Piece {
+        Some(InputMessage {
             bytes: &all[..all.len() - input.0.len()],
             header,
             payload,
             fds: usize::from(fds % 64),
-            kind: Kind::from(kind),
+            kind: FdKind::from(kind),
         })
     })
 }
 
-fn straight(data: &[u8], device: &Device, files: &Files) {
+fn run_in_process(data: &[u8], device: &FuzzDevice, files: &Files) {
     let mut session = Session::new(device);
-    for piece in pieces(data) {
-        let Ok(header) = Header::parse(piece.header) else {
+    for input_message in input_messages(data) {
+        let Ok(header) = Header::parse(input_message.header) else {
             break;
         };
-        if piece.payload.len() < header.size {
+        if input_message.payload.len() < header.size {
             break;
         }
         let message = Message {
             header,
-            payload: piece.payload.to_vec(),
-            fds: (0..piece.fds.min(32))
-                .map(|_| files.owned(piece.kind))
+            payload: input_message.payload.to_vec(),
+            fds: (0..input_message.fds.min(32))
+                .map(|_| files.owned(input_message.kind))
                 .collect(),
         };
         match session.handle(message) {
@@ -108,15 +108,15 @@ fn straight(data: &[u8], device: &Device, files: &Files) {
 }
 
 /// All is written before the session reads it: a socket's buffer is larger than any input.
-fn through_socket(data: &[u8], device: &Device, files: &Files) {
+fn run_over_socket(data: &[u8], device: &FuzzDevice, files: &Files) {
     let (front, back) = UnixStream::pair().unwrap();
-    for piece in pieces(data) {
-        let fds: Vec<RawFd> = (0..piece.fds).map(|_| files.raw(piece.kind)).collect();
+    for input_message in input_messages(data) {
+        let fds: Vec<RawFd> = (0..input_message.fds).map(|_| files.raw(input_message.kind)).collect();
         match fds.is_empty() {
-            true => (&front).write_all(piece.bytes).unwrap(),
+            true => (&front).write_all(input_message.bytes).unwrap(),
             false => {
-                let sent = front.send_with_fds(&[piece.bytes], &fds).unwrap();
-                assert_eq!(sent, piece.bytes.len());
+                let sent = front.send_with_fds(&[input_message.bytes], &fds).unwrap();
+                assert_eq!(sent, input_message.bytes.len());
             }
         }
     }
@@ -127,7 +127,7 @@ fn through_socket(data: &[u8], device: &Device, files: &Files) {
 
 /// What comes with a message.
 #[derive(Debug, Clone, Copy)]
-pub enum Kind {
+pub enum FdKind {
     /// What most messages carry.
     EventFd,
     /// Guest memory.
@@ -136,7 +136,7 @@ pub enum Kind {
     Null,
 }
 
-impl From<u8> for Kind {
+impl From<u8> for FdKind {
     fn from(bits: u8) -> Self {
         match bits % 16 {
             0 => Self::EventFd,
@@ -157,24 +157,24 @@ impl Files {
     fn new() -> Self {
         Self {
             event: eventfd(0, EventfdFlags::empty()).unwrap(),
-            memory: GuestRam::new(FILE).unwrap(),
+            memory: GuestRam::new(SHARED_FILE_SIZE).unwrap(),
             null: File::open("/dev/null").unwrap(),
         }
     }
 
-    fn raw(&self, kind: Kind) -> RawFd {
+    fn raw(&self, kind: FdKind) -> RawFd {
         match kind {
-            Kind::EventFd => self.event.as_raw_fd(),
-            Kind::Memory => self.memory.fd(),
-            Kind::Null => self.null.as_raw_fd(),
+            FdKind::EventFd => self.event.as_raw_fd(),
+            FdKind::Memory => self.memory.fd(),
+            FdKind::Null => self.null.as_raw_fd(),
         }
     }
 
-    fn owned(&self, kind: Kind) -> OwnedFd {
+    fn owned(&self, kind: FdKind) -> OwnedFd {
         match kind {
-            Kind::EventFd => self.event.try_clone().unwrap(),
-            Kind::Memory => self.memory.file().try_clone().unwrap().into(),
-            Kind::Null => self.null.try_clone().unwrap().into(),
+            FdKind::EventFd => self.event.try_clone().unwrap(),
+            FdKind::Memory => self.memory.file().try_clone().unwrap().into(),
+            FdKind::Null => self.null.try_clone().unwrap().into(),
         }
     }
 }
@@ -186,18 +186,18 @@ enum Queue {
 }
 
 impl Queue {
-    fn new(index: u16, config: QueueConfig) -> Result<Self, virtionet_virtqueue::RingError> {
+    fn new(index: u16, config: QueueConfig) -> Result<Self, virtionet_virtqueue::VirtqueueError> {
         Ok(match index % 2 {
             0 => Self::Rx(RxQueue::new(config)?),
             _ => Self::Tx(TxQueue::new(config)?),
         })
     }
 
-    fn turn(&mut self, uplink: &Checker) {
+    fn turn(&mut self, uplink: &CheckingUplink) {
         match self {
             Self::Rx(rx) => {
                 uplink.waiting.lock().unwrap().push_back(100);
-                let _fault = rx.fill(uplink, 4, 1 << 20);
+                let _fault = rx.receive(uplink, 4, 1 << 20);
             }
             Self::Tx(tx) => {
                 let _fault = tx.send(Some(uplink));
@@ -208,11 +208,11 @@ impl Queue {
 
 /// The device: its running rings.
 #[derive(Default)]
-struct Device {
-    rings: Mutex<BTreeMap<u16, (Queue, Checker)>>,
+struct FuzzDevice {
+    rings: Mutex<BTreeMap<u16, (Queue, CheckingUplink)>>,
 }
 
-impl Device {
+impl FuzzDevice {
     fn turn(&self) {
         for (queue, uplink) in self.rings.lock().unwrap().values_mut() {
             queue.turn(uplink);
@@ -224,12 +224,12 @@ impl Device {
     }
 }
 
-impl Backend for Device {
+impl Backend for FuzzDevice {
     fn features(&self) -> u64 {
         Features::offered().0
     }
 
-    fn max_pairs(&self) -> u16 {
+    fn max_queue_pairs(&self) -> u16 {
         PAIRS
     }
 
@@ -247,18 +247,18 @@ impl Backend for Device {
         });
     }
 
-    fn start_ring(&self, index: u16, start: RingStart) -> Result<(), BackendError> {
+    fn start_vring(&self, index: u16, start: VringStart) -> Result<(), BackendError> {
         self.known(index);
         assert!(!start.memory.is_empty());
-        assert!((1..=virtionet_virtqueue::MAX_SIZE).contains(&start.layout.size));
+        assert!((1..=virtionet_virtqueue::MAX_QUEUE_SIZE).contains(&start.layout.size));
         let features = Features(start.features);
-        let uplink = Checker::new(features, &start.memory);
+        let uplink = CheckingUplink::new(features, &start.memory);
         let config = QueueConfig {
             layout: start.layout,
             base: start.base,
             features,
             memory: start.memory,
-            stats: Arc::new(RingStats::default()),
+            stats: Arc::new(VringStats::default()),
         };
         let queue = Queue::new(index, config).map_err(|e| BackendError::new(e.to_string()))?;
         let before = self.rings.lock().unwrap().insert(index, (queue, uplink));
@@ -266,7 +266,7 @@ impl Backend for Device {
         Ok(())
     }
 
-    fn stop_ring(&self, index: u16) -> Option<u32> {
+    fn stop_vring(&self, index: u16) -> Option<u32> {
         self.known(index);
         let (queue, _) = self.rings.lock().unwrap().remove(&index)?;
         Some(match queue {

@@ -8,8 +8,8 @@
 //! bytes), how many bytes to append to the frame (2 bytes), and the frame.
 
 use virtionet_virtio_net::features::Features;
-use virtionet_virtio_net::header::{FrameFormat, HEADER_LEN, MIN_FRAME, VnetHeader};
-use virtionet_virtio_net::offload::{Segmenter, fits};
+use virtionet_virtio_net::header::{FrameFormat, VNET_HEADER_LEN, MIN_FRAME, VnetHeader};
+use virtionet_virtio_net::offload::{Segmenter, can_pass_unmodified};
 
 use crate::input::Input;
 use crate::packets::{self, Packet};
@@ -19,14 +19,14 @@ pub fn run(data: &[u8]) {
     let mut input = Input(data);
     let format = format(input.u8());
     let cut = usize::from(input.u16()).max(1);
-    let header = VnetHeader(input.array::<HEADER_LEN>());
+    let header = VnetHeader(input.array::<VNET_HEADER_LEN>());
     let more = usize::from(input.u16());
     let mut bytes = input.0.to_vec();
     bytes.extend((0_u8..251).cycle().take(more));
     let checked = header.check(bytes.len(), Features::offered());
     let packet = Packet { header, bytes };
     let len = packet.bytes.len();
-    if fits(&header, &format) {
+    if can_pass_unmodified(&header, &format) {
         // Nobody would ask then; but what fits a target is what its driver may be sent.
         assert!(format.csum || header.flags() == 0);
     }
@@ -47,7 +47,7 @@ fn format(bits: u8) -> FrameFormat {
     let csum = bits & 1 != 0;
     let also = |n: u8| csum && bits >> n & 1 != 0;
     FrameFormat {
-        header_len: HEADER_LEN,
+        header_len: VNET_HEADER_LEN,
         csum,
         tso4: also(1),
         tso6: also(2),

@@ -10,12 +10,12 @@
 use std::collections::VecDeque;
 
 use virtionet_virtio_net::{RxQueue, TxQueue};
-use virtionet_guest::driver::RingConfig;
+use virtionet_guest::driver::DriverVirtqueueConfig;
 use virtionet_guest::net::PACKED;
-use virtionet_guest::packed::{AVAIL, PackedDescriptor, PackedRing, Place, USED};
-use virtionet_guest::split::NEXT;
+use virtionet_guest::packed::{VIRTQ_DESC_F_AVAIL, PackedDescriptor, PackedDriverVirtqueue, RingPosition, VIRTQ_DESC_F_USED};
+use virtionet_guest::split::VRING_DESC_F_NEXT;
 
-use crate::chains::{Device, Fields, Setup, TABLE, Turn, fields, layout, ram};
+use crate::chains::{DeviceUnderTest, DescriptorFields, FuzzSetup, TABLE, Turn, fields, layout, ram};
 use crate::input::Input;
 
 /// An operation's first byte, modulo their number.
@@ -37,7 +37,7 @@ pub enum Op {
     /// A turn.
     Turn,
     /// See [`Device::poke`].
-    Poke,
+    WriteMemory,
     /// See [`Device::rewind`].
     Rewind,
     /// See [`Device::rebind`].
@@ -56,7 +56,7 @@ const OPS: [Op; 12] = [
     Op::Event,
     Op::Feed,
     Op::Turn,
-    Op::Poke,
+    Op::WriteMemory,
     Op::Rewind,
     Op::Rebind,
     Op::Kicks,
@@ -66,10 +66,10 @@ const OPS: [Op; 12] = [
 /// One input from start to end.
 pub fn run(data: &[u8]) {
     let mut input = Input(data);
-    let setup = Setup::read(&mut input);
+    let setup = FuzzSetup::read(&mut input);
     match setup.is_rx() {
-        true => Bench::<RxQueue>::run(setup, input),
-        false => Bench::<TxQueue>::run(setup, input),
+        true => ChainFuzzer::<RxQueue>::run(setup, input),
+        false => ChainFuzzer::<TxQueue>::run(setup, input),
     }
 }
 
@@ -81,22 +81,22 @@ struct Chain {
     id: u16,
 }
 
-struct Bench<Q> {
-    driver: PackedRing,
-    device: Device<Q>,
+struct ChainFuzzer<Q> {
+    driver: PackedDriverVirtqueue,
+    device: DeviceUnderTest<Q>,
     /// The next descriptor to write.
-    at: Place,
+    at: RingPosition,
     /// The first descriptor that was not seen used.
-    seen: Place,
+    next_used: RingPosition,
     chains: VecDeque<Chain>,
     /// The chain at hand.
     open: Chain,
     /// The driver has kept to the rules, and nobody else wrote to the ring.
-    sound: bool,
+    is_valid: bool,
 }
 
-impl<Q: Turn> Bench<Q> {
-    fn run(setup: Setup, mut input: Input<'_>) {
+impl<Q: Turn> ChainFuzzer<Q> {
+    fn run(setup: FuzzSetup, mut input: Input<'_>) {
         let Some(mut bench) = Self::new(setup) else {
             return;
         };
@@ -108,27 +108,27 @@ impl<Q: Turn> Bench<Q> {
     }
 
     /// `None` when the device refuses the ring.
-    fn new(setup: Setup) -> Option<Self> {
+    fn new(setup: FuzzSetup) -> Option<Self> {
         let ram = ram();
         let size = u16::from(setup.size) + 1;
-        let driver = RingConfig {
+        let driver = DriverVirtqueueConfig {
             size,
             event_idx: setup.event_idx(),
             packed: true,
             start: setup.start,
         };
-        let driver = PackedRing::new(&ram, driver).unwrap();
-        let at = Place::nth(setup.start, size);
+        let driver = PackedDriverVirtqueue::new(&ram, driver).unwrap();
+        let at = RingPosition::nth(setup.start, size);
         let layout = layout(setup, &ram, driver.addresses(), size);
-        let base = base(at).wrapping_add(setup.skew.into());
+        let base = base(at).wrapping_add(setup.base_offset.into());
         Some(Self {
-            device: Device::new(setup, ram, layout, base, PACKED)?,
+            device: DeviceUnderTest::new(setup, ram, layout, base, PACKED)?,
             driver,
             at,
-            seen: at,
+            next_used: at,
             chains: VecDeque::new(),
             open: Chain::default(),
-            sound: setup.is_true(),
+            is_valid: setup.is_consistent(),
         })
     }
 
@@ -142,18 +142,18 @@ impl<Q: Turn> Bench<Q> {
                 let flags = fields.flags | u16::from(input.u8()) << 8;
                 self.driver
                     .set_descriptor(index, descriptor(&fields, flags));
-                self.sound = false;
+                self.is_valid = false;
             }
             Op::Table => {
                 let offset = 16 * usize::from(input.u8());
                 let table = self.device.ram.area(TABLE, 16 * 256).unwrap();
                 let fields = fields(input);
-                self.sound &= fields.apart;
+                self.is_valid &= fields.is_outside_ring;
                 descriptor(&fields, fields.flags).store(&table, offset);
             }
             Op::Wrap => {
                 self.at.wrap = !self.at.wrap;
-                self.sound = false;
+                self.is_valid = false;
             }
             Op::Event => {
                 let off_wrap = input.u16();
@@ -161,9 +161,9 @@ impl<Q: Turn> Bench<Q> {
             }
             Op::Feed => self.device.feed(input),
             Op::Turn => self.turn(),
-            Op::Poke => {
-                self.device.poke(input);
-                self.sound = false;
+            Op::WriteMemory => {
+                self.device.write_memory(input);
+                self.is_valid = false;
             }
             Op::Rewind => self.rewind(),
             Op::Rebind => self.device.rebind(),
@@ -176,52 +176,52 @@ impl<Q: Turn> Bench<Q> {
     }
 
     /// Makes a descriptor available at the next place.
-    fn put(&mut self, fields: &Fields) {
+    fn put(&mut self, fields: &DescriptorFields) {
         // Where rules have been broken nothing is counted any more.
-        self.sound = self.sound && fields.apart && self.room() > 0;
-        let flags = fields.flags & !(AVAIL | USED) | self.at.available();
+        self.is_valid = self.is_valid && fields.is_outside_ring && self.free_descriptors() > 0;
+        let flags = fields.flags & !(VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED) | self.at.available();
         let descriptor = descriptor(fields, flags);
         self.driver.set_descriptor(self.at.index, descriptor);
         self.at = self.at.after(1, self.driver.size());
-        if self.sound {
+        if self.is_valid {
             self.open.descriptors += 1;
             self.open.id = fields.next;
-            if flags & NEXT == 0 {
+            if flags & VRING_DESC_F_NEXT == 0 {
                 self.chains.push_back(std::mem::take(&mut self.open));
             }
         }
     }
 
     /// Descriptors that are neither the device's nor used and unseen.
-    fn room(&mut self) -> u16 {
-        self.see();
+    fn free_descriptors(&mut self) -> u16 {
+        self.collect_used();
         let taken = self.chains.iter().map(|chain| chain.descriptors);
         self.driver.size() - self.open.descriptors - taken.sum::<u16>()
     }
 
     /// A chain without its end must not be seen by the device.
     fn close(&mut self) {
-        self.sound &= self.open.descriptors == 0;
+        self.is_valid &= self.open.descriptors == 0;
     }
 
     fn turn(&mut self) {
         self.close();
         self.device.turn();
-        self.see();
+        self.collect_used();
     }
 
     /// Takes note of what the device has used.
-    fn see(&mut self) {
-        if !self.sound {
+    fn collect_used(&mut self) {
+        if !self.is_valid {
             return;
         }
         while let Some(chain) = self.chains.front() {
-            let found = self.driver.descriptor(self.seen.index);
-            if found.flags & (AVAIL | USED) != self.seen.used() {
+            let found = self.driver.descriptor(self.next_used.index);
+            if found.flags & (VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED) != self.next_used.used() {
                 break;
             }
             assert_eq!(found.id, chain.id, "another chain's id");
-            self.seen = self.seen.after(chain.descriptors, self.driver.size());
+            self.next_used = self.next_used.after(chain.descriptors, self.driver.size());
             self.chains.pop_front();
         }
     }
@@ -229,17 +229,17 @@ impl<Q: Turn> Bench<Q> {
     fn rewind(&mut self) {
         self.close();
         let told = self.device.rewind();
-        self.see();
-        if self.sound {
-            assert_eq!(told, base(self.seen));
+        self.collect_used();
+        if self.is_valid {
+            assert_eq!(told, base(self.next_used));
         }
     }
 }
 
-fn descriptor(fields: &Fields, flags: u16) -> PackedDescriptor {
+fn descriptor(fields: &DescriptorFields, flags: u16) -> PackedDescriptor {
     PackedDescriptor::new(fields.addr, fields.len, fields.next, flags)
 }
 
-fn base(place: Place) -> u32 {
-    u32::from(place.word()) | u32::from(place.word()) << 16
+fn base(position: RingPosition) -> u32 {
+    u32::from(position.word()) | u32::from(position.word()) << 16
 }

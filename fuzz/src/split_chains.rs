@@ -8,10 +8,10 @@
 //! Input: [`Setup`] (6 bytes), then operations, each an [`Op`] byte and its operands.
 
 use virtionet_virtio_net::{RxQueue, TxQueue};
-use virtionet_guest::driver::RingConfig;
-use virtionet_guest::split::{Descriptor, SplitRing};
+use virtionet_guest::driver::DriverVirtqueueConfig;
+use virtionet_guest::split::{SplitDescriptor, SplitDriverVirtqueue};
 
-use crate::chains::{Device, Setup, TABLE, Turn, fields, layout, ram};
+use crate::chains::{DeviceUnderTest, FuzzSetup, TABLE, Turn, fields, layout, ram};
 use crate::input::Input;
 
 /// An operation's first byte, modulo their number.
@@ -33,7 +33,7 @@ pub enum Op {
     /// A turn.
     Turn,
     /// See [`Device::poke`].
-    Poke,
+    WriteMemory,
     /// See [`Device::rewind`].
     Rewind,
     /// See [`Device::rebind`].
@@ -54,7 +54,7 @@ const OPS: [Op; 13] = [
     Op::AvailIndex,
     Op::Feed,
     Op::Turn,
-    Op::Poke,
+    Op::WriteMemory,
     Op::Rewind,
     Op::Rebind,
     Op::Kicks,
@@ -65,23 +65,23 @@ const OPS: [Op; 13] = [
 /// One input from start to end.
 pub fn run(data: &[u8]) {
     let mut input = Input(data);
-    let setup = Setup::read(&mut input);
+    let setup = FuzzSetup::read(&mut input);
     match setup.is_rx() {
-        true => Bench::<RxQueue>::run(setup, input),
-        false => Bench::<TxQueue>::run(setup, input),
+        true => ChainFuzzer::<RxQueue>::run(setup, input),
+        false => ChainFuzzer::<TxQueue>::run(setup, input),
     }
 }
 
-struct Bench<Q> {
-    driver: SplitRing,
-    device: Device<Q>,
+struct ChainFuzzer<Q> {
+    driver: SplitDriverVirtqueue,
+    device: DeviceUnderTest<Q>,
     next: u16,
     /// The ring lies where nothing else does, and nobody but the device wrote to the used ring.
-    sound: bool,
+    is_valid: bool,
 }
 
-impl<Q: Turn> Bench<Q> {
-    fn run(setup: Setup, mut input: Input<'_>) {
+impl<Q: Turn> ChainFuzzer<Q> {
+    fn run(setup: FuzzSetup, mut input: Input<'_>) {
         let Some(mut bench) = Self::new(setup) else {
             return;
         };
@@ -93,23 +93,23 @@ impl<Q: Turn> Bench<Q> {
     }
 
     /// `None` when the device refuses the ring.
-    fn new(setup: Setup) -> Option<Self> {
+    fn new(setup: FuzzSetup) -> Option<Self> {
         let ram = ram();
         let log = setup.size % 9;
-        let driver = RingConfig {
+        let driver = DriverVirtqueueConfig {
             size: (1u16 << log).max(2),
             event_idx: setup.event_idx(),
             packed: false,
             start: setup.start,
         };
-        let driver = SplitRing::new(&ram, driver).unwrap();
+        let driver = SplitDriverVirtqueue::new(&ram, driver).unwrap();
         let layout = layout(setup, &ram, driver.addresses(), 1 << log);
-        let base = u32::from(setup.start.wrapping_add(setup.skew.into()));
+        let base = u32::from(setup.start.wrapping_add(setup.base_offset.into()));
         Some(Self {
-            device: Device::new(setup, ram, layout, base, 0)?,
+            device: DeviceUnderTest::new(setup, ram, layout, base, 0)?,
             driver,
             next: setup.start,
-            sound: setup.is_true() && log != 0,
+            is_valid: setup.is_consistent() && log != 0,
         })
     }
 
@@ -141,9 +141,9 @@ impl<Q: Turn> Bench<Q> {
             }
             Op::Feed => self.device.feed(input),
             Op::Turn => self.device.turn(),
-            Op::Poke => {
-                self.device.poke(input);
-                self.sound = false;
+            Op::WriteMemory => {
+                self.device.write_memory(input);
+                self.is_valid = false;
             }
             Op::Rewind => self.rewind(),
             Op::Rebind => self.device.rebind(),
@@ -155,15 +155,15 @@ impl<Q: Turn> Bench<Q> {
 
     fn rewind(&mut self) {
         let base = self.device.rewind();
-        if self.sound {
+        if self.is_valid {
             assert_eq!(base, u32::from(self.driver.used_index()));
         }
     }
 
     /// Writes of the device may go to the ring itself where the guest asks for that.
-    fn descriptor(&mut self, input: &mut Input<'_>) -> Descriptor {
+    fn descriptor(&mut self, input: &mut Input<'_>) -> SplitDescriptor {
         let fields = fields(input);
-        self.sound &= fields.apart;
-        Descriptor::new(fields.addr, fields.len, fields.flags, fields.next)
+        self.is_valid &= fields.is_outside_ring;
+        SplitDescriptor::new(fields.addr, fields.len, fields.flags, fields.next)
     }
 }

@@ -7,10 +7,10 @@ use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex};
 
 use virtionet_virtio_net::features::Features;
-use virtionet_virtio_net::header::{HEADER_LEN, MAX_FRAME, MIN_FRAME};
-use virtionet_virtio_net::port::{MAX_BURST, Received, TxFrame, UplinkQueue};
-use virtionet_virtio_net::stats::RingStats;
-use virtionet_virtqueue::memory::{GuestMemory, GuestSlice, Pieces};
+use virtionet_virtio_net::header::{VNET_HEADER_LEN, MAX_FRAME, MIN_FRAME};
+use virtionet_virtio_net::uplink::{MAX_BURST, Received, TxFrame, UplinkQueue};
+use virtionet_virtio_net::stats::VringStats;
+use virtionet_virtqueue::memory::{GuestMemory, GuestSlice, SegmentList};
 
 /// Where a snapshot of guest memory is mapped in this process.
 #[derive(Debug, Default)]
@@ -18,11 +18,11 @@ pub struct Mapped(Vec<Range<usize>>);
 
 impl Mapped {
     pub fn new(memory: &Arc<GuestMemory>) -> Self {
-        let mut pieces = Pieces::new(Arc::clone(memory));
+        let mut segments = SegmentList::new(Arc::clone(memory));
         let ranges = memory.regions().map(|region| {
-            pieces.truncate(0);
-            pieces.push(region.guest_addr, 1).unwrap();
-            let at = pieces.slices(0, 1)[0].as_iovec().iov_base.addr();
+            segments.truncate(0);
+            segments.push(region.guest_addr, 1).unwrap();
+            let at = segments.slices(0, 1)[0].as_iovec().iov_base.addr();
             at..at + usize::try_from(region.size).unwrap()
         });
         Self(ranges.collect())
@@ -39,14 +39,14 @@ impl Mapped {
 
 /// The checking uplink.
 #[derive(Debug)]
-pub struct Checker {
+pub struct CheckingUplink {
     pub features: Features,
     pub mapped: Mutex<Mapped>,
     /// Frames that wait, by their lengths with header.
     pub waiting: Mutex<VecDeque<usize>>,
 }
 
-impl Checker {
+impl CheckingUplink {
     pub fn new(features: Features, memory: &Arc<GuestMemory>) -> Self {
         Self {
             features,
@@ -56,8 +56,8 @@ impl Checker {
     }
 }
 
-impl UplinkQueue for Checker {
-    fn transmit(&self, frames: &[TxFrame<'_>], stats: &RingStats) {
+impl UplinkQueue for CheckingUplink {
+    fn transmit(&self, frames: &[TxFrame<'_>], stats: &VringStats) {
         let mapped = self.mapped.lock().unwrap();
         assert!((1..=MAX_BURST).contains(&frames.len()));
         for frame in frames {
@@ -74,13 +74,13 @@ impl UplinkQueue for Checker {
         }
     }
 
-    fn receive(&self, buffers: &[GuestSlice<'_>], spill: &mut [u8]) -> Received {
+    fn receive(&self, buffers: &[GuestSlice<'_>], bounce: &mut [u8]) -> Received {
         let mapped = self.mapped.lock().unwrap();
         buffers.iter().for_each(|slice| mapped.check(slice));
-        let room: usize = buffers.iter().map(GuestSlice::len).sum();
-        // Nothing at all is shown where the frame is to go to the spill.
-        assert!(room == 0 || room >= self.features.header_len());
-        assert!(room + spill.len() > HEADER_LEN + MAX_FRAME);
+        let capacity: usize = buffers.iter().map(GuestSlice::len).sum();
+        // Nothing at all is shown where the frame is to go to the bounce buffer.
+        assert!(capacity == 0 || capacity >= self.features.header_len());
+        assert!(capacity + bounce.len() > VNET_HEADER_LEN + MAX_FRAME);
         let Some(len) = self.waiting.lock().unwrap().pop_front() else {
             return Received::Empty;
         };
@@ -89,15 +89,15 @@ impl UplinkQueue for Checker {
         for slice in buffers {
             done += slice.copy_from(&frame[done..]);
         }
-        let spilt = (len - done).min(spill.len());
-        spill[..spilt].fill(0x5a);
-        match done + spilt == len {
+        let bounced = (len - done).min(bounce.len());
+        bounce[..bounced].fill(0x5a);
+        match done + bounced == len {
             true => Received::Frame(len),
             false => Received::TooLong,
         }
     }
 
-    fn readable(&self) -> Option<BorrowedFd<'_>> {
+    fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
 

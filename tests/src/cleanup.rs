@@ -50,9 +50,9 @@ impl Action {
             Self::Kill(pid) => _ = kill(Pid::from_raw(*pid), Signal::SIGKILL),
             Self::Netns(name) => _ = delete_netns(name),
             Self::Remove(path) => _ = fs::remove_dir_all(path),
-            Self::HugePages(count) => _ = hugepages::give_back(*count),
+            Self::HugePages(count) => _ = hugepages::release(*count),
             Self::Online(cpu) => cpus::online(*cpu),
-            Self::Cpuset(dir) => cpus::dissolve(dir),
+            Self::Cpuset(dir) => cpus::remove_cpuset(dir),
         }
     }
 }

@@ -5,7 +5,7 @@ use serde_json::Value;
 
 /// What one ring did up to a moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Ring {
+pub struct RingCounters {
     /// Whether the driver uses it.
     pub enabled: bool,
     /// Frames carried.
@@ -18,7 +18,7 @@ pub struct Ring {
 
 /// A queue pair and its worker at a moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Pair {
+pub struct PairCounters {
     /// The worker thread's name.
     pub worker: String,
     /// The worker's thread id; 0 while there is none.
@@ -28,16 +28,16 @@ pub struct Pair {
     /// The vCPUs that the worker serves.
     pub vcpus: Vec<usize>,
     /// To the guest.
-    pub rx: Ring,
+    pub rx: RingCounters,
     /// From the guest.
-    pub tx: Ring,
+    pub tx: RingCounters,
 }
 
 /// The pairs of `device`, an element of `devices`, by number.
 ///
 /// # Errors
 /// When the JSON has another shape than documented.
-pub fn pairs(device: &Value) -> Result<Vec<Pair>> {
+pub fn pairs(device: &Value) -> Result<Vec<PairCounters>> {
     let pairs = device["pairs"].as_array();
     let pairs = pairs.with_context(|| format!("no pairs in {device}"))?;
     pairs
@@ -46,8 +46,8 @@ pub fn pairs(device: &Value) -> Result<Vec<Pair>> {
         .collect()
 }
 
-fn read(pair: &Value) -> Option<Pair> {
-    Some(Pair {
+fn read(pair: &Value) -> Option<PairCounters> {
+    Some(PairCounters {
         worker: pair["worker"].as_str()?.to_owned(),
         tid: i32::try_from(pair["tid"].as_i64().unwrap_or(0)).ok()?,
         cpus: numbers(&pair["cpus"])?,
@@ -57,9 +57,9 @@ fn read(pair: &Value) -> Option<Pair> {
     })
 }
 
-fn ring(ring: &Value) -> Option<Ring> {
+fn ring(ring: &Value) -> Option<RingCounters> {
     let counters = &ring["counters"];
-    Some(Ring {
+    Some(RingCounters {
         enabled: ring["enabled"].as_bool()?,
         frames: counters["frames"].as_u64()?,
         bytes: counters["bytes"].as_u64()?,

@@ -24,7 +24,7 @@ impl Offline {
     ///
     /// # Errors
     /// Why it may not.
-    pub fn possible(cpu: usize) -> Result<()> {
+    pub fn check_possible(cpu: usize) -> Result<()> {
         let file = switch(cpu);
         ensure!(file.exists(), "CPU {cpu} cannot go offline here");
         let open = fs::OpenOptions::new().write(true).open(&file);
@@ -53,7 +53,7 @@ impl Offline {
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn take(cpu: usize) -> Result<Self> {
+    pub fn set_offline(cpu: usize) -> Result<Self> {
         let entry = cleanup::register(Action::Online(cpu));
         let taken = Self { cpu, _entry: entry };
         fs::write(switch(cpu), "0").with_context(|| format!("CPU {cpu} does not go offline"))?;
@@ -97,7 +97,7 @@ impl Cpuset {
     ///
     /// # Errors
     /// When there are no cpusets for this process to make.
-    pub fn with(pid: u32, cpus: &str) -> Result<Self> {
+    pub fn for_process(pid: u32, cpus: &str) -> Result<Self> {
         let root = root()?;
         let dir = root.join(format!("{PREFIX}{}", process::id()));
         fs::create_dir(&dir).with_context(|| format!("no cpuset {}", dir.display()))?;
@@ -125,13 +125,13 @@ impl Cpuset {
 
 impl Drop for Cpuset {
     fn drop(&mut self) {
-        dissolve(&self.dir);
+        remove_cpuset(&self.dir);
     }
 }
 
 /// Sends the processes of the cpuset `dir` to the one above, and removes it; says so where that
 /// fails.
-pub(crate) fn dissolve(dir: &Path) {
+pub(crate) fn remove_cpuset(dir: &Path) {
     let above = dir.with_file_name("cgroup.procs");
     for _ in 0..50 {
         let inside = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();

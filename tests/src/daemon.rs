@@ -133,12 +133,12 @@ impl Options {
     /// # Errors
     /// When it does not end.
     pub fn run_to_end(&self, dir: &RunDir, name: &str) -> Result<Stopped> {
-        let began = Instant::now();
+        let started_at = Instant::now();
         let mut proc = self.spawn(dir, name)?.proc;
         let status = proc.wait(STOP)?;
         Ok(Stopped {
             status,
-            took: began.elapsed(),
+            took: started_at.elapsed(),
             stderr: proc.stderr(),
         })
     }
@@ -289,19 +289,19 @@ impl Daemon {
     /// # Errors
     /// When it had ended before, or does not end.
     pub fn end(&mut self, signal: Signal) -> Result<Stopped> {
-        let began = Instant::now();
+        let started_at = Instant::now();
         self.proc.signal(signal)?;
         let status = self.proc.wait(STOP)?;
         Ok(Stopped {
             status,
-            took: began.elapsed(),
+            took: started_at.elapsed(),
             stderr: self.proc.stderr(),
         })
     }
 
-    fn wait_for(&mut self, what: &str, there: impl Fn(&Self) -> bool) -> Result<()> {
+    fn wait_for(&mut self, what: &str, is_ready: impl Fn(&Self) -> bool) -> Result<()> {
         let until = Instant::now() + START;
-        while !there(self) {
+        while !is_ready(self) {
             self.proc.check_alive()?;
             ensure!(
                 Instant::now() < until,

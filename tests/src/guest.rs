@@ -59,7 +59,7 @@ impl Guest {
     /// When it does not within `timeout`: with the last lines of its console.
     pub fn wait_boot(&self, timeout: Duration) -> Result<()> {
         self.serial
-            .take_past("@@READY ", timeout)
+            .read_past("@@READY ", timeout)
             .context("the guest did not boot")?;
         Ok(())
     }
@@ -74,7 +74,7 @@ impl Guest {
         let marker = format!("\n@@RC {nonce} ");
         let (text, code) = self
             .serial
-            .take_past(&marker, timeout)
+            .read_past(&marker, timeout)
             .with_context(|| format!("the guest did not finish '{command}'"))?;
         Ok(Output {
             text,
@@ -209,7 +209,7 @@ struct Serial {
 #[derive(Debug, Default)]
 struct State {
     bytes: Vec<u8>,
-    taken: usize,
+    consumed: usize,
     closed: bool,
 }
 
@@ -243,10 +243,10 @@ impl Serial {
 
     /// Waits for `marker` with the rest of its line; returns what stood before
     /// it and that rest.
-    fn take_past(&self, marker: &str, timeout: Duration) -> Result<(String, String)> {
+    fn read_past(&self, marker: &str, timeout: Duration) -> Result<(String, String)> {
         let until = Instant::now() + timeout;
         let mut state = self.state();
-        let mut scanned = state.taken;
+        let mut scanned = state.consumed;
         loop {
             if let Some(at) = state.position(marker.as_bytes(), scanned) {
                 if let Some(found) = state.take_line(at, marker.len()) {
@@ -266,7 +266,7 @@ impl Serial {
                 } else {
                     format!("{timeout:?} went by")
                 };
-                let seen = state.bytes.get(state.taken..).unwrap_or_default();
+                let seen = state.bytes.get(state.consumed..).unwrap_or_default();
                 bail!(
                     "{why}; it had said: {}",
                     tail(&String::from_utf8_lossy(seen))
@@ -293,12 +293,12 @@ impl State {
     fn take_line(&mut self, at: usize, marker: usize) -> Option<(String, String)> {
         let rest = self.bytes.get(at + marker..)?;
         let end = rest.iter().position(|b| *b == b'\n')?;
-        let before = self.bytes.get(self.taken..at)?;
+        let before = self.bytes.get(self.consumed..at)?;
         let found = (
             String::from_utf8_lossy(before).into_owned(),
             String::from_utf8_lossy(rest.get(..end)?).into_owned(),
         );
-        self.taken = at + marker + end + 1;
+        self.consumed = at + marker + end + 1;
         Some(found)
     }
 }

@@ -27,7 +27,7 @@ impl HugePages {
     ///
     /// # Errors
     /// When this process is not root, or the machine has too little memory.
-    pub fn take(count: u64) -> Result<Self> {
+    pub fn reserve(count: u64) -> Result<Self> {
         let missing = count.saturating_sub(free()?);
         let available = available_kib()? / PAGE_KIB;
         ensure!(
@@ -66,7 +66,7 @@ impl HugePages {
 impl Drop for HugePages {
     fn drop(&mut self) {
         // Nothing can be done about a failure on the way out.
-        _ = give_back(self.added);
+        _ = release(self.added);
     }
 }
 
@@ -74,7 +74,7 @@ impl Drop for HugePages {
 ///
 /// # Errors
 /// When the kernel refuses.
-pub(crate) fn give_back(count: u64) -> Result<()> {
+pub(crate) fn release(count: u64) -> Result<()> {
     match count {
         0 => Ok(()),
         _ => write(read("nr_hugepages")?.saturating_sub(count)),
@@ -117,7 +117,7 @@ mod tests {
     #[test]
     fn more_pages_than_there_is_memory_are_refused_and_not_tried() {
         // 2^30 pages are 2 PiB.
-        let words = HugePages::take(1 << 30).unwrap_err().to_string();
+        let words = HugePages::reserve(1 << 30).unwrap_err().to_string();
         assert!(words.contains("there is memory for"), "{words}");
         assert!(read("nr_hugepages").unwrap() < 1 << 30);
     }

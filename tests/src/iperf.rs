@@ -14,7 +14,7 @@ use serde_json::Value;
 use crate::guest::{Background, Guest};
 use crate::paths::RunDir;
 use crate::process::Proc;
-use crate::topology::{self, Addresses, Lan};
+use crate::topology::{self, Addresses, HostNetwork};
 
 const FIRST_PORT: u16 = 5201;
 /// On top of the run's own time.
@@ -40,7 +40,7 @@ pub enum Clients {
 
 /// What to send.
 #[derive(Clone, Debug)]
-pub struct Load {
+pub struct IperfLoad {
     flows: u16,
     seconds: u32,
     ipv6: bool,
@@ -48,7 +48,7 @@ pub struct Load {
     args: Vec<String>,
 }
 
-impl Load {
+impl IperfLoad {
     /// TCP over IPv4, one flow, for `seconds`.
     pub fn tcp(seconds: u32) -> Self {
         Self {
@@ -126,7 +126,7 @@ impl Load {
 
 /// What came over.
 #[derive(Clone, Debug, Default)]
-pub struct Report {
+pub struct IperfReport {
     /// Gbit/s at the receivers, all processes together.
     pub gbps: f64,
     /// Gbit/s of each process.
@@ -142,7 +142,7 @@ pub struct Report {
 /// What runs loads, one after the other.
 #[derive(Debug)]
 pub struct Iperf<'a> {
-    lan: &'a Lan,
+    network: &'a HostNetwork,
     guest: &'a Guest,
     dir: &'a RunDir,
     clients: Clients,
@@ -157,14 +157,14 @@ impl<'a> Iperf<'a> {
     /// # Errors
     /// When the guest does not answer.
     pub fn new(
-        lan: &'a Lan,
+        network: &'a HostNetwork,
         guest: &'a Guest,
         dir: &'a RunDir,
         clients: Clients,
         processes: u16,
     ) -> Result<Self> {
         Ok(Self {
-            lan,
+            network,
             guest,
             dir,
             clients,
@@ -177,7 +177,7 @@ impl<'a> Iperf<'a> {
     ///
     /// # Errors
     /// When a client fails: with its words.
-    pub fn run(&self, load: &Load, direction: Direction) -> Result<Report> {
+    pub fn run(&self, load: &IperfLoad, direction: Direction) -> Result<IperfReport> {
         self.start(load, direction)?.finish()
     }
 
@@ -186,7 +186,7 @@ impl<'a> Iperf<'a> {
     ///
     /// # Errors
     /// When a server or a client does not start.
-    pub fn start(&self, load: &Load, direction: Direction) -> Result<Running<'a>> {
+    pub fn start(&self, load: &IperfLoad, direction: Direction) -> Result<RunningIperf<'a>> {
         let servers = match self.clients {
             Clients::Host => serve_in(self.guest, &self.ports, self.vcpus).map(|()| Vec::new()),
             Clients::Guest => self.serve_on_host(),
@@ -207,14 +207,14 @@ impl<'a> Iperf<'a> {
                 }
             });
         }
-        Ok(Running {
+        Ok(RunningIperf {
             clients,
             _servers: servers,
             limit: load.limit(),
         })
     }
 
-    fn client_args(&self, load: &Load, direction: Direction, port: u16, flows: u16) -> Vec<String> {
+    fn client_args(&self, load: &IperfLoad, direction: Direction, port: u16, flows: u16) -> Vec<String> {
         // A client sends unless it is told to reverse.
         let (server, sends) = match self.clients {
             Clients::Host => (topology::GUEST, Direction::HostToGuest),
@@ -232,7 +232,7 @@ impl<'a> Iperf<'a> {
         Proc::spawn(
             self.dir,
             &name,
-            Some(self.lan.netns().name()),
+            Some(self.network.netns().name()),
             program,
             args,
         )
@@ -245,7 +245,7 @@ impl<'a> Iperf<'a> {
         let servers = self.ports.iter().map(serve).collect::<Result<Vec<_>>>()?;
         for port in &self.ports {
             wait(&format!(":{port}"), &|| {
-                self.lan.netns().run("ss", ["-ltn"])
+                self.network.netns().run("ss", ["-ltn"])
             })?;
         }
         Ok(servers)
@@ -264,9 +264,9 @@ impl<'a> Iperf<'a> {
 pub fn between(
     (from, to): (&Guest, &Guest),
     server: Addresses,
-    load: &Load,
+    load: &IperfLoad,
     processes: u16,
-) -> Result<Report> {
+) -> Result<IperfReport> {
     let vcpus = nproc(from)?;
     let ports: Vec<u16> = (FIRST_PORT..).take(usize::from(processes)).collect();
     serve_in(to, &ports, nproc(to)?)?;
@@ -277,7 +277,7 @@ pub fn between(
         let command = load.client(server, port, flows).join(" ");
         clients.push(Client::Guest(from.spawn(&format!("{cpu} {command} -i 0"))?));
     }
-    let running = Running {
+    let running = RunningIperf {
         clients,
         _servers: Vec::new(),
         limit: load.limit(),
@@ -335,7 +335,7 @@ fn first_vcpu(share: u32, cpus: u32, shares: u32) -> u32 {
 
 /// A load that runs.
 #[derive(Debug)]
-pub struct Running<'a> {
+pub struct RunningIperf<'a> {
     clients: Vec<Client<'a>>,
     /// Those on the host side.
     _servers: Vec<Proc>,
@@ -348,7 +348,7 @@ enum Client<'a> {
     Guest(Background<'a>),
 }
 
-impl Running<'_> {
+impl RunningIperf<'_> {
     /// Whether no client on the host side runs any more.
     ///
     /// # Errors
@@ -367,8 +367,8 @@ impl Running<'_> {
     ///
     /// # Errors
     /// When a client fails or hangs: with its words.
-    pub fn finish(self) -> Result<Report> {
-        let mut report = Report::default();
+    pub fn finish(self) -> Result<IperfReport> {
+        let mut report = IperfReport::default();
         for client in self.clients {
             let text = match client {
                 Client::Host(mut proc) => {
@@ -383,7 +383,7 @@ impl Running<'_> {
     }
 }
 
-impl Report {
+impl IperfReport {
     /// Adds what one client wrote with `-J`.
     fn add(&mut self, text: &str) -> Result<()> {
         // It may warn before its JSON.
@@ -413,7 +413,7 @@ mod tests {
 
     #[test]
     fn reports_of_several_processes_add_up() {
-        let mut report = Report::default();
+        let mut report = IperfReport::default();
         let tcp = r#"{"end": {"sum_sent": {"bits_per_second": 3e9, "retransmits": 4},
                       "sum_received": {"bits_per_second": 2.5e9}}}"#;
         let udp = r#"warning: x
@@ -438,7 +438,7 @@ mod tests {
 
     #[test]
     fn iperf3s_own_error_is_the_error() {
-        let mut report = Report::default();
+        let mut report = IperfReport::default();
         let error = report.add(r#"{"error": "unable to connect"}"#).unwrap_err();
         assert!(error.to_string().contains("unable to connect"));
         assert!(report.add("nothing").is_err());

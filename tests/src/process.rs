@@ -99,12 +99,12 @@ impl Proc {
     /// # Errors
     /// When it has not ended in `timeout`.
     pub fn wait(&mut self, timeout: Duration) -> Result<ExitStatus> {
-        let began = Instant::now();
+        let started_at = Instant::now();
         loop {
             if let Some(status) = self.try_wait()? {
                 return Ok(status);
             }
-            if began.elapsed() > timeout {
+            if started_at.elapsed() > timeout {
                 bail!(
                     "{} (pid {}) did not end in {timeout:?}; its stderr: {}",
                     self.name,

@@ -52,9 +52,9 @@ mod tests {
         let me = std::process::id();
         let before = (open_fds(me).unwrap(), cpu_ticks(me).unwrap());
         let _file = fs::File::open("/dev/null").unwrap();
-        let began = Instant::now();
+        let started_at = Instant::now();
         while cpu_ticks(me).unwrap() < before.1 + 3 {
-            assert!(began.elapsed() < Duration::from_secs(30));
+            assert!(started_at.elapsed() < Duration::from_secs(30));
         }
         // Other tests of this process open files too, but do not close ours.
         assert!(open_fds(me).unwrap() > 0);

@@ -176,7 +176,7 @@ impl Machine {
     pub fn start(&self, dir: &RunDir, name: &str) -> Result<Qemu> {
         let serial = listen(&dir.join(&format!("{name}.serial")))?;
         let monitor = listen(&dir.join(&format!("{name}.qmp")))?;
-        let began = Instant::now();
+        let started_at = Instant::now();
         let args = self.command_line(dir, name)?;
         let mut proc = Proc::spawn(dir, name, self.netns.as_deref(), PROGRAM, &args)?;
         let serial = accept(&serial, &mut proc)?;
@@ -185,7 +185,7 @@ impl Machine {
             guest: Guest::new(serial)?,
             qmp: Mutex::new(Qmp::new(monitor)),
             proc,
-            began,
+            started_at,
         };
         if let Some(cpus) = &self.pinned {
             match cpus.is_empty() {
@@ -327,7 +327,7 @@ pub struct Qemu {
     guest: Guest,
     qmp: Mutex<Qmp>,
     proc: Proc,
-    began: Instant,
+    started_at: Instant,
 }
 
 impl Qemu {
@@ -356,7 +356,7 @@ impl Qemu {
             self.proc.check_alive()?;
         }
         up.with_context(|| format!("QEMU's stderr: {}", self.proc.stderr().trim()))?;
-        Ok(self.began.elapsed())
+        Ok(self.started_at.elapsed())
     }
 
     /// Runs a QMP command.

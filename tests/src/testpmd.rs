@@ -16,7 +16,7 @@ use crate::process::{Proc, output};
 
 mod stats;
 
-pub use stats::{Forwarded, PortStats};
+pub use stats::{ForwardStats, PortStats};
 
 const PROGRAM: &str = "dpdk-testpmd";
 const PROMPT: &str = "testpmd> ";
@@ -108,7 +108,7 @@ impl VirtioUser {
 
 /// How a testpmd is to be started.
 #[derive(Clone, Debug)]
-pub struct Config {
+pub struct TestpmdConfig {
     vdevs: Vec<String>,
     /// EAL's words.
     eal: Vec<String>,
@@ -123,7 +123,7 @@ pub struct Config {
     mbufs: u32,
 }
 
-impl Config {
+impl TestpmdConfig {
     /// A front-end that drives `cards`, all with as many queues as the first, on `cpu`.
     #[must_use]
     pub fn front_end(cards: &[VirtioUser], cpu: usize) -> Self {
@@ -320,7 +320,7 @@ impl Testpmd {
     ///
     /// # Errors
     /// When it does not answer as DPDK 22.11 does, or does not forward.
-    pub fn forwarded(&mut self) -> Result<Forwarded> {
+    pub fn forwarded(&mut self) -> Result<ForwardStats> {
         let text = self.command("show fwd stats all")?;
         stats::forwarded(&text)
     }

@@ -43,13 +43,13 @@ pub struct Addresses {
 
 /// The host side.
 #[derive(Debug)]
-pub struct Lan {
+pub struct HostNetwork {
     netns: Netns,
 }
 
-impl Lan {
+impl HostNetwork {
     /// A namespace without a TAP: for a back-end that makes the TAP itself.
-    /// Call [`Lan::configure`] once it is there.
+    /// Call [`HostNetwork::configure`] once it is there.
     ///
     /// # Errors
     /// When this process is not root, or the kernel refuses.
@@ -65,13 +65,13 @@ impl Lan {
     /// # Errors
     /// When this process is not root, or the kernel refuses.
     pub fn with_tap(queues: u16) -> Result<Self> {
-        let lan = Self::bare()?;
+        let network = Self::bare()?;
         let multi = if queues > 1 { " multi_queue" } else { "" };
-        lan.netns
+        network.netns
             .ip(&format!("tuntap add dev {TAP} mode tap vnet_hdr{multi}"))
             .context("a TAP cannot be made: is /dev/net/tun there?")?;
-        lan.configure()?;
-        Ok(lan)
+        network.configure()?;
+        Ok(network)
     }
 
     /// Gives the TAP its addresses and sets it up.
@@ -96,7 +96,7 @@ impl Lan {
     ///
     /// # Errors
     /// When none comes.
-    pub fn reach(&self, address: &str) -> Result<()> {
+    pub fn wait_for_ping(&self, address: &str) -> Result<()> {
         // The host may have no ping of its own; busybox is there for the guest.
         let wait = format!(
             "for i in $(seq 30); do busybox ping -c 1 -W 1 {address} && exit; done; exit 1"
@@ -148,14 +148,14 @@ impl Bridge {
 /// # Errors
 /// When the card is missing: with the guest's words.
 pub fn configure_guest(guest: &Guest, queues: u16) -> Result<()> {
-    configure_card(guest, GUEST, queues)
+    configure_interface(guest, GUEST, queues)
 }
 
 /// The same with other addresses.
 ///
 /// # Errors
 /// When the card is missing: with the guest's words.
-pub fn configure_card(guest: &Guest, addresses: Addresses, queues: u16) -> Result<()> {
+pub fn configure_interface(guest: &Guest, addresses: Addresses, queues: u16) -> Result<()> {
     let Addresses { v4, v6 } = addresses;
     // No duplicate detection: an address counts at once.
     guest.ok(&format!(

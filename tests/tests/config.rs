@@ -11,15 +11,15 @@ use virtionet_tests::counters::pairs;
 use virtionet_tests::daemon::{Options, Stopped};
 use virtionet_tests::paths::RunDir;
 use virtionet_tests::qemu::{Machine, Nic};
-use virtionet_tests::rig::BOOT;
-use virtionet_tests::topology::{GUEST, Lan, TAP, configure_guest};
+use virtionet_tests::testbed::BOOT;
+use virtionet_tests::topology::{GUEST, HostNetwork, TAP, configure_guest};
 
 const SOON: Duration = Duration::from_secs(10);
 
 #[test]
 fn a_guest_is_served_by_one_of_two_devices_of_a_file() {
     let dir = RunDir::new().unwrap();
-    let lan = Lan::bare().unwrap();
+    let network = HostNetwork::bare().unwrap();
     let file = dir.join("virtionetd.toml");
     let [control, guest, spare] =
         ["control", "guest.sock", "spare.sock"].map(|name| dir.join(name));
@@ -55,11 +55,11 @@ fn a_guest_is_served_by_one_of_two_devices_of_a_file() {
         "--placement=same",
     ];
     let mut daemon = Options::new()
-        .netns(lan.netns())
+        .netns(network.netns())
         .command(&words.map(str::to_owned), &control)
         .start(&dir, "vnet")
         .unwrap();
-    lan.configure().unwrap();
+    network.configure().unwrap();
     let all = daemon.get("/v1/devices").unwrap();
     let seen = |n: usize| {
         let device = &all["devices"][n];
@@ -79,7 +79,7 @@ fn a_guest_is_served_by_one_of_two_devices_of_a_file() {
     let machine = Machine::new().vcpus(2).accel(Accel::Auto).nic(nic);
     let (qemu, _) = machine.pinned().boot(&dir, "guest", BOOT).unwrap();
     configure_guest(qemu.guest(), 2).unwrap();
-    lan.reach(GUEST.v4).unwrap();
+    network.wait_for_ping(GUEST.v4).unwrap();
     let used = |device: &Value| {
         let pairs = pairs(device).unwrap_or_default();
         pairs.len() == 2 && pairs.iter().all(|pair| pair.rx.enabled)

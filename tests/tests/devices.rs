@@ -6,35 +6,35 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use virtionet_guest::card::CardConfig;
+use virtionet_guest::test_frontend::TestFrontendConfig;
 use virtionet_guest::net::MODERN;
 use virtionet_tests::daemon::Options;
 use virtionet_tests::http;
 use virtionet_tests::paths::RunDir;
-use virtionet_tests::station::{Identity, Station};
-use virtionet_tests::topology::Lan;
+use virtionet_tests::responder::{Identity, EchoResponder};
+use virtionet_tests::topology::HostNetwork;
 
 const PAIRS: [u16; 2] = [1, 2];
 
 #[test]
 fn two_devices_carry_frames_side_by_side_and_are_told_apart() {
     let dir = RunDir::new().unwrap();
-    let lan = Lan::bare().unwrap();
+    let network = HostNetwork::bare().unwrap();
     let sockets = ["a.sock", "b.sock"].map(|name| dir.join(name));
     let device =
         |n: usize, more: &str| format!("socket-path={},tap=tap{n}{more}", sockets[n].display());
     let daemon = Options::new()
         .no_socket()
-        .netns(lan.netns())
+        .netns(network.netns())
         .flag("--device", device(0, ""))
         .flag("--device", device(1, ",name=other,queues=2"))
         .start(&dir, "vnet")
         .unwrap();
-    let stations: Vec<Station> = (0..2)
-        .map(|n| connect(&lan, &sockets[n], n).unwrap())
+    let stations: Vec<EchoResponder> = (0..2)
+        .map(|n| connect(&network, &sockets[n], n).unwrap())
         .collect();
     for n in 0..2 {
-        lan.reach(&address(n, 2)).unwrap();
+        network.wait_for_ping(&address(n, 2)).unwrap();
     }
 
     let all = daemon.get("/v1/devices").unwrap();
@@ -59,12 +59,12 @@ fn two_devices_carry_frames_side_by_side_and_are_told_apart() {
     // The end of one does not touch the other.
     let mut stations = stations.into_iter();
     drop(stations.next());
-    lan.reach(&address(1, 2)).unwrap();
+    network.wait_for_ping(&address(1, 2)).unwrap();
     let all = daemon.get("/v1/devices").unwrap();
     assert_eq!(all["devices"][0]["connected"], false);
     assert_eq!(all["devices"][1]["connected"], true);
-    let first = connect(&lan, &sockets[0], 0).unwrap();
-    lan.reach(&address(0, 2)).unwrap();
+    let first = connect(&network, &sockets[0], 0).unwrap();
+    network.wait_for_ping(&address(0, 2)).unwrap();
     drop(first);
 
     let answer = http::request(daemon.control(), "GET", "/nothing", "").unwrap();
@@ -82,12 +82,12 @@ fn address(n: usize, host: u8) -> String {
     format!("10.77.{n}.{host}")
 }
 
-fn connect(lan: &Lan, socket: &Path, n: usize) -> Result<Station> {
+fn connect(network: &HostNetwork, socket: &Path, n: usize) -> Result<EchoResponder> {
     let host = address(n, 1);
-    lan.netns()
+    network.netns()
         .ip(&format!("addr replace {host}/24 dev tap{n}"))?;
-    let config = CardConfig::new(PAIRS[n], 256, MODERN);
-    Station::connect(socket, &config, Identity::at(&address(n, 2))?)
+    let config = TestFrontendConfig::new(PAIRS[n], 256, MODERN);
+    EchoResponder::connect(socket, &config, Identity::at(&address(n, 2))?)
 }
 
 /// Every counter of every ring and worker in `devices` is on the page, with

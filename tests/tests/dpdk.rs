@@ -21,11 +21,11 @@ use virtionet_tests::hugepages::HugePages;
 use virtionet_tests::netns::Netns;
 use virtionet_tests::paths::RunDir;
 use virtionet_tests::sched::allowed_cpus;
-use virtionet_tests::testpmd::{Config, Testpmd, VirtioUser};
+use virtionet_tests::testpmd::{TestpmdConfig, Testpmd, VirtioUser};
 use virtionet_tests::topology::TAP;
 
 const HOST: &str = "10.77.0.1";
-const CARD: &str = "10.77.0.2";
+const DEVICE_ADDRESS: &str = "10.77.0.2";
 const MAC: &str = "02:00:00:00:00:02";
 /// The flows' ports on the card's side; the host's are the kernel's choice.
 const PORT: u16 = 5000;
@@ -87,15 +87,15 @@ fn all(packed: bool) -> Result<()> {
 
 /// The runs that failed.
 fn in_turn(packed: bool) -> Result<Vec<Run>> {
-    let _pages = HugePages::take((MEMORY_MIB / 2).into())?;
+    let _pages = HugePages::reserve((MEMORY_MIB / 2).into())?;
     let mut failed = Vec::new();
     for run in (0..RUNS)
         .map(Run::number)
         .filter(|run| run.packed == packed)
     {
-        let began = Instant::now();
+        let started_at = Instant::now();
         match run.check() {
-            Ok(words) => eprintln!("{run:?}: {words} in {:.1} s", began.elapsed().as_secs_f64()),
+            Ok(words) => eprintln!("{run:?}: {words} in {:.1} s", started_at.elapsed().as_secs_f64()),
             Err(error) => {
                 eprintln!("{run:?}: FAILED: {error:#}");
                 failed.push(run);
@@ -148,7 +148,7 @@ impl Run {
         ]
     }
 
-    fn config(&self, dir: &RunDir) -> Result<Config> {
+    fn config(&self, dir: &RunDir) -> Result<TestpmdConfig> {
         let card = VirtioUser {
             queues: self.pairs,
             queue_size: self.ring,
@@ -160,7 +160,7 @@ impl Run {
             ..VirtioUser::new(&dir.join("vnet.sock"), MAC)
         };
         let cpu = *allowed_cpus()?.first().context("no CPU")?;
-        let config = Config::front_end(&[card], cpu).memory(MEMORY_MIB, 24_000);
+        let config = TestpmdConfig::front_end(&[card], cpu).memory(MEMORY_MIB, 24_000);
         // Small buffers: a frame of the whole MTU is merged from several of them.
         Ok(match self.buffer() {
             Some(bytes) => config
@@ -174,7 +174,7 @@ impl Run {
         let dir = RunDir::new()?;
         let netns = Netns::new()?;
         // Frames of the kernel's own would be frames that nobody counts on.
-        quiet(&netns)?;
+        disable_ipv6(&netns)?;
         let mut options = Options::new()
             .netns(&netns)
             .flag("--tap", TAP)
@@ -190,10 +190,10 @@ impl Run {
         daemon.wait_device("serving all rings", WAIT, |device| self.served(device))?;
 
         let mut flows = flows(&netns, *self)?;
-        exchange(&mut flows).with_context(|| told(&daemon, &mut testpmd))?;
+        exchange(&mut flows).with_context(|| counter_summary(&daemon, &mut testpmd))?;
         let sent = flows.iter().map(|flow| u64::from(flow.sent)).sum();
         let came = flows.iter().map(|flow| u64::from(flow.came)).sum();
-        counted(&daemon, sent, came)?;
+        check_counters(&daemon, sent, came)?;
         let port = testpmd.port_stats()?[0];
         let there = (port.rx_packets, port.tx_packets, port.rx_nombuf);
         ensure!(there == (came, came, 0), "testpmd counts {port:?}");
@@ -233,7 +233,7 @@ impl Run {
     }
 }
 
-fn quiet(netns: &Netns) -> Result<()> {
+fn disable_ipv6(netns: &Netns) -> Result<()> {
     let ipv6 = "for i in all default; do echo 1 >/proc/sys/net/ipv6/conf/$i/disable_ipv6; done";
     netns.run("sh", ["-c", ipv6]).map(drop)
 }
@@ -242,7 +242,7 @@ fn configure(netns: &Netns) -> Result<()> {
     netns.ip(&format!("addr add {HOST}/24 dev {TAP}"))?;
     netns.ip(&format!("link set {TAP} up"))?;
     netns.ip(&format!(
-        "neigh replace {CARD} lladdr {MAC} dev {TAP} nud permanent"
+        "neigh replace {DEVICE_ADDRESS} lladdr {MAC} dev {TAP} nud permanent"
     ))?;
     Ok(())
 }
@@ -255,7 +255,7 @@ fn finish(testpmd: Testpmd, daemon: Daemon) -> Result<()> {
 }
 
 /// The daemon's counters, summed over its pairs, agree with what was sent and came.
-fn counted(daemon: &Daemon, sent: u64, came: u64) -> Result<()> {
+fn check_counters(daemon: &Daemon, sent: u64, came: u64) -> Result<()> {
     let device = daemon.device()?;
     let pairs = counters::pairs(&device)?;
     let to_card: u64 = pairs.iter().map(|pair| pair.rx.frames).sum();
@@ -286,7 +286,7 @@ struct Flow {
 }
 
 /// What both programs counted, for an error.
-fn told(daemon: &Daemon, testpmd: &mut Testpmd) -> String {
+fn counter_summary(daemon: &Daemon, testpmd: &mut Testpmd) -> String {
     let device = daemon.device().unwrap_or_default();
     let mut words = format!("{:?}", testpmd.port_stats());
     for pair in device["pairs"].as_array().into_iter().flatten() {
@@ -318,7 +318,7 @@ fn flows(netns: &Netns, run: Run) -> Result<Vec<Flow>> {
 
 fn flow(number: u16, window: u16) -> Result<Flow> {
     let socket = UdpSocket::bind((HOST, 0))?;
-    socket.connect((CARD, PORT + number))?;
+    socket.connect((DEVICE_ADDRESS, PORT + number))?;
     socket.set_nonblocking(true)?;
     Ok(Flow {
         number,
@@ -351,14 +351,14 @@ fn exchange(flows: &mut [Flow]) -> Result<()> {
             bail!("nothing more came for {WAIT:?}; sent and come by flow: {state:?}");
         }
         if last.elapsed() > Duration::from_millis(200) {
-            push_out(flows)?;
+            flush_flows(flows)?;
         }
     }
-    settle(flows)
+    receive_remaining(flows)
 }
 
 /// One more for each flow that lacks some.
-fn push_out(flows: &mut [Flow]) -> Result<()> {
+fn flush_flows(flows: &mut [Flow]) -> Result<()> {
     for flow in flows.iter_mut().filter(|flow| flow.came < PER_FLOW) {
         if flow.sent - flow.came < 2 * flow.window {
             flow.send()?;
@@ -368,7 +368,7 @@ fn push_out(flows: &mut [Flow]) -> Result<()> {
 }
 
 /// Takes in what still comes.
-fn settle(flows: &mut [Flow]) -> Result<()> {
+fn receive_remaining(flows: &mut [Flow]) -> Result<()> {
     let mut last = Instant::now();
     while last.elapsed() < Duration::from_millis(50) {
         for flow in flows.iter_mut() {

@@ -6,7 +6,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use virtionet_guest::card::{Card, CardConfig};
+use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 use virtionet_guest::net::MODERN;
 use virtionet_tests::accel::Accel;
 use virtionet_tests::daemon::{Options, Stopped};
@@ -20,26 +20,26 @@ const LIMIT: Duration = Duration::from_secs(60);
 fn a_qemu_that_wants_more_pairs_is_told_of_once_a_second_and_the_next_is_served() {
     let dir = RunDir::new().unwrap();
     let daemon = null().flag("--queues", "2").start(&dir, "vnet").unwrap();
-    let began = Instant::now();
+    let started_at = Instant::now();
     let nic = Nic::vhost_user(daemon.socket()).queues(4);
     let machine = Machine::new().accel(Accel::Auto).nic(nic);
     let mut qemu = machine.start(&dir, "guest").unwrap();
     while !qemu.proc().stderr().contains("queues than supported: 2") {
-        assert!(began.elapsed() < LIMIT, "{}", qemu.proc().stderr());
+        assert!(started_at.elapsed() < LIMIT, "{}", qemu.proc().stderr());
         sleep(Duration::from_millis(100));
     }
     sleep(Duration::from_secs(2));
     drop(qemu);
-    let seconds = usize::try_from(began.elapsed().as_secs()).unwrap();
+    let seconds = usize::try_from(started_at.elapsed().as_secs()).unwrap();
     let said = daemon.stderr();
     let told = |line: &&str| line.contains("more than 2 queue pairs, raise --queues 2");
     let times = said.lines().filter(told).count();
     assert!((1..=seconds + 1).contains(&times), "{seconds} s: {said}");
     assert!(said.lines().count() <= 2 * (seconds + 1), "{said}");
 
-    let card = Card::connect(daemon.socket(), &CardConfig::new(2, 256, MODERN)).unwrap();
-    assert_eq!(card.pairs.len(), 2);
-    drop(card);
+    let frontend = TestFrontend::connect(daemon.socket(), &TestFrontendConfig::new(2, 256, MODERN)).unwrap();
+    assert_eq!(frontend.pairs.len(), 2);
+    drop(frontend);
     assert!(daemon.stop(Signal::SIGTERM).unwrap().status.success());
 }
 
@@ -70,31 +70,31 @@ fn a_socket_that_cannot_be_had_is_named_with_the_remedy() {
     let socket = holder.socket().to_owned();
     let second = null().no_socket().flag("--socket-path", &socket);
     let refused = second.run_to_end(&dir, "second").unwrap();
-    sentence(&refused, "vnet.sock is in use by another process");
+    assert_one_error_line(&refused, "vnet.sock is in use by another process");
     assert!(socket.exists(), "the holder's socket must stay");
-    let card = Card::connect(&socket, &CardConfig::new(1, 256, MODERN)).unwrap();
-    drop(card);
+    let frontend = TestFrontend::connect(&socket, &TestFrontendConfig::new(1, 256, MODERN)).unwrap();
+    drop(frontend);
 
     // Left behind by a daemon that is gone: taken over.
     drop(holder);
     assert!(socket.exists(), "a killed daemon leaves its socket");
     let next = second.start(&dir, "next").unwrap();
-    drop(Card::connect(&socket, &CardConfig::new(1, 256, MODERN)).unwrap());
+    drop(TestFrontend::connect(&socket, &TestFrontendConfig::new(1, 256, MODERN)).unwrap());
     assert!(next.stop(Signal::SIGTERM).unwrap().status.success());
     assert!(!socket.exists());
 
     fs::write(&socket, "a person's file").unwrap();
     let refused = second.run_to_end(&dir, "file").unwrap();
-    sentence(&refused, "vnet.sock exists and is not a socket");
+    assert_one_error_line(&refused, "vnet.sock exists and is not a socket");
     assert_eq!(fs::read_to_string(&socket).unwrap(), "a person's file");
 
     let nowhere = dir.join("nowhere/vnet.sock");
     let lost = null().no_socket().flag("--socket-path", &nowhere);
     let refused = lost.run_to_end(&dir, "nowhere").unwrap();
-    sentence(&refused, "nowhere/vnet.sock: No such file or directory");
+    assert_one_error_line(&refused, "nowhere/vnet.sock: No such file or directory");
 
     let fd = null().no_socket().flag("--fd", "77");
-    sentence(&fd.run_to_end(&dir, "fd").unwrap(), "77");
+    assert_one_error_line(&fd.run_to_end(&dir, "fd").unwrap(), "77");
 }
 
 /// A daemon whose frames go nowhere.
@@ -102,7 +102,7 @@ fn null() -> Options {
     Options::new().flag("--uplink", "null")
 }
 
-fn sentence(stopped: &Stopped, part: &str) {
+fn assert_one_error_line(stopped: &Stopped, part: &str) {
     assert_eq!(stopped.status.code(), Some(1), "{stopped:?}");
     let text = stopped.stderr.trim();
     assert!(text.starts_with("virtionetd: vnet: "), "{text}");

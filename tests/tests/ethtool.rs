@@ -6,28 +6,28 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde_json::Value;
-use virtionet_guest::card::{Card, CardConfig};
+use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 use virtionet_guest::frame::{Frame, FrameSpec, Transport};
 use virtionet_guest::net::MODERN;
-use virtionet_tests::counters::{Pair, pairs};
+use virtionet_tests::counters::{PairCounters, pairs};
 use virtionet_tests::daemon::Options;
 use virtionet_tests::guest::Guest;
-use virtionet_tests::iperf::{Direction, Load};
+use virtionet_tests::iperf::{Direction, IperfLoad};
 use virtionet_tests::paths::RunDir;
-use virtionet_tests::rig::Plan;
-use virtionet_tests::topology::{CARD, Lan, TAP};
+use virtionet_tests::testbed::TestbedConfig;
+use virtionet_tests::topology::{CARD, HostNetwork, TAP};
 
 const PAIRS: u16 = 4;
 /// For what was on its way when the number changed.
 const SETTLE: Duration = Duration::from_millis(700);
-const WATCH: Duration = Duration::from_millis(1500);
+const OBSERVATION_TIME: Duration = Duration::from_millis(1500);
 
 #[test]
 fn connections_live_through_changes_and_unused_pairs_stay_silent() {
-    let rig = Plan::new(PAIRS).start().unwrap();
-    let guest = rig.qemu.guest();
-    let iperf = rig.iperf().unwrap();
-    let load = Load::tcp(25).flows(8).arg("--bidir");
+    let testbed = TestbedConfig::new(PAIRS).start().unwrap();
+    let guest = testbed.qemu.guest();
+    let iperf = testbed.iperf().unwrap();
+    let load = IperfLoad::tcp(25).flows(8).arg("--bidir");
     let mut running = iperf.start(&load, Direction::HostToGuest).unwrap();
     sleep(Duration::from_secs(2));
     for used in [1, 2, 4, 2, 1, 4_usize] {
@@ -35,9 +35,9 @@ fn connections_live_through_changes_and_unused_pairs_stay_silent() {
             .ok(&format!("ethtool -L {CARD} combined {used}"))
             .unwrap();
         sleep(SETTLE);
-        let before = pairs(&rig.daemon.device().unwrap()).unwrap();
-        sleep(WATCH);
-        let after = pairs(&rig.daemon.device().unwrap()).unwrap();
+        let before = pairs(&testbed.daemon.device().unwrap()).unwrap();
+        sleep(OBSERVATION_TIME);
+        let after = pairs(&testbed.daemon.device().unwrap()).unwrap();
         let moved = changes(&before, &after);
         eprintln!("{used} in use: (rx, tx) frames {moved:?}");
         for (k, pair) in after.iter().enumerate() {
@@ -73,23 +73,23 @@ fn a_disabled_pairs_frames_are_drained_counted_and_reach_nobody() {
     const SENT: u64 = 1000;
     let limit = Duration::from_secs(10);
     let dir = RunDir::new().unwrap();
-    let lan = Lan::bare().unwrap();
-    let options = Options::new().netns(lan.netns()).flag("--tap", TAP);
+    let network = HostNetwork::bare().unwrap();
+    let options = Options::new().netns(network.netns()).flag("--tap", TAP);
     let daemon = options.start(&dir, "vnet").unwrap();
-    let config = CardConfig::new(2, 256, MODERN);
-    let mut card = Card::connect(daemon.socket(), &config).unwrap();
+    let config = TestFrontendConfig::new(2, 256, MODERN);
+    let mut frontend = TestFrontend::connect(daemon.socket(), &config).unwrap();
     let frame = FrameSpec::v4(Transport::Udp).build(b"to nobody").unwrap();
     let frames: Vec<Frame> = (0..SENT).map(|_| frame.clone()).collect();
 
     let mut handed_over = 0;
     for enabled in [false, true, false] {
-        card.enable(1, enabled).unwrap();
+        frontend.enable(1, enabled).unwrap();
         let old = pairs(&daemon.device().unwrap()).unwrap().remove(1).tx;
-        let seen = received_by_host(&lan).unwrap();
-        card.pairs[1].tx.send_all(&frames, limit).unwrap();
-        card.pairs[1].tx.drain(limit).unwrap();
+        let seen = received_by_host(&network).unwrap();
+        frontend.pairs[1].tx.send_all(&frames, limit).unwrap();
+        frontend.pairs[1].tx.drain(limit).unwrap();
         let new = pairs(&daemon.device().unwrap()).unwrap().remove(1).tx;
-        let host = received_by_host(&lan).unwrap() - seen;
+        let host = received_by_host(&network).unwrap() - seen;
         let dropped = new.dropped_disabled - old.dropped_disabled;
         assert_eq!(new.enabled, enabled);
         if enabled {
@@ -104,8 +104,8 @@ fn a_disabled_pairs_frames_are_drained_counted_and_reach_nobody() {
 }
 
 /// Frames to and from the guest in between, by pair.
-fn changes(before: &[Pair], after: &[Pair]) -> Vec<(u64, u64)> {
-    let change = |(old, new): (&Pair, &Pair)| {
+fn changes(before: &[PairCounters], after: &[PairCounters]) -> Vec<(u64, u64)> {
+    let change = |(old, new): (&PairCounters, &PairCounters)| {
         let tx = new.tx.frames + new.tx.dropped_disabled;
         let old_tx = old.tx.frames + old.tx.dropped_disabled;
         (new.rx.frames - old.rx.frames, tx - old_tx)
@@ -134,8 +134,8 @@ fn parse_list(text: &str) -> Option<Vec<usize>> {
 }
 
 /// Frames that the host's network stack got from the TAP.
-fn received_by_host(lan: &Lan) -> Result<u64> {
-    let text = lan.netns().ip(&format!("-j -s link show {TAP}"))?;
+fn received_by_host(network: &HostNetwork) -> Result<u64> {
+    let text = network.netns().ip(&format!("-j -s link show {TAP}"))?;
     let links: Value = serde_json::from_str(&text)?;
     links[0]["stats64"]["rx"]["packets"]
         .as_u64()

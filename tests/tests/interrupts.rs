@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use virtionet_guest::card::CardConfig;
+use virtionet_guest::test_frontend::TestFrontendConfig;
 use virtionet_guest::net::MODERN;
 use virtionet_tests::accel::Accel;
 use virtionet_tests::counters::pairs;
@@ -16,10 +16,10 @@ use virtionet_tests::daemon::{Daemon, Options};
 use virtionet_tests::netns::Netns;
 use virtionet_tests::paths::RunDir;
 use virtionet_tests::qemu::{Machine, Nic};
-use virtionet_tests::rig::BOOT;
+use virtionet_tests::testbed::BOOT;
 use virtionet_tests::sched;
-use virtionet_tests::station::{Identity, Station};
-use virtionet_tests::topology::{CARD, GUEST, Lan, TAP, configure_guest};
+use virtionet_tests::responder::{Identity, EchoResponder};
+use virtionet_tests::topology::{CARD, GUEST, HostNetwork, TAP, configure_guest};
 
 const PAIRS: u16 = 4;
 const SOON: Duration = Duration::from_secs(5);
@@ -28,9 +28,9 @@ const BEFORE: &str = "3";
 
 #[test]
 fn masks_follow_the_workers_of_a_guest_and_go_back_at_the_end() {
-    let lan = lan_with_masks().unwrap();
+    let network = lan_with_masks().unwrap();
     let dir = RunDir::new().unwrap();
-    let daemon = options(&lan, "apply").start(&dir, "vnet").unwrap();
+    let daemon = options(&network, "apply").start(&dir, "vnet").unwrap();
     let (qemu, _) = Machine::new()
         .vcpus(PAIRS.into())
         .accel(Accel::Auto)
@@ -39,8 +39,8 @@ fn masks_follow_the_workers_of_a_guest_and_go_back_at_the_end() {
         .boot(&dir, "guest", BOOT)
         .unwrap();
     configure_guest(qemu.guest(), PAIRS).unwrap();
-    lan.reach(GUEST.v4).unwrap();
-    masks_are_the_workers(&lan, &daemon, 4).unwrap();
+    network.wait_for_ping(GUEST.v4).unwrap();
+    assert_worker_masks(&network, &daemon, 4).unwrap();
     let settings = daemon.device().unwrap()["interrupts"]["settings"].clone();
     let first = find(&settings, "tx-0/xps_cpus").unwrap();
     assert_eq!(
@@ -52,7 +52,7 @@ fn masks_follow_the_workers_of_a_guest_and_go_back_at_the_end() {
     for pairs in [2, 3, 1, 4] {
         let combined = format!("ethtool -L {CARD} combined {pairs}");
         qemu.guest().ok(&combined).unwrap();
-        masks_are_the_workers(&lan, &daemon, pairs).unwrap();
+        assert_worker_masks(&network, &daemon, pairs).unwrap();
     }
     // The vCPUs are moved, and the workers go after them.
     qemu.pin_vcpus_to(&[1, 0, 0, 0]).unwrap();
@@ -63,25 +63,25 @@ fn masks_follow_the_workers_of_a_guest_and_go_back_at_the_end() {
         Ok(())
     })
     .unwrap();
-    masks_are_the_workers(&lan, &daemon, 4).unwrap();
-    lan.reach(GUEST.v4).unwrap();
+    assert_worker_masks(&network, &daemon, 4).unwrap();
+    network.wait_for_ping(GUEST.v4).unwrap();
 
     let ended = daemon.stop(Signal::SIGTERM).unwrap();
     assert!(ended.status.success(), "{}", ended.stderr);
-    let masks = masks(lan.netns()).unwrap();
+    let masks = masks(network.netns()).unwrap();
     assert_eq!(masks, [(BEFORE.into(), BEFORE.into())]);
 }
 
 #[test]
 fn masks_go_back_when_the_front_end_goes() {
-    let lan = lan_with_masks().unwrap();
+    let network = lan_with_masks().unwrap();
     let dir = RunDir::new().unwrap();
-    let daemon = options(&lan, "apply").start(&dir, "vnet").unwrap();
-    let station = station(&daemon, 2).unwrap();
-    masks_are_the_workers(&lan, &daemon, 2).unwrap();
-    drop(station);
+    let daemon = options(&network, "apply").start(&dir, "vnet").unwrap();
+    let responder = responder(&daemon, 2).unwrap();
+    assert_worker_masks(&network, &daemon, 2).unwrap();
+    drop(responder);
     eventually(|| {
-        let now = masks(lan.netns())?;
+        let now = masks(network.netns())?;
         ensure!(now == [(BEFORE.into(), BEFORE.into())], "{now:?}");
         Ok(())
     })
@@ -90,10 +90,10 @@ fn masks_go_back_when_the_front_end_goes() {
 
 #[test]
 fn printing_names_the_commands_and_changes_nothing() {
-    let lan = lan_with_masks().unwrap();
+    let network = lan_with_masks().unwrap();
     let dir = RunDir::new().unwrap();
-    let daemon = options(&lan, "print").start(&dir, "vnet").unwrap();
-    let _station = station(&daemon, 2).unwrap();
+    let daemon = options(&network, "print").start(&dir, "vnet").unwrap();
+    let _station = responder(&daemon, 2).unwrap();
     let settings = wait_settings(&daemon, 4).unwrap();
     let worker = pairs(&daemon.device().unwrap()).unwrap()[0].tid;
     let cpu = sched::affinity(worker).unwrap()[0];
@@ -105,51 +105,51 @@ fn printing_names_the_commands_and_changes_nothing() {
     assert_eq!(first["command"], command);
     assert_eq!(first["applied"], false);
     assert!(daemon.stderr().contains(&command), "{}", daemon.stderr());
-    for (_, rps) in masks(lan.netns()).unwrap() {
+    for (_, rps) in masks(network.netns()).unwrap() {
         assert_eq!(rps, BEFORE);
     }
-    let (xps, _) = &masks(lan.netns()).unwrap()[0];
+    let (xps, _) = &masks(network.netns()).unwrap()[0];
     assert_eq!(xps, BEFORE);
     // The commands do what applying would.
     for setting in settings.as_array().unwrap() {
         let command = setting["command"].as_str().unwrap();
-        lan.netns().run("sh", ["-c", command]).unwrap();
+        network.netns().run("sh", ["-c", command]).unwrap();
     }
-    masks_are_the_workers(&lan, &daemon, 2).unwrap();
+    assert_worker_masks(&network, &daemon, 2).unwrap();
 }
 
 #[test]
 fn nothing_is_touched_unless_asked() {
-    let lan = lan_with_masks().unwrap();
+    let network = lan_with_masks().unwrap();
     let dir = RunDir::new().unwrap();
     let daemon = Options::new()
-        .netns(lan.netns())
+        .netns(network.netns())
         .flag("--tap", TAP)
         .start(&dir, "vnet")
         .unwrap();
-    let _station = station(&daemon, 2).unwrap();
-    lan.reach(GUEST.v4).unwrap();
+    let _station = responder(&daemon, 2).unwrap();
+    network.wait_for_ping(GUEST.v4).unwrap();
     std::thread::sleep(Duration::from_millis(600));
     assert_eq!(daemon.device().unwrap()["interrupts"]["mode"], "off");
     assert_eq!(
-        masks(lan.netns()).unwrap()[0],
+        masks(network.netns()).unwrap()[0],
         (BEFORE.into(), BEFORE.into())
     );
 }
 
 #[test]
 fn without_the_right_to_write_it_says_so_once_and_goes_on() {
-    let lan = lan_with_masks().unwrap();
-    lan.netns().ip(&format!("link del {TAP}")).unwrap();
+    let network = lan_with_masks().unwrap();
+    network.netns().ip(&format!("link del {TAP}")).unwrap();
     let make = format!("tuntap add dev {TAP} mode tap user 65534 vnet_hdr multi_queue");
-    lan.netns().ip(&make).unwrap();
-    lan.configure().unwrap();
+    network.netns().ip(&make).unwrap();
+    network.configure().unwrap();
     let dir = RunDir::new().unwrap();
     // Another user's daemon makes its sockets here.
     let home = dir.join("vnet.sock");
     let home = home.parent().unwrap();
     fs::set_permissions(home, fs::Permissions::from_mode(0o777)).unwrap();
-    let daemon = options(&lan, "apply")
+    let daemon = options(&network, "apply")
         .wrapped_in([
             "setpriv",
             "--reuid=65534",
@@ -158,9 +158,9 @@ fn without_the_right_to_write_it_says_so_once_and_goes_on() {
         ])
         .start(&dir, "vnet")
         .unwrap();
-    let _station = station(&daemon, 2).unwrap();
+    let _station = responder(&daemon, 2).unwrap();
     wait_settings(&daemon, 2).unwrap();
-    lan.reach(GUEST.v4).unwrap();
+    network.wait_for_ping(GUEST.v4).unwrap();
     std::thread::sleep(Duration::from_millis(600));
     let told = daemon.stderr().matches("masks cannot be set").count();
     assert_eq!(told, 1, "{}", daemon.stderr());
@@ -170,16 +170,16 @@ fn without_the_right_to_write_it_says_so_once_and_goes_on() {
 
 #[test]
 fn a_guest_that_wastes_its_pairs_and_shares_its_vectors_is_told() {
-    let lan = Lan::bare().unwrap();
+    let network = HostNetwork::bare().unwrap();
     let dir = RunDir::new().unwrap();
     let monitor = dir.join("monitor.qmp");
     let daemon = Options::new()
-        .netns(lan.netns())
+        .netns(network.netns())
         .flag("--tap", TAP)
         .flag("--qmp", &monitor)
         .start(&dir, "vnet")
         .unwrap();
-    lan.configure().unwrap();
+    network.configure().unwrap();
     let (qemu, _) = Machine::new()
         .vcpus(PAIRS.into())
         .accel(Accel::Auto)
@@ -223,10 +223,10 @@ fn a_guest_that_wastes_its_pairs_and_shares_its_vectors_is_told() {
 
 #[test]
 fn a_card_that_does_not_offer_its_pairs_is_told() {
-    let lan = Lan::bare().unwrap();
+    let network = HostNetwork::bare().unwrap();
     let dir = RunDir::new().unwrap();
-    let daemon = options(&lan, "off").start(&dir, "vnet").unwrap();
-    lan.configure().unwrap();
+    let daemon = options(&network, "off").start(&dir, "vnet").unwrap();
+    network.configure().unwrap();
     let (qemu, _) = Machine::new()
         .vcpus(2)
         .accel(Accel::Auto)
@@ -243,14 +243,14 @@ fn a_card_that_does_not_offer_its_pairs_is_told() {
 
 #[test]
 fn a_guest_that_uses_all_it_has_is_told_nothing() {
-    let lan = Lan::bare().unwrap();
+    let network = HostNetwork::bare().unwrap();
     let dir = RunDir::new().unwrap();
     let monitor = dir.join("monitor.qmp");
-    let daemon = options(&lan, "off")
+    let daemon = options(&network, "off")
         .flag("--qmp", &monitor)
         .start(&dir, "vnet")
         .unwrap();
-    lan.configure().unwrap();
+    network.configure().unwrap();
     let (qemu, _) = Machine::new()
         .vcpus(2)
         .accel(Accel::Auto)
@@ -265,26 +265,26 @@ fn a_guest_that_uses_all_it_has_is_told_nothing() {
 }
 
 /// A TAP that was there before, with masks that somebody set.
-fn lan_with_masks() -> Result<Lan> {
-    let lan = Lan::with_tap(PAIRS)?;
+fn lan_with_masks() -> Result<HostNetwork> {
+    let network = HostNetwork::with_tap(PAIRS)?;
     // Queues that come later get it from here, where the kernel has such a thing.
     let script = format!(
         "echo {BEFORE} >/proc/sys/net/core/rps_default_mask; for f in tx-0/xps_cpus rx-0/rps_cpus; do echo {BEFORE} >/sys/class/net/{TAP}/queues/$f || exit; done"
     );
-    lan.netns().run("sh", ["-c", &script])?;
-    Ok(lan)
+    network.netns().run("sh", ["-c", &script])?;
+    Ok(network)
 }
 
-fn options(lan: &Lan, mode: &str) -> Options {
+fn options(network: &HostNetwork, mode: &str) -> Options {
     Options::new()
-        .netns(lan.netns())
+        .netns(network.netns())
         .flag("--tap", TAP)
         .flag("--irq-affinity", mode)
 }
 
-fn station(daemon: &Daemon, pairs: u16) -> Result<Station> {
-    let config = CardConfig::new(pairs, 256, MODERN);
-    Station::connect(daemon.socket(), &config, Identity::at(GUEST.v4)?)
+fn responder(daemon: &Daemon, pairs: u16) -> Result<EchoResponder> {
+    let config = TestFrontendConfig::new(pairs, 256, MODERN);
+    EchoResponder::connect(daemon.socket(), &config, Identity::at(GUEST.v4)?)
 }
 
 /// XPS and RPS masks of the TAP's queues, by number.
@@ -303,7 +303,7 @@ fn masks(netns: &Netns) -> Result<Vec<(String, String)>> {
 
 /// There are as many queues as pairs in use, and each has the mask of a worker of its own, as the
 /// kernel has that worker's affinity. RPS is narrowed where it is on.
-fn masks_are_the_workers(lan: &Lan, daemon: &Daemon, count: usize) -> Result<()> {
+fn assert_worker_masks(network: &HostNetwork, daemon: &Daemon, count: usize) -> Result<()> {
     eventually(|| {
         let live = pairs(&daemon.device()?)?
             .into_iter()
@@ -313,7 +313,7 @@ fn masks_are_the_workers(lan: &Lan, daemon: &Daemon, count: usize) -> Result<()>
             let mask: u64 = sched::affinity(pair.tid)?.iter().map(|cpu| 1 << cpu).sum();
             wanted.push(format!("{mask:x}"));
         }
-        let masks = masks(lan.netns())?;
+        let masks = masks(network.netns())?;
         let mut xps: Vec<_> = masks.iter().map(|(xps, _)| xps.clone()).collect();
         wanted.sort_unstable();
         xps.sort_unstable();

@@ -12,19 +12,19 @@ use serde_json::Value;
 use virtionet_tests::accel::Accel;
 use virtionet_tests::counters::pairs;
 use virtionet_tests::daemon::{Daemon, Options};
-use virtionet_tests::iperf::{Clients, Direction, Iperf, Load};
+use virtionet_tests::iperf::{Clients, Direction, Iperf, IperfLoad};
 use virtionet_tests::libvirt::Libvirt;
 use virtionet_tests::paths::{self, RunDir};
 use virtionet_tests::process::output;
 use virtionet_tests::sched;
-use virtionet_tests::topology::{GUEST, Lan, TAP, configure_guest};
+use virtionet_tests::topology::{GUEST, HostNetwork, TAP, configure_guest};
 
 /// The guest's boot, beside libvirtd's own work.
 const BOOT: Duration = Duration::from_secs(90);
 /// Longer than anything here takes that has no bound of its own.
 const SOON: Duration = Duration::from_secs(10);
 /// The time in which a worker must have followed its vCPU.
-const FOLLOW: Duration = Duration::from_secs(1);
+const MAX_FOLLOW_TIME: Duration = Duration::from_secs(1);
 
 #[test]
 fn a_planned_domain_runs_and_workers_follow_vcpupin() {
@@ -38,14 +38,14 @@ fn a_planned_domain_runs_and_workers_follow_vcpupin() {
 
 fn planned(cpus: [usize; 2]) -> Result<()> {
     let dir = RunDir::new()?;
-    let lan = Lan::bare()?;
+    let network = HostNetwork::bare()?;
     let plan = plan(&dir, cpus)?;
-    let mut daemon = start(&plan, &dir, &lan)?;
+    let mut daemon = start(&plan, &dir, &network)?;
     let libvirt = Libvirt::start(&dir)?;
     let xml = plan["commands"]["libvirt"].as_str().context("no XML")?;
     let guest = libvirt.boot(&dir, "planned", xml, BOOT)?;
     configure_guest(&guest, 2)?;
-    lan.reach(GUEST.v4)?;
+    network.wait_for_ping(GUEST.v4)?;
 
     let both = |device: &Value| {
         let pairs = pairs(device).unwrap_or_default();
@@ -58,55 +58,55 @@ fn planned(cpus: [usize; 2]) -> Result<()> {
         .map(|pair| pair.tid)
         .collect::<Vec<_>>();
     for (tid, cpu) in workers.iter().zip(cpus) {
-        stands(*tid, cpu, SOON)?;
+        wait_for_cpu(*tid, cpu, SOON)?;
     }
-    let iperf = Iperf::new(&lan, &guest, &dir, Clients::Host, 2)?;
+    let iperf = Iperf::new(&network, &guest, &dir, Clients::Host, 2)?;
     for direction in [Direction::HostToGuest, Direction::GuestToHost] {
-        let report = iperf.run(&Load::tcp(1).flows(4), direction)?;
+        let report = iperf.run(&IperfLoad::tcp(1).flows(4), direction)?;
         eprintln!("{direction:?}: {:.2} Gbit/s", report.gbps);
         assert!(report.gbps > 0.02, "{report:?}");
     }
 
     // Each vCPU to the other's CPU, under load, and back without.
-    let running = iperf.start(&Load::tcp(4).flows(2), Direction::HostToGuest)?;
+    let running = iperf.start(&IperfLoad::tcp(4).flows(2), Direction::HostToGuest)?;
     for (pair, cpu) in [(0, cpus[1]), (1, cpus[0])] {
-        moves(&libvirt, qemu, pair, workers[pair], cpu)?;
+        move_vcpu(&libvirt, qemu, pair, workers[pair], cpu)?;
     }
     assert!(running.finish()?.gbps > 0.02);
     for (pair, cpu) in [(0, cpus[0]), (1, cpus[1])] {
-        moves(&libvirt, qemu, pair, workers[pair], cpu)?;
+        move_vcpu(&libvirt, qemu, pair, workers[pair], cpu)?;
     }
-    lan.reach(GUEST.v4)?;
+    network.wait_for_ping(GUEST.v4)?;
 
     libvirt.virsh(&["destroy", "planned"])?;
     libvirt.virsh(&["undefine", "planned"])?;
     daemon.wait_device("alone again", SOON, |device| device["connected"] == false)?;
-    gone(qemu)?;
+    wait_for_exit(qemu)?;
     drop(libvirt);
     let stopped = daemon.stop(Signal::SIGTERM)?;
     assert!(stopped.status.success(), "{stopped:?}");
-    let links = lan.netns().ip("link")?;
+    let links = network.netns().ip("link")?;
     assert!(!links.contains(TAP), "{links}");
     Ok(())
 }
 
 /// `virsh vcpupin` moves the thread of a vCPU, and the worker stands there in a second.
-fn moves(libvirt: &Libvirt, qemu: u32, vcpu: usize, worker: i32, cpu: usize) -> Result<()> {
+fn move_vcpu(libvirt: &Libvirt, qemu: u32, vcpu: usize, worker: i32, cpu: usize) -> Result<()> {
     let words = [vcpu.to_string(), cpu.to_string()];
     libvirt.virsh(&["vcpupin", "planned", &words[0], &words[1], "--live"])?;
-    let began = Instant::now();
+    let started_at = Instant::now();
     let name = format!("CPU {vcpu}/");
     let threads = sched::threads(qemu)?;
     let thread = threads.iter().find(|(_, comm)| comm.starts_with(&name));
     let (thread, _) = thread.with_context(|| format!("no {name} in {threads:?}"))?;
     assert_eq!(sched::affinity(*thread)?, [cpu]);
-    stands(worker, cpu, FOLLOW)?;
-    eprintln!("worker {vcpu} on CPU {cpu} after {:?}", began.elapsed());
+    wait_for_cpu(worker, cpu, MAX_FOLLOW_TIME)?;
+    eprintln!("worker {vcpu} on CPU {cpu} after {:?}", started_at.elapsed());
     Ok(())
 }
 
 /// Waits until the kernel lets thread `tid` run on `cpu` alone.
-fn stands(tid: i32, cpu: usize, limit: Duration) -> Result<()> {
+fn wait_for_cpu(tid: i32, cpu: usize, limit: Duration) -> Result<()> {
     let until = Instant::now() + limit;
     loop {
         let now = sched::affinity(tid)?;
@@ -120,7 +120,7 @@ fn stands(tid: i32, cpu: usize, limit: Duration) -> Result<()> {
     }
 }
 
-fn gone(pid: u32) -> Result<()> {
+fn wait_for_exit(pid: u32) -> Result<()> {
     let path = format!("/proc/{pid}");
     let until = Instant::now() + SOON;
     while Path::new(&path).exists() {
@@ -147,14 +147,14 @@ fn plan(dir: &RunDir, cpus: [usize; 2]) -> Result<Value> {
 }
 
 /// Starts virtionetd as the plan says, to wait for the domain.
-fn start(plan: &Value, dir: &RunDir, lan: &Lan) -> Result<Daemon> {
+fn start(plan: &Value, dir: &RunDir, network: &HostNetwork) -> Result<Daemon> {
     let words = plan["commands"]["virtionetd_client"].clone();
     let words: Vec<String> = serde_json::from_value(words)?;
     let control = plan["control"].as_str().context("no control socket")?;
     let daemon = Options::new()
-        .netns(lan.netns())
+        .netns(network.netns())
         .command(&words, Path::new(control))
         .start(dir, "vnet")?;
-    lan.configure()?;
+    network.configure()?;
     Ok(daemon)
 }

@@ -5,30 +5,30 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
-use virtionet_tests::counters::{Pair, pairs};
+use virtionet_tests::counters::{PairCounters, pairs};
 use virtionet_tests::guest::Guest;
-use virtionet_tests::iperf::{Direction, Load};
-use virtionet_tests::rig::{BOOT, Plan, Rig};
+use virtionet_tests::iperf::{Direction, IperfLoad};
+use virtionet_tests::testbed::{BOOT, TestbedConfig, Testbed};
 use virtionet_tests::sched;
 
 const PAIRS: u16 = 4;
 
 #[test]
 fn four_pairs_carry_frames_both_ways_each_on_its_own_cpu() {
-    let rig = Plan::new(PAIRS).start().unwrap();
-    let before = pairs(&rig.daemon.device().unwrap()).unwrap();
+    let testbed = TestbedConfig::new(PAIRS).start().unwrap();
+    let before = pairs(&testbed.daemon.device().unwrap()).unwrap();
     assert_eq!(before.len(), usize::from(PAIRS));
-    workers_stand_on_their_vcpus_cpus(&rig, &before).unwrap();
-    interrupts_belong_to_their_vcpus(rig.qemu.guest(), &before).unwrap();
+    workers_stand_on_their_vcpus_cpus(&testbed, &before).unwrap();
+    interrupts_belong_to_their_vcpus(testbed.qemu.guest(), &before).unwrap();
 
-    let calls = interrupts(rig.qemu.guest()).unwrap();
-    let iperf = rig.iperf().unwrap();
+    let calls = interrupts(testbed.qemu.guest()).unwrap();
+    let iperf = testbed.iperf().unwrap();
     let mut last = before;
     for direction in [Direction::HostToGuest, Direction::GuestToHost] {
-        let report = iperf.run(&Load::tcp(3).flows(16), direction).unwrap();
+        let report = iperf.run(&IperfLoad::tcp(3).flows(16), direction).unwrap();
         eprintln!("{direction:?}: {:.2} Gbit/s {:?}", report.gbps, report.each);
         assert!(report.each.iter().all(|gbps| *gbps > 0.0), "{report:?}");
-        let now = pairs(&rig.daemon.device().unwrap()).unwrap();
+        let now = pairs(&testbed.daemon.device().unwrap()).unwrap();
         for (k, (old, new)) in last.iter().zip(&now).enumerate() {
             let rx = new.rx.frames - old.rx.frames;
             let tx = new.tx.frames - old.tx.frames;
@@ -41,7 +41,7 @@ fn four_pairs_carry_frames_both_ways_each_on_its_own_cpu() {
         last = now;
     }
 
-    for (name, now) in interrupts(rig.qemu.guest()).unwrap() {
+    for (name, now) in interrupts(testbed.qemu.guest()).unwrap() {
         let before = &calls[&name].counts;
         let pair = pair_of(&name).unwrap();
         for (cpu, (now, before)) in now.counts.iter().zip(before).enumerate() {
@@ -53,22 +53,22 @@ fn four_pairs_carry_frames_both_ways_each_on_its_own_cpu() {
 
 #[test]
 fn a_guest_with_packed_rings_moves_data_both_ways_and_reboots() {
-    let mut rig = Plan::new(2).prop("packed=on").start().unwrap();
-    let features = rig.daemon.device().unwrap()["frontend"]["features"].clone();
+    let mut testbed = TestbedConfig::new(2).prop("packed=on").start().unwrap();
+    let features = testbed.daemon.device().unwrap()["frontend"]["features"].clone();
     assert!(features.to_string().contains("RING_PACKED"), "{features}");
-    rig.move_data_both_ways().unwrap();
-    rig.qemu.guest().reboot(BOOT).unwrap();
-    rig.configure_guest().unwrap();
-    rig.move_data_both_ways().unwrap();
-    for pair in pairs(&rig.daemon.device().unwrap()).unwrap() {
+    testbed.move_data_both_ways().unwrap();
+    testbed.qemu.guest().reboot(BOOT).unwrap();
+    testbed.configure_guest().unwrap();
+    testbed.move_data_both_ways().unwrap();
+    for pair in pairs(&testbed.daemon.device().unwrap()).unwrap() {
         assert!(pair.rx.frames > 0 && pair.tx.frames > 0, "{pair:?}");
     }
 }
 
 /// The stated CPUs are those of vCPU k's thread, and the kernel says the same.
-fn workers_stand_on_their_vcpus_cpus(rig: &Rig, pairs: &[Pair]) -> Result<()> {
-    let vcpus = rig.qemu.vcpu_threads()?;
-    let threads: BTreeMap<i32, String> = sched::threads(rig.daemon.pid())?.into_iter().collect();
+fn workers_stand_on_their_vcpus_cpus(testbed: &Testbed, pairs: &[PairCounters]) -> Result<()> {
+    let vcpus = testbed.qemu.vcpu_threads()?;
+    let threads: BTreeMap<i32, String> = sched::threads(testbed.daemon.pid())?.into_iter().collect();
     for (k, (pair, vcpu)) in pairs.iter().zip(vcpus).enumerate() {
         assert_eq!(pair.worker, format!("vnet-q{k}"));
         assert_eq!(threads.get(&pair.tid), Some(&pair.worker), "{threads:?}");
@@ -80,7 +80,7 @@ fn workers_stand_on_their_vcpus_cpus(rig: &Rig, pairs: &[Pair]) -> Result<()> {
 }
 
 /// The driver gave pair k's vectors to the vCPUs that the daemon names for it.
-fn interrupts_belong_to_their_vcpus(guest: &Guest, pairs: &[Pair]) -> Result<()> {
+fn interrupts_belong_to_their_vcpus(guest: &Guest, pairs: &[PairCounters]) -> Result<()> {
     let vectors = interrupts(guest)?;
     assert_eq!(vectors.len(), 2 * pairs.len(), "{vectors:?}");
     for (name, vector) in vectors {

@@ -4,11 +4,11 @@
 use std::time::Duration;
 
 use virtionet_tests::accel::Accel;
-use virtionet_tests::iperf::{Clients, Direction, Iperf, Load};
+use virtionet_tests::iperf::{Clients, Direction, Iperf, IperfLoad};
 use virtionet_tests::paths::RunDir;
 use virtionet_tests::qemu::{Machine, Nic};
 use virtionet_tests::sched;
-use virtionet_tests::topology::{GUEST, Lan, TAP, configure_guest};
+use virtionet_tests::topology::{GUEST, HostNetwork, TAP, configure_guest};
 
 const PAIRS: u16 = 4;
 const BOOT: Duration = Duration::from_secs(60);
@@ -16,11 +16,11 @@ const BOOT: Duration = Duration::from_secs(60);
 #[test]
 fn a_guest_on_qemus_own_card_moves_data_both_ways() {
     let dir = RunDir::new().unwrap();
-    let lan = Lan::with_tap(PAIRS).unwrap();
+    let network = HostNetwork::with_tap(PAIRS).unwrap();
     let (qemu, boot) = Machine::new()
         .vcpus(PAIRS.into())
         .accel(Accel::Auto)
-        .netns(lan.netns())
+        .netns(network.netns())
         .nic(Nic::tap(TAP).queues(PAIRS))
         .pinned()
         .boot(&dir, "peer", BOOT)
@@ -38,21 +38,21 @@ fn a_guest_on_qemus_own_card_moves_data_both_ways() {
 
     let guest = qemu.guest();
     configure_guest(guest, PAIRS).unwrap();
-    lan.reach(GUEST.v4).unwrap();
-    lan.reach(GUEST.v6).unwrap();
+    network.wait_for_ping(GUEST.v4).unwrap();
+    network.wait_for_ping(GUEST.v6).unwrap();
     let interrupts = guest.ok("grep -c virtio0-input /proc/interrupts").unwrap();
     assert_eq!(interrupts.trim(), PAIRS.to_string());
 
-    let iperf = Iperf::new(&lan, guest, &dir, Clients::Host, PAIRS).unwrap();
+    let iperf = Iperf::new(&network, guest, &dir, Clients::Host, PAIRS).unwrap();
     for direction in [Direction::HostToGuest, Direction::GuestToHost] {
-        let report = iperf.run(&Load::tcp(2).flows(8), direction).unwrap();
+        let report = iperf.run(&IperfLoad::tcp(2).flows(8), direction).unwrap();
         eprintln!("{direction:?}: {:.2} Gbit/s {:?}", report.gbps, report.each);
         assert_eq!(report.each.len(), usize::from(PAIRS));
         assert!(report.gbps > 0.05, "{direction:?}: {report:?}");
     }
-    let six = iperf.run(&Load::tcp(1).ipv6().flows(4), Direction::HostToGuest);
+    let six = iperf.run(&IperfLoad::tcp(1).ipv6().flows(4), Direction::HostToGuest);
     assert!(six.unwrap().gbps > 0.05);
-    let udp = Load::udp(1, "10M").flows(4).arg("-l").arg("1400");
+    let udp = IperfLoad::udp(1, "10M").flows(4).arg("-l").arg("1400");
     let report = iperf.run(&udp, Direction::GuestToHost).unwrap();
     assert!(
         report.packets > 500 && report.lost < report.packets / 2,
@@ -61,8 +61,8 @@ fn a_guest_on_qemus_own_card_moves_data_both_ways() {
 
     // The servers change ends: only one of the two may hold the ports' names.
     drop(iperf);
-    let iperf = Iperf::new(&lan, guest, &dir, Clients::Guest, 2).unwrap();
-    let report = iperf.run(&Load::tcp(1).flows(2), Direction::GuestToHost);
+    let iperf = Iperf::new(&network, guest, &dir, Clients::Guest, 2).unwrap();
+    let report = iperf.run(&IperfLoad::tcp(1).flows(2), Direction::GuestToHost);
     assert!(report.unwrap().gbps > 0.05);
 }
 

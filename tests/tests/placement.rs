@@ -10,21 +10,21 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use virtionet_guest::card::{Card, CardConfig};
+use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 use virtionet_guest::net::MODERN;
-use virtionet_tests::counters::{Pair, pairs};
+use virtionet_tests::counters::{PairCounters, pairs};
 use virtionet_tests::cpus::{Cpuset, Offline};
 use virtionet_tests::daemon::{Daemon, Options};
 use virtionet_tests::guest::Guest;
-use virtionet_tests::iperf::{Direction, Load};
+use virtionet_tests::iperf::{Direction, IperfLoad};
 use virtionet_tests::paths::RunDir;
 use virtionet_tests::process::Proc;
-use virtionet_tests::rig::{Plan, Rig};
+use virtionet_tests::testbed::{TestbedConfig, Testbed};
 use virtionet_tests::sched;
 use virtionet_tests::topology::{CARD, GUEST};
 
 /// How soon a worker has to be where its vCPU went.
-const FOLLOWS: Duration = Duration::from_secs(1);
+const MAX_FOLLOW_TIME: Duration = Duration::from_secs(1);
 /// For what has no such promise.
 const SOON: Duration = Duration::from_secs(10);
 
@@ -35,29 +35,29 @@ fn workers_follow_their_vcpus_without_losing_a_frame() {
         eprintln!("skipped: this test needs two CPUs");
         return;
     }
-    let rig = Plan::new(2).start().unwrap();
-    let vcpus = rig.qemu.vcpu_threads().unwrap();
+    let testbed = TestbedConfig::new(2).start().unwrap();
+    let vcpus = testbed.qemu.vcpu_threads().unwrap();
     let pin = |turn: usize| {
         for (k, tid) in vcpus.iter().enumerate() {
             sched::pin(*tid, cpus[(k + turn) % 2]).unwrap();
         }
-        followed(&rig, &vcpus)
+        time_to_follow(&testbed, &vcpus)
     };
     pin(0);
 
-    let dropped = drops(&rig.daemon.device().unwrap());
-    let ping = pings(&rig, 60).unwrap();
+    let dropped = drops(&testbed.daemon.device().unwrap());
+    let ping = pings(&testbed, 60).unwrap();
     let mut slowest = Duration::ZERO;
     for turn in 1..=6 {
         slowest = slowest.max(pin(turn));
         sleep(Duration::from_millis(300));
     }
-    all_answered(&rig, ping, 60).unwrap();
-    assert_eq!(drops(&rig.daemon.device().unwrap()), dropped);
+    all_answered(&testbed, ping, 60).unwrap();
+    assert_eq!(drops(&testbed.daemon.device().unwrap()), dropped);
 
-    let iperf = rig.iperf().unwrap();
+    let iperf = testbed.iperf().unwrap();
     for direction in [Direction::HostToGuest, Direction::GuestToHost] {
-        let load = iperf.start(&Load::tcp(4).flows(4), direction).unwrap();
+        let load = iperf.start(&IperfLoad::tcp(4).flows(4), direction).unwrap();
         for turn in 1..=3 {
             slowest = slowest.max(pin(turn));
             sleep(Duration::from_millis(400));
@@ -67,14 +67,14 @@ fn workers_follow_their_vcpus_without_losing_a_frame() {
         assert!(report.each.iter().all(|gbps| *gbps > 0.0), "{report:?}");
     }
     eprintln!("the slowest worker was with its vCPU after {slowest:?}");
-    assert!(slowest < FOLLOWS, "{slowest:?}");
+    assert!(slowest < MAX_FOLLOW_TIME, "{slowest:?}");
 }
 
 #[test]
 fn what_is_wrong_is_told_once_with_the_remedy() {
-    let mut rig = Plan::new(2).start().unwrap();
+    let mut testbed = TestbedConfig::new(2).start().unwrap();
     let cpus = sched::allowed_cpus().unwrap();
-    for tid in rig.qemu.vcpu_threads().unwrap() {
+    for tid in testbed.qemu.vcpu_threads().unwrap() {
         sched::pin_to(tid, &cpus).unwrap();
     }
     if cpus.len() < 2 {
@@ -82,13 +82,13 @@ fn what_is_wrong_is_told_once_with_the_remedy() {
         return;
     }
     let told = |device: &Value| device["warnings"].to_string().contains("virsh vcpupin");
-    rig.daemon.wait_device("warned of", SOON, told).unwrap();
+    testbed.daemon.wait_device("warned of", SOON, told).unwrap();
     sleep(Duration::from_secs(2));
-    let log = rig.daemon.stderr();
+    let log = testbed.daemon.stderr();
     assert_eq!(log.matches("virsh vcpupin").count(), 1, "{log}");
-    rig.qemu.pin_vcpus().unwrap();
-    let quiet = |device: &Value| !told(device);
-    rig.daemon.wait_device("content", SOON, quiet).unwrap();
+    testbed.qemu.pin_vcpus().unwrap();
+    let without_warning = |device: &Value| !told(device);
+    testbed.daemon.wait_device("content", SOON, without_warning).unwrap();
 }
 
 #[test]
@@ -98,50 +98,50 @@ fn a_worker_polls_only_where_no_vcpu_is_pinned() {
         eprintln!("skipped: this test needs two CPUs");
         return;
     }
-    let plan = Plan::new(1).vcpus(2).daemon_flag("--poll", "always");
-    let mut rig = plan.start().unwrap();
+    let plan = TestbedConfig::new(1).vcpus(2).daemon_flag("--poll", "always");
+    let mut testbed = plan.start().unwrap();
     // Both CPUs have a vCPU: the worker sleeps beside its own.
     let asleep = |device: &Value| {
         device["warnings"]
             .to_string()
             .contains("instead of polling")
     };
-    rig.daemon
+    testbed.daemon
         .wait_device("told to sleep", SOON, asleep)
         .unwrap();
-    assert_eq!(polls_a_second(&rig.daemon), 0);
+    assert_eq!(polls_a_second(&testbed.daemon), 0);
     // One CPU is free: it polls there.
-    let vcpus = rig.qemu.vcpu_threads().unwrap();
+    let vcpus = testbed.qemu.vcpu_threads().unwrap();
     for tid in &vcpus {
         sched::pin(*tid, cpus[0]).unwrap();
     }
     let free = |device: &Value| device["pairs"][0]["cpus"] == serde_json::json!([cpus[1]]);
-    let device = rig
+    let device = testbed
         .daemon
         .wait_device("on the free CPU", SOON, free)
         .unwrap();
     assert!(!asleep(
-        &rig.daemon
+        &testbed.daemon
             .wait_device("content", SOON, |d| !asleep(d))
             .unwrap()
     ));
-    stands_as_told(&device).unwrap();
-    assert!(polls_a_second(&rig.daemon) > 100);
+    assert_cpus_as_reported(&device).unwrap();
+    assert!(polls_a_second(&testbed.daemon) > 100);
     // And there is none again.
-    rig.qemu.pin_vcpus().unwrap();
-    rig.daemon
+    testbed.qemu.pin_vcpus().unwrap();
+    testbed.daemon
         .wait_device("told to sleep again", SOON, asleep)
         .unwrap();
-    assert_eq!(polls_a_second(&rig.daemon), 0);
-    rig.lan.reach(GUEST.v4).unwrap();
+    assert_eq!(polls_a_second(&testbed.daemon), 0);
+    testbed.network.wait_for_ping(GUEST.v4).unwrap();
 }
 
 #[test]
 fn following_an_idle_guest_costs_next_to_nothing() {
     const WHILE: Duration = Duration::from_secs(5);
-    let rig = Plan::new(4).start().unwrap();
-    nodes_are_told(&rig.daemon.device().unwrap());
-    let threads = sched::threads(rig.daemon.pid()).unwrap();
+    let testbed = TestbedConfig::new(4).start().unwrap();
+    assert_nodes_reported(&testbed.daemon.device().unwrap());
+    let threads = sched::threads(testbed.daemon.pid()).unwrap();
     let placer = threads.iter().find(|(_, name)| name == "placer").unwrap().0;
     let before = time_on_cpu(placer).unwrap();
     sleep(WHILE);
@@ -155,46 +155,46 @@ fn following_an_idle_guest_costs_next_to_nothing() {
 fn the_map_from_pairs_to_vcpus_is_the_guests_own() {
     // Guest with 4 vCPUs, then with 2.
     for (vcpus, uses) in [(4, &[4, 3, 2, 1][..]), (2, &[4, 2])] {
-        let mut rig = Plan::new(4).vcpus(vcpus).start().unwrap();
+        let mut testbed = TestbedConfig::new(4).vcpus(vcpus).start().unwrap();
         for pairs in uses {
-            let guest = rig.qemu.guest();
+            let guest = testbed.qemu.guest();
             let now = guest.ok(&format!("ethtool -l {CARD} | grep Combined | tail -n 1"));
             if !now.unwrap().trim().ends_with(&format!("\t{pairs}")) {
                 guest
                     .ok(&format!("ethtool -L {CARD} combined {pairs}"))
                     .unwrap();
             }
-            let real = guests_map(guest, *pairs).unwrap();
+            let real = guest_map(guest, *pairs).unwrap();
             eprintln!("{vcpus} vCPUs, {pairs} pairs: {real:?}");
-            let same = |device: &Value| told_map(device, *pairs).is_ok_and(|told| told == real);
+            let same = |device: &Value| reported_map(device, *pairs).is_ok_and(|told| told == real);
             let what = format!("serving {pairs} pairs as the guest does, {real:?}");
-            let device = rig.daemon.wait_device(&what, SOON, same).unwrap();
-            stands_as_told(&device).unwrap();
+            let device = testbed.daemon.wait_device(&what, SOON, same).unwrap();
+            assert_cpus_as_reported(&device).unwrap();
         }
     }
 }
 
 #[test]
 fn vcpus_that_are_plugged_in_are_served_as_the_guest_does() {
-    let mut rig = Plan::new(2).max_vcpus(4).start().unwrap();
-    let slots = rig.qemu.qmp("query-hotpluggable-cpus", &Value::Null);
+    let mut testbed = TestbedConfig::new(2).max_vcpus(4).start().unwrap();
+    let slots = testbed.qemu.qmp("query-hotpluggable-cpus", &Value::Null);
     let slots = slots.unwrap();
     let free = slots.as_array().unwrap().iter().rev();
     for (cpu, slot) in (2..).zip(free.filter(|slot| slot["qom-path"].is_null())) {
         let mut device = slot["props"].clone();
         device["driver"] = slot["type"].clone();
         device["id"] = format!("cpu{cpu}").into();
-        rig.qemu.qmp("device_add", &device).unwrap();
+        testbed.qemu.qmp("device_add", &device).unwrap();
         let online = format!("echo 1 > /sys/devices/system/cpu/cpu{cpu}/online");
-        let guest = rig.qemu.guest();
+        let guest = testbed.qemu.guest();
         eventually(SOON, || guest.ok(&online).map(|_| ())).unwrap();
     }
-    let real = guests_map(rig.qemu.guest(), 2).unwrap();
+    let real = guest_map(testbed.qemu.guest(), 2).unwrap();
     assert_eq!(real, [[0, 1], [2, 3]]);
-    let same = |device: &Value| told_map(device, 2).is_ok_and(|told| told == real);
-    let device = rig.daemon.wait_device("serving 4 vCPUs", SOON, same);
-    stands_as_told(&device.unwrap()).unwrap();
-    rig.lan.reach(GUEST.v4).unwrap();
+    let same = |device: &Value| reported_map(device, 2).is_ok_and(|told| told == real);
+    let device = testbed.daemon.wait_device("serving 4 vCPUs", SOON, same);
+    assert_cpus_as_reported(&device.unwrap()).unwrap();
+    testbed.network.wait_for_ping(GUEST.v4).unwrap();
 }
 
 #[test]
@@ -204,34 +204,34 @@ fn a_shrinking_cpuset_takes_the_workers_along_and_a_growing_one_back() {
         eprintln!("skipped: this test needs two CPUs");
         return;
     }
-    let mut rig = Plan::new(2).start().unwrap();
-    let vcpus = rig.qemu.vcpu_threads().unwrap();
-    followed(&rig, &vcpus);
+    let mut testbed = TestbedConfig::new(2).start().unwrap();
+    let vcpus = testbed.qemu.vcpu_threads().unwrap();
+    time_to_follow(&testbed, &vcpus);
     let both = format!("{},{}", cpus[0], cpus[1]);
-    let set = match Cpuset::with(rig.daemon.pid(), &both) {
+    let set = match Cpuset::for_process(testbed.daemon.pid(), &both) {
         Ok(set) => set,
         Err(why) => {
             eprintln!("skipped: {why:#}");
             return;
         }
     };
-    followed(&rig, &vcpus);
-    let ping = pings(&rig, 40).unwrap();
+    time_to_follow(&testbed, &vcpus);
+    let ping = pings(&testbed, 40).unwrap();
     for _ in 0..2 {
         set.change(&cpus[0].to_string()).unwrap();
         let told = |device: &Value| {
             let warnings = device["warnings"].to_string();
             warnings.contains("widen the daemon's cpuset") && all_on(device, cpus[0])
         };
-        let device = rig
+        let device = testbed
             .daemon
             .wait_device("on the CPU left", SOON, told)
             .unwrap();
-        stands_as_told(&device).unwrap();
+        assert_cpus_as_reported(&device).unwrap();
         set.change(&both).unwrap();
-        followed(&rig, &vcpus);
+        time_to_follow(&testbed, &vcpus);
     }
-    all_answered(&rig, ping, 40).unwrap();
+    all_answered(&testbed, ping, 40).unwrap();
 }
 
 #[test]
@@ -241,13 +241,13 @@ fn a_cpu_that_goes_offline_and_comes_back_finds_its_workers_again() {
         eprintln!("skipped: this test needs two CPUs");
         return;
     };
-    if let Err(why) = Offline::possible(last) {
+    if let Err(why) = Offline::check_possible(last) {
         eprintln!("skipped: {why:#}");
         return;
     }
-    let rig = Plan::new(2).start().unwrap();
-    let vcpus = rig.qemu.vcpu_threads().unwrap();
-    followed(&rig, &vcpus);
+    let testbed = TestbedConfig::new(2).start().unwrap();
+    let vcpus = testbed.qemu.vcpu_threads().unwrap();
+    time_to_follow(&testbed, &vcpus);
     // Beside the guest's, one that was told where its workers stand.
     let dir = RunDir::new().unwrap();
     let list = format!("list:{},{last}", cpus[0]);
@@ -256,36 +256,36 @@ fn a_cpu_that_goes_offline_and_comes_back_finds_its_workers_again() {
         .flag("--placement", &list)
         .start(&dir, "list")
         .unwrap();
-    let _card = Card::connect(listed.socket(), &CardConfig::new(2, 256, MODERN)).unwrap();
-    stands(&mut listed, &[cpus[0], last]);
+    let _card = TestFrontend::connect(listed.socket(), &TestFrontendConfig::new(2, 256, MODERN)).unwrap();
+    wait_for_cpu(&mut listed, &[cpus[0], last]);
 
-    let ping = pings(&rig, 50).unwrap();
-    let offline = Offline::take(last).unwrap();
-    let began = Instant::now();
-    stands(&mut listed, &[cpus[0], cpus[0]]);
-    eprintln!("away from CPU {last} after {:?}", began.elapsed());
+    let ping = pings(&testbed, 50).unwrap();
+    let offline = Offline::set_offline(last).unwrap();
+    let started_at = Instant::now();
+    wait_for_cpu(&mut listed, &[cpus[0], cpus[0]]);
+    eprintln!("away from CPU {last} after {:?}", started_at.elapsed());
     let warned = |device: &Value| device["warnings"].to_string().contains("is offline");
     listed.wait_device("warned of", SOON, warned).unwrap();
-    eventually(SOON, || stands_as_told(&rig.daemon.device()?)).unwrap();
+    eventually(SOON, || assert_cpus_as_reported(&testbed.daemon.device()?)).unwrap();
     drop(offline);
-    let began = Instant::now();
-    stands(&mut listed, &[cpus[0], last]);
-    eprintln!("back on CPU {last} after {:?}", began.elapsed());
-    assert!(began.elapsed() < FOLLOWS);
+    let started_at = Instant::now();
+    wait_for_cpu(&mut listed, &[cpus[0], last]);
+    eprintln!("back on CPU {last} after {:?}", started_at.elapsed());
+    assert!(started_at.elapsed() < MAX_FOLLOW_TIME);
     assert_eq!(listed.device().unwrap()["warnings"], serde_json::json!([]));
     // The kernel took the vCPU off its CPU and does not put it back: a manager would.
     for (k, tid) in vcpus.iter().enumerate() {
         sched::pin(*tid, cpus[k % cpus.len()]).unwrap();
     }
-    followed(&rig, &vcpus);
-    all_answered(&rig, ping, 50).unwrap();
+    time_to_follow(&testbed, &vcpus);
+    all_answered(&testbed, ping, 50).unwrap();
 }
 
 /// Waits until each worker is where its vCPU's thread is, as the kernel says;
 /// how long that took.
-fn followed(rig: &Rig, vcpus: &[i32]) -> Duration {
-    let began = Instant::now();
-    let workers = pairs(&rig.daemon.device().unwrap()).unwrap();
+fn time_to_follow(testbed: &Testbed, vcpus: &[i32]) -> Duration {
+    let started_at = Instant::now();
+    let workers = pairs(&testbed.daemon.device().unwrap()).unwrap();
     let there = || {
         for (worker, vcpu) in workers.iter().zip(vcpus) {
             let (is, goal) = (sched::affinity(worker.tid)?, sched::affinity(*vcpu)?);
@@ -298,13 +298,13 @@ fn followed(rig: &Rig, vcpus: &[i32]) -> Duration {
         Ok(())
     };
     eventually(SOON, there).unwrap();
-    let took = began.elapsed();
-    eventually(SOON, || stands_as_told(&rig.daemon.device()?)).unwrap();
+    let took = started_at.elapsed();
+    eventually(SOON, || assert_cpus_as_reported(&testbed.daemon.device()?)).unwrap();
     took
 }
 
 /// Each pair's worker and memory are on a NUMA node that the host has.
-fn nodes_are_told(device: &Value) {
+fn assert_nodes_reported(device: &Value) {
     if !std::path::Path::new("/sys/devices/system/node/node0").exists() {
         eprintln!("skipped: this kernel has no NUMA nodes");
         return;
@@ -321,8 +321,8 @@ fn nodes_are_told(device: &Value) {
 }
 
 /// The kernel has each worker of the device on the CPUs that it names.
-fn stands_as_told(device: &Value) -> Result<()> {
-    for Pair {
+fn assert_cpus_as_reported(device: &Value) -> Result<()> {
+    for PairCounters {
         worker, tid, cpus, ..
     } in pairs(device)?
     {
@@ -336,7 +336,7 @@ fn stands_as_told(device: &Value) -> Result<()> {
 }
 
 /// Waits until worker k is on the k-th of `cpus`, as told and as the kernel says.
-fn stands(daemon: &mut Daemon, cpus: &[usize]) {
+fn wait_for_cpu(daemon: &mut Daemon, cpus: &[usize]) {
     eventually(SOON, || {
         let device = daemon.device()?;
         let told: Vec<_> = pairs(&device)?.into_iter().map(|pair| pair.cpus).collect();
@@ -345,7 +345,7 @@ fn stands(daemon: &mut Daemon, cpus: &[usize]) {
             told == goal,
             "workers are on CPUs {told:?}, not on {goal:?}"
         );
-        stands_as_told(&device)
+        assert_cpus_as_reported(&device)
     })
     .unwrap();
 }
@@ -368,22 +368,22 @@ fn eventually(limit: Duration, mut holds: impl FnMut() -> Result<()>) -> Result<
 }
 
 /// Starts `count` pings of the guest, ten a second.
-fn pings(rig: &Rig, count: u32) -> Result<Proc> {
-    let netns = Some(rig.lan.netns().name());
+fn pings(testbed: &Testbed, count: u32) -> Result<Proc> {
+    let netns = Some(testbed.network.netns().name());
     let count = count.to_string();
     let args = ["ping", "-q", "-i", "0.1", "-W", "5", "-c", &count, GUEST.v4];
-    Proc::spawn(&rig.dir, "ping", netns, "busybox", args)
+    Proc::spawn(&testbed.dir, "ping", netns, "busybox", args)
 }
 
-fn all_answered(rig: &Rig, mut ping: Proc, count: u32) -> Result<()> {
+fn all_answered(testbed: &Testbed, mut ping: Proc, count: u32) -> Result<()> {
     ping.wait(Duration::from_secs(60))?;
     let said = ping.stdout();
     let all = format!("{count} packets transmitted, {count} packets received");
-    let tap = || rig.lan.netns().ip("-s link show tap0");
+    let tap = || testbed.network.netns().ip("-s link show tap0");
     ensure!(
         said.contains(&all),
         "pings were lost: {said}; {:?}; {}",
-        drops(&rig.daemon.device()?),
+        drops(&testbed.daemon.device()?),
         tap()?
     );
     Ok(())
@@ -425,7 +425,7 @@ fn time_on_cpu(tid: i32) -> Result<Duration> {
 }
 
 /// By queue pair: its vCPUs, as the daemon tells.
-fn told_map(device: &Value, count: usize) -> Result<Vec<Vec<usize>>> {
+fn reported_map(device: &Value, count: usize) -> Result<Vec<Vec<usize>>> {
     let all = pairs(device)?;
     ensure!(all.len() >= count, "{} pairs", all.len());
     Ok(all.into_iter().take(count).map(|pair| pair.vcpus).collect())
@@ -433,7 +433,7 @@ fn told_map(device: &Value, count: usize) -> Result<Vec<Vec<usize>>> {
 
 /// By queue pair: its vCPUs, as the guest's kernel has set both its interrupts
 /// and, where it sets any, its transmit steering.
-fn guests_map(guest: &Guest, count: usize) -> Result<Vec<Vec<usize>>> {
+fn guest_map(guest: &Guest, count: usize) -> Result<Vec<Vec<usize>>> {
     let table = guest.ok("cat /proc/interrupts")?;
     (0..count)
         .map(|pair| {

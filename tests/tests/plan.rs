@@ -16,12 +16,12 @@ use virtionet_tests::http;
 use virtionet_tests::paths::{self, RunDir};
 use virtionet_tests::process::{Proc, output};
 use virtionet_tests::qemu::{Machine, Qemu};
-use virtionet_tests::rig::BOOT;
+use virtionet_tests::testbed::BOOT;
 use virtionet_tests::sched;
-use virtionet_tests::topology::{GUEST, Lan, configure_guest};
+use virtionet_tests::topology::{GUEST, HostNetwork, configure_guest};
 
 /// Longer than it takes a worker to follow its vCPU.
-const FOLLOW: Duration = Duration::from_secs(5);
+const MAX_FOLLOW_TIME: Duration = Duration::from_secs(5);
 
 /// Longer than it takes QEMU to make its vCPUs and connect its cards.
 const START: Duration = Duration::from_secs(30);
@@ -29,7 +29,7 @@ const START: Duration = Duration::from_secs(30);
 #[test]
 fn a_guest_started_as_planned_is_what_was_planned() {
     let dir = RunDir::new().unwrap();
-    let lan = Lan::bare().unwrap();
+    let lan = HostNetwork::bare().unwrap();
     // Against the order in which workers take CPUs where no vCPU is pinned.
     let mut cpus = sched::allowed_cpus().unwrap();
     cpus.reverse();
@@ -42,7 +42,7 @@ fn a_guest_started_as_planned_is_what_was_planned() {
     let plan = plan(&dir, &flags).unwrap();
     let card = &plan["cards"][0];
     assert_eq!(card["pairs"], 4);
-    let (mut daemon, qemu) = carry_out(&plan, &dir, &lan).unwrap();
+    let (mut daemon, qemu) = start_from_plan(&plan, &dir, &lan).unwrap();
 
     // The driver uses all pairs by itself, each with vectors of its own.
     let guest = qemu.guest();
@@ -61,7 +61,7 @@ fn a_guest_started_as_planned_is_what_was_planned() {
     }
     workers_stand_as_planned(&mut daemon, card).unwrap();
     configure_guest(guest, 4).unwrap();
-    lan.reach(GUEST.v4).unwrap();
+    lan.wait_for_ping(GUEST.v4).unwrap();
 }
 
 /// The workers' names, vCPUs and CPUs are the plan's, and the kernel says the same.
@@ -72,7 +72,7 @@ fn workers_stand_as_planned(daemon: &mut Daemon, card: &Value) -> Result<()> {
         Some(pairs.into_iter().map(|pair| pair.cpus).collect())
     };
     let planned: Option<Vec<_>> = workers.iter().map(|w| numbers(&w["cpus"])).collect();
-    let device = daemon.wait_device("placed as planned", FOLLOW, |device| {
+    let device = daemon.wait_device("placed as planned", MAX_FOLLOW_TIME, |device| {
         cpus(device) == planned
     })?;
     let threads = sched::threads(daemon.pid())?;
@@ -89,7 +89,7 @@ fn workers_stand_as_planned(daemon: &mut Daemon, card: &Value) -> Result<()> {
 #[test]
 fn cards_with_wishes_of_their_own_get_them() {
     let dir = RunDir::new().unwrap();
-    let lan = Lan::bare().unwrap();
+    let lan = HostNetwork::bare().unwrap();
     let flags = [
         "--vcpus=2",
         "--nic=name=lan,throughput=high,tap=tap0",
@@ -100,7 +100,7 @@ fn cards_with_wishes_of_their_own_get_them() {
         "--poll=adaptive",
     ];
     let plan = plan(&dir, &flags).unwrap();
-    let (daemon, qemu) = carry_out(&plan, &dir, &lan).unwrap();
+    let (daemon, qemu) = start_from_plan(&plan, &dir, &lan).unwrap();
     let guest = qemu.guest();
     let devices = daemon.get("/v1/devices").unwrap();
     for (n, planned) in [2, 1].into_iter().enumerate() {
@@ -119,7 +119,7 @@ fn cards_with_wishes_of_their_own_get_them() {
         assert_eq!(qemu_vectors(&qemu, n).unwrap(), card["vectors"]);
     }
     configure_guest(guest, 2).unwrap();
-    lan.reach(GUEST.v4).unwrap();
+    lan.wait_for_ping(GUEST.v4).unwrap();
 }
 
 #[test]
@@ -203,7 +203,7 @@ fn libvirt_and_virtionetd_check_what_is_printed() {
 }
 
 /// Starts virtionetd and a guest by the words of the plan.
-fn carry_out(plan: &Value, dir: &RunDir, lan: &Lan) -> Result<(Daemon, Qemu)> {
+fn start_from_plan(plan: &Value, dir: &RunDir, lan: &HostNetwork) -> Result<(Daemon, Qemu)> {
     let words = |part: &str| -> Result<Vec<String>> {
         let words = plan["commands"][part].clone();
         Ok(serde_json::from_value(words)?)
@@ -223,7 +223,7 @@ fn carry_out(plan: &Value, dir: &RunDir, lan: &Lan) -> Result<(Daemon, Qemu)> {
 
 /// The plan as JSON, with sockets in `dir` and memory and accelerator of a test's guest.
 fn plan(dir: &RunDir, flags: &[&str]) -> Result<Value> {
-    let text = ask(dir, flags, &["--json"])?;
+    let text = run_plan(dir, flags, &["--json"])?;
     let plan: Value = serde_json::from_str(&text).context("the plan is no JSON")?;
     let vectors = &plan["vectors"];
     ensure!(vectors["total"].as_u64() <= vectors["budget"].as_u64());
@@ -231,10 +231,10 @@ fn plan(dir: &RunDir, flags: &[&str]) -> Result<Value> {
 }
 
 fn part(dir: &RunDir, flags: &[&str], part: &str) -> Result<String> {
-    ask(dir, flags, &["--print", part])
+    run_plan(dir, flags, &["--print", part])
 }
 
-fn ask(dir: &RunDir, flags: &[&str], more: &[&str]) -> Result<String> {
+fn run_plan(dir: &RunDir, flags: &[&str], more: &[&str]) -> Result<String> {
     let accel = Accel::Auto.resolve()?;
     let usual = [
         format!("--accel={accel}"),

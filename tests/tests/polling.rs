@@ -4,7 +4,7 @@
 use std::thread::sleep;
 use std::time::Duration;
 
-use virtionet_guest::card::{Card, CardConfig};
+use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 use virtionet_guest::header::NetHeader;
 use virtionet_guest::net::MODERN;
 use virtionet_tests::daemon::{Daemon, Options};
@@ -15,9 +15,9 @@ const LIMIT: Duration = Duration::from_secs(5);
 const FRAMES: u64 = 500;
 
 /// Sends frames one by one and waits until all are counted.
-fn carries(daemon: &mut Daemon, card: &mut Card, total: u64) {
+fn send_and_wait(daemon: &mut Daemon, frontend: &mut TestFrontend, total: u64) {
     for _ in 0..FRAMES {
-        let tx = &mut card.pairs[0].tx;
+        let tx = &mut frontend.pairs[0].tx;
         while !tx.queue(&NetHeader::default(), &[0x55; 60]).unwrap() {
             sleep(Duration::from_millis(1));
         }
@@ -39,16 +39,16 @@ fn a_polling_worker_carries_every_frame_also_after_a_rest_and_a_change() {
             .flag("--poll", mode)
             .start(&dir, "vnet")
             .unwrap();
-        let config = CardConfig::new(2, 256, MODERN);
-        let mut card = Card::connect(daemon.socket(), &config).unwrap();
-        carries(&mut daemon, &mut card, FRAMES);
+        let config = TestFrontendConfig::new(2, 256, MODERN);
+        let mut frontend = TestFrontend::connect(daemon.socket(), &config).unwrap();
+        send_and_wait(&mut daemon, &mut frontend, FRAMES);
         if mode == "adaptive" {
             let before = cpu_ticks(daemon.pid()).unwrap();
             sleep(Duration::from_secs(2));
             assert!(cpu_ticks(daemon.pid()).unwrap() - before <= 1);
         }
-        card.enable(1, false).unwrap();
-        carries(&mut daemon, &mut card, 2 * FRAMES);
+        frontend.enable(1, false).unwrap();
+        send_and_wait(&mut daemon, &mut frontend, 2 * FRAMES);
         let device = daemon.device().unwrap();
         assert!(device["pairs"][0]["worker_counters"]["polls"].as_u64() > Some(0));
     }

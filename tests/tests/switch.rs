@@ -9,27 +9,27 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use virtionet_guest::card::{Card, CardConfig};
+use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 use virtionet_guest::frame::{Checksum, Frame, FrameSpec, Transport, check, ethernet};
 use virtionet_guest::header::NetHeader;
 use virtionet_guest::net::{MODERN, OFFLOADS, PACKED};
 use virtionet_tests::daemon::{Daemon, Options};
 use virtionet_tests::paths::RunDir;
-use virtionet_tests::station::{Identity, Station};
-use virtionet_tests::topology::Lan;
+use virtionet_tests::responder::{Identity, EchoResponder};
+use virtionet_tests::topology::HostNetwork;
 
 const LIMIT: Duration = Duration::from_secs(5);
 /// How long to wait for what must not come.
-const QUIET: Duration = Duration::from_millis(50);
+const NO_FRAME_TIMEOUT: Duration = Duration::from_millis(50);
 const ALL: u8 = 0xff;
 
 /// A daemon with a device for each uplink.
-struct Bench {
+struct SwitchTestbed {
     dir: RunDir,
     daemon: Daemon,
 }
 
-impl Bench {
+impl SwitchTestbed {
     fn new(uplinks: &[&str]) -> Self {
         Self::start(Options::new(), uplinks)
     }
@@ -44,13 +44,13 @@ impl Bench {
     }
 
     /// Card n on device n.
-    fn card(&self, n: usize, pairs: u16) -> Card {
-        self.connect(n, &CardConfig::new(pairs, 256, MODERN))
+    fn frontend(&self, n: usize, pairs: u16) -> TestFrontend {
+        self.connect(n, &TestFrontendConfig::new(pairs, 256, MODERN))
             .unwrap()
     }
 
-    fn connect(&self, n: usize, config: &CardConfig) -> Result<Card> {
-        Ok(Card::connect(&self.dir.join(&format!("{n}.sock")), config)?)
+    fn connect(&self, n: usize, config: &TestFrontendConfig) -> Result<TestFrontend> {
+        Ok(TestFrontend::connect(&self.dir.join(&format!("{n}.sock")), config)?)
     }
 
     /// A counter of all rings of one direction of a device.
@@ -99,8 +99,8 @@ fn frame(from: u8, to: u8, payload: &[u8]) -> Frame {
 }
 
 /// Frames that came on a pair, `count` of them.
-fn wait(card: &mut Card, pair: usize, count: usize) -> Vec<Vec<u8>> {
-    let frames = card.pairs[pair].rx.wait_frames(count, LIMIT).unwrap();
+fn wait(frontend: &mut TestFrontend, pair: usize, count: usize) -> Vec<Vec<u8>> {
+    let frames = frontend.pairs[pair].rx.wait_frames(count, LIMIT).unwrap();
     frames.into_iter().map(|frame| frame.bytes).collect()
 }
 
@@ -109,30 +109,30 @@ fn bytes(frames: &[Frame]) -> Vec<Vec<u8>> {
 }
 
 /// Nothing waits for a card, on any pair, and nothing comes.
-fn quiet(cards: &mut [&mut Card]) {
-    thread::sleep(QUIET);
-    for card in cards {
-        for pair in &mut card.pairs {
+fn assert_no_frames(frontends: &mut [&mut TestFrontend]) {
+    thread::sleep(NO_FRAME_TIMEOUT);
+    for frontend in frontends {
+        for pair in &mut frontend.pairs {
             assert_eq!(pair.rx.receive_frames().unwrap(), []);
         }
     }
 }
 
 /// Lets the switch know where card n is; the others get a frame each.
-fn announce(n: u8, card: &mut Card, others: &mut [&mut Card]) {
-    card.pairs[0].tx.send(&frame(n, ALL, b"here")).unwrap();
+fn announce_mac(n: u8, frontend: &mut TestFrontend, others: &mut [&mut TestFrontend]) {
+    frontend.pairs[0].tx.send(&frame(n, ALL, b"here")).unwrap();
     for other in others {
         wait_anywhere(other, 1);
     }
 }
 
 /// Frames that come on whichever pair: those of each pair.
-fn wait_anywhere(card: &mut Card, count: usize) -> Vec<Vec<Vec<u8>>> {
-    let mut got = vec![Vec::new(); card.pairs.len()];
+fn wait_anywhere(frontend: &mut TestFrontend, count: usize) -> Vec<Vec<Vec<u8>>> {
+    let mut got = vec![Vec::new(); frontend.pairs.len()];
     let end = Instant::now() + LIMIT;
     while got.iter().map(Vec::len).sum::<usize>() < count {
         assert!(Instant::now() < end, "only {got:?} of {count}");
-        for (pair, got) in card.pairs.iter_mut().zip(&mut got) {
+        for (pair, got) in frontend.pairs.iter_mut().zip(&mut got) {
             let frames = pair.rx.receive_frames().unwrap();
             got.extend(frames.into_iter().map(|frame| frame.bytes));
         }
@@ -143,12 +143,12 @@ fn wait_anywhere(card: &mut Card, count: usize) -> Vec<Vec<Vec<u8>>> {
 
 #[test]
 fn a_frame_goes_to_all_until_its_receiver_is_known_and_then_to_it_alone() {
-    let bench = Bench::new(&["switch:s"; 3]);
-    let [mut a, mut b, mut c] = [0, 1, 2].map(|n| bench.card(n, 1));
+    let testbed = SwitchTestbed::new(&["switch:s"; 3]);
+    let [mut a, mut b, mut c] = [0, 1, 2].map(|n| testbed.frontend(n, 1));
     let first = frame(0, 1, b"who are you");
     a.pairs[0].tx.send(&first).unwrap();
-    for card in [&mut b, &mut c] {
-        assert_eq!(wait(card, 0, 1), from_ref(&first.bytes));
+    for frontend in [&mut b, &mut c] {
+        assert_eq!(wait(frontend, 0, 1), from_ref(&first.bytes));
     }
     let reply = frame(1, 0, b"one");
     b.pairs[0].tx.send(&reply).unwrap();
@@ -156,21 +156,21 @@ fn a_frame_goes_to_all_until_its_receiver_is_known_and_then_to_it_alone() {
     let again: Vec<Frame> = (0..100).map(|n| frame(0, 1, &[n; 100])).collect();
     a.pairs[0].tx.send_all(&again, LIMIT).unwrap();
     assert_eq!(wait(&mut b, 0, 100), bytes(&again));
-    quiet(&mut [&mut a, &mut b, &mut c]);
-    for card in [&mut a, &mut b] {
-        card.pairs[0].tx.drain(LIMIT).unwrap();
+    assert_no_frames(&mut [&mut a, &mut b, &mut c]);
+    for frontend in [&mut a, &mut b] {
+        frontend.pairs[0].tx.drain(LIMIT).unwrap();
     }
 
-    let frames = |device, direction| bench.counter(device, direction, "frames");
+    let frames = |device, direction| testbed.counter(device, direction, "frames");
     assert_eq!([0, 1, 2].map(|n| frames(n, "tx")), [101, 1, 0]);
     assert_eq!([0, 1, 2].map(|n| frames(n, "rx")), [1, 101, 1]);
     let total: usize = again.iter().map(|f| f.bytes.len()).sum();
     let total = u64::try_from(total + first.bytes.len()).unwrap();
-    assert_eq!(bench.counter(0, "tx", "bytes"), total);
-    let device = bench.daemon.device().unwrap();
+    assert_eq!(testbed.counter(0, "tx", "bytes"), total);
+    let device = testbed.daemon.device().unwrap();
     assert_eq!(device["uplink"]["kind"], "switch");
     assert_eq!(device["uplink"]["name"], "s");
-    let stopped = bench.daemon.stop(Signal::SIGTERM).unwrap();
+    let stopped = testbed.daemon.stop(Signal::SIGTERM).unwrap();
     assert!(stopped.status.success());
     let known = "switch s: 3 ports, 2 addresses known, 0 moved, 0 evicted";
     assert!(stopped.stderr.contains(known), "{}", stopped.stderr);
@@ -178,25 +178,25 @@ fn a_frame_goes_to_all_until_its_receiver_is_known_and_then_to_it_alone() {
 
 #[test]
 fn two_switches_do_not_meet() {
-    let bench = Bench::new(&["switch:one", "switch:one", "switch:two", "switch:two"]);
-    let [mut a, mut b, mut c, mut d] = [0, 1, 2, 3].map(|n| bench.card(n, 1));
+    let testbed = SwitchTestbed::new(&["switch:one", "switch:one", "switch:two", "switch:two"]);
+    let [mut a, mut b, mut c, mut d] = [0, 1, 2, 3].map(|n| testbed.frontend(n, 1));
     // The same address on both.
     let [one, two] = [b"one", b"two"].map(|payload| frame(0, ALL, payload));
     a.pairs[0].tx.send(&one).unwrap();
     c.pairs[0].tx.send(&two).unwrap();
     assert_eq!(wait(&mut b, 0, 1), [one.bytes]);
     assert_eq!(wait(&mut d, 0, 1), [two.bytes]);
-    quiet(&mut [&mut a, &mut b, &mut c, &mut d]);
+    assert_no_frames(&mut [&mut a, &mut b, &mut c, &mut d]);
 }
 
 #[test]
 fn a_flow_is_answered_on_its_pair_and_elsewhere_while_that_is_disabled() {
-    let bench = Bench::new(&["switch:s"; 2]);
-    let mut a = bench.card(0, 4);
-    let config = CardConfig::new(4, 256, MODERN | PACKED);
-    let mut b = bench.connect(1, &config).unwrap();
-    announce(0, &mut a, &mut [&mut b]);
-    announce(1, &mut b, &mut [&mut a]);
+    let testbed = SwitchTestbed::new(&["switch:s"; 2]);
+    let mut a = testbed.frontend(0, 4);
+    let config = TestFrontendConfig::new(4, 256, MODERN | PACKED);
+    let mut b = testbed.connect(1, &config).unwrap();
+    announce_mac(0, &mut a, &mut [&mut b]);
+    announce_mac(1, &mut b, &mut [&mut a]);
     let flow = |from, to, port| {
         let flow = FrameSpec {
             source_port: port,
@@ -213,7 +213,7 @@ fn a_flow_is_answered_on_its_pair_and_elsewhere_while_that_is_disabled() {
     // b sends flow 100 + n on pair n.
     let mine: Vec<Frame> = (0..4).map(|n| flow(1, 0, 100 + n)).collect();
     let replies: Vec<Frame> = (0..4).map(|n| flow(0, 1, 100 + n)).collect();
-    let steered = |a: &mut Card, b: &mut Card| {
+    let steered = |a: &mut TestFrontend, b: &mut TestFrontend| {
         for (pair, frame) in b.pairs.iter_mut().zip(&mine) {
             pair.tx.send(frame).unwrap();
         }
@@ -229,51 +229,51 @@ fn a_flow_is_answered_on_its_pair_and_elsewhere_while_that_is_disabled() {
     for pair in [2, 3] {
         b.enable(pair, false).unwrap();
     }
-    b.front.get_features().unwrap();
+    b.connection.get_features().unwrap();
     a.pairs[3].tx.send_all(&replies, LIMIT).unwrap();
     let got = wait_anywhere(&mut b, 4);
     assert_eq!(got[0], [replies[0].bytes.clone()]);
     assert_eq!(got[1], bytes(&replies[1..]));
-    quiet(&mut [&mut b]);
+    assert_no_frames(&mut [&mut b]);
     b.enable(2, true).unwrap();
     b.enable(3, true).unwrap();
-    b.front.get_features().unwrap();
+    b.connection.get_features().unwrap();
     let got = steered(&mut a, &mut b);
     assert!(got.iter().all(|got| got.len() == 1), "{got:?}");
-    assert_eq!(bench.counter(1, "rx", "dropped_disabled"), 0);
+    assert_eq!(testbed.counter(1, "rx", "dropped_disabled"), 0);
 }
 
 #[test]
 fn a_station_that_moves_is_found_at_once() {
-    let bench = Bench::new(&["switch:s"; 3]);
-    let [mut a, mut b, mut c] = [0, 1, 2].map(|n| bench.card(n, 1));
+    let testbed = SwitchTestbed::new(&["switch:s"; 3]);
+    let [mut a, mut b, mut c] = [0, 1, 2].map(|n| testbed.frontend(n, 1));
     for round in 0..10 {
         let (here, there) = match round % 2 {
             0 => (&mut b, &mut c),
             _ => (&mut c, &mut b),
         };
-        announce(7, here, &mut [&mut a, there]);
+        announce_mac(7, here, &mut [&mut a, there]);
         let sent = frame(0, 7, &[round; 80]);
         a.pairs[0].tx.send(&sent).unwrap();
         assert_eq!(wait(here, 0, 1), [sent.bytes]);
         assert_eq!(there.pairs[0].rx.receive_frames().unwrap(), []);
     }
-    let stopped = bench.daemon.stop(Signal::SIGTERM).unwrap();
+    let stopped = testbed.daemon.stop(Signal::SIGTERM).unwrap();
     assert!(stopped.stderr.contains("9 moved"), "{}", stopped.stderr);
 }
 
 #[test]
 fn a_flooded_port_drops_and_holds_nobody_up() {
-    let bench = Bench::new(&["switch:s"; 3]);
-    let [mut a, mut b, mut c] = [0, 1, 2].map(|n| bench.card(n, 1));
-    announce(1, &mut b, &mut [&mut a, &mut c]);
-    announce(2, &mut c, &mut [&mut a, &mut b]);
+    let testbed = SwitchTestbed::new(&["switch:s"; 3]);
+    let [mut a, mut b, mut c] = [0, 1, 2].map(|n| testbed.frontend(n, 1));
+    announce_mac(1, &mut b, &mut [&mut a, &mut c]);
+    announce_mac(2, &mut c, &mut [&mut a, &mut b]);
     // c never looks at its 256 buffers.
     let flood: Vec<Frame> = (0..4000).map(|_| frame(0, 2, &[0; 500])).collect();
-    let began = Instant::now();
+    let started_at = Instant::now();
     a.pairs[0].tx.send_all(&flood, LIMIT).unwrap();
     a.pairs[0].tx.drain(LIMIT).unwrap();
-    let took = began.elapsed();
+    let took = started_at.elapsed();
     let after = frame(0, 1, b"after");
     a.pairs[0].tx.send(&after).unwrap();
     assert_eq!(wait(&mut b, 0, 1), [after.bytes]);
@@ -281,16 +281,16 @@ fn a_flooded_port_drops_and_holds_nobody_up() {
     a.pairs[0].tx.drain(LIMIT).unwrap();
     assert!(took < LIMIT, "{took:?}");
     // One frame came before the flood, and its buffer went back.
-    assert_eq!(bench.counter(2, "rx", "frames"), 1 + 256);
-    assert_eq!(bench.counter(2, "rx", "dropped_no_buffer"), 4000 - 256);
-    assert_eq!(bench.counter(0, "tx", "frames"), 4001);
+    assert_eq!(testbed.counter(2, "rx", "frames"), 1 + 256);
+    assert_eq!(testbed.counter(2, "rx", "dropped_no_buffer"), 4000 - 256);
+    assert_eq!(testbed.counter(0, "tx", "frames"), 4001);
     assert_eq!(c.pairs[0].rx.receive_frames().unwrap().len(), 256);
 }
 
 /// Sets its flag when it goes, by a panic as well: else the other thread would go on for ever.
-struct Done<'a>(&'a AtomicBool);
+struct StopOnDrop<'a>(&'a AtomicBool);
 
-impl Drop for Done<'_> {
+impl Drop for StopOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
@@ -298,16 +298,16 @@ impl Drop for Done<'_> {
 
 #[test]
 fn a_port_that_stops_or_goes_hurts_no_other() {
-    let bench = Bench::new(&["switch:s"; 3]);
-    let [mut a, mut b] = [0, 1].map(|n| bench.card(n, 1));
-    announce(0, &mut a, &mut [&mut b]);
-    announce(1, &mut b, &mut [&mut a]);
+    let testbed = SwitchTestbed::new(&["switch:s"; 3]);
+    let [mut a, mut b] = [0, 1].map(|n| testbed.frontend(n, 1));
+    announce_mac(0, &mut a, &mut [&mut b]);
+    announce_mac(1, &mut b, &mut [&mut a]);
     let rounds = AtomicU32::new(0);
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
         scope.spawn(|| {
             while !done.load(Ordering::Relaxed) {
-                let mut c = bench.card(2, 1);
+                let mut c = testbed.frontend(2, 1);
                 c.pairs[0].tx.send(&frame(2, 0, b"c")).unwrap();
                 c.enable(0, false).unwrap();
                 c.enable(0, true).unwrap();
@@ -317,7 +317,7 @@ fn a_port_that_stops_or_goes_hurts_no_other() {
                 rounds.fetch_add(1, Ordering::Relaxed);
             }
         });
-        let _done = Done(&done);
+        let _done = StopOnDrop(&done);
         let end = Instant::now() + 4 * LIMIT;
         for burst in 0.. {
             if rounds.load(Ordering::Relaxed) >= 30 || Instant::now() > end {
@@ -343,20 +343,20 @@ fn a_port_that_stops_or_goes_hurts_no_other() {
         }
     });
     assert!(rounds.into_inner() >= 30);
-    assert_eq!(bench.counter(1, "rx", "dropped_no_buffer"), 0);
-    let log = bench.daemon.stderr();
+    assert_eq!(testbed.counter(1, "rx", "dropped_no_buffer"), 0);
+    let log = testbed.daemon.stderr();
     assert!(!log.contains("panic") && !log.contains("ERROR"), "{log}");
 }
 
 #[test]
 fn a_guest_without_offloads_gets_whole_frames() {
-    let bench = Bench::new(&["switch:s"; 3]);
-    let mut large = CardConfig::new(1, 256, MODERN);
+    let testbed = SwitchTestbed::new(&["switch:s"; 3]);
+    let mut large = TestFrontendConfig::new(1, 256, MODERN);
     large.queues.tx_slot = 66_000;
-    let mut a = bench.connect(0, &large).unwrap();
-    let mut b = bench.card(1, 1);
-    let plain = CardConfig::new(1, 256, MODERN & !OFFLOADS);
-    let mut c = bench.connect(2, &plain).unwrap();
+    let mut a = testbed.connect(0, &large).unwrap();
+    let mut b = testbed.frontend(1, 1);
+    let plain = TestFrontendConfig::new(1, 256, MODERN & !OFFLOADS);
+    let mut c = testbed.connect(2, &plain).unwrap();
     for transport in [FrameSpec::v4, FrameSpec::v6] {
         let tso = FrameSpec {
             target_mac: mac(ALL),
@@ -383,25 +383,25 @@ fn a_guest_without_offloads_gets_whole_frames() {
 
 #[test]
 fn the_host_is_a_port_too() {
-    let lan = Lan::bare().unwrap();
-    let options = Options::new().netns(lan.netns());
-    let bench = Bench::start(options, &["switch:s,tap=tap0", "switch:s", "switch:s"]);
-    lan.netns().ip("addr add 10.77.0.1/24 dev tap0").unwrap();
-    let config = CardConfig::new(2, 256, MODERN);
-    let stations: Vec<Station> = [(0, "10.77.0.2"), (1, "10.77.0.3")]
+    let network = HostNetwork::bare().unwrap();
+    let options = Options::new().netns(network.netns());
+    let testbed = SwitchTestbed::start(options, &["switch:s,tap=tap0", "switch:s", "switch:s"]);
+    network.netns().ip("addr add 10.77.0.1/24 dev tap0").unwrap();
+    let config = TestFrontendConfig::new(2, 256, MODERN);
+    let stations: Vec<EchoResponder> = [(0, "10.77.0.2"), (1, "10.77.0.3")]
         .iter()
         .map(|(n, address)| {
-            let socket = bench.dir.join(&format!("{n}.sock"));
-            Station::connect(&socket, &config, Identity::at(address).unwrap()).unwrap()
+            let socket = testbed.dir.join(&format!("{n}.sock"));
+            EchoResponder::connect(&socket, &config, Identity::at(address).unwrap()).unwrap()
         })
         .collect();
-    let mut plain = CardConfig::new(1, 256, MODERN & !OFFLOADS);
+    let mut plain = TestFrontendConfig::new(1, 256, MODERN & !OFFLOADS);
     plain.queues.tx_slot = 66_000;
-    let mut c = bench.connect(2, &plain).unwrap();
-    lan.reach("10.77.0.2").unwrap();
-    lan.reach("10.77.0.3").unwrap();
+    let mut c = testbed.connect(2, &plain).unwrap();
+    network.wait_for_ping("10.77.0.2").unwrap();
+    network.wait_for_ping("10.77.0.3").unwrap();
     // The requests went to all, their answers and the pings not.
-    quiet_but_for_groups(&mut c);
+    assert_only_multicast(&mut c);
 
     // From a guest: who has 10.77.0.1?
     let arp = [
@@ -423,31 +423,31 @@ fn the_host_is_a_port_too() {
 
     // A flood from the host: UDP to the guest that has no room for it all.
     let send = "exec 3<>/dev/udp/10.77.0.9/9; for i in $(seq 300); do echo $i >&3; done";
-    lan.netns()
+    network.netns()
         .ip("neigh replace 10.77.0.9 lladdr 02:00:00:00:00:09 dev tap0")
         .unwrap();
-    lan.netns().run("bash", ["-c", send]).unwrap();
+    network.netns().run("bash", ["-c", send]).unwrap();
     let udp = c.pairs[0].rx.wait_frames(200, LIMIT).unwrap();
     let whole = udp.iter().filter(|f| f.bytes[..6] == mac(9));
     for frame in whole {
         assert_eq!(frame.header.flags, 0);
         check(frame).unwrap();
     }
-    lan.reach("10.77.0.2").unwrap();
+    network.wait_for_ping("10.77.0.2").unwrap();
 
     // A TAP that goes takes nobody with it, and a quick end is still an end.
-    lan.netns().ip("link del tap0").unwrap();
+    network.netns().ip("link del tap0").unwrap();
     c.pairs[0].tx.send(&frame(9, ALL, b"still here")).unwrap();
     drop(stations);
-    let stopped = bench.daemon.stop(Signal::SIGTERM).unwrap();
+    let stopped = testbed.daemon.stop(Signal::SIGTERM).unwrap();
     assert!(stopped.status.success(), "{}", stopped.stderr);
     assert!(stopped.took < Duration::from_secs(2), "{:?}", stopped.took);
 }
 
 /// What has come was for groups.
-fn quiet_but_for_groups(card: &mut Card) {
-    thread::sleep(QUIET);
-    for frame in card.pairs[0].rx.receive_frames().unwrap() {
+fn assert_only_multicast(frontend: &mut TestFrontend) {
+    thread::sleep(NO_FRAME_TIMEOUT);
+    for frame in frontend.pairs[0].rx.receive_frames().unwrap() {
         assert_eq!(frame.bytes[0] & 1, 1, "{frame:?}");
     }
 }
@@ -455,7 +455,7 @@ fn quiet_but_for_groups(card: &mut Card) {
 #[test]
 fn what_cannot_be_is_told_in_a_sentence() {
     let dir = RunDir::new().unwrap();
-    let lan = Lan::bare().unwrap();
+    let network = HostNetwork::bare().unwrap();
     for (uplinks, parts, status) in [
         (
             ["switch:s,tap=tap0", "switch:s,tap=tap1"],
@@ -490,7 +490,7 @@ fn what_cannot_be_is_told_in_a_sentence() {
             2,
         ),
     ] {
-        let options = options_for(Options::new().netns(lan.netns()), &dir, &uplinks);
+        let options = options_for(Options::new().netns(network.netns()), &dir, &uplinks);
         let refused = options.run_to_end(&dir, "vnet").unwrap();
         let text = refused.stderr.trim();
         assert_eq!(refused.status.code(), Some(status), "{text}");

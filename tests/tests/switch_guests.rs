@@ -7,9 +7,9 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use virtionet_tests::duo::{Duo, DuoPlan, Which, sums};
+use virtionet_tests::two_guests::{TwoGuestTestbed, TwoGuestConfig, GuestId, sums};
 use virtionet_tests::guest::Guest;
-use virtionet_tests::iperf::Load;
+use virtionet_tests::iperf::IperfLoad;
 use virtionet_tests::topology::{CARD, GUESTS};
 
 const PAIRS: u16 = 2;
@@ -36,34 +36,34 @@ const OFFLOADS: [&str; 10] = [
 
 #[test]
 fn two_guests_exchange_everything_and_large_segments_stay_whole() {
-    let duo = DuoPlan::new(PAIRS).on_switch().unwrap();
-    for carried in exchange(&duo).unwrap() {
+    let testbed = TwoGuestConfig::new(PAIRS).on_switch().unwrap();
+    for carried in exchange(&testbed).unwrap() {
         assert!(carried.sent.mean() > 2 * WHOLE_FRAME, "{carried:?}");
         assert!(carried.got.mean() > 2 * WHOLE_FRAME, "{carried:?}");
     }
-    for from in [Which::A, Which::B] {
-        every_frame_arrived_or_is_named(&duo, from).unwrap();
-        the_driver_saw_what_was_carried(&duo, from).unwrap();
+    for from in [GuestId::A, GuestId::B] {
+        every_frame_arrived_or_is_named(&testbed, from).unwrap();
+        the_driver_saw_what_was_carried(&testbed, from).unwrap();
     }
 }
 
 #[test]
 fn a_guest_without_offloads_gets_frames_that_the_switch_cut_and_summed() {
     let plain = OFFLOADS.into_iter();
-    let plan = plain.fold(DuoPlan::new(PAIRS), |plan, p| plan.prop(Which::B, p));
-    let duo = plan.on_switch().unwrap();
-    offloads_are_off(duo.guest(Which::B)).unwrap();
-    let [cut, plain] = exchange(&duo).unwrap();
+    let plan = plain.fold(TwoGuestConfig::new(PAIRS), |plan, p| plan.prop(GuestId::B, p));
+    let testbed = plan.on_switch().unwrap();
+    offloads_are_off(testbed.guest(GuestId::B)).unwrap();
+    let [cut, plain] = exchange(&testbed).unwrap();
     assert!(cut.sent.mean() > 2 * WHOLE_FRAME, "{cut:?}");
     assert!(cut.got.mean() <= WHOLE_FRAME, "{cut:?}");
     assert!(cut.got.frames > 2 * cut.sent.frames, "{cut:?}");
     assert!(plain.sent.mean() <= WHOLE_FRAME, "{plain:?}");
-    let sent = duo.counters(Which::A, "tx").unwrap();
+    let sent = testbed.counters(GuestId::A, "tx").unwrap();
     assert_eq!(sent["offload_invalid"], 0, "{sent:?}");
     // What has no need of segmenting is carried as it is.
-    every_frame_arrived_or_is_named(&duo, Which::B).unwrap();
-    for from in [Which::A, Which::B] {
-        the_driver_saw_what_was_carried(&duo, from).unwrap();
+    every_frame_arrived_or_is_named(&testbed, GuestId::B).unwrap();
+    for from in [GuestId::A, GuestId::B] {
+        the_driver_saw_what_was_carried(&testbed, from).unwrap();
     }
 }
 
@@ -90,8 +90,8 @@ struct Work {
 }
 
 impl Work {
-    fn so_far(duo: &Duo, which: Which, direction: &str) -> Result<Self> {
-        let counters = duo.counters(which, direction)?;
+    fn so_far(testbed: &TwoGuestTestbed, which: GuestId, direction: &str) -> Result<Self> {
+        let counters = testbed.counters(which, direction)?;
         Ok(Self {
             frames: counters["frames"],
             bytes: counters["bytes"],
@@ -113,34 +113,34 @@ impl Work {
 
 /// Pings, loads and files both ways, from the first guest at first; neither may
 /// find anything wrong with them.
-fn exchange(duo: &Duo) -> Result<[Carried; 2]> {
-    for from in [Which::A, Which::B] {
-        let to = &GUESTS[usize::from(from == Which::A)];
+fn exchange(testbed: &TwoGuestTestbed) -> Result<[Carried; 2]> {
+    for from in [GuestId::A, GuestId::B] {
+        let to = &GUESTS[usize::from(from == GuestId::A)];
         for address in [to.v4, to.v6] {
             let ping = format!("ping -c 3 -i 0.2 -s 3000 {address}");
-            let said = duo.guest(from).ok(&ping)?;
+            let said = testbed.guest(from).ok(&ping)?;
             ensure!(said.contains(" 0% packet loss"), "{said}");
         }
     }
-    let carried = [load(duo, Which::A)?, load(duo, Which::B)?];
-    files_arrive_as_they_were(duo)?;
-    for which in [Which::A, Which::B] {
-        let guest = duo.guest(which);
+    let carried = [load(testbed, GuestId::A)?, load(testbed, GuestId::B)?];
+    files_arrive_as_they_were(testbed)?;
+    for which in [GuestId::A, GuestId::B] {
+        let guest = testbed.guest(which);
         nothing_was_wrong(guest).with_context(|| format!("in guest {which:?}"))?;
-        both_pairs_are_used(duo, which)?;
+        both_pairs_are_used(testbed, which)?;
     }
     Ok(carried)
 }
 
 /// TCP over IPv4 and IPv6, two flows a pair.
-fn load(duo: &Duo, from: Which) -> Result<Carried> {
+fn load(testbed: &TwoGuestTestbed, from: GuestId) -> Result<Carried> {
     let so_far = || -> Result<[Work; 2]> {
-        let got = Work::so_far(duo, from.other(), "rx")?;
-        Ok([Work::so_far(duo, from, "tx")?, got])
+        let got = Work::so_far(testbed, from.other(), "rx")?;
+        Ok([Work::so_far(testbed, from, "tx")?, got])
     };
     let before = so_far()?;
-    for load in [Load::tcp(1), Load::tcp(1).ipv6()] {
-        let report = duo.iperf(from, &load.flows(2 * PAIRS), PAIRS)?;
+    for load in [IperfLoad::tcp(1), IperfLoad::tcp(1).ipv6()] {
+        let report = testbed.iperf(from, &load.flows(2 * PAIRS), PAIRS)?;
         eprintln!(
             "from {from:?}: {:.2} Gbit/s, {} segments sent again",
             report.gbps, report.retransmits
@@ -157,21 +157,21 @@ fn load(duo: &Duo, from: Which) -> Result<Carried> {
     Ok(carried)
 }
 
-fn files_arrive_as_they_were(duo: &Duo) -> Result<()> {
+fn files_arrive_as_they_were(testbed: &TwoGuestTestbed) -> Result<()> {
     let make = format!(
         "dd if=/dev/urandom of=/tmp/file bs=1M count={FILE_MIB} 2>/dev/null && sha256sum </tmp/file"
     );
-    let sent = duo.guest(Which::A).ok(&make)?;
-    for (from, name) in [(Which::A, "/tmp/file"), (Which::B, "/tmp/back")] {
-        let arrived = send(duo, from, "/tmp/file", name)?;
+    let sent = testbed.guest(GuestId::A).ok(&make)?;
+    for (from, name) in [(GuestId::A, "/tmp/file"), (GuestId::B, "/tmp/back")] {
+        let arrived = send(testbed, from, "/tmp/file", name)?;
         ensure!(arrived == sent, "{arrived}arrived for {sent}");
     }
     Ok(())
 }
 
 /// Sends a file; gives the SHA-256 of what arrived.
-fn send(duo: &Duo, from: Which, file: &str, name: &str) -> Result<String> {
-    let receiver = duo.guest(from.other());
+fn send(testbed: &TwoGuestTestbed, from: GuestId, file: &str, name: &str) -> Result<String> {
+    let receiver = testbed.guest(from.other());
     // nc ends when the other end closes; its standard input must stay open,
     // which a FIFO opened for both ways does.
     receiver.ok("[ -p /tmp/hold ] || mkfifo /tmp/hold")?;
@@ -180,8 +180,8 @@ fn send(duo: &Duo, from: Which, file: &str, name: &str) -> Result<String> {
         "for i in $(seq 100); do netstat -ltn | grep -q :{PORT} && exit; sleep 0.1; done; exit 1"
     );
     receiver.ok(&listens)?;
-    let to = GUESTS[usize::from(from == Which::A)].v4;
-    duo.guest(from).ok(&format!("nc {to} {PORT} <{file}"))?;
+    let to = GUESTS[usize::from(from == GuestId::A)].v4;
+    testbed.guest(from).ok(&format!("nc {to} {PORT} <{file}"))?;
     let done = job.wait(TRANSFER)?;
     ensure!(done.code == 0, "nc: {done:?}");
     receiver.ok(&format!("sha256sum <{name}"))
@@ -228,9 +228,9 @@ fn errors(snmp: &str) -> BTreeMap<String, u64> {
     found
 }
 
-fn both_pairs_are_used(duo: &Duo, which: Which) -> Result<()> {
-    let devices = duo.daemon().context("no daemon")?.get("/v1/devices")?;
-    let pairs = devices["devices"][usize::from(which == Which::B)]["pairs"].as_array();
+fn both_pairs_are_used(testbed: &TwoGuestTestbed, which: GuestId) -> Result<()> {
+    let devices = testbed.daemon().context("no daemon")?.get("/v1/devices")?;
+    let pairs = devices["devices"][usize::from(which == GuestId::B)]["pairs"].as_array();
     let pairs = pairs.context("no pairs")?;
     ensure!(pairs.len() >= usize::from(PAIRS), "{pairs:?}");
     for pair in pairs.iter().take(usize::from(PAIRS)) {
@@ -243,9 +243,9 @@ fn both_pairs_are_used(duo: &Duo, which: Which) -> Result<()> {
 }
 
 /// All frames of one guest are the other's, or in a counter that says why not.
-fn every_frame_arrived_or_is_named(duo: &Duo, from: Which) -> Result<()> {
-    let daemon = duo.daemon().context("no daemon")?;
-    settles("sent, received, dropped", || {
+fn every_frame_arrived_or_is_named(testbed: &TwoGuestTestbed, from: GuestId) -> Result<()> {
+    let daemon = testbed.daemon().context("no daemon")?;
+    wait_until_equal("sent, received, dropped", || {
         let devices = daemon.get("/v1/devices")?;
         let sent = sums(&devices, from, "tx")?;
         let got = sums(&devices, from.other(), "rx")?;
@@ -258,12 +258,12 @@ fn every_frame_arrived_or_is_named(duo: &Duo, from: Which) -> Result<()> {
 }
 
 /// What the daemon put into a guest's rings is what its driver took from them.
-fn the_driver_saw_what_was_carried(duo: &Duo, which: Which) -> Result<()> {
-    settles("carried, seen by the driver", || {
-        let list = duo.guest(which).ok(&format!("ethtool -S {CARD}"))?;
+fn the_driver_saw_what_was_carried(testbed: &TwoGuestTestbed, which: GuestId) -> Result<()> {
+    wait_until_equal("carried, seen by the driver", || {
+        let list = testbed.guest(which).ok(&format!("ethtool -S {CARD}"))?;
         let seen = statistic(&list, "_packets")?;
         ensure!(statistic(&list, "_drops")? == 0, "{list}");
-        Ok((duo.counters(which, "rx")?["frames"], seen))
+        Ok((testbed.counters(which, "rx")?["frames"], seen))
     })
 }
 
@@ -282,7 +282,7 @@ fn statistic(list: &str, name: &str) -> Result<u64> {
 }
 
 /// The two figures are equal once nothing is on its way.
-fn settles(what: &str, figures: impl Fn() -> Result<(u64, u64)>) -> Result<()> {
+fn wait_until_equal(what: &str, figures: impl Fn() -> Result<(u64, u64)>) -> Result<()> {
     let until = Instant::now() + SETTLE;
     loop {
         let (one, other) = figures()?;

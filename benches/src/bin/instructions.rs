@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
 use virtionet_benches::instructions::callgrind;
-use virtionet_benches::instructions::figures::{Figures, Tools};
+use virtionet_benches::instructions::figures::{InstructionCounts, Tools};
 use virtionet_benches::{instructions, meta};
 use virtionet_tests::paths::root;
 use virtionet_tests::process::output;
@@ -17,11 +17,11 @@ use virtionet_tests::process::output;
 #[command(name = "virtionet-instructions")]
 struct Cli {
     /// What to do
-    what: What,
+    what: CliCommand,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum What {
+enum CliCommand {
     /// Counts, and fails when a case takes more than 3 % more than its committed figure
     Check,
     /// Counts, and writes the figures to be committed
@@ -33,20 +33,20 @@ enum What {
 
 fn main() -> Result<ExitCode> {
     match Cli::parse().what {
-        What::Check => check(),
-        What::Accept => accept(),
-        What::Count => instructions::count().map(|()| ExitCode::SUCCESS),
+        CliCommand::Check => check(),
+        CliCommand::Accept => accept(),
+        CliCommand::Count => instructions::count().map(|()| ExitCode::SUCCESS),
     }
 }
 
 fn check() -> Result<ExitCode> {
     let (figures, tools) = paths();
-    let then = Figures::load(&figures)?;
+    let then = InstructionCounts::load(&figures)?;
     let with = Tools::load(&tools)?;
     let (now, today) = measure()?;
     let verdict = then.compare(&now, (&with, &today));
     say(&format!("{}\n{verdict}", now.table()))?;
-    Ok(match verdict.holds() {
+    Ok(match verdict.is_within_tolerance() {
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,
     })
@@ -56,7 +56,7 @@ fn accept() -> Result<ExitCode> {
     let (figures, tools) = paths();
     let (now, today) = measure()?;
     say(&now.table())?;
-    if let (Ok(then), Ok(with)) = (Figures::load(&figures), Tools::load(&tools)) {
+    if let (Ok(then), Ok(with)) = (InstructionCounts::load(&figures), Tools::load(&tools)) {
         say(&format!(
             "\nBefore this:\n{}",
             then.compare(&now, (&with, &today))
@@ -67,8 +67,8 @@ fn accept() -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn measure() -> Result<(Figures, Tools)> {
-    let figures = Figures(callgrind::measure("count")?.into_iter().collect());
+fn measure() -> Result<(InstructionCounts, Tools)> {
+    let figures = InstructionCounts(callgrind::measure("count")?.into_iter().collect());
     let valgrind = output("valgrind", ["--version"])?;
     let tools = Tools {
         rustc: meta::rustc(),

@@ -81,22 +81,22 @@ fn serve(number: usize, pairs: usize, table: Arc<Table>, socket: &Path) -> Resul
 
 /// The receiveqs that were seen, by port and pair.
 #[derive(Default)]
-struct Table(Mutex<HashMap<(usize, usize), Target>>);
+struct Table(Mutex<HashMap<(usize, usize), PeerReceiveq>>);
 
 /// A receiveq and the memory that it is in.
 #[derive(Clone)]
-struct Target {
+struct PeerReceiveq {
     vring: Vring,
     memory: Memory,
 }
 
 impl Table {
-    fn set(&self, at: (usize, usize), target: Target) {
+    fn set(&self, at: (usize, usize), target: PeerReceiveq) {
         let mut map = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         map.insert(at, target);
     }
 
-    fn get(&self, at: (usize, usize)) -> Option<Target> {
+    fn get(&self, at: (usize, usize)) -> Option<PeerReceiveq> {
         let map = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         map.get(&at).cloned()
     }
@@ -157,7 +157,7 @@ impl VhostUserBackend for Port {
         let [rx, tx] = vrings else {
             return Err(io::Error::other("a pair has two rings"));
         };
-        let target = Target {
+        let target = PeerReceiveq {
             vring: rx.clone(),
             memory: self.memory.clone(),
         };
@@ -175,7 +175,7 @@ impl VhostUserBackend for Port {
 
 impl Port {
     /// Forwards what is available, until there is nothing more.
-    fn forward(&self, tx: &Vring, to: &Target) -> io::Result<()> {
+    fn forward(&self, tx: &Vring, to: &PeerReceiveq) -> io::Result<()> {
         if !self.event_idx.load(Ordering::Relaxed) {
             return self.burst(tx, to);
         }
@@ -188,7 +188,7 @@ impl Port {
         }
     }
 
-    fn burst(&self, tx: &Vring, to: &Target) -> io::Result<()> {
+    fn burst(&self, tx: &Vring, to: &PeerReceiveq) -> io::Result<()> {
         let memory = self.memory.memory();
         let chains: Vec<_> = tx
             .get_mut()
@@ -211,7 +211,7 @@ impl Port {
 }
 
 /// Writes a frame to a chain of the receiveq; it is lost when there is none.
-fn deliver(frame: &mut [u8], to: &Target) -> io::Result<()> {
+fn deliver(frame: &mut [u8], to: &PeerReceiveq) -> io::Result<()> {
     if let Some(num_buffers) = frame.get_mut(NUM_BUFFERS) {
         num_buffers.copy_from_slice(&1_u16.to_le_bytes());
     }

@@ -14,7 +14,7 @@ const TOLERANCE: f64 = 0.03;
 /// Instructions a packet by case, in the file that is committed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct Figures(pub BTreeMap<String, f64>);
+pub struct InstructionCounts(pub BTreeMap<String, f64>);
 
 /// What they were counted with.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,7 +35,7 @@ enum Change {
     /// There is no committed figure.
     New(f64),
     /// There is no such case any more.
-    Gone(f64),
+    Removed(f64),
 }
 
 /// All that differs.
@@ -47,7 +47,7 @@ pub struct Verdict {
     compilers: Option<(String, String)>,
 }
 
-impl Figures {
+impl InstructionCounts {
     /// From the committed file.
     ///
     /// # Errors
@@ -81,7 +81,7 @@ impl Figures {
         }
         for (case, &old) in &self.0 {
             if !now.0.contains_key(case) {
-                changes.push((case.clone(), Change::Gone(old)));
+                changes.push((case.clone(), Change::Removed(old)));
             }
         }
         Verdict {
@@ -126,12 +126,12 @@ impl Verdict {
     /// Whether no case got worse, and every case has its figure and every figure its case. Another
     /// compiler makes other code of the same source, so its figures are reported and judge nothing.
     #[must_use]
-    pub fn holds(&self) -> bool {
+    pub fn is_within_tolerance(&self) -> bool {
         let same_compiler = self.compilers.is_none();
         self.changes.iter().all(|(_, change)| match change {
             Change::Better(..) => true,
             Change::Worse(..) => !same_compiler,
-            Change::New(_) | Change::Gone(_) => false,
+            Change::New(_) | Change::Removed(_) => false,
         })
     }
 }
@@ -161,7 +161,7 @@ impl fmt::Display for Verdict {
                     f,
                     "NEW: '{case}' takes {new:.1} instructions a packet and has no committed figure."
                 )?,
-                Change::Gone(old) => writeln!(
+                Change::Removed(old) => writeln!(
                     f,
                     "GONE: '{case}' has a committed figure, {old:.1}, and is no case any more."
                 )?,
@@ -209,9 +209,9 @@ fn write<T: Serialize>(path: &Path, value: &T) -> Result<()> {
 mod tests {
     use super::*;
 
-    fn figures(list: &[(&str, f64)]) -> Figures {
+    fn figures(list: &[(&str, f64)]) -> InstructionCounts {
         let own = |&(case, figure): &(&str, f64)| (case.to_owned(), figure);
-        Figures(list.iter().map(own).collect())
+        InstructionCounts(list.iter().map(own).collect())
     }
 
     fn tools(rustc: &str) -> Tools {
@@ -228,7 +228,7 @@ mod tests {
     #[test]
     fn a_case_that_grows_fails_and_says_which_by_how_much_and_what_to_do() {
         let verdict = verdict(&[("a", 100.0), ("b", 50.0)], &[("a", 104.0), ("b", 51.4)]);
-        assert!(!verdict.holds());
+        assert!(!verdict.is_within_tolerance());
         let text = verdict.to_string();
         for want in [
             "WORSE: 'a'",
@@ -244,10 +244,10 @@ mod tests {
 
     #[test]
     fn the_limit_is_three_per_cent() {
-        for (now, holds) in [(100.0, true), (102.9, true), (103.1, false), (200.0, false)] {
+        for (now, is_within_tolerance) in [(100.0, true), (102.9, true), (103.1, false), (200.0, false)] {
             assert_eq!(
-                verdict(&[("a", 100.0)], &[("a", now)]).holds(),
-                holds,
+                verdict(&[("a", 100.0)], &[("a", now)]).is_within_tolerance(),
+                is_within_tolerance,
                 "{now}"
             );
         }
@@ -256,7 +256,7 @@ mod tests {
     #[test]
     fn less_is_said_and_does_not_fail() {
         let verdict = verdict(&[("a", 100.0)], &[("a", 90.0)]);
-        assert!(verdict.holds());
+        assert!(verdict.is_within_tolerance());
         let text = verdict.to_string();
         assert!(
             text.contains("better: 'a'") && text.contains("10.0 % less"),
@@ -276,9 +276,9 @@ mod tests {
     #[test]
     fn a_case_without_figure_and_a_figure_without_case_fail() {
         let new = verdict(&[], &[("a", 1.0)]);
-        assert!(!new.holds() && new.to_string().contains("NEW: 'a'"));
+        assert!(!new.is_within_tolerance() && new.to_string().contains("NEW: 'a'"));
         let gone = verdict(&[("a", 1.0)], &[]);
-        assert!(!gone.holds() && gone.to_string().contains("GONE: 'a'"));
+        assert!(!gone.is_within_tolerance() && gone.to_string().contains("GONE: 'a'"));
     }
 
     #[test]
@@ -288,14 +288,14 @@ mod tests {
             let now = figures(&[("a", now)]);
             then.compare(&now, (&tools("1.95.0"), &tools("1.96.0")))
         };
-        assert!(compare(116.0).holds());
+        assert!(compare(116.0).is_within_tolerance());
         let text = compare(116.0).to_string();
         for want in ["rustc 1.95.0", "of 1.96.0", "WORSE: 'a'", "16.0 % more"] {
             assert!(text.contains(want), "{text}");
         }
         let other = figures(&[("b", 1.0)]);
         let verdict = then.compare(&other, (&tools("1.95.0"), &tools("1.96.0")));
-        assert!(!verdict.holds(), "{verdict}");
+        assert!(!verdict.is_within_tolerance(), "{verdict}");
     }
 
     #[test]
@@ -303,8 +303,8 @@ mod tests {
         let dir = virtionet_tests::paths::RunDir::new().unwrap();
         let saved = figures(&[("ring, split: 1 descriptor", 12.3)]);
         saved.save(&dir.join("figures.json")).unwrap();
-        assert_eq!(Figures::load(&dir.join("figures.json")).unwrap(), saved);
-        let error = Figures::load(&dir.join("none.json"))
+        assert_eq!(InstructionCounts::load(&dir.join("figures.json")).unwrap(), saved);
+        let error = InstructionCounts::load(&dir.join("none.json"))
             .unwrap_err()
             .to_string();
         assert!(error.contains("ci/bench instructions"), "{error}");

@@ -17,25 +17,25 @@
 
 pub mod callgrind;
 pub mod figures;
-pub mod work;
+pub mod cases;
 
 use anyhow::{Result, ensure};
 
-use self::work::{Case, Work};
+use self::cases::{InstructionCase, CaseRunner};
 
 /// N, a multiple of every burst's packets.
 const PACKETS: usize = 4096;
 /// Packets of the warm-up: indices, lists and memos are in their steady state after it.
-const WARM: usize = 512;
+const WARM_UP_PACKETS: usize = 512;
 
 /// Runs every case for callgrind, which makes a file of each call of `counted`.
 ///
 /// # Errors
 /// When a case does not do its work.
 pub fn count() -> Result<()> {
-    for case in Case::all() {
+    for case in InstructionCase::all() {
         let mut work = case.prepare()?;
-        run(&mut *work, WARM, |work| work.device())?;
+        run(&mut *work, WARM_UP_PACKETS, |work| work.device())?;
         for packets in [PACKETS, 2 * PACKETS] {
             run(&mut *work, packets, measured)?;
             counted();
@@ -49,7 +49,7 @@ pub fn count() -> Result<()> {
 /// # Errors
 /// When there are not two counts a case, or they cannot be right.
 fn per_packet(counts: &[u64]) -> Result<Vec<(String, f64)>> {
-    let cases = Case::all();
+    let cases = InstructionCase::all();
     ensure!(
         counts.len() == 2 * cases.len(),
         "callgrind counted {} runs where {} cases have two each: was this program built for release, with its symbols?",
@@ -57,7 +57,7 @@ fn per_packet(counts: &[u64]) -> Result<Vec<(String, f64)>> {
         cases.len()
     );
     let packets = f64::from(u32::try_from(PACKETS)?);
-    let each = |(case, runs): (&Case, &[u64])| {
+    let each = |(case, runs): (&InstructionCase, &[u64])| {
         let more = runs[1].saturating_sub(runs[0]);
         ensure!(more > 0, "the case '{}' was not counted", case.name());
         let figure = f64::from(u32::try_from(more)?) / packets;
@@ -68,9 +68,9 @@ fn per_packet(counts: &[u64]) -> Result<Vec<(String, f64)>> {
 
 /// Offers and collects around the device's part until so many packets have passed.
 fn run(
-    work: &mut dyn Work,
+    work: &mut dyn CaseRunner,
     packets: usize,
-    mut device: impl FnMut(&mut dyn Work) -> Result<usize>,
+    mut device: impl FnMut(&mut dyn CaseRunner) -> Result<usize>,
 ) -> Result<()> {
     let mut done = 0;
     while done < packets {
@@ -87,7 +87,7 @@ fn run(
 
 /// What is inside this is counted.
 #[inline(never)]
-fn measured(work: &mut dyn Work) -> Result<usize> {
+fn measured(work: &mut dyn CaseRunner) -> Result<usize> {
     // Not the last call: as a jump it would not be inside any more.
     std::hint::black_box(work.device())
 }
@@ -104,9 +104,9 @@ mod tests {
 
     #[test]
     fn every_case_does_its_work() {
-        for case in Case::all() {
+        for case in InstructionCase::all() {
             let mut work = case.prepare().unwrap();
-            run(&mut *work, 2 * WARM, |work| work.device()).unwrap_or_else(|error| {
+            run(&mut *work, 2 * WARM_UP_PACKETS, |work| work.device()).unwrap_or_else(|error| {
                 panic!("{}: {error}", case.name());
             });
         }
@@ -114,7 +114,7 @@ mod tests {
 
     #[test]
     fn names_are_unlike_each_other() {
-        let mut names: Vec<_> = Case::all().iter().map(Case::name).collect();
+        let mut names: Vec<_> = InstructionCase::all().iter().map(InstructionCase::name).collect();
         let all = names.len();
         names.sort_unstable();
         names.dedup();
@@ -123,7 +123,7 @@ mod tests {
 
     #[test]
     fn what_both_runs_have_in_common_is_left_out() {
-        let cases = Case::all().len();
+        let cases = InstructionCase::all().len();
         let n = u64::try_from(PACKETS).unwrap();
         let counts = [1000 + 40 * n, 1000 + 80 * n].repeat(cases);
         for (name, figure) in per_packet(&counts).unwrap() {

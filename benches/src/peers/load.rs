@@ -13,11 +13,11 @@ pub const MEMORY_MIB: u32 = 512;
 /// Packet buffers that a testpmd has to spare.
 const SPARE_MBUFS: u32 = 4096;
 /// Most pairs of a card that virtio-user takes.
-const CARD_PAIRS: u16 = 8;
+const MAX_QUEUE_PAIRS_PER_DEVICE: u16 = 8;
 
 /// What the front-end does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Traffic {
+pub enum TrafficPattern {
     /// What comes in on one card goes out on the other: frames circulate both ways.
     Forward,
     /// Both cards send and take nothing.
@@ -26,9 +26,9 @@ pub enum Traffic {
 
 /// A load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Load {
+pub struct ForwardingLoad {
     /// What is sent.
-    pub traffic: Traffic,
+    pub traffic: TrafficPattern,
     /// Bytes of a frame.
     pub size: u16,
     /// Queue pairs of each card; beyond 8 there are several couples of cards instead, with this
@@ -40,17 +40,17 @@ pub struct Load {
     pub bursts: u32,
 }
 
-impl Load {
+impl ForwardingLoad {
     /// Couples of cards.
     #[must_use]
-    pub fn couples(self) -> u16 {
-        self.pairs.div_ceil(CARD_PAIRS)
+    pub fn device_pairs(self) -> u16 {
+        self.pairs.div_ceil(MAX_QUEUE_PAIRS_PER_DEVICE)
     }
 
     /// Queue pairs of a card.
     #[must_use]
-    pub fn card_pairs(self) -> u16 {
-        self.pairs / self.couples()
+    pub fn queue_pairs_per_device(self) -> u16 {
+        self.pairs / self.device_pairs()
     }
 
     /// Two packet buffers for each descriptor. A testpmd goes round through all that it has: with
@@ -63,7 +63,7 @@ impl Load {
     /// A socket a card; cards 2k and 2k + 1 are a couple.
     #[must_use]
     pub fn sockets(self, dir: &RunDir) -> Vec<PathBuf> {
-        (0..2 * self.couples())
+        (0..2 * self.device_pairs())
             .map(|n| dir.join(&format!("{n}.sock")))
             .collect()
     }
@@ -101,15 +101,15 @@ mod tests {
 
     #[test]
     fn more_pairs_than_a_card_takes_are_spread_over_couples() {
-        for (pairs, couples, each) in [(1, 1, 1), (8, 1, 8), (16, 2, 8), (64, 8, 8)] {
-            let load = Load {
-                traffic: Traffic::Forward,
+        for (pairs, device_pairs, each) in [(1, 1, 1), (8, 1, 8), (16, 2, 8), (64, 8, 8)] {
+            let load = ForwardingLoad {
+                traffic: TrafficPattern::Forward,
                 size: 64,
                 pairs,
                 packed: false,
                 bursts: 1,
             };
-            assert_eq!((load.couples(), load.card_pairs()), (couples, each));
+            assert_eq!((load.device_pairs(), load.queue_pairs_per_device()), (device_pairs, each));
         }
     }
 }

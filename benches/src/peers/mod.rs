@@ -10,16 +10,16 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use virtionet_tests::hugepages::HugePages;
 
-use crate::outcome::{Better, Outcome, Row};
-use crate::rig::progress;
+use crate::outcome::{Better, GroupResult, Row};
+use crate::harness::progress;
 use crate::sampling::{Effort, Pairs, median};
-use back::{Kind, Poll};
-use load::{Load, Traffic};
-use side::{Sample, Side, Survivors, pages};
+use back_end::{BackEndKind, WorkerPollMode};
+use load::{ForwardingLoad, TrafficPattern};
+use under_test::{ForwardingSample, BackEndUnderTest, FrameBalance, pages};
 
-pub mod back;
+pub mod back_end;
 pub mod load;
-pub mod side;
+pub mod under_test;
 
 /// Frames that are shown as one.
 const MILLION: f64 = 1e6;
@@ -32,13 +32,13 @@ const NONE: f64 = 0.01;
 /// front-end that is quicker than that would find its ring full and drop a burst.
 const BURSTS: u32 = 6;
 /// Pairs of the case that stands for "many on one CPU".
-const MANY: u16 = 64;
+const MANY_PAIRS: u16 = 64;
 
 /// A load, whom it is compared with, and what is asked of it.
 #[derive(Debug, Clone, Copy)]
 struct Case {
-    load: Load,
-    peer: Kind,
+    load: ForwardingLoad,
+    peer: BackEndKind,
     /// Least ratio of the rates.
     rate: Option<f64>,
     /// Least ratio of the busy cycles (the peer's by ours).
@@ -49,9 +49,9 @@ struct Case {
 ///
 /// # Errors
 /// When this process is not root, DPDK is missing, or a part fails: with its words.
-pub fn run(effort: Effort) -> Result<Outcome> {
-    let mut outcome = Outcome::default();
-    let _pages = HugePages::take(pages())?;
+pub fn run(effort: Effort) -> Result<GroupResult> {
+    let mut outcome = GroupResult::default();
+    let _pages = HugePages::reserve(pages())?;
     let mut scale: Vec<(u16, f64)> = Vec::new();
     for case in cases() {
         let rate = compare(case, effort, &mut outcome)
@@ -70,8 +70,8 @@ pub fn run(effort: Effort) -> Result<Outcome> {
 }
 
 fn cases() -> Vec<Case> {
-    let forward = |size, pairs, packed| Load {
-        traffic: Traffic::Forward,
+    let forward = |size, pairs, packed| ForwardingLoad {
+        traffic: TrafficPattern::Forward,
         size,
         pairs,
         packed,
@@ -79,7 +79,7 @@ fn cases() -> Vec<Case> {
     };
     let dpdk = |load, rate, cycles| Case {
         load,
-        peer: Kind::Dpdk,
+        peer: BackEndKind::Dpdk,
         rate,
         cycles,
     };
@@ -92,20 +92,20 @@ fn cases() -> Vec<Case> {
             cases.push(dpdk(forward(size, 1, packed), Some(1.2), Some(1.67)));
         }
         for size in [64, 1518] {
-            let load = Load {
-                traffic: Traffic::OneWay,
+            let load = ForwardingLoad {
+                traffic: TrafficPattern::OneWay,
                 ..forward(size, 1, packed)
             };
             cases.push(dpdk(load, Some(1.0), None));
         }
     }
-    for pairs in [2, 8, 16, MANY] {
+    for pairs in [2, 8, 16, MANY_PAIRS] {
         cases.push(dpdk(forward(64, pairs, false), None, None));
     }
     for (size, pairs) in [(64, 1), (64, 4), (1518, 1)] {
         cases.push(Case {
             load: forward(size, pairs, false),
-            peer: Kind::Plain,
+            peer: BackEndKind::Plain,
             rate: None,
             cycles: None,
         });
@@ -115,10 +115,10 @@ fn cases() -> Vec<Case> {
 
 impl Case {
     fn words(&self) -> String {
-        let Load { size, pairs, .. } = self.load;
+        let ForwardingLoad { size, pairs, .. } = self.load;
         let what = match self.load.traffic {
-            Traffic::Forward => "forward",
-            Traffic::OneWay => "one way",
+            TrafficPattern::Forward => "forward",
+            TrafficPattern::OneWay => "one way",
         };
         let ring = if self.load.packed { "packed" } else { "split" };
         let plural = if pairs == 1 { "" } else { "s" };
@@ -127,31 +127,31 @@ impl Case {
 
     /// Whether it is one of those that differ in the number of pairs only.
     fn scales(&self) -> bool {
-        let Load {
+        let ForwardingLoad {
             traffic,
             size,
             packed,
             ..
         } = self.load;
-        (traffic, size, packed, self.peer) == (Traffic::Forward, 64, false, Kind::Dpdk)
+        (traffic, size, packed, self.peer) == (TrafficPattern::Forward, 64, false, BackEndKind::Dpdk)
     }
 }
 
 /// Measures a case in turns, adds its rows, and gives our rate.
-fn compare(case: Case, effort: Effort, outcome: &mut Outcome) -> Result<f64> {
+fn compare(case: Case, effort: Effort, outcome: &mut GroupResult) -> Result<f64> {
     let words = case.words();
     progress(&format!("peers: {words}"));
-    let start = |kind: Kind| {
-        Side::start(kind, case.load, Poll::Always).with_context(|| kind.name().to_owned())
+    let start = |kind: BackEndKind| {
+        BackEndUnderTest::start(kind, case.load, WorkerPollMode::Always).with_context(|| kind.name().to_owned())
     };
-    let mut ours = start(Kind::Ours)?;
+    let mut ours = start(BackEndKind::Ours)?;
     let mut peer = start(case.peer)?;
     let interval = Duration::from_millis(effort.choose(1000, 300));
     let (mut rates, mut cycles) = (Pairs::default(), Pairs::default());
     let mut front = Vec::new();
     for _ in 0..effort.choose(5, 1) {
         let (a, b) = (ours.measure(interval)?, peer.measure(interval)?);
-        say(&words, a, b, case.peer);
+        log_progress(&words, a, b, case.peer);
         rates.push(a.rate / MILLION, b.rate / MILLION);
         if let (Some(a), Some(b)) = (a.cycles, b.cycles) {
             cycles.push(a, b);
@@ -160,32 +160,32 @@ fn compare(case: Case, effort: Effort, outcome: &mut Outcome) -> Result<f64> {
     }
     let row = rates.row(&words, "M frames/s", Better::Higher, case.peer.name());
     let rate = row.ours;
-    outcome.rows.push(held(row, case.rate));
-    if case.load.traffic == Traffic::Forward {
-        if case.peer == Kind::Dpdk {
+    outcome.rows.push(with_bound(row, case.rate));
+    if case.load.traffic == TrafficPattern::Forward {
+        if case.peer == BackEndKind::Dpdk {
             let row = cycles.row(&words, "busy cycles", Better::Lower, case.peer.name());
-            outcome.rows.push(held(row, case.cycles));
+            outcome.rows.push(with_bound(row, case.cycles));
         }
-        let (a, b) = (ours.survivors()?, peer.survivors()?);
+        let (a, b) = (ours.frame_balance()?, peer.frame_balance()?);
         outcome.notes.push(format!(
             "{words}: the front-end itself takes {:.0} cycles a frame; {}; {}",
             median(&front),
-            fate(Kind::Ours, &a),
-            fate(case.peer, &b)
+            describe_frames(BackEndKind::Ours, &a),
+            describe_frames(case.peer, &b)
         ));
     }
     Ok(rate)
 }
 
-fn held(row: Row, bound: Option<f64>) -> Row {
+fn with_bound(row: Row, bound: Option<f64>) -> Row {
     match bound {
         Some(bound) => row.bound(bound),
         None => row,
     }
 }
 
-fn say(words: &str, ours: Sample, peer: Sample, kind: Kind) {
-    let side = |sample: Sample| {
+fn log_progress(words: &str, ours: ForwardingSample, peer: ForwardingSample, kind: BackEndKind) {
+    let side = |sample: ForwardingSample| {
         let cycles = sample.cycles.map(|n| format!(" at {n:.0} cycles"));
         format!(
             "{:.2} M/s{}",
@@ -201,8 +201,8 @@ fn say(words: &str, ours: Sample, peer: Sample, kind: Kind) {
     ));
 }
 
-fn fate(kind: Kind, frames: &Survivors) -> String {
-    let Survivors { sent, left, lost } = frames;
+fn describe_frames(kind: BackEndKind, frames: &FrameBalance) -> String {
+    let FrameBalance { sent, left, lost } = frames;
     let mut words = format!("{}: {left} of {sent} frames still circulate", kind.name());
     for (counter, count) in lost {
         words.push_str(&format!(", {counter} {count}"));
@@ -218,19 +218,19 @@ fn scaling(rates: &[(u16, f64)]) -> Option<Row> {
     };
     let peer = ("virtionetd, 1 pair", of(1)?);
     let row = Row::new(
-        &format!("forward 64 B, split, {MANY} pairs against 1"),
+        &format!("forward 64 B, split, {MANY_PAIRS} pairs against 1"),
         "M frames/s",
         Better::Higher,
-        of(MANY)?,
+        of(MANY_PAIRS)?,
         peer,
     );
     Some(row.bound(0.9))
 }
 
 /// What an idle back-end takes of its CPU, from 100 ms after the last frame.
-fn idle(effort: Effort, outcome: &mut Outcome) -> Result<()> {
-    let load = Load {
-        traffic: Traffic::Forward,
+fn idle(effort: Effort, outcome: &mut GroupResult) -> Result<()> {
+    let load = ForwardingLoad {
+        traffic: TrafficPattern::Forward,
         size: 64,
         pairs: 1,
         packed: false,
@@ -238,17 +238,17 @@ fn idle(effort: Effort, outcome: &mut Outcome) -> Result<()> {
     };
     let interval = Duration::from_millis(effort.choose(2000, 500));
     let percent = |kind| -> Result<f64> {
-        let side = Side::start(kind, load, Poll::Adaptive)?;
+        let side = BackEndUnderTest::start(kind, load, WorkerPollMode::Adaptive)?;
         Ok(side.idle(interval)?.as_secs_f64() / interval.as_secs_f64() * 100.0)
     };
-    let (ours, peer) = (percent(Kind::Ours)?, percent(Kind::Dpdk)?);
+    let (ours, peer) = (percent(BackEndKind::Ours)?, percent(BackEndKind::Dpdk)?);
     let case = "idle, 100 ms after the last frame";
     let aim = ("aim", IDLE);
     let row = Row::new(case, "% of a CPU", Better::Lower, ours.max(NONE), aim);
     outcome.rows.push(row.bound(1.0));
     outcome.notes.push(format!(
         "{case}: {ours:.3} % of a CPU (shown as {NONE} at least); {} takes {peer:.0} %",
-        Kind::Dpdk.name()
+        BackEndKind::Dpdk.name()
     ));
     Ok(())
 }
@@ -271,9 +271,9 @@ mod tests {
 
     #[test]
     fn a_fall_with_many_pairs_is_a_missed_bound() {
-        let row = scaling(&[(1, 10.0), (8, 9.0), (MANY, 8.9)]).unwrap();
+        let row = scaling(&[(1, 10.0), (8, 9.0), (MANY_PAIRS, 8.9)]).unwrap();
         assert!(!row.holds() && (row.ratio - 0.89).abs() < 1e-9);
-        assert!(scaling(&[(1, 10.0), (MANY, 9.1)]).unwrap().holds());
+        assert!(scaling(&[(1, 10.0), (MANY_PAIRS, 9.1)]).unwrap().holds());
         assert!(scaling(&[(1, 10.0)]).is_none());
     }
 }

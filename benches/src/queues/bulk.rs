@@ -4,10 +4,10 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use virtionet_tests::iperf::{Clients, Direction, Iperf, Load};
+use virtionet_tests::iperf::{Clients, Direction, Iperf, IperfLoad};
 
-use super::bed::{Account, Bed, RingAccount, VCPUS};
-use crate::rig::progress;
+use super::testbed::{ResourceUsage, GuestTestbed, RingUsage, VCPUS};
+use crate::harness::progress;
 
 /// Payload of a small datagram and of a small write, in bytes.
 pub const SMALL: u32 = 64;
@@ -17,11 +17,11 @@ const OFFERED: u32 = 80_000;
 /// In which the flows find their speed; it does not count.
 const OMIT: u32 = 1;
 /// The account ends so much before the load.
-const EARLY: Duration = Duration::from_millis(200);
+const END_MARGIN: Duration = Duration::from_millis(200);
 /// More frames than the connections alone make.
 const FLOWS: f64 = 50.0;
 /// Of a load whose datagrams are lost.
-const TRIES: u32 = 4;
+const MAX_ATTEMPTS: u32 = 4;
 
 /// What flows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,12 +31,12 @@ pub struct Traffic {
     /// How many flows.
     pub flows: u16,
     /// In which pieces.
-    pub kind: Kind,
+    pub kind: TrafficKind,
 }
 
 /// How data is handed to the kernel that sends it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum TrafficKind {
     /// TCP, 128 KiB at a time: frames of up to 64 KiB.
     Stream,
     /// TCP without delay, [`SMALL`] bytes at a time; the sender's kernel joins what waits.
@@ -45,7 +45,7 @@ pub enum Kind {
     Datagrams,
 }
 
-impl Kind {
+impl TrafficKind {
     /// All of them.
     pub const ALL: [Self; 3] = [Self::Stream, Self::Writes, Self::Datagrams];
 
@@ -72,12 +72,12 @@ impl Traffic {
         format!("{} {way}, {} flow{plural}", self.kind.name(), self.flows)
     }
 
-    fn load(self, seconds: u32) -> Load {
+    fn load(self, seconds: u32) -> IperfLoad {
         let size = SMALL.to_string();
         let load = match self.kind {
-            Kind::Stream => Load::tcp(seconds),
-            Kind::Writes => Load::tcp(seconds).arg("-N").arg("-l").arg(&size),
-            Kind::Datagrams => Load::udp(seconds, &self.rate()).arg("-l").arg(&size),
+            TrafficKind::Stream => IperfLoad::tcp(seconds),
+            TrafficKind::Writes => IperfLoad::tcp(seconds).arg("-N").arg("-l").arg(&size),
+            TrafficKind::Datagrams => IperfLoad::udp(seconds, &self.rate()).arg("-l").arg(&size),
         };
         // iperf3's -O makes the whole longer, not the rest shorter.
         load.flows(self.flows).arg("-O").arg(&OMIT.to_string())
@@ -100,7 +100,7 @@ impl Traffic {
 
 /// What one run gave.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Sample {
+pub struct BulkSample {
     /// Gbit/s of payload at the receivers.
     pub gbps: f64,
     /// CPU seconds of virtionetd for each Gbit that was received.
@@ -108,10 +108,10 @@ pub struct Sample {
     /// The same of QEMU.
     pub qemu: f64,
     /// Frames that a burst of the loaded rings carried.
-    pub frames_a_burst: f64,
+    pub frames_per_burst: f64,
 }
 
-impl Sample {
+impl BulkSample {
     /// Thousands of small datagrams a second.
     #[must_use]
     pub fn kpps(gbps: f64) -> f64 {
@@ -123,14 +123,14 @@ impl Sample {
 ///
 /// # Errors
 /// When a part fails: with its words.
-pub fn measure(bed: &Bed, traffic: Traffic, pairs: u16, seconds: u32) -> Result<Sample> {
-    let mut tries = TRIES;
-    bed.awake(pairs, || {
+pub fn measure(testbed: &GuestTestbed, traffic: Traffic, pairs: u16, seconds: u32) -> Result<BulkSample> {
+    let mut tries = MAX_ATTEMPTS;
+    testbed.run_resumed(pairs, || {
         loop {
             tries -= 1;
-            match run(bed, traffic, seconds) {
+            match run(testbed, traffic, seconds) {
                 // The first datagram of a flow, which opens it, can be lost in what flows already.
-                Err(error) if tries > 0 && traffic.kind == Kind::Datagrams => {
+                Err(error) if tries > 0 && traffic.kind == TrafficKind::Datagrams => {
                     progress(&format!("queues: {}, once more: {error:#}", traffic.name()));
                 }
                 outcome => return outcome,
@@ -140,37 +140,37 @@ pub fn measure(bed: &Bed, traffic: Traffic, pairs: u16, seconds: u32) -> Result<
     .with_context(|| format!("{}, {pairs} pair(s)", traffic.name()))
 }
 
-fn run(bed: &Bed, traffic: Traffic, seconds: u32) -> Result<Sample> {
-    let guest = bed.qemu().guest();
+fn run(testbed: &GuestTestbed, traffic: Traffic, seconds: u32) -> Result<BulkSample> {
+    let guest = testbed.qemu().guest();
     let iperf = Iperf::new(
-        bed.lan(),
+        testbed.network(),
         guest,
-        bed.dir(),
+        testbed.dir(),
         Clients::Host,
         traffic.processes(),
     )?;
     let running = iperf.start(&traffic.load(seconds), traffic.direction)?;
     // What the guest spends on iperf3's start and report is not the card's cost.
-    wait_for_flow(bed, traffic.direction)?;
+    wait_for_flow(testbed, traffic.direction)?;
     sleep(Duration::from_secs(OMIT.into()));
-    let before = bed.account()?;
-    sleep(Duration::from_secs(seconds.into()).saturating_sub(EARLY));
-    let (spent, lasted) = bed.account()?.since(&before);
+    let before = testbed.usage()?;
+    sleep(Duration::from_secs(seconds.into()).saturating_sub(END_MARGIN));
+    let (spent, lasted) = testbed.usage()?.since(&before);
     let report = running.finish()?;
     ensure!(report.gbps > 0.0, "nothing arrived: {report:?}");
     let gbit = report.gbps * lasted;
     let ring = loaded(&spent, traffic.direction);
-    Ok(Sample {
+    Ok(BulkSample {
         gbps: report.gbps,
         workers: spent.workers / gbit,
         qemu: spent.qemu / gbit,
-        frames_a_burst: ring.frames_a_burst(),
+        frames_per_burst: ring.frames_per_burst(),
     })
 }
 
 /// Waits until the load flows, or for as long as its start may take at most.
-fn wait_for_flow(bed: &Bed, direction: Direction) -> Result<()> {
-    let frames = || Ok::<_, anyhow::Error>(loaded(&bed.account()?, direction).frames);
+fn wait_for_flow(testbed: &GuestTestbed, direction: Direction) -> Result<()> {
+    let frames = || Ok::<_, anyhow::Error>(loaded(&testbed.usage()?, direction).frames);
     let before = frames()?;
     for _ in 0..40 {
         if frames()? - before > FLOWS {
@@ -181,10 +181,10 @@ fn wait_for_flow(bed: &Bed, direction: Direction) -> Result<()> {
     Ok(())
 }
 
-fn loaded(account: &Account, direction: Direction) -> RingAccount {
+fn loaded(usage: &ResourceUsage, direction: Direction) -> RingUsage {
     match direction {
-        Direction::HostToGuest => account.rx,
-        Direction::GuestToHost => account.tx,
+        Direction::HostToGuest => usage.rx,
+        Direction::GuestToHost => usage.tx,
     }
 }
 
@@ -192,15 +192,15 @@ fn loaded(account: &Account, direction: Direction) -> RingAccount {
 ///
 /// # Errors
 /// As `work`, or when the flow fails.
-pub fn beside<T>(
-    bed: &Bed,
+pub fn background<T>(
+    testbed: &GuestTestbed,
     direction: Direction,
     seconds: u32,
     work: impl FnOnce() -> Result<T>,
 ) -> Result<T> {
-    let guest = bed.qemu().guest();
-    let iperf = Iperf::new(bed.lan(), guest, bed.dir(), Clients::Host, 1)?;
-    let running = iperf.start(&Load::tcp(seconds + OMIT), direction)?;
+    let guest = testbed.qemu().guest();
+    let iperf = Iperf::new(testbed.network(), guest, testbed.dir(), Clients::Host, 1)?;
+    let running = iperf.start(&IperfLoad::tcp(seconds + OMIT), direction)?;
     sleep(Duration::from_millis(500));
     let done = work()?;
     running.finish()?;

@@ -2,10 +2,10 @@
 
 use std::fmt::Write;
 
-use super::bed::Standing;
-use super::bulk::{Kind, Sample, Traffic};
-use super::latency::{Beside, Times};
-use crate::outcome::{Better, Outcome, Row};
+use super::testbed::VcpuPlacement;
+use super::bulk::{TrafficKind, BulkSample, Traffic};
+use super::latency::{BackgroundLoad, LatencyPercentiles};
+use crate::outcome::{Better, GroupResult, Row};
 use crate::sampling::{Pairs, median};
 use crate::table::figure;
 use virtionet_tests::iperf::Direction;
@@ -28,48 +28,48 @@ pub struct BulkCell {
     /// The load.
     pub traffic: Traffic,
     /// The guest.
-    pub standing: Standing,
+    pub vcpu_placement: VcpuPlacement,
     /// By number of pairs.
-    pub columns: Vec<Column<Sample>>,
+    pub columns: Vec<Column<BulkSample>>,
 }
 
 /// Requests to one of the guests; the first column is one pair's.
 #[derive(Debug, Clone)]
 pub struct LatencyCell {
     /// What goes on beside them.
-    pub beside: Beside,
+    pub background: BackgroundLoad,
     /// The guest.
-    pub standing: Standing,
+    pub vcpu_placement: VcpuPlacement,
     /// By number of pairs.
-    pub columns: Vec<Column<Times>>,
+    pub columns: Vec<Column<LatencyPercentiles>>,
 }
 
 /// All that is measured.
 #[derive(Debug, Clone)]
-pub struct Figures {
+pub struct QueueFigures {
     /// Throughput and CPU time.
     pub bulk: Vec<BulkCell>,
     /// Request and response.
     pub latency: Vec<LatencyCell>,
 }
 
-impl Figures {
+impl QueueFigures {
     /// Without samples yet, for each of `pairs`.
     #[must_use]
-    pub fn new(traffics: Vec<Traffic>, beside: &[Beside], pairs: &[u16]) -> Self {
+    pub fn new(traffics: Vec<Traffic>, background: &[BackgroundLoad], pairs: &[u16]) -> Self {
         let mut bulk = Vec::new();
         for traffic in traffics {
-            bulk.extend(Standing::ALL.map(|standing| BulkCell {
+            bulk.extend(VcpuPlacement::ALL.map(|vcpu_placement| BulkCell {
                 traffic,
-                standing,
+                vcpu_placement,
                 columns: empty(pairs),
             }));
         }
         let mut latency = Vec::new();
-        for beside in beside {
-            latency.extend(Standing::ALL.map(|standing| LatencyCell {
-                beside: *beside,
-                standing,
+        for background in background {
+            latency.extend(VcpuPlacement::ALL.map(|vcpu_placement| LatencyCell {
+                background: *background,
+                vcpu_placement,
                 columns: empty(pairs),
             }));
         }
@@ -78,13 +78,13 @@ impl Figures {
 
     /// Rows with the ratios to one pair, and the page.
     #[must_use]
-    pub fn outcome(&self) -> Outcome {
+    pub fn outcome(&self) -> GroupResult {
         let bulk = self.bulk.iter().flat_map(bulk_rows);
         let latency = self.latency.iter().flat_map(latency_rows);
-        Outcome {
+        GroupResult {
             rows: bulk.chain(latency).collect(),
             page: Some(self.page()),
-            ..Outcome::default()
+            ..GroupResult::default()
         }
     }
 
@@ -117,7 +117,7 @@ microseconds a datagram (UDP) that was received; `host` is workers and QEMU toge
 const LATENCY_HEAD: &str = "
 Request and response of 64 B from the host to the guest, there and back, in microseconds.
 
-| beside | threads | pairs | median, one pair | several | p99, one pair | several |
+| background | threads | pairs | median, one pair | several | p99, one pair | several |
 |---|---|---|---|---|---|---|
 ";
 
@@ -141,9 +141,9 @@ fn each_pair<T>(columns: &[Column<T>], mut with: impl FnMut(&Column<T>, &Column<
 fn bulk_rows(cell: &BulkCell) -> Vec<Row> {
     let mut rows = Vec::new();
     each_pair(&cell.columns, |one, several| {
-        let name = |what: &str| case(&cell.traffic.name(), cell.standing, several.pairs, what);
-        let row = |what, unit, better, of: fn(&Sample) -> f64| {
-            taken(several, one, of).row(&name(what), unit, better, "1 pair")
+        let name = |what: &str| case(&cell.traffic.name(), cell.vcpu_placement, several.pairs, what);
+        let row = |what, unit, better, of: fn(&BulkSample) -> f64| {
+            paired(several, one, of).row(&name(what), unit, better, "1 pair")
         };
         let (unit, of) = rate(cell.traffic.kind);
         let rate = row("rate", unit, Better::Higher, of);
@@ -161,10 +161,10 @@ fn bulk_rows(cell: &BulkCell) -> Vec<Row> {
 fn latency_rows(cell: &LatencyCell) -> Vec<Row> {
     let mut rows = Vec::new();
     each_pair(&cell.columns, |one, several| {
-        let load = format!("ping {}", cell.beside.name());
-        let name = |what: &str| case(&load, cell.standing, several.pairs, what);
-        let row = |what, of: fn(&Times) -> f64| {
-            taken(several, one, of).row(&name(what), "us", Better::Lower, "1 pair")
+        let load = format!("ping {}", cell.background.name());
+        let name = |what: &str| case(&load, cell.vcpu_placement, several.pairs, what);
+        let row = |what, of: fn(&LatencyPercentiles) -> f64| {
+            paired(several, one, of).row(&name(what), "us", Better::Lower, "1 pair")
         };
         rows.push(row("median", |t| t.median));
         rows.push(row("p99", |t| t.p99));
@@ -172,16 +172,16 @@ fn latency_rows(cell: &LatencyCell) -> Vec<Row> {
     rows
 }
 
-fn case(load: &str, standing: Standing, pairs: u16, what: &str) -> String {
-    format!("{load}, {}, {pairs}: {what}", standing.name())
+fn case(load: &str, vcpu_placement: VcpuPlacement, pairs: u16, what: &str) -> String {
+    format!("{load}, {}, {pairs}: {what}", vcpu_placement.name())
 }
 
 /// Small packets that the guest sends.
 fn is_bounded(traffic: Traffic) -> bool {
-    traffic.direction == Direction::GuestToHost && traffic.kind != Kind::Stream
+    traffic.direction == Direction::GuestToHost && traffic.kind != TrafficKind::Stream
 }
 
-fn taken<T>(ours: &Column<T>, peer: &Column<T>, of: impl Fn(&T) -> f64) -> Pairs {
+fn paired<T>(ours: &Column<T>, peer: &Column<T>, of: impl Fn(&T) -> f64) -> Pairs {
     let mut pairs = Pairs::default();
     for (ours, peer) in ours.samples.iter().zip(&peer.samples) {
         pairs.push(of(ours), of(peer));
@@ -190,64 +190,64 @@ fn taken<T>(ours: &Column<T>, peer: &Column<T>, of: impl Fn(&T) -> f64) -> Pairs
 }
 
 /// A load's throughput: its unit, and how it is read from a sample.
-fn rate(kind: Kind) -> (&'static str, fn(&Sample) -> f64) {
+fn rate(kind: TrafficKind) -> (&'static str, fn(&BulkSample) -> f64) {
     match kind {
-        Kind::Stream => ("Gbit/s", |s| s.gbps),
-        Kind::Writes => ("Mbit/s", |s| s.gbps * 1e3),
-        Kind::Datagrams => ("kpps", |s| Sample::kpps(s.gbps)),
+        TrafficKind::Stream => ("Gbit/s", |s| s.gbps),
+        TrafficKind::Writes => ("Mbit/s", |s| s.gbps * 1e3),
+        TrafficKind::Datagrams => ("kpps", |s| BulkSample::kpps(s.gbps)),
     }
 }
 
-fn middle<T>(column: &Column<T>, of: &dyn Fn(&T) -> f64) -> String {
+fn median_text<T>(column: &Column<T>, of: &dyn Fn(&T) -> f64) -> String {
     let values: Vec<f64> = column.samples.iter().map(of).collect();
     figure(median(&values))
 }
 
-fn bulk_line(page: &mut String, cell: &BulkCell, one: &Column<Sample>, several: &Column<Sample>) {
+fn bulk_line(page: &mut String, cell: &BulkCell, one: &Column<BulkSample>, several: &Column<BulkSample>) {
     let (unit, rate) = rate(cell.traffic.kind);
     let cost = |seconds: f64| match cell.traffic.kind {
-        Kind::Datagrams => seconds * 1e3 / Sample::kpps(1.0),
-        Kind::Stream | Kind::Writes => seconds,
+        TrafficKind::Datagrams => seconds * 1e3 / BulkSample::kpps(1.0),
+        TrafficKind::Stream | TrafficKind::Writes => seconds,
     };
     let both =
-        |of: &dyn Fn(&Sample) -> f64| format!("{} / {}", middle(one, of), middle(several, of));
+        |of: &dyn Fn(&BulkSample) -> f64| format!("{} / {}", median_text(one, of), median_text(several, of));
     let ratio =
-        |better, of: fn(&Sample) -> f64| taken(several, one, of).row("", "", better, "").ratio;
+        |better, of: fn(&BulkSample) -> f64| paired(several, one, of).row("", "", better, "").ratio;
     // Writing to a String cannot fail.
     _ = writeln!(
         page,
         "| {} | {} | {} | {} {unit} | {} {unit} | {:.2} | {} | {} | {:.2} | {} |",
         cell.traffic.name(),
-        cell.standing.name(),
+        cell.vcpu_placement.name(),
         several.pairs,
-        middle(one, &rate),
-        middle(several, &rate),
+        median_text(one, &rate),
+        median_text(several, &rate),
         ratio(Better::Higher, rate),
         both(&|s| cost(s.workers)),
         both(&|s| cost(s.qemu)),
         ratio(Better::Lower, |s| s.workers + s.qemu),
-        both(&|s| s.frames_a_burst),
+        both(&|s| s.frames_per_burst),
     );
 }
 
 fn latency_line(
     page: &mut String,
     cell: &LatencyCell,
-    one: &Column<Times>,
-    several: &Column<Times>,
+    one: &Column<LatencyPercentiles>,
+    several: &Column<LatencyPercentiles>,
 ) {
-    let [half, rare] = [|t: &Times| t.median, |t: &Times| t.p99];
+    let [half, rare] = [|t: &LatencyPercentiles| t.median, |t: &LatencyPercentiles| t.p99];
     // Writing to a String cannot fail.
     _ = writeln!(
         page,
         "| {} | {} | {} | {} | {} | {} | {} |",
-        cell.beside.name(),
-        cell.standing.name(),
+        cell.background.name(),
+        cell.vcpu_placement.name(),
         several.pairs,
-        middle(one, &half),
-        middle(several, &half),
-        middle(one, &rare),
-        middle(several, &rare),
+        median_text(one, &half),
+        median_text(several, &half),
+        median_text(one, &rare),
+        median_text(several, &rare),
     );
 }
 
@@ -255,26 +255,26 @@ fn latency_line(
 mod tests {
     use super::*;
 
-    fn sample(gbps: f64) -> Sample {
-        Sample {
+    fn sample(gbps: f64) -> BulkSample {
+        BulkSample {
             gbps,
             workers: 0.5 / gbps,
             qemu: 1.0 / gbps,
-            frames_a_burst: 8.0,
+            frames_per_burst: 8.0,
         }
     }
 
-    fn figures() -> Figures {
+    fn figures() -> QueueFigures {
         let small = Traffic {
             direction: Direction::GuestToHost,
             flows: 8,
-            kind: Kind::Datagrams,
+            kind: TrafficKind::Datagrams,
         };
         let large = Traffic {
-            kind: Kind::Stream,
+            kind: TrafficKind::Stream,
             ..small
         };
-        let mut figures = Figures::new(vec![small, large], &[Beside::Nothing], &[1, 4]);
+        let mut figures = QueueFigures::new(vec![small, large], &[BackgroundLoad::Nothing], &[1, 4]);
         for cell in &mut figures.bulk {
             cell.columns[0].samples.extend([1.0, 2.0, 4.0].map(sample));
             cell.columns[1].samples.extend([0.9, 1.8, 40.0].map(sample));
@@ -282,7 +282,7 @@ mod tests {
         for cell in &mut figures.latency {
             for (column, median) in cell.columns.iter_mut().zip([100.0, 50.0]) {
                 let p99 = 2.0 * median;
-                column.samples.push(Times { median, p99 });
+                column.samples.push(LatencyPercentiles { median, p99 });
             }
         }
         figures
@@ -294,7 +294,7 @@ mod tests {
         let row = |case: &str| rows.iter().find(|row| row.case == case).unwrap();
         let rate = row("UDP 64 B to host, 8 flows, pinned, 4: rate");
         // 2 Gbit/s of 64 B are 3.9 million datagrams a second.
-        assert_eq!((rate.ours, rate.peer), (Sample::kpps(1.8), 3906.25));
+        assert_eq!((rate.ours, rate.peer), (BulkSample::kpps(1.8), 3906.25));
         assert!((rate.ratio - 0.9).abs() < 1e-9 && !rate.holds(), "{rate:?}");
         let cost = row("TCP to host, 8 flows, floating, 4: QEMU");
         assert!((cost.ratio - 0.9).abs() < 1e-9, "{cost:?}");

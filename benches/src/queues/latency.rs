@@ -8,25 +8,25 @@ use virtionet_tests::iperf::Direction;
 use virtionet_tests::process::Proc;
 use virtionet_tests::topology::GUEST;
 
-use super::bed::Bed;
+use super::testbed::GuestTestbed;
 use super::bulk;
 
 /// The server's vCPU is not the bulk flow's, but with one pair its queue is.
 const ON_VCPU_1: &str = "taskset 2";
 /// Payload of a request and of a response, in bytes.
 const SIZE: &str = "64";
-const SLACK: Duration = Duration::from_secs(30);
+const TIMEOUT_MARGIN: Duration = Duration::from_secs(30);
 
 /// What goes on beside the requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Beside {
+pub enum BackgroundLoad {
     /// Nothing.
     Nothing,
     /// One TCP flow.
     Flow(Direction),
 }
 
-impl Beside {
+impl BackgroundLoad {
     /// In a table.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -40,7 +40,7 @@ impl Beside {
 
 /// Times from a request to its response, in microseconds.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Times {
+pub struct LatencyPercentiles {
     /// The middle one.
     pub median: f64,
     /// The one that 99 of 100 keep.
@@ -51,27 +51,27 @@ pub struct Times {
 ///
 /// # Errors
 /// When a part fails: with its words.
-pub fn measure(bed: &Bed, beside: Beside, pairs: u16, seconds: u32) -> Result<Times> {
-    let times = bed.awake(pairs, || {
-        serve(bed)?;
+pub fn measure(testbed: &GuestTestbed, beside: BackgroundLoad, pairs: u16, seconds: u32) -> Result<LatencyPercentiles> {
+    let times = testbed.run_resumed(pairs, || {
+        serve(testbed)?;
         match beside {
-            Beside::Nothing => ping_pong(bed, seconds),
-            Beside::Flow(way) => bulk::beside(bed, way, seconds, || ping_pong(bed, seconds)),
+            BackgroundLoad::Nothing => ping_pong(testbed, seconds),
+            BackgroundLoad::Flow(way) => bulk::beside(testbed, way, seconds, || ping_pong(testbed, seconds)),
         }
     });
     times.with_context(|| format!("requests, {}, {pairs} pair(s)", beside.name()))
 }
 
 /// Starts a server in the guest, where none runs.
-fn serve(bed: &Bed) -> Result<()> {
+fn serve(testbed: &GuestTestbed) -> Result<()> {
     let start = format!(
         "pidof sockperf >/dev/null || {{ setsid {ON_VCPU_1} sockperf server -i {} >/tmp/sockperf 2>&1 & }}; for i in $(seq 100); do netstat -lnu | grep -q :11111 && exit 0; sleep 0.05; done; cat /tmp/sockperf; exit 1",
         GUEST.v4
     );
-    bed.qemu().guest().ok(&start).map(drop)
+    testbed.qemu().guest().ok(&start).map(drop)
 }
 
-fn ping_pong(bed: &Bed, seconds: u32) -> Result<Times> {
+fn ping_pong(testbed: &GuestTestbed, seconds: u32) -> Result<LatencyPercentiles> {
     let seconds_text = seconds.to_string();
     let args = [
         "ping-pong",
@@ -83,9 +83,9 @@ fn ping_pong(bed: &Bed, seconds: u32) -> Result<Times> {
         "-t",
         &seconds_text,
     ];
-    let netns = bed.lan().netns().name();
-    let mut client = Proc::spawn(bed.dir(), "sockperf", Some(netns), "sockperf", args)?;
-    let status = client.wait(Duration::from_secs(seconds.into()) + SLACK)?;
+    let netns = testbed.network().netns().name();
+    let mut client = Proc::spawn(testbed.dir(), "sockperf", Some(netns), "sockperf", args)?;
+    let status = client.wait(Duration::from_secs(seconds.into()) + TIMEOUT_MARGIN)?;
     let said = client.stdout();
     ensure!(
         status.success(),
@@ -96,14 +96,14 @@ fn ping_pong(bed: &Bed, seconds: u32) -> Result<Times> {
 }
 
 /// From what sockperf prints.
-fn read(text: &str) -> Result<Times> {
+fn read(text: &str) -> Result<LatencyPercentiles> {
     let value = |name: &str| -> Result<f64> {
         text.lines()
             .find_map(|line| line.split_once(name)?.1.split_once('='))
             .and_then(|(_, value)| value.trim().parse().ok())
             .with_context(|| format!("sockperf did not say '{name}': {text}"))
     };
-    Ok(Times {
+    Ok(LatencyPercentiles {
         median: value("percentile 50.000")?,
         p99: value("percentile 99.000")?,
     })
@@ -113,7 +113,7 @@ fn read(text: &str) -> Result<Times> {
 mod tests {
     use super::*;
 
-    const SAID: &str = "\
+    const SOCKPERF_OUTPUT: &str = "\
 sockperf: ---> <MAX> observation = 9118.921
 sockperf: ---> percentile 99.900 = 1874.104
 sockperf: ---> percentile 99.000 =  412.334
@@ -123,7 +123,7 @@ sockperf: ---> <MIN> observation =   98.114
 
     #[test]
     fn percentiles_are_read_from_sockperfs_words() {
-        let times = read(SAID).unwrap();
+        let times = read(SOCKPERF_OUTPUT).unwrap();
         assert_eq!((times.median, times.p99), (187.5, 412.334));
         assert!(read("sockperf: ERROR").is_err());
     }

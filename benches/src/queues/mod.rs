@@ -2,10 +2,10 @@
 //!
 //! The guest has as many pairs as the most of them; `ethtool -L` in it says how many it uses, so
 //! that both sides are one boot, one daemon and one TAP. There are two guests, one pinned and one
-//! floating ([`bed::Standing`]), of which one runs at a time. Every round measures each load with
+//! floating ([`bed::VcpuPlacement`]), of which one runs at a time. Every round measures each load with
 //! each number of pairs in turn.
 
-pub mod bed;
+pub mod testbed;
 pub mod bulk;
 mod figures;
 pub mod latency;
@@ -14,48 +14,48 @@ use anyhow::{Context, Result};
 use virtionet_tests::accel::Accel;
 use virtionet_tests::iperf::Direction;
 
-use self::bed::{Bed, Standing, VCPUS};
-use self::bulk::{Kind, Traffic};
-use self::figures::{BulkCell, Column, Figures, LatencyCell};
-use self::latency::Beside;
-use crate::outcome::Outcome;
-use crate::rig::progress;
+use self::testbed::{GuestTestbed, VcpuPlacement, VCPUS};
+use self::bulk::{TrafficKind, Traffic};
+use self::figures::{BulkCell, Column, QueueFigures, LatencyCell};
+use self::latency::BackgroundLoad;
+use crate::outcome::GroupResult;
+use crate::harness::progress;
 use crate::sampling::Effort;
 
 const FLOWS: [u16; 2] = [1, 8];
 const DIRECTIONS: [Direction; 2] = [Direction::HostToGuest, Direction::GuestToHost];
-const BESIDE: [Beside; 3] = [
-    Beside::Nothing,
-    Beside::Flow(Direction::HostToGuest),
-    Beside::Flow(Direction::GuestToHost),
+const BACKGROUND_LOADS: [BackgroundLoad; 3] = [
+    BackgroundLoad::Nothing,
+    BackgroundLoad::Flow(Direction::HostToGuest),
+    BackgroundLoad::Flow(Direction::GuestToHost),
 ];
 
 /// Measures one pair against each of `several`.
 ///
 /// # Errors
 /// When this process is not root, or a part fails: with its words.
-pub fn run(effort: Effort, several: &[u16]) -> Result<Outcome> {
+pub fn run(effort: Effort, several: &[u16]) -> Result<GroupResult> {
     let most = several.iter().copied().max().unwrap_or(1);
     progress("queues: two guests boot");
-    let beds = Standing::ALL
+    let beds = VcpuPlacement::ALL
         .into_iter()
-        .map(|standing| Bed::up(standing, most).map(|bed| (standing, bed)))
+        .map(|vcpu_placement| GuestTestbed::boot(vcpu_placement, most).map(|testbed| (vcpu_placement, testbed)))
         .collect::<Result<Vec<_>>>()?;
     let mut columns = vec![1];
     columns.extend(several);
-    let mut figures = Figures::new(traffics(), &BESIDE, &columns);
+    let mut figures = QueueFigures::new(traffics(), &BACKGROUND_LOADS, &columns);
     for number in 1..=effort.choose(5_u32, 1) {
-        for (standing, bed) in &beds {
-            let what = format!("queues: round {number}, {}", standing.name());
+        for (vcpu_placement, testbed) in &beds {
+            let what = format!("queues: round {number}, {}", vcpu_placement.name());
             let round = Round {
-                bed,
+                testbed,
                 number,
                 seconds: effort.choose(2, 1),
                 what,
             };
             round
-                .take(&mut figures, *standing)
-                .with_context(|| format!("in round {number}, {}", standing.name()))?;
+                .take(&mut figures, *vcpu_placement)
+                .with_context(|| format!("in round {number}, {}", vcpu_placement.name()))?;
         }
     }
     let accel = Accel::Auto.resolve()?;
@@ -69,9 +69,9 @@ pub fn run(effort: Effort, several: &[u16]) -> Result<Outcome> {
 fn traffics() -> Vec<Traffic> {
     let mut all = Vec::new();
     for direction in DIRECTIONS {
-        for kind in Kind::ALL {
+        for kind in TrafficKind::ALL {
             // The host would make large frames of them before they reach the card.
-            if kind == Kind::Writes && direction == Direction::HostToGuest {
+            if kind == TrafficKind::Writes && direction == Direction::HostToGuest {
                 continue;
             }
             all.extend(FLOWS.map(|flows| Traffic {
@@ -86,21 +86,21 @@ fn traffics() -> Vec<Traffic> {
 
 /// One guest's turn.
 struct Round<'a> {
-    bed: &'a Bed,
+    testbed: &'a GuestTestbed,
     number: u32,
     seconds: u32,
     what: String,
 }
 
 impl Round<'_> {
-    fn take(&self, figures: &mut Figures, standing: Standing) -> Result<()> {
-        for cell in figures.bulk.iter_mut().filter(|c| c.standing == standing) {
+    fn take(&self, figures: &mut QueueFigures, vcpu_placement: VcpuPlacement) -> Result<()> {
+        for cell in figures.bulk.iter_mut().filter(|c| c.vcpu_placement == vcpu_placement) {
             self.bulk(cell)?;
         }
         for cell in figures
             .latency
             .iter_mut()
-            .filter(|c| c.standing == standing)
+            .filter(|c| c.vcpu_placement == vcpu_placement)
         {
             self.latency(cell)?;
         }
@@ -108,7 +108,7 @@ impl Round<'_> {
     }
 
     /// Every other round backwards: what only comes first or last is nobody's gain.
-    fn in_turn<'a, T>(
+    fn alternate<'a, T>(
         &self,
         columns: &'a mut [Column<T>],
     ) -> Box<dyn Iterator<Item = &'a mut Column<T>> + 'a> {
@@ -119,8 +119,8 @@ impl Round<'_> {
     }
 
     fn bulk(&self, cell: &mut BulkCell) -> Result<()> {
-        for Column { pairs, samples } in self.in_turn(&mut cell.columns) {
-            let sample = bulk::measure(self.bed, cell.traffic, *pairs, self.seconds)?;
+        for Column { pairs, samples } in self.alternate(&mut cell.columns) {
+            let sample = bulk::measure(self.testbed, cell.traffic, *pairs, self.seconds)?;
             let name = cell.traffic.name();
             progress(&format!(
                 "{}: {name}, {pairs} pair(s): {:.3} Gbit/s",
@@ -132,9 +132,9 @@ impl Round<'_> {
     }
 
     fn latency(&self, cell: &mut LatencyCell) -> Result<()> {
-        for Column { pairs, samples } in self.in_turn(&mut cell.columns) {
-            let times = latency::measure(self.bed, cell.beside, *pairs, self.seconds)?;
-            let name = cell.beside.name();
+        for Column { pairs, samples } in self.alternate(&mut cell.columns) {
+            let times = latency::measure(self.testbed, cell.background, *pairs, self.seconds)?;
+            let name = cell.background.name();
             progress(&format!(
                 "{}: {name}, {pairs} pair(s): {:.0} us, p99 {:.0} us",
                 self.what, times.median, times.p99

@@ -2,9 +2,9 @@
 //! ring is written once, so that offering chains is one store of the available index.
 
 use anyhow::{Context, Result};
-use virtionet_guest::driver::{RingAddresses, RingConfig};
+use virtionet_guest::driver::{VirtqueueAddresses, DriverVirtqueueConfig};
 use virtionet_guest::memory::GuestRam;
-use virtionet_guest::split::{Descriptor, INDIRECT, NEXT, SplitRing};
+use virtionet_guest::split::{SplitDescriptor, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, SplitDriverVirtqueue};
 
 /// Descriptors of the ring.
 pub const SIZE: u16 = 256;
@@ -29,26 +29,26 @@ pub enum Shape {
 
 /// A driver that has nothing to do but to offer.
 #[derive(Debug)]
-pub struct Driver {
-    ring: SplitRing,
+pub struct ChainDriver {
+    ring: SplitDriverVirtqueue,
     ram: GuestRam,
     next: u16,
 }
 
-impl Driver {
+impl ChainDriver {
     /// A ring whose entries are all written.
     ///
     /// # Errors
     /// When the memory cannot be had.
     pub fn new(shape: Shape, event_idx: bool) -> Result<Self> {
         let ram = GuestRam::new(2 << 20)?;
-        let config = RingConfig {
+        let config = DriverVirtqueueConfig {
             size: SIZE,
             event_idx,
             packed: false,
             start: 0,
         };
-        let ring = SplitRing::new(&ram, config)?;
+        let ring = SplitDriverVirtqueue::new(&ram, config)?;
         let driver = Self { ring, ram, next: 0 };
         driver.write(shape)?;
         Ok(driver)
@@ -64,7 +64,7 @@ impl Driver {
             let at = buffers + STRIDE * u64::from(n);
             match shape {
                 Shape::Single => {
-                    let whole = Descriptor::new(at, HEADER + FRAME, 0, 0);
+                    let whole = SplitDescriptor::new(at, HEADER + FRAME, 0, 0);
                     self.ring.set_descriptor(n, whole);
                 }
                 Shape::Direct => {
@@ -77,7 +77,7 @@ impl Driver {
                     for (i, part) in two(at, 0).into_iter().enumerate() {
                         part.store(&table, 16 * i);
                     }
-                    let outer = Descriptor::new(table.addr(), 32, INDIRECT, 0);
+                    let outer = SplitDescriptor::new(table.addr(), 32, VRING_DESC_F_INDIRECT, 0);
                     self.ring.set_descriptor(n, outer);
                 }
             }
@@ -114,7 +114,7 @@ impl Driver {
 
     /// Where the ring's parts lie, as the guest's addresses.
     #[must_use]
-    pub fn addresses(&self) -> RingAddresses {
+    pub fn addresses(&self) -> VirtqueueAddresses {
         self.ring.addresses()
     }
 
@@ -130,9 +130,9 @@ impl Driver {
 }
 
 /// Header and frame; the header's descriptor has index `first` in its table.
-fn two(at: u64, first: u16) -> [Descriptor; 2] {
+fn two(at: u64, first: u16) -> [SplitDescriptor; 2] {
     [
-        Descriptor::new(at, HEADER, NEXT, first + 1),
-        Descriptor::new(at + u64::from(HEADER), FRAME, 0, 0),
+        SplitDescriptor::new(at, HEADER, VRING_DESC_F_NEXT, first + 1),
+        SplitDescriptor::new(at + u64::from(HEADER), FRAME, 0, 0),
     ]
 }

@@ -7,17 +7,17 @@
 
 pub mod driver;
 pub mod ours;
-pub mod stock;
+pub mod virtio_queue;
 
 use std::hint::black_box;
 
 use anyhow::{Result, ensure};
 
-use self::driver::{Driver, Shape};
-use self::ours::Ours;
-use self::stock::{Stock, Way};
-use crate::outcome::{Better, Outcome, Row};
-use crate::rig::{in_thread, nanoseconds, stay_on_one_cpu};
+use self::driver::{ChainDriver, Shape};
+use self::ours::VirtqueueDevice;
+use self::stock::{VirtioQueueDevice, DequeueMethod};
+use crate::outcome::{Better, GroupResult, Row};
+use crate::harness::{run_in_thread, time_ns, pin_to_last_cpu};
 use crate::sampling::{Effort, Pairs};
 
 /// The most that a chain of two descriptors may cost us, in ns.
@@ -36,7 +36,7 @@ pub struct Burst {
 
 /// What a case is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Case {
+pub struct RingCase {
     /// How a chain is made.
     pub shape: Shape,
     /// Chains a burst.
@@ -44,45 +44,45 @@ pub struct Case {
     /// VIRTIO_F_EVENT_IDX.
     pub event_idx: bool,
     /// How the peer takes chains.
-    pub way: Way,
+    pub method: DequeueMethod,
 }
 
 /// The cases: the plain one first, and last once more against another way of the peer's.
-pub const CASES: [Case; 7] = {
-    let plain = Case {
+pub const CASES: [RingCase; 7] = {
+    let plain = RingCase {
         shape: Shape::Direct,
         burst: 64,
         event_idx: false,
-        way: Way::Pop,
+        method: DequeueMethod::Pop,
     };
     [
         plain,
-        Case { burst: 32, ..plain },
-        Case {
+        RingCase { burst: 32, ..plain },
+        RingCase {
             event_idx: true,
             ..plain
         },
-        Case {
+        RingCase {
             shape: Shape::Indirect,
             ..plain
         },
-        Case {
+        RingCase {
             shape: Shape::Single,
             ..plain
         },
-        Case {
+        RingCase {
             shape: Shape::Single,
             event_idx: true,
             ..plain
         },
-        Case {
-            way: Way::Iter,
+        RingCase {
+            method: DequeueMethod::Iter,
             ..plain
         },
     ]
 };
 
-impl Case {
+impl RingCase {
     /// Its name.
     #[must_use]
     pub fn name(&self) -> String {
@@ -100,10 +100,10 @@ impl Case {
 ///
 /// # Errors
 /// When a side does not do its work.
-pub fn run(effort: Effort) -> Result<Outcome> {
-    in_thread(|| {
-        stay_on_one_cpu()?;
-        let mut outcome = Outcome::default();
+pub fn run(effort: Effort) -> Result<GroupResult> {
+    run_in_thread(|| {
+        pin_to_last_cpu()?;
+        let mut outcome = GroupResult::default();
         for case in &CASES {
             outcome.rows.push(measure(case, effort)?);
         }
@@ -117,13 +117,13 @@ pub fn run(effort: Effort) -> Result<Outcome> {
     })
 }
 
-fn measure(case: &Case, effort: Effort) -> Result<Row> {
+fn measure(case: &RingCase, effort: Effort) -> Result<Row> {
     // Shorter than what a scheduler gives to another program at a time: most samples have none of
     // that in them.
     let bursts = 100;
     let (mut our_driver, mut ours) = our_side(case)?;
     let (mut peer_driver, mut peer) = peer_side(case)?;
-    let pairs = Pairs::take(
+    let pairs = PairedSamples::measure_in_turns(
         effort.choose(1001, 51),
         || {
             rounds(&mut our_driver, case.burst, bursts, || {
@@ -136,16 +136,16 @@ fn measure(case: &Case, effort: Effort) -> Result<Row> {
             })
         },
     )?;
-    Ok(pairs.row(&case.name(), "ns/chain", Better::Lower, case.way.name()))
+    Ok(pairs.row(&case.name(), "ns/chain", Better::Lower, case.method.name()))
 }
 
 /// Our device and its driver.
 ///
 /// # Errors
 /// When the memory or the ring cannot be had.
-pub fn our_side(case: &Case) -> Result<(Driver, Ours)> {
-    let driver = Driver::new(case.shape, case.event_idx)?;
-    let ours = Ours::new(&driver, case)?;
+pub fn our_side(case: &RingCase) -> Result<(ChainDriver, VirtqueueDevice)> {
+    let driver = ChainDriver::new(case.shape, case.event_idx)?;
+    let ours = VirtqueueDevice::new(&driver, case)?;
     Ok((driver, ours))
 }
 
@@ -153,22 +153,22 @@ pub fn our_side(case: &Case) -> Result<(Driver, Ours)> {
 ///
 /// # Errors
 /// When the memory or the ring cannot be had.
-pub fn peer_side(case: &Case) -> Result<(Driver, Stock)> {
-    let driver = Driver::new(case.shape, case.event_idx)?;
-    let stock = Stock::new(&driver, case)?;
+pub fn peer_side(case: &RingCase) -> Result<(ChainDriver, VirtioQueueDevice)> {
+    let driver = ChainDriver::new(case.shape, case.event_idx)?;
+    let stock = VirtioQueueDevice::new(&driver, case)?;
     Ok((driver, stock))
 }
 
 /// Nanoseconds a chain over `bursts` bursts of `size` chains.
 fn rounds(
-    driver: &mut Driver,
+    driver: &mut ChainDriver,
     size: u16,
     bursts: u32,
     mut device: impl FnMut() -> Result<Burst>,
 ) -> Result<f64> {
     let mut chains = 0;
     let mut bytes = 0;
-    let took = nanoseconds(|| {
+    let took = time_ns(|| {
         for _ in 0..bursts {
             driver.offer(size);
             let burst = black_box(device()?);

@@ -4,28 +4,28 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use virtionet_virtqueue as ring;
-use virtionet_virtqueue::{Direction, Ring, RingConfig, RingLayout};
+use virtionet_virtqueue::{Direction, Virtqueue, VirtqueueConfig, VirtqueueLayout};
 
-use super::driver::{Driver, SIZE, Shape};
-use super::{Burst, Case};
+use super::driver::{ChainDriver, SIZE, Shape};
+use super::{Burst, RingCase};
 
 /// Our device's side of the ring.
 #[derive(Debug)]
-pub struct Ours {
-    ring: Ring,
-    burst: ring::Burst,
+pub struct VirtqueueDevice {
+    ring: Virtqueue,
+    burst: virtqueue::Burst,
 }
 
-impl Ours {
+impl VirtqueueDevice {
     /// On the driver's ring.
     ///
     /// # Errors
     /// When the ring cannot be had.
-    pub fn new(driver: &Driver, case: &Case) -> Result<Self> {
+    pub fn new(driver: &ChainDriver, case: &RingCase) -> Result<Self> {
         let memory = Arc::new(driver.ram().guest_memory()?);
         let at = driver.addresses();
-        let config = RingConfig {
-            layout: RingLayout {
+        let config = VirtqueueConfig {
+            layout: VirtqueueLayout {
                 size: SIZE,
                 desc: driver.user_addr(at.descriptors)?,
                 avail: driver.user_addr(at.driver)?,
@@ -39,8 +39,8 @@ impl Ours {
             min_len: 12,
         };
         Ok(Self {
-            ring: Ring::new(config, &memory)?,
-            burst: ring::Burst::new(memory),
+            ring: Virtqueue::new(config, &memory)?,
+            burst: virtqueue::Burst::new(memory),
         })
     }
 
@@ -51,7 +51,7 @@ impl Ours {
     #[inline]
     pub fn burst(&mut self, most: u16) -> Result<Burst> {
         let mut did = Burst::default();
-        self.ring.take(&mut self.burst, most.into())?;
+        self.ring.dequeue(&mut self.burst, most.into())?;
         for chain in self.burst.chains() {
             for slice in self.burst.slices(chain) {
                 did.bytes += slice.len();

@@ -7,18 +7,18 @@
 //! that both find the caches alike. A sample is the median of its bursts: a burst in which another
 //! program had the CPU says nothing of ours.
 
-mod bed;
+mod testbed;
 mod receive;
 mod send;
 
 use anyhow::Result;
 use virtionet_guest::frame::{Checksum, Frame, FrameSpec, Transport};
 
-use self::bed::Bed;
+use self::testbed::TapTestbed;
 use self::receive::{Call, Receive};
 use self::send::Send;
-use crate::outcome::{Better, Outcome, Row};
-use crate::rig::{in_own_netns, stay_on_one_cpu};
+use crate::outcome::{Better, GroupResult, Row};
+use crate::harness::{run_in_netns, pin_to_last_cpu};
 use crate::sampling::{Effort, Pairs};
 
 /// The least ratio that is good enough.
@@ -80,10 +80,10 @@ impl Size {
 ///
 /// # Errors
 /// When this process is not root, or a frame is lost.
-pub fn run(effort: Effort) -> Result<Outcome> {
-    in_own_netns(|| {
-        stay_on_one_cpu()?;
-        let mut outcome = Outcome::default();
+pub fn run(effort: Effort) -> Result<GroupResult> {
+    run_in_netns(|| {
+        pin_to_last_cpu()?;
+        let mut outcome = GroupResult::default();
         for size in Size::ALL {
             outcome.rows.push(sending(size, effort)?);
         }
@@ -100,11 +100,11 @@ pub fn run(effort: Effort) -> Result<Outcome> {
 }
 
 fn sending(size: Size, effort: Effort) -> Result<Row> {
-    let bed = Bed::alone()?;
-    let mut ours = Send::ours(&bed, &size.frame()?)?;
-    let mut bare = Send::bare(&bed, &size.frame()?)?;
+    let testbed = TapTestbed::alone()?;
+    let mut ours = Send::ours(&testbed, &size.frame()?)?;
+    let mut bare = Send::bare(&testbed, &size.frame()?)?;
     let frames = size.frames();
-    let pairs = Pairs::take(
+    let pairs = PairedSamples::measure_in_turns(
         effort.choose(101, 11),
         || ours.measure(frames),
         || bare.measure(frames),
@@ -115,11 +115,11 @@ fn sending(size: Size, effort: Effort) -> Result<Row> {
 }
 
 fn receiving(size: Size, call: Call, effort: Effort) -> Result<Row> {
-    let bed = Bed::with_source()?;
-    let mut ours = Receive::ours(&bed, &size.frame()?)?;
-    let mut bare = Receive::bare(&bed, &size.frame()?, call)?;
+    let testbed = TapTestbed::with_source()?;
+    let mut ours = Receive::ours(&testbed, &size.frame()?)?;
+    let mut bare = Receive::bare(&testbed, &size.frame()?, call)?;
     let frames = size.frames() / 2;
-    let pairs = Pairs::take(
+    let pairs = PairedSamples::measure_in_turns(
         effort.choose(101, 11),
         || ours.measure(frames),
         || bare.measure(frames),

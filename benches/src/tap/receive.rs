@@ -6,20 +6,20 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use virtionet_virtio_net::RxQueue as DeviceRx;
-use virtionet_virtio_net::port::UplinkQueue;
-use virtionet_virtio_net::stats::RingStats;
+use virtionet_virtio_net::uplink::UplinkQueue;
+use virtionet_virtio_net::stats::VringStats;
 use virtionet_guest::frame::Frame;
-use virtionet_guest::net::{MERGEABLE_BUFFER, QueueConfig};
-use virtionet_guest::rx::RxQueue as DriverRx;
+use virtionet_guest::net::{MERGEABLE_BUFFER, DriverQueueConfig};
+use virtionet_guest::rx::DriverRxQueue;
 
-use super::bed::{Bed, FEATURES, device, guest_ram};
-use crate::rig::nanoseconds;
+use super::testbed::{TapTestbed, FEATURES, device, guest_ram};
+use crate::harness::time_ns;
 use crate::sampling::median;
 
 /// Buffers of the ring.
 const SIZE: u16 = 256;
 /// Buffers of the largest frame.
-const MOST: usize = 48;
+const MAX_SEGMENTS: usize = 48;
 /// Bytes of the virtio-net header.
 const HEADER: usize = 12;
 
@@ -48,10 +48,10 @@ pub(super) struct Receive {
     frame: Vec<u8>,
     /// Frames a burst.
     burst: usize,
-    side: Side,
+    side: ReceiveSide,
 }
 
-enum Side {
+enum ReceiveSide {
     /// The TAP's uplink queue, a device's RX queue, a ring.
     Ours(Box<Ours>),
     /// A system call on the TAP's descriptor.
@@ -59,7 +59,7 @@ enum Side {
 }
 
 struct Ours {
-    driver: DriverRx,
+    driver: DriverRxQueue,
     device: DeviceRx,
     uplink: Arc<dyn UplinkQueue>,
 }
@@ -76,35 +76,35 @@ struct Bare {
 }
 
 impl Receive {
-    pub(super) fn ours(bed: &Bed, frame: &Frame) -> Result<Self> {
-        let config = QueueConfig::new(SIZE, FEATURES);
+    pub(super) fn ours(testbed: &TapTestbed, frame: &Frame) -> Result<Self> {
+        let config = DriverQueueConfig::new(SIZE, FEATURES);
         let ram = guest_ram(&config)?;
-        let mut driver = DriverRx::new(&ram, &config)?;
+        let mut driver = DriverRxQueue::new(&ram, &config)?;
         driver.fill()?;
-        let stats = Arc::new(RingStats::default());
+        let stats = Arc::new(VringStats::default());
         let ours = Ours {
             device: device(&ram, &driver.queue, &stats)?,
             driver,
-            uplink: bed.queue(),
+            uplink: testbed.queue(),
         };
-        Self::new(bed, frame, Side::Ours(Box::new(ours)))
+        Self::new(testbed, frame, ReceiveSide::Ours(Box::new(ours)))
     }
 
-    pub(super) fn bare(bed: &Bed, frame: &Frame, call: Call) -> Result<Self> {
+    pub(super) fn bare(testbed: &TapTestbed, frame: &Frame, call: Call) -> Result<Self> {
         let size = usize::try_from(MERGEABLE_BUFFER)?;
         let bare = Bare {
-            tap: bed.bare()?,
+            tap: testbed.bare()?,
             call,
             buffers: vec![vec![0; size]; SIZE.into()],
             needed: (HEADER + frame.bytes.len()).div_ceil(size),
             next: 0,
         };
-        Self::new(bed, frame, Side::Bare(bare))
+        Self::new(testbed, frame, ReceiveSide::Bare(bare))
     }
 
-    fn new(bed: &Bed, frame: &Frame, side: Side) -> Result<Self> {
+    fn new(testbed: &TapTestbed, frame: &Frame, side: ReceiveSide) -> Result<Self> {
         Ok(Self {
-            source: bed.source()?,
+            source: testbed.source()?,
             header: frame.header.to_bytes().to_vec(),
             frame: frame.bytes.clone(),
             // The ring holds five of the largest frames.
@@ -119,8 +119,8 @@ impl Receive {
         for _ in 0..frames.div_ceil(self.burst) {
             self.inject()?;
             took.push(match &mut self.side {
-                Side::Ours(ours) => ours.burst(self.burst, self.frame.len())?,
-                Side::Bare(bare) => bare.burst(self.burst, HEADER + self.frame.len())?,
+                ReceiveSide::Ours(ours) => ours.burst(self.burst, self.frame.len())?,
+                ReceiveSide::Bare(bare) => bare.burst(self.burst, HEADER + self.frame.len())?,
             });
         }
         Ok(median(&took) / f64::from(u32::try_from(self.burst)?))
@@ -140,15 +140,15 @@ impl Receive {
 
 impl Ours {
     fn burst(&mut self, count: usize, len: usize) -> Result<f64> {
-        let mut filled = None;
-        let took = nanoseconds(|| {
-            filled = Some(self.device.fill(&*self.uplink, count, usize::MAX)?);
+        let mut received = None;
+        let took = time_ns(|| {
+            received = Some(self.device.receive(&*self.uplink, count, usize::MAX)?);
             Ok(())
         })?;
-        let did = filled.map(|filled| (filled.frames, filled.bytes));
+        let did = received.map(|received| (received.frames, received.bytes));
         ensure!(
             did == Some((count, count * len)),
-            "the device received {filled:?}, where {count} frames of {len} bytes waited"
+            "the device received {received:?}, where {count} frames of {len} bytes waited"
         );
         // Gives the buffers back as well.
         let got = self.driver.receive(usize::MAX, |_| ())?;
@@ -159,7 +159,7 @@ impl Ours {
 
 impl Bare {
     fn burst(&mut self, count: usize, len: usize) -> Result<f64> {
-        nanoseconds(|| {
+        time_ns(|| {
             for _ in 0..count {
                 let got = self.read()?;
                 ensure!(got == len, "a frame of {got} bytes came, not one of {len}");
@@ -179,7 +179,7 @@ impl Bare {
         {
             return Ok(self.tap.read(buffer)?);
         }
-        let mut list: [IoSliceMut<'_>; MOST] = std::array::from_fn(|_| IoSliceMut::new(&mut []));
+        let mut list: [IoSliceMut<'_>; MAX_SEGMENTS] = std::array::from_fn(|_| IoSliceMut::new(&mut []));
         for (slot, buffer) in list.iter_mut().zip(buffers) {
             *slot = IoSliceMut::new(buffer);
         }

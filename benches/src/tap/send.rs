@@ -6,22 +6,22 @@ use std::sync::Arc;
 
 use anyhow::{Result, ensure};
 use virtionet_virtio_net::TxQueue as DeviceTx;
-use virtionet_virtio_net::port::UplinkQueue;
-use virtionet_virtio_net::stats::RingStats;
+use virtionet_virtio_net::uplink::UplinkQueue;
+use virtionet_virtio_net::stats::VringStats;
 use virtionet_guest::frame::Frame;
-use virtionet_guest::net::{QueueConfig, TxLayout};
-use virtionet_guest::tx::TxQueue as DriverTx;
+use virtionet_guest::net::{DriverQueueConfig, TxLayout};
+use virtionet_guest::tx::DriverTxQueue;
 
-use super::bed::{Bed, FEATURES, device, guest_ram};
-use crate::rig::nanoseconds;
+use super::testbed::{TapTestbed, FEATURES, device, guest_ram};
+use crate::harness::time_ns;
 use crate::sampling::median;
 
 /// Frames a burst: what a device takes at once.
 const BURST: u16 = 64;
 /// How a Linux guest cuts a frame of many segments: by pages.
-const PIECE: usize = 4096;
+const SEGMENT_SIZE: usize = 4096;
 /// Pieces of the largest frame, and its header.
-const MOST: usize = 18;
+const MAX_SEGMENTS: usize = 18;
 
 /// One way to send.
 pub(super) enum Send {
@@ -32,10 +32,10 @@ pub(super) enum Send {
 }
 
 pub(super) struct Ours {
-    driver: DriverTx,
+    driver: DriverTxQueue,
     device: DeviceTx,
     uplink: Arc<dyn UplinkQueue>,
-    stats: Arc<RingStats>,
+    stats: Arc<VringStats>,
 }
 
 pub(super) struct Bare {
@@ -46,27 +46,27 @@ pub(super) struct Bare {
 }
 
 impl Send {
-    pub(super) fn ours(bed: &Bed, frame: &Frame) -> Result<Self> {
-        let mut config = QueueConfig::new(256, FEATURES);
+    pub(super) fn ours(testbed: &TapTestbed, frame: &Frame) -> Result<Self> {
+        let mut config = DriverQueueConfig::new(256, FEATURES);
         if frame.header.gso_size != 0 {
             config = config.with_big_tx();
-            config.tx_layout = TxLayout::Pieces(u32::try_from(PIECE)?);
+            config.tx_layout = TxLayout::Segments(u32::try_from(SEGMENT_SIZE)?);
         }
         let ram = guest_ram(&config)?;
-        let mut driver = DriverTx::new(&ram, &config)?;
+        let mut driver = DriverTxQueue::new(&ram, &config)?;
         driver.prefill(frame)?;
-        let stats = Arc::new(RingStats::default());
+        let stats = Arc::new(VringStats::default());
         Ok(Self::Ours(Box::new(Ours {
             device: device(&ram, &driver.queue, &stats)?,
             driver,
-            uplink: bed.queue(),
+            uplink: testbed.queue(),
             stats,
         })))
     }
 
-    pub(super) fn bare(bed: &Bed, frame: &Frame) -> Result<Self> {
+    pub(super) fn bare(testbed: &TapTestbed, frame: &Frame) -> Result<Self> {
         Ok(Self::Bare(Bare {
-            tap: bed.bare()?,
+            tap: testbed.bare()?,
             header: frame.header.to_bytes().to_vec(),
             frames: vec![frame.bytes.clone(); BURST.into()],
         }))
@@ -93,7 +93,7 @@ impl Ours {
         );
         self.driver.flush()?;
         let before = self.stats.frames.get();
-        let took = nanoseconds(|| {
+        let took = time_ns(|| {
             self.device.send(Some(&*self.uplink))?;
             Ok(())
         })?;
@@ -114,14 +114,14 @@ impl Bare {
             header,
             frames,
         } = self;
-        nanoseconds(|| {
+        time_ns(|| {
             for frame in &*frames {
-                let mut list = [IoSlice::new(&[]); MOST];
-                let pieces = frame.chunks(PIECE);
-                let count = 1 + pieces.len();
+                let mut list = [IoSlice::new(&[]); MAX_SEGMENTS];
+                let segments = frame.chunks(SEGMENT_SIZE);
+                let count = 1 + segments.len();
                 list[0] = IoSlice::new(header);
-                for (slot, piece) in list[1..].iter_mut().zip(pieces) {
-                    *slot = IoSlice::new(piece);
+                for (slot, segment) in list[1..].iter_mut().zip(segments) {
+                    *slot = IoSlice::new(segment);
                 }
                 let len = tap.write_vectored(&list[..count])?;
                 ensure!(len == header.len() + frame.len(), "the TAP cut a frame");

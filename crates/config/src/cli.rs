@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser};
 
-use crate::given::{Given, Place, Settings};
+use crate::settings::{SettingValue, Origin, Settings};
 use crate::keys::Key;
 use crate::{Command, Config, ConfigError};
 
@@ -192,14 +192,16 @@ pub struct DeviceFlags {
 
 /// Why a command line leads to no [`Command`].
 #[derive(Debug)]
-pub enum Refusal {
+pub enum CliError {
     /// Flags that do not exist or lack their value; also `--help` and `--version`.
     Flags(clap::Error),
     /// Flags that cannot be used together, or values that mean nothing.
     Config(ConfigError),
+    /// A command that is one of virtionetctl's now.
+    Moved(String),
 }
 
-impl Refusal {
+impl CliError {
     /// Tells the user, and says with which status to exit.
     #[must_use]
     pub fn report(&self) -> u8 {
@@ -215,6 +217,13 @@ impl Refusal {
                 }
                 2
             }
+            Self::Moved(command) => {
+                let _ = writeln!(
+                    io::stderr(),
+                    "virtionetd: '{command}' is a command of virtionetctl: run 'virtionetctl {command}' with the same arguments"
+                );
+                2
+            }
         }
     }
 }
@@ -223,16 +232,21 @@ impl Refusal {
 ///
 /// # Errors
 /// When it cannot be used; also for `--help` and `--version`.
-pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, Refusal> {
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, CliError> {
     let args: Vec<OsString> = args.into_iter().collect();
     // The specification wants it to win over all else, right or wrong.
     if args.iter().any(|arg| arg == "--print-capabilities") {
         return Ok(Command::PrintCapabilities);
     }
-    let cli = Cli::try_parse_from(args).map_err(Refusal::Flags)?;
+    if let Some(command) = args.get(1).and_then(|arg| arg.to_str())
+        && matches!(command, "plan" | "check")
+    {
+        return Err(CliError::Moved(command.into()));
+    }
+    let cli = Cli::try_parse_from(args).map_err(CliError::Flags)?;
     Config::resolve(cli)
         .map(Command::Serve)
-        .map_err(Refusal::Config)
+        .map_err(CliError::Config)
 }
 
 /// Answers `--print-capabilities` on stdout.
@@ -269,7 +283,7 @@ impl DeviceFlags {
         let mut settings = Settings::default();
         for (name, value) in flags {
             if let (Some(key), Some(value)) = (Key::find(name), value) {
-                settings.put(key, Given::new(value, &Place::Flag));
+                settings.insert(key, SettingValue::new(value, &Origin::Flag));
             }
         }
         settings
@@ -326,7 +340,7 @@ mod tests {
             ("--poll", 2),
         ] {
             let refusal = parse(["virtionetd", args].map(Into::into)).unwrap_err();
-            let Refusal::Flags(why) = &refusal else {
+            let CliError::Flags(why) = &refusal else {
                 panic!("{args}: {refusal:?}");
             };
             assert_eq!(why.exit_code(), status, "{args}");

@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use virtionet_placement::Placement;
 use virtionet_placement::interrupts::IrqAffinity;
-use virtionet_sizing::{Throughput, pairs_for};
+use virtionet_sizing::{Throughput, queue_pairs_for};
 
-use super::given::{Given, Place, Settings};
+use super::settings::{SettingValue, Origin, Settings};
 use super::problem::{Problem, Problems};
 use super::uplink::UplinkConfig;
 use super::{DeviceConfig, Poll, Queues, Socket};
@@ -23,16 +23,16 @@ const MAX_SOCKET_PATH: usize = 107;
 
 /// A device as it is described.
 #[derive(Debug, Clone)]
-pub struct Described {
+pub struct DeviceDescription {
     /// Where its description stands, or begins.
-    pub place: Place,
+    pub origin: Origin,
     /// Its name where none is given.
     pub default_name: String,
     /// All that is said of it.
     pub settings: Settings,
 }
 
-impl Described {
+impl DeviceDescription {
     /// The name that it will have, right or wrong.
     #[must_use]
     pub fn name(&self) -> String {
@@ -42,21 +42,21 @@ impl Described {
 
     /// Where the first of `keys` that is set was set; else the device's own place.
     #[must_use]
-    pub fn place_of(&self, keys: &[&str]) -> &Place {
+    pub fn origin_of(&self, keys: &[&str]) -> &Origin {
         let given = keys.iter().find_map(|key| self.settings.get(key));
-        given.map_or(&self.place, |given| &given.place)
+        given.map_or(&self.origin, |given| &given.origin)
     }
 
     /// What all of it means. `None` where something is wrong with it, which `problems` then hold.
     pub fn resolve(&self, problems: &mut Problems) -> Option<DeviceConfig> {
-        let name = problems.note(self.checked_name());
-        let socket = problems.note(self.socket());
-        let queues = problems.note(self.queues());
-        let uplink = problems.note(self.uplink());
-        let placement = problems.note(self.placement());
-        let irq_affinity = problems.note(self.irq_affinity());
-        let qmp = problems.note(self.qmp());
-        let poll = problems.note(self.poll());
+        let name = problems.record(self.validate_name());
+        let socket = problems.record(self.socket());
+        let queues = problems.record(self.queues());
+        let uplink = problems.record(self.uplink());
+        let placement = problems.record(self.placement());
+        let irq_affinity = problems.record(self.irq_affinity());
+        let qmp = problems.record(self.qmp());
+        let poll = problems.record(self.poll());
         Some(DeviceConfig {
             name: name?,
             socket: socket?,
@@ -69,16 +69,16 @@ impl Described {
         })
     }
 
-    fn checked_name(&self) -> Result<String, Problem> {
+    fn validate_name(&self) -> Result<String, Problem> {
         let name = self.name();
         let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
         if !name.is_empty() && name.len() <= 64 && name.chars().all(plain) {
             return Ok(name);
         }
-        let place = self.place_of(&["name"]);
-        Err(place.problem(format_args!(
+        let origin = self.origin_of(&["name"]);
+        Err(origin.problem(format_args!(
             "{} {name:?} cannot be used: write 1 to 64 letters, digits, '.', '_' or '-'",
-            place.key("name")
+            origin.key("name")
         )))
     }
 
@@ -88,7 +88,7 @@ impl Described {
         let socket = match (path, fd) {
             (Some(path), Some(fd)) => return Err(both("socket-path", path, "fd", fd)),
             (None, None) => return Err(self.no_socket()),
-            (None, Some(fd)) => self.inherited(fd, client)?,
+            (None, Some(fd)) => self.inherited_socket(fd, client)?,
             (Some(path), None) if client.is_some() => Socket::Connect {
                 path: check_path("socket-path", path)?,
             },
@@ -106,43 +106,43 @@ impl Described {
     }
 
     /// What turns virtionetd into the side that connects, if anything does.
-    fn client(&self) -> Result<Option<&Given>, Problem> {
+    fn client(&self) -> Result<Option<&SettingValue>, Problem> {
         let Some(given) = self.settings.get("client") else {
             return Ok(None);
         };
         match &*given.text() {
             "off" => Ok(None),
             "on" => Ok(Some(given)),
-            other => Err(given.place.problem(format_args!(
+            other => Err(given.origin.problem(format_args!(
                 "client={other} is not known: write client=on or client=off"
             ))),
         }
     }
 
     fn no_socket(&self) -> Problem {
-        let place = &self.place;
-        place.problem(format_args!(
+        let origin = &self.origin;
+        origin.problem(format_args!(
             "no socket is given: add {} or {}",
-            place.set("socket-path", "PATH"),
-            place.set("fd", "N")
+            origin.set("socket-path", "PATH"),
+            origin.set("fd", "N")
         ))
     }
 
-    fn inherited(&self, fd: &Given, client: Option<&Given>) -> Result<Socket, Problem> {
-        let place = &fd.place;
-        if let Some(client) = client.filter(|client| !client.lenient) {
-            let key = client.place.key("client");
-            return Err(client.place.problem(format_args!(
+    fn inherited_socket(&self, fd: &SettingValue, client: Option<&SettingValue>) -> Result<Socket, Problem> {
+        let origin = &fd.origin;
+        if let Some(client) = client.filter(|client| !client.may_be_unused) {
+            let key = client.origin.key("client");
+            return Err(client.origin.problem(format_args!(
                 "{key} and {} are both given: leave {key} out, or name the socket with {}",
-                place.set("fd", fd.text()),
-                place.set("socket-path", "PATH"),
+                origin.set("fd", fd.text()),
+                origin.set("socket-path", "PATH"),
             )));
         }
         match fd.text().parse::<RawFd>() {
             Ok(fd) if fd > 2 => Ok(Socket::Inherited(fd)),
-            _ => Err(place.problem(format_args!(
+            _ => Err(origin.problem(format_args!(
                 "{} is no descriptor for a socket: write the number, 3 or more, under which the parent process hands it over",
-                place.set("fd", fd.text())
+                origin.set("fd", fd.text())
             ))),
         }
     }
@@ -150,15 +150,15 @@ impl Described {
     /// Refuses a mode or a group for a socket that somebody else made.
     fn refuse_access(&self) -> Result<(), Problem> {
         for key in ["socket-mode", "socket-group"] {
-            let Some(given) = self.settings.get(key).filter(|given| !given.lenient) else {
+            let Some(given) = self.settings.get(key).filter(|given| !given.may_be_unused) else {
                 continue;
             };
-            let place = &given.place;
-            return Err(place.problem(format_args!(
+            let origin = &given.origin;
+            return Err(origin.problem(format_args!(
                 "{} is for a socket that virtionetd creates: leave it out, or use {} without {}",
-                place.key(key),
-                place.key("socket-path"),
-                place.key("client"),
+                origin.key(key),
+                origin.key("socket-path"),
+                origin.key("client"),
             )));
         }
         Ok(())
@@ -173,9 +173,9 @@ impl Described {
         };
         match u32::from_str_radix(&given.text(), 8) {
             Ok(mode) if mode <= 0o777 => Ok(mode),
-            _ => Err(given.place.problem(format_args!(
+            _ => Err(given.origin.problem(format_args!(
                 "{} is no file mode: write it in octal, 0 to 777, such as 660",
-                given.place.set("socket-mode", given.text())
+                given.origin.set("socket-mode", given.text())
             ))),
         }
     }
@@ -185,9 +185,9 @@ impl Described {
             return Ok(None);
         };
         if given.value.is_empty() {
-            return Err(given.place.problem(format_args!(
+            return Err(given.origin.problem(format_args!(
                 "{} is empty: write a group's name or number",
-                given.place.key("socket-group")
+                given.origin.key("socket-group")
             )));
         }
         Ok(Some(given.text().into()))
@@ -195,7 +195,7 @@ impl Described {
 
     fn queues(&self) -> Result<Queues, Problem> {
         let queues = self.settings.get("queues");
-        let text = queues.map_or("auto".into(), Given::text);
+        let text = queues.map_or("auto".into(), SettingValue::text);
         let throughput = match &*text {
             "auto" => None,
             share => share.parse::<Throughput>().ok(),
@@ -206,59 +206,59 @@ impl Described {
                 Ok(Queues::AtMost(pairs))
             }
             (None, _) if text == "auto" => self
-                .share(Throughput::High)
+                .queue_pairs_of(Throughput::High)
                 .map(|pairs| pairs.map_or(Queues::Auto, Queues::AtMost)),
-            (Some(throughput), _) => match self.share(throughput)? {
+            (Some(throughput), _) => match self.queue_pairs_of(throughput)? {
                 Some(pairs) => Ok(Queues::AtMost(pairs)),
                 None => Err(self.no_vcpus(&text)),
             },
             (None, _) => {
-                let place = self.place_of(&["queues"]);
-                Err(place.problem(format_args!(
+                let origin = self.origin_of(&["queues"]);
+                Err(origin.problem(format_args!(
                     "{} cannot be had: write 1 to {MAX_QUEUE_PAIRS} queue pairs, auto for as many as the front-end asks for, or high, medium or low with {}",
-                    place.set("queues", text),
-                    place.set("vcpus", "N"),
+                    origin.set("queues", text),
+                    origin.set("vcpus", "N"),
                 )))
             }
         }
     }
 
     /// The pairs of `throughput`, where the guest's vCPUs are known.
-    fn share(&self, throughput: Throughput) -> Result<Option<u16>, Problem> {
+    fn queue_pairs_of(&self, throughput: Throughput) -> Result<Option<u16>, Problem> {
         let Some(given) = self.settings.get("vcpus") else {
             return Ok(None);
         };
-        let place = &given.place;
+        let origin = &given.origin;
         let wrong = || {
-            place.problem(format_args!(
+            origin.problem(format_args!(
                 "{} cannot be: write the number of the guest's vCPUs, 1 or more",
-                place.set("vcpus", given.text())
+                origin.set("vcpus", given.text())
             ))
         };
         let vcpus = given.text().parse::<u32>().map_err(|_| wrong())?;
-        let (pairs, _) = pairs_for(vcpus, throughput, MAX_QUEUE_PAIRS).map_err(|_| wrong())?;
+        let (pairs, _) = queue_pairs_for(vcpus, throughput, MAX_QUEUE_PAIRS).map_err(|_| wrong())?;
         Ok(Some(pairs))
     }
 
     fn no_vcpus(&self, queues: &str) -> Problem {
-        let place = self.place_of(&["queues"]);
-        place.problem(format_args!(
+        let origin = self.origin_of(&["queues"]);
+        origin.problem(format_args!(
             "{} is a share of the guest's vCPUs, which are not known: add {}, or write the number of queue pairs",
-            place.set("queues", queues),
-            place.set("vcpus", "N"),
+            origin.set("queues", queues),
+            origin.set("vcpus", "N"),
         ))
     }
 
     fn refuse_vcpus(&self, queues: &str) -> Result<(), Problem> {
-        let Some(given) = self.settings.get("vcpus").filter(|given| !given.lenient) else {
+        let Some(given) = self.settings.get("vcpus").filter(|given| !given.may_be_unused) else {
             return Ok(());
         };
-        let place = &given.place;
-        Err(place.problem(format_args!(
+        let origin = &given.origin;
+        Err(origin.problem(format_args!(
             "{} has no meaning with {}: leave it out, or write {} for as many queue pairs as vCPUs",
-            place.set("vcpus", given.text()),
-            self.place_of(&["queues"]).set("queues", queues),
-            place.set("queues", "high"),
+            origin.set("vcpus", given.text()),
+            self.origin_of(&["queues"]).set("queues", queues),
+            origin.set("queues", "high"),
         )))
     }
 
@@ -272,12 +272,12 @@ impl Described {
             }
             (Some(tap), None, None) => format!("tap:{}", tap.text()),
             (None, Some(uplink), Some(bridge)) => {
-                let place = &bridge.place;
-                return Err(place.problem(format_args!(
+                let origin = &bridge.origin;
+                return Err(origin.problem(format_args!(
                     "{} stands without tap: write {} instead of {}, or leave bridge out",
-                    place.set("bridge", bridge.text()),
-                    place.set("tap", "NAME"),
-                    uplink.place.set("uplink", uplink.text()),
+                    origin.set("bridge", bridge.text()),
+                    origin.set("tap", "NAME"),
+                    uplink.origin.set("uplink", uplink.text()),
                 )));
             }
             (None, Some(uplink), None) => uplink.text().into(),
@@ -286,11 +286,11 @@ impl Described {
     }
 
     fn no_uplink(&self) -> Problem {
-        let place = &self.place;
-        place.problem(format_args!(
+        let origin = &self.origin;
+        origin.problem(format_args!(
             "no uplink is given: add {}, or {} to drop what the guest sends",
-            place.set("tap", "NAME"),
-            place.set("uplink", "null")
+            origin.set("tap", "NAME"),
+            origin.set("uplink", "null")
         ))
     }
 
@@ -311,12 +311,12 @@ impl Described {
     where
         T: std::str::FromStr<Err: std::fmt::Display>,
     {
-        let place = self.place_of(keys);
+        let origin = self.origin_of(keys);
         let key = keys.iter().find(|key| self.settings.get(key).is_some());
         match (text.parse::<T>(), key) {
             (Ok(value), _) => Ok(value),
-            (Err(why), Some(key)) => Err(place.problem(format_args!("{}: {why}", place.key(key)))),
-            (Err(why), None) => Err(place.problem(format_args!("{why}"))),
+            (Err(why), Some(key)) => Err(origin.problem(format_args!("{}: {why}", origin.key(key)))),
+            (Err(why), None) => Err(origin.problem(format_args!("{why}"))),
         }
     }
 
@@ -327,29 +327,29 @@ impl Described {
 
     fn poll(&self) -> Result<Poll, Problem> {
         let given = self.settings.get("poll");
-        let text = given.map_or("off".into(), Given::text);
+        let text = given.map_or("off".into(), SettingValue::text);
         let poll = match &*text {
             "off" => Poll::Off,
             "always" => Poll::Always,
             "adaptive" => return self.poll_time().map(Poll::Adaptive),
             _ => {
-                let place = self.place_of(&["poll"]);
-                return Err(place.problem(format_args!(
+                let origin = self.origin_of(&["poll"]);
+                return Err(origin.problem(format_args!(
                     "{} is not known: write off, adaptive or always",
-                    place.set("poll", text)
+                    origin.set("poll", text)
                 )));
             }
         };
-        match self.settings.get("poll-us").filter(|given| !given.lenient) {
+        match self.settings.get("poll-us").filter(|given| !given.may_be_unused) {
             None => Ok(poll),
             Some(us) => {
-                let place = &us.place;
-                Err(place.problem(format_args!(
+                let origin = &us.origin;
+                Err(origin.problem(format_args!(
                     "{} has no meaning with {}: add {}, or leave {} out",
-                    place.set("poll-us", us.text()),
-                    place.set("poll", text),
-                    place.set("poll", "adaptive"),
-                    place.key("poll-us"),
+                    origin.set("poll-us", us.text()),
+                    origin.set("poll", text),
+                    origin.set("poll", "adaptive"),
+                    origin.key("poll-us"),
                 )))
             }
         }
@@ -361,19 +361,19 @@ impl Described {
         };
         match given.text().parse() {
             Ok(us @ 1..=MAX_POLL_US) => Ok(Duration::from_micros(us)),
-            _ => Err(given.place.problem(format_args!(
+            _ => Err(given.origin.problem(format_args!(
                 "{} cannot be used: write 1 to {MAX_POLL_US} microseconds",
-                given.place.set("poll-us", given.text())
+                given.origin.set("poll-us", given.text())
             ))),
         }
     }
 }
 
-fn both(a: &str, first: &Given, b: &str, second: &Given) -> Problem {
-    first.place.problem(format_args!(
+fn both(a: &str, first: &SettingValue, b: &str, second: &SettingValue) -> Problem {
+    first.origin.problem(format_args!(
         "{} and {} are both given: keep one of them",
-        first.place.set(a, first.text()),
-        second.place.set(b, second.text())
+        first.origin.set(a, first.text()),
+        second.origin.set(b, second.text())
     ))
 }
 
@@ -381,19 +381,19 @@ fn both(a: &str, first: &Given, b: &str, second: &Given) -> Problem {
 ///
 /// # Errors
 /// When it is empty, or longer than a socket's address.
-pub fn check_path(key: &str, given: &Given) -> Result<PathBuf, Problem> {
+pub fn check_path(key: &str, given: &SettingValue) -> Result<PathBuf, Problem> {
     let path = given.path();
     let bytes = path.as_os_str().as_bytes();
     if bytes.is_empty() {
-        return Err(given.place.problem(format_args!(
+        return Err(given.origin.problem(format_args!(
             "{} is empty: write a path, or leave it out",
-            given.place.key(key)
+            given.origin.key(key)
         )));
     }
     if bytes.len() > MAX_SOCKET_PATH {
-        return Err(given.place.problem(format_args!(
+        return Err(given.origin.problem(format_args!(
             "{} is {} bytes long: a unix socket's path has {MAX_SOCKET_PATH} at most, choose a shorter one",
-            given.place.set(key, path.display()),
+            given.origin.set(key, path.display()),
             bytes.len()
         )));
     }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::{Command, Config, Poll, Queues, Socket};
-use crate::cli::{self, Refusal};
+use crate::cli::{self, CliError};
 
 /// Runs the command line `line` with `text` in the file `f.toml`, which errors name by that.
 fn command(name: &str, text: impl AsRef<[u8]>, line: &str) -> Result<Config, String> {
@@ -15,8 +15,9 @@ fn command(name: &str, text: impl AsRef<[u8]>, line: &str) -> Result<Config, Str
     let args = ["virtionetd", "--config", path].into_iter();
     let args = args.chain(line.split_whitespace()).map(Into::into);
     let command = cli::parse(args).map_err(|refusal| match refusal {
-        Refusal::Config(why) => why.to_string().replace(path, "f.toml"),
-        Refusal::Flags(why) => panic!("{line}: {why}"),
+        CliError::Config(why) => why.to_string().replace(path, "f.toml"),
+        CliError::Flags(why) => panic!("{line}: {why}"),
+        CliError::Moved(command) => panic!("{line}: {command}"),
     });
     std::fs::remove_dir_all(&dir).unwrap();
     command.map(|command| match command {
@@ -342,7 +343,7 @@ fn a_file_that_cannot_be_read_is_one_problem() {
     assert!(huge.contains("it is larger than 1 MiB; name a"), "{huge}");
     assert!(command("large", "#".repeat(1 << 20), "").is_err_and(|e| e.contains("no device")));
     let args = ["virtionetd", "--config", "/nowhere/f.toml"].map(Into::into);
-    let Err(Refusal::Config(why)) = cli::parse(args) else {
+    let Err(CliError::Config(why)) = cli::parse(args) else {
         panic!("a file that is not there was read");
     };
     assert_eq!(
@@ -353,7 +354,7 @@ fn a_file_that_cannot_be_read_is_one_problem() {
 
 #[test]
 fn the_example_in_the_readme_is_right() {
-    let readme = include_str!("../../../../README.md");
+    let readme = include_str!("../../../README.md");
     let (_, example) = readme.split_once("```toml\n").unwrap();
     let (example, _) = example.split_once("```").unwrap();
     assert_eq!(

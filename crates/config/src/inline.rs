@@ -2,7 +2,7 @@
 
 use virtionet_base::key_value::{split_at_commas, split_item};
 
-use crate::given::{Given, Place, Settings};
+use crate::settings::{SettingValue, Origin, Settings};
 use crate::keys::Key;
 use crate::problem::Problem;
 
@@ -10,19 +10,19 @@ use crate::problem::Problem;
 ///
 /// # Errors
 /// A key that is unknown, lacks its value or comes twice.
-pub fn device_keys(text: &str, place: &Place) -> Result<Settings, Problem> {
+pub fn parse_device_keys(text: &str, origin: &Origin) -> Result<Settings, Problem> {
     let mut settings = Settings::default();
     for item in split_at_commas(text) {
         let (name, value) = split_item(&item, &["client"])
-            .map_err(|error| place.problem(format_args!("{error}")))?;
+            .map_err(|error| origin.problem(format_args!("{error}")))?;
         let key = Key::find(name).ok_or_else(|| {
-            place.problem(format_args!(
+            origin.problem(format_args!(
                 "the key {name:?} is not known: use {}",
                 Key::names()
             ))
         })?;
-        if settings.put(key, Given::new(value, place)) {
-            return Err(place.problem(format_args!("{name} is given twice: keep one of them")));
+        if settings.insert(key, SettingValue::new(value, origin)) {
+            return Err(origin.problem(format_args!("{name} is given twice: keep one of them")));
         }
     }
     Ok(settings)

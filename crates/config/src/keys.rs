@@ -6,14 +6,14 @@ pub struct Key {
     /// Its name.
     pub name: &'static str,
     /// The kind of its value.
-    pub kind: Kind,
+    pub kind: ValueKind,
     /// Whose value it can be.
-    pub holder: Holder,
+    pub scope: KeyScope,
 }
 
 /// The kind of a key's value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum ValueKind {
     /// A text.
     Text,
     /// A whole number.
@@ -28,7 +28,7 @@ pub enum Kind {
 
 /// Who can have a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Holder {
+pub enum KeyScope {
     /// One device only.
     Device,
     /// A device, or all that do not say otherwise.
@@ -37,22 +37,22 @@ pub enum Holder {
 
 /// All keys, in the order in which help and documentation name them.
 pub const KEYS: [Key; 16] = [
-    Key::of_device("name", Kind::Text),
-    Key::of_device("socket-path", Kind::Text),
-    Key::of_device("fd", Kind::Number),
-    Key::of_any("client", Kind::Switch),
-    Key::of_any("queues", Kind::NumberOrWord),
-    Key::of_any("vcpus", Kind::Number),
-    Key::of_device("tap", Kind::Text),
-    Key::of_device("bridge", Kind::Text),
-    Key::of_device("uplink", Kind::Text),
-    Key::of_any("placement", Kind::Text),
-    Key::of_any("irq-affinity", Kind::Text),
-    Key::of_any("qmp", Kind::Text),
-    Key::of_any("poll", Kind::Text),
-    Key::of_any("poll-us", Kind::Number),
-    Key::of_any("socket-mode", Kind::Octal),
-    Key::of_any("socket-group", Kind::NumberOrWord),
+    Key::of_device("name", ValueKind::Text),
+    Key::of_device("socket-path", ValueKind::Text),
+    Key::of_device("fd", ValueKind::Number),
+    Key::of_any("client", ValueKind::Switch),
+    Key::of_any("queues", ValueKind::NumberOrWord),
+    Key::of_any("vcpus", ValueKind::Number),
+    Key::of_device("tap", ValueKind::Text),
+    Key::of_device("bridge", ValueKind::Text),
+    Key::of_device("uplink", ValueKind::Text),
+    Key::of_any("placement", ValueKind::Text),
+    Key::of_any("irq-affinity", ValueKind::Text),
+    Key::of_any("qmp", ValueKind::Text),
+    Key::of_any("poll", ValueKind::Text),
+    Key::of_any("poll-us", ValueKind::Number),
+    Key::of_any("socket-mode", ValueKind::Octal),
+    Key::of_any("socket-group", ValueKind::NumberOrWord),
 ];
 
 impl Key {
@@ -68,21 +68,21 @@ impl Key {
         KEYS.map(|key| key.name).join(", ")
     }
 
-    const fn of_device(name: &'static str, kind: Kind) -> Self {
-        let holder = Holder::Device;
-        Self { name, kind, holder }
+    const fn of_device(name: &'static str, kind: ValueKind) -> Self {
+        let scope = KeyScope::Device;
+        Self { name, kind, scope }
     }
 
-    const fn of_any(name: &'static str, kind: Kind) -> Self {
-        let holder = Holder::Any;
-        Self { name, kind, holder }
+    const fn of_any(name: &'static str, kind: ValueKind) -> Self {
+        let scope = KeyScope::Any;
+        Self { name, kind, scope }
     }
 }
 
-impl Kind {
+impl ValueKind {
     /// What may be written in a file, with an example.
     #[must_use]
-    pub fn wanted(self) -> &'static str {
+    pub fn expected(self) -> &'static str {
         match self {
             Self::Text => "a text in quotes",
             Self::Number => "a whole number without quotes",
@@ -94,7 +94,7 @@ impl Kind {
 
     /// `value` as a file spells it.
     #[must_use]
-    pub fn in_toml(self, value: &str) -> String {
+    pub fn to_toml(self, value: &str) -> String {
         let number = value.parse::<i64>().is_ok();
         match (self, value) {
             (Self::Switch, "on") => "true".into(),
@@ -108,7 +108,7 @@ impl Kind {
 
 /// The one of `names` that is most like `word`, if one is.
 #[must_use]
-pub fn nearest(word: &str, names: impl IntoIterator<Item = &'static str>) -> Option<&'static str> {
+pub fn find_nearest(word: &str, names: impl IntoIterator<Item = &'static str>) -> Option<&'static str> {
     let alike = |name| {
         (
             strsim::jaro_winkler(&word.to_lowercase().replace('_', "-"), name),
@@ -144,7 +144,7 @@ mod tests {
             ("frobnicate", None),
             ("x", None),
         ] {
-            let near = nearest(word, KEYS.map(|key| key.name));
+            let near = find_nearest(word, KEYS.map(|key| key.name));
             assert_eq!(near, key, "{word}");
         }
     }
@@ -152,16 +152,16 @@ mod tests {
     #[test]
     fn values_are_spelt_as_toml_wants_them() {
         for (kind, value, toml) in [
-            (Kind::Text, "a\"b", r#""a\"b""#),
-            (Kind::Number, "7", "7"),
-            (Kind::Number, "N", "N"),
-            (Kind::NumberOrWord, "4", "4"),
-            (Kind::NumberOrWord, "high", "\"high\""),
-            (Kind::Switch, "on", "true"),
-            (Kind::Switch, "off", "false"),
-            (Kind::Octal, "660", "\"660\""),
+            (ValueKind::Text, "a\"b", r#""a\"b""#),
+            (ValueKind::Number, "7", "7"),
+            (ValueKind::Number, "N", "N"),
+            (ValueKind::NumberOrWord, "4", "4"),
+            (ValueKind::NumberOrWord, "high", "\"high\""),
+            (ValueKind::Switch, "on", "true"),
+            (ValueKind::Switch, "off", "false"),
+            (ValueKind::Octal, "660", "\"660\""),
         ] {
-            assert_eq!(kind.in_toml(value), toml);
+            assert_eq!(kind.to_toml(value), toml);
         }
     }
 }

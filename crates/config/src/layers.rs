@@ -8,32 +8,32 @@
 use std::path::Path;
 use std::rc::Rc;
 
-use super::device::Described;
+use super::device::DeviceDescription;
 use super::file::File;
-use super::given::{Place, Settings};
-use super::keys::Holder;
+use super::settings::{Origin, Settings};
+use super::keys::KeyScope;
 use super::problem::{Problem, Problems};
-use crate::inline::device_keys;
+use crate::inline::parse_device_keys;
 
 /// The devices that the flags of one and `--device`s describe.
 #[must_use]
-pub fn of_command_line(flags: Settings, texts: &[String], found: &mut Problems) -> Vec<Described> {
+pub fn devices_of_command_line(flags: Settings, texts: &[String], problems: &mut Problems) -> Vec<DeviceDescription> {
     if texts.is_empty() {
-        let device = found.note(refuse_no_device(&flags)).map(|()| Described {
-            place: Place::Flag,
+        let device = problems.record(refuse_no_device(&flags)).map(|()| DeviceDescription {
+            origin: Origin::Flag,
             default_name: "vnet".into(),
             settings: flags,
         });
         return device.into_iter().collect();
     }
-    found.note(refuse_beside(&flags, "--device"));
-    let common = flags.common();
+    problems.record(refuse_beside(&flags, "--device"));
+    let common = flags.into_common();
     let mut devices = Vec::new();
-    for (place, own) in inline(texts, found) {
-        devices.push(Described {
-            place,
-            default_name: numbered(devices.len()),
-            settings: own.over(&common),
+    for (origin, own) in parse_device_flags(texts, problems) {
+        devices.push(DeviceDescription {
+            origin,
+            default_name: numbered_name(devices.len()),
+            settings: own.merged_over(&common),
         });
     }
     devices
@@ -41,48 +41,48 @@ pub fn of_command_line(flags: Settings, texts: &[String], found: &mut Problems) 
 
 /// The devices of `file`, with what the command line says of them, and those that it adds.
 #[must_use]
-pub fn of_file(
+pub fn devices_of_file(
     path: &Path,
     file: File,
     flags: Settings,
     texts: &[String],
-    found: &mut Problems,
-) -> Vec<Described> {
-    found.note(refuse_beside(&flags, "--config"));
-    let (flags, defaults) = (flags.common(), file.defaults.common());
-    let mut devices: Vec<Described> = file
+    problems: &mut Problems,
+) -> Vec<DeviceDescription> {
+    problems.record(refuse_beside(&flags, "--config"));
+    let (flags, defaults) = (flags.into_common(), file.defaults.into_common());
+    let mut devices: Vec<DeviceDescription> = file
         .devices
         .into_iter()
         .enumerate()
-        .map(|(at, (place, own))| Described {
-            place,
-            default_name: numbered(at),
+        .map(|(at, (origin, own))| DeviceDescription {
+            origin,
+            default_name: numbered_name(at),
             settings: own,
         })
         .collect();
     let in_file = devices.len();
     let mut overrides = vec![Settings::default(); in_file];
-    for (place, own) in inline(texts, found) {
+    for (origin, own) in parse_device_flags(texts, problems) {
         let named = own.get("name").map(|name| name.text().into_owned());
-        let same = |device: &Described| named.as_deref() == Some(&*device.name());
+        let same = |device: &DeviceDescription| named.as_deref() == Some(&*device.name());
         match devices.iter().take(in_file).position(same) {
             Some(at) if overrides[at].keys().next().is_none() => overrides[at] = own,
-            Some(_) => found.add(place.problem(format_args!(
+            Some(_) => problems.add(origin.problem(format_args!(
                 "another --device has this name already: write all that is said of it into one"
             ))),
-            None => devices.push(Described {
-                place,
-                default_name: numbered(devices.len()),
-                settings: own.over(&flags).over(&defaults),
+            None => devices.push(DeviceDescription {
+                origin,
+                default_name: numbered_name(devices.len()),
+                settings: own.merged_over(&flags).merged_over(&defaults),
             }),
         }
     }
     for (device, own) in devices.iter_mut().zip(overrides) {
-        let in_file = std::mem::take(&mut device.settings).over(&defaults);
-        device.settings = own.over(&flags).over(&in_file);
+        let in_file = std::mem::take(&mut device.settings).merged_over(&defaults);
+        device.settings = own.merged_over(&flags).merged_over(&in_file);
     }
     if devices.is_empty() {
-        found.add(Problem::in_line(
+        problems.add(Problem::in_line(
             &Rc::from(path),
             1,
             "no device is described: add [[device]], with socket-path and tap below it".into(),
@@ -91,16 +91,16 @@ pub fn of_file(
     devices
 }
 
-fn numbered(at: usize) -> String {
+fn numbered_name(at: usize) -> String {
     format!("vnet{at}")
 }
 
 /// The keys of each `--device`.
-fn inline(texts: &[String], found: &mut Problems) -> Vec<(Place, Settings)> {
+fn parse_device_flags(texts: &[String], problems: &mut Problems) -> Vec<(Origin, Settings)> {
     let parse = |text: &String| {
-        let place = Place::Device(text.as_str().into());
-        let keys = found.note(device_keys(text, &place))?;
-        Some((place, keys))
+        let origin = Origin::Device(text.as_str().into());
+        let keys = problems.record(parse_device_keys(text, &origin))?;
+        Some((origin, keys))
     };
     texts.iter().filter_map(parse).collect()
 }
@@ -120,7 +120,7 @@ fn refuse_no_device(flags: &Settings) -> Result<(), Problem> {
 
 /// Flags that describe one device cannot be common to several.
 fn refuse_beside(flags: &Settings, beside: &str) -> Result<(), Problem> {
-    match flags.keys().find(|key| key.holder == Holder::Device) {
+    match flags.keys().find(|key| key.scope == KeyScope::Device) {
         None => Ok(()),
         Some(key) => {
             let key = key.name;

@@ -10,12 +10,12 @@ pub mod device;
 pub mod file;
 #[cfg(test)]
 mod file_tests;
-pub mod given;
+pub mod settings;
 pub mod inline;
 pub mod keys;
 pub mod layers;
 pub mod problem;
-pub mod sharing;
+pub mod ownership;
 #[cfg(test)]
 mod tests;
 pub mod uplink;
@@ -26,10 +26,10 @@ use std::time::Duration;
 
 use cli::Cli;
 use device::check_path;
-use given::{Given, Place};
+use settings::{SettingValue, Origin};
 pub use problem::ConfigError;
 use problem::Problems;
-use sharing::Owners;
+use ownership::ResourceOwners;
 use virtionet_base::MAX_QUEUE_PAIRS;
 use virtionet_placement::Placement;
 use virtionet_placement::interrupts::IrqAffinity;
@@ -135,34 +135,34 @@ impl Config {
     /// # Errors
     /// All conflicts and meaningless values.
     pub fn resolve(cli: Cli) -> Result<Self, ConfigError> {
-        let mut found = Problems::default();
-        let mut control = cli.control.map(|path| Given::new(path, &Place::Flag));
+        let mut problems = Problems::default();
+        let mut control = cli.control.map(|path| SettingValue::new(path, &Origin::Flag));
         let flags = cli.device.settings();
         let described = match cli.config {
-            None => layers::of_command_line(flags, &cli.devices, &mut found),
+            None => layers::devices_of_command_line(flags, &cli.devices, &mut problems),
             Some(path) => {
-                let mut file = file::read(&path, &mut found);
+                let mut file = file::read(&path, &mut problems);
                 control = control.or(file.control.take());
-                match file.whole {
-                    true => layers::of_file(&path, file, flags, &cli.devices, &mut found),
+                match file.is_complete {
+                    true => layers::devices_of_file(&path, file, flags, &cli.devices, &mut problems),
                     false => Vec::new(),
                 }
             }
         };
-        let mut owners = Owners::default();
+        let mut owners = ResourceOwners::default();
         let control_path = control.as_ref().and_then(|given| {
-            let path = found.note(check_path("control", given))?;
+            let path = problems.record(check_path("control", given))?;
             owners.add_control(&path, given);
             Some(path)
         });
         let mut devices = Vec::new();
         for described in &described {
-            if let Some(device) = described.resolve(&mut found) {
-                owners.add(described, &device, &mut found);
+            if let Some(device) = described.resolve(&mut problems) {
+                owners.add(described, &device, &mut problems);
                 devices.push(device);
             }
         }
-        found.end()?;
+        problems.into_result()?;
         Ok(Self {
             devices,
             control: control_path,

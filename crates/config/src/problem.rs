@@ -48,7 +48,7 @@ impl Problems {
     }
 
     /// What `result` holds, its problem noted where it holds none.
-    pub fn note<T>(&mut self, result: Result<T, Problem>) -> Option<T> {
+    pub fn record<T>(&mut self, result: Result<T, Problem>) -> Option<T> {
         result.map_err(|problem| self.add(problem)).ok()
     }
 
@@ -56,7 +56,7 @@ impl Problems {
     ///
     /// # Errors
     /// When there is a problem.
-    pub fn end(mut self) -> Result<(), ConfigError> {
+    pub fn into_result(mut self) -> Result<(), ConfigError> {
         self.0.sort_by(|a, b| a.line.cmp(&b.line));
         let mut found: Vec<Problem> = Vec::new();
         for problem in self.0 {
@@ -104,11 +104,11 @@ mod tests {
         for line in [12, 3, 12] {
             problems.add(Problem::in_line(&path, line, format!("x{line}")));
         }
-        assert_eq!(problems.note(Err::<(), _>(Problem::new("y".into()))), None);
-        assert_eq!(problems.note(Ok(1)), Some(1));
-        let error = problems.end().unwrap_err();
+        assert_eq!(problems.record(Err::<(), _>(Problem::new("y".into()))), None);
+        assert_eq!(problems.record(Ok(1)), Some(1));
+        let error = problems.into_result().unwrap_err();
         assert_eq!(error.to_string(), "y\nf:3: x3\nf:12: x12");
         assert_eq!(error.problems().count(), 3);
-        assert_eq!(Problems::default().end(), Ok(()));
+        assert_eq!(Problems::default().into_result(), Ok(()));
     }
 }

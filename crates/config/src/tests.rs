@@ -1,12 +1,13 @@
 use super::*;
-use crate::cli::{self, Refusal};
+use crate::cli::{self, CliError};
 use crate::keys::Key;
 
 fn command(line: &str) -> Result<Command, String> {
     let args = ["virtionetd"].into_iter().chain(line.split_whitespace());
     cli::parse(args.map(Into::into)).map_err(|refusal| match refusal {
-        Refusal::Config(why) => why.to_string(),
-        Refusal::Flags(why) => panic!("{line}: {why}"),
+        CliError::Config(why) => why.to_string(),
+        CliError::Flags(why) => panic!("{line}: {why}"),
+        CliError::Moved(command) => panic!("{line}: {command}"),
     })
 }
 
@@ -22,9 +23,9 @@ fn device(name: &str, path: &str, uplink: &str) -> DeviceConfig {
         name: name.into(),
         socket: listen(path, 0o600, None),
         queues: Queues::Auto,
-        uplink: uplink.into(),
-        placement: "auto".into(),
-        irq_affinity: String::new(),
+        uplink: uplink.parse().unwrap(),
+        placement: Placement::Auto,
+        irq_affinity: IrqAffinity::default(),
         qmp: None,
         poll: Poll::Off,
     }
@@ -108,14 +109,14 @@ fn flags_of_one_device_are_taken() {
         (
             "--irq-affinity print",
             DeviceConfig {
-                irq_affinity: "print".into(),
+                irq_affinity: IrqAffinity::Print,
                 ..plain()
             },
         ),
         (
             "--placement list:0-3,8",
             DeviceConfig {
-                placement: "list:0-3,8".into(),
+                placement: "list:0-3,8".parse().unwrap(),
                 ..plain()
             },
         ),
@@ -182,7 +183,7 @@ fn flags_of_one_device_are_taken() {
     }
     let inherited = &config("--fd 3 --tap t0,bridge=br0").devices[0];
     assert_eq!(inherited.socket, Socket::Inherited(3));
-    assert_eq!(inherited.uplink, "tap:t0,bridge=br0");
+    assert_eq!(inherited.uplink.to_string(), "tap:t0,bridge=br0");
 }
 
 #[test]
@@ -201,7 +202,7 @@ fn several_devices_have_keys_of_their_own_and_common_flags() {
     let first = DeviceConfig {
         socket: listen("/a", 0o660, Some("kvm")),
         queues: Queues::AtMost(2),
-        placement: "list:0-3,8".into(),
+        placement: "list:0-3,8".parse().unwrap(),
         poll: Poll::Adaptive(Duration::from_micros(9)),
         ..device("vnet0", "/a", "tap:t0,bridge=br0")
     };

@@ -11,7 +11,7 @@ use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, NoLabelSet,
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::v1::{Counter, Counters, Device, Pair, Report, Ring, RingState};
+use crate::v1::{Counter, Counters, DeviceReport, QueuePairReport, Report, VringReport, VringStatus};
 
 /// The page's media type.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -42,11 +42,11 @@ impl Collector for Snapshot {
         )?;
         encode_devices(&mut page, devices)?;
         encode_workers(&mut page, devices)?;
-        encode_rings(&mut page, devices)
+        encode_vrings(&mut page, devices)
     }
 }
 
-fn encode_devices(page: &mut Page<'_>, devices: &[Device]) -> fmt::Result {
+fn encode_devices(page: &mut Page<'_>, devices: &[DeviceReport]) -> fmt::Result {
     page.info(
         "device",
         "The device's vhost-user socket and uplink.",
@@ -75,7 +75,7 @@ fn encode_devices(page: &mut Page<'_>, devices: &[Device]) -> fmt::Result {
     )
 }
 
-fn encode_workers(page: &mut Page<'_>, devices: &[Device]) -> fmt::Result {
+fn encode_workers(page: &mut Page<'_>, devices: &[DeviceReport]) -> fmt::Result {
     page.info(
         "worker",
         "The worker thread of a queue pair, the CPUs it may run on and the vCPUs it serves.",
@@ -109,33 +109,33 @@ fn encode_workers(page: &mut Page<'_>, devices: &[Device]) -> fmt::Result {
     Ok(())
 }
 
-fn encode_rings(page: &mut Page<'_>, devices: &[Device]) -> fmt::Result {
-    let is = |state: RingState| move |ring: &Ring| u32::from(ring.state == state);
-    page.rings(
+fn encode_vrings(page: &mut Page<'_>, devices: &[DeviceReport]) -> fmt::Result {
+    let is = |state: VringStatus| move |ring: &VringReport| u32::from(ring.state == state);
+    page.vrings(
         "ring_enabled",
         "Whether the front-end enabled the ring.",
         devices,
         |ring| u32::from(ring.enabled),
     )?;
-    page.rings(
+    page.vrings(
         "ring_running",
         "Whether the ring is served.",
         devices,
-        is(RingState::Running),
+        is(VringStatus::Running),
     )?;
-    page.rings(
+    page.vrings(
         "ring_quarantined",
         "Whether the ring waits to be configured anew because the guest broke its rules.",
         devices,
-        is(RingState::Quarantined),
+        is(VringStatus::Quarantined),
     )?;
-    page.rings(
+    page.vrings(
         "ring_size",
         "Descriptors in the ring; 0 until the front-end sets it.",
         devices,
         |ring| u32::from(ring.size),
     )?;
-    for Counter { name, help, .. } in names(rings(devices).map(|(_, ring)| &ring.counters)) {
+    for Counter { name, help, .. } in names(vrings(devices).map(|(_, ring)| &ring.counters)) {
         // A unit belongs at the end of the name and in a line of its own; the encoder writes both.
         let bytes = name == "bytes";
         let family = if bytes {
@@ -146,7 +146,7 @@ fn encode_rings(page: &mut Page<'_>, devices: &[Device]) -> fmt::Result {
         page.counter(
             (&family, bytes.then_some(&Unit::Bytes)),
             help,
-            rings(devices)
+            vrings(devices)
                 .filter_map(|(labels, ring)| Some((labels, ring.counters.get(name)?))),
         )?;
     }
@@ -202,28 +202,28 @@ impl Page<'_> {
         })
     }
 
-    fn rings(
+    fn vrings(
         &mut self,
         name: &str,
         help: &str,
-        devices: &[Device],
-        value: impl Fn(&Ring) -> u32,
+        devices: &[DeviceReport],
+        value: impl Fn(&VringReport) -> u32,
     ) -> fmt::Result {
         self.gauge(
             (name, None),
             help,
-            rings(devices).map(|(labels, ring)| (labels, value(ring))),
+            vrings(devices).map(|(labels, ring)| (labels, value(ring))),
         )
     }
 }
 
-fn pairs(devices: &[Device]) -> impl Iterator<Item = (&Device, &Pair)> {
+fn pairs(devices: &[DeviceReport]) -> impl Iterator<Item = (&DeviceReport, &QueuePairReport)> {
     devices
         .iter()
         .flat_map(|device| device.pairs.iter().map(move |pair| (device, pair)))
 }
 
-fn rings(devices: &[Device]) -> impl Iterator<Item = ([(&str, String); 3], &Ring)> {
+fn vrings(devices: &[DeviceReport]) -> impl Iterator<Item = ([(&str, String); 3], &VringReport)> {
     pairs(devices).flat_map(|(device, pair)| {
         [("rx", &pair.rx), ("tx", &pair.tx)].map(|(direction, ring)| {
             let [name, number] = pair_labels(device, pair);
@@ -232,11 +232,11 @@ fn rings(devices: &[Device]) -> impl Iterator<Item = ([(&str, String); 3], &Ring
     })
 }
 
-fn device_label(device: &Device) -> [(&str, &str); 1] {
+fn device_label(device: &DeviceReport) -> [(&str, &str); 1] {
     [("device", &device.name)]
 }
 
-fn pair_labels<'a>(device: &'a Device, pair: &Pair) -> [(&'a str, String); 2] {
+fn pair_labels<'a>(device: &'a DeviceReport, pair: &QueuePairReport) -> [(&'a str, String); 2] {
     [
         ("device", device.name.clone()),
         ("pair", pair.pair.to_string()),

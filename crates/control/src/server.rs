@@ -25,13 +25,13 @@ use tokio::runtime::Runtime;
 use tokio::sync::watch;
 
 use crate::metrics;
-use crate::v1::{Inventory, Report};
+use crate::v1::{ReportSource, Report};
 
 /// Who may use the socket: its owner.
-const MODE: u32 = 0o600;
+const SOCKET_MODE: u32 = 0o600;
 
 /// How long answers under way may take once the server is told to stop.
-const GRACE: Duration = Duration::from_millis(200);
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// A control server that runs. Dropping it stops it, as [`Self::stop`] does.
 #[derive(Debug)]
@@ -48,7 +48,7 @@ impl ControlServer {
     ///
     /// # Errors
     /// When somebody answers on that path, when the socket cannot be made, or the thread.
-    pub fn start(path: &Path, inventory: Arc<dyn Inventory>) -> Result<Self, ControlError> {
+    pub fn start(path: &Path, report_source: Arc<dyn ReportSource>) -> Result<Self, ControlError> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -57,7 +57,7 @@ impl ControlServer {
         let (stop, stopped) = watch::channel(false);
         let thread = thread::Builder::new()
             .name("control".into())
-            .spawn(move || serve(&runtime, listener, routes(inventory), stopped))
+            .spawn(move || serve(&runtime, listener, routes(report_source), stopped))
             .map_err(ControlError::Thread)?;
         Ok(Self {
             socket,
@@ -112,23 +112,23 @@ pub enum ControlError {
 }
 
 /// What the server answers. Verbs that change something go here, beside the ones that read.
-fn routes(inventory: Arc<dyn Inventory>) -> Router {
+fn routes(report_source: Arc<dyn ReportSource>) -> Router {
     Router::new()
         .route("/v1/devices", get(devices))
         .route("/metrics", get(prometheus))
         .fallback(not_found)
         .method_not_allowed_fallback(not_allowed)
-        .with_state(inventory)
+        .with_state(report_source)
 }
 
-async fn devices(State(inventory): State<Arc<dyn Inventory>>) -> Json<Report> {
-    Json(inventory.report())
+async fn devices(State(report_source): State<Arc<dyn ReportSource>>) -> Json<Report> {
+    Json(report_source.report())
 }
 
 async fn prometheus(
-    State(inventory): State<Arc<dyn Inventory>>,
+    State(report_source): State<Arc<dyn ReportSource>>,
 ) -> Result<impl IntoResponse, Response> {
-    metrics::encode(inventory.report())
+    metrics::encode(report_source.report())
         .map(|page| ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], page))
         .map_err(|why| error(StatusCode::INTERNAL_SERVER_ERROR, format_args!("{why}")))
 }
@@ -150,8 +150,8 @@ async fn not_allowed(method: Method, uri: Uri) -> Response {
     )
 }
 
-fn error(status: StatusCode, sentence: fmt::Arguments<'_>) -> Response {
-    (status, Json(json!({ "error": sentence.to_string() }))).into_response()
+fn error(status: StatusCode, message: fmt::Arguments<'_>) -> Response {
+    (status, Json(json!({ "error": message.to_string() }))).into_response()
 }
 
 fn serve(
@@ -161,15 +161,15 @@ fn serve(
     mut stopped: watch::Receiver<bool>,
 ) {
     runtime.block_on(async {
-        let mut told = stopped.clone();
+        let mut stop_requested = stopped.clone();
         let server = axum::serve(listener, routes).with_graceful_shutdown(async move {
             // An error is a sender that is gone: stop as well.
-            let _ = told.wait_for(|stop| *stop).await;
+            let _ = stop_requested.wait_for(|stop| *stop).await;
         });
         let server = tokio::spawn(server.into_future());
         let _ = stopped.wait_for(|stop| *stop).await;
         // A client that never ends its request must not keep the daemon.
-        if tokio::time::timeout(GRACE, server).await.is_err() {
+        if tokio::time::timeout(SHUTDOWN_TIMEOUT, server).await.is_err() {
             tracing::debug!("control server stopped with requests under way");
         }
     });
@@ -186,7 +186,7 @@ struct SocketFile {
 impl SocketFile {
     fn new(path: &Path) -> io::Result<Self> {
         // Before this line the umask alone decides; nobody is answered yet.
-        fs::set_permissions(path, fs::Permissions::from_mode(MODE))?;
+        fs::set_permissions(path, fs::Permissions::from_mode(SOCKET_MODE))?;
         Ok(Self {
             path: path.into(),
             id: file_id(path)?,
@@ -258,7 +258,7 @@ mod tests {
 
     struct Sample;
 
-    impl Inventory for Sample {
+    impl ReportSource for Sample {
         fn report(&self) -> Report {
             sample()
         }
@@ -323,7 +323,7 @@ mod tests {
         );
         assert_eq!(body, metrics::encode(sample()).unwrap());
 
-        for (request, status, sentence) in [
+        for (request, status, message) in [
             (
                 "GET /",
                 404,
@@ -355,7 +355,7 @@ mod tests {
                 head.contains("allow: get,head"),
                 "{request}: {head}"
             );
-            assert_eq!(body, json!({ "error": sentence }).to_string(), "{request}");
+            assert_eq!(body, json!({ "error": message }).to_string(), "{request}");
         }
 
         // Refused at the first line and closed on the rest: no read to the end.
@@ -411,13 +411,13 @@ mod tests {
         assert_eq!(fs::read_to_string(dir.socket()).unwrap(), "mine");
 
         let nowhere = dir.0.join("none/control.sock");
-        let sentence = start(&nowhere).unwrap_err();
+        let message = start(&nowhere).unwrap_err();
         assert!(
-            sentence.starts_with(&format!(
+            message.starts_with(&format!(
                 "control socket {} cannot be created (",
                 nowhere.display()
             )),
-            "{sentence}"
+            "{message}"
         );
     }
 
@@ -448,7 +448,7 @@ mod tests {
         );
         let start = Instant::now();
         server.stop();
-        assert!(start.elapsed() < GRACE * 5, "{:?}", start.elapsed());
+        assert!(start.elapsed() < SHUTDOWN_TIMEOUT * 5, "{:?}", start.elapsed());
         drop((silent, halfway));
     }
 }

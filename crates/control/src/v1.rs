@@ -8,7 +8,7 @@ use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// Who can say how the devices are.
-pub trait Inventory: Send + Sync {
+pub trait ReportSource: Send + Sync {
     /// The state of every device now.
     fn report(&self) -> Report;
 }
@@ -19,26 +19,26 @@ pub struct Report {
     /// The daemon's version.
     pub version: String,
     /// Its devices, in the order of the command line.
-    pub devices: Vec<Device>,
+    pub devices: Vec<DeviceReport>,
 }
 
 /// One device.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Device {
+pub struct DeviceReport {
     /// Its name.
     pub name: String,
     /// The vhost-user socket: its path, or `fd:N` for an inherited one.
     pub socket: String,
     /// Who connects to whom.
-    pub role: Role,
+    pub role: SocketRole,
     /// Whether a front-end is connected.
     pub connected: bool,
     /// The front-end, while it is connected.
-    pub frontend: Option<Frontend>,
+    pub frontend: Option<FrontendReport>,
     /// The guest's memory as the front-end described it.
-    pub memory: Vec<Region>,
+    pub memory: Vec<MemoryRegionReport>,
     /// Where the frames go.
-    pub uplink: Uplink,
+    pub uplink: UplinkReport,
     /// The MTU that the front-end set, in bytes.
     pub mtu: Option<u16>,
     /// What is wrong with where vCPUs and workers stand, one sentence each with the remedy.
@@ -46,25 +46,25 @@ pub struct Device {
     /// What the guest could do better, one sentence each with the command that mends it.
     pub advice: Vec<String>,
     /// The host's interrupts and steering masks that follow the workers.
-    pub interrupts: Interrupts,
+    pub interrupts: InterruptReport,
     /// The queue pairs, by number.
-    pub pairs: Vec<Pair>,
+    pub pairs: Vec<QueuePairReport>,
 }
 
 /// The host's interrupts and steering masks of a device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Interrupts {
+pub struct InterruptReport {
     /// As `--irq-affinity` spells it.
     pub mode: String,
     /// The files that are set, or would be.
-    pub settings: Vec<Setting>,
+    pub settings: Vec<SettingReport>,
     /// What a person should know or do.
     pub notes: Vec<String>,
 }
 
 /// A file that says on which CPUs the kernel works.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Setting {
+pub struct SettingReport {
     /// The file.
     pub file: String,
     /// What it should hold.
@@ -82,7 +82,7 @@ pub struct Setting {
 /// Who connects on the vhost-user socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Role {
+pub enum SocketRole {
     /// The daemon listens, the front-end connects.
     Server,
     /// The front-end listens, the daemon connects.
@@ -93,7 +93,7 @@ pub enum Role {
 
 /// What is known of the front-end.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Frontend {
+pub struct FrontendReport {
     /// Its process, where the kernel tells.
     pub pid: Option<i32>,
     /// The virtio features that the driver took, by name without prefix.
@@ -104,7 +104,7 @@ pub struct Frontend {
 
 /// One region of guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Region {
+pub struct MemoryRegionReport {
     /// Guest physical address.
     pub guest_addr: u64,
     /// Bytes.
@@ -115,7 +115,7 @@ pub struct Region {
 
 /// Where the frames of a device go.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Uplink {
+pub struct UplinkReport {
     /// The kind, as `--uplink` spells it.
     pub kind: String,
     /// The name; the interface's for a TAP.
@@ -124,7 +124,7 @@ pub struct Uplink {
 
 /// One queue pair and its worker.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Pair {
+pub struct QueuePairReport {
     /// Its number, from 0.
     pub pair: u16,
     /// The vCPU that the worker follows.
@@ -146,17 +146,17 @@ pub struct Pair {
     /// What the worker did; names as in [`WorkerStats::NAMES`].
     pub worker_counters: Counters,
     /// How busy the worker is.
-    pub worker_load: Load,
+    pub worker_load: WorkerLoad,
     /// The receive ring: frames to the guest.
-    pub rx: Ring,
+    pub rx: VringReport,
     /// The transmit ring: frames from the guest.
-    pub tx: Ring,
+    pub tx: VringReport,
 }
 
 /// What a worker's time went into, since it first ran. For a shorter while, read twice: the busy
 /// share is the growth of `busy_cycles` over that of `cycles`.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
-pub struct Load {
+pub struct WorkerLoad {
     /// Time-stamp counter cycles that it has lived.
     pub cycles: u64,
     /// The share of those that turns took which found frames, from 0 to 1.
@@ -165,7 +165,7 @@ pub struct Load {
     pub cycles_per_frame: f64,
 }
 
-impl Load {
+impl WorkerLoad {
     /// The load of a worker that has lived for `cycles`, of which `busy_cycles` went into turns that
     /// found `busy_frames` frames.
     #[must_use]
@@ -190,21 +190,21 @@ fn float(n: u64) -> f64 {
 
 /// One ring.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Ring {
+pub struct VringReport {
     /// Whether it is served.
-    pub state: RingState,
+    pub state: VringStatus,
     /// Whether the front-end enabled it.
     pub enabled: bool,
     /// Descriptors; 0 until the front-end sets it.
     pub size: u16,
-    /// What happened on it; names as in [`RingStats::NAMES`].
+    /// What happened on it; names as in [`VringStats::NAMES`].
     pub counters: Counters,
 }
 
 /// Whether a ring is served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum RingState {
+pub enum VringStatus {
     /// The front-end has not started it, or has stopped it.
     Stopped,
     /// It is served.
@@ -287,7 +287,7 @@ impl<'de> Visitor<'de> for CountersVisitor {
 pub(crate) fn sample() -> Report {
     const RING: &[(&str, &str)] = &[("frames", "Frames."), ("bytes", "Bytes."), ("kicks", "Kicks.")];
     const WORKER: &[(&str, &str)] = &[("wakeups", "Wake-ups."), ("busy_cycles", "Cycles.")];
-    let ring = |state, frames| Ring {
+    let ring = |state, frames| VringReport {
         state,
         enabled: true,
         size: 256,
@@ -295,31 +295,31 @@ pub(crate) fn sample() -> Report {
     };
     Report {
         version: "0.1.0".into(),
-        devices: vec![Device {
+        devices: vec![DeviceReport {
             name: "vnet".into(),
             socket: "/run/a \"b\".sock".into(),
-            role: Role::Server,
+            role: SocketRole::Server,
             connected: true,
-            frontend: Some(Frontend {
+            frontend: Some(FrontendReport {
                 pid: Some(1),
                 features: vec!["MQ".into()],
                 protocol_features: vec!["MQ".into()],
             }),
-            memory: vec![Region {
+            memory: vec![MemoryRegionReport {
                 guest_addr: 0,
                 size: 4096,
                 user_addr: 1 << 40,
             }],
-            uplink: Uplink {
+            uplink: UplinkReport {
                 kind: "tap".into(),
                 name: "tap0".into(),
             },
             mtu: Some(1500),
             warnings: vec!["few".into()],
             advice: vec!["more".into()],
-            interrupts: Interrupts {
+            interrupts: InterruptReport {
                 mode: "apply".into(),
-                settings: vec![Setting {
+                settings: vec![SettingReport {
                     file: "/f".into(),
                     value: "2".into(),
                     original: Some("0".into()),
@@ -329,7 +329,7 @@ pub(crate) fn sample() -> Report {
                 }],
                 notes: vec!["note".into()],
             },
-            pairs: vec![Pair {
+            pairs: vec![QueuePairReport {
                 pair: 0,
                 vcpu: Some(0),
                 vcpus: vec![0],
@@ -340,9 +340,9 @@ pub(crate) fn sample() -> Report {
                 worker_node: Some(0),
                 memory_node: Some(1),
                 worker_counters: Counters::new(WORKER, vec![3, 100]),
-                worker_load: Load::new(400, 100, 2),
-                rx: ring(RingState::Running, 5),
-                tx: ring(RingState::Quarantined, 7),
+                worker_load: WorkerLoad::new(400, 100, 2),
+                rx: ring(VringStatus::Running, 5),
+                tx: ring(VringStatus::Quarantined, 7),
             }],
         }],
     }

@@ -10,20 +10,20 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use virtionet_placement::{GuestCard, guest_card};
+use virtionet_placement::{QemuNetDevice, query_net_device};
 
-use crate::card::{Card, is_live};
+use crate::net_device::{NetDevice, is_in_use};
 
 /// How long the guest's choice must have stood.
-const SETTLED: Duration = Duration::from_secs(8);
+const MIN_STABLE: Duration = Duration::from_secs(8);
 
 /// How long QEMU may take to answer, and how often it is tried.
-const PATIENCE: Duration = Duration::from_secs(2);
-const TRIES: u32 = 3;
+const QMP_TIMEOUT: Duration = Duration::from_secs(2);
+const MAX_QMP_ATTEMPTS: u32 = 3;
 
 /// What the guest does with its queue pairs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Use {
+pub struct QueueUsage {
     /// Pairs that the front-end has.
     pub offered: u16,
     /// Pairs that the driver enabled.
@@ -34,22 +34,22 @@ pub struct Use {
     pub vcpus: Option<u16>,
 }
 
-impl Use {
-    /// How the guest of `card` uses it now; `None` while it uses no pair at all.
+impl QueueUsage {
+    /// How the guest of `net_device` uses it now; `None` while it uses no pair at all.
     #[must_use]
-    pub fn of(card: &Card) -> Option<Self> {
-        let link = card.link();
-        let live = || card.pairs().filter(|pair| is_live(pair));
+    pub fn of(net_device: &NetDevice) -> Option<Self> {
+        let frontend = net_device.frontend();
+        let live = || net_device.pairs().filter(|pair| is_in_use(pair));
         // Between them, the pairs in use have all vCPUs.
         let vcpus: BTreeSet<u32> = live()
-            .filter_map(|pair| pair.placed())
-            .flat_map(|placed| placed.decision.vcpus)
+            .filter_map(|pair| pair.placement())
+            .flat_map(|placement| placement.decision.vcpus)
             .collect();
         let enabled = u16::try_from(live().count()).unwrap_or(u16::MAX);
-        (link.connected && enabled > 0).then(|| Self {
-            offered: link.pairs,
+        (frontend.connected && enabled > 0).then(|| Self {
+            offered: frontend.pairs,
             enabled,
-            multiqueue: link.features.names().contains(&"MQ"),
+            multiqueue: frontend.features.names().contains(&"MQ"),
             vcpus: u16::try_from(vcpus.len()).ok().filter(|count| *count > 0),
         })
     }
@@ -66,14 +66,14 @@ pub struct Adviser {
 
 #[derive(Debug, Default)]
 struct State {
-    usage: Option<(Use, Instant)>,
-    asked: u32,
+    usage: Option<(QueueUsage, Instant)>,
+    qmp_attempts: u32,
     /// What QEMU said of its card.
-    card: Option<GuestCard>,
+    net_device: Option<QemuNetDevice>,
     /// Somebody is with QEMU's monitor.
-    asking: bool,
+    is_querying: bool,
     current: Vec<String>,
-    told: Vec<String>,
+    reported: Vec<String>,
 }
 
 impl Adviser {
@@ -93,17 +93,17 @@ impl Adviser {
         self.state.lock().current.clone()
     }
 
-    /// Notes what `look` says that the guest does now; `None` while it uses no pair at all.
-    pub fn look(&self, look: impl FnOnce() -> Option<Use>, now: Instant) {
+    /// Notes what `observe` says that the guest does now; `None` while it uses no pair at all.
+    pub fn update(&self, observe: impl FnOnce() -> Option<QueueUsage>, now: Instant) {
         // Looked at under the lock: a front-end that goes meanwhile is forgotten after it.
         let mut state = self.state.lock();
-        let Some(usage) = look() else {
+        let Some(usage) = observe() else {
             // The guest boots again, perhaps: what was said is not said again.
-            let told = std::mem::take(&mut state.told);
-            let asking = state.asking;
+            let reported = std::mem::take(&mut state.reported);
+            let is_querying = state.is_querying;
             *state = State {
-                told,
-                asking,
+                reported,
+                is_querying,
                 ..State::default()
             };
             return;
@@ -113,59 +113,59 @@ impl Adviser {
             _ => now,
         };
         state.usage = Some((usage, since));
-        if now.saturating_duration_since(since) < SETTLED {
+        if now.saturating_duration_since(since) < MIN_STABLE {
             return;
         }
-        self.ask(&mut state);
-        let mut advice: Vec<String> = pairs(usage).into_iter().collect();
-        advice.extend(state.card.as_ref().and_then(|card| vectors(usage, card)));
-        for line in advice.iter().filter(|line| !state.told.contains(line)) {
+        self.query_vectors(&mut state);
+        let mut advice: Vec<String> = idle_pairs_advice(usage).into_iter().collect();
+        advice.extend(state.net_device.as_ref().and_then(|net_device| vectors_advice(usage, net_device)));
+        for line in advice.iter().filter(|line| !state.reported.contains(line)) {
             tracing::warn!("{}: {line}", self.device);
         }
         if advice != state.current {
-            state.told.clone_from(&advice);
+            state.reported.clone_from(&advice);
             state.current = advice;
         }
     }
 
     /// The front-end has gone: the next one is told all anew.
-    pub fn forget(&self) {
-        self.look(|| None, Instant::now());
-        self.state.lock().told.clear();
+    pub fn reset(&self) {
+        self.update(|| None, Instant::now());
+        self.state.lock().reported.clear();
     }
 
     /// Has QEMU asked for its card, until it has said.
-    fn ask(&self, state: &mut State) {
+    fn query_vectors(&self, state: &mut State) {
         let Some((monitor, socket)) = self.monitor.clone() else {
             return;
         };
-        if state.card.is_some() || state.asking || state.asked >= TRIES {
+        if state.net_device.is_some() || state.is_querying || state.qmp_attempts >= MAX_QMP_ATTEMPTS {
             return;
         }
-        state.asking = true;
-        state.asked += 1;
+        state.is_querying = true;
+        state.qmp_attempts += 1;
         let (shared, device) = (Arc::clone(&self.state), self.device.clone());
-        let asked = std::thread::Builder::new()
+        let spawned = std::thread::Builder::new()
             .name("qmp".into())
             .spawn(move || {
-                let answer = guest_card(&monitor, &socket, PATIENCE);
+                let answer = query_net_device(&monitor, &socket, QMP_TIMEOUT);
                 let mut state = shared.lock();
-                state.asking = false;
+                state.is_querying = false;
                 match answer {
-                    Ok(Some(card)) if state.usage.is_some() => state.card = Some(card),
+                    Ok(Some(net_device)) if state.usage.is_some() => state.net_device = Some(net_device),
                     Ok(_) => {}
                     Err(error) => tracing::debug!("{device}: QEMU's card is not known: {error}"),
                 }
             });
-        if asked.is_err() {
-            state.asking = false;
+        if spawned.is_err() {
+            state.is_querying = false;
         }
     }
 }
 
 /// What to do about pairs that lie idle.
-fn pairs(usage: Use) -> Option<String> {
-    let Use {
+fn idle_pairs_advice(usage: QueueUsage) -> Option<String> {
+    let QueueUsage {
         offered, enabled, ..
     } = usage;
     if enabled == 0 || enabled >= offered {
@@ -189,13 +189,13 @@ fn pairs(usage: Use) -> Option<String> {
 
 /// What to do about vectors that are too few for one a ring. The control queue needs none of its
 /// own with Linux's driver, so one less than is usually given serves as well.
-fn vectors(usage: Use, card: &GuestCard) -> Option<String> {
+fn vectors_advice(usage: QueueUsage, net_device: &QemuNetDevice) -> Option<String> {
     let pairs = u32::from(usage.offered);
     let plenty = 2 * pairs + 2;
-    (card.vectors.saturating_add(1) < plenty).then(|| {
+    (net_device.vectors.saturating_add(1) < plenty).then(|| {
         format!(
             "the guest's card (netdev {}) has {} interrupt vectors for {pairs} queue pairs, so queues share one and their interrupts cannot be spread over vCPUs: use vectors={plenty} at QEMU's -device virtio-net-pci",
-            card.netdev, card.vectors
+            net_device.netdev, net_device.vectors
         )
     })
 }
@@ -204,8 +204,8 @@ fn vectors(usage: Use, card: &GuestCard) -> Option<String> {
 mod tests {
     use super::*;
 
-    fn usage(enabled: u16, offered: u16, vcpus: Option<u16>) -> Use {
-        Use {
+    fn usage(enabled: u16, offered: u16, vcpus: Option<u16>) -> QueueUsage {
+        QueueUsage {
             offered,
             enabled,
             multiqueue: true,
@@ -235,14 +235,14 @@ mod tests {
             ),
             (usage(1, 4, None), Some("run `ethtool -L IFACE combined 4`")),
             (
-                Use {
+                QueueUsage {
                     multiqueue: false,
                     ..usage(1, 4, Some(4))
                 },
                 Some("add mq=on"),
             ),
         ] {
-            let said = pairs(usage);
+            let said = idle_pairs_advice(usage);
             assert_eq!(said.is_some(), words.is_some(), "{usage:?}: {said:?}");
             if let (Some(said), Some(words)) = (said, words) {
                 assert!(said.contains(words), "{usage:?}: {said}");
@@ -263,12 +263,12 @@ mod tests {
             (4, 0, false),
             (4, u32::MAX, true),
         ] {
-            let card = GuestCard {
+            let net_device = QemuNetDevice {
                 netdev: "net0".into(),
                 vectors: have,
                 mq: true,
             };
-            let said = vectors(usage(pairs, pairs, None), &card);
+            let said = vectors_advice(usage(pairs, pairs, None), &net_device);
             assert_eq!(said.is_none(), enough, "{pairs} {have}: {said:?}");
             if let Some(said) = said {
                 assert!(
@@ -284,22 +284,22 @@ mod tests {
         let adviser = Adviser::new("vnet", None, None);
         let start = Instant::now();
         let few = Some(usage(1, 4, Some(4)));
-        adviser.look(|| few, start);
-        adviser.look(|| few, start + SETTLED / 2);
+        adviser.update(|| few, start);
+        adviser.update(|| few, start + MIN_STABLE / 2);
         assert_eq!(adviser.current(), [""; 0]);
         // Another choice starts the time anew.
-        adviser.look(|| Some(usage(2, 4, Some(4))), start + SETTLED / 2);
-        adviser.look(|| Some(usage(2, 4, Some(4))), start + SETTLED);
+        adviser.update(|| Some(usage(2, 4, Some(4))), start + MIN_STABLE / 2);
+        adviser.update(|| Some(usage(2, 4, Some(4))), start + MIN_STABLE);
         assert_eq!(adviser.current(), [""; 0]);
-        adviser.look(|| Some(usage(2, 4, Some(4))), start + 2 * SETTLED);
+        adviser.update(|| Some(usage(2, 4, Some(4))), start + 2 * MIN_STABLE);
         assert_eq!(adviser.current().len(), 1);
-        adviser.look(|| Some(usage(4, 4, Some(4))), start + 3 * SETTLED);
-        adviser.look(|| Some(usage(4, 4, Some(4))), start + 4 * SETTLED);
+        adviser.update(|| Some(usage(4, 4, Some(4))), start + 3 * MIN_STABLE);
+        adviser.update(|| Some(usage(4, 4, Some(4))), start + 4 * MIN_STABLE);
         assert_eq!(adviser.current(), [""; 0]);
-        adviser.look(|| few, start + 5 * SETTLED);
-        adviser.look(|| few, start + 6 * SETTLED);
+        adviser.update(|| few, start + 5 * MIN_STABLE);
+        adviser.update(|| few, start + 6 * MIN_STABLE);
         assert_eq!(adviser.current().len(), 1);
-        adviser.look(|| None, start + 7 * SETTLED);
+        adviser.update(|| None, start + 7 * MIN_STABLE);
         assert_eq!(adviser.current(), [""; 0]);
     }
 }

@@ -7,60 +7,60 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use virtionet_virtio_net::port::HostInterface;
+use virtionet_virtio_net::uplink::HostInterface;
 use virtionet_placement::CpuSet;
 use virtionet_placement::interrupts::{
-    IrqAffinity, Kind, Ledger, Outcome, Refusal, Roots, Served, Wanted, ban_line, wanted,
+    IrqAffinity, SettingKind, IrqAffinityManager, SettingOutcome, SettingRefusal, KernelPaths, TapWorkers, DesiredSettings, irqbalance_hint, desired_settings,
 };
 
-use crate::card::{Card, is_live};
-use crate::report;
+use crate::net_device::{NetDevice, is_in_use};
+use virtionet_control::v1 as report;
 
 /// A NIC may join the bridge at any time: what is beside the TAP is looked up again this often.
-const LOOK_AGAIN: Duration = Duration::from_secs(5);
+const RESCAN_INTERVAL: Duration = Duration::from_secs(5);
 
 /// See the module.
 #[derive(Debug)]
 pub struct Interrupts {
     device: String,
     mode: IrqAffinity,
-    roots: Roots,
-    ledger: Arc<Ledger>,
+    roots: KernelPaths,
+    irq_manager: Arc<IrqAffinityManager>,
     state: Mutex<State>,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    seen: Option<Seen>,
-    looked: Option<Instant>,
-    wanted: Wanted,
-    outcomes: Vec<Outcome>,
+    input: Option<AffinityInput>,
+    scanned_at: Option<Instant>,
+    desired_settings: DesiredSettings,
+    outcomes: Vec<SettingOutcome>,
     notes: Vec<String>,
     /// What the log has said.
-    told: Vec<String>,
+    reported: Vec<String>,
 }
 
 /// What settings follow from.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Seen {
+pub struct AffinityInput {
     /// The uplink's interface and its queues.
     pub interface: HostInterface,
     /// By queue pair: the CPUs of its worker; empty while it has none.
     pub workers: Vec<CpuSet>,
 }
 
-impl Seen {
+impl AffinityInput {
     /// What there is to see of `card` now.
     #[must_use]
-    pub fn of(card: &Card) -> Option<Self> {
+    pub fn of(net_device: &NetDevice) -> Option<Self> {
         let mut workers = Vec::new();
-        for pair in card.pairs().filter(|pair| is_live(pair)) {
+        for pair in net_device.pairs().filter(|pair| is_in_use(pair)) {
             workers.resize_with(usize::from(pair.index()) + 1, CpuSet::default);
-            if let (Some(last), Some(placed)) = (workers.last_mut(), pair.placed()) {
-                *last = placed.decision.cpus;
+            if let (Some(last), Some(placement)) = (workers.last_mut(), pair.placement()) {
+                *last = placement.decision.cpus;
             }
         }
-        let interface = card.uplink().host_interface()?;
+        let interface = net_device.uplink().host_interface()?;
         (!workers.is_empty()).then_some(Self { interface, workers })
     }
 }
@@ -68,8 +68,8 @@ impl Seen {
 impl Interrupts {
     /// Those of `device`; `ledger` is the process's.
     #[must_use]
-    pub fn new(device: &str, mode: IrqAffinity, ledger: Arc<Ledger>) -> Self {
-        Self::with_roots(device, mode, ledger, Roots::default())
+    pub fn new(device: &str, mode: IrqAffinity, irq_manager: Arc<IrqAffinityManager>) -> Self {
+        Self::with_roots(device, mode, irq_manager, KernelPaths::default())
     }
 
     /// Those of a device that leaves them alone.
@@ -78,18 +78,18 @@ impl Interrupts {
         Self::new(device, IrqAffinity::Off, Arc::default())
     }
 
-    fn with_roots(device: &str, mode: IrqAffinity, ledger: Arc<Ledger>, roots: Roots) -> Self {
+    fn with_roots(device: &str, mode: IrqAffinity, irq_manager: Arc<IrqAffinityManager>, roots: KernelPaths) -> Self {
         Self {
             device: device.to_owned(),
             mode,
             roots,
-            ledger,
+            irq_manager,
             state: Mutex::default(),
         }
     }
 
     /// The device's queues are no queues of an interface of the host's.
-    pub fn tell_useless(&self, uplink: &str) {
+    pub fn warn_if_unsupported(&self, uplink: &str) {
         if self.mode != IrqAffinity::Off {
             tracing::warn!(
                 "{}: --irq-affinity {} does nothing with uplink {uplink}, whose queues the host does not know; give the device a TAP of its own, or leave the flag away",
@@ -99,47 +99,47 @@ impl Interrupts {
         }
     }
 
-    /// Brings the settings in line with what `look` sees now; `None` where no front-end uses the
+    /// Brings the settings in line with what `observe` sees now; `None` where no front-end uses the
     /// device, or its uplink is none of the host's.
-    pub fn follow(&self, look: impl FnOnce() -> Option<Seen>) {
+    pub fn reconcile(&self, observe: impl FnOnce() -> Option<AffinityInput>) {
         if self.mode == IrqAffinity::Off {
             return;
         }
         // Looked at under the lock: who looked first also writes first.
         let mut state = self.state.lock();
-        let seen = look();
-        let fresh = state.looked.is_some_and(|at| at.elapsed() < LOOK_AGAIN);
-        if state.seen == seen && (fresh || seen.is_none()) {
+        let input = observe();
+        let fresh = state.scanned_at.is_some_and(|at| at.elapsed() < RESCAN_INTERVAL);
+        if state.input == input && (fresh || input.is_none()) {
             return;
         }
         // What another device held may be free by now.
-        let held = |outcome: &Outcome| matches!(outcome.why, Some(Refusal::Held(_)));
-        let changed = state.seen != seen || state.outcomes.iter().any(held);
-        let wanted = seen.as_ref().map(|seen| wanted(&self.roots, &served(seen)));
-        let wanted = wanted.unwrap_or_default();
-        state.looked = Some(Instant::now());
-        state.seen = seen;
-        if changed || wanted != state.wanted {
+        let held = |outcome: &SettingOutcome| matches!(outcome.why, Some(SettingRefusal::OwnedByDevice(_)));
+        let changed = state.input != input || state.outcomes.iter().any(held);
+        let desired_settings = input.as_ref().map(|input| desired_settings(&self.roots, &tap_workers(input)));
+        let desired_settings = desired_settings.unwrap_or_default();
+        state.scanned_at = Some(Instant::now());
+        state.input = input;
+        if changed || desired_settings != state.desired_settings {
             state.outcomes = match self.mode {
-                IrqAffinity::Apply => self.ledger.follow(&self.device, &wanted.settings),
-                _ => Ledger::look(&wanted.settings),
+                IrqAffinity::Apply => self.irq_manager.reconcile(&self.device, &desired_settings.settings),
+                _ => IrqAffinityManager::preview(&desired_settings.settings),
             };
-            state.notes = self.notes(&wanted, &state.outcomes);
-            state.wanted = wanted;
-            self.tell(&mut state);
+            state.notes = self.notes(&desired_settings, &state.outcomes);
+            state.desired_settings = desired_settings;
+            self.report_once(&mut state);
         }
     }
 
     /// Puts everything back.
     pub fn release(&self) {
-        self.follow(|| None);
+        self.reconcile(|| None);
     }
 
     /// What is set, or would be.
     #[must_use]
-    pub fn report(&self) -> report::Interrupts {
+    pub fn report(&self) -> report::InterruptReport {
         let state = self.state.lock();
-        let setting = |outcome: &Outcome| report::Setting {
+        let setting = |outcome: &SettingOutcome| report::SettingReport {
             file: outcome.setting.file.display().to_string(),
             value: outcome.setting.value.clone(),
             original: outcome.original.clone(),
@@ -147,7 +147,7 @@ impl Interrupts {
             command: outcome.setting.command(),
             refused: outcome.why.as_ref().map(ToString::to_string),
         };
-        report::Interrupts {
+        report::InterruptReport {
             mode: self.mode.to_string(),
             settings: state.outcomes.iter().map(setting).collect(),
             notes: state.notes.clone(),
@@ -155,9 +155,9 @@ impl Interrupts {
     }
 
     /// What a person should know or do.
-    fn notes(&self, wanted: &Wanted, outcomes: &[Outcome]) -> Vec<String> {
-        let mut notes = wanted.notes.clone();
-        let denied = |outcome: &&Outcome| matches!(outcome.why, Some(Refusal::Denied(_)));
+    fn notes(&self, desired_settings: &DesiredSettings, outcomes: &[SettingOutcome]) -> Vec<String> {
+        let mut notes = desired_settings.notes.clone();
+        let denied = |outcome: &&SettingOutcome| matches!(outcome.why, Some(SettingRefusal::Denied(_)));
         if let Some(first) = outcomes.iter().find(denied) {
             notes.push(format!(
                 "{} of {} interrupt and steering masks cannot be set, such as {} ({}); run virtionetd as root with /sys and /proc/irq writable, or use --irq-affinity=print and run its commands as root",
@@ -167,34 +167,34 @@ impl Interrupts {
                 first.why.as_ref().map(ToString::to_string).unwrap_or_default(),
             ));
         }
-        let irqs = |which: fn(&Outcome) -> bool| -> Vec<u32> {
+        let irqs = |which: fn(&SettingOutcome) -> bool| -> Vec<u32> {
             outcomes
                 .iter()
                 .filter(|outcome| which(outcome))
                 .filter_map(|outcome| match outcome.setting.kind {
-                    Kind::Irq(irq) => Some(irq),
+                    SettingKind::Irq(irq) => Some(irq),
                     _ => None,
                 })
                 .collect()
         };
-        let managed = irqs(|outcome| outcome.why == Some(Refusal::Managed));
+        let managed = irqs(|outcome| outcome.why == Some(SettingRefusal::Managed));
         if !managed.is_empty() {
             notes.push(format!(
                 "the NIC's driver keeps the affinity of interrupts {managed:?} to itself and they stay where they are; pin vCPUs to their CPUs instead"
             ));
         }
         let set = irqs(|outcome| outcome.why.is_none());
-        if !(self.mode == IrqAffinity::Apply && self.ledger.is_left_alone()) {
-            notes.extend(ban_line(&self.roots.proc, &set));
+        if !(self.mode == IrqAffinity::Apply && self.irq_manager.is_ignored_by_irqbalance()) {
+            notes.extend(irqbalance_hint(&self.roots.proc, &set));
         }
         notes
     }
 
     /// Says each thing once, and again only after it was otherwise.
-    fn tell(&self, state: &mut State) {
+    fn report_once(&self, state: &mut State) {
         let print = self.mode == IrqAffinity::Print;
-        let told = state.outcomes.iter().filter(|o| print || o.applied);
-        let mut lines: Vec<String> = told.map(|o| o.setting.command()).collect();
+        let reported = state.outcomes.iter().filter(|o| print || o.applied);
+        let mut lines: Vec<String> = reported.map(|o| o.setting.command()).collect();
         if !print && !lines.is_empty() {
             lines = vec![format!(
                 "{} interrupt and steering masks are on the workers' CPUs: {}",
@@ -202,32 +202,32 @@ impl Interrupts {
                 lines.join("; ")
             )];
         }
-        for line in lines.iter().filter(|line| !state.told.contains(line)) {
+        for line in lines.iter().filter(|line| !state.reported.contains(line)) {
             tracing::info!("{}: {line}", self.device);
         }
-        for note in state.notes.iter().filter(|note| !state.told.contains(note)) {
+        for note in state.notes.iter().filter(|note| !state.reported.contains(note)) {
             tracing::warn!("{}: {note}", self.device);
         }
         // A device that ended tells the same again to the next front-end only where it differs.
-        if state.seen.is_some() {
+        if state.input.is_some() {
             lines.extend(state.notes.iter().cloned());
-            state.told = lines;
+            state.reported = lines;
         }
     }
 }
 
-fn served(seen: &Seen) -> Served {
-    let of = |pair: &u16| seen.workers.get(usize::from(*pair)).cloned();
-    Served {
-        name: seen.interface.name.clone(),
-        index: seen.interface.index,
-        queues: seen
+fn tap_workers(input: &AffinityInput) -> TapWorkers {
+    let of = |pair: &u16| input.workers.get(usize::from(*pair)).cloned();
+    TapWorkers {
+        name: input.interface.name.clone(),
+        index: input.interface.index,
+        queues: input
             .interface
             .queues
             .iter()
             .map(|pair| of(pair).unwrap_or_default())
             .collect(),
-        workers: seen.workers.clone(),
+        workers: input.workers.clone(),
     }
 }
 
@@ -239,9 +239,9 @@ mod tests {
     use super::*;
 
     /// A TAP of two queues and online CPUs 0-3, in a folder that goes with it.
-    struct Host(PathBuf);
+    struct FakeHost(PathBuf);
 
-    impl Host {
+    impl FakeHost {
         fn new(name: &str) -> Self {
             let root = std::env::temp_dir().join(format!("irq-{}-{name}", std::process::id()));
             let host = Self(root);
@@ -267,19 +267,19 @@ mod tests {
         }
 
         fn interrupts(&self, mode: IrqAffinity) -> Interrupts {
-            self.with_ledger("vnet", mode, Arc::default())
+            self.with_manager("vnet", mode, Arc::default())
         }
 
-        fn with_ledger(&self, device: &str, mode: IrqAffinity, ledger: Arc<Ledger>) -> Interrupts {
-            let roots = Roots {
+        fn with_manager(&self, device: &str, mode: IrqAffinity, irq_manager: Arc<IrqAffinityManager>) -> Interrupts {
+            let roots = KernelPaths {
                 sys: self.0.join("sys"),
                 proc: self.0.join("proc"),
             };
-            Interrupts::with_roots(device, mode, ledger, roots)
+            Interrupts::with_roots(device, mode, irq_manager, roots)
         }
     }
 
-    impl Drop for Host {
+    impl Drop for FakeHost {
         fn drop(&mut self) {
             let _ = fs::remove_dir_all(Path::new(&self.0));
         }
@@ -293,8 +293,8 @@ mod tests {
         format!("sys/class/net/tap0/queues/rx-{queue}/rps_cpus")
     }
 
-    fn seen(queues: &[u16], workers: &[&str]) -> Option<Seen> {
-        Some(Seen {
+    fn input(queues: &[u16], workers: &[&str]) -> Option<AffinityInput> {
+        Some(AffinityInput {
             interface: HostInterface {
                 name: "tap0".into(),
                 index: 5,
@@ -307,7 +307,7 @@ mod tests {
 
     #[test]
     fn masks_follow_workers_and_queues_and_go_back() {
-        let host = Host::new("apply");
+        let host = FakeHost::new("apply");
         let it = host.interrupts(IrqAffinity::Apply);
         let files = [xps(0), rps(0), xps(1), rps(1)];
         let now = || files.each_ref().map(|file| host.get(file));
@@ -319,7 +319,7 @@ mod tests {
             (&[1, 0], ["", "0-3"], ["0", "f", "0", "f"]),
             (&[0, 1], ["0", "1"], ["1", "1", "2", "2"]),
         ] {
-            it.follow(|| seen(queues, &workers));
+            it.reconcile(|| input(queues, &workers));
             assert_eq!(now(), expected, "{queues:?} {workers:?}");
         }
         let report = it.report();
@@ -333,41 +333,41 @@ mod tests {
 
     #[test]
     fn nothing_is_written_while_nothing_changes() {
-        let host = Host::new("still");
+        let host = FakeHost::new("still");
         let it = host.interrupts(IrqAffinity::Apply);
-        it.follow(|| seen(&[0], &["1"]));
+        it.reconcile(|| input(&[0], &["1"]));
         host.put(&xps(0), "f");
-        it.follow(|| seen(&[0], &["1"]));
+        it.reconcile(|| input(&[0], &["1"]));
         assert_eq!(host.get(&xps(0)), "f");
-        it.follow(|| seen(&[0], &["2"]));
+        it.reconcile(|| input(&[0], &["2"]));
         assert_eq!(host.get(&xps(0)), "4");
     }
 
     #[test]
     fn what_another_device_held_is_taken_once_it_is_free() {
-        let host = Host::new("held");
-        let ledger = Arc::new(Ledger::default());
+        let host = FakeHost::new("held");
+        let irq_manager = Arc::new(IrqAffinityManager::default());
         let two = ["a", "b"];
-        let two = two.map(|it| host.with_ledger(it, IrqAffinity::Apply, Arc::clone(&ledger)));
+        let two = two.map(|it| host.with_manager(it, IrqAffinity::Apply, Arc::clone(&irq_manager)));
         let [first, second] = two;
-        first.follow(|| seen(&[0], &["1"]));
-        second.follow(|| seen(&[0], &["2"]));
+        first.reconcile(|| input(&[0], &["1"]));
+        second.reconcile(|| input(&[0], &["2"]));
         assert_eq!(host.get(&xps(0)), "2");
         assert!(second.report().settings[0].refused.is_some());
         first.release();
         assert_eq!(host.get(&xps(0)), "0");
-        second.state.lock().looked = Instant::now().checked_sub(LOOK_AGAIN);
-        second.follow(|| seen(&[0], &["2"]));
+        second.state.lock().scanned_at = Instant::now().checked_sub(RESCAN_INTERVAL);
+        second.reconcile(|| input(&[0], &["2"]));
         assert_eq!(host.get(&xps(0)), "4");
         assert!(second.report().settings[0].applied);
     }
 
     #[test]
     fn printing_and_off_change_nothing() {
-        let host = Host::new("print");
+        let host = FakeHost::new("print");
         for (mode, settings) in [(IrqAffinity::Print, 4), (IrqAffinity::Off, 0)] {
             let it = host.interrupts(mode);
-            it.follow(|| seen(&[0, 1], &["1", "2"]));
+            it.reconcile(|| input(&[0, 1], &["1", "2"]));
             assert_eq!(
                 (host.get(&xps(0)), host.get(&rps(1))),
                 ("0".into(), "f".into())
@@ -384,13 +384,13 @@ mod tests {
 
     #[test]
     fn what_cannot_be_set_is_told_once_with_a_remedy() {
-        let host = Host::new("denied");
+        let host = FakeHost::new("denied");
         let dir = host.0.join(xps(0));
         fs::remove_file(&dir).unwrap();
         // A folder in the file's place cannot be written, whoever tries.
         fs::create_dir(&dir).unwrap();
         let it = host.interrupts(IrqAffinity::Apply);
-        it.follow(|| seen(&[0, 1], &["1", "2"]));
+        it.reconcile(|| input(&[0, 1], &["1", "2"]));
         let report = it.report();
         assert_eq!(report.notes.len(), 1);
         assert!(

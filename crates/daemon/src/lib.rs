@@ -1,26 +1,22 @@
 //! The parts of the virtionetd program.
 //!
-//! Reading order, from the wire to the frame: [`serve`] (processes and threads), [`card`] (one
-//! device), [`pair`] and [`worker`] (a queue pair and its thread), [`slot`] (a running ring).
+//! Reading order, from the wire to the frame: [`supervisor`] (processes and threads), [`net_device`]
+//! (one device), [`queue_pair`] and [`worker`] (a queue pair and its thread), [`vring_slot`] (a
+//! running vring).
 
 pub mod advice;
-pub mod card;
-pub mod cli;
-pub mod config;
-pub mod control;
-pub mod follow;
-pub mod host;
+pub mod busy_poll;
+pub mod host_cpus;
 pub mod interrupts;
-pub mod inventory;
 pub mod logging;
-pub mod metrics;
-pub mod pair;
+pub mod net_device;
+pub mod placement_monitor;
 pub mod placer;
-pub mod plan;
-pub mod poll;
-pub mod report;
-pub mod serve;
-pub mod slot;
+pub mod queue_pair;
+pub mod report_builder;
+pub mod supervisor;
 pub mod sys;
-pub mod told;
+pub mod uplinks;
+pub mod vring_slot;
+pub mod warning_log;
 pub mod worker;

@@ -105,12 +105,12 @@ mod tests {
 
     #[test]
     fn a_bad_filter_is_one_sentence() {
-        let sentence = filter(0, Some("virtionetd=loud")).unwrap_err().to_string();
+        let message = filter(0, Some("virtionetd=loud")).unwrap_err().to_string();
         assert!(
-            sentence.starts_with("RUST_LOG=\"virtionetd=loud\" is not a log filter ("),
-            "{sentence}"
+            message.starts_with("RUST_LOG=\"virtionetd=loud\" is not a log filter ("),
+            "{message}"
         );
-        assert!(!sentence.contains('\n'));
+        assert!(!message.contains('\n'));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Placement of one device's workers: what is known of the front-end's vCPUs, shared by them.
 //!
 //! The workers ask, never the session thread: QEMU serves no QMP while it waits for an answer on
-//! the vhost-user socket. While a front-end is connected, `follow.rs` has it look whether anything
+//! the vhost-user socket. While a front-end is connected, `placement_monitor.rs` has it look whether anything
 //! changed: the vCPU threads, their affinity, the CPUs of this process. If so the generation goes
 //! up, and workers that are woken ask again.
 
@@ -12,27 +12,27 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use virtionet_placement::{CpuSet, Decision, Planner, Seen, Source, VcpuMap, Warning, Watch};
+use virtionet_placement::{CpuSet, Decision, PlacementPlanner, VcpuChange, VcpuSource, VcpuMap, Warning, VcpuWatch};
 
-use crate::host::Host;
-use crate::told::Told;
+use crate::host_cpus::HostCpus;
+use crate::warning_log::ReportOnce;
 
 /// How soon vCPU threads may be looked for again, when their number changed or none was found.
 /// Without success twice as late each time.
-const SEARCH_AGAIN: Duration = Duration::from_secs(1);
-const SEARCH_RARELY: Duration = Duration::from_secs(8);
+const MIN_SEARCH_INTERVAL: Duration = Duration::from_secs(1);
+const MAX_SEARCH_INTERVAL: Duration = Duration::from_secs(8);
 /// The same where QEMU's monitor had to be asked: it may have other uses.
-const ASK_AGAIN: Duration = Duration::from_secs(5);
+const QMP_SEARCH_INTERVAL: Duration = Duration::from_secs(5);
 
 /// See the module.
 #[derive(Debug)]
 pub struct Placer {
     /// The device's name, for the log.
     name: String,
-    host: Arc<Host>,
+    host: Arc<HostCpus>,
     /// The device's number there.
     device: u32,
-    known: Mutex<Known>,
+    known: Mutex<PlacerState>,
     /// A front-end is connected.
     connected: AtomicBool,
     /// Pairs that the driver uses.
@@ -40,31 +40,31 @@ pub struct Placer {
     /// Goes up when decisions may have changed.
     generation: AtomicU32,
     /// Workers should ask again and have not been woken.
-    owed: AtomicBool,
+    wake_pending: AtomicBool,
     /// NUMA nodes of the pairs' rings. Apart: the session thread tells them, and must not wait for a
     /// monitor that is being asked.
     nodes: Mutex<BTreeMap<u32, Option<u32>>>,
-    told: Mutex<Told>,
+    reported: Mutex<ReportOnce>,
 }
 
 #[derive(Debug)]
-struct Known {
-    planner: Planner,
+struct PlacerState {
+    planner: PlacementPlanner,
     /// The host's version that the planner knows.
     host: u32,
     pid: Option<i32>,
     /// Counts front-ends.
     session: u32,
-    found: Option<Found>,
+    found: Option<DiscoveredVcpus>,
     /// Of which generation they are, and with how many pairs in use.
     decisions: Option<(u32, u32, Vec<Decision>)>,
 }
 
 /// The vCPU threads of the front-end.
 #[derive(Debug)]
-struct Found {
+struct DiscoveredVcpus {
     map: VcpuMap,
-    watch: Watch,
+    watch: VcpuWatch,
     /// They should be looked for again.
     stale: bool,
     /// A thread of its own is at it.
@@ -78,12 +78,12 @@ struct Found {
 impl Placer {
     /// A placer for the device of this name, which follows `planner` on `host`.
     #[must_use]
-    pub fn new(name: &str, planner: Planner, host: Arc<Host>) -> Self {
+    pub fn new(name: &str, planner: PlacementPlanner, host: Arc<HostCpus>) -> Self {
         let version = host.version();
         Self {
             name: name.to_owned(),
-            device: host.number(),
-            known: Mutex::new(Known {
+            device: host.register_device(),
+            known: Mutex::new(PlacerState {
                 planner: planner.with_topology(host.topology()),
                 host: version,
                 pid: None,
@@ -95,9 +95,9 @@ impl Placer {
             connected: AtomicBool::new(false),
             pairs: AtomicU32::new(1),
             generation: AtomicU32::new(0),
-            owed: AtomicBool::new(false),
+            wake_pending: AtomicBool::new(false),
             nodes: Mutex::default(),
-            told: Mutex::default(),
+            reported: Mutex::default(),
         }
     }
 
@@ -110,13 +110,13 @@ impl Placer {
         drop(known);
         self.generation.fetch_add(1, Ordering::Relaxed);
         self.connected.store(true, Ordering::Release);
-        self.host.ring_bell();
+        self.host.notify();
     }
 
     /// The front-end is gone.
     pub fn disconnected(&self) {
         self.connected.store(false, Ordering::Release);
-        self.told.lock().forget_present();
+        self.reported.lock().clear_current();
         self.host.set_pinned(self.device, CpuSet::default);
     }
 
@@ -127,28 +127,28 @@ impl Placer {
     }
 
     /// The driver now uses `pairs` pairs; true when that is news.
-    pub fn set_pairs(&self, pairs: u32) -> bool {
-        let news = self.pairs.swap(pairs.max(1), Ordering::Relaxed) != pairs.max(1);
-        if news {
+    pub fn set_active_pairs(&self, pairs: u32) -> bool {
+        let changed = self.pairs.swap(pairs.max(1), Ordering::Relaxed) != pairs.max(1);
+        if changed {
             self.generation.fetch_add(1, Ordering::Relaxed);
         }
-        news
+        changed
     }
 
     /// The rings of `pair` lie on this NUMA node; true when that may change where its worker belongs.
     pub fn set_memory_node(&self, pair: u16, node: Option<u32>) -> bool {
         let before = self.nodes.lock().insert(u32::from(pair), node);
-        let news = before.flatten() != node && self.has_several_nodes();
-        if news {
+        let changed = before.flatten() != node && self.has_several_nodes();
+        if changed {
             self.generation.fetch_add(1, Ordering::Relaxed);
         }
-        news
+        changed
     }
 
     /// Whether the host has more than one NUMA node.
     #[must_use]
     pub fn has_several_nodes(&self) -> bool {
-        self.host.topology().nodes() > 1
+        self.host.topology().node_count() > 1
     }
 
     /// The NUMA node of these CPUs, if it is one.
@@ -169,18 +169,18 @@ impl Placer {
     pub fn decide(&self, pair: u16) -> Decision {
         let mut known = self.known.lock();
         let known = &mut *known;
-        if known.heed(&self.host, self.device) {
+        if known.apply_host_changes(&self.host, self.device) {
             // This worker is the first to know: the others are yet to be woken.
             self.generation.fetch_add(1, Ordering::Relaxed);
-            self.owed.store(true, Ordering::Relaxed);
+            self.wake_pending.store(true, Ordering::Relaxed);
         }
         let (planner, pid) = (&known.planner, known.pid);
         let found = known.found.get_or_insert_with(|| {
-            let found = Found::search(planner, pid);
+            let found = DiscoveredVcpus::search(planner, pid);
             tracing::info!("{}: {}", self.name, found.map);
             found
         });
-        self.tell_pins(&known.planner, &found.map);
+        self.publish_pins(&known.planner, &found.map);
         let (generation, pairs) = (self.generation(), self.pairs.load(Ordering::Relaxed));
         let at = usize::from(pair);
         if let Some((of, with, decisions)) = &known.decisions
@@ -200,7 +200,7 @@ impl Placer {
     }
 
     /// Lets the placers of other devices know where this one's vCPUs are pinned.
-    fn tell_pins(&self, planner: &Planner, map: &VcpuMap) {
+    fn publish_pins(&self, planner: &PlacementPlanner, map: &VcpuMap) {
         // Asked when nobody else can tell: a front-end that has gone meanwhile pins nothing.
         self.host
             .set_pinned(self.device, || match self.is_connected() {
@@ -210,60 +210,60 @@ impl Placer {
     }
 
     /// The kernel refused what was decided: the host may have changed since it was last looked at.
-    pub fn doubt(&self) {
-        self.host.look();
+    pub fn invalidate(&self) {
+        self.host.refresh();
         self.generation.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Looks whether anything changed that decisions depend on; true when workers should ask again.
-    pub fn look(self: &Arc<Self>) -> bool {
+    pub fn refresh(self: &Arc<Self>) -> bool {
         // Somebody who is at it has news of his own.
         let Some(mut known) = self.known.try_lock() else {
             return false;
         };
-        let mut news =
-            known.heed(&self.host, self.device) | self.owed.swap(false, Ordering::Relaxed);
+        let mut changed =
+            known.apply_host_changes(&self.host, self.device) | self.wake_pending.swap(false, Ordering::Relaxed);
         let (pid, session) = (known.pid, known.session);
-        let Known { planner, found, .. } = &mut *known;
+        let PlacerState { planner, found, .. } = &mut *known;
         let Some(found) = found else {
             return false;
         };
-        match found.watch.look() {
-            Seen::Same => {}
-            Seen::Moved => news |= found.refresh(planner),
-            Seen::Threads => {
+        match found.watch.poll() {
+            VcpuChange::Unchanged => {}
+            VcpuChange::AffinityChanged => changed |= found.refresh(planner),
+            VcpuChange::ThreadsChanged => {
                 found.stale = true;
                 // Some may have moved as well, and the search may have to wait.
-                news |= found.refresh_living(planner);
+                changed |= found.refresh_alive(planner);
             }
         }
         if found.stale && !found.searching && Instant::now() >= found.search_at {
             let planner = planner.clone();
             if planner.may_ask_monitor() {
-                found.searching = self.search_aside(planner, pid, session).is_ok();
+                found.searching = self.spawn_search(planner, pid, session).is_ok();
             } else {
                 drop(known);
-                news |= self.search(&planner, pid, session);
+                changed |= self.search(&planner, pid, session);
             }
         }
-        if news {
+        if changed {
             self.generation.fetch_add(1, Ordering::Relaxed);
         }
-        news
+        changed
     }
 
     /// The same as [`Placer::search`] in a thread of its own: a monitor may take its time, and
     /// neither workers that ask nor other devices must wait for it.
-    fn search_aside(
+    fn spawn_search(
         self: &Arc<Self>,
-        planner: Planner,
+        planner: PlacementPlanner,
         pid: Option<i32>,
         session: u32,
     ) -> io::Result<()> {
         let placer = Arc::clone(self);
         let search = move || {
             if placer.search(&planner, pid, session) {
-                placer.owed.store(true, Ordering::Relaxed);
+                placer.wake_pending.store(true, Ordering::Relaxed);
             }
         };
         let thread = std::thread::Builder::new().name("qmp".into());
@@ -271,13 +271,13 @@ impl Placer {
     }
 
     /// Looks for the vCPU threads again; true when they are others than before.
-    fn search(&self, planner: &Planner, pid: Option<i32>, session: u32) -> bool {
-        let mut new = Found::search(planner, pid);
+    fn search(&self, planner: &PlacementPlanner, pid: Option<i32>, session: u32) -> bool {
+        let mut new = DiscoveredVcpus::search(planner, pid);
         let mut known = self.known.lock();
         let Some(old) = known.found.as_ref().filter(|_| known.session == session) else {
             return false;
         };
-        new.be_patient(old.pause);
+        new.back_off(old.pause);
         let mut map = old.map.clone();
         planner.refresh(&mut map);
         if new.stale && map.vcpus.iter().any(|vcpu| vcpu.cpus.is_some()) {
@@ -285,18 +285,18 @@ impl Placer {
             new.watch = planner.watch(pid, &map);
             new.map = map;
         }
-        let news = new.map != old.map;
-        if news {
+        let changed = new.map != old.map;
+        if changed {
             tracing::info!("{}: {}", self.name, new.map);
         }
         known.found = Some(new);
-        news
+        changed
     }
 
     /// Says in the log what is wrong with how vCPUs and workers stand, each thing once.
-    pub fn review(&self) {
+    pub fn update_warnings(&self) {
         let state = (self.generation(), self.pairs.load(Ordering::Relaxed));
-        if self.told.lock().is_settled(state) {
+        if self.reported.lock().is_current(state) {
             return;
         }
         let (_, pairs) = state;
@@ -316,12 +316,12 @@ impl Placer {
             };
             known.planner.warnings(&found.map, in_use)
         };
-        let mut told = self.told.lock();
+        let mut reported = self.reported.lock();
         if !self.is_connected() {
             // It went meanwhile, and what was in force with it.
             return;
         }
-        for warning in told.news(state, warnings, Instant::now()) {
+        for warning in reported.update(state, warnings, Instant::now()) {
             tracing::warn!("{}: {warning}", self.name);
         }
     }
@@ -329,32 +329,32 @@ impl Placer {
     /// What is wrong now.
     #[must_use]
     pub fn warnings(&self) -> Vec<Warning> {
-        self.told.lock().present().to_vec()
+        self.reported.lock().current().to_vec()
     }
 }
 
-impl Known {
+impl PlacerState {
     /// Takes the host as it is now into account; true when it changed.
-    fn heed(&mut self, host: &Host, device: u32) -> bool {
+    fn apply_host_changes(&mut self, host: &HostCpus, device: u32) -> bool {
         let version = host.version();
-        let news = version != self.host;
-        if news {
+        let changed = version != self.host;
+        if changed {
             self.host = version;
             self.planner.set_host(host.allowed(), host.topology());
-            self.planner.set_others(host.pinned_beside(device));
+            self.planner.set_pinned_by_others(host.pinned_by_others(device));
             self.decisions = None;
         }
-        news
+        changed
     }
 }
 
-impl Found {
-    fn search(planner: &Planner, pid: Option<i32>) -> Self {
+impl DiscoveredVcpus {
+    fn search(planner: &PlacementPlanner, pid: Option<i32>) -> Self {
         let mut map = planner.discover(pid);
         let watch = planner.watch(pid, &map);
         // What changed between the two.
         planner.refresh(&mut map);
-        let pause = SEARCH_AGAIN;
+        let pause = MIN_SEARCH_INTERVAL;
         Self {
             searching: false,
             stale: map.vcpus.iter().all(|vcpu| vcpu.cpus.is_none()),
@@ -366,17 +366,17 @@ impl Found {
     }
 
     /// The last search was `pause` after the one before.
-    fn be_patient(&mut self, pause: Duration) {
+    fn back_off(&mut self, pause: Duration) {
         self.pause = match (self.stale, self.map.source) {
-            (true, _) => (pause * 2).min(SEARCH_RARELY),
-            (false, Source::Qmp) => ASK_AGAIN,
-            (false, _) => SEARCH_AGAIN,
+            (true, _) => (pause * 2).min(MAX_SEARCH_INTERVAL),
+            (false, VcpuSource::Qmp) => QMP_SEARCH_INTERVAL,
+            (false, _) => MIN_SEARCH_INTERVAL,
         };
         self.search_at = Instant::now() + self.pause;
     }
 
     /// The same, but leaves threads that are gone where they were: the search will tell.
-    fn refresh_living(&mut self, planner: &Planner) -> bool {
+    fn refresh_alive(&mut self, planner: &PlacementPlanner) -> bool {
         let before = self.map.vcpus.clone();
         planner.refresh(&mut self.map);
         for (now, before) in self.map.vcpus.iter_mut().zip(&before) {
@@ -388,7 +388,7 @@ impl Found {
     }
 
     /// Reads where the threads may run now; true when that changed.
-    fn refresh(&mut self, planner: &Planner) -> bool {
+    fn refresh(&mut self, planner: &PlacementPlanner) -> bool {
         let before = self.map.vcpus.clone();
         planner.refresh(&mut self.map);
         self.map.vcpus != before
@@ -410,7 +410,7 @@ mod tests {
 
     /// A thread called as QEMU calls that of a vCPU, until the sender is dropped.
     fn vcpu(index: u32) -> (i32, mpsc::Sender<()>, std::thread::JoinHandle<()>) {
-        let (tell, told) = mpsc::channel();
+        let (tell, reported) = mpsc::channel();
         let (end, ended) = mpsc::channel::<()>();
         let thread = std::thread::Builder::new().name(format!("CPU {index}/TCG"));
         let thread = thread.spawn(move || {
@@ -418,13 +418,13 @@ mod tests {
                 .unwrap();
             ended.recv().unwrap_err();
         });
-        (told.recv().unwrap(), end, thread.unwrap())
+        (reported.recv().unwrap(), end, thread.unwrap())
     }
 
-    fn looks_until(placer: &Arc<Placer>, news: impl Fn() -> bool) {
+    fn refresh_until(placer: &Arc<Placer>, changed: impl Fn() -> bool) {
         let until = Instant::now() + Duration::from_secs(20);
-        while !news() {
-            placer.look();
+        while !changed() {
+            placer.refresh();
             assert!(Instant::now() < until);
             std::thread::sleep(Duration::from_millis(20));
         }
@@ -434,20 +434,20 @@ mod tests {
     #[test]
     fn decisions_follow_the_vcpus() {
         let _alone = ALONE.lock();
-        let host = Arc::new(Host::read().unwrap());
+        let host = Arc::new(HostCpus::read().unwrap());
         let cpus = host.allowed();
-        let planner = Planner::new(Placement::Auto, cpus.clone(), None).unwrap();
+        let planner = PlacementPlanner::new(Placement::Auto, cpus.clone(), None).unwrap();
         let placer = Arc::new(Placer::new("test", planner, host));
-        assert!(!placer.look(), "nobody is connected");
+        assert!(!placer.refresh(), "nobody is connected");
         placer.connected(me());
-        placer.set_pairs(2);
+        placer.set_active_pairs(2);
         let blind = placer.decide(1);
         assert_eq!(
             (blind.vcpu_tid, &blind.cpus),
-            (None, &cpus.turn(1)),
+            (None, &cpus.nth_cyclic(1)),
             "{blind}"
         );
-        placer.review();
+        placer.update_warnings();
         assert!(matches!(
             placer.warnings()[..],
             [Warning::Unknown { .. }, ..]
@@ -455,7 +455,7 @@ mod tests {
 
         // They get their names.
         let (first, ends_first, thread) = vcpu(0);
-        looks_until(&placer, || placer.decide(0).vcpu_tid == Some(first));
+        refresh_until(&placer, || placer.decide(0).vcpu_tid == Some(first));
         assert_eq!(
             placer.decide(1).vcpu_tid,
             Some(first),
@@ -464,10 +464,10 @@ mod tests {
 
         // The first is pinned elsewhere.
         for turn in [1, 0] {
-            let there = cpus.turn(turn);
-            virtionet_placement::apply(Some(first), &there).unwrap();
+            let there = cpus.nth_cyclic(turn);
+            virtionet_placement::set_thread_affinity(Some(first), &there).unwrap();
             let before = placer.generation();
-            assert!(placer.look() || cpus.len() == 1);
+            assert!(placer.refresh() || cpus.len() == 1);
             assert!(placer.generation() != before || cpus.len() == 1);
             assert_eq!(placer.decide(0).cpus, there);
             assert_eq!(placer.decide(7).cpus, there, "also of a pair not in use");
@@ -475,10 +475,10 @@ mod tests {
 
         // Another is plugged in, and unplugged.
         let (second, ends_second, other) = vcpu(1);
-        looks_until(&placer, || placer.decide(1).vcpu_tid == Some(second));
+        refresh_until(&placer, || placer.decide(1).vcpu_tid == Some(second));
         drop(ends_second);
         other.join().unwrap();
-        looks_until(&placer, || placer.decide(1).vcpu_tid == Some(first));
+        refresh_until(&placer, || placer.decide(1).vcpu_tid == Some(first));
 
         placer.disconnected();
         assert_eq!(placer.warnings(), []);
@@ -491,11 +491,11 @@ mod tests {
     #[test]
     fn a_vcpu_that_moves_while_threads_come_and_go_is_followed_at_the_next_look() {
         let _alone = ALONE.lock();
-        let host = Arc::new(Host::read().unwrap());
+        let host = Arc::new(HostCpus::read().unwrap());
         let cpus = host.allowed();
         let (tid, ends, thread) = vcpu(40);
-        virtionet_placement::apply(Some(tid), &cpus.turn(0)).unwrap();
-        let planner = Planner::new(Placement::Auto, cpus.clone(), None).unwrap();
+        virtionet_placement::set_thread_affinity(Some(tid), &cpus.nth_cyclic(0)).unwrap();
+        let planner = PlacementPlanner::new(Placement::Auto, cpus.clone(), None).unwrap();
         let placer = Arc::new(Placer::new("test", planner, host));
         placer.connected(me());
         let pair = |placer: &Arc<Placer>| {
@@ -504,12 +504,12 @@ mod tests {
                 .find(|one| one.vcpu_tid == Some(tid))
                 .unwrap()
         };
-        assert_eq!(pair(&placer).cpus, cpus.turn(0));
+        assert_eq!(pair(&placer).cpus, cpus.nth_cyclic(0));
         placer.known.lock().found.as_mut().unwrap().search_at += Duration::from_secs(60);
         let (_, ends_other, other) = vcpu(41);
-        virtionet_placement::apply(Some(tid), &cpus.turn(1)).unwrap();
-        assert!(placer.look() || cpus.len() == 1);
-        assert_eq!(pair(&placer).cpus, cpus.turn(1));
+        virtionet_placement::set_thread_affinity(Some(tid), &cpus.nth_cyclic(1)).unwrap();
+        assert!(placer.refresh() || cpus.len() == 1);
+        assert_eq!(pair(&placer).cpus, cpus.nth_cyclic(1));
         drop((ends, ends_other));
         thread.join().unwrap();
         other.join().unwrap();
@@ -517,44 +517,44 @@ mod tests {
 
     #[test]
     fn nothing_is_wrong_once_the_front_end_has_gone() {
-        let host = Arc::new(Host::read().unwrap());
-        let planner = Planner::new(Placement::Auto, host.allowed(), None).unwrap();
+        let host = Arc::new(HostCpus::read().unwrap());
+        let planner = PlacementPlanner::new(Placement::Auto, host.allowed(), None).unwrap();
         let placer = Arc::new(Placer::new("test", planner, host));
         placer.connected(None);
         let _ = placer.decide(0);
         placer.disconnected();
         // A look that began before.
-        placer.review();
+        placer.update_warnings();
         assert_eq!(placer.warnings(), []);
     }
 
     #[test]
     fn devices_know_of_each_others_vcpus() {
         let _alone = ALONE.lock();
-        let host = Arc::new(Host::read().unwrap());
+        let host = Arc::new(HostCpus::read().unwrap());
         let cpus = host.allowed();
         let planner = || {
-            Planner::new(Placement::None, cpus.clone(), None)
+            PlacementPlanner::new(Placement::None, cpus.clone(), None)
                 .unwrap()
-                .polling(true)
+                .with_polling(true)
         };
         let one = Arc::new(Placer::new("test", planner(), Arc::clone(&host)));
         let other = Arc::new(Placer::new("test", planner(), Arc::clone(&host)));
         let (tid, ends, thread) = vcpu(50);
-        virtionet_placement::apply(Some(tid), &cpus.turn(0)).unwrap();
+        virtionet_placement::set_thread_affinity(Some(tid), &cpus.nth_cyclic(0)).unwrap();
         one.connected(me());
         other.connected(None);
         assert_eq!(other.decide(0).cpus, cpus, "nobody has looked for vCPUs");
         let _ = one.decide(0);
-        assert!(other.look(), "another guest came");
-        let free = cpus.difference(&host.pinned_beside(other.device));
-        assert_eq!(host.pinned_beside(one.device), CpuSet::default());
-        assert!(!free.contains(cpus.turn(0).last().unwrap()));
+        assert!(other.refresh(), "another guest came");
+        let free = cpus.difference(&host.pinned_by_others(other.device));
+        assert_eq!(host.pinned_by_others(one.device), CpuSet::default());
+        assert!(!free.contains(cpus.nth_cyclic(0).last().unwrap()));
         let decision = other.decide(0);
         assert_eq!(decision.may_poll, !free.is_empty());
         assert!(free.is_empty() || decision.cpus == free, "{decision}");
         one.disconnected();
-        assert!(other.look(), "it went");
+        assert!(other.refresh(), "it went");
         assert_eq!(other.decide(0).cpus, cpus);
         drop(ends);
         thread.join().unwrap();
@@ -563,10 +563,10 @@ mod tests {
     /// Whoever looks goes on at once, and who asks gets what is known.
     #[test]
     fn a_monitor_that_hangs_is_asked_by_a_thread_of_its_own() {
-        let host = Arc::new(Host::read().unwrap());
+        let host = Arc::new(HostCpus::read().unwrap());
         let path = std::env::temp_dir().join(format!("placer-{}.qmp", std::process::id()));
         let silent = std::os::unix::net::UnixListener::bind(&path).unwrap();
-        let planner = Planner::new(Placement::Auto, host.allowed(), Some(path.clone())).unwrap();
+        let planner = PlacementPlanner::new(Placement::Auto, host.allowed(), Some(path.clone())).unwrap();
         let planner = planner.with_qmp_timeout(Duration::from_millis(200));
         let placer = Arc::new(Placer::new("test", planner, host));
         placer.connected(None);
@@ -578,23 +578,23 @@ mod tests {
             found.searching
         };
         assert!(!due(&placer));
-        assert!(!placer.look());
+        assert!(!placer.refresh());
         assert!(due(&placer), "it is being asked");
-        assert!(!placer.look(), "and not twice");
+        assert!(!placer.refresh(), "and not twice");
         assert_eq!(placer.decide(0), first);
-        looks_until(&placer, || Arc::strong_count(&placer) == 1);
+        refresh_until(&placer, || Arc::strong_count(&placer) == 1);
         drop(silent);
         std::fs::remove_file(path).unwrap();
     }
 
     #[test]
     fn a_worker_that_saw_the_host_change_has_the_others_woken() {
-        let host = Arc::new(Host::read().unwrap());
-        let planner = Planner::new(Placement::None, host.allowed(), None).unwrap();
+        let host = Arc::new(HostCpus::read().unwrap());
+        let planner = PlacementPlanner::new(Placement::None, host.allowed(), None).unwrap();
         let placer = Arc::new(Placer::new("test", planner, host));
         placer.connected(None);
         assert!(!placer.decide(0).cpus.is_empty());
-        assert!(!placer.look());
+        assert!(!placer.refresh());
         placer.known.lock().host = u32::MAX;
         let before = placer.generation();
         assert_eq!(
@@ -602,7 +602,7 @@ mod tests {
             CpuSet::from_iter(placer.host.allowed().iter())
         );
         assert_ne!(placer.generation(), before);
-        assert!(placer.look(), "the others have yet to ask");
-        assert!(!placer.look());
+        assert!(placer.refresh(), "the others have yet to ask");
+        assert!(!placer.refresh());
     }
 }

@@ -6,7 +6,7 @@
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 #[must_use]
-pub fn cycles() -> u64 {
+pub fn read_cycles() -> u64 {
     // SAFETY: every x86_64 CPU has this instruction, and Linux lets user space run it.
     unsafe { core::arch::x86_64::_rdtsc() }
 }
@@ -14,7 +14,7 @@ pub fn cycles() -> u64 {
 /// Nanoseconds, where there is no such counter to read.
 #[cfg(not(target_arch = "x86_64"))]
 #[must_use]
-pub fn cycles() -> u64 {
+pub fn read_cycles() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
 }
@@ -22,7 +22,7 @@ pub fn cycles() -> u64 {
 /// Keeps the allocator to one arena. By default each thread that allocates gets one of its own, tens
 /// of KiB a worker; workers allocate next to nothing once they run. To be called before any thread
 /// is started.
-pub fn use_one_arena() {
+pub fn limit_malloc_arenas() {
     // SAFETY: mallopt takes two integers and is called while the process has one thread.
     #[cfg(target_env = "gnu")]
     unsafe {

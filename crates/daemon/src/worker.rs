@@ -17,16 +17,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use virtionet_virtio_net::{DeviceQueue, RxEnd};
+use virtionet_virtio_net::{DeviceQueue, RxEndReason};
 use vmm_sys_util::epoll::{Epoll, EpollEvent};
 
-use crate::pair::Pair;
-use crate::poll::Polling;
-use crate::sys::cycles;
+use crate::queue_pair::QueuePair;
+use crate::busy_poll::BusyPoll;
+use crate::sys::read_cycles;
 
 /// Why a worker wakes up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Event {
+pub enum WorkerEvent {
     /// Something about the pair changed: a ring started, a placement, the end.
     Wake,
     /// The driver made chains available for TX.
@@ -37,7 +37,7 @@ pub enum Event {
     Uplink,
 }
 
-impl Event {
+impl WorkerEvent {
     const ALL: [Self; 4] = [Self::Wake, Self::TxKick, Self::RxKick, Self::Uplink];
 
     /// The number that epoll carries for it.
@@ -64,20 +64,20 @@ const RX_FRAMES: usize = 64;
 const RX_BYTES: usize = 1 << 20;
 
 /// Cycles that a yield takes at most when nobody else wants the CPU.
-const ALONE: u64 = 1500;
+const MAX_UNCONTENDED_YIELD_CYCLES: u64 = 1500;
 
 /// Looks at the rings while polling before it also looks at epoll.
-const LOOKS_PER_WAIT: u32 = 64;
+const POLLS_PER_EPOLL_WAIT: u32 = 64;
 
 /// A queue pair's thread, seen from within.
 #[derive(Debug)]
 pub struct Worker {
-    pair: Arc<Pair>,
+    pair: Arc<QueuePair>,
     epoll: Arc<Epoll>,
     stop: Arc<AtomicBool>,
-    poll: Polling,
+    poll: BusyPoll,
     /// Frames must be asked for at the uplink; a switch pushes them instead.
-    pulls: bool,
+    is_pull_uplink: bool,
     /// Chains may be available for TX.
     tx_ready: bool,
     /// A frame may wait in the uplink.
@@ -85,50 +85,50 @@ pub struct Worker {
     /// The guest has no RX buffers; a kick will tell when it has.
     starved: bool,
     /// Somebody else ran when it last yielded: it has its CPU not for itself.
-    shares: bool,
+    shares_cpu: bool,
     /// Since when what it does is to be told busy or not, by the time-stamp counter.
-    since: u64,
+    interval_start: u64,
 }
 
 impl Worker {
     /// A worker for `pair`, which ends when `stop` is set and it is woken.
     #[must_use]
-    pub fn new(pair: Arc<Pair>, stop: Arc<AtomicBool>, poll: Polling) -> Self {
+    pub fn new(pair: Arc<QueuePair>, stop: Arc<AtomicBool>, poll: BusyPoll) -> Self {
         Self {
             epoll: Arc::clone(pair.epoll()),
-            pulls: pair
+            is_pull_uplink: pair
                 .uplink()
-                .is_some_and(|uplink| uplink.readable().is_some()),
+                .is_some_and(|uplink| uplink.poll_fd().is_some()),
             pair,
             stop,
             poll,
             tx_ready: true,
             uplink_ready: true,
             starved: false,
-            shares: false,
-            since: 0,
+            shares_cpu: false,
+            interval_start: 0,
         }
     }
 
     /// Serves the pair until it is told to stop.
     pub fn run(mut self) {
         self.pair.place_worker();
-        self.poll.permit(self.pair.may_poll());
+        self.poll.set_permitted(self.pair.may_poll());
         while !self.stop.load(Ordering::Acquire) {
             let timeout = if self.has_work() { 0 } else { -1 };
             self.wait(timeout);
-            let found = self.pass(false);
+            let found = self.run_pass(false);
             if self.has_work() {
                 continue;
             }
             if found > 0 || self.poll.is_always() {
-                self.linger();
+                self.poll_or_yield();
                 // Kicks are not asked for yet: look before it sleeps.
                 self.tx_ready = true;
             } else {
                 // Kicks are asked for, and what came before that is found.
                 self.tx_ready = true;
-                self.pass(true);
+                self.run_pass(true);
             }
         }
     }
@@ -139,11 +139,11 @@ impl Worker {
     /// each pair stands beside its vCPU, the vCPU goes on and makes more frames meanwhile, instead
     /// of being interrupted for each of them; where nobody waits for this CPU it costs a system
     /// call.
-    fn linger(&mut self) {
+    fn poll_or_yield(&mut self) {
         if self.poll.is_on() {
-            self.spin();
+            self.busy_poll();
         } else {
-            self.give_way();
+            self.yield_cpu();
         }
     }
 
@@ -156,7 +156,7 @@ impl Worker {
         if timeout != 0 {
             self.pair.worker_stats().sleeps.add(1);
         }
-        let mut events = [EpollEvent::default(); Event::ALL.len()];
+        let mut events = [EpollEvent::default(); WorkerEvent::ALL.len()];
         let count = match self.epoll.wait(timeout, &mut events) {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
@@ -168,64 +168,64 @@ impl Worker {
             }
         };
         for event in &events[..count] {
-            match Event::of(event.data()) {
-                Some(Event::Wake) => self.woken(),
-                Some(Event::TxKick) => {
+            match WorkerEvent::of(event.data()) {
+                Some(WorkerEvent::Wake) => self.handle_wake_event(),
+                Some(WorkerEvent::TxKick) => {
                     self.pair.tx().stats().kicks.add(1);
                     self.tx_ready = true;
                 }
-                Some(Event::RxKick) => {
+                Some(WorkerEvent::RxKick) => {
                     self.pair.rx().stats().kicks.add(1);
                     self.starved = false;
                 }
-                Some(Event::Uplink) => self.uplink_ready = self.pulls,
+                Some(WorkerEvent::Uplink) => self.uplink_ready = self.is_pull_uplink,
                 None => {}
             }
         }
         if count > 0 {
             self.pair.worker_stats().wakeups.add(1);
         }
-        self.since = cycles();
+        self.interval_start = read_cycles();
     }
 
     /// Something changed: look at everything once.
-    fn woken(&mut self) {
-        self.pair.heed_wake();
-        self.poll.permit(self.pair.may_poll());
+    fn handle_wake_event(&mut self) {
+        self.pair.handle_wake();
+        self.poll.set_permitted(self.pair.may_poll());
         self.tx_ready = true;
-        self.uplink_ready = self.pulls;
+        self.uplink_ready = self.is_pull_uplink;
         self.starved = false;
     }
 
     /// A turn for TX and one for RX; says how many frames they found. `sleep_next`: where there are
     /// none, kicks are asked for.
-    fn pass(&mut self, sleep_next: bool) -> usize {
+    fn run_pass(&mut self, sleep_next: bool) -> usize {
         let mut found = 0;
         if self.tx_ready {
-            found += self.tx_turn(sleep_next);
+            found += self.process_tx(sleep_next);
         }
         if self.uplink_ready && !self.starved {
-            found += self.rx_turn();
+            found += self.process_rx();
         }
         let stats = self.pair.worker_stats();
-        let now = cycles();
+        let now = read_cycles();
         if found > 0 {
-            stats.busy_cycles.add(now.wrapping_sub(self.since));
+            stats.busy_cycles.add(now.wrapping_sub(self.interval_start));
             stats.busy_frames.add(u64::try_from(found).unwrap_or(0));
             if self.has_work() {
                 stats.over_budget.add(1);
             }
         }
-        self.since = now;
+        self.interval_start = now;
         found
     }
 
-    fn tx_turn(&mut self, sleep_next: bool) -> usize {
+    fn process_tx(&mut self, sleep_next: bool) -> usize {
         let uplink = self.pair.uplink();
         let outcome = self
             .pair
             .tx()
-            .turn(&format_args!("{} tx", self.pair), |queue, enabled| {
+            .process(&format_args!("{} tx", self.pair), |queue, enabled| {
                 let uplink = uplink.filter(|_| enabled).map(|uplink| &**uplink);
                 queue.disable_kicks();
                 let (mut chains, mut bytes, mut call) = (0, 0, false);
@@ -238,7 +238,7 @@ impl Worker {
                     };
                     chains += sent.chains;
                     bytes += sent.bytes;
-                    call |= sent.call;
+                    call |= sent.should_call;
                     if chains >= TX_CHAINS || bytes >= TX_BYTES {
                         break true;
                     }
@@ -253,7 +253,7 @@ impl Worker {
         found
     }
 
-    fn rx_turn(&mut self) -> usize {
+    fn process_rx(&mut self) -> usize {
         let Some(uplink) = self.pair.uplink() else {
             self.uplink_ready = false;
             return 0;
@@ -261,72 +261,72 @@ impl Worker {
         let outcome = self
             .pair
             .rx()
-            .turn(&format_args!("{} rx", self.pair), |queue, enabled| {
+            .process(&format_args!("{} rx", self.pair), |queue, enabled| {
                 if !enabled {
-                    return Ok(((0, RxEnd::UplinkEmpty), false));
+                    return Ok(((0, RxEndReason::UplinkEmpty), false));
                 }
-                let filled = queue.fill(&**uplink, RX_FRAMES, RX_BYTES)?;
-                let end = match filled.end {
-                    RxEnd::Starved if queue.enable_kicks() => RxEnd::Budget,
+                let received = queue.receive(&**uplink, RX_FRAMES, RX_BYTES)?;
+                let end = match received.end {
+                    RxEndReason::Starved if queue.enable_kicks() => RxEndReason::Budget,
                     end => end,
                 };
-                Ok(((filled.frames, end), filled.call))
+                Ok(((received.frames, end), received.should_call))
             });
         let (found, end) = outcome.unwrap_or_else(|| {
             // There is no ring, or it is quarantined: frames had better go to other pairs.
-            self.pair.steer();
-            (0, RxEnd::UplinkEmpty)
+            self.pair.reconcile_uplink();
+            (0, RxEndReason::UplinkEmpty)
         });
         match end {
-            RxEnd::UplinkEmpty | RxEnd::UplinkFailed => self.uplink_ready = false,
-            RxEnd::Starved => {
+            RxEndReason::UplinkEmpty | RxEndReason::UplinkFailed => self.uplink_ready = false,
+            RxEndReason::Starved => {
                 self.starved = true;
                 self.pair.rx().stats().rx_starved.add(1);
             }
-            RxEnd::Budget => {}
+            RxEndReason::Budget => {}
         }
         found
     }
 
     /// Who shares this CPU goes first: the vCPU that makes frames, other workers.
-    fn give_way(&mut self) {
+    fn yield_cpu(&mut self) {
         std::thread::yield_now();
-        let now = cycles();
-        self.shares = now.wrapping_sub(self.since) > ALONE;
-        self.since = now;
+        let now = read_cycles();
+        self.shares_cpu = now.wrapping_sub(self.interval_start) > MAX_UNCONTENDED_YIELD_CYCLES;
+        self.interval_start = now;
     }
 
     /// Looks for frames again and again, without kicks, for as long as that pays.
-    fn spin(&mut self) {
-        let mut until = self.poll.until();
-        let mut looks = 0u32;
+    fn busy_poll(&mut self) {
+        let mut deadline = self.poll.deadline();
+        let mut polls_done = 0u32;
         while !self.stop.load(Ordering::Relaxed) {
             // Also between looks that find frames: a busy ring must not hide a kick of the other,
             // or a change of the pair.
-            looks = looks.wrapping_add(1);
-            if looks.is_multiple_of(LOOKS_PER_WAIT) {
+            polls_done = polls_done.wrapping_add(1);
+            if polls_done.is_multiple_of(POLLS_PER_EPOLL_WAIT) {
                 self.wait(0);
             }
             self.tx_ready = true;
-            self.uplink_ready = self.pulls;
-            let found = self.pass(false);
+            self.uplink_ready = self.is_pull_uplink;
+            let found = self.run_pass(false);
             if found > 0 {
                 self.pair.worker_stats().busy_polls.add(1);
-                self.poll.found(found);
-                until = self.poll.until();
+                self.poll.record_hit(found);
+                deadline = self.poll.deadline();
                 // To be preempted instead would cost as much, at a worse moment: others on this
                 // CPU have waited, and their frames too.
-                if self.shares {
-                    self.give_way();
+                if self.shares_cpu {
+                    self.yield_cpu();
                 }
                 continue;
             }
             self.pair.worker_stats().polls.add(1);
-            if until.is_none_or(|until| Instant::now() >= until) {
-                self.poll.in_vain();
+            if deadline.is_none_or(|deadline| Instant::now() >= deadline) {
+                self.poll.record_miss();
                 return;
             }
-            self.give_way();
+            self.yield_cpu();
         }
     }
 }

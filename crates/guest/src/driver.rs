@@ -1,13 +1,13 @@
 //! The driver's side of a virtqueue, whatever its format.
 //!
-//! A round of work is: [`DriverRing::add`] some chains, [`DriverRing::publish`] them together, kick
-//! when [`DriverRing::kick_needed`], later [`DriverRing::collect`] what the device is done with.
-//! Sleeping is safe in this order: `collect`, then [`DriverRing::enable_calls`], and when that says
+//! A round of work is: [`DriverVirtqueue::add`] some chains, [`DriverVirtqueue::publish`] them together, kick
+//! when [`DriverVirtqueue::is_kick_needed`], later [`DriverVirtqueue::collect`] what the device is done with.
+//! Sleeping is safe in this order: `collect`, then [`DriverVirtqueue::enable_calls`], and when that says
 //! that more is there, collect again instead of sleeping.
 
 use crate::memory::{GuestRam, RamError};
-use crate::packed::PackedRing;
-use crate::split::SplitRing;
+use crate::packed::PackedDriverVirtqueue;
+use crate::split::SplitDriverVirtqueue;
 
 /// One buffer of a chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,7 +44,7 @@ impl Buf {
 
 /// How a ring is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RingConfig {
+pub struct DriverVirtqueueConfig {
     /// Descriptors: a power of two from 2 to 32,768 in a split ring, any number from 1 to 32,768 in a
     /// packed one.
     pub size: u16,
@@ -57,7 +57,7 @@ pub struct RingConfig {
     pub start: u16,
 }
 
-impl RingConfig {
+impl DriverVirtqueueConfig {
     /// A ring of `size` descriptors under these feature bits, from index 0.
     #[must_use]
     pub fn new(size: u16, features: u64) -> Self {
@@ -72,7 +72,7 @@ impl RingConfig {
 
 /// Where a ring's three parts lie, as guest physical addresses (virtio 1.3 §2.6).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RingAddresses {
+pub struct VirtqueueAddresses {
     /// Descriptor area.
     pub descriptors: u64,
     /// Driver area: the available ring, or the driver's event suppression.
@@ -83,7 +83,7 @@ pub struct RingAddresses {
 
 /// Why the driver could not do what was asked.
 #[derive(Debug, thiserror::Error)]
-pub enum RingError {
+pub enum DriverVirtqueueError {
     /// A size that the format does not have.
     #[error(
         "a ring of {0} descriptors cannot be made; take 1 to 32768, and a power of two from 2 in a split ring"
@@ -150,32 +150,32 @@ pub enum DeviceFault {
 
 /// A driver's ring.
 #[derive(Debug)]
-pub enum DriverRing {
+pub enum DriverVirtqueue {
     /// Virtio 1.3 §2.7.
-    Split(SplitRing),
+    Split(SplitDriverVirtqueue),
     /// Virtio 1.3 §2.8.
-    Packed(PackedRing),
+    Packed(PackedDriverVirtqueue),
 }
 
 /// Calls the same on whichever format the ring has.
 macro_rules! each {
     ($self:expr, $ring:ident => $call:expr) => {
         match $self {
-            DriverRing::Split($ring) => $call,
-            DriverRing::Packed($ring) => $call,
+            DriverVirtqueue::Split($ring) => $call,
+            DriverVirtqueue::Packed($ring) => $call,
         }
     };
 }
 
-impl DriverRing {
+impl DriverVirtqueue {
     /// Allocates an empty ring in `ram`.
     ///
     /// # Errors
     /// When the format does not have that size or `ram` has no room.
-    pub fn new(ram: &GuestRam, config: RingConfig) -> Result<Self, RingError> {
+    pub fn new(ram: &GuestRam, config: DriverVirtqueueConfig) -> Result<Self, DriverVirtqueueError> {
         Ok(match config.packed {
-            false => Self::Split(SplitRing::new(ram, config)?),
-            true => Self::Packed(PackedRing::new(ram, config)?),
+            false => Self::Split(SplitDriverVirtqueue::new(ram, config)?),
+            true => Self::Packed(PackedDriverVirtqueue::new(ram, config)?),
         })
     }
 
@@ -187,7 +187,7 @@ impl DriverRing {
 
     /// Where the parts lie.
     #[must_use]
-    pub fn addresses(&self) -> RingAddresses {
+    pub fn addresses(&self) -> VirtqueueAddresses {
         each!(self, ring => ring.addresses())
     }
 
@@ -225,13 +225,13 @@ impl DriverRing {
     }
 
     /// Writes a chain, not yet visible to the device. With `indirect` it takes one descriptor and a
-    /// table of its own. `token` comes back from [`DriverRing::collect`]. Returns the descriptor
+    /// table of its own. `token` comes back from [`DriverVirtqueue::collect`]. Returns the descriptor
     /// that heads the chain (split) or the buffer id (packed).
     ///
     /// # Errors
     /// When there is no room; nothing was added then.
     #[inline(always)]
-    pub fn add(&mut self, chain: &[Buf], indirect: bool, token: u64) -> Result<u16, RingError> {
+    pub fn add(&mut self, chain: &[Buf], indirect: bool, token: u64) -> Result<u16, DriverVirtqueueError> {
         each!(self, ring => ring.add(chain, indirect, token))
     }
 
@@ -244,11 +244,11 @@ impl DriverRing {
     /// Whether the device wants a kick for what was published since the last call of this.
     #[inline(always)]
     #[must_use]
-    pub fn kick_needed(&mut self) -> bool {
-        each!(self, ring => ring.kick_needed())
+    pub fn is_kick_needed(&mut self) -> bool {
+        each!(self, ring => ring.is_kick_needed())
     }
 
-    /// Reads the device's progress once; returns the chains that [`DriverRing::pop`] can now give.
+    /// Reads the device's progress once; returns the chains that [`DriverVirtqueue::pop`] can now give.
     ///
     /// # Errors
     /// When the device's index is impossible.
@@ -257,7 +257,7 @@ impl DriverRing {
         each!(self, ring => ring.refresh())
     }
 
-    /// The next chain, token and bytes written, of those that the last [`DriverRing::refresh`] saw.
+    /// The next chain, token and bytes written, of those that the last [`DriverVirtqueue::refresh`] saw.
     ///
     /// # Errors
     /// When the device names a chain that is not in flight.
@@ -295,7 +295,7 @@ impl DriverRing {
     }
 
     /// The ring as a split ring, for its raw access; `None` for another format.
-    pub fn as_split(&mut self) -> Option<&mut SplitRing> {
+    pub fn as_split(&mut self) -> Option<&mut SplitDriverVirtqueue> {
         match self {
             Self::Split(ring) => Some(ring),
             Self::Packed(_) => None,
@@ -303,7 +303,7 @@ impl DriverRing {
     }
 
     /// The ring as a packed ring, for its raw access; `None` for another format.
-    pub fn as_packed(&mut self) -> Option<&mut PackedRing> {
+    pub fn as_packed(&mut self) -> Option<&mut PackedDriverVirtqueue> {
         match self {
             Self::Packed(ring) => Some(ring),
             Self::Split(_) => None,
@@ -313,11 +313,11 @@ impl DriverRing {
 
 /// Descriptors that a chain takes from a ring with `free` ones.
 #[inline(always)]
-pub(crate) fn needed(chain: &[Buf], indirect: bool, free: u16) -> Result<u16, RingError> {
+pub(crate) fn needed(chain: &[Buf], indirect: bool, free: u16) -> Result<u16, DriverVirtqueueError> {
     let needed = if indirect { 1 } else { chain.len() };
     match u16::try_from(needed) {
-        _ if chain.is_empty() => Err(RingError::Empty),
+        _ if chain.is_empty() => Err(DriverVirtqueueError::Empty),
         Ok(count) if count <= free => Ok(count),
-        _ => Err(RingError::Full { needed, free }),
+        _ => Err(DriverVirtqueueError::Full { needed, free }),
     }
 }

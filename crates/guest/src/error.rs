@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::driver::{DeviceFault, RingError};
+use crate::driver::{DeviceFault, DriverVirtqueueError};
 use crate::memory::RamError;
 
 /// What kept a card from working.
@@ -14,7 +14,7 @@ pub enum Error {
     Ram(#[from] RamError),
     /// A ring.
     #[error(transparent)]
-    Ring(#[from] RingError),
+    Ring(#[from] DriverVirtqueueError),
     /// What the device put into a ring is wrong.
     #[error(transparent)]
     Device(#[from] DeviceFault),

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::Range;
 
-use crate::header::{GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP, NEEDS_CSUM, NetHeader};
+use crate::header::{VIRTIO_NET_HDR_GSO_NONE, VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_TCPV6, VIRTIO_NET_HDR_GSO_UDP, VIRTIO_NET_HDR_F_NEEDS_CSUM, NetHeader};
 
 /// Bytes of an Ethernet header.
 pub const ETHERNET_LEN: usize = 14;
@@ -244,7 +244,7 @@ impl FrameSpec {
         let short = |at: usize| u16::try_from(at).map_err(|_| FrameError::TooLong(at));
         let mut header = NetHeader::default();
         if self.checksum == Checksum::Partial {
-            header.flags = NEEDS_CSUM;
+            header.flags = VIRTIO_NET_HDR_F_NEEDS_CSUM;
             header.csum_start = short(start)?;
             header.csum_offset = self.transport.checksum_offset();
         }
@@ -252,9 +252,9 @@ impl FrameSpec {
             header.gso_size = size;
             header.hdr_len = short(start + self.transport.header_len())?;
             header.gso_type = match (self.transport, self.source) {
-                (Transport::Udp, _) => GSO_UDP,
-                (Transport::Tcp, IpAddr::V4(_)) => GSO_TCPV4,
-                (Transport::Tcp, IpAddr::V6(_)) => GSO_TCPV6,
+                (Transport::Udp, _) => VIRTIO_NET_HDR_GSO_UDP,
+                (Transport::Tcp, IpAddr::V4(_)) => VIRTIO_NET_HDR_GSO_TCPV4,
+                (Transport::Tcp, IpAddr::V6(_)) => VIRTIO_NET_HDR_GSO_TCPV6,
             };
         }
         Ok(header)
@@ -271,7 +271,7 @@ pub fn ethernet(target: [u8; 6], source: [u8; 6], ethertype: u16, payload: &[u8]
 
 /// A TCP or UDP frame, taken apart.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Parsed {
+pub struct ParsedFrame {
     /// VLAN tag.
     pub vlan: Option<u16>,
     /// IP source.
@@ -292,7 +292,7 @@ pub struct Parsed {
     pub payload: Range<usize>,
 }
 
-impl Parsed {
+impl ParsedFrame {
     /// Takes `bytes` apart.
     ///
     /// # Errors
@@ -349,13 +349,13 @@ impl Parsed {
 }
 
 /// Checks the IP and transport checksums of a frame against what its header says: whole without
-/// NEEDS_CSUM, the pseudo header's alone (where csum_start and csum_offset point) with it.
+/// VIRTIO_NET_HDR_F_NEEDS_CSUM, the pseudo header's alone (where csum_start and csum_offset point) with it.
 ///
 /// # Errors
 /// When the frame cannot be read or a checksum is wrong.
-pub fn check(frame: &Frame) -> Result<Parsed, FrameError> {
+pub fn check(frame: &Frame) -> Result<ParsedFrame, FrameError> {
     let bytes = &frame.bytes;
-    let parsed = Parsed::new(bytes)?;
+    let parsed = ParsedFrame::new(bytes)?;
     let ip = parsed.ip_start..parsed.segment.start;
     if parsed.source.is_ipv4() && fold(sum(&bytes[ip])) != 0xffff {
         return Err(FrameError::Checksum("IPv4"));
@@ -369,12 +369,12 @@ pub fn check(frame: &Frame) -> Result<Parsed, FrameError> {
         parsed.transport,
         segment.len(),
     );
-    let right = if frame.header.flags & NEEDS_CSUM != 0 {
+    let right = if frame.header.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM != 0 {
         let start = usize::from(frame.header.csum_start);
         let at = usize::from(frame.header.csum_offset);
         start == parsed.segment.start && at == offset && field == fold(pseudo)
     } else {
-        fold(pseudo + sum(segment)) == 0xffff && frame.header.gso_type == GSO_NONE
+        fold(pseudo + sum(segment)) == 0xffff && frame.header.gso_type == VIRTIO_NET_HDR_GSO_NONE
     };
     if right {
         Ok(parsed)
@@ -406,7 +406,7 @@ fn pseudo_sum(source: IpAddr, target: IpAddr, transport: Transport, segment_len:
         (IpAddr::V6(source), IpAddr::V6(target)) => sum(&source.octets()) + sum(&target.octets()),
         _ => 0,
     };
-    addresses + u64::from(transport.protocol()) + crate::memory::wide(segment_len)
+    addresses + u64::from(transport.protocol()) + crate::memory::to_u64(segment_len)
 }
 
 /// The sum of 16-bit words, an odd byte padded with 0.
@@ -492,8 +492,8 @@ mod tests {
         spec.gso_size = Some(1428);
         let frame = spec.build(&[0; 60_000]).unwrap();
         let want = NetHeader {
-            flags: NEEDS_CSUM,
-            gso_type: GSO_TCPV6,
+            flags: VIRTIO_NET_HDR_F_NEEDS_CSUM,
+            gso_type: VIRTIO_NET_HDR_GSO_TCPV6,
             hdr_len: 14 + 40 + 20,
             gso_size: 1428,
             csum_start: 54,
@@ -519,10 +519,10 @@ mod tests {
         assert!(matches!(mixed.build(&[]), Err(FrameError::Families(..))));
         let arp = ethernet([0xff; 6], [2; 6], 0x0806, &[1, 2]);
         assert_eq!(arp.len(), 60);
-        assert!(matches!(Parsed::new(&arp), Err(FrameError::Unknown(_))));
+        assert!(matches!(ParsedFrame::new(&arp), Err(FrameError::Unknown(_))));
         for len in 0..54 {
             let frame = FrameSpec::v4(Transport::Tcp).build(b"").unwrap();
-            assert!(Parsed::new(&frame.bytes[..len]).is_err(), "{len}");
+            assert!(ParsedFrame::new(&frame.bytes[..len]).is_err(), "{len}");
         }
     }
 }

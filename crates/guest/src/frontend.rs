@@ -14,26 +14,26 @@ use vhost::vhost_user::message::{
 };
 use virtionet_virtqueue::memory::RegionSpec;
 
-use crate::driver::RingAddresses;
+use crate::driver::VirtqueueAddresses;
 use crate::error::Error;
-use crate::memory::{GuestRam, RamError, wide};
-use crate::wire::{NEED_REPLY, VERSION, Wire};
+use crate::memory::{GuestRam, RamError, to_u64};
+use crate::message_stream::{VHOST_USER_NEED_REPLY_MASK, VHOST_USER_VERSION, MessageStream};
 
 /// The feature bit that stands for the protocol features (VHOST_USER_F_PROTOCOL_FEATURES).
-pub const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+pub const VHOST_USER_F_PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 /// The feature bit that turns dirty logging on (VHOST_F_LOG_ALL).
-pub const LOG_ALL: u64 = VhostUserVirtioFeatures::LOG_ALL.bits();
+pub const VHOST_F_LOG_ALL: u64 = VhostUserVirtioFeatures::LOG_ALL.bits();
 
 /// In SET_VRING_KICK, CALL and ERR: no descriptor comes with the message.
-pub const NO_FD: u64 = 1 << 8;
+pub const VHOST_USER_VRING_NOFD_MASK: u64 = 1 << 8;
 /// In SET_VRING_ADDR: the used ring's writes are logged.
-pub const VRING_F_LOG: u32 = 1;
+pub const VHOST_VRING_F_LOG_MASK: u32 = 1;
 
 /// A front-end's end of a vhost-user connection.
 #[derive(Debug)]
-pub struct FrontEnd {
+pub struct FrontendConnection {
     /// The socket, for messages that no method here would send.
-    pub wire: Wire,
+    pub wire: MessageStream,
     /// Protocol features in force.
     protocol: u64,
     /// Whether every request without a reply of its own asks for an acknowledgement, once
@@ -41,24 +41,24 @@ pub struct FrontEnd {
     pub acknowledge: bool,
 }
 
-impl FrontEnd {
+impl FrontendConnection {
     /// Over a connected socket; replies are awaited for 10 s.
     ///
     /// # Errors
     /// When the socket takes no time limit.
-    pub fn over(socket: UnixStream) -> Result<Self, Error> {
-        Ok(Self::on(Wire::over(socket)?))
+    pub fn from_socket(socket: UnixStream) -> Result<Self, Error> {
+        Ok(Self::on(MessageStream::from_socket(socket)?))
     }
 
     /// Connects to a listening back-end, trying for up to `patience`.
     ///
     /// # Errors
     /// When nobody listens in that time.
-    pub fn connect(path: &Path, patience: Duration) -> Result<Self, Error> {
-        Ok(Self::on(Wire::connect(path, patience)?))
+    pub fn connect(path: &Path, connect_timeout: Duration) -> Result<Self, Error> {
+        Ok(Self::on(MessageStream::connect(path, connect_timeout)?))
     }
 
-    fn on(wire: Wire) -> Self {
+    fn on(wire: MessageStream) -> Self {
         Self {
             wire,
             protocol: 0,
@@ -68,7 +68,7 @@ impl FrontEnd {
 
     /// Whether a protocol feature is in force.
     #[must_use]
-    pub fn has(&self, feature: Protocol) -> bool {
+    pub fn has_feature(&self, feature: Protocol) -> bool {
         self.protocol & feature.bits() != 0
     }
 
@@ -160,7 +160,7 @@ impl FrontEnd {
     /// # Errors
     /// When the connection fails or the back-end refuses.
     pub fn set_mem_table(&mut self, table: &[(RegionSpec, RawFd)]) -> Result<(), Error> {
-        let mut body = wide(table.len()).to_ne_bytes().to_vec();
+        let mut body = to_u64(table.len()).to_ne_bytes().to_vec();
         let mut fds = Vec::new();
         for (region, fd) in table {
             body.extend_from_slice(&region_bytes(region));
@@ -193,10 +193,10 @@ impl FrontEnd {
     /// When the connection fails or the back-end refuses.
     pub fn set_log_base(&mut self, size: u64, offset: u64, log: RawFd) -> Result<(), Error> {
         let body = words(&[size, offset]);
-        if self.has(Protocol::LOG_SHMFD) {
+        if self.has_feature(Protocol::LOG_SHMFD) {
             // With LOG_SHMFD the message has a reply of its own, of no set content.
             self.wire
-                .send(FrontendReq::SET_LOG_BASE.into(), VERSION, &body, &[log])?;
+                .send(FrontendReq::SET_LOG_BASE.into(), VHOST_USER_VERSION, &body, &[log])?;
             self.wire.reply(FrontendReq::SET_LOG_BASE.into()).map(drop)
         } else {
             self.set(FrontendReq::SET_LOG_BASE, &body, &[log])
@@ -225,7 +225,7 @@ impl FrontEnd {
     /// When the connection fails.
     pub fn get_vring_base(&mut self, ring: u32) -> Result<u32, Error> {
         let request = FrontendReq::GET_VRING_BASE;
-        let reply = self.get(request, &halves(ring, 0), 8)?;
+        let reply = self.get(request, &u32_pair_bytes(ring, 0), 8)?;
         match reply.as_chunks() {
             ([index, base], []) if u32::from_ne_bytes(*index) == ring => {
                 Ok(u32::from_ne_bytes(*base))
@@ -253,13 +253,13 @@ impl FrontEnd {
         &mut self,
         ring: u32,
         ram: &GuestRam,
-        at: RingAddresses,
+        at: VirtqueueAddresses,
     ) -> Result<(), Error> {
         let user = |addr| {
             ram.user_addr(addr)
                 .ok_or(RamError::OutOfRange { addr, len: 1 })
         };
-        let addresses = RingAddresses {
+        let addresses = VirtqueueAddresses {
             descriptors: user(at.descriptors)?,
             driver: user(at.driver)?,
             device: user(at.device)?,
@@ -276,11 +276,11 @@ impl FrontEnd {
         &mut self,
         ring: u32,
         flags: u32,
-        at: RingAddresses,
+        at: VirtqueueAddresses,
         log: u64,
     ) -> Result<(), Error> {
         let parts = words(&[at.descriptors, at.device, at.driver, log]);
-        let body = [&halves(ring, flags)[..], &parts].concat();
+        let body = [&u32_pair_bytes(ring, flags)[..], &parts].concat();
         self.set(FrontendReq::SET_VRING_ADDR, &body, &[])
     }
 
@@ -347,8 +347,8 @@ impl FrontEnd {
     /// When the connection fails or the back-end refuses.
     pub fn set(&mut self, request: FrontendReq, body: &[u8], fds: &[RawFd]) -> Result<(), Error> {
         let code = request.into();
-        let asks = self.acknowledge && self.has(Protocol::REPLY_ACK);
-        let flags = if asks { VERSION | NEED_REPLY } else { VERSION };
+        let asks = self.acknowledge && self.has_feature(Protocol::REPLY_ACK);
+        let flags = if asks { VHOST_USER_VERSION | VHOST_USER_NEED_REPLY_MASK } else { VHOST_USER_VERSION };
         self.wire.send(code, flags, body, fds)?;
         if !asks {
             return Ok(());
@@ -368,7 +368,7 @@ impl FrontEnd {
     /// When the connection fails or the reply has another length.
     pub fn get(&mut self, request: FrontendReq, body: &[u8], len: usize) -> Result<Vec<u8>, Error> {
         let code = request.into();
-        self.wire.send(code, VERSION, body, &[])?;
+        self.wire.send(code, VHOST_USER_VERSION, body, &[])?;
         let reply = self.wire.reply(code)?;
         if reply.len() == len {
             return Ok(reply);
@@ -381,7 +381,7 @@ impl FrontEnd {
 
     fn get_u64(&mut self, request: FrontendReq) -> Result<u64, Error> {
         let code = request.into();
-        self.wire.send(code, VERSION, &[], &[])?;
+        self.wire.send(code, VHOST_USER_VERSION, &[], &[])?;
         Ok(u64::from_ne_bytes(self.wire.reply_of(code)?))
     }
 
@@ -390,7 +390,7 @@ impl FrontEnd {
     }
 
     fn set_ring(&mut self, request: FrontendReq, ring: u32, value: u32) -> Result<(), Error> {
-        self.set(request, &halves(ring, value), &[])
+        self.set(request, &u32_pair_bytes(ring, value), &[])
     }
 
     fn set_ring_fd(
@@ -399,7 +399,7 @@ impl FrontEnd {
         ring: u32,
         fd: Option<RawFd>,
     ) -> Result<(), Error> {
-        let flag = if fd.is_none() { NO_FD } else { 0 };
+        let flag = if fd.is_none() { VHOST_USER_VRING_NOFD_MASK } else { 0 };
         let body = (u64::from(ring) | flag).to_ne_bytes();
         self.set(request, &body, fd.as_slice())
     }
@@ -418,6 +418,6 @@ fn words(values: &[u64]) -> Vec<u8> {
     values.iter().flat_map(|v| v.to_ne_bytes()).collect()
 }
 
-fn halves(first: u32, second: u32) -> Vec<u8> {
+fn u32_pair_bytes(first: u32, second: u32) -> Vec<u8> {
     [first, second].map(u32::to_ne_bytes).concat()
 }

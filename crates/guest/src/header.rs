@@ -1,19 +1,19 @@
 //! The virtio-net header (virtio 1.3 §5.1.6) as a driver writes and reads it.
 
 /// `flags`: the device is to finish the checksum.
-pub const NEEDS_CSUM: u8 = 1;
+pub const VIRTIO_NET_HDR_F_NEEDS_CSUM: u8 = 1;
 /// `flags`: the device has checked the checksum.
-pub const DATA_VALID: u8 = 2;
+pub const VIRTIO_NET_HDR_F_DATA_VALID: u8 = 2;
 /// `gso_type`: no segmentation.
-pub const GSO_NONE: u8 = 0;
+pub const VIRTIO_NET_HDR_GSO_NONE: u8 = 0;
 /// `gso_type`: TCP over IPv4.
-pub const GSO_TCPV4: u8 = 1;
+pub const VIRTIO_NET_HDR_GSO_TCPV4: u8 = 1;
 /// `gso_type`: UDP fragmentation.
-pub const GSO_UDP: u8 = 3;
+pub const VIRTIO_NET_HDR_GSO_UDP: u8 = 3;
 /// `gso_type`: TCP over IPv6.
-pub const GSO_TCPV6: u8 = 4;
+pub const VIRTIO_NET_HDR_GSO_TCPV6: u8 = 4;
 /// `gso_type`, added to a TCP type: with ECN.
-pub const GSO_ECN: u8 = 0x80;
+pub const VIRTIO_NET_HDR_GSO_ECN: u8 = 0x80;
 
 /// Bytes of the header with `num_buffers`.
 pub const HEADER_LEN: usize = 12;
@@ -23,7 +23,7 @@ pub const LEGACY_HEADER_LEN: usize = 10;
 /// A header, field by field, in the machine's byte order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct NetHeader {
-    /// [`NEEDS_CSUM`], [`DATA_VALID`].
+    /// [`VIRTIO_NET_HDR_F_NEEDS_CSUM`], [`VIRTIO_NET_HDR_F_DATA_VALID`].
     pub flags: u8,
     /// One of the `GSO_` types.
     pub gso_type: u8,
@@ -88,8 +88,8 @@ mod tests {
         let raw = [1, 4, 0x36, 0, 0xb4, 5, 0x22, 0, 0x10, 0, 3, 0];
         let header = NetHeader::from_bytes(raw);
         let want = NetHeader {
-            flags: NEEDS_CSUM,
-            gso_type: GSO_TCPV6,
+            flags: VIRTIO_NET_HDR_F_NEEDS_CSUM,
+            gso_type: VIRTIO_NET_HDR_GSO_TCPV6,
             hdr_len: 54,
             gso_size: 1460,
             csum_start: 34,

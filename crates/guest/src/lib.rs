@@ -8,8 +8,8 @@
 //! Rings can be driven without a socket: [`memory::GuestRam::guest_memory`] is the device's view of
 //! the same memory in this process.
 
-pub mod card;
-pub mod doorbell;
+pub mod test_frontend;
+pub mod eventfd;
 pub mod driver;
 mod error;
 pub mod frame;
@@ -22,6 +22,6 @@ pub mod packed;
 pub mod rx;
 pub mod split;
 pub mod tx;
-pub mod wire;
+pub mod message_stream;
 
 pub use error::Error;

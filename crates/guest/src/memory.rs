@@ -14,7 +14,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use virtionet_virtqueue::memory::{GuestMemory, MemoryError, Region, RegionSpec};
+use virtionet_virtqueue::memory::{GuestMemory, MemoryError, MappedRegion, RegionSpec};
 use vm_memory::{ByteValued, FileOffset, MmapRegion};
 
 /// Bytes of the smallest page: region addresses and sizes are multiples of it.
@@ -115,7 +115,7 @@ impl GuestRam {
             blocks.push(Block::map(&file, guest_addr, size, file_offset)?);
             file_offset += size;
         }
-        let mut free: Vec<_> = layout.iter().map(|&(at, size)| usable(at, size)).collect();
+        let mut free: Vec<_> = layout.iter().map(|&(at, size)| exclude_address_zero(at, size)).collect();
         free.sort_unstable();
         Ok(Self(Arc::new(Inner {
             file,
@@ -151,7 +151,7 @@ impl GuestRam {
         let mut regions = Vec::new();
         for block in &self.0.blocks {
             let file = self.0.file.try_clone().map_err(RamError::Duplicate)?;
-            regions.push(Arc::new(Region::map(block.spec, file)?));
+            regions.push(Arc::new(MappedRegion::map(block.spec, file)?));
         }
         Ok(GuestMemory::new(regions)?)
     }
@@ -274,13 +274,13 @@ impl GuestRam {
         while done < len {
             let outside = || RamError::OutOfRange {
                 addr,
-                len: wide(len),
+                len: to_u64(len),
             };
-            let here = addr.checked_add(wide(done)).ok_or_else(outside)?;
+            let here = addr.checked_add(to_u64(done)).ok_or_else(outside)?;
             let block = self.0.containing(here).ok_or_else(outside)?;
             let left = block.spec.size - (here - block.spec.guest_addr);
             let n = (len - done).min(usize::try_from(left).unwrap_or(usize::MAX));
-            act(&self.area(here, wide(n))?, done, done + n);
+            act(&self.area(here, to_u64(n))?, done, done + n);
             done += n;
         }
         Ok(())
@@ -311,7 +311,7 @@ impl Block {
             spec: RegionSpec {
                 guest_addr,
                 size,
-                user_addr: wide(mapping.as_ptr().expose_provenance()),
+                user_addr: to_u64(mapping.as_ptr().expose_provenance()),
                 file_offset,
             },
             mapping,
@@ -320,7 +320,7 @@ impl Block {
 }
 
 /// A region without guest address 0, which reads as "no address" in too many places.
-fn usable(addr: u64, size: u64) -> (u64, u64) {
+fn exclude_address_zero(addr: u64, size: u64) -> (u64, u64) {
     let skip = if addr == 0 { PAGE } else { 0 };
     (addr + skip, size - skip)
 }
@@ -344,7 +344,7 @@ fn memfd(size: u64) -> Result<File, RamError> {
 }
 
 /// usize fits u64 on every machine that Linux runs on.
-pub(crate) fn wide(n: usize) -> u64 {
+pub(crate) fn to_u64(n: usize) -> u64 {
     u64::try_from(n).unwrap_or(u64::MAX)
 }
 

@@ -4,8 +4,8 @@ use virtio_bindings::virtio_config as config;
 use virtio_bindings::virtio_net as net;
 use virtio_bindings::virtio_ring as ring;
 
-use crate::doorbell::Doorbell;
-use crate::driver::{DriverRing, RingAddresses};
+use crate::eventfd::WaitableEventFd;
+use crate::driver::{DriverVirtqueue, VirtqueueAddresses};
 use crate::error::Error;
 use crate::header::HEADER_LEN;
 
@@ -41,19 +41,19 @@ pub enum TxLayout {
     /// Header and frame in one (VERSION_1 or ANY_LAYOUT).
     Single,
     /// The header in one, the frame in another.
-    HeaderApart,
+    SeparateHeader,
     /// Every so many bytes (not 0), the header as well.
-    Pieces(u32),
+    Segments(u32),
 }
 
 /// How a pair's queues are made.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct QueueConfig {
+pub struct DriverQueueConfig {
     /// Descriptors of each ring.
     pub size: u16,
     /// Negotiated feature bits.
     pub features: u64,
-    /// Where the rings begin, see [`crate::driver::RingConfig::start`].
+    /// Where the rings begin, see [`crate::driver::DriverVirtqueueConfig::start`].
     pub start: u16,
     /// Bytes of each descriptor of an RX buffer.
     pub rx_buffer: Vec<u32>,
@@ -63,7 +63,7 @@ pub struct QueueConfig {
     pub tx_layout: TxLayout,
 }
 
-impl QueueConfig {
+impl DriverQueueConfig {
     /// What a Linux driver does under these features: mergeable buffers of one page's share,
     /// buffers for the largest frame where it takes segments unmerged, else for one frame.
     #[must_use]
@@ -90,13 +90,13 @@ impl QueueConfig {
         self
     }
 
-    pub(crate) fn has(&self, bit: u32) -> bool {
+    pub(crate) fn has_feature(&self, bit: u32) -> bool {
         self.features >> bit & 1 == 1
     }
 
     /// Whether chains of several descriptors go into indirect tables.
     pub(crate) fn indirect(&self) -> bool {
-        self.has(ring::VIRTIO_RING_F_INDIRECT_DESC)
+        self.has_feature(ring::VIRTIO_RING_F_INDIRECT_DESC)
     }
 
     /// RX buffers that the ring can hold.
@@ -126,15 +126,15 @@ impl QueueConfig {
         let n = u64::from(self.size);
         let ring = 32 * n + 4096;
         // Indirect tables: at most one a head, of twice the descriptors that a chain needs.
-        let tables = n * 64 * (crate::memory::wide(self.rx_buffer.len()) + self.tx_pieces());
+        let tables = n * 64 * (crate::memory::to_u64(self.rx_buffer.len()) + self.tx_segments());
         2 * ring + tables + n * (self.rx_stride() + self.tx_stride())
     }
 
-    fn tx_pieces(&self) -> u64 {
+    fn tx_segments(&self) -> u64 {
         match self.tx_layout {
             TxLayout::Single => 1,
-            TxLayout::HeaderApart => 2,
-            TxLayout::Pieces(len) => u64::from(self.tx_slot).div_ceil(u64::from(len.max(1))),
+            TxLayout::SeparateHeader => 2,
+            TxLayout::Segments(len) => u64::from(self.tx_slot).div_ceil(u64::from(len.max(1))),
         }
     }
 
@@ -143,7 +143,7 @@ impl QueueConfig {
         if self.rx_buffers() == 0 || self.rx_buffer.contains(&0) {
             return Err(Error::Config("an RX buffer needs descriptors, none empty"));
         }
-        if self.tx_slot < header || self.tx_layout == TxLayout::Pieces(0) {
+        if self.tx_slot < header || self.tx_layout == TxLayout::Segments(0) {
             return Err(Error::Config("a TX slot must hold a header, in pieces"));
         }
         Ok(())
@@ -152,27 +152,27 @@ impl QueueConfig {
 
 /// A ring with its eventfds.
 #[derive(Debug)]
-pub struct Queue {
+pub struct DriverQueue {
     /// The ring.
-    pub ring: DriverRing,
+    pub ring: DriverVirtqueue,
     /// Written by the driver.
-    pub kick: Doorbell,
+    pub kick: WaitableEventFd,
     /// Written by the device.
-    pub call: Doorbell,
+    pub call: WaitableEventFd,
     /// Written by a device that gave the ring up.
-    pub err: Doorbell,
+    pub err: WaitableEventFd,
     /// Kicks that the device wanted and got.
     pub kicks: u64,
 }
 
-impl Queue {
-    pub(crate) fn new(ring: DriverRing) -> Result<Self, Error> {
-        let bell = || Doorbell::new().map_err(Error::io("cannot make an eventfd"));
+impl DriverQueue {
+    pub(crate) fn new(ring: DriverVirtqueue) -> Result<Self, Error> {
+        let notifier = || WaitableEventFd::new().map_err(Error::io("cannot make an eventfd"));
         Ok(Self {
             ring,
-            kick: bell()?,
-            call: bell()?,
-            err: bell()?,
+            kick: notifier()?,
+            call: notifier()?,
+            err: notifier()?,
             kicks: 0,
         })
     }
@@ -184,7 +184,7 @@ impl Queue {
     #[inline(always)]
     pub fn flush(&mut self) -> Result<(), Error> {
         self.ring.publish();
-        if self.ring.kick_needed() {
+        if self.ring.is_kick_needed() {
             self.kick_now()?;
         }
         Ok(())
@@ -196,19 +196,19 @@ impl Queue {
     /// When the kick cannot be written.
     pub fn kick_now(&mut self) -> Result<(), Error> {
         self.kicks += 1;
-        self.kick.ring().map_err(Error::io("cannot kick a ring"))
+        self.kick.signal().map_err(Error::io("cannot kick a ring"))
     }
 
     /// What a front-end must know of the ring.
     ///
     /// # Errors
     /// When the process has no file descriptor left.
-    pub fn setup(&self) -> Result<RingSetup, Error> {
-        let copy = |bell: &Doorbell| {
-            bell.try_clone()
+    pub fn setup(&self) -> Result<VringSetup, Error> {
+        let copy = |notifier: &WaitableEventFd| {
+            notifier.try_clone()
                 .map_err(Error::io("cannot duplicate an eventfd"))
         };
-        Ok(RingSetup {
+        Ok(VringSetup {
             size: self.ring.size(),
             addresses: self.ring.addresses(),
             base: self.ring.base(),
@@ -221,17 +221,17 @@ impl Queue {
 
 /// A ring as a front-end tells it to a back-end.
 #[derive(Debug)]
-pub struct RingSetup {
+pub struct VringSetup {
     /// SET_VRING_NUM.
     pub size: u16,
     /// SET_VRING_ADDR, as guest addresses.
-    pub addresses: RingAddresses,
+    pub addresses: VirtqueueAddresses,
     /// SET_VRING_BASE.
     pub base: u32,
     /// SET_VRING_KICK.
-    pub kick: Doorbell,
+    pub kick: WaitableEventFd,
     /// SET_VRING_CALL.
-    pub call: Doorbell,
+    pub call: WaitableEventFd,
     /// SET_VRING_ERR.
-    pub err: Doorbell,
+    pub err: WaitableEventFd,
 }

@@ -2,20 +2,20 @@
 //!
 //! What the driver must remember of a chain lies in private slots by buffer id, out of the device's
 //! reach. Chains are written where the device will look for them, all but the flags of the first
-//! descriptor since the last [`PackedRing::publish`]: the device stops there, so it sees what
+//! descriptor since the last [`PackedDriverVirtqueue::publish`]: the device stops there, so it sees what
 //! follows only when that one descriptor becomes available.
 
 mod layout;
 
 use virtionet_virtqueue::memory::full_fence;
 
-use crate::driver::{Buf, DeviceFault, RingAddresses, RingConfig, RingError, needed};
+use crate::driver::{Buf, DeviceFault, VirtqueueAddresses, DriverVirtqueueConfig, DriverVirtqueueError, needed};
 use crate::indirect::Tables;
 use crate::memory::{Area, GuestRam};
-use crate::split::{INDIRECT, NEXT, WRITE};
-use layout::{FLAGS, ID, LEN};
+use crate::split::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+use layout::{FLAGS_OFFSET, ID_OFFSET, LEN_OFFSET};
 
-pub use layout::{AT_DESCRIPTOR, AVAIL, DISABLE, ENABLE, PackedDescriptor, Place, USED};
+pub use layout::{VRING_PACKED_EVENT_FLAG_DESC, VIRTQ_DESC_F_AVAIL, VRING_PACKED_EVENT_FLAG_DISABLE, VRING_PACKED_EVENT_FLAG_ENABLE, PackedDescriptor, RingPosition, VIRTQ_DESC_F_USED};
 
 /// Bytes of a descriptor.
 const DESCRIPTOR: usize = 16;
@@ -36,7 +36,7 @@ struct Slot {
 
 /// A driver's packed ring.
 #[derive(Debug)]
-pub struct PackedRing {
+pub struct PackedDriverVirtqueue {
     descriptors: Area,
     driver_event: Area,
     device_event: Area,
@@ -48,37 +48,37 @@ pub struct PackedRing {
     /// Free descriptors.
     free: u16,
     /// The next descriptor to write.
-    next: Place,
+    next: RingPosition,
     /// The first descriptor that the device cannot see: where `withheld` belongs.
-    published: Place,
+    published: RingPosition,
     /// The flags that make the first unpublished descriptor available.
-    withheld: u16,
+    head_flags: u16,
     /// Descriptors and chains written and not published.
     hidden: (u16, u16),
     /// Descriptors published since it was last asked whether to kick, a lap at most.
-    unkicked: u16,
+    added_since_kick: u16,
     /// Chains published and not collected.
     in_flight: u16,
     /// The first descriptor of those not collected.
-    collected: Place,
+    collected: RingPosition,
     /// Where the last look for used descriptors ended, and the chains from `collected` to there.
-    seen: Place,
+    last_used: RingPosition,
     pending: u16,
     /// By buffer id.
     tables: Tables,
 }
 
-impl PackedRing {
+impl PackedDriverVirtqueue {
     /// Allocates an empty ring in `ram`.
     ///
     /// # Errors
     /// When the size is not 1 to 32,768 or `ram` has no room.
-    pub fn new(ram: &GuestRam, config: RingConfig) -> Result<Self, RingError> {
+    pub fn new(ram: &GuestRam, config: DriverVirtqueueConfig) -> Result<Self, DriverVirtqueueError> {
         let size = config.size;
         if !(1..=32_768).contains(&size) {
-            return Err(RingError::Size(size));
+            return Err(DriverVirtqueueError::Size(size));
         }
-        let start = Place::nth(config.start, size);
+        let start = RingPosition::nth(config.start, size);
         let mut ring = Self {
             descriptors: ram.alloc_area(16 * u64::from(size), LINE)?,
             driver_event: ram.alloc_area(4, LINE)?,
@@ -90,12 +90,12 @@ impl PackedRing {
             free: 0,
             next: start,
             published: start,
-            withheld: 0,
+            head_flags: 0,
             hidden: (0, 0),
-            unkicked: 0,
+            added_since_kick: 0,
             in_flight: 0,
             collected: start,
-            seen: start,
+            last_used: start,
             pending: 0,
             tables: Tables::new(ram, size),
         };
@@ -108,10 +108,10 @@ impl PackedRing {
         self.descriptors.zero();
         self.driver_event.zero();
         self.device_event.zero();
-        self.start_at(Place::nth(0, self.size));
+        self.start_at(RingPosition::nth(0, self.size));
     }
 
-    fn start_at(&mut self, start: Place) {
+    fn start_at(&mut self, start: RingPosition) {
         for (slot, next) in self.slots.iter_mut().zip(1..) {
             *slot = Slot {
                 next,
@@ -120,11 +120,11 @@ impl PackedRing {
         }
         (self.free_id, self.free) = (0, self.size);
         (self.next, self.published) = (start, start);
-        (self.collected, self.seen) = (start, start);
-        (self.hidden, self.unkicked) = ((0, 0), 0);
+        (self.collected, self.last_used) = (start, start);
+        (self.hidden, self.added_since_kick) = ((0, 0), 0);
         (self.in_flight, self.pending) = (0, 0);
         // As if all before `start` had been used in this lap and all behind it in the last one.
-        let last = Place {
+        let last = RingPosition {
             wrap: !start.wrap,
             ..start
         };
@@ -142,8 +142,8 @@ impl PackedRing {
 
     /// Where the parts lie.
     #[must_use]
-    pub fn addresses(&self) -> RingAddresses {
-        RingAddresses {
+    pub fn addresses(&self) -> VirtqueueAddresses {
+        VirtqueueAddresses {
             descriptors: self.descriptors.addr(),
             driver: self.driver_event.addr(),
             device: self.device_event.addr(),
@@ -166,34 +166,34 @@ impl PackedRing {
 
     /// The first descriptor that the device has not used.
     #[must_use]
-    pub fn used_up_to(&self) -> Place {
-        let (mut place, mut chains) = (self.seen, self.pending);
+    pub fn used_up_to(&self) -> RingPosition {
+        let (mut position, mut chains) = (self.last_used, self.pending);
         while chains < self.in_flight {
-            let Ok(Some(count)) = self.used_at(place) else {
+            let Ok(Some(count)) = self.used_at(position) else {
                 break;
             };
-            place = place.after(count, self.size);
+            position = position.after(count, self.size);
             chains += 1;
         }
-        place
+        position
     }
 
-    /// See [`crate::driver::DriverRing::add`].
+    /// See [`crate::driver::DriverVirtqueue::add`].
     ///
     /// # Errors
     /// When there is no room; nothing was added then.
     #[inline(always)]
-    pub fn add(&mut self, chain: &[Buf], indirect: bool, token: u64) -> Result<u16, RingError> {
+    pub fn add(&mut self, chain: &[Buf], indirect: bool, token: u64) -> Result<u16, DriverVirtqueueError> {
         let count = needed(chain, indirect, self.free)?;
         let id = self.free_id;
         if indirect {
             let (addr, len) = self.write_table(id, chain)?;
-            self.put(PackedDescriptor::new(addr, len, id, INDIRECT));
+            self.put(PackedDescriptor::new(addr, len, id, VRING_DESC_F_INDIRECT));
         } else {
             let mut left = chain.len();
             for buf in chain {
                 left -= 1;
-                let next = if left == 0 { 0 } else { NEXT };
+                let next = if left == 0 { 0 } else { VRING_DESC_F_NEXT };
                 self.put(PackedDescriptor::new(
                     buf.addr,
                     buf.len,
@@ -218,9 +218,9 @@ impl PackedRing {
         let flags = descriptor.flags | self.next.available();
         if self.hidden.0 == 0 {
             self.descriptors.store(offset, descriptor.addr.to_le());
-            self.descriptors.store(offset + LEN, descriptor.len.to_le());
-            self.descriptors.store(offset + ID, descriptor.id.to_le());
-            self.withheld = flags;
+            self.descriptors.store(offset + LEN_OFFSET, descriptor.len.to_le());
+            self.descriptors.store(offset + ID_OFFSET, descriptor.id.to_le());
+            self.head_flags = flags;
         } else {
             PackedDescriptor {
                 flags,
@@ -234,9 +234,9 @@ impl PackedRing {
 
     /// Address and length of a table with the buffers of `chain` (virtio 1.3 §2.8.7: in order, with
     /// no flag but WRITE; the ids in it mean nothing).
-    fn write_table(&mut self, id: u16, chain: &[Buf]) -> Result<(u64, u32), RingError> {
+    fn write_table(&mut self, id: u16, chain: &[Buf]) -> Result<(u64, u32), DriverVirtqueueError> {
         let bytes = DESCRIPTOR * chain.len();
-        let len = u32::try_from(bytes).map_err(|_| RingError::Full {
+        let len = u32::try_from(bytes).map_err(|_| DriverVirtqueueError::Full {
             needed: chain.len(),
             free: 0,
         })?;
@@ -247,7 +247,7 @@ impl PackedRing {
         Ok((table.addr(), len))
     }
 
-    /// See [`crate::driver::DriverRing::publish`].
+    /// See [`crate::driver::DriverVirtqueue::publish`].
     #[inline(always)]
     pub fn publish(&mut self) {
         let (descriptors, chains) = self.hidden;
@@ -255,43 +255,43 @@ impl PackedRing {
             return;
         }
         let first = DESCRIPTOR * usize::from(self.published.index);
-        self.descriptors.release(first + FLAGS, self.withheld);
+        self.descriptors.release(first + FLAGS_OFFSET, self.head_flags);
         self.published = self.next;
         self.in_flight += chains;
         // A lap is as much as the device can look back on.
-        self.unkicked = self.unkicked.saturating_add(descriptors).min(self.size);
+        self.added_since_kick = self.added_since_kick.saturating_add(descriptors).min(self.size);
         self.hidden = (0, 0);
     }
 
-    /// See [`crate::driver::DriverRing::kick_needed`] (virtio 1.3 §2.8.10 and §2.8.21.3.1).
+    /// See [`crate::driver::DriverVirtqueue::is_kick_needed`] (virtio 1.3 §2.8.10 and §2.8.21.3.1).
     #[inline(always)]
     #[must_use]
-    pub fn kick_needed(&mut self) -> bool {
-        let moved = std::mem::take(&mut self.unkicked);
+    pub fn is_kick_needed(&mut self) -> bool {
+        let moved = std::mem::take(&mut self.added_since_kick);
         if moved == 0 {
             return false;
         }
         full_fence();
         match self.device_event.acquire(EVENT_FLAGS) & 3 {
-            DISABLE => false,
-            AT_DESCRIPTOR if self.event_idx => {
-                passed(self.device_event.get(0), self.published, moved, self.size)
+            VRING_PACKED_EVENT_FLAG_DISABLE => false,
+            VRING_PACKED_EVENT_FLAG_DESC if self.event_idx => {
+                should_notify(self.device_event.get(0), self.published, moved, self.size)
             }
             _ => true,
         }
     }
 
-    /// See [`crate::driver::DriverRing::refresh`].
+    /// See [`crate::driver::DriverVirtqueue::refresh`].
     ///
     /// # Errors
     /// When the device names a chain that is not in flight.
     #[inline(always)]
     pub fn refresh(&mut self) -> Result<u16, DeviceFault> {
         while self.pending < self.in_flight {
-            let Some(count) = self.used_at(self.seen)? else {
+            let Some(count) = self.used_at(self.last_used)? else {
                 break;
             };
-            self.seen = self.seen.after(count, self.size);
+            self.last_used = self.last_used.after(count, self.size);
             self.pending += 1;
         }
         Ok(self.pending)
@@ -299,20 +299,20 @@ impl PackedRing {
 
     /// How many descriptors the chain had that is used at `place`; `None` when none is.
     #[inline(always)]
-    fn used_at(&self, place: Place) -> Result<Option<u16>, DeviceFault> {
-        let offset = DESCRIPTOR * usize::from(place.index);
-        let flags = self.descriptors.acquire(offset + FLAGS);
-        if flags & (AVAIL | USED) != place.used() {
+    fn used_at(&self, position: RingPosition) -> Result<Option<u16>, DeviceFault> {
+        let offset = DESCRIPTOR * usize::from(position.index);
+        let flags = self.descriptors.acquire(offset + FLAGS_OFFSET);
+        if flags & (VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED) != position.used() {
             return Ok(None);
         }
-        let id = self.descriptors.get(offset + ID);
+        let id = self.descriptors.get(offset + ID_OFFSET);
         match self.slots.get(usize::from(id)) {
             Some(slot) if slot.count != 0 => Ok(Some(slot.count)),
             _ => Err(DeviceFault::UsedId(id.into())),
         }
     }
 
-    /// See [`crate::driver::DriverRing::pop`].
+    /// See [`crate::driver::DriverVirtqueue::pop`].
     ///
     /// # Errors
     /// When the device names a chain that is not in flight.
@@ -336,21 +336,21 @@ impl PackedRing {
         Ok(Some((slot.token, len)))
     }
 
-    /// See [`crate::driver::DriverRing::disable_calls`].
+    /// See [`crate::driver::DriverVirtqueue::disable_calls`].
     #[inline(always)]
     pub fn disable_calls(&mut self) {
-        self.driver_event.release(EVENT_FLAGS, DISABLE);
+        self.driver_event.release(EVENT_FLAGS, VRING_PACKED_EVENT_FLAG_DISABLE);
     }
 
-    /// See [`crate::driver::DriverRing::enable_calls`].
+    /// See [`crate::driver::DriverVirtqueue::enable_calls`].
     #[inline(always)]
     #[must_use]
     pub fn enable_calls(&mut self) -> bool {
         let flags = if self.event_idx {
             self.driver_event.set(0, self.collected.word());
-            AT_DESCRIPTOR
+            VRING_PACKED_EVENT_FLAG_DESC
         } else {
-            ENABLE
+            VRING_PACKED_EVENT_FLAG_ENABLE
         };
         self.driver_event.release(EVENT_FLAGS, flags);
         full_fence();
@@ -365,12 +365,12 @@ impl PackedRing {
 
 #[inline(always)]
 fn write(buf: &Buf) -> u16 {
-    if buf.writable { WRITE } else { 0 }
+    if buf.writable { VRING_DESC_F_WRITE } else { 0 }
 }
 
 /// Whether the descriptor of `off_wrap` is among the `moved` ones before `now`.
 #[inline(always)]
-fn passed(off_wrap: u16, now: Place, moved: u16, size: u16) -> bool {
+fn should_notify(off_wrap: u16, now: RingPosition, moved: u16, size: u16) -> bool {
     let (size, moved) = (u32::from(size), u32::from(moved));
     let index = u32::from(off_wrap & !(1 << 15));
     // Counted from a lap before `now`'s: nothing then lies below 0.
@@ -384,10 +384,10 @@ fn passed(off_wrap: u16, now: Place, moved: u16, size: u16) -> bool {
 
 /// Raw access: what a hostile guest writes, and what a test looks at. None of it changes what the
 /// driver believes of its own chains.
-impl PackedRing {
+impl PackedDriverVirtqueue {
     /// Where the next chain will be written.
     #[must_use]
-    pub fn place(&self) -> Place {
+    pub fn position(&self) -> RingPosition {
         self.next
     }
 
@@ -405,7 +405,7 @@ impl PackedRing {
 
     /// Writes the flags of descriptor `index` (below the size) after everything written before.
     pub fn set_flags(&self, index: u16, flags: u16) {
-        let offset = DESCRIPTOR * usize::from(index) + FLAGS;
+        let offset = DESCRIPTOR * usize::from(index) + FLAGS_OFFSET;
         self.descriptors.release(offset, flags);
     }
 

@@ -8,24 +8,24 @@ use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 
-use crate::driver::{Buf, DeviceFault, DriverRing, RingConfig};
+use crate::driver::{Buf, DeviceFault, DriverVirtqueue, DriverVirtqueueConfig};
 use crate::error::Error;
 use crate::frame::Frame;
 use crate::header::{HEADER_LEN, NetHeader, header_len};
-use crate::memory::{Area, GuestRam, wide};
-use crate::net::{Queue, QueueConfig};
+use crate::memory::{Area, GuestRam, to_u64};
+use crate::net::{DriverQueue, DriverQueueConfig};
 
 /// A receiveq with its buffers.
 #[derive(Debug)]
-pub struct RxQueue {
+pub struct DriverRxQueue {
     /// Ring and eventfds.
-    pub queue: Queue,
-    /// Whether [`RxQueue::receive`] gives buffers back to the device; without it the device
+    pub queue: DriverQueue,
+    /// Whether [`DriverRxQueue::receive`] gives buffers back to the device; without it the device
     /// starves once it has used what it has.
     pub refill: bool,
     store: Store,
     /// Bytes of each descriptor of a buffer.
-    pieces: Vec<u32>,
+    segment_lens: Vec<u32>,
     indirect: bool,
     mergeable: bool,
     /// Buffers that the device does not have.
@@ -106,17 +106,17 @@ impl Store {
     }
 }
 
-impl RxQueue {
+impl DriverRxQueue {
     /// Allocates an empty ring and its buffers in `ram`. The device gets none before
-    /// [`RxQueue::fill`].
+    /// [`DriverRxQueue::fill`].
     ///
     /// # Errors
     /// When the configuration makes no sense or `ram` has no room.
-    pub fn new(ram: &GuestRam, config: &QueueConfig) -> Result<Self, Error> {
+    pub fn new(ram: &GuestRam, config: &DriverQueueConfig) -> Result<Self, Error> {
         config.check()?;
-        let ring = RingConfig {
+        let ring = DriverVirtqueueConfig {
             start: config.start,
-            ..RingConfig::new(config.size, config.features)
+            ..DriverVirtqueueConfig::new(config.size, config.features)
         };
         let too_large = || Error::Config("an RX buffer is larger than 4 GiB");
         let bytes = config.rx_stride() * u64::from(config.rx_buffers());
@@ -125,7 +125,7 @@ impl RxQueue {
             .iter()
             .try_fold(0, |a: u32, &b| a.checked_add(b));
         Ok(Self {
-            queue: Queue::new(DriverRing::new(ram, ring)?)?,
+            queue: DriverQueue::new(DriverVirtqueue::new(ram, ring)?)?,
             refill: true,
             store: Store {
                 area: ram.area(ram.alloc(bytes, 4096)?, bytes)?,
@@ -133,9 +133,9 @@ impl RxQueue {
                 capacity: capacity.ok_or_else(too_large)?,
                 header_len: header_len(config.features),
             },
-            pieces: config.rx_buffer.clone(),
+            segment_lens: config.rx_buffer.clone(),
             indirect: config.indirect() && config.rx_buffer.len() > 1,
-            mergeable: config.has(VIRTIO_NET_F_MRG_RXBUF),
+            mergeable: config.has_feature(VIRTIO_NET_F_MRG_RXBUF),
             idle: (0..config.rx_buffers()).rev().collect(),
             buffers: config.rx_buffers(),
             parts: Vec::new(),
@@ -178,15 +178,15 @@ impl RxQueue {
 
     #[inline(always)]
     fn add(&mut self, buffer: u16) -> Result<(), Error> {
-        let mut addr = self.store.area.addr() + wide(self.store.at(buffer));
+        let mut addr = self.store.area.addr() + to_u64(self.store.at(buffer));
         let token = u64::from(buffer);
-        if let [len] = self.pieces[..] {
+        if let [len] = self.segment_lens[..] {
             let chain = [Buf::writable(addr, len)];
             self.queue.ring.add(&chain, false, token)?;
             return Ok(());
         }
         self.chain.clear();
-        for &len in &self.pieces {
+        for &len in &self.segment_lens {
             self.chain.push(Buf::writable(addr, len));
             addr += u64::from(len);
         }
@@ -195,7 +195,7 @@ impl RxQueue {
     }
 
     /// Hands up to `most` frames to `each`, then gives their buffers back (see
-    /// [`RxQueue::refill`]). Never waits. Returns how many there were.
+    /// [`DriverRxQueue::refill`]). Never waits. Returns how many there were.
     ///
     /// # Errors
     /// When the device broke the ring or a frame; the queue is of no use after that.
@@ -208,7 +208,7 @@ impl RxQueue {
         self.queue.ring.refresh()?;
         let mut count = 0;
         while count < most {
-            let Some((header, len)) = self.gather()? else {
+            let Some((header, len)) = self.collect_frame()? else {
                 break;
             };
             each(&RxFrame {
@@ -229,7 +229,7 @@ impl RxQueue {
     /// Frames that are there now, in private memory.
     ///
     /// # Errors
-    /// As [`RxQueue::receive`].
+    /// As [`DriverRxQueue::receive`].
     pub fn receive_frames(&mut self) -> Result<Vec<Frame>, Error> {
         let mut frames = Vec::new();
         self.receive(usize::MAX, |frame| frames.push(frame.to_frame()))?;
@@ -239,7 +239,7 @@ impl RxQueue {
     /// Waits for at least `wanted` frames, sleeping on the call eventfd.
     ///
     /// # Errors
-    /// When fewer came within `limit`, or as [`RxQueue::receive`].
+    /// When fewer came within `limit`, or as [`DriverRxQueue::receive`].
     pub fn wait_frames(&mut self, wanted: usize, limit: Duration) -> Result<Vec<Frame>, Error> {
         let end = Instant::now() + limit;
         let mut frames = Vec::new();
@@ -266,9 +266,9 @@ impl RxQueue {
 
     /// Collects the buffers of one frame into `parts`; its header and length.
     #[inline(always)]
-    fn gather(&mut self) -> Result<Option<(NetHeader, usize)>, Error> {
+    fn collect_frame(&mut self) -> Result<Option<(NetHeader, usize)>, Error> {
         self.parts.clear();
-        if !self.gather_one()? {
+        if !self.collect_buffer()? {
             return Ok(None);
         }
         let (first, written) = self.parts[0];
@@ -279,7 +279,7 @@ impl RxQueue {
         let header = self.store.header(first);
         if self.mergeable {
             for got in 1..header.num_buffers {
-                if !self.gather_one()? {
+                if !self.collect_buffer()? {
                     let wanted = header.num_buffers;
                     return Err(DeviceFault::TornFrame { wanted, got }.into());
                 }
@@ -296,7 +296,7 @@ impl RxQueue {
     }
 
     #[inline(always)]
-    fn gather_one(&mut self) -> Result<bool, Error> {
+    fn collect_buffer(&mut self) -> Result<bool, Error> {
         let Some((token, len)) = self.queue.ring.pop()? else {
             return Ok(false);
         };

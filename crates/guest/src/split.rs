@@ -6,45 +6,45 @@
 
 use virtionet_virtqueue::memory::full_fence;
 
-use crate::driver::{Buf, DeviceFault, RingAddresses, RingConfig, RingError, needed};
+use crate::driver::{Buf, DeviceFault, VirtqueueAddresses, DriverVirtqueueConfig, DriverVirtqueueError, needed};
 use crate::indirect::Tables;
 use crate::memory::{Area, GuestRam};
 
 /// Descriptor flag: the chain goes on at `next`.
-pub const NEXT: u16 = 1;
+pub const VRING_DESC_F_NEXT: u16 = 1;
 /// Descriptor flag: the device writes.
-pub const WRITE: u16 = 2;
+pub const VRING_DESC_F_WRITE: u16 = 2;
 /// Descriptor flag: the buffer is a table of descriptors.
-pub const INDIRECT: u16 = 4;
+pub const VRING_DESC_F_INDIRECT: u16 = 4;
 
 /// Available ring flag: no calls, please.
-pub const NO_INTERRUPT: u16 = 1;
+pub const VRING_AVAIL_F_NO_INTERRUPT: u16 = 1;
 /// Used ring flag: no kicks, please.
-pub const NO_NOTIFY: u16 = 1;
+pub const VRING_USED_F_NO_NOTIFY: u16 = 1;
 
 /// Bytes of a descriptor.
-const DESCRIPTOR: usize = 16;
+const DESCRIPTOR_SIZE: usize = 16;
 /// Byte offset of `idx` in the available and used rings.
-const INDEX: usize = 2;
+const IDX_OFFSET: usize = 2;
 /// Byte offset of the first entry in the available and used rings.
-const ENTRIES: usize = 4;
+const RING_OFFSET: usize = 4;
 /// Each part starts on a cache line of its own.
-const LINE: u64 = 64;
+const CACHE_LINE: u64 = 64;
 
 /// A descriptor (virtio 1.3 §2.7.5).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Descriptor {
+pub struct SplitDescriptor {
     /// Guest physical address.
     pub addr: u64,
     /// Length in bytes.
     pub len: u32,
-    /// [`NEXT`], [`WRITE`], [`INDIRECT`].
+    /// [`NEXT`], [`WRITE`], [`VRING_DESC_F_INDIRECT`].
     pub flags: u16,
     /// The next descriptor of the chain.
     pub next: u16,
 }
 
-impl Descriptor {
+impl SplitDescriptor {
     /// A descriptor of these values.
     #[must_use]
     pub fn new(addr: u64, len: u32, flags: u16, next: u16) -> Self {
@@ -90,7 +90,7 @@ struct Slot {
 
 /// A driver's split ring.
 #[derive(Debug)]
-pub struct SplitRing {
+pub struct SplitDriverVirtqueue {
     descriptors: Area,
     avail: Area,
     used: Area,
@@ -104,30 +104,30 @@ pub struct SplitRing {
     /// The index that the device can see.
     published: u16,
     /// `published` when it was last asked whether to kick.
-    kicked: u16,
+    last_kick_check: u16,
     /// Up to where used elements were collected.
     collected: u16,
     /// The used index when it was last read.
-    seen: u16,
+    last_used: u16,
     /// Indirect tables by head.
     tables: Tables,
 }
 
-impl SplitRing {
+impl SplitDriverVirtqueue {
     /// Allocates an empty ring in `ram`.
     ///
     /// # Errors
     /// When the size is no power of two from 2 to 32,768 or `ram` has no room.
-    pub fn new(ram: &GuestRam, config: RingConfig) -> Result<Self, RingError> {
+    pub fn new(ram: &GuestRam, config: DriverVirtqueueConfig) -> Result<Self, DriverVirtqueueError> {
         let size = config.size;
         if !(2..=32_768).contains(&size) || !size.is_power_of_two() {
-            return Err(RingError::Size(size));
+            return Err(DriverVirtqueueError::Size(size));
         }
         let n = u64::from(size);
         let mut ring = Self {
-            descriptors: ram.alloc_area(16 * n, LINE)?,
-            avail: ram.alloc_area(6 + 2 * n, LINE)?,
-            used: ram.alloc_area(6 + 8 * n, LINE)?,
+            descriptors: ram.alloc_area(16 * n, CACHE_LINE)?,
+            avail: ram.alloc_area(6 + 2 * n, CACHE_LINE)?,
+            used: ram.alloc_area(6 + 8 * n, CACHE_LINE)?,
             size,
             event_idx: config.event_idx,
             slots: vec![Slot::default(); usize::from(size)].into(),
@@ -135,9 +135,9 @@ impl SplitRing {
             free: 0,
             next: 0,
             published: 0,
-            kicked: 0,
+            last_kick_check: 0,
             collected: 0,
-            seen: 0,
+            last_used: 0,
             tables: Tables::new(ram, size),
         };
         ring.start_at(config.start);
@@ -160,10 +160,10 @@ impl SplitRing {
             };
         }
         (self.free_head, self.free) = (0, self.size);
-        (self.next, self.published, self.kicked) = (index, index, index);
-        (self.collected, self.seen) = (index, index);
-        self.avail.release(INDEX, index);
-        self.used.release(INDEX, index);
+        (self.next, self.published, self.last_kick_check) = (index, index, index);
+        (self.collected, self.last_used) = (index, index);
+        self.avail.release(IDX_OFFSET, index);
+        self.used.release(IDX_OFFSET, index);
         self.set_used_event(index);
     }
 
@@ -175,8 +175,8 @@ impl SplitRing {
 
     /// Where the parts lie.
     #[must_use]
-    pub fn addresses(&self) -> RingAddresses {
-        RingAddresses {
+    pub fn addresses(&self) -> VirtqueueAddresses {
+        VirtqueueAddresses {
             descriptors: self.descriptors.addr(),
             driver: self.avail.addr(),
             device: self.used.addr(),
@@ -197,12 +197,12 @@ impl SplitRing {
         self.published.wrapping_sub(self.collected)
     }
 
-    /// See [`crate::driver::DriverRing::add`].
+    /// See [`crate::driver::DriverVirtqueue::add`].
     ///
     /// # Errors
     /// When there is no room; nothing was added then.
     #[inline(always)]
-    pub fn add(&mut self, chain: &[Buf], indirect: bool, token: u64) -> Result<u16, RingError> {
+    pub fn add(&mut self, chain: &[Buf], indirect: bool, token: u64) -> Result<u16, DriverVirtqueueError> {
         let count = needed(chain, indirect, self.free)?;
         let head = self.free_head;
         let last = if indirect {
@@ -231,43 +231,43 @@ impl SplitRing {
             at = self.slot(last).next;
             let flags = flags(buf, left != 0);
             let next = if left == 0 { 0 } else { at };
-            self.set_descriptor(last, Descriptor::new(buf.addr, buf.len, flags, next));
+            self.set_descriptor(last, SplitDescriptor::new(buf.addr, buf.len, flags, next));
         }
         last
     }
 
-    fn write_indirect(&mut self, head: u16, chain: &[Buf]) -> Result<u16, RingError> {
-        let full = || RingError::Full {
+    fn write_indirect(&mut self, head: u16, chain: &[Buf]) -> Result<u16, DriverVirtqueueError> {
+        let full = || DriverVirtqueueError::Full {
             needed: chain.len(),
             free: 0,
         };
         let count = u16::try_from(chain.len()).map_err(|_| full())?;
-        let bytes = DESCRIPTOR * chain.len();
+        let bytes = DESCRIPTOR_SIZE * chain.len();
         let table = self.tables.table(head, bytes)?;
-        for ((index, buf), offset) in (0..).zip(chain).zip((0..).step_by(DESCRIPTOR)) {
+        for ((index, buf), offset) in (0..).zip(chain).zip((0..).step_by(DESCRIPTOR_SIZE)) {
             let more = index + 1 < count;
             let next = if more { index + 1 } else { 0 };
-            Descriptor::new(buf.addr, buf.len, flags(buf, more), next).store(table, offset);
+            SplitDescriptor::new(buf.addr, buf.len, flags(buf, more), next).store(table, offset);
         }
         let addr = table.addr();
         let len = u32::try_from(bytes).map_err(|_| full())?;
-        self.set_descriptor(head, Descriptor::new(addr, len, INDIRECT, 0));
+        self.set_descriptor(head, SplitDescriptor::new(addr, len, VRING_DESC_F_INDIRECT, 0));
         Ok(head)
     }
 
-    /// See [`crate::driver::DriverRing::publish`].
+    /// See [`crate::driver::DriverVirtqueue::publish`].
     #[inline(always)]
     pub fn publish(&mut self) {
         self.published = self.next;
-        self.avail.release(INDEX, self.published);
+        self.avail.release(IDX_OFFSET, self.published);
     }
 
-    /// See [`crate::driver::DriverRing::kick_needed`] (virtio 1.3 §2.7.7.2 and §2.7.10).
+    /// See [`crate::driver::DriverVirtqueue::is_kick_needed`] (virtio 1.3 §2.7.7.2 and §2.7.10).
     #[inline(always)]
     #[must_use]
-    pub fn kick_needed(&mut self) -> bool {
-        let (old, new) = (self.kicked, self.published);
-        self.kicked = new;
+    pub fn is_kick_needed(&mut self) -> bool {
+        let (old, new) = (self.last_kick_check, self.published);
+        self.last_kick_check = new;
         if old == new {
             return false;
         }
@@ -276,36 +276,36 @@ impl SplitRing {
             let event = self.avail_event();
             new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
         } else {
-            self.used_flags() & NO_NOTIFY == 0
+            self.used_flags() & VRING_USED_F_NO_NOTIFY == 0
         }
     }
 
-    /// See [`crate::driver::DriverRing::refresh`].
+    /// See [`crate::driver::DriverVirtqueue::refresh`].
     ///
     /// # Errors
     /// When the used index is ahead of the available one or went back.
     #[inline(always)]
     pub fn refresh(&mut self) -> Result<u16, DeviceFault> {
-        let to = self.used.acquire(INDEX);
+        let to = self.used.acquire(IDX_OFFSET);
         let ahead = to.wrapping_sub(self.collected);
-        if ahead > self.in_flight() || ahead < self.seen.wrapping_sub(self.collected) {
+        if ahead > self.in_flight() || ahead < self.last_used.wrapping_sub(self.collected) {
             return Err(DeviceFault::UsedIndex {
                 from: self.collected,
                 to,
                 in_flight: self.in_flight(),
             });
         }
-        self.seen = to;
+        self.last_used = to;
         Ok(ahead)
     }
 
-    /// See [`crate::driver::DriverRing::pop`].
+    /// See [`crate::driver::DriverVirtqueue::pop`].
     ///
     /// # Errors
     /// When the element names a chain that is not in flight.
     #[inline(always)]
     pub fn pop(&mut self) -> Result<Option<(u64, u32)>, DeviceFault> {
-        if self.collected == self.seen {
+        if self.collected == self.last_used {
             return Ok(None);
         }
         let (id, len) = self.used_element(self.collected);
@@ -323,16 +323,16 @@ impl SplitRing {
         Ok(Some((slot.token, len)))
     }
 
-    /// See [`crate::driver::DriverRing::disable_calls`].
+    /// See [`crate::driver::DriverVirtqueue::disable_calls`].
     #[inline(always)]
     pub fn disable_calls(&mut self) {
         // With EVENT_IDX the flag must stay 0; used_event falls behind by itself.
         if !self.event_idx {
-            self.set_avail_flags(NO_INTERRUPT);
+            self.set_avail_flags(VRING_AVAIL_F_NO_INTERRUPT);
         }
     }
 
-    /// See [`crate::driver::DriverRing::enable_calls`].
+    /// See [`crate::driver::DriverVirtqueue::enable_calls`].
     #[inline(always)]
     #[must_use]
     pub fn enable_calls(&mut self) -> bool {
@@ -353,34 +353,34 @@ impl SplitRing {
     /// Byte offset of available entry `index` (which may count on past the ring's end).
     #[inline(always)]
     fn entry(&self, index: u16) -> usize {
-        ENTRIES + 2 * usize::from(index & (self.size - 1))
+        RING_OFFSET + 2 * usize::from(index & (self.size - 1))
     }
 
     fn used_entry(&self, index: u16) -> usize {
-        ENTRIES + 8 * usize::from(index & (self.size - 1))
+        RING_OFFSET + 8 * usize::from(index & (self.size - 1))
     }
 }
 
 #[inline(always)]
 fn flags(buf: &Buf, more: bool) -> u16 {
-    let write = if buf.writable { WRITE } else { 0 };
-    let next = if more { NEXT } else { 0 };
+    let write = if buf.writable { VRING_DESC_F_WRITE } else { 0 };
+    let next = if more { VRING_DESC_F_NEXT } else { 0 };
     write | next
 }
 
 /// Raw access: what a hostile guest writes, and what a test looks at. None of it changes what the
 /// driver believes of its own chains.
-impl SplitRing {
+impl SplitDriverVirtqueue {
     /// Descriptor `index` (below the size).
     #[must_use]
-    pub fn descriptor(&self, index: u16) -> Descriptor {
-        Descriptor::load(&self.descriptors, DESCRIPTOR * usize::from(index))
+    pub fn descriptor(&self, index: u16) -> SplitDescriptor {
+        SplitDescriptor::load(&self.descriptors, DESCRIPTOR_SIZE * usize::from(index))
     }
 
     /// Writes descriptor `index` (below the size).
     #[inline(always)]
-    pub fn set_descriptor(&self, index: u16, descriptor: Descriptor) {
-        descriptor.store(&self.descriptors, DESCRIPTOR * usize::from(index));
+    pub fn set_descriptor(&self, index: u16, descriptor: SplitDescriptor) {
+        descriptor.store(&self.descriptors, DESCRIPTOR_SIZE * usize::from(index));
     }
 
     /// Writes the available entry for `index`, modulo the size.
@@ -391,12 +391,12 @@ impl SplitRing {
     /// The available index that the device can see.
     #[must_use]
     pub fn avail_index(&self) -> u16 {
-        self.avail.get(INDEX)
+        self.avail.get(IDX_OFFSET)
     }
 
     /// Writes the available index.
     pub fn set_avail_index(&self, index: u16) {
-        self.avail.release(INDEX, index);
+        self.avail.release(IDX_OFFSET, index);
     }
 
     /// Writes the available ring's flags.
@@ -409,14 +409,14 @@ impl SplitRing {
     #[inline(always)]
     pub fn set_used_event(&self, index: u16) {
         self.avail
-            .release(ENTRIES + 2 * usize::from(self.size), index);
+            .release(RING_OFFSET + 2 * usize::from(self.size), index);
     }
 
     /// The used index, with everything written before it.
     #[inline(always)]
     #[must_use]
     pub fn used_index(&self) -> u16 {
-        self.used.acquire(INDEX)
+        self.used.acquire(IDX_OFFSET)
     }
 
     /// The used element for `index`, modulo the size: id and bytes written.
@@ -439,7 +439,7 @@ impl SplitRing {
 
     /// Writes the used index.
     pub fn set_used_index(&self, index: u16) {
-        self.used.release(INDEX, index);
+        self.used.release(IDX_OFFSET, index);
     }
 
     /// The used ring's flags.
@@ -453,6 +453,6 @@ impl SplitRing {
     #[inline(always)]
     #[must_use]
     pub fn avail_event(&self) -> u16 {
-        self.used.get(ENTRIES + 8 * usize::from(self.size))
+        self.used.get(RING_OFFSET + 8 * usize::from(self.size))
     }
 }

@@ -5,49 +5,49 @@
 
 use std::time::{Duration, Instant};
 
-use crate::driver::{Buf, DriverRing, RingConfig};
+use crate::driver::{Buf, DriverVirtqueue, DriverVirtqueueConfig};
 use crate::error::Error;
 use crate::frame::Frame;
 use crate::header::{NetHeader, header_len};
-use crate::memory::{Area, GuestRam, wide};
-use crate::net::{Queue, QueueConfig, TxLayout};
+use crate::memory::{Area, GuestRam, to_u64};
+use crate::net::{DriverQueue, DriverQueueConfig, TxLayout};
 
 /// A transmitq with its slots.
 #[derive(Debug)]
-pub struct TxQueue {
+pub struct DriverTxQueue {
     /// Ring and eventfds.
-    pub queue: Queue,
+    pub queue: DriverQueue,
     slots: Area,
     stride: usize,
-    room: usize,
+    capacity: usize,
     free: Vec<u16>,
     header_len: usize,
     layout: TxLayout,
     indirect: bool,
-    /// Bytes of the frame and header that every slot holds since [`TxQueue::prefill`].
+    /// Bytes of the frame and header that every slot holds since [`DriverTxQueue::prefill`].
     prefilled: usize,
     /// Storage for the chain in the making.
     chain: Vec<Buf>,
 }
 
-impl TxQueue {
+impl DriverTxQueue {
     /// Allocates an empty ring and its slots in `ram`.
     ///
     /// # Errors
     /// When the configuration makes no sense or `ram` has no room.
-    pub fn new(ram: &GuestRam, config: &QueueConfig) -> Result<Self, Error> {
+    pub fn new(ram: &GuestRam, config: &DriverQueueConfig) -> Result<Self, Error> {
         config.check()?;
-        let ring = RingConfig {
+        let ring = DriverVirtqueueConfig {
             start: config.start,
-            ..RingConfig::new(config.size, config.features)
+            ..DriverVirtqueueConfig::new(config.size, config.features)
         };
         let too_large = |_| Error::Config("a TX slot is larger than this machine's memory");
         let bytes = config.tx_stride() * u64::from(config.size);
         Ok(Self {
-            queue: Queue::new(DriverRing::new(ram, ring)?)?,
+            queue: DriverQueue::new(DriverVirtqueue::new(ram, ring)?)?,
             slots: ram.area(ram.alloc(bytes, 4096)?, bytes)?,
             stride: usize::try_from(config.tx_stride()).map_err(too_large)?,
-            room: usize::try_from(config.tx_slot).map_err(too_large)?,
+            capacity: usize::try_from(config.tx_slot).map_err(too_large)?,
             free: (0..config.size).rev().collect(),
             header_len: header_len(config.features),
             layout: config.tx_layout,
@@ -57,7 +57,7 @@ impl TxQueue {
         })
     }
 
-    /// Puts a frame into a slot and its chain into the ring; [`TxQueue::flush`] shows it to the
+    /// Puts a frame into a slot and its chain into the ring; [`DriverTxQueue::flush`] shows it to the
     /// device. Returns false when there is no room now.
     ///
     /// # Errors
@@ -68,20 +68,20 @@ impl TxQueue {
         self.queue_raw(raw, frame)
     }
 
-    /// [`TxQueue::queue`] with whatever bytes stand for the header: none, too few, nonsense.
+    /// [`DriverTxQueue::queue`] with whatever bytes stand for the header: none, too few, nonsense.
     ///
     /// # Errors
-    /// As [`TxQueue::queue`].
+    /// As [`DriverTxQueue::queue`].
     #[inline]
     pub fn queue_raw(&mut self, header: &[u8], frame: &[u8]) -> Result<bool, Error> {
         let len = header.len() + frame.len();
-        if len > self.room {
+        if len > self.capacity {
             return Err(Error::FrameTooLong {
                 len,
-                slot: self.room,
+                slot: self.capacity,
             });
         }
-        let Some(slot) = self.take_slot(len)? else {
+        let Some(slot) = self.allocate_slot(len)? else {
             return Ok(false);
         };
         let at = usize::from(slot) * self.stride;
@@ -94,7 +94,7 @@ impl TxQueue {
     /// Sends one frame at once.
     ///
     /// # Errors
-    /// When there is no room for it, or as [`TxQueue::queue`] and [`TxQueue::flush`].
+    /// When there is no room for it, or as [`DriverTxQueue::queue`] and [`DriverTxQueue::flush`].
     pub fn send(&mut self, frame: &Frame) -> Result<(), Error> {
         self.send_all(std::slice::from_ref(frame), Duration::ZERO)
     }
@@ -102,7 +102,7 @@ impl TxQueue {
     /// Sends `frames` in order, waiting for room where there is none.
     ///
     /// # Errors
-    /// When `limit` passes, or as [`TxQueue::queue`].
+    /// When `limit` passes, or as [`DriverTxQueue::queue`].
     pub fn send_all(&mut self, frames: &[Frame], limit: Duration) -> Result<(), Error> {
         let end = Instant::now() + limit;
         for (sent, frame) in frames.iter().enumerate() {
@@ -167,10 +167,10 @@ impl TxQueue {
     pub fn prefill(&mut self, frame: &Frame) -> Result<(), Error> {
         let header = &frame.header.to_bytes()[..self.header_len];
         let len = header.len() + frame.bytes.len();
-        if len > self.room {
+        if len > self.capacity {
             return Err(Error::FrameTooLong {
                 len,
-                slot: self.room,
+                slot: self.capacity,
             });
         }
         if self.queue.ring.in_flight() != 0 {
@@ -186,7 +186,7 @@ impl TxQueue {
         Ok(())
     }
 
-    /// Queues up to `most` slots as [`TxQueue::prefill`] left them, without touching a byte of
+    /// Queues up to `most` slots as [`DriverTxQueue::prefill`] left them, without touching a byte of
     /// them; returns how many there was room for.
     ///
     /// # Errors
@@ -195,7 +195,7 @@ impl TxQueue {
     pub fn queue_prefilled(&mut self, most: u16) -> Result<u16, Error> {
         let mut count = 0;
         while count < most {
-            let Some(slot) = self.take_slot(self.prefilled)? else {
+            let Some(slot) = self.allocate_slot(self.prefilled)? else {
                 break;
             };
             self.add(slot, self.prefilled)?;
@@ -206,7 +206,7 @@ impl TxQueue {
 
     /// A free slot, when the ring has room for a chain of `len` bytes as well.
     #[inline(always)]
-    fn take_slot(&mut self, len: usize) -> Result<Option<u16>, Error> {
+    fn allocate_slot(&mut self, len: usize) -> Result<Option<u16>, Error> {
         let needed = self.descriptors(len);
         if self.free.is_empty() || usize::from(self.queue.ring.free()) < needed {
             self.reclaim()?;
@@ -223,14 +223,14 @@ impl TxQueue {
         match self.layout {
             _ if self.indirect => 1,
             TxLayout::Single => 1,
-            TxLayout::HeaderApart => 2,
-            TxLayout::Pieces(n) => len.div_ceil(usize::try_from(n).unwrap_or(usize::MAX)),
+            TxLayout::SeparateHeader => 2,
+            TxLayout::Segments(n) => len.div_ceil(usize::try_from(n).unwrap_or(usize::MAX)),
         }
     }
 
     #[inline(always)]
     fn add(&mut self, slot: u16, len: usize) -> Result<(), Error> {
-        let addr = self.slots.addr() + wide(usize::from(slot) * self.stride);
+        let addr = self.slots.addr() + to_u64(usize::from(slot) * self.stride);
         // `len` is at most `room`, which came from a u32.
         let len = u32::try_from(len).unwrap_or(u32::MAX);
         let token = u64::from(slot);
@@ -239,25 +239,25 @@ impl TxQueue {
             self.queue.ring.add(&chain, false, token)?;
             return Ok(());
         }
-        self.cut(addr, len);
+        self.push_segments(addr, len);
         let indirect = self.indirect && self.chain.len() > 1;
         self.queue.ring.add(&self.chain, indirect, token)?;
         Ok(())
     }
 
-    fn cut(&mut self, addr: u64, len: u32) {
+    fn push_segments(&mut self, addr: u64, len: u32) {
         let header = u32::try_from(self.header_len).unwrap_or(u32::MAX);
         self.chain.clear();
         let mut at = 0;
         while at < len {
             let most = match self.layout {
-                TxLayout::Pieces(n) => n,
-                TxLayout::HeaderApart if at == 0 => header,
+                TxLayout::Segments(n) => n,
+                TxLayout::SeparateHeader if at == 0 => header,
                 _ => len,
             };
             let here = most.min(len - at);
-            let piece = Buf::readable(addr + u64::from(at), here);
-            self.chain.push(piece);
+            let segment = Buf::readable(addr + u64::from(at), here);
+            self.chain.push(segment);
             at += here;
         }
     }

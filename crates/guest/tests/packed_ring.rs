@@ -4,18 +4,18 @@
 
 use std::collections::VecDeque;
 
-use virtionet_guest::driver::{Buf, DeviceFault, DriverRing, RingConfig, RingError};
+use virtionet_guest::driver::{Buf, DeviceFault, DriverVirtqueue, DriverVirtqueueConfig, DriverVirtqueueError};
 use virtionet_guest::memory::GuestRam;
 use virtionet_guest::packed::{
-    AT_DESCRIPTOR, AVAIL, DISABLE, ENABLE, PackedDescriptor, PackedRing, Place, USED,
+    VRING_PACKED_EVENT_FLAG_DESC, VIRTQ_DESC_F_AVAIL, VRING_PACKED_EVENT_FLAG_DISABLE, VRING_PACKED_EVENT_FLAG_ENABLE, PackedDescriptor, PackedDriverVirtqueue, RingPosition, VIRTQ_DESC_F_USED,
 };
-use virtionet_guest::split::{INDIRECT, NEXT, WRITE};
+use virtionet_guest::split::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 
 struct Bench {
     ram: GuestRam,
-    ring: DriverRing,
-    avail: Place,
-    used: Place,
+    ring: DriverVirtqueue,
+    avail: RingPosition,
+    used: RingPosition,
 }
 
 /// A chain as the device sees it: its id, its descriptors in the ring, its buffers.
@@ -23,25 +23,25 @@ type Chain = (u16, u16, Vec<Buf>);
 
 fn bench(size: u16, event_idx: bool, start: u16) -> Bench {
     let ram = GuestRam::new(8 << 20).unwrap();
-    let config = RingConfig {
+    let config = DriverVirtqueueConfig {
         size,
         event_idx,
         packed: true,
         start,
     };
-    let ring = DriverRing::new(&ram, config).unwrap();
-    let place = Place::nth(start, size);
-    assert_eq!(ring.base() & 0xffff, u32::from(place.word()));
+    let ring = DriverVirtqueue::new(&ram, config).unwrap();
+    let position = RingPosition::nth(start, size);
+    assert_eq!(ring.base() & 0xffff, u32::from(position.word()));
     Bench {
         ram,
         ring,
-        avail: place,
-        used: place,
+        avail: position,
+        used: position,
     }
 }
 
 impl Bench {
-    fn packed(&mut self) -> &mut PackedRing {
+    fn packed(&mut self) -> &mut PackedDriverVirtqueue {
         self.ring.as_packed().unwrap()
     }
 
@@ -52,17 +52,17 @@ impl Bench {
         for count in 1.. {
             let at = self.avail;
             let found = self.packed().descriptor(at.index);
-            if found.flags & (AVAIL | USED) != at.available() {
+            if found.flags & (VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED) != at.available() {
                 assert!(bufs.is_empty(), "a chain breaks off");
                 return None;
             }
             self.avail = at.after(1, size);
-            if found.flags & INDIRECT != 0 {
+            if found.flags & VRING_DESC_F_INDIRECT != 0 {
                 bufs.append(&mut self.table(found.addr, found.len));
             } else {
                 bufs.push(buf(found));
             }
-            if found.flags & NEXT == 0 {
+            if found.flags & VRING_DESC_F_NEXT == 0 {
                 return Some((found.id, count, bufs));
             }
         }
@@ -75,17 +75,17 @@ impl Bench {
         entries
             .map(|at| {
                 let entry = PackedDescriptor::load(&area, at);
-                assert_eq!(entry.flags & !WRITE, 0);
+                assert_eq!(entry.flags & !VRING_DESC_F_WRITE, 0);
                 buf(entry)
             })
             .collect()
     }
 
     fn complete(&mut self, id: u16, count: u16, len: u32) {
-        let place = self.used;
-        let used = PackedDescriptor::new(0, len, id, place.used());
-        self.packed().set_descriptor(place.index, used);
-        self.used = place.after(count, self.ring.size());
+        let position = self.used;
+        let used = PackedDescriptor::new(0, len, id, position.used());
+        self.packed().set_descriptor(position.index, used);
+        self.used = position.after(count, self.ring.size());
     }
 
     fn collected(&mut self) -> Vec<(u64, u32)> {
@@ -101,7 +101,7 @@ fn buf(found: PackedDescriptor) -> Buf {
     Buf {
         addr: found.addr,
         len: found.len,
-        writable: found.flags & WRITE != 0,
+        writable: found.flags & VRING_DESC_F_WRITE != 0,
     }
 }
 
@@ -126,7 +126,7 @@ fn run_through(size: u16, start: u16, shuffled: bool) {
             let bufs = chain(token, length);
             match b.ring.add(&bufs, round % 3 == 2, token) {
                 Ok(_) => pending.push_back((token, bufs)),
-                Err(RingError::Full { .. }) => break,
+                Err(DriverVirtqueueError::Full { .. }) => break,
                 Err(error) => panic!("{error}"),
             };
             token += 1;
@@ -177,7 +177,7 @@ fn the_largest_ring_can_be_full() {
     }
     assert!(matches!(
         b.ring.add(&one, true, 0),
-        Err(RingError::Full { needed: 1, free: 0 })
+        Err(DriverVirtqueueError::Full { needed: 1, free: 0 })
     ));
     b.ring.publish();
     while let Some((id, count, _)) = b.pop() {
@@ -191,7 +191,7 @@ fn an_indirect_chain_takes_one_descriptor_and_may_be_longer_than_the_ring() {
     let mut b = bench(2, false, 0);
     let long = chain(1, 9);
     assert!(b.ring.add(&long, false, 7).is_err());
-    assert!(matches!(b.ring.add(&[], true, 7), Err(RingError::Empty)));
+    assert!(matches!(b.ring.add(&[], true, 7), Err(DriverVirtqueueError::Empty)));
     b.ring.add(&long, true, 7).unwrap();
     assert_eq!(b.ring.free(), 1);
     b.ring.publish();
@@ -205,29 +205,29 @@ fn an_indirect_chain_takes_one_descriptor_and_may_be_longer_than_the_ring() {
 fn kicks_follow_the_devices_event_area() {
     // Each row: what the device wrote, and whether a chain of two descriptors at 5 of 8 passes it.
     for (off_wrap, flags, wanted) in [
-        (0, ENABLE, true),
-        (0x8005, DISABLE, false),
-        (0x8004, AT_DESCRIPTOR, false),
-        (0x8005, AT_DESCRIPTOR, true),
-        (0x8006, AT_DESCRIPTOR, true),
-        (0x8007, AT_DESCRIPTOR, false),
-        (0x0005, AT_DESCRIPTOR, false),
-        (0xffff, AT_DESCRIPTOR, false),
+        (0, VRING_PACKED_EVENT_FLAG_ENABLE, true),
+        (0x8005, VRING_PACKED_EVENT_FLAG_DISABLE, false),
+        (0x8004, VRING_PACKED_EVENT_FLAG_DESC, false),
+        (0x8005, VRING_PACKED_EVENT_FLAG_DESC, true),
+        (0x8006, VRING_PACKED_EVENT_FLAG_DESC, true),
+        (0x8007, VRING_PACKED_EVENT_FLAG_DESC, false),
+        (0x0005, VRING_PACKED_EVENT_FLAG_DESC, false),
+        (0xffff, VRING_PACKED_EVENT_FLAG_DESC, false),
         (0x8004, 3, true),
     ] {
         let mut b = bench(8, true, 5);
         b.packed().set_device_event(off_wrap, flags);
-        assert!(!b.ring.kick_needed(), "nothing was published");
+        assert!(!b.ring.is_kick_needed(), "nothing was published");
         b.ring.add(&chain(1, 2), false, 1).unwrap();
         b.ring.publish();
-        assert_eq!(b.ring.kick_needed(), wanted, "{off_wrap:#x} {flags}");
-        assert!(!b.ring.kick_needed(), "once is enough");
+        assert_eq!(b.ring.is_kick_needed(), wanted, "{off_wrap:#x} {flags}");
+        assert!(!b.ring.is_kick_needed(), "once is enough");
     }
     let mut b = bench(8, false, 5);
-    b.packed().set_device_event(0x8001, AT_DESCRIPTOR);
+    b.packed().set_device_event(0x8001, VRING_PACKED_EVENT_FLAG_DESC);
     b.ring.add(&chain(1, 2), false, 1).unwrap();
     b.ring.publish();
-    assert!(b.ring.kick_needed(), "without the feature");
+    assert!(b.ring.is_kick_needed(), "without the feature");
 }
 
 #[test]
@@ -235,12 +235,12 @@ fn a_kick_is_found_due_however_much_was_published_since() {
     for size in [1, 4, 7] {
         let mut b = bench(size, true, 0);
         let asleep_at = b.avail.word();
-        b.packed().set_device_event(asleep_at, AT_DESCRIPTOR);
+        b.packed().set_device_event(asleep_at, VRING_PACKED_EVENT_FLAG_DESC);
         for token in 0..u64::from(size) {
             b.ring.add(&chain(token, 1), false, token).unwrap();
             b.ring.publish();
         }
-        assert!(b.ring.kick_needed(), "{size} at once");
+        assert!(b.ring.is_kick_needed(), "{size} at once");
     }
 }
 
@@ -248,9 +248,9 @@ fn a_kick_is_found_due_however_much_was_published_since() {
 fn calls_are_asked_for_where_the_next_chain_will_be_used() {
     let mut b = bench(5, true, 4);
     b.ring.disable_calls();
-    assert_eq!(b.packed().driver_event().1, DISABLE);
+    assert_eq!(b.packed().driver_event().1, VRING_PACKED_EVENT_FLAG_DISABLE);
     assert!(!b.ring.enable_calls());
-    assert_eq!(b.packed().driver_event(), (0x8004, AT_DESCRIPTOR));
+    assert_eq!(b.packed().driver_event(), (0x8004, VRING_PACKED_EVENT_FLAG_DESC));
     b.ring.add(&chain(0, 2), false, 9).unwrap();
     b.ring.publish();
     assert!(!b.ring.enable_calls(), "nothing is used yet");
@@ -259,10 +259,10 @@ fn calls_are_asked_for_where_the_next_chain_will_be_used() {
     assert!(b.ring.enable_calls(), "a used chain waits");
     assert_eq!(b.collected(), [(9, 3)]);
     assert!(!b.ring.enable_calls());
-    assert_eq!(b.packed().driver_event(), (1, AT_DESCRIPTOR));
+    assert_eq!(b.packed().driver_event(), (1, VRING_PACKED_EVENT_FLAG_DESC));
     let mut b = bench(5, false, 4);
     assert!(!b.ring.enable_calls());
-    assert_eq!(b.packed().driver_event().1, ENABLE);
+    assert_eq!(b.packed().driver_event().1, VRING_PACKED_EVENT_FLAG_ENABLE);
 }
 
 #[test]
@@ -274,7 +274,7 @@ fn a_reset_ring_starts_over() {
     b.ring.reset();
     assert_eq!((b.ring.free(), b.ring.in_flight()), (3, 0));
     assert_eq!(b.ring.base(), 0x8000_8000);
-    (b.avail, b.used) = (Place::nth(0, 3), Place::nth(0, 3));
+    (b.avail, b.used) = (RingPosition::nth(0, 3), RingPosition::nth(0, 3));
     assert!(b.pop().is_none());
     b.ring.add(&chain(2, 3), false, 2).unwrap();
     b.ring.publish();
@@ -315,13 +315,13 @@ fn a_device_that_names_no_chain_is_found_out() {
 fn sizes_that_a_packed_ring_has_not_are_refused() {
     let ram = GuestRam::new(1 << 20).unwrap();
     for size in [0, 32_769] {
-        let config = RingConfig {
+        let config = DriverVirtqueueConfig {
             packed: true,
-            ..RingConfig::new(size, 0)
+            ..DriverVirtqueueConfig::new(size, 0)
         };
-        let error = DriverRing::new(&ram, config).unwrap_err();
-        assert!(matches!(error, RingError::Size(n) if n == size));
+        let error = DriverVirtqueue::new(&ram, config).unwrap_err();
+        assert!(matches!(error, DriverVirtqueueError::Size(n) if n == size));
     }
-    let packed = RingConfig::new(100, virtionet_guest::net::PACKED);
-    assert!(DriverRing::new(&ram, packed).unwrap().as_packed().is_some());
+    let packed = DriverVirtqueueConfig::new(100, virtionet_guest::net::PACKED);
+    assert!(DriverVirtqueue::new(&ram, packed).unwrap().as_packed().is_some());
 }

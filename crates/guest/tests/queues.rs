@@ -7,12 +7,12 @@ use virtio_bindings::virtio_net::{VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_MRG_RXBU
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 use virtio_queue::{Queue, QueueT};
 use virtionet_guest::Error;
-use virtionet_guest::card::Pair;
-use virtionet_guest::driver::{DeviceFault, RingAddresses};
+use virtionet_guest::test_frontend::DriverQueuePair;
+use virtionet_guest::driver::{DeviceFault, VirtqueueAddresses};
 use virtionet_guest::frame::{Checksum, Frame, FrameSpec, Transport, check};
 use virtionet_guest::header::NetHeader;
 use virtionet_guest::memory::GuestRam;
-use virtionet_guest::net::{BIG_BUFFER, MODERN, QueueConfig, TxLayout};
+use virtionet_guest::net::{BIG_BUFFER, MODERN, DriverQueueConfig, TxLayout};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 const VERSION_1: u64 = 1 << 32;
@@ -26,7 +26,7 @@ struct Device {
     rx: Queue,
 }
 
-fn queue(size: u16, at: RingAddresses) -> Queue {
+fn queue(size: u16, at: VirtqueueAddresses) -> Queue {
     let mut queue = Queue::new(size).unwrap();
     let part = GuestAddress;
     queue
@@ -38,9 +38,9 @@ fn queue(size: u16, at: RingAddresses) -> Queue {
     queue
 }
 
-fn make(config: &QueueConfig) -> (Pair, Device) {
+fn make(config: &DriverQueueConfig) -> (DriverQueuePair, Device) {
     let ram = GuestRam::new(config.memory().next_multiple_of(4096) + (1 << 16)).unwrap();
-    let pair = Pair::new(&ram, config).unwrap();
+    let pair = DriverQueuePair::new(&ram, config).unwrap();
     let region = ram.regions()[0];
     let file = FileOffset::new(ram.file().try_clone().unwrap(), region.file_offset);
     let size = usize::try_from(region.size).unwrap();
@@ -111,17 +111,17 @@ fn frame(payload: usize) -> Frame {
 fn frames_reach_the_device_in_every_layout() {
     for (layout, features, lens) in [
         (TxLayout::Single, VERSION_1, vec![12 + 154]),
-        (TxLayout::HeaderApart, VERSION_1, vec![12, 154]),
-        (TxLayout::HeaderApart, VERSION_1 | INDIRECT, vec![12, 154]),
-        (TxLayout::HeaderApart, 0, vec![10, 154]),
-        (TxLayout::Pieces(60), VERSION_1, vec![60, 60, 46]),
+        (TxLayout::SeparateHeader, VERSION_1, vec![12, 154]),
+        (TxLayout::SeparateHeader, VERSION_1 | INDIRECT, vec![12, 154]),
+        (TxLayout::SeparateHeader, 0, vec![10, 154]),
+        (TxLayout::Segments(60), VERSION_1, vec![60, 60, 46]),
         (
-            TxLayout::Pieces(5),
+            TxLayout::Segments(5),
             VERSION_1 | INDIRECT,
             [5; 33].into_iter().chain([1]).collect(),
         ),
     ] {
-        let mut config = QueueConfig::new(64, features);
+        let mut config = DriverQueueConfig::new(64, features);
         config.tx_layout = layout;
         let (mut pair, mut device) = make(&config);
         let sent = frame(100);
@@ -138,15 +138,15 @@ fn frames_reach_the_device_in_every_layout() {
 
 #[test]
 fn a_full_transmitq_says_so_and_goes_on() {
-    let (mut pair, mut device) = make(&QueueConfig::new(8, VERSION_1));
+    let (mut pair, mut device) = make(&DriverQueueConfig::new(8, VERSION_1));
     let small = frame(10);
-    let queue = |pair: &mut Pair| pair.tx.queue(&small.header, &small.bytes).unwrap();
+    let queue = |pair: &mut DriverQueuePair| pair.tx.queue(&small.header, &small.bytes).unwrap();
     for _ in 0..8 {
         assert!(queue(&mut pair));
     }
     assert!(!queue(&mut pair));
     pair.tx.flush().unwrap();
-    assert_eq!(pair.tx.queue.kick.take(), 1, "one kick for all");
+    assert_eq!(pair.tx.queue.kick.try_read(), 1, "one kick for all");
     device.take().unwrap();
     assert!(queue(&mut pair));
     assert!(!queue(&mut pair));
@@ -171,7 +171,7 @@ fn a_full_transmitq_says_so_and_goes_on() {
 
 #[test]
 fn prefilled_slots_are_sent_as_they_are() {
-    let (mut pair, mut device) = make(&QueueConfig::new(16, VERSION_1));
+    let (mut pair, mut device) = make(&DriverQueueConfig::new(16, VERSION_1));
     let sent = frame(46);
     pair.tx.prefill(&sent).unwrap();
     let want = [&sent.header.to_bytes()[..], &sent.bytes].concat();
@@ -188,7 +188,7 @@ fn prefilled_slots_are_sent_as_they_are() {
 
 #[test]
 fn merged_frames_come_back_whole() {
-    let config = QueueConfig::new(64, VERSION_1 | MERGEABLE);
+    let config = DriverQueueConfig::new(64, VERSION_1 | MERGEABLE);
     let (mut pair, mut device) = make(&config);
     assert_eq!(pair.rx.fill().unwrap(), 64);
     // Lengths around the ends of the first and second buffer, and the largest.
@@ -208,15 +208,15 @@ fn merged_frames_come_back_whole() {
 #[test]
 fn big_buffers_take_the_largest_frame_unmerged() {
     let features = VERSION_1 | 1 << VIRTIO_NET_F_GUEST_TSO4;
-    let whole = QueueConfig::new(8, features);
+    let whole = DriverQueueConfig::new(8, features);
     assert_eq!(whole.rx_buffer, [BIG_BUFFER]);
     // As Linux lays them out: the header apart, then pages.
     let mut pages = vec![12];
     pages.extend([4096; 16]);
     pages.push(BIG_BUFFER - 12 - 16 * 4096);
-    let mut direct = QueueConfig::new(64, features);
+    let mut direct = DriverQueueConfig::new(64, features);
     direct.rx_buffer.clone_from(&pages);
-    let mut indirect = QueueConfig::new(8, features | INDIRECT);
+    let mut indirect = DriverQueueConfig::new(8, features | INDIRECT);
     indirect.rx_buffer = pages;
     for (config, buffers) in [(whole, 8), (direct, 64 / 18), (indirect, 8)] {
         let (mut pair, mut device) = make(&config);
@@ -232,7 +232,7 @@ fn big_buffers_take_the_largest_frame_unmerged() {
 
 #[test]
 fn a_receiveq_that_is_not_refilled_starves() {
-    let (mut pair, mut device) = make(&QueueConfig::new(8, VERSION_1 | MERGEABLE));
+    let (mut pair, mut device) = make(&DriverQueueConfig::new(8, VERSION_1 | MERGEABLE));
     pair.rx.refill = false;
     assert_eq!(pair.rx.fill_some(2).unwrap(), 2);
     device.deliver(&frame(50), 1);
@@ -256,7 +256,7 @@ fn a_receiveq_that_is_not_refilled_starves() {
 #[test]
 fn what_a_device_gets_wrong_with_a_frame_is_named() {
     let fault = |num_buffers: u16, bytes: usize| {
-        let (mut pair, mut device) = make(&QueueConfig::new(8, VERSION_1 | MERGEABLE));
+        let (mut pair, mut device) = make(&DriverQueueConfig::new(8, VERSION_1 | MERGEABLE));
         pair.rx.fill().unwrap();
         let header = NetHeader {
             num_buffers,
@@ -273,7 +273,7 @@ fn what_a_device_gets_wrong_with_a_frame_is_named() {
     assert_eq!(fault(0, 100), DeviceFault::NoBuffers);
     assert_eq!(fault(1, 11), DeviceFault::NoHeader(11));
     assert_eq!(fault(3, 100), DeviceFault::TornFrame { wanted: 3, got: 1 });
-    let (mut pair, mut device) = make(&QueueConfig::new(8, VERSION_1));
+    let (mut pair, mut device) = make(&DriverQueueConfig::new(8, VERSION_1));
     pair.rx.fill().unwrap();
     let head = device
         .rx
@@ -290,7 +290,7 @@ fn what_a_device_gets_wrong_with_a_frame_is_named() {
 
 #[test]
 fn reset_queues_work_as_new_ones() {
-    let config = QueueConfig::new(8, MODERN);
+    let config = DriverQueueConfig::new(8, MODERN);
     let (mut pair, mut device) = make(&config);
     for _ in 0..3 {
         pair.rx.fill().unwrap();
@@ -310,7 +310,7 @@ fn reset_queues_work_as_new_ones() {
 
 #[test]
 fn partial_checksums_and_segments_keep_their_header() {
-    let (mut pair, mut device) = make(&QueueConfig::new(8, MODERN).with_big_tx());
+    let (mut pair, mut device) = make(&DriverQueueConfig::new(8, MODERN).with_big_tx());
     let mut spec = FrameSpec::v6(Transport::Tcp);
     spec.checksum = Checksum::Partial;
     spec.gso_size = Some(1400);
@@ -330,8 +330,8 @@ fn partial_checksums_and_segments_keep_their_header() {
 #[test]
 fn configurations_that_make_no_sense_are_refused() {
     let ram = GuestRam::new(1 << 20).unwrap();
-    let good = QueueConfig::new(8, VERSION_1);
-    let change = |f: fn(&mut QueueConfig)| {
+    let good = DriverQueueConfig::new(8, VERSION_1);
+    let change = |f: fn(&mut DriverQueueConfig)| {
         let mut config = good.clone();
         f(&mut config);
         config
@@ -341,10 +341,10 @@ fn configurations_that_make_no_sense_are_refused() {
         change(|c| c.rx_buffer.push(0)),
         change(|c| c.rx_buffer = vec![100; 9]),
         change(|c| c.tx_slot = 11),
-        change(|c| c.tx_layout = TxLayout::Pieces(0)),
+        change(|c| c.tx_layout = TxLayout::Segments(0)),
         change(|c| c.size = 9),
         change(|c| c.tx_slot = 1 << 20),
     ] {
-        assert!(Pair::new(&ram, &bad).is_err(), "{bad:?}");
+        assert!(DriverQueuePair::new(&ram, &bad).is_err(), "{bad:?}");
     }
 }

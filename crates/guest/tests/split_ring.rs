@@ -5,9 +5,9 @@ use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 
 use virtio_queue::{Queue, QueueT};
-use virtionet_guest::driver::{Buf, DeviceFault, DriverRing, RingConfig, RingError};
+use virtionet_guest::driver::{Buf, DeviceFault, DriverVirtqueue, DriverVirtqueueConfig, DriverVirtqueueError};
 use virtionet_guest::memory::GuestRam;
-use virtionet_guest::split::{Descriptor, NEXT, SplitRing, WRITE};
+use virtionet_guest::split::{SplitDescriptor, VRING_DESC_F_NEXT, SplitDriverVirtqueue, VRING_DESC_F_WRITE};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 /// The device's memory: the same file, mapped by vm-memory.
@@ -25,20 +25,20 @@ fn mapped(ram: &GuestRam) -> GuestMemoryMmap {
 
 struct Bench {
     ram: GuestRam,
-    ring: DriverRing,
+    ring: DriverVirtqueue,
     memory: GuestMemoryMmap,
     device: Queue,
 }
 
 fn bench(size: u16, event_idx: bool, start: u16) -> Bench {
     let ram = GuestRam::new(8 << 20).unwrap();
-    let config = RingConfig {
+    let config = DriverVirtqueueConfig {
         size,
         event_idx,
         packed: false,
         start,
     };
-    let ring = DriverRing::new(&ram, config).unwrap();
+    let ring = DriverVirtqueue::new(&ram, config).unwrap();
     let mut device = Queue::new(size).unwrap();
     let at = ring.addresses();
     device.try_set_size(size).unwrap();
@@ -66,7 +66,7 @@ fn bench(size: u16, event_idx: bool, start: u16) -> Bench {
 type Chain = (u16, Vec<(u64, u32, bool)>);
 
 impl Bench {
-    fn split(&mut self) -> &mut SplitRing {
+    fn split(&mut self) -> &mut SplitDriverVirtqueue {
         self.ring.as_split().unwrap()
     }
 
@@ -121,7 +121,7 @@ fn run_through(size: u16, event_idx: bool, shuffled: bool) {
             let indirect = round % 2 == 1;
             match b.ring.add(&bufs, indirect, token) {
                 Ok(_) => pending.insert(token, as_seen(&bufs)),
-                Err(RingError::Full { .. }) => break,
+                Err(DriverVirtqueueError::Full { .. }) => break,
                 Err(error) => panic!("{error}"),
             };
             token += 1;
@@ -180,7 +180,7 @@ fn the_largest_ring_can_be_full() {
     }
     assert!(matches!(
         b.ring.add(&[Buf::readable(0x1000, 1)], true, 0),
-        Err(RingError::Full { needed: 1, free: 0 })
+        Err(DriverVirtqueueError::Full { needed: 1, free: 0 })
     ));
     b.ring.publish();
     while let Some((head, _)) = b.pop() {
@@ -218,19 +218,19 @@ fn an_indirect_chain_takes_one_descriptor_and_may_be_longer_than_the_ring() {
 #[test]
 fn kicks_and_calls_follow_the_flags() {
     let mut b = bench(8, false, 0);
-    assert!(!b.ring.kick_needed(), "nothing was published");
+    assert!(!b.ring.is_kick_needed(), "nothing was published");
     let one = [Buf::writable(0x1000, 16)];
     let send = |b: &mut Bench| {
         b.ring.add(&one, false, 1).unwrap();
         b.ring.publish();
-        b.ring.kick_needed()
+        b.ring.is_kick_needed()
     };
     assert!(send(&mut b));
     b.device.disable_notification(&b.memory).unwrap();
     assert!(!send(&mut b));
     b.device.enable_notification(&b.memory).unwrap();
     assert!(send(&mut b));
-    assert!(!b.ring.kick_needed(), "once is enough");
+    assert!(!b.ring.is_kick_needed(), "once is enough");
 
     b.ring.disable_calls();
     let flags: u16 = b
@@ -253,7 +253,7 @@ fn kicks_and_calls_follow_the_event_indices() {
     // avail_event is 0 until the device writes it: far from 65,530.
     b.ring.add(&one, false, 0).unwrap();
     b.ring.publish();
-    assert!(!b.ring.kick_needed());
+    assert!(!b.ring.is_kick_needed());
     for round in 0..20u64 {
         while b.pop().is_some_and(|(head, _)| {
             b.complete(head, 16);
@@ -266,7 +266,7 @@ fn kicks_and_calls_follow_the_event_indices() {
         for nth in 0..3 {
             b.ring.add(&one, false, round).unwrap();
             b.ring.publish();
-            assert_eq!(b.ring.kick_needed(), nth == 0, "round {round}");
+            assert_eq!(b.ring.is_kick_needed(), nth == 0, "round {round}");
         }
         // The driver sleeps: it wants a call for the next used chain and no other.
         for nth in 0..3 {
@@ -284,7 +284,7 @@ fn kicks_and_calls_follow_the_event_indices() {
         b.ring.add(&one, false, 0).unwrap();
     }
     b.ring.publish();
-    assert!(b.ring.kick_needed());
+    assert!(b.ring.is_kick_needed());
     let used = b.device.used_idx(&b.memory, Ordering::Acquire).unwrap();
     assert_eq!(b.ring.base(), u32::from(used.0));
 }
@@ -298,7 +298,7 @@ fn a_ring_that_is_reset_starts_over() {
     assert_eq!((b.ring.free(), b.ring.in_flight()), (4, 0));
     assert_eq!(b.ring.base(), 0);
     assert_eq!(b.split().avail_index(), 0);
-    assert_eq!(b.split().descriptor(0), Descriptor::default());
+    assert_eq!(b.split().descriptor(0), SplitDescriptor::default());
 }
 
 #[test]
@@ -346,8 +346,8 @@ fn a_device_that_breaks_the_ring_is_found_out() {
 fn raw_writes_reach_the_device() {
     let mut b = bench(8, false, 0);
     let ring = b.split();
-    ring.set_descriptor(3, Descriptor::new(0x2000, 7, NEXT, 5));
-    ring.set_descriptor(5, Descriptor::new(0x3000, 9, WRITE, 0));
+    ring.set_descriptor(3, SplitDescriptor::new(0x2000, 7, VRING_DESC_F_NEXT, 5));
+    ring.set_descriptor(5, SplitDescriptor::new(0x3000, 9, VRING_DESC_F_WRITE, 0));
     ring.set_avail_entry(0, 3);
     ring.set_avail_index(1);
     assert_eq!(ring.descriptor(3).next, 5);
@@ -360,10 +360,10 @@ fn raw_writes_reach_the_device() {
 fn sizes_that_a_split_ring_has_not_are_refused() {
     let ram = GuestRam::new(1 << 20).unwrap();
     for size in [0, 1, 3, 100, 32_769] {
-        let config = RingConfig::new(size, 0);
+        let config = DriverVirtqueueConfig::new(size, 0);
         assert!(matches!(
-            DriverRing::new(&ram, config),
-            Err(RingError::Size(_))
+            DriverVirtqueue::new(&ram, config),
+            Err(DriverVirtqueueError::Size(_))
         ));
     }
 }

@@ -10,7 +10,7 @@ use crate::sys;
 #[derive(Debug, thiserror::Error)]
 pub enum AffinityError {
     /// `sched_setaffinity` failed.
-    #[error("{} cannot be placed on {}: {source}; name CPUs that are online and in this daemon's cpuset", thread_words(*.tid), .cpus.words())]
+    #[error("{} cannot be placed on {}: {source}; name CPUs that are online and in this daemon's cpuset", describe_thread(*.tid), .cpus.describe())]
     Set {
         /// The thread, `None` for the calling one.
         tid: Option<i32>,
@@ -20,7 +20,7 @@ pub enum AffinityError {
         source: io::Error,
     },
     /// `sched_getaffinity` failed.
-    #[error("the CPUs of {} cannot be read: {source}; check that the thread still runs", thread_words(*.tid))]
+    #[error("the CPUs of {} cannot be read: {source}; check that the thread still runs", describe_thread(*.tid))]
     Get {
         /// The thread, `None` for the calling one.
         tid: Option<i32>,
@@ -38,7 +38,7 @@ pub enum AffinityError {
 ///
 /// [`AffinityError`] when the kernel refuses (no CPU of the set is usable, or
 /// the thread is gone or not ours) or cannot tell.
-pub fn apply(tid: Option<i32>, cpus: &CpuSet) -> Result<CpuSet, AffinityError> {
+pub fn set_thread_affinity(tid: Option<i32>, cpus: &CpuSet) -> Result<CpuSet, AffinityError> {
     sys::set_affinity(tid.unwrap_or(0), cpus).map_err(|source| AffinityError::Set {
         tid,
         cpus: cpus.clone(),
@@ -87,7 +87,7 @@ fn read_back(tid: Option<i32>) -> Result<CpuSet, AffinityError> {
     sys::get_affinity(tid.unwrap_or(0)).map_err(|source| AffinityError::Get { tid, source })
 }
 
-fn thread_words(tid: Option<i32>) -> String {
+fn describe_thread(tid: Option<i32>) -> String {
     tid.map_or_else(
         || "the calling thread".into(),
         |tid| format!("thread {tid}"),
@@ -108,9 +108,9 @@ mod tests {
         let allowed = allowed_cpus().unwrap();
         assert!(!allowed.is_empty());
         for turn in 0..2 {
-            let one = allowed.turn(turn);
+            let one = allowed.nth_cyclic(turn);
             let (applied, read) =
-                in_own_thread(|| (apply(None, &one).unwrap(), allowed_cpus().unwrap()));
+                in_own_thread(|| (set_thread_affinity(None, &one).unwrap(), allowed_cpus().unwrap()));
             assert_eq!(applied, one);
             assert_eq!(read, one);
         }
@@ -123,7 +123,7 @@ mod tests {
 
     #[test]
     fn another_thread_is_placed_by_its_id() {
-        let one = allowed_cpus().unwrap().turn(0);
+        let one = allowed_cpus().unwrap().nth_cyclic(0);
         let (tell, told) = std::sync::mpsc::channel();
         let (end, ended) = std::sync::mpsc::channel::<()>();
         let thread = std::thread::spawn(move || {
@@ -140,7 +140,7 @@ mod tests {
             ended.recv().unwrap_err();
             allowed_cpus().unwrap()
         });
-        assert_eq!(apply(Some(told.recv().unwrap()), &one).unwrap(), one);
+        assert_eq!(set_thread_affinity(Some(told.recv().unwrap()), &one).unwrap(), one);
         drop(end);
         assert_eq!(thread.join().unwrap(), one);
     }
@@ -154,28 +154,28 @@ mod tests {
             thread_cpus(main).unwrap()
         );
         in_own_thread(|| {
-            apply(None, &all.turn(0)).unwrap();
+            set_thread_affinity(None, &all.nth_cyclic(0)).unwrap();
             assert_eq!(process_cpus().unwrap(), all);
         });
     }
 
     #[test]
     fn cpus_that_the_host_lacks_are_told_by_the_read_back() {
-        let one = allowed_cpus().unwrap().turn(0);
+        let one = allowed_cpus().unwrap().nth_cyclic(0);
         let mut asked = one.clone();
         asked.insert(60_000);
-        assert_eq!(in_own_thread(|| apply(None, &asked).unwrap()), one);
+        assert_eq!(in_own_thread(|| set_thread_affinity(None, &asked).unwrap()), one);
     }
 
     #[test]
     fn refusals_name_the_thread_and_the_cpus() {
-        let error = in_own_thread(|| apply(None, &"60000".parse().unwrap()).unwrap_err());
+        let error = in_own_thread(|| set_thread_affinity(None, &"60000".parse().unwrap()).unwrap_err());
         assert_eq!(
             error.to_string(),
             "the calling thread cannot be placed on CPU 60000: Invalid argument (os error 22); \
              name CPUs that are online and in this daemon's cpuset"
         );
-        let error = apply(Some(i32::MAX), &allowed_cpus().unwrap()).unwrap_err();
+        let error = set_thread_affinity(Some(i32::MAX), &allowed_cpus().unwrap()).unwrap_err();
         assert!(
             error
                 .to_string()

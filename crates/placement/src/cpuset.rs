@@ -99,7 +99,7 @@ impl CpuSet {
     /// The set holding the `turn`-th CPU alone, counted from 0 and wrapping at
     /// the end; empty only if this set is.
     #[must_use]
-    pub fn turn(&self, turn: u32) -> Self {
+    pub fn nth_cyclic(&self, turn: u32) -> Self {
         let turn = usize::try_from(turn).unwrap_or(usize::MAX);
         let at = turn.checked_rem(self.len()).unwrap_or(0);
         self.iter().skip(at).take(1).collect()
@@ -107,7 +107,7 @@ impl CpuSet {
 
     /// The set in words for a message: `CPU 0`, `CPUs 0-3,8`, `no CPU`.
     #[must_use]
-    pub fn words(&self) -> String {
+    pub fn describe(&self) -> String {
         match self.len() {
             0 => String::from("no CPU"),
             1 => format!("CPU {self}"),
@@ -300,9 +300,9 @@ mod tests {
     #[test]
     fn takes_turns_over_the_set() {
         let cpus: CpuSet = "1,4-5".parse().unwrap();
-        let turns: Vec<_> = (0..5).map(|turn| cpus.turn(turn).to_string()).collect();
+        let turns: Vec<_> = (0..5).map(|turn| cpus.nth_cyclic(turn).to_string()).collect();
         assert_eq!(turns, ["1", "4", "5", "1", "4"]);
-        assert!(CpuSet::default().turn(3).is_empty());
+        assert!(CpuSet::default().nth_cyclic(3).is_empty());
     }
 
     #[test]
@@ -317,7 +317,7 @@ mod tests {
     #[test]
     fn words_count_the_cpus() {
         for (text, words) in [("", "no CPU"), ("7", "CPU 7"), ("0-1", "CPUs 0-1")] {
-            assert_eq!(text.parse::<CpuSet>().unwrap().words(), words);
+            assert_eq!(text.parse::<CpuSet>().unwrap().describe(), words);
         }
     }
 }

@@ -28,7 +28,7 @@ pub struct Decision {
 }
 
 /// Longest name of a thread, in bytes (TASK_COMM_LEN without its end).
-const LONGEST_NAME: usize = 15;
+const MAX_THREAD_NAME_LEN: usize = 15;
 
 /// Name of the thread that serves `pair` of `device`: `DEVICE-qPAIR`, with the
 /// device's name cut where the whole would be longer than a thread's name may
@@ -36,11 +36,11 @@ const LONGEST_NAME: usize = 15;
 #[must_use]
 pub fn worker_name(device: &str, pair: u32) -> String {
     let end = format!("-q{pair}");
-    let mut room = LONGEST_NAME.saturating_sub(end.len()).min(device.len());
-    while !device.is_char_boundary(room) {
-        room -= 1;
+    let mut length = MAX_THREAD_NAME_LEN.saturating_sub(end.len()).min(device.len());
+    while !device.is_char_boundary(length) {
+        length -= 1;
     }
-    format!("{}{end}", device.get(..room).unwrap_or_default())
+    format!("{}{end}", device.get(..length).unwrap_or_default())
 }
 
 impl fmt::Display for Decision {
@@ -54,7 +54,7 @@ impl fmt::Display for Decision {
         if let Some(tid) = self.vcpu_tid {
             write!(f, " (thread {tid})")?;
         }
-        write!(f, " -> worker on {}: {}", self.cpus.words(), self.why)
+        write!(f, " -> worker on {}: {}", self.cpus.describe(), self.why)
     }
 }
 

@@ -5,9 +5,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::cpuset::CpuSet;
-use crate::procfs::{Named, ProcFs};
+use crate::procfs::{VcpuThreads, ProcFs};
 use crate::qmp::{self, CpuInfo};
-use crate::vcpus::{Source, Vcpu, VcpuMap};
+use crate::vcpus::{VcpuSource, Vcpu, VcpuMap};
 
 /// A QMP socket to ask, and how long.
 pub(crate) type Monitor<'a> = (&'a Path, Duration);
@@ -22,7 +22,7 @@ pub(crate) fn discover(proc: &ProcFs, pid: Option<i32>, monitor: Option<Monitor<
             None
         }
     };
-    if let (Some((path, timeout)), None | Some(Source::SingleThread)) =
+    if let (Some((path, timeout)), None | Some(VcpuSource::SingleThread)) =
         (monitor, by_names.as_ref().map(|map| map.source))
     {
         match by_qmp(proc, pid, path, timeout) {
@@ -35,7 +35,7 @@ pub(crate) fn discover(proc: &ProcFs, pid: Option<i32>, monitor: Option<Monitor<
     }
     let mut map = by_names.unwrap_or(VcpuMap {
         vcpus: Vec::new(),
-        source: Source::Nowhere,
+        source: VcpuSource::Nowhere,
         notes: Vec::new(),
     });
     map.notes.extend(notes);
@@ -66,13 +66,13 @@ fn by_names(proc: &ProcFs, pid: Option<i32>, has_monitor: bool) -> Result<VcpuMa
             Some(pid) => pid,
         };
     let threads = match proc.named_vcpus(pid) {
-        Ok(Named::Each(threads)) if threads.is_empty() => {
+        Ok(VcpuThreads::PerVcpu(threads)) if threads.is_empty() => {
             return Err(format!(
                 "no vCPU threads found for process {pid}: start QEMU with -name NAME,debug-threads=on{or_qmp}"
             ));
         }
-        Ok(Named::Each(threads)) => (threads, Source::ThreadNames),
-        Ok(Named::Single(tid)) => ([(0, tid)].into(), Source::SingleThread),
+        Ok(VcpuThreads::PerVcpu(threads)) => (threads, VcpuSource::ThreadNames),
+        Ok(VcpuThreads::Single(tid)) => ([(0, tid)].into(), VcpuSource::SingleThread),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             return Err(format!(
                 "process {pid} is not in /proc: check that the front-end still runs"
@@ -130,7 +130,7 @@ fn by_qmp(
         .collect();
     Ok(VcpuMap {
         vcpus,
-        source: Source::Qmp,
+        source: VcpuSource::Qmp,
         notes,
     })
 }
@@ -170,11 +170,11 @@ fn cpus_anywhere(proc: &ProcFs, listed: &[CpuInfo]) -> Option<Vec<Option<CpuSet>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{Dir, FakeQmp, GREETING};
+    use crate::testing::{TempDir, FakeQmp, GREETING};
 
     const TIMEOUT: Duration = Duration::from_secs(5);
 
-    fn qmp_listing(dir: &Dir, tids: &[i32]) -> FakeQmp {
+    fn qmp_listing(dir: &TempDir, tids: &[i32]) -> FakeQmp {
         let cpus: Vec<_> = (0..)
             .zip(tids)
             .map(|(index, tid): (u32, _)| serde_json::json!({ "cpu-index": index, "thread-id": tid, "target": "x86_64" }))
@@ -202,7 +202,7 @@ mod tests {
 
     #[test]
     fn names_come_first() {
-        let dir = Dir::new("names");
+        let dir = TempDir::new("names");
         dir.thread(100, 100, "qemu-system-x86", "0-3");
         dir.thread(100, 103, "CPU 1/KVM", "3");
         dir.thread(100, 102, "CPU 0/KVM", "2");
@@ -212,7 +212,7 @@ mod tests {
             Some(100),
             Some((&nobody, TIMEOUT)),
         );
-        assert_eq!(map.source, Source::ThreadNames);
+        assert_eq!(map.source, VcpuSource::ThreadNames);
         assert_eq!(map.notes, [""; 0]);
         assert_eq!(
             found(&map),
@@ -222,7 +222,7 @@ mod tests {
 
     #[test]
     fn qmp_is_asked_where_names_say_nothing() {
-        let dir = Dir::new("unnamed");
+        let dir = TempDir::new("unnamed");
         for (tid, cpus) in [(100, "0-3"), (102, "2"), (103, "3")] {
             dir.thread(100, tid, "qemu-system-x86", cpus);
         }
@@ -230,10 +230,10 @@ mod tests {
         // 7: a process that is not QEMU, such as the manager that made the socket.
         dir.thread(7, 7, "libvirtd", "0-3");
         for pid in [Some(100), Some(7), None, Some(0)] {
-            let at = Dir::new(&format!("unnamed-{}", pid.unwrap_or(-1)));
+            let at = TempDir::new(&format!("unnamed-{}", pid.unwrap_or(-1)));
             let server = qmp_listing(&at, &[102, 103]);
             let map = discover(&proc, pid, Some((&server.path, TIMEOUT)));
-            assert_eq!(map.source, Source::Qmp);
+            assert_eq!(map.source, VcpuSource::Qmp);
             assert_eq!(
                 found(&map),
                 [(0, 102, Some("2".into())), (1, 103, Some("3".into()))],
@@ -250,19 +250,19 @@ mod tests {
 
     #[test]
     fn qmp_tells_apart_the_vcpus_of_one_thread() {
-        let dir = Dir::new("single");
+        let dir = TempDir::new("single");
         dir.thread(100, 100, "qemu-system-x86", "0-3");
         dir.thread(100, 102, "ALL CPUs/TCG", "2");
         let proc = ProcFs::new(dir.path());
         let map = discover(&proc, Some(100), None);
         assert_eq!(
             (map.source, found(&map)),
-            (Source::SingleThread, vec![(0, 102, Some("2".into()))])
+            (VcpuSource::SingleThread, vec![(0, 102, Some("2".into()))])
         );
 
         let server = qmp_listing(&dir, &[102, 102]);
         let map = discover(&proc, Some(100), Some((&server.path, TIMEOUT)));
-        assert_eq!(map.source, Source::Qmp);
+        assert_eq!(map.source, VcpuSource::Qmp);
         assert_eq!(
             found(&map),
             [(0, 102, Some("2".into())), (1, 102, Some("2".into()))]
@@ -271,17 +271,17 @@ mod tests {
 
     #[test]
     fn strangers_with_the_same_numbers_are_not_believed() {
-        let dir = Dir::new("strangers");
+        let dir = TempDir::new("strangers");
         dir.thread(9, 9, "kthreadd", "0-3");
         dir.thread(8, 10, "worker", "0-3");
         dir.thread(8, 11, "worker", "0-3");
         dir.thread(12, 13, "worker", "0-3");
         let proc = ProcFs::new(dir.path());
         for tids in [&[9][..], &[10, 13], &[10, 99], &[-1]] {
-            let at = Dir::new(&format!("strangers-{tids:?}"));
+            let at = TempDir::new(&format!("strangers-{tids:?}"));
             let server = qmp_listing(&at, tids);
             let map = discover(&proc, None, Some((&server.path, TIMEOUT)));
-            assert_eq!(map.source, Source::Qmp);
+            assert_eq!(map.source, VcpuSource::Qmp);
             assert!(
                 map.vcpus.iter().all(|vcpu| vcpu.cpus.is_none()),
                 "{tids:?}: {map}"
@@ -296,7 +296,7 @@ mod tests {
 
     #[test]
     fn what_failed_is_told_with_its_remedy() {
-        let dir = Dir::new("failures");
+        let dir = TempDir::new("failures");
         dir.thread(100, 100, "qemu-system-x86", "0-3");
         let proc = ProcFs::new(dir.path());
         for (pid, note) in [
@@ -320,12 +320,12 @@ mod tests {
             let map = discover(&proc, pid, None);
             assert_eq!(
                 (map.source, map.notes),
-                (Source::Nowhere, vec![note.to_owned()])
+                (VcpuSource::Nowhere, vec![note.to_owned()])
             );
         }
         let absent = dir.path().join("absent.sock");
         let map = discover(&proc, Some(100), Some((&absent, TIMEOUT)));
-        assert_eq!(map.source, Source::Nowhere);
+        assert_eq!(map.source, VcpuSource::Nowhere);
         assert_eq!(
             map.notes[0],
             "no vCPU threads found for process 100: start QEMU with -name NAME,debug-threads=on"

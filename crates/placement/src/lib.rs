@@ -5,12 +5,12 @@
 //!
 //! 1. **Which vCPUs the driver gives to a pair.** Linux's virtio-net driver
 //!    spreads its online CPUs over the pairs in use by a fixed rule and sets
-//!    interrupt affinity and XPS accordingly; [`vcpus_of_pair`] is that rule.
-//! 2. **Which host thread runs a vCPU.** [`Planner::discover`] reads the names
+//!    interrupt affinity and XPS accordingly; [`vcpus_of_queue_pair`] is that rule.
+//! 2. **Which host thread runs a vCPU.** [`PlacementPlanner::discover`] reads the names
 //!    of the front-end's threads and, failing that, asks QEMU over QMP.
 //! 3. **Where that thread may run.** The kernel's affinity mask of the thread.
 //!
-//! [`Planner::place`] puts them together into a [`Decision`], and [`apply`]
+//! [`PlacementPlanner::place`] puts them together into a [`Decision`], and [`set_thread_affinity`]
 //! carries it out. No step fails hard: where a fact is missing the decision is
 //! a turn over the allowed CPUs, and its `why` says what to do about it.
 //!
@@ -24,10 +24,10 @@
 //! answers no QMP while it waits for a vhost-user reply: discover from another
 //! thread than the one that answers the front-end.
 //!
-//! **When to look again.** [`Watch`] tells cheaply whether the vCPU threads or
+//! **When to look again.** [`VcpuWatch`] tells cheaply whether the vCPU threads or
 //! their affinity have changed, [`process_cpus`] which CPUs the process has now,
-//! and [`Topology`] which of them are online; [`Planner::place`] then says anew
-//! where each worker stands, and [`Planner::warnings`] what is wrong with that.
+//! and [`Topology`] which of them are online; [`PlacementPlanner::place`] then says anew
+//! where each worker stands, and [`PlacementPlanner::warnings`] what is wrong with that.
 //!
 //! The guest's CPU numbers are taken to follow the order of QEMU's vCPU
 //! indices, all of them online; a guest that took CPUs offline, or a driver
@@ -38,13 +38,13 @@ mod cpuset;
 mod decision;
 mod discovery;
 pub mod interrupts;
-mod mode;
+mod policy;
 mod numa;
-mod pairs;
+mod queue_pairs;
 mod planner;
 mod procfs;
 mod qmp;
-mod review;
+mod checks;
 mod rules;
 mod sys;
 #[cfg(test)]
@@ -54,15 +54,15 @@ mod vcpus;
 mod warnings;
 mod watch;
 
-pub use affinity::{AffinityError, allowed_cpus, apply, process_cpus, thread_cpus};
+pub use affinity::{AffinityError, allowed_cpus, process_cpus, set_thread_affinity, thread_cpus};
 pub use cpuset::{CpuListError, CpuSet, MAX_CPU, parse_cpulist};
 pub use decision::{Decision, worker_name};
-pub use mode::{Placement, PlacementParseError};
+pub use policy::{Placement, PlacementParseError};
 pub use numa::{node_of_address, prefer_node};
-pub use pairs::vcpus_of_pair;
-pub use planner::{PlanError, Planner};
-pub use qmp::cards::{GuestCard, guest_card};
+pub use queue_pairs::vcpus_of_queue_pair;
+pub use planner::{PlacementError, PlacementPlanner};
+pub use qmp::net_devices::{QemuNetDevice, query_net_device};
 pub use topology::Topology;
-pub use vcpus::{Source, Vcpu, VcpuMap};
-pub use warnings::{Kind as WarningKind, Warning};
-pub use watch::{Seen, Watch};
+pub use vcpus::{VcpuSource, Vcpu, VcpuMap};
+pub use warnings::{WarningKind, Warning};
+pub use watch::{VcpuChange, VcpuWatch};

@@ -9,21 +9,21 @@ use std::time::Duration;
 use crate::cpuset::CpuSet;
 use crate::decision::Decision;
 use crate::discovery;
-use crate::mode::Placement;
+use crate::policy::Placement;
 use crate::procfs::ProcFs;
-use crate::review;
-use crate::rules::{Host, Rules, Stand};
+use crate::checks;
+use crate::rules::{HostConstraints, Rules, CpuChoice};
 use crate::topology::Topology;
 use crate::vcpus::VcpuMap;
 use crate::warnings::Warning;
-use crate::watch::Watch;
+use crate::watch::VcpuWatch;
 
 /// How long a visit to QEMU's monitor may take.
 const QMP_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Decides where workers stand.
 #[derive(Debug, Clone)]
-pub struct Planner {
+pub struct PlacementPlanner {
     mode: Placement,
     allowed: CpuSet,
     qmp: Option<PathBuf>,
@@ -39,9 +39,9 @@ pub struct Planner {
 
 /// Why a policy cannot be followed on this host.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum PlanError {
+pub enum PlacementError {
     /// The list names CPUs that the daemon may not use.
-    #[error("placement {mode} names {}, but this daemon may run on {} only: choose among those or widen its cpuset", .outside.words(), .allowed.words())]
+    #[error("placement {mode} names {}, but this daemon may run on {} only: choose among those or widen its cpuset", .outside.describe(), .allowed.describe())]
     Outside {
         /// The policy.
         mode: Placement,
@@ -55,18 +55,18 @@ pub enum PlanError {
     NoCpu,
 }
 
-impl Planner {
+impl PlacementPlanner {
     /// A planner for `mode` on the CPUs `allowed` to this process, as
     /// [`process_cpus`](crate::process_cpus) gives them. `qmp` is the
     /// path of a QMP socket that nobody else uses.
     ///
     /// # Errors
     ///
-    /// [`PlanError`] when the policy's list names a CPU that is not allowed, or
+    /// [`PlacementError`] when the policy's list names a CPU that is not allowed, or
     /// nothing is allowed.
-    pub fn new(mode: Placement, allowed: CpuSet, qmp: Option<PathBuf>) -> Result<Self, PlanError> {
+    pub fn new(mode: Placement, allowed: CpuSet, qmp: Option<PathBuf>) -> Result<Self, PlacementError> {
         if allowed.is_empty() {
-            return Err(PlanError::NoCpu);
+            return Err(PlacementError::NoCpu);
         }
         if let Placement::List(cpus) = &mode {
             let outside: CpuSet = cpus
@@ -75,7 +75,7 @@ impl Planner {
                 .filter(|&cpu| !allowed.contains(cpu))
                 .collect();
             if !outside.is_empty() {
-                return Err(PlanError::Outside {
+                return Err(PlacementError::Outside {
                     mode,
                     outside,
                     allowed,
@@ -105,7 +105,7 @@ impl Planner {
 
     /// Whether the workers poll: these keep off the CPUs of pinned vCPUs.
     #[must_use]
-    pub fn polling(mut self, polling: bool) -> Self {
+    pub fn with_polling(mut self, polling: bool) -> Self {
         self.polling = polling;
         self
     }
@@ -128,7 +128,7 @@ impl Planner {
     }
 
     /// vCPUs of other guests are pinned to these CPUs: workers that poll keep off them, too.
-    pub fn set_others(&mut self, cpus: CpuSet) {
+    pub fn set_pinned_by_others(&mut self, cpus: CpuSet) {
         self.others = cpus;
     }
 
@@ -159,7 +159,7 @@ impl Planner {
         self
     }
 
-    /// Whether [`Planner::discover`] may ask QEMU's monitor, and wait for it.
+    /// Whether [`PlacementPlanner::discover`] may ask QEMU's monitor, and wait for it.
     #[must_use]
     pub fn may_ask_monitor(&self) -> bool {
         self.qmp.is_some() && self.mode.follows_vcpus()
@@ -195,8 +195,8 @@ impl Planner {
     /// found in process `pid`. To miss nothing, [`refresh`](Self::refresh) the
     /// map once more after this.
     #[must_use]
-    pub fn watch(&self, pid: Option<i32>, map: &VcpuMap) -> Watch {
-        Watch::new(&self.proc, pid, map)
+    pub fn watch(&self, pid: Option<i32>, map: &VcpuMap) -> VcpuWatch {
+        VcpuWatch::new(&self.proc, pid, map)
     }
 
     /// Where the worker of `pair` stands when the driver uses `pairs` pairs.
@@ -222,11 +222,11 @@ impl Planner {
     #[must_use]
     pub fn warnings(&self, map: &VcpuMap, decisions: &[Decision]) -> Vec<Warning> {
         let pairs = u32::try_from(decisions.len()).unwrap_or(u32::MAX);
-        review::warnings(&self.rules(map, pairs), decisions)
+        checks::warnings(&self.rules(map, pairs), decisions)
     }
 
     fn rules<'a>(&'a self, map: &'a VcpuMap, pairs: u32) -> Rules<'a> {
-        let host = Host {
+        let host = HostConstraints {
             mode: &self.mode,
             allowed: &self.allowed,
             topology: &self.topology,
@@ -239,12 +239,12 @@ impl Planner {
 }
 
 fn decide(rules: &Rules<'_>, pair: u32) -> Decision {
-    let vcpus = rules.served(pair);
-    let Stand {
+    let vcpus = rules.vcpus_of(pair);
+    let CpuChoice {
         cpus,
         may_poll,
         why,
-    } = rules.stand(pair);
+    } = rules.choose_cpus(pair);
     Decision {
         pair,
         vcpus: vcpus.iter().map(|vcpu| vcpu.index).collect(),
@@ -258,14 +258,14 @@ fn decide(rules: &Rules<'_>, pair: u32) -> Decision {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{Dir, map, set};
+    use crate::testing::{TempDir, map, set};
     use crate::vcpus::Vcpu;
 
-    fn planner(mode: &str, allowed: &str) -> Planner {
-        Planner::new(mode.parse().unwrap(), set(allowed), None).unwrap()
+    fn planner(mode: &str, allowed: &str) -> PlacementPlanner {
+        PlacementPlanner::new(mode.parse().unwrap(), set(allowed), None).unwrap()
     }
 
-    fn places(planner: &Planner, map: &VcpuMap, pairs: u32) -> Vec<String> {
+    fn places(planner: &PlacementPlanner, map: &VcpuMap, pairs: u32) -> Vec<String> {
         (0..pairs)
             .map(|pair| planner.place(map, pair, pairs).cpus.to_string())
             .collect()
@@ -371,7 +371,7 @@ mod tests {
 
     #[test]
     fn a_blind_decision_says_what_to_do() {
-        let dir = Dir::new("blind");
+        let dir = TempDir::new("blind");
         dir.thread(100, 100, "qemu-system-x86", "0-3");
         let planner = planner("auto", "0-1").with_proc_root(dir.path());
         assert_eq!(
@@ -385,7 +385,7 @@ mod tests {
 
     #[test]
     fn a_map_is_refreshed_without_a_search() {
-        let dir = Dir::new("refresh");
+        let dir = TempDir::new("refresh");
         dir.thread(100, 100, "qemu-system-x86", "0-3");
         dir.thread(100, 102, "CPU 0/KVM", "2");
         dir.thread(100, 103, "CPU 1/KVM", "3");
@@ -431,10 +431,10 @@ mod tests {
             ("same", ["0", "1"], ["0", "1"]),
         ] {
             let map = map(&["0", "1"]);
-            let mut planner = planner(mode, "0-5").polling(true);
+            let mut planner = planner(mode, "0-5").with_polling(true);
             assert_eq!(planner.pinned(&map), set("0-1"));
             assert_eq!(places(&planner, &map, 2), alone, "{mode}");
-            planner.set_others(set("2-3"));
+            planner.set_pinned_by_others(set("2-3"));
             assert_eq!(planner.pinned(&map), set("0-1"));
             assert_eq!(places(&planner, &map, 2), beside, "{mode}");
         }
@@ -450,7 +450,7 @@ mod tests {
 
     #[test]
     fn qmp_is_left_alone_by_policies_that_do_not_follow() {
-        let dir = Dir::new("alone");
+        let dir = TempDir::new("alone");
         let path = dir.path().join("qmp.sock");
         let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
         listener.set_nonblocking(true).unwrap();
@@ -461,7 +461,7 @@ mod tests {
             ("auto", true),
         ] {
             let planner =
-                Planner::new(mode.parse().unwrap(), set("0"), Some(path.clone())).unwrap();
+                PlacementPlanner::new(mode.parse().unwrap(), set("0"), Some(path.clone())).unwrap();
             _ = planner
                 .with_qmp_timeout(Duration::from_millis(1))
                 .discover(None);
@@ -471,15 +471,15 @@ mod tests {
 
     #[test]
     fn lists_stay_within_the_cpuset() {
-        let error = Planner::new("list:0-3".parse().unwrap(), set("0-1"), None).unwrap_err();
+        let error = PlacementPlanner::new("list:0-3".parse().unwrap(), set("0-1"), None).unwrap_err();
         assert_eq!(
             error.to_string(),
             "placement list:0,1,2,3 names CPUs 2-3, but this daemon may run on CPUs 0-1 only: \
              choose among those or widen its cpuset"
         );
         assert_eq!(
-            Planner::new(Placement::None, CpuSet::default(), None).unwrap_err(),
-            PlanError::NoCpu
+            PlacementPlanner::new(Placement::None, CpuSet::default(), None).unwrap_err(),
+            PlacementError::NoCpu
         );
     }
 }

@@ -16,10 +16,10 @@ pub(crate) struct ProcFs {
 
 /// The vCPU threads of a process, by their names.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Named {
+pub(crate) enum VcpuThreads {
     /// A thread for each vCPU: index to thread id. Empty when none has a name
     /// that tells.
-    Each(BTreeMap<u32, i32>),
+    PerVcpu(BTreeMap<u32, i32>),
     /// One thread for all vCPUs.
     Single(i32),
 }
@@ -39,7 +39,7 @@ impl ProcFs {
     }
 
     /// The threads of `pid` that are named as vCPUs.
-    pub(crate) fn named_vcpus(&self, pid: i32) -> io::Result<Named> {
+    pub(crate) fn named_vcpus(&self, pid: i32) -> io::Result<VcpuThreads> {
         let mut each = BTreeMap::new();
         let mut single = None;
         for (tid, comm) in self.thread_names(pid)? {
@@ -52,8 +52,8 @@ impl ProcFs {
             }
         }
         Ok(match single {
-            Some(tid) if each.is_empty() => Named::Single(tid),
-            _ => Named::Each(each),
+            Some(tid) if each.is_empty() => VcpuThreads::Single(tid),
+            _ => VcpuThreads::PerVcpu(each),
         })
     }
 
@@ -193,20 +193,20 @@ mod tests {
     fn finds_a_real_thread_by_its_name() {
         let proc = ProcFs::new("/proc");
         let pid = i32::try_from(std::process::id()).unwrap();
-        let one = crate::allowed_cpus().unwrap().turn(1);
+        let one = crate::allowed_cpus().unwrap().nth_cyclic(1);
         let (ready, is_ready) = mpsc::channel();
         let (end, ended) = mpsc::channel::<()>();
         let pinned = one.clone();
         let vcpu = std::thread::Builder::new()
             .name("CPU 5/TCG".into())
             .spawn(move || {
-                crate::apply(None, &pinned).unwrap();
+                crate::set_thread_affinity(None, &pinned).unwrap();
                 ready.send(()).unwrap();
                 ended.recv().unwrap_err();
             });
         is_ready.recv().unwrap();
 
-        let Named::Each(threads) = proc.named_vcpus(pid).unwrap() else {
+        let VcpuThreads::PerVcpu(threads) = proc.named_vcpus(pid).unwrap() else {
             panic!("one thread for all")
         };
         let tid = threads[&5];
@@ -226,7 +226,7 @@ mod tests {
 
     #[test]
     fn of_two_threads_with_one_name_the_older_counts() {
-        let root = crate::testing::Dir::new("twins");
+        let root = crate::testing::TempDir::new("twins");
         for (tid, comm) in [
             (104, "CPU 0/KVM"),
             (102, "CPU 0/KVM"),
@@ -236,7 +236,7 @@ mod tests {
             root.thread(100, tid, comm, "0-1");
         }
         let named = ProcFs::new(root.path()).named_vcpus(100).unwrap();
-        assert_eq!(named, Named::Each(BTreeMap::from([(0, 102), (1, 103)])));
+        assert_eq!(named, VcpuThreads::PerVcpu(BTreeMap::from([(0, 102), (1, 103)])));
     }
 
     #[test]

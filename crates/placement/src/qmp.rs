@@ -1,7 +1,7 @@
 //! Asking QEMU for its vCPU threads over QMP.
 //!
 //! One short read-only visit: greeting, `qmp_capabilities`, then `query-cpus-fast`
-//! (or, for a guest's cards, what [`cards`] asks).
+//! (or, for a guest's cards, what [`net_devices`] asks).
 //! Events may come between any two messages and are passed over. A monitor
 //! serves one client at a time, so the socket must be one that nobody else
 //! (libvirt, for one) holds open. The whole visit has one deadline and a limit
@@ -18,7 +18,7 @@ use serde_json::{Deserializer, StreamDeserializer, Value, json};
 
 use crate::sys;
 
-pub(crate) mod cards;
+pub(crate) mod net_devices;
 
 /// Bytes read in one visit at most; 4,096 vCPUs take about 1 MiB.
 const MAX_BYTES: u64 = 4 << 20;
@@ -72,27 +72,27 @@ pub(crate) enum QmpError {
 /// QEMU's vCPUs and their threads, by rising index, from the monitor at `path`.
 /// Takes `timeout` at most.
 pub(crate) fn query_vcpus(path: &Path, timeout: Duration) -> Result<Vec<CpuInfo>, QmpError> {
-    let mut visit = Visit::open(path, timeout)?;
-    visit.greet()?;
-    visit.execute("qmp_capabilities")?;
-    let answer = visit.execute("query-cpus-fast")?;
+    let mut session = QmpSession::open(path, timeout)?;
+    session.read_greeting()?;
+    session.execute("qmp_capabilities")?;
+    let answer = session.execute("query-cpus-fast")?;
     let mut vcpus: Vec<CpuInfo> = serde_json::from_value(answer)
-        .map_err(|error| visit.malformed("query-cpus-fast", error.to_string()))?;
+        .map_err(|error| session.malformed("query-cpus-fast", error.to_string()))?;
     vcpus.sort_by_key(|vcpu| vcpu.index);
     Ok(vcpus)
 }
 
-struct Visit<'a> {
+struct QmpSession<'a> {
     path: &'a Path,
     timeout: Duration,
-    until: Instant,
+    deadline: Instant,
     stream: UnixStream,
-    messages: StreamDeserializer<'static, IoRead<BufReader<Bounded>>, Value>,
+    messages: StreamDeserializer<'static, IoRead<BufReader<BoundedReader>>, Value>,
 }
 
-impl<'a> Visit<'a> {
+impl<'a> QmpSession<'a> {
     fn open(path: &'a Path, timeout: Duration) -> Result<Self, QmpError> {
-        let until = Instant::now() + timeout;
+        let deadline = Instant::now() + timeout;
         let connect = |source| QmpError::Connect {
             path: path.into(),
             source,
@@ -101,22 +101,22 @@ impl<'a> Visit<'a> {
             io::ErrorKind::WouldBlock => QmpError::Busy(path.into()),
             _ => connect(error),
         })?;
-        let input = Bounded {
+        let input = BoundedReader {
             stream: stream.try_clone().map_err(connect)?,
-            until,
+            deadline,
             left: MAX_BYTES,
         };
         let messages = Deserializer::from_reader(BufReader::new(input)).into_iter();
         Ok(Self {
             path,
             timeout,
-            until,
+            deadline,
             stream,
             messages,
         })
     }
 
-    fn greet(&mut self) -> Result<(), QmpError> {
+    fn read_greeting(&mut self) -> Result<(), QmpError> {
         let step = "with its greeting";
         let message = self.next(step)?;
         match message.get("QMP") {
@@ -161,7 +161,7 @@ impl<'a> Visit<'a> {
 
     fn send(&mut self, command: &str, arguments: &Value) -> io::Result<()> {
         self.stream
-            .set_write_timeout(Some(remaining(self.until)?))?;
+            .set_write_timeout(Some(remaining(self.deadline)?))?;
         let mut request = json!({ "execute": command, "id": command });
         if arguments.as_object().is_some_and(|all| !all.is_empty()) {
             request["arguments"] = arguments.clone();
@@ -207,15 +207,15 @@ impl<'a> Visit<'a> {
 }
 
 /// A socket read until a deadline and up to a number of bytes.
-struct Bounded {
+struct BoundedReader {
     stream: UnixStream,
-    until: Instant,
+    deadline: Instant,
     left: u64,
 }
 
-impl Read for Bounded {
+impl Read for BoundedReader {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.stream.set_read_timeout(Some(remaining(self.until)?))?;
+        self.stream.set_read_timeout(Some(remaining(self.deadline)?))?;
         let read = self.stream.read(buffer)?;
         let left = u64::try_from(read)
             .ok()
@@ -227,8 +227,8 @@ impl Read for Bounded {
 }
 
 /// Time left until the deadline, never zero.
-fn remaining(until: Instant) -> io::Result<Duration> {
-    match until.saturating_duration_since(Instant::now()) {
+fn remaining(deadline: Instant) -> io::Result<Duration> {
+    match deadline.saturating_duration_since(Instant::now()) {
         Duration::ZERO => Err(io::ErrorKind::TimedOut.into()),
         left => Ok(left),
     }
@@ -242,7 +242,7 @@ fn excerpt(message: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{Dir, FakeQmp, GREETING};
+    use crate::testing::{TempDir, FakeQmp, GREETING};
     use std::os::unix::net::UnixListener;
 
     const TIMEOUT: Duration = Duration::from_secs(5);
@@ -251,7 +251,7 @@ mod tests {
         dir: &str,
         script: &'static [&'static str],
     ) -> (Result<Vec<CpuInfo>, QmpError>, Vec<Value>) {
-        let dir = Dir::new(dir);
+        let dir = TempDir::new(dir);
         let server = FakeQmp::start(&dir, script.iter().map(|text| (*text).to_owned()).collect());
         let answer = query_vcpus(&server.path, TIMEOUT);
         (answer, server.requests())
@@ -356,7 +356,7 @@ mod tests {
     fn a_flood_ends_at_the_byte_limit() {
         let event = "{\"event\": \"RESUME\", \"data\": {\"x\": \"0123456789012345678901234567890123456789\"}}\r\n";
         let flood = event.repeat(usize::try_from(MAX_BYTES).unwrap() / event.len() + 1);
-        let dir = Dir::new("qmp-flood");
+        let dir = TempDir::new("qmp-flood");
         let server = FakeQmp::start(&dir, vec![GREETING.into(), flood]);
         let error = query_vcpus(&server.path, TIMEOUT).unwrap_err();
         assert!(matches!(error, QmpError::Broken { .. }), "{error}");
@@ -365,7 +365,7 @@ mod tests {
 
     #[test]
     fn a_silent_or_crowded_monitor_costs_the_timeout_at_most() {
-        let dir = Dir::new("qmp-silent");
+        let dir = TempDir::new("qmp-silent");
         let path = dir.path().join("qmp.sock");
         let listener = UnixListener::bind(&path).unwrap();
         let timeout = Duration::from_millis(50);

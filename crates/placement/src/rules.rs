@@ -21,17 +21,17 @@ use std::cell::OnceCell;
 use std::collections::BTreeMap;
 
 use crate::cpuset::CpuSet;
-use crate::mode::Placement;
-use crate::pairs::vcpus_of_pair;
+use crate::policy::Placement;
+use crate::queue_pairs::vcpus_of_queue_pair;
 use crate::topology::Topology;
 use crate::vcpus::{Vcpu, VcpuMap};
 
 /// More pairs than vhost-user can address: no number from outside makes a longer walk.
-const MOST_PAIRS: u32 = 256;
+const MAX_PLACED_PAIRS: u32 = 256;
 
 /// What a decision depends on besides the guest.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Host<'a> {
+pub(crate) struct HostConstraints<'a> {
     pub(crate) mode: &'a Placement,
     pub(crate) allowed: &'a CpuSet,
     pub(crate) topology: &'a Topology,
@@ -46,23 +46,23 @@ pub(crate) struct Host<'a> {
 /// Everything that the decisions for one guest depend on.
 #[derive(Debug)]
 pub(crate) struct Rules<'a> {
-    host: Host<'a>,
+    host: HostConstraints<'a>,
     map: &'a VcpuMap,
     /// Pairs that the driver uses.
     pairs: u32,
     /// The CPUs that are allowed and online.
     usable: CpuSet,
     /// The CPUs that vCPUs are pinned to, those of other guests included.
-    taken: CpuSet,
+    pinned_cpus: CpuSet,
     /// SMT siblings of those.
-    shadowed: CpuSet,
+    pinned_siblings: CpuSet,
     /// What each worker chose among the CPUs near its vCPU's, and whether that shares the L3 cache.
     near: OnceCell<Vec<Option<(u32, bool)>>>,
 }
 
 /// Where a worker stands.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Stand {
+pub(crate) struct CpuChoice {
     pub(crate) cpus: CpuSet,
     pub(crate) may_poll: bool,
     pub(crate) why: String,
@@ -70,94 +70,94 @@ pub(crate) struct Stand {
 
 /// Where a vCPU is, seen from the CPUs that workers may use.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Stance<'a> {
+pub(crate) enum VcpuAffinity<'a> {
     /// Not known, for this reason.
     Unknown(String),
     /// Confined to CPUs of which a worker may use none.
-    Beyond(&'a CpuSet),
+    Unreachable(&'a CpuSet),
     /// Not pinned; a worker may use these of its CPUs.
-    Floats(&'a CpuSet, CpuSet),
+    Floating(&'a CpuSet, CpuSet),
     /// Pinned; a worker may use these of its CPUs.
     Pinned(&'a CpuSet, CpuSet),
 }
 
 impl<'a> Rules<'a> {
-    pub(crate) fn new(host: Host<'a>, map: &'a VcpuMap, pairs: u32) -> Self {
+    pub(crate) fn new(host: HostConstraints<'a>, map: &'a VcpuMap, pairs: u32) -> Self {
         let online = |&cpu: &u32| host.topology.is_online(cpu);
         let mut rules = Self {
             host,
             map,
             pairs,
-            usable: or(host.allowed.iter().filter(online).collect(), host.allowed),
-            taken: CpuSet::default(),
-            shadowed: CpuSet::default(),
+            usable: non_empty_or(host.allowed.iter().filter(online).collect(), host.allowed),
+            pinned_cpus: CpuSet::default(),
+            pinned_siblings: CpuSet::default(),
             near: OnceCell::new(),
         };
-        rules.taken = rules.pinned();
-        rules.taken.extend(host.others.iter());
-        rules.shadowed = rules.siblings(&rules.taken);
+        rules.pinned_cpus = rules.pinned();
+        rules.pinned_cpus.extend(host.others.iter());
+        rules.pinned_siblings = rules.siblings(&rules.pinned_cpus);
         rules
     }
 
     /// The CPUs that this guest's vCPUs are pinned to.
     pub(crate) fn pinned(&self) -> CpuSet {
-        let stances = self.map.vcpus.iter().map(|vcpu| self.stance(Some(vcpu)));
-        let pinned = stances.filter_map(|stance| match stance {
-            Stance::Pinned(to, _) | Stance::Beyond(to) => Some(to),
-            Stance::Unknown(_) | Stance::Floats(..) => None,
+        let affinities = self.map.vcpus.iter().map(|vcpu| self.vcpu_affinity(Some(vcpu)));
+        let pinned = affinities.filter_map(|vcpu_affinity| match vcpu_affinity {
+            VcpuAffinity::Pinned(to, _) | VcpuAffinity::Unreachable(to) => Some(to),
+            VcpuAffinity::Unknown(_) | VcpuAffinity::Floating(..) => None,
         });
         pinned.flat_map(CpuSet::iter).collect()
     }
 
     /// Where the worker of `pair` stands.
-    pub(crate) fn stand(&self, pair: u32) -> Stand {
+    pub(crate) fn choose_cpus(&self, pair: u32) -> CpuChoice {
         match self.host.mode {
             Placement::Auto => self.auto(pair),
             Placement::Same => self.same(pair),
             Placement::Sibling => self.sibling(pair),
             Placement::CoreNear => self.core_near(pair),
             Placement::List(cpus) => self.listed(cpus, pair),
-            Placement::None => self.anywhere(),
+            Placement::None => self.leave_to_scheduler(),
         }
     }
 
-    fn auto(&self, pair: u32) -> Stand {
-        match self.stance(self.leader(pair)) {
-            Stance::Pinned(to, _) if self.host.polling => match self.near(pair) {
-                Some((cpus, how)) => free(
+    fn auto(&self, pair: u32) -> CpuChoice {
+        match self.vcpu_affinity(self.followed_vcpu(pair)) {
+            VcpuAffinity::Pinned(to, _) if self.host.polling => match self.near(pair) {
+                Some((cpus, how)) => unrestricted(
                     cpus,
-                    format!("polls near the vCPU thread on {}, {how}", to.words()),
+                    format!("polls near the vCPU thread on {}, {how}", to.describe()),
                 ),
-                None => self.beside(pair),
+                None => self.colocate(pair),
             },
-            _ => self.beside(pair),
+            _ => self.colocate(pair),
         }
     }
 
     /// As auto places a worker that does not poll.
-    fn beside(&self, pair: u32) -> Stand {
-        match self.stance(self.leader(pair)) {
-            Stance::Unknown(why) => self.in_turn(pair, &why),
-            Stance::Beyond(on) => match self.near(pair) {
-                Some((cpus, how)) => free(
+    fn colocate(&self, pair: u32) -> CpuChoice {
+        match self.vcpu_affinity(self.followed_vcpu(pair)) {
+            VcpuAffinity::Unknown(why) => self.round_robin(pair, &why),
+            VcpuAffinity::Unreachable(on) => match self.near(pair) {
+                Some((cpus, how)) => unrestricted(
                     cpus,
-                    format!("{}; until then the worker is {how}", self.beyond(on)),
+                    format!("{}; until then the worker is {how}", self.describe_unreachable(on)),
                 ),
-                None => self.in_turn(pair, &self.beyond(on)),
+                None => self.round_robin(pair, &self.describe_unreachable(on)),
             },
-            Stance::Floats(over, shared) => self.afloat(pair, over, &shared),
-            Stance::Pinned(to, shared) => {
+            VcpuAffinity::Floating(over, shared) => self.place_floating(pair, over, &shared),
+            VcpuAffinity::Pinned(to, shared) => {
                 let mut why = match shared == *to {
                     true => "vCPU thread pinned there".to_owned(),
                     false => format!(
                         "vCPU thread pinned to {}, the rest not allowed to this daemon",
-                        to.words()
+                        to.describe()
                     ),
                 };
                 if self.host.polling {
                     why.push_str("; it sleeps instead of polling, as no CPU near is free");
                 }
-                Stand {
+                CpuChoice {
                     cpus: shared,
                     may_poll: !self.host.polling,
                     why,
@@ -166,62 +166,62 @@ impl<'a> Rules<'a> {
         }
     }
 
-    fn same(&self, pair: u32) -> Stand {
-        match self.stance(self.leader(pair)) {
-            Stance::Floats(on, shared) | Stance::Pinned(on, shared) => free(
+    fn same(&self, pair: u32) -> CpuChoice {
+        match self.vcpu_affinity(self.followed_vcpu(pair)) {
+            VcpuAffinity::Floating(on, shared) | VcpuAffinity::Pinned(on, shared) => unrestricted(
                 shared,
-                format!("placement same, vCPU thread on {}", on.words()),
+                format!("placement same, vCPU thread on {}", on.describe()),
             ),
-            Stance::Beyond(on) => self.in_turn(pair, &self.beyond(on)),
-            Stance::Unknown(why) => self.in_turn(pair, &why),
+            VcpuAffinity::Unreachable(on) => self.round_robin(pair, &self.describe_unreachable(on)),
+            VcpuAffinity::Unknown(why) => self.round_robin(pair, &why),
         }
     }
 
-    fn sibling(&self, pair: u32) -> Stand {
-        let Stance::Pinned(to, _) = self.stance(self.leader(pair)) else {
+    fn sibling(&self, pair: u32) -> CpuChoice {
+        let VcpuAffinity::Pinned(to, _) = self.vcpu_affinity(self.followed_vcpu(pair)) else {
             return self.auto(pair);
         };
         let siblings = self.siblings(to);
         if siblings.is_empty() {
-            let why = format!("{} has no SMT sibling to use, so as auto", to.words());
-            return because(why, self.auto(pair));
+            let why = format!("{} has no SMT sibling to use, so as auto", to.describe());
+            return with_reason(why, self.auto(pair));
         }
-        let why = format!("SMT sibling of the vCPU thread on {}", to.words());
-        self.apart(siblings, why)
+        let why = format!("SMT sibling of the vCPU thread on {}", to.describe());
+        self.avoid_pinned(siblings, why)
     }
 
-    fn core_near(&self, pair: u32) -> Stand {
-        let Stance::Pinned(to, _) = self.stance(self.leader(pair)) else {
+    fn core_near(&self, pair: u32) -> CpuChoice {
+        let VcpuAffinity::Pinned(to, _) = self.vcpu_affinity(self.followed_vcpu(pair)) else {
             return self.auto(pair);
         };
         match self.near(pair) {
-            Some((cpus, how)) => free(
+            Some((cpus, how)) => unrestricted(
                 cpus,
-                format!("near the vCPU thread on {}, {how}", to.words()),
+                format!("near the vCPU thread on {}, {how}", to.describe()),
             ),
-            None => because(
-                format!("no CPU near {} is free, so as auto", to.words()),
-                self.beside(pair),
+            None => with_reason(
+                format!("no CPU near {} is free, so as auto", to.describe()),
+                self.colocate(pair),
             ),
         }
     }
 
-    fn listed(&self, cpus: &[u32], pair: u32) -> Stand {
+    fn listed(&self, cpus: &[u32], pair: u32) -> CpuChoice {
         let why = format!("placement {} says so", self.host.mode);
         if cpus.is_empty() {
-            return free(self.open().turn(pair), why);
+            return unrestricted(self.default_cpus().nth_cyclic(pair), why);
         }
         let turn = usize::try_from(pair)
             .ok()
             .and_then(|pair| pair.checked_rem(cpus.len()));
         match turn.and_then(|turn| cpus.get(turn)) {
-            Some(&cpu) if self.is_usable(cpu) => free(CpuSet::from_iter([cpu]), why),
-            cpu => self.stand_in(cpus, cpu, pair),
+            Some(&cpu) if self.is_usable(cpu) => unrestricted(CpuSet::from_iter([cpu]), why),
+            cpu => self.substitute_listed(cpus, cpu, pair),
         }
     }
 
     /// For a listed CPU that cannot be used now.
-    fn stand_in(&self, cpus: &[u32], missing: Option<&u32>, pair: u32) -> Stand {
+    fn substitute_listed(&self, cpus: &[u32], missing: Option<&u32>, pair: u32) -> CpuChoice {
         let name = missing.map_or_else(String::new, |cpu| format!("CPU {cpu} "));
         let others: CpuSet = cpus
             .iter()
@@ -230,17 +230,17 @@ impl<'a> Rules<'a> {
             .collect();
         let why = format!("{name}of placement {} cannot be used now", self.host.mode);
         match others.is_empty() {
-            true => self.in_turn(pair, &why),
-            false => free(
-                others.turn(pair),
+            true => self.round_robin(pair, &why),
+            false => unrestricted(
+                others.nth_cyclic(pair),
                 format!("{why}, so another of it stands in"),
             ),
         }
     }
 
-    fn anywhere(&self) -> Stand {
-        self.apart(
-            self.open(),
+    fn leave_to_scheduler(&self) -> CpuChoice {
+        self.avoid_pinned(
+            self.default_cpus(),
             "placement none leaves it to the scheduler".into(),
         )
     }
@@ -250,53 +250,53 @@ impl<'a> Rules<'a> {
     /// A worker that floats as well would wander off the cache its ring lies
     /// in, and two could meet on one CPU; standing on one of the vCPU's CPUs,
     /// each its own while there are enough, neither happens.
-    fn afloat(&self, pair: u32, over: &CpuSet, shared: &CpuSet) -> Stand {
-        let mut choice = or(self.not_isolated(shared), shared);
+    fn place_floating(&self, pair: u32, over: &CpuSet, shared: &CpuSet) -> CpuChoice {
+        let mut choice = non_empty_or(self.not_isolated(shared), shared);
         let mut on_node = String::new();
         if let Some(&node) = self.host.memory.get(&pair) {
             let there: CpuSet = choice
                 .iter()
-                .filter(|&cpu| self.host.topology.on_node(cpu, node))
+                .filter(|&cpu| self.host.topology.is_on_node(cpu, node))
                 .collect();
             if !there.is_empty() && there != choice {
                 choice = there;
                 on_node = format!(" on the node of its memory, {node}");
             }
         }
-        let turn = |cpus: CpuSet| cpus.turn(pair);
-        self.apart_by(
+        let turn = |cpus: CpuSet| cpus.nth_cyclic(pair);
+        self.avoid_pinned_by(
             choice,
             format!(
                 "vCPU thread floats over {}, so workers take these in turn{on_node}",
-                over.words()
+                over.describe()
             ),
             turn,
         )
     }
 
-    fn in_turn(&self, pair: u32, why: &str) -> Stand {
-        let open = self.open();
-        let why = format!("workers take {} in turn, as {why}", open.words());
-        self.apart_by(open, why, |cpus| cpus.turn(pair))
+    fn round_robin(&self, pair: u32, why: &str) -> CpuChoice {
+        let default_cpus = self.default_cpus();
+        let why = format!("workers take {} in turn, as {why}", default_cpus.describe());
+        self.avoid_pinned_by(default_cpus, why, |cpus| cpus.nth_cyclic(pair))
     }
 
     /// Keeps a worker that polls off the CPUs of pinned vCPUs, or from polling.
-    fn apart(&self, cpus: CpuSet, why: String) -> Stand {
-        self.apart_by(cpus, why, |cpus| cpus)
+    fn avoid_pinned(&self, cpus: CpuSet, why: String) -> CpuChoice {
+        self.avoid_pinned_by(cpus, why, |cpus| cpus)
     }
 
-    fn apart_by(&self, cpus: CpuSet, why: String, choose: impl Fn(CpuSet) -> CpuSet) -> Stand {
+    fn avoid_pinned_by(&self, cpus: CpuSet, why: String, choose: impl Fn(CpuSet) -> CpuSet) -> CpuChoice {
         if !self.host.polling {
-            return free(choose(cpus), why);
+            return unrestricted(choose(cpus), why);
         }
-        let others = cpus.difference(&self.taken);
+        let others = cpus.difference(&self.pinned_cpus);
         let may_poll = !others.is_empty();
         let why = match may_poll {
             true => why,
             false => format!("{why}; it sleeps instead of polling, as vCPUs are pinned there"),
         };
-        Stand {
-            cpus: choose(or(others, &cpus)),
+        CpuChoice {
+            cpus: choose(non_empty_or(others, &cpus)),
             may_poll,
             why,
         }
@@ -309,7 +309,7 @@ impl<'a> Rules<'a> {
     fn near(&self, pair: u32) -> Option<(CpuSet, &'static str)> {
         let near = self.near.get_or_init(|| {
             let mut load = BTreeMap::new();
-            let count = self.pairs.max(pair.saturating_add(1)).min(MOST_PAIRS);
+            let count = self.pairs.max(pair.saturating_add(1)).min(MAX_PLACED_PAIRS);
             (0..count)
                 .map(|pair| self.choose_near(pair, &mut load))
                 .collect()
@@ -323,20 +323,20 @@ impl<'a> Rules<'a> {
     }
 
     fn choose_near(&self, pair: u32, load: &mut BTreeMap<u32, u32>) -> Option<(u32, bool)> {
-        let (Stance::Pinned(to, _) | Stance::Beyond(to)) = self.stance(self.leader(pair)) else {
+        let (VcpuAffinity::Pinned(to, _) | VcpuAffinity::Unreachable(to)) = self.vcpu_affinity(self.followed_vcpu(pair)) else {
             return None;
         };
         let topology = self.host.topology;
         let free = self
             .usable
             .iter()
-            .filter(|&cpu| !topology.is_isolated(cpu) && !self.taken.contains(cpu));
+            .filter(|&cpu| !topology.is_isolated(cpu) && !self.pinned_cpus.contains(cpu));
         let ranked = free.filter_map(|cpu| {
-            let same_cache = to.iter().any(|vcpu| topology.share_cache(vcpu, cpu));
+            let same_cache = to.iter().any(|vcpu| topology.shares_cache(vcpu, cpu));
             let node = topology.node_of(cpu)?;
-            let same_node = to.iter().any(|vcpu| topology.on_node(vcpu, node));
+            let same_node = to.iter().any(|vcpu| topology.is_on_node(vcpu, node));
             let load = load.get(&cpu).copied().unwrap_or(0);
-            let rank = (load, self.shadowed.contains(cpu), !same_cache, cpu);
+            let rank = (load, self.pinned_siblings.contains(cpu), !same_cache, cpu);
             (same_cache || same_node).then_some(rank)
         });
         let (.., far, cpu) = ranked.min()?;
@@ -354,49 +354,49 @@ impl<'a> Rules<'a> {
     }
 
     /// Where `vcpu` is.
-    pub(crate) fn stance(&self, vcpu: Option<&'a Vcpu>) -> Stance<'a> {
+    pub(crate) fn vcpu_affinity(&self, vcpu: Option<&'a Vcpu>) -> VcpuAffinity<'a> {
         let Some(vcpu) = vcpu else {
-            return Stance::Unknown(self.map.failures());
+            return VcpuAffinity::Unknown(self.map.failures());
         };
         let Some(pinned) = &vcpu.cpus else {
             let why = format!(
                 "the CPUs of the vCPU thread cannot be read; {}",
                 self.map.failures()
             );
-            return Stance::Unknown(why.trim_end_matches("; ").into());
+            return VcpuAffinity::Unknown(why.trim_end_matches("; ").into());
         };
         let shared = pinned.intersection(&self.usable);
         let everywhere = pinned.len() > 1 && shared == self.usable;
         match shared.is_empty() {
-            true => Stance::Beyond(pinned),
-            false if everywhere || self.map.float_together() => Stance::Floats(pinned, shared),
-            false => Stance::Pinned(pinned, shared),
+            true => VcpuAffinity::Unreachable(pinned),
+            false if everywhere || self.map.is_floating_together() => VcpuAffinity::Floating(pinned, shared),
+            false => VcpuAffinity::Pinned(pinned, shared),
         }
     }
 
     /// The vCPU that the worker of `pair` follows.
-    pub(crate) fn leader(&self, pair: u32) -> Option<&'a Vcpu> {
-        self.served(pair).into_iter().next()
+    pub(crate) fn followed_vcpu(&self, pair: u32) -> Option<&'a Vcpu> {
+        self.vcpus_of(pair).into_iter().next()
     }
 
     /// The vCPUs that the driver gives to `pair`.
-    pub(crate) fn served(&self, pair: u32) -> Vec<&'a Vcpu> {
+    pub(crate) fn vcpus_of(&self, pair: u32) -> Vec<&'a Vcpu> {
         let count = u32::try_from(self.map.vcpus.len()).unwrap_or(u32::MAX);
-        let positions = vcpus_of_pair(pair, self.pairs, count);
+        let positions = vcpus_of_queue_pair(pair, self.pairs, count);
         positions
             .iter()
             .filter_map(|&at| self.map.vcpus.get(usize::try_from(at).ok()?))
             .collect()
     }
 
-    fn beyond(&self, on: &CpuSet) -> String {
+    fn describe_unreachable(&self, on: &CpuSet) -> String {
         match on.intersection(self.host.allowed).is_empty() {
             true => format!(
                 "vCPU thread is on {} where this daemon, on {}, may not run: widen the daemon's cpuset",
-                on.words(),
-                self.host.allowed.words()
+                on.describe(),
+                self.host.allowed.describe()
             ),
-            false => format!("vCPU thread is on {}, offline now", on.words()),
+            false => format!("vCPU thread is on {}, offline now", on.describe()),
         }
     }
 
@@ -404,7 +404,7 @@ impl<'a> Rules<'a> {
         self.usable.contains(cpu)
     }
 
-    pub(crate) fn host(&self) -> &Host<'a> {
+    pub(crate) fn host(&self) -> &HostConstraints<'a> {
         &self.host
     }
 
@@ -418,8 +418,8 @@ impl<'a> Rules<'a> {
     }
 
     /// Those of them that may be taken without being named.
-    fn open(&self) -> CpuSet {
-        or(self.not_isolated(&self.usable), &self.usable)
+    fn default_cpus(&self) -> CpuSet {
+        non_empty_or(self.not_isolated(&self.usable), &self.usable)
     }
 
     fn not_isolated(&self, cpus: &CpuSet) -> CpuSet {
@@ -428,7 +428,7 @@ impl<'a> Rules<'a> {
 }
 
 /// `cpus`, or `others` where there are none.
-fn or(cpus: CpuSet, others: &CpuSet) -> CpuSet {
+fn non_empty_or(cpus: CpuSet, others: &CpuSet) -> CpuSet {
     match cpus.is_empty() {
         true => others.clone(),
         false => cpus,
@@ -436,18 +436,18 @@ fn or(cpus: CpuSet, others: &CpuSet) -> CpuSet {
 }
 
 /// A stand that forbids nothing.
-fn free(cpus: CpuSet, why: String) -> Stand {
-    Stand {
+fn unrestricted(cpus: CpuSet, why: String) -> CpuChoice {
+    CpuChoice {
         cpus,
         may_poll: true,
         why,
     }
 }
 
-fn because(reason: String, stand: Stand) -> Stand {
-    Stand {
-        why: format!("{reason}: {}", stand.why),
-        ..stand
+fn with_reason(reason: String, choice: CpuChoice) -> CpuChoice {
+    CpuChoice {
+        why: format!("{reason}: {}", choice.why),
+        ..choice
     }
 }
 

@@ -40,16 +40,16 @@ pub(crate) fn set_affinity(tid: i32, cpus: &CpuSet) -> io::Result<()> {
 
 /// A thread's affinity as the kernel keeps it: cheap to read and to compare.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Mask(Vec<c_ulong>);
+pub(crate) struct AffinityMask(Vec<c_ulong>);
 
 /// The CPUs that thread `tid` (0: the calling thread) may run on.
 pub(crate) fn get_affinity(tid: i32) -> io::Result<CpuSet> {
     get_mask(tid).map(|mask| from_mask(&mask.0))
 }
 
-/// The same as a [`Mask`].
+/// The same as a [`AffinityMask`].
 // syscalls: sched_getaffinity
-pub(crate) fn get_mask(tid: i32) -> io::Result<Mask> {
+pub(crate) fn get_mask(tid: i32) -> io::Result<AffinityMask> {
     let mut words = USUAL_WORDS;
     loop {
         let mut mask: Vec<c_ulong> = vec![0; words];
@@ -59,13 +59,13 @@ pub(crate) fn get_mask(tid: i32) -> io::Result<Mask> {
             libc::sched_getaffinity(tid, size_of_val(mask.as_slice()), mask.as_mut_ptr().cast())
         };
         if rc == 0 {
-            return Ok(Mask(mask));
+            return Ok(AffinityMask(mask));
         }
         let error = io::Error::last_os_error();
         // EINVAL: the kernel knows more CPUs than the mask has bits.
         let longest = MAX_CPU.div_ceil(BITS);
-        let room = u32::try_from(words).is_ok_and(|words| words < longest);
-        if error.raw_os_error() != Some(libc::EINVAL) || !room {
+        let can_grow = u32::try_from(words).is_ok_and(|words| words < longest);
+        if error.raw_os_error() != Some(libc::EINVAL) || !can_grow {
             return Err(error);
         }
         words *= 2;

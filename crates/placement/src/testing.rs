@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use serde_json::Value;
 
 use crate::cpuset::CpuSet;
-use crate::vcpus::{Source, Vcpu, VcpuMap};
+use crate::vcpus::{VcpuSource, Vcpu, VcpuMap};
 
 /// QEMU 10's greeting.
 pub(crate) const GREETING: &str = "{\"QMP\": {\"version\": {\"qemu\": {\"micro\": 2, \"minor\": 0, \"major\": 10}, \"package\": \"\"}, \"capabilities\": [\"oob\"]}}\r\n";
@@ -29,15 +29,15 @@ pub(crate) fn map(cpus: &[&str]) -> VcpuMap {
     });
     VcpuMap {
         vcpus: vcpus.collect(),
-        source: Source::ThreadNames,
+        source: VcpuSource::ThreadNames,
         notes: vec![],
     }
 }
 
 /// A directory that is removed with the value.
-pub(crate) struct Dir(PathBuf);
+pub(crate) struct TempDir(PathBuf);
 
-impl Dir {
+impl TempDir {
     pub(crate) fn new(name: &str) -> Self {
         let path = std::env::temp_dir().join(format!("placement-{}-{name}", std::process::id()));
         fs::create_dir(&path).unwrap();
@@ -124,7 +124,7 @@ impl SysFs<'_> {
     }
 }
 
-impl Drop for Dir {
+impl Drop for TempDir {
     fn drop(&mut self) {
         _ = fs::remove_dir_all(&self.0);
     }
@@ -138,7 +138,7 @@ pub(crate) struct FakeQmp {
 }
 
 impl FakeQmp {
-    pub(crate) fn start(dir: &Dir, script: Vec<String>) -> Self {
+    pub(crate) fn start(dir: &TempDir, script: Vec<String>) -> Self {
         let path = dir.path().join("qmp.sock");
         let listener = UnixListener::bind(&path).unwrap();
         let thread = std::thread::spawn(move || {

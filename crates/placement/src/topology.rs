@@ -92,7 +92,7 @@ impl Topology {
 
     /// Whether two CPUs have one L3 cache.
     #[must_use]
-    pub fn share_cache(&self, cpu: u32, other: u32) -> bool {
+    pub fn shares_cache(&self, cpu: u32, other: u32) -> bool {
         cpu == other
             || self
                 .caches
@@ -121,13 +121,13 @@ impl Topology {
 
     /// Whether `cpu` lies on `node`.
     #[must_use]
-    pub fn on_node(&self, cpu: u32, node: u32) -> bool {
+    pub fn is_on_node(&self, cpu: u32, node: u32) -> bool {
         self.node_of(cpu) == Some(node)
     }
 
     /// Number of NUMA nodes, 1 at least.
     #[must_use]
-    pub fn nodes(&self) -> usize {
+    pub fn node_count(&self) -> usize {
         self.nodes.len().max(1)
     }
 }
@@ -180,11 +180,11 @@ fn text(file: &Path) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{Dir, set, sysfs};
+    use crate::testing::{TempDir, set, sysfs};
 
     #[test]
     fn reads_two_nodes_with_smt_caches_isolated_and_offline_cpus() {
-        let dir = Dir::new("two-nodes");
+        let dir = TempDir::new("two-nodes");
         // Cores are CPU k and k + 8; 7 is offline, and with it its core is single.
         sysfs(dir.path())
             .online("0-6,8-15")
@@ -195,11 +195,11 @@ mod tests {
         let topology = Topology::read(dir.path());
         assert_eq!(topology.online(), &set("0-6,8-15"));
         assert_eq!(topology.isolated(), &set("3,11"));
-        assert_eq!((topology.nodes(), topology.is_online(7)), (2, false));
+        assert_eq!((topology.node_count(), topology.is_online(7)), (2, false));
         assert_eq!(topology.siblings(2), set("10"));
         assert_eq!(topology.siblings(15), CpuSet::default());
         for (cpu, other, shared) in [(0, 9, true), (0, 2, false), (6, 15, true), (7, 7, true)] {
-            assert_eq!(topology.share_cache(cpu, other), shared, "{cpu} {other}");
+            assert_eq!(topology.shares_cache(cpu, other), shared, "{cpu} {other}");
         }
         let nodes: Vec<_> = [0, 11, 4, 7].map(|cpu| topology.node_of(cpu)).into();
         assert_eq!(nodes, [Some(0), Some(0), Some(1), None]);
@@ -210,7 +210,7 @@ mod tests {
 
     #[test]
     fn isolated_partitions_of_cpusets_count_too() {
-        let dir = Dir::new("partition");
+        let dir = TempDir::new("partition");
         sysfs(dir.path()).online("0-3").isolated("");
         fs::create_dir_all(dir.path().join("fs/cgroup")).unwrap();
         fs::write(dir.path().join("fs/cgroup/cpuset.cpus.isolated"), "2-3\n").unwrap();
@@ -219,12 +219,12 @@ mod tests {
 
     #[test]
     fn where_nothing_is_known_the_host_is_simple() {
-        let dir = Dir::new("bare");
+        let dir = TempDir::new("bare");
         for topology in [Topology::read(dir.path()), Topology::default()] {
             assert!(topology.is_online(5) && !topology.is_isolated(5));
             assert_eq!(topology.siblings(5), CpuSet::default());
-            assert!(!topology.share_cache(0, 1));
-            assert_eq!((topology.node_of(5), topology.nodes()), (Some(0), 1));
+            assert!(!topology.shares_cache(0, 1));
+            assert_eq!((topology.node_of(5), topology.node_count()), (Some(0), 1));
         }
     }
 

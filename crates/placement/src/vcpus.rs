@@ -20,7 +20,7 @@ pub struct Vcpu {
 /// Where the knowledge of the vCPU threads came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Source {
+pub enum VcpuSource {
     /// The names of the front-end's threads.
     ThreadNames,
     /// One thread, found by its name, runs every vCPU (QEMU's single-threaded
@@ -40,7 +40,7 @@ pub struct VcpuMap {
     /// The vCPUs by rising index.
     pub vcpus: Vec<Vcpu>,
     /// Where they came from.
-    pub source: Source,
+    pub source: VcpuSource,
     /// What failed on the way, each with its remedy.
     pub notes: Vec<String>,
 }
@@ -48,7 +48,7 @@ pub struct VcpuMap {
 impl VcpuMap {
     /// Whether every vCPU, of several, may run on the same several CPUs: they
     /// were confined together, none of them pinned.
-    pub(crate) fn float_together(&self) -> bool {
+    pub(crate) fn is_floating_together(&self) -> bool {
         let Some((
             Vcpu {
                 cpus: Some(first), ..
@@ -72,16 +72,16 @@ impl VcpuMap {
 impl fmt::Display for VcpuMap {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let how = match self.source {
-            Source::ThreadNames => "found by thread names",
-            Source::SingleThread => "found by thread names, one thread for all of them",
-            Source::Qmp => "found over QMP",
-            Source::Nowhere => return write!(f, "vCPU threads not found: {}", self.failures()),
+            VcpuSource::ThreadNames => "found by thread names",
+            VcpuSource::SingleThread => "found by thread names, one thread for all of them",
+            VcpuSource::Qmp => "found over QMP",
+            VcpuSource::Nowhere => return write!(f, "vCPU threads not found: {}", self.failures()),
         };
         write!(f, "vCPU threads {how}:")?;
         for (at, Vcpu { index, tid, cpus }) in self.vcpus.iter().enumerate() {
             let cpus = cpus
                 .as_ref()
-                .map_or_else(|| "unknown CPUs".into(), CpuSet::words);
+                .map_or_else(|| "unknown CPUs".into(), CpuSet::describe);
             write!(
                 f,
                 "{} vCPU {index} = thread {tid} on {cpus}",
@@ -108,7 +108,7 @@ mod tests {
         let vcpus = (0..).zip(cpus).map(vcpu).collect();
         VcpuMap {
             vcpus,
-            source: Source::ThreadNames,
+            source: VcpuSource::ThreadNames,
             notes: vec![],
         }
     }
@@ -123,7 +123,7 @@ mod tests {
             (&[Some("0-3")], false),
             (&[], false),
         ] {
-            assert_eq!(map(cpus).float_together(), together, "{cpus:?}");
+            assert_eq!(map(cpus).is_floating_together(), together, "{cpus:?}");
         }
     }
 
@@ -134,7 +134,7 @@ mod tests {
             map.to_string(),
             "vCPU threads found by thread names: vCPU 0 = thread 100 on CPU 0, vCPU 1 = thread 100 on unknown CPUs"
         );
-        map.source = Source::Nowhere;
+        map.source = VcpuSource::Nowhere;
         map.notes = vec!["first failed".into(), "second failed".into()];
         assert_eq!(
             map.to_string(),

@@ -91,13 +91,13 @@ pub enum Warning {
 
 /// What a [`Warning`] is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Kind(std::mem::Discriminant<Warning>);
+pub struct WarningKind(std::mem::Discriminant<Warning>);
 
 impl Warning {
     /// What it is about, whatever its particulars.
     #[must_use]
-    pub fn kind(&self) -> Kind {
-        Kind(std::mem::discriminant(self))
+    pub fn kind(&self) -> WarningKind {
+        WarningKind(std::mem::discriminant(self))
     }
 }
 
@@ -109,30 +109,30 @@ impl fmt::Display for Warning {
                 f,
                 "{} not pinned and may run on {}, so no worker can stay beside its vCPU: pin each vCPU \
                  to a CPU of its own with virsh vcpupin GUEST VCPU CPU, or taskset -pc CPU THREAD (the first is thread {tid})",
-                are("vCPU", vcpus),
-                over.words()
+                subject("vCPU", vcpus),
+                over.describe()
             ),
             Self::Outside { vcpus, on, allowed } => write!(
                 f,
                 "{} pinned to {}, where this daemon, on {}, may not run: widen the daemon's cpuset \
                  or start it with taskset, or pin the guest inside it",
-                are("vCPU", vcpus),
-                on.words(),
-                allowed.words()
+                subject("vCPU", vcpus),
+                on.describe(),
+                allowed.describe()
             ),
             Self::VcpusOffline { vcpus, on } => write!(
                 f,
                 "{} pinned to {}, which {} offline: pin them elsewhere or bring it back",
-                are("vCPU", vcpus),
-                on.words(),
+                subject("vCPU", vcpus),
+                on.describe(),
                 if on.len() == 1 { "is" } else { "are" }
             ),
             Self::NoPolling { pairs, on } => write!(
                 f,
                 "{} sharing {} with pinned vCPUs and will sleep instead of polling: give the daemon \
                  CPUs near the guest that no vCPU is pinned to, or force it with --placement=same or list:CPUS",
-                are("worker", pairs),
-                on.words()
+                subject("worker", pairs),
+                on.describe()
             ),
             Self::RemoteVcpus {
                 pairs,
@@ -141,42 +141,42 @@ impl fmt::Display for Warning {
             } => write!(
                 f,
                 "{} on {}, on another NUMA node than the vCPUs on {}: give the daemon CPUs of that node",
-                are("worker", pairs),
-                on.words(),
-                vcpus_on.words()
+                subject("worker", pairs),
+                on.describe(),
+                vcpus_on.describe()
             ),
             Self::RemoteMemory { pairs, on, nodes } => write!(
                 f,
                 "{} on {}, on another NUMA node than the guest's memory (node {nodes}): keep guest and \
                  daemon on one node, with numactl or libvirt's numatune",
-                are("worker", pairs),
-                on.words()
+                subject("worker", pairs),
+                on.describe()
             ),
             Self::FewCpus { workers, on } => write!(
                 f,
                 "{workers} workers share {}: give the daemon more CPUs or the guest fewer queue pairs",
-                on.words()
+                on.describe()
             ),
             Self::ListOffline { cpus } => write!(
                 f,
                 "{} of the placement list {} offline, so others stand in: bring it online or list others",
-                cpus.words(),
+                cpus.describe(),
                 if cpus.len() == 1 { "is" } else { "are" }
             ),
             Self::ListOutside { cpus, allowed } => write!(
                 f,
                 "{} of the placement list {} no longer in the daemon's cpuset, {}, so others stand in: \
                  widen it or list others",
-                cpus.words(),
+                cpus.describe(),
                 if cpus.len() == 1 { "is" } else { "are" },
-                allowed.words()
+                allowed.describe()
             ),
         }
     }
 }
 
 /// `vCPU 3 is`, `workers 0-2 are`.
-fn are(what: &str, numbers: &CpuSet) -> String {
+fn subject(what: &str, numbers: &CpuSet) -> String {
     match numbers.len() {
         1 => format!("{what} {numbers} is"),
         _ => format!("{what}s {numbers} are"),

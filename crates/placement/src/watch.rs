@@ -6,32 +6,32 @@
 use std::path::PathBuf;
 
 use crate::procfs::{self, ProcFs};
-use crate::sys::{self, Mask};
+use crate::sys::{self, AffinityMask};
 use crate::vcpus::VcpuMap;
 
 /// See the module.
 #[derive(Debug)]
-pub struct Watch {
+pub struct VcpuWatch {
     /// The front-end's threads, where they can be listed.
     tasks: Option<PathBuf>,
     /// Their number.
     count: Option<u64>,
     /// The vCPU threads' affinity.
-    masks: Vec<(i32, Option<Mask>)>,
+    masks: Vec<(i32, Option<AffinityMask>)>,
 }
 
 /// What a look at a front-end's threads tells.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Seen {
+pub enum VcpuChange {
     /// Nothing changed.
-    Same,
+    Unchanged,
     /// A vCPU thread may run on other CPUs than before.
-    Moved,
+    AffinityChanged,
     /// A vCPU thread is gone, or the process has more or fewer threads.
-    Threads,
+    ThreadsChanged,
 }
 
-impl Watch {
+impl VcpuWatch {
     pub(crate) fn new(proc: &ProcFs, pid: Option<i32>, map: &VcpuMap) -> Self {
         let tasks = pid.filter(|pid| *pid > 0).map(|pid| proc.tasks(pid));
         // Threads of which no CPUs could be read may be strangers.
@@ -44,26 +44,26 @@ impl Watch {
     }
 
     /// Looks, and takes what it sees for the state that the next look compares with.
-    pub fn look(&mut self) -> Seen {
+    pub fn poll(&mut self) -> VcpuChange {
         let count = count(self.tasks.as_ref());
         let (mut gone, mut moved) = (false, false);
-        for (tid, seen) in &mut self.masks {
+        for (tid, previous) in &mut self.masks {
             let now = mask(*tid);
-            gone |= now.is_none() && seen.is_some();
-            moved |= now != *seen;
-            *seen = now;
+            gone |= now.is_none() && previous.is_some();
+            moved |= now != *previous;
+            *previous = now;
         }
         let threads = count != self.count;
         self.count = count;
         match (gone || threads, moved) {
-            (true, _) => Seen::Threads,
-            (_, true) => Seen::Moved,
-            _ => Seen::Same,
+            (true, _) => VcpuChange::ThreadsChanged,
+            (_, true) => VcpuChange::AffinityChanged,
+            _ => VcpuChange::Unchanged,
         }
     }
 }
 
-fn mask(tid: i32) -> Option<Mask> {
+fn mask(tid: i32) -> Option<AffinityMask> {
     sys::get_mask(tid).ok()
 }
 
@@ -74,7 +74,7 @@ fn count(tasks: Option<&PathBuf>) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{CpuSet, Source, Vcpu};
+    use crate::{CpuSet, VcpuSource, Vcpu};
     use std::sync::mpsc;
 
     /// A thread that does nothing, until the sender is dropped.
@@ -97,7 +97,7 @@ mod tests {
                 tid,
                 cpus: Some(CpuSet::default()),
             }],
-            source: Source::ThreadNames,
+            source: VcpuSource::ThreadNames,
             notes: vec![],
         }
     }
@@ -106,22 +106,22 @@ mod tests {
     fn a_move_and_an_end_are_seen_once_each() {
         let (tid, end, thread) = thread();
         // Without a process id: other tests start and end threads of this process.
-        let mut watch = Watch::new(&ProcFs::new("/proc"), None, &map(tid));
-        assert_eq!(watch.look(), Seen::Same);
+        let mut watch = VcpuWatch::new(&ProcFs::new("/proc"), None, &map(tid));
+        assert_eq!(watch.poll(), VcpuChange::Unchanged);
         let allowed = crate::allowed_cpus().unwrap();
         if allowed.len() > 1 {
-            crate::apply(Some(tid), &allowed.turn(1)).unwrap();
-            assert_eq!(watch.look(), Seen::Moved);
-            assert_eq!(watch.look(), Seen::Same);
+            crate::set_thread_affinity(Some(tid), &allowed.nth_cyclic(1)).unwrap();
+            assert_eq!(watch.poll(), VcpuChange::AffinityChanged);
+            assert_eq!(watch.poll(), VcpuChange::Unchanged);
         }
         drop(end);
         thread.join().unwrap();
         // The kernel may take a moment to forget a thread that was joined.
         let until = std::time::Instant::now() + std::time::Duration::from_secs(5);
-        while watch.look() != Seen::Threads {
+        while watch.poll() != VcpuChange::ThreadsChanged {
             assert!(std::time::Instant::now() < until);
         }
-        assert_eq!(watch.look(), Seen::Same);
+        assert_eq!(watch.poll(), VcpuChange::Unchanged);
     }
 
     #[test]
@@ -131,11 +131,11 @@ mod tests {
             .spawn()
             .unwrap();
         let pid = i32::try_from(child.id()).unwrap();
-        let mut watch = Watch::new(&ProcFs::new("/proc"), Some(pid), &map(pid));
-        assert_eq!(watch.look(), Seen::Same);
+        let mut watch = VcpuWatch::new(&ProcFs::new("/proc"), Some(pid), &map(pid));
+        assert_eq!(watch.poll(), VcpuChange::Unchanged);
         child.kill().unwrap();
         child.wait().unwrap();
-        assert_eq!(watch.look(), Seen::Threads);
-        assert_eq!(watch.look(), Seen::Same);
+        assert_eq!(watch.poll(), VcpuChange::ThreadsChanged);
+        assert_eq!(watch.poll(), VcpuChange::Unchanged);
     }
 }

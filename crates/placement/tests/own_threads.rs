@@ -3,7 +3,7 @@
 
 use std::sync::mpsc;
 
-use virtionet_placement::{Placement, Planner, Source, allowed_cpus, apply, worker_name};
+use virtionet_placement::{Placement, PlacementPlanner, VcpuSource, allowed_cpus, set_thread_affinity, worker_name};
 
 #[test]
 fn workers_land_on_the_cpus_of_their_vcpus() {
@@ -14,11 +14,11 @@ fn workers_land_on_the_cpus_of_their_vcpus() {
     for index in 0..2 {
         let (end, ended) = mpsc::channel::<()>();
         // The other way round, so that no worker is right by chance.
-        let cpus = allowed.turn(1 - index);
+        let cpus = allowed.nth_cyclic(1 - index);
         let ready = ready.clone();
         let vcpu = std::thread::Builder::new().name(format!("CPU {index}/TCG"));
         threads.push(vcpu.spawn(move || {
-            ready.send(apply(None, &cpus).unwrap()).unwrap();
+            ready.send(set_thread_affinity(None, &cpus).unwrap()).unwrap();
             ended.recv().unwrap_err();
         }));
         ends.push(end);
@@ -27,11 +27,11 @@ fn workers_land_on_the_cpus_of_their_vcpus() {
         assert_eq!(is_ready.recv().unwrap().len(), 1);
     }
 
-    let planner = Planner::new(Placement::Auto, allowed.clone(), None).unwrap();
+    let planner = PlacementPlanner::new(Placement::Auto, allowed.clone(), None).unwrap();
     let map = planner.discover(Some(i32::try_from(std::process::id()).unwrap()));
     assert_eq!(
         (map.source, map.vcpus.len()),
-        (Source::ThreadNames, 2),
+        (VcpuSource::ThreadNames, 2),
         "{map}"
     );
     for pair in 0..2 {
@@ -39,10 +39,10 @@ fn workers_land_on_the_cpus_of_their_vcpus() {
         assert_eq!(decision.vcpus, [pair]);
         let worker = std::thread::Builder::new().name(worker_name("vnet", pair));
         let cpus = decision.cpus.clone();
-        let stands = worker.spawn(move || apply(None, &cpus).map(|_| allowed_cpus().unwrap()));
+        let stands = worker.spawn(move || set_thread_affinity(None, &cpus).map(|_| allowed_cpus().unwrap()));
         assert_eq!(
             stands.unwrap().join().unwrap().unwrap(),
-            allowed.turn(1 - pair),
+            allowed.nth_cyclic(1 - pair),
             "{decision}"
         );
     }

@@ -1,11 +1,11 @@
-//! The command line of `virtionetd plan`, unchecked.
+//! The command line of `virtionetctl plan`, unchecked.
 
 use std::path::PathBuf;
 
 use clap::{ArgAction, Args, ValueEnum};
 
 const RULES: &str = "\
-Nothing is started or changed: the command lines are printed, ready to paste.
+Nothing is started or changed: the command lines are printed, ready to join_lines.
 
 How many queue pairs a card gets:
   As many as the guest has vCPUs, which is what Linux's driver makes best use of: each vCPU then has \
@@ -25,13 +25,13 @@ error. Linux since 4.15 has about 200 vectors for each vCPU: with such guests th
 raised.
 
 Examples:
-  virtionetd plan --vcpus 4
-  virtionetd plan --vcpus 8 --cpus 8-15 --nic name=lan,bridge=br0 --nic name=mgmt,throughput=low
-  virtionetd plan --vcpus 4 --name web --print libvirt > web.xml
-  virtionetd plan --vcpus 4 --image-multiqueue true --nova --json
+  virtionetctl plan --vcpus 4
+  virtionetctl plan --vcpus 8 --cpus 8-15 --nic name=lan,bridge=br0 --nic name=mgmt,throughput=low
+  virtionetctl plan --vcpus 4 --name web --print libvirt > web.xml
+  virtionetctl plan --vcpus 4 --image-multiqueue true --nova --json
 
 Exit status:
-  0, or 2 when what is asked for contradicts itself.";
+  0, or 2 when what is requested for contradicts itself.";
 
 /// How many queue pairs, and the command lines for them.
 #[derive(Debug, Clone, PartialEq, Eq, Args)]
@@ -183,7 +183,7 @@ pub struct PlanArgs {
         default_value = "all",
         help_heading = "Output"
     )]
-    pub print: Part,
+    pub print: OutputPart,
 
     /// Print all of it as JSON
     #[arg(long, conflicts_with = "print", help_heading = "Output")]
@@ -201,7 +201,7 @@ pub enum Accel {
 
 /// What is printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Part {
+pub enum OutputPart {
     /// Everything, under headings.
     All,
     /// The numbers and their reasons.

@@ -1,12 +1,12 @@
 //! virtionetd's command line and configuration file.
 
 use super::PlanError;
-use super::answer::{CardPlan, Plan, path_text};
-use virtionet_config::cli::{self, Refusal};
+use super::guest_plan::{NetDevicePlan, Plan, path_text};
+use virtionet_config::cli::{self, CliError};
 
 /// Who makes the vhost-user sockets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Side {
+pub(super) enum SocketRole {
     /// virtionetd: QEMU connects, and again when virtionetd was restarted.
     Listens,
     /// QEMU, as libvirt starts it.
@@ -14,7 +14,7 @@ pub(super) enum Side {
 }
 
 /// The command, by lines.
-pub(super) fn command(plan: &Plan, side: Side) -> Vec<Vec<String>> {
+pub(super) fn command(plan: &Plan, role: SocketRole) -> Vec<Vec<String>> {
     let mut first = vec!["virtionetd".to_owned(), "--control".into()];
     first.push(path_text(&plan.control));
     let mut lines = vec![first];
@@ -25,7 +25,7 @@ pub(super) fn command(plan: &Plan, side: Side) -> Vec<Vec<String>> {
     if !common.is_empty() {
         lines.push(common);
     }
-    if side == Side::Connects {
+    if role == SocketRole::Connects {
         lines.push(vec!["--client".into()]);
     }
     let one = plan.cards.len() == 1;
@@ -63,7 +63,7 @@ fn common(plan: &Plan) -> Vec<(&'static str, String)> {
 }
 
 /// What is one card's own.
-fn keys(card: &CardPlan) -> [(&'static str, String); 4] {
+fn keys(card: &NetDevicePlan) -> [(&'static str, String); 4] {
     [
         ("name", card.device.clone()),
         ("socket-path", path_text(&card.socket)),
@@ -96,13 +96,18 @@ fn toml_string(text: &str) -> String {
 /// Lets the daemon's own reading of the command line have its say, so that what is printed is never
 /// refused.
 pub(super) fn check(plan: &Plan) -> Result<(), PlanError> {
-    for side in [Side::Listens, Side::Connects] {
-        let words = command(plan, side).into_iter().flatten();
+    for role in [SocketRole::Listens, SocketRole::Connects] {
+        let words = command(plan, role).into_iter().flatten();
         match cli::parse(words.map(Into::into)) {
             Ok(_) => {}
-            Err(Refusal::Config(why)) => return Err(PlanError::Usage(why.to_string())),
+            Err(CliError::Moved(command)) => {
+                return Err(PlanError::Usage(format!(
+                    "virtionetd takes {command:?} for a command: choose other values"
+                )));
+            }
+            Err(CliError::Config(why)) => return Err(PlanError::Usage(why.to_string())),
             // A value that looks like a flag; the other lines are about the daemon's own usage.
-            Err(Refusal::Flags(why)) => {
+            Err(CliError::Flags(why)) => {
                 let why = why.to_string();
                 let first = why.lines().next().unwrap_or_default();
                 return Err(PlanError::Usage(format!(

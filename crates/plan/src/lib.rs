@@ -1,16 +1,16 @@
-//! `virtionetd plan`: how many queue pairs, where the workers stand, and the command lines for it.
+//! `virtionetctl plan`: how many queue pairs, where the workers stand, and the command lines for it.
 //!
 //! ```text
 //! PlanArgs --request--> policy (virtionet_sizing) --workers--> Plan --> text | JSON
 //!                                                                          |-> qemu, libvirt, daemon
 //! ```
 //!
-//! A worker's CPU is what [`Planner::place`](virtionet_placement::Planner::place) says of the vCPU
+//! A worker's CPU is what [`PlacementPlanner::place`](virtionet_placement::PlacementPlanner::place) says of the vCPU
 //! pins that the plan proposes: the daemon asks the same function.
 
-mod answer;
+mod guest_plan;
 mod args;
-mod card;
+mod nic;
 mod daemon;
 mod libvirt;
 mod qemu;
@@ -27,8 +27,8 @@ use virtionet_placement::{
     AffinityError, CpuListError, CpuSet, PlacementParseError, Topology, allowed_cpus,
 };
 
-pub use answer::{CardPlan, Commands, Plan, Vectors, WorkerCpus, WorkerPlan};
-pub use args::{Accel, Part, PlanArgs};
+pub use guest_plan::{NetDevicePlan, Commands, Plan, Vectors, WorkerCpus, WorkerPlan};
+pub use args::{Accel, OutputPart, PlanArgs};
 use request::Request;
 
 /// Why there is no plan: one sentence that says what to do.
@@ -48,7 +48,7 @@ pub enum PlanError {
     Placement(#[from] PlacementParseError),
     /// A placement that this host cannot carry out.
     #[error(transparent)]
-    Planner(#[from] virtionet_placement::PlanError),
+    PlacementPlanner(#[from] virtionet_placement::PlacementError),
     /// The CPUs of this process cannot be read.
     #[error(transparent)]
     Affinity(#[from] AffinityError),
@@ -68,12 +68,12 @@ impl PlanError {
     }
 }
 
-/// Answers `virtionetd plan`.
+/// Answers `virtionetctl plan`.
 ///
 /// # Errors
 /// When what is asked for contradicts itself or this host, or `out` cannot be written.
 pub fn run(args: &PlanArgs, out: &mut dyn Write) -> Result<(), PlanError> {
-    let plan = plan(args, &Host::of(args)?)?;
+    let plan = plan(args, &TargetHost::of(args)?)?;
     let text = match args.json {
         true => plan.json(),
         false => text::part(&plan, args.print),
@@ -87,14 +87,14 @@ pub fn run(args: &PlanArgs, out: &mut dyn Write) -> Result<(), PlanError> {
 
 /// The host that is planned for.
 #[derive(Debug)]
-pub struct Host {
+pub struct TargetHost {
     /// The CPUs that the daemon may run on.
     pub cpus: CpuSet,
     /// Their caches, nodes and siblings, as far as they are known.
     pub topology: Topology,
 }
 
-impl Host {
+impl TargetHost {
     /// The host of `--host-cpus`, of which no more is known, or this one.
     fn of(args: &PlanArgs) -> Result<Self, PlanError> {
         Ok(match &args.host_cpus {
@@ -114,10 +114,10 @@ impl Host {
 ///
 /// # Errors
 /// When what is asked for contradicts itself or that host.
-pub fn plan(args: &PlanArgs, host: &Host) -> Result<Plan, PlanError> {
+pub fn plan(args: &PlanArgs, host: &TargetHost) -> Result<Plan, PlanError> {
     let mut request = Request::resolve(args, host)?;
     let queues = plan_queues(&request.queues)?;
-    let workers = workers::place(&mut request, &queues, host)?;
+    let workers = workers::place_workers(&mut request, &queues, host)?;
     let plan = Plan::new(request, queues, workers);
     daemon::check(&plan)?;
     Ok(plan)

@@ -5,7 +5,7 @@ use std::io;
 use quick_xml::Writer;
 use quick_xml::events::BytesText;
 
-use super::answer::{CardPlan, Plan, path_text};
+use super::guest_plan::{NetDevicePlan, Plan, path_text};
 use super::args::Accel;
 
 type Xml = Writer<Vec<u8>>;
@@ -22,7 +22,7 @@ pub(super) fn domain(plan: &Plan) -> String {
 }
 
 fn write(xml: &mut Xml, plan: &Plan) -> io::Result<()> {
-    let wide = plan.request.is_wide();
+    let wide = plan.request.needs_x2apic();
     let kind = match plan.request.accel {
         Accel::Kvm => "kvm",
         Accel::Tcg => "qemu",
@@ -110,7 +110,7 @@ fn remapping(xml: &mut Xml) -> io::Result<()> {
 }
 
 /// A card whose socket QEMU makes: it runs as a user of its own, who could not reach virtionetd's.
-fn interface(xml: &mut Xml, plan: &Plan, card: &CardPlan) -> io::Result<()> {
+fn interface(xml: &mut Xml, plan: &Plan, card: &NetDevicePlan) -> io::Result<()> {
     xml.create_element("interface")
         .with_attribute(("type", "vhostuser"))
         .write_inner_content(|xml| {

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::answer::{CardPlan, Plan, path_text};
+use super::guest_plan::{NetDevicePlan, Plan, path_text};
 use super::args::Accel;
 use super::request::Rings;
 use super::shell::quote;
@@ -10,7 +10,7 @@ use super::shell::quote;
 /// The command, by lines; it lacks disks, a display and the like, which follow it.
 pub(super) fn command(plan: &Plan) -> Vec<Vec<String>> {
     let memory = plan.memory_mib;
-    let wide = plan.request.is_wide();
+    let wide = plan.request.needs_x2apic();
     let mut lines = vec![
         words([
             "qemu-system-x86_64",
@@ -41,7 +41,7 @@ pub(super) fn command(plan: &Plan) -> Vec<Vec<String>> {
         lines.push(words(["-device", "intel-iommu,intremap=on,eim=on"]));
     }
     for card in &plan.cards {
-        lines.extend(card_lines(card, plan.rings()));
+        lines.extend(device_lines(card, plan.rings()));
     }
     lines
 }
@@ -58,8 +58,8 @@ fn memory_backend(plan: &Plan) -> String {
     )
 }
 
-fn card_lines(card: &CardPlan, rings: Rings) -> [Vec<String>; 3] {
-    let CardPlan {
+fn device_lines(card: &NetDevicePlan, rings: Rings) -> [Vec<String>; 3] {
+    let NetDevicePlan {
         name,
         pairs,
         vectors,

@@ -3,18 +3,18 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use virtionet_sizing::{GuestRequest, Unset};
+use virtionet_sizing::{GuestRequest, MultiqueueDefault};
 use virtionet_placement::{CpuSet, Placement, parse_cpulist};
 
 use super::args::{Accel, PlanArgs};
-use super::card::{Card, is_name};
-use super::{Host, PlanError};
+use super::nic::{NetDeviceSpec, is_name};
+use super::{TargetHost, PlanError};
 
 /// Most vCPUs of a guest that are planned for; above QEMU's limit on any machine.
 const MAX_VCPUS: u32 = 4096;
 
 /// Most cards of a guest: those for which QEMU finds a slot on q35's root bus, beside a display.
-const MAX_CARDS: usize = 28;
+const MAX_NET_DEVICES: usize = 28;
 
 /// The request behind a plan.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,7 +32,7 @@ pub(super) struct Request {
     /// What is asked of the policy.
     pub queues: GuestRequest,
     /// The cards, in the policy's order.
-    pub cards: Vec<Card>,
+    pub cards: Vec<NetDeviceSpec>,
     /// Sizes and kind of the rings.
     pub rings: Rings,
     /// Folder of the sockets.
@@ -40,7 +40,7 @@ pub(super) struct Request {
     /// The workers' CPUs.
     pub placement: Placement,
     /// How workers wait, as the daemon's flags spell it.
-    pub poll: Poll,
+    pub poll: PollFlags,
     /// What should be told beside the plan.
     pub notes: Vec<String>,
 }
@@ -55,14 +55,14 @@ pub(super) struct Rings {
 
 /// How workers wait.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Poll {
+pub(super) struct PollFlags {
     pub mode: Option<String>,
     pub us: Option<String>,
 }
 
-impl Poll {
+impl PollFlags {
     /// Whether workers look for frames instead of sleeping.
-    pub(super) fn polls(&self) -> bool {
+    pub(super) fn is_polling(&self) -> bool {
         matches!(self.mode.as_deref(), Some("adaptive" | "always"))
     }
 }
@@ -70,12 +70,12 @@ impl Poll {
 impl Request {
     /// Whether the guest has more vCPUs than an interrupt reaches without remapping: its APIC's
     /// numbers have 8 bits, of which the last means all.
-    pub(super) fn is_wide(&self) -> bool {
+    pub(super) fn needs_x2apic(&self) -> bool {
         self.queues.vcpus > 255
     }
 
     /// What `args` mean on `host`.
-    pub(super) fn resolve(args: &PlanArgs, host: &Host) -> Result<Self, PlanError> {
+    pub(super) fn resolve(args: &PlanArgs, host: &TargetHost) -> Result<Self, PlanError> {
         if !is_name(&args.name) {
             return Err(PlanError::Usage(format!(
                 "--name {:?} cannot be used: write a letter and up to 31 letters, digits, '.', '_' or '-'",
@@ -93,7 +93,7 @@ impl Request {
         let pins = pins(args, host, &mut notes)?;
         Ok(Self {
             name: args.name.clone(),
-            memory_mib: memory(&args.memory)?,
+            memory_mib: parse_memory(&args.memory)?,
             accel: args.accel,
             node: pins.as_deref().and_then(|pins| node_of(pins, host)),
             pins,
@@ -102,14 +102,14 @@ impl Request {
                 image: args.image_multiqueue,
                 flavor: args.flavor_multiqueue,
                 unset: match args.nova {
-                    true => Unset::Off,
-                    false => Unset::On,
+                    true => MultiqueueDefault::Off,
+                    false => MultiqueueDefault::On,
                 },
                 max_queues: args.max_queues,
-                cards: cards.iter().map(Card::request).collect(),
+                cards: cards.iter().map(NetDeviceSpec::request).collect(),
                 other_vectors: args
                     .other_vectors
-                    .unwrap_or_else(|| one_disk(args.vcpus).min(args.msix_budget / 2)),
+                    .unwrap_or_else(|| disk_vectors(args.vcpus).min(args.msix_budget / 2)),
                 budget: args.msix_budget,
             },
             cards,
@@ -120,7 +120,7 @@ impl Request {
             },
             dir: directory(args)?,
             placement: args.placement.parse()?,
-            poll: Poll {
+            poll: PollFlags {
                 mode: args.poll.clone(),
                 us: args.poll_us.clone(),
             },
@@ -129,21 +129,21 @@ impl Request {
     }
 }
 
-fn cards(args: &PlanArgs) -> Result<Vec<Card>, PlanError> {
+fn cards(args: &PlanArgs) -> Result<Vec<NetDeviceSpec>, PlanError> {
     let plain = usize::from(args.nics.unwrap_or(1));
     let count = match args.nic.len() {
         0 => plain,
         some => some,
     };
-    if !(1..=MAX_CARDS).contains(&count) {
+    if !(1..=MAX_NET_DEVICES).contains(&count) {
         return Err(PlanError::Usage(format!(
-            "a guest cannot have {count} cards: ask for 1 to {MAX_CARDS}, for which its PCI root bus has room"
+            "a guest cannot have {count} cards: ask for 1 to {MAX_NET_DEVICES}, for which its PCI root bus has room"
         )));
     }
     let cards = (0..count)
         .map(|at| {
             let text = args.nic.get(at).map_or("", String::as_str);
-            Card::parse(&args.name, at, text)
+            NetDeviceSpec::parse(&args.name, at, text)
         })
         .collect::<Result<Vec<_>, _>>()?;
     for (at, card) in cards.iter().enumerate() {
@@ -165,12 +165,12 @@ fn cards(args: &PlanArgs) -> Result<Vec<Card>, PlanError> {
 }
 
 /// Vectors of a virtio disk as QEMU makes it: a queue for each vCPU, and one more.
-fn one_disk(vcpus: u32) -> u32 {
+fn disk_vectors(vcpus: u32) -> u32 {
     vcpus.saturating_add(1)
 }
 
 /// MiB in `4G`, `512M`, `1T` or `512`.
-fn memory(text: &str) -> Result<u64, PlanError> {
+fn parse_memory(text: &str) -> Result<u64, PlanError> {
     let (digits, factor) = match text.char_indices().next_back() {
         Some((at, 'M' | 'm')) => (text.get(..at), 1),
         Some((at, 'G' | 'g')) => (text.get(..at), 1024),
@@ -178,11 +178,11 @@ fn memory(text: &str) -> Result<u64, PlanError> {
         _ => (Some(text), 1),
     };
     // 4 PiB: the most that 52 bits of a physical address reach.
-    const MOST: u64 = 1 << 32;
+    const MAX_MIB: u64 = 1 << 32;
     digits
         .filter(|digits| digits.bytes().all(|digit| digit.is_ascii_digit()))
         .and_then(|digits| digits.parse::<u64>().ok()?.checked_mul(factor))
-        .filter(|mib| (1..=MOST).contains(mib))
+        .filter(|mib| (1..=MAX_MIB).contains(mib))
         .ok_or_else(|| {
             PlanError::Usage(format!(
                 "--memory {text} is no size: write MiB, or a number with M, G or T, such as 4G"
@@ -219,13 +219,13 @@ fn is_printable(c: char) -> bool {
 /// The CPU of each vCPU, or none.
 fn pins(
     args: &PlanArgs,
-    host: &Host,
+    host: &TargetHost,
     notes: &mut Vec<String>,
 ) -> Result<Option<Vec<u32>>, PlanError> {
     let vcpus = usize::try_from(args.vcpus).unwrap_or(usize::MAX);
     let list = match args.cpus.as_str() {
         "none" => return Ok(None),
-        "auto" => match choose(host, vcpus) {
+        "auto" => match choose_cpus(host, vcpus) {
             Some(list) => {
                 notes.push(format!(
                     "the vCPUs take the first CPUs that the host has, {}: give a guest beside this one others with --cpus LIST",
@@ -236,12 +236,12 @@ fn pins(
             None => {
                 notes.push(format!(
                     "the vCPUs float, as the host has {} for {vcpus} of them; pin them with --cpus LIST if they are to share CPUs",
-                    host.cpus.words()
+                    host.cpus.describe()
                 ));
                 return Ok(None);
             }
         },
-        list => explicit(list, &host.cpus)?,
+        list => parse_explicit_pins(list, &host.cpus)?,
     };
     let unused: CpuSet = list.iter().copied().skip(vcpus).collect();
     let pins: Vec<u32> = list.into_iter().cycle().take(vcpus).collect();
@@ -249,21 +249,21 @@ fn pins(
     if used.len() < vcpus {
         notes.push(format!(
             "{vcpus} vCPUs share {}: name as many CPUs as there are vCPUs, where the host has them",
-            used.words()
+            used.describe()
         ));
     }
     let unused = unused.difference(&used);
     if !unused.is_empty() {
         notes.push(format!(
             "no vCPU is pinned to {} of --cpus: name as many CPUs as there are vCPUs",
-            unused.words()
+            unused.describe()
         ));
     }
     Ok(Some(pins))
 }
 
 /// The first CPUs that are online and not isolated, on one node where one has enough.
-fn choose(host: &Host, vcpus: usize) -> Option<Vec<u32>> {
+fn choose_cpus(host: &TargetHost, vcpus: usize) -> Option<Vec<u32>> {
     let topology = &host.topology;
     let free = |cpu: &u32| topology.is_online(*cpu) && !topology.is_isolated(*cpu);
     let cpus: Vec<u32> = host.cpus.iter().filter(free).collect();
@@ -285,13 +285,13 @@ fn choose(host: &Host, vcpus: usize) -> Option<Vec<u32>> {
 }
 
 /// The node that the guest's memory should be on, where there is a choice.
-fn node_of(pins: &[u32], host: &Host) -> Option<u32> {
-    let several = host.topology.nodes() > 1;
+fn node_of(pins: &[u32], host: &TargetHost) -> Option<u32> {
+    let several = host.topology.node_count() > 1;
     let cpus: CpuSet = pins.iter().copied().collect();
     several.then(|| host.topology.node_of_all(&cpus)).flatten()
 }
 
-fn explicit(list: &str, host: &CpuSet) -> Result<Vec<u32>, PlanError> {
+fn parse_explicit_pins(list: &str, host: &CpuSet) -> Result<Vec<u32>, PlanError> {
     let cpus = parse_cpulist(list)?;
     if cpus.is_empty() {
         return Err(PlanError::Usage(
@@ -308,7 +308,7 @@ fn explicit(list: &str, host: &CpuSet) -> Result<Vec<u32>, PlanError> {
     }
     Err(PlanError::Usage(format!(
         "--cpus {list} names {}, but virtionetd may run on {} only: choose among those, or say with --host-cpus what the host has",
-        outside.words(),
-        host.words()
+        outside.describe(),
+        host.describe()
     )))
 }

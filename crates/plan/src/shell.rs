@@ -1,7 +1,7 @@
 //! Words for a shell.
 
 /// A command whose words come in lines, quoted where it needs to be, one line below the other.
-pub(super) fn paste(lines: &[Vec<String>]) -> String {
+pub(super) fn join_lines(lines: &[Vec<String>]) -> String {
     let lines: Vec<String> = lines
         .iter()
         .map(|words| {

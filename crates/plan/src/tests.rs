@@ -25,8 +25,8 @@ fn args(line: &str) -> PlanArgs {
 }
 
 /// A host with these CPUs of which no more is known.
-fn host(cpus: &str) -> Host {
-    Host {
+fn host(cpus: &str) -> TargetHost {
+    TargetHost {
         cpus: cpus.parse().unwrap(),
         topology: Topology::default(),
     }
@@ -371,14 +371,14 @@ fn workers_stand_where_the_daemons_planner_puts_them() {
 }
 
 /// Two nodes of four CPUs, CPU 1 isolated, CPU 7 offline.
-fn two_nodes(dir: &Dir) -> Host {
+fn two_nodes(dir: &Dir) -> TargetHost {
     dir.file("devices/system/cpu/online", "0-6\n");
     dir.file("devices/system/cpu/isolated", "1\n");
     for (node, cpus) in [(0, "0-3\n"), (1, "4-7\n")] {
         dir.file(&format!("devices/system/node/node{node}/cpulist"), cpus);
     }
     dir.file("devices/system/node/online", "0-1\n");
-    Host {
+    TargetHost {
         cpus: "0-7".parse().unwrap(),
         topology: Topology::read(&dir.0),
     }
@@ -432,10 +432,10 @@ fn what_is_pasted_into_a_shell_gives_the_words() {
         let plan = plan(&args, &host("0-7")).unwrap();
         let commands = plan.commands();
         for (part, program, words) in [
-            (Part::Qemu, "qemu-system-x86_64", commands.qemu),
-            (Part::Virtionetd, "virtionetd", commands.virtionetd),
+            (OutputPart::Qemu, "qemu-system-x86_64", commands.qemu),
+            (OutputPart::Virtionetd, "virtionetd", commands.virtionetd),
             (
-                Part::VirtionetdClient,
+                OutputPart::VirtionetdClient,
                 "virtionetd",
                 commands.virtionetd_client,
             ),
@@ -486,7 +486,10 @@ fn the_daemon_reads_its_command_line_and_file_as_planned() {
             .iter()
             .zip(listens.devices.iter().zip(&connects.devices))
         {
-            assert_eq!((&here.name, &here.uplink), (&card.device, &card.uplink));
+            assert_eq!(
+                (&here.name, &here.uplink.to_string()),
+                (&card.device, &card.uplink)
+            );
             assert_eq!(here.queues.max(), card.pairs);
             let Socket::Listen { path, .. } = &here.socket else {
                 panic!("{here:?}")
@@ -585,14 +588,14 @@ fn qemus_line_says_what_the_plan_says() {
             "{expected} is not in {words:#?}"
         );
     }
-    let pin = text::part(&plan, Part::Pin);
+    let pin = text::part(&plan, OutputPart::Pin);
     for (vcpu, cpu) in plan.pins.unwrap().iter().enumerate() {
         assert!(
             pin.contains(&format!("\"CPU {vcpu}/\"*) taskset -pc {cpu} ")),
             "{pin}"
         );
     }
-    assert_eq!(text::part(&planned("--vcpus 4 --cpus none"), Part::Pin), "");
+    assert_eq!(text::part(&planned("--vcpus 4 --cpus none"), OutputPart::Pin), "");
 }
 
 #[test]
@@ -624,7 +627,7 @@ fn interrupts_reach_more_than_255_vcpus() {
 fn json_and_text_give_the_same_numbers() {
     let plan = planned("--vcpus 4 --nic queues=3 --nic throughput=low --poll always");
     let json: serde_json::Value = serde_json::from_str(&plan.json()).unwrap();
-    let text = text::part(&plan, Part::All);
+    let text = text::part(&plan, OutputPart::All);
     let number = |value: &serde_json::Value| value.as_u64().unwrap();
     for card in json["cards"].as_array().unwrap() {
         let (pairs, vectors) = (number(&card["pairs"]), number(&card["vectors"]));

@@ -2,23 +2,23 @@
 
 use virtionet_placement::CpuSet;
 
-use super::answer::{CardPlan, Plan, WorkerPlan, path_text};
-use super::args::Part;
-use super::daemon::{self, Side};
-use super::shell::{paste, quote};
+use super::guest_plan::{NetDevicePlan, Plan, WorkerPlan, path_text};
+use super::args::OutputPart;
+use super::daemon::{self, SocketRole};
+use super::shell::{join_lines, quote};
 use super::{libvirt, qemu};
 
 /// One part of the plan, or all of it.
-pub(super) fn part(plan: &Plan, part: Part) -> String {
+pub(super) fn part(plan: &Plan, part: OutputPart) -> String {
     match part {
-        Part::All => all(plan),
-        Part::Queues => queues(plan),
-        Part::Qemu => paste(&qemu::command(plan)),
-        Part::Pin => qemu::pin_commands(plan).unwrap_or_default(),
-        Part::Libvirt => libvirt::domain(plan),
-        Part::Virtionetd => paste(&daemon::command(plan, Side::Listens)),
-        Part::VirtionetdClient => paste(&daemon::command(plan, Side::Connects)),
-        Part::Config => daemon::config(plan),
+        OutputPart::All => all(plan),
+        OutputPart::Queues => queues(plan),
+        OutputPart::Qemu => join_lines(&qemu::command(plan)),
+        OutputPart::Pin => qemu::pin_commands(plan).unwrap_or_default(),
+        OutputPart::Libvirt => libvirt::domain(plan),
+        OutputPart::Virtionetd => join_lines(&daemon::command(plan, SocketRole::Listens)),
+        OutputPart::VirtionetdClient => join_lines(&daemon::command(plan, SocketRole::Connects)),
+        OutputPart::Config => daemon::config(plan),
     }
 }
 
@@ -30,24 +30,24 @@ fn all(plan: &Plan) -> String {
     };
     section(
         "virtionetd beside QEMU (start it first)",
-        &format!("install -d {dir}\n{}", part(plan, Part::Virtionetd)),
+        &format!("install -d {dir}\n{}", part(plan, OutputPart::Virtionetd)),
     );
     section(
         "QEMU (add disks and the like; before QEMU 9.2 write reconnect=1 for reconnect-ms=1000)",
-        &part(plan, Part::Qemu),
+        &part(plan, OutputPart::Qemu),
     );
     if let Some(pin) = qemu::pin_commands(plan) {
         section("Pins for that QEMU's vCPUs, once it runs", &pin);
     }
     section(
         "A domain for libvirt (virsh define; add disks and the like)",
-        &part(plan, Part::Libvirt),
+        &part(plan, OutputPart::Libvirt),
     );
     section(
         "virtionetd beside that domain (its QEMU makes the sockets, as a user of the group kvm)",
         &format!(
             "install -d -g kvm -m 2770 {dir}\n{}",
-            part(plan, Part::VirtionetdClient)
+            part(plan, OutputPart::VirtionetdClient)
         ),
     );
     text
@@ -65,7 +65,7 @@ fn queues(plan: &Plan) -> String {
         pins(plan)
     );
     for card in &plan.cards {
-        text += &card_text(card);
+        text += &device_text(card);
     }
     let vectors = &plan.vectors;
     text += &format!(
@@ -93,7 +93,7 @@ fn pins(plan: &Plan) -> String {
     }
 }
 
-fn card_text(card: &CardPlan) -> String {
+fn device_text(card: &NetDevicePlan) -> String {
     let mut text = format!(
         "\ncard {}: {}, {}; on {}\n  why: {}\n",
         card.name,
@@ -120,7 +120,7 @@ fn worker_text(worker: &WorkerPlan) -> String {
         worker.pair,
         set(&worker.vcpus),
         worker.name,
-        set(&worker.cpus).words(),
+        set(&worker.cpus).describe(),
         worker.why
     )
 }

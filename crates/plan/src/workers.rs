@@ -3,21 +3,21 @@
 use std::collections::BTreeSet;
 
 use virtionet_sizing::QueuePlan;
-use virtionet_placement::{CpuSet, Decision, Planner, Source, Vcpu, VcpuMap, Warning};
+use virtionet_placement::{CpuSet, Decision, PlacementPlanner, VcpuSource, Vcpu, VcpuMap, Warning};
 
 use super::request::Request;
-use super::{Host, PlanError};
+use super::{TargetHost, PlanError};
 
 /// The decisions for each card's pairs, by the daemon's own planner: on a map of the vCPUs as the
 /// plan would have them, all pairs in use. What it warns of is noted in `request`.
-pub(super) fn place(
+pub(super) fn place_workers(
     request: &mut Request,
     queues: &QueuePlan,
-    host: &Host,
+    host: &TargetHost,
 ) -> Result<Vec<Vec<Decision>>, PlanError> {
-    let planner = Planner::new(request.placement.clone(), host.cpus.clone(), None)?
+    let planner = PlacementPlanner::new(request.placement.clone(), host.cpus.clone(), None)?
         .with_topology(host.topology.clone())
-        .polling(request.poll.polls());
+        .with_polling(request.poll.is_polling());
     let map = vcpus(request, &host.cpus);
     let decisions: Vec<Vec<Decision>> = queues
         .cards
@@ -32,30 +32,30 @@ pub(super) fn place(
             }
         }
     }
-    let crowded = crowded(&decisions);
-    if request.poll.polls() && !crowded.is_empty() {
+    let contended_cpus = contended_cpus(&decisions);
+    if request.poll.is_polling() && !contended_cpus.is_empty() {
         request.notes.push(format!(
             "workers of several cards poll on {}: give each card CPUs of its own, with placement=list:CPUS in its --device",
-            crowded.words()
+            contended_cpus.describe()
         ));
     }
     Ok(decisions)
 }
 
 /// The CPUs on which workers of several cards poll, for the cards know nothing of each other.
-fn crowded(cards: &[Vec<Decision>]) -> CpuSet {
+fn contended_cpus(cards: &[Vec<Decision>]) -> CpuSet {
     let polled = |card: &Vec<Decision>| -> BTreeSet<u32> {
         let alone = card.iter().filter(|d| d.may_poll && d.cpus.len() == 1);
         alone.flat_map(|d| d.cpus.iter()).collect()
     };
     let mut seen = BTreeSet::new();
-    let mut crowded = CpuSet::default();
+    let mut contended_cpus = CpuSet::default();
     for cpu in cards.iter().flat_map(polled) {
         if !seen.insert(cpu) {
-            crowded.insert(cpu);
+            contended_cpus.insert(cpu);
         }
     }
-    crowded
+    contended_cpus
 }
 
 /// The vCPU threads as they will be found.
@@ -72,7 +72,7 @@ fn vcpus(request: &Request, host: &CpuSet) -> VcpuMap {
                 cpus: Some(cpus(index)),
             })
             .collect(),
-        source: Source::ThreadNames,
+        source: VcpuSource::ThreadNames,
         notes: Vec::new(),
     }
 }

@@ -18,16 +18,16 @@ pub fn vectors_of(pairs: u16) -> u32 {
     u32::from(pairs) * 2 + 2
 }
 
-/// Takes pairs from the cards that are `spare` until the vectors of all fit into
-/// `room`, and none below one; false when they do not fit even so.
+/// Takes pairs from the cards that are `reducible` until the vectors of all fit into
+/// `available`, and none below one; false when they do not fit even so.
 ///
 /// The card with the most pairs gives first, the last of several with as many.
-pub(super) fn fit(pairs: &mut [u16], spare: &[bool], room: u32) -> bool {
-    while total(pairs) > u64::from(room) {
+pub(super) fn fit(pairs: &mut [u16], reducible: &[bool], available: u32) -> bool {
+    while total(pairs) > u64::from(available) {
         let widest = pairs
             .iter_mut()
-            .zip(spare)
-            .filter(|(pairs, spare)| **spare && **pairs > 1)
+            .zip(reducible)
+            .filter(|(pairs, reducible)| **reducible && **pairs > 1)
             .max_by_key(|(pairs, _)| **pairs);
         match widest {
             Some((pairs, _)) => *pairs -= 1,
@@ -61,7 +61,7 @@ mod tests {
 
     #[test]
     fn the_widest_spare_card_gives_first() {
-        // Pairs, spare ones, room; pairs afterwards, or None where they do not fit.
+        // Pairs, reducible ones, available; pairs afterwards, or None where they do not fit.
         type Case = (&'static [u16], &'static [bool], u32, Option<&'static [u16]>);
         let table: [Case; 9] = [
             (&[4], &[YES], 10, Some(&[4])),
@@ -74,13 +74,13 @@ mod tests {
             (&[8, 4], &[NO, YES], 22, Some(&[8, 1])),
             (&[8, 4], &[NO, NO], 22, None),
         ];
-        for (pairs, spare, room, expected) in table {
+        for (pairs, reducible, available, expected) in table {
             let mut fitted = pairs.to_vec();
-            let fits = fit(&mut fitted, spare, room);
+            let fits = fit(&mut fitted, reducible, available);
             assert_eq!(
                 fits.then_some(fitted.as_slice()),
                 expected,
-                "{pairs:?} into {room}"
+                "{pairs:?} into {available}"
             );
         }
         assert!(fit(&mut [], &[], 0), "no card needs no vector");

@@ -10,7 +10,7 @@
 //! vCPUs, image, flavor --on or off?--> each card's wish --limits--> pairs --2N+2--> MSI-X budget
 //! ```
 //!
-//! [`plan_queues`] answers for a whole guest, [`pairs_for`] for a card alone.
+//! [`plan_queues`] answers for a whole guest, [`queue_pairs_for`] for a card alone.
 
 mod budget;
 mod policy;
@@ -18,7 +18,7 @@ mod throughput;
 
 pub use budget::{MSIX_BUDGET, vectors_of};
 pub use policy::{
-    CardQueues, CardRequest, GuestRequest, QueuePlan, QueuesError, Unset, Wish, pairs_for,
+    NetDeviceQueues, NetDeviceRequest, GuestRequest, QueuePlan, QueuesError, MultiqueueDefault, QueueRequest, queue_pairs_for,
     plan_queues,
 };
 pub use throughput::{Throughput, ThroughputParseError};
@@ -27,7 +27,7 @@ pub use virtionet_base::MAX_QUEUE_PAIRS;
 
 /// Most queues of a TAP since Linux 4.0 (`MAX_TAP_QUEUES`; 8 before, and 1
 /// before 3.8).
-pub const TAP_QUEUES: u16 = 256;
+pub const MAX_TAP_QUEUES: u16 = 256;
 
 // What vhost-user can address, a TAP can carry: one limit is enough.
-const _: () = assert!(MAX_QUEUE_PAIRS <= TAP_QUEUES);
+const _: () = assert!(MAX_QUEUE_PAIRS <= MAX_TAP_QUEUES);

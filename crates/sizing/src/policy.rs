@@ -16,11 +16,11 @@ pub struct GuestRequest {
     /// The flavor's extra spec `hw:vif_multiqueue_enabled`.
     pub flavor: Option<bool>,
     /// What it means when neither is set.
-    pub unset: Unset,
+    pub unset: MultiqueueDefault,
     /// Most pairs of a card (Nova's `[libvirt] max_queues`), at least 1.
     pub max_queues: Option<u16>,
     /// The network cards.
-    pub cards: Vec<CardRequest>,
+    pub cards: Vec<NetDeviceRequest>,
     /// Interrupt vectors of the guest's other devices.
     pub other_vectors: u32,
     /// Interrupt vectors that all devices may use together.
@@ -29,19 +29,19 @@ pub struct GuestRequest {
 
 /// What is wished of one card.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CardRequest {
+pub struct NetDeviceRequest {
     /// Its name, for messages.
     pub name: String,
     /// How many pairs.
-    pub wish: Wish,
+    pub queue_request: QueueRequest,
 }
 
 /// How many pairs are wished of a card.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Wish {
+pub enum QueueRequest {
     /// What the guest's other settings say.
     #[default]
-    Unsaid,
+    Unspecified,
     /// This many, at least 1; never taken back for the sake of the budget.
     Queues(u16),
     /// A share of the vCPUs.
@@ -50,7 +50,7 @@ pub enum Wish {
 
 /// What a guest gets whose image and flavor say nothing of multiqueue.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Unset {
+pub enum MultiqueueDefault {
     /// A pair for each vCPU: who plans by hand wants queues.
     #[default]
     On,
@@ -62,7 +62,7 @@ pub enum Unset {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct QueuePlan {
     /// The cards, in the order of the request.
-    pub cards: Vec<CardQueues>,
+    pub cards: Vec<NetDeviceQueues>,
     /// Interrupt vectors of the guest's other devices.
     pub other_vectors: u32,
     /// Interrupt vectors of all its devices together.
@@ -73,7 +73,7 @@ pub struct QueuePlan {
 
 /// The pairs of one card.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct CardQueues {
+pub struct NetDeviceQueues {
     /// Its name.
     pub name: String,
     /// Queue pairs, 1 to [`MAX_QUEUE_PAIRS`].
@@ -105,13 +105,13 @@ pub enum QueuesError {
     },
     /// A card wants several pairs where multiqueue is turned off.
     #[error(
-        "card {card} asks for {wish}, but multiqueue is off by {}: leave one of them out", source_words(*.image, *.flavor)
+        "card {card} asks for {queue_request}, but multiqueue is off by {}: leave one of them out", describe_source(*.image, *.flavor)
     )]
-    TurnedOff {
+    MultiqueueOff {
         /// The card.
         card: String,
         /// Its wish, as it is written.
-        wish: String,
+        queue_request: String,
         /// The image's property.
         image: Option<bool>,
         /// The flavor's extra spec.
@@ -151,7 +151,7 @@ impl Default for GuestRequest {
             vcpus: 1,
             image: None,
             flavor: None,
-            unset: Unset::On,
+            unset: MultiqueueDefault::On,
             max_queues: None,
             cards: Vec::new(),
             other_vectors: 0,
@@ -172,11 +172,11 @@ impl Default for GuestRequest {
 /// # Errors
 /// [`QueuesError`] when the request contradicts itself or the budget.
 pub fn plan_queues(guest: &GuestRequest) -> Result<QueuePlan, QueuesError> {
-    let switch = Switch::of(guest)?;
+    let switch = Multiqueue::of(guest)?;
     let mut cards = guest
         .cards
         .iter()
-        .map(|card| Counted::of(guest, &switch, card))
+        .map(|card| DeviceSizing::of(guest, &switch, card))
         .collect::<Result<Vec<_>, _>>()?;
     fit_budget(guest, &mut cards)?;
     let total_vectors = cards
@@ -186,11 +186,11 @@ pub fn plan_queues(guest: &GuestRequest) -> Result<QueuePlan, QueuesError> {
     let cards = guest.cards.iter().zip(cards);
     Ok(QueuePlan {
         cards: cards
-            .map(|(asked, counted)| CardQueues {
+            .map(|(asked, sizing)| NetDeviceQueues {
                 name: asked.name.clone(),
-                pairs: counted.pairs,
-                vectors: vectors_of(counted.pairs),
-                why: counted.why,
+                pairs: sizing.pairs,
+                vectors: vectors_of(sizing.pairs),
+                why: sizing.why,
             })
             .collect(),
         other_vectors: guest.other_vectors,
@@ -204,7 +204,7 @@ pub fn plan_queues(guest: &GuestRequest) -> Result<QueuePlan, QueuesError> {
 ///
 /// # Errors
 /// [`QueuesError::NoVcpu`] and [`QueuesError::NoQueue`] where either is 0.
-pub fn pairs_for(
+pub fn queue_pairs_for(
     vcpus: u32,
     throughput: Throughput,
     cap: u16,
@@ -214,17 +214,17 @@ pub fn pairs_for(
         max_queues: Some(cap),
         ..GuestRequest::default()
     };
-    let card = CardRequest {
+    let card = NetDeviceRequest {
         name: String::new(),
-        wish: Wish::Throughput(throughput),
+        queue_request: QueueRequest::Throughput(throughput),
     };
-    let counted = Counted::of(&guest, &Switch::of(&guest)?, &card)?;
-    Ok((counted.pairs, counted.why))
+    let sizing = DeviceSizing::of(&guest, &Multiqueue::of(&guest)?, &card)?;
+    Ok((sizing.pairs, sizing.why))
 }
 
 /// Whether a guest has multiqueue.
 #[derive(Debug, PartialEq, Eq)]
-enum Switch {
+enum Multiqueue {
     /// Off for every card: there is one vCPU.
     OneVcpu,
     /// Off, as image or flavor say.
@@ -235,7 +235,7 @@ enum Switch {
     Unset,
 }
 
-impl Switch {
+impl Multiqueue {
     fn of(guest: &GuestRequest) -> Result<Self, QueuesError> {
         if guest.max_queues == Some(0) {
             return Err(QueuesError::NoQueue);
@@ -249,7 +249,7 @@ impl Switch {
             }
             (_, None, None) => Ok(Self::Unset),
             (_, image, flavor) => {
-                let words = source_words(image, flavor);
+                let words = describe_source(image, flavor);
                 Ok(match image.or(flavor) {
                     Some(true) => Self::On(words),
                     _ => Self::Off(words),
@@ -261,16 +261,16 @@ impl Switch {
 
 /// A card's pairs on the way to the answer.
 #[derive(Debug)]
-struct Counted {
+struct DeviceSizing {
     pairs: u16,
     why: String,
     /// Whether the budget may take some back.
-    spare: bool,
+    reducible: bool,
 }
 
-impl Counted {
-    fn of(guest: &GuestRequest, switch: &Switch, card: &CardRequest) -> Result<Self, QueuesError> {
-        if let Wish::Queues(queues) = card.wish
+impl DeviceSizing {
+    fn of(guest: &GuestRequest, switch: &Multiqueue, card: &NetDeviceRequest) -> Result<Self, QueuesError> {
+        if let QueueRequest::Queues(queues) = card.queue_request
             && !(1..=MAX_QUEUE_PAIRS).contains(&queues)
         {
             return Err(QueuesError::Queues {
@@ -278,34 +278,34 @@ impl Counted {
                 queues,
             });
         }
-        let (wanted, why) = match (switch, card.wish) {
-            (Switch::OneVcpu, _) => {
+        let (wanted, why) = match (switch, card.queue_request) {
+            (Multiqueue::OneVcpu, _) => {
                 return Ok(Self::one("a guest with one vCPU has no use for more"));
             }
-            (Switch::Off(words), Wish::Unsaid) => {
+            (Multiqueue::Off(words), QueueRequest::Unspecified) => {
                 return Ok(Self::one(&format!("multiqueue is off by {words}")));
             }
-            (Switch::Unset, Wish::Unsaid) if guest.unset == Unset::Off => {
+            (Multiqueue::Unset, QueueRequest::Unspecified) if guest.unset == MultiqueueDefault::Off => {
                 return Ok(Self::one(
                     "neither image nor flavor turns multiqueue on, so it is off, as in Nova",
                 ));
             }
-            (Switch::On(words), Wish::Unsaid) => (
+            (Multiqueue::On(words), QueueRequest::Unspecified) => (
                 guest.vcpus,
                 format!("one for each vCPU, as multiqueue is on by {words}"),
             ),
-            (_, Wish::Unsaid) => (guest.vcpus, "one for each vCPU".into()),
-            (_, Wish::Queues(queues)) => (queues.into(), format!("queues={queues} asks for it")),
-            (_, Wish::Throughput(throughput)) => (
+            (_, QueueRequest::Unspecified) => (guest.vcpus, "one for each vCPU".into()),
+            (_, QueueRequest::Queues(queues)) => (queues.into(), format!("queues={queues} asks for it")),
+            (_, QueueRequest::Throughput(throughput)) => (
                 throughput.share_of(guest.vcpus),
-                format!("{}, as throughput={throughput} says", throughput.words()),
+                format!("{}, as throughput={throughput} says", throughput.describe()),
             ),
         };
         let (pairs, limits) = limit(guest, wanted);
-        if pairs > 1 && matches!(switch, Switch::Off(_)) {
-            return Err(QueuesError::TurnedOff {
+        if pairs > 1 && matches!(switch, Multiqueue::Off(_)) {
+            return Err(QueuesError::MultiqueueOff {
                 card: card.name.clone(),
-                wish: card.wish.words(),
+                queue_request: card.queue_request.describe(),
                 image: guest.image,
                 flavor: guest.flavor,
             });
@@ -313,7 +313,7 @@ impl Counted {
         Ok(Self {
             pairs,
             why: why + &limits,
-            spare: !matches!(card.wish, Wish::Queues(_)),
+            reducible: !matches!(card.queue_request, QueueRequest::Queues(_)),
         })
     }
 
@@ -321,15 +321,15 @@ impl Counted {
         Self {
             pairs: 1,
             why: why.into(),
-            spare: false,
+            reducible: false,
         }
     }
 }
 
-impl Wish {
-    fn words(self) -> String {
+impl QueueRequest {
+    fn describe(self) -> String {
         match self {
-            Self::Unsaid => "nothing".into(),
+            Self::Unspecified => "nothing".into(),
             Self::Queues(queues) => format!("queues={queues}"),
             Self::Throughput(throughput) => format!("throughput={throughput}"),
         }
@@ -360,13 +360,13 @@ fn limit(guest: &GuestRequest, wanted: u32) -> (u16, String) {
 }
 
 /// Takes pairs back until the guest's vectors are enough.
-fn fit_budget(guest: &GuestRequest, cards: &mut [Counted]) -> Result<(), QueuesError> {
+fn fit_budget(guest: &GuestRequest, cards: &mut [DeviceSizing]) -> Result<(), QueuesError> {
     let wanted: Vec<u16> = cards.iter().map(|card| card.pairs).collect();
-    let spare: Vec<bool> = cards.iter().map(|card| card.spare).collect();
+    let reducible: Vec<bool> = cards.iter().map(|card| card.reducible).collect();
     let mut pairs = wanted.clone();
-    let room = guest.budget.checked_sub(guest.other_vectors);
-    if !room.is_some_and(|room| fit(&mut pairs, &spare, room)) {
-        fit(&mut pairs, &spare, 0);
+    let available = guest.budget.checked_sub(guest.other_vectors);
+    if !available.is_some_and(|available| fit(&mut pairs, &reducible, available)) {
+        fit(&mut pairs, &reducible, 0);
         let needed = total(&pairs);
         return Err(QueuesError::OverBudget {
             needed: needed + u64::from(guest.other_vectors),
@@ -388,7 +388,7 @@ fn fit_budget(guest: &GuestRequest, cards: &mut [Counted]) -> Result<(), QueuesE
 }
 
 /// Where a setting comes from: `hw_vif_multiqueue_enabled=true (image)`.
-fn source_words(image: Option<bool>, flavor: Option<bool>) -> String {
+fn describe_source(image: Option<bool>, flavor: Option<bool>) -> String {
     let image = image.map(|on| format!("hw_vif_multiqueue_enabled={on} (image)"));
     let flavor = flavor.map(|on| format!("hw:vif_multiqueue_enabled={on} (flavor)"));
     match (image, flavor) {
@@ -402,19 +402,19 @@ mod tests {
     use super::*;
 
     use Throughput::{High, Low, Medium};
-    use Wish::{Queues, Unsaid};
+    use QueueRequest::{Queues, Unspecified};
 
     const ON: Option<bool> = Some(true);
     const OFF: Option<bool> = Some(false);
 
-    fn guest(vcpus: u32, wishes: &[Wish]) -> GuestRequest {
-        let card = |(at, wish): (usize, &Wish)| CardRequest {
+    fn guest(vcpus: u32, queue_requests: &[QueueRequest]) -> GuestRequest {
+        let card = |(at, queue_request): (usize, &QueueRequest)| NetDeviceRequest {
             name: format!("net{at}"),
-            wish: *wish,
+            queue_request: *queue_request,
         };
         GuestRequest {
             vcpus,
-            cards: wishes.iter().enumerate().map(card).collect(),
+            cards: queue_requests.iter().enumerate().map(card).collect(),
             ..GuestRequest::default()
         }
     }
@@ -481,13 +481,13 @@ mod tests {
             let guest = GuestRequest {
                 image,
                 flavor,
-                unset: Unset::Off,
-                ..guest(vcpus, &[Unsaid])
+                unset: MultiqueueDefault::Off,
+                ..guest(vcpus, &[Unspecified])
             };
             assert_eq!(one(&guest), expected, "{guest:?}");
             // The default for what is unset matters only where both are.
             let by_hand = one(&GuestRequest {
-                unset: Unset::On,
+                unset: MultiqueueDefault::On,
                 ..guest.clone()
             });
             match (vcpus, image, flavor) {
@@ -501,45 +501,45 @@ mod tests {
     fn a_cards_own_wish_counts_within_the_limits() {
         let most = "vCPUs, beyond which pairs only cost";
         // vCPUs, limit, wish; pairs, reason.
-        let table: [(u32, Option<u16>, Wish, u16, String); 22] = [
-            (4, None, Unsaid, 4, "one for each vCPU".into()),
-            (4, Some(4), Unsaid, 4, "one for each vCPU".into()),
-            (4, Some(3), Unsaid, 3, "one for each vCPU; limited to the 3 that max_queues allows".into()),
-            (4, Some(1), Unsaid, 1, "one for each vCPU; limited to the 1 that max_queues allows".into()),
-            (4, Some(500), Unsaid, 4, "one for each vCPU".into()),
-            (128, None, Unsaid, 128, "one for each vCPU".into()),
-            (129, None, Unsaid, 128, "one for each vCPU; limited to the 128 that vhost-user can address".into()),
-            (u32::MAX, Some(500), Unsaid, 128, "one for each vCPU; limited to the 128 that vhost-user can address".into()),
+        let table: [(u32, Option<u16>, QueueRequest, u16, String); 22] = [
+            (4, None, Unspecified, 4, "one for each vCPU".into()),
+            (4, Some(4), Unspecified, 4, "one for each vCPU".into()),
+            (4, Some(3), Unspecified, 3, "one for each vCPU; limited to the 3 that max_queues allows".into()),
+            (4, Some(1), Unspecified, 1, "one for each vCPU; limited to the 1 that max_queues allows".into()),
+            (4, Some(500), Unspecified, 4, "one for each vCPU".into()),
+            (128, None, Unspecified, 128, "one for each vCPU".into()),
+            (129, None, Unspecified, 128, "one for each vCPU; limited to the 128 that vhost-user can address".into()),
+            (u32::MAX, Some(500), Unspecified, 128, "one for each vCPU; limited to the 128 that vhost-user can address".into()),
             (4, None, Queues(1), 1, "queues=1 asks for it".into()),
             (4, None, Queues(3), 3, "queues=3 asks for it".into()),
             (4, None, Queues(4), 4, "queues=4 asks for it".into()),
             (4, None, Queues(8), 4, format!("queues=8 asks for it; limited to the 4 {most}")),
             (8, Some(2), Queues(4), 2, "queues=4 asks for it; limited to the 2 that max_queues allows".into()),
             (1, None, Queues(4), 1, "a guest with one vCPU has no use for more".into()),
-            (4, None, Wish::Throughput(High), 4, "one for each vCPU, as throughput=high says".into()),
-            (4, None, Wish::Throughput(Medium), 2, "one for every two vCPUs, as throughput=medium says".into()),
-            (3, None, Wish::Throughput(Medium), 2, "one for every two vCPUs, as throughput=medium says".into()),
-            (2, None, Wish::Throughput(Medium), 1, "one for every two vCPUs, as throughput=medium says".into()),
-            (4, None, Wish::Throughput(Low), 1, "one, as throughput=low says".into()),
-            (8, Some(4), Wish::Throughput(Medium), 4, "one for every two vCPUs, as throughput=medium says".into()),
-            (8, Some(3), Wish::Throughput(High), 3, "one for each vCPU, as throughput=high says; limited to the 3 that max_queues allows".into()),
-            (1, None, Wish::Throughput(High), 1, "a guest with one vCPU has no use for more".into()),
+            (4, None, QueueRequest::Throughput(High), 4, "one for each vCPU, as throughput=high says".into()),
+            (4, None, QueueRequest::Throughput(Medium), 2, "one for every two vCPUs, as throughput=medium says".into()),
+            (3, None, QueueRequest::Throughput(Medium), 2, "one for every two vCPUs, as throughput=medium says".into()),
+            (2, None, QueueRequest::Throughput(Medium), 1, "one for every two vCPUs, as throughput=medium says".into()),
+            (4, None, QueueRequest::Throughput(Low), 1, "one, as throughput=low says".into()),
+            (8, Some(4), QueueRequest::Throughput(Medium), 4, "one for every two vCPUs, as throughput=medium says".into()),
+            (8, Some(3), QueueRequest::Throughput(High), 3, "one for each vCPU, as throughput=high says; limited to the 3 that max_queues allows".into()),
+            (1, None, QueueRequest::Throughput(High), 1, "a guest with one vCPU has no use for more".into()),
         ];
-        for (vcpus, max_queues, wish, pairs, why) in table {
+        for (vcpus, max_queues, queue_request, pairs, why) in table {
             let guest = GuestRequest {
                 max_queues,
                 budget: 1000,
-                ..guest(vcpus, &[wish])
+                ..guest(vcpus, &[queue_request])
             };
             assert_eq!(one(&guest), Ok((pairs, why)), "{guest:?}");
             // On by name, or unset as Nova has it: a card's own wish stands.
-            for (image, unset) in [(ON, Unset::Off), (None, Unset::Off)] {
+            for (image, unset) in [(ON, MultiqueueDefault::Off), (None, MultiqueueDefault::Off)] {
                 let guest = GuestRequest {
                     image,
                     unset,
                     ..guest.clone()
                 };
-                if wish != Unsaid {
+                if queue_request != Unspecified {
                     assert_eq!(one(&guest).unwrap().0, pairs, "{guest:?}");
                 }
             }
@@ -551,7 +551,7 @@ mod tests {
         let off = "multiqueue is off by";
         let image = "hw_vif_multiqueue_enabled=false (image)";
         let flavor = "hw:vif_multiqueue_enabled=false (flavor)";
-        for (wish, properties, expected) in [
+        for (queue_request, properties, expected) in [
             (
                 Queues(2),
                 (OFF, None),
@@ -568,23 +568,23 @@ mod tests {
                 Err(format!("queues=2, but {off} {image} and {flavor}")),
             ),
             (
-                Wish::Throughput(High),
+                QueueRequest::Throughput(High),
                 (OFF, None),
                 Err(format!("throughput=high, but {off} {image}")),
             ),
             (
-                Wish::Throughput(Medium),
+                QueueRequest::Throughput(Medium),
                 (None, OFF),
                 Err(format!("throughput=medium, but {off} {flavor}")),
             ),
             (Queues(1), (OFF, None), Ok(1)),
-            (Wish::Throughput(Low), (OFF, None), Ok(1)),
+            (QueueRequest::Throughput(Low), (OFF, None), Ok(1)),
         ] {
             let (image, flavor) = properties;
             let guest = GuestRequest {
                 image,
                 flavor,
-                ..guest(4, &[wish])
+                ..guest(4, &[queue_request])
             };
             let expected = expected
                 .map_err(|middle| format!("card net0 asks for {middle}: leave one of them out"));
@@ -613,9 +613,9 @@ mod tests {
             )
         };
         for (guest, expected) in [
-            (guest(0, &[Unsaid]), "a guest has at least one vCPU: give the number of its vCPUs".into()),
+            (guest(0, &[Unspecified]), "a guest has at least one vCPU: give the number of its vCPUs".into()),
             (
-                GuestRequest { max_queues: Some(0), ..guest(1, &[Unsaid]) },
+                GuestRequest { max_queues: Some(0), ..guest(1, &[Unspecified]) },
                 "max_queues is 0, but a card has at least one queue pair: give 1 or more, or no limit".into(),
             ),
             (guest(4, &[Queues(0)]), queues(0)),
@@ -631,37 +631,37 @@ mod tests {
         // vCPUs, wishes, other vectors, budget; pairs of the cards, or the vectors needed.
         type Case = (
             u32,
-            &'static [Wish],
+            &'static [QueueRequest],
             u32,
             u32,
             Result<&'static [u16], &'static str>,
         );
         let table: [Case; 14] = [
             (4, &[], 0, 0, Ok(&[])),
-            (4, &[Unsaid, Unsaid], 5, 200, Ok(&[4, 4])),
-            (4, &[Unsaid, Unsaid], 5, 25, Ok(&[4, 4])),
-            (4, &[Unsaid, Unsaid], 5, 24, Ok(&[4, 3])),
-            (4, &[Unsaid, Unsaid], 5, 23, Ok(&[4, 3])),
-            (4, &[Unsaid, Unsaid], 5, 22, Ok(&[3, 3])),
-            (4, &[Unsaid, Unsaid], 5, 13, Ok(&[1, 1])),
+            (4, &[Unspecified, Unspecified], 5, 200, Ok(&[4, 4])),
+            (4, &[Unspecified, Unspecified], 5, 25, Ok(&[4, 4])),
+            (4, &[Unspecified, Unspecified], 5, 24, Ok(&[4, 3])),
+            (4, &[Unspecified, Unspecified], 5, 23, Ok(&[4, 3])),
+            (4, &[Unspecified, Unspecified], 5, 22, Ok(&[3, 3])),
+            (4, &[Unspecified, Unspecified], 5, 13, Ok(&[1, 1])),
             (
                 4,
-                &[Unsaid, Unsaid],
+                &[Unspecified, Unspecified],
                 5,
                 12,
                 Err("13 interrupt vectors (8 for its cards, 5 for other devices), but has 12"),
             ),
             (
                 4,
-                &[Unsaid],
+                &[Unspecified],
                 5,
                 4,
                 Err("9 interrupt vectors (4 for its cards, 5 for other devices), but has 4"),
             ),
-            (4, &[Queues(4), Unsaid], 0, 14, Ok(&[4, 1])),
+            (4, &[Queues(4), Unspecified], 0, 14, Ok(&[4, 1])),
             (
                 4,
-                &[Queues(4), Unsaid],
+                &[Queues(4), Unspecified],
                 0,
                 13,
                 Err("14 interrupt vectors (14 for its cards, 0 for other devices), but has 13"),
@@ -675,18 +675,18 @@ mod tests {
             ),
             (
                 32,
-                &[Unsaid, Wish::Throughput(Medium), Wish::Throughput(Low)],
+                &[Unspecified, QueueRequest::Throughput(Medium), QueueRequest::Throughput(Low)],
                 33,
                 126,
                 Ok(&[26, 16, 1]),
             ),
-            (128, &[Unsaid], 129, 200, Ok(&[34])),
+            (128, &[Unspecified], 129, 200, Ok(&[34])),
         ];
-        for (vcpus, wishes, other_vectors, budget, expected) in table {
+        for (vcpus, queue_requests, other_vectors, budget, expected) in table {
             let guest = GuestRequest {
                 other_vectors,
                 budget,
-                ..guest(vcpus, wishes)
+                ..guest(vcpus, queue_requests)
             };
             match (plan_queues(&guest), expected) {
                 (Ok(plan), Ok(pairs)) => {
@@ -709,7 +709,7 @@ mod tests {
         }
         let reduced = plan_queues(&GuestRequest {
             budget: 9,
-            ..guest(4, &[Unsaid])
+            ..guest(4, &[Unspecified])
         })
         .unwrap();
         assert_eq!(
@@ -719,7 +719,7 @@ mod tests {
         let most = GuestRequest {
             other_vectors: u32::MAX,
             budget: u32::MAX,
-            ..guest(4, &[Unsaid])
+            ..guest(4, &[Unspecified])
         };
         assert!(matches!(
             plan_queues(&most),
@@ -738,11 +738,11 @@ mod tests {
             (8, High, 2, 2),
             (1, High, 128, 1),
         ] {
-            let (found, why) = pairs_for(vcpus, throughput, cap).unwrap();
+            let (found, why) = queue_pairs_for(vcpus, throughput, cap).unwrap();
             assert_eq!(found, pairs, "{vcpus} {throughput} {cap}: {why}");
             assert!(!why.is_empty());
         }
-        assert_eq!(pairs_for(0, High, 4), Err(QueuesError::NoVcpu));
-        assert_eq!(pairs_for(4, High, 0), Err(QueuesError::NoQueue));
+        assert_eq!(queue_pairs_for(0, High, 4), Err(QueuesError::NoVcpu));
+        assert_eq!(queue_pairs_for(4, High, 0), Err(QueuesError::NoQueue));
     }
 }

@@ -34,7 +34,7 @@ impl Throughput {
     }
 
     /// The share in words.
-    pub(super) fn words(self) -> &'static str {
+    pub(super) fn describe(self) -> &'static str {
         match self {
             Self::High => "one for each vCPU",
             Self::Medium => "one for every two vCPUs",

@@ -1,8 +1,7 @@
 //! Where a device's frames go: a multiqueue TAP, a switch between the devices of this process, or
 //! nowhere.
 
-mod gate;
-mod link;
+mod rtnetlink;
 pub mod null;
 pub mod switch;
 mod sys;

@@ -5,8 +5,8 @@ use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Weak};
 
 use virtionet_virtio_net::header::FrameFormat;
-use virtionet_virtio_net::port::{Received, RxPort, TxFrame, Uplink, UplinkError, UplinkQueue};
-use virtionet_virtio_net::stats::{RingStats, wide};
+use virtionet_virtio_net::uplink::{Received, RxSink, TxFrame, Uplink, UplinkError, UplinkQueue};
+use virtionet_virtio_net::stats::{VringStats, to_u64};
 use virtionet_virtqueue::memory::GuestSlice;
 
 /// The null uplink, and each of its queues.
@@ -17,7 +17,7 @@ impl Uplink for Null {
     fn open_queue(
         &self,
         _pair: u16,
-        _rx: Weak<dyn RxPort>,
+        _rx: Weak<dyn RxSink>,
     ) -> Result<Arc<dyn UplinkQueue>, UplinkError> {
         Ok(Arc::new(Self))
     }
@@ -40,17 +40,17 @@ impl Uplink for Null {
 }
 
 impl UplinkQueue for Null {
-    fn transmit(&self, frames: &[TxFrame<'_>], stats: &RingStats) {
-        let bytes = frames.iter().map(|frame| wide(frame.len)).sum();
-        stats.frames.add(wide(frames.len()));
+    fn transmit(&self, frames: &[TxFrame<'_>], stats: &VringStats) {
+        let bytes = frames.iter().map(|frame| to_u64(frame.len)).sum();
+        stats.frames.add(to_u64(frames.len()));
         stats.bytes.add(bytes);
     }
 
-    fn receive(&self, _buffers: &[GuestSlice<'_>], _spill: &mut [u8]) -> Received {
+    fn receive(&self, _buffers: &[GuestSlice<'_>], _bounce: &mut [u8]) -> Received {
         Received::Empty
     }
 
-    fn readable(&self) -> Option<BorrowedFd<'_>> {
+    fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
 
@@ -62,7 +62,7 @@ impl UplinkQueue for Null {
 #[cfg(test)]
 mod tests {
     use virtionet_virtio_net::header::VnetHeader;
-    use virtionet_virtio_net::port::nobody;
+    use virtionet_virtio_net::uplink::null_rx_sink;
 
     use super::*;
 
@@ -73,12 +73,12 @@ mod tests {
             payload: &[],
             len,
         };
-        let stats = RingStats::default();
-        let queue = Null.open_queue(3, nobody()).unwrap();
+        let stats = VringStats::default();
+        let queue = Null.open_queue(3, null_rx_sink()).unwrap();
         queue.transmit(&[frame(60), frame(1514)], &stats);
         queue.transmit(&[], &stats);
         assert_eq!((stats.frames.get(), stats.bytes.get()), (2, 1574));
         assert_eq!(queue.receive(&[], &mut [0]), Received::Empty);
-        assert!(queue.readable().is_none());
+        assert!(queue.poll_fd().is_none());
     }
 }

@@ -17,11 +17,11 @@
 //!
 //! **Decide.** A burst is cut where the pair of MAC addresses changes; each piece costs one look at
 //! the table of addresses, which also learns the source. Frames to groups and to addresses that
-//! nobody has sent from go to all other ports; none goes back to its own. (macs.rs)
+//! nobody has sent from go to all other ports; none goes back to its own. (mac_table.rs)
 //!
 //! **Steer.** Where the receiver has several pairs attached, a flow goes to the pair that the
 //! receiver's guest last sent that flow on; one that is new goes to the pair with the number of the
-//! sender's, so that pair k talks to pair k. (flow.rs, steer.rs)
+//! sender's, so that pair k talks to pair k. (flow.rs, flow_table.rs)
 //!
 //! **Fit.** A frame asks its receiver for no more than the receiver's driver negotiated; what it does not take
 //! is done here, on a copy. ([`virtionet_virtio_net::offload`])
@@ -37,14 +37,14 @@
 //! takes a transmitq's lock while holding a receiveq's, so there is no circle. Beyond that there
 //! are none: tables are words that are read and written at once.
 
-mod burst;
+mod delivery;
 mod flow;
 mod forward;
 mod host;
-mod macs;
+mod mac_table;
 mod masks;
 mod port;
-mod steer;
+mod flow_table;
 
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
@@ -56,16 +56,16 @@ use std::sync::{Arc, OnceLock, Weak};
 use parking_lot::Mutex;
 use rustix::time::{ClockId, clock_gettime};
 use virtionet_virtio_net::header::FrameFormat;
-use virtionet_virtio_net::port::{Received, RxPort, TxFrame, Uplink, UplinkError, UplinkQueue};
-use virtionet_virtio_net::stats::RingStats;
+use virtionet_virtio_net::uplink::{Received, RxSink, TxFrame, Uplink, UplinkError, UplinkQueue};
+use virtionet_virtio_net::stats::VringStats;
 use virtionet_virtqueue::memory::GuestSlice;
 
-use self::burst::Sender;
+use self::delivery::IngressPort;
 use self::host::HostPort;
-pub use self::host::Pump;
-use self::macs::MacTable;
+pub use self::host::HostPortForwarder;
+use self::mac_table::MacTable;
 use self::port::DevicePort;
-use self::steer::MAX_PAIRS;
+use self::flow_table::MAX_PAIRS;
 use crate::tap::TapConfig;
 
 /// Ports of a switch at most.
@@ -82,7 +82,7 @@ pub struct Switch {
     ports: Box<[OnceLock<Port>]>,
     count: AtomicUsize,
     /// Held while a port is added.
-    adding: Mutex<()>,
+    add_lock: Mutex<()>,
 }
 
 #[derive(Debug)]
@@ -102,7 +102,7 @@ impl Switch {
             seed: random.hash_one(1),
             ports: (0..MAX_PORTS).map(|_| OnceLock::new()).collect(),
             count: AtomicUsize::new(0),
-            adding: Mutex::new(()),
+            add_lock: Mutex::new(()),
         })
     }
 
@@ -110,7 +110,7 @@ impl Switch {
     ///
     /// # Errors
     /// When the switch is full.
-    pub fn add_device(self: &Arc<Self>) -> Result<SwitchPort, UplinkError> {
+    pub fn add_device_port(self: &Arc<Self>) -> Result<SwitchPort, UplinkError> {
         let port = Arc::new(DevicePort::new());
         Ok(SwitchPort {
             number: self.add(Port::Device(Arc::clone(&port)))?,
@@ -119,12 +119,12 @@ impl Switch {
         })
     }
 
-    /// Makes the TAP of `config` a port, unless it is. What waits in it wants a [`Pump`].
+    /// Makes the TAP of `config` a port, unless it is. What waits in it wants a [`HostPortForwarder`].
     ///
     /// # Errors
     /// When another TAP is a port already, this one cannot be opened, or the switch is full.
-    pub fn add_host(&self, config: &TapConfig) -> Result<(), UplinkError> {
-        match self.host() {
+    pub fn add_host_port(&self, config: &TapConfig) -> Result<(), UplinkError> {
+        match self.host_port() {
             Some((_, host)) if host.config == *config => Ok(()),
             Some((_, host)) => Err(UplinkError(format!(
                 "switch {} has tap={} already, not tap={config}; name the same TAP at each of its devices, or at one of them only",
@@ -138,12 +138,12 @@ impl Switch {
 
     /// What carries the host's frames, where a TAP is a port.
     #[must_use]
-    pub fn pump(self: &Arc<Self>) -> Option<Pump> {
-        let (number, port) = self.host()?;
-        Some(Pump::new(Arc::clone(self), number, port))
+    pub fn host_port_forwarder(self: &Arc<Self>) -> Option<HostPortForwarder> {
+        let (number, port) = self.host_port()?;
+        Some(HostPortForwarder::new(Arc::clone(self), number, port))
     }
 
-    fn host(&self) -> Option<(u16, &HostPort)> {
+    fn host_port(&self) -> Option<(u16, &HostPort)> {
         self.ports().find_map(|(number, port)| match port {
             Port::Host(port) => Some((number, port)),
             Port::Device(_) => None,
@@ -151,7 +151,7 @@ impl Switch {
     }
 
     fn add(&self, port: Port) -> Result<u16, UplinkError> {
-        let _one_at_a_time = self.adding.lock();
+        let _one_at_a_time = self.add_lock.lock();
         let count = self.count.load(Ordering::Relaxed);
         let number = u16::try_from(count).ok();
         let (Some(number), Some(slot)) = (number, self.ports.get(count)) else {
@@ -183,7 +183,7 @@ impl fmt::Display for Switch {
             "switch {}: {} ports, {} addresses known, {} moved, {} evicted",
             self.name,
             self.count.load(Ordering::Relaxed),
-            self.macs.len(seconds()),
+            self.macs.len(coarse_now_secs()),
             self.macs.moves(),
             self.macs.evictions(),
         )
@@ -192,7 +192,7 @@ impl fmt::Display for Switch {
 
 /// The clock of tables, in seconds; cheap enough to read once a burst.
 // syscalls: clock_gettime, where the vDSO does not do it
-fn seconds() -> u32 {
+fn coarse_now_secs() -> u32 {
     let now = clock_gettime(ClockId::MonotonicCoarse).tv_sec;
     u32::try_from(now & 0xffff_ffff).unwrap_or(0)
 }
@@ -209,7 +209,7 @@ impl Uplink for SwitchPort {
     fn open_queue(
         &self,
         pair: u16,
-        rx: Weak<dyn RxPort>,
+        rx: Weak<dyn RxSink>,
     ) -> Result<Arc<dyn UplinkQueue>, UplinkError> {
         if !self.port.add_pair(pair, rx) {
             return Err(UplinkError(format!(
@@ -217,7 +217,7 @@ impl Uplink for SwitchPort {
             )));
         }
         Ok(Arc::new(SwitchQueue {
-            sender: Sender::device(self.number, Arc::clone(&self.port), pair),
+            ingress: IngressPort::device(self.number, Arc::clone(&self.port), pair),
             switch: Arc::clone(&self.switch),
             pair,
             port: Arc::clone(&self.port),
@@ -246,23 +246,23 @@ impl Uplink for SwitchPort {
 /// A queue pair's way to the switch.
 #[derive(Debug)]
 struct SwitchQueue {
-    sender: Sender,
+    ingress: IngressPort,
     switch: Arc<Switch>,
     pair: u16,
     port: Arc<DevicePort>,
 }
 
 impl UplinkQueue for SwitchQueue {
-    fn transmit(&self, frames: &[TxFrame<'_>], stats: &RingStats) {
-        self.switch.forward(&self.sender, frames, stats);
+    fn transmit(&self, frames: &[TxFrame<'_>], stats: &VringStats) {
+        self.switch.forward(&self.ingress, frames, stats);
     }
 
-    fn receive(&self, _buffers: &[GuestSlice<'_>], _spill: &mut [u8]) -> Received {
+    fn receive(&self, _buffers: &[GuestSlice<'_>], _bounce: &mut [u8]) -> Received {
         // They are pushed.
         Received::Empty
     }
 
-    fn readable(&self) -> Option<BorrowedFd<'_>> {
+    fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
 

@@ -14,13 +14,13 @@ use arrayvec::ArrayVec;
 use virtionet_virtqueue::memory::GuestSlice;
 
 /// Most pieces that one `readv` or `writev` takes (IOV_MAX).
-pub(crate) const MAX_PIECES: usize = 1024;
+pub(crate) const IOV_MAX: usize = 1024;
 
 /// Interrupted calls are repeated this often; a TAP's calls do not sleep, so one is the rule.
-const MAX_INTERRUPTS: usize = 8;
+const MAX_EINTR_RETRIES: usize = 8;
 
 /// Bytes of an interface's name with its final zero (IFNAMSIZ).
-const NAME_LEN: usize = 16;
+const IFNAMSIZ: usize = 16;
 
 /// A new handle of the TUN driver, without a device, that never blocks.
 // syscalls: openat
@@ -35,23 +35,23 @@ pub(crate) fn open_tun() -> io::Result<File> {
 /// `struct ifreq` where its union holds flags: 40 bytes on 64-bit machines, 32 on others, of
 /// which the kernel reads and writes no more than that.
 #[repr(C, align(8))]
-struct InterfaceRequest {
-    name: [u8; NAME_LEN],
+struct Ifreq {
+    name: [u8; IFNAMSIZ],
     flags: c_short,
     rest: [u8; 22],
 }
 
-const _: () = assert!(size_of::<InterfaceRequest>() >= size_of::<libc::ifreq>());
+const _: () = assert!(size_of::<Ifreq>() >= size_of::<libc::ifreq>());
 
-impl InterfaceRequest {
+impl Ifreq {
     fn new(name: &str, flags: c_int) -> io::Result<Self> {
         let mut request = Self {
-            name: [0; NAME_LEN],
+            name: [0; IFNAMSIZ],
             flags: c_short::try_from(flags).map_err(|_| io::ErrorKind::InvalidInput)?,
             rest: [0; 22],
         };
         // The last byte stays zero.
-        request.name[..NAME_LEN - 1]
+        request.name[..IFNAMSIZ - 1]
             .get_mut(..name.len())
             .ok_or(io::ErrorKind::InvalidInput)?
             .copy_from_slice(name.as_bytes());
@@ -64,12 +64,12 @@ impl InterfaceRequest {
 // syscalls: ioctl(TUNSETIFF)
 pub(crate) fn attach_device(tun: BorrowedFd<'_>, name: &str) -> io::Result<String> {
     let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_MULTI_QUEUE;
-    let mut request = InterfaceRequest::new(name, flags)?;
+    let mut request = Ifreq::new(name, flags)?;
     // SAFETY: `request` is alive, borrowed by nobody else and at least as long as the ifreq that
     // the kernel reads and writes; on another kind of file the call fails.
     check(unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })?;
     let end = request.name.iter().position(|&byte| byte == 0);
-    let chosen = &request.name[..end.unwrap_or(NAME_LEN)];
+    let chosen = &request.name[..end.unwrap_or(IFNAMSIZ)];
     Ok(String::from_utf8_lossy(chosen).into_owned())
 }
 
@@ -82,14 +82,14 @@ pub(crate) fn set_queue_attached(tun: BorrowedFd<'_>, attached: bool) -> io::Res
     } else {
         libc::IFF_DETACH_QUEUE
     };
-    let request = InterfaceRequest::new("", flags)?;
+    let request = Ifreq::new("", flags)?;
     // SAFETY: `request` is alive and at least as long as the ifreq that the kernel reads.
     check(unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETQUEUE, &raw const request) })
 }
 
 /// Sets the length of the virtio-net header, for every queue of the TAP.
 // syscalls: ioctl(TUNSETVNETHDRSZ)
-pub(crate) fn set_header_len(tun: BorrowedFd<'_>, len: usize) -> io::Result<()> {
+pub(crate) fn set_vnet_hdr_len(tun: BorrowedFd<'_>, len: usize) -> io::Result<()> {
     let len = c_int::try_from(len).map_err(|_| io::ErrorKind::InvalidInput)?;
     // SAFETY: the kernel reads one int, which is alive.
     check(unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const len) })
@@ -130,22 +130,22 @@ pub(crate) fn netlink_socket() -> io::Result<File> {
 
 /// The user that this thread acts as.
 // syscalls: geteuid
-pub(crate) fn effective_user() -> u32 {
+pub(crate) fn effective_uid() -> u32 {
     // SAFETY: takes nothing and cannot fail.
     unsafe { libc::geteuid() }
 }
 
 /// Pieces of memory for one `writev`: at most `N`, borrowed for `'a`.
-pub(crate) struct Outgoing<'a, const N: usize> {
+pub(crate) struct IovecList<'a, const N: usize> {
     list: ArrayVec<libc::iovec, N>,
     _borrowed: PhantomData<&'a [u8]>,
 }
 
 /// More pieces than the list holds.
 #[derive(Debug)]
-pub(crate) struct Full;
+pub(crate) struct IovecListFull;
 
-impl<'a, const N: usize> Outgoing<'a, N> {
+impl<'a, const N: usize> IovecList<'a, N> {
     #[inline(always)]
     pub(crate) fn new() -> Self {
         Self {
@@ -156,28 +156,28 @@ impl<'a, const N: usize> Outgoing<'a, N> {
 
     /// Appends private memory.
     #[inline(always)]
-    pub(crate) fn bytes(&mut self, bytes: &'a [u8]) -> Result<(), Full> {
-        let piece = libc::iovec {
+    pub(crate) fn push_bytes(&mut self, bytes: &'a [u8]) -> Result<(), IovecListFull> {
+        let iovec = libc::iovec {
             iov_base: bytes.as_ptr().cast_mut().cast(),
             iov_len: bytes.len(),
         };
-        self.list.try_push(piece).map_err(|_| Full)
+        self.list.try_push(iovec).map_err(|_| IovecListFull)
     }
 
     /// Appends guest memory.
     #[inline(always)]
-    pub(crate) fn slices(&mut self, slices: &'a [GuestSlice<'a>]) -> Result<(), Full> {
+    pub(crate) fn push_slices(&mut self, slices: &'a [GuestSlice<'a>]) -> Result<(), IovecListFull> {
         self.list
             .try_extend_from_slice(GuestSlice::as_iovecs(slices))
-            .map_err(|_| Full)
+            .map_err(|_| IovecListFull)
     }
 
     /// Writes all pieces in one call.
     // syscalls: writev
     #[inline(always)]
-    pub(crate) fn write(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
+    pub(crate) fn write_to(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
         let count = c_int::try_from(self.list.len()).unwrap_or(c_int::MAX);
-        uninterrupted(|| {
+        retry_on_eintr(|| {
             // SAFETY: the list's pieces are borrowed for 'a, so they are mapped; the kernel only
             // reads them.
             unsafe { libc::writev(fd.as_raw_fd(), self.list.as_ptr(), count) }
@@ -189,7 +189,7 @@ impl<'a, const N: usize> Outgoing<'a, N> {
 // syscalls: read
 #[inline(always)]
 pub(crate) fn read(fd: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<usize> {
-    uninterrupted(|| {
+    retry_on_eintr(|| {
         // SAFETY: `bytes` is borrowed for the call, and is as long as the kernel is told.
         unsafe { libc::read(fd.as_raw_fd(), bytes.as_mut_ptr().cast(), bytes.len()) }
     })
@@ -213,7 +213,7 @@ pub(crate) fn read_into<const N: usize>(
         .and_then(|()| list.try_push(last).map_err(|e| e.simplify()))
         .map_err(|_| io::ErrorKind::InvalidInput)?;
     let count = c_int::try_from(list.len()).unwrap_or(c_int::MAX);
-    uninterrupted(|| {
+    retry_on_eintr(|| {
         // SAFETY: guest slices are mapped while borrowed and may be written by anybody at any
         // time (no reference into them exists); `overflow` is borrowed for the call alone.
         unsafe { libc::readv(fd.as_raw_fd(), list.as_ptr(), count) }
@@ -221,8 +221,8 @@ pub(crate) fn read_into<const N: usize>(
 }
 
 #[inline(always)]
-fn uninterrupted(mut call: impl FnMut() -> isize) -> io::Result<usize> {
-    for _ in 0..MAX_INTERRUPTS {
+fn retry_on_eintr(mut call: impl FnMut() -> isize) -> io::Result<usize> {
+    for _ in 0..MAX_EINTR_RETRIES {
         if let Ok(n) = usize::try_from(call()) {
             return Ok(n);
         }
@@ -250,35 +250,35 @@ mod tests {
     fn interrupted_calls_are_repeated_for_a_while() {
         let mut calls = 0;
         // The C library's errno is what the closure leaves behind: a bad call sets EBADF.
-        let bad = uninterrupted(|| {
+        let bad = retry_on_eintr(|| {
             calls += 1;
             // SAFETY: no file has this number; nothing is read.
             unsafe { libc::read(-1, std::ptr::null_mut(), 0) }
         });
         assert_eq!(bad.unwrap_err().raw_os_error(), Some(libc::EBADF));
         assert_eq!(calls, 1);
-        let endless = uninterrupted(|| {
+        let endless = retry_on_eintr(|| {
             calls += 1;
             // SAFETY: errno is this thread's own.
             unsafe { *libc::__errno_location() = libc::EINTR };
             -1
         });
         assert_eq!(endless.unwrap_err().raw_os_error(), Some(libc::EAGAIN));
-        assert_eq!(calls, 1 + MAX_INTERRUPTS);
-        assert_eq!(uninterrupted(|| 7).unwrap(), 7);
+        assert_eq!(calls, 1 + MAX_EINTR_RETRIES);
+        assert_eq!(retry_on_eintr(|| 7).unwrap(), 7);
     }
 
     #[test]
     fn names_that_do_not_fit_are_refused() {
-        assert!(InterfaceRequest::new("fifteen-bytes-x", 2).is_ok());
-        assert!(InterfaceRequest::new("sixteen-bytes-xx", 2).is_err());
+        assert!(Ifreq::new("fifteen-bytes-x", 2).is_ok());
+        assert!(Ifreq::new("sixteen-bytes-xx", 2).is_err());
     }
 
     #[test]
     fn lists_hold_what_they_say() {
-        let mut list = Outgoing::<2>::new();
-        list.bytes(b"a").unwrap();
-        list.bytes(b"b").unwrap();
-        assert!(list.bytes(b"c").is_err());
+        let mut list = IovecList::<2>::new();
+        list.push_bytes(b"a").unwrap();
+        list.push_bytes(b"b").unwrap();
+        assert!(list.push_bytes(b"c").is_err());
     }
 }

@@ -10,7 +10,7 @@
 
 mod config;
 mod queue;
-mod sentence;
+mod error;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -22,12 +22,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use virtionet_virtio_net::header::{FrameFormat, HEADER_LEN};
-use virtionet_virtio_net::port::{HostInterface, RxPort, Uplink, UplinkError, UplinkQueue};
+use virtionet_virtio_net::header::{FrameFormat, VNET_HEADER_LEN};
+use virtionet_virtio_net::uplink::{HostInterface, RxSink, Uplink, UplinkError, UplinkQueue};
 
 pub use self::config::TapConfig;
-use self::queue::{Shared, TapQueue};
-use crate::link::{Link, LinkTable};
+use self::queue::{TapShared, TapQueue};
+use crate::rtnetlink::{Link, LinkTable};
 use crate::sys;
 
 /// The kernel closes the queues of a process that has ended a moment later, so a TAP that is in use
@@ -37,8 +37,8 @@ const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);
 const RELEASE_INTERVAL: Duration = Duration::from_millis(10);
 
 /// What a guest takes before it has negotiated anything.
-const PLAIN: FrameFormat = FrameFormat {
-    header_len: HEADER_LEN,
+const NO_OFFLOADS: FrameFormat = FrameFormat {
+    header_len: VNET_HEADER_LEN,
     csum: false,
     tso4: false,
     tso6: false,
@@ -49,17 +49,17 @@ const PLAIN: FrameFormat = FrameFormat {
 /// A multiqueue TAP.
 #[derive(Debug)]
 pub struct Tap {
-    shared: Arc<Shared>,
+    shared: Arc<TapShared>,
     links: LinkTable,
     /// The interface's index.
     index: u32,
     /// Whether this program made the interface.
-    created: bool,
-    state: Mutex<State>,
+    is_created_by_us: bool,
+    state: Mutex<TapState>,
 }
 
 #[derive(Debug)]
-struct State {
+struct TapState {
     format: FrameFormat,
     /// By queue pair. Pair 0's is opened with the TAP, so that errors show early.
     queues: BTreeMap<u16, Arc<TapQueue>>,
@@ -71,24 +71,24 @@ impl Tap {
     /// # Errors
     /// One sentence that says what is wrong and what to do.
     pub fn open(config: &TapConfig) -> Result<Self, UplinkError> {
-        let links = LinkTable::open().map_err(|e| sentence::no_link_table(&e))?;
+        let links = LinkTable::open().map_err(|e| error::no_link_table(&e))?;
         let before = wait_for_release(&links, &config.name)?;
         let (file, name) = open_detached(&links, &config.name, before.as_ref())?;
-        let link = find(&links, &name)?;
+        let link = find_link(&links, &name)?;
         if let Some(others) = link.queues.map(|all| all.saturating_sub(1))
             && others > 0
         {
-            return Err(sentence::held(&name, others));
+            return Err(error::held_by_other(&name, others));
         }
         let tap = Self::new(links, file, name, link.index, before.is_none())?;
-        tap.settle(&link, config.bridge.as_deref())?;
+        tap.configure_interface(&link, config.bridge.as_deref())?;
         Ok(tap)
     }
 
     /// Whether this program made the interface (and takes it away with it).
     #[must_use]
-    pub fn created(&self) -> bool {
-        self.created
+    pub fn is_created_by_us(&self) -> bool {
+        self.is_created_by_us
     }
 
     fn new(
@@ -96,19 +96,19 @@ impl Tap {
         file: File,
         name: String,
         index: u32,
-        created: bool,
+        is_created_by_us: bool,
     ) -> Result<Self, UplinkError> {
-        sys::set_little_endian(file.as_fd()).map_err(|e| sentence::unsuited(&name, &e))?;
-        apply(file.as_fd(), PLAIN).map_err(|e| sentence::unsuited(&name, &e))?;
-        let shared = Arc::new(Shared::new(name, PLAIN.header_len));
+        sys::set_little_endian(file.as_fd()).map_err(|e| error::setup_failed(&name, &e))?;
+        apply_format(file.as_fd(), NO_OFFLOADS).map_err(|e| error::setup_failed(&name, &e))?;
+        let shared = Arc::new(TapShared::new(name, NO_OFFLOADS.header_len));
         let first = Arc::new(TapQueue::new(file, 0, Arc::clone(&shared)));
         Ok(Self {
             shared,
             links,
             index,
-            created,
-            state: Mutex::new(State {
-                format: PLAIN,
+            is_created_by_us,
+            state: Mutex::new(TapState {
+                format: NO_OFFLOADS,
                 queues: BTreeMap::from([(0, first)]),
             }),
         })
@@ -116,49 +116,49 @@ impl Tap {
 
     /// Opens one more queue of the interface, under the name that it bears now, and looks what
     /// interface that was.
-    fn open_another(&self) -> Result<(File, Link), UplinkError> {
+    fn open_additional_queue(&self) -> Result<(File, Link), UplinkError> {
         let before = self
             .links
-            .numbered(self.index)
-            .map_err(|e| sentence::no_link_table(&e))?
-            .ok_or_else(|| sentence::gone(&self.shared.name))?;
+            .find_by_index(self.index)
+            .map_err(|e| error::no_link_table(&e))?
+            .ok_or_else(|| error::interface_gone(&self.shared.name))?;
         let (file, name) = open_detached(&self.links, &before.name, Some(&before))?;
-        let after = find(&self.links, &name)?;
+        let after = find_link(&self.links, &name)?;
         Ok((file, after))
     }
 
     /// Puts the interface into its bridge and, when it is ours, up.
-    fn settle(&self, link: &Link, bridge: Option<&str>) -> Result<(), UplinkError> {
+    fn configure_interface(&self, link: &Link, bridge: Option<&str>) -> Result<(), UplinkError> {
         if let Some(bridge) = bridge {
-            self.join(link, bridge)?;
+            self.join_bridge(link, bridge)?;
         }
-        if self.created {
+        if self.is_created_by_us {
             self.links
                 .bring_up(self.index)
-                .map_err(|e| sentence::stays_down(&self.shared.name, &e))?;
-        } else if !link.up {
-            tracing::warn!("{}", sentence::is_down(&self.shared.name));
+                .map_err(|e| error::bring_up_failed(&self.shared.name, &e))?;
+        } else if !link.is_up {
+            tracing::warn!("{}", error::is_down(&self.shared.name));
         }
         Ok(())
     }
 
-    fn join(&self, link: &Link, bridge: &str) -> Result<(), UplinkError> {
+    fn join_bridge(&self, link: &Link, bridge: &str) -> Result<(), UplinkError> {
         let name = &self.shared.name;
         let master = self
             .links
-            .named(bridge)
-            .map_err(|e| sentence::no_link_table(&e))?
-            .ok_or_else(|| sentence::no_bridge(bridge))?;
+            .find_by_name(bridge)
+            .map_err(|e| error::no_link_table(&e))?
+            .ok_or_else(|| error::no_bridge(bridge))?;
         if master.kind != "bridge" {
-            return Err(sentence::not_a_bridge(bridge));
+            return Err(error::not_a_bridge(bridge));
         }
         match link.master {
             Some(index) if index == master.index => Ok(()),
-            Some(_) => Err(sentence::in_another_bridge(name, bridge)),
+            Some(_) => Err(error::in_another_bridge(name, bridge)),
             None => self
                 .links
-                .join(self.index, master.index)
-                .map_err(|e| sentence::join_refused(name, bridge, &e)),
+                .set_master(self.index, master.index)
+                .map_err(|e| error::join_refused(name, bridge, &e)),
         }
     }
 }
@@ -167,7 +167,7 @@ impl Uplink for Tap {
     fn open_queue(
         &self,
         pair: u16,
-        _rx: Weak<dyn RxPort>,
+        _rx: Weak<dyn RxSink>,
     ) -> Result<Arc<dyn UplinkQueue>, UplinkError> {
         let mut state = self.state.lock();
         if let Some(queue) = state.queues.get(&pair) {
@@ -178,14 +178,14 @@ impl Uplink for Tap {
         // numbered in its place.
         let opened = {
             let _order = self.shared.attached.lock();
-            self.open_another()
+            self.open_additional_queue()
         };
         let (file, found) = opened?;
         // An interface of that name made just now is not ours: it lacks the other queues.
         if found.index != self.index {
-            return Err(sentence::gone(name));
+            return Err(error::interface_gone(name));
         }
-        apply(file.as_fd(), state.format).map_err(|e| sentence::unsuited(name, &e))?;
+        apply_format(file.as_fd(), state.format).map_err(|e| error::setup_failed(name, &e))?;
         let queue = Arc::new(TapQueue::new(file, pair, Arc::clone(&self.shared)));
         state.queues.insert(pair, Arc::clone(&queue));
         Ok(queue)
@@ -195,8 +195,8 @@ impl Uplink for Tap {
         let mut state = self.state.lock();
         // Both settings are the interface's, not the queue's: one queue stands for all.
         if let Some(queue) = state.queues.values().next() {
-            apply(queue.fd(), format)
-                .map_err(|e| sentence::format_refused(&self.shared.name, format, &e))?;
+            apply_format(queue.fd(), format)
+                .map_err(|e| error::format_refused(&self.shared.name, format, &e))?;
         }
         self.shared
             .header_len
@@ -211,15 +211,15 @@ impl Uplink for Tap {
         let (name, mtu) = (&self.shared.name, u32::from(mtu));
         let link = self
             .links
-            .numbered(self.index)?
-            .ok_or_else(|| io::Error::other(sentence::gone(name)))?;
-        if link.mtu == mtu || (link.mtu > mtu && !self.created) {
+            .find_by_index(self.index)?
+            .ok_or_else(|| io::Error::other(error::interface_gone(name)))?;
+        if link.mtu == mtu || (link.mtu > mtu && !self.is_created_by_us) {
             return Ok(());
         }
         match self.links.set_mtu(self.index, mtu) {
             // Ours, but made before a privilege was given up: large enough is good enough.
             Err(_) if link.mtu > mtu => Ok(()),
-            Err(error) => Err(sentence::mtu_refused(name, link.mtu, mtu, &error)),
+            Err(error) => Err(error::mtu_refused(name, link.mtu, mtu, &error)),
             Ok(()) => Ok(()),
         }
     }
@@ -249,7 +249,7 @@ impl Uplink for Tap {
 fn wait_for_release(links: &LinkTable, name: &str) -> Result<Option<Link>, UplinkError> {
     let deadline = Instant::now() + RELEASE_TIMEOUT;
     loop {
-        let link = links.named(name).map_err(|e| sentence::no_link_table(&e))?;
+        let link = links.find_by_name(name).map_err(|e| error::no_link_table(&e))?;
         let queues = link.as_ref().and_then(|link| link.queues).unwrap_or(0);
         if queues == 0 || Instant::now() >= deadline {
             return Ok(link);
@@ -265,32 +265,32 @@ fn open_detached(
     name: &str,
     before: Option<&Link>,
 ) -> Result<(File, String), UplinkError> {
-    let file = sys::open_tun().map_err(|e| sentence::no_tun(&e))?;
+    let file = sys::open_tun().map_err(|e| error::no_tun(&e))?;
     let name = sys::attach_device(file.as_fd(), name).map_err(|error| {
         // Where another program made the interface meanwhile, its kind explains the error.
-        let now = links.named(name).ok().flatten();
-        sentence::attach_refused(name, now.as_ref().or(before), &error)
+        let now = links.find_by_name(name).ok().flatten();
+        error::attach_refused(name, now.as_ref().or(before), &error)
     })?;
-    sys::set_queue_attached(file.as_fd(), false).map_err(|e| sentence::unsuited(&name, &e))?;
+    sys::set_queue_attached(file.as_fd(), false).map_err(|e| error::setup_failed(&name, &e))?;
     Ok((file, name))
 }
 
-fn find(links: &LinkTable, name: &str) -> Result<Link, UplinkError> {
+fn find_link(links: &LinkTable, name: &str) -> Result<Link, UplinkError> {
     links
-        .named(name)
-        .map_err(|e| sentence::no_link_table(&e))?
-        .ok_or_else(|| sentence::gone(name))
+        .find_by_name(name)
+        .map_err(|e| error::no_link_table(&e))?
+        .ok_or_else(|| error::interface_gone(name))
 }
 
 /// Tells the kernel what the guest takes.
-fn apply(tun: BorrowedFd<'_>, format: FrameFormat) -> io::Result<()> {
-    sys::set_header_len(tun, format.header_len)?;
-    sys::set_offload(tun, offload(format))
+fn apply_format(tun: BorrowedFd<'_>, format: FrameFormat) -> io::Result<()> {
+    sys::set_vnet_hdr_len(tun, format.header_len)?;
+    sys::set_offload(tun, to_tun_flags(format))
 }
 
 /// `TUN_F_*` of a format. The kernel refuses segmentation without checksums and ECN without TCP
 /// segmentation: a guest that takes one without the other gets neither.
-fn offload(format: FrameFormat) -> u32 {
+fn to_tun_flags(format: FrameFormat) -> u32 {
     if !format.csum {
         return 0;
     }
@@ -315,8 +315,8 @@ mod tests {
     fn offloads_never_stand_without_what_they_need() {
         for bits in 0..32_u32 {
             let has = |bit: u32| bits >> bit & 1 == 1;
-            let all = offload(FrameFormat {
-                header_len: HEADER_LEN,
+            let all = to_tun_flags(FrameFormat {
+                header_len: VNET_HEADER_LEN,
                 csum: has(0),
                 tso4: has(1),
                 tso6: has(2),

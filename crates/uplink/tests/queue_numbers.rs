@@ -11,9 +11,9 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::Arc;
 
-use host::{Witness, drain, frame, in_namespaces, run, send};
+use host::{PacketSocket, drain, frame, in_namespaces, run, send};
 use virtionet_virtio_net::header::VnetHeader;
-use virtionet_virtio_net::port::{Uplink, UplinkQueue, nobody};
+use virtionet_virtio_net::uplink::{Uplink, UplinkQueue, null_rx_sink};
 
 const PLAIN: VnetHeader = VnetHeader([0; 12]);
 const QUEUES: u16 = 5;
@@ -22,12 +22,12 @@ const PACKET_FANOUT: c_int = 18;
 const PACKET_FANOUT_QM: u32 = 5;
 
 /// Sockets of which the kernel gives an incoming frame of queue n to that of number n.
-struct Group(Vec<Witness>);
+struct Group(Vec<PacketSocket>);
 
 impl Group {
     fn on(name: &str) -> Self {
         // The kernel counts "no queue" as the first.
-        let sockets: Vec<_> = (0..=QUEUES).map(|_| Witness::on(name)).collect();
+        let sockets: Vec<_> = (0..=QUEUES).map(|_| PacketSocket::on(name)).collect();
         for socket in &sockets {
             let group: u32 = PACKET_FANOUT_QM << 16 | 7;
             // SAFETY: the option is one u32, which is alive, and its length is given.
@@ -64,7 +64,7 @@ impl Group {
 fn the_numbers_that_are_told_are_the_kernels() {
     in_namespaces(|| {
         run("mount -t sysfs none /sys");
-        let uplink: Arc<dyn Uplink> = virtionet_uplink::open(&"tap:vt0".parse().unwrap()).unwrap();
+        let uplink: Arc<dyn Uplink> = host::open_tap("vt0").unwrap();
         let group = Group::on("vt0");
         let mut queues: Vec<Arc<dyn UplinkQueue>> = Vec::new();
         // Pair and whether it is attached; a pair that is new is opened in this moment.
@@ -90,7 +90,7 @@ fn the_numbers_that_are_told_are_the_kernels() {
         {
             if pair == queues.len() {
                 let number = u16::try_from(pair).unwrap();
-                queues.push(uplink.open_queue(number, nobody()).unwrap());
+                queues.push(uplink.open_queue(number, null_rx_sink()).unwrap());
             }
             queues[pair].set_attached(attach).unwrap();
             let told = uplink.host_interface().unwrap();

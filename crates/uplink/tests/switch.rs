@@ -8,31 +8,31 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use virtionet_virtio_net::features::Features;
-use virtionet_virtio_net::port::{MAX_BURST, Received, RxPort, TxFrame, Uplink, UplinkQueue};
-use virtionet_virtio_net::stats::RingStats;
+use virtionet_virtio_net::uplink::{MAX_BURST, Received, RxSink, TxFrame, Uplink, UplinkQueue};
+use virtionet_virtio_net::stats::VringStats;
 use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue, TxQueue};
-use virtionet_guest::card::Pair;
+use virtionet_guest::test_frontend::DriverQueuePair;
 use virtionet_guest::frame::{Checksum, Frame, FrameSpec, Transport, check};
 use virtionet_guest::memory::GuestRam;
-use virtionet_guest::net::{self, MODERN, OFFLOADS, PACKED, Queue};
-use virtionet_virtqueue::RingLayout;
+use virtionet_guest::net::{self, MODERN, OFFLOADS, PACKED, DriverQueue};
+use virtionet_virtqueue::VirtqueueLayout;
 use virtionet_virtqueue::memory::GuestMemory;
-use virtionet_uplink::Uplinks;
+use virtionet_uplink::switch::Switch;
 
 const LIMIT: Duration = Duration::from_secs(5);
 const SIZE: u16 = 256;
 
 /// A device's receiveq in the place of a daemon's slot.
 #[derive(Debug)]
-struct Slot {
+struct TestReceiveq {
     queue: Mutex<RxQueue>,
     enabled: AtomicBool,
-    stats: Arc<RingStats>,
+    stats: Arc<VringStats>,
     /// Frames of each push.
     pushes: Mutex<Vec<usize>>,
 }
 
-impl RxPort for Slot {
+impl RxSink for TestReceiveq {
     fn push(&self, frames: &[TxFrame<'_>]) {
         assert!(!frames.is_empty() && frames.len() <= MAX_BURST);
         self.pushes.lock().unwrap().push(frames.len());
@@ -45,48 +45,59 @@ impl RxPort for Slot {
     }
 }
 
+/// The switches of a test, by name.
+#[derive(Default)]
+struct Switches(BTreeMap<String, Arc<Switch>>);
+
+impl Switches {
+    fn add_device_port(&mut self, name: &str) -> Arc<dyn Uplink> {
+        let switch = self.0.entry(name.to_owned()).or_insert_with(|| Switch::new(name));
+        Arc::new(switch.add_device_port().unwrap())
+    }
+}
+
 /// Both ends of a queue pair.
-struct Ends {
-    driver: Pair,
+struct PairEnds {
+    driver: DriverQueuePair,
     tx: TxQueue,
-    rx: Arc<Slot>,
+    rx: Arc<TestReceiveq>,
     uplink: Arc<dyn UplinkQueue>,
-    stats: Arc<RingStats>,
+    stats: Arc<VringStats>,
 }
 
 /// A guest, its device and its port of a switch.
 struct Guest {
     _ram: GuestRam,
     uplink: Arc<dyn Uplink>,
-    pairs: Vec<Ends>,
+    pairs: Vec<PairEnds>,
 }
 
 impl Guest {
-    fn new(uplinks: &mut Uplinks, switch: &str, pairs: u16, features: u64) -> Self {
-        let uplink = uplinks.open(&switch.parse().unwrap()).unwrap();
+    fn new(switches: &mut Switches, switch: &str, pairs: u16, features: u64) -> Self {
+        let uplink = switches.add_device_port(switch);
         uplink.set_format(Features(features).format()).unwrap();
-        let config = net::QueueConfig {
+        let config = net::DriverQueueConfig {
             tx_slot: 24 * 1024,
-            ..net::QueueConfig::new(SIZE, features)
+            ..net::DriverQueueConfig::new(SIZE, features)
         };
         let ram = GuestRam::new((config.memory() + 64 * 1024) * u64::from(pairs)).unwrap();
         let memory = Arc::new(ram.guest_memory().unwrap());
         let pairs = (0..pairs).map(|pair| {
-            let mut driver = Pair::new(&ram, &config).unwrap();
+            let mut driver = DriverQueuePair::new(&ram, &config).unwrap();
             driver.rx.fill().unwrap();
             let device = |queue| queue_config(&ram, &memory, queue, features);
             let rx = device(&driver.rx.queue);
-            let rx = Arc::new(Slot {
+            let rx = Arc::new(TestReceiveq {
                 stats: Arc::clone(&rx.stats),
                 queue: Mutex::new(RxQueue::new(rx).unwrap()),
                 enabled: AtomicBool::new(true),
                 pushes: Mutex::default(),
             });
             let tx = device(&driver.tx.queue);
-            let weak: Weak<Slot> = Arc::downgrade(&rx);
+            let weak: Weak<TestReceiveq> = Arc::downgrade(&rx);
             let queue = uplink.open_queue(pair, weak).unwrap();
             queue.set_attached(true).unwrap();
-            Ends {
+            PairEnds {
                 stats: Arc::clone(&tx.stats),
                 tx: TxQueue::new(tx).unwrap(),
                 driver,
@@ -122,7 +133,7 @@ impl Guest {
         std::mem::take(&mut self.pairs[pair].rx.pushes.lock().unwrap())
     }
 
-    fn tx(&self) -> &RingStats {
+    fn tx(&self) -> &VringStats {
         &self.pairs[0].stats
     }
 }
@@ -130,14 +141,14 @@ impl Guest {
 fn queue_config(
     ram: &GuestRam,
     memory: &Arc<GuestMemory>,
-    queue: &Queue,
+    queue: &DriverQueue,
     features: u64,
 ) -> QueueConfig {
     let setup = queue.setup().unwrap();
     let at = setup.addresses;
     let user = |addr| ram.user_addr(addr).unwrap();
     QueueConfig {
-        layout: RingLayout {
+        layout: VirtqueueLayout {
             size: setup.size,
             desc: user(at.descriptors),
             avail: user(at.driver),
@@ -171,14 +182,14 @@ fn frame(from: u8, to: u8, payload: &[u8]) -> Frame {
     spec(from, to).build(payload).unwrap()
 }
 
-fn guests<const N: usize>(uplinks: &mut Uplinks, pairs: u16) -> [Guest; N] {
-    [(); N].map(|()| Guest::new(uplinks, "switch:s", pairs, MODERN))
+fn guests<const N: usize>(switches: &mut Switches, pairs: u16) -> [Guest; N] {
+    [(); N].map(|()| Guest::new(switches, "s", pairs, MODERN))
 }
 
 #[test]
 fn a_burst_for_one_receiver_is_one_push() {
-    let mut uplinks = Uplinks::default();
-    let [mut a, mut b, mut c] = guests(&mut uplinks, 1);
+    let mut switches = Switches::default();
+    let [mut a, mut b, mut c] = guests(&mut switches, 1);
     b.send(0, &[frame(1, ALL, b"here")]);
     a.received(0);
     c.received(0);
@@ -198,8 +209,8 @@ fn a_burst_for_one_receiver_is_one_push() {
 
 #[test]
 fn frames_for_several_receivers_are_sorted_and_pushed_once_each() {
-    let mut uplinks = Uplinks::default();
-    let [mut a, mut b, mut c] = guests(&mut uplinks, 1);
+    let mut switches = Switches::default();
+    let [mut a, mut b, mut c] = guests(&mut switches, 1);
     b.send(0, &[frame(1, ALL, b"b")]);
     c.send(0, &[frame(2, ALL, b"c")]);
     for guest in [&mut a, &mut b, &mut c] {
@@ -227,12 +238,12 @@ fn frames_for_several_receivers_are_sorted_and_pushed_once_each() {
 
 #[test]
 fn frames_that_nobody_can_take_are_counted() {
-    let mut uplinks = Uplinks::default();
-    let [mut a] = guests(&mut uplinks, 1);
+    let mut switches = Switches::default();
+    let [mut a] = guests(&mut switches, 1);
     a.send(0, &[frame(0, 1, b"alone"), frame(0, ALL, b"alone")]);
     assert_eq!((a.tx().frames.get(), a.tx().dropped_no_port.get()), (0, 2));
     assert_eq!(a.tx().bytes.get(), 0);
-    let [mut b] = guests(&mut uplinks, 1);
+    let [mut b] = guests(&mut switches, 1);
     b.send(0, &[frame(1, ALL, b"hello")]);
     assert_eq!(a.received(0).len(), 1);
     // To itself: it is there already.
@@ -240,7 +251,7 @@ fn frames_that_nobody_can_take_are_counted() {
     assert_eq!(a.tx().dropped_no_port.get(), 3);
     assert!(a.received(0).is_empty());
     // A port that is known and has no pair attached gets nothing, and nobody else instead.
-    let [mut c] = guests(&mut uplinks, 1);
+    let [mut c] = guests(&mut switches, 1);
     b.pairs[0].uplink.set_attached(false).unwrap();
     a.send(0, &[frame(0, 1, b"b"), frame(0, ALL, b"all")]);
     assert_eq!((a.tx().frames.get(), a.tx().dropped_no_port.get()), (1, 4));
@@ -259,8 +270,8 @@ fn frames_that_nobody_can_take_are_counted() {
 
 #[test]
 fn a_receiver_without_room_loses_its_own_frames_only() {
-    let mut uplinks = Uplinks::default();
-    let [mut a, mut b, mut c] = guests(&mut uplinks, 1);
+    let mut switches = Switches::default();
+    let [mut a, mut b, mut c] = guests(&mut switches, 1);
     b.send(0, &[frame(1, ALL, b"b")]);
     c.send(0, &[frame(2, ALL, b"c")]);
     b.received(0);
@@ -280,8 +291,8 @@ fn a_receiver_without_room_loses_its_own_frames_only() {
 
 #[test]
 fn a_flow_is_answered_on_the_pair_that_it_was_sent_on() {
-    let mut uplinks = Uplinks::default();
-    let [mut a, mut b] = guests(&mut uplinks, 4);
+    let mut switches = Switches::default();
+    let [mut a, mut b] = guests(&mut switches, 4);
     let flow = |from, to, port| FrameSpec {
         source_port: port,
         target_port: port,
@@ -326,8 +337,8 @@ fn a_flow_is_answered_on_the_pair_that_it_was_sent_on() {
 fn a_flood_of_large_frames_costs_no_more_than_its_budget() {
     const RECEIVERS: usize = 12;
     const BUDGET: usize = 16 << 20;
-    let mut uplinks = Uplinks::default();
-    let [mut a, others @ ..] = guests::<{ RECEIVERS + 1 }>(&mut uplinks, 1);
+    let mut switches = Switches::default();
+    let [mut a, others @ ..] = guests::<{ RECEIVERS + 1 }>(&mut switches, 1);
     let burst = vec![frame(0, ALL, &[7; 23_000]); MAX_BURST];
     a.send(0, &burst);
     let copies = BUDGET / burst[0].bytes.len();
@@ -342,8 +353,8 @@ fn a_flood_of_large_frames_costs_no_more_than_its_budget() {
 
 #[test]
 fn a_receiver_gets_no_more_than_it_negotiated() {
-    let mut uplinks = Uplinks::default();
-    let mut new = |features| Guest::new(&mut uplinks, "switch:s", 1, features);
+    let mut switches = Switches::default();
+    let mut new = |features| Guest::new(&mut switches, "s", 1, features);
     let [mut able, mut plain, mut rigid, mut packed] = [
         MODERN,
         MODERN & !OFFLOADS,
@@ -371,14 +382,14 @@ fn a_receiver_gets_no_more_than_it_negotiated() {
     let csum = csum.build(b"checksum me").unwrap();
     // A guest that says of its own checksum that it has been checked.
     let mut claimed = frame(0, ALL, b"believe me");
-    claimed.header.flags = virtionet_guest::header::DATA_VALID;
+    claimed.header.flags = virtionet_guest::header::VIRTIO_NET_HDR_F_DATA_VALID;
     let sent = [large(1), csum.clone(), large(2), claimed.clone()];
     able.send(0, &sent);
 
     let got = packed.pairs[0].driver.rx.receive_frames().unwrap();
     for (got, sent) in got.iter().zip(&sent) {
         assert_eq!(got.bytes, sent.bytes);
-        let flags = sent.header.flags & virtionet_guest::header::NEEDS_CSUM;
+        let flags = sent.header.flags & virtionet_guest::header::VIRTIO_NET_HDR_F_NEEDS_CSUM;
         assert_eq!(
             (got.header.flags, got.header.gso_type),
             (flags, sent.header.gso_type)
@@ -419,10 +430,10 @@ fn a_receiver_gets_no_more_than_it_negotiated() {
 
 #[test]
 fn switches_do_not_know_of_each_other() {
-    let mut uplinks = Uplinks::default();
-    let mut new = |switch| Guest::new(&mut uplinks, switch, 1, MODERN);
-    let [mut a, mut b] = ["switch:one", "switch:one"].map(&mut new);
-    let [mut c, mut d] = ["switch:two", "switch:two"].map(&mut new);
+    let mut switches = Switches::default();
+    let mut new = |switch| Guest::new(&mut switches, switch, 1, MODERN);
+    let [mut a, mut b] = ["one", "one"].map(&mut new);
+    let [mut c, mut d] = ["two", "two"].map(&mut new);
     a.send(0, &[frame(0, ALL, b"one")]);
     c.send(0, &[frame(0, ALL, b"two")]);
     assert_eq!(b.received(0), [frame(0, ALL, b"one").bytes]);
@@ -432,19 +443,19 @@ fn switches_do_not_know_of_each_other() {
 
 #[test]
 fn nothing_comes_by_itself() {
-    let mut uplinks = Uplinks::default();
-    let [a] = guests(&mut uplinks, 1);
-    assert!(a.pairs[0].uplink.readable().is_none());
+    let mut switches = Switches::default();
+    let [a] = guests(&mut switches, 1);
+    assert!(a.pairs[0].uplink.poll_fd().is_none());
     assert_eq!(a.pairs[0].uplink.receive(&[], &mut [0]), Received::Empty);
     a.uplink.set_mtu(9000).unwrap();
-    let too_many = a.uplink.open_queue(128, virtionet_virtio_net::port::nobody());
+    let too_many = a.uplink.open_queue(128, virtionet_virtio_net::uplink::null_rx_sink());
     assert!(too_many.unwrap_err().to_string().contains("pair 128"));
 }
 
 #[test]
 fn senders_at_once_lose_and_mix_nothing() {
-    let mut uplinks = Uplinks::default();
-    let [mut sink, a, b, c] = guests(&mut uplinks, 1);
+    let mut switches = Switches::default();
+    let [mut sink, a, b, c] = guests(&mut switches, 1);
     sink.send(0, &[frame(0, ALL, b"sink")]);
     const ROUNDS: u8 = 200;
     let left = std::sync::atomic::AtomicUsize::new(3);
@@ -485,14 +496,14 @@ fn senders_at_once_lose_and_mix_nothing() {
 
 #[test]
 fn the_pump_of_a_switch_without_tap_does_not_exist() {
-    let mut uplinks = Uplinks::default();
-    let _guests: [Guest; 2] = guests(&mut uplinks, 1);
-    assert!(uplinks.pumps().is_empty());
+    let mut switches = Switches::default();
+    let _guests: [Guest; 2] = guests(&mut switches, 1);
+    assert!(switches.0["s"].host_port_forwarder().is_none());
 }
 
 /// What may happen on a switch.
 #[derive(Debug, Clone)]
-enum Act {
+enum Action {
     /// A guest sends a burst on a pair: to whom, which flow, how long.
     Send(u8, usize, Vec<(u8, u16, usize)>),
     /// A guest's pair is attached or detached.
@@ -502,13 +513,13 @@ enum Act {
 const GUESTS: u8 = 3;
 const PAIRS: u16 = 3;
 
-fn act() -> impl Strategy<Value = Act> {
+fn action() -> impl Strategy<Value = Action> {
     let pair = 0..usize::from(PAIRS);
     let to = prop_oneof![6 => 0..GUESTS, 1 => Just(ALL), 1 => Just(9)];
     let burst = proptest::collection::vec((to, 0_u16..4, 0_usize..3000), 1..20);
     prop_oneof![
-        4 => (0..GUESTS, pair.clone(), burst).prop_map(|(a, b, c)| Act::Send(a, b, c)),
-        1 => (0..GUESTS, pair, any::<bool>()).prop_map(|(a, b, c)| Act::Attach(a, b, c)),
+        4 => (0..GUESTS, pair.clone(), burst).prop_map(|(a, b, c)| Action::Send(a, b, c)),
+        1 => (0..GUESTS, pair, any::<bool>()).prop_map(|(a, b, c)| Action::Attach(a, b, c)),
     ]
 }
 
@@ -540,10 +551,10 @@ proptest! {
 
     #[test]
     fn each_frame_reaches_whom_it_is_for_once_and_in_order(
-        acts in proptest::collection::vec(act(), 1..40),
+        acts in proptest::collection::vec(action(), 1..40),
     ) {
-        let mut uplinks = Uplinks::default();
-        let mut all: [Guest; GUESTS as usize] = guests(&mut uplinks, PAIRS);
+        let mut switches = Switches::default();
+        let mut all: [Guest; GUESTS as usize] = guests(&mut switches, PAIRS);
         let mut model = Model::default();
         for guest in 0..GUESTS {
             for pair in 0..usize::from(PAIRS) {
@@ -553,13 +564,13 @@ proptest! {
         let mut serial = 0_u32;
         for act in acts {
             let (from, pair, burst) = match act {
-                Act::Attach(guest, pair, attached) => {
+                Action::Attach(guest, pair, attached) => {
                     let ends = &all[usize::from(guest)].pairs[pair];
                     ends.uplink.set_attached(attached).unwrap();
                     model.attached.insert((guest, pair), attached);
                     continue;
                 }
-                Act::Send(from, pair, burst) => (from, pair, burst),
+                Action::Send(from, pair, burst) => (from, pair, burst),
             };
             let sender = &mut all[usize::from(from)];
             let before = (sender.pairs[pair].stats.frames.get(), sender.pairs[pair].stats.dropped_no_port.get());

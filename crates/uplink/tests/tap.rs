@@ -5,24 +5,23 @@ mod host;
 
 use std::sync::Arc;
 
-use host::{
-    Witness, become_nobody, datagram, drain, eventually, frame, in_namespaces, kernel_packets,
+use host::{open_tap, 
+    PacketSocket, become_nobody, datagram, drain, eventually, frame, in_namespaces, kernel_packets,
     link, receive, run, send, share_tun, wait_for_frame,
 };
 use virtionet_virtio_net::header::{FrameFormat, VnetHeader};
-use virtionet_virtio_net::port::{Received, TxFrame, Uplink, UplinkQueue, nobody};
-use virtionet_virtio_net::stats::RingStats;
-use virtionet_uplink::open;
+use virtionet_virtio_net::uplink::{Received, TxFrame, Uplink, UplinkQueue, null_rx_sink};
+use virtionet_virtio_net::stats::VringStats;
 
 const PLAIN: VnetHeader = VnetHeader([0; 12]);
 const WHOLE: usize = 65_600;
 
 fn tap(spec: &str) -> Arc<dyn Uplink> {
-    eventually(|| open(&spec.parse().unwrap()).ok())
+    eventually(|| open_tap(spec).ok())
 }
 
 fn attached(uplink: &dyn Uplink, pair: u16) -> Arc<dyn UplinkQueue> {
-    let queue = uplink.open_queue(pair, nobody()).unwrap();
+    let queue = uplink.open_queue(pair, null_rx_sink()).unwrap();
     queue.set_attached(true).unwrap();
     queue
 }
@@ -41,9 +40,9 @@ fn format(header_len: usize, tso: bool) -> FrameFormat {
 #[test]
 fn frames_leave_as_the_guest_wrote_them() {
     in_namespaces(|| {
-        let uplink = tap("tap:vt0");
+        let uplink = tap("vt0");
         let queue = attached(&*uplink, 0);
-        let witness = Witness::on("vt0");
+        let socket = PacketSocket::on("vt0");
         // In one piece, in odd ones, in more than the small list holds, in as many as one system
         // call takes with the header, in one more, and in many more.
         for (len, cut) in [
@@ -66,7 +65,7 @@ fn frames_leave_as_the_guest_wrote_them() {
                 let stats = send(&*queue, header, &sent, cut);
                 assert_eq!(stats.frames.get(), 1, "{len} in {cut}");
                 assert_eq!(stats.bytes.get(), u64::try_from(len).unwrap());
-                assert!(witness.next() == sent, "{len} in {cut}");
+                assert!(socket.next() == sent, "{len} in {cut}");
             }
         }
     });
@@ -75,11 +74,11 @@ fn frames_leave_as_the_guest_wrote_them() {
 #[test]
 fn a_burst_leaves_in_order() {
     in_namespaces(|| {
-        let uplink = tap("tap:vt0");
+        let uplink = tap("vt0");
         let queue = attached(&*uplink, 0);
-        let witness = Witness::on("vt0");
+        let socket = PacketSocket::on("vt0");
         let (before, _) = kernel_packets("vt0");
-        let stats = RingStats::default();
+        let stats = VringStats::default();
         let mut guest = host::Guest::new();
         for mark in 0..64 {
             guest.put(&frame(100, mark), 100);
@@ -97,7 +96,7 @@ fn a_burst_leaves_in_order() {
         assert_eq!((stats.frames.get(), stats.bytes.get()), (64, 6400));
         assert_eq!(kernel_packets("vt0").0 - before, 64);
         for mark in 0..64 {
-            assert_eq!(witness.next(), frame(100, mark));
+            assert_eq!(socket.next(), frame(100, mark));
         }
     });
 }
@@ -105,9 +104,9 @@ fn a_burst_leaves_in_order() {
 #[test]
 fn frames_arrive_over_many_buffers_and_too_long_ones_are_told() {
     in_namespaces(|| {
-        let uplink = tap("tap:vt0");
+        let uplink = tap("vt0");
         let queue = attached(&*uplink, 0);
-        let witness = Witness::on("vt0");
+        let socket = PacketSocket::on("vt0");
         assert_eq!(receive(&*queue, &[WHOLE]).0, Received::Empty);
         for header_len in [12, 10] {
             uplink.set_format(format(header_len, false)).unwrap();
@@ -120,41 +119,41 @@ fn frames_arrive_over_many_buffers_and_too_long_ones_are_told() {
                 vec![2; 900],
                 vec![2; 1400],
             ] {
-                witness.send(&sent);
-                let (verdict, bytes) = receive(&*queue, &buffers);
-                assert_eq!(verdict, Received::Frame(header_len + 1514), "{buffers:?}");
+                socket.send(&sent);
+                let (received, bytes) = receive(&*queue, &buffers);
+                assert_eq!(received, Received::Frame(header_len + 1514), "{buffers:?}");
                 assert_eq!(bytes[..10], [0; 10]);
                 assert!(bytes[header_len..] == sent, "{buffers:?}");
             }
             for buffers in [vec![header_len + 1513], vec![700, 700], vec![1; 2000]] {
-                witness.send(&sent);
+                socket.send(&sent);
                 assert_eq!(receive(&*queue, &buffers).0, Received::TooLong);
             }
             assert_eq!(receive(&*queue, &[WHOLE]).0, Received::Empty);
         }
         // Without room for a header the kernel refuses, and the frame is gone.
-        witness.send(&frame(60, 4));
+        socket.send(&frame(60, 4));
         assert_eq!(receive(&*queue, &[8]).0, Received::Lost);
         assert_eq!(receive(&*queue, &[WHOLE]).0, Received::Empty);
         // What the buffers do not take spills over.
-        witness.send(&frame(60, 5));
-        let mut spill = [0; 64];
-        assert_eq!(queue.receive(&[], &mut spill), Received::TooLong);
-        witness.send(&frame(50, 5));
-        assert_eq!(queue.receive(&[], &mut spill), Received::Frame(60));
-        assert_eq!(spill[10..60], frame(50, 5));
+        socket.send(&frame(60, 5));
+        let mut bounce = [0; 64];
+        assert_eq!(queue.receive(&[], &mut bounce), Received::TooLong);
+        socket.send(&frame(50, 5));
+        assert_eq!(queue.receive(&[], &mut bounce), Received::Frame(60));
+        assert_eq!(bounce[10..60], frame(50, 5));
     });
 }
 
 #[test]
 fn a_detached_queue_gets_nothing() {
     in_namespaces(|| {
-        let uplink = tap("tap:vt0");
+        let uplink = tap("vt0");
         let queues = [attached(&*uplink, 0), attached(&*uplink, 1)];
-        let witness = Witness::on("vt0");
+        let socket = PacketSocket::on("vt0");
         let spread = || {
             for port in 0..200 {
-                witness.send(&datagram(port, 5000 + port));
+                socket.send(&datagram(port, 5000 + port));
             }
             queues.each_ref().map(|queue| drain(&**queue))
         };
@@ -170,10 +169,10 @@ fn a_detached_queue_gets_nothing() {
         queues[1].set_attached(true).unwrap();
         assert_eq!(spread(), [0, 200]);
         // A queue that opens later, or again, starts detached or as it was.
-        let third = uplink.open_queue(2, nobody()).unwrap();
+        let third = uplink.open_queue(2, null_rx_sink()).unwrap();
         assert_eq!((spread(), drain(&*third)), ([0, 200], 0));
-        let again = uplink.open_queue(1, nobody()).unwrap();
-        witness.send(&datagram(1, 2));
+        let again = uplink.open_queue(1, null_rx_sink()).unwrap();
+        socket.send(&datagram(1, 2));
         assert_eq!(wait_for_frame(&*again).len(), 12 + 46);
         // What is detached can send.
         assert_eq!(send(&*third, PLAIN, &frame(60, 1), 60).frames.get(), 1);
@@ -183,15 +182,15 @@ fn a_detached_queue_gets_nothing() {
 #[test]
 fn a_reply_comes_to_the_queue_that_its_flow_left_from() {
     in_namespaces(|| {
-        let uplink = tap("tap:vt0");
+        let uplink = tap("vt0");
         let queues: Vec<_> = (0..4).map(|pair| attached(&*uplink, pair)).collect();
-        let witness = Witness::on("vt0");
+        let socket = PacketSocket::on("vt0");
         for port in 0..32_u16 {
             let home = usize::from(port % 4);
             send(&*queues[home], PLAIN, &datagram(port, 900 + port), WHOLE);
         }
         for port in 0..32_u16 {
-            witness.send(&datagram(900 + port, port));
+            socket.send(&datagram(900 + port, port));
             let got: Vec<usize> = queues.iter().map(|queue| drain(&**queue)).collect();
             assert_eq!(got[usize::from(port % 4)], 1, "port {port}: {got:?}");
         }
@@ -201,11 +200,11 @@ fn a_reply_comes_to_the_queue_that_its_flow_left_from() {
 #[test]
 fn offloads_follow_the_format_on_every_queue() {
     in_namespaces(|| {
-        let uplink = tap("tap:vt0");
+        let uplink = tap("vt0");
         let queue = attached(&*uplink, 0);
-        let witness = Witness::with_header("vt0", true);
+        let socket = PacketSocket::with_header("vt0", true);
         let segments = |queue: &dyn UplinkQueue| {
-            witness.send(&large_segment());
+            socket.send(&large_segment());
             std::iter::from_fn(|| match receive(queue, &[WHOLE]) {
                 (Received::Frame(_), bytes) => Some((bytes[1], bytes.len() - 12)),
                 _ => None,
@@ -241,7 +240,7 @@ fn large_segment() -> Vec<u8> {
 #[test]
 fn a_large_frame_of_the_guest_is_taken_whole() {
     in_namespaces(|| {
-        let uplink = tap("tap:vt0");
+        let uplink = tap("vt0");
         let queue = attached(&*uplink, 0);
         let packet = large_segment();
         let mut header = PLAIN;
@@ -260,7 +259,7 @@ fn a_large_frame_of_the_guest_is_taken_whole() {
 #[test]
 fn down_and_gone_are_counted_and_survived() {
     in_namespaces(|| {
-        let uplink = tap("tap:vt0");
+        let uplink = tap("vt0");
         let queue = attached(&*uplink, 0);
         run("ip link set vt0 down");
         let stats = send(&*queue, PLAIN, &frame(60, 1), 60);
@@ -283,7 +282,7 @@ fn down_and_gone_are_counted_and_survived() {
             queue.set_attached(false).unwrap_err().to_string(),
             uplink.set_format(format(12, true)).unwrap_err().to_string(),
             uplink.set_mtu(1500).unwrap_err().to_string(),
-            uplink.open_queue(1, nobody()).unwrap_err().to_string(),
+            uplink.open_queue(1, null_rx_sink()).unwrap_err().to_string(),
         ] {
             assert!(
                 error.starts_with("TAP vt0 is gone; make it again"),
@@ -296,13 +295,13 @@ fn down_and_gone_are_counted_and_survived() {
 #[test]
 fn memory_that_is_not_there_loses_one_frame_and_no_more() {
     in_namespaces(|| {
-        let uplink = tap("tap:vt0");
+        let uplink = tap("vt0");
         let queue = attached(&*uplink, 0);
-        let witness = Witness::on("vt0");
+        let socket = PacketSocket::on("vt0");
         let mut guest = host::Guest::new();
         guest.put(&frame(100, 1), 100);
         guest.cut_short();
-        let stats = RingStats::default();
+        let stats = VringStats::default();
         let lost = TxFrame {
             header: PLAIN,
             payload: guest.slices(),
@@ -313,9 +312,9 @@ fn memory_that_is_not_there_loses_one_frame_and_no_more() {
             (stats.frames.get(), stats.dropped_uplink_error.get()),
             (0, 1)
         );
-        witness.send(&frame(60, 2));
+        socket.send(&frame(60, 2));
         assert_eq!(queue.receive(guest.slices(), &mut [0]), Received::Lost);
-        witness.send(&frame(60, 3));
+        socket.send(&frame(60, 3));
         assert_eq!(wait_for_frame(&*queue)[12..], frame(60, 3));
     });
 }
@@ -323,14 +322,14 @@ fn memory_that_is_not_there_loses_one_frame_and_no_more() {
 #[test]
 fn a_tap_that_was_renamed_is_still_ours() {
     in_namespaces(|| {
-        let uplink = tap("tap:vt0");
+        let uplink = tap("vt0");
         run("ip link set vt0 down");
         run("ip link set vt0 name other");
         run("ip link set other up");
         let queue = attached(&*uplink, 1);
-        let witness = Witness::on("other");
+        let socket = PacketSocket::on("other");
         send(&*queue, PLAIN, &frame(60, 1), 60);
-        assert_eq!(witness.next(), frame(60, 1));
+        assert_eq!(socket.next(), frame(60, 1));
         assert!(!run("ip link").contains("vt0"));
     });
 }
@@ -339,9 +338,9 @@ fn a_tap_that_was_renamed_is_still_ours() {
 fn a_tap_of_ours_comes_up_in_its_bridge_and_goes_with_us() {
     in_namespaces(|| {
         run("ip link add vbr type bridge");
-        let uplink = tap("tap:vt%d,bridge=vbr");
+        let uplink = tap("vt%d,bridge=vbr");
         assert_eq!((uplink.kind(), uplink.name().as_str()), ("tap", "vt0"));
-        let other = tap("tap:vt%d");
+        let other = tap("vt%d");
         assert_eq!(other.name(), "vt1");
         let text = link("vt0");
         assert!(
@@ -350,7 +349,7 @@ fn a_tap_of_ours_comes_up_in_its_bridge_and_goes_with_us() {
         );
         assert!(text.contains("numdisabled 1"), "{text}");
         assert!(!link("vt1").contains("master"));
-        let queue = uplink.open_queue(0, nobody()).unwrap();
+        let queue = uplink.open_queue(0, null_rx_sink()).unwrap();
         drop(uplink);
         link("vt0");
         drop(queue);
@@ -362,7 +361,7 @@ fn a_tap_of_ours_comes_up_in_its_bridge_and_goes_with_us() {
 fn frames_pass_from_tap_to_tap_through_a_bridge() {
     in_namespaces(|| {
         run("ip link add vbr up type bridge");
-        let uplinks = [tap("tap:vt0,bridge=vbr"), tap("tap:vt1,bridge=vbr")];
+        let uplinks = [tap("vt0,bridge=vbr"), tap("vt1,bridge=vbr")];
         let queues = uplinks.each_ref().map(|uplink| attached(&**uplink, 0));
         let sent = frame(1514, 7);
         send(&*queues[0], PLAIN, &sent, 100);
@@ -380,9 +379,9 @@ fn frames_pass_from_tap_to_tap_through_a_bridge() {
 #[test]
 fn the_mtu_is_set_on_our_tap_and_raised_on_another() {
     in_namespaces(|| {
-        let ours = tap("tap:vt0");
+        let ours = tap("vt0");
         run("ip tuntap add dev vt1 mode tap multi_queue vnet_hdr");
-        let theirs = tap("tap:vt1");
+        let theirs = tap("vt1");
         for (mtu, on_ours, on_theirs) in [
             (9000, "mtu 9000 ", "mtu 9000 "),
             (1400, "mtu 1400 ", "mtu 9000 "),
@@ -406,7 +405,7 @@ fn an_existing_tap_is_left_as_found() {
     in_namespaces(|| {
         run("ip tuntap add dev vt0 mode tap multi_queue vnet_hdr");
         for _ in 0..2 {
-            let uplink = tap("tap:vt0");
+            let uplink = tap("vt0");
             assert!(!link("vt0").contains(",UP"));
             run("ip link set vt0 up");
             let queue = attached(&*uplink, 0);
@@ -425,9 +424,9 @@ fn the_owner_of_a_tap_needs_no_privilege() {
         run("ip link add vbr up type bridge");
         run("ip tuntap add dev vt0 mode tap user 65534 multi_queue vnet_hdr");
         run("ip link set vt0 up mtu 2000 master vbr");
-        let witness = Witness::on("vt0");
+        let socket = PacketSocket::on("vt0");
         become_nobody();
-        let uplink = tap("tap:vt0,bridge=vbr");
+        let uplink = tap("vt0,bridge=vbr");
         uplink.set_format(format(12, true)).unwrap();
         uplink.set_mtu(1500).unwrap();
         let error = uplink.set_mtu(2001).unwrap_err().to_string();
@@ -438,10 +437,10 @@ fn the_owner_of_a_tap_needs_no_privilege() {
         let queues = [attached(&*uplink, 0), attached(&*uplink, 1)];
         for (queue, mark) in queues.iter().zip(1..) {
             assert_eq!(send(&**queue, PLAIN, &frame(60, mark), 60).frames.get(), 1);
-            assert_eq!(witness.next(), frame(60, mark));
+            assert_eq!(socket.next(), frame(60, mark));
         }
         queues[0].set_attached(false).unwrap();
-        witness.send(&frame(60, 9));
+        socket.send(&frame(60, 9));
         assert_eq!(wait_for_frame(&*queues[1])[12..], frame(60, 9));
     });
 }

@@ -3,27 +3,27 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use virtionet_virtqueue::RingLayout;
+use virtionet_virtqueue::VirtqueueLayout;
 use virtionet_virtqueue::memory::GuestMemory;
 
 /// A device that a session drives. All calls come from the session's thread, one at a time; the
 /// device's own threads go on meanwhile.
 ///
 /// Ring 2k is receiveq of queue pair k, ring 2k+1 its transmitq; indices are always below
-/// `2 * max_pairs`.
+/// `2 * max_queue_pairs`.
 pub trait Backend {
     /// The virtio feature bits offered. The session adds VHOST_USER_F_PROTOCOL_FEATURES by itself.
     fn features(&self) -> u64;
 
     /// Queue pairs that a front-end may use: 1 to 128.
-    fn max_pairs(&self) -> u16;
+    fn max_queue_pairs(&self) -> u16;
 
     /// A front-end is connected; `pid` is its process, where the kernel tells.
-    fn connected(&self, _pid: Option<u32>) {}
+    fn on_connect(&self, _pid: Option<u32>) {}
 
-    /// The front-end took these protocol features (see [`crate::features`]). QEMU says so once a
+    /// The front-end took these protocol features (see [`crate::protocol_features`]). QEMU says so once a
     /// queue pair.
-    fn negotiated(&self, _protocol_features: u64) {}
+    fn set_protocol_features(&self, _protocol_features: u64) {}
 
     /// The front-end took these virtio features: a subset of [`Backend::features`]. May come while
     /// rings run; the format of the rings (VIRTIO_F_RING_PACKED) does not change then.
@@ -37,11 +37,11 @@ pub trait Backend {
     ///
     /// # Errors
     /// When it cannot be a ring: wrong addresses or sizes. The session goes on without it.
-    fn start_ring(&self, index: u16, start: RingStart) -> Result<(), BackendError>;
+    fn start_vring(&self, index: u16, start: VringStart) -> Result<(), BackendError>;
 
     /// Stops a ring. Nothing is written to guest memory once this returns. The result is where it
-    /// would go on, as in [`RingStart::base`]; `None` when it did not run.
-    fn stop_ring(&self, index: u16) -> Option<u32>;
+    /// would go on, as in [`VringStart::base`]; `None` when it did not run.
+    fn stop_vring(&self, index: u16) -> Option<u32>;
 
     /// Enables or disables a running ring.
     fn set_enabled(&self, index: u16, enabled: bool);
@@ -59,7 +59,7 @@ pub trait Backend {
 
     /// The front-end has a ring of this index, whether the driver uses it or not: it said what to
     /// call. QEMU does that for all rings of its netdev when it connects.
-    fn ring_named(&self, _index: u16) {}
+    fn on_vring_announced(&self, _index: u16) {}
 
     /// Changes the descriptor that tells the front-end of a running ring's faults.
     fn set_err(&self, index: u16, err: Option<Arc<OwnedFd>>);
@@ -71,14 +71,14 @@ pub trait Backend {
     fn set_mtu(&self, mtu: u16) -> Result<(), BackendError>;
 
     /// The connection has ended; all rings have been stopped.
-    fn disconnected(&self) {}
+    fn on_disconnect(&self) {}
 }
 
 /// All that a ring needs to start. The descriptors are eventfds in non-blocking mode.
 #[derive(Debug, Clone)]
-pub struct RingStart {
+pub struct VringStart {
     /// Size and areas, as front-end addresses.
-    pub layout: RingLayout,
+    pub layout: VirtqueueLayout,
     /// Where the ring goes on, as SET_VRING_BASE has it. Split: the next available index, 0 to
     /// 65,535. Packed: bits 0-15 are the next available slot and its wrap counter (bit 15), bits
     /// 16-31 the same of the next used slot; not every front-end fills the upper half.
@@ -104,7 +104,7 @@ pub struct BackendError(String);
 
 impl BackendError {
     /// The sentence: what happened, with the value, and what to do.
-    pub fn new(sentence: impl Into<String>) -> Self {
-        Self(sentence.into())
+    pub fn new(message: impl Into<String>) -> Self {
+        Self(message.into())
     }
 }

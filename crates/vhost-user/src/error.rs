@@ -14,7 +14,7 @@ use crate::wire::{MAX_FDS, MAX_PAYLOAD};
 pub enum SessionError {
     /// The front-end broke the protocol.
     #[error("{0}")]
-    Peer(#[from] PeerError),
+    Protocol(#[from] ProtocolError),
     /// QEMU was started without shared memory: no device can work. It sends no region and starts
     /// the rings all the same.
     #[error(
@@ -33,7 +33,7 @@ pub enum SessionError {
 
 /// How the front-end broke the protocol. Nothing that follows can be believed: the session ends.
 #[derive(Debug, thiserror::Error)]
-pub enum PeerError {
+pub enum ProtocolError {
     /// The header's version is not 1.
     #[error(
         "a vhost-user message has version {0} where only version 1 exists; is the peer a vhost-user front-end?"
@@ -97,35 +97,35 @@ pub enum PeerError {
         /// The request.
         request: FrontendReq,
         /// Why not.
-        refusal: Refusal,
+        refusal: RequestError,
     },
 }
 
 /// Why a well-formed request is not done. The session goes on.
 #[derive(Debug, thiserror::Error)]
-pub enum Refusal {
+pub enum RequestError {
     /// A ring index with more than 8 bits, or reserved bits set beside it.
     #[error("{0:#x} is no ring index; the protocol counts rings in 8 bits")]
-    RingIndex(u64),
+    VringIndex(u64),
     /// A ring that this device does not have.
     #[error(
-        "the front-end configures ring {ring}, but this device has {pairs} queue pairs (rings 0 to {last}); raise virtionetd's --queues or lower queues= of QEMU's -netdev vhost-user",
-        last = 2 * u32::from(*pairs) - 1
+        "the front-end configures ring {ring}, but this device has {queue_pairs} queue pairs (rings 0 to {last}); raise virtionetd's --queues or lower queues= of QEMU's -netdev vhost-user",
+        last = 2 * u32::from(*queue_pairs) - 1
     )]
-    NoSuchRing {
+    NoSuchVring {
         /// The ring's index.
         ring: u16,
         /// Queue pairs of this device.
-        pairs: u16,
+        queue_pairs: u16,
     },
     /// A ring size that virtio does not allow.
     #[error(
         "ring size {0} is not allowed; it must be 1 to 32768, and a power of two unless the ring is packed"
     )]
-    RingSize(u32),
+    VringSize(u32),
     /// A base that a split ring's index cannot have.
     #[error("ring base {0} does not fit the 16-bit index of a split ring")]
-    RingBase(u32),
+    VringBase(u32),
     /// A ring's area is not aligned as virtio asks.
     #[error("the ring's {area} at {addr:#x} is not aligned to {align} bytes")]
     Misaligned {
@@ -138,7 +138,7 @@ pub enum Refusal {
     },
     /// Flags of SET_VRING_ADDR that were not offered (logging of the used ring).
     #[error("SET_VRING_ADDR has flags {0:#x}, which virtionetd does not offer")]
-    RingFlags(u32),
+    VringAddrFlags(u32),
     /// Neither 0 nor 1.
     #[error("a ring cannot be enabled with {0}; 1 enables and 0 disables it")]
     Enable(u32),
@@ -176,8 +176,8 @@ pub enum Refusal {
 pub enum DecodeError {
     /// The session must end.
     #[error("{0}")]
-    Peer(#[from] PeerError),
+    Protocol(#[from] ProtocolError),
     /// The message is well formed, its values are not allowed.
     #[error("{0}")]
-    Refused(#[from] Refusal),
+    Refused(#[from] RequestError),
 }

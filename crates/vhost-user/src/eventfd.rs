@@ -14,7 +14,7 @@ const EVENTFD: &str = "anon_inode:[eventfd]";
 ///
 /// The error says what it is instead. Anything else is refused since reading it could block
 /// (a pipe, a terminal), never end (/dev/zero) or mean something else (a socket).
-pub(crate) fn accept(fd: OwnedFd) -> Result<Arc<OwnedFd>, String> {
+pub(crate) fn from_fd(fd: OwnedFd) -> Result<Arc<OwnedFd>, String> {
     // syscalls: readlink
     match read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())) {
         Ok(target) if target.as_os_str() == EVENTFD => {}
@@ -36,7 +36,7 @@ mod tests {
 
     #[test]
     fn a_blocking_eventfd_becomes_non_blocking() {
-        let fd = accept(eventfd(0)).unwrap();
+        let fd = from_fd(eventfd(0)).unwrap();
         assert!(fcntl_getfl(&fd).unwrap().contains(OFlags::NONBLOCK));
     }
 
@@ -50,7 +50,7 @@ mod tests {
             (OwnedFd::from(reader), "pipe:"),
             (OwnedFd::from(socket), "socket:"),
         ] {
-            let found = accept(fd).unwrap_err();
+            let found = from_fd(fd).unwrap_err();
             assert!(found.starts_with(want), "{found}");
         }
     }

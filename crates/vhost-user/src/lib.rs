@@ -10,9 +10,9 @@
 //! let through is never checked again.
 //!
 //! # What an error does
-//! - The protocol itself is broken ([`PeerError`]: framing, payload sizes, descriptors): the
+//! - The protocol itself is broken ([`ProtocolError`]: framing, payload sizes, descriptors): the
 //!   session ends, since nothing that follows can be believed.
-//! - A request is well formed but cannot be done ([`Refusal`]): nothing changes, one line is
+//! - A request is well formed but cannot be done ([`RequestError`]): nothing changes, one line is
 //!   logged (at most one a second), and the front-end gets a non-zero acknowledgement if it asked
 //!   for one. Requests that this back-end does not know or has not offered are refused alike.
 //! - A request that needs an answer of its own (GET_VRING_BASE) cannot be refused: it ends the
@@ -27,9 +27,8 @@
 pub mod backend;
 mod error;
 mod eventfd;
-pub mod features;
+pub mod protocol_features;
 pub mod listen;
-mod quiet;
 pub mod request;
 pub mod session;
 mod sys;
@@ -38,7 +37,7 @@ mod testing;
 mod vring;
 pub mod wire;
 
-pub use backend::{Backend, BackendError, RingStart};
-pub use error::{DecodeError, PeerError, Refusal, SessionError};
-pub use session::{Ended, Session, serve};
+pub use backend::{Backend, BackendError, VringStart};
+pub use error::{DecodeError, ProtocolError, RequestError, SessionError};
+pub use session::{SessionEnd, Session, serve};
 pub use sys::{peer_pid, take_fd};

@@ -1,74 +1,38 @@
 //! How a front-end and this back-end come together: we listen, we connect, or we are started with
 //! a socket.
 
-use std::fs::{self, Permissions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::{Errno, ioctl_fionbio};
-use rustix::net::{
-    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect as connect_to, listen,
-    socket_with, sockopt,
-};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketType, sockopt};
 use tracing::{info, warn};
+pub use virtionet_base::unix_socket::Access as SocketPermissions;
+use virtionet_base::unix_socket::{
+    SocketFile, UnixSocketError, connect_once, listen_at, address as to_socket_address,
+};
 
-use crate::sys::group_id;
-
-/// Front-ends that may wait while one is served.
-const BACKLOG: i32 = 16;
 /// Pause between two attempts to connect.
-const RETRY: Duration = Duration::from_millis(500);
+const RETRY_INTERVAL: Duration = Duration::from_millis(500);
 /// Pause after the process ran out of something that accepting needs.
-const EXHAUSTED: Duration = Duration::from_secs(1);
+const EXHAUSTED_PAUSE: Duration = Duration::from_secs(1);
 
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
-    /// Somebody answers on the path.
-    #[error(
-        "socket {} is in use by another process; stop that or choose another path", .0.display()
-    )]
-    InUse(PathBuf),
-    /// The path is taken by something that is no socket.
-    #[error("{} exists and is not a socket; remove it or choose another path", .0.display())]
-    NotASocket(PathBuf),
-    /// The path does not fit a unix socket's address.
-    #[error("socket path {} is too long; a unix socket's path has 107 bytes at most", .0.display())]
-    TooLong(PathBuf),
-    /// No group of that name.
-    #[error("group {0} does not exist; create it or name another")]
-    NoGroup(String),
-    /// The host refused.
-    #[error("cannot {what} socket {}: {error}; check the path and its permissions", path.display())]
-    Refused {
-        /// What was tried.
-        what: &'static str,
-        /// The socket's path.
-        path: PathBuf,
-        /// What the kernel said.
-        error: io::Error,
-    },
+    /// The socket cannot be bound or connected to.
+    #[error(transparent)]
+    Socket(#[from] UnixSocketError),
     /// An inherited descriptor of the wrong kind.
     #[error("the inherited descriptor is {0}; pass a unix stream socket, connected or listening")]
     WrongKind(String),
     /// The listening socket failed.
     #[error("accepting a front-end failed: {0}; start virtionetd again")]
     Accept(io::Error),
-}
-
-/// Who may connect to a socket that we make. What is not set stays as the umask and the process
-/// have it.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Access {
-    /// Permission bits, e.g. 0o660.
-    pub mode: Option<u32>,
-    /// A group's name or number.
-    pub group: Option<String>,
 }
 
 /// A listening socket. The socket file that we made is removed with it.
@@ -84,28 +48,12 @@ impl Listener {
     ///
     /// # Errors
     /// When the path is in use or cannot be made a socket.
-    // syscalls: socket bind listen connect unlink chmod chown
-    pub fn bind(path: &Path, access: &Access) -> Result<Self, ListenError> {
-        let address = address(path)?;
-        let group = access.group.as_deref().map(group_number).transpose()?;
-        remove_stale(path, &address)?;
-        let refused = |what| move |error: io::Error| refused(what, path, error);
-        let socket =
-            unix_socket(SocketFlags::CLOEXEC).map_err(|error| refused("make")(error.into()))?;
-        bind(&socket, &address).map_err(|error| match error {
-            Errno::ADDRINUSE => ListenError::InUse(path.into()),
-            error => refused("bind")(error.into()),
-        })?;
-        let file = SocketFile::of(path).map_err(refused("examine"))?;
-        if let Some(mode) = access.mode {
-            fs::set_permissions(path, Permissions::from_mode(mode))
-                .map_err(refused("set the mode of"))?;
-        }
-        if group.is_some() {
-            chown(path, None, group).map_err(refused("set the group of"))?;
-        }
-        listen(&socket, BACKLOG).map_err(|error| refused("listen on")(error.into()))?;
-        Self::new(socket, Some(file)).map_err(refused("use"))
+    pub fn bind(path: &Path, access: &SocketPermissions) -> Result<Self, ListenError> {
+        let (socket, file) = listen_at(path, access)?;
+        Ok(Self {
+            socket,
+            file: Some(file),
+        })
     }
 
     fn new(socket: OwnedFd, file: Option<SocketFile>) -> io::Result<Self> {
@@ -117,7 +65,7 @@ impl Listener {
     /// The path of the socket file, when we made it.
     #[must_use]
     pub fn path(&self) -> Option<&Path> {
-        self.file.as_ref().map(|file| file.path.as_path())
+        self.file.as_ref().map(SocketFile::path)
     }
 
     /// Waits for a front-end; `None` once `stop` is readable. A process short of descriptors or
@@ -133,13 +81,13 @@ impl Listener {
             }
             match self.socket.accept() {
                 Ok((stream, _)) => return Ok(Some(stream)),
-                Err(error) if exhausted(&error) => {
+                Err(error) if is_exhausted(&error) => {
                     warn!("cannot accept a front-end: {error}; will try again");
-                    if wait(stop, None, Some(EXHAUSTED)).map_err(ListenError::Accept)? {
+                    if wait(stop, None, Some(EXHAUSTED_PAUSE)).map_err(ListenError::Accept)? {
                         return Ok(None);
                     }
                 }
-                Err(error) if passing(&error) => {}
+                Err(error) if is_transient(&error) => {}
                 Err(error) => return Err(ListenError::Accept(error)),
             }
         }
@@ -149,14 +97,14 @@ impl Listener {
 /// A descriptor that the process was started with, as QEMU's back-end conventions have it
 /// (`--fd`).
 #[derive(Debug)]
-pub enum Inherited {
+pub enum InheritedSocket {
     /// A socket that listens: front-ends are accepted from it, one after the other.
     Listening(Listener),
     /// A socket that is connected to its only front-end.
     Connected(UnixStream),
 }
 
-impl Inherited {
+impl InheritedSocket {
     /// Finds out what `fd` is (see [`crate::take_fd`]).
     ///
     /// # Errors
@@ -190,12 +138,12 @@ impl Inherited {
 /// When trying again cannot help.
 // syscalls: socket connect poll
 pub fn connect(path: &Path, stop: BorrowedFd<'_>) -> Result<Option<UnixStream>, ListenError> {
-    let address = address(path)?;
+    let address = to_socket_address(path)?;
     let mut waiting = false;
     loop {
         match connect_once(&address) {
             Ok(stream) => return Ok(Some(stream)),
-            Err(error) if !absent(error) => return Err(refused("connect to", path, error.into())),
+            Err(error) if !is_absent(error) => return Err(refused("connect to", path, error)),
             Err(error) if !waiting => {
                 waiting = true;
                 info!(
@@ -205,90 +153,10 @@ pub fn connect(path: &Path, stop: BorrowedFd<'_>) -> Result<Option<UnixStream>, 
             }
             Err(_) => {}
         }
-        if wait(stop, None, Some(RETRY)).map_err(|error| refused("wait for", path, error))? {
+        if wait(stop, None, Some(RETRY_INTERVAL)).map_err(|error| refused("wait for", path, error))? {
             return Ok(None);
         }
     }
-}
-
-/// A socket file that we made; it is removed with this value, if it is still the same file.
-#[derive(Debug)]
-struct SocketFile {
-    path: PathBuf,
-    identity: (u64, u64),
-}
-
-impl SocketFile {
-    fn of(path: &Path) -> io::Result<Self> {
-        Ok(Self {
-            path: path.into(),
-            identity: identity(path)?,
-        })
-    }
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        if identity(&self.path).is_ok_and(|now| now == self.identity) {
-            let _ = fs::remove_file(&self.path);
-        }
-    }
-}
-
-/// Device and inode of what lies at `path`.
-fn identity(path: &Path) -> io::Result<(u64, u64)> {
-    let metadata = fs::symlink_metadata(path)?;
-    Ok((metadata.dev(), metadata.ino()))
-}
-
-/// Makes room at `path`: removes a socket file that nobody listens on.
-fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), ListenError> {
-    let metadata = match fs::symlink_metadata(path) {
-        Ok(metadata) => metadata,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(refused("examine", path, error)),
-    };
-    if !metadata.file_type().is_socket() {
-        return Err(ListenError::NotASocket(path.into()));
-    }
-    match connect_once(address) {
-        Err(Errno::CONNREFUSED) => {
-            fs::remove_file(path).map_err(|error| refused("remove the stale", path, error))
-        }
-        Err(Errno::NOENT) => Ok(()),
-        // A full backlog is somebody's, too.
-        Ok(_) | Err(Errno::AGAIN) => Err(ListenError::InUse(path.into())),
-        Err(error) => Err(refused("examine", path, error.into())),
-    }
-}
-
-/// Connects without waiting for room in the other side's backlog.
-fn connect_once(address: &SocketAddrUnix) -> Result<UnixStream, Errno> {
-    let socket = unix_socket(SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?;
-    connect_to(&socket, address)?;
-    ioctl_fionbio(&socket, false)?;
-    Ok(UnixStream::from(socket))
-}
-
-fn unix_socket(flags: SocketFlags) -> Result<OwnedFd, Errno> {
-    socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
-}
-
-fn address(path: &Path) -> Result<SocketAddrUnix, ListenError> {
-    SocketAddrUnix::new(path).map_err(|error| match error {
-        Errno::NAMETOOLONG => ListenError::TooLong(path.into()),
-        error => refused("name", path, error.into()),
-    })
-}
-
-fn group_number(group: &str) -> Result<u32, ListenError> {
-    if let Ok(number) = group.parse() {
-        return Ok(number);
-    }
-    group_id(group)
-        .ok()
-        .flatten()
-        .ok_or_else(|| ListenError::NoGroup(group.into()))
 }
 
 /// Sleeps until `stop` or `other` is readable or `timeout` has passed; true for `stop`.
@@ -312,7 +180,7 @@ fn wait(
 }
 
 /// Errors of connect that say that nobody listens yet, or that the backlog is full.
-fn absent(error: Errno) -> bool {
+fn is_absent(error: Errno) -> bool {
     matches!(
         error,
         Errno::NOENT | Errno::CONNREFUSED | Errno::AGAIN | Errno::INTR
@@ -320,7 +188,7 @@ fn absent(error: Errno) -> bool {
 }
 
 /// Errors of accept that pass when something has been freed.
-fn exhausted(error: &io::Error) -> bool {
+fn is_exhausted(error: &io::Error) -> bool {
     matches!(
         Errno::from_io_error(error),
         Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM)
@@ -328,19 +196,15 @@ fn exhausted(error: &io::Error) -> bool {
 }
 
 /// Errors of accept that mean that this client is gone.
-fn passing(error: &io::Error) -> bool {
+fn is_transient(error: &io::Error) -> bool {
     matches!(
         Errno::from_io_error(error),
         Some(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED)
     )
 }
 
-fn refused(what: &'static str, path: &Path, error: io::Error) -> ListenError {
-    ListenError::Refused {
-        what,
-        path: path.into(),
-        error,
-    }
+fn refused(operation: &'static str, path: &Path, error: impl Into<io::Error>) -> ListenError {
+    UnixSocketError::refused(operation, path, error).into()
 }
 
 fn wrong_kind(what: &str) -> ListenError {

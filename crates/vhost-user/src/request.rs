@@ -8,11 +8,11 @@ use vhost::vhost_user::message::{
     FrontendReq, VhostUserMemory, VhostUserMemoryRegion, VhostUserSingleMemoryRegion, VhostUserU64,
     VhostUserVringAddr, VhostUserVringState,
 };
-use virtionet_virtqueue::MAX_SIZE;
+use virtionet_virtqueue::MAX_QUEUE_SIZE;
 use virtionet_virtqueue::memory::RegionSpec;
 use vm_memory::ByteValued;
 
-use crate::error::{DecodeError, PeerError, Refusal};
+use crate::error::{DecodeError, ProtocolError, RequestError};
 use crate::eventfd;
 
 /// Most regions of one SET_MEM_TABLE.
@@ -57,13 +57,13 @@ pub enum Request {
         /// The ring's index.
         ring: u16,
         /// Its areas.
-        areas: Areas,
+        areas: VringAreas,
     },
     /// Sets where a ring goes on.
     SetVringBase {
         /// The ring's index.
         ring: u16,
-        /// See [`crate::RingStart::base`].
+        /// See [`crate::VringStart::base`].
         base: u32,
     },
     /// Stops a ring and asks where it would go on.
@@ -72,11 +72,11 @@ pub enum Request {
         ring: u16,
     },
     /// Sets what the driver signals, and lets the ring start.
-    SetVringKick(Notifier),
+    SetVringKick(VringEventFd),
     /// Sets what signals the driver.
-    SetVringCall(Notifier),
+    SetVringCall(VringEventFd),
     /// Sets what signals the front-end when the ring is at fault.
-    SetVringErr(Notifier),
+    SetVringErr(VringEventFd),
     /// Enables or disables a ring.
     SetVringEnable {
         /// The ring's index.
@@ -108,7 +108,7 @@ pub enum Request {
 
 /// A ring's areas, as front-end addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Areas {
+pub struct VringAreas {
     /// Descriptor table or ring.
     pub desc: u64,
     /// Available ring, or driver event suppression.
@@ -119,7 +119,7 @@ pub struct Areas {
 
 /// An eventfd for a ring.
 #[derive(Debug)]
-pub struct Notifier {
+pub struct VringEventFd {
     /// The ring's index.
     pub ring: u16,
     /// A non-blocking eventfd; `None`: polling is used instead.
@@ -130,13 +130,13 @@ impl Request {
     /// Decodes request `code`. Descriptors that the request does not keep are closed.
     ///
     /// # Errors
-    /// [`DecodeError::Peer`] when the payload's size, the number of descriptors or their kind are
+    /// [`DecodeError::Protocol`] when the payload's size, the number of descriptors or their kind are
     /// not the request's; [`DecodeError::Refused`] when a value is not allowed.
     pub fn decode(code: u32, payload: &[u8], fds: Vec<OwnedFd>) -> Result<Self, DecodeError> {
         let Ok(request) = FrontendReq::try_from(code) else {
             return Ok(Self::Unknown(code));
         };
-        Body {
+        RequestBody {
             request,
             payload,
             fds,
@@ -146,220 +146,220 @@ impl Request {
 }
 
 /// The parts of a message whose code is known.
-struct Body<'p> {
+struct RequestBody<'p> {
     request: FrontendReq,
     payload: &'p [u8],
     fds: Vec<OwnedFd>,
 }
 
-impl Body<'_> {
+impl RequestBody<'_> {
     fn decode(self) -> Result<Request, DecodeError> {
         use FrontendReq as Code;
         Ok(match self.request {
-            Code::GET_FEATURES => self.empty(Request::GetFeatures)?,
-            Code::SET_FEATURES => Request::SetFeatures(self.number()?),
-            Code::SET_OWNER => self.empty(Request::SetOwner)?,
-            Code::RESET_OWNER => self.empty(Request::ResetOwner)?,
-            Code::SET_MEM_TABLE => self.mem_table()?,
-            Code::ADD_MEM_REG => self.add_mem_reg()?,
-            Code::REM_MEM_REG => self.rem_mem_reg()?,
-            Code::GET_MAX_MEM_SLOTS => self.empty(Request::GetMaxMemSlots)?,
-            Code::SET_VRING_NUM => self.vring_num()?,
-            Code::SET_VRING_ADDR => self.vring_addr()?,
-            Code::SET_VRING_BASE => self.vring_base()?,
-            Code::GET_VRING_BASE => self.get_vring_base()?,
-            Code::SET_VRING_KICK => Request::SetVringKick(self.notifier()?),
-            Code::SET_VRING_CALL => Request::SetVringCall(self.notifier()?),
-            Code::SET_VRING_ERR => Request::SetVringErr(self.notifier()?),
-            Code::SET_VRING_ENABLE => self.vring_enable()?,
-            Code::GET_PROTOCOL_FEATURES => self.empty(Request::GetProtocolFeatures)?,
-            Code::SET_PROTOCOL_FEATURES => Request::SetProtocolFeatures(self.number()?),
-            Code::GET_QUEUE_NUM => self.empty(Request::GetQueueNum)?,
-            Code::NET_SET_MTU => self.mtu()?,
-            Code::SEND_RARP => self.rarp()?,
-            Code::RESET_DEVICE => self.empty(Request::ResetDevice)?,
-            Code::GET_STATUS => self.empty(Request::GetStatus)?,
-            Code::SET_STATUS => self.status()?,
+            Code::GET_FEATURES => self.decode_empty(Request::GetFeatures)?,
+            Code::SET_FEATURES => Request::SetFeatures(self.decode_u64()?),
+            Code::SET_OWNER => self.decode_empty(Request::SetOwner)?,
+            Code::RESET_OWNER => self.decode_empty(Request::ResetOwner)?,
+            Code::SET_MEM_TABLE => self.decode_mem_table()?,
+            Code::ADD_MEM_REG => self.decode_add_mem_reg()?,
+            Code::REM_MEM_REG => self.decode_rem_mem_reg()?,
+            Code::GET_MAX_MEM_SLOTS => self.decode_empty(Request::GetMaxMemSlots)?,
+            Code::SET_VRING_NUM => self.decode_vring_num()?,
+            Code::SET_VRING_ADDR => self.decode_vring_addr()?,
+            Code::SET_VRING_BASE => self.decode_vring_base()?,
+            Code::GET_VRING_BASE => self.decode_get_vring_base()?,
+            Code::SET_VRING_KICK => Request::SetVringKick(self.decode_vring_fd()?),
+            Code::SET_VRING_CALL => Request::SetVringCall(self.decode_vring_fd()?),
+            Code::SET_VRING_ERR => Request::SetVringErr(self.decode_vring_fd()?),
+            Code::SET_VRING_ENABLE => self.decode_vring_enable()?,
+            Code::GET_PROTOCOL_FEATURES => self.decode_empty(Request::GetProtocolFeatures)?,
+            Code::SET_PROTOCOL_FEATURES => Request::SetProtocolFeatures(self.decode_u64()?),
+            Code::GET_QUEUE_NUM => self.decode_empty(Request::GetQueueNum)?,
+            Code::NET_SET_MTU => self.decode_mtu()?,
+            Code::SEND_RARP => self.decode_rarp()?,
+            Code::RESET_DEVICE => self.decode_empty(Request::ResetDevice)?,
+            Code::GET_STATUS => self.decode_empty(Request::GetStatus)?,
+            Code::SET_STATUS => self.decode_status()?,
             other => Request::NotOffered(other),
         })
     }
 
-    fn empty(&self, request: Request) -> Result<Request, PeerError> {
-        self.want_fds(0)?;
-        self.want_size(0)?;
+    fn decode_empty(&self, request: Request) -> Result<Request, ProtocolError> {
+        self.check_fd_count(0)?;
+        self.check_size(0)?;
         Ok(request)
     }
 
-    fn number(&self) -> Result<u64, PeerError> {
-        self.want_fds(0)?;
+    fn decode_u64(&self) -> Result<u64, ProtocolError> {
+        self.check_fd_count(0)?;
         Ok(self.read::<VhostUserU64>()?.value)
     }
 
-    fn mem_table(self) -> Result<Request, DecodeError> {
+    fn decode_mem_table(self) -> Result<Request, DecodeError> {
         const HEAD: usize = size_of::<VhostUserMemory>();
         const ENTRY: usize = size_of::<VhostUserMemoryRegion>();
         let Some((head, entries)) = self.payload.split_at_checked(HEAD) else {
             return Err(self.wrong_size(HEAD).into());
         };
-        let announced = copy::<VhostUserMemory>(head).num_regions;
+        let announced = from_bytes::<VhostUserMemory>(head).num_regions;
         let regions = usize::try_from(announced)
             .ok()
             .filter(|n| *n <= MAX_TABLE_REGIONS)
-            .ok_or(PeerError::Regions(announced))?;
-        self.want_size(HEAD + regions * ENTRY)?;
-        self.want_fds(regions)?;
-        let specs = entries.chunks(ENTRY).map(|entry| spec(&copy(entry)));
+            .ok_or(ProtocolError::Regions(announced))?;
+        self.check_size(HEAD + regions * ENTRY)?;
+        self.check_fd_count(regions)?;
+        let specs = entries.chunks(ENTRY).map(|entry| to_region_spec(&from_bytes(entry)));
         Ok(Request::SetMemTable(
             specs.zip(self.fds.into_iter().map(File::from)).collect(),
         ))
     }
 
-    fn add_mem_reg(mut self) -> Result<Request, DecodeError> {
-        self.want_fds(1)?;
-        let spec = spec(&*self.read::<VhostUserSingleMemoryRegion>()?);
+    fn decode_add_mem_reg(mut self) -> Result<Request, DecodeError> {
+        self.check_fd_count(1)?;
+        let spec = to_region_spec(&*self.read::<VhostUserSingleMemoryRegion>()?);
         let fd = self.take_fd()?;
         Ok(Request::AddMemReg(spec, File::from(fd)))
     }
 
     /// A descriptor may come along, as older front-ends have it; it is closed unused.
-    fn rem_mem_reg(self) -> Result<Request, DecodeError> {
+    fn decode_rem_mem_reg(self) -> Result<Request, DecodeError> {
         if self.fds.len() > 1 {
-            self.want_fds(0)?;
+            self.check_fd_count(0)?;
         }
         let region = self.read::<VhostUserSingleMemoryRegion>()?;
-        Ok(Request::RemMemReg(spec(&region)))
+        Ok(Request::RemMemReg(to_region_spec(&region)))
     }
 
-    fn vring_num(&self) -> Result<Request, DecodeError> {
-        let (ring, num) = self.vring_state()?;
+    fn decode_vring_num(&self) -> Result<Request, DecodeError> {
+        let (ring, num) = self.decode_vring_state()?;
         let size = u16::try_from(num)
             .ok()
-            .filter(|size| (1..=MAX_SIZE).contains(size))
-            .ok_or(Refusal::RingSize(num))?;
+            .filter(|size| (1..=MAX_QUEUE_SIZE).contains(size))
+            .ok_or(RequestError::VringSize(num))?;
         Ok(Request::SetVringNum { ring, size })
     }
 
-    fn vring_addr(&self) -> Result<Request, DecodeError> {
-        self.want_fds(0)?;
+    fn decode_vring_addr(&self) -> Result<Request, DecodeError> {
+        self.check_fd_count(0)?;
         let addr = self.read::<VhostUserVringAddr>()?;
-        let ring = ring_index(addr.index)?;
+        let ring = to_vring_index(addr.index)?;
         if addr.flags != 0 {
-            return Err(Refusal::RingFlags(addr.flags).into());
+            return Err(RequestError::VringAddrFlags(addr.flags).into());
         }
-        let areas = Areas {
-            desc: aligned("descriptor area", addr.descriptor, 16)?,
-            avail: aligned("driver area", addr.available, 2)?,
-            used: aligned("device area", addr.used, 4)?,
+        let areas = VringAreas {
+            desc: check_aligned("descriptor area", addr.descriptor, 16)?,
+            avail: check_aligned("driver area", addr.available, 2)?,
+            used: check_aligned("device area", addr.used, 4)?,
         };
         Ok(Request::SetVringAddr { ring, areas })
     }
 
-    fn vring_base(&self) -> Result<Request, DecodeError> {
-        let (ring, base) = self.vring_state()?;
+    fn decode_vring_base(&self) -> Result<Request, DecodeError> {
+        let (ring, base) = self.decode_vring_state()?;
         Ok(Request::SetVringBase { ring, base })
     }
 
-    fn get_vring_base(&self) -> Result<Request, DecodeError> {
+    fn decode_get_vring_base(&self) -> Result<Request, DecodeError> {
         let request = self.request;
-        match self.vring_state() {
+        match self.decode_vring_state() {
             Ok((ring, _)) => Ok(Request::GetVringBase { ring }),
             Err(DecodeError::Refused(refusal)) => {
-                Err(PeerError::Unanswerable { request, refusal }.into())
+                Err(ProtocolError::Unanswerable { request, refusal }.into())
             }
             Err(error) => Err(error),
         }
     }
 
-    fn vring_enable(&self) -> Result<Request, DecodeError> {
-        let (ring, num) = self.vring_state()?;
+    fn decode_vring_enable(&self) -> Result<Request, DecodeError> {
+        let (ring, num) = self.decode_vring_state()?;
         let enabled = match num {
             0 => false,
             1 => true,
-            other => return Err(Refusal::Enable(other).into()),
+            other => return Err(RequestError::Enable(other).into()),
         };
         Ok(Request::SetVringEnable { ring, enabled })
     }
 
-    fn notifier(mut self) -> Result<Notifier, DecodeError> {
+    fn decode_vring_fd(mut self) -> Result<VringEventFd, DecodeError> {
         let value = self.read::<VhostUserU64>()?.value;
-        self.want_fds(usize::from(value & NO_FD == 0))?;
+        self.check_fd_count(usize::from(value & NO_FD == 0))?;
         if value & !(INDEX_MASK | NO_FD) != 0 {
-            return Err(Refusal::RingIndex(value).into());
+            return Err(RequestError::VringIndex(value).into());
         }
         let ring = u16::from((value & INDEX_MASK).to_le_bytes()[0]);
         if value & NO_FD != 0 {
-            return Ok(Notifier { ring, fd: None });
+            return Ok(VringEventFd { ring, fd: None });
         }
         let request = self.request;
-        let fd = eventfd::accept(self.take_fd()?).map_err(|found| PeerError::NotEventFd {
+        let fd = eventfd::from_fd(self.take_fd()?).map_err(|found| ProtocolError::NotEventFd {
             request,
             ring,
             found,
         })?;
-        Ok(Notifier { ring, fd: Some(fd) })
+        Ok(VringEventFd { ring, fd: Some(fd) })
     }
 
-    fn mtu(&self) -> Result<Request, DecodeError> {
-        let value = self.number()?;
+    fn decode_mtu(&self) -> Result<Request, DecodeError> {
+        let value = self.decode_u64()?;
         let mtu = u16::try_from(value)
             .ok()
             .filter(|mtu| *mtu >= MIN_MTU)
-            .ok_or(Refusal::Mtu(value))?;
+            .ok_or(RequestError::Mtu(value))?;
         Ok(Request::NetSetMtu(mtu))
     }
 
     /// The address is the first six bytes of the payload as they lie in memory.
-    fn rarp(&self) -> Result<Request, DecodeError> {
-        let [a, b, c, d, e, f, _, _] = self.number()?.to_ne_bytes();
+    fn decode_rarp(&self) -> Result<Request, DecodeError> {
+        let [a, b, c, d, e, f, _, _] = self.decode_u64()?.to_ne_bytes();
         Ok(Request::SendRarp([a, b, c, d, e, f]))
     }
 
-    fn status(&self) -> Result<Request, DecodeError> {
-        let value = self.number()?;
-        let status = u8::try_from(value).map_err(|_| Refusal::Status(value))?;
+    fn decode_status(&self) -> Result<Request, DecodeError> {
+        let value = self.decode_u64()?;
+        let status = u8::try_from(value).map_err(|_| RequestError::Status(value))?;
         Ok(Request::SetStatus(status))
     }
 
     /// A ring's index and a number.
-    fn vring_state(&self) -> Result<(u16, u32), DecodeError> {
-        self.want_fds(0)?;
+    fn decode_vring_state(&self) -> Result<(u16, u32), DecodeError> {
+        self.check_fd_count(0)?;
         let state = self.read::<VhostUserVringState>()?;
-        Ok((ring_index(state.index)?, state.num))
+        Ok((to_vring_index(state.index)?, state.num))
     }
 
-    fn read<T: ByteValued + Default>(&self) -> Result<T, PeerError> {
-        self.want_size(size_of::<T>())?;
-        Ok(copy(self.payload))
+    fn read<T: ByteValued + Default>(&self) -> Result<T, ProtocolError> {
+        self.check_size(size_of::<T>())?;
+        Ok(from_bytes(self.payload))
     }
 
-    fn take_fd(&mut self) -> Result<OwnedFd, PeerError> {
-        self.fds.pop().ok_or(PeerError::FdCount {
+    fn take_fd(&mut self) -> Result<OwnedFd, ProtocolError> {
+        self.fds.pop().ok_or(ProtocolError::FdCount {
             request: self.request,
             got: 0,
             wanted: 1,
         })
     }
 
-    fn want_size(&self, wanted: usize) -> Result<(), PeerError> {
+    fn check_size(&self, wanted: usize) -> Result<(), ProtocolError> {
         if self.payload.len() == wanted {
             return Ok(());
         }
         Err(self.wrong_size(wanted))
     }
 
-    fn wrong_size(&self, wanted: usize) -> PeerError {
-        PeerError::Size {
+    fn wrong_size(&self, wanted: usize) -> ProtocolError {
+        ProtocolError::Size {
             request: self.request,
             size: self.payload.len(),
             wanted,
         }
     }
 
-    fn want_fds(&self, wanted: usize) -> Result<(), PeerError> {
+    fn check_fd_count(&self, wanted: usize) -> Result<(), ProtocolError> {
         if self.fds.len() == wanted {
             return Ok(());
         }
-        Err(PeerError::FdCount {
+        Err(ProtocolError::FdCount {
             request: self.request,
             got: self.fds.len(),
             wanted,
@@ -368,13 +368,13 @@ impl Body<'_> {
 }
 
 /// A value from bytes at any alignment; `bytes` has the value's size.
-fn copy<T: ByteValued + Default>(bytes: &[u8]) -> T {
+fn from_bytes<T: ByteValued + Default>(bytes: &[u8]) -> T {
     let mut value = T::default();
     value.as_mut_slice().copy_from_slice(bytes);
     value
 }
 
-fn spec(region: &VhostUserMemoryRegion) -> RegionSpec {
+fn to_region_spec(region: &VhostUserMemoryRegion) -> RegionSpec {
     RegionSpec {
         guest_addr: region.guest_phys_addr,
         size: region.memory_size,
@@ -383,17 +383,17 @@ fn spec(region: &VhostUserMemoryRegion) -> RegionSpec {
     }
 }
 
-fn ring_index(index: u32) -> Result<u16, Refusal> {
+fn to_vring_index(index: u32) -> Result<u16, RequestError> {
     u8::try_from(index)
         .map(u16::from)
-        .map_err(|_| Refusal::RingIndex(index.into()))
+        .map_err(|_| RequestError::VringIndex(index.into()))
 }
 
-fn aligned(area: &'static str, addr: u64, align: u64) -> Result<u64, Refusal> {
+fn check_aligned(area: &'static str, addr: u64, align: u64) -> Result<u64, RequestError> {
     if addr.is_multiple_of(align) {
         return Ok(addr);
     }
-    Err(Refusal::Misaligned { area, addr, align })
+    Err(RequestError::Misaligned { area, addr, align })
 }
 
 #[cfg(test)]
@@ -404,7 +404,7 @@ mod tests {
     fn text(code: FrontendReq, payload: &[u8], fds: usize) -> Result<Request, String> {
         let fds = (0..fds).map(|_| eventfd(0)).collect();
         Request::decode(code.into(), payload, fds).map_err(|error| match error {
-            DecodeError::Peer(peer) => format!("peer: {peer}"),
+            DecodeError::Protocol(peer) => format!("peer: {peer}"),
             DecodeError::Refused(refusal) => format!("refused: {refusal}"),
         })
     }

@@ -1,8 +1,6 @@
-//! The calls that need `unsafe`: whose process a socket's peer is, descriptors given at start, and
-//! group names.
+//! The calls that need `unsafe`: whose process a socket's peer is, and descriptors given at start.
 #![allow(unsafe_code)]
 
-use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -69,40 +67,6 @@ pub fn take_fd(number: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
-/// The number of the group `name`; `None` when there is no such group.
-pub(crate) fn group_id(name: &str) -> io::Result<Option<u32>> {
-    let name = CString::new(name)?;
-    let mut buffer = vec![0; 1024];
-    loop {
-        let mut group = libc::group {
-            gr_name: std::ptr::null_mut(),
-            gr_passwd: std::ptr::null_mut(),
-            gr_gid: 0,
-            gr_mem: std::ptr::null_mut(),
-        };
-        let mut found = std::ptr::null_mut();
-        // SAFETY: every pointer is to a live object, `buffer.len()` is the buffer's length, and
-        // what `group` points to afterwards is not used.
-        let error = unsafe {
-            libc::getgrnam_r(
-                name.as_ptr(),
-                &raw mut group,
-                buffer.as_mut_ptr(),
-                buffer.len(),
-                &raw mut found,
-            )
-        };
-        match error {
-            0 if found.is_null() => return Ok(None),
-            0 => return Ok(Some(group.gr_gid)),
-            libc::ENOENT | libc::ESRCH => return Ok(None),
-            libc::EINTR => {}
-            libc::ERANGE if buffer.len() < 1 << 20 => buffer.resize(buffer.len() * 4, 0),
-            error => return Err(io::Error::from_raw_os_error(error)),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -128,12 +92,5 @@ mod tests {
                 .to_string()
                 .contains("is not open")
         );
-    }
-
-    #[test]
-    fn groups_have_numbers() {
-        assert_eq!(group_id("root").unwrap(), Some(0));
-        assert_eq!(group_id("no such group").unwrap(), None);
-        assert!(group_id("nul\0").is_err());
     }
 }

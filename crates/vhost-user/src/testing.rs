@@ -12,7 +12,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 use virtionet_virtqueue::memory::GuestMemory;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::backend::{Backend, BackendError, RingStart};
+use crate::backend::{Backend, BackendError, VringStart};
 
 /// A raw eventfd.
 pub(crate) fn eventfd(flags: i32) -> OwnedFd {
@@ -47,7 +47,7 @@ pub(crate) fn payload(words: &[u32]) -> Vec<u8> {
 }
 
 /// A whole message.
-pub(crate) fn frame(code: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
+pub(crate) fn encode_message(code: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
     let size = u32::try_from(payload.len()).unwrap();
     let mut bytes: Vec<u8> = [code, flags, size]
         .into_iter()
@@ -59,9 +59,9 @@ pub(crate) fn frame(code: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
 
 /// The front-end's end of a socket.
 #[derive(Debug)]
-pub(crate) struct Peer(pub(crate) UnixStream);
+pub(crate) struct RawFrontEnd(pub(crate) UnixStream);
 
-impl Peer {
+impl RawFrontEnd {
     /// This end and the other.
     pub(crate) fn pair() -> (Self, UnixStream) {
         let (peer, other) = UnixStream::pair().unwrap();
@@ -90,19 +90,19 @@ impl Peer {
     }
 
     /// A request without an acknowledgement.
-    pub(crate) fn tell(&self, code: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) {
-        self.send(&frame(code, 1, payload), fds);
+    pub(crate) fn send_request(&self, code: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) {
+        self.send(&encode_message(code, 1, payload), fds);
     }
 
     /// A request, and the payload of its reply.
-    pub(crate) fn ask(&self, code: u32, payload: &[u8]) -> [u8; 8] {
-        self.tell(code, payload, &[]);
+    pub(crate) fn request_reply(&self, code: u32, payload: &[u8]) -> [u8; 8] {
+        self.send_request(code, payload, &[]);
         self.reply(code)
     }
 
     /// A request that wants an acknowledgement, and that.
-    pub(crate) fn acknowledged(&self, code: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -> u64 {
-        self.send(&frame(code, 9, payload), fds);
+    pub(crate) fn send_with_ack(&self, code: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -> u64 {
+        self.send(&encode_message(code, 9, payload), fds);
         u64::from_ne_bytes(self.reply(code))
     }
 
@@ -110,27 +110,27 @@ impl Peer {
     pub(crate) fn reply(&self, code: u32) -> [u8; 8] {
         let mut bytes = [0; 20];
         (&self.0).read_exact(&mut bytes).unwrap();
-        assert_eq!(bytes[..12], frame(code, 5, &[0; 8])[..12]);
+        assert_eq!(bytes[..12], encode_message(code, 5, &[0; 8])[..12]);
         bytes[12..].try_into().unwrap()
     }
 }
 
 /// A device that does nothing but keep a diary.
 #[derive(Debug, Default)]
-pub(crate) struct Diary {
+pub(crate) struct RecordingBackend {
     entries: Mutex<Vec<String>>,
-    running: Mutex<std::collections::BTreeMap<u16, RingStart>>,
-    stands_at: Option<u32>,
+    running: Mutex<std::collections::BTreeMap<u16, VringStart>>,
+    stop_base: Option<u32>,
 }
 
 pub(crate) const FEATURES: u64 = 1 << 32 | 1 << 34 | 1;
-pub(crate) const PAIRS: u16 = 2;
+pub(crate) const QUEUE_PAIRS: u16 = 2;
 
-impl Diary {
+impl RecordingBackend {
     /// A device whose rings all stop at `base`.
-    pub(crate) fn standing_at(base: u32) -> Self {
+    pub(crate) fn with_stop_base(base: u32) -> Self {
         Self {
-            stands_at: Some(base),
+            stop_base: Some(base),
             ..Self::default()
         }
     }
@@ -150,34 +150,34 @@ impl Diary {
     }
 
     /// What a running ring was started with.
-    pub(crate) fn started_with(&self, index: u16) -> RingStart {
+    pub(crate) fn started_with(&self, index: u16) -> VringStart {
         self.running.lock().unwrap()[&index].clone()
     }
 }
 
 /// Whether a descriptor is there, by its number.
-fn number(fd: Option<&Arc<OwnedFd>>) -> &'static str {
+fn fd_presence(fd: Option<&Arc<OwnedFd>>) -> &'static str {
     match fd {
         Some(fd) if fd.as_raw_fd() >= 0 => "fd",
         _ => "none",
     }
 }
 
-impl Backend for Diary {
+impl Backend for RecordingBackend {
     fn features(&self) -> u64 {
         FEATURES
     }
 
-    fn max_pairs(&self) -> u16 {
-        PAIRS
+    fn max_queue_pairs(&self) -> u16 {
+        QUEUE_PAIRS
     }
 
-    fn connected(&self, pid: Option<u32>) {
+    fn on_connect(&self, pid: Option<u32>) {
         assert_eq!(pid, Some(std::process::id()));
         self.write("connected".into());
     }
 
-    fn negotiated(&self, bits: u64) {
+    fn set_protocol_features(&self, bits: u64) {
         self.write(format!("negotiated {bits:#x}"));
     }
 
@@ -189,7 +189,7 @@ impl Backend for Diary {
         self.write(format!("memory {}", memory.regions().count()));
     }
 
-    fn start_ring(&self, index: u16, start: RingStart) -> Result<(), BackendError> {
+    fn start_vring(&self, index: u16, start: VringStart) -> Result<(), BackendError> {
         let layout = start.layout;
         if start
             .memory
@@ -205,17 +205,17 @@ impl Backend for Diary {
             layout.size,
             start.base,
             start.enabled,
-            number(start.kick.as_ref()),
-            number(start.call.as_ref()),
+            fd_presence(start.kick.as_ref()),
+            fd_presence(start.call.as_ref()),
         ));
         assert!(self.running.lock().unwrap().insert(index, start).is_none());
         Ok(())
     }
 
-    fn stop_ring(&self, index: u16) -> Option<u32> {
+    fn stop_vring(&self, index: u16) -> Option<u32> {
         self.write(format!("stop {index}"));
         let start = self.running.lock().unwrap().remove(&index)?;
-        Some(self.stands_at.unwrap_or(start.base))
+        Some(self.stop_base.unwrap_or(start.base))
     }
 
     fn set_enabled(&self, index: u16, enabled: bool) {
@@ -223,16 +223,16 @@ impl Backend for Diary {
     }
 
     fn set_kick(&self, index: u16, kick: Option<Arc<OwnedFd>>) -> Result<(), BackendError> {
-        self.write(format!("kick {index} {}", number(kick.as_ref())));
+        self.write(format!("kick {index} {}", fd_presence(kick.as_ref())));
         Ok(())
     }
 
     fn set_call(&self, index: u16, call: Option<Arc<OwnedFd>>) {
-        self.write(format!("call {index} {}", number(call.as_ref())));
+        self.write(format!("call {index} {}", fd_presence(call.as_ref())));
     }
 
     fn set_err(&self, index: u16, err: Option<Arc<OwnedFd>>) {
-        self.write(format!("err {index} {}", number(err.as_ref())));
+        self.write(format!("err {index} {}", fd_presence(err.as_ref())));
     }
 
     fn set_mtu(&self, mtu: u16) -> Result<(), BackendError> {
@@ -243,7 +243,7 @@ impl Backend for Diary {
         Ok(())
     }
 
-    fn disconnected(&self) {
+    fn on_disconnect(&self) {
         self.write("disconnected".into());
     }
 }

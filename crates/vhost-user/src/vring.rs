@@ -3,17 +3,17 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use virtionet_virtqueue::RingLayout;
+use virtionet_virtqueue::VirtqueueLayout;
 use virtionet_virtqueue::memory::GuestMemory;
 
-use crate::backend::RingStart;
-use crate::request::Areas;
+use crate::backend::VringStart;
+use crate::request::VringAreas;
 
 /// One ring as configured. Every message replaces what an earlier one said.
 #[derive(Debug, Default)]
 pub(crate) struct Vring {
     pub(crate) size: Option<u16>,
-    pub(crate) areas: Option<Areas>,
+    pub(crate) areas: Option<VringAreas>,
     pub(crate) base: Option<u32>,
     pub(crate) kick: Kick,
     pub(crate) call: Option<Arc<OwnedFd>>,
@@ -50,18 +50,18 @@ impl Kick {
 
 impl Vring {
     /// What the ring starts with, once all of it is known.
-    pub(crate) fn start(
+    pub(crate) fn to_vring_start(
         &self,
         enabled: bool,
         features: u64,
         memory: &Arc<GuestMemory>,
-    ) -> Option<RingStart> {
+    ) -> Option<VringStart> {
         if matches!(self.kick, Kick::Unset) {
             return None;
         }
         let areas = self.areas?;
-        Some(RingStart {
-            layout: RingLayout {
+        Some(VringStart {
+            layout: VirtqueueLayout {
                 size: self.size?,
                 desc: areas.desc,
                 avail: areas.avail,

@@ -17,7 +17,7 @@ use rustix::net::{
 };
 use vhost::vhost_user::message::{MAX_ATTACHED_FD_ENTRIES, MAX_MSG_SIZE, VhostUserHeaderFlag};
 
-use crate::error::{PeerError, SessionError};
+use crate::error::{ProtocolError, SessionError};
 
 /// Bytes of a header.
 pub const HEADER_SIZE: usize = 12;
@@ -45,19 +45,19 @@ impl Header {
     ///
     /// # Errors
     /// When the version is wrong, the message is a reply, or its payload too long.
-    pub fn parse(bytes: [u8; HEADER_SIZE]) -> Result<Self, PeerError> {
+    pub fn parse(bytes: [u8; HEADER_SIZE]) -> Result<Self, ProtocolError> {
         let [code, flags, size] = words(bytes);
         let version = flags & VhostUserHeaderFlag::VERSION.bits();
         if version != VERSION {
-            return Err(PeerError::Version(version));
+            return Err(ProtocolError::Version(version));
         }
         if flags & VhostUserHeaderFlag::REPLY.bits() != 0 {
-            return Err(PeerError::Reply(code));
+            return Err(ProtocolError::Reply(code));
         }
         let size = usize::try_from(size)
             .ok()
             .filter(|size| *size <= MAX_PAYLOAD)
-            .ok_or(PeerError::TooLong { code, size })?;
+            .ok_or(ProtocolError::TooLong { code, size })?;
         Ok(Self {
             code,
             need_reply: flags & VhostUserHeaderFlag::NEED_REPLY.bits() != 0,
@@ -83,7 +83,7 @@ pub struct Message {
 
 /// What a reply carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Answer {
+pub enum ReplyPayload {
     /// A number; of an acknowledgement, 0 means done.
     U64(u64),
     /// A ring and its base (GET_VRING_BASE).
@@ -101,16 +101,16 @@ pub struct Reply {
     /// The request's number.
     pub code: u32,
     /// What it carries.
-    pub answer: Answer,
+    pub payload: ReplyPayload,
 }
 
 impl Reply {
     /// The reply's bytes: a header and 8 bytes of payload, as all replies of a net device have.
     #[must_use]
     pub fn to_bytes(self) -> [u8; HEADER_SIZE + 8] {
-        let payload: [u8; 8] = match self.answer {
-            Answer::U64(value) => value.to_ne_bytes(),
-            Answer::VringState { index, num } => join([index, num]),
+        let payload: [u8; 8] = match self.payload {
+            ReplyPayload::U64(value) => value.to_ne_bytes(),
+            ReplyPayload::VringState { index, num } => join([index, num]),
         };
         let flags = VERSION | VhostUserHeaderFlag::REPLY.bits();
         let mut bytes = [0; HEADER_SIZE + 8];
@@ -142,7 +142,7 @@ pub(crate) enum Incoming {
 
 /// How far a read of a number of bytes came.
 enum Filled {
-    Whole,
+    Complete,
     /// The peer closed the connection after this many bytes.
     Closed(usize),
     Stopped,
@@ -168,20 +168,20 @@ impl<'s> Channel<'s> {
         let mut fds = Vec::new();
         let mut header = [0; HEADER_SIZE];
         match self.fill(&mut header, &mut fds)? {
-            Filled::Whole => {}
+            Filled::Complete => {}
             Filled::Closed(0) => return Ok(Incoming::Closed),
-            Filled::Closed(_) => return Err(PeerError::Truncated.into()),
+            Filled::Closed(_) => return Err(ProtocolError::Truncated.into()),
             Filled::Stopped => return Ok(Incoming::Stopped),
         }
         let header = Header::parse(header)?;
         let mut payload = vec![0; header.size];
         match self.fill(&mut payload, &mut fds)? {
-            Filled::Whole => Ok(Incoming::Message(Message {
+            Filled::Complete => Ok(Incoming::Message(Message {
                 header,
                 payload,
                 fds,
             })),
-            Filled::Closed(_) => Err(PeerError::Truncated.into()),
+            Filled::Closed(_) => Err(ProtocolError::Truncated.into()),
             Filled::Stopped => Ok(Incoming::Stopped),
         }
     }
@@ -222,7 +222,7 @@ impl<'s> Channel<'s> {
                 None => {}
             }
         }
-        Ok(Filled::Whole)
+        Ok(Filled::Complete)
     }
 
     /// Sleeps until the socket is ready; false when the session is to stop.
@@ -267,12 +267,12 @@ fn receive_some(
         }
     }
     if fds.len() > MAX_FDS {
-        return Err(PeerError::TooManyFds.into());
+        return Err(ProtocolError::TooManyFds.into());
     }
     if got.flags.contains(ReturnFlags::CTRUNC) {
         // Either the buffer was full, or the kernel could not give us a descriptor more.
         return Err(if here >= MAX_FDS {
-            PeerError::TooManyFds.into()
+            ProtocolError::TooManyFds.into()
         } else {
             SessionError::FdLimit
         });
@@ -283,7 +283,7 @@ fn receive_some(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{Peer, eventfd, frame, stop_pair};
+    use crate::testing::{RawFrontEnd, eventfd, encode_message, stop_pair};
     use std::os::fd::AsFd;
     use std::thread;
     use std::time::{Duration, Instant};
@@ -322,13 +322,13 @@ mod tests {
     #[test]
     fn dripped_and_joined_messages_are_the_same() {
         let (_stop, stopped) = stop_pair();
-        let bytes = [frame(1, 1, &[]), frame(8, 9, &[7; 8]), frame(3, 1, &[])].concat();
-        for piece in [1, 5, 12, 13, bytes.len()] {
-            let (peer, stream) = Peer::pair();
+        let bytes = [encode_message(1, 1, &[]), encode_message(8, 9, &[7; 8]), encode_message(3, 1, &[])].concat();
+        for chunk_len in [1, 5, 12, 13, bytes.len()] {
+            let (peer, stream) = RawFrontEnd::pair();
             let sender = {
                 let bytes = bytes.clone();
                 thread::spawn(move || {
-                    for chunk in bytes.chunks(piece) {
+                    for chunk in bytes.chunks(chunk_len) {
                         peer.send(chunk, &[]);
                         thread::yield_now();
                     }
@@ -349,16 +349,16 @@ mod tests {
     #[test]
     fn descriptors_stay_with_their_message() {
         let (_stop, stopped) = stop_pair();
-        let (peer, stream) = Peer::pair();
+        let (peer, stream) = RawFrontEnd::pair();
         let fd = eventfd(0);
-        let whole = frame(12, 1, &[0; 8]);
-        peer.send(&frame(1, 1, &[]), &[]);
+        let whole = encode_message(12, 1, &[0; 8]);
+        peer.send(&encode_message(1, 1, &[]), &[]);
         peer.send(&whole[..1], &[fd.as_fd()]);
         peer.send(&whole[1..], &[]);
         // Descriptors on the payload's first byte belong to the message as well.
         peer.send(&whole[..12], &[]);
         peer.send(&whole[12..], &[fd.as_fd(), fd.as_fd()]);
-        peer.send(&frame(3, 1, &[]), &[]);
+        peer.send(&encode_message(3, 1, &[]), &[]);
         let channel = Channel::new(stream, stopped.as_fd()).unwrap();
         for want in [0, 1, 2, 0] {
             let Incoming::Message(message) = channel.receive().unwrap() else {
@@ -373,12 +373,12 @@ mod tests {
         let (_stop, stopped) = stop_pair();
         let fd = eventfd(0);
         for (count, good) in [(32, true), (33, false), (200, false)] {
-            let (peer, stream) = Peer::pair();
-            peer.send(&frame(3, 1, &[]), &vec![fd.as_fd(); count]);
+            let (peer, stream) = RawFrontEnd::pair();
+            peer.send(&encode_message(3, 1, &[]), &vec![fd.as_fd(); count]);
             let channel = Channel::new(stream, stopped.as_fd()).unwrap();
             match channel.receive() {
                 Ok(Incoming::Message(message)) => assert!(good && message.fds.len() == 32),
-                Err(SessionError::Peer(PeerError::TooManyFds)) => assert!(!good),
+                Err(SessionError::Protocol(ProtocolError::TooManyFds)) => assert!(!good),
                 other => panic!("{count}: {other:?}"),
             }
         }
@@ -387,15 +387,15 @@ mod tests {
     #[test]
     fn an_end_within_a_message_is_an_error() {
         let (_stop, stopped) = stop_pair();
-        let bytes = frame(8, 1, &[7; 8]);
+        let bytes = encode_message(8, 1, &[7; 8]);
         for len in 0..bytes.len() {
-            let (peer, stream) = Peer::pair();
+            let (peer, stream) = RawFrontEnd::pair();
             peer.send(&bytes[..len], &[]);
             drop(peer);
             let channel = Channel::new(stream, stopped.as_fd()).unwrap();
             match channel.receive() {
                 Ok(Incoming::Closed) => assert_eq!(len, 0),
-                Err(SessionError::Peer(PeerError::Truncated)) => assert_ne!(len, 0),
+                Err(SessionError::Protocol(ProtocolError::Truncated)) => assert_ne!(len, 0),
                 other => panic!("{len}: {other:?}"),
             }
         }
@@ -404,9 +404,9 @@ mod tests {
     #[test]
     fn stop_ends_every_wait() {
         // A silent peer, one that stops after a header, and one that reads no reply.
-        for start in [vec![], frame(8, 1, &[7; 8])[..12].to_vec()] {
+        for start in [vec![], encode_message(8, 1, &[7; 8])[..12].to_vec()] {
             let (stop, stopped) = stop_pair();
-            let (peer, stream) = Peer::pair();
+            let (peer, stream) = RawFrontEnd::pair();
             peer.send(&start, &[]);
             let begin = Instant::now();
             let trigger = thread::spawn(move || {
@@ -419,7 +419,7 @@ mod tests {
             trigger.join().unwrap();
         }
         let (stop, stopped) = stop_pair();
-        let (_peer, stream) = Peer::pair();
+        let (_peer, stream) = RawFrontEnd::pair();
         let trigger = thread::spawn(move || {
             thread::sleep(Duration::from_millis(200));
             stop.write(1).unwrap();
@@ -427,7 +427,7 @@ mod tests {
         let channel = Channel::new(stream, stopped.as_fd()).unwrap();
         let reply = Reply {
             code: 1,
-            answer: Answer::U64(0),
+            payload: ReplyPayload::U64(0),
         };
         while channel.send(reply).unwrap() {}
         trigger.join().unwrap();
@@ -437,7 +437,7 @@ mod tests {
     fn replies_have_the_protocol_s_layout() {
         let reply = Reply {
             code: 11,
-            answer: Answer::VringState { index: 3, num: 9 },
+            payload: ReplyPayload::VringState { index: 3, num: 9 },
         };
         let want: Vec<u8> = [11u32, 5, 8, 3, 9]
             .into_iter()

@@ -15,7 +15,7 @@ use device::{Device, send, session};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use virtionet_vhost_user::SessionError;
-use virtionet_vhost_user::listen::{Access, Listener};
+use virtionet_vhost_user::listen::{SocketPermissions, Listener};
 
 fn open_fds() -> usize {
     read_dir("/proc/self/fd").unwrap().count()
@@ -50,7 +50,7 @@ fn the_limit_of_open_files_ends_a_session_and_delays_the_next() {
     assert_eq!(open_fds(), before);
 
     let path = std::env::temp_dir().join(format!("virtionet-limit-{}", std::process::id()));
-    let listener = Listener::bind(&path, &Access::default()).unwrap();
+    let listener = Listener::bind(&path, &SocketPermissions::default()).unwrap();
     let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
     let client = UnixStream::connect(&path).unwrap();
     let hoard = exhaust();

@@ -13,7 +13,7 @@ use device::{BASE, Device, send, session};
 use front_end::{bring_up, guest_file, region, start};
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
-use virtionet_vhost_user::Ended;
+use virtionet_vhost_user::SessionEnd;
 
 #[test]
 fn a_pair_comes_up_and_goes_down_twice() {
@@ -58,7 +58,7 @@ fn a_pair_comes_up_and_goes_down_twice() {
         // Features that were not offered are refused, and that is heard.
         assert!(front_end.set_features(u64::MAX).is_err());
     });
-    assert_eq!(ended.unwrap(), Ended::Disconnected);
+    assert_eq!(ended.unwrap(), SessionEnd::Disconnected);
     assert!(device.0.lock().unwrap().is_empty());
 }
 

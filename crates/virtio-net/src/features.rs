@@ -4,7 +4,7 @@ use virtio_bindings::virtio_net as net;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_bindings::{virtio_config as config, virtio_net};
 
-use crate::header::{FrameFormat, HEADER_LEN, LEGACY_HEADER_LEN};
+use crate::header::{FrameFormat, VNET_HEADER_LEN, LEGACY_VNET_HEADER_LEN};
 
 /// A set of virtio feature bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -51,7 +51,7 @@ impl Features {
 
     /// VIRTIO_NET_F_MRG_RXBUF.
     #[must_use]
-    pub fn mergeable(self) -> bool {
+    pub fn has_mergeable_buffers(self) -> bool {
         self.has(net::VIRTIO_NET_F_MRG_RXBUF)
     }
 
@@ -68,10 +68,10 @@ impl Features {
     /// Bytes of the virtio-net header under these features (virtio 1.3 §5.1.6.1).
     #[must_use]
     pub fn header_len(self) -> usize {
-        if self.mergeable() || self.has(config::VIRTIO_F_VERSION_1) {
-            HEADER_LEN
+        if self.has_mergeable_buffers() || self.has(config::VIRTIO_F_VERSION_1) {
+            VNET_HEADER_LEN
         } else {
-            LEGACY_HEADER_LEN
+            LEGACY_VNET_HEADER_LEN
         }
     }
 

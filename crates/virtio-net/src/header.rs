@@ -4,29 +4,29 @@
 use virtio_bindings::virtio_net as net;
 
 use crate::features::Features;
-use crate::stats::RingStats;
+use crate::stats::VringStats;
 
 /// Bytes of a header with `num_buffers` (VERSION_1 or MRG_RXBUF negotiated).
-pub const HEADER_LEN: usize = 12;
+pub const VNET_HEADER_LEN: usize = 12;
 /// Bytes of a legacy header without `num_buffers`.
-pub const LEGACY_HEADER_LEN: usize = 10;
+pub const LEGACY_VNET_HEADER_LEN: usize = 10;
 /// The shortest frame: an Ethernet header. A shorter one must never reach a TAP (CVE-2024-41090).
 pub const MIN_FRAME: usize = 14;
 /// The longest frame: 64 KiB - 1 of IP, an Ethernet header and a VLAN tag.
 pub const MAX_FRAME: usize = 65_535 + 14 + 4;
 
-const NEEDS_CSUM: u8 = 1;
-const GSO_NONE: u8 = 0;
-const GSO_TCPV4: u8 = 1;
-const GSO_UDP: u8 = 3;
-const GSO_TCPV6: u8 = 4;
-const GSO_ECN: u8 = 0x80;
+const VIRTIO_NET_HDR_F_NEEDS_CSUM: u8 = 1;
+const VIRTIO_NET_HDR_GSO_NONE: u8 = 0;
+const VIRTIO_NET_HDR_GSO_TCPV4: u8 = 1;
+const VIRTIO_NET_HDR_GSO_UDP: u8 = 3;
+const VIRTIO_NET_HDR_GSO_TCPV6: u8 = 4;
+const VIRTIO_NET_HDR_GSO_ECN: u8 = 0x80;
 
 /// A header in private memory, little-endian as on the wire. It is read from guest memory once and
 /// never again: what was checked is what is sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(transparent)]
-pub struct VnetHeader(pub [u8; HEADER_LEN]);
+pub struct VnetHeader(pub [u8; VNET_HEADER_LEN]);
 
 impl VnetHeader {
     /// `flags`: NEEDS_CSUM = 1, DATA_VALID = 2.
@@ -44,28 +44,28 @@ impl VnetHeader {
     /// `hdr_len`: bytes of all packet headers, a hint.
     #[must_use]
     pub fn hdr_len(&self) -> u16 {
-        self.word(2)
+        self.read_le16(2)
     }
 
     /// `gso_size`: payload bytes of each segment.
     #[must_use]
     pub fn gso_size(&self) -> u16 {
-        self.word(4)
+        self.read_le16(4)
     }
 
     /// `csum_start`: where the checksum begins.
     #[must_use]
     pub fn csum_start(&self) -> u16 {
-        self.word(6)
+        self.read_le16(6)
     }
 
     /// `csum_offset`: where after that it is stored.
     #[must_use]
     pub fn csum_offset(&self) -> u16 {
-        self.word(8)
+        self.read_le16(8)
     }
 
-    fn word(&self, at: usize) -> u16 {
+    fn read_le16(&self, at: usize) -> u16 {
         u16::from_le_bytes([self.0[at], self.0[at + 1]])
     }
 
@@ -80,7 +80,7 @@ impl VnetHeader {
         if len > MAX_FRAME {
             return Err(HeaderFault::FrameTooLong);
         }
-        if self.flags() & !2 == 0 && self.gso_type() == GSO_NONE {
+        if self.flags() & !2 == 0 && self.gso_type() == VIRTIO_NET_HDR_GSO_NONE {
             return Ok(());
         }
         self.check_gso(len, features)?;
@@ -88,18 +88,18 @@ impl VnetHeader {
     }
 
     fn check_gso(&self, len: usize, features: Features) -> Result<(), HeaderFault> {
-        let feature = match self.gso_type() & !GSO_ECN {
-            GSO_NONE if self.gso_type() == GSO_NONE => return Ok(()),
-            GSO_TCPV4 => net::VIRTIO_NET_F_HOST_TSO4,
-            GSO_TCPV6 => net::VIRTIO_NET_F_HOST_TSO6,
-            GSO_UDP if self.gso_type() == GSO_UDP => net::VIRTIO_NET_F_HOST_UFO,
+        let feature = match self.gso_type() & !VIRTIO_NET_HDR_GSO_ECN {
+            VIRTIO_NET_HDR_GSO_NONE if self.gso_type() == VIRTIO_NET_HDR_GSO_NONE => return Ok(()),
+            VIRTIO_NET_HDR_GSO_TCPV4 => net::VIRTIO_NET_F_HOST_TSO4,
+            VIRTIO_NET_HDR_GSO_TCPV6 => net::VIRTIO_NET_F_HOST_TSO6,
+            VIRTIO_NET_HDR_GSO_UDP if self.gso_type() == VIRTIO_NET_HDR_GSO_UDP => net::VIRTIO_NET_F_HOST_UFO,
             _ => return Err(HeaderFault::GsoUnknown),
         };
-        let ecn = self.gso_type() & GSO_ECN != 0;
+        let ecn = self.gso_type() & VIRTIO_NET_HDR_GSO_ECN != 0;
         if !features.has(feature) || (ecn && !features.has(net::VIRTIO_NET_F_HOST_ECN)) {
             return Err(HeaderFault::GsoNotNegotiated);
         }
-        if self.flags() & NEEDS_CSUM == 0 {
+        if self.flags() & VIRTIO_NET_HDR_F_NEEDS_CSUM == 0 {
             return Err(HeaderFault::GsoWithoutCsum);
         }
         if self.gso_size() == 0 {
@@ -112,7 +112,7 @@ impl VnetHeader {
     }
 
     fn check_csum(&self, len: usize, features: Features) -> Result<(), HeaderFault> {
-        if self.flags() & NEEDS_CSUM == 0 {
+        if self.flags() & VIRTIO_NET_HDR_F_NEEDS_CSUM == 0 {
             return Ok(());
         }
         if !features.has(net::VIRTIO_NET_F_CSUM) {
@@ -154,7 +154,7 @@ pub enum HeaderFault {
 
 impl HeaderFault {
     /// Counts the fault.
-    pub fn count(self, stats: &RingStats) {
+    pub fn count(self, stats: &VringStats) {
         let counter = match self {
             Self::Missing => &stats.header_missing,
             Self::FrameTooShort => &stats.frame_too_short,
@@ -191,7 +191,7 @@ pub struct FrameFormat {
 impl FrameFormat {
     /// Everything there is.
     pub const ALL: Self = Self {
-        header_len: HEADER_LEN,
+        header_len: VNET_HEADER_LEN,
         csum: true,
         tso4: true,
         tso6: true,

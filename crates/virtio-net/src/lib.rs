@@ -3,12 +3,12 @@
 pub mod features;
 pub mod header;
 pub mod offload;
-pub mod port;
+pub mod uplink;
 mod queue;
 mod rx;
 pub mod stats;
 mod tx;
 
 pub use queue::{DeviceQueue, QueueConfig};
-pub use rx::{Filled, Pushed, RxEnd, RxQueue};
-pub use tx::{Sent, TxQueue};
+pub use rx::{RxOutcome, PushOutcome, RxEndReason, RxQueue};
+pub use tx::{TxOutcome, TxQueue};

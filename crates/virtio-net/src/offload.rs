@@ -32,58 +32,58 @@ mod segment;
 
 use virtio_bindings::virtio_net as net;
 
-use crate::header::{FrameFormat, HEADER_LEN, MAX_FRAME, MIN_FRAME, VnetHeader};
-use crate::port::TxFrame;
-use crate::stats::RingStats;
+use crate::header::{FrameFormat, VNET_HEADER_LEN, MAX_FRAME, MIN_FRAME, VnetHeader};
+use crate::uplink::TxFrame;
+use crate::stats::VringStats;
 use batch::Batch;
 use fragment::Identifications;
-use headers::Version;
+use headers::IpVersion;
 
 /// The smallest `gso_size` that is served: what the smallest MTU of IPv4 (68 bytes, RFC 791) leaves
 /// of a TCP segment. It bounds what one frame can become: 1 + [`MAX_FRAME`] / 24 frames.
 pub const MIN_GSO_SIZE: usize = 28;
 
-const NEEDS_CSUM: u32 = net::VIRTIO_NET_HDR_F_NEEDS_CSUM;
-const DATA_VALID: u32 = net::VIRTIO_NET_HDR_F_DATA_VALID;
-const ECN: u32 = net::VIRTIO_NET_HDR_GSO_ECN;
+const VIRTIO_NET_HDR_F_NEEDS_CSUM: u32 = net::VIRTIO_NET_HDR_F_NEEDS_CSUM;
+const VIRTIO_NET_HDR_F_DATA_VALID: u32 = net::VIRTIO_NET_HDR_F_DATA_VALID;
+const VIRTIO_NET_HDR_GSO_ECN: u32 = net::VIRTIO_NET_HDR_GSO_ECN;
 
 /// Whether a guest that negotiated `format` takes a frame with this header as it is.
 #[inline(always)]
 #[must_use]
-pub fn fits(header: &VnetHeader, format: &FrameFormat) -> bool {
-    header.flags() | header.gso_type() == 0 || asks_for_no_more(header, format)
+pub fn can_pass_unmodified(header: &VnetHeader, format: &FrameFormat) -> bool {
+    header.flags() | header.gso_type() == 0 || is_request_supported(header, format)
 }
 
-fn asks_for_no_more(header: &VnetHeader, format: &FrameFormat) -> bool {
+fn is_request_supported(header: &VnetHeader, format: &FrameFormat) -> bool {
     let flags = u32::from(header.flags());
-    let partial = flags & NEEDS_CSUM != 0;
-    let unknown = flags & !(NEEDS_CSUM | DATA_VALID) != 0;
-    let gso = match Gso::of(header) {
-        Ok(Gso::None) => true,
-        Ok(Gso::Tcp(Version::V4)) => partial && format.tso4,
-        Ok(Gso::Tcp(Version::V6)) => partial && format.tso6,
-        Ok(Gso::Udp) => partial && format.ufo,
+    let partial = flags & VIRTIO_NET_HDR_F_NEEDS_CSUM != 0;
+    let unknown = flags & !(VIRTIO_NET_HDR_F_NEEDS_CSUM | VIRTIO_NET_HDR_F_DATA_VALID) != 0;
+    let gso = match GsoType::from_header(header) {
+        Ok(GsoType::None) => true,
+        Ok(GsoType::Tcp(IpVersion::V4)) => partial && format.tso4,
+        Ok(GsoType::Tcp(IpVersion::V6)) => partial && format.tso6,
+        Ok(GsoType::Udp) => partial && format.ufo,
         Err(_) => false,
     };
-    let ecn = u32::from(header.gso_type()) & ECN != 0;
+    let ecn = u32::from(header.gso_type()) & VIRTIO_NET_HDR_GSO_ECN != 0;
     !unknown && gso && (format.csum || flags == 0) && (format.ecn || !ecn)
 }
 
 /// What a header asks to be done with the frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Gso {
+enum GsoType {
     None,
-    Tcp(Version),
+    Tcp(IpVersion),
     Udp,
 }
 
-impl Gso {
-    fn of(header: &VnetHeader) -> Result<Self, OffloadFault> {
+impl GsoType {
+    fn from_header(header: &VnetHeader) -> Result<Self, OffloadFault> {
         let with_ecn = u32::from(header.gso_type());
-        match with_ecn & !ECN {
+        match with_ecn & !VIRTIO_NET_HDR_GSO_ECN {
             _ if with_ecn == net::VIRTIO_NET_HDR_GSO_NONE => Ok(Self::None),
-            net::VIRTIO_NET_HDR_GSO_TCPV4 => Ok(Self::Tcp(Version::V4)),
-            net::VIRTIO_NET_HDR_GSO_TCPV6 => Ok(Self::Tcp(Version::V6)),
+            net::VIRTIO_NET_HDR_GSO_TCPV4 => Ok(Self::Tcp(IpVersion::V4)),
+            net::VIRTIO_NET_HDR_GSO_TCPV6 => Ok(Self::Tcp(IpVersion::V6)),
             _ if with_ecn == net::VIRTIO_NET_HDR_GSO_UDP => Ok(Self::Udp),
             _ => Err(OffloadFault::GsoUnknown),
         }
@@ -113,24 +113,24 @@ pub enum OffloadFault {
     CsumOutOfPacket,
     /// The checksum to fill in is not that of the header found in the frame.
     #[error("csum_start and csum_offset do not name the packet's checksum")]
-    CsumElsewhere,
+    CsumMismatch,
     /// The frame does not carry the protocol that gso_type names.
     #[error("gso_type does not name the packet's protocol")]
     WrongProtocol,
     /// A header goes on beyond the frame, or is shorter than its kind can be.
     #[error("a packet header is cut short")]
-    HeaderCut,
+    HeaderTruncated,
     /// All headers together are longer than any that is worth repeating.
     #[error("the packet headers are too long")]
     HeadersTooLong,
     /// The packet is a fragment already.
     #[error("GSO is asked for a packet that is a fragment")]
-    Fragment,
+    AlreadyFragmented,
 }
 
 impl OffloadFault {
     /// Counts the fault, with the ring that sent the frame.
-    pub fn count(self, stats: &RingStats) {
+    pub fn count(self, stats: &VringStats) {
         stats.offload_invalid.add(1);
     }
 }
@@ -152,8 +152,8 @@ impl Segmenter {
         Self::default()
     }
 
-    /// Makes of `frame` frames that [`fits`] passes for `format`, and hands them to `emit` in
-    /// order, at most [`crate::port::MAX_BURST`] at once; they are good for that call only.
+    /// Makes of `frame` frames that [`can_pass_unmodified`] passes for `format`, and hands them to `emit` in
+    /// order, at most [`crate::uplink::MAX_BURST`] at once; they are good for that call only.
     ///
     /// A frame that asks for nothing comes out as it went in, without its header's flags; so call
     /// this only for frames that do not fit. Flags of the header beyond NEEDS_CSUM are never
@@ -167,34 +167,34 @@ impl Segmenter {
         format: &FrameFormat,
         mut emit: impl FnMut(&[TxFrame<'_>]),
     ) -> Result<(), OffloadFault> {
-        let gso = Gso::of(&frame.header)?;
-        let len = self.take_copy(frame)?;
+        let gso = GsoType::from_header(&frame.header)?;
+        let len = self.copy_frame(frame)?;
         let copy = &mut self.copy[..len];
-        let partial = u32::from(frame.header.flags()) & NEEDS_CSUM != 0;
+        let partial = u32::from(frame.header.flags()) & VIRTIO_NET_HDR_F_NEEDS_CSUM != 0;
         let field = match partial {
-            true => Some(CsumField::of(&frame.header, len)?),
-            false if gso == Gso::None => None,
+            true => Some(CsumField::from_header(&frame.header, len)?),
+            false if gso == GsoType::None => None,
             false => return Err(OffloadFault::GsoWithoutCsum),
         };
         self.batch.clear();
         match (gso, field) {
-            (Gso::Tcp(version), Some(field)) => {
-                let plan = segment::Plan::new(copy, version, &frame.header, field)?;
-                segment::run(&plan, copy, format.csum, &mut self.batch, &mut emit);
+            (GsoType::Tcp(version), Some(field)) => {
+                let segmentation = segment::TcpSegmentation::new(copy, version, &frame.header, field)?;
+                segment::segment_frame(&segmentation, copy, format.csum, &mut self.batch, &mut emit);
             }
-            (Gso::Udp, Some(field)) => {
-                let plan = fragment::Plan::new(copy, &frame.header, field)?;
+            (GsoType::Udp, Some(field)) => {
+                let fragmentation = fragment::UdpFragmentation::new(copy, &frame.header, field)?;
                 let identification = self.identifications.next();
-                fragment::run(&plan, copy, identification, &mut self.batch, &mut emit);
+                fragment::fragment_datagram(&fragmentation, copy, identification, &mut self.batch, &mut emit);
             }
             (_, Some(field)) if format.csum => {
-                batch::emit_whole(copy, field.partial(), &mut emit);
+                batch::emit_single(copy, field.to_partial_header(), &mut emit);
             }
             (_, field) => {
                 if let Some(field) = field {
-                    checksum::fill(copy, field);
+                    checksum::write_checksum(copy, field);
                 }
-                batch::emit_whole(copy, VnetHeader::default(), &mut emit);
+                batch::emit_single(copy, VnetHeader::default(), &mut emit);
             }
         }
         self.batch.flush(&mut emit);
@@ -202,7 +202,7 @@ impl Segmenter {
     }
 
     /// Reads the frame, once; its length.
-    fn take_copy(&mut self, frame: &TxFrame<'_>) -> Result<usize, OffloadFault> {
+    fn copy_frame(&mut self, frame: &TxFrame<'_>) -> Result<usize, OffloadFault> {
         if frame.len > MAX_FRAME {
             return Err(OffloadFault::FrameTooLong);
         }
@@ -211,10 +211,10 @@ impl Segmenter {
         }
         let mut len = 0;
         for slice in frame.payload {
-            let Some(room) = self.copy.get_mut(len..frame.len) else {
+            let Some(free) = self.copy.get_mut(len..frame.len) else {
                 break;
             };
-            len += slice.copy_to(room);
+            len += slice.copy_to(free);
         }
         match len < MIN_FRAME {
             true => Err(OffloadFault::FrameTooShort),
@@ -225,7 +225,7 @@ impl Segmenter {
 
 /// About how many frames [`Segmenter::convert`] makes of `frame` at most: what it costs.
 #[must_use]
-pub fn most_frames(frame: &TxFrame<'_>) -> usize {
+pub fn max_output_frames(frame: &TxFrame<'_>) -> usize {
     match frame.header.gso_size() {
         0 => 1,
         size => 1 + frame.len / usize::from(size).max(MIN_GSO_SIZE),
@@ -234,14 +234,14 @@ pub fn most_frames(frame: &TxFrame<'_>) -> usize {
 
 /// Bytes of payload that `request` asks for in each frame, if its checksum, `field`, is where the
 /// protocol has it.
-fn requested_size(
+fn validate_gso_size(
     request: &VnetHeader,
     field: CsumField,
     expected: CsumField,
 ) -> Result<usize, OffloadFault> {
     let size = usize::from(request.gso_size());
     match size {
-        _ if field != expected => Err(OffloadFault::CsumElsewhere),
+        _ if field != expected => Err(OffloadFault::CsumMismatch),
         0..MIN_GSO_SIZE => Err(OffloadFault::GsoSizeTooSmall),
         _ => Ok(size),
     }
@@ -257,26 +257,26 @@ struct CsumField {
 }
 
 impl CsumField {
-    fn of(header: &VnetHeader, len: usize) -> Result<Self, OffloadFault> {
+    fn from_header(header: &VnetHeader, len: usize) -> Result<Self, OffloadFault> {
         let field = Self {
             start: header.csum_start().into(),
             offset: header.csum_offset().into(),
         };
-        match field.start >= MIN_FRAME && field.at() + 2 <= len {
+        match field.start >= MIN_FRAME && field.position() + 2 <= len {
             true => Ok(field),
             false => Err(OffloadFault::CsumOutOfPacket),
         }
     }
 
     /// Where in the frame it is stored. Both parts come from 16 bits, so nothing overflows.
-    fn at(self) -> usize {
+    fn position(self) -> usize {
         self.start + self.offset
     }
 
     /// The header of a frame without GSO whose checksum this still is.
-    fn partial(self) -> VnetHeader {
-        let mut header = [0; HEADER_LEN];
-        header[0] = u8::try_from(NEEDS_CSUM).unwrap_or(1);
+    fn to_partial_header(self) -> VnetHeader {
+        let mut header = [0; VNET_HEADER_LEN];
+        header[0] = u8::try_from(VIRTIO_NET_HDR_F_NEEDS_CSUM).unwrap_or(1);
         let word = |n: usize| u16::try_from(n).unwrap_or(u16::MAX).to_le_bytes();
         header[6..8].copy_from_slice(&word(self.start));
         header[8..10].copy_from_slice(&word(self.offset));
@@ -289,7 +289,7 @@ mod tests {
     use super::*;
 
     const NOTHING: FrameFormat = FrameFormat {
-        header_len: HEADER_LEN,
+        header_len: VNET_HEADER_LEN,
         csum: false,
         tso4: false,
         tso6: false,
@@ -339,7 +339,7 @@ mod tests {
         ] {
             let mut header = VnetHeader::default();
             header.0[..2].copy_from_slice(&[flags, gso_type]);
-            let found = formats.map(|format| fits(&header, &format));
+            let found = formats.map(|format| can_pass_unmodified(&header, &format));
             assert_eq!(found, takers, "{flags} {gso_type:#x}");
         }
     }

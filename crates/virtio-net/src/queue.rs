@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use virtionet_virtqueue::memory::GuestMemory;
-use virtionet_virtqueue::{Burst, ChainFault, Direction, Ring, RingConfig, RingError, RingLayout};
+use virtionet_virtqueue::{Burst, ChainFault, Direction, Virtqueue, VirtqueueConfig, VirtqueueError, VirtqueueLayout};
 
 use crate::features::Features;
 use crate::header::MIN_FRAME;
-use crate::stats::RingStats;
+use crate::stats::VringStats;
 
 use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -16,7 +16,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 #[derive(Debug, Clone)]
 pub struct QueueConfig {
     /// Where its ring lies.
-    pub layout: RingLayout,
+    pub layout: VirtqueueLayout,
     /// Where its ring goes on.
     pub base: u32,
     /// What the driver negotiated.
@@ -24,7 +24,7 @@ pub struct QueueConfig {
     /// The guest's memory.
     pub memory: Arc<GuestMemory>,
     /// Where it counts.
-    pub stats: Arc<RingStats>,
+    pub stats: Arc<VringStats>,
 }
 
 /// What every queue of a device can do, whichever way its frames go.
@@ -33,7 +33,7 @@ pub trait DeviceQueue: Sized {
     ///
     /// # Errors
     /// When the configuration cannot be a ring.
-    fn new(config: QueueConfig) -> Result<Self, RingError>;
+    fn new(config: QueueConfig) -> Result<Self, VirtqueueError>;
 
     /// Number of descriptors.
     fn size(&self) -> u16;
@@ -45,7 +45,7 @@ pub trait DeviceQueue: Sized {
     ///
     /// # Errors
     /// When the ring is not in it.
-    fn rebind(&mut self, memory: &Arc<GuestMemory>) -> Result<(), RingError>;
+    fn rebind(&mut self, memory: &Arc<GuestMemory>) -> Result<(), VirtqueueError>;
 
     /// Asks the driver for kicks; true when chains came meanwhile, for which no kick may come.
     #[must_use]
@@ -58,26 +58,26 @@ pub trait DeviceQueue: Sized {
 /// A running ring, the chains taken from it, and its counters.
 #[derive(Debug)]
 pub(crate) struct Queue {
-    pub(crate) ring: Ring,
+    pub(crate) virtqueue: Virtqueue,
     pub(crate) burst: Burst,
     pub(crate) features: Features,
-    pub(crate) stats: Arc<RingStats>,
+    pub(crate) stats: Arc<VringStats>,
 }
 
 impl Queue {
-    pub(crate) fn new(config: QueueConfig, direction: Direction) -> Result<Self, RingError> {
+    pub(crate) fn new(config: QueueConfig, direction: Direction) -> Result<Self, VirtqueueError> {
         let features = config.features;
-        let ring = RingConfig {
+        let virtqueue = VirtqueueConfig {
             layout: config.layout,
             base: config.base,
             direction,
             packed: features.has(VIRTIO_F_RING_PACKED),
             event_idx: features.has(VIRTIO_RING_F_EVENT_IDX),
             indirect: features.has(VIRTIO_RING_F_INDIRECT_DESC),
-            min_len: shortest_chain(direction, features),
+            min_len: min_chain_len(direction, features),
         };
         Ok(Self {
-            ring: Ring::new(ring, &config.memory)?,
+            virtqueue: Virtqueue::new(virtqueue, &config.memory)?,
             burst: Burst::new(config.memory),
             features,
             stats: config.stats,
@@ -86,30 +86,30 @@ impl Queue {
 
     /// Gives unused chains back; says where the ring would go on.
     pub(crate) fn rewind(&mut self) -> u32 {
-        self.ring.untake(&mut self.burst);
-        self.ring.base()
+        self.virtqueue.rewind(&mut self.burst);
+        self.virtqueue.base()
     }
 
     /// Goes on in another snapshot of memory.
-    pub(crate) fn rebind(&mut self, memory: &Arc<GuestMemory>) -> Result<(), RingError> {
+    pub(crate) fn rebind(&mut self, memory: &Arc<GuestMemory>) -> Result<(), VirtqueueError> {
         self.rewind();
-        self.ring = self.ring.rebind(memory)?;
+        self.virtqueue = self.virtqueue.rebind(memory)?;
         self.burst = Burst::new(Arc::clone(memory));
         Ok(())
     }
 }
 
 /// What a chain must have at least: room for the header, and on RX without merging for a frame.
-fn shortest_chain(direction: Direction, features: Features) -> u32 {
+fn min_chain_len(direction: Direction, features: Features) -> u32 {
     let frame = match direction {
-        Direction::Writable if !features.mergeable() => MIN_FRAME,
+        Direction::Writable if !features.has_mergeable_buffers() => MIN_FRAME,
         _ => 0,
     };
     u32::try_from(features.header_len() + frame).unwrap_or(u32::MAX)
 }
 
 /// Counts a chain's fault under its name.
-pub(crate) fn count_fault(fault: ChainFault, direction: Direction, stats: &RingStats) {
+pub(crate) fn count_fault(fault: ChainFault, direction: Direction, stats: &VringStats) {
     let counter = match fault {
         ChainFault::Loop => &stats.chain_loop,
         ChainFault::TooLong => &stats.chain_too_long,

@@ -8,34 +8,34 @@ mod push;
 
 use std::sync::Arc;
 
-pub use push::Pushed;
+pub use push::PushOutcome;
 
 use memmap2::MmapMut;
 use virtionet_virtqueue::memory::{GuestMemory, GuestSlice};
-use virtionet_virtqueue::{Direction, RingError, RingFault};
+use virtionet_virtqueue::{Direction, VirtqueueError, VirtqueueFault};
 
-use crate::header::{HEADER_LEN, MAX_FRAME};
-use crate::port::{Received, UplinkQueue};
+use crate::header::{VNET_HEADER_LEN, MAX_FRAME};
+use crate::uplink::{Received, UplinkQueue};
 use crate::queue::{DeviceQueue, Queue, QueueConfig, count_fault};
-use crate::stats::wide;
+use crate::stats::to_u64;
 
 /// Most pieces handed to the uplink for one frame: what one `readv` takes, less a few of its own.
-const MAX_PIECES: usize = 1000;
+const MAX_SEGMENTS: usize = 1000;
 /// Bytes from which on a frame is large: a copy costs more than what it saves.
-const LARGE: usize = 4096;
+const LARGE_FRAME_LEN: usize = 4096;
 /// Fewest chains taken at once, more than are missing if need be: a look at the ring costs as much
 /// as several chains.
-const TAKE_AT_ONCE: usize = 16;
+const MIN_DEQUEUE: usize = 16;
 /// Frames after a large one for which the next large one is expected.
-const LARGE_PATIENCE: u32 = 64;
-/// Most descriptors read for one call of [`RxQueue::fill`], whatever the guest made of its chains.
-const MAX_WORK: usize = 16 * 1024;
+const DIRECT_READ_FRAMES: u32 = 64;
+/// Most descriptors read for one call of [`RxQueue::receive`], whatever the guest made of its chains.
+const DESCRIPTOR_BUDGET: usize = 16 * 1024;
 /// Where `num_buffers` stands in the header.
-const NUM_BUFFERS: usize = 10;
+const NUM_BUFFERS_OFFSET: usize = 10;
 
-/// How a call of [`RxQueue::fill`] ended.
+/// How a call of [`RxQueue::receive`] ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RxEnd {
+pub enum RxEndReason {
     /// The uplink has no more frames.
     UplinkEmpty,
     /// The guest has no more buffers; frames wait in the uplink.
@@ -46,17 +46,17 @@ pub enum RxEnd {
     UplinkFailed,
 }
 
-/// What a call of [`RxQueue::fill`] did.
+/// What a call of [`RxQueue::receive`] did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Filled {
+pub struct RxOutcome {
     /// Frames given to the guest.
     pub frames: usize,
     /// Bytes of those, without headers.
     pub bytes: usize,
     /// The driver wants an interrupt.
-    pub call: bool,
+    pub should_call: bool,
     /// Why it ended.
-    pub end: RxEnd,
+    pub end: RxEndReason,
 }
 
 /// The device's side of a receiveq.
@@ -66,12 +66,12 @@ pub struct RxQueue {
     /// Bytes that the reserved chains hold.
     capacity: usize,
     /// Bytes to reserve for a frame.
-    need: usize,
+    required: usize,
     /// Where small frames are read to, and what is too long for the guest's buffers.
     /// A mapping of its own, of which only pages that were needed take memory.
-    spill: Option<MmapMut>,
+    bounce: Option<MmapMut>,
     /// For so many more frames all slices are shown.
-    large_expected: u32,
+    direct_reads_left: u32,
 }
 
 impl RxQueue {
@@ -80,33 +80,33 @@ impl RxQueue {
     ///
     /// # Errors
     /// When the ring can no longer be believed.
-    pub fn fill(
+    pub fn receive(
         &mut self,
         uplink: &dyn UplinkQueue,
         max_frames: usize,
         max_bytes: usize,
-    ) -> Result<Filled, RingFault> {
+    ) -> Result<RxOutcome, VirtqueueFault> {
         let mut frames = 0;
         let mut bytes = 0;
-        self.queue.burst.reset_work();
+        self.queue.burst.reset_descriptors_read();
         let end = loop {
             if frames >= max_frames || bytes >= max_bytes {
-                break RxEnd::Budget;
+                break RxEndReason::Budget;
             }
             match self.reserve() {
                 Ok(Reserved::Enough) => {}
-                Ok(Reserved::TooLittle) => break RxEnd::Starved,
-                Ok(Reserved::OverBudget) => break RxEnd::Budget,
+                Ok(Reserved::TooLittle) => break RxEndReason::Starved,
+                Ok(Reserved::OverBudget) => break RxEndReason::Budget,
                 // What was done before is shown first; the next call meets the fault again.
-                Err(_) if self.queue.ring.is_unpublished() => break RxEnd::Budget,
+                Err(_) if self.queue.virtqueue.has_unpublished() => break RxEndReason::Budget,
                 Err(fault) => return Err(fault),
             }
-            match self.receive(uplink) {
+            match self.receive_frame(uplink) {
                 Received::Frame(len) => bytes += self.commit(len),
                 Received::TooLong => self.count_too_long(),
                 Received::Lost => self.queue.stats.dropped_uplink_error.add(1),
-                Received::Empty => break RxEnd::UplinkEmpty,
-                Received::Failed => break RxEnd::UplinkFailed,
+                Received::Empty => break RxEndReason::UplinkEmpty,
+                Received::Failed => break RxEndReason::UplinkFailed,
             }
             // Frames that are lost count too: dropping is work.
             frames += 1;
@@ -114,10 +114,10 @@ impl RxQueue {
         if frames > 0 {
             self.queue.stats.bursts.add(1);
         }
-        Ok(Filled {
+        Ok(RxOutcome {
             frames,
             bytes,
-            call: self.queue.ring.publish(),
+            should_call: self.queue.virtqueue.publish(),
             end,
         })
     }
@@ -127,23 +127,23 @@ impl RxQueue {
     /// A guest that is behind will add buffers, so a frame waits rather than be cut. But a driver
     /// refills when about half of its ring is empty: once half of the ring is ours nothing more
     /// may come, and what there is must do (rings too small for a frame of 64 KiB).
-    fn reserve(&mut self) -> Result<Reserved, RingFault> {
-        self.drop_leading_faults();
-        while self.capacity < self.need {
-            let pieces = room(&self.queue).len();
-            if pieces >= MAX_PIECES / 2 {
+    fn reserve(&mut self) -> Result<Reserved, VirtqueueFault> {
+        self.complete_leading_faults();
+        while self.capacity < self.required {
+            let segments = free_slices(&self.queue).len();
+            if segments >= MAX_SEGMENTS / 2 {
                 return Ok(Reserved::Enough);
             }
-            if !self.may_take() {
+            if !self.can_dequeue() {
                 return Ok(Reserved::OverBudget);
             }
-            let taken = self.take(pieces)?;
-            self.drop_leading_faults();
-            if taken == 0 {
+            let dequeued = self.dequeue_missing(segments)?;
+            self.complete_leading_faults();
+            if dequeued == 0 {
                 // A chain takes a descriptor at least, and more where its buffer has more pieces.
-                let ours = self.queue.burst.chains().len().max(pieces);
+                let ours = self.queue.burst.chains().len().max(segments);
                 return Ok(
-                    match ours > 0 && ours >= usize::from(self.queue.ring.size()) / 2 {
+                    match ours > 0 && ours >= usize::from(self.queue.virtqueue.size()) / 2 {
                         true => Reserved::Enough,
                         false => Reserved::TooLittle,
                     },
@@ -154,52 +154,52 @@ impl RxQueue {
     }
 
     /// Whether the guest's chains have not cost too much work in this call.
-    fn may_take(&self) -> bool {
-        self.queue.burst.work() < MAX_WORK
+    fn can_dequeue(&self) -> bool {
+        self.queue.burst.descriptors_read() < DESCRIPTOR_BUDGET
     }
 
     /// Takes about as many chains as are missing.
-    fn take(&mut self, pieces: usize) -> Result<usize, RingFault> {
+    fn dequeue_missing(&mut self, segments: usize) -> Result<usize, VirtqueueFault> {
         let each = self
             .queue
             .burst
             .chains()
             .last()
             .map_or(2048, |c| c.len().max(64));
-        let missing = self.need - self.capacity.min(self.need);
+        let missing = self.required - self.capacity.min(self.required);
         let want = (missing / each + 1)
-            .max(TAKE_AT_ONCE)
-            .min((MAX_PIECES - pieces) / 4 + 1);
-        self.take_chains(want)
+            .max(MIN_DEQUEUE)
+            .min((MAX_SEGMENTS - segments) / 4 + 1);
+        self.dequeue_chains(want)
     }
 
     /// Takes up to `want` chains, 64 at most, and no more in all than the ring has: a driver that
     /// offers chains anew which it has not got back must not fill our memory.
-    fn take_chains(&mut self, want: usize) -> Result<usize, RingFault> {
+    fn dequeue_chains(&mut self, want: usize) -> Result<usize, VirtqueueFault> {
         let queue = &mut self.queue;
         let before = queue.burst.chains().len();
-        let want = want.min(usize::from(queue.ring.size()).saturating_sub(before));
+        let want = want.min(usize::from(queue.virtqueue.size()).saturating_sub(before));
         if want == 0 {
             return Ok(0);
         }
-        let taken = queue.ring.take(&mut queue.burst, want)?;
+        let dequeued = queue.virtqueue.dequeue(&mut queue.burst, want)?;
         for chain in &queue.burst.chains()[before..] {
             self.capacity += chain.len();
             if let Some(fault) = chain.fault() {
                 count_fault(fault, Direction::Writable, &queue.stats);
             }
         }
-        Ok(taken)
+        Ok(dequeued)
     }
 
     /// A faulty chain goes back empty when its turn comes, so that the order stays.
-    fn drop_leading_faults(&mut self) {
+    fn complete_leading_faults(&mut self) {
         let queue = &mut self.queue;
         while let Some(chain) = queue.burst.chains().first().copied() {
             if chain.fault().is_none() {
                 return;
             }
-            queue.ring.complete(&chain, 0);
+            queue.virtqueue.complete(&chain, 0);
             queue.burst.retire(1);
         }
     }
@@ -207,7 +207,7 @@ impl RxQueue {
     /// A frame did not fit: for want of buffers that there might have been, or in any case.
     fn count_too_long(&self) {
         let stats = &self.queue.stats;
-        match self.capacity < self.need {
+        match self.capacity < self.required {
             true => stats.dropped_no_buffer.add(1),
             false => stats.dropped_too_long.add(1),
         }
@@ -217,27 +217,27 @@ impl RxQueue {
     ///
     /// A large frame goes there straight. But the kernel's work grows with the number of slices that
     /// it is shown, dozens for the largest frame, and for a small one that is more than a copy. So
-    /// as long as frames are small they are read into a spill of our own, which stays in the
+    /// as long as frames are small they are read into a bounce buffer of our own, which stays in the
     /// CPU's cache, and copied; a large one, and those that follow it, go straight.
-    fn receive(&mut self, uplink: &dyn UplinkQueue) -> Received {
-        let room = room(&self.queue);
-        let spill = self.spill.as_deref_mut().unwrap_or_default();
-        let straight = self.large_expected > 0 || spill.is_empty();
-        let received = uplink.receive(if straight { room } else { &[] }, spill);
+    fn receive_frame(&mut self, uplink: &dyn UplinkQueue) -> Received {
+        let free_slices = free_slices(&self.queue);
+        let bounce = self.bounce.as_deref_mut().unwrap_or_default();
+        let is_direct = self.direct_reads_left > 0 || bounce.is_empty();
+        let received = uplink.receive(if is_direct { free_slices } else { &[] }, bounce);
         let Received::Frame(len) = received else {
             return received;
         };
-        self.large_expected = match len > LARGE {
-            true => LARGE_PATIENCE,
-            false => self.large_expected.saturating_sub(1),
+        self.direct_reads_left = match len > LARGE_FRAME_LEN {
+            true => DIRECT_READ_FRAMES,
+            false => self.direct_reads_left.saturating_sub(1),
         };
-        let fits = match straight {
+        let is_complete = match is_direct {
             // Summed up already where the room is all that is reserved.
-            true if self.queue.features.mergeable() => len <= self.capacity,
-            true => len <= total(room),
-            false => scatter(&spill[..len.min(spill.len())], room) == len,
+            true if self.queue.features.has_mergeable_buffers() => len <= self.capacity,
+            true => len <= total_len(free_slices),
+            false => scatter(&bounce[..len.min(bounce.len())], free_slices) == len,
         };
-        match fits {
+        match is_complete {
             true => received,
             false => Received::TooLong,
         }
@@ -247,44 +247,44 @@ impl RxQueue {
     /// buffers; returns its bytes without header.
     fn commit(&mut self, len: usize) -> usize {
         let queue = &mut self.queue;
-        let buffers = queue.ring.complete_filled(queue.burst.chains(), len);
+        let buffers = queue.virtqueue.complete_filled(queue.burst.chains(), len);
         for chain in &queue.burst.chains()[..buffers] {
             self.capacity -= chain.len();
         }
         let header_len = queue.features.header_len();
-        if header_len == HEADER_LEN {
+        if header_len == VNET_HEADER_LEN {
             let count = u16::try_from(buffers).unwrap_or(u16::MAX);
-            write_at(room(&self.queue), NUM_BUFFERS, &count.to_le_bytes());
+            write_at(free_slices(&self.queue), NUM_BUFFERS_OFFSET, &count.to_le_bytes());
         }
         let queue = &mut self.queue;
         queue.burst.retire(buffers);
         let bytes = len - header_len.min(len);
         queue.stats.frames.add(1);
-        queue.stats.bytes.add(wide(bytes));
+        queue.stats.bytes.add(to_u64(bytes));
         bytes
     }
 }
 
 impl DeviceQueue for RxQueue {
-    fn new(config: QueueConfig) -> Result<Self, RingError> {
+    fn new(config: QueueConfig) -> Result<Self, VirtqueueError> {
         let queue = Queue::new(config, Direction::Writable)?;
         // Without merging a frame has one chain, whatever that holds.
-        let need = match queue.features.mergeable() {
-            true => HEADER_LEN + MAX_FRAME,
+        let required = match queue.features.has_mergeable_buffers() {
+            true => VNET_HEADER_LEN + MAX_FRAME,
             false => 1,
         };
         Ok(Self {
             queue,
             capacity: 0,
-            need,
+            required,
             // A byte more than any frame, so that a frame that fills it is too long.
-            spill: MmapMut::map_anon(HEADER_LEN + MAX_FRAME + 1).ok(),
-            large_expected: 0,
+            bounce: MmapMut::map_anon(VNET_HEADER_LEN + MAX_FRAME + 1).ok(),
+            direct_reads_left: 0,
         })
     }
 
     fn size(&self) -> u16 {
-        self.queue.ring.size()
+        self.queue.virtqueue.size()
     }
 
     fn rewind(&mut self) -> u32 {
@@ -292,18 +292,18 @@ impl DeviceQueue for RxQueue {
         self.queue.rewind()
     }
 
-    fn rebind(&mut self, memory: &Arc<GuestMemory>) -> Result<(), RingError> {
+    fn rebind(&mut self, memory: &Arc<GuestMemory>) -> Result<(), VirtqueueError> {
         self.capacity = 0;
         self.queue.rebind(memory)
     }
 
     /// To be called when the queue is starved: the driver then kicks when it adds buffers.
     fn enable_kicks(&mut self) -> bool {
-        self.queue.ring.enable_kicks()
+        self.queue.virtqueue.enable_kicks()
     }
 
     fn disable_kicks(&mut self) {
-        self.queue.ring.disable_kicks();
+        self.queue.virtqueue.disable_kicks();
     }
 }
 
@@ -315,14 +315,14 @@ enum Reserved {
 }
 
 /// Where the next frame may go.
-fn room(queue: &Queue) -> &[GuestSlice<'_>] {
-    match queue.features.mergeable() {
+fn free_slices(queue: &Queue) -> &[GuestSlice<'_>] {
+    match queue.features.has_mergeable_buffers() {
         true => queue.burst.front_slices(queue.burst.chains().len()),
         false => queue.burst.front_slices(1),
     }
 }
 
-fn total(slices: &[GuestSlice<'_>]) -> usize {
+fn total_len(slices: &[GuestSlice<'_>]) -> usize {
     slices.iter().map(GuestSlice::len).sum()
 }
 

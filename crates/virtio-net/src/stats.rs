@@ -28,7 +28,7 @@ impl Counter {
 /// runs on.
 #[inline(always)]
 #[must_use]
-pub fn wide(n: usize) -> u64 {
+pub fn to_u64(n: usize) -> u64 {
     u64::try_from(n).unwrap_or(u64::MAX)
 }
 
@@ -58,7 +58,7 @@ macro_rules! counters {
 counters! {
     /// What one ring did and what it refused. Aligned so that no two rings share a cache line
     /// (128 bytes: CPUs fetch lines in pairs).
-    pub struct RingStats {
+    pub struct VringStats {
         frames: "Frames carried (TX: taken from the guest and handed to the uplink; RX: put into guest buffers).",
         bytes: "Bytes of those frames, without the virtio-net header.",
         bursts: "Bursts that found frames.",
@@ -123,13 +123,13 @@ mod tests {
 
     #[test]
     fn names_and_values_stand_in_the_same_order() {
-        let stats = RingStats::default();
+        let stats = VringStats::default();
         stats.quarantines.add(7);
-        let at = RingStats::NAMES
+        let at = VringStats::NAMES
             .iter()
             .position(|(name, _)| *name == "quarantines")
             .unwrap();
         assert_eq!(stats.values()[at], 7);
-        assert_eq!(stats.values().len(), RingStats::NAMES.len());
+        assert_eq!(stats.values().len(), VringStats::NAMES.len());
     }
 }

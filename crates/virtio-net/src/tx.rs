@@ -4,23 +4,23 @@ use std::sync::Arc;
 
 use arrayvec::ArrayVec;
 use virtionet_virtqueue::memory::GuestMemory;
-use virtionet_virtqueue::{Chain, Direction, RingError, RingFault};
+use virtionet_virtqueue::{Chain, Direction, VirtqueueError, VirtqueueFault};
 
 use crate::features::Features;
-use crate::header::{HEADER_LEN, LEGACY_HEADER_LEN, VnetHeader};
-use crate::port::{MAX_BURST, TxFrame, UplinkQueue};
+use crate::header::{VNET_HEADER_LEN, LEGACY_VNET_HEADER_LEN, VnetHeader};
+use crate::uplink::{MAX_BURST, TxFrame, UplinkQueue};
 use crate::queue::{DeviceQueue, Queue, QueueConfig, count_fault};
-use crate::stats::{RingStats, wide};
+use crate::stats::{VringStats, to_u64};
 
 /// What one burst did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Sent {
+pub struct TxOutcome {
     /// Chains taken and given back, good and bad.
     pub chains: usize,
     /// Bytes of Ethernet frames handed to the uplink.
     pub bytes: usize,
     /// The driver wants an interrupt.
-    pub call: bool,
+    pub should_call: bool,
 }
 
 /// The device's side of a transmitq.
@@ -34,66 +34,66 @@ impl TxQueue {
     ///
     /// # Errors
     /// When the ring can no longer be believed.
-    pub fn send(&mut self, uplink: Option<&dyn UplinkQueue>) -> Result<Sent, RingFault> {
+    pub fn send(&mut self, uplink: Option<&dyn UplinkQueue>) -> Result<TxOutcome, VirtqueueFault> {
         let queue = &mut self.0;
-        let chains = queue.ring.take(&mut queue.burst, MAX_BURST)?;
+        let chains = queue.virtqueue.dequeue(&mut queue.burst, MAX_BURST)?;
         if chains == 0 {
-            return Ok(Sent::default());
+            return Ok(TxOutcome::default());
         }
         queue.stats.bursts.add(1);
         let bytes = match uplink {
-            Some(uplink) => hand_over(queue, uplink),
+            Some(uplink) => transmit_burst(queue, uplink),
             None => {
-                queue.stats.dropped_disabled.add(wide(chains));
+                queue.stats.dropped_disabled.add(to_u64(chains));
                 0
             }
         };
-        queue.ring.complete_all(queue.burst.chains());
+        queue.virtqueue.complete_all(queue.burst.chains());
         queue.burst.clear();
-        Ok(Sent {
+        Ok(TxOutcome {
             chains,
             bytes,
-            call: queue.ring.publish(),
+            should_call: queue.virtqueue.publish(),
         })
     }
 
     /// Whether chains are available.
     #[must_use]
     pub fn has_more(&self) -> bool {
-        self.0.ring.has_more()
+        self.0.virtqueue.has_more()
     }
 }
 
 impl DeviceQueue for TxQueue {
-    fn new(config: QueueConfig) -> Result<Self, RingError> {
+    fn new(config: QueueConfig) -> Result<Self, VirtqueueError> {
         Queue::new(config, Direction::Readable).map(Self)
     }
 
     fn size(&self) -> u16 {
-        self.0.ring.size()
+        self.0.virtqueue.size()
     }
 
     fn rewind(&mut self) -> u32 {
         self.0.rewind()
     }
 
-    fn rebind(&mut self, memory: &Arc<GuestMemory>) -> Result<(), RingError> {
+    fn rebind(&mut self, memory: &Arc<GuestMemory>) -> Result<(), VirtqueueError> {
         self.0.rebind(memory)
     }
 
     fn enable_kicks(&mut self) -> bool {
-        self.0.ring.enable_kicks()
+        self.0.virtqueue.enable_kicks()
     }
 
     fn disable_kicks(&mut self) {
-        self.0.ring.disable_kicks();
+        self.0.virtqueue.disable_kicks();
     }
 }
 
 /// Makes frames of the burst's good chains and transmits them; returns their bytes.
-fn hand_over(queue: &mut Queue, uplink: &dyn UplinkQueue) -> usize {
+fn transmit_burst(queue: &mut Queue, uplink: &dyn UplinkQueue) -> usize {
     let mut headers = [VnetHeader::default(); MAX_BURST];
-    strip(queue, &mut headers);
+    strip_headers(queue, &mut headers);
     let Queue {
         burst,
         features,
@@ -104,7 +104,7 @@ fn hand_over(queue: &mut Queue, uplink: &dyn UplinkQueue) -> usize {
     let mut bytes = 0;
     for (chain, header) in burst.chains().iter().zip(&headers) {
         if chain.fault().is_some() || header.check(chain.len(), *features).is_err() {
-            count_no_frame(chain, header, *features, stats);
+            count_invalid_chain(chain, header, *features, stats);
             continue;
         }
         bytes += chain.len();
@@ -123,22 +123,22 @@ fn hand_over(queue: &mut Queue, uplink: &dyn UplinkQueue) -> usize {
 
 /// Takes the headers off the chains. The ring refused chains that have none.
 #[inline(always)]
-fn strip(queue: &mut Queue, headers: &mut [VnetHeader; MAX_BURST]) {
-    if queue.features.header_len() == HEADER_LEN {
+fn strip_headers(queue: &mut Queue, headers: &mut [VnetHeader; MAX_BURST]) {
+    if queue.features.header_len() == VNET_HEADER_LEN {
         let whole = headers.iter_mut().map(|header| &mut header.0);
         queue.burst.strip_all(whole);
         return;
     }
-    let mut short = [[0; LEGACY_HEADER_LEN]; MAX_BURST];
+    let mut short = [[0; LEGACY_VNET_HEADER_LEN]; MAX_BURST];
     queue.burst.strip_all(short.iter_mut());
     for (header, short) in headers.iter_mut().zip(&short) {
-        header.0[..LEGACY_HEADER_LEN].copy_from_slice(short);
+        header.0[..LEGACY_VNET_HEADER_LEN].copy_from_slice(short);
     }
 }
 
 /// Counts what is wrong with a chain that is no frame.
 #[cold]
-fn count_no_frame(chain: &Chain, header: &VnetHeader, features: Features, stats: &RingStats) {
+fn count_invalid_chain(chain: &Chain, header: &VnetHeader, features: Features, stats: &VringStats) {
     match (chain.fault(), header.check(chain.len(), features)) {
         (Some(fault), _) => count_fault(fault, Direction::Readable, stats),
         (None, Err(fault)) => fault.count(stats),

@@ -6,21 +6,21 @@ mod common;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::{FULL, PLAIN, Recorder};
+use common::{FULL, PLAIN, RecordingUplink};
 use virtionet_virtio_net::features::Features;
-use virtionet_virtio_net::stats::RingStats;
+use virtionet_virtio_net::stats::VringStats;
 use virtionet_virtio_net::{DeviceQueue, QueueConfig, TxQueue};
 use virtionet_guest::frame::{Frame, FrameSpec, Transport};
 use virtionet_guest::memory::GuestRam;
 use virtionet_guest::net::{self, PACKED, TxLayout};
 use virtionet_guest::tx;
-use virtionet_virtqueue::RingLayout;
+use virtionet_virtqueue::VirtqueueLayout;
 
-fn device(ram: &GuestRam, driver: &tx::TxQueue, features: u64) -> TxQueue {
+fn device(ram: &GuestRam, driver: &tx::DriverTxQueue, features: u64) -> TxQueue {
     let setup = driver.queue.setup().unwrap();
     let user = |addr| ram.user_addr(addr).unwrap();
     let config = QueueConfig {
-        layout: RingLayout {
+        layout: VirtqueueLayout {
             size: setup.size,
             desc: user(setup.addresses.descriptors),
             avail: user(setup.addresses.driver),
@@ -29,7 +29,7 @@ fn device(ram: &GuestRam, driver: &tx::TxQueue, features: u64) -> TxQueue {
         base: setup.base,
         features: Features(features),
         memory: Arc::new(ram.guest_memory().unwrap()),
-        stats: Arc::new(RingStats::default()),
+        stats: Arc::new(VringStats::default()),
     };
     TxQueue::new(config).unwrap()
 }
@@ -47,14 +47,14 @@ fn frames(count: u32) -> Vec<Frame> {
 /// Frames through a queue in bursts, some of them while the device starts anew from its base.
 fn pass(size: u16, features: u64, layout: TxLayout) {
     let name = format!("{size} descriptors, {features:#x}, {layout:?}");
-    let config = net::QueueConfig {
+    let config = net::DriverQueueConfig {
         tx_layout: layout,
-        ..net::QueueConfig::new(size, features)
+        ..net::DriverQueueConfig::new(size, features)
     };
     let ram = GuestRam::new((config.memory() + 0x1_0000).next_multiple_of(4096)).unwrap();
-    let mut driver = tx::TxQueue::new(&ram, &config).unwrap();
+    let mut driver = tx::DriverTxQueue::new(&ram, &config).unwrap();
     let mut tx = device(&ram, &driver, features);
-    let uplink = Recorder::default();
+    let uplink = RecordingUplink::default();
     let sent = frames(500);
     let mut left = &sent[..];
     let mut arrived = Vec::new();
@@ -71,10 +71,10 @@ fn pass(size: u16, features: u64, layout: TxLayout) {
         left = &left[queued..];
         let mut called = false;
         while tx.has_more() {
-            called |= tx.send(Some(&uplink)).unwrap().call;
+            called |= tx.send(Some(&uplink)).unwrap().should_call;
         }
         if called {
-            driver.queue.call.ring().unwrap();
+            driver.queue.call.signal().unwrap();
         }
         assert_eq!(tx.rewind(), driver.queue.ring.base(), "{name}");
         driver.drain(Duration::from_secs(1)).unwrap();
@@ -93,8 +93,8 @@ fn pass(size: u16, features: u64, layout: TxLayout) {
 fn frames_pass_in_order_in_every_format_and_layout() {
     let layouts = [
         TxLayout::Single,
-        TxLayout::HeaderApart,
-        TxLayout::Pieces(60),
+        TxLayout::SeparateHeader,
+        TxLayout::Segments(60),
     ];
     for features in [FULL, PLAIN] {
         for layout in layouts {

@@ -3,25 +3,25 @@
 
 mod common;
 
-use common::{DATA, FULL, Lab, PLAIN, frame, good};
-use virtionet_virtio_net::{DeviceQueue, RxEnd, RxQueue, TxQueue};
-use virtionet_guest::split::WRITE;
-use virtionet_virtqueue::RingFault;
+use common::{DATA, FULL, SplitRingFixture, PLAIN, frame, good};
+use virtionet_virtio_net::{DeviceQueue, RxEndReason, RxQueue, TxQueue};
+use virtionet_guest::split::VRING_DESC_F_WRITE;
+use virtionet_virtqueue::VirtqueueFault;
 
 /// One turn of a queue in either direction: chains or frames moved.
 trait Turn: DeviceQueue {
-    fn turn(&mut self, lab: &Lab) -> Result<usize, RingFault>;
+    fn turn(&mut self, fixture: &SplitRingFixture) -> Result<usize, VirtqueueFault>;
 }
 
 impl Turn for TxQueue {
-    fn turn(&mut self, lab: &Lab) -> Result<usize, RingFault> {
-        Ok(self.send(Some(&lab.uplink))?.chains)
+    fn turn(&mut self, fixture: &SplitRingFixture) -> Result<usize, VirtqueueFault> {
+        Ok(self.send(Some(&fixture.uplink))?.chains)
     }
 }
 
 impl Turn for RxQueue {
-    fn turn(&mut self, lab: &Lab) -> Result<usize, RingFault> {
-        Ok(self.fill(&lab.uplink, 64, 1 << 20)?.frames)
+    fn turn(&mut self, fixture: &SplitRingFixture) -> Result<usize, VirtqueueFault> {
+        Ok(self.receive(&fixture.uplink, 64, 1 << 20)?.frames)
     }
 }
 
@@ -37,22 +37,22 @@ const JUMPS: &[(u16, u16)] = &[
 
 fn a_jump_is_a_fault<Q: Turn>() {
     for &(start, avail) in JUMPS {
-        let lab = Lab::starting_at(start, 16, FULL);
-        lab.uplink.feed([vec![0; 12], frame(1, 60)].concat());
-        let mut queue: Q = lab.device();
-        lab.ring.set_avail_index(avail);
-        let want = RingFault::AvailIndexJump {
+        let fixture = SplitRingFixture::starting_at(start, 16, FULL);
+        fixture.uplink.feed([vec![0; 12], frame(1, 60)].concat());
+        let mut queue: Q = fixture.device();
+        fixture.ring.set_avail_index(avail);
+        let want = VirtqueueFault::AvailIndexJump {
             avail,
             next: start,
             size: 16,
         };
         // However often it is looked at, and with nothing written to the ring.
         for _ in 0..3 {
-            assert_eq!(queue.turn(&lab), Err(want));
+            assert_eq!(queue.turn(&fixture), Err(want));
         }
         assert_eq!(queue.rewind(), u32::from(start));
-        assert_eq!(lab.ring.used_index(), start);
-        assert!(lab.uplink.sent().is_empty());
+        assert_eq!(fixture.ring.used_index(), start);
+        assert!(fixture.uplink.sent().is_empty());
     }
 }
 
@@ -65,75 +65,75 @@ fn an_available_index_too_far_ahead_or_gone_back_is_a_fault() {
 #[test]
 fn good_chains_before_a_head_outside_the_ring_are_done_first() {
     for head in [16, 17, 0x8000, u16::MAX] {
-        let mut lab = Lab::new(16, FULL);
-        let mut tx: TxQueue = lab.device();
-        lab.readable(2, &good());
-        lab.offer(&[2, 2, head, 2]);
-        assert_eq!(tx.turn(&lab), Ok(2));
-        assert_eq!(lab.used(), [(2, 0), (2, 0)]);
-        let want = Err(RingFault::HeadOutOfRange { head, size: 16 });
-        assert_eq!((tx.turn(&lab), tx.turn(&lab)), (want, want));
-        assert_eq!(lab.used(), []);
-        assert_eq!(lab.uplink.sent().len(), 2);
+        let mut fixture = SplitRingFixture::new(16, FULL);
+        let mut tx: TxQueue = fixture.device();
+        fixture.readable(2, &good());
+        fixture.offer(&[2, 2, head, 2]);
+        assert_eq!(tx.turn(&fixture), Ok(2));
+        assert_eq!(fixture.used(), [(2, 0), (2, 0)]);
+        let want = Err(VirtqueueFault::HeadOutOfRange { head, size: 16 });
+        assert_eq!((tx.turn(&fixture), tx.turn(&fixture)), (want, want));
+        assert_eq!(fixture.used(), []);
+        assert_eq!(fixture.uplink.sent().len(), 2);
 
         // Configured anew behind the bad head, the ring goes on.
-        let mut tx = TxQueue::new(lab.config(3)).unwrap();
-        assert_eq!(tx.turn(&lab), Ok(1));
-        assert_eq!(lab.used(), [(2, 0)]);
+        let mut tx = TxQueue::new(fixture.config(3)).unwrap();
+        assert_eq!(tx.turn(&fixture), Ok(1));
+        assert_eq!(fixture.used(), [(2, 0)]);
     }
 }
 
 #[test]
 fn a_ring_full_of_heads_outside_it_is_a_fault_at_once() {
     for features in [FULL, PLAIN] {
-        let mut lab = Lab::new(16, features);
-        lab.offer(&[99; 16]);
-        let want = Err(RingFault::HeadOutOfRange { head: 99, size: 16 });
-        let mut tx: TxQueue = lab.device();
-        assert_eq!(tx.turn(&lab), want);
-        let mut rx: RxQueue = lab.device();
-        assert_eq!(rx.turn(&lab), want);
-        assert_eq!(lab.used(), []);
+        let mut fixture = SplitRingFixture::new(16, features);
+        fixture.offer(&[99; 16]);
+        let want = Err(VirtqueueFault::HeadOutOfRange { head: 99, size: 16 });
+        let mut tx: TxQueue = fixture.device();
+        assert_eq!(tx.turn(&fixture), want);
+        let mut rx: RxQueue = fixture.device();
+        assert_eq!(rx.turn(&fixture), want);
+        assert_eq!(fixture.used(), []);
     }
 }
 
 /// RX takes buffers in advance: a bad head behind them must not spoil what they hold already.
 #[test]
 fn a_bad_head_behind_rx_buffers_is_a_fault_and_the_rest_rewinds() {
-    let mut lab = Lab::new(16, FULL);
-    let mut rx: RxQueue = lab.device();
-    lab.desc(0, DATA, 1526, WRITE, 0);
-    lab.offer(&[0, 0, 99]);
-    lab.uplink.feed([vec![0; 12], frame(1, 60)].concat());
-    let want = Err(RingFault::HeadOutOfRange { head: 99, size: 16 });
-    assert_eq!(rx.turn(&lab), want);
-    assert_eq!(rx.rewind(), u32::from(lab.ring.used_index()));
-    assert_eq!(lab.uplink.waiting().len(), 1, "the frame waits");
+    let mut fixture = SplitRingFixture::new(16, FULL);
+    let mut rx: RxQueue = fixture.device();
+    fixture.desc(0, DATA, 1526, VRING_DESC_F_WRITE, 0);
+    fixture.offer(&[0, 0, 99]);
+    fixture.uplink.feed([vec![0; 12], frame(1, 60)].concat());
+    let want = Err(VirtqueueFault::HeadOutOfRange { head: 99, size: 16 });
+    assert_eq!(rx.turn(&fixture), want);
+    assert_eq!(rx.rewind(), u32::from(fixture.ring.used_index()));
+    assert_eq!(fixture.uplink.waiting().len(), 1, "the frame waits");
 }
 
 #[test]
 fn indices_wrap_at_65_535() {
     for size in [2, 16, 32_768] {
-        let mut lab = Lab::starting_at(65_533, size, FULL);
-        let mut tx: TxQueue = lab.device();
-        lab.readable(1, &good());
+        let mut fixture = SplitRingFixture::starting_at(65_533, size, FULL);
+        let mut tx: TxQueue = fixture.device();
+        fixture.readable(1, &good());
         for round in 0..8u16 {
-            lab.offer(&[1, 1]);
-            assert_eq!(tx.turn(&lab), Ok(2), "round {round}");
-            assert_eq!(lab.used(), [(1, 0), (1, 0)]);
+            fixture.offer(&[1, 1]);
+            assert_eq!(tx.turn(&fixture), Ok(2), "round {round}");
+            assert_eq!(fixture.used(), [(1, 0), (1, 0)]);
         }
         assert_eq!(tx.rewind(), 13);
-        assert_eq!(lab.uplink.sent().len(), 16);
-        assert_eq!(lab.counted(), []);
+        assert_eq!(fixture.uplink.sent().len(), 16);
+        assert_eq!(fixture.counted(), []);
     }
 }
 
 /// Harmless by design: it decides on an interrupt, and on nothing else.
 #[test]
 fn a_poisoned_used_event_costs_the_guest_its_own_interrupts() {
-    let mut lab = Lab::new(16, FULL);
-    let mut tx: TxQueue = lab.device();
-    lab.readable(0, &good());
+    let mut fixture = SplitRingFixture::new(16, FULL);
+    let mut tx: TxQueue = fixture.device();
+    fixture.readable(0, &good());
     for (round, (event, called)) in [
         (0, true),
         (u16::MAX, false),
@@ -146,53 +146,53 @@ fn a_poisoned_used_event_costs_the_guest_its_own_interrupts() {
     .into_iter()
     .enumerate()
     {
-        lab.ring.set_used_event(event);
-        lab.offer(&[0]);
-        let sent = tx.send(Some(&lab.uplink)).unwrap();
-        assert_eq!((sent.chains, sent.call), (1, called), "round {round}");
-        assert_eq!(lab.used(), [(0, 0)]);
+        fixture.ring.set_used_event(event);
+        fixture.offer(&[0]);
+        let sent = tx.send(Some(&fixture.uplink)).unwrap();
+        assert_eq!((sent.chains, sent.should_call), (1, called), "round {round}");
+        assert_eq!(fixture.used(), [(0, 0)]);
     }
-    assert_eq!(lab.counted(), []);
+    assert_eq!(fixture.counted(), []);
 }
 
 /// Harmless by design: the device never reads back what it wrote there.
 #[test]
 fn scribbling_over_the_used_ring_changes_nothing_for_the_device() {
-    let mut lab = Lab::new(16, FULL);
-    let mut tx: TxQueue = lab.device();
-    lab.readable(0, &good());
+    let mut fixture = SplitRingFixture::new(16, FULL);
+    let mut tx: TxQueue = fixture.device();
+    fixture.readable(0, &good());
     for round in 1..=40u16 {
         for at in 0..16 {
-            lab.ring.set_used_element(at, u32::MAX, u32::MAX);
+            fixture.ring.set_used_element(at, u32::MAX, u32::MAX);
         }
-        lab.ring.set_used_index(round.wrapping_mul(7919));
-        lab.offer(&[0]);
-        assert_eq!(tx.turn(&lab), Ok(1));
-        assert_eq!(lab.ring.used_index(), round);
-        assert_eq!(lab.ring.used_element(round - 1), (0, 0));
+        fixture.ring.set_used_index(round.wrapping_mul(7919));
+        fixture.offer(&[0]);
+        assert_eq!(tx.turn(&fixture), Ok(1));
+        assert_eq!(fixture.ring.used_index(), round);
+        assert_eq!(fixture.ring.used_element(round - 1), (0, 0));
     }
     assert_eq!(tx.rewind(), 40);
-    assert_eq!(lab.uplink.sent().len(), 40);
-    assert_eq!(lab.counted(), []);
+    assert_eq!(fixture.uplink.sent().len(), 40);
+    assert_eq!(fixture.counted(), []);
 }
 
 #[test]
 fn an_rx_buffer_over_the_ring_itself_harms_only_that_ring() {
-    let at = Lab::new(16, FULL).ring.addresses();
+    let at = SplitRingFixture::new(16, FULL).ring.addresses();
     for addr in [at.descriptors, at.driver, at.device] {
-        let mut lab = Lab::new(16, FULL);
-        let mut rx: RxQueue = lab.device();
+        let mut fixture = SplitRingFixture::new(16, FULL);
+        let mut rx: RxQueue = fixture.device();
         for index in 0..16 {
-            lab.desc(index, addr, 256, WRITE, 0);
+            fixture.desc(index, addr, 256, VRING_DESC_F_WRITE, 0);
         }
-        lab.offer(&[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
+        fixture.offer(&[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
         for seed in 0..20 {
-            lab.uplink.feed([vec![0xff; 12], frame(seed, 244)].concat());
+            fixture.uplink.feed([vec![0xff; 12], frame(seed, 244)].concat());
         }
         // Whatever the ring now says: a fault, or frames until its buffers end. Never without end.
         for _ in 0..40 {
-            match rx.fill(&lab.uplink, 4, 1 << 20) {
-                Ok(filled) => assert!(filled.frames <= 4),
+            match rx.receive(&fixture.uplink, 4, 1 << 20) {
+                Ok(received) => assert!(received.frames <= 4),
                 Err(_) => break,
             }
         }
@@ -202,15 +202,15 @@ fn an_rx_buffer_over_the_ring_itself_harms_only_that_ring() {
 
 #[test]
 fn a_ring_with_nothing_in_it_stays_at_rest() {
-    let lab = Lab::new(16, FULL);
-    let mut tx: TxQueue = lab.device();
-    let mut rx: RxQueue = lab.device();
-    lab.uplink.feed([vec![0; 12], frame(1, 60)].concat());
+    let fixture = SplitRingFixture::new(16, FULL);
+    let mut tx: TxQueue = fixture.device();
+    let mut rx: RxQueue = fixture.device();
+    fixture.uplink.feed([vec![0; 12], frame(1, 60)].concat());
     for _ in 0..100 {
-        assert_eq!(tx.turn(&lab), Ok(0));
-        let filled = rx.fill(&lab.uplink, 64, 1 << 20).unwrap();
-        assert_eq!((filled.frames, filled.end), (0, RxEnd::Starved));
-        assert!(!filled.call);
+        assert_eq!(tx.turn(&fixture), Ok(0));
+        let received = rx.receive(&fixture.uplink, 64, 1 << 20).unwrap();
+        assert_eq!((received.frames, received.end), (0, RxEndReason::Starved));
+        assert!(!received.should_call);
     }
-    assert_eq!(lab.ring.used_index(), 0);
+    assert_eq!(fixture.ring.used_index(), 0);
 }

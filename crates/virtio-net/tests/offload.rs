@@ -3,11 +3,11 @@
 
 mod packets;
 
-use packets::{ACK, CWR, ECE, FIN, Maker, PSH, Packet, convert, format, verify};
+use packets::{ACK, CWR, ECE, FIN, PacketBuilder, PSH, Packet, convert, format, verify};
 use proptest::prelude::*;
 use virtionet_virtio_net::header::{MAX_FRAME, VnetHeader};
 use virtionet_virtio_net::offload::{MIN_GSO_SIZE, OffloadFault, Segmenter};
-use virtionet_virtio_net::stats::RingStats;
+use virtionet_virtio_net::stats::VringStats;
 use virtionet_guest::frame::{Frame, check};
 use virtionet_guest::header::NetHeader;
 
@@ -25,24 +25,24 @@ fn fault(packet: &Packet) -> OffloadFault {
 fn segments_are_right() {
     for v6 in [false, true] {
         for packet in [
-            Maker::tcp(v6, 0, 5000).gso(1460),
-            Maker::tcp(v6, 12, 65_000).gso(1448),
-            Maker::tcp(v6, 12, 64_999).gso(1447),
-            Maker::tcp(v6, 40, 64_999).gso(28),
-            Maker::tcp(v6, 12, 2896).gso(1448),
-            Maker::tcp(v6, 12, 9000).gso(1448).flags(ACK | FIN | PSH),
-            Maker::tcp(v6, 12, 9000).gso(1448).flags(ACK | CWR | ECE),
-            Maker::tcp(v6, 12, 9000).gso(1448).tag(0x8100, 7),
-            Maker::tcp(v6, 12, 9000)
+            PacketBuilder::tcp(v6, 0, 5000).gso(1460),
+            PacketBuilder::tcp(v6, 12, 65_000).gso(1448),
+            PacketBuilder::tcp(v6, 12, 64_999).gso(1447),
+            PacketBuilder::tcp(v6, 40, 64_999).gso(28),
+            PacketBuilder::tcp(v6, 12, 2896).gso(1448),
+            PacketBuilder::tcp(v6, 12, 9000).gso(1448).flags(ACK | FIN | PSH),
+            PacketBuilder::tcp(v6, 12, 9000).gso(1448).flags(ACK | CWR | ECE),
+            PacketBuilder::tcp(v6, 12, 9000).gso(1448).tag(0x8100, 7),
+            PacketBuilder::tcp(v6, 12, 9000)
                 .gso(1448)
                 .tag(0x8100, 7)
                 .tag(0x88a8, 9),
             // One segment after all, and one without payload.
-            Maker::tcp(v6, 12, 100).gso(1448),
-            Maker::tcp(v6, 12, 0).gso(1448),
-            Maker::tcp(v6, 12, 100).gso(65_535),
+            PacketBuilder::tcp(v6, 12, 100).gso(1448),
+            PacketBuilder::tcp(v6, 12, 0).gso(1448),
+            PacketBuilder::tcp(v6, 12, 100).gso(65_535),
         ] {
-            let packet = packet.done();
+            let packet = packet.build();
             verify(&packet, &format(false, false), &made(&packet, false));
             verify(&packet, &format(true, false), &made(&packet, true));
         }
@@ -52,15 +52,15 @@ fn segments_are_right() {
 #[test]
 fn headers_before_tcp_are_kept() {
     for packet in [
-        Maker::tcp(true, 12, 9000).gso(1400).extension(60, 1),
-        Maker::tcp(true, 12, 9000)
+        PacketBuilder::tcp(true, 12, 9000).gso(1400).extension(60, 1),
+        PacketBuilder::tcp(true, 12, 9000)
             .gso(1400)
             .extension(60, 2)
             .extension(43, 3)
             .extension(0, 1),
-        Maker::tcp(false, 12, 9000).gso(1400).ip_options(10),
+        PacketBuilder::tcp(false, 12, 9000).gso(1400).ip_options(10),
     ] {
-        let packet = packet.done();
+        let packet = packet.build();
         let made = made(&packet, false);
         assert_eq!(made.len(), 7);
         verify(&packet, &format(false, false), &made);
@@ -71,25 +71,25 @@ fn headers_before_tcp_are_kept() {
 fn fragments_are_right() {
     for v6 in [false, true] {
         for packet in [
-            Maker::udp(v6, 8000).gso(1480),
-            Maker::udp(v6, 65_400).gso(1472),
+            PacketBuilder::udp(v6, 8000).gso(1480),
+            PacketBuilder::udp(v6, 65_400).gso(1472),
             // Not a multiple of 8: rounded down.
-            Maker::udp(v6, 65_399).gso(1479),
-            Maker::udp(v6, 65_399).gso(28),
-            Maker::udp(v6, 2952).gso(1480),
-            Maker::udp(v6, 8000).gso(1480).tag(0x8100, 7),
-            Maker::udp(v6, 100).gso(1480),
-            Maker::udp(v6, 0).gso(1480),
+            PacketBuilder::udp(v6, 65_399).gso(1479),
+            PacketBuilder::udp(v6, 65_399).gso(28),
+            PacketBuilder::udp(v6, 2952).gso(1480),
+            PacketBuilder::udp(v6, 8000).gso(1480).tag(0x8100, 7),
+            PacketBuilder::udp(v6, 100).gso(1480),
+            PacketBuilder::udp(v6, 0).gso(1480),
         ] {
-            let packet = packet.done();
+            let packet = packet.build();
             verify(&packet, &format(false, false), &made(&packet, false));
             verify(&packet, &format(true, false), &made(&packet, true));
         }
     }
-    let packet = Maker::udp(true, 8000).gso(1400).extension(60, 1);
-    let packet = packet.extension(0, 2).done();
+    let packet = PacketBuilder::udp(true, 8000).gso(1400).extension(60, 1);
+    let packet = packet.extension(0, 2).build();
     verify(&packet, &format(false, false), &made(&packet, false));
-    let packet = Maker::udp(false, 8000).gso(1400).ip_options(3).done();
+    let packet = PacketBuilder::udp(false, 8000).gso(1400).ip_options(3).build();
     verify(&packet, &format(false, false), &made(&packet, false));
 }
 
@@ -97,8 +97,8 @@ fn fragments_are_right() {
 fn checksums_alone_are_right() {
     for v6 in [false, true] {
         for payload in [0, 1, 2, 31, 1447, 1448] {
-            for packet in [Maker::tcp(v6, 12, payload), Maker::udp(v6, payload)] {
-                let packet = packet.done();
+            for packet in [PacketBuilder::tcp(v6, 12, payload), PacketBuilder::udp(v6, payload)] {
+                let packet = packet.build();
                 let made = made(&packet, false);
                 verify(&packet, &format(false, false), &made);
                 assert_eq!(made[0].header, VnetHeader::default());
@@ -114,7 +114,7 @@ fn checksums_alone_are_right() {
 
 #[test]
 fn headers_are_stripped_of_what_was_not_negotiated() {
-    let mut packet = Maker::udp(false, 100).done();
+    let mut packet = PacketBuilder::udp(false, 100).build();
     packet.header = VnetHeader([2, 0, 42, 0, 99, 0, 1, 0, 1, 0, 7, 7]);
     let made = made(&packet, false);
     assert_eq!(made.len(), 1);
@@ -125,7 +125,7 @@ fn headers_are_stripped_of_what_was_not_negotiated() {
 #[test]
 fn partial_checksums_stay_partial_for_a_target_that_takes_them() {
     for v6 in [false, true] {
-        let packet = Maker::tcp(v6, 0, 5000).gso(1460).done();
+        let packet = PacketBuilder::tcp(v6, 0, 5000).gso(1460).build();
         let segments = made(&packet, true);
         assert_eq!(segments.len(), 4);
         for segment in segments {
@@ -136,7 +136,7 @@ fn partial_checksums_stay_partial_for_a_target_that_takes_them() {
             .unwrap();
         }
         // A single flag that has no meaning does not cost the offload.
-        let mut packet = Maker::udp(v6, 500).done();
+        let mut packet = PacketBuilder::udp(v6, 500).build();
         packet.header.0[0] |= 0x40;
         let whole = made(&packet, true);
         assert_eq!(whole[0].bytes, packet.bytes);
@@ -146,7 +146,7 @@ fn partial_checksums_stay_partial_for_a_target_that_takes_them() {
 
 #[test]
 fn it_does_not_matter_how_the_frame_lies_in_memory() {
-    let packet = Maker::tcp(false, 12, 20_000).gso(1448).done();
+    let packet = PacketBuilder::tcp(false, 12, 20_000).gso(1448).build();
     let mut segmenter = Segmenter::new();
     let expected = made(&packet, false);
     for cut in [1, 7, 54, 4096] {
@@ -174,11 +174,11 @@ fn cut_to(mut packet: Packet, len: usize) -> Packet {
 #[test]
 fn requests_that_do_not_match_the_content_are_refused() {
     use OffloadFault as F;
-    let tcp4 = || Maker::tcp(false, 12, 5000).gso(1448).done();
-    let tcp6 = || Maker::tcp(true, 12, 5000).gso(1448).done();
-    let udp4 = || Maker::udp(false, 5000).gso(1480).done();
-    let udp6 = || Maker::udp(true, 5000).gso(1480).done();
-    let long_extensions = |packet: Maker| packet.extension(60, 20).extension(0, 20).done();
+    let tcp4 = || PacketBuilder::tcp(false, 12, 5000).gso(1448).build();
+    let tcp6 = || PacketBuilder::tcp(true, 12, 5000).gso(1448).build();
+    let udp4 = || PacketBuilder::udp(false, 5000).gso(1480).build();
+    let udp6 = || PacketBuilder::udp(true, 5000).gso(1480).build();
+    let long_extensions = |packet: PacketBuilder| packet.extension(60, 20).extension(0, 20).build();
     for (packet, expected) in [
         // gso_type.
         (with_header(tcp4(), 1, &[2]), F::GsoUnknown),
@@ -194,9 +194,9 @@ fn requests_that_do_not_match_the_content_are_refused() {
         (with_header(tcp4(), 4, &[27, 0]), F::GsoSizeTooSmall),
         (with_header(udp6(), 4, &[27, 0]), F::GsoSizeTooSmall),
         // The checksum's place.
-        (with_header(tcp4(), 6, &[35, 0]), F::CsumElsewhere),
-        (with_header(tcp6(), 8, &[6, 0]), F::CsumElsewhere),
-        (with_header(udp4(), 8, &[16, 0]), F::CsumElsewhere),
+        (with_header(tcp4(), 6, &[35, 0]), F::CsumMismatch),
+        (with_header(tcp6(), 8, &[6, 0]), F::CsumMismatch),
+        (with_header(udp4(), 8, &[16, 0]), F::CsumMismatch),
         (with_header(tcp4(), 6, &[0xff, 0xff]), F::CsumOutOfPacket),
         (with_header(tcp4(), 8, &[0xff, 0xff]), F::CsumOutOfPacket),
         (with_header(tcp4(), 6, &[13, 0]), F::CsumOutOfPacket),
@@ -206,11 +206,11 @@ fn requests_that_do_not_match_the_content_are_refused() {
         (with(tcp6(), 14, &[0x45]), F::WrongProtocol),
         (with(tcp4(), 23, &[17]), F::WrongProtocol),
         (with(tcp6(), 20, &[50]), F::WrongProtocol),
-        (with(tcp4(), 14, &[0x44]), F::HeaderCut),
-        (with(tcp4(), 46, &[0x40]), F::HeaderCut),
-        (with(tcp4(), 20, &[0x20, 0]), F::Fragment),
-        (with(udp4(), 20, &[0, 1]), F::Fragment),
-        (with(tcp6(), 20, &[44]), F::Fragment),
+        (with(tcp4(), 14, &[0x44]), F::HeaderTruncated),
+        (with(tcp4(), 46, &[0x40]), F::HeaderTruncated),
+        (with(tcp4(), 20, &[0x20, 0]), F::AlreadyFragmented),
+        (with(udp4(), 20, &[0, 1]), F::AlreadyFragmented),
+        (with(tcp6(), 20, &[44]), F::AlreadyFragmented),
         (
             with(tcp4(), 12, &[0x81, 0, 0, 0, 0x81, 0, 0, 0, 0x81, 0]),
             F::WrongProtocol,
@@ -218,20 +218,20 @@ fn requests_that_do_not_match_the_content_are_refused() {
         // Ends within its headers.
         (cut_to(tcp4(), 13), F::FrameTooShort),
         (cut_to(tcp4(), 14), F::CsumOutOfPacket),
-        (cut_to(tcp4(), 60), F::HeaderCut),
-        (cut_to(with_header(udp4(), 6, &[14, 0]), 30), F::HeaderCut),
-        (cut_to(with_header(udp6(), 6, &[14, 0]), 50), F::HeaderCut),
+        (cut_to(tcp4(), 60), F::HeaderTruncated),
+        (cut_to(with_header(udp4(), 6, &[14, 0]), 30), F::HeaderTruncated),
+        (cut_to(with_header(udp6(), 6, &[14, 0]), 50), F::HeaderTruncated),
         (
             cut_to(with(with_header(tcp4(), 6, &[14, 0]), 12, &[0x81, 0]), 32),
             F::WrongProtocol,
         ),
         // Too long.
         (
-            long_extensions(Maker::tcp(true, 0, 5000).gso(1400)),
+            long_extensions(PacketBuilder::tcp(true, 0, 5000).gso(1400)),
             F::HeadersTooLong,
         ),
         (
-            long_extensions(Maker::udp(true, 5000).gso(1400)),
+            long_extensions(PacketBuilder::udp(true, 5000).gso(1400)),
             F::HeadersTooLong,
         ),
         (
@@ -241,26 +241,26 @@ fn requests_that_do_not_match_the_content_are_refused() {
     ] {
         assert_eq!(fault(&packet), expected, "{:?}", packet.header);
     }
-    let stats = RingStats::default();
-    OffloadFault::HeaderCut.count(&stats);
+    let stats = VringStats::default();
+    OffloadFault::HeaderTruncated.count(&stats);
     assert_eq!(stats.offload_invalid.get(), 1);
 }
 
 #[test]
 fn frames_beyond_the_lengths_of_ip_are_refused() {
-    let longer = |maker: Maker, len: usize, size: u16| {
-        let mut packet = maker.gso(size).done();
+    let longer = |maker: PacketBuilder, len: usize, size: u16| {
+        let mut packet = maker.gso(size).build();
         packet.bytes.resize(len, 7);
         packet
     };
     // The longest frame of all holds more than one packet of IP can; its segments do not.
-    let packet = longer(Maker::tcp(false, 0, 100), MAX_FRAME, 1460);
+    let packet = longer(PacketBuilder::tcp(false, 0, 100), MAX_FRAME, 1460);
     assert_eq!(made(&packet, true).len(), 45);
-    for maker in [Maker::tcp(false, 0, 100), Maker::udp(false, 100)] {
+    for maker in [PacketBuilder::tcp(false, 0, 100), PacketBuilder::udp(false, 100)] {
         let packet = longer(maker, MAX_FRAME, 65_535);
         assert_eq!(fault(&packet), OffloadFault::FrameTooLong);
     }
-    let packet = longer(Maker::tcp(false, 0, 100), MAX_FRAME + 1, 1460);
+    let packet = longer(PacketBuilder::tcp(false, 0, 100), MAX_FRAME + 1, 1460);
     assert_eq!(fault(&packet), OffloadFault::FrameTooLong);
 }
 
@@ -268,8 +268,8 @@ fn frames_beyond_the_lengths_of_ip_are_refused() {
 fn what_one_frame_can_become_is_bounded() {
     let size = u16::try_from(MIN_GSO_SIZE).unwrap();
     for packet in [
-        Maker::tcp(false, 0, 65_400).gso(size).done(),
-        Maker::udp(true, 65_400).gso(size).done(),
+        PacketBuilder::tcp(false, 0, 65_400).gso(size).build(),
+        PacketBuilder::udp(true, 65_400).gso(size).build(),
     ] {
         assert!(made(&packet, false).len() <= 1 + MAX_FRAME / 24);
     }
@@ -289,8 +289,8 @@ fn any_packet() -> impl Strategy<Value = Packet> {
         let (size, tags, flags, before, gso) = rest;
         let payload = payload.min(64_000);
         let mut maker = match udp {
-            true => Maker::udp(v6, payload),
-            false => Maker::tcp(v6, options * 4, payload),
+            true => PacketBuilder::udp(v6, payload),
+            false => PacketBuilder::tcp(v6, options * 4, payload),
         };
         if gso {
             // Small sizes are what there is most of.
@@ -307,7 +307,7 @@ fn any_packet() -> impl Strategy<Value = Packet> {
             true => maker,
             false => maker.ip_options(before),
         };
-        maker.done()
+        maker.build()
     })
 }
 

@@ -4,13 +4,13 @@
 
 mod common;
 
-use common::packed::PackedLab;
+use common::packed::PackedRingFixture;
 use common::{DATA, END, FULL, HOLE, ISLAND, JOINED, PLAIN, TABLE, frame, good};
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
-use virtionet_virtio_net::{DeviceQueue, RxEnd, RxQueue, TxQueue};
-use virtionet_guest::packed::{AVAIL, PackedDescriptor, Place, USED};
-use virtionet_guest::split::{INDIRECT, NEXT, WRITE};
-use virtionet_virtqueue::RingFault;
+use virtionet_virtio_net::{DeviceQueue, RxEndReason, RxQueue, TxQueue};
+use virtionet_guest::packed::{VIRTQ_DESC_F_AVAIL, PackedDescriptor, RingPosition, VIRTQ_DESC_F_USED};
+use virtionet_guest::split::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+use virtionet_virtqueue::VirtqueueFault;
 
 /// Descriptors in the ring.
 const SIZE: u16 = 2047;
@@ -22,139 +22,139 @@ const ROOM: u32 = 1526;
 const MERGEABLE: u64 = PLAIN | 1 << VIRTIO_NET_F_MRG_RXBUF;
 const UNMERGED: u64 = FULL & !(1 << VIRTIO_NET_F_MRG_RXBUF);
 
-type Write = fn(&mut PackedLab);
+type Write = fn(&mut PackedRingFixture);
 /// A bad chain, and the counter that must tell of it.
 type Row = (&'static str, &'static str, Write);
 
 /// Three descriptors, the second of which is at `addr`.
-fn around(lab: &mut PackedLab, addr: u64, len: u32) {
-    lab.put(DATA, 72, BAD, NEXT);
-    lab.put(addr, len, BAD, NEXT);
-    lab.put(DATA, 72, BAD, 0);
+fn around(fixture: &mut PackedRingFixture, addr: u64, len: u32) {
+    fixture.put(DATA, 72, BAD, VRING_DESC_F_NEXT);
+    fixture.put(addr, len, BAD, VRING_DESC_F_NEXT);
+    fixture.put(DATA, 72, BAD, 0);
 }
 
 /// `n` descriptors of `len` bytes.
-fn line(lab: &mut PackedLab, n: u16, len: u32) {
+fn line(fixture: &mut PackedRingFixture, n: u16, len: u32) {
     for _ in 1..n {
-        lab.put(DATA, len, BAD, NEXT);
+        fixture.put(DATA, len, BAD, VRING_DESC_F_NEXT);
     }
-    lab.put(DATA, len, BAD, 0);
+    fixture.put(DATA, len, BAD, 0);
 }
 
 /// A table of these entries and a descriptor that refers to it.
-fn refer(lab: &mut PackedLab, entries: &[(u64, u32, u16)]) {
-    lab.table(entries);
+fn refer(fixture: &mut PackedRingFixture, entries: &[(u64, u32, u16)]) {
+    fixture.table(entries);
     let bytes = u32::try_from(16 * entries.len()).unwrap();
-    lab.put(TABLE, bytes, BAD, INDIRECT);
+    fixture.put(TABLE, bytes, BAD, VRING_DESC_F_INDIRECT);
 }
 
 const TX: &[Row] = &[
-    ("1,025 descriptors", "chain_too_long", |lab| {
-        line(lab, 1025, 72);
+    ("1,025 descriptors", "chain_too_long", |fixture| {
+        line(fixture, 1025, 72);
     }),
-    ("1,025 empty descriptors", "chain_too_long", |lab| {
-        line(lab, 1025, 0);
+    ("1,025 empty descriptors", "chain_too_long", |fixture| {
+        line(fixture, 1025, 0);
     }),
-    ("2,045 descriptors", "chain_too_long", |lab| {
-        line(lab, 2045, 72);
+    ("2,045 descriptors", "chain_too_long", |fixture| {
+        line(fixture, 2045, 72);
     }),
-    ("over 4 GiB", "chain_too_big", |lab| {
-        line(lab, 300, 0xf0_0000 - 0x1000);
+    ("over 4 GiB", "chain_too_big", |fixture| {
+        line(fixture, 300, 0xf0_0000 - 0x1000);
     }),
-    ("address 0, not mapped", "address_invalid", |lab| {
-        around(lab, 0, 64);
+    ("address 0, not mapped", "address_invalid", |fixture| {
+        around(fixture, 0, 64);
     }),
-    ("beyond RAM", "address_invalid", |lab| around(lab, END, 1)),
-    ("far beyond RAM", "address_invalid", |lab| {
-        around(lab, 1 << 52, 64);
+    ("beyond RAM", "address_invalid", |fixture| around(fixture, END, 1)),
+    ("far beyond RAM", "address_invalid", |fixture| {
+        around(fixture, 1 << 52, 64);
     }),
-    ("last byte beyond RAM", "address_invalid", |lab| {
-        around(lab, END - 63, 64);
+    ("last byte beyond RAM", "address_invalid", |fixture| {
+        around(fixture, END - 63, 64);
     }),
-    ("address + length wraps", "address_invalid", |lab| {
-        around(lab, u64::MAX - 10, 64);
+    ("address + length wraps", "address_invalid", |fixture| {
+        around(fixture, u64::MAX - 10, 64);
     }),
-    ("ends in a hole", "address_invalid", |lab| {
-        around(lab, HOLE - 32, 64);
+    ("ends in a hole", "address_invalid", |fixture| {
+        around(fixture, HOLE - 32, 64);
     }),
-    ("begins in a hole", "address_invalid", |lab| {
-        around(lab, ISLAND - 32, 64);
+    ("begins in a hole", "address_invalid", |fixture| {
+        around(fixture, ISLAND - 32, 64);
     }),
-    ("no bytes at a bad address", "address_invalid", |lab| {
-        around(lab, 1 << 52, 0);
+    ("no bytes at a bad address", "address_invalid", |fixture| {
+        around(fixture, 1 << 52, 0);
     }),
-    ("bad address first", "address_invalid", |lab| {
-        lab.put(END, 64, BAD, NEXT);
-        line(lab, 5, 72);
+    ("bad address first", "address_invalid", |fixture| {
+        fixture.put(END, 64, BAD, VRING_DESC_F_NEXT);
+        line(fixture, 5, 72);
     }),
-    ("bad address last", "address_invalid", |lab| {
-        lab.put(DATA, 72, BAD, NEXT);
-        lab.put(END, 64, BAD, 0);
+    ("bad address last", "address_invalid", |fixture| {
+        fixture.put(DATA, 72, BAD, VRING_DESC_F_NEXT);
+        fixture.put(END, 64, BAD, 0);
     }),
-    ("every address bad", "address_invalid", |lab| {
-        for flags in [NEXT, NEXT, NEXT, 0] {
-            lab.put(END, 64, BAD, flags);
+    ("every address bad", "address_invalid", |fixture| {
+        for flags in [VRING_DESC_F_NEXT, VRING_DESC_F_NEXT, VRING_DESC_F_NEXT, 0] {
+            fixture.put(END, 64, BAD, flags);
         }
     }),
-    ("nested", "indirect_nested", |lab| {
-        refer(lab, &[(DATA, 72, 0), (TABLE, 16, INDIRECT)]);
+    ("nested", "indirect_nested", |fixture| {
+        refer(fixture, &[(DATA, 72, 0), (TABLE, 16, VRING_DESC_F_INDIRECT)]);
     }),
-    ("INDIRECT with NEXT", "indirect_with_next", |lab| {
-        lab.table(&[(DATA, 72, 0)]);
-        lab.put(TABLE, 16, BAD, INDIRECT | NEXT);
-        lab.put(DATA, 72, BAD, 0);
+    ("INDIRECT with NEXT", "indirect_with_next", |fixture| {
+        fixture.table(&[(DATA, 72, 0)]);
+        fixture.put(TABLE, 16, BAD, VRING_DESC_F_INDIRECT | VRING_DESC_F_NEXT);
+        fixture.put(DATA, 72, BAD, 0);
     }),
-    ("a buffer, a table and NEXT", "indirect_with_next", |lab| {
-        lab.table(&[(DATA, 72, 0)]);
-        lab.put(DATA, 72, BAD, NEXT);
-        lab.put(TABLE, 16, BAD, INDIRECT | NEXT);
-        line(lab, 3, 72);
+    ("a buffer, a table and NEXT", "indirect_with_next", |fixture| {
+        fixture.table(&[(DATA, 72, 0)]);
+        fixture.put(DATA, 72, BAD, VRING_DESC_F_NEXT);
+        fixture.put(TABLE, 16, BAD, VRING_DESC_F_INDIRECT | VRING_DESC_F_NEXT);
+        line(fixture, 3, 72);
     }),
-    ("table of 0 bytes", "indirect_bad_length", |lab| {
-        lab.put(TABLE, 0, BAD, INDIRECT);
+    ("table of 0 bytes", "indirect_bad_length", |fixture| {
+        fixture.put(TABLE, 0, BAD, VRING_DESC_F_INDIRECT);
     }),
-    ("table of 15 bytes", "indirect_bad_length", |lab| {
-        lab.put(TABLE, 15, BAD, INDIRECT);
+    ("table of 15 bytes", "indirect_bad_length", |fixture| {
+        fixture.put(TABLE, 15, BAD, VRING_DESC_F_INDIRECT);
     }),
-    ("table of 17 bytes", "indirect_bad_length", |lab| {
-        lab.put(TABLE, 17, BAD, INDIRECT);
+    ("table of 17 bytes", "indirect_bad_length", |fixture| {
+        fixture.put(TABLE, 17, BAD, VRING_DESC_F_INDIRECT);
     }),
-    ("table of 65,536 entries", "indirect_bad_length", |lab| {
-        lab.put(TABLE, 16 * 65_536, BAD, INDIRECT);
+    ("table of 65,536 entries", "indirect_bad_length", |fixture| {
+        fixture.put(TABLE, 16 * 65_536, BAD, VRING_DESC_F_INDIRECT);
     }),
-    ("table not mapped", "indirect_unmapped", |lab| {
-        lab.put(END, 16, BAD, INDIRECT);
+    ("table not mapped", "indirect_unmapped", |fixture| {
+        fixture.put(END, 16, BAD, VRING_DESC_F_INDIRECT);
     }),
-    ("table that wraps", "indirect_unmapped", |lab| {
-        lab.put(u64::MAX - 15, 32, BAD, INDIRECT);
+    ("table that wraps", "indirect_unmapped", |fixture| {
+        fixture.put(u64::MAX - 15, 32, BAD, VRING_DESC_F_INDIRECT);
     }),
-    ("table that ends in a hole", "indirect_unmapped", |lab| {
-        lab.put(HOLE - 16, 32, BAD, INDIRECT);
+    ("table that ends in a hole", "indirect_unmapped", |fixture| {
+        fixture.put(HOLE - 16, 32, BAD, VRING_DESC_F_INDIRECT);
     }),
-    ("table of 1,025 descriptors", "chain_too_long", |lab| {
-        refer(lab, &[(DATA, 64, 0); 1025]);
+    ("table of 1,025 descriptors", "chain_too_long", |fixture| {
+        refer(fixture, &[(DATA, 64, 0); 1025]);
     }),
-    ("table of 65,535 descriptors", "chain_too_long", |lab| {
-        refer(lab, &[(DATA, 64, 0); 65_535]);
+    ("table of 65,535 descriptors", "chain_too_long", |fixture| {
+        refer(fixture, &[(DATA, 64, 0); 65_535]);
     }),
-    ("bad address in a table", "address_invalid", |lab| {
-        refer(lab, &[(DATA, 72, 0), (END, 1, 0)]);
+    ("bad address in a table", "address_invalid", |fixture| {
+        refer(fixture, &[(DATA, 72, 0), (END, 1, 0)]);
     }),
-    ("writable", "direction_wrong", |lab| {
-        lab.put(DATA, 72, BAD, WRITE);
+    ("writable", "direction_wrong", |fixture| {
+        fixture.put(DATA, 72, BAD, VRING_DESC_F_WRITE);
     }),
-    ("readable, then writable", "direction_wrong", |lab| {
-        lab.put(DATA, 72, BAD, NEXT);
-        lab.put(DATA, 72, BAD, WRITE);
+    ("readable, then writable", "direction_wrong", |fixture| {
+        fixture.put(DATA, 72, BAD, VRING_DESC_F_NEXT);
+        fixture.put(DATA, 72, BAD, VRING_DESC_F_WRITE);
     }),
-    ("writable, then readable", "direction_wrong", |lab| {
-        lab.put(DATA, 12, BAD, WRITE | NEXT);
-        line(lab, 4, 60);
+    ("writable, then readable", "direction_wrong", |fixture| {
+        fixture.put(DATA, 12, BAD, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT);
+        line(fixture, 4, 60);
     }),
-    ("no bytes", "header_missing", |lab| line(lab, 4, 0)),
-    ("11 bytes", "header_missing", |lab| line(lab, 11, 1)),
-    ("13 bytes of frame", "frame_too_short", |lab| {
-        line(lab, 25, 1);
+    ("no bytes", "header_missing", |fixture| line(fixture, 4, 0)),
+    ("11 bytes", "header_missing", |fixture| line(fixture, 11, 1)),
+    ("13 bytes of frame", "frame_too_short", |fixture| {
+        line(fixture, 25, 1);
     }),
 ];
 
@@ -166,80 +166,80 @@ fn starts() -> [u16; 4] {
 #[test]
 fn a_bad_chain_costs_the_guest_that_chain_and_no_other() {
     let rows = TX.iter().map(|row| (FULL, *row));
-    let refused: Row = ("no indirect", "indirect_not_negotiated", |lab| {
-        refer(lab, &[(DATA, 72, 0)]);
+    let refused: Row = ("no indirect", "indirect_not_negotiated", |fixture| {
+        refer(fixture, &[(DATA, 72, 0)]);
     });
     for (features, (name, counter, write)) in rows.chain([(PLAIN, refused)]) {
         for start in starts() {
-            let mut lab = PackedLab::new(start, SIZE, features);
-            let mut tx: TxQueue = lab.device();
-            lab.ram.write(DATA, &[0; 72]).unwrap();
+            let mut fixture = PackedRingFixture::new(start, SIZE, features);
+            let mut tx: TxQueue = fixture.device();
+            fixture.ram.write(DATA, &[0; 72]).unwrap();
             // Between two good frames of its burst, then one more in the next.
-            lab.readable(7, &good());
-            write(&mut lab);
-            lab.readable(8, &good());
-            let sent = tx.send(Some(&lab.uplink)).unwrap();
+            fixture.readable(7, &good());
+            write(&mut fixture);
+            fixture.readable(8, &good());
+            let sent = tx.send(Some(&fixture.uplink)).unwrap();
             assert_eq!((sent.chains, sent.bytes), (3, 120), "{name}");
-            assert_eq!(lab.used(), [(7, 0), (BAD, 0), (8, 0)], "{name}");
-            assert_eq!(lab.counted(), [(counter, 1)], "{name}");
-            lab.readable(3, &good());
-            assert_eq!(tx.send(Some(&lab.uplink)).unwrap().bytes, 60, "{name}");
-            assert_eq!(lab.used(), [(3, 0)], "{name}");
-            assert_eq!(lab.counted(), [], "{name}");
-            let carried = lab.uplink.sent();
+            assert_eq!(fixture.used(), [(7, 0), (BAD, 0), (8, 0)], "{name}");
+            assert_eq!(fixture.counted(), [(counter, 1)], "{name}");
+            fixture.readable(3, &good());
+            assert_eq!(tx.send(Some(&fixture.uplink)).unwrap().bytes, 60, "{name}");
+            assert_eq!(fixture.used(), [(3, 0)], "{name}");
+            assert_eq!(fixture.counted(), [], "{name}");
+            let carried = fixture.uplink.sent();
             assert_eq!(carried.len(), 3, "{name}");
             assert!(carried.iter().all(|f| f.bytes == good()[12..]), "{name}");
-            assert_eq!(tx.rewind(), lab.base(), "{name}");
+            assert_eq!(tx.rewind(), fixture.base(), "{name}");
         }
     }
 }
 
 /// Chains that look odd and are legal: the frame at `DATA` (72 bytes with its header) passes.
 const LEGAL: &[(&str, Write)] = &[
-    ("one descriptor", |lab| lab.put(DATA, 72, BAD, 0)),
-    ("header over twelve descriptors", |lab| {
+    ("one descriptor", |fixture| fixture.put(DATA, 72, BAD, 0)),
+    ("header over twelve descriptors", |fixture| {
         for at in 0..12 {
-            lab.put(DATA + at, 1, BAD, NEXT);
+            fixture.put(DATA + at, 1, BAD, VRING_DESC_F_NEXT);
         }
-        lab.put(DATA + 12, 60, BAD, 0);
+        fixture.put(DATA + 12, 60, BAD, 0);
     }),
-    ("as many descriptors as the ring has", |lab| {
+    ("as many descriptors as the ring has", |fixture| {
         for at in 0..15 {
-            lab.put(DATA + at, 1, 0, NEXT);
+            fixture.put(DATA + at, 1, 0, VRING_DESC_F_NEXT);
         }
-        lab.put(DATA + 15, 57, BAD, 0);
+        fixture.put(DATA + 15, 57, BAD, 0);
     }),
-    ("empty descriptors between", |lab| {
-        lab.put(DATA, 0, BAD, NEXT);
-        lab.put(DATA, 12, BAD, NEXT);
-        lab.put(DATA, 0, BAD, NEXT);
-        lab.put(DATA + 12, 60, BAD, NEXT);
-        lab.put(DATA, 0, BAD, 0);
+    ("empty descriptors between", |fixture| {
+        fixture.put(DATA, 0, BAD, VRING_DESC_F_NEXT);
+        fixture.put(DATA, 12, BAD, VRING_DESC_F_NEXT);
+        fixture.put(DATA, 0, BAD, VRING_DESC_F_NEXT);
+        fixture.put(DATA + 12, 60, BAD, VRING_DESC_F_NEXT);
+        fixture.put(DATA, 0, BAD, 0);
     }),
-    ("indirect", |lab| {
-        refer(lab, &[(DATA, 12, 0), (DATA + 12, 60, 0)]);
+    ("indirect", |fixture| {
+        refer(fixture, &[(DATA, 12, 0), (DATA + 12, 60, 0)]);
     }),
-    ("indirect, WRITE on the outer descriptor", |lab| {
-        lab.table(&[(DATA, 72, 0)]);
-        lab.put(TABLE, 16, BAD, INDIRECT | WRITE);
+    ("indirect, WRITE on the outer descriptor", |fixture| {
+        fixture.table(&[(DATA, 72, 0)]);
+        fixture.put(TABLE, 16, BAD, VRING_DESC_F_INDIRECT | VRING_DESC_F_WRITE);
     }),
-    ("indirect, WRITE on the header, as DPDK has it", |lab| {
-        refer(lab, &[(DATA, 12, WRITE), (DATA + 12, 60, 0)]);
+    ("indirect, WRITE on the header, as DPDK has it", |fixture| {
+        refer(fixture, &[(DATA, 12, VRING_DESC_F_WRITE), (DATA + 12, 60, 0)]);
     }),
-    ("indirect, WRITE on a piece, as DPDK has it", |lab| {
-        refer(lab, &[(DATA, 12, WRITE), (DATA + 12, 60, WRITE)]);
+    ("indirect, WRITE on a piece, as DPDK has it", |fixture| {
+        refer(fixture, &[(DATA, 12, VRING_DESC_F_WRITE), (DATA + 12, 60, VRING_DESC_F_WRITE)]);
     }),
-    ("indirect behind a buffer", |lab| {
-        lab.table(&[(DATA + 12, 60, 0)]);
-        lab.put(DATA, 12, BAD, NEXT);
-        lab.put(TABLE, 16, BAD, INDIRECT);
+    ("indirect behind a buffer", |fixture| {
+        fixture.table(&[(DATA + 12, 60, 0)]);
+        fixture.put(DATA, 12, BAD, VRING_DESC_F_NEXT);
+        fixture.put(TABLE, 16, BAD, VRING_DESC_F_INDIRECT);
     }),
-    ("NEXT and other flags in a table", |lab| {
-        refer(lab, &[(DATA, 12, 0x8080), (DATA + 12, 60, NEXT)]);
+    ("NEXT and other flags in a table", |fixture| {
+        refer(fixture, &[(DATA, 12, 0x8080), (DATA + 12, 60, VRING_DESC_F_NEXT)]);
     }),
-    ("from one region into the next", |lab| {
-        lab.ram.write(JOINED - 30, &good()).unwrap();
-        lab.put(JOINED - 30, 72, BAD, 0);
+    ("from one region into the next", |fixture| {
+        fixture.ram.write(JOINED - 30, &good()).unwrap();
+        fixture.put(JOINED - 30, 72, BAD, 0);
     }),
 ];
 
@@ -247,15 +247,15 @@ const LEGAL: &[(&str, Write)] = &[
 fn odd_but_legal_chains_pass() {
     for (name, write) in LEGAL {
         for start in [0, 9, 25] {
-            let mut lab = PackedLab::new(start, 16, FULL);
-            let mut tx: TxQueue = lab.device();
-            lab.ram.write(DATA, &good()).unwrap();
-            write(&mut lab);
-            let sent = tx.send(Some(&lab.uplink)).unwrap();
+            let mut fixture = PackedRingFixture::new(start, 16, FULL);
+            let mut tx: TxQueue = fixture.device();
+            fixture.ram.write(DATA, &good()).unwrap();
+            write(&mut fixture);
+            let sent = tx.send(Some(&fixture.uplink)).unwrap();
             assert_eq!((sent.chains, sent.bytes), (1, 60), "{name}");
-            assert_eq!(lab.uplink.sent()[0].bytes, good()[12..], "{name}");
-            assert_eq!(lab.used(), [(BAD, 0)], "{name}");
-            assert_eq!(lab.counted(), [], "{name}");
+            assert_eq!(fixture.uplink.sent()[0].bytes, good()[12..], "{name}");
+            assert_eq!(fixture.used(), [(BAD, 0)], "{name}");
+            assert_eq!(fixture.counted(), [], "{name}");
         }
     }
 }
@@ -266,23 +266,23 @@ fn wrap_counters_that_are_not_this_laps_make_nothing_available() {
     for lap in [0, 1] {
         for (flags, wrap) in [
             (0, None),
-            (AVAIL | USED, None),
-            (AVAIL, Some(0)),
-            (USED, Some(1)),
+            (VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED, None),
+            (VIRTQ_DESC_F_AVAIL, Some(0)),
+            (VIRTQ_DESC_F_USED, Some(1)),
         ] {
-            let mut lab = PackedLab::new(16 * lap, 16, FULL);
-            let mut tx: TxQueue = lab.device();
-            lab.ram.write(DATA, &good()).unwrap();
+            let mut fixture = PackedRingFixture::new(16 * lap, 16, FULL);
+            let mut tx: TxQueue = fixture.device();
+            fixture.ram.write(DATA, &good()).unwrap();
             for index in 0..16 {
                 let descriptor = PackedDescriptor::new(DATA, 72, index, flags);
-                lab.ring.set_descriptor(index, descriptor);
+                fixture.ring.set_descriptor(index, descriptor);
             }
             let chains = if wrap == Some(lap) { 16 } else { 0 };
             assert_eq!(tx.has_more(), chains > 0);
-            assert_eq!(tx.send(Some(&lab.uplink)).unwrap().chains, chains);
-            assert_eq!(tx.send(Some(&lab.uplink)).unwrap().chains, 0);
-            assert_eq!(lab.uplink.sent().len(), chains);
-            assert_eq!(lab.counted(), []);
+            assert_eq!(tx.send(Some(&fixture.uplink)).unwrap().chains, chains);
+            assert_eq!(tx.send(Some(&fixture.uplink)).unwrap().chains, 0);
+            assert_eq!(fixture.uplink.sent().len(), chains);
+            assert_eq!(fixture.counted(), []);
         }
     }
 }
@@ -291,123 +291,123 @@ fn wrap_counters_that_are_not_this_laps_make_nothing_available() {
 #[test]
 fn wrap_counters_flipped_under_reserved_buffers_give_it_no_more() {
     for features in [MERGEABLE, UNMERGED] {
-        let mut lab = PackedLab::new(0, 8, features);
-        let mut rx: RxQueue = lab.device();
+        let mut fixture = PackedRingFixture::new(0, 8, features);
+        let mut rx: RxQueue = fixture.device();
         for id in 0..8 {
-            lab.put(BUFFER + 0x1000 * u64::from(id), ROOM, id, WRITE);
+            fixture.put(BUFFER + 0x1000 * u64::from(id), ROOM, id, VRING_DESC_F_WRITE);
         }
-        lab.uplink.feed(with_header(1, 60));
-        assert_eq!(rx.fill(&lab.uplink, 1, 1 << 20).unwrap().frames, 1);
-        assert_eq!(lab.used(), [(0, 72)]);
+        fixture.uplink.feed(with_header(1, 60));
+        assert_eq!(rx.receive(&fixture.uplink, 1, 1 << 20).unwrap().frames, 1);
+        assert_eq!(fixture.used(), [(0, 72)]);
         // One is the driver's again; it turns the flags of all.
         for id in 0..8 {
-            lab.put(BUFFER, ROOM, id, WRITE);
+            fixture.put(BUFFER, ROOM, id, VRING_DESC_F_WRITE);
         }
         for seed in 0..20 {
-            lab.uplink.feed(with_header(seed, 1000));
+            fixture.uplink.feed(with_header(seed, 1000));
         }
-        let filled = rx.fill(&lab.uplink, 64, 1 << 20).unwrap();
-        assert!(filled.frames <= 8, "{} frames in 8 buffers", filled.frames);
+        let received = rx.receive(&fixture.uplink, 64, 1 << 20).unwrap();
+        assert!(received.frames <= 8, "{} frames in 8 buffers", received.frames);
         let word = rx.rewind() & 0xffff;
         assert!(word & 0x7fff < 8, "{word:#x}");
     }
 }
 
-fn turn_tx(lab: &PackedLab, tx: &mut TxQueue) -> Result<usize, RingFault> {
-    tx.send(Some(&lab.uplink)).map(|sent| sent.chains)
+fn turn_tx(fixture: &PackedRingFixture, tx: &mut TxQueue) -> Result<usize, VirtqueueFault> {
+    tx.send(Some(&fixture.uplink)).map(|sent| sent.chains)
 }
 
 #[test]
 fn a_chain_without_end_is_a_fault_of_the_ring() {
-    let want = Err(RingFault::ChainWithoutEnd { size: 16 });
+    let want = Err(VirtqueueFault::ChainWithoutEnd { size: 16 });
     for start in [0, 11, 16, 30] {
-        let mut lab = PackedLab::new(start, 16, FULL);
-        let mut tx: TxQueue = lab.device();
-        let mut rx: RxQueue = lab.device();
-        lab.uplink.feed(with_header(1, 60));
+        let mut fixture = PackedRingFixture::new(start, 16, FULL);
+        let mut tx: TxQueue = fixture.device();
+        let mut rx: RxQueue = fixture.device();
+        fixture.uplink.feed(with_header(1, 60));
         for _ in 0..16 {
-            lab.put(DATA, 72, 0, NEXT);
+            fixture.put(DATA, 72, 0, VRING_DESC_F_NEXT);
         }
         for _ in 0..3 {
-            assert_eq!(turn_tx(&lab, &mut tx), want);
-            assert_eq!(rx.fill(&lab.uplink, 64, 1 << 20).map(|f| f.frames), want);
+            assert_eq!(turn_tx(&fixture, &mut tx), want);
+            assert_eq!(rx.receive(&fixture.uplink, 64, 1 << 20).map(|f| f.frames), want);
         }
-        assert_eq!((tx.rewind(), rx.rewind()), (lab.base(), lab.base()));
-        let first = lab.ring.descriptor(Place::nth(start, 16).index);
+        assert_eq!((tx.rewind(), rx.rewind()), (fixture.base(), fixture.base()));
+        let first = fixture.ring.descriptor(RingPosition::nth(start, 16).index);
         assert_eq!((first.addr, first.len), (DATA, 72), "nothing was written");
-        assert!(lab.uplink.sent().is_empty());
-        assert_eq!(lab.uplink.waiting().len(), 1, "the frame waits");
+        assert!(fixture.uplink.sent().is_empty());
+        assert_eq!(fixture.uplink.waiting().len(), 1, "the frame waits");
     }
 }
 
 #[test]
 fn good_chains_before_one_without_end_are_done_first() {
-    let mut lab = PackedLab::new(0, 16, FULL);
-    let mut tx: TxQueue = lab.device();
-    lab.readable(5, &good());
-    lab.readable(6, &good());
+    let mut fixture = PackedRingFixture::new(0, 16, FULL);
+    let mut tx: TxQueue = fixture.device();
+    fixture.readable(5, &good());
+    fixture.readable(6, &good());
     for _ in 0..16 {
         // The last two stand where the good ones stood, which are used by then.
-        if lab.at.index == 0 {
-            assert_eq!(turn_tx(&lab, &mut tx), Ok(2));
+        if fixture.at.index == 0 {
+            assert_eq!(turn_tx(&fixture, &mut tx), Ok(2));
         }
-        lab.put(DATA, 72, 0, NEXT);
+        fixture.put(DATA, 72, 0, VRING_DESC_F_NEXT);
     }
-    assert_eq!(lab.uplink.sent().len(), 2);
-    let want = Err(RingFault::ChainWithoutEnd { size: 16 });
-    assert_eq!(turn_tx(&lab, &mut tx), want);
+    assert_eq!(fixture.uplink.sent().len(), 2);
+    let want = Err(VirtqueueFault::ChainWithoutEnd { size: 16 });
+    assert_eq!(turn_tx(&fixture, &mut tx), want);
     assert_eq!(tx.rewind(), 0x8002_8002);
 }
 
 #[test]
 fn a_ring_set_up_anew_after_a_fault_goes_on() {
-    let mut lab = PackedLab::new(3, 8, FULL);
-    let mut tx: TxQueue = lab.device();
+    let mut fixture = PackedRingFixture::new(3, 8, FULL);
+    let mut tx: TxQueue = fixture.device();
     for _ in 0..8 {
-        lab.put(DATA, 72, 0, NEXT);
+        fixture.put(DATA, 72, 0, VRING_DESC_F_NEXT);
     }
-    assert!(turn_tx(&lab, &mut tx).is_err());
-    lab.reset();
-    assert_eq!(lab.base(), 0x8000_8000);
-    let mut tx: TxQueue = lab.device();
-    assert_eq!(turn_tx(&lab, &mut tx), Ok(0));
-    lab.readable(1, &good());
-    assert_eq!(turn_tx(&lab, &mut tx), Ok(1));
-    assert_eq!(lab.used(), [(1, 0)]);
+    assert!(turn_tx(&fixture, &mut tx).is_err());
+    fixture.reset();
+    assert_eq!(fixture.base(), 0x8000_8000);
+    let mut tx: TxQueue = fixture.device();
+    assert_eq!(turn_tx(&fixture, &mut tx), Ok(0));
+    fixture.readable(1, &good());
+    assert_eq!(turn_tx(&fixture, &mut tx), Ok(1));
+    assert_eq!(fixture.used(), [(1, 0)]);
 }
 
 const RX: &[Row] = &[
-    ("no bytes", "rx_buffer_too_small", |lab| {
-        lab.put(DATA, 0, BAD, WRITE);
+    ("no bytes", "rx_buffer_too_small", |fixture| {
+        fixture.put(DATA, 0, BAD, VRING_DESC_F_WRITE);
     }),
     (
         "11 bytes in eleven descriptors",
         "rx_buffer_too_small",
-        |lab| {
+        |fixture| {
             for _ in 0..10 {
-                lab.put(DATA, 1, BAD, WRITE | NEXT);
+                fixture.put(DATA, 1, BAD, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT);
             }
-            lab.put(DATA, 1, BAD, WRITE);
+            fixture.put(DATA, 1, BAD, VRING_DESC_F_WRITE);
         },
     ),
-    ("readable", "direction_wrong", |lab| line(lab, 1, ROOM)),
-    ("writable header, readable rest", "direction_wrong", |lab| {
-        lab.put(DATA, 12, BAD, WRITE | NEXT);
-        lab.put(DATA, ROOM, BAD, 0);
+    ("readable", "direction_wrong", |fixture| line(fixture, 1, ROOM)),
+    ("writable header, readable rest", "direction_wrong", |fixture| {
+        fixture.put(DATA, 12, BAD, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT);
+        fixture.put(DATA, ROOM, BAD, 0);
     }),
-    ("bad address in the middle", "address_invalid", |lab| {
-        lab.put(DATA, 12, BAD, WRITE | NEXT);
-        lab.put(HOLE - 1, ROOM, BAD, WRITE | NEXT);
-        lab.put(DATA, ROOM, BAD, WRITE);
+    ("bad address in the middle", "address_invalid", |fixture| {
+        fixture.put(DATA, 12, BAD, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT);
+        fixture.put(HOLE - 1, ROOM, BAD, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT);
+        fixture.put(DATA, ROOM, BAD, VRING_DESC_F_WRITE);
     }),
-    ("nested table", "indirect_nested", |lab| {
-        refer(lab, &[(TABLE, 16, INDIRECT)]);
+    ("nested table", "indirect_nested", |fixture| {
+        refer(fixture, &[(TABLE, 16, VRING_DESC_F_INDIRECT)]);
     }),
-    ("table of 17 bytes", "indirect_bad_length", |lab| {
-        lab.put(TABLE, 17, BAD, INDIRECT);
+    ("table of 17 bytes", "indirect_bad_length", |fixture| {
+        fixture.put(TABLE, 17, BAD, VRING_DESC_F_INDIRECT);
     }),
-    ("readable in a table", "direction_wrong", |lab| {
-        refer(lab, &[(DATA, ROOM, 0)]);
+    ("readable in a table", "direction_wrong", |fixture| {
+        refer(fixture, &[(DATA, ROOM, 0)]);
     }),
 ];
 
@@ -416,9 +416,9 @@ fn with_header(seed: usize, len: usize) -> Vec<u8> {
 }
 
 /// What the guest finds in a buffer: its num_buffers and the frame behind the header.
-fn found(lab: &PackedLab, addr: u64, len: usize) -> (u16, Vec<u8>) {
+fn found(fixture: &PackedRingFixture, addr: u64, len: usize) -> (u16, Vec<u8>) {
     let mut bytes = vec![0; 12 + len];
-    lab.ram.read(addr, &mut bytes).unwrap();
+    fixture.ram.read(addr, &mut bytes).unwrap();
     (
         u16::from_le_bytes([bytes[10], bytes[11]]),
         bytes.split_off(12),
@@ -430,30 +430,30 @@ fn a_bad_buffer_goes_back_empty_and_the_frame_takes_the_next() {
     for features in [FULL, UNMERGED] {
         for &(name, counter, write) in RX {
             for start in [0, 48, 49, 98] {
-                let mut lab = PackedLab::new(start, 50, features);
-                let mut rx: RxQueue = lab.device();
-                write(&mut lab);
-                lab.put(BUFFER, ROOM, 4, WRITE);
-                write(&mut lab);
-                lab.put(BUFFER + 0x1000, ROOM, 5, WRITE);
+                let mut fixture = PackedRingFixture::new(start, 50, features);
+                let mut rx: RxQueue = fixture.device();
+                write(&mut fixture);
+                fixture.put(BUFFER, ROOM, 4, VRING_DESC_F_WRITE);
+                write(&mut fixture);
+                fixture.put(BUFFER + 0x1000, ROOM, 5, VRING_DESC_F_WRITE);
                 // A full ring: nothing more is to be waited for.
-                while lab.room() > 0 {
-                    lab.put(BUFFER, ROOM, 6, WRITE);
+                while fixture.free_descriptors() > 0 {
+                    fixture.put(BUFFER, ROOM, 6, VRING_DESC_F_WRITE);
                 }
-                lab.uplink.feed(with_header(1, 1000));
-                lab.uplink.feed(with_header(2, 60));
-                let filled = rx.fill(&lab.uplink, 64, 1 << 20).unwrap();
-                assert_eq!((filled.frames, filled.bytes), (2, 1060), "{name}");
+                fixture.uplink.feed(with_header(1, 1000));
+                fixture.uplink.feed(with_header(2, 60));
+                let received = rx.receive(&fixture.uplink, 64, 1 << 20).unwrap();
+                assert_eq!((received.frames, received.bytes), (2, 1060), "{name}");
                 let want = [(BAD, 0), (4, 1012), (BAD, 0), (5, 72)];
-                assert_eq!(lab.used(), want, "{name}, {features:#x}");
-                assert_eq!(lab.counted(), [(counter, 2)], "{name}");
-                assert_eq!(found(&lab, BUFFER, 1000), (1, frame(1, 1000)), "{name}");
+                assert_eq!(fixture.used(), want, "{name}, {features:#x}");
+                assert_eq!(fixture.counted(), [(counter, 2)], "{name}");
+                assert_eq!(found(&fixture, BUFFER, 1000), (1, frame(1, 1000)), "{name}");
                 assert_eq!(
-                    found(&lab, BUFFER + 0x1000, 60),
+                    found(&fixture, BUFFER + 0x1000, 60),
                     (1, frame(2, 60)),
                     "{name}"
                 );
-                assert_eq!(rx.rewind(), lab.base(), "{name}");
+                assert_eq!(rx.rewind(), fixture.base(), "{name}");
             }
         }
     }
@@ -462,20 +462,20 @@ fn a_bad_buffer_goes_back_empty_and_the_frame_takes_the_next() {
 /// The bad one counts as a buffer of the frame around it, whatever its number of descriptors.
 #[test]
 fn a_bad_chain_among_the_buffers_of_a_frame_is_an_empty_one_of_them() {
-    let mut lab = PackedLab::new(0, 9, MERGEABLE);
-    let mut rx: RxQueue = lab.device();
-    lab.put(BUFFER, 64, 0, WRITE);
-    lab.put(DATA, 64, 1, WRITE | NEXT);
-    lab.put(DATA, 64, 1, NEXT);
-    lab.put(DATA, 64, 1, WRITE);
-    lab.put(BUFFER + 64, 60, 2, WRITE | NEXT);
-    lab.put(BUFFER + 124, 4, 2, WRITE);
-    lab.put(BUFFER + 0x1000, 64, 3, WRITE);
-    lab.uplink.feed(with_header(3, 100));
-    assert_eq!(rx.fill(&lab.uplink, 1, 1 << 20).unwrap().frames, 1);
-    assert_eq!(lab.used(), [(0, 64), (1, 0), (2, 48)]);
-    assert_eq!(lab.counted(), [("direction_wrong", 1)]);
-    assert_eq!(found(&lab, BUFFER, 100), (3, frame(3, 100)));
+    let mut fixture = PackedRingFixture::new(0, 9, MERGEABLE);
+    let mut rx: RxQueue = fixture.device();
+    fixture.put(BUFFER, 64, 0, VRING_DESC_F_WRITE);
+    fixture.put(DATA, 64, 1, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT);
+    fixture.put(DATA, 64, 1, VRING_DESC_F_NEXT);
+    fixture.put(DATA, 64, 1, VRING_DESC_F_WRITE);
+    fixture.put(BUFFER + 64, 60, 2, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT);
+    fixture.put(BUFFER + 124, 4, 2, VRING_DESC_F_WRITE);
+    fixture.put(BUFFER + 0x1000, 64, 3, VRING_DESC_F_WRITE);
+    fixture.uplink.feed(with_header(3, 100));
+    assert_eq!(rx.receive(&fixture.uplink, 1, 1 << 20).unwrap().frames, 1);
+    assert_eq!(fixture.used(), [(0, 64), (1, 0), (2, 48)]);
+    assert_eq!(fixture.counted(), [("direction_wrong", 1)]);
+    assert_eq!(found(&fixture, BUFFER, 100), (3, frame(3, 100)));
     assert_eq!(rx.rewind(), 0x8006_8006);
 }
 
@@ -483,35 +483,35 @@ fn a_bad_chain_among_the_buffers_of_a_frame_is_an_empty_one_of_them() {
 #[test]
 fn a_starved_ring_goes_on_when_buffers_come() {
     for features in [MERGEABLE, UNMERGED] {
-        let mut lab = PackedLab::new(0, 7, features);
-        let mut rx: RxQueue = lab.device();
+        let mut fixture = PackedRingFixture::new(0, 7, features);
+        let mut rx: RxQueue = fixture.device();
         for seed in 0..100 {
-            lab.uplink.feed(with_header(seed, 300));
+            fixture.uplink.feed(with_header(seed, 300));
         }
         let mut seen = 0;
         let mut given = 0;
         while seen < 100 {
-            let starved = rx.fill(&lab.uplink, 64, 1 << 20).unwrap();
-            assert_eq!((starved.frames, starved.call), (0, false));
-            assert_eq!(starved.end, RxEnd::Starved);
+            let starved = rx.receive(&fixture.uplink, 64, 1 << 20).unwrap();
+            assert_eq!((starved.frames, starved.should_call), (0, false));
+            assert_eq!(starved.end, RxEndReason::Starved);
             assert!(!rx.enable_kicks());
             while given < seen + 7 {
                 let id = u16::try_from(given % 7).unwrap();
-                lab.put(BUFFER + 0x1000 * u64::from(id), ROOM, id, WRITE);
+                fixture.put(BUFFER + 0x1000 * u64::from(id), ROOM, id, VRING_DESC_F_WRITE);
                 given += 1;
             }
             assert!(rx.enable_kicks(), "buffers have come");
-            let filled = rx.fill(&lab.uplink, 64, 1 << 20).unwrap();
-            assert!(filled.frames > 0 && filled.call, "{seen} of 100");
-            for (id, len) in lab.used() {
+            let received = rx.receive(&fixture.uplink, 64, 1 << 20).unwrap();
+            assert!(received.frames > 0 && received.should_call, "{seen} of 100");
+            for (id, len) in fixture.used() {
                 assert_eq!((usize::from(id), len), (seen % 7, 312));
                 let addr = BUFFER + 0x1000 * u64::from(id);
-                assert_eq!(found(&lab, addr, 300), (1, frame(seen, 300)));
+                assert_eq!(found(&fixture, addr, 300), (1, frame(seen, 300)));
                 seen += 1;
             }
         }
-        assert_eq!(lab.counted(), []);
+        assert_eq!(fixture.counted(), []);
         rx.rewind();
-        assert_eq!(rx.rewind(), lab.base());
+        assert_eq!(rx.rewind(), fixture.base());
     }
 }

@@ -8,14 +8,14 @@ mod common;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use common::packed::PackedLab;
-use common::{DATA, Done, END, FULL, TABLE, frame, good};
+use common::packed::PackedRingFixture;
+use common::{DATA, SetOnDrop, END, FULL, TABLE, frame, good};
 use virtionet_virtio_net::features::Features;
 use virtionet_virtio_net::header::{MAX_FRAME, MIN_FRAME};
 use virtionet_virtio_net::{DeviceQueue, RxQueue, TxQueue};
 use virtionet_guest::memory::Area;
-use virtionet_guest::packed::{AVAIL, PackedDescriptor, USED};
-use virtionet_guest::split::{INDIRECT, NEXT, WRITE};
+use virtionet_guest::packed::{VIRTQ_DESC_F_AVAIL, PackedDescriptor, VIRTQ_DESC_F_USED};
+use virtionet_guest::split::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 
 const SIZE: u16 = 13;
 /// How long a race goes on at least.
@@ -32,13 +32,13 @@ fn mix(round: usize) -> usize {
 /// What a descriptor may hold at any moment. `flag` is the direction that the ring asks for.
 fn variant(index: u16, flag: u16, n: usize) -> PackedDescriptor {
     let addr = DATA + 0x1000 * u64::from(index);
-    let whose = [AVAIL, USED, AVAIL, USED, AVAIL | USED, 0][n % 6];
+    let whose = [VIRTQ_DESC_F_AVAIL, VIRTQ_DESC_F_USED, VIRTQ_DESC_F_AVAIL, VIRTQ_DESC_F_USED, VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED, 0][n % 6];
     let (addr, len, flags) = match n / 6 % 12 {
         0 => (END - 10, 72, flag),
-        1 => (addr, 72, flag ^ WRITE),
-        2 => (TABLE, 32, INDIRECT),
-        3 => (TABLE, 32, INDIRECT | NEXT),
-        4..8 => (addr, 72, flag | NEXT),
+        1 => (addr, 72, flag ^ VRING_DESC_F_WRITE),
+        2 => (TABLE, 32, VRING_DESC_F_INDIRECT),
+        3 => (TABLE, 32, VRING_DESC_F_INDIRECT | VRING_DESC_F_NEXT),
+        4..8 => (addr, 72, flag | VRING_DESC_F_NEXT),
         _ => (addr, 72, flag),
     };
     PackedDescriptor::new(addr, len, index, flags | whose)
@@ -53,14 +53,14 @@ fn race(ring: &Area, flag: u16, mut turn: impl FnMut() -> [bool; 3]) {
             let rounds = (0..).take_while(|_| !done.load(Ordering::Relaxed));
             for round in rounds {
                 // At times every chain goes on and on; else most of them end.
-                let endless = if round >> 12 & 7 == 7 { NEXT } else { 0 };
+                let endless = if round >> 12 & 7 == 7 { VRING_DESC_F_NEXT } else { 0 };
                 let index = u16::try_from(round % usize::from(SIZE)).unwrap();
                 let mut next = variant(index, flag, mix(round));
                 next.flags |= endless;
                 next.store(ring, 16 * usize::from(index));
             }
         });
-        let _done = Done(&done);
+        let _done = SetOnDrop(&done);
         let begin = Instant::now();
         let mut seen = [false; 3];
         while begin.elapsed() < LEAST || seen.contains(&false) && begin.elapsed() < MOST {
@@ -73,9 +73,9 @@ fn race(ring: &Area, flag: u16, mut turn: impl FnMut() -> [bool; 3]) {
 }
 
 /// A view of the ring that another thread may write through.
-fn descriptors(lab: &PackedLab) -> Area {
-    let at = lab.ring.addresses().descriptors;
-    lab.ram.area(at, 16 * u64::from(SIZE)).unwrap()
+fn descriptors(fixture: &PackedRingFixture) -> Area {
+    let at = fixture.ring.addresses().descriptors;
+    fixture.ram.area(at, 16 * u64::from(SIZE)).unwrap()
 }
 
 /// A place in the ring, in both halves.
@@ -86,26 +86,26 @@ fn in_the_ring(base: u32) {
 
 #[test]
 fn tx_descriptors_and_wrap_counters_that_change_while_they_are_read() {
-    let mut lab = PackedLab::new(0, SIZE, FULL);
-    let mut tx: TxQueue = lab.device();
+    let mut fixture = PackedRingFixture::new(0, SIZE, FULL);
+    let mut tx: TxQueue = fixture.device();
     for index in 0..SIZE {
         let addr = DATA + 0x1000 * u64::from(index);
-        lab.ram.write(addr, &good()).unwrap();
+        fixture.ram.write(addr, &good()).unwrap();
     }
-    lab.table(&[(DATA, 12, 0), (DATA + 12, 60, 0)]);
-    let ring = descriptors(&lab);
+    fixture.table(&[(DATA, 12, 0), (DATA + 12, 60, 0)]);
+    let ring = descriptors(&fixture);
     race(&ring, 0, || {
-        let sent = tx.send(Some(&lab.uplink));
-        let carried = lab.uplink.sent();
+        let sent = tx.send(Some(&fixture.uplink));
+        let carried = fixture.uplink.sent();
         for frame in &carried {
             assert_eq!(frame.bytes.len(), frame.len);
             assert!((MIN_FRAME..=MAX_FRAME).contains(&frame.len));
             assert_eq!(frame.header.check(frame.len, Features(FULL)), Ok(()));
         }
-        let refused: u64 = lab.counted().iter().map(|(_, n)| n).sum();
+        let refused: u64 = fixture.counted().iter().map(|(_, n)| n).sum();
         in_the_ring(tx.rewind());
         let Ok(sent) = sent else {
-            tx = lab.device();
+            tx = fixture.device();
             return [false, false, true];
         };
         let passed = u64::try_from(carried.len()).unwrap();
@@ -117,34 +117,34 @@ fn tx_descriptors_and_wrap_counters_that_change_while_they_are_read() {
 
 #[test]
 fn rx_descriptors_and_wrap_counters_that_change_while_buffers_are_filled() {
-    let mut lab = PackedLab::new(0, SIZE, FULL);
-    let mut rx: RxQueue = lab.device();
-    lab.table(&[(DATA, 72, WRITE); 2]);
+    let mut fixture = PackedRingFixture::new(0, SIZE, FULL);
+    let mut rx: RxQueue = fixture.device();
+    fixture.table(&[(DATA, 72, VRING_DESC_F_WRITE); 2]);
     let pages = || (DATA..).step_by(0x1000).take(usize::from(SIZE));
     // Canaries: behind every buffer, and at the end of memory.
     let canary = [0xa5; 0x800];
     for page in pages() {
-        lab.ram.write(page + 72, &canary).unwrap();
+        fixture.ram.write(page + 72, &canary).unwrap();
     }
-    lab.ram.write(END - 0x800, &canary).unwrap();
-    let ring = descriptors(&lab);
-    race(&ring, WRITE, || {
-        while lab.uplink.waiting().len() < 32 {
-            lab.uplink.feed([vec![0; 12], frame(1, 48)].concat());
+    fixture.ram.write(END - 0x800, &canary).unwrap();
+    let ring = descriptors(&fixture);
+    race(&ring, VRING_DESC_F_WRITE, || {
+        while fixture.uplink.waiting().len() < 32 {
+            fixture.uplink.feed([vec![0; 12], frame(1, 48)].concat());
         }
-        let filled = rx.fill(&lab.uplink, 16, 1 << 20);
-        let refused = !lab.counted().is_empty();
+        let received = rx.receive(&fixture.uplink, 16, 1 << 20);
+        let refused = !fixture.counted().is_empty();
         let base = rx.rewind();
-        let Ok(filled) = filled else {
-            rx = lab.device();
+        let Ok(received) = received else {
+            rx = fixture.device();
             return [false, refused, true];
         };
         in_the_ring(base);
-        [filled.frames > 0, refused, false]
+        [received.frames > 0, refused, false]
     });
     let mut back = canary;
     for at in pages().map(|page| page + 72).chain([END - 0x800]) {
-        lab.ram.read(at, &mut back).unwrap();
+        fixture.ram.read(at, &mut back).unwrap();
         assert_eq!(back, canary);
     }
 }

@@ -10,13 +10,13 @@ mod common;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{Carried, DATA, Done, END, FULL, Lab, TABLE, frame};
+use common::{SentFrame, DATA, SetOnDrop, END, FULL, SplitRingFixture, TABLE, frame};
 use virtionet_virtio_net::features::Features;
 use virtionet_virtio_net::header::{MAX_FRAME, MIN_FRAME};
 use virtionet_virtio_net::{DeviceQueue, RxQueue, TxQueue};
-use virtionet_guest::header::{GSO_TCPV4, NEEDS_CSUM, NetHeader};
+use virtionet_guest::header::{VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_F_NEEDS_CSUM, NetHeader};
 use virtionet_guest::memory::{Area, GuestRam};
-use virtionet_guest::split::{Descriptor, INDIRECT, NEXT, WRITE};
+use virtionet_guest::split::{SplitDescriptor, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 
 const SIZE: u16 = 16;
 /// How long a race goes on at least.
@@ -33,7 +33,7 @@ fn race(write: impl Fn(usize) + Sync, mut turn: impl FnMut() -> (bool, bool)) {
             let rounds = (0..).take_while(|_| !done.load(Ordering::Relaxed));
             rounds.for_each(&write);
         });
-        let _done = Done(&done);
+        let _done = SetOnDrop(&done);
         let begin = Instant::now();
         let (mut good, mut bad) = (false, false);
         while begin.elapsed() < LEAST || !(good && bad) && begin.elapsed() < MOST {
@@ -45,13 +45,13 @@ fn race(write: impl Fn(usize) + Sync, mut turn: impl FnMut() -> (bool, bool)) {
     });
 }
 
-/// A view of the lab's descriptor table that another thread may write through.
-fn table(ram: &GuestRam, lab: &Lab) -> Area {
+/// A view of the fixture's descriptor table that another thread may write through.
+fn table(ram: &GuestRam, fixture: &SplitRingFixture) -> Area {
     let bytes = 16 * u64::from(SIZE);
-    ram.area(lab.ring.addresses().descriptors, bytes).unwrap()
+    ram.area(fixture.ring.addresses().descriptors, bytes).unwrap()
 }
 
-fn whole(carried: &Carried) {
+fn whole(carried: &SentFrame) {
     assert_eq!(carried.bytes.len(), carried.len);
     assert!((MIN_FRAME..=MAX_FRAME).contains(&carried.len));
     let checked = carried.header.check(carried.len, Features(FULL));
@@ -59,18 +59,18 @@ fn whole(carried: &Carried) {
 }
 
 /// Sends every head once a turn; good: a frame passed, bad: a chain was refused.
-fn send_all(lab: &mut Lab, tx: &mut TxQueue) -> (bool, bool) {
+fn send_all(fixture: &mut SplitRingFixture, tx: &mut TxQueue) -> (bool, bool) {
     let heads: Vec<u16> = (0..SIZE).collect();
-    lab.offer(&heads);
+    fixture.offer(&heads);
     let mut chains = 0;
     while chains < usize::from(SIZE) {
-        chains += tx.send(Some(&lab.uplink)).unwrap().chains;
+        chains += tx.send(Some(&fixture.uplink)).unwrap().chains;
     }
     let want: Vec<_> = (0..u32::from(SIZE)).map(|head| (head, 0)).collect();
-    assert_eq!(lab.used(), want);
-    let carried = lab.uplink.sent();
+    assert_eq!(fixture.used(), want);
+    let carried = fixture.uplink.sent();
     carried.iter().for_each(whole);
-    let refused: u64 = lab.counted().iter().map(|(_, n)| n).sum();
+    let refused: u64 = fixture.counted().iter().map(|(_, n)| n).sum();
     let passed = u64::try_from(carried.len()).unwrap();
     assert_eq!(passed + refused, u64::from(SIZE));
     (passed > 0, refused > 0)
@@ -78,11 +78,11 @@ fn send_all(lab: &mut Lab, tx: &mut TxQueue) -> (bool, bool) {
 
 #[test]
 fn tx_headers_that_change_while_they_are_read() {
-    let mut lab = Lab::new(SIZE, FULL);
-    let mut tx: TxQueue = lab.device();
+    let mut fixture = SplitRingFixture::new(SIZE, FULL);
+    let mut tx: TxQueue = fixture.device();
     let segments = NetHeader {
-        flags: NEEDS_CSUM,
-        gso_type: GSO_TCPV4,
+        flags: VIRTIO_NET_HDR_F_NEEDS_CSUM,
+        gso_type: VIRTIO_NET_HDR_GSO_TCPV4,
         hdr_len: 54,
         gso_size: 1448,
         csum_start: 34,
@@ -96,9 +96,9 @@ fn tx_headers_that_change_while_they_are_read() {
     };
     let mut areas = Vec::new();
     for (index, addr) in (0..SIZE).zip((DATA..).step_by(0x1000)) {
-        lab.ram.write(addr + 12, &frame(0, 3000)).unwrap();
-        lab.desc(index, addr, 3012, 0, 0);
-        areas.push(lab.ram.area(addr, 12).unwrap());
+        fixture.ram.write(addr + 12, &frame(0, 3000)).unwrap();
+        fixture.desc(index, addr, 3012, 0, 0);
+        areas.push(fixture.ram.area(addr, 12).unwrap());
     }
     let headers = [segments.to_bytes(), [0; 12], bad.to_bytes()];
     race(
@@ -107,37 +107,37 @@ fn tx_headers_that_change_while_they_are_read() {
                 area.write(0, &headers[(round + at) % 3]);
             }
         },
-        || send_all(&mut lab, &mut tx),
+        || send_all(&mut fixture, &mut tx),
     );
 }
 
 /// Descriptors that a chain may have at any moment: good, outside memory, too long, the wrong
 /// direction, a loop, an index outside the ring, a table.
-fn variants(at: u16, flag: u16) -> [Descriptor; 8] {
+fn variants(at: u16, flag: u16) -> [SplitDescriptor; 8] {
     let addr = DATA + 0x1000 * u64::from(at);
     [
-        Descriptor::new(addr, 72, flag, 0),
-        Descriptor::new(END - 10, 72, flag, 0),
-        Descriptor::new(addr, u32::MAX, flag, 0),
-        Descriptor::new(addr, 72, flag ^ WRITE, 0),
-        Descriptor::new(addr, 72, flag | NEXT, at),
-        Descriptor::new(addr, 72, flag | NEXT, SIZE + at),
-        Descriptor::new(addr, 72, flag | NEXT, (at + 1) % SIZE),
-        Descriptor::new(TABLE, 64, INDIRECT, 0),
+        SplitDescriptor::new(addr, 72, flag, 0),
+        SplitDescriptor::new(END - 10, 72, flag, 0),
+        SplitDescriptor::new(addr, u32::MAX, flag, 0),
+        SplitDescriptor::new(addr, 72, flag ^ VRING_DESC_F_WRITE, 0),
+        SplitDescriptor::new(addr, 72, flag | VRING_DESC_F_NEXT, at),
+        SplitDescriptor::new(addr, 72, flag | VRING_DESC_F_NEXT, SIZE + at),
+        SplitDescriptor::new(addr, 72, flag | VRING_DESC_F_NEXT, (at + 1) % SIZE),
+        SplitDescriptor::new(TABLE, 64, VRING_DESC_F_INDIRECT, 0),
     ]
 }
 
 #[test]
 fn tx_descriptors_that_change_while_they_are_read() {
-    let mut lab = Lab::new(SIZE, FULL);
-    let mut tx: TxQueue = lab.device();
-    lab.table(&[
-        (DATA, 12, NEXT, 1),
+    let mut fixture = SplitRingFixture::new(SIZE, FULL);
+    let mut tx: TxQueue = fixture.device();
+    fixture.table(&[
+        (DATA, 12, VRING_DESC_F_NEXT, 1),
         (DATA + 12, 60, 0, 0),
         (0, 0, 0, 0),
         (0, 0, 0, 0),
     ]);
-    let area = table(&lab.ram, &lab);
+    let area = table(&fixture.ram, &fixture);
     race(
         |round| {
             for at in 0..SIZE {
@@ -145,18 +145,18 @@ fn tx_descriptors_that_change_while_they_are_read() {
                 next.store(&area, 16 * usize::from(at));
             }
         },
-        || send_all(&mut lab, &mut tx),
+        || send_all(&mut fixture, &mut tx),
     );
 }
 
 #[test]
 fn indirect_tables_that_change_while_they_are_read() {
-    let mut lab = Lab::new(SIZE, FULL);
-    let mut tx: TxQueue = lab.device();
+    let mut fixture = SplitRingFixture::new(SIZE, FULL);
+    let mut tx: TxQueue = fixture.device();
     for index in 0..SIZE {
-        lab.desc(index, TABLE, 16 * 4, INDIRECT, 0);
+        fixture.desc(index, TABLE, 16 * 4, VRING_DESC_F_INDIRECT, 0);
     }
-    let area = lab.ram.area(TABLE, 64).unwrap();
+    let area = fixture.ram.area(TABLE, 64).unwrap();
     race(
         |round| {
             for at in 0..4u16 {
@@ -165,57 +165,57 @@ fn indirect_tables_that_change_while_they_are_read() {
                 next.store(&area, 16 * usize::from(at));
             }
         },
-        || send_all(&mut lab, &mut tx),
+        || send_all(&mut fixture, &mut tx),
     );
 }
 
 /// Buffers are `DATA`'s first pages, a byte of each told apart from what lies between them.
 #[test]
 fn rx_descriptors_that_change_while_buffers_are_filled() {
-    let mut lab = Lab::new(SIZE, FULL);
-    let mut rx: RxQueue = lab.device();
+    let mut fixture = SplitRingFixture::new(SIZE, FULL);
+    let mut rx: RxQueue = fixture.device();
     for index in 0..SIZE {
-        variants(index, WRITE)[0].store(&table(&lab.ram, &lab), 16 * usize::from(index));
+        variants(index, VRING_DESC_F_WRITE)[0].store(&table(&fixture.ram, &fixture), 16 * usize::from(index));
     }
-    lab.table(&[(DATA, 72, WRITE, 0); 4]);
+    fixture.table(&[(DATA, 72, VRING_DESC_F_WRITE, 0); 4]);
     // Canaries: behind every buffer, and at the end of memory.
     let canary = [0xa5; 0x800];
     for page in (DATA..).step_by(0x1000).take(usize::from(SIZE)) {
-        lab.ram.write(page + 72, &canary).unwrap();
+        fixture.ram.write(page + 72, &canary).unwrap();
     }
-    lab.ram.write(END - 0x800, &canary).unwrap();
-    let area = table(&lab.ram, &lab);
+    fixture.ram.write(END - 0x800, &canary).unwrap();
+    let area = table(&fixture.ram, &fixture);
     race(
         |round| {
             for at in 0..SIZE {
                 // All but the one whose length reaches over the canaries.
                 let which = [0, 1, 0, 3, 4, 5, 6, 7][(round + usize::from(at)) % 8];
-                variants(at, WRITE)[which].store(&area, 16 * usize::from(at));
+                variants(at, VRING_DESC_F_WRITE)[which].store(&area, 16 * usize::from(at));
             }
         },
         || {
             let heads: Vec<u16> = (0..SIZE).collect();
-            lab.offer(&heads);
-            while lab.uplink.waiting().len() < 32 {
-                lab.uplink.feed([vec![0; 12], frame(1, 48)].concat());
+            fixture.offer(&heads);
+            while fixture.uplink.waiting().len() < 32 {
+                fixture.uplink.feed([vec![0; 12], frame(1, 48)].concat());
             }
-            let filled = rx.fill(&lab.uplink, 64, 1 << 20).unwrap();
+            let received = rx.receive(&fixture.uplink, 64, 1 << 20).unwrap();
             // Everything back, so that the next turn may offer all of it again.
             let base = rx.rewind();
-            let used = lab.used();
-            assert_eq!(base, u32::from(lab.ring.used_index()));
-            lab.rewind_to(base);
+            let used = fixture.used();
+            assert_eq!(base, u32::from(fixture.ring.used_index()));
+            fixture.rewind_to(base);
             assert!(used.iter().all(|(id, len)| *id < 16 && *len <= 72 * 16));
-            let refused: u64 = lab.counted().iter().map(|(_, n)| n).sum();
-            (filled.frames > 0, refused > 0)
+            let refused: u64 = fixture.counted().iter().map(|(_, n)| n).sum();
+            (received.frames > 0, refused > 0)
         },
     );
     let mut back = canary;
     for page in (DATA..).step_by(0x1000).take(usize::from(SIZE)) {
-        lab.ram.read(page + 72, &mut back).unwrap();
+        fixture.ram.read(page + 72, &mut back).unwrap();
         assert_eq!(back, canary);
     }
-    lab.ram.read(END - 0x800, &mut back).unwrap();
+    fixture.ram.read(END - 0x800, &mut back).unwrap();
     assert_eq!(back, canary);
 }
 
@@ -223,13 +223,13 @@ fn rx_descriptors_that_change_while_buffers_are_filled() {
 /// up anew goes on.
 #[test]
 fn indices_and_heads_that_change_while_they_are_read() {
-    let mut lab = Lab::new(SIZE, FULL);
+    let mut fixture = SplitRingFixture::new(SIZE, FULL);
     for index in 0..SIZE {
-        lab.readable(index, &common::good());
+        fixture.readable(index, &common::good());
     }
-    let at = lab.ring.addresses();
-    let avail = lab.ram.area(at.driver, 6 + 2 * u64::from(SIZE)).unwrap();
-    let mut tx: TxQueue = lab.device();
+    let at = fixture.ring.addresses();
+    let avail = fixture.ram.area(at.driver, 6 + 2 * u64::from(SIZE)).unwrap();
+    let mut tx: TxQueue = fixture.device();
     race(
         |round| {
             let word = u16::try_from(round % 65_536).unwrap();
@@ -237,18 +237,18 @@ fn indices_and_heads_that_change_while_they_are_read() {
             avail.set(4 + 2 * (round % 16), word % 19);
             avail.release(4 + 2 * 16, word);
         },
-        || match tx.send(Some(&lab.uplink)) {
+        || match tx.send(Some(&fixture.uplink)) {
             Ok(sent) => {
                 assert!(sent.chains <= usize::from(SIZE));
-                lab.uplink.sent().iter().for_each(whole);
-                assert_eq!(lab.counted(), []);
+                fixture.uplink.sent().iter().for_each(whole);
+                assert_eq!(fixture.counted(), []);
                 (sent.chains > 0, false)
             }
             Err(_) => {
                 let base = u32::from(avail.acquire(2));
                 tx.rewind();
-                lab.ring.set_used_index(avail.acquire(2));
-                tx = TxQueue::new(lab.config(base)).unwrap();
+                fixture.ring.set_used_index(avail.acquire(2));
+                tx = TxQueue::new(fixture.config(base)).unwrap();
                 (false, true)
             }
         },

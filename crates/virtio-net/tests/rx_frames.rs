@@ -7,15 +7,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{Done, FULL, Receiveq, Recorder, frame};
+use common::{SetOnDrop, FULL, Receiveq, RecordingUplink, frame};
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 use virtionet_virtio_net::features::Features;
-use virtionet_virtio_net::stats::RingStats;
-use virtionet_virtio_net::{DeviceQueue, RxEnd, RxQueue};
-use virtionet_guest::driver::DriverRing;
+use virtionet_virtio_net::stats::VringStats;
+use virtionet_virtio_net::{DeviceQueue, RxEndReason, RxQueue};
+use virtionet_guest::driver::DriverVirtqueue;
 use virtionet_guest::memory::GuestRam;
-use virtionet_guest::packed::Place;
+use virtionet_guest::packed::RingPosition;
 use virtionet_guest::{net, rx};
 use virtionet_virtqueue::memory::GuestMemory;
 
@@ -28,16 +28,16 @@ const PACKED_DIRECT: u64 = DIRECT | net::PACKED;
 const PACKED_UNMERGED: u64 = UNMERGED | net::PACKED;
 
 /// A driver's receiveq and the device's end of it.
-struct Pair {
+struct RxFixture {
     ram: GuestRam,
-    driver: rx::RxQueue,
+    driver: rx::DriverRxQueue,
     device: RxQueue,
-    stats: Arc<RingStats>,
-    uplink: Recorder,
+    stats: Arc<VringStats>,
+    uplink: RecordingUplink,
     header_len: usize,
 }
 
-impl Pair {
+impl RxFixture {
     fn new(size: u16, features: u64, rx_buffer: &[u32]) -> Self {
         let Receiveq {
             ram,
@@ -50,7 +50,7 @@ impl Pair {
             ram,
             driver,
             stats,
-            uplink: Recorder::default(),
+            uplink: RecordingUplink::default(),
             header_len: Features(features).header_len(),
         }
     }
@@ -60,17 +60,17 @@ impl Pair {
         self.uplink.feed([header, frame(seed, len)].concat());
     }
 
-    fn fill(&mut self) -> RxEnd {
-        self.device.fill(&self.uplink, 1024, 1 << 24).unwrap().end
+    fn fill(&mut self) -> RxEndReason {
+        self.device.receive(&self.uplink, 1024, 1 << 24).unwrap().end
     }
 
     /// The base of a ring of which so many chains of `pieces` descriptors were used.
-    fn base(&self, chains: u16, pieces: usize) -> u32 {
+    fn base(&self, chains: u16, segments: usize) -> u32 {
         match self.driver.queue.ring {
-            DriverRing::Split(_) => u32::from(chains),
-            DriverRing::Packed(ref ring) => {
-                let descriptors = chains * u16::try_from(pieces).unwrap();
-                let word = u32::from(Place::nth(descriptors, ring.size()).word());
+            DriverVirtqueue::Split(_) => u32::from(chains),
+            DriverVirtqueue::Packed(ref ring) => {
+                let descriptors = chains * u16::try_from(segments).unwrap();
+                let word = u32::from(RingPosition::nth(descriptors, ring.size()).word());
                 word | word << 16
             }
         }
@@ -127,87 +127,87 @@ const LENGTHS: &[usize] = &[
 ];
 
 /// The most that one buffer takes or, merged, so many buffers as have 500 descriptors.
-fn largest(features: u64, pieces: &[u32], buffer: usize) -> usize {
+fn largest(features: u64, segments: &[u32], buffer: usize) -> usize {
     let header = Features(features).header_len();
-    match Features(features).mergeable() {
-        true => buffer * (500 / pieces.len()) - header,
+    match Features(features).has_mergeable_buffers() {
+        true => buffer * (500 / segments.len()) - header,
         false => buffer - header,
     }
 }
 
 #[test]
 fn frames_lie_as_they_are_in_buffers_of_every_shape() {
-    for &(size, features, pieces) in LAYOUTS {
-        let mut pair = Pair::new(size, features, pieces);
-        let buffer = usize::try_from(pieces.iter().sum::<u32>()).unwrap();
-        let largest = largest(features, pieces, buffer);
+    for &(size, features, segments) in LAYOUTS {
+        let mut fixture = RxFixture::new(size, features, segments);
+        let buffer = usize::try_from(segments.iter().sum::<u32>()).unwrap();
+        let largest = largest(features, segments, buffer);
         // Twice round, so that frames of one size follow frames of another in the same buffers.
         for (seed, len) in LENGTHS.iter().chain(LENGTHS).copied().enumerate() {
             if len > largest {
                 continue;
             }
-            let name = format!("{len} bytes in {pieces:?}, {features:#x}");
-            pair.driver.fill().unwrap();
-            pair.feed(seed, len);
-            assert_eq!(pair.fill(), RxEnd::UplinkEmpty, "{name}");
-            let (buffers, num_buffers, bytes) = pair.received().pop().expect(&name);
+            let name = format!("{len} bytes in {segments:?}, {features:#x}");
+            fixture.driver.fill().unwrap();
+            fixture.feed(seed, len);
+            assert_eq!(fixture.fill(), RxEndReason::UplinkEmpty, "{name}");
+            let (buffers, num_buffers, bytes) = fixture.received().pop().expect(&name);
             assert_eq!(bytes, frame(seed, len), "{name}");
-            let want = (len + pair.header_len).div_ceil(buffer);
+            let want = (len + fixture.header_len).div_ceil(buffer);
             assert_eq!(buffers, want, "{name}");
-            if pair.header_len == 12 {
+            if fixture.header_len == 12 {
                 assert_eq!(usize::from(num_buffers), want, "{name}");
             }
         }
-        assert_eq!(pair.stats.dropped_too_long.get(), 0);
-        assert_eq!(pair.stats.dropped_no_buffer.get(), 0);
+        assert_eq!(fixture.stats.dropped_too_long.get(), 0);
+        assert_eq!(fixture.stats.dropped_no_buffer.get(), 0);
     }
 }
 
 #[test]
 fn a_turn_s_frames_become_visible_together() {
     for features in [FULL, PACKED] {
-        frames_become_visible_together(Pair::new(256, features, &[1526]));
+        frames_become_visible_together(RxFixture::new(256, features, &[1526]));
     }
 }
 
-fn frames_become_visible_together(mut pair: Pair) {
-    pair.driver.fill().unwrap();
+fn frames_become_visible_together(mut fixture: RxFixture) {
+    fixture.driver.fill().unwrap();
     for len in [60, 5000, 14, 9014] {
-        pair.feed(len, len);
+        fixture.feed(len, len);
     }
-    let before = pair.driver.queue.ring.base();
-    let used = pair.driver.queue.ring.addresses().device;
-    pair.uplink.used = Some(pair.ram.area(used, 4).unwrap());
-    let filled = pair.device.fill(&pair.uplink, 3, 1 << 20).unwrap();
-    assert_eq!(*pair.uplink.seen.lock().unwrap(), [0, 0, 0]);
-    assert_eq!((filled.frames, filled.bytes), (3, 5074));
-    assert_eq!(filled.end, RxEnd::Budget);
-    let moved = pair.driver.queue.ring.base() - before;
+    let before = fixture.driver.queue.ring.base();
+    let used = fixture.driver.queue.ring.addresses().device;
+    fixture.uplink.used = Some(fixture.ram.area(used, 4).unwrap());
+    let received = fixture.device.receive(&fixture.uplink, 3, 1 << 20).unwrap();
+    assert_eq!(*fixture.uplink.used_indices.lock().unwrap(), [0, 0, 0]);
+    assert_eq!((received.frames, received.bytes), (3, 5074));
+    assert_eq!(received.end, RxEndReason::Budget);
+    let moved = fixture.driver.queue.ring.base() - before;
     assert_eq!(moved & 0xffff, 1 + 4 + 1);
-    let lens: Vec<_> = pair.received().iter().map(|f| f.2.len()).collect();
+    let lens: Vec<_> = fixture.received().iter().map(|f| f.2.len()).collect();
     assert_eq!(lens, [60, 5000, 14]);
-    let filled = pair.device.fill(&pair.uplink, 3, 1 << 20).unwrap();
-    assert_eq!((filled.frames, filled.end), (1, RxEnd::UplinkEmpty));
-    assert_eq!(pair.received()[0].2, frame(9014, 9014));
-    assert_eq!(pair.stats.frames.get(), 4);
-    assert_eq!(pair.stats.bytes.get(), 60 + 5000 + 14 + 9014);
+    let received = fixture.device.receive(&fixture.uplink, 3, 1 << 20).unwrap();
+    assert_eq!((received.frames, received.end), (1, RxEndReason::UplinkEmpty));
+    assert_eq!(fixture.received()[0].2, frame(9014, 9014));
+    assert_eq!(fixture.stats.frames.get(), 4);
+    assert_eq!(fixture.stats.bytes.get(), 60 + 5000 + 14 + 9014);
 }
 
 #[test]
 fn a_turn_ends_at_its_bytes_too() {
-    let mut pair = Pair::new(256, FULL, &[1526]);
-    pair.driver.fill().unwrap();
+    let mut fixture = RxFixture::new(256, FULL, &[1526]);
+    fixture.driver.fill().unwrap();
     for seed in 0..10 {
-        pair.feed(seed, 1514);
+        fixture.feed(seed, 1514);
     }
-    let filled = pair.device.fill(&pair.uplink, 100, 4000).unwrap();
-    assert_eq!((filled.frames, filled.end), (3, RxEnd::Budget));
-    assert_eq!(pair.received().len(), 3);
+    let received = fixture.device.receive(&fixture.uplink, 100, 4000).unwrap();
+    assert_eq!((received.frames, received.end), (3, RxEndReason::Budget));
+    assert_eq!(fixture.received().len(), 3);
 }
 
 #[test]
 fn nothing_is_used_that_was_only_reserved() {
-    for (size, features, pieces) in [
+    for (size, features, segments) in [
         (64, FULL, &[1526][..]),
         (64, DIRECT, &[12, 1500]),
         (64, UNMERGED, &[65_565]),
@@ -216,19 +216,19 @@ fn nothing_is_used_that_was_only_reserved() {
         (100, PACKED_DIRECT, &[12, 1500]),
         (3, PACKED_UNMERGED, &[65_565]),
     ] {
-        let mut pair = Pair::new(size, features, pieces);
-        pair.driver.fill().unwrap();
+        let mut fixture = RxFixture::new(size, features, segments);
+        fixture.driver.fill().unwrap();
         let mut used = 0;
         for (seed, len) in [60, 1514, 3000, 14, 40_000].into_iter().enumerate() {
-            pair.feed(seed, len);
-            pair.fill();
+            fixture.feed(seed, len);
+            fixture.fill();
             // What is in reserve is rewound each time; the driver sees no trace of it.
-            let base = pair.device.rewind();
-            let frames = pair.received();
+            let base = fixture.device.rewind();
+            let frames = fixture.received();
             assert_eq!(frames.last().unwrap().2, frame(seed, len));
             used += u16::try_from(frames[0].0).unwrap();
-            assert_eq!(base, pair.base(used, pieces.len()));
-            assert_eq!(pair.driver.queue.ring.base(), base);
+            assert_eq!(base, fixture.base(used, segments.len()));
+            assert_eq!(fixture.driver.queue.ring.base(), base);
         }
     }
 }
@@ -236,58 +236,58 @@ fn nothing_is_used_that_was_only_reserved() {
 #[test]
 fn a_frame_for_which_a_small_ring_never_has_room_is_dropped_and_counted() {
     for (size, features) in [(16, FULL), (16, PACKED), (13, PACKED)] {
-        let mut pair = Pair::new(size, features, &[1526]);
-        pair.driver.fill().unwrap();
+        let mut fixture = RxFixture::new(size, features, &[1526]);
+        fixture.driver.fill().unwrap();
         for len in [60, 40_000, 1514] {
-            pair.feed(len, len);
+            fixture.feed(len, len);
         }
-        pair.fill();
-        let lens: Vec<_> = pair.received().iter().map(|f| f.2.len()).collect();
+        fixture.fill();
+        let lens: Vec<_> = fixture.received().iter().map(|f| f.2.len()).collect();
         assert_eq!(lens, [60, 1514]);
-        assert_eq!(pair.stats.dropped_no_buffer.get(), 1);
+        assert_eq!(fixture.stats.dropped_no_buffer.get(), 1);
     }
 }
 
 #[test]
 fn a_ring_goes_on_in_another_snapshot_of_memory() {
     for (size, features) in [(256, FULL), (256, PACKED), (99, PACKED)] {
-        goes_on_elsewhere(Pair::new(size, features, &[1000]));
+        goes_on_elsewhere(RxFixture::new(size, features, &[1000]));
     }
 }
 
-fn goes_on_elsewhere(mut pair: Pair) {
-    pair.driver.fill().unwrap();
+fn goes_on_elsewhere(mut fixture: RxFixture) {
+    fixture.driver.fill().unwrap();
     for round in 0..20 {
         for seed in 0..5 {
-            pair.feed(seed, 700 * (seed + 1) + round);
+            fixture.feed(seed, 700 * (seed + 1) + round);
         }
         // Frames wait and buffers are in reserve when the table changes.
-        pair.device.fill(&pair.uplink, 2, 1 << 20).unwrap();
-        let memory = Arc::new(pair.ram.guest_memory().unwrap());
-        pair.device.rebind(&memory).unwrap();
+        fixture.device.receive(&fixture.uplink, 2, 1 << 20).unwrap();
+        let memory = Arc::new(fixture.ram.guest_memory().unwrap());
+        fixture.device.rebind(&memory).unwrap();
         drop(memory);
-        pair.fill();
-        for (seed, (_, _, bytes)) in pair.received().iter().enumerate() {
+        fixture.fill();
+        for (seed, (_, _, bytes)) in fixture.received().iter().enumerate() {
             assert_eq!(*bytes, frame(seed, 700 * (seed + 1) + round));
         }
     }
-    assert_eq!(pair.stats.frames.get(), 100);
-    assert_eq!(pair.device.rewind(), pair.driver.queue.ring.base());
+    assert_eq!(fixture.stats.frames.get(), 100);
+    assert_eq!(fixture.device.rewind(), fixture.driver.queue.ring.base());
 }
 
 #[test]
 fn a_snapshot_without_the_ring_is_refused_and_the_base_stays_right() {
     for features in [FULL, PACKED] {
-        let mut pair = Pair::new(64, features, &[1526]);
-        pair.driver.fill().unwrap();
-        pair.feed(1, 3000);
-        pair.fill();
+        let mut fixture = RxFixture::new(64, features, &[1526]);
+        fixture.driver.fill().unwrap();
+        fixture.feed(1, 3000);
+        fixture.fill();
         let nothing = Arc::new(GuestMemory::default());
-        assert!(pair.device.rebind(&nothing).is_err());
-        let base = pair.base(2, 1);
-        assert_eq!(pair.device.rewind(), base);
-        assert_eq!(pair.driver.queue.ring.base(), base);
-        assert_eq!(pair.received()[0].2, frame(1, 3000));
+        assert!(fixture.device.rebind(&nothing).is_err());
+        let base = fixture.base(2, 1);
+        assert_eq!(fixture.device.rewind(), base);
+        assert_eq!(fixture.driver.queue.ring.base(), base);
+        assert_eq!(fixture.received()[0].2, frame(1, 3000));
     }
 }
 
@@ -296,18 +296,18 @@ fn a_snapshot_without_the_ring_is_refused_and_the_base_stays_right() {
 #[test]
 fn a_driver_that_runs_meanwhile_never_sees_half_a_frame() {
     for (size, features) in [(256, FULL), (256, PACKED), (251, PACKED)] {
-        never_half_a_frame(Pair::new(size, features, &[300]));
+        never_half_a_frame(RxFixture::new(size, features, &[300]));
     }
 }
 
-fn never_half_a_frame(pair: Pair) {
-    let Pair {
+fn never_half_a_frame(fixture: RxFixture) {
+    let RxFixture {
         ram: _ram,
         mut driver,
         mut device,
         uplink,
         ..
-    } = pair;
+    } = fixture;
     driver.fill().unwrap();
     let length = |seed: usize| 14 + seed * 977 % 18_000;
     let done = AtomicBool::new(false);
@@ -325,7 +325,7 @@ fn never_half_a_frame(pair: Pair) {
                 }
             }
         });
-        let finish = Done(&done);
+        let finish = SetOnDrop(&done);
         let end = Instant::now() + Duration::from_millis(300);
         let mut fed = 0;
         let mut given = 0;
@@ -337,7 +337,7 @@ fn never_half_a_frame(pair: Pair) {
                     fed += 1;
                 }
             }
-            given += device.fill(&uplink, 5, 1 << 20).unwrap().frames;
+            given += device.receive(&uplink, 5, 1 << 20).unwrap().frames;
         }
         drop(finish);
         assert_eq!(receiver.join().unwrap(), fed);

@@ -3,15 +3,15 @@
 
 mod common;
 
-use common::{DATA, FULL, Lab, PLAIN, Receiveq, frame};
+use common::{DATA, FULL, SplitRingFixture, PLAIN, Receiveq, frame};
 use proptest::prelude::*;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use virtionet_virtio_net::header::VnetHeader;
-use virtionet_virtio_net::port::TxFrame;
-use virtionet_virtio_net::{DeviceQueue, Pushed, RxQueue};
+use virtionet_virtio_net::uplink::TxFrame;
+use virtionet_virtio_net::{DeviceQueue, PushOutcome, RxQueue};
 use virtionet_guest::net;
-use virtionet_guest::split::WRITE;
-use virtionet_virtqueue::RingFault;
+use virtionet_guest::split::VRING_DESC_F_WRITE;
+use virtionet_virtqueue::VirtqueueFault;
 use virtionet_virtqueue::memory::GuestSlice;
 
 const UNMERGED: u64 = FULL & !(1 << VIRTIO_NET_F_MRG_RXBUF);
@@ -19,11 +19,11 @@ const MERGEABLE: u64 = PLAIN | 1 << VIRTIO_NET_F_MRG_RXBUF;
 const PACKED: u64 = FULL | net::PACKED;
 
 /// Pushes frames, each cut into slices of `cut` bytes.
-fn push(rx: &mut RxQueue, frames: &[Vec<u8>], cut: usize) -> Result<Pushed, RingFault> {
+fn push(rx: &mut RxQueue, frames: &[Vec<u8>], cut: usize) -> Result<PushOutcome, VirtqueueFault> {
     let mut bytes = frames.to_vec();
     let slices: Vec<Vec<GuestSlice<'_>>> = bytes
         .iter_mut()
-        .map(|frame| frame.chunks_mut(cut).map(GuestSlice::private).collect())
+        .map(|frame| frame.chunks_mut(cut).map(GuestSlice::from_private).collect())
         .collect();
     let frames: Vec<TxFrame<'_>> = slices
         .iter()
@@ -93,20 +93,20 @@ proptest! {
 
 #[test]
 fn frames_without_room_are_counted_and_the_next_ones_go_on() {
-    let mut lab = Lab::new(8, MERGEABLE);
-    let mut rx: RxQueue = lab.device();
+    let mut fixture = SplitRingFixture::new(8, MERGEABLE);
+    let mut rx: RxQueue = fixture.device();
     assert_eq!(push(&mut rx, &[frame(0, 60)], 60).unwrap().frames, 0);
-    assert_eq!(lab.counted(), [("dropped_no_buffer", 1)]);
-    lab.desc(0, DATA, 100, WRITE, 0);
-    lab.desc(1, DATA + 0x1000, 100, WRITE, 0);
-    lab.offer(&[0, 1]);
+    assert_eq!(fixture.counted(), [("dropped_no_buffer", 1)]);
+    fixture.desc(0, DATA, 100, VRING_DESC_F_WRITE, 0);
+    fixture.desc(1, DATA + 0x1000, 100, VRING_DESC_F_WRITE, 0);
+    fixture.offer(&[0, 1]);
     // The first is too large for both buffers; they are there for the second.
     let pushed = push(&mut rx, &[frame(1, 500), frame(2, 60)], 500).unwrap();
     assert_eq!(pushed.frames, 1);
-    assert_eq!(lab.counted(), [("dropped_no_buffer", 1)]);
-    assert_eq!(lab.used(), [(0, 72)]);
+    assert_eq!(fixture.counted(), [("dropped_no_buffer", 1)]);
+    assert_eq!(fixture.used(), [(0, 72)]);
     let mut bytes = vec![0; 60];
-    lab.ram.read(DATA + 12, &mut bytes).unwrap();
+    fixture.ram.read(DATA + 12, &mut bytes).unwrap();
     assert_eq!(bytes, frame(2, 60));
     // The other is ours, unused, and goes back.
     assert_eq!(rx.rewind(), 1);
@@ -114,29 +114,29 @@ fn frames_without_room_are_counted_and_the_next_ones_go_on() {
 
 #[test]
 fn a_frame_for_which_an_unmerged_buffer_is_too_small_is_too_long() {
-    let mut lab = Lab::new(8, UNMERGED);
-    let mut rx: RxQueue = lab.device();
-    lab.desc(0, DATA, 100, WRITE, 0);
-    lab.offer(&[0]);
+    let mut fixture = SplitRingFixture::new(8, UNMERGED);
+    let mut rx: RxQueue = fixture.device();
+    fixture.desc(0, DATA, 100, VRING_DESC_F_WRITE, 0);
+    fixture.offer(&[0]);
     let pushed = push(&mut rx, &[frame(1, 89), frame(2, 88)], 100).unwrap();
     assert_eq!(pushed.frames, 1);
-    assert_eq!(lab.counted(), [("dropped_too_long", 1)]);
-    assert_eq!(lab.used(), [(0, 100)]);
+    assert_eq!(fixture.counted(), [("dropped_too_long", 1)]);
+    assert_eq!(fixture.used(), [(0, 100)]);
 }
 
 #[test]
 fn a_bad_buffer_goes_back_empty_and_the_frame_takes_the_next() {
     for features in [FULL, UNMERGED] {
-        let mut lab = Lab::new(8, features);
-        let mut rx: RxQueue = lab.device();
-        lab.desc(0, DATA, 11, WRITE, 0);
-        lab.desc(1, DATA, 1526, 0, 0);
-        lab.desc(2, DATA, 1526, WRITE, 0);
-        lab.offer(&[0, 1, 2, 2]);
+        let mut fixture = SplitRingFixture::new(8, features);
+        let mut rx: RxQueue = fixture.device();
+        fixture.desc(0, DATA, 11, VRING_DESC_F_WRITE, 0);
+        fixture.desc(1, DATA, 1526, 0, 0);
+        fixture.desc(2, DATA, 1526, VRING_DESC_F_WRITE, 0);
+        fixture.offer(&[0, 1, 2, 2]);
         let frames = [frame(1, 60), frame(2, 61)];
         assert_eq!(push(&mut rx, &frames, 7).unwrap().frames, 2);
-        assert_eq!(lab.used(), [(0, 0), (1, 0), (2, 72), (2, 73)]);
-        let counted = lab.counted();
+        assert_eq!(fixture.used(), [(0, 0), (1, 0), (2, 72), (2, 73)]);
+        let counted = fixture.counted();
         assert_eq!(
             counted,
             [("rx_buffer_too_small", 1), ("direction_wrong", 1)]
@@ -146,34 +146,34 @@ fn a_bad_buffer_goes_back_empty_and_the_frame_takes_the_next() {
 
 #[test]
 fn frames_before_a_broken_index_are_shown_and_then_the_fault() {
-    let mut lab = Lab::new(8, FULL);
-    let mut rx: RxQueue = lab.device();
-    lab.desc(2, DATA, 1526, WRITE, 0);
-    lab.offer(&[2, 77]);
+    let mut fixture = SplitRingFixture::new(8, FULL);
+    let mut rx: RxQueue = fixture.device();
+    fixture.desc(2, DATA, 1526, VRING_DESC_F_WRITE, 0);
+    fixture.offer(&[2, 77]);
     let frames = [frame(1, 60), frame(2, 60)];
     assert_eq!(push(&mut rx, &frames, 60).unwrap().frames, 1);
-    assert_eq!(lab.used(), [(2, 72)]);
-    assert_eq!(lab.counted(), [("dropped_no_buffer", 1)]);
+    assert_eq!(fixture.used(), [(2, 72)]);
+    assert_eq!(fixture.counted(), [("dropped_no_buffer", 1)]);
     let fault = push(&mut rx, &frames, 60).unwrap_err();
-    assert_eq!(fault, RingFault::HeadOutOfRange { head: 77, size: 8 });
-    assert_eq!(lab.counted(), [("dropped_no_buffer", 2)]);
+    assert_eq!(fault, VirtqueueFault::HeadOutOfRange { head: 77, size: 8 });
+    assert_eq!(fixture.counted(), [("dropped_no_buffer", 2)]);
 }
 
 /// A driver that offers the same bad buffers for ever gets no more of them taken than its ring has,
 /// and costs no more memory than that.
 #[test]
 fn buffers_that_are_offered_anew_without_end_are_not_hoarded() {
-    let mut lab = Lab::new(8, MERGEABLE);
-    let mut rx: RxQueue = lab.device();
-    lab.desc(0, DATA, 12, WRITE, 0);
-    lab.desc(1, DATA, 1526, 0, 0);
-    lab.offer(&[0]);
+    let mut fixture = SplitRingFixture::new(8, MERGEABLE);
+    let mut rx: RxQueue = fixture.device();
+    fixture.desc(0, DATA, 12, VRING_DESC_F_WRITE, 0);
+    fixture.desc(1, DATA, 1526, 0, 0);
+    fixture.offer(&[0]);
     let mut dropped = 0;
     for _ in 0..100 {
-        lab.offer(&[1; 7]);
+        fixture.offer(&[1; 7]);
         let pushed = push(&mut rx, &[frame(1, 60), frame(2, 60), frame(3, 1000)], 60);
         assert_eq!(pushed.unwrap().frames, 0);
-        for (name, count) in lab.counted() {
+        for (name, count) in fixture.counted() {
             match name {
                 "dropped_no_buffer" => dropped += count,
                 "direction_wrong" => assert!(count <= 7),
@@ -182,6 +182,6 @@ fn buffers_that_are_offered_anew_without_end_are_not_hoarded() {
         }
     }
     assert_eq!(dropped, 300);
-    assert_eq!(lab.stats.direction_wrong.get(), 7);
+    assert_eq!(fixture.stats.direction_wrong.get(), 7);
     assert_eq!(rx.rewind(), 0);
 }

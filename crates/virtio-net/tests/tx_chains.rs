@@ -4,9 +4,9 @@
 
 mod common;
 
-use common::{DATA, END, FULL, HOLE, ISLAND, JOINED, Lab, PLAIN, TABLE, frame, good};
-use virtionet_virtio_net::{Sent, TxQueue};
-use virtionet_guest::split::{INDIRECT, NEXT, WRITE};
+use common::{DATA, END, FULL, HOLE, ISLAND, JOINED, SplitRingFixture, PLAIN, TABLE, frame, good};
+use virtionet_virtio_net::{TxOutcome, TxQueue};
+use virtionet_guest::split::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 
 /// A bad chain with head 0, and the counter that must tell of it.
 struct Row {
@@ -14,10 +14,10 @@ struct Row {
     counter: &'static str,
     size: u16,
     features: u64,
-    write: fn(&Lab),
+    write: fn(&SplitRingFixture),
 }
 
-const fn row(name: &'static str, counter: &'static str, write: fn(&Lab)) -> Row {
+const fn row(name: &'static str, counter: &'static str, write: fn(&SplitRingFixture)) -> Row {
     Row {
         name,
         counter,
@@ -27,7 +27,7 @@ const fn row(name: &'static str, counter: &'static str, write: fn(&Lab)) -> Row 
     }
 }
 
-const fn large(name: &'static str, counter: &'static str, write: fn(&Lab)) -> Row {
+const fn large(name: &'static str, counter: &'static str, write: fn(&SplitRingFixture)) -> Row {
     Row {
         size: 2048,
         ..row(name, counter, write)
@@ -35,206 +35,206 @@ const fn large(name: &'static str, counter: &'static str, write: fn(&Lab)) -> Ro
 }
 
 /// A chain of 72 bytes at `DATA` whose last descriptor is at `addr`.
-fn ends_at(lab: &Lab, addr: u64, len: u32) {
-    lab.desc(0, DATA, 72, NEXT, 1);
-    lab.desc(1, addr, len, 0, 0);
+fn ends_at(fixture: &SplitRingFixture, addr: u64, len: u32) {
+    fixture.desc(0, DATA, 72, VRING_DESC_F_NEXT, 1);
+    fixture.desc(1, addr, len, 0, 0);
 }
 
 /// Descriptors 0.. `n`, one after the other, each over `len` bytes.
-fn line(lab: &Lab, n: u16, len: u32) {
+fn line(fixture: &SplitRingFixture, n: u16, len: u32) {
     for at in 0..n {
-        let flags = if at + 1 < n { NEXT } else { 0 };
-        lab.desc(at, DATA, len, flags, at + 1);
+        let flags = if at + 1 < n { VRING_DESC_F_NEXT } else { 0 };
+        fixture.desc(at, DATA, len, flags, at + 1);
     }
 }
 
 /// An indirect table of `n` such descriptors.
-fn table_line(lab: &Lab, n: u16, len: u32) {
-    let flags = |at| if at + 1 < n { NEXT } else { 0 };
+fn table_line(fixture: &SplitRingFixture, n: u16, len: u32) {
+    let flags = |at| if at + 1 < n { VRING_DESC_F_NEXT } else { 0 };
     let entries: Vec<_> = (0..n).map(|at| (DATA, len, flags(at), at + 1)).collect();
-    lab.table(&entries);
-    lab.desc(0, TABLE, 16 * u32::from(n), INDIRECT, 0);
+    fixture.table(&entries);
+    fixture.desc(0, TABLE, 16 * u32::from(n), VRING_DESC_F_INDIRECT, 0);
 }
 
 /// Descriptor 0 refers to a table of these entries.
-fn refer(lab: &Lab, entries: &[(u64, u32, u16, u16)]) {
-    lab.table(entries);
+fn refer(fixture: &SplitRingFixture, entries: &[(u64, u32, u16, u16)]) {
+    fixture.table(entries);
     let bytes = u32::try_from(16 * entries.len()).unwrap();
-    lab.desc(0, TABLE, bytes, INDIRECT, 0);
+    fixture.desc(0, TABLE, bytes, VRING_DESC_F_INDIRECT, 0);
 }
 
 const CHAINS: &[Row] = &[
-    row("self-loop", "chain_loop", |lab| {
-        lab.desc(0, DATA, 72, NEXT, 0);
+    row("self-loop", "chain_loop", |fixture| {
+        fixture.desc(0, DATA, 72, VRING_DESC_F_NEXT, 0);
     }),
-    row("two-node loop", "chain_loop", |lab| {
-        lab.desc(0, DATA, 72, NEXT, 1);
-        lab.desc(1, DATA, 72, NEXT, 0);
+    row("two-node loop", "chain_loop", |fixture| {
+        fixture.desc(0, DATA, 72, VRING_DESC_F_NEXT, 1);
+        fixture.desc(1, DATA, 72, VRING_DESC_F_NEXT, 0);
     }),
-    row("loop that the head is not part of", "chain_loop", |lab| {
-        lab.desc(0, DATA, 72, NEXT, 5);
-        lab.desc(5, DATA, 72, NEXT, 6);
-        lab.desc(6, DATA, 72, NEXT, 5);
+    row("loop that the head is not part of", "chain_loop", |fixture| {
+        fixture.desc(0, DATA, 72, VRING_DESC_F_NEXT, 5);
+        fixture.desc(5, DATA, 72, VRING_DESC_F_NEXT, 6);
+        fixture.desc(6, DATA, 72, VRING_DESC_F_NEXT, 5);
     }),
-    row("loop of empty descriptors", "chain_loop", |lab| {
-        lab.desc(0, DATA, 0, NEXT, 0);
+    row("loop of empty descriptors", "chain_loop", |fixture| {
+        fixture.desc(0, DATA, 0, VRING_DESC_F_NEXT, 0);
     }),
-    row("NEXT on the last of many", "chain_loop", |lab| {
+    row("NEXT on the last of many", "chain_loop", |fixture| {
         for at in 0..14 {
-            lab.desc(at, DATA, 72, NEXT, (at + 1) % 14);
+            fixture.desc(at, DATA, 72, VRING_DESC_F_NEXT, (at + 1) % 14);
         }
     }),
-    row("next = size", "chain_next_out_of_range", |lab| {
-        lab.desc(0, DATA, 72, NEXT, 16);
+    row("next = size", "chain_next_out_of_range", |fixture| {
+        fixture.desc(0, DATA, 72, VRING_DESC_F_NEXT, 16);
     }),
-    row("next = 65535", "chain_next_out_of_range", |lab| {
-        lab.desc(0, DATA, 72, NEXT, u16::MAX);
+    row("next = 65535", "chain_next_out_of_range", |fixture| {
+        fixture.desc(0, DATA, 72, VRING_DESC_F_NEXT, u16::MAX);
     }),
     row(
         "NEXT on the table's last",
         "chain_next_out_of_range",
-        |lab| {
-            lab.desc(0, DATA, 72, NEXT, 15);
-            lab.desc(15, DATA, 72, NEXT, 16);
+        |fixture| {
+            fixture.desc(0, DATA, 72, VRING_DESC_F_NEXT, 15);
+            fixture.desc(15, DATA, 72, VRING_DESC_F_NEXT, 16);
         },
     ),
-    large("1,025 descriptors", "chain_too_long", |lab| {
-        line(lab, 1025, 72);
+    large("1,025 descriptors", "chain_too_long", |fixture| {
+        line(fixture, 1025, 72);
     }),
-    large("1,025 empty descriptors", "chain_too_long", |lab| {
-        line(lab, 1025, 0);
+    large("1,025 empty descriptors", "chain_too_long", |fixture| {
+        line(fixture, 1025, 0);
     }),
-    large("over 4 GiB", "chain_too_big", |lab| {
-        line(lab, 300, 0xf0_0000 - 0x1000);
+    large("over 4 GiB", "chain_too_big", |fixture| {
+        line(fixture, 300, 0xf0_0000 - 0x1000);
     }),
 ];
 
 const ADDRESSES: &[Row] = &[
-    row("address 0, not mapped", "address_invalid", |lab| {
-        ends_at(lab, 0, 64);
+    row("address 0, not mapped", "address_invalid", |fixture| {
+        ends_at(fixture, 0, 64);
     }),
-    row("beyond RAM", "address_invalid", |lab| {
-        ends_at(lab, END, 1);
+    row("beyond RAM", "address_invalid", |fixture| {
+        ends_at(fixture, END, 1);
     }),
-    row("far beyond RAM", "address_invalid", |lab| {
-        ends_at(lab, 1 << 52, 64);
+    row("far beyond RAM", "address_invalid", |fixture| {
+        ends_at(fixture, 1 << 52, 64);
     }),
-    row("last byte beyond RAM", "address_invalid", |lab| {
-        ends_at(lab, END - 63, 64);
+    row("last byte beyond RAM", "address_invalid", |fixture| {
+        ends_at(fixture, END - 63, 64);
     }),
-    row("address + length wraps", "address_invalid", |lab| {
-        ends_at(lab, u64::MAX - 10, 64);
+    row("address + length wraps", "address_invalid", |fixture| {
+        ends_at(fixture, u64::MAX - 10, 64);
     }),
-    row("address + length is 2^64", "address_invalid", |lab| {
-        ends_at(lab, u64::MAX - 63, 64);
+    row("address + length is 2^64", "address_invalid", |fixture| {
+        ends_at(fixture, u64::MAX - 63, 64);
     }),
-    row("length of 4 GiB - 1", "address_invalid", |lab| {
-        lab.desc(0, DATA, u32::MAX, 0, 0);
+    row("length of 4 GiB - 1", "address_invalid", |fixture| {
+        fixture.desc(0, DATA, u32::MAX, 0, 0);
     }),
-    row("ends in a hole", "address_invalid", |lab| {
-        ends_at(lab, HOLE - 32, 64);
+    row("ends in a hole", "address_invalid", |fixture| {
+        ends_at(fixture, HOLE - 32, 64);
     }),
-    row("begins in a hole", "address_invalid", |lab| {
-        ends_at(lab, ISLAND - 32, 64);
+    row("begins in a hole", "address_invalid", |fixture| {
+        ends_at(fixture, ISLAND - 32, 64);
     }),
-    row("reaches over a hole", "address_invalid", |lab| {
+    row("reaches over a hole", "address_invalid", |fixture| {
         let bytes = u32::try_from(ISLAND + 64 - HOLE).unwrap();
-        ends_at(lab, HOLE - 32, bytes);
+        ends_at(fixture, HOLE - 32, bytes);
     }),
-    row("no bytes at a bad address", "address_invalid", |lab| {
-        ends_at(lab, 1 << 52, 0);
+    row("no bytes at a bad address", "address_invalid", |fixture| {
+        ends_at(fixture, 1 << 52, 0);
     }),
-    row("bad address first", "address_invalid", |lab| {
-        lab.desc(0, 1 << 52, 64, NEXT, 1);
-        lab.desc(1, DATA, 72, 0, 0);
+    row("bad address first", "address_invalid", |fixture| {
+        fixture.desc(0, 1 << 52, 64, VRING_DESC_F_NEXT, 1);
+        fixture.desc(1, DATA, 72, 0, 0);
     }),
 ];
 
 const INDIRECTS: &[Row] = &[
-    row("nested", "indirect_nested", |lab| {
-        refer(lab, &[(DATA, 72, NEXT, 1), (TABLE, 16, INDIRECT, 0)]);
+    row("nested", "indirect_nested", |fixture| {
+        refer(fixture, &[(DATA, 72, VRING_DESC_F_NEXT, 1), (TABLE, 16, VRING_DESC_F_INDIRECT, 0)]);
     }),
-    row("nested at once", "indirect_nested", |lab| {
-        refer(lab, &[(TABLE, 16, INDIRECT, 0)]);
+    row("nested at once", "indirect_nested", |fixture| {
+        refer(fixture, &[(TABLE, 16, VRING_DESC_F_INDIRECT, 0)]);
     }),
-    row("INDIRECT with NEXT", "indirect_with_next", |lab| {
-        refer(lab, &[(DATA, 72, 0, 0)]);
-        lab.desc(0, TABLE, 16, INDIRECT | NEXT, 1);
-        lab.desc(1, DATA, 72, 0, 0);
+    row("INDIRECT with NEXT", "indirect_with_next", |fixture| {
+        refer(fixture, &[(DATA, 72, 0, 0)]);
+        fixture.desc(0, TABLE, 16, VRING_DESC_F_INDIRECT | VRING_DESC_F_NEXT, 1);
+        fixture.desc(1, DATA, 72, 0, 0);
     }),
-    row("table of 0 bytes", "indirect_bad_length", |lab| {
-        lab.desc(0, TABLE, 0, INDIRECT, 0);
+    row("table of 0 bytes", "indirect_bad_length", |fixture| {
+        fixture.desc(0, TABLE, 0, VRING_DESC_F_INDIRECT, 0);
     }),
-    row("table of 15 bytes", "indirect_bad_length", |lab| {
-        lab.desc(0, TABLE, 15, INDIRECT, 0);
+    row("table of 15 bytes", "indirect_bad_length", |fixture| {
+        fixture.desc(0, TABLE, 15, VRING_DESC_F_INDIRECT, 0);
     }),
-    row("table of 17 bytes", "indirect_bad_length", |lab| {
-        lab.desc(0, TABLE, 17, INDIRECT, 0);
+    row("table of 17 bytes", "indirect_bad_length", |fixture| {
+        fixture.desc(0, TABLE, 17, VRING_DESC_F_INDIRECT, 0);
     }),
-    row("table of 65,536 entries", "indirect_bad_length", |lab| {
-        lab.desc(0, TABLE, 16 * 65_536, INDIRECT, 0);
+    row("table of 65,536 entries", "indirect_bad_length", |fixture| {
+        fixture.desc(0, TABLE, 16 * 65_536, VRING_DESC_F_INDIRECT, 0);
     }),
-    row("table of 4 GiB", "indirect_bad_length", |lab| {
-        lab.desc(0, TABLE, 0xffff_fff0, INDIRECT, 0);
+    row("table of 4 GiB", "indirect_bad_length", |fixture| {
+        fixture.desc(0, TABLE, 0xffff_fff0, VRING_DESC_F_INDIRECT, 0);
     }),
-    row("table not mapped", "indirect_unmapped", |lab| {
-        lab.desc(0, END, 16, INDIRECT, 0);
+    row("table not mapped", "indirect_unmapped", |fixture| {
+        fixture.desc(0, END, 16, VRING_DESC_F_INDIRECT, 0);
     }),
-    row("table that wraps", "indirect_unmapped", |lab| {
-        lab.desc(0, u64::MAX - 15, 32, INDIRECT, 0);
+    row("table that wraps", "indirect_unmapped", |fixture| {
+        fixture.desc(0, u64::MAX - 15, 32, VRING_DESC_F_INDIRECT, 0);
     }),
-    row("table that ends in a hole", "indirect_unmapped", |lab| {
-        lab.desc(0, HOLE - 16, 32, INDIRECT, 0);
+    row("table that ends in a hole", "indirect_unmapped", |fixture| {
+        fixture.desc(0, HOLE - 16, 32, VRING_DESC_F_INDIRECT, 0);
     }),
     // Legal for a driver, but no driver does it: a table is one small allocation.
-    row("table across two regions", "indirect_unmapped", |lab| {
-        lab.desc(0, JOINED - 16, 32, INDIRECT, 0);
+    row("table across two regions", "indirect_unmapped", |fixture| {
+        fixture.desc(0, JOINED - 16, 32, VRING_DESC_F_INDIRECT, 0);
     }),
-    row("next = entries", "chain_next_out_of_range", |lab| {
-        refer(lab, &[(DATA, 72, NEXT, 1)]);
+    row("next = entries", "chain_next_out_of_range", |fixture| {
+        refer(fixture, &[(DATA, 72, VRING_DESC_F_NEXT, 1)]);
     }),
-    row("loop in a table", "chain_loop", |lab| {
-        refer(lab, &[(DATA, 72, NEXT, 1), (DATA, 72, NEXT, 0)]);
+    row("loop in a table", "chain_loop", |fixture| {
+        refer(fixture, &[(DATA, 72, VRING_DESC_F_NEXT, 1), (DATA, 72, VRING_DESC_F_NEXT, 0)]);
     }),
-    row("table of 1,025 descriptors", "chain_too_long", |lab| {
-        table_line(lab, 1025, 64);
+    row("table of 1,025 descriptors", "chain_too_long", |fixture| {
+        table_line(fixture, 1025, 64);
     }),
-    row("table of 65,535 descriptors", "chain_too_long", |lab| {
-        table_line(lab, u16::MAX, 64);
+    row("table of 65,535 descriptors", "chain_too_long", |fixture| {
+        table_line(fixture, u16::MAX, 64);
     }),
     row(
         "indirect behind a buffer, with NEXT",
         "indirect_with_next",
-        |lab| {
-            lab.desc(0, DATA, 72, NEXT, 1);
-            lab.desc(1, TABLE, 16, INDIRECT | NEXT, 2);
+        |fixture| {
+            fixture.desc(0, DATA, 72, VRING_DESC_F_NEXT, 1);
+            fixture.desc(1, TABLE, 16, VRING_DESC_F_INDIRECT | VRING_DESC_F_NEXT, 2);
         },
     ),
-    row("bad address in a table", "address_invalid", |lab| {
-        refer(lab, &[(DATA, 72, NEXT, 1), (END, 1, 0, 0)]);
+    row("bad address in a table", "address_invalid", |fixture| {
+        refer(fixture, &[(DATA, 72, VRING_DESC_F_NEXT, 1), (END, 1, 0, 0)]);
     }),
     Row {
         features: PLAIN,
-        ..row("without the feature", "indirect_not_negotiated", |lab| {
-            refer(lab, &[(DATA, 72, 0, 0)]);
+        ..row("without the feature", "indirect_not_negotiated", |fixture| {
+            refer(fixture, &[(DATA, 72, 0, 0)]);
         })
     },
 ];
 
 const DIRECTIONS: &[Row] = &[
-    row("writable", "direction_wrong", |lab| {
-        lab.desc(0, DATA, 72, WRITE, 0);
+    row("writable", "direction_wrong", |fixture| {
+        fixture.desc(0, DATA, 72, VRING_DESC_F_WRITE, 0);
     }),
-    row("readable, then writable", "direction_wrong", |lab| {
-        lab.desc(0, DATA, 72, NEXT, 1);
-        lab.desc(1, DATA, 72, WRITE, 0);
+    row("readable, then writable", "direction_wrong", |fixture| {
+        fixture.desc(0, DATA, 72, VRING_DESC_F_NEXT, 1);
+        fixture.desc(1, DATA, 72, VRING_DESC_F_WRITE, 0);
     }),
-    row("writable, then readable", "direction_wrong", |lab| {
-        lab.desc(0, DATA, 12, WRITE | NEXT, 1);
-        lab.desc(1, DATA, 60, 0, 0);
+    row("writable, then readable", "direction_wrong", |fixture| {
+        fixture.desc(0, DATA, 12, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT, 1);
+        fixture.desc(1, DATA, 60, 0, 0);
     }),
-    row("writable in a table", "direction_wrong", |lab| {
-        refer(lab, &[(DATA, 12, NEXT, 1), (DATA, 60, WRITE, 0)]);
+    row("writable in a table", "direction_wrong", |fixture| {
+        refer(fixture, &[(DATA, 12, VRING_DESC_F_NEXT, 1), (DATA, 60, VRING_DESC_F_WRITE, 0)]);
     }),
 ];
 
@@ -245,194 +245,194 @@ fn a_bad_chain_costs_the_guest_that_chain_and_no_other() {
         .flatten()
     {
         let Row { name, counter, .. } = *row;
-        let mut lab = Lab::new(row.size, row.features);
-        let mut tx: TxQueue = lab.device();
-        (row.write)(&lab);
+        let mut fixture = SplitRingFixture::new(row.size, row.features);
+        let mut tx: TxQueue = fixture.device();
+        (row.write)(&fixture);
         // Between two good frames of its burst, then one more in the next.
         let last = row.size - 2;
-        lab.readable(last, &good());
-        lab.offer(&[last, 0, last]);
-        let sent = tx.send(Some(&lab.uplink)).unwrap();
+        fixture.readable(last, &good());
+        fixture.offer(&[last, 0, last]);
+        let sent = tx.send(Some(&fixture.uplink)).unwrap();
         assert_eq!((sent.chains, sent.bytes), (3, 120), "{name}");
         let element = (u32::from(last), 0);
-        assert_eq!(lab.used(), [element, (0, 0), element], "{name}");
-        assert_eq!(lab.counted(), [(counter, 1)], "{name}");
-        lab.offer(&[last]);
-        assert_eq!(tx.send(Some(&lab.uplink)).unwrap().bytes, 60, "{name}");
-        assert_eq!(lab.used(), [element], "{name}");
-        assert_eq!(lab.counted(), [], "{name}");
-        let carried = lab.uplink.sent();
+        assert_eq!(fixture.used(), [element, (0, 0), element], "{name}");
+        assert_eq!(fixture.counted(), [(counter, 1)], "{name}");
+        fixture.offer(&[last]);
+        assert_eq!(tx.send(Some(&fixture.uplink)).unwrap().bytes, 60, "{name}");
+        assert_eq!(fixture.used(), [element], "{name}");
+        assert_eq!(fixture.counted(), [], "{name}");
+        let carried = fixture.uplink.sent();
         assert_eq!(carried.len(), 3, "{name}");
         assert!(carried.iter().all(|f| f.bytes == good()[12..]), "{name}");
-        assert_eq!(tx.send(Some(&lab.uplink)).unwrap(), Sent::default());
+        assert_eq!(tx.send(Some(&fixture.uplink)).unwrap(), TxOutcome::default());
     }
 }
 
 /// A chain that looks odd and is legal: the frame at `DATA` (72 bytes with its header) passes.
-type Legal = (&'static str, fn(&Lab));
+type Legal = (&'static str, fn(&SplitRingFixture));
 
 const LEGAL: &[Legal] = &[
-    ("one descriptor", |lab| lab.desc(0, DATA, 72, 0, 0)),
-    ("header apart", |lab| {
-        lab.desc(0, DATA, 12, NEXT, 9);
-        lab.desc(9, DATA + 12, 60, 0, 0);
+    ("one descriptor", |fixture| fixture.desc(0, DATA, 72, 0, 0)),
+    ("header apart", |fixture| {
+        fixture.desc(0, DATA, 12, VRING_DESC_F_NEXT, 9);
+        fixture.desc(9, DATA + 12, 60, 0, 0);
     }),
-    ("header over twelve descriptors", |lab| {
+    ("header over twelve descriptors", |fixture| {
         for at in 0..12 {
-            lab.desc(at, DATA + u64::from(at), 1, NEXT, at + 1);
+            fixture.desc(at, DATA + u64::from(at), 1, VRING_DESC_F_NEXT, at + 1);
         }
-        lab.desc(12, DATA + 12, 60, 0, 0);
+        fixture.desc(12, DATA + 12, 60, 0, 0);
     }),
-    ("as many descriptors as the ring has", |lab| {
+    ("as many descriptors as the ring has", |fixture| {
         for at in 0..15 {
-            lab.desc(at, DATA + u64::from(at), 1, NEXT, at + 1);
+            fixture.desc(at, DATA + u64::from(at), 1, VRING_DESC_F_NEXT, at + 1);
         }
-        lab.desc(15, DATA + 15, 57, 0, 0);
+        fixture.desc(15, DATA + 15, 57, 0, 0);
     }),
-    ("empty descriptors between", |lab| {
-        lab.desc(0, DATA, 0, NEXT, 1);
-        lab.desc(1, DATA, 12, NEXT, 2);
-        lab.desc(2, DATA, 0, NEXT, 3);
-        lab.desc(3, DATA + 12, 60, NEXT, 4);
-        lab.desc(4, DATA, 0, 0, 0);
+    ("empty descriptors between", |fixture| {
+        fixture.desc(0, DATA, 0, VRING_DESC_F_NEXT, 1);
+        fixture.desc(1, DATA, 12, VRING_DESC_F_NEXT, 2);
+        fixture.desc(2, DATA, 0, VRING_DESC_F_NEXT, 3);
+        fixture.desc(3, DATA + 12, 60, VRING_DESC_F_NEXT, 4);
+        fixture.desc(4, DATA, 0, 0, 0);
     }),
-    ("indirect", |lab| {
-        refer(lab, &[(DATA, 12, NEXT, 1), (DATA + 12, 60, 0, 0)]);
+    ("indirect", |fixture| {
+        refer(fixture, &[(DATA, 12, VRING_DESC_F_NEXT, 1), (DATA + 12, 60, 0, 0)]);
     }),
-    ("indirect, WRITE on the outer descriptor", |lab| {
-        refer(lab, &[(DATA, 72, 0, 0)]);
-        lab.desc(0, TABLE, 16, INDIRECT | WRITE, 0);
+    ("indirect, WRITE on the outer descriptor", |fixture| {
+        refer(fixture, &[(DATA, 72, 0, 0)]);
+        fixture.desc(0, TABLE, 16, VRING_DESC_F_INDIRECT | VRING_DESC_F_WRITE, 0);
     }),
-    ("indirect behind a buffer", |lab| {
-        lab.table(&[(DATA + 12, 60, 0, 0)]);
-        lab.desc(0, DATA, 12, NEXT, 1);
-        lab.desc(1, TABLE, 16, INDIRECT, 0);
+    ("indirect behind a buffer", |fixture| {
+        fixture.table(&[(DATA + 12, 60, 0, 0)]);
+        fixture.desc(0, DATA, 12, VRING_DESC_F_NEXT, 1);
+        fixture.desc(1, TABLE, 16, VRING_DESC_F_INDIRECT, 0);
     }),
-    ("indirect table at an odd address", |lab| {
+    ("indirect table at an odd address", |fixture| {
         let mut bytes = DATA.to_le_bytes().to_vec();
         bytes.extend([72, 0, 0, 0, 0, 0, 0, 0]);
-        lab.ram.write(TABLE + 3, &bytes).unwrap();
-        lab.desc(0, TABLE + 3, 16, INDIRECT, 0);
+        fixture.ram.write(TABLE + 3, &bytes).unwrap();
+        fixture.desc(0, TABLE + 3, 16, VRING_DESC_F_INDIRECT, 0);
     }),
-    ("next without NEXT", |lab| {
-        lab.desc(0, DATA, 72, 0, u16::MAX)
+    ("next without NEXT", |fixture| {
+        fixture.desc(0, DATA, 72, 0, u16::MAX)
     }),
-    ("flag bits that mean nothing", |lab| {
-        lab.desc(0, DATA, 72, 0xfff8, 0);
+    ("flag bits that mean nothing", |fixture| {
+        fixture.desc(0, DATA, 72, 0xfff8, 0);
     }),
-    ("from one region into the next", |lab| {
-        lab.ram.write(JOINED - 30, &good()).unwrap();
-        lab.desc(0, JOINED - 30, 72, 0, 0);
+    ("from one region into the next", |fixture| {
+        fixture.ram.write(JOINED - 30, &good()).unwrap();
+        fixture.desc(0, JOINED - 30, 72, 0, 0);
     }),
-    ("to the end of memory", |lab| {
-        lab.ram.write(END - 72, &good()).unwrap();
-        lab.desc(0, END - 72, 72, 0, 0);
+    ("to the end of memory", |fixture| {
+        fixture.ram.write(END - 72, &good()).unwrap();
+        fixture.desc(0, END - 72, 72, 0, 0);
     }),
 ];
 
 #[test]
 fn odd_but_legal_chains_pass() {
     for (name, write) in LEGAL {
-        let mut lab = Lab::new(16, FULL);
-        let mut tx: TxQueue = lab.device();
-        lab.ram.write(DATA, &good()).unwrap();
-        write(&lab);
-        lab.offer(&[0]);
-        let sent = tx.send(Some(&lab.uplink)).unwrap();
+        let mut fixture = SplitRingFixture::new(16, FULL);
+        let mut tx: TxQueue = fixture.device();
+        fixture.ram.write(DATA, &good()).unwrap();
+        write(&fixture);
+        fixture.offer(&[0]);
+        let sent = tx.send(Some(&fixture.uplink)).unwrap();
         assert_eq!((sent.chains, sent.bytes), (1, 60), "{name}");
-        assert_eq!(lab.uplink.sent()[0].bytes, good()[12..], "{name}");
-        assert_eq!(lab.used(), [(0, 0)], "{name}");
-        assert_eq!(lab.counted(), [], "{name}");
+        assert_eq!(fixture.uplink.sent()[0].bytes, good()[12..], "{name}");
+        assert_eq!(fixture.used(), [(0, 0)], "{name}");
+        assert_eq!(fixture.counted(), [], "{name}");
     }
 }
 
 #[test]
 fn the_longest_legal_chain_passes() {
     for indirect in [false, true] {
-        let mut lab = Lab::new(2048, FULL);
-        let mut tx: TxQueue = lab.device();
+        let mut fixture = SplitRingFixture::new(2048, FULL);
+        let mut tx: TxQueue = fixture.device();
         match indirect {
-            true => table_line(&lab, 1024, 64),
-            false => line(&lab, 1024, 64),
+            true => table_line(&fixture, 1024, 64),
+            false => line(&fixture, 1024, 64),
         }
-        lab.offer(&[0]);
-        assert_eq!(tx.send(Some(&lab.uplink)).unwrap().bytes, 65_536 - 12);
-        assert_eq!(lab.uplink.sent()[0].bytes.len(), 65_536 - 12);
-        assert_eq!(lab.counted(), []);
+        fixture.offer(&[0]);
+        assert_eq!(tx.send(Some(&fixture.uplink)).unwrap().bytes, 65_536 - 12);
+        assert_eq!(fixture.uplink.sent()[0].bytes.len(), 65_536 - 12);
+        assert_eq!(fixture.counted(), []);
     }
 }
 
 /// Harmless by design: the device keeps nothing by head or by descriptor.
 #[test]
 fn a_head_twice_and_a_shared_descriptor_are_two_frames() {
-    let mut lab = Lab::new(16, FULL);
-    let mut tx: TxQueue = lab.device();
-    lab.ram.write(DATA, &good()).unwrap();
-    lab.desc(0, DATA, 12, NEXT, 2);
-    lab.desc(1, DATA, 12, NEXT, 2);
-    lab.desc(2, DATA + 12, 60, 0, 0);
-    lab.offer(&[0, 0, 1]);
-    let sent = tx.send(Some(&lab.uplink)).unwrap();
+    let mut fixture = SplitRingFixture::new(16, FULL);
+    let mut tx: TxQueue = fixture.device();
+    fixture.ram.write(DATA, &good()).unwrap();
+    fixture.desc(0, DATA, 12, VRING_DESC_F_NEXT, 2);
+    fixture.desc(1, DATA, 12, VRING_DESC_F_NEXT, 2);
+    fixture.desc(2, DATA + 12, 60, 0, 0);
+    fixture.offer(&[0, 0, 1]);
+    let sent = tx.send(Some(&fixture.uplink)).unwrap();
     assert_eq!((sent.chains, sent.bytes), (3, 180));
-    assert_eq!(lab.used(), [(0, 0), (0, 0), (1, 0)]);
-    let carried = lab.uplink.sent();
+    assert_eq!(fixture.used(), [(0, 0), (0, 0), (1, 0)]);
+    let carried = fixture.uplink.sent();
     assert!(carried.iter().all(|f| f.bytes == good()[12..]));
-    assert_eq!(lab.counted(), []);
+    assert_eq!(fixture.counted(), []);
 }
 
 /// A guest may send its own descriptors: they are its memory.
 #[test]
 fn a_buffer_in_the_ring_itself_is_memory_like_any() {
-    let mut lab = Lab::new(16, FULL);
-    let mut tx: TxQueue = lab.device();
-    lab.ram.write(DATA, &[0; 12]).unwrap();
-    let at = lab.ring.addresses();
+    let mut fixture = SplitRingFixture::new(16, FULL);
+    let mut tx: TxQueue = fixture.device();
+    fixture.ram.write(DATA, &[0; 12]).unwrap();
+    let at = fixture.ring.addresses();
     for (head, addr, len) in [
         (0, at.descriptors, 256),
         (2, at.driver, 38),
         (4, at.device, 134),
     ] {
-        lab.desc(head, DATA, 12, NEXT, head + 1);
-        lab.desc(head + 1, addr, len, 0, 0);
+        fixture.desc(head, DATA, 12, VRING_DESC_F_NEXT, head + 1);
+        fixture.desc(head + 1, addr, len, 0, 0);
     }
-    lab.offer(&[0, 2, 4]);
-    assert_eq!(tx.send(Some(&lab.uplink)).unwrap().bytes, 256 + 38 + 134);
-    assert_eq!(lab.used(), [(0, 0), (2, 0), (4, 0)]);
-    assert_eq!(lab.counted(), []);
+    fixture.offer(&[0, 2, 4]);
+    assert_eq!(tx.send(Some(&fixture.uplink)).unwrap().bytes, 256 + 38 + 134);
+    assert_eq!(fixture.used(), [(0, 0), (2, 0), (4, 0)]);
+    assert_eq!(fixture.counted(), []);
 }
 
 /// What a kick costs is bounded by what a burst reads, not by what the guest wrote.
 #[test]
 fn a_table_of_65_535_entries_shared_by_1_024_heads_costs_little_at_a_time() {
-    let mut lab = Lab::new(1024, FULL);
-    let mut tx: TxQueue = lab.device();
-    table_line(&lab, u16::MAX, 64);
+    let mut fixture = SplitRingFixture::new(1024, FULL);
+    let mut tx: TxQueue = fixture.device();
+    table_line(&fixture, u16::MAX, 64);
     for head in 0..1024 {
-        lab.desc(head, TABLE, 16 * 65_535, INDIRECT, 0);
+        fixture.desc(head, TABLE, 16 * 65_535, VRING_DESC_F_INDIRECT, 0);
     }
     let heads: Vec<u16> = (0..1024).collect();
-    lab.offer(&heads);
+    fixture.offer(&heads);
     let mut done = 0;
     while done < 1024 {
-        let sent = tx.send(Some(&lab.uplink)).unwrap();
+        let sent = tx.send(Some(&fixture.uplink)).unwrap();
         // Each was followed for 1,025 descriptors; a burst stops at 4,096.
         assert!((1..=4).contains(&sent.chains), "{} at once", sent.chains);
         done += sent.chains;
     }
     let want: Vec<_> = (0..1024).map(|head| (head, 0)).collect();
-    assert_eq!(lab.used(), want);
-    assert_eq!(lab.counted(), [("chain_too_long", 1024)]);
-    assert!(lab.uplink.sent().is_empty());
+    assert_eq!(fixture.used(), want);
+    assert_eq!(fixture.counted(), [("chain_too_long", 1024)]);
+    assert!(fixture.uplink.sent().is_empty());
 }
 
 #[test]
 fn a_disabled_ring_drains_whatever_is_in_it() {
-    let mut lab = Lab::new(16, FULL);
-    let mut tx: TxQueue = lab.device();
-    lab.readable(3, &[vec![0; 12], frame(2, 60)].concat());
-    lab.desc(4, DATA, 72, NEXT, 4);
-    lab.offer(&[3, 4, 3]);
+    let mut fixture = SplitRingFixture::new(16, FULL);
+    let mut tx: TxQueue = fixture.device();
+    fixture.readable(3, &[vec![0; 12], frame(2, 60)].concat());
+    fixture.desc(4, DATA, 72, VRING_DESC_F_NEXT, 4);
+    fixture.offer(&[3, 4, 3]);
     assert_eq!(tx.send(None).unwrap().chains, 3);
-    assert_eq!(lab.used(), [(3, 0), (4, 0), (3, 0)]);
-    assert_eq!(lab.counted(), [("dropped_disabled", 3)]);
+    assert_eq!(fixture.used(), [(3, 0), (4, 0), (3, 0)]);
+    assert_eq!(fixture.counted(), [("dropped_disabled", 3)]);
 }

@@ -4,13 +4,13 @@
 
 mod common;
 
-use common::{DATA, FULL, Lab, PLAIN, frame};
+use common::{DATA, FULL, SplitRingFixture, PLAIN, frame};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_UFO,
 };
 use virtionet_virtio_net::TxQueue;
 use virtionet_guest::header::{
-    DATA_VALID, GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP, NEEDS_CSUM, NetHeader,
+    VIRTIO_NET_HDR_F_DATA_VALID, VIRTIO_NET_HDR_GSO_ECN, VIRTIO_NET_HDR_GSO_NONE, VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_TCPV6, VIRTIO_NET_HDR_GSO_UDP, VIRTIO_NET_HDR_F_NEEDS_CSUM, NetHeader,
 };
 
 const CSUM: u64 = PLAIN | 1 << VIRTIO_NET_F_CSUM;
@@ -21,8 +21,8 @@ const GOOD: &str = "";
 
 /// A checksum at the place where TCP over IPv4 has it.
 const PARTIAL: NetHeader = NetHeader {
-    flags: NEEDS_CSUM,
-    gso_type: GSO_NONE,
+    flags: VIRTIO_NET_HDR_F_NEEDS_CSUM,
+    gso_type: VIRTIO_NET_HDR_GSO_NONE,
     hdr_len: 0,
     gso_size: 0,
     csum_start: 34,
@@ -31,7 +31,7 @@ const PARTIAL: NetHeader = NetHeader {
 };
 /// Segments of 1,448 bytes.
 const SEGMENTS: NetHeader = NetHeader {
-    gso_type: GSO_TCPV4,
+    gso_type: VIRTIO_NET_HDR_GSO_TCPV4,
     hdr_len: 54,
     gso_size: 1448,
     ..PARTIAL
@@ -83,7 +83,7 @@ const STRAY: NetHeader = NetHeader {
 /// Fields that nothing refers to.
 const UNUSED: NetHeader = NetHeader {
     flags: 0,
-    gso_type: GSO_NONE,
+    gso_type: VIRTIO_NET_HDR_GSO_NONE,
     hdr_len: 9999,
     gso_size: 77,
     csum_start: 9999,
@@ -102,24 +102,24 @@ const ROWS: &[Row] = &[
     ("one byte more", FULL, NONE, 65_554, "frame_too_long"),
     ("100,000 bytes", FULL, NONE, 100_000, "frame_too_long"),
     ("fields that nothing refers to", PLAIN, UNUSED, 60, GOOD),
-    ("DATA_VALID", PLAIN, flags(DATA_VALID, NONE), 60, GOOD),
+    ("DATA_VALID", PLAIN, flags(VIRTIO_NET_HDR_F_DATA_VALID, NONE), 60, GOOD),
     ("flags that do not exist", PLAIN, flags(0xf8, NONE), 60, GOOD),
     ("gso_type 2", FULL, gso(2), 3000, "gso_unknown"),
     ("gso_type 5, USO, never offered", FULL, gso(5), 3000, "gso_unknown"),
     ("gso_type 0x7f", FULL, gso(0x7f), 3000, "gso_unknown"),
-    ("ECN of nothing", FULL, gso(GSO_ECN), 3000, "gso_unknown"),
-    ("ECN of UFO", UFO | FULL, gso(GSO_UDP | GSO_ECN), 3000, "gso_unknown"),
+    ("ECN of nothing", FULL, gso(VIRTIO_NET_HDR_GSO_ECN), 3000, "gso_unknown"),
+    ("ECN of UFO", UFO | FULL, gso(VIRTIO_NET_HDR_GSO_UDP | VIRTIO_NET_HDR_GSO_ECN), 3000, "gso_unknown"),
     ("TSO4", TSO4, SEGMENTS, 3000, GOOD),
     ("TSO4 not negotiated", CSUM, SEGMENTS, 3000, "gso_not_negotiated"),
-    ("TSO6", FULL, gso(GSO_TCPV6), 3000, GOOD),
-    ("TSO6 not negotiated", TSO4, gso(GSO_TCPV6), 3000, "gso_not_negotiated"),
-    ("UFO", UFO, gso(GSO_UDP), 3000, GOOD),
-    ("UFO not negotiated", FULL, gso(GSO_UDP), 3000, "gso_not_negotiated"),
-    ("TSO4 with ECN", TSO4_ECN, gso(GSO_TCPV4 | GSO_ECN), 3000, GOOD),
-    ("ECN not negotiated", TSO4, gso(GSO_TCPV4 | GSO_ECN), 3000, "gso_not_negotiated"),
+    ("TSO6", FULL, gso(VIRTIO_NET_HDR_GSO_TCPV6), 3000, GOOD),
+    ("TSO6 not negotiated", TSO4, gso(VIRTIO_NET_HDR_GSO_TCPV6), 3000, "gso_not_negotiated"),
+    ("UFO", UFO, gso(VIRTIO_NET_HDR_GSO_UDP), 3000, GOOD),
+    ("UFO not negotiated", FULL, gso(VIRTIO_NET_HDR_GSO_UDP), 3000, "gso_not_negotiated"),
+    ("TSO4 with ECN", TSO4_ECN, gso(VIRTIO_NET_HDR_GSO_TCPV4 | VIRTIO_NET_HDR_GSO_ECN), 3000, GOOD),
+    ("ECN not negotiated", TSO4, gso(VIRTIO_NET_HDR_GSO_TCPV4 | VIRTIO_NET_HDR_GSO_ECN), 3000, "gso_not_negotiated"),
     ("gso_size 0", FULL, NO_SIZE, 3000, "gso_size_zero"),
     ("GSO without NEEDS_CSUM", FULL, flags(0, SEGMENTS), 3000, "gso_without_csum"),
-    ("GSO with DATA_VALID alone", FULL, flags(DATA_VALID, SEGMENTS), 3000, "gso_without_csum"),
+    ("GSO with DATA_VALID alone", FULL, flags(VIRTIO_NET_HDR_F_DATA_VALID, SEGMENTS), 3000, "gso_without_csum"),
     ("hdr_len of the whole frame", FULL, hdr_len(3000), 3000, GOOD),
     ("hdr_len beyond the frame", FULL, hdr_len(3001), 3000, "hdr_len_out_of_frame"),
     ("hdr_len 65,535", FULL, hdr_len(u16::MAX), 3000, "hdr_len_out_of_frame"),
@@ -138,25 +138,25 @@ const ROWS: &[Row] = &[
 #[test]
 fn every_rule_of_the_header_has_its_counter() {
     for &(name, features, header, len, counter) in ROWS {
-        let mut lab = Lab::new(8, features);
-        let mut tx: TxQueue = lab.device();
+        let mut fixture = SplitRingFixture::new(8, features);
+        let mut tx: TxQueue = fixture.device();
         let bytes = frame(len, len);
-        lab.readable(0, &[&header.to_bytes()[..], &bytes].concat());
-        lab.readable(1, &[vec![0; 12], frame(1, 60)].concat());
-        lab.offer(&[0, 1]);
-        assert_eq!(tx.send(Some(&lab.uplink)).unwrap().chains, 2, "{name}");
-        assert_eq!(lab.used(), [(0, 0), (1, 0)], "{name}");
-        let mut carried = lab.uplink.sent();
+        fixture.readable(0, &[&header.to_bytes()[..], &bytes].concat());
+        fixture.readable(1, &[vec![0; 12], frame(1, 60)].concat());
+        fixture.offer(&[0, 1]);
+        assert_eq!(tx.send(Some(&fixture.uplink)).unwrap().chains, 2, "{name}");
+        assert_eq!(fixture.used(), [(0, 0), (1, 0)], "{name}");
+        let mut carried = fixture.uplink.sent();
         let last = carried.pop().unwrap();
         assert_eq!(last.bytes, frame(1, 60), "{name}: the good frame after it");
         match counter {
             GOOD => {
-                assert_eq!(lab.counted(), [], "{name}");
+                assert_eq!(fixture.counted(), [], "{name}");
                 assert_eq!(carried[0].header.0, header.to_bytes(), "{name}");
                 assert_eq!((carried[0].len, &carried[0].bytes), (len, &bytes), "{name}");
             }
             counter => {
-                assert_eq!(lab.counted(), [(counter, 1)], "{name}");
+                assert_eq!(fixture.counted(), [(counter, 1)], "{name}");
                 assert!(carried.is_empty(), "{name}");
             }
         }
@@ -167,32 +167,32 @@ fn every_rule_of_the_header_has_its_counter() {
 fn a_chain_without_room_for_a_header_is_no_frame() {
     for (features, header_len) in [(PLAIN, 12), (0, 10)] {
         for len in 0..=header_len {
-            let mut lab = Lab::new(8, features);
-            let mut tx: TxQueue = lab.device();
-            lab.ram.write(DATA, &[0; 12]).unwrap();
-            lab.desc(0, DATA, len, 0, 0);
-            lab.offer(&[0]);
-            assert_eq!(tx.send(Some(&lab.uplink)).unwrap().chains, 1);
-            assert_eq!(lab.used(), [(0, 0)]);
+            let mut fixture = SplitRingFixture::new(8, features);
+            let mut tx: TxQueue = fixture.device();
+            fixture.ram.write(DATA, &[0; 12]).unwrap();
+            fixture.desc(0, DATA, len, 0, 0);
+            fixture.offer(&[0]);
+            assert_eq!(tx.send(Some(&fixture.uplink)).unwrap().chains, 1);
+            assert_eq!(fixture.used(), [(0, 0)]);
             let counter = match len == header_len {
                 true => "frame_too_short",
                 false => "header_missing",
             };
-            assert_eq!(lab.counted(), [(counter, 1)], "{len} bytes");
-            assert!(lab.uplink.sent().is_empty());
+            assert_eq!(fixture.counted(), [(counter, 1)], "{len} bytes");
+            assert!(fixture.uplink.sent().is_empty());
         }
     }
 }
 
 #[test]
 fn a_legacy_header_has_ten_bytes() {
-    let mut lab = Lab::new(8, 1 << VIRTIO_NET_F_CSUM);
-    let mut tx: TxQueue = lab.device();
+    let mut fixture = SplitRingFixture::new(8, 1 << VIRTIO_NET_F_CSUM);
+    let mut tx: TxQueue = fixture.device();
     let header = PARTIAL.to_bytes();
-    lab.readable(0, &[&header[..10], &frame(5, 60)].concat());
-    lab.offer(&[0]);
-    assert_eq!(tx.send(Some(&lab.uplink)).unwrap().bytes, 60);
-    let carried = lab.uplink.sent();
+    fixture.readable(0, &[&header[..10], &frame(5, 60)].concat());
+    fixture.offer(&[0]);
+    assert_eq!(tx.send(Some(&fixture.uplink)).unwrap().bytes, 60);
+    let carried = fixture.uplink.sent();
     assert_eq!(carried[0].bytes, frame(5, 60));
     assert_eq!(carried[0].header.0, header);
 }

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use crate::fault::ChainFault;
-use crate::memory::{GuestMemory, GuestSlice, PieceWriter, Pieces};
-use crate::walk::Walked;
+use crate::memory::{GuestMemory, GuestSlice, SegmentWriter, SegmentList};
+use crate::walk::WalkedChain;
 
 /// One chain. Which of its ring's formats it came from does not show.
 #[derive(Debug, Clone, Copy, Default)]
@@ -14,8 +14,8 @@ pub struct Chain {
     /// Places that it takes in the ring: 1 entry of an available ring, or its number of
     /// descriptors in a packed ring.
     pub(crate) slots: u16,
-    /// Its number of pieces, [`crate::MAX_CHAIN`] at most, and where the first one is.
-    pub(crate) pieces: u16,
+    /// Its number of segments, [`crate::MAX_CHAIN_SEGMENTS`] at most, and where the first one is.
+    pub(crate) segments: u16,
     pub(crate) fault: Option<ChainFault>,
     pub(crate) from: u32,
     pub(crate) len: u32,
@@ -25,13 +25,13 @@ pub struct Chain {
 const _: () = assert!(size_of::<Chain>() == 16);
 
 impl Chain {
-    /// One slot and so many pieces from number `at` on, and nothing wrong with it.
+    /// One slot and so many segments from number `at` on, and nothing wrong with it.
     #[inline(always)]
-    pub(crate) fn of(id: u16, at: u32, pieces: u16, len: u32) -> Self {
+    pub(crate) fn single_slot(id: u16, at: u32, segments: u16, len: u32) -> Self {
         Self {
             id,
             slots: 1,
-            pieces,
+            segments,
             fault: None,
             from: at,
             len,
@@ -39,18 +39,18 @@ impl Chain {
     }
 
     #[inline(always)]
-    pub(crate) fn new(id: u16, slots: u16, walked: Walked) -> Self {
+    pub(crate) fn new(id: u16, slots: u16, walked: WalkedChain) -> Self {
         Self {
             id,
             slots,
             fault: walked.fault,
-            pieces: walked.pieces,
+            segments: walked.segments,
             from: walked.from,
             len: walked.len,
         }
     }
 
-    /// Bytes in all its pieces; 0 for a faulty chain.
+    /// Bytes in all its segments; 0 for a faulty chain.
     #[inline(always)]
     #[must_use]
     pub fn len(&self) -> usize {
@@ -64,7 +64,7 @@ impl Chain {
         self.len == 0
     }
 
-    /// What is wrong with it. A faulty chain has no pieces and is only to be given back.
+    /// What is wrong with it. A faulty chain has no segments and is only to be given back.
     #[inline(always)]
     #[must_use]
     pub fn fault(&self) -> Option<ChainFault> {
@@ -73,27 +73,27 @@ impl Chain {
 }
 
 /// Chains in the order in which the driver made them available. Those that are done with leave at
-/// the front ([`Burst::retire`]); new ones come at the back ([`crate::Ring::take`]).
+/// the front ([`Burst::retire`]); new ones come at the back ([`crate::Virtqueue::dequeue`]).
 #[derive(Debug)]
 pub struct Burst {
     /// Those up to `end` count; the rest is room.
     store: Vec<Chain>,
     end: usize,
-    pieces: Pieces,
+    segments: SegmentList,
     /// Chains at the front that have been retired; they are dropped in batches.
     retired: usize,
-    /// Descriptors read for this burst since [`Burst::reset_work`].
-    work: usize,
+    /// Descriptors read for this burst since [`Burst::reset_descriptors_read`].
+    descriptors_read: usize,
 }
 
-/// What a ring puts chains into: places for as many as it asked for, and the pieces.
-pub(crate) struct Intake<'b> {
-    pub(crate) places: &'b mut [Chain],
-    pub(crate) pieces: PieceWriter<'b>,
+/// What a ring puts chains into: places for as many as it asked for, and the segments.
+pub(crate) struct Reservation<'b> {
+    pub(crate) chains: &'b mut [Chain],
+    pub(crate) segments: SegmentWriter<'b>,
 }
 
 /// Retired chains are moved out when so many have gathered.
-const COMPACT_AT: usize = 256;
+const COMPACT_THRESHOLD: usize = 256;
 
 impl Burst {
     /// No chains yet, over `memory`.
@@ -102,23 +102,23 @@ impl Burst {
         Self {
             store: Vec::new(),
             end: 0,
-            pieces: Pieces::new(memory),
+            segments: SegmentList::new(memory),
             retired: 0,
-            work: 0,
+            descriptors_read: 0,
         }
     }
 
-    /// Descriptors read since the last [`Burst::reset_work`]: what a guest made us do, however
+    /// Descriptors read since the last [`Burst::reset_descriptors_read`]: what a guest made us do, however
     /// little came of it.
     #[inline(always)]
     #[must_use]
-    pub fn work(&self) -> usize {
-        self.work
+    pub fn descriptors_read(&self) -> usize {
+        self.descriptors_read
     }
 
-    /// Starts counting [`Burst::work`] anew.
-    pub fn reset_work(&mut self) {
-        self.work = 0;
+    /// Starts counting [`Burst::descriptors_read`] anew.
+    pub fn reset_descriptors_read(&mut self) {
+        self.descriptors_read = 0;
     }
 
     /// The chains not yet retired.
@@ -128,35 +128,35 @@ impl Burst {
         self.store.get(self.retired..self.end).unwrap_or_default()
     }
 
-    /// Room for `count` more chains. [`Burst::took`] then says how many there are.
+    /// Room for `count` more chains. [`Burst::commit`] then says how many there are.
     #[inline(always)]
-    pub(crate) fn intake(&mut self, count: usize) -> Intake<'_> {
-        let room = self.end + count;
-        if self.store.len() < room {
-            self.store.resize(room, Chain::default());
+    pub(crate) fn reserve(&mut self, count: usize) -> Reservation<'_> {
+        let needed = self.end + count;
+        if self.store.len() < needed {
+            self.store.resize(needed, Chain::default());
         }
-        Intake {
-            places: &mut self.store[self.end..room],
-            pieces: self.pieces.writer(),
+        Reservation {
+            chains: &mut self.store[self.end..needed],
+            segments: self.segments.writer(),
         }
     }
 
     /// So many of the intake's places have been filled, for which so many descriptors were read.
     #[inline(always)]
-    pub(crate) fn took(&mut self, chains: usize, work: usize) {
+    pub(crate) fn commit(&mut self, chains: usize, descriptors_read: usize) {
         self.end = (self.end + chains).min(self.store.len());
-        self.work += work;
+        self.descriptors_read += descriptors_read;
     }
 
-    /// A chain's pieces, in order, none of them empty.
+    /// A chain's segments, in order, none of them empty.
     #[inline(always)]
     #[must_use]
     pub fn slices(&self, chain: &Chain) -> &[GuestSlice<'_>] {
-        let from = index(chain.from);
-        self.pieces.slices(from, from + usize::from(chain.pieces))
+        let from = to_usize(chain.from);
+        self.segments.slices(from, from + usize::from(chain.segments))
     }
 
-    /// The pieces of the first `n` chains not yet retired, as one list.
+    /// The segments of the first `n` chains not yet retired, as one list.
     #[inline(always)]
     #[must_use]
     pub fn front_slices(&self, n: usize) -> &[GuestSlice<'_>] {
@@ -164,14 +164,14 @@ impl Burst {
         self.slices_of(&chains[..n.min(chains.len())])
     }
 
-    /// The pieces of chains that follow each other, as one list.
+    /// The segments of chains that follow each other, as one list.
     #[inline(always)]
     #[must_use]
     pub fn slices_of(&self, chains: &[Chain]) -> &[GuestSlice<'_>] {
         match (chains.first(), chains.last()) {
-            (Some(first), Some(last)) => self.pieces.slices(
-                index(first.from),
-                index(last.from) + usize::from(last.pieces),
+            (Some(first), Some(last)) => self.segments.slices(
+                to_usize(first.from),
+                to_usize(last.from) + usize::from(last.segments),
             ),
             _ => &[],
         }
@@ -192,11 +192,11 @@ impl Burst {
                 continue;
             };
             chain.len = rest;
-            let from = index(chain.from);
-            if !self.pieces.strip_from(from, out) {
-                let gone = self.pieces.strip_across(from, out);
+            let from = to_usize(chain.from);
+            if !self.segments.strip_from(from, out) {
+                let gone = self.segments.strip_across(from, out);
                 chain.from += u32::from(gone);
-                chain.pieces = chain.pieces.saturating_sub(gone);
+                chain.segments = chain.segments.saturating_sub(gone);
             }
         }
     }
@@ -207,7 +207,7 @@ impl Burst {
         self.retired = (self.retired + n).min(self.end);
         if self.retired == self.end {
             self.clear();
-        } else if self.retired >= COMPACT_AT {
+        } else if self.retired >= COMPACT_THRESHOLD {
             self.compact();
         }
     }
@@ -216,7 +216,7 @@ impl Burst {
     #[inline]
     pub fn clear(&mut self) {
         self.end = 0;
-        self.pieces.truncate(0);
+        self.segments.truncate(0);
         self.retired = 0;
     }
 
@@ -226,7 +226,7 @@ impl Burst {
         self.retired = 0;
         let chains = &mut self.store[..self.end];
         let gone = chains.first().map_or(0, |chain| chain.from);
-        self.pieces.discard_front(index(gone));
+        self.segments.discard_front(to_usize(gone));
         for chain in chains {
             chain.from -= gone;
         }
@@ -234,6 +234,6 @@ impl Burst {
 }
 
 #[inline(always)]
-fn index(n: u32) -> usize {
+fn to_usize(n: u32) -> usize {
     usize::try_from(n).unwrap_or(usize::MAX)
 }

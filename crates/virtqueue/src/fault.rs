@@ -1,7 +1,7 @@
 //! What a guest can get wrong, by name.
 //!
 //! A [`ChainFault`] costs the guest that chain: it is given back with length 0 and the ring goes
-//! on. A [`RingFault`] means that the ring's indices can no longer be believed: the ring is
+//! on. A [`VirtqueueFault`] means that the ring's indices can no longer be believed: the ring is
 //! quarantined until it is configured anew.
 
 /// A chain that breaks the rules of virtio 1.3 §2.7.5 (split) or §2.8 (packed).
@@ -10,13 +10,13 @@ pub enum ChainFault {
     /// More descriptors than the ring or table has: a loop.
     #[error("descriptor chain loops")]
     Loop,
-    /// More than [`crate::MAX_CHAIN`] descriptors or pieces.
-    #[error("descriptor chain has more than {} pieces", crate::MAX_CHAIN)]
+    /// More than [`crate::MAX_CHAIN_SEGMENTS`] descriptors or pieces.
+    #[error("descriptor chain has more than {} pieces", crate::MAX_CHAIN_SEGMENTS)]
     TooLong,
     /// More than 2^32 - 1 bytes.
     #[error("descriptor chain has more than 4 GiB")]
     TooBig,
-    /// Fewer bytes than [`crate::RingConfig::min_len`].
+    /// Fewer bytes than [`crate::VirtqueueConfig::min_len`].
     #[error("descriptor chain is too short")]
     TooShort,
     /// `next` leads outside the ring or table.
@@ -47,7 +47,7 @@ pub enum ChainFault {
 
 /// Indices that cannot be believed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum RingFault {
+pub enum VirtqueueFault {
     /// The available index is ahead by more than the ring's size (or went backwards, which is the
     /// same).
     #[error("available index {avail} is more than {size} ahead of {next}")]
@@ -56,14 +56,14 @@ pub enum RingFault {
         avail: u16,
         /// Ours.
         next: u16,
-        /// Ring size in descriptors.
+        /// Virtqueue size in descriptors.
         size: u16,
     },
     /// A packed ring's chain that goes on through the whole ring: where the next begins cannot be
     /// known.
     #[error("a descriptor chain goes on through a whole ring of {size}")]
     ChainWithoutEnd {
-        /// Ring size in descriptors.
+        /// Virtqueue size in descriptors.
         size: u16,
     },
     /// A head outside the descriptor table: it cannot even be given back.
@@ -71,7 +71,7 @@ pub enum RingFault {
     HeadOutOfRange {
         /// What the available ring holds.
         head: u16,
-        /// Ring size in descriptors.
+        /// Virtqueue size in descriptors.
         size: u16,
     },
 }

@@ -1,12 +1,12 @@
 //! Guest memory and virtqueues.
 //!
 //! No I/O, no threads, no sockets: a ring here is memory, indices and rules. Everything the guest
-//! can write is read once, checked, and answered with a [`ChainFault`] or a [`RingFault`] where it
+//! can write is read once, checked, and answered with a [`ChainFault`] or a [`VirtqueueFault`] where it
 //! breaks the rules.
 //!
-//! A queue's life in three calls: [`Ring::take`] moves chains from the ring into a [`Burst`],
-//! [`Ring::complete`] gives each back with the bytes written to it, [`Ring::publish`] shows all of
-//! that to the driver at once and says whether it wants an interrupt. Nothing above [`Ring`] knows
+//! A queue's life in three calls: [`Virtqueue::dequeue`] moves chains from the ring into a [`Burst`],
+//! [`Virtqueue::complete`] gives each back with the bytes written to it, [`Virtqueue::publish`] shows all of
+//! that to the driver at once and says whether it wants an interrupt. Nothing above [`Virtqueue`] knows
 //! which format the ring has.
 
 mod burst;
@@ -19,18 +19,18 @@ mod testing;
 mod walk;
 
 pub use burst::{Burst, Chain};
-pub use fault::{ChainFault, RingFault};
+pub use fault::{ChainFault, VirtqueueFault};
 
 use std::sync::Arc;
 
 use memory::GuestMemory;
-use packed::PackedRing;
-use split::SplitRing;
+use packed::PackedVirtqueue;
+use split::SplitVirtqueue;
 
-/// Most descriptors, and most pieces of memory, in one chain.
-pub const MAX_CHAIN: usize = 1024;
+/// Most descriptors, and most segments of memory, in one chain.
+pub const MAX_CHAIN_SEGMENTS: usize = 1024;
 /// Largest ring (virtio 1.3 §2.7).
-pub const MAX_SIZE: u16 = 32_768;
+pub const MAX_QUEUE_SIZE: u16 = 32_768;
 
 /// Which way the buffers of a ring are meant to be used; a chain of the other kind is a fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,7 +45,7 @@ pub enum Direction {
 /// (SET_VRING_NUM, SET_VRING_ADDR). In a packed ring the second and third are the driver's and the
 /// device's event suppression areas.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct RingLayout {
+pub struct VirtqueueLayout {
     /// Number of descriptors.
     pub size: u16,
     /// Descriptor table (split) or descriptor ring (packed).
@@ -58,9 +58,9 @@ pub struct RingLayout {
 
 /// All that a ring needs to start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RingConfig {
+pub struct VirtqueueConfig {
     /// Where it lies.
-    pub layout: RingLayout,
+    pub layout: VirtqueueLayout,
     /// Where it goes on, as SET_VRING_BASE says: for a split ring the next available index, for a
     /// packed one the next descriptor and its wrap counter (bit 15), and the same of the next used
     /// one in the upper half.
@@ -79,10 +79,10 @@ pub struct RingConfig {
 
 /// Why a ring cannot start (the front-end's fault).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum RingError {
+pub enum VirtqueueError {
     /// 0, too large, or (split) not a power of two.
     #[error(
-        "ring size {0} is not allowed; it must be at most {MAX_SIZE}, and a power of two in a split ring"
+        "ring size {0} is not allowed; it must be at most {MAX_QUEUE_SIZE}, and a power of two in a split ring"
     )]
     Size(u16),
     /// A base that the format does not have.
@@ -98,7 +98,7 @@ pub enum RingError {
     },
 }
 
-impl RingError {
+impl VirtqueueError {
     fn unmapped(what: &'static str, addr: u64) -> Self {
         Self::Unmapped { what, addr }
     }
@@ -106,22 +106,22 @@ impl RingError {
 
 /// The device's half of a virtqueue, whatever its format.
 #[derive(Debug)]
-pub struct Ring {
+pub struct Virtqueue {
     format: Format,
-    config: RingConfig,
+    config: VirtqueueConfig,
     /// The driver may have been asked for kicks. Asking for none again and again would take a cache
     /// line from it each time.
-    kicks: bool,
+    kicks_enabled: bool,
 }
 
 #[derive(Debug)]
 enum Format {
-    Split(SplitRing),
-    Packed(PackedRing),
+    Split(SplitVirtqueue),
+    Packed(PackedVirtqueue),
 }
 
 /// Calls the same method on whichever format the ring has.
-macro_rules! each {
+macro_rules! dispatch {
     ($ring:expr, $inner:ident => $call:expr) => {
         match $ring.format {
             Format::Split(ref $inner) => $call,
@@ -136,20 +136,20 @@ macro_rules! each {
     };
 }
 
-impl Ring {
+impl Virtqueue {
     /// A ring in `memory`, going on where `config.base` and the ring's own used index say.
     ///
     /// # Errors
     /// When the configuration cannot be a ring.
-    pub fn new(config: RingConfig, memory: &GuestMemory) -> Result<Self, RingError> {
+    pub fn new(config: VirtqueueConfig, memory: &GuestMemory) -> Result<Self, VirtqueueError> {
         let format = match config.packed {
-            false => Format::Split(SplitRing::new(&config, memory)?),
-            true => Format::Packed(PackedRing::new(&config, memory)?),
+            false => Format::Split(SplitVirtqueue::new(&config, memory)?),
+            true => Format::Packed(PackedVirtqueue::new(&config, memory)?),
         };
         Ok(Self {
             format,
             config,
-            kicks: true,
+            kicks_enabled: true,
         })
     }
 
@@ -157,10 +157,10 @@ impl Ring {
     ///
     /// # Errors
     /// When its areas are not all in the new snapshot.
-    pub fn rebind(&self, memory: &Arc<GuestMemory>) -> Result<Self, RingError> {
+    pub fn rebind(&self, memory: &Arc<GuestMemory>) -> Result<Self, VirtqueueError> {
         let base = self.base();
         Self::new(
-            RingConfig {
+            VirtqueueConfig {
                 base,
                 ..self.config
             },
@@ -171,14 +171,14 @@ impl Ring {
     /// Number of descriptors.
     #[must_use]
     pub fn size(&self) -> u16 {
-        each!(self, ring => ring.size())
+        dispatch!(self, ring => ring.size())
     }
 
     /// Where the ring would go on if it stopped now, for GET_VRING_BASE. Chains in a burst count as
-    /// taken: give back what is not used first ([`Ring::untake`]).
+    /// taken: give back what is not used first ([`Virtqueue::rewind`]).
     #[must_use]
     pub fn base(&self) -> u32 {
-        each!(self, ring => ring.base())
+        dispatch!(self, ring => ring.base())
     }
 
     /// Moves up to `max` chains (64 at most at once) to the back of `burst` and says how many:
@@ -187,22 +187,22 @@ impl Ring {
     /// # Errors
     /// When the ring can no longer be believed. Chains that were whole have been taken before.
     #[inline(always)]
-    pub fn take(&mut self, burst: &mut Burst, max: usize) -> Result<usize, RingFault> {
-        each!(mut self, ring => ring.take(burst, max))
+    pub fn dequeue(&mut self, burst: &mut Burst, max: usize) -> Result<usize, VirtqueueFault> {
+        dispatch!(mut self, ring => ring.dequeue(burst, max))
     }
 
     /// Gives every chain of `burst` back as if it had never been taken.
-    pub fn untake(&mut self, burst: &mut Burst) {
+    pub fn rewind(&mut self, burst: &mut Burst) {
         let slots = burst
             .chains()
             .iter()
             .fold(0u16, |sum, chain| sum.wrapping_add(chain.slots));
-        each!(mut self, ring => ring.untake(slots));
+        dispatch!(mut self, ring => ring.rewind(slots));
         burst.clear();
     }
 
     /// Gives a chain back with the number of bytes written to it. The driver does not see that
-    /// before [`Ring::publish`]. Chains are to be completed in the order in which they were taken:
+    /// before [`Virtqueue::publish`]. Chains are to be completed in the order in which they were taken:
     /// what a restart relies on.
     #[inline(always)]
     pub fn complete(&mut self, chain: &Chain, written: u32) {
@@ -217,44 +217,44 @@ impl Ring {
 
     /// Gives many chains back, each with the number of bytes written to it.
     #[inline(always)]
-    pub fn complete_each<'c>(&mut self, each: impl Iterator<Item = (&'c Chain, u32)>) {
-        let each = each.map(|(chain, written)| (chain.id, chain.slots, written));
-        each!(mut self, ring => ring.complete_each(each));
+    pub fn complete_each<'c>(&mut self, completions: impl Iterator<Item = (&'c Chain, u32)>) {
+        let completions = completions.map(|(chain, written)| (chain.id, chain.slots, written));
+        dispatch!(mut self, ring => ring.complete_each(completions));
     }
 
     /// Gives back the chains that `len` bytes fill, one after the other from the first on, each with
     /// its part of them; says how many chains those are.
     #[inline(always)]
     pub fn complete_filled(&mut self, chains: &[Chain], len: usize) -> usize {
-        each!(mut self, ring => ring.complete_filled(chains, len))
+        dispatch!(mut self, ring => ring.complete_filled(chains, len))
     }
 
     /// Shows the driver all completed chains at once; true when it wants to be interrupted.
     #[inline(always)]
     #[must_use = "the driver may wait for the interrupt"]
     pub fn publish(&mut self) -> bool {
-        each!(mut self, ring => ring.publish())
+        dispatch!(mut self, ring => ring.publish())
     }
 
     /// Whether chains have been completed that the driver has not been shown.
     #[must_use]
-    pub fn is_unpublished(&self) -> bool {
-        each!(self, ring => ring.is_unpublished())
+    pub fn has_unpublished(&self) -> bool {
+        dispatch!(self, ring => ring.has_unpublished())
     }
 
     /// Asks the driver for kicks. True when chains came in the meantime: look again before
     /// sleeping, no kick may come for them.
     #[must_use = "chains may have come for which no kick will"]
     pub fn enable_kicks(&mut self) -> bool {
-        self.kicks = true;
-        each!(mut self, ring => ring.enable_kicks())
+        self.kicks_enabled = true;
+        dispatch!(mut self, ring => ring.enable_kicks())
     }
 
     /// Tells the driver that kicks are not needed.
     #[inline(always)]
     pub fn disable_kicks(&mut self) {
-        if std::mem::take(&mut self.kicks) {
-            each!(mut self, ring => ring.disable_kicks());
+        if std::mem::take(&mut self.kicks_enabled) {
+            dispatch!(mut self, ring => ring.disable_kicks());
         }
     }
 
@@ -262,7 +262,7 @@ impl Ring {
     #[inline(always)]
     #[must_use]
     pub fn has_more(&self) -> bool {
-        each!(self, ring => ring.has_more())
+        dispatch!(self, ring => ring.has_more())
     }
 }
 
@@ -274,6 +274,6 @@ fn needs_event(event: u16, new: u16, old: u16) -> bool {
 
 /// Bytes written to one chain: at most its length, which is 32 bits.
 #[inline(always)]
-fn written(bytes: usize) -> u32 {
+fn to_used_len(bytes: usize) -> u32 {
     u32::try_from(bytes).unwrap_or(u32::MAX)
 }

@@ -1,6 +1,6 @@
 //! The guest's memory as this process sees it.
 //!
-//! A [`GuestMemory`] is an immutable snapshot of mapped [`Region`]s. A change of the memory table
+//! A [`GuestMemory`] is an immutable snapshot of mapped [`MappedRegion`]s. A change of the memory table
 //! makes a new snapshot; rings are re-bound to it under their lock, so nothing that runs ever sees
 //! a table change.
 //!
@@ -8,9 +8,9 @@
 //!
 //! - [`GuestArray`]: a ring's own arrays (descriptors, available and used elements). It keeps its
 //!   region mapped for as long as it lives.
-//! - [`GuestSlice`]: a piece of a buffer, laid out as the kernel's `iovec`, so that a chain is
+//! - [`GuestSlice`]: a segment of a buffer, laid out as the kernel's `iovec`, so that a chain is
 //!   handed to `readv`/`writev` as it stands.
-//! - [`Pieces`]: storage for the slices of a burst, bound to one snapshot; it translates an
+//! - [`SegmentList`]: storage for the slices of a burst, bound to one snapshot; it translates an
 //!   (address, length) pair as a whole and remembers the region that the last one lay in.
 //!
 //! The guest writes this memory while we read it. Every load here is volatile or atomic and copies
@@ -21,7 +21,7 @@
 mod array;
 #[cfg(loom)]
 mod loom;
-mod pieces;
+mod segments;
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -29,12 +29,12 @@ use std::sync::Arc;
 
 use vm_memory::{ByteValued, FileOffset, MmapRegion};
 
-pub(crate) use array::{Descriptor, plain_data};
+pub(crate) use array::{Descriptor, impl_byte_valued};
 pub use array::{GuestArray, GuestArrayRef, full_fence};
 #[cfg(loom)]
-pub use loom::{Without, do_without, forget_model};
-pub(crate) use pieces::PieceWriter;
-pub use pieces::{BadAddress, GuestSlice, Pieces};
+pub use loom::{DisabledOrdering, disable_ordering, clear_model};
+pub(crate) use segments::SegmentWriter;
+pub use segments::{BadAddress, GuestSlice, SegmentList};
 
 /// Most regions a memory table may have: what QEMU's own slots reach.
 pub const MAX_REGIONS: usize = 509;
@@ -105,12 +105,12 @@ pub enum MemoryError {
 
 /// One mapped region.
 #[derive(Debug)]
-pub struct Region {
+pub struct MappedRegion {
     spec: RegionSpec,
     mapping: MmapRegion,
 }
 
-impl Region {
+impl MappedRegion {
     /// Maps `spec` from `file`.
     ///
     /// # Errors
@@ -178,7 +178,7 @@ fn seal_against_shrinking(file: &File) {
 /// overlapping.
 #[derive(Debug, Default)]
 pub struct GuestMemory {
-    regions: Vec<Arc<Region>>,
+    regions: Vec<Arc<MappedRegion>>,
 }
 
 impl GuestMemory {
@@ -186,14 +186,14 @@ impl GuestMemory {
     ///
     /// # Errors
     /// When regions overlap (in guest or front-end addresses) or are too many.
-    pub fn new(mut regions: Vec<Arc<Region>>) -> Result<Self, MemoryError> {
+    pub fn new(mut regions: Vec<Arc<MappedRegion>>) -> Result<Self, MemoryError> {
         if regions.len() > MAX_REGIONS {
             return Err(MemoryError::TooMany(regions.len()));
         }
         regions.sort_by_key(|r| r.spec.user_addr);
-        refuse_overlap(&regions, |spec| spec.user_addr)?;
+        check_no_overlap(&regions, |spec| spec.user_addr)?;
         regions.sort_by_key(|r| r.spec.guest_addr);
-        refuse_overlap(&regions, |spec| spec.guest_addr)?;
+        check_no_overlap(&regions, |spec| spec.guest_addr)?;
         Ok(Self { regions })
     }
 
@@ -201,7 +201,7 @@ impl GuestMemory {
     ///
     /// # Errors
     /// As [`GuestMemory::new`].
-    pub fn with(&self, region: Region) -> Result<Self, MemoryError> {
+    pub fn with_region(&self, region: MappedRegion) -> Result<Self, MemoryError> {
         let mut regions = self.regions.clone();
         regions.push(Arc::new(region));
         Self::new(regions)
@@ -212,7 +212,7 @@ impl GuestMemory {
     ///
     /// # Errors
     /// When there is no such region.
-    pub fn without(&self, spec: RegionSpec) -> Result<Self, MemoryError> {
+    pub fn without_region(&self, spec: RegionSpec) -> Result<Self, MemoryError> {
         let same = |r: &RegionSpec| {
             (r.guest_addr, r.user_addr, r.size) == (spec.guest_addr, spec.user_addr, spec.size)
         };
@@ -256,7 +256,7 @@ impl GuestMemory {
     /// its page. `None` when it lies in no region.
     #[must_use]
     pub fn host_address(&self, user_addr: u64) -> Option<usize> {
-        let at = |r: &Arc<Region>| {
+        let at = |r: &Arc<MappedRegion>| {
             let offset = r.offset(r.spec.user_addr, user_addr, 1)?;
             r.host().addr().checked_add(offset)
         };
@@ -278,7 +278,7 @@ impl GuestMemory {
     /// region. For tests and control paths, not for the data path.
     #[must_use]
     pub fn read(&self, addr: u64, out: &mut [u8]) -> bool {
-        self.find(addr, wide(out.len()))
+        self.find(addr, to_u64(out.len()))
             .is_some_and(|(region, offset)| {
                 // SAFETY: the whole range lies in the region's mapping; `out` is private memory.
                 unsafe { copy_out(region.host().add(offset), out) };
@@ -289,7 +289,7 @@ impl GuestMemory {
     /// Copies into guest memory at a guest address; false as for [`GuestMemory::read`].
     #[must_use]
     pub fn write(&self, addr: u64, data: &[u8]) -> bool {
-        self.find(addr, wide(data.len()))
+        self.find(addr, to_u64(data.len()))
             .is_some_and(|(region, offset)| {
                 // SAFETY: the whole range lies in the region's mapping; `data` is private memory.
                 unsafe { copy_in(data, region.host().add(offset)) };
@@ -297,27 +297,27 @@ impl GuestMemory {
             })
     }
 
-    fn find(&self, addr: u64, len: u64) -> Option<(&Arc<Region>, usize)> {
-        let region = self.containing(addr)?;
+    fn find(&self, addr: u64, len: u64) -> Option<(&Arc<MappedRegion>, usize)> {
+        let region = self.region_containing(addr)?;
         let offset = region.offset(region.spec.guest_addr, addr, len)?;
         Some((region, offset))
     }
 
     /// The region that a guest address lies in.
-    fn containing(&self, addr: u64) -> Option<&Arc<Region>> {
+    fn region_containing(&self, addr: u64) -> Option<&Arc<MappedRegion>> {
         let after = self.regions.partition_point(|r| r.spec.guest_addr <= addr);
         let region = self.regions.get(after.checked_sub(1)?)?;
         (addr - region.spec.guest_addr < region.spec.size).then_some(region)
     }
 }
 
-fn refuse_overlap(
-    sorted: &[Arc<Region>],
+fn check_no_overlap(
+    sorted: &[Arc<MappedRegion>],
     start: impl Fn(&RegionSpec) -> u64,
 ) -> Result<(), MemoryError> {
     for pair in sorted.windows(2) {
         let (low, high) = (&pair[0].spec, &pair[1].spec);
-        // No overflow: Region::map saw that both sums fit.
+        // No overflow: MappedRegion::map saw that both sums fit.
         if start(low) + low.size > start(high) {
             return Err(MemoryError::Overlap(low.guest_addr, high.guest_addr));
         }
@@ -332,7 +332,7 @@ fn array_bytes<T>(len: u16) -> Option<u64> {
 }
 
 /// usize fits u64 on every machine that Linux runs on.
-fn wide(n: usize) -> u64 {
+fn to_u64(n: usize) -> u64 {
     u64::try_from(n).unwrap_or(u64::MAX)
 }
 
@@ -364,7 +364,7 @@ mod tests {
             user_addr: 0,
             file_offset: 0,
         };
-        let error = Region::map(spec, memfd(4096)).unwrap_err();
+        let error = MappedRegion::map(spec, memfd(4096)).unwrap_err();
         assert!(matches!(
             error,
             MemoryError::ShortFile {
@@ -390,7 +390,7 @@ mod tests {
             (spec(0, 8192, 0, u64::MAX - 4095), "wraps"),
             (spec(0, 4096, 0, 100), "cannot map"),
         ] {
-            let text = Region::map(spec, memfd(8192)).unwrap_err().to_string();
+            let text = MappedRegion::map(spec, memfd(8192)).unwrap_err().to_string();
             assert!(text.contains(want), "{text}");
         }
     }
@@ -418,12 +418,12 @@ mod tests {
             ])
             .unwrap(),
         );
-        let mut pieces = Pieces::new(memory);
-        let lens = |p: &Pieces| -> Vec<usize> {
+        let mut segments = SegmentList::new(memory);
+        let lens = |p: &SegmentList| -> Vec<usize> {
             p.slices(0, p.len()).iter().map(GuestSlice::len).collect()
         };
-        pieces.push(0x1ff0, 32).unwrap();
-        assert_eq!(lens(&pieces), [16, 16]);
+        segments.push(0x1ff0, 32).unwrap();
+        assert_eq!(lens(&segments), [16, 16]);
         for (addr, len) in [
             (0x2ff0, 32),       // into the hole
             (0x3000, 1),        // in the hole
@@ -433,21 +433,21 @@ mod tests {
             (u64::MAX, 2),      // wraps
             (0x1000, u32::MAX), // longer than all memory
         ] {
-            assert_eq!(pieces.push(addr, len), Err(BadAddress), "{addr:#x} {len}");
-            assert_eq!(lens(&pieces), [16, 16]);
+            assert_eq!(segments.push(addr, len), Err(BadAddress), "{addr:#x} {len}");
+            assert_eq!(lens(&segments), [16, 16]);
         }
-        pieces.push(0x4000, 0).unwrap();
-        pieces.push(0x4fff, 1).unwrap();
-        assert_eq!(lens(&pieces), [16, 16, 1]);
+        segments.push(0x4000, 0).unwrap();
+        segments.push(0x4fff, 1).unwrap();
+        assert_eq!(lens(&segments), [16, 16, 1]);
     }
 
     #[test]
     fn slices_carry_bytes_both_ways() {
         let memory = Arc::new(GuestMemory::new(vec![Arc::new(region(0, 0, 4096))]).unwrap());
         assert!(memory.write(100, b"hello world"));
-        let mut pieces = Pieces::new(Arc::clone(&memory));
-        pieces.push(100, 11).unwrap();
-        let slice = pieces.slices(0, 1)[0];
+        let mut segments = SegmentList::new(Arc::clone(&memory));
+        segments.push(100, 11).unwrap();
+        let slice = segments.slices(0, 1)[0];
         let mut out = [0; 5];
         assert_eq!(slice.skip(6).copy_to(&mut out), 5);
         assert_eq!(&out, b"world");

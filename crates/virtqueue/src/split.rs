@@ -7,24 +7,24 @@
 //!
 //! `idx` values run freely through 16 bits; an entry's place is `idx` modulo the size.
 
-use crate::burst::{Burst, Chain, Intake};
-use crate::fault::{ChainFault, RingFault};
-use crate::memory::{Descriptor, GuestArray, GuestMemory, PieceWriter, full_fence};
-use crate::walk::{INDIRECT, MAX_STEPS, NEXT, Rules, Table, Walk, Walked};
-use crate::{RingConfig, RingError, needs_event, written};
+use crate::burst::{Burst, Chain, Reservation};
+use crate::fault::{ChainFault, VirtqueueFault};
+use crate::memory::{Descriptor, GuestArray, GuestMemory, SegmentWriter, full_fence};
+use crate::walk::{VRING_DESC_F_INDIRECT, MAX_DESCRIPTORS_PER_DEQUEUE, VRING_DESC_F_NEXT, ChainRules, TableOrder, Walk, WalkedChain};
+use crate::{VirtqueueConfig, VirtqueueError, needs_event, to_used_len};
 
 /// `used.flags`: no kicks wanted.
-const NO_NOTIFY: u16 = 1;
+const VRING_USED_F_NO_NOTIFY: u16 = 1;
 /// `avail.flags`: no interrupts wanted.
-const NO_INTERRUPT: u16 = 1;
+const VRING_AVAIL_F_NO_INTERRUPT: u16 = 1;
 
 /// Places of the fields of both rings, in 16-bit words.
 const FLAGS: u16 = 0;
 const IDX: u16 = 1;
-const RING: u16 = 2;
+const RING_ENTRIES: u16 = 2;
 
 /// Most heads looked up ahead of their descriptors.
-const LOOK_AHEAD: usize = 64;
+const MAX_HEADS_PER_DEQUEUE: usize = 64;
 
 /// A used element as it lies in memory.
 #[derive(Debug, Clone, Copy, Default)]
@@ -34,15 +34,15 @@ struct UsedElement {
     len: u32,
 }
 
-crate::memory::plain_data!(UsedElement);
+crate::memory::impl_byte_valued!(UsedElement);
 const _: () = assert!(size_of::<UsedElement>() == 8);
 
 /// The device's half of a split ring.
 #[derive(Debug)]
-pub(crate) struct SplitRing {
+pub(crate) struct SplitVirtqueue {
     size: u16,
     event_idx: bool,
-    rules: Rules,
+    rules: ChainRules,
     /// Next entry of the available ring to take.
     next_avail: u16,
     /// Next entry of the used ring to fill. Elements from `published` up to here are written but
@@ -53,45 +53,45 @@ pub(crate) struct SplitRing {
     desc: GuestArray<Descriptor>,
     avail: GuestArray<u16>,
     /// `flags` and `idx` of the used ring.
-    used_head: GuestArray<u16>,
+    used_header: GuestArray<u16>,
     used: GuestArray<UsedElement>,
     /// `avail_event`, behind the used elements.
     avail_event: GuestArray<u16>,
 }
 
-impl SplitRing {
-    pub(crate) fn new(config: &RingConfig, memory: &GuestMemory) -> Result<Self, RingError> {
+impl SplitVirtqueue {
+    pub(crate) fn new(config: &VirtqueueConfig, memory: &GuestMemory) -> Result<Self, VirtqueueError> {
         let layout = config.layout;
         let size = layout.size;
-        if !size.is_power_of_two() || size > crate::MAX_SIZE {
-            return Err(RingError::Size(size));
+        if !size.is_power_of_two() || size > crate::MAX_QUEUE_SIZE {
+            return Err(VirtqueueError::Size(size));
         }
-        let base = u16::try_from(config.base).map_err(|_| RingError::Base(config.base))?;
+        let base = u16::try_from(config.base).map_err(|_| VirtqueueError::Base(config.base))?;
         let used_at = |bytes: u64| layout.used.checked_add(bytes);
         let used = |addr: Option<u64>, len| memory.user_array(addr?, len);
-        let no_used = RingError::unmapped("used ring", layout.used);
+        let no_used = VirtqueueError::unmapped("used ring", layout.used);
         let ring = Self {
             size,
             event_idx: config.event_idx,
-            rules: Rules::new(config),
+            rules: ChainRules::new(config),
             next_avail: base,
             next_used: 0,
             published: 0,
             desc: memory
                 .user_array(layout.desc, size)
-                .ok_or(RingError::unmapped("descriptor table", layout.desc))?,
+                .ok_or(VirtqueueError::unmapped("descriptor table", layout.desc))?,
             // flags, idx, ring, used_event: no overflow, the size is at most 32,768.
             avail: memory
                 .user_array(layout.avail, size + 3)
-                .ok_or(RingError::unmapped("available ring", layout.avail))?,
-            used_head: memory.user_array(layout.used, 2).ok_or(no_used)?,
+                .ok_or(VirtqueueError::unmapped("available ring", layout.avail))?,
+            used_header: memory.user_array(layout.used, 2).ok_or(no_used)?,
             used: used_at(4)
                 .and_then(|addr| memory.user_array(addr, size))
                 .ok_or(no_used)?,
             avail_event: used(used_at(4 + 8 * u64::from(size)), 1).ok_or(no_used)?,
         };
         // What the driver last saw published; a back-end that takes over goes on from there.
-        let idx = ring.used_head.acquire(IDX);
+        let idx = ring.used_header.acquire(IDX);
         Ok(Self {
             next_used: idx,
             published: idx,
@@ -109,61 +109,61 @@ impl SplitRing {
 
     /// One read of the available index; then heads and descriptors are fetched ahead of their use.
     #[inline]
-    pub(crate) fn take(&mut self, burst: &mut Burst, max: usize) -> Result<usize, RingFault> {
+    pub(crate) fn dequeue(&mut self, burst: &mut Burst, max: usize) -> Result<usize, VirtqueueFault> {
         let avail = self.avail.acquire(IDX);
         let pending = avail.wrapping_sub(self.next_avail);
         if pending > self.size {
-            return Err(RingFault::AvailIndexJump {
+            return Err(VirtqueueFault::AvailIndexJump {
                 avail,
                 next: self.next_avail,
                 size: self.size,
             });
         }
-        let count = usize::from(pending).min(max).min(LOOK_AHEAD);
-        let mut heads = [0u16; LOOK_AHEAD];
-        self.look_ahead(&mut heads[..count]);
-        let Intake { places, mut pieces } = burst.intake(count);
+        let count = usize::from(pending).min(max).min(MAX_HEADS_PER_DEQUEUE);
+        let mut heads = [0u16; MAX_HEADS_PER_DEQUEUE];
+        self.prefetch_heads(&mut heads[..count]);
+        let Reservation { chains, mut segments } = burst.reserve(count);
         // Work of chains that are not short ones; those are bounded by their number.
-        let mut work = 0;
+        let mut descriptors_read = 0;
         let mut taken = 0;
-        for (head, place) in heads.iter().copied().zip(places) {
+        for (head, slot) in heads.iter().copied().zip(chains) {
             // Chains before it are whole: they go on, and the next call meets the fault.
             let Some(desc) = self.desc.descriptor(head) else {
                 break;
             };
             let buffer = (desc.addr(), desc.len());
-            let short = match desc.has(NEXT) {
-                false => self.rules.single(head, buffer, desc.flags(), &mut pieces),
+            let short = match desc.has(VRING_DESC_F_NEXT) {
+                false => self.rules.walk_single(head, buffer, desc.flags(), &mut segments),
                 true => self
                     .desc
                     .descriptor(desc.next())
-                    .and_then(|second| self.rules.double(head, desc, second, &mut pieces)),
+                    .and_then(|second| self.rules.walk_double(head, desc, second, &mut segments)),
             };
             if let Some(chain) = short {
-                *place = chain;
+                *slot = chain;
                 taken += 1;
                 continue;
             }
-            if work >= MAX_STEPS {
+            if descriptors_read >= MAX_DESCRIPTORS_PER_DEQUEUE {
                 break;
             }
-            let walked = match self.walk_plain(desc, &mut pieces) {
+            let walked = match self.walk_fast(desc, &mut segments) {
                 Some(walked) => walked,
                 None => {
-                    let any = self.walk_any(desc, pieces);
-                    pieces = any.1;
+                    let any = self.walk_slow(desc, segments);
+                    segments = any.1;
                     any.0
                 }
             };
-            work += walked.work;
-            *place = Chain::new(head, 1, walked);
+            descriptors_read += walked.descriptors_read;
+            *slot = Chain::new(head, 1, walked);
             taken += 1;
         }
-        drop(pieces);
-        burst.took(taken, taken + work);
-        self.next_avail = self.next_avail.wrapping_add(small(taken));
+        drop(segments);
+        burst.commit(taken, taken + descriptors_read);
+        self.next_avail = self.next_avail.wrapping_add(to_u16(taken));
         match heads[..count].first() {
-            Some(&head) if taken == 0 => Err(RingFault::HeadOutOfRange {
+            Some(&head) if taken == 0 => Err(VirtqueueFault::HeadOutOfRange {
                 head,
                 size: self.size,
             }),
@@ -173,12 +173,12 @@ impl SplitRing {
 
     /// Reads the next heads and asks for their descriptors.
     #[inline(always)]
-    fn look_ahead(&self, heads: &mut [u16]) {
+    fn prefetch_heads(&self, heads: &mut [u16]) {
         let at = self.next_avail & (self.size - 1);
         let (first, rest) = heads.split_at_mut(heads.len().min(usize::from(self.size - at)));
         // Both lie in the ring, by the line above.
-        self.avail.get_run(RING + at, first);
-        self.avail.get_run(RING, rest);
+        self.avail.get_range(RING_ENTRIES + at, first);
+        self.avail.get_range(RING_ENTRIES, rest);
         let mut used = self.next_used;
         for head in heads {
             self.desc.prefetch(*head);
@@ -192,33 +192,33 @@ impl SplitRing {
 
     /// Follows a chain in which nothing is out of the ordinary.
     #[inline(always)]
-    fn walk_plain(&self, head: Descriptor, pieces: &mut PieceWriter<'_>) -> Option<Walked> {
+    fn walk_fast(&self, head: Descriptor, segments: &mut SegmentWriter<'_>) -> Option<WalkedChain> {
         self.rules
-            .plain(head, pieces, |desc| self.desc.descriptor(desc.next()))
+            .walk_fast(head, segments, |desc| self.desc.descriptor(desc.next()))
     }
 
     /// Follows any chain. What the short way may have read of it before is forgotten. The writer
     /// goes in and out by value, so that the short way can keep it in registers.
     #[inline(never)]
-    fn walk_any<'p>(
+    fn walk_slow<'p>(
         &self,
         head: Descriptor,
-        mut pieces: PieceWriter<'p>,
-    ) -> (Walked, PieceWriter<'p>) {
-        let mut walk = Walk::new(self.rules, &mut pieces);
-        let followed = self.follow(head, &mut walk);
-        (walk.end(followed), pieces)
+        mut segments: SegmentWriter<'p>,
+    ) -> (WalkedChain, SegmentWriter<'p>) {
+        let mut walk = Walk::new(self.rules, &mut segments);
+        let walk_result = self.walk_chain(head, &mut walk);
+        (walk.finish(walk_result), segments)
     }
 
     #[inline(always)]
-    fn follow(&self, head: Descriptor, walk: &mut Walk<'_, '_>) -> Result<(), ChainFault> {
+    fn walk_chain(&self, head: Descriptor, walk: &mut Walk<'_, '_>) -> Result<(), ChainFault> {
         let mut desc = head;
         loop {
-            if desc.has(INDIRECT) {
-                return walk.table(desc, Table::Linked);
+            if desc.has(VRING_DESC_F_INDIRECT) {
+                return walk.add_indirect_table(desc, TableOrder::Linked);
             }
-            walk.step(desc, usize::from(self.size))?;
-            if !desc.has(NEXT) {
+            walk.add_descriptor(desc, usize::from(self.size))?;
+            if !desc.has(VRING_DESC_F_NEXT) {
                 return Ok(());
             }
             desc = self
@@ -229,7 +229,7 @@ impl SplitRing {
     }
 
     /// Gives the most recently taken `slots` entries back untouched.
-    pub(crate) fn untake(&mut self, slots: u16) {
+    pub(crate) fn rewind(&mut self, slots: u16) {
         self.next_avail = self.next_avail.wrapping_sub(slots);
     }
 
@@ -247,7 +247,7 @@ impl SplitRing {
             rest -= here;
             let element = UsedElement {
                 id: u32::from(chain.id).to_le(),
-                len: written(here).to_le(),
+                len: to_used_len(here).to_le(),
             };
             self.used.set(at & (self.size - 1), element);
             at = at.wrapping_add(1);
@@ -259,10 +259,10 @@ impl SplitRing {
 
     /// Gives chains back, each with the number of bytes written to it.
     #[inline(always)]
-    pub(crate) fn complete_each(&mut self, each: impl Iterator<Item = (u16, u16, u32)>) {
+    pub(crate) fn complete_each(&mut self, completions: impl Iterator<Item = (u16, u16, u32)>) {
         // Kept in a register: through memory it would cost more than the rest.
         let mut at = self.next_used;
-        for (id, _, written) in each {
+        for (id, _, written) in completions {
             let element = UsedElement {
                 id: u32::from(id).to_le(),
                 len: written.to_le(),
@@ -280,19 +280,19 @@ impl SplitRing {
         if old == new {
             return false;
         }
-        self.used_head.release(IDX, new);
+        self.used_header.release(IDX, new);
         self.published = new;
         full_fence();
         if self.event_idx {
             // used_event stands behind the ring's entries.
-            let event = self.avail.acquire(RING + self.size);
+            let event = self.avail.acquire(RING_ENTRIES + self.size);
             needs_event(event, new, old)
         } else {
-            self.avail.acquire(FLAGS) & NO_INTERRUPT == 0
+            self.avail.acquire(FLAGS) & VRING_AVAIL_F_NO_INTERRUPT == 0
         }
     }
 
-    pub(crate) fn is_unpublished(&self) -> bool {
+    pub(crate) fn has_unpublished(&self) -> bool {
         self.published != self.next_used
     }
 
@@ -301,7 +301,7 @@ impl SplitRing {
         if self.event_idx {
             self.avail_event.release(0, self.next_avail);
         } else {
-            self.used_head.release(FLAGS, 0);
+            self.used_header.release(FLAGS, 0);
         }
         full_fence();
         self.has_more()
@@ -311,7 +311,7 @@ impl SplitRing {
     /// passes `avail_event`, which stays behind.
     pub(crate) fn disable_kicks(&mut self) {
         if !self.event_idx {
-            self.used_head.release(FLAGS, NO_NOTIFY);
+            self.used_header.release(FLAGS, VRING_USED_F_NO_NOTIFY);
         }
     }
 
@@ -321,8 +321,8 @@ impl SplitRing {
     }
 }
 
-/// At most [`LOOK_AHEAD`].
+/// At most [`MAX_HEADS_PER_DEQUEUE`].
 #[inline(always)]
-fn small(n: usize) -> u16 {
+fn to_u16(n: usize) -> u16 {
     u16::try_from(n).unwrap_or(u16::MAX)
 }

@@ -1,7 +1,7 @@
 //! Guest memory for this crate's own tests.
 use std::fs::File;
 
-use crate::memory::{Region, RegionSpec};
+use crate::memory::{MappedRegion, RegionSpec};
 
 /// An anonymous file of `size` bytes.
 pub(crate) fn memfd(size: u64) -> File {
@@ -20,12 +20,12 @@ pub(crate) fn memfd(size: u64) -> File {
 }
 
 /// A region of its own file.
-pub(crate) fn region(guest_addr: u64, user_addr: u64, size: u64) -> Region {
+pub(crate) fn region(guest_addr: u64, user_addr: u64, size: u64) -> MappedRegion {
     let spec = RegionSpec {
         guest_addr,
         size,
         user_addr,
         file_offset: 0,
     };
-    Region::map(spec, memfd(size)).unwrap()
+    MappedRegion::map(spec, memfd(size)).unwrap()
 }

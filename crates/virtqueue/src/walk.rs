@@ -5,79 +5,79 @@
 
 use crate::burst::Chain;
 use crate::fault::ChainFault;
-use crate::memory::{Descriptor, PieceWriter};
-use crate::{Direction, MAX_CHAIN, RingConfig};
+use crate::memory::{Descriptor, SegmentWriter};
+use crate::{Direction, MAX_CHAIN_SEGMENTS, VirtqueueConfig};
 
 /// `flags`: another descriptor follows.
-pub(crate) const NEXT: u16 = 1;
+pub(crate) const VRING_DESC_F_NEXT: u16 = 1;
 /// `flags`: the device writes the buffer.
-pub(crate) const WRITE: u16 = 2;
+pub(crate) const VRING_DESC_F_WRITE: u16 = 2;
 /// `flags`: the buffer is a table of descriptors.
-pub(crate) const INDIRECT: u16 = 4;
+pub(crate) const VRING_DESC_F_INDIRECT: u16 = 4;
 
 /// What holds for every chain of a ring.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Rules {
+pub(crate) struct ChainRules {
     direction: Direction,
     indirect: bool,
     min_len: u32,
 }
 
-impl Rules {
+impl ChainRules {
     /// A chain of one buffer in the region met last, as most chains of most drivers are; `None`,
     /// and nothing done, for any other. `id` is what gives it back.
     #[inline(always)]
-    pub(crate) fn single(
+    pub(crate) fn walk_single(
         self,
         id: u16,
         (addr, len): (u64, u32),
         flags: u16,
-        pieces: &mut PieceWriter<'_>,
+        segments: &mut SegmentWriter<'_>,
     ) -> Option<Chain> {
-        let at = pieces.len();
-        let fits = flags & (NEXT | WRITE | INDIRECT) == self.flags();
+        let at = segments.len();
+        let fits = flags & (VRING_DESC_F_NEXT | VRING_DESC_F_WRITE | VRING_DESC_F_INDIRECT) == self.expected_flags();
         if !fits || len < self.min_len || len == 0 {
             return None;
         }
-        pieces.push_near(addr, len)?.prefetch(self.direction);
-        Some(Chain::of(id, small(at), 1, len))
+        segments.push_cached(addr, len)?.prefetch(self.direction);
+        Some(Chain::single_slot(id, to_u32(at), 1, len))
     }
 
     /// The same of two buffers, a header's and a frame's.
     #[inline(always)]
-    pub(crate) fn double(
+    pub(crate) fn walk_double(
         self,
         id: u16,
         first: Descriptor,
         second: Descriptor,
-        pieces: &mut PieceWriter<'_>,
+        segments: &mut SegmentWriter<'_>,
     ) -> Option<Chain> {
-        const ALL: u16 = NEXT | WRITE | INDIRECT;
-        let at = pieces.len();
+        const ALL: u16 = VRING_DESC_F_NEXT | VRING_DESC_F_WRITE | VRING_DESC_F_INDIRECT;
+        let at = segments.len();
         let len = first.len().checked_add(second.len())?;
-        let fits = first.flags() & ALL == self.flags() | NEXT
-            && second.flags() & ALL == self.flags()
+        let fits = first.flags() & ALL == self.expected_flags() | VRING_DESC_F_NEXT
+            && second.flags() & ALL == self.expected_flags()
             && len >= self.min_len
             && first.len() != 0
             && second.len() != 0;
         if !fits {
             return None;
         }
-        pieces.push_near(first.addr(), first.len())?;
-        let Some(near) = pieces.push_near(second.addr(), second.len()) else {
-            pieces.truncate(at);
+        segments.push_cached(first.addr(), first.len())?;
+        let Some(start) = segments.push_cached(second.addr(), second.len()) else {
+            segments.truncate(at);
             return None;
         };
-        near.prefetch(self.direction);
-        Some(Chain::of(id, small(at), 2, len))
+        start.prefetch(self.direction);
+        Some(Chain::single_slot(id, to_u32(at), 2, len))
     }
 
     /// What a buffer's flags are, NEXT aside, where nothing is out of the ordinary.
     #[inline(always)]
-    fn flags(self) -> u16 {
+    fn expected_flags(self) -> u16 {
         match self.direction {
             Direction::Readable => 0,
-            Direction::Writable => WRITE,
+            Direction::Writable => VRING_DESC_F_WRITE,
         }
     }
 
@@ -85,44 +85,44 @@ impl Rules {
     /// descriptors, none indirect, all in the region met last. `None`, and nothing done, for any
     /// other. `next` finds the descriptor that one of them goes on with.
     #[inline(always)]
-    pub(crate) fn plain(
+    pub(crate) fn walk_fast(
         self,
         head: Descriptor,
-        pieces: &mut PieceWriter<'_>,
+        segments: &mut SegmentWriter<'_>,
         mut next: impl FnMut(Descriptor) -> Option<Descriptor>,
-    ) -> Option<Walked> {
-        let flags = self.flags();
-        let from = pieces.len();
+    ) -> Option<WalkedChain> {
+        let flags = self.expected_flags();
+        let from = segments.len();
         let mut desc = head;
         let mut len = 0;
-        for work in 1..=MAX_PLAIN {
-            if desc.flags() & (WRITE | INDIRECT) != flags
+        for descriptors_read in 1..=MAX_FAST_PATH_DESCRIPTORS {
+            if desc.flags() & (VRING_DESC_F_WRITE | VRING_DESC_F_INDIRECT) != flags
                 || desc.len() == 0
-                || pieces.push_near(desc.addr(), desc.len()).is_none()
+                || segments.push_cached(desc.addr(), desc.len()).is_none()
             {
                 break;
             }
             // No overflow: a few lengths of 32 bits.
             len += u64::from(desc.len());
-            if !desc.has(NEXT) {
+            if !desc.has(VRING_DESC_F_NEXT) {
                 let len = u32::try_from(len).ok().filter(|len| *len >= self.min_len);
                 let Some(len) = len else { break };
-                return Some(Walked {
+                return Some(WalkedChain {
                     fault: None,
-                    from: small(from),
-                    pieces: few(pieces.len() - from),
+                    from: to_u32(from),
+                    segments: to_u16(segments.len() - from),
                     len,
-                    work,
+                    descriptors_read,
                 });
             }
             let Some(found) = next(desc) else { break };
             desc = found;
         }
-        pieces.truncate(from);
+        segments.truncate(from);
         None
     }
 
-    pub(crate) fn new(config: &RingConfig) -> Self {
+    pub(crate) fn new(config: &VirtqueueConfig) -> Self {
         Self {
             direction: config.direction,
             indirect: config.indirect,
@@ -131,68 +131,68 @@ impl Rules {
     }
 }
 
-/// Most descriptors of a chain that [`Rules::plain`] takes.
-const MAX_PLAIN: usize = 18;
+/// Most descriptors of a chain that [`ChainRules::walk_fast`] takes.
+const MAX_FAST_PATH_DESCRIPTORS: usize = 18;
 
 /// How the descriptors of an indirect table follow each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Table {
+pub(crate) enum TableOrder {
     /// By `next` (virtio 1.3 §2.7.5.3).
     Linked,
     /// One after the other to the end (§2.8.7).
     Sequential,
 }
 
-impl Table {
+impl TableOrder {
     /// A table's descriptor has its fields in the order of the ring's format.
     #[inline(always)]
     fn descriptor(self, raw: Descriptor) -> Descriptor {
         match self {
             Self::Linked => raw,
-            Self::Sequential => raw.unpacked(raw.packed_flags()),
+            Self::Sequential => raw.to_split_layout(raw.packed_flags()),
         }
     }
 }
 
 /// What has been gathered of one chain.
 pub(crate) struct Walk<'w, 'p> {
-    rules: Rules,
-    pieces: &'w mut PieceWriter<'p>,
+    rules: ChainRules,
+    segments: &'w mut SegmentWriter<'p>,
     len: u64,
-    steps: usize,
-    /// Pieces in the burst before this chain.
+    descriptors: usize,
+    /// Segments in the burst before this chain.
     from: usize,
 }
 
 impl<'w, 'p> Walk<'w, 'p> {
-    /// A walk whose pieces go to the end of `pieces`.
+    /// A walk whose segments go to the end of `segments`.
     #[inline(always)]
-    pub(crate) fn new(rules: Rules, pieces: &'w mut PieceWriter<'p>) -> Self {
+    pub(crate) fn new(rules: ChainRules, segments: &'w mut SegmentWriter<'p>) -> Self {
         Self {
             rules,
             len: 0,
-            steps: 0,
-            from: pieces.len(),
-            pieces,
+            descriptors: 0,
+            from: segments.len(),
+            segments,
         }
     }
 
     /// Takes in one buffer descriptor. `limit`: how many steps the ring or table allows.
     #[inline(always)]
-    pub(crate) fn step(&mut self, desc: Descriptor, limit: usize) -> Result<(), ChainFault> {
-        self.steps += 1;
-        if self.steps > limit.min(MAX_CHAIN) {
-            return Err(match self.steps > limit {
+    pub(crate) fn add_descriptor(&mut self, desc: Descriptor, limit: usize) -> Result<(), ChainFault> {
+        self.descriptors += 1;
+        if self.descriptors > limit.min(MAX_CHAIN_SEGMENTS) {
+            return Err(match self.descriptors > limit {
                 true => ChainFault::Loop,
                 false => ChainFault::TooLong,
             });
         }
-        if desc.has(WRITE) != (self.rules.direction == Direction::Writable) {
+        if desc.has(VRING_DESC_F_WRITE) != (self.rules.direction == Direction::Writable) {
             return Err(ChainFault::DirectionWrong);
         }
         // No overflow: 1,024 lengths of 32 bits.
         self.len += u64::from(desc.len());
-        self.pieces
+        self.segments
             .push(desc.addr(), desc.len())
             .map_err(|_| ChainFault::AddressInvalid)
     }
@@ -200,107 +200,107 @@ impl<'w, 'p> Walk<'w, 'p> {
     /// Takes in an indirect table. WRITE on the descriptor that refers to it is ignored, as
     /// virtio 1.3 §2.7.5.3.2 asks.
     #[inline(always)]
-    pub(crate) fn table(&mut self, outer: Descriptor, order: Table) -> Result<(), ChainFault> {
+    pub(crate) fn add_indirect_table(&mut self, outer: Descriptor, order: TableOrder) -> Result<(), ChainFault> {
         if !self.rules.indirect {
             return Err(ChainFault::IndirectNotNegotiated);
         }
-        if outer.has(NEXT) {
+        if outer.has(VRING_DESC_F_NEXT) {
             return Err(ChainFault::IndirectWithNext);
         }
         let entries = u16::try_from(outer.len() / 16).map_err(|_| ChainFault::IndirectBadLength)?;
         if entries == 0 || !outer.len().is_multiple_of(16) {
             return Err(ChainFault::IndirectBadLength);
         }
-        let limit = self.steps + usize::from(entries);
+        let limit = self.descriptors + usize::from(entries);
         let mut index = 0;
         loop {
             let table = self
-                .pieces
+                .segments
                 .table::<Descriptor>(outer.addr(), entries)
                 .ok_or(ChainFault::IndirectUnmapped)?;
             let mut desc = order.descriptor(table.get(index));
-            if order == Table::Sequential && self.rules.direction == Direction::Readable {
-                // DPDK's driver leaves WRITE on the header in such a table, and on a piece whose
+            if order == TableOrder::Sequential && self.rules.direction == Direction::Readable {
+                // DPDK's driver leaves WRITE on the header in such a table, and on a segment whose
                 // number is that of the ring's descriptor (seen with 22.11). What is only read loses
                 // nothing by that, and its guests would lose their frames.
-                desc = desc.without(WRITE);
+                desc = desc.without_flag(VRING_DESC_F_WRITE);
             }
-            if desc.has(INDIRECT) {
+            if desc.has(VRING_DESC_F_INDIRECT) {
                 return Err(ChainFault::IndirectNested);
             }
-            self.step(desc, limit)?;
+            self.add_descriptor(desc, limit)?;
             index = match order {
-                Table::Linked if !desc.has(NEXT) => return Ok(()),
-                Table::Linked => desc.next(),
-                Table::Sequential => index + 1,
+                TableOrder::Linked if !desc.has(VRING_DESC_F_NEXT) => return Ok(()),
+                TableOrder::Linked => desc.next(),
+                TableOrder::Sequential => index + 1,
             };
             if index >= entries {
                 return match order {
-                    Table::Linked => Err(ChainFault::NextOutOfRange),
-                    Table::Sequential => Ok(()),
+                    TableOrder::Linked => Err(ChainFault::NextOutOfRange),
+                    TableOrder::Sequential => Ok(()),
                 };
             }
         }
     }
 
-    /// Ends the walk. A chain at fault, or too short for this ring, has no pieces. The result is
-    /// the fault, the chain's bytes and where its pieces lie.
+    /// Ends the walk. A chain at fault, or too short for this ring, has no segments. The result is
+    /// the fault, the chain's bytes and where its segments lie.
     #[inline(always)]
-    pub(crate) fn end(self, followed: Result<(), ChainFault>) -> Walked {
-        let count = self.pieces.len() - self.from;
+    pub(crate) fn finish(self, walk_result: Result<(), ChainFault>) -> WalkedChain {
+        let count = self.segments.len() - self.from;
         let len = u32::try_from(self.len);
-        let fault = match (followed, len) {
+        let fault = match (walk_result, len) {
             (Err(fault), _) => Some(fault),
             (Ok(()), Err(_)) => Some(ChainFault::TooBig),
-            // A buffer that crosses regions has several pieces.
-            (Ok(()), Ok(_)) if count > MAX_CHAIN => Some(ChainFault::TooLong),
+            // A buffer that crosses regions has several segments.
+            (Ok(()), Ok(_)) if count > MAX_CHAIN_SEGMENTS => Some(ChainFault::TooLong),
             (Ok(()), Ok(len)) if len < self.rules.min_len => Some(ChainFault::TooShort),
             (Ok(()), Ok(_)) => None,
         };
         if fault.is_some() {
-            self.pieces.truncate(self.from);
+            self.segments.truncate(self.from);
         }
-        Walked {
+        WalkedChain {
             fault,
-            from: small(self.from),
-            pieces: few(self.pieces.len() - self.from),
+            from: to_u32(self.from),
+            segments: to_u16(self.segments.len() - self.from),
             len: len.ok().filter(|_| fault.is_none()).unwrap_or(0),
             // A chain that was refused at its first descriptor was read all the same.
-            work: self.steps.max(1),
+            descriptors_read: self.descriptors.max(1),
         }
     }
 
     /// Forgets the chain.
     pub(crate) fn abandon(self) {
-        self.pieces.truncate(self.from);
+        self.segments.truncate(self.from);
     }
 }
 
 /// A chain followed to its end.
-pub(crate) struct Walked {
+pub(crate) struct WalkedChain {
     pub(crate) fault: Option<ChainFault>,
     pub(crate) from: u32,
-    pub(crate) pieces: u16,
+    pub(crate) segments: u16,
     pub(crate) len: u32,
     /// Descriptors read for it.
-    pub(crate) work: usize,
+    pub(crate) descriptors_read: usize,
 }
 
-/// Chains that one call of `take` may take.
-pub(crate) const MAX_CHAINS: usize = 64;
+/// Chains that one call of `dequeue` may take.
+pub(crate) const MAX_CHAINS_PER_DEQUEUE: usize = 64;
 
-/// Descriptors that one call of `take` may read: whatever the guest wrote, a call ends in some tens
+/// Descriptors that one call of `dequeue` may read: whatever the guest wrote, a call ends in some tens
 /// of microseconds.
-pub(crate) const MAX_STEPS: usize = 4 * MAX_CHAIN;
+pub(crate) const MAX_DESCRIPTORS_PER_DEQUEUE: usize = 4 * MAX_CHAIN_SEGMENTS;
 
-/// At most [`MAX_CHAIN`].
+/// At most [`MAX_CHAIN_SEGMENTS`].
 #[inline(always)]
-fn few(n: usize) -> u16 {
+fn to_u16(n: usize) -> u16 {
     u16::try_from(n).unwrap_or(u16::MAX)
 }
 
-/// Piece counts are bounded far below 2^32 by the size of a ring and [`MAX_CHAIN`].
+/// Segment counts are bounded far below 2^32 by the size of a ring and [`MAX_CHAIN_SEGMENTS`].
 #[inline(always)]
-fn small(n: usize) -> u32 {
+fn to_u32(n: usize) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX)
 }

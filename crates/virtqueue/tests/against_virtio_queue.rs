@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use virtionet_guest::driver::{Buf, DriverRing, RingConfig as DriverConfig};
+use virtionet_guest::driver::{Buf, DriverVirtqueue, DriverVirtqueueConfig};
 use virtionet_guest::memory::GuestRam;
-use virtionet_guest::split::{NO_INTERRUPT, SplitRing};
-use virtionet_virtqueue::{Burst, Direction, Ring, RingConfig, RingLayout};
+use virtionet_guest::split::{VRING_AVAIL_F_NO_INTERRUPT, SplitDriverVirtqueue};
+use virtionet_virtqueue::{Burst, Direction, Virtqueue, VirtqueueConfig, VirtqueueLayout};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 /// Buffers lie here, each byte of the area different from its neighbours.
@@ -26,7 +26,7 @@ enum Op {
     /// Makes what was added visible.
     Publish,
     /// The device takes up to so many chains.
-    Take(usize),
+    Dequeue(usize),
     /// The device gives up to so many back, and asks whether to interrupt.
     Finish(usize),
     /// The device forgets that it took what it has not given back.
@@ -44,7 +44,7 @@ fn ops() -> impl Strategy<Value = Op> {
     prop_oneof![
         8 => (lens, any::<bool>()).prop_map(|(lens, indirect)| Op::Add { lens, indirect }),
         4 => Just(Op::Publish),
-        4 => (0usize..70).prop_map(Op::Take),
+        4 => (0usize..70).prop_map(Op::Dequeue),
         4 => (0usize..70).prop_map(Op::Finish),
         1 => Just(Op::Rewind),
         1 => any::<bool>().prop_map(Op::Kicks),
@@ -80,7 +80,7 @@ fn setups() -> impl Strategy<Value = Setup> {
 /// A guest with its driver.
 struct Guest {
     ram: GuestRam,
-    ring: DriverRing,
+    ring: DriverVirtqueue,
 }
 
 impl Guest {
@@ -90,17 +90,17 @@ impl Guest {
             .map(|at| u8::try_from(at * at / 7 % 251).unwrap())
             .collect();
         ram.write(BUFFERS, &bytes).unwrap();
-        let config = DriverConfig {
+        let config = DriverVirtqueueConfig {
             size: setup.size,
             event_idx: setup.event_idx,
             packed: false,
             start: setup.start,
         };
-        let ring = DriverRing::new(&ram, config).unwrap();
+        let ring = DriverVirtqueue::new(&ram, config).unwrap();
         Self { ram, ring }
     }
 
-    fn split(&mut self) -> &mut SplitRing {
+    fn split(&mut self) -> &mut SplitDriverVirtqueue {
         self.ring.as_split().unwrap()
     }
 
@@ -125,18 +125,18 @@ impl Guest {
 }
 
 /// Our device.
-struct Ours {
-    ring: Ring,
+struct OurDevice {
+    ring: Virtqueue,
     burst: Burst,
 }
 
-impl Ours {
+impl OurDevice {
     fn new(guest: &Guest, setup: &Setup) -> Self {
         let at = guest.ring.addresses();
         let user = |addr| guest.ram.user_addr(addr).unwrap();
         let memory = Arc::new(guest.ram.guest_memory().unwrap());
-        let config = RingConfig {
-            layout: RingLayout {
+        let config = VirtqueueConfig {
+            layout: VirtqueueLayout {
                 size: setup.size,
                 desc: user(at.descriptors),
                 avail: user(at.driver),
@@ -150,17 +150,17 @@ impl Ours {
             min_len: 0,
         };
         Self {
-            ring: Ring::new(config, &memory).unwrap(),
+            ring: Virtqueue::new(config, &memory).unwrap(),
             burst: Burst::new(memory),
         }
     }
 
     /// Takes up to `most` chains: what each holds.
-    fn take(&mut self, most: usize) -> Vec<Vec<u8>> {
+    fn dequeue(&mut self, most: usize) -> Vec<Vec<u8>> {
         let before = self.burst.chains().len();
         let mut taken = 0;
         while taken < most {
-            match self.ring.take(&mut self.burst, most - taken).unwrap() {
+            match self.ring.dequeue(&mut self.burst, most - taken).unwrap() {
                 0 => break,
                 n => taken += n,
             }
@@ -197,13 +197,13 @@ impl Ours {
 }
 
 /// Their device: chains taken are kept as (head, descriptors).
-struct Theirs {
+struct ReferenceDevice {
     queue: Queue,
     memory: GuestMemoryMmap,
     taken: VecDeque<(u16, Vec<(u64, u32)>)>,
 }
 
-impl Theirs {
+impl ReferenceDevice {
     fn new(guest: &Guest, setup: &Setup) -> Self {
         let region = guest.ram.regions()[0];
         let file = FileOffset::new(guest.ram.file().try_clone().unwrap(), 0);
@@ -233,23 +233,23 @@ impl Theirs {
         }
     }
 
-    fn take(&mut self, most: usize) -> Vec<Vec<u8>> {
+    fn dequeue(&mut self, most: usize) -> Vec<Vec<u8>> {
         let mut contents = Vec::new();
         while contents.len() < most {
             let Some(chain) = self.queue.iter(&self.memory).unwrap().next() else {
                 break;
             };
             let head = chain.head_index();
-            let pieces: Vec<_> = chain.map(|d| (d.addr().0, d.len())).collect();
-            contents.push(self.content(&pieces));
-            self.taken.push_back((head, pieces));
+            let segments: Vec<_> = chain.map(|d| (d.addr().0, d.len())).collect();
+            contents.push(self.content(&segments));
+            self.taken.push_back((head, segments));
         }
         contents
     }
 
-    fn content(&self, pieces: &[(u64, u32)]) -> Vec<u8> {
+    fn content(&self, segments: &[(u64, u32)]) -> Vec<u8> {
         let mut bytes = Vec::new();
-        for &(addr, len) in pieces {
+        for &(addr, len) in segments {
             let at = bytes.len();
             bytes.resize(at + usize::try_from(len).unwrap(), 0);
             let to = &mut bytes[at..];
@@ -259,14 +259,14 @@ impl Theirs {
     }
 
     fn finish(&mut self, byte: u8, writable: bool) {
-        let (head, pieces) = self.taken.pop_front().unwrap();
+        let (head, segments) = self.taken.pop_front().unwrap();
         if writable {
-            for &(addr, len) in &pieces {
+            for &(addr, len) in &segments {
                 let data = vec![byte; usize::try_from(len).unwrap()];
                 self.memory.write_slice(&data, GuestAddress(addr)).unwrap();
             }
         }
-        let len = pieces.iter().map(|piece| piece.1).sum();
+        let len = segments.iter().map(|segment| segment.1).sum();
         self.queue.add_used(&self.memory, head, len).unwrap();
     }
 
@@ -279,11 +279,11 @@ impl Theirs {
 }
 
 /// Both guests and both devices.
-struct Twins {
+struct DevicePair {
     setup: Setup,
     guests: [Guest; 2],
-    ours: Ours,
-    theirs: Theirs,
+    ours: OurDevice,
+    theirs: ReferenceDevice,
     /// Where the next buffer lies.
     at: usize,
     /// Chains added, finished: tokens and fill bytes.
@@ -291,12 +291,12 @@ struct Twins {
     finished: u8,
 }
 
-impl Twins {
+impl DevicePair {
     fn new(setup: Setup) -> Self {
         let guests = [Guest::new(&setup), Guest::new(&setup)];
         Self {
-            ours: Ours::new(&guests[0], &setup),
-            theirs: Theirs::new(&guests[1], &setup),
+            ours: OurDevice::new(&guests[0], &setup),
+            theirs: ReferenceDevice::new(&guests[1], &setup),
             guests,
             setup,
             at: 0,
@@ -322,12 +322,12 @@ impl Twins {
             Op::Add { lens, indirect } => self.add(lens, *indirect),
             Op::Publish => {
                 self.both(|guest| guest.ring.publish());
-                self.both(|guest| guest.ring.kick_needed());
+                self.both(|guest| guest.ring.is_kick_needed());
             }
-            Op::Take(most) => assert_eq!(self.ours.take(*most), self.theirs.take(*most)),
+            Op::Dequeue(most) => assert_eq!(self.ours.dequeue(*most), self.theirs.dequeue(*most)),
             Op::Finish(most) => self.finish(*most),
             Op::Rewind => {
-                self.ours.ring.untake(&mut self.ours.burst);
+                self.ours.ring.rewind(&mut self.ours.burst);
                 self.theirs.rewind();
             }
             Op::Kicks(true) => {
@@ -394,7 +394,7 @@ impl Twins {
                 let mut flags = [0; 2];
                 let addr = self.guests[0].ring.addresses().driver;
                 self.guests[0].ram.read(addr, &mut flags).unwrap();
-                assert_eq!(called, u16::from_le_bytes(flags) & NO_INTERRUPT == 0);
+                assert_eq!(called, u16::from_le_bytes(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0);
             }
         }
         self.both(|guest| {
@@ -428,12 +428,12 @@ proptest! {
 
     #[test]
     fn two_devices_do_the_same(setup in setups(), ops in prop::collection::vec(ops(), 1..200)) {
-        let mut twins = Twins::new(setup);
+        let mut devices = DevicePair::new(setup);
         for op in &ops {
-            twins.step(op);
+            devices.step(op);
         }
-        twins.both(Guest::written);
-        twins.both(|guest| guest.buffers());
+        devices.both(Guest::written);
+        devices.both(|guest| guest.buffers());
     }
 }
 
@@ -443,7 +443,7 @@ fn rings_of_every_size_go_round() {
     for log in 1..=15 {
         for event_idx in [false, true] {
             let size = 1u16 << log;
-            let mut twins = Twins::new(Setup {
+            let mut devices = DevicePair::new(Setup {
                 size,
                 start: 65_530,
                 event_idx,
@@ -459,14 +459,14 @@ fn rings_of_every_size_go_round() {
                     add(false),
                     add(true),
                     Op::Publish,
-                    Op::Take(9),
+                    Op::Dequeue(9),
                     Op::Finish(9),
                 ];
-                steps.iter().for_each(|op| twins.step(op));
+                steps.iter().for_each(|op| devices.step(op));
             }
-            assert!(twins.ours.ring.base() < 65_530, "the index has wrapped");
-            twins.both(Guest::written);
-            twins.both(|guest| guest.buffers());
+            assert!(devices.ours.ring.base() < 65_530, "the index has wrapped");
+            devices.both(Guest::written);
+            devices.both(|guest| guest.buffers());
         }
     }
 }
@@ -476,7 +476,7 @@ fn rings_of_every_size_go_round() {
 fn full_rings_come_back_whole() {
     for log in [1, 4, 10, 15] {
         let size = 1u16 << log;
-        let mut twins = Twins::new(Setup {
+        let mut devices = DevicePair::new(Setup {
             size,
             start: 65_000,
             event_idx: true,
@@ -484,14 +484,14 @@ fn full_rings_come_back_whole() {
         });
         for _ in 0..2 {
             for _ in 0..size {
-                twins.add(&[60], false);
+                devices.add(&[60], false);
             }
             let all = usize::from(size);
-            twins.step(&Op::Publish);
-            twins.step(&Op::Take(all));
-            assert_eq!(twins.ours.burst.chains().len(), all);
-            twins.step(&Op::Finish(all));
+            devices.step(&Op::Publish);
+            devices.step(&Op::Dequeue(all));
+            assert_eq!(devices.ours.burst.chains().len(), all);
+            devices.step(&Op::Finish(all));
         }
-        twins.both(Guest::written);
+        devices.both(Guest::written);
     }
 }

@@ -1,37 +1,37 @@
-//! What a guest can make one call of [`Ring::take`] do, whatever it wrote.
+//! What a guest can make one call of [`Virtqueue::dequeue`] do, whatever it wrote.
 #![allow(clippy::unwrap_used)]
 
 use std::sync::Arc;
 
-use virtionet_guest::driver::RingConfig as DriverConfig;
+use virtionet_guest::driver::DriverVirtqueueConfig;
 use virtionet_guest::memory::GuestRam;
-use virtionet_guest::split::{Descriptor, INDIRECT, NEXT, SplitRing};
-use virtionet_virtqueue::{Burst, ChainFault, Direction, MAX_CHAIN, Ring, RingConfig, RingLayout};
+use virtionet_guest::split::{SplitDescriptor, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, SplitDriverVirtqueue};
+use virtionet_virtqueue::{Burst, ChainFault, Direction, MAX_CHAIN_SEGMENTS, Virtqueue, VirtqueueConfig, VirtqueueLayout};
 
 const TABLE: u64 = 0x10_0000;
 const DATA: u64 = 0x40_0000;
 const RAM: u64 = 0x50_0000;
 const SIZE: u16 = 1024;
 /// Descriptors after which a call takes no further chain.
-const ENOUGH: usize = 4 * MAX_CHAIN;
+const ENOUGH: usize = 4 * MAX_CHAIN_SEGMENTS;
 
-struct Bench {
+struct Fixture {
     ram: GuestRam,
-    driver: SplitRing,
-    ring: Ring,
+    driver: SplitDriverVirtqueue,
+    ring: Virtqueue,
     burst: Burst,
 }
 
-impl Bench {
+impl Fixture {
     /// A ring with all its heads available.
     fn full(indirect: bool) -> Self {
         let ram = GuestRam::new(RAM).unwrap();
-        let driver = SplitRing::new(&ram, DriverConfig::new(SIZE, 0)).unwrap();
+        let driver = SplitDriverVirtqueue::new(&ram, DriverVirtqueueConfig::new(SIZE, 0)).unwrap();
         let at = driver.addresses();
         let user = |addr| ram.user_addr(addr).unwrap();
         let memory = Arc::new(ram.guest_memory().unwrap());
-        let config = RingConfig {
-            layout: RingLayout {
+        let config = VirtqueueConfig {
+            layout: VirtqueueLayout {
                 size: SIZE,
                 desc: user(at.descriptors),
                 avail: user(at.driver),
@@ -49,14 +49,14 @@ impl Bench {
         }
         driver.set_avail_index(SIZE);
         Self {
-            ring: Ring::new(config, &memory).unwrap(),
+            ring: Virtqueue::new(config, &memory).unwrap(),
             burst: Burst::new(memory),
             driver,
             ram,
         }
     }
 
-    fn heads(&self, descriptor: impl Fn(u16) -> Descriptor) {
+    fn heads(&self, descriptor: impl Fn(u16) -> SplitDescriptor) {
         for head in 0..SIZE {
             self.driver.set_descriptor(head, descriptor(head));
         }
@@ -67,7 +67,7 @@ impl Bench {
         let area = self.ram.area(TABLE, 16 * u64::from(entries)).unwrap();
         for at in 0..entries {
             let offset = 16 * usize::from(at);
-            Descriptor::new(DATA, 1, NEXT, at + 1).store(&area, offset);
+            SplitDescriptor::new(DATA, 1, VRING_DESC_F_NEXT, at + 1).store(&area, offset);
         }
     }
 
@@ -76,18 +76,18 @@ impl Bench {
         let mut calls = Vec::new();
         loop {
             self.burst.clear();
-            self.burst.reset_work();
-            match self.ring.take(&mut self.burst, usize::MAX).unwrap() {
+            self.burst.reset_descriptors_read();
+            match self.ring.dequeue(&mut self.burst, usize::MAX).unwrap() {
                 0 => return calls,
-                n => calls.push((n, self.burst.work())),
+                n => calls.push((n, self.burst.descriptors_read())),
             }
         }
     }
 
     fn all_end_as(&mut self, fault: ChainFault) -> Vec<(usize, usize)> {
-        let mut again = self.ring.take(&mut self.burst, 1).unwrap();
+        let mut again = self.ring.dequeue(&mut self.burst, 1).unwrap();
         assert_eq!(self.burst.chains()[0].fault(), Some(fault));
-        self.ring.untake(&mut self.burst);
+        self.ring.rewind(&mut self.burst);
         let calls = self.calls();
         again = calls.iter().map(|call| call.0).sum::<usize>() - again;
         assert_eq!(again, usize::from(SIZE) - 1);
@@ -97,28 +97,28 @@ impl Bench {
 
 #[test]
 fn long_chains_end_a_call_early() {
-    type Write = fn(&Bench);
+    type Write = fn(&Fixture);
     let rows: [(&str, ChainFault, Write); 3] = [
-        ("a loop", ChainFault::Loop, |bench| {
-            bench.heads(|head| Descriptor::new(DATA, 1, NEXT, head));
+        ("a loop", ChainFault::Loop, |fixture| {
+            fixture.heads(|head| SplitDescriptor::new(DATA, 1, VRING_DESC_F_NEXT, head));
         }),
-        ("65,535 entries shared", ChainFault::TooLong, |bench| {
-            bench.table(u16::MAX);
-            bench.heads(|_| Descriptor::new(TABLE, 16 * 65_535, INDIRECT, 0));
+        ("65,535 entries shared", ChainFault::TooLong, |fixture| {
+            fixture.table(u16::MAX);
+            fixture.heads(|_| SplitDescriptor::new(TABLE, 16 * 65_535, VRING_DESC_F_INDIRECT, 0));
         }),
-        ("a table's loop", ChainFault::Loop, |bench| {
-            bench.table(1000);
-            let area = bench.ram.area(TABLE, 16_000).unwrap();
-            Descriptor::new(DATA, 1, NEXT, 0).store(&area, 16 * 999);
-            bench.heads(|_| Descriptor::new(TABLE, 16_000, INDIRECT, 0));
+        ("a table's loop", ChainFault::Loop, |fixture| {
+            fixture.table(1000);
+            let area = fixture.ram.area(TABLE, 16_000).unwrap();
+            SplitDescriptor::new(DATA, 1, VRING_DESC_F_NEXT, 0).store(&area, 16 * 999);
+            fixture.heads(|_| SplitDescriptor::new(TABLE, 16_000, VRING_DESC_F_INDIRECT, 0));
         }),
     ];
     for (name, fault, write) in rows {
-        let mut bench = Bench::full(true);
-        write(&bench);
-        for (chains, work) in bench.all_end_as(fault) {
+        let mut fixture = Fixture::full(true);
+        write(&fixture);
+        for (chains, work) in fixture.all_end_as(fault) {
             assert!(chains <= 5, "{name}: {chains} chains at once");
-            assert!(work <= ENOUGH + MAX_CHAIN + 2, "{name}: {work}");
+            assert!(work <= ENOUGH + MAX_CHAIN_SEGMENTS + 2, "{name}: {work}");
             assert!(work >= 1000 * chains, "{name}: {work} for {chains}");
         }
     }
@@ -127,12 +127,12 @@ fn long_chains_end_a_call_early() {
 /// Good chains are bounded as well, and are all taken in the end.
 #[test]
 fn long_good_chains_end_a_call_early() {
-    let mut bench = Bench::full(true);
-    bench.table(1000);
-    let area = bench.ram.area(TABLE, 16_000).unwrap();
-    Descriptor::new(DATA, 1, 0, 0).store(&area, 16 * 999);
-    bench.heads(|_| Descriptor::new(TABLE, 16_000, INDIRECT, 0));
-    let calls = bench.calls();
+    let mut fixture = Fixture::full(true);
+    fixture.table(1000);
+    let area = fixture.ram.area(TABLE, 16_000).unwrap();
+    SplitDescriptor::new(DATA, 1, 0, 0).store(&area, 16 * 999);
+    fixture.heads(|_| SplitDescriptor::new(TABLE, 16_000, VRING_DESC_F_INDIRECT, 0));
+    let calls = fixture.calls();
     assert_eq!(calls.iter().map(|call| call.0).sum::<usize>(), 1024);
     assert!(calls.iter().all(|call| call.0 <= 5), "{calls:?}");
 }
@@ -140,30 +140,30 @@ fn long_good_chains_end_a_call_early() {
 /// A chain that is refused at its first descriptor was read all the same.
 #[test]
 fn every_chain_is_work() {
-    let outer = |_| Descriptor::new(TABLE, 16, INDIRECT, 0);
-    type Row = (ChainFault, bool, fn(u16) -> Descriptor);
+    let outer = |_| SplitDescriptor::new(TABLE, 16, VRING_DESC_F_INDIRECT, 0);
+    type Row = (ChainFault, bool, fn(u16) -> SplitDescriptor);
     let rows: [Row; 6] = [
         (ChainFault::IndirectNotNegotiated, false, outer),
         (ChainFault::IndirectNested, true, outer),
         (ChainFault::IndirectBadLength, true, |_| {
-            Descriptor::new(TABLE, 0, INDIRECT, 0)
+            SplitDescriptor::new(TABLE, 0, VRING_DESC_F_INDIRECT, 0)
         }),
         (ChainFault::IndirectUnmapped, true, |_| {
-            Descriptor::new(RAM, 16, INDIRECT, 0)
+            SplitDescriptor::new(RAM, 16, VRING_DESC_F_INDIRECT, 0)
         }),
         (ChainFault::IndirectWithNext, true, |head| {
-            Descriptor::new(TABLE, 16, INDIRECT | NEXT, head)
+            SplitDescriptor::new(TABLE, 16, VRING_DESC_F_INDIRECT | VRING_DESC_F_NEXT, head)
         }),
         (ChainFault::TooShort, true, |_| {
-            Descriptor::new(DATA, 0, 0, 0)
+            SplitDescriptor::new(DATA, 0, 0, 0)
         }),
     ];
     for (fault, indirect, descriptor) in rows {
-        let mut bench = Bench::full(indirect);
-        let area = bench.ram.area(TABLE, 16).unwrap();
-        Descriptor::new(TABLE, 16, INDIRECT, 0).store(&area, 0);
-        bench.heads(descriptor);
-        for (chains, work) in bench.all_end_as(fault) {
+        let mut fixture = Fixture::full(indirect);
+        let area = fixture.ram.area(TABLE, 16).unwrap();
+        SplitDescriptor::new(TABLE, 16, VRING_DESC_F_INDIRECT, 0).store(&area, 0);
+        fixture.heads(descriptor);
+        for (chains, work) in fixture.all_end_as(fault) {
             assert!(work >= chains, "{fault:?}: {work} for {chains} chains");
         }
     }

@@ -8,8 +8,8 @@ use std::collections::VecDeque;
 
 use common::{DATA, Guest, SLOT, SLOTS, Setup};
 use proptest::prelude::*;
-use virtionet_guest::driver::{Buf, RingError};
-use virtionet_virtqueue::{Burst, Direction, Ring};
+use virtionet_guest::driver::{Buf, DriverVirtqueueError};
+use virtionet_virtqueue::{Burst, Direction, Virtqueue};
 
 /// What one of the two does next.
 #[derive(Debug, Clone)]
@@ -17,13 +17,13 @@ enum Op {
     /// The driver writes a chain of buffers of these lengths.
     Add { lens: Vec<u16>, indirect: bool },
     /// The driver shows the device what it wrote, and kicks if that is wanted.
-    Show,
+    DriverPublish,
     /// The driver collects what was used.
     Collect,
     /// The driver wants calls or not.
     Calls(bool),
     /// The device takes up to so many chains.
-    Take(usize),
+    Dequeue(usize),
     /// The device completes up to so many, some of them in part.
     Complete(usize),
     /// The device completes up to so many at once, nothing written to them.
@@ -36,7 +36,7 @@ enum Op {
     /// The device wants kicks or not.
     Kicks(bool),
     /// The device forgets that it took what it has not completed.
-    Untake,
+    Rewind,
     /// The device goes on in a new mapping of memory.
     Rebind,
     /// The device is stopped, and another one goes on from its base.
@@ -49,16 +49,16 @@ fn ops() -> impl Strategy<Value = Op> {
     let lens = prop::collection::vec(prop_oneof![1 => Just(0u16), 9 => 1u16..400], 1..9);
     prop_oneof![
         8 => (lens, any::<bool>()).prop_map(|(lens, indirect)| Op::Add { lens, indirect }),
-        5 => Just(Op::Show),
+        5 => Just(Op::DriverPublish),
         4 => Just(Op::Collect),
         2 => any::<bool>().prop_map(Op::Calls),
-        5 => (0usize..80).prop_map(Op::Take),
+        5 => (0usize..80).prop_map(Op::Dequeue),
         4 => (0usize..80).prop_map(Op::Complete),
         2 => (0usize..80).prop_map(Op::CompleteAll),
         2 => (0usize..4000).prop_map(Op::Fill),
         4 => Just(Op::Publish),
         2 => any::<bool>().prop_map(Op::Kicks),
-        1 => Just(Op::Untake),
+        1 => Just(Op::Rewind),
         1 => Just(Op::Rebind),
         1 => Just(Op::Restart),
         1 => Just(Op::Crash),
@@ -88,7 +88,7 @@ fn setups() -> impl Strategy<Value = Setup> {
 
 /// A chain as the driver made it.
 #[derive(Debug, Clone)]
-struct Made {
+struct TestChain {
     token: u64,
     lens: Vec<u16>,
     descriptors: u16,
@@ -96,7 +96,7 @@ struct Made {
     written: usize,
 }
 
-impl Made {
+impl TestChain {
     fn addr(&self) -> u64 {
         DATA + self.token % SLOTS * SLOT
     }
@@ -114,7 +114,7 @@ impl Made {
 
 /// What one side has said about being signalled, and what follows from it.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Wish {
+enum EventSuppression {
     /// With everything.
     Always,
     Never,
@@ -128,7 +128,7 @@ enum Wish {
     Unknown,
 }
 
-impl Wish {
+impl EventSuppression {
     /// What a new ring's memory says.
     fn new(setup: Setup) -> Self {
         match setup.event_idx && !setup.packed {
@@ -138,7 +138,7 @@ impl Wish {
     }
 
     /// One side asked for signals; `more` was there already: so many descriptors or chains.
-    fn ask(&mut self, setup: Setup, more: u64) {
+    fn enable(&mut self, setup: Setup, more: u64) {
         *self = match (setup.event_idx, more) {
             (false, _) => Self::Always,
             (true, 0) => Self::Next,
@@ -146,14 +146,14 @@ impl Wish {
         };
     }
 
-    fn refuse(&mut self, setup: Setup) {
+    fn disable(&mut self, setup: Setup) {
         if setup.packed || !setup.event_idx {
             *self = Self::Never;
         }
     }
 
     /// So many more were shown, with a signal or without.
-    fn shown(&mut self, setup: Setup, count: u64, signalled: bool) {
+    fn record(&mut self, setup: Setup, count: u64, signalled: bool) {
         // A point that was passed comes round again: after two laps, or with the 16-bit index.
         let round = match setup.packed {
             true => 2 * u64::from(setup.size),
@@ -179,22 +179,22 @@ impl Wish {
 }
 
 /// Both ends, and chains by how far they have come.
-struct World {
+struct Model {
     setup: Setup,
     guest: Guest,
-    ring: Ring,
+    ring: Virtqueue,
     burst: Burst,
     next: u64,
-    added: VecDeque<Made>,
-    available: VecDeque<Made>,
-    taken: VecDeque<Made>,
-    completed: VecDeque<Made>,
-    used: VecDeque<Made>,
-    kicks: Wish,
-    calls: Wish,
+    added: VecDeque<TestChain>,
+    available: VecDeque<TestChain>,
+    taken: VecDeque<TestChain>,
+    completed: VecDeque<TestChain>,
+    used: VecDeque<TestChain>,
+    kicks: EventSuppression,
+    calls: EventSuppression,
 }
 
-impl World {
+impl Model {
     fn new(setup: Setup) -> Self {
         let guest = Guest::new(setup);
         let (ring, burst) = guest.device(guest.ring.base());
@@ -209,26 +209,26 @@ impl World {
             taken: VecDeque::new(),
             completed: VecDeque::new(),
             used: VecDeque::new(),
-            kicks: Wish::new(setup),
-            calls: Wish::new(setup),
+            kicks: EventSuppression::new(setup),
+            calls: EventSuppression::new(setup),
         }
     }
 
     fn step(&mut self, op: &Op) {
         match op {
             Op::Add { lens, indirect } => self.add(lens, *indirect),
-            Op::Show => self.show(),
+            Op::DriverPublish => self.driver_publish(),
             Op::Collect => self.collect(),
             Op::Calls(true) => {
                 let more = self.guest.ring.enable_calls();
                 assert_eq!(more, !self.used.is_empty());
-                self.calls.ask(self.setup, self.moved(&self.used));
+                self.calls.enable(self.setup, self.moved(&self.used));
             }
             Op::Calls(false) => {
                 self.guest.ring.disable_calls();
-                self.calls.refuse(self.setup);
+                self.calls.disable(self.setup);
             }
-            Op::Take(most) => self.take(*most),
+            Op::Dequeue(most) => self.dequeue(*most),
             Op::Complete(most) => self.complete(*most),
             Op::CompleteAll(most) => self.complete_all(*most),
             Op::Fill(bytes) => self.fill(*bytes),
@@ -236,13 +236,13 @@ impl World {
             Op::Kicks(true) => {
                 let more = self.ring.enable_kicks();
                 assert_eq!(more, !self.available.is_empty());
-                self.kicks.ask(self.setup, self.moved(&self.available));
+                self.kicks.enable(self.setup, self.moved(&self.available));
             }
             Op::Kicks(false) => {
                 self.ring.disable_kicks();
-                self.kicks.refuse(self.setup);
+                self.kicks.disable(self.setup);
             }
-            Op::Untake => self.untake(),
+            Op::Rewind => self.rewind(),
             Op::Rebind => self.rebind(),
             Op::Restart => self.restart(),
             Op::Crash => self.crash(),
@@ -251,8 +251,8 @@ impl World {
     }
 
     /// What these chains move an index by.
-    fn moved(&self, chains: &VecDeque<Made>) -> u64 {
-        let each = |made: &Made| match self.setup.packed {
+    fn moved(&self, chains: &VecDeque<TestChain>) -> u64 {
+        let each = |made: &TestChain| match self.setup.packed {
             true => u64::from(made.descriptors),
             false => 1,
         };
@@ -264,7 +264,7 @@ impl World {
             true => 1,
             false => u16::try_from(lens.len()).unwrap(),
         };
-        let made = Made {
+        let made = TestChain {
             token: self.next,
             lens: lens.to_vec(),
             descriptors,
@@ -290,22 +290,22 @@ impl World {
                 self.added.push_back(made);
                 self.next += 1;
             }
-            Err(RingError::Full { .. }) => assert!(free < descriptors),
+            Err(DriverVirtqueueError::Full { .. }) => assert!(free < descriptors),
             Err(error) => panic!("{error}"),
         }
     }
 
-    fn show(&mut self) {
+    fn driver_publish(&mut self) {
         self.guest.ring.publish();
         let count = self.moved(&self.added);
-        let kicked = self.guest.ring.kick_needed();
-        self.kicks.shown(self.setup, count, kicked);
+        let kicked = self.guest.ring.is_kick_needed();
+        self.kicks.record(self.setup, count, kicked);
         self.available.append(&mut self.added);
     }
 
-    fn take(&mut self, most: usize) {
+    fn dequeue(&mut self, most: usize) {
         let before = self.burst.chains().len();
-        let taken = self.ring.take(&mut self.burst, most).unwrap();
+        let taken = self.ring.dequeue(&mut self.burst, most).unwrap();
         assert_eq!(taken, most.min(64).min(self.available.len()));
         assert_eq!(self.burst.chains().len(), before + taken);
         self.taken.extend(self.available.drain(..taken));
@@ -313,9 +313,9 @@ impl World {
             assert_eq!(chain.fault(), None);
             assert_eq!(chain.len(), made.len());
             assert_eq!(contents(&self.burst, chain), made.bytes(0));
-            let pieces: Vec<_> = self.burst.slices(chain).iter().map(|s| s.len()).collect();
+            let segments: Vec<_> = self.burst.slices(chain).iter().map(|s| s.len()).collect();
             let lens = made.lens.iter().map(|len| usize::from(*len));
-            assert_eq!(pieces, lens.filter(|len| *len != 0).collect::<Vec<_>>());
+            assert_eq!(segments, lens.filter(|len| *len != 0).collect::<Vec<_>>());
         }
     }
 
@@ -347,10 +347,10 @@ impl World {
     }
 
     fn fill(&mut self, bytes: usize) {
-        let room: usize = self.taken.iter().map(Made::len).sum();
+        let capacity: usize = self.taken.iter().map(TestChain::len).sum();
         let mut rest = match self.setup.direction {
             Direction::Readable => 0,
-            Direction::Writable => bytes.min(room),
+            Direction::Writable => bytes.min(capacity),
         };
         let used = self.ring.complete_filled(self.burst.chains(), rest);
         let mut count = 0;
@@ -373,7 +373,7 @@ impl World {
     fn publish(&mut self) {
         let count = self.moved(&self.completed);
         let called = self.ring.publish();
-        self.calls.shown(self.setup, count, called);
+        self.calls.record(self.setup, count, called);
         self.used.append(&mut self.completed);
     }
 
@@ -399,8 +399,8 @@ impl World {
         }
     }
 
-    fn untake(&mut self) {
-        self.ring.untake(&mut self.burst);
+    fn rewind(&mut self) {
+        self.ring.rewind(&mut self.burst);
         self.all_available();
     }
 
@@ -412,7 +412,7 @@ impl World {
 
     fn rebind(&mut self) {
         self.publish();
-        self.untake();
+        self.rewind();
         let memory = self.guest.memory();
         self.ring = self.ring.rebind(&memory).unwrap();
         self.burst = Burst::new(memory);
@@ -420,7 +420,7 @@ impl World {
 
     fn restart(&mut self) {
         self.publish();
-        self.untake();
+        self.rewind();
         let base = self.ring.base();
         assert_eq!(base, self.guest.ring.base());
         (self.ring, self.burst) = self.guest.device(base);
@@ -469,9 +469,9 @@ proptest! {
 
     #[test]
     fn driver_and_device_agree(setup in setups(), ops in prop::collection::vec(ops(), 1..250)) {
-        let mut world = World::new(setup);
+        let mut model = Model::new(setup);
         for op in &ops {
-            world.step(op);
+            model.step(op);
         }
     }
 }
@@ -501,28 +501,28 @@ fn each_setup(test: impl Fn(Setup)) {
 #[test]
 fn full_rings_come_back_whole_lap_after_lap() {
     each_setup(|setup| {
-        let mut world = World::new(setup);
+        let mut model = Model::new(setup);
         for round in 0..20u16 {
             let longest = setup.size.min(9);
             loop {
-                let free = world.guest.ring.free();
+                let free = model.guest.ring.free();
                 let count = (round % longest + 1).min(free);
                 if count == 0 {
                     break;
                 }
                 let lens = vec![7 + round; usize::from(count)];
                 let indirect = round % 4 == 3;
-                world.step(&Op::Add { lens, indirect });
+                model.step(&Op::Add { lens, indirect });
             }
-            world.step(&Op::Show);
-            while !world.available.is_empty() {
-                world.step(&Op::Take(100));
+            model.step(&Op::DriverPublish);
+            while !model.available.is_empty() {
+                model.step(&Op::Dequeue(100));
             }
-            assert_eq!(world.guest.ring.free(), 0);
-            world.step(&Op::Complete(usize::MAX));
-            world.step(&Op::Publish);
-            world.step(&Op::Collect);
-            assert_eq!(world.guest.ring.free(), setup.size);
+            assert_eq!(model.guest.ring.free(), 0);
+            model.step(&Op::Complete(usize::MAX));
+            model.step(&Op::Publish);
+            model.step(&Op::Collect);
+            assert_eq!(model.guest.ring.free(), setup.size);
         }
     });
 }
@@ -531,20 +531,20 @@ fn full_rings_come_back_whole_lap_after_lap() {
 #[test]
 fn either_side_is_woken_from_every_sleep() {
     each_setup(|setup| {
-        let mut world = World::new(setup);
+        let mut model = Model::new(setup);
         for round in 0..3 * setup.size {
-            world.step(&Op::Kicks(true));
-            world.step(&Op::Calls(true));
+            model.step(&Op::Kicks(true));
+            model.step(&Op::Calls(true));
             let count = usize::from(round % setup.size.min(9) + 1);
-            world.step(&Op::Add {
+            model.step(&Op::Add {
                 lens: vec![3; count],
                 indirect: false,
             });
             // Each of the two sleeps: the model wants a signal for the first, and only for that.
-            for op in [Op::Show, Op::Take(9), Op::Complete(9), Op::Publish] {
-                world.step(&op);
+            for op in [Op::DriverPublish, Op::Dequeue(9), Op::Complete(9), Op::Publish] {
+                model.step(&op);
             }
-            world.step(&Op::Collect);
+            model.step(&Op::Collect);
         }
     });
 }

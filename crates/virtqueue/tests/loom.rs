@@ -15,8 +15,8 @@ use loom::sync::atomic::{AtomicU32, Ordering};
 use loom::sync::{Condvar, Mutex};
 use loom::thread;
 use virtionet_guest::memory::GuestRam;
-use virtionet_virtqueue::memory::{GuestMemory, Without, do_without, forget_model};
-use virtionet_virtqueue::{Burst, Ring};
+use virtionet_virtqueue::memory::{GuestMemory, DisabledOrdering, disable_ordering, clear_model};
+use virtionet_virtqueue::{Burst, Virtqueue};
 
 /// A chain of token N has this many bytes and N more: that tells them apart.
 const LEN: u32 = 100;
@@ -25,22 +25,22 @@ const WRITTEN: u32 = 50;
 
 /// An eventfd.
 #[derive(Default)]
-struct Bell {
+struct ModelEventFd {
     count: Mutex<u64>,
-    rung: Condvar,
+    signalled: Condvar,
 }
 
-impl Bell {
-    fn ring(&self) {
+impl ModelEventFd {
+    fn signal(&self) {
         *self.count.lock().unwrap() += 1;
-        self.rung.notify_one();
+        self.signalled.notify_one();
     }
 
     /// Sleeps until it has been rung since the last time; for ever, which loom finds, if it is not.
     fn wait(&self) {
         let mut count = self.count.lock().unwrap();
         while *count == 0 {
-            count = self.rung.wait(count).unwrap();
+            count = self.signalled.wait(count).unwrap();
         }
         *count = 0;
     }
@@ -66,7 +66,7 @@ impl Payload {
 
 /// The device's end.
 struct Device {
-    ring: Ring,
+    ring: Virtqueue,
     burst: Burst,
     payload: Payload,
 }
@@ -74,7 +74,7 @@ struct Device {
 impl Device {
     /// Takes what there is, looks whether it is whole, and completes it; how many those were.
     fn work(&mut self) -> usize {
-        let taken = self.ring.take(&mut self.burst, 4).unwrap();
+        let taken = self.ring.dequeue(&mut self.burst, 4).unwrap();
         for chain in self.burst.chains() {
             assert_eq!(chain.fault(), None);
             let token = u16::try_from(chain.len()).unwrap() - u16::try_from(LEN).unwrap();
@@ -88,17 +88,17 @@ impl Device {
 }
 
 /// Both ends on fresh memory.
-struct Both {
+struct Endpoints {
     driver: Driver,
     device: Device,
 }
 
-impl Both {
+impl Endpoints {
     fn new(memory: &Arc<GuestMemory>, base: u64, format: Format) -> Self {
         let (driver, config) = Driver::new(memory, base, format);
         let payload = Payload::new();
         let device = Device {
-            ring: Ring::new(config, memory).unwrap(),
+            ring: Virtqueue::new(config, memory).unwrap(),
             burst: Burst::new(Arc::clone(memory)),
             payload: payload.clone(),
         };
@@ -108,8 +108,8 @@ impl Both {
     /// One chain goes there and back, so that what either asked for in the beginning has passed.
     fn first_lap(&mut self) {
         self.offer(0);
-        self.driver.show();
-        let _kick = self.driver.kick_needed();
+        self.driver.publish();
+        let _kick = self.driver.is_kick_needed();
         self.device.ring.disable_kicks();
         self.driver.disable_calls();
         assert_eq!(self.device.work(), 1);
@@ -139,36 +139,36 @@ fn collect(driver: &mut Driver, payload: &Payload, token: u16) -> bool {
 
 /// Runs `test` in every order for each format; with `preemptions` only in those in which threads are
 /// interrupted so often at most, besides where they wait.
-fn model(preemptions: Option<usize>, test: fn(Both)) {
+fn model(preemptions: Option<usize>, test: fn(Endpoints)) {
     for format in Format::ALL {
         model_of(format, preemptions, test);
     }
 }
 
-fn model_of(format: Format, preemptions: Option<usize>, test: fn(Both)) {
+fn model_of(format: Format, preemptions: Option<usize>, test: fn(Endpoints)) {
     let ram = GuestRam::new(0x4000).unwrap();
     let memory = Arc::new(ram.guest_memory().unwrap());
     let base = ram.user_addr(0x1000).unwrap();
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = preemptions;
     builder.check(move || {
-        test(Both::new(&memory, base, format));
-        forget_model();
+        test(Endpoints::new(&memory, base, format));
+        clear_model();
     });
 }
 
 /// The driver shows a chain and decides whether to kick; the device arms kicks and looks once more.
-fn shown_while_arming(mut both: Both) {
-    both.first_lap();
-    let Both {
+fn kick_race(mut endpoints: Endpoints) {
+    endpoints.first_lap();
+    let Endpoints {
         mut driver,
         mut device,
-    } = both;
+    } = endpoints;
     let payload = device.payload.clone();
     let arming = thread::spawn(move || device.ring.enable_kicks());
     offer(&mut driver, &payload, 1);
-    driver.show();
-    let kick = driver.kick_needed();
+    driver.publish();
+    let kick = driver.is_kick_needed();
     let seen = arming.join().unwrap();
     assert!(
         kick || seen,
@@ -178,14 +178,14 @@ fn shown_while_arming(mut both: Both) {
 
 /// The device shows a used chain and decides whether to call; the driver asks for calls and looks
 /// once more.
-fn used_while_asking(mut both: Both) {
-    both.first_lap();
-    both.offer(1);
-    both.driver.show();
-    let Both {
+fn call_race(mut endpoints: Endpoints) {
+    endpoints.first_lap();
+    endpoints.offer(1);
+    endpoints.driver.publish();
+    let Endpoints {
         mut driver,
         mut device,
-    } = both;
+    } = endpoints;
     let using = thread::spawn(move || {
         assert_eq!(device.work(), 1);
         device.ring.publish()
@@ -199,17 +199,17 @@ fn used_while_asking(mut both: Both) {
 }
 
 /// Two chains shown together: the device sees both, and whole, or none.
-fn shown_together(mut both: Both) {
-    both.first_lap();
-    let Both {
+fn available_together(mut endpoints: Endpoints) {
+    endpoints.first_lap();
+    let Endpoints {
         mut driver,
         mut device,
-    } = both;
+    } = endpoints;
     let payload = device.payload.clone();
     let working = thread::spawn(move || device.work());
     offer(&mut driver, &payload, 1);
     offer(&mut driver, &payload, 2);
-    driver.show();
+    driver.publish();
     let taken = working.join().unwrap();
     assert!(
         taken == 0 || taken == 2,
@@ -218,15 +218,15 @@ fn shown_together(mut both: Both) {
 }
 
 /// Two chains used together: the driver sees both, and whole, or none.
-fn used_together(mut both: Both) {
-    both.first_lap();
-    both.offer(1);
-    both.offer(2);
-    both.driver.show();
-    let Both {
+fn used_together(mut endpoints: Endpoints) {
+    endpoints.first_lap();
+    endpoints.offer(1);
+    endpoints.offer(2);
+    endpoints.driver.publish();
+    let Endpoints {
         mut driver,
         mut device,
-    } = both;
+    } = endpoints;
     let payload = device.payload.clone();
     let using = thread::spawn(move || {
         assert_eq!(device.work(), 2);
@@ -239,34 +239,34 @@ fn used_together(mut both: Both) {
 }
 
 /// Both sides sleep whenever they have nothing to do, over two chains shown one after the other.
-fn both_sleep(mut both: Both) {
-    both.first_lap();
-    let Both {
+fn both_sleep(mut endpoints: Endpoints) {
+    endpoints.first_lap();
+    let Endpoints {
         mut driver,
         mut device,
-    } = both;
+    } = endpoints;
     let payload = device.payload.clone();
-    let bells = Arc::new((Bell::default(), Bell::default()));
-    let theirs = Arc::clone(&bells);
+    let events = Arc::new((ModelEventFd::default(), ModelEventFd::default()));
+    let device_events = Arc::clone(&events);
     let serving = thread::spawn(move || {
         let mut done = 0;
         while done < 2 {
             let taken = device.work();
             if device.ring.publish() {
-                theirs.1.ring();
+                device_events.1.signal();
             }
             done += taken;
             if taken == 0 && !device.ring.enable_kicks() {
-                theirs.0.wait();
+                device_events.0.wait();
                 device.ring.disable_kicks();
             }
         }
     });
     for token in 1..3 {
         offer(&mut driver, &payload, token);
-        driver.show();
-        if driver.kick_needed() {
-            bells.0.ring();
+        driver.publish();
+        if driver.is_kick_needed() {
+            events.0.signal();
         }
     }
     let mut back = 1;
@@ -274,7 +274,7 @@ fn both_sleep(mut both: Both) {
         if collect(&mut driver, &payload, back) {
             back += 1;
         } else if !driver.enable_calls() {
-            bells.1.wait();
+            events.1.wait();
             driver.disable_calls();
         }
     }
@@ -283,17 +283,17 @@ fn both_sleep(mut both: Both) {
 
 #[test]
 fn no_kick_is_lost_while_the_device_goes_to_sleep() {
-    model(None, shown_while_arming);
+    model(None, kick_race);
 }
 
 #[test]
 fn no_call_is_lost_while_the_driver_goes_to_sleep() {
-    model(None, used_while_asking);
+    model(None, call_race);
 }
 
 #[test]
 fn what_the_driver_shows_together_is_seen_whole() {
-    model(None, shown_together);
+    model(None, available_together);
 }
 
 #[test]
@@ -307,10 +307,10 @@ fn two_that_sleep_wake_each_other() {
 }
 
 /// The models are not blind: each finds what it is there for, in every format.
-fn fails(without: Without, test: fn(Both)) {
+fn fails(without: DisabledOrdering, test: fn(Endpoints)) {
     for format in Format::ALL {
         let run = std::thread::spawn(move || {
-            do_without(without);
+            disable_ordering(without);
             model_of(format, Some(2), test);
         });
         assert!(run.join().is_err(), "{format:?} does without {without:?}");
@@ -319,25 +319,25 @@ fn fails(without: Without, test: fn(Both)) {
 
 #[test]
 fn without_the_fence_a_kick_is_lost() {
-    fails(Without::Fences, shown_while_arming);
+    fails(DisabledOrdering::Fences, kick_race);
 }
 
 #[test]
 fn without_the_fence_a_call_is_lost() {
-    fails(Without::Fences, used_while_asking);
+    fails(DisabledOrdering::Fences, call_race);
 }
 
 #[test]
 fn without_the_fence_two_that_sleep_do_so_for_ever() {
-    fails(Without::Fences, both_sleep);
+    fails(DisabledOrdering::Fences, both_sleep);
 }
 
 #[test]
 fn without_acquire_a_chain_is_seen_in_part() {
-    fails(Without::Acquire, shown_together);
+    fails(DisabledOrdering::Acquire, available_together);
 }
 
 #[test]
 fn without_release_a_used_chain_is_seen_in_part() {
-    fails(Without::Release, used_together);
+    fails(DisabledOrdering::Release, used_together);
 }

@@ -5,24 +5,24 @@ mod common;
 
 use common::{DATA, Guest, RAM, Setup};
 use virtionet_guest::packed::{
-    AT_DESCRIPTOR, DISABLE, ENABLE, PackedDescriptor, PackedRing, Place,
+    VRING_PACKED_EVENT_FLAG_DESC, VRING_PACKED_EVENT_FLAG_DISABLE, VRING_PACKED_EVENT_FLAG_ENABLE, PackedDescriptor, PackedDriverVirtqueue, RingPosition,
 };
-use virtionet_guest::split::{INDIRECT, NEXT, WRITE};
+use virtionet_guest::split::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtionet_virtqueue::{
-    Burst, ChainFault, Direction, MAX_CHAIN, Ring, RingConfig, RingError, RingFault,
+    Burst, ChainFault, Direction, MAX_CHAIN_SEGMENTS, Virtqueue, VirtqueueConfig, VirtqueueError, VirtqueueFault,
 };
 
 const TABLE: u64 = 0x10_0000;
 
-struct Bench {
+struct Fixture {
     guest: Guest,
-    ring: Ring,
+    ring: Virtqueue,
     burst: Burst,
     /// Where the next descriptor is written.
-    at: Place,
+    at: RingPosition,
 }
 
-impl Bench {
+impl Fixture {
     fn new(size: u16) -> Self {
         Self::of(size, 0, true)
     }
@@ -40,11 +40,11 @@ impl Bench {
             guest,
             ring,
             burst,
-            at: Place::nth(start, size),
+            at: RingPosition::nth(start, size),
         }
     }
 
-    fn packed(&mut self) -> &mut PackedRing {
+    fn packed(&mut self) -> &mut PackedDriverVirtqueue {
         self.guest.ring.as_packed().unwrap()
     }
 
@@ -57,8 +57,8 @@ impl Bench {
         self.packed().set_descriptor(at.index, descriptor);
     }
 
-    fn take(&mut self) -> Result<usize, RingFault> {
-        self.ring.take(&mut self.burst, usize::MAX)
+    fn dequeue(&mut self) -> Result<usize, VirtqueueFault> {
+        self.ring.dequeue(&mut self.burst, usize::MAX)
     }
 
     /// Completes and publishes all that was taken.
@@ -71,9 +71,9 @@ impl Bench {
     }
 
     /// The used descriptor at `place`: its id.
-    fn used(&mut self, place: Place) -> Option<u16> {
-        let found = self.packed().descriptor(place.index);
-        (found.flags == place.used()).then_some(found.id)
+    fn used(&mut self, position: RingPosition) -> Option<u16> {
+        let found = self.packed().descriptor(position.index);
+        (found.flags == position.used()).then_some(found.id)
     }
 }
 
@@ -82,48 +82,48 @@ impl Bench {
 #[test]
 fn descriptors_that_are_taken_are_not_taken_again() {
     for size in [1, 2, 3, 8, 100] {
-        let mut bench = Bench::new(size);
+        let mut fixture = Fixture::new(size);
         for id in 0..size {
-            bench.put(DATA, 10, id, 0);
+            fixture.put(DATA, 10, id, 0);
         }
         let mut taken = 0;
         while taken < size {
-            taken += u16::try_from(bench.take().unwrap()).unwrap();
+            taken += u16::try_from(fixture.dequeue().unwrap()).unwrap();
         }
-        let base = bench.ring.base();
+        let base = fixture.ring.base();
         // All available once more, in the next lap.
         for id in 0..size {
-            bench.put(DATA, 10, id, NEXT);
+            fixture.put(DATA, 10, id, VRING_DESC_F_NEXT);
         }
-        assert_eq!(bench.take(), Ok(0));
-        assert!(!bench.ring.has_more());
-        assert!(!bench.ring.enable_kicks());
-        assert_eq!(bench.ring.base(), base);
-        bench.ring.untake(&mut bench.burst);
-        assert_eq!(bench.ring.base(), 0x8000_8000);
-        assert!(!bench.ring.has_more(), "the driver spoilt them");
+        assert_eq!(fixture.dequeue(), Ok(0));
+        assert!(!fixture.ring.has_more());
+        assert!(!fixture.ring.enable_kicks());
+        assert_eq!(fixture.ring.base(), base);
+        fixture.ring.rewind(&mut fixture.burst);
+        assert_eq!(fixture.ring.base(), 0x8000_8000);
+        assert!(!fixture.ring.has_more(), "the driver spoilt them");
     }
 }
 
 /// A chain may not go on into descriptors that the device has.
 #[test]
 fn a_chain_ends_where_taken_ones_begin() {
-    let mut bench = Bench::new(8);
+    let mut fixture = Fixture::new(8);
     for id in 0..3 {
-        bench.put(DATA, 10, id, 0);
+        fixture.put(DATA, 10, id, 0);
     }
-    assert_eq!(bench.take(), Ok(3));
+    assert_eq!(fixture.dequeue(), Ok(3));
     for id in 3..8 {
-        bench.put(DATA, 10, id, NEXT);
+        fixture.put(DATA, 10, id, VRING_DESC_F_NEXT);
     }
-    let want = Err(RingFault::ChainWithoutEnd { size: 8 });
-    assert_eq!((bench.take(), bench.take()), (want, want));
-    assert_eq!(bench.burst.chains().len(), 3, "those stay good");
-    bench.finish();
-    assert_eq!(bench.ring.base(), 0x8003_8003);
+    let want = Err(VirtqueueFault::ChainWithoutEnd { size: 8 });
+    assert_eq!((fixture.dequeue(), fixture.dequeue()), (want, want));
+    assert_eq!(fixture.burst.chains().len(), 3, "those stay good");
+    fixture.finish();
+    assert_eq!(fixture.ring.base(), 0x8003_8003);
     for index in 0..3 {
-        let place = Place { index, wrap: true };
-        assert_eq!(bench.used(place), Some(index));
+        let position = RingPosition { index, wrap: true };
+        assert_eq!(fixture.used(position), Some(index));
     }
 }
 
@@ -131,15 +131,15 @@ fn a_chain_ends_where_taken_ones_begin() {
 fn a_chain_through_the_whole_ring_has_no_end() {
     for size in [1, 2, 7, 256, 32_768] {
         for start in [0, size - 1, size, size + size / 2] {
-            let mut bench = Bench::of(size, start, false);
+            let mut fixture = Fixture::of(size, start, false);
             for id in 0..size {
-                bench.put(DATA, 1, id, NEXT);
+                fixture.put(DATA, 1, id, VRING_DESC_F_NEXT);
             }
-            let want = Err(RingFault::ChainWithoutEnd { size });
-            let base = bench.ring.base();
-            assert_eq!((bench.take(), bench.take()), (want, want));
-            assert!(bench.burst.chains().is_empty());
-            assert_eq!(bench.ring.base(), base);
+            let want = Err(VirtqueueFault::ChainWithoutEnd { size });
+            let base = fixture.ring.base();
+            assert_eq!((fixture.dequeue(), fixture.dequeue()), (want, want));
+            assert!(fixture.burst.chains().is_empty());
+            assert_eq!(fixture.ring.base(), base);
         }
     }
 }
@@ -147,40 +147,40 @@ fn a_chain_through_the_whole_ring_has_no_end() {
 /// Chains that were whole are handed out before the fault is.
 #[test]
 fn good_chains_before_one_without_end_come_first() {
-    let mut bench = Bench::new(8);
-    bench.put(DATA, 10, 5, 0);
+    let mut fixture = Fixture::new(8);
+    fixture.put(DATA, 10, 5, 0);
     for id in 0..7 {
-        bench.put(DATA, 10, id, NEXT);
+        fixture.put(DATA, 10, id, VRING_DESC_F_NEXT);
     }
-    assert_eq!(bench.take(), Ok(1));
-    assert_eq!(bench.burst.chains()[0].len(), 10);
-    assert_eq!(bench.burst.slices(&bench.burst.chains()[0]).len(), 1);
-    bench.finish();
+    assert_eq!(fixture.dequeue(), Ok(1));
+    assert_eq!(fixture.burst.chains()[0].len(), 10);
+    assert_eq!(fixture.burst.slices(&fixture.burst.chains()[0]).len(), 1);
+    fixture.finish();
     // Over what was shown as used, too.
-    bench.put(DATA, 10, 7, NEXT);
-    assert!(bench.take().is_err());
-    assert_eq!(bench.ring.base(), 0x8001_8001);
+    fixture.put(DATA, 10, 7, VRING_DESC_F_NEXT);
+    assert!(fixture.dequeue().is_err());
+    assert_eq!(fixture.ring.base(), 0x8001_8001);
 }
 
 /// As long as the ring, and then one descriptor with the right flags behind it.
 #[test]
 fn the_longest_chain_is_as_long_as_the_ring() {
     for size in [1, 3, 256, 1024] {
-        let mut bench = Bench::of(size, size / 2, true);
+        let mut fixture = Fixture::of(size, size / 2, true);
         for round in 0..5 {
-            let first = bench.at;
+            let first = fixture.at;
             for _ in 1..size {
-                bench.put(DATA, 2, 77, NEXT);
+                fixture.put(DATA, 2, 77, VRING_DESC_F_NEXT);
             }
-            bench.put(DATA, 2, round, 0);
-            assert_eq!(bench.take(), Ok(1));
-            let chain = bench.burst.chains()[0];
+            fixture.put(DATA, 2, round, 0);
+            assert_eq!(fixture.dequeue(), Ok(1));
+            let chain = fixture.burst.chains()[0];
             assert_eq!(chain.fault(), None);
             assert_eq!(chain.len(), 2 * usize::from(size));
-            bench.finish();
+            fixture.finish();
             // The id is that of the chain's last descriptor (virtio 1.3 §2.8.6).
-            assert_eq!(bench.used(first), Some(round));
-            assert_eq!(bench.take(), Ok(0));
+            assert_eq!(fixture.used(first), Some(round));
+            assert_eq!(fixture.dequeue(), Ok(0));
         }
     }
 }
@@ -188,65 +188,65 @@ fn the_longest_chain_is_as_long_as_the_ring() {
 /// What comes behind a bad chain is where that chain's own flags say.
 #[test]
 fn a_bad_chain_costs_its_own_descriptors_and_no_others() {
-    type Write = fn(&mut Bench);
+    type Write = fn(&mut Fixture);
     let rows: &[(ChainFault, u16, Write)] = &[
-        (ChainFault::AddressInvalid, 3, |bench| {
-            bench.put(DATA, 10, 1, NEXT);
-            bench.put(RAM, 10, 1, NEXT);
-            bench.put(DATA, 10, 1, 0);
+        (ChainFault::AddressInvalid, 3, |fixture| {
+            fixture.put(DATA, 10, 1, VRING_DESC_F_NEXT);
+            fixture.put(RAM, 10, 1, VRING_DESC_F_NEXT);
+            fixture.put(DATA, 10, 1, 0);
         }),
-        (ChainFault::DirectionWrong, 2, |bench| {
-            bench.put(DATA, 10, 1, NEXT | WRITE);
-            bench.put(DATA, 10, 1, 0);
+        (ChainFault::DirectionWrong, 2, |fixture| {
+            fixture.put(DATA, 10, 1, VRING_DESC_F_NEXT | VRING_DESC_F_WRITE);
+            fixture.put(DATA, 10, 1, 0);
         }),
-        (ChainFault::IndirectWithNext, 2, |bench| {
-            bench.put(TABLE, 16, 1, INDIRECT | NEXT);
-            bench.put(DATA, 10, 1, 0);
+        (ChainFault::IndirectWithNext, 2, |fixture| {
+            fixture.put(TABLE, 16, 1, VRING_DESC_F_INDIRECT | VRING_DESC_F_NEXT);
+            fixture.put(DATA, 10, 1, 0);
         }),
-        (ChainFault::IndirectBadLength, 1, |bench| {
-            bench.put(TABLE, 8, 1, INDIRECT);
+        (ChainFault::IndirectBadLength, 1, |fixture| {
+            fixture.put(TABLE, 8, 1, VRING_DESC_F_INDIRECT);
         }),
-        (ChainFault::IndirectUnmapped, 1, |bench| {
-            bench.put(RAM - 16, 32, 1, INDIRECT);
+        (ChainFault::IndirectUnmapped, 1, |fixture| {
+            fixture.put(RAM - 16, 32, 1, VRING_DESC_F_INDIRECT);
         }),
-        (ChainFault::IndirectNested, 2, |bench| {
-            let area = bench.guest.ram.area(TABLE, 16).unwrap();
-            PackedDescriptor::new(TABLE, 16, 0, INDIRECT).store(&area, 0);
-            bench.put(DATA, 10, 1, NEXT);
-            bench.put(TABLE, 16, 1, INDIRECT);
+        (ChainFault::IndirectNested, 2, |fixture| {
+            let area = fixture.guest.ram.area(TABLE, 16).unwrap();
+            PackedDescriptor::new(TABLE, 16, 0, VRING_DESC_F_INDIRECT).store(&area, 0);
+            fixture.put(DATA, 10, 1, VRING_DESC_F_NEXT);
+            fixture.put(TABLE, 16, 1, VRING_DESC_F_INDIRECT);
         }),
-        (ChainFault::TooLong, 1500, |bench| {
+        (ChainFault::TooLong, 1500, |fixture| {
             for _ in 1..1500 {
-                bench.put(DATA, 1, 1, NEXT);
+                fixture.put(DATA, 1, 1, VRING_DESC_F_NEXT);
             }
-            bench.put(DATA, 1, 1, 0);
+            fixture.put(DATA, 1, 1, 0);
         }),
-        (ChainFault::TooBig, 1024, |bench| {
+        (ChainFault::TooBig, 1024, |fixture| {
             for _ in 1..1024 {
-                bench.put(DATA, 0x40_0000, 1, NEXT);
+                fixture.put(DATA, 0x40_0000, 1, VRING_DESC_F_NEXT);
             }
-            bench.put(DATA, 0x40_0000, 1, 0);
+            fixture.put(DATA, 0x40_0000, 1, 0);
         }),
     ];
     for &(fault, slots, write) in rows {
         // Over the ring's end as well.
         for start in [0, 2046, 2047 + 2048] {
-            let mut bench = Bench::of(2048, start, true);
-            let places = [start, start + 1, start + 1 + slots].map(|n| Place::nth(n, 2048));
-            bench.put(DATA, 10, 7, 0);
-            write(&mut bench);
-            bench.put(DATA, 10, 8, 0);
+            let mut fixture = Fixture::of(2048, start, true);
+            let places = [start, start + 1, start + 1 + slots].map(|n| RingPosition::nth(n, 2048));
+            fixture.put(DATA, 10, 7, 0);
+            write(&mut fixture);
+            fixture.put(DATA, 10, 8, 0);
             let mut taken = 0;
             while taken < 3 {
-                taken += bench.take().unwrap();
+                taken += fixture.dequeue().unwrap();
             }
-            let faults: Vec<_> = bench.burst.chains().iter().map(|c| c.fault()).collect();
+            let faults: Vec<_> = fixture.burst.chains().iter().map(|c| c.fault()).collect();
             assert_eq!(faults, [None, Some(fault), None]);
-            let pieces = bench.burst.front_slices(3);
-            assert!(pieces.iter().all(|piece| piece.len() == 10));
-            assert_eq!(pieces.len(), 2, "{fault:?}: a bad chain has no pieces");
-            bench.finish();
-            let ids = places.map(|place| bench.used(place));
+            let segments = fixture.burst.front_slices(3);
+            assert!(segments.iter().all(|segment| segment.len() == 10));
+            assert_eq!(segments.len(), 2, "{fault:?}: a bad chain has no segments");
+            fixture.finish();
+            let ids = places.map(|position| fixture.used(position));
             assert_eq!(ids, [Some(7), Some(1), Some(8)], "{fault:?}");
         }
     }
@@ -255,27 +255,27 @@ fn a_bad_chain_costs_its_own_descriptors_and_no_others() {
 /// A table's descriptors have no flag but WRITE; NEXT and the id mean nothing there.
 #[test]
 fn a_table_is_read_to_its_end_whatever_its_flags_say() {
-    let mut bench = Bench::new(4);
-    let area = bench.guest.ram.area(TABLE, 64).unwrap();
-    let flags = [0, NEXT, 0x8080, 0];
+    let mut fixture = Fixture::new(4);
+    let area = fixture.guest.ram.area(TABLE, 64).unwrap();
+    let flags = [0, VRING_DESC_F_NEXT, 0x8080, 0];
     for (n, flags) in (0..4u16).zip(flags) {
         PackedDescriptor::new(DATA, 5, u16::MAX, flags).store(&area, 16 * usize::from(n));
     }
-    bench.put(TABLE, 64, 3, INDIRECT | WRITE);
-    assert_eq!(bench.take(), Ok(1));
-    let chain = bench.burst.chains()[0];
+    fixture.put(TABLE, 64, 3, VRING_DESC_F_INDIRECT | VRING_DESC_F_WRITE);
+    assert_eq!(fixture.dequeue(), Ok(1));
+    let chain = fixture.burst.chains()[0];
     assert_eq!((chain.fault(), chain.len()), (None, 20));
-    bench.finish();
-    let first = Place::nth(0, 4);
-    assert_eq!(bench.used(first), Some(3));
+    fixture.finish();
+    let first = RingPosition::nth(0, 4);
+    assert_eq!(fixture.used(first), Some(3));
 }
 
 /// What one call does is bounded.
 #[test]
 fn long_tables_end_a_call_early() {
-    let mut bench = Bench::new(1000);
+    let mut fixture = Fixture::new(1000);
     let entries = u16::MAX;
-    let area = bench
+    let area = fixture
         .guest
         .ram
         .area(TABLE, 16 * u64::from(entries))
@@ -284,21 +284,21 @@ fn long_tables_end_a_call_early() {
         PackedDescriptor::new(DATA, 1, 0, 0).store(&area, 16 * at);
     }
     for id in 0..1000 {
-        bench.put(TABLE, 16 * u32::from(entries), id, INDIRECT);
+        fixture.put(TABLE, 16 * u32::from(entries), id, VRING_DESC_F_INDIRECT);
     }
     let mut all = 0;
     while all < 1000 {
-        bench.burst.reset_work();
-        let taken = bench.take().unwrap();
+        fixture.burst.reset_descriptors_read();
+        let taken = fixture.dequeue().unwrap();
         assert!((1..=5).contains(&taken), "{taken} at once");
-        assert!(bench.burst.work() <= 5 * (MAX_CHAIN + 1));
-        let faults = bench.burst.chains().iter().map(|chain| chain.fault());
+        assert!(fixture.burst.descriptors_read() <= 5 * (MAX_CHAIN_SEGMENTS + 1));
+        let faults = fixture.burst.chains().iter().map(|chain| chain.fault());
         assert!(
             faults
                 .into_iter()
                 .all(|fault| fault == Some(ChainFault::TooLong))
         );
-        bench.finish();
+        fixture.finish();
         all += taken;
     }
 }
@@ -308,55 +308,55 @@ fn long_tables_end_a_call_early() {
 fn calls_follow_the_drivers_event_area() {
     // Each row: what the driver wrote before its chain at descriptor 5 of 8 was used.
     for (off_wrap, flags, called) in [
-        (0, ENABLE, true),
-        (0x8005, DISABLE, false),
-        (0x8005, AT_DESCRIPTOR, true),
-        (0x8004, AT_DESCRIPTOR, false),
-        (0x8006, AT_DESCRIPTOR, false),
-        (0x0005, AT_DESCRIPTOR, false),
-        (0x7fff, AT_DESCRIPTOR, false),
-        (0xffff, AT_DESCRIPTOR, false),
+        (0, VRING_PACKED_EVENT_FLAG_ENABLE, true),
+        (0x8005, VRING_PACKED_EVENT_FLAG_DISABLE, false),
+        (0x8005, VRING_PACKED_EVENT_FLAG_DESC, true),
+        (0x8004, VRING_PACKED_EVENT_FLAG_DESC, false),
+        (0x8006, VRING_PACKED_EVENT_FLAG_DESC, false),
+        (0x0005, VRING_PACKED_EVENT_FLAG_DESC, false),
+        (0x7fff, VRING_PACKED_EVENT_FLAG_DESC, false),
+        (0xffff, VRING_PACKED_EVENT_FLAG_DESC, false),
         // A value that is reserved, and bits that are.
         (0x8004, 3, true),
-        (0x8005, DISABLE | 0xfffc, false),
+        (0x8005, VRING_PACKED_EVENT_FLAG_DISABLE | 0xfffc, false),
     ] {
-        let mut bench = Bench::of(8, 5, true);
-        bench.packed().set_driver_event(off_wrap, flags);
-        bench.put(DATA, 10, 0, 0);
-        bench.take().unwrap();
-        assert_eq!(bench.finish(), called, "{off_wrap:#x} {flags:#x}");
+        let mut fixture = Fixture::of(8, 5, true);
+        fixture.packed().set_driver_event(off_wrap, flags);
+        fixture.put(DATA, 10, 0, 0);
+        fixture.dequeue().unwrap();
+        assert_eq!(fixture.finish(), called, "{off_wrap:#x} {flags:#x}");
     }
     // Without the feature a descriptor cannot be asked for.
-    let mut bench = Bench::of(8, 5, false);
-    bench.packed().set_driver_event(0x8004, AT_DESCRIPTOR);
-    bench.put(DATA, 10, 0, 0);
-    bench.take().unwrap();
-    assert!(bench.finish());
+    let mut fixture = Fixture::of(8, 5, false);
+    fixture.packed().set_driver_event(0x8004, VRING_PACKED_EVENT_FLAG_DESC);
+    fixture.put(DATA, 10, 0, 0);
+    fixture.dequeue().unwrap();
+    assert!(fixture.finish());
 }
 
 #[test]
 fn kicks_are_asked_for_where_the_next_chain_will_be() {
     for (event_idx, start, want) in [
-        (true, 0, (0x8000, AT_DESCRIPTOR)),
-        (true, 6, (0x8006, AT_DESCRIPTOR)),
-        (true, 7, (0, AT_DESCRIPTOR)),
-        (true, 10, (3, AT_DESCRIPTOR)),
-        (false, 3, (0, ENABLE)),
+        (true, 0, (0x8000, VRING_PACKED_EVENT_FLAG_DESC)),
+        (true, 6, (0x8006, VRING_PACKED_EVENT_FLAG_DESC)),
+        (true, 7, (0, VRING_PACKED_EVENT_FLAG_DESC)),
+        (true, 10, (3, VRING_PACKED_EVENT_FLAG_DESC)),
+        (false, 3, (0, VRING_PACKED_EVENT_FLAG_ENABLE)),
     ] {
-        let mut bench = Bench::of(7, start, event_idx);
-        bench.ring.disable_kicks();
-        assert_eq!(bench.packed().device_event().1, DISABLE);
-        assert!(!bench.ring.enable_kicks());
-        assert_eq!(bench.packed().device_event(), want);
+        let mut fixture = Fixture::of(7, start, event_idx);
+        fixture.ring.disable_kicks();
+        assert_eq!(fixture.packed().device_event().1, VRING_PACKED_EVENT_FLAG_DISABLE);
+        assert!(!fixture.ring.enable_kicks());
+        assert_eq!(fixture.packed().device_event(), want);
     }
 }
 
 #[test]
 fn layouts_that_are_no_packed_ring_are_refused() {
-    let guest = Bench::new(8).guest;
+    let guest = Fixture::new(8).guest;
     let memory = guest.memory();
-    let new = |config| Ring::new(config, &memory).map(|ring| ring.base());
-    let with = |change: fn(&mut RingConfig)| {
+    let new = |config| Virtqueue::new(config, &memory).map(|ring| ring.base());
+    let with = |change: fn(&mut VirtqueueConfig)| {
         let mut config = guest.config;
         change(&mut config);
         config
@@ -366,7 +366,7 @@ fn layouts_that_are_no_packed_ring_are_refused() {
         (7, 0x0007_0007),
         (0x1234_0003, 0x0003_0003),
     ] {
-        let config = RingConfig {
+        let config = VirtqueueConfig {
             base,
             ..guest.config
         };
@@ -376,11 +376,11 @@ fn layouts_that_are_no_packed_ring_are_refused() {
             "the used half follows the available one"
         );
     }
-    assert_eq!(new(with(|c| c.base = 8)), Err(RingError::Base(8)));
-    assert_eq!(new(with(|c| c.base = 0xffff)), Err(RingError::Base(0xffff)));
-    assert_eq!(new(with(|c| c.layout.size = 0)), Err(RingError::Size(0)));
+    assert_eq!(new(with(|c| c.base = 8)), Err(VirtqueueError::Base(8)));
+    assert_eq!(new(with(|c| c.base = 0xffff)), Err(VirtqueueError::Base(0xffff)));
+    assert_eq!(new(with(|c| c.layout.size = 0)), Err(VirtqueueError::Size(0)));
     let huge = with(|c| c.layout.size = 32_769);
-    assert_eq!(new(huge), Err(RingError::Size(32_769)));
+    assert_eq!(new(huge), Err(VirtqueueError::Size(32_769)));
     for wrong in [
         with(|c| c.layout.desc += 4),
         with(|c| c.layout.avail += 1),
@@ -395,7 +395,7 @@ fn layouts_that_are_no_packed_ring_are_refused() {
             wrong.layout.desc = guest.ram.user_addr(RAM - 0x1000).unwrap();
         }
         assert!(
-            matches!(new(wrong), Err(RingError::Unmapped { .. })),
+            matches!(new(wrong), Err(VirtqueueError::Unmapped { .. })),
             "{wrong:?}"
         );
     }

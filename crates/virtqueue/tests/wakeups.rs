@@ -8,20 +8,20 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{DATA, Done, Guest, Setup};
-use virtionet_guest::doorbell::Doorbell;
+use common::{DATA, SetOnDrop, Guest, Setup};
+use virtionet_guest::eventfd::WaitableEventFd;
 use virtionet_guest::driver::Buf;
-use virtionet_virtqueue::{Burst, Direction, Ring};
+use virtionet_virtqueue::{Burst, Direction, Virtqueue};
 
 /// Longer than any sleep that has an end.
 const LIMIT: Duration = Duration::from_secs(20);
 
 /// Sleeps until the bell rings.
-fn sleep(bell: &Doorbell, who: &str) {
-    assert_ne!(bell.wait(LIMIT).unwrap(), 0, "the {who} was not woken");
+fn sleep(event: &WaitableEventFd, who: &str) {
+    assert_ne!(event.wait(LIMIT).unwrap(), 0, "the {who} was not woken");
 }
 
-fn drive(mut guest: Guest, chains: u64, kick: &Doorbell, call: &Doorbell) {
+fn drive(mut guest: Guest, chains: u64, kick: &WaitableEventFd, call: &WaitableEventFd) {
     let ring = &mut guest.ring;
     let mut out = VecDeque::new();
     let (mut added, mut back) = (0, 0);
@@ -39,8 +39,8 @@ fn drive(mut guest: Guest, chains: u64, kick: &Doorbell, call: &Doorbell) {
             added += 1;
         }
         ring.publish();
-        if ring.kick_needed() {
-            kick.ring().unwrap();
+        if ring.is_kick_needed() {
+            kick.signal().unwrap();
         }
         let more = ring.collect(|token, _| assert_eq!(Some(token), out.pop_front()));
         let more = more.unwrap();
@@ -52,17 +52,17 @@ fn drive(mut guest: Guest, chains: u64, kick: &Doorbell, call: &Doorbell) {
     }
 }
 
-fn serve(mut ring: Ring, mut burst: Burst, chains: u64, kick: &Doorbell, call: &Doorbell) {
+fn serve(mut ring: Virtqueue, mut burst: Burst, chains: u64, kick: &WaitableEventFd, call: &WaitableEventFd) {
     let mut done = 0;
     while done < chains {
-        let taken = ring.take(&mut burst, 5).unwrap();
+        let taken = ring.dequeue(&mut burst, 5).unwrap();
         for chain in burst.chains() {
             assert_eq!(chain.fault(), None);
             ring.complete(chain, 0);
         }
         burst.clear();
         if ring.publish() {
-            call.ring().unwrap();
+            call.signal().unwrap();
         }
         done += u64::try_from(taken).unwrap();
         if taken == 0 && !ring.enable_kicks() {
@@ -86,7 +86,7 @@ fn run(size: u16, packed: bool, event_idx: bool) {
     let guest = Guest::new(setup(size, packed, event_idx));
     let (ring, burst) = guest.device(guest.ring.base());
     let chains = 30_000;
-    let (kick, call) = (Doorbell::new().unwrap(), Doorbell::new().unwrap());
+    let (kick, call) = (WaitableEventFd::new().unwrap(), WaitableEventFd::new().unwrap());
     std::thread::scope(|scope| {
         scope.spawn(|| serve(ring, burst, chains, &kick, &call));
         drive(guest, chains, &kick, &call);
@@ -98,11 +98,11 @@ fn run(size: u16, packed: bool, event_idx: bool) {
 fn sleep_while_used(packed: bool, event_idx: bool) {
     let mut guest = Guest::new(setup(8, packed, event_idx));
     let (ring, burst) = guest.device(guest.ring.base());
-    let call = Doorbell::new().unwrap();
+    let call = WaitableEventFd::new().unwrap();
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| poll(ring, burst, &call, &done));
-        let _done = Done(&done);
+        let _done = SetOnDrop(&done);
         let begin = Instant::now();
         let mut round = 0u32;
         while begin.elapsed() < Duration::from_millis(400) {
@@ -122,9 +122,9 @@ fn sleep_while_used(packed: bool, event_idx: bool) {
     });
 }
 
-fn poll(mut ring: Ring, mut burst: Burst, call: &Doorbell, done: &AtomicBool) {
+fn poll(mut ring: Virtqueue, mut burst: Burst, call: &WaitableEventFd, done: &AtomicBool) {
     while !done.load(Ordering::Relaxed) {
-        if ring.take(&mut burst, 64).unwrap() == 0 {
+        if ring.dequeue(&mut burst, 64).unwrap() == 0 {
             std::thread::yield_now();
         }
         for chain in burst.chains() {
@@ -132,7 +132,7 @@ fn poll(mut ring: Ring, mut burst: Burst, call: &Doorbell, done: &AtomicBool) {
         }
         burst.clear();
         if ring.publish() {
-            call.ring().unwrap();
+            call.signal().unwrap();
         }
     }
 }
@@ -144,7 +144,7 @@ fn all_or_none(packed: bool) {
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| use_whole_bursts(ring, burst, &done));
-        let _done = Done(&done);
+        let _done = SetOnDrop(&done);
         let begin = Instant::now();
         while begin.elapsed() < Duration::from_millis(400) {
             for token in 0..60 {
@@ -163,10 +163,10 @@ fn all_or_none(packed: bool) {
     });
 }
 
-fn use_whole_bursts(mut ring: Ring, mut burst: Burst, done: &AtomicBool) {
-    let _done = Done(done);
+fn use_whole_bursts(mut ring: Virtqueue, mut burst: Burst, done: &AtomicBool) {
+    let _done = SetOnDrop(done);
     while !done.load(Ordering::Relaxed) {
-        let taken = ring.take(&mut burst, 64).unwrap();
+        let taken = ring.dequeue(&mut burst, 64).unwrap();
         if taken == 0 {
             std::thread::yield_now();
             continue;

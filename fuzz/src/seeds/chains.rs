@@ -1,6 +1,6 @@
 //! Guests with chains, in rings of both formats.
 
-use virtionet_guest::split::{INDIRECT, NEXT, WRITE};
+use virtionet_guest::split::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 
 use super::Seeds;
 use crate::packed_chains::{self, Op as Packed};
@@ -18,7 +18,7 @@ const MODERN: u8 = EVENT_IDX | INDIRECT_DESC | MERGEABLE | OFFLOADS | VERSION_1;
 const IN_DATA: u8 = 0;
 const IN_TABLE: u8 = 3;
 const IN_RING: u8 = 4;
-const AT_SEAM: u8 = 5;
+const AT_REGION_BOUNDARY: u8 = 5;
 const ANYWHERE: u8 = 7;
 
 /// An operation of either format.
@@ -114,13 +114,13 @@ pub fn split_chains() -> Seeds {
     let tx = || Script::new(MODERN, 4);
     let rx = |options: u8| {
         (0..16).fold(Script::new(options | RX, 4), |s, n: u8| {
-            s.ring(n, (IN_DATA, u16::from(n) * 0x800), 1526, WRITE, 0)
+            s.ring(n, (IN_DATA, u16::from(n) * 0x800), 1526, VRING_DESC_F_WRITE, 0)
         })
     };
     let all: Vec<u16> = (0..16).collect();
     let frames = tx()
         .ring(0, (IN_DATA, 0), 72, 0, 0)
-        .ring(1, (IN_DATA, 0), 12, NEXT, 2)
+        .ring(1, (IN_DATA, 0), 12, VRING_DESC_F_NEXT, 2)
         .ring(2, (IN_DATA, 64), 1500, 0, 0)
         .offer(&[0, 1, 0])
         .turn()
@@ -130,22 +130,22 @@ pub fn split_chains() -> Seeds {
         .turn()
         .op(Op::Kicks, &[0]);
     let tables = tx()
-        .table(0, (IN_DATA, 0), 12, NEXT, 1)
+        .table(0, (IN_DATA, 0), 12, VRING_DESC_F_NEXT, 1)
         .table(1, (IN_DATA, 12), 60, 0, 0)
-        .ring(0, (IN_TABLE, 0), 32, INDIRECT, 0)
-        .ring(1, (IN_TABLE, 0), 16, INDIRECT, 0)
-        .ring(2, (IN_TABLE, 0), 32, INDIRECT | NEXT, 0)
-        .ring(3, (IN_TABLE, 0), 17, INDIRECT, 0)
-        .table(2, (IN_TABLE, 0), 16, INDIRECT, 0)
-        .ring(4, (IN_TABLE, 32), 16, INDIRECT, 0)
+        .ring(0, (IN_TABLE, 0), 32, VRING_DESC_F_INDIRECT, 0)
+        .ring(1, (IN_TABLE, 0), 16, VRING_DESC_F_INDIRECT, 0)
+        .ring(2, (IN_TABLE, 0), 32, VRING_DESC_F_INDIRECT | VRING_DESC_F_NEXT, 0)
+        .ring(3, (IN_TABLE, 0), 17, VRING_DESC_F_INDIRECT, 0)
+        .table(2, (IN_TABLE, 0), 16, VRING_DESC_F_INDIRECT, 0)
+        .ring(4, (IN_TABLE, 32), 16, VRING_DESC_F_INDIRECT, 0)
         .offer(&[0, 1, 2, 3, 4])
         .turn();
     let bad = tx()
-        .ring(0, (IN_DATA, 0), 72, NEXT, 0)
-        .ring(1, (IN_DATA, 0), 72, NEXT, 0xff)
+        .ring(0, (IN_DATA, 0), 72, VRING_DESC_F_NEXT, 0)
+        .ring(1, (IN_DATA, 0), 72, VRING_DESC_F_NEXT, 0xff)
         .ring(2, (ANYWHERE, 0), 72, 0, 0)
-        .ring(3, (AT_SEAM, 0x7fe0), 72, 0, 0)
-        .ring(4, (IN_DATA, 0), 72, WRITE, 0)
+        .ring(3, (AT_REGION_BOUNDARY, 0x7fe0), 72, 0, 0)
+        .ring(4, (IN_DATA, 0), 72, VRING_DESC_F_WRITE, 0)
         .ring(5, (IN_DATA, 0), 0xffff, 0, 0)
         .ring(6, (IN_DATA, 0), 5, 0, 0)
         .ring(7, (IN_RING, 0), 256, 0, 0)
@@ -173,10 +173,10 @@ pub fn split_chains() -> Seeds {
         .turn();
     let legacy = rx(0).offer(&all[..3]).feed(60).feed(61).turn();
     let bad_buffers = rx(MODERN)
-        .ring(0, (IN_DATA, 0), 11, WRITE, 0)
+        .ring(0, (IN_DATA, 0), 11, VRING_DESC_F_WRITE, 0)
         .ring(1, (IN_DATA, 0), 100, 0, 0)
-        .ring(2, (IN_DATA, 0), 12, WRITE | NEXT, 2)
-        .ring(3, (IN_RING, 0), 100, WRITE, 0)
+        .ring(2, (IN_DATA, 0), 12, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT, 2)
+        .ring(3, (IN_RING, 0), 100, VRING_DESC_F_WRITE, 0)
         .feed(3000)
         .offer(&[0, 4, 1, 5, 2, 6, 3, 7, 77])
         .turn()
@@ -192,15 +192,15 @@ pub fn split_chains() -> Seeds {
     let index = tx().op(Op::AvailIndex, &[9, 9]).turn();
     // 2,047 entries, of which one is followed over and over; the second time over 7 MiB.
     let long = tx()
-        .table(0, (IN_DATA, 0), 1, NEXT, 0)
-        .table(1, (AT_SEAM, 0x8000), 0x8030, NEXT, 0)
-        .ring(0, (IN_TABLE, 0), 0x7ff0, INDIRECT, 0)
-        .ring(1, (IN_TABLE, 16), 0x7fe0, INDIRECT, 0)
+        .table(0, (IN_DATA, 0), 1, VRING_DESC_F_NEXT, 0)
+        .table(1, (AT_REGION_BOUNDARY, 0x8000), 0x8030, VRING_DESC_F_NEXT, 0)
+        .ring(0, (IN_TABLE, 0), 0x7ff0, VRING_DESC_F_INDIRECT, 0)
+        .ring(1, (IN_TABLE, 16), 0x7fe0, VRING_DESC_F_INDIRECT, 0)
         .offer(&[0, 1])
         .turn();
     let header = |bytes: [u8; 8]| {
-        let poke = [&[0, 0x80], &bytes[..]].concat();
-        let script = tx().ring(0, (IN_DATA, 0), 72, 0, 0).op(Op::Poke, &poke);
+        let write_memory = [&[0, 0x80], &bytes[..]].concat();
+        let script = tx().ring(0, (IN_DATA, 0), 72, 0, 0).op(Op::WriteMemory, &write_memory);
         script.offer(&[0]).turn().0
     };
     vec![
@@ -227,13 +227,13 @@ pub fn packed_chains() -> Seeds {
     let odd = || Script::new(MODERN, 4);
     let rx = |options: u8, size: u8, buffers: u8| {
         (0..buffers).fold(Script::new(options | RX, size), |s, n| {
-            s.put((IN_DATA, u16::from(n) * 0x800), 1526, WRITE, n)
+            s.put((IN_DATA, u16::from(n) * 0x800), 1526, VRING_DESC_F_WRITE, n)
         })
     };
     let again = |s: Script| s.put((IN_DATA, 0), 72, 0, 1).packed_turn();
     let frames = tx()
         .put((IN_DATA, 0), 72, 0, 3)
-        .put((IN_DATA, 0), 12, NEXT, 9)
+        .put((IN_DATA, 0), 12, VRING_DESC_F_NEXT, 9)
         .put((IN_DATA, 64), 1500, 0, 4)
         .packed_turn()
         .op(Packed::Kicks, &[1])
@@ -254,28 +254,28 @@ pub fn packed_chains() -> Seeds {
         )
         .op(
             Packed::Table,
-            &[vec![2], fields((IN_TABLE, 0), 16, INDIRECT, 0)].concat(),
+            &[vec![2], fields((IN_TABLE, 0), 16, VRING_DESC_F_INDIRECT, 0)].concat(),
         )
-        .put((IN_TABLE, 0), 32, INDIRECT, 1)
-        .put((IN_TABLE, 0), 16, INDIRECT, 2)
-        .put((IN_TABLE, 0), 17, INDIRECT, 3)
-        .put((IN_TABLE, 32), 16, INDIRECT, 4)
-        .put((IN_TABLE, 0), 32, INDIRECT | NEXT, 5)
+        .put((IN_TABLE, 0), 32, VRING_DESC_F_INDIRECT, 1)
+        .put((IN_TABLE, 0), 16, VRING_DESC_F_INDIRECT, 2)
+        .put((IN_TABLE, 0), 17, VRING_DESC_F_INDIRECT, 3)
+        .put((IN_TABLE, 32), 16, VRING_DESC_F_INDIRECT, 4)
+        .put((IN_TABLE, 0), 32, VRING_DESC_F_INDIRECT | VRING_DESC_F_NEXT, 5)
         .put((IN_DATA, 0), 60, 0, 5)
-        .put((AT_SEAM, 0x8000), 0x7ff0, INDIRECT, 6)
+        .put((AT_REGION_BOUNDARY, 0x8000), 0x7ff0, VRING_DESC_F_INDIRECT, 6)
         .packed_turn();
     let bad = tx()
         .put((ANYWHERE, 0), 72, 0, 0)
-        .put((AT_SEAM, 0x7fe0), 72, 0, 1)
-        .put((IN_DATA, 0), 72, WRITE, 2)
+        .put((AT_REGION_BOUNDARY, 0x7fe0), 72, 0, 1)
+        .put((IN_DATA, 0), 72, VRING_DESC_F_WRITE, 2)
         .put((IN_DATA, 0), 0xffff, 0, 3)
         .put((IN_DATA, 0), 5, 0, 4)
         .put((IN_RING, 0), 256, 0, 5)
         .packed_turn()
         .packed_turn();
-    let whole = (0..4).fold(odd(), |s, _| s.put((IN_DATA, 0), 20, NEXT, 7));
+    let whole = (0..4).fold(odd(), |s, _| s.put((IN_DATA, 0), 20, VRING_DESC_F_NEXT, 7));
     let whole = again(whole.put((IN_DATA, 0), 20, 0, 7).packed_turn());
-    let endless = (0..5).fold(odd(), |s, _| s.put((IN_DATA, 0), 20, NEXT, 7));
+    let endless = (0..5).fold(odd(), |s, _| s.put((IN_DATA, 0), 20, VRING_DESC_F_NEXT, 7));
     let overfull = (0..9).fold(odd(), |s, n| s.put((IN_DATA, 0), 20, 0, n));
     let wrapped = again(again(odd()).op(Packed::Wrap, &[]));
     let rewritten = {

@@ -1,7 +1,7 @@
 //! Front-ends.
 
 use super::Seeds;
-use crate::framing::{FILE, Kind};
+use crate::framing::{FILE, FdKind};
 
 const GET_FEATURES: u32 = 1;
 const SET_FEATURES: u32 = 2;
@@ -28,9 +28,9 @@ const REM_MEM_REG: u32 = 38;
 const SET_STATUS: u32 = 39;
 const GET_STATUS: u32 = 40;
 
-const NEED_REPLY: u32 = 8;
-const SOCKET: u32 = 1 << 31;
-const NO_FD: u64 = 1 << 8;
+const VHOST_USER_NEED_REPLY_MASK: u32 = 8;
+const OVER_SOCKET: u32 = 1 << 31;
+const VHOST_USER_VRING_NOFD_MASK: u64 = 1 << 8;
 /// CSUM, MRG_RXBUF, MQ, INDIRECT_DESC, EVENT_IDX, VERSION_1 and the protocol's bit.
 const FEATURES: u64 = 1 | 1 << 15 | 1 << 22 | 1 << 28 | 1 << 29 | 1 << 30 | 1 << 32;
 /// MQ, REPLY_ACK, NET_MTU, RESET_DEVICE, CONFIGURE_MEM_SLOTS, STATUS.
@@ -57,7 +57,7 @@ impl Stream {
     }
 
     fn number(self, code: u32, value: u64) -> Self {
-        self.message(code, NEED_REPLY, &value.to_ne_bytes())
+        self.message(code, VHOST_USER_NEED_REPLY_MASK, &value.to_ne_bytes())
     }
 
     fn state(self, code: u32, ring: u32, value: u32) -> Self {
@@ -65,17 +65,17 @@ impl Stream {
         self.message(code, 0, &words)
     }
 
-    fn with_fds(self, code: u32, payload: &[u8], fds: u32, kind: Kind) -> Self {
+    fn with_fds(self, code: u32, payload: &[u8], fds: u32, kind: FdKind) -> Self {
         let kind = match kind {
-            Kind::EventFd => 0,
-            Kind::Memory => 1,
-            Kind::Null => 2,
+            FdKind::EventFd => 0,
+            FdKind::Memory => 1,
+            FdKind::Null => 2,
         };
-        self.message(code, NEED_REPLY | fds << 8 | kind << 16, payload)
+        self.message(code, VHOST_USER_NEED_REPLY_MASK | fds << 8 | kind << 16, payload)
     }
 
     fn notifier(self, code: u32, ring: u64) -> Self {
-        self.with_fds(code, &ring.to_ne_bytes(), 1, Kind::EventFd)
+        self.with_fds(code, &ring.to_ne_bytes(), 1, FdKind::EventFd)
     }
 
     fn region(guest: u64, size: u64, offset: u64) -> Vec<u8> {
@@ -88,15 +88,15 @@ impl Stream {
         let count = u32::try_from(regions.len()).unwrap();
         let head = [count.to_ne_bytes(), [0; 4]].concat();
         let payload = [head, regions.concat()].concat();
-        self.with_fds(SET_MEM_TABLE, &payload, count, Kind::Memory)
+        self.with_fds(SET_MEM_TABLE, &payload, count, FdKind::Memory)
     }
 
     fn one_region(self, code: u32, region: &[u8], fds: u32) -> Self {
         let payload = [&[0; 8], region].concat();
-        self.with_fds(code, &payload, fds, Kind::Memory)
+        self.with_fds(code, &payload, fds, FdKind::Memory)
     }
 
-    fn hello(self) -> Self {
+    fn negotiate(self) -> Self {
         self.ask(GET_FEATURES)
             .ask(GET_PROTOCOL_FEATURES)
             .message(SET_PROTOCOL_FEATURES, 0, &PROTOCOL.to_ne_bytes())
@@ -123,7 +123,7 @@ impl Stream {
 
     /// What QEMU sends for one pair.
     fn start(self) -> Self {
-        self.hello()
+        self.negotiate()
             .notifier(SET_VRING_CALL, 0)
             .notifier(SET_VRING_CALL, 1)
             .state(SET_VRING_ENABLE, 0, 1)
@@ -140,7 +140,7 @@ impl Stream {
     /// The same through a socket.
     fn by_socket(mut self) -> Vec<u8> {
         let mut flags = u32::from_ne_bytes([self.0[4], self.0[5], self.0[6], self.0[7]]);
-        flags |= SOCKET;
+        flags |= OVER_SOCKET;
         self.0[4..8].copy_from_slice(&flags.to_ne_bytes());
         self.0
     }
@@ -156,7 +156,7 @@ pub fn framing() -> Seeds {
             .state(GET_VRING_BASE, 1, 0)
     };
     let slots = new()
-        .hello()
+        .negotiate()
         .number(SET_FEATURES, FEATURES)
         .one_region(ADD_MEM_REG, &all, 1)
         .ring(0)
@@ -177,23 +177,23 @@ pub fn framing() -> Seeds {
         .table(std::slice::from_ref(&all))
         .state(SET_VRING_NUM, 0, 128)
         .notifier(SET_VRING_ERR, 1)
-        .number(SET_VRING_KICK, NO_FD)
+        .number(SET_VRING_KICK, VHOST_USER_VRING_NOFD_MASK)
         .state(SET_VRING_ENABLE, 1, 0)
         .state(SET_VRING_BASE, 1, 65_535);
     let odd = new()
-        .hello()
+        .negotiate()
         .state(SET_VRING_NUM, 3, 32_768)
         .state(SET_VRING_NUM, 0, 3)
         .state(SET_VRING_NUM, 255, 0)
         .number(SET_FEATURES, u64::MAX)
-        .with_fds(SET_VRING_KICK, &[0; 8], 1, Kind::Null)
+        .with_fds(SET_VRING_KICK, &[0; 8], 1, FdKind::Null)
         .number(77, 0);
     let wrong = new()
         .table(&[Stream::region(0, FILE * 2, 0)])
         .table(&[Stream::region(0, 0, 0)])
         .table(&[Stream::region(u64::MAX - 0xfff, FILE, 0)])
-        .with_fds(SET_MEM_TABLE, &[9, 0, 0, 0, 0, 0, 0, 0], 9, Kind::Memory);
-    let many = new().with_fds(SET_VRING_CALL, &[0; 8], 33, Kind::EventFd);
+        .with_fds(SET_MEM_TABLE, &[9, 0, 0, 0, 0, 0, 0, 0], 9, FdKind::Memory);
+    let many = new().with_fds(SET_VRING_CALL, &[0; 8], 33, FdKind::EventFd);
     vec![
         ("start", new().start().0),
         ("start_by_socket", new().start().by_socket()),

@@ -1,7 +1,7 @@
 //! Frames that ask for offloads.
 
 use super::Seeds;
-use crate::packets::{ACK, CWR, ECE, FIN, Maker, PSH, Packet};
+use crate::packets::{ACK, CWR, ECE, FIN, PacketBuilder, PSH, Packet};
 
 /// What the target takes: see `offload`.
 const NOTHING: u8 = 0;
@@ -21,10 +21,10 @@ fn input(takes: u8, packet: Packet) -> Vec<u8> {
 
 /// One of each kind, and some that lie.
 pub fn offload() -> Seeds {
-    let tcp4 = || Maker::tcp(false, 12, 5000).gso(1448);
-    let tcp6 = || Maker::tcp(true, 12, 5000).gso(1428);
-    let udp4 = || Maker::udp(false, 5000).gso(1480);
-    let udp6 = || Maker::udp(true, 5000).gso(1448);
+    let tcp4 = || PacketBuilder::tcp(false, 12, 5000).gso(1448);
+    let tcp6 = || PacketBuilder::tcp(true, 12, 5000).gso(1428);
+    let udp4 = || PacketBuilder::udp(false, 5000).gso(1480);
+    let udp6 = || PacketBuilder::udp(true, 5000).gso(1448);
     let mut wrong = tcp4().done();
     wrong.header.0[1] = 4;
     let mut cut = tcp4().done();
@@ -53,10 +53,10 @@ pub fn offload() -> Seeds {
             "fragment_behind_extension",
             input(NOTHING, udp6().extension(43, 2).done()),
         ),
-        ("checksum", input(NOTHING, Maker::udp(false, 301).done())),
+        ("checksum", input(NOTHING, PacketBuilder::udp(false, 301).done())),
         (
             "small",
-            input(NOTHING, Maker::tcp(false, 0, 3000).gso(28).done()),
+            input(NOTHING, PacketBuilder::tcp(false, 0, 3000).gso(28).done()),
         ),
         ("wrong_version", input(NOTHING, wrong)),
         ("cut", input(NOTHING, cut)),

@@ -29,7 +29,7 @@ pub struct PortStats {
 
 /// What was forwarded on all ports together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Forwarded {
+pub struct ForwardStats {
     /// Frames received.
     pub rx_packets: u64,
     /// Frames sent.
@@ -40,7 +40,7 @@ pub struct Forwarded {
     pub busy_cycles: u64,
 }
 
-impl Forwarded {
+impl ForwardStats {
     /// What came after `before`.
     #[must_use]
     pub fn since(self, before: Self) -> Self {
@@ -77,14 +77,14 @@ fn port(text: &str) -> Option<PortStats> {
 }
 
 /// The answer to `show fwd stats all`.
-pub(super) fn forwarded(text: &str) -> Result<Forwarded> {
+pub(super) fn forwarded(text: &str) -> Result<ForwardStats> {
     let all = text.split_once("for all ports").map(|(_, rest)| rest);
     all.and_then(sum)
         .with_context(|| format!("no accumulated forward statistics in: {text}"))
 }
 
-fn sum(text: &str) -> Option<Forwarded> {
-    Some(Forwarded {
+fn sum(text: &str) -> Option<ForwardStats> {
+    Some(ForwardStats {
         rx_packets: number(text, "RX-packets:")?,
         tx_packets: number(text, "TX-packets:")?,
         tx_dropped: number(text, "TX-dropped:")?,

@@ -2,36 +2,36 @@
 
 use crate::memory::Area;
 #[cfg(doc)]
-use crate::split::{INDIRECT, NEXT, WRITE};
+use crate::split::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 
 /// Descriptor flag: the driver's wrap counter when it made the descriptor available.
-pub const AVAIL: u16 = 1 << 7;
+pub const VIRTQ_DESC_F_AVAIL: u16 = 1 << 7;
 /// Descriptor flag: the device's wrap counter when it used the descriptor; the opposite of
 /// [`AVAIL`] while it has not.
-pub const USED: u16 = 1 << 15;
+pub const VIRTQ_DESC_F_USED: u16 = 1 << 15;
 
 /// Event suppression flag: always signal.
-pub const ENABLE: u16 = 0;
+pub const VRING_PACKED_EVENT_FLAG_ENABLE: u16 = 0;
 /// Event suppression flag: never signal.
-pub const DISABLE: u16 = 1;
+pub const VRING_PACKED_EVENT_FLAG_DISABLE: u16 = 1;
 /// Event suppression flag: signal when the descriptor of `off_wrap` is passed.
-pub const AT_DESCRIPTOR: u16 = 2;
+pub const VRING_PACKED_EVENT_FLAG_DESC: u16 = 2;
 
 /// Byte offsets in a descriptor.
-pub(super) const LEN: usize = 8;
-pub(super) const ID: usize = 12;
-pub(super) const FLAGS: usize = 14;
+pub(super) const LEN_OFFSET: usize = 8;
+pub(super) const ID_OFFSET: usize = 12;
+pub(super) const FLAGS_OFFSET: usize = 14;
 
 /// A place in the ring: a descriptor and the wrap counter that holds there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Place {
+pub struct RingPosition {
     /// Descriptor.
     pub index: u16,
     /// Wrap counter.
     pub wrap: bool,
 }
 
-impl Place {
+impl RingPosition {
     /// Where a ring of `size` descriptors is after `n` of them, counted from its beginning.
     #[must_use]
     pub fn nth(n: u16, size: u16) -> Self {
@@ -70,14 +70,14 @@ impl Place {
     #[inline(always)]
     #[must_use]
     pub fn available(self) -> u16 {
-        if self.wrap { AVAIL } else { USED }
+        if self.wrap { VIRTQ_DESC_F_AVAIL } else { VIRTQ_DESC_F_USED }
     }
 
     /// The flags of a used descriptor here.
     #[inline(always)]
     #[must_use]
     pub fn used(self) -> u16 {
-        if self.wrap { AVAIL | USED } else { 0 }
+        if self.wrap { VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED } else { 0 }
     }
 }
 
@@ -90,7 +90,7 @@ pub struct PackedDescriptor {
     pub len: u32,
     /// Buffer id.
     pub id: u16,
-    /// [`NEXT`], [`WRITE`], [`INDIRECT`], [`AVAIL`], [`USED`].
+    /// [`NEXT`], [`WRITE`], [`VRING_DESC_F_INDIRECT`], [`AVAIL`], [`USED`].
     pub flags: u16,
 }
 
@@ -111,7 +111,7 @@ impl PackedDescriptor {
     pub fn store(self, table: &Area, offset: usize) {
         let rest = u64::from(self.len) | u64::from(self.id) << 32 | u64::from(self.flags) << 48;
         table.store(offset, self.addr.to_le());
-        table.store(offset + LEN, rest.to_le());
+        table.store(offset + LEN_OFFSET, rest.to_le());
     }
 
     /// Reads it from byte `offset` of a ring or table.
@@ -120,9 +120,9 @@ impl PackedDescriptor {
     pub fn load(table: &Area, offset: usize) -> Self {
         Self {
             addr: u64::from_le(table.load(offset)),
-            len: u32::from_le(table.load(offset + LEN)),
-            id: u16::from_le(table.load(offset + ID)),
-            flags: u16::from_le(table.load(offset + FLAGS)),
+            len: u32::from_le(table.load(offset + LEN_OFFSET)),
+            id: u16::from_le(table.load(offset + ID_OFFSET)),
+            flags: u16::from_le(table.load(offset + FLAGS_OFFSET)),
         }
     }
 }

@@ -16,22 +16,22 @@ use super::read;
 use crate::sys;
 
 /// Where its sockets are.
-pub(super) const FOLDER: &str = "/run/irqbalance";
+pub(super) const RUN_DIR: &str = "/run/irqbalance";
 /// How long it may take to answer.
-const PATIENCE: Duration = Duration::from_secs(1);
+const TIMEOUT: Duration = Duration::from_secs(1);
 /// Bytes of a command that it takes.
-const LONGEST: usize = 499;
+const MAX_COMMAND_LEN: usize = 499;
 /// Bytes of an answer that are read.
-const ANSWER: u64 = 1 << 20;
+const MAX_ANSWER_LEN: u64 = 1 << 20;
 
 /// The interrupts that an irqbalance was told to leave alone, on our account.
 #[derive(Debug)]
-pub(super) struct Bans {
+pub(super) struct BanList {
     folder: PathBuf,
     ours: BTreeSet<u32>,
 }
 
-impl Bans {
+impl BanList {
     /// None yet; irqbalance's sockets are in `folder`.
     pub(super) fn new(folder: &Path) -> Self {
         Self {
@@ -46,19 +46,19 @@ impl Bans {
         if *wanted == self.ours {
             return !wanted.is_empty();
         }
-        self.tell(wanted).is_ok()
+        self.send(wanted).is_ok()
     }
 
-    fn tell(&mut self, wanted: &BTreeSet<u32>) -> io::Result<()> {
+    fn send(&mut self, wanted: &BTreeSet<u32>) -> io::Result<()> {
         let socket = socket_in(&self.folder).ok_or(io::ErrorKind::NotFound)?;
-        let banned = banned(&ask(&socket, "setup")?).ok_or(io::ErrorKind::InvalidData)?;
+        let banned = banned(&query(&socket, "setup")?).ok_or(io::ErrorKind::InvalidData)?;
         let others: BTreeSet<u32> = &banned - &self.ours;
         let all: Vec<String> = (&others | wanted).iter().map(u32::to_string).collect();
         let list = match all.is_empty() {
             true => "NONE".into(),
             false => all.join(" "),
         };
-        ask(&socket, &format!("settings ban irqs {list}"))?;
+        query(&socket, &format!("settings ban irqs {list}"))?;
         self.ours = wanted - &others;
         Ok(())
     }
@@ -74,17 +74,17 @@ fn socket_in(folder: &Path) -> Option<PathBuf> {
 }
 
 /// What it answers to `command`; nothing to one that sets something.
-fn ask(socket: &Path, command: &str) -> io::Result<String> {
-    if command.len() > LONGEST {
+fn query(socket: &Path, command: &str) -> io::Result<String> {
+    if command.len() > MAX_COMMAND_LEN {
         return Err(io::ErrorKind::InvalidInput.into());
     }
     let mut stream = sys::connect_unix(socket)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
+    stream.set_write_timeout(Some(TIMEOUT))?;
     stream.write_all(command.as_bytes())?;
     stream.shutdown(Shutdown::Write)?;
     let mut answer = String::new();
-    stream.take(ANSWER).read_to_string(&mut answer)?;
+    stream.take(MAX_ANSWER_LEN).read_to_string(&mut answer)?;
     Ok(answer)
 }
 
@@ -104,8 +104,8 @@ fn banned(setup: &str) -> Option<BTreeSet<u32>> {
 /// Where irqbalance runs, the sentence that says how to keep it from `irqs`; `None` where it does
 /// not run, or there are none.
 #[must_use]
-pub fn ban_line(proc: &Path, irqs: &[u32]) -> Option<String> {
-    if irqs.is_empty() || !runs(proc) {
+pub fn irqbalance_hint(proc: &Path, irqs: &[u32]) -> Option<String> {
+    if irqs.is_empty() || !is_running(proc) {
         return None;
     }
     let bans: Vec<String> = irqs.iter().map(|irq| format!("--banirq={irq}")).collect();
@@ -115,7 +115,7 @@ pub fn ban_line(proc: &Path, irqs: &[u32]) -> Option<String> {
     ))
 }
 
-fn runs(proc: &Path) -> bool {
+fn is_running(proc: &Path) -> bool {
     fs::read_dir(proc)
         .into_iter()
         .flatten()
@@ -131,7 +131,7 @@ fn runs(proc: &Path) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::Host;
+    use super::super::testing::FakeHost;
     use super::*;
     use std::os::unix::net::UnixListener;
     use std::sync::{Arc, Mutex};
@@ -166,11 +166,11 @@ mod tests {
 
     #[test]
     fn bans_are_added_to_others_and_taken_back() {
-        let host = Host::new("irqbalance-bans", "0");
+        let host = FakeHost::new("irqbalance-bans", "0");
         let folder = host.path().join("run");
         let list = irqbalance(&folder, &[7, 42]);
         let banned = || list.lock().unwrap().clone();
-        let mut bans = Bans::new(&folder);
+        let mut bans = BanList::new(&folder);
         for (wanted, expected, told) in [
             (&[41, 42][..], &[7, 41, 42][..], true),
             (&[41, 43], &[7, 41, 42, 43], true),
@@ -193,16 +193,16 @@ mod tests {
     /// The one that runs on this machine, if one does: an interrupt is banned and let go again.
     #[test]
     fn a_real_irqbalance_keeps_such_a_list() {
-        let Some(socket) = socket_in(Path::new(FOLDER)) else {
+        let Some(socket) = socket_in(Path::new(RUN_DIR)) else {
             eprintln!("skipped: no irqbalance runs here");
             return;
         };
-        let now = || banned(&ask(&socket, "setup").unwrap()).unwrap();
+        let now = || banned(&query(&socket, "setup").unwrap()).unwrap();
         let before = now();
         let exists = |irq: &u32| Path::new(&format!("/proc/irq/{irq}")).exists();
         let free = |irq: &u32| exists(irq) && !before.contains(irq);
         let irq = (1..1000).find(free).unwrap();
-        let mut bans = Bans::new(Path::new(FOLDER));
+        let mut bans = BanList::new(Path::new(RUN_DIR));
         assert!(bans.set(&[irq].into()));
         assert!(now().contains(&irq) && now().is_superset(&before));
         assert!(bans.set(&BTreeSet::new()));
@@ -211,8 +211,8 @@ mod tests {
 
     #[test]
     fn without_irqbalance_nothing_is_banned() {
-        let host = Host::new("irqbalance-none", "0");
-        let mut bans = Bans::new(&host.path().join("run"));
+        let host = FakeHost::new("irqbalance-none", "0");
+        let mut bans = BanList::new(&host.path().join("run"));
         assert!(!bans.set(&[41].into()));
     }
 
@@ -235,14 +235,14 @@ mod tests {
 
     #[test]
     fn the_line_names_each_interrupt_while_irqbalance_runs() {
-        let host = Host::new("irqbalance", "0");
+        let host = FakeHost::new("irqbalance", "0");
         let proc = host.roots().proc;
         host.put("proc/7/comm", "bash");
         host.put("proc/version/comm", "irqbalance");
-        assert_eq!(ban_line(&proc, &[41]), None);
+        assert_eq!(irqbalance_hint(&proc, &[41]), None);
         host.put("proc/812/comm", "irqbalance");
-        assert_eq!(ban_line(&proc, &[]), None);
-        let line = ban_line(&proc, &[41, 42]).unwrap();
+        assert_eq!(irqbalance_hint(&proc, &[]), None);
+        let line = irqbalance_hint(&proc, &[41, 42]).unwrap();
         assert!(
             line.contains("IRQBALANCE_ARGS=\"--banirq=41 --banirq=42\""),
             "{line}"

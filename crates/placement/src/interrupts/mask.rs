@@ -7,7 +7,7 @@ const GROUP: u32 = 32;
 
 /// `cpus` as the kernel writes a mask, such as `3` or `1,00000000`.
 #[must_use]
-pub fn mask(cpus: &CpuSet) -> String {
+pub fn format_mask(cpus: &CpuSet) -> String {
     let highest = cpus.last().unwrap_or(0) / GROUP;
     let mut text = String::new();
     for group in (0..=highest).rev() {
@@ -55,7 +55,7 @@ mod tests {
             ("0,33,127", "80000000,00000000,00000002,00000001"),
         ] {
             let cpus: CpuSet = list.parse().unwrap();
-            assert_eq!(mask(&cpus), text);
+            assert_eq!(format_mask(&cpus), text);
             assert_eq!(parse_mask(text), Some(cpus));
         }
         assert_eq!(

@@ -13,11 +13,11 @@
 //! - **The interrupts of a NIC** that shares a bridge with the TAP, `/proc/irq/N/smp_affinity_list`:
 //!   queue k's interrupts come to worker k's CPU, which then finds the frames in its caches.
 //!
-//! [`wanted`] says what the files should hold, [`Ledger`] writes it and puts back what was there. A
+//! [`desired_settings`] says what the files should hold, [`IrqAffinityManager`] writes it and puts back what was there. A
 //! process that is killed puts nothing back; a queue's masks go with the TAP.
 
 mod irqbalance;
-mod ledger;
+mod manager;
 mod mask;
 mod nic;
 mod tap;
@@ -30,9 +30,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-pub use self::irqbalance::ban_line;
-pub use self::ledger::{Ledger, Outcome, Refusal};
-pub use self::mask::{mask, parse_mask};
+pub use self::irqbalance::irqbalance_hint;
+pub use self::manager::{IrqAffinityManager, SettingOutcome, SettingRefusal};
+pub use self::mask::{format_mask, parse_mask};
 
 use crate::cpuset::CpuSet;
 
@@ -80,14 +80,14 @@ impl fmt::Display for IrqAffinity {
 
 /// Where the kernel's files are.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Roots {
+pub struct KernelPaths {
     /// Its devices, `/sys`.
     pub sys: PathBuf,
     /// Its interrupts, `/proc`.
     pub proc: PathBuf,
 }
 
-impl Default for Roots {
+impl Default for KernelPaths {
     fn default() -> Self {
         Self {
             sys: "/sys".into(),
@@ -98,7 +98,7 @@ impl Default for Roots {
 
 /// A TAP and who serves it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Served {
+pub struct TapWorkers {
     /// The interface's name.
     pub name: String,
     /// The interface's index.
@@ -111,18 +111,18 @@ pub struct Served {
 
 /// What a file should hold.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Setting {
+pub struct AffinitySetting {
     /// The file.
     pub file: PathBuf,
     /// What it should hold, as the kernel takes it.
     pub value: String,
     /// What kind of file it is.
-    pub kind: Kind,
+    pub kind: SettingKind,
 }
 
 /// What a setting is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum SettingKind {
     /// A TAP queue's XPS mask.
     Xps,
     /// A TAP queue's RPS mask, which is set only where it was on.
@@ -133,27 +133,27 @@ pub enum Kind {
 
 /// What the files should hold, and what a person should know of it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Wanted {
+pub struct DesiredSettings {
     /// The files, each once.
-    pub settings: Vec<Setting>,
+    pub settings: Vec<AffinitySetting>,
     /// Sentences.
     pub notes: Vec<String>,
 }
 
-/// What the files of `served` and of the NICs beside it should hold. A worker that may run on any
+/// What the files of `tap_workers` and of the NICs beside it should hold. A worker that may run on any
 /// CPU that is online wants nothing.
 #[must_use]
-pub fn wanted(roots: &Roots, served: &Served) -> Wanted {
-    let mut wanted = Wanted::default();
-    let dir = roots.sys.join("class/net").join(&served.name);
-    if !tap::is_it(&dir, served.index) {
-        wanted.notes.push(format!(
+pub fn desired_settings(roots: &KernelPaths, tap_workers: &TapWorkers) -> DesiredSettings {
+    let mut desired_settings = DesiredSettings::default();
+    let dir = roots.sys.join("class/net").join(&tap_workers.name);
+    if !tap::is_tap(&dir, tap_workers.index) {
+        desired_settings.notes.push(format!(
             "{} is not the interface {} (number {}) that is served: mount sysfs in that network namespace, as `ip netns exec` does",
             dir.display(),
-            served.name,
-            served.index
+            tap_workers.name,
+            tap_workers.index
         ));
-        return wanted;
+        return desired_settings;
     }
     let online = read(&roots.sys.join("devices/system/cpu/online"))
         .ok()
@@ -164,22 +164,22 @@ pub fn wanted(roots: &Roots, served: &Served) -> Wanted {
             .is_some_and(|online| online.intersection(cpus) == *online);
         !cpus.is_empty() && !anywhere
     };
-    for (number, cpus) in served.queues.iter().enumerate() {
+    for (number, cpus) in tap_workers.queues.iter().enumerate() {
         if pinned(&cpus) {
-            wanted.settings.extend(tap::masks(&dir, number, cpus));
+            desired_settings.settings.extend(tap::masks(&dir, number, cpus));
         }
     }
-    for nic in nic::beside(&dir) {
+    for nic in nic::find_on_same_bridge(&dir) {
         for irq in nic::interrupts(&roots.proc, &nic) {
             let worker = usize::try_from(irq.queue)
                 .ok()
-                .and_then(|queue| served.workers.get(queue));
+                .and_then(|queue| tap_workers.workers.get(queue));
             if let Some(cpus) = worker.filter(pinned) {
-                wanted.settings.push(irq.setting(&roots.proc, cpus));
+                desired_settings.settings.push(irq.setting(&roots.proc, cpus));
             }
         }
     }
-    wanted
+    desired_settings
 }
 
 /// A file's text without the end of its line.
@@ -187,7 +187,7 @@ fn read(path: &Path) -> io::Result<String> {
     fs::read_to_string(path).map(|text| text.trim_end().to_owned())
 }
 
-impl Setting {
+impl AffinitySetting {
     /// The command of a shell that makes this setting.
     #[must_use]
     pub fn command(&self) -> String {
@@ -195,32 +195,32 @@ impl Setting {
     }
 
     /// Whether a file that holds `text` is set so.
-    fn is(&self, text: &str) -> bool {
+    fn matches(&self, text: &str) -> bool {
         let same = match self.kind {
-            Kind::Irq(_) => text.parse::<CpuSet>().ok() == self.value.parse::<CpuSet>().ok(),
+            SettingKind::Irq(_) => text.parse::<CpuSet>().ok() == self.value.parse::<CpuSet>().ok(),
             _ => parse_mask(text) == parse_mask(&self.value),
         };
         same || text == self.value
     }
 
     /// Whether a file that held `original` is to be set at all.
-    fn applies(&self, original: &str) -> bool {
-        self.kind != Kind::Rps || parse_mask(original).is_none_or(|cpus| !cpus.is_empty())
+    fn applies_to(&self, original: &str) -> bool {
+        self.kind != SettingKind::Rps || parse_mask(original).is_none_or(|cpus| !cpus.is_empty())
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::testing::Host;
+    use super::testing::FakeHost;
     use super::*;
 
     fn cpus(list: &str) -> CpuSet {
         list.parse().unwrap()
     }
 
-    fn served(queues: &[&str], workers: &[&str]) -> Served {
+    fn tap_workers(queues: &[&str], workers: &[&str]) -> TapWorkers {
         let sets = |lists: &[&str]| lists.iter().map(|list| cpus(list)).collect();
-        Served {
+        TapWorkers {
             name: "tap0".into(),
             index: 7,
             queues: sets(queues),
@@ -228,11 +228,11 @@ mod tests {
         }
     }
 
-    fn told(host: &Host, served: &Served) -> Vec<String> {
+    fn setting_lines(host: &FakeHost, tap_workers: &TapWorkers) -> Vec<String> {
         let root = format!("{}/", host.path().display());
-        let wanted = wanted(&host.roots(), served);
-        assert_eq!(wanted.notes, [""; 0]);
-        wanted
+        let desired_settings = desired_settings(&host.roots(), tap_workers);
+        assert_eq!(desired_settings.notes, [""; 0]);
+        desired_settings
             .settings
             .iter()
             .map(|setting| setting.command().replace(&root, "/"))
@@ -258,10 +258,10 @@ mod tests {
 
     #[test]
     fn the_masks_of_a_queue_are_its_workers_whatever_its_number() {
-        let host = Host::new("irq-tap", "0-63");
+        let host = FakeHost::new("irq-tap", "0-63");
         host.tap("tap0", 7, 3);
         assert_eq!(
-            told(&host, &served(&["1", "33", "2-3"], &["1", "2-3", "33"])),
+            setting_lines(&host, &tap_workers(&["1", "33", "2-3"], &["1", "2-3", "33"])),
             [
                 "echo 2 > /sys/class/net/tap0/queues/tx-0/xps_cpus",
                 "echo 2 > /sys/class/net/tap0/queues/rx-0/rps_cpus",
@@ -275,33 +275,33 @@ mod tests {
 
     #[test]
     fn a_worker_that_may_be_anywhere_wants_nothing() {
-        let host = Host::new("irq-anywhere", "0-1");
+        let host = FakeHost::new("irq-anywhere", "0-1");
         host.tap("tap0", 7, 4);
-        let told = told(&host, &served(&["0-1", "", "0-3", "1"], &[]));
-        assert!(told.iter().all(|line| line.contains("-3/")), "{told:?}");
-        assert_eq!(told.len(), 2);
+        let setting_lines = setting_lines(&host, &tap_workers(&["0-1", "", "0-3", "1"], &[]));
+        assert!(setting_lines.iter().all(|line| line.contains("-3/")), "{setting_lines:?}");
+        assert_eq!(setting_lines.len(), 2);
     }
 
     #[test]
     fn another_interface_of_that_name_is_left_alone() {
-        let host = Host::new("irq-netns", "0-1");
+        let host = FakeHost::new("irq-netns", "0-1");
         for index in [None, Some(8)] {
             if let Some(index) = index {
                 host.tap("tap0", index, 1);
             }
-            let wanted = wanted(&host.roots(), &served(&["1"], &["1"]));
-            assert_eq!(wanted.settings, []);
+            let desired_settings = desired_settings(&host.roots(), &tap_workers(&["1"], &["1"]));
+            assert_eq!(desired_settings.settings, []);
             assert!(
-                wanted.notes[0].contains("mount sysfs in that network namespace"),
+                desired_settings.notes[0].contains("mount sysfs in that network namespace"),
                 "{:?}",
-                wanted.notes
+                desired_settings.notes
             );
         }
     }
 
     #[test]
     fn interrupts_of_the_nic_in_the_bridge_follow_the_workers() {
-        let host = Host::new("irq-bridge", "0-7");
+        let host = FakeHost::new("irq-bridge", "0-7");
         host.tap("tap0", 7, 1);
         host.bridge("br0", &["tap0", "eth0", "tap1"]);
         host.tap("tap1", 9, 1);
@@ -315,9 +315,9 @@ mod tests {
                 (44, "eth0-TxRx-3"),
             ],
         );
-        let told = told(&host, &served(&["4"], &["4", "5", ""]));
+        let setting_lines = setting_lines(&host, &tap_workers(&["4"], &["4", "5", ""]));
         assert_eq!(
-            told[2..],
+            setting_lines[2..],
             [
                 "echo 4 > /proc/irq/41/smp_affinity_list",
                 "echo 5 > /proc/irq/42/smp_affinity_list",

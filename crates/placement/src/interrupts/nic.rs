@@ -8,7 +8,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::{Kind, Setting};
+use super::{SettingKind, AffinitySetting};
 use crate::cpuset::CpuSet;
 
 /// Ports over ports (a VLAN on a bond on NICs) are followed this far down.
@@ -33,22 +33,22 @@ pub(super) struct Interrupt {
 
 impl Interrupt {
     /// It comes to `cpus`.
-    pub(super) fn setting(&self, proc: &Path, cpus: &CpuSet) -> Setting {
-        Setting {
+    pub(super) fn setting(&self, proc: &Path, cpus: &CpuSet) -> AffinitySetting {
+        AffinitySetting {
             file: proc.join(format!("irq/{}/smp_affinity_list", self.irq)),
             value: cpus.to_string(),
-            kind: Kind::Irq(self.irq),
+            kind: SettingKind::Irq(self.irq),
         }
     }
 }
 
 /// The NICs among the other ports of the bridge that the interface in folder `dir` is a port of, and
 /// among what those stand on.
-pub(super) fn beside(dir: &Path) -> Vec<Nic> {
+pub(super) fn find_on_same_bridge(dir: &Path) -> Vec<Nic> {
     let Some(net) = dir.parent() else {
         return Vec::new();
     };
-    let mut ports = names(&dir.join("brport/bridge/brif"));
+    let mut ports = list_dir(&dir.join("brport/bridge/brif"));
     ports.retain(|port| Some(port.as_ref()) != dir.file_name());
     let mut nics = Vec::new();
     for _ in 0..MAX_DEPTH {
@@ -57,7 +57,7 @@ pub(super) fn beside(dir: &Path) -> Vec<Nic> {
             match irqs_of(&net.join(&port)) {
                 Some(irqs) => nics.push(Nic { name: port, irqs }),
                 None => below.extend(
-                    names(&net.join(&port))
+                    list_dir(&net.join(&port))
                         .iter()
                         .filter_map(|name| name.strip_prefix("lower_"))
                         .map(str::to_owned),
@@ -79,7 +79,7 @@ fn irqs_of(dir: &Path) -> Option<Vec<u32>> {
         irqs.is_dir().then_some(irqs)
     };
     let list: PathBuf = with_irqs(&device).or_else(|| with_irqs(device.parent()?))?;
-    let mut irqs: Vec<u32> = names(&list)
+    let mut irqs: Vec<u32> = list_dir(&list)
         .iter()
         .filter_map(|name| name.parse().ok())
         .collect();
@@ -90,7 +90,7 @@ fn irqs_of(dir: &Path) -> Option<Vec<u32>> {
 /// The interrupts of a NIC's queues.
 pub(super) fn interrupts(proc: &Path, nic: &Nic) -> Vec<Interrupt> {
     let irq = |&irq: &u32| {
-        let handlers = names(&proc.join(format!("irq/{irq}")));
+        let handlers = list_dir(&proc.join(format!("irq/{irq}")));
         let queue = handlers
             .iter()
             .find_map(|handler| queue_of(handler, &nic.name))?;
@@ -118,7 +118,7 @@ fn queue_of(handler: &str, interface: &str) -> Option<u32> {
 }
 
 /// The names in a folder; none where it cannot be read.
-fn names(dir: &Path) -> Vec<String> {
+fn list_dir(dir: &Path) -> Vec<String> {
     let mut names: Vec<String> = fs::read_dir(dir)
         .into_iter()
         .flatten()
@@ -131,7 +131,7 @@ fn names(dir: &Path) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::Host;
+    use super::super::testing::FakeHost;
     use super::*;
 
     #[test]
@@ -167,10 +167,10 @@ mod tests {
 
     #[test]
     fn nics_are_found_beside_the_tap_and_below_its_neighbours() {
-        let host = Host::new("irq-nics", "0-7");
+        let host = FakeHost::new("irq-nics", "0-7");
         host.tap("tap0", 7, 1);
         let net = host.roots().sys.join("class/net");
-        assert_eq!(beside(&net.join("tap0")), []);
+        assert_eq!(find_on_same_bridge(&net.join("tap0")), []);
         host.bridge("br0", &["tap0", "bond0.5", "virt0", "veth0"]);
         host.stacked("bond0.5", &["bond0"]);
         host.stacked("bond0", &["eth0", "eth1"]);
@@ -178,7 +178,7 @@ mod tests {
         host.nic("eth0", &[(50, "eth0-rx-0")]);
         host.nic("eth1", &[(61, "eth1-rx-1"), (60, "eth1-rx-0")]);
         host.virtio_nic("virt0", &[(70, "virtio3-config"), (71, "virtio3-input.0")]);
-        let nics = beside(&net.join("tap0"));
+        let nics = find_on_same_bridge(&net.join("tap0"));
         let found: Vec<_> = nics
             .iter()
             .map(|nic| (nic.name.as_str(), nic.irqs.clone()))
@@ -200,7 +200,7 @@ mod tests {
     /// This machine's own card, where it has one with interrupts: they are found, and left alone.
     #[test]
     fn real_interrupts_have_files_that_can_be_read() {
-        for port in names(Path::new("/sys/class/net")) {
+        for port in list_dir(Path::new("/sys/class/net")) {
             let Some(irqs) = irqs_of(&Path::new("/sys/class/net").join(&port)) else {
                 continue;
             };

@@ -4,14 +4,14 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
-use super::Roots;
-use crate::testing::Dir;
+use super::KernelPaths;
+use crate::testing::TempDir;
 
-pub(crate) struct Host(Dir);
+pub(crate) struct FakeHost(TempDir);
 
-impl Host {
+impl FakeHost {
     pub(crate) fn new(name: &str, online: &str) -> Self {
-        let host = Self(Dir::new(name));
+        let host = Self(TempDir::new(name));
         host.put("sys/devices/system/cpu/online", online);
         host
     }
@@ -20,8 +20,8 @@ impl Host {
         self.0.path()
     }
 
-    pub(crate) fn roots(&self) -> Roots {
-        Roots {
+    pub(crate) fn roots(&self) -> KernelPaths {
+        KernelPaths {
             sys: self.path().join("sys"),
             proc: self.path().join("proc"),
         }

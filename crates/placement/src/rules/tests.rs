@@ -1,11 +1,11 @@
 //! Each rule, on a host with two nodes, four caches and SMT.
 
 use super::*;
-use crate::testing::{Dir, map, set, sysfs};
+use crate::testing::{TempDir, map, set, sysfs};
 
 /// Two nodes of two L3 caches of two cores of two threads: CPU k and k + 8
 /// are one core, 0-1 (and 8-9) one cache, 0-3 (and 8-11) one node.
-fn host(dir: &Dir, online: &str, isolated: &str) -> Topology {
+fn host(dir: &TempDir, online: &str, isolated: &str) -> Topology {
     sysfs(dir.path())
         .online(online)
         .isolated(isolated)
@@ -74,14 +74,14 @@ impl Case {
 
     /// What is wrong with where the workers stand.
     fn check(&self, number: usize) -> Option<String> {
-        let dir = Dir::new(&format!("rules-{number}"));
+        let dir = TempDir::new(&format!("rules-{number}"));
         let topology = host(&dir, self.online, self.isolated);
         let (mode, allowed, map) = (
             self.mode.parse().unwrap(),
             set(self.allowed),
             map(self.vcpus),
         );
-        let host = Host {
+        let host = HostConstraints {
             mode: &mode,
             allowed: &allowed,
             topology: &topology,
@@ -92,11 +92,11 @@ impl Case {
         let rules = Rules::new(host, &map, self.pairs);
         let workers: Vec<_> = (0..self.pairs)
             .map(|pair| {
-                let Stand {
+                let CpuChoice {
                     cpus,
                     may_poll,
                     why,
-                } = rules.stand(pair);
+                } = rules.choose_cpus(pair);
                 assert!(!why.is_empty());
                 format!("{cpus}{}", if may_poll { "" } else { "!" })
             })
@@ -471,13 +471,13 @@ fn every_rule_places_every_worker() {
 #[test]
 fn a_floating_guest_is_served_on_the_node_of_its_memory() {
     let nobody = CpuSet::default();
-    let dir = Dir::new("memory");
+    let dir = TempDir::new("memory");
     let topology = host(&dir, ALL, "5");
     let map = map(&["0-15", "0-15", "0-15"]);
     let memory = BTreeMap::from([(0, 1), (1, 1), (2, 7)]);
     let (mode, allowed) = (Placement::Auto, set(ALL));
     let rules = Rules::new(
-        Host {
+        HostConstraints {
             mode: &mode,
             allowed: &allowed,
             topology: &topology,
@@ -488,22 +488,22 @@ fn a_floating_guest_is_served_on_the_node_of_its_memory() {
         &map,
         3,
     );
-    let stands: Vec<_> = (0..3).map(|pair| rules.stand(pair)).collect();
-    let cpus: Vec<_> = stands.iter().map(|stand| stand.cpus.to_string()).collect();
+    let choices: Vec<_> = (0..3).map(|pair| rules.choose_cpus(pair)).collect();
+    let cpus: Vec<_> = choices.iter().map(|choice| choice.cpus.to_string()).collect();
     assert_eq!(
         cpus,
         ["4", "6", "2"],
         "pair 2's memory is on a node without CPUs"
     );
     assert_eq!(
-        stands[1].why,
+        choices[1].why,
         "vCPU thread floats over CPUs 0-15, so workers take these in turn on the node of its memory, 1"
     );
 }
 
 #[test]
 fn reasons_are_told_in_words() {
-    let dir = Dir::new("reasons");
+    let dir = TempDir::new("reasons");
     let topology = host(&dir, "0-7,9-15", "");
     for (mode, polling, allowed, vcpus, why) in [
         (
@@ -585,7 +585,7 @@ fn reasons_are_told_in_words() {
         ),
     ] {
         let (mode, allowed, map) = (mode.parse().unwrap(), set(allowed), map(&[vcpus]));
-        let host = Host {
+        let host = HostConstraints {
             mode: &mode,
             allowed: &allowed,
             topology: &topology,
@@ -593,17 +593,17 @@ fn reasons_are_told_in_words() {
             memory: &BTreeMap::new(),
             others: &CpuSet::default(),
         };
-        assert_eq!(Rules::new(host, &map, 1).stand(0).why, why);
+        assert_eq!(Rules::new(host, &map, 1).choose_cpus(0).why, why);
     }
 }
 
 #[test]
 fn one_workers_place_does_not_depend_on_who_asks() {
-    let dir = Dir::new("asks");
+    let dir = TempDir::new("asks");
     let topology = host(&dir, ALL, "");
     let map = map(&["0", "1", "2", "3", "4", "5"]);
     let (mode, allowed) = (Placement::CoreNear, set(ALL));
-    let host = Host {
+    let host = HostConstraints {
         mode: &mode,
         allowed: &allowed,
         topology: &topology,
@@ -614,8 +614,8 @@ fn one_workers_place_does_not_depend_on_who_asks() {
     let all = Rules::new(host, &map, 6);
     for pair in (0..6).rev() {
         let alone = Rules::new(host, &map, 6);
-        assert_eq!(alone.stand(pair), all.stand(pair), "{pair}");
+        assert_eq!(alone.choose_cpus(pair), all.choose_cpus(pair), "{pair}");
     }
     // Pairs beyond what anything can address cost no endless walk.
-    assert!(!all.stand(u32::MAX).cpus.is_empty());
+    assert!(!all.choose_cpus(u32::MAX).cpus.is_empty());
 }

@@ -9,36 +9,36 @@ use virtionet_virtqueue::memory::GuestSlice;
 /// The hash of frames that belong to no flow: those that are not IP.
 pub(super) const NO_FLOW: u64 = 0;
 
-const ETHERNET: usize = 12;
-const IPV4: u16 = 0x0800;
-const IPV6: u16 = 0x86dd;
-const VLAN: [u16; 2] = [0x8100, 0x88a8];
-const MAX_VLANS: usize = 2;
-const TCP: u8 = 6;
-const UDP: u8 = 17;
+const ETHERTYPE_OFFSET: usize = 12;
+const ETH_P_IP: u16 = 0x0800;
+const ETH_P_IPV6: u16 = 0x86dd;
+const VLAN_ETHERTYPES: [u16; 2] = [0x8100, 0x88a8];
+const MAX_VLAN_TAGS: usize = 2;
+const IPPROTO_TCP: u8 = 6;
+const IPPROTO_UDP: u8 = 17;
 /// Headers that may have to be read: Ethernet, two VLAN tags, IPv4 with all options, ports.
-const HEADERS: usize = 14 + 8 + 60 + 4;
+const MAX_HEADERS_LEN: usize = 14 + 8 + 60 + 4;
 /// Ethernet, IPv4 without options, ports.
-const PLAIN: usize = 38;
+const MIN_PLAIN_LEN: usize = 38;
 /// EtherType and first byte of IPv4 without options, as the lowest bytes of a word.
-const IPV4_BEGINS: u64 = 0x45_0008;
+const PLAIN_IPV4_PREFIX: u64 = 0x45_0008;
 /// IPv4's more-fragments bit and fragment offset.
-const FRAGMENT: u16 = 0x3fff;
+const IPV4_FRAGMENT_MASK: u16 = 0x3fff;
 
 /// The flow that a frame belongs to, or [`NO_FLOW`].
 #[inline(always)]
-pub(super) fn flow_of(payload: &[GuestSlice<'_>], seed: u64) -> u64 {
+pub(super) fn hash_flow(payload: &[GuestSlice<'_>], seed: u64) -> u64 {
     let known = match payload.first() {
-        Some(first) if first.len() >= PLAIN => plain(first, seed),
+        Some(first) if first.len() >= MIN_PLAIN_LEN => hash_plain_ipv4(first, seed),
         _ => None,
     };
-    known.unwrap_or_else(|| unusual(payload, seed))
+    known.unwrap_or_else(|| hash_slow_path(payload, seed))
 }
 
-/// The usual frame, with [`PLAIN`] bytes at least: TCP or UDP over IPv4 without options, whole, not
+/// The usual frame, with [`MIN_PLAIN_LEN`] bytes at least: TCP or UDP over IPv4 without options, whole, not
 /// tagged.
 #[inline(always)]
-fn plain(frame: &GuestSlice<'_>, seed: u64) -> Option<u64> {
+fn hash_plain_ipv4(frame: &GuestSlice<'_>, seed: u64) -> Option<u64> {
     let read = |at| {
         let mut bytes = [0; 8];
         frame.skip(at).copy_to(&mut bytes);
@@ -47,59 +47,59 @@ fn plain(frame: &GuestSlice<'_>, seed: u64) -> Option<u64> {
     let [begin, middle, addresses, ports] = [12, 20, 26, 30].map(read);
     let protocol = u8::try_from(middle >> 24 & 0xff).unwrap_or(0);
     let is_plain =
-        begin & 0xff_ffff == IPV4_BEGINS && middle & 0xff3f == 0 && matches!(protocol, TCP | UDP);
-    is_plain.then(|| ipv4(addresses, Some(ports >> 32), protocol, seed))
+        begin & 0xff_ffff == PLAIN_IPV4_PREFIX && middle & 0xff3f == 0 && matches!(protocol, IPPROTO_TCP | IPPROTO_UDP);
+    is_plain.then(|| hash_ipv4(addresses, Some(ports >> 32), protocol, seed))
 }
 
 /// Any other frame.
 #[inline(never)]
-fn unusual(payload: &[GuestSlice<'_>], seed: u64) -> u64 {
-    let mut head = [0; HEADERS];
+fn hash_slow_path(payload: &[GuestSlice<'_>], seed: u64) -> u64 {
+    let mut head = [0; MAX_HEADERS_LEN];
     let mut len = 0;
     for slice in payload {
         len += slice.copy_to(&mut head[len..]);
-        if len == HEADERS {
+        if len == MAX_HEADERS_LEN {
             break;
         }
     }
-    parse(&head[..len], seed).unwrap_or(NO_FLOW)
+    hash_packet(&head[..len], seed).unwrap_or(NO_FLOW)
 }
 
 /// `None` for frames that are not IP, or too short.
-fn parse(frame: &[u8], seed: u64) -> Option<u64> {
-    let mut at = ETHERNET;
-    for _ in 0..MAX_VLANS {
-        if VLAN.contains(&word(frame, at)?) {
+fn hash_packet(frame: &[u8], seed: u64) -> Option<u64> {
+    let mut at = ETHERTYPE_OFFSET;
+    for _ in 0..MAX_VLAN_TAGS {
+        if VLAN_ETHERTYPES.contains(&read_be16(frame, at)?) {
             at += 4;
         }
     }
     let packet = frame.get(at + 2..)?;
-    match word(frame, at)? {
-        IPV4 => parse_v4(packet, seed),
-        IPV6 => parse_v6(packet, seed),
+    match read_be16(frame, at)? {
+        ETH_P_IP => hash_v4_packet(packet, seed),
+        ETH_P_IPV6 => hash_v6_packet(packet, seed),
         _ => None,
     }
 }
 
-fn parse_v4(packet: &[u8], seed: u64) -> Option<u64> {
+fn hash_v4_packet(packet: &[u8], seed: u64) -> Option<u64> {
     let header = packet.get(..20)?;
     let len = usize::from(header[0] & 0xf) * 4;
     let protocol = header[9];
-    let whole = word(header, 6)? & FRAGMENT == 0;
+    let whole = read_be16(header, 6)? & IPV4_FRAGMENT_MASK == 0;
     let ports = ports(packet.get(len..), protocol).filter(|_| whole);
-    Some(ipv4(le64(header, 12), ports, protocol, seed))
+    Some(hash_ipv4(read_le64(header, 12), ports, protocol, seed))
 }
 
 /// Extension headers are not followed: such packets are steered by their addresses.
-fn parse_v6(packet: &[u8], seed: u64) -> Option<u64> {
+fn hash_v6_packet(packet: &[u8], seed: u64) -> Option<u64> {
     let header = packet.get(..40)?;
     let ports = ports(packet.get(40..), header[6]);
-    let [from, to] = ends(ports);
-    let address = |at| mix(le64(header, at), le64(header, at + 8), seed);
-    Some(symmetric(
+    let [from, to] = split_ports(ports);
+    let address = |at| mix(read_le64(header, at), read_le64(header, at + 8), seed);
+    Some(hash_symmetric(
         address(8) ^ from,
         address(24) ^ to,
-        kind(ports, header[6]),
+        protocol_key(ports, header[6]),
         seed,
     ))
 }
@@ -107,7 +107,7 @@ fn parse_v6(packet: &[u8], seed: u64) -> Option<u64> {
 /// Source and destination port, lowest byte first, where the protocol has some.
 fn ports(transport: Option<&[u8]>, protocol: u8) -> Option<u64> {
     match protocol {
-        TCP | UDP => {
+        IPPROTO_TCP | IPPROTO_UDP => {
             let bytes = transport?.get(..4)?.try_into().ok()?;
             Some(u32::from_le_bytes(bytes).into())
         }
@@ -117,19 +117,19 @@ fn ports(transport: Option<&[u8]>, protocol: u8) -> Option<u64> {
 
 /// `addresses`: source and destination, lowest byte first.
 #[inline(always)]
-fn ipv4(addresses: u64, ports: Option<u64>, protocol: u8, seed: u64) -> u64 {
-    let [from, to] = ends(ports);
-    symmetric(
+fn hash_ipv4(addresses: u64, ports: Option<u64>, protocol: u8, seed: u64) -> u64 {
+    let [from, to] = split_ports(ports);
+    hash_symmetric(
         (addresses & 0xffff_ffff) << 16 | from,
         addresses >> 32 << 16 | to,
-        kind(ports, protocol),
+        protocol_key(ports, protocol),
         seed,
     )
 }
 
 /// Source port and destination port.
 #[inline(always)]
-fn ends(ports: Option<u64>) -> [u64; 2] {
+fn split_ports(ports: Option<u64>) -> [u64; 2] {
     let ports = ports.unwrap_or(0);
     [ports & 0xffff, ports >> 16]
 }
@@ -137,13 +137,13 @@ fn ends(ports: Option<u64>) -> [u64; 2] {
 /// Protocols of one pair of hosts are told apart only where ports tell connections apart: the
 /// fragments of a packet have one of them alone.
 #[inline(always)]
-fn kind(ports: Option<u64>, protocol: u8) -> u64 {
+fn protocol_key(ports: Option<u64>, protocol: u8) -> u64 {
     ports.map_or(0, |_| u64::from(protocol))
 }
 
 /// A hash that does not tell which end is which; never [`NO_FLOW`].
 #[inline(always)]
-fn symmetric(a: u64, b: u64, kind: u64, seed: u64) -> u64 {
+fn hash_symmetric(a: u64, b: u64, kind: u64, seed: u64) -> u64 {
     mix(a.min(b), a.max(b), seed ^ kind) | 1
 }
 
@@ -155,13 +155,13 @@ fn mix(a: u64, b: u64, seed: u64) -> u64 {
 }
 
 #[inline(always)]
-fn word(bytes: &[u8], at: usize) -> Option<u16> {
+fn read_be16(bytes: &[u8], at: usize) -> Option<u16> {
     let bytes = bytes.get(at..at + 2)?;
     Some(u16::from_be_bytes(bytes.try_into().ok()?))
 }
 
 #[inline(always)]
-fn le64(bytes: &[u8], at: usize) -> u64 {
+fn read_le64(bytes: &[u8], at: usize) -> u64 {
     let bytes = bytes
         .get(at..at + 8)
         .and_then(|bytes| bytes.try_into().ok());
@@ -179,8 +179,8 @@ mod tests {
 
     /// The flow of a frame that lies in pieces of `cut` bytes.
     fn flow_in_pieces(mut bytes: Vec<u8>, cut: usize) -> u64 {
-        let pieces: Vec<GuestSlice<'_>> = bytes.chunks_mut(cut).map(GuestSlice::private).collect();
-        flow_of(&pieces, SEED)
+        let pieces: Vec<GuestSlice<'_>> = bytes.chunks_mut(cut).map(GuestSlice::from_private).collect();
+        hash_flow(&pieces, SEED)
     }
 
     fn flow(spec: &FrameSpec) -> u64 {
@@ -275,7 +275,7 @@ mod tests {
         for len in 1..54 {
             assert_eq!(flow_in_pieces(whole[..len].to_vec(), len), NO_FLOW, "{len}");
         }
-        assert_eq!(flow_of(&[], SEED), NO_FLOW);
+        assert_eq!(hash_flow(&[], SEED), NO_FLOW);
     }
 
     proptest! {

@@ -4,75 +4,75 @@
 
 use std::ops::Range;
 
-use virtionet_virtio_net::port::{MAX_BURST, TxFrame};
-use virtionet_virtio_net::stats::{RingStats, wide};
+use virtionet_virtio_net::uplink::{MAX_BURST, TxFrame};
+use virtionet_virtio_net::stats::{VringStats, to_u64};
 use virtionet_virtqueue::memory::GuestSlice;
 
-use super::burst::{Asks, Burst, Sender};
-use super::macs::Mac;
-use super::masks::{Groups, all};
-use super::{Switch, seconds};
+use super::delivery::{OffloadRequests, BurstDelivery, IngressPort};
+use super::mac_table::MacAddr;
+use super::masks::{FrameGroups, low_mask};
+use super::{Switch, coarse_now_secs};
 
 /// In place of a port's number: all but the sender's.
 const FLOOD: u16 = u16::MAX;
 
 impl Switch {
     /// Gives `frames` to the ports that they are for.
-    pub(super) fn forward(&self, from: &Sender, frames: &[TxFrame<'_>], stats: &RingStats) {
+    pub(super) fn forward(&self, from: &IngressPort, frames: &[TxFrame<'_>], stats: &VringStats) {
         for frames in frames.chunks(MAX_BURST) {
             self.forward_burst(from, frames, stats);
         }
     }
 
     #[inline(always)]
-    fn forward_burst(&self, from: &Sender, frames: &[TxFrame<'_>], stats: &RingStats) {
-        let now = seconds();
-        let plan = self.plan(from.number, frames, now);
-        let burst = Burst::new(from, frames, plan.asks, self.seed, now, stats);
+    fn forward_burst(&self, from: &IngressPort, frames: &[TxFrame<'_>], stats: &VringStats) {
+        let now = coarse_now_secs();
+        let decisions = self.decide_burst(from.number, frames, now);
+        let burst = BurstDelivery::new(from, frames, decisions.requests, self.seed, now, stats);
         burst.learn_flows();
-        let taken = match plan.flood {
-            0 => self.deliver_each(&burst, &plan),
-            _ => self.deliver_flood(from.number, &burst, &plan),
+        let delivered = match decisions.flood {
+            0 => self.deliver_each(&burst, &decisions),
+            _ => self.deliver_flood(from.number, &burst, &decisions),
         };
-        let lost = all(frames.len()) & !taken;
+        let lost = low_mask(frames.len()) & !delivered;
         if lost != 0 {
-            let unheeded = lost & !burst.refused();
-            stats.dropped_no_port.add(u64::from(unheeded.count_ones()));
+            let undelivered = lost & !burst.dropped();
+            stats.dropped_no_port.add(u64::from(undelivered.count_ones()));
         }
-        stats.frames.add(u64::from(taken.count_ones()));
-        stats.bytes.add(plan.bytes - burst.bytes(lost));
+        stats.frames.add(u64::from(delivered.count_ones()));
+        stats.bytes.add(decisions.bytes - burst.bytes(lost));
     }
 
     /// Decides where each frame goes. Frames of one pair of addresses are decided on at once.
     #[inline(always)]
-    fn plan(&self, from: u16, frames: &[TxFrame<'_>], now: u32) -> Plan {
-        let mut plan = Plan::default();
+    fn decide_burst(&self, from: u16, frames: &[TxFrame<'_>], now: u32) -> ForwardingDecisions {
+        let mut decisions = ForwardingDecisions::default();
         // Apart from the plan, so that they stay in registers.
-        let (mut bytes, mut asks) = (0, Asks::default());
+        let (mut bytes, mut requests) = (0, OffloadRequests::default());
         let mut start = 0;
         let mut last = Addresses::default();
         for (n, frame) in frames.iter().enumerate() {
             bytes += frame.len;
-            asks.add(&frame.header);
+            requests.add(&frame.header);
             let addresses = Addresses::of(frame.payload);
             if addresses != last {
-                self.decide(&mut plan, from, last, start..n, now);
+                self.decide(&mut decisions, from, last, start..n, now);
                 if addresses.source() != last.source() {
                     self.macs.learn(addresses.source(), from, now);
                 }
                 (last, start) = (addresses, n);
             }
         }
-        self.decide(&mut plan, from, last, start..frames.len(), now);
-        plan.bytes = wide(bytes);
-        plan.asks = asks;
-        plan
+        self.decide(&mut decisions, from, last, start..frames.len(), now);
+        decisions.bytes = to_u64(bytes);
+        decisions.requests = requests;
+        decisions
     }
 
     #[inline(always)]
     fn decide(
         &self,
-        plan: &mut Plan,
+        decisions: &mut ForwardingDecisions,
         from: u16,
         addresses: Addresses,
         frames: Range<usize>,
@@ -81,18 +81,18 @@ impl Switch {
         if frames.is_empty() {
             return;
         }
-        let mask = all(frames.len()) << frames.start;
-        match self.port_of(addresses.destination(), now) {
-            FLOOD => plan.flood |= mask,
+        let mask = low_mask(frames.len()) << frames.start;
+        match self.lookup_port(addresses.destination(), now) {
+            FLOOD => decisions.flood |= mask,
             // It is there already.
             port if port == from => {}
-            port => plan.ports.add(port, mask),
+            port => decisions.ports.add(port, mask),
         }
     }
 
     #[inline(always)]
-    fn port_of(&self, mac: Mac, now: u32) -> u16 {
-        match mac.is_nobodys() {
+    fn lookup_port(&self, mac: MacAddr, now: u32) -> u16 {
+        match mac.is_group_or_zero() {
             true => FLOOD,
             false => self.macs.find(mac, now).unwrap_or(FLOOD),
         }
@@ -100,38 +100,38 @@ impl Switch {
 
     /// Returns the frames that were taken.
     #[inline(always)]
-    fn deliver_each(&self, burst: &Burst<'_>, plan: &Plan) -> u64 {
-        let mut taken = 0;
-        for (number, mask) in plan.ports.iter() {
+    fn deliver_each(&self, burst: &BurstDelivery<'_>, decisions: &ForwardingDecisions) -> u64 {
+        let mut delivered = 0;
+        for (number, mask) in decisions.ports.iter() {
             if let Some(port) = self.ports[..]
                 .get(usize::from(number))
                 .and_then(|p| p.get())
             {
-                taken |= burst.deliver(port, mask);
+                delivered |= burst.deliver(port, mask);
             }
         }
-        taken
+        delivered
     }
 
     /// The same where some frames go to all other ports: each gets those and its own, in order.
     #[inline(never)]
-    fn deliver_flood(&self, from: u16, burst: &Burst<'_>, plan: &Plan) -> u64 {
+    fn deliver_flood(&self, from: u16, burst: &BurstDelivery<'_>, decisions: &ForwardingDecisions) -> u64 {
         let others = self.ports().filter(|(number, _)| *number != from);
-        others.fold(0, |taken, (number, port)| {
-            let mask = burst.affordable(plan.flood) | plan.ports.of(number);
-            taken | burst.deliver(port, mask)
+        others.fold(0, |delivered, (number, port)| {
+            let mask = burst.within_budget(decisions.flood) | decisions.ports.of(number);
+            delivered | burst.deliver(port, mask)
         })
     }
 }
 
 /// Where the frames of a burst go.
 #[derive(Debug, Default)]
-struct Plan {
-    ports: Groups,
+struct ForwardingDecisions {
+    ports: FrameGroups,
     /// Those that go everywhere.
     flood: u64,
     bytes: u64,
-    asks: Asks,
+    requests: OffloadRequests,
 }
 
 /// Both MAC addresses of a frame: its first eight bytes, which hold the destination, and eight from
@@ -166,16 +166,16 @@ impl Addresses {
         for slice in payload {
             len += slice.copy_to(&mut bytes[len..]);
         }
-        Self::at(&GuestSlice::private(&mut bytes))
+        Self::at(&GuestSlice::from_private(&mut bytes))
     }
 
     #[inline(always)]
-    fn destination(self) -> Mac {
-        Mac(self.0 & 0xffff_ffff_ffff)
+    fn destination(self) -> MacAddr {
+        MacAddr(self.0 & 0xffff_ffff_ffff)
     }
 
     #[inline(always)]
-    fn source(self) -> Mac {
-        Mac(self.1 >> 16)
+    fn source(self) -> MacAddr {
+        MacAddr(self.1 >> 16)
     }
 }

@@ -3,16 +3,16 @@
 use std::ops::Range;
 
 use arrayvec::ArrayVec;
-use virtionet_virtio_net::port::MAX_BURST;
+use virtionet_virtio_net::uplink::MAX_BURST;
 
 /// The masks have a bit for each frame.
 const _: () = assert!(MAX_BURST == 64);
 
 /// Frames by a number: of their port, of their pair.
 #[derive(Debug, Default)]
-pub(super) struct Groups(ArrayVec<(u16, u64), MAX_BURST>);
+pub(super) struct FrameGroups(ArrayVec<(u16, u64), MAX_BURST>);
 
-impl Groups {
+impl FrameGroups {
     /// Each frame is added once, so there is room.
     #[inline(always)]
     pub(super) fn add(&mut self, number: u16, frames: u64) {
@@ -42,7 +42,7 @@ impl Groups {
 
 /// A mask of the first `len` frames.
 #[inline(always)]
-pub(super) fn all(len: usize) -> u64 {
+pub(super) fn low_mask(len: usize) -> u64 {
     match len {
         0 => 0,
         1..64 => (1 << len) - 1,
@@ -52,7 +52,7 @@ pub(super) fn all(len: usize) -> u64 {
 
 /// The numbers of the bits in `mask`, from the lowest.
 #[inline(always)]
-pub(super) fn bits(mut mask: u64) -> impl Iterator<Item = usize> {
+pub(super) fn iter_bits(mut mask: u64) -> impl Iterator<Item = usize> {
     std::iter::from_fn(move || {
         let n = usize::try_from(mask.trailing_zeros()).ok()?;
         mask &= mask.wrapping_sub(1);
@@ -62,10 +62,10 @@ pub(super) fn bits(mut mask: u64) -> impl Iterator<Item = usize> {
 
 /// The frames in `mask`, where they follow each other.
 #[inline(always)]
-pub(super) fn run(mask: u64) -> Option<Range<usize>> {
+pub(super) fn contiguous_range(mask: u64) -> Option<Range<usize>> {
     let start = usize::try_from(mask.trailing_zeros()).ok()?;
     let len = usize::try_from(mask.count_ones()).ok()?;
-    (mask != 0 && mask >> start == all(len)).then_some(start..start + len)
+    (mask != 0 && mask >> start == low_mask(len)).then_some(start..start + len)
 }
 
 #[cfg(test)]
@@ -75,22 +75,22 @@ mod tests {
     #[test]
     fn masks_are_read_as_they_are_made() {
         for len in 0..=64 {
-            assert_eq!(all(len).count_ones(), u32::try_from(len).unwrap());
-            assert!(bits(all(len)).eq(0..len));
+            assert_eq!(low_mask(len).count_ones(), u32::try_from(len).unwrap());
+            assert!(iter_bits(low_mask(len)).eq(0..len));
             for start in 0..=64 - len {
-                let mask = all(len).checked_shl(u32::try_from(start).unwrap());
+                let mask = low_mask(len).checked_shl(u32::try_from(start).unwrap());
                 let whole = (len > 0).then_some(start..start + len);
-                assert_eq!(run(mask.unwrap_or(0)), whole, "{len} from {start}");
+                assert_eq!(contiguous_range(mask.unwrap_or(0)), whole, "{len} from {start}");
             }
         }
-        assert!(bits(1 << 63 | 0b1010).eq([1, 3, 63]));
-        assert_eq!(run(0b101), None);
-        assert_eq!(run(1 << 63 | 1), None);
+        assert!(iter_bits(1 << 63 | 0b1010).eq([1, 3, 63]));
+        assert_eq!(contiguous_range(0b101), None);
+        assert_eq!(contiguous_range(1 << 63 | 1), None);
     }
 
     #[test]
     fn groups_hold_a_number_for_each_frame() {
-        let mut groups = Groups::default();
+        let mut groups = FrameGroups::default();
         for n in 0..64 {
             groups.add(n % 63, 1 << n);
         }

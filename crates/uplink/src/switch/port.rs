@@ -3,10 +3,10 @@
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{OnceLock, Weak};
 
-use virtionet_virtio_net::header::{FrameFormat, HEADER_LEN};
-use virtionet_virtio_net::port::{RxPort, TxFrame};
+use virtionet_virtio_net::header::{FrameFormat, VNET_HEADER_LEN};
+use virtionet_virtio_net::uplink::{RxSink, TxFrame};
 
-use super::steer::{FlowTable, MAX_PAIRS, Pairs};
+use super::flow_table::{FlowTable, MAX_PAIRS, PairSet};
 
 /// See the module. What senders read here changes only when the guest's driver reconfigures.
 #[derive(Debug)]
@@ -15,7 +15,7 @@ pub(super) struct DevicePort {
     attached: [AtomicU64; 2],
     /// See [`pack`].
     format: AtomicU8,
-    pairs: Box<[OnceLock<Weak<dyn RxPort>>]>,
+    pairs: Box<[OnceLock<Weak<dyn RxSink>>]>,
     /// Made when a second pair is attached.
     flows: OnceLock<FlowTable>,
 }
@@ -32,7 +32,7 @@ impl DevicePort {
 
     /// Sets the receiveq of a pair, which is detached; false when there can be no such pair. The
     /// first one stays.
-    pub(super) fn add_pair(&self, pair: u16, rx: Weak<dyn RxPort>) -> bool {
+    pub(super) fn add_pair(&self, pair: u16, rx: Weak<dyn RxSink>) -> bool {
         match self.pairs.get(usize::from(pair)) {
             Some(slot) => {
                 slot.get_or_init(|| rx);
@@ -51,17 +51,17 @@ impl DevicePort {
             true => word.fetch_or(bit, Ordering::Relaxed),
             false => word.fetch_and(!bit, Ordering::Relaxed),
         };
-        if self.attached().are_several() {
+        if self.attached().has_several() {
             self.flows.get_or_init(FlowTable::new);
         }
     }
 
     /// The pairs that take frames now.
     #[inline(always)]
-    pub(super) fn attached(&self) -> Pairs {
+    pub(super) fn attached(&self) -> PairSet {
         let [low, high] = &self.attached;
         let [low, high] = [low, high].map(|word| u128::from(word.load(Ordering::Relaxed)));
-        Pairs(high << 64 | low)
+        PairSet(high << 64 | low)
     }
 
     /// Where its flows are known; `None` until it had several pairs.
@@ -105,7 +105,7 @@ fn pack(format: FrameFormat) -> u8 {
 fn unpack(bits: u8) -> FrameFormat {
     let has = |bit: u8| bits >> bit & 1 == 1;
     FrameFormat {
-        header_len: HEADER_LEN,
+        header_len: VNET_HEADER_LEN,
         csum: has(0),
         tso4: has(1),
         tso6: has(2),

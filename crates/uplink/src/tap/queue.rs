@@ -7,53 +7,53 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
-use virtionet_virtio_net::header::HEADER_LEN;
-use virtionet_virtio_net::port::{Received, TxFrame, UplinkQueue};
-use virtionet_virtio_net::stats::RingStats;
+use virtionet_base::RateLimiter;
+use virtionet_virtio_net::header::VNET_HEADER_LEN;
+use virtionet_virtio_net::uplink::{Received, TxFrame, UplinkQueue};
+use virtionet_virtio_net::stats::VringStats;
 use virtionet_virtqueue::memory::GuestSlice;
 
-use super::sentence;
-use crate::gate::Gate;
-use crate::sys::{self, Full, MAX_PIECES, Outgoing};
+use super::error;
+use crate::sys::{self, IovecListFull, IOV_MAX, IovecList};
 
 /// Pieces of a frame, header included, that need no large list on the stack. A 64 KiB frame in
 /// pages has 18 pieces, in 1,526-byte receive buffers 44.
-const FEW_PIECES: usize = 48;
+const INLINE_IOVECS: usize = 48;
 
 /// What all queues of a TAP share.
 #[derive(Debug)]
-pub(super) struct Shared {
+pub(super) struct TapShared {
     /// The interface's name.
     pub(super) name: String,
     /// Bytes of the virtio-net header, as negotiated.
     pub(super) header_len: AtomicUsize,
     /// The attached queues. Locked while one is attached or detached, so that their order here is
     /// the kernel's.
-    pub(super) attached: Mutex<Attached>,
-    full: Gate,
-    down: Gate,
-    refused: Gate,
-    unread: Gate,
+    pub(super) attached: Mutex<AttachedQueues>,
+    full_log_limit: RateLimiter,
+    down_log_limit: RateLimiter,
+    refused_log_limit: RateLimiter,
+    read_error_log_limit: RateLimiter,
 }
 
 /// The attached queues of a TAP, as the kernel numbers them: an attached queue gets the next number,
 /// and where one is detached, the last one takes its number (drivers/net/tun.c, tun_attach and
 /// __tun_detach).
 #[derive(Debug, Default)]
-pub(super) struct Attached {
+pub(super) struct AttachedQueues {
     /// The queues' pairs, by the kernel's number.
     pub(super) pairs: Vec<u16>,
     /// How often that changed.
     pub(super) changes: u64,
 }
 
-impl Attached {
-    fn place_of(&self, pair: u16) -> Option<usize> {
+impl AttachedQueues {
+    fn number_of(&self, pair: u16) -> Option<usize> {
         self.pairs.iter().position(|other| *other == pair)
     }
 
     /// The kernel attached the queue of `pair`, or detached the one of number `at`.
-    fn note(&mut self, pair: u16, at: Option<usize>) {
+    fn record_change(&mut self, pair: u16, at: Option<usize>) {
         match at {
             Some(at) => {
                 self.pairs.swap_remove(at);
@@ -64,43 +64,46 @@ impl Attached {
     }
 }
 
-impl Shared {
+impl TapShared {
     pub(super) fn new(name: String, header_len: usize) -> Self {
         Self {
             name,
             header_len: AtomicUsize::new(header_len),
             attached: Mutex::default(),
-            full: Gate::new(),
-            down: Gate::new(),
-            refused: Gate::new(),
-            unread: Gate::new(),
+            full_log_limit: RateLimiter::new(),
+            down_log_limit: RateLimiter::new(),
+            refused_log_limit: RateLimiter::new(),
+            read_error_log_limit: RateLimiter::new(),
         }
     }
 
     #[cold]
-    fn count_drop(&self, error: &io::Error, stats: &RingStats) {
+    fn count_drop(&self, error: &io::Error, stats: &VringStats) {
         let name = &self.name;
-        match Loss::of(error) {
-            Loss::Full => {
+        match DropReason::from_error(error) {
+            DropReason::Full => {
                 stats.dropped_uplink_full.add(1);
-                if self.full.passes() {
+                if let Some(suppressed) = self.full_log_limit.allow() {
                     tracing::warn!(
+                        suppressed,
                         "TAP {name} has no room and frames are dropped ({error}); the host is too busy to take them"
                     );
                 }
             }
-            Loss::Down => {
+            DropReason::Down => {
                 stats.dropped_uplink_down.add(1);
-                if self.down.passes() {
+                if let Some(suppressed) = self.down_log_limit.allow() {
                     tracing::warn!(
+                        suppressed,
                         "TAP {name} is down or gone and frames are dropped ({error}); bring it up with `ip link set {name} up`"
                     );
                 }
             }
-            Loss::Refused => {
+            DropReason::Refused => {
                 stats.dropped_uplink_error.add(1);
-                if self.refused.passes() {
+                if let Some(suppressed) = self.refused_log_limit.allow() {
                     tracing::warn!(
+                        suppressed,
                         "TAP {name} refuses frames and they are dropped ({error}); check what the guest sends"
                     );
                 }
@@ -109,23 +112,23 @@ impl Shared {
     }
 
     #[cold]
-    fn log_unread(&self, error: &io::Error) {
-        if self.unread.passes() {
-            tracing::warn!("a frame cannot be read from TAP {} ({error})", self.name);
+    fn log_read_error(&self, error: &io::Error) {
+        if let Some(suppressed) = self.read_error_log_limit.allow() {
+            tracing::warn!(suppressed, "a frame cannot be read from TAP {} ({error})", self.name);
         }
     }
 }
 
 /// Why a frame was not taken.
 #[derive(Debug, PartialEq, Eq)]
-enum Loss {
+enum DropReason {
     Full,
     Down,
     Refused,
 }
 
-impl Loss {
-    fn of(error: &io::Error) -> Self {
+impl DropReason {
+    fn from_error(error: &io::Error) -> Self {
         match error.raw_os_error() {
             Some(libc::EAGAIN | libc::ENOBUFS) => Self::Full,
             // EIO is a TAP's word for an interface that is not up.
@@ -140,7 +143,7 @@ impl Loss {
 pub(super) struct TapQueue {
     file: File,
     pair: u16,
-    shared: Arc<Shared>,
+    shared: Arc<TapShared>,
     /// Whether the kernel steers frames here. Of its own: who has nothing to change must not wait
     /// for other queues, whose detaching takes the kernel milliseconds.
     attached: Mutex<bool>,
@@ -148,7 +151,7 @@ pub(super) struct TapQueue {
 
 impl TapQueue {
     /// The queue of this pair, which is detached now.
-    pub(super) fn new(file: File, pair: u16, shared: Arc<Shared>) -> Self {
+    pub(super) fn new(file: File, pair: u16, shared: Arc<TapShared>) -> Self {
         Self {
             file,
             pair,
@@ -166,63 +169,63 @@ impl TapQueue {
     fn send(&self, frame: &TxFrame<'_>, header_len: usize) -> io::Result<usize> {
         let mut header = frame.header.0;
         // `num_buffers` is for received frames; a driver writes 0 (virtio 1.3 §5.1.6.2.1).
-        header[HEADER_LEN - 2..].fill(0);
-        let header = &header[..header_len.min(HEADER_LEN)];
-        let mut list = Outgoing::<FEW_PIECES>::new();
-        match list.bytes(header).and_then(|()| list.slices(frame.payload)) {
-            Ok(()) => list.write(self.fd()),
-            Err(Full) => self.send_pieces(header, frame.payload),
+        header[VNET_HEADER_LEN - 2..].fill(0);
+        let header = &header[..header_len.min(VNET_HEADER_LEN)];
+        let mut list = IovecList::<INLINE_IOVECS>::new();
+        match list.push_bytes(header).and_then(|()| list.push_slices(frame.payload)) {
+            Ok(()) => list.write_to(self.fd()),
+            Err(IovecListFull) => self.send_segments(header, frame.payload),
         }
     }
 
     /// Sends a frame of many pieces: what one system call cannot take is gathered first.
     #[cold]
-    fn send_pieces(&self, header: &[u8], payload: &[GuestSlice<'_>]) -> io::Result<usize> {
+    fn send_segments(&self, header: &[u8], payload: &[GuestSlice<'_>]) -> io::Result<usize> {
         let mut rest = Vec::new();
         let mut payload = payload;
-        if payload.len() > MAX_PIECES - 1 {
-            let (first, last) = payload.split_at(MAX_PIECES - 2);
+        if payload.len() > IOV_MAX - 1 {
+            let (first, last) = payload.split_at(IOV_MAX - 2);
             payload = first;
             rest = gather(last);
         }
-        let mut list = Outgoing::<MAX_PIECES>::new();
-        list.bytes(header)
-            .and_then(|()| list.slices(payload))
+        let mut list = IovecList::<IOV_MAX>::new();
+        list.push_bytes(header)
+            .and_then(|()| list.push_slices(payload))
             .and_then(|()| {
                 if rest.is_empty() {
                     Ok(())
                 } else {
-                    list.bytes(&rest)
+                    list.push_bytes(&rest)
                 }
             })
-            .map_err(|Full| io::ErrorKind::InvalidInput)?;
-        list.write(self.fd())
+            .map_err(|IovecListFull| io::ErrorKind::InvalidInput)?;
+        list.write_to(self.fd())
     }
 
     /// Reads one frame with one system call.
     #[inline(always)]
-    fn read(&self, buffers: &[GuestSlice<'_>], spill: &mut [u8]) -> io::Result<usize> {
+    fn read(&self, buffers: &[GuestSlice<'_>], bounce: &mut [u8]) -> io::Result<usize> {
         if buffers.is_empty() {
-            sys::read(self.fd(), spill)
-        } else if buffers.len() < FEW_PIECES {
-            sys::read_into::<FEW_PIECES>(self.fd(), buffers, spill)
+            sys::read(self.fd(), bounce)
+        } else if buffers.len() < INLINE_IOVECS {
+            sys::read_into::<INLINE_IOVECS>(self.fd(), buffers, bounce)
         } else {
-            read_many(self.fd(), buffers, spill)
+            read_long_list(self.fd(), buffers, bounce)
         }
     }
 }
 
 #[cold]
-fn read_many(
+fn read_long_list(
     tun: BorrowedFd<'_>,
     buffers: &[GuestSlice<'_>],
-    spill: &mut [u8],
+    bounce: &mut [u8],
 ) -> io::Result<usize> {
-    sys::read_into::<MAX_PIECES>(tun, buffers, spill)
+    sys::read_into::<IOV_MAX>(tun, buffers, bounce)
 }
 
 fn gather(slices: &[GuestSlice<'_>]) -> Vec<u8> {
-    let mut bytes = vec![0; total(slices)];
+    let mut bytes = vec![0; total_len(slices)];
     let mut at = 0;
     for slice in slices {
         at += slice.copy_to(&mut bytes[at..]);
@@ -231,14 +234,14 @@ fn gather(slices: &[GuestSlice<'_>]) -> Vec<u8> {
 }
 
 #[inline(always)]
-fn total(slices: &[GuestSlice<'_>]) -> usize {
+fn total_len(slices: &[GuestSlice<'_>]) -> usize {
     slices
         .iter()
         .fold(0, |sum, slice| sum.saturating_add(slice.len()))
 }
 
 impl UplinkQueue for TapQueue {
-    fn transmit(&self, frames: &[TxFrame<'_>], stats: &RingStats) {
+    fn transmit(&self, frames: &[TxFrame<'_>], stats: &VringStats) {
         let header_len = self.shared.header_len.load(Ordering::Relaxed);
         let (mut sent, mut bytes) = (0, 0);
         for frame in frames {
@@ -254,18 +257,18 @@ impl UplinkQueue for TapQueue {
         stats.bytes.add(bytes);
     }
 
-    fn receive(&self, buffers: &[GuestSlice<'_>], spill: &mut [u8]) -> Received {
-        let buffers = &buffers[..buffers.len().min(MAX_PIECES - 1)];
-        match self.read(buffers, spill) {
+    fn receive(&self, buffers: &[GuestSlice<'_>], bounce: &mut [u8]) -> Received {
+        let buffers = &buffers[..buffers.len().min(IOV_MAX - 1)];
+        match self.read(buffers, bounce) {
             // The kernel cuts what does not fit and does not say so: a full house is too long. The
-            // buffers need no adding up for a frame that the spill alone would hold.
-            Ok(len) if len >= spill.len() && len >= total(buffers) + spill.len() => {
+            // buffers need no adding up for a frame that the bounce buffer alone would hold.
+            Ok(len) if len >= bounce.len() && len >= total_len(buffers) + bounce.len() => {
                 Received::TooLong
             }
             Ok(len) => Received::Frame(len),
             Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => Received::Empty,
             Err(error) => {
-                self.shared.log_unread(&error);
+                self.shared.log_read_error(&error);
                 match error.raw_os_error() {
                     // This frame is lost (the kernel finds no header for it, or the guest's memory
                     // is not there); those behind it are not.
@@ -276,7 +279,7 @@ impl UplinkQueue for TapQueue {
         }
     }
 
-    fn readable(&self) -> Option<BorrowedFd<'_>> {
+    fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
         Some(self.fd())
     }
 
@@ -286,9 +289,9 @@ impl UplinkQueue for TapQueue {
         if *now != attached {
             let mut all = self.shared.attached.lock();
             sys::set_queue_attached(self.fd(), attached)
-                .map_err(|e| sentence::queue_refused(&self.shared.name, attached, &e))?;
-            let at = all.place_of(self.pair);
-            all.note(self.pair, at);
+                .map_err(|e| error::queue_refused(&self.shared.name, attached, &e))?;
+            let at = all.number_of(self.pair);
+            all.record_change(self.pair, at);
             *now = attached;
         }
         Ok(())
@@ -301,7 +304,7 @@ mod tests {
 
     #[test]
     fn who_has_nothing_to_change_waits_for_no_other_queue() {
-        let shared = Arc::new(Shared::new("tap0".into(), HEADER_LEN));
+        let shared = Arc::new(TapShared::new("tap0".into(), VNET_HEADER_LEN));
         let file = File::open("/dev/null").unwrap();
         let queue = TapQueue::new(file, 0, Arc::clone(&shared));
         let _busy = shared.attached.lock();
@@ -316,19 +319,19 @@ mod tests {
     #[test]
     fn each_error_has_its_counter() {
         for (errno, loss, value) in [
-            (libc::EAGAIN, Loss::Full, [1, 0, 0]),
-            (libc::ENOBUFS, Loss::Full, [1, 0, 0]),
-            (libc::EIO, Loss::Down, [0, 1, 0]),
-            (libc::EBADFD, Loss::Down, [0, 1, 0]),
-            (libc::ENETDOWN, Loss::Down, [0, 1, 0]),
-            (libc::EINVAL, Loss::Refused, [0, 0, 1]),
-            (libc::ENOMEM, Loss::Refused, [0, 0, 1]),
-            (libc::EFAULT, Loss::Refused, [0, 0, 1]),
+            (libc::EAGAIN, DropReason::Full, [1, 0, 0]),
+            (libc::ENOBUFS, DropReason::Full, [1, 0, 0]),
+            (libc::EIO, DropReason::Down, [0, 1, 0]),
+            (libc::EBADFD, DropReason::Down, [0, 1, 0]),
+            (libc::ENETDOWN, DropReason::Down, [0, 1, 0]),
+            (libc::EINVAL, DropReason::Refused, [0, 0, 1]),
+            (libc::ENOMEM, DropReason::Refused, [0, 0, 1]),
+            (libc::EFAULT, DropReason::Refused, [0, 0, 1]),
         ] {
             let error = io::Error::from_raw_os_error(errno);
-            assert_eq!(Loss::of(&error), loss, "{error}");
-            let stats = RingStats::default();
-            Shared::new("tap0".into(), HEADER_LEN).count_drop(&error, &stats);
+            assert_eq!(DropReason::from_error(&error), loss, "{error}");
+            let stats = VringStats::default();
+            TapShared::new("tap0".into(), VNET_HEADER_LEN).count_drop(&error, &stats);
             let counted = [
                 stats.dropped_uplink_full.get(),
                 stats.dropped_uplink_down.get(),

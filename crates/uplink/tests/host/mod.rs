@@ -13,15 +13,26 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use virtionet_virtio_net::header::VnetHeader;
-use virtionet_virtio_net::port::{Received, TxFrame, UplinkQueue};
-use virtionet_virtio_net::stats::RingStats;
-use virtionet_virtqueue::memory::{GuestMemory, GuestSlice, Pieces, Region, RegionSpec};
+use virtionet_uplink::tap::{Tap, TapConfig};
+use virtionet_virtio_net::uplink::{Uplink, UplinkError, Received, TxFrame, UplinkQueue};
+use virtionet_virtio_net::stats::VringStats;
+use virtionet_virtqueue::memory::{GuestMemory, GuestSlice, SegmentList, MappedRegion, RegionSpec};
 
 /// An EtherType for local experiments.
 pub const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
 /// The user without privileges.
 pub const NOBODY: u32 = 65534;
-const PATIENCE: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Opens the TAP that `spec` names: `NAME[,bridge=BR]`.
+pub fn open_tap(spec: &str) -> Result<Arc<dyn Uplink>, UplinkError> {
+    let (name, bridge) = match spec.split_once(",bridge=") {
+        Some((name, bridge)) => (name, Some(bridge.to_owned())),
+        None => (spec, None),
+    };
+    let name = name.to_owned();
+    Ok(Arc::new(Tap::open(&TapConfig { name, bridge })?))
+}
 
 /// Runs `test` on a thread in namespaces of its own, as root.
 pub fn in_namespaces(test: impl FnOnce() + Send + 'static) {
@@ -83,7 +94,7 @@ pub fn run(command: &str) -> String {
 /// Asks until the answer is there: where a child is being started on another thread, it holds this
 /// process's files for a moment, and with them TAPs that were closed.
 pub fn eventually<T>(mut ask: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     loop {
         match ask() {
             Some(answer) => return answer,
@@ -114,7 +125,7 @@ pub fn kernel_packets(name: &str) -> (u64, u64) {
 /// Memory of a guest, and what lies in it.
 pub struct Guest {
     memory: Arc<GuestMemory>,
-    pieces: Pieces,
+    segments: SegmentList,
     used: u64,
     file: File,
 }
@@ -135,10 +146,10 @@ impl Guest {
             user_addr: 0,
             file_offset: 0,
         };
-        let region = Region::map(spec, file.try_clone().unwrap()).unwrap();
+        let region = MappedRegion::map(spec, file.try_clone().unwrap()).unwrap();
         let memory = Arc::new(GuestMemory::new(vec![Arc::new(region)]).unwrap());
         Self {
-            pieces: Pieces::new(Arc::clone(&memory)),
+            segments: SegmentList::new(Arc::clone(&memory)),
             memory,
             used: 0,
             file,
@@ -148,7 +159,7 @@ impl Guest {
     /// Makes room for one buffer of this many bytes, away from the last one.
     pub fn buffer(&mut self, len: usize) -> u64 {
         let at = self.used;
-        self.pieces.push(at, u32::try_from(len).unwrap()).unwrap();
+        self.segments.push(at, u32::try_from(len).unwrap()).unwrap();
         self.used += u64::try_from(len).unwrap() + 5;
         at
     }
@@ -167,7 +178,7 @@ impl Guest {
     }
 
     pub fn slices(&self) -> &[GuestSlice<'_>] {
-        self.pieces.slices(0, self.pieces.len())
+        self.segments.slices(0, self.segments.len())
     }
 
     pub fn bytes(&self) -> Vec<u8> {
@@ -182,10 +193,10 @@ impl Guest {
 }
 
 /// Sends one frame, in pieces of `cut` bytes, behind `header`.
-pub fn send(queue: &dyn UplinkQueue, header: VnetHeader, frame: &[u8], cut: usize) -> RingStats {
+pub fn send(queue: &dyn UplinkQueue, header: VnetHeader, frame: &[u8], cut: usize) -> VringStats {
     let mut guest = Guest::new();
     guest.put(frame, cut);
-    let stats = RingStats::default();
+    let stats = VringStats::default();
     let frame = TxFrame {
         header,
         payload: guest.slices(),
@@ -201,12 +212,12 @@ pub fn receive(queue: &dyn UplinkQueue, buffers: &[usize]) -> (Received, Vec<u8>
     for &len in buffers {
         guest.buffer(len);
     }
-    let verdict = queue.receive(guest.slices(), &mut [0]);
+    let received = queue.receive(guest.slices(), &mut [0]);
     let mut bytes = guest.bytes();
-    if let Received::Frame(len) = verdict {
+    if let Received::Frame(len) = received {
         bytes.truncate(len);
     }
-    (verdict, bytes)
+    (received, bytes)
 }
 
 /// Receives one frame of 2 KiB at most, and waits for it.
@@ -214,7 +225,7 @@ pub fn wait_for_frame(queue: &dyn UplinkQueue) -> Vec<u8> {
     eventually(|| match receive(queue, &[2048]) {
         (Received::Frame(_), bytes) => Some(bytes),
         (Received::Empty, _) => None,
-        (verdict, _) => panic!("{verdict:?}"),
+        (received, _) => panic!("{received:?}"),
     })
 }
 
@@ -247,15 +258,15 @@ pub fn datagram(from: u16, to: u16) -> Vec<u8> {
 }
 
 /// A raw socket on one interface.
-pub struct Witness(File);
+pub struct PacketSocket(File);
 
-impl AsRawFd for Witness {
+impl AsRawFd for PacketSocket {
     fn as_raw_fd(&self) -> std::os::fd::RawFd {
         self.0.as_raw_fd()
     }
 }
 
-impl Witness {
+impl PacketSocket {
     pub fn on(name: &str) -> Self {
         Self::with_header(name, false)
     }

@@ -1,7 +1,10 @@
 //! Real sockets in a directory of their own.
 
 use std::io::{Read, Write};
+use std::fs;
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::Instant;
@@ -34,7 +37,7 @@ impl Drop for Directory {
 }
 
 fn bind(path: &Path) -> Result<Listener, ListenError> {
-    Listener::bind(path, &Access::default())
+    Listener::bind(path, &SocketPermissions::default())
 }
 
 #[test]
@@ -43,7 +46,7 @@ fn a_listener_accepts_and_cleans_up() {
     let path = directory.socket();
     let (_stop, stopped) = stop_pair();
     let own_group = fs::metadata(&directory.0).unwrap().gid();
-    let access = Access {
+    let access = SocketPermissions {
         mode: Some(0o620),
         group: Some(own_group.to_string()),
     };
@@ -84,10 +87,10 @@ fn stale_files_go_and_living_sockets_stay() {
     );
     assert_eq!(error.to_string(), text);
     // A full backlog is in use as well.
-    let clients: Vec<_> = (0..BACKLOG + 1)
-        .map_while(|_| connect_once(&address(&path).unwrap()).ok())
+    let clients: Vec<_> = (0..17)
+        .map_while(|_| connect_once(&to_socket_address(&path).unwrap()).ok())
         .collect();
-    assert!(matches!(bind(&path), Err(ListenError::InUse(_))));
+    assert!(matches!(bind(&path), Err(ListenError::Socket(UnixSocketError::InUse(_)))));
     drop(clients);
     // Another's socket under the same name outlives us.
     fs::remove_file(&path).unwrap();
@@ -102,9 +105,9 @@ fn what_cannot_be_a_socket_is_told() {
     let directory = Directory::new();
     let file = directory.0.join("file");
     fs::write(&file, "precious").unwrap();
-    let no_group = Access {
+    let no_group = SocketPermissions {
         group: Some("no such group".into()),
-        ..Access::default()
+        ..SocketPermissions::default()
     };
     for (error, want) in [
         (bind(&file).unwrap_err(), "exists and is not a socket"),
@@ -164,7 +167,7 @@ fn a_client_waits_for_its_front_end() {
     (&stream).read_exact(&mut byte).unwrap();
     assert!(matches!(
         connect(&directory.0.join("x".repeat(200)), stopped.as_fd()),
-        Err(ListenError::TooLong(_))
+        Err(ListenError::Socket(UnixSocketError::TooLong(_)))
     ));
 }
 
@@ -174,7 +177,7 @@ fn inherited_sockets_are_told_apart() {
     let path = directory.socket();
     let (_stop, stopped) = stop_pair();
     let listening = UnixListener::bind(&path).unwrap();
-    let Inherited::Listening(listener) = Inherited::new(listening.into()).unwrap() else {
+    let InheritedSocket::Listening(listener) = InheritedSocket::new(listening.into()).unwrap() else {
         panic!("not listening");
     };
     let _client = UnixStream::connect(&path).unwrap();
@@ -184,10 +187,11 @@ fn inherited_sockets_are_told_apart() {
     assert!(path.exists());
     let (one, _other) = UnixStream::pair().unwrap();
     assert!(matches!(
-        Inherited::new(one.into()),
-        Ok(Inherited::Connected(_))
+        InheritedSocket::new(one.into()),
+        Ok(InheritedSocket::Connected(_))
     ));
-    let idle = unix_socket(SocketFlags::CLOEXEC).unwrap();
+    let flags = rustix::net::SocketFlags::CLOEXEC;
+    let idle = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
     let datagram = std::os::unix::net::UnixDatagram::unbound().unwrap();
     let network = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     for (fd, want) in [
@@ -196,7 +200,7 @@ fn inherited_sockets_are_told_apart() {
         (network.into(), "another kind of socket"),
         (fs::File::open("/dev/null").unwrap().into(), "no socket"),
     ] {
-        let error = Inherited::new(fd).unwrap_err();
+        let error = InheritedSocket::new(fd).unwrap_err();
         assert!(error.to_string().contains(want), "{error}");
     }
 }

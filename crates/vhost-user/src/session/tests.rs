@@ -8,56 +8,56 @@ use vhost::vhost_user::message::FrontendReq as Code;
 
 use super::*;
 use crate::testing::{
-    Diary, FEATURES, PAIRS, Peer, eventfd, frame, memory_file, payload, stop_pair,
+    RecordingBackend, FEATURES, QUEUE_PAIRS, RawFrontEnd, eventfd, encode_message, memory_file, payload, stop_pair,
 };
 
 const GUEST_MEMORY: u64 = 1 << 20;
 
 /// A front-end's side of a session.
 struct FrontEnd {
-    peer: Peer,
+    peer: RawFrontEnd,
     /// What a call or kick descriptor is made of.
     event: std::os::fd::OwnedFd,
 }
 
 impl FrontEnd {
-    fn tell(&self, code: Code, payload: &[u8]) {
-        self.peer.tell(code.into(), payload, &[]);
+    fn send_request(&self, code: Code, payload: &[u8]) {
+        self.peer.send_request(code.into(), payload, &[]);
     }
 
-    fn number(&self, code: Code) -> u64 {
-        u64::from_ne_bytes(self.peer.ask(code.into(), &[]))
+    fn request_u64(&self, code: Code) -> u64 {
+        u64::from_ne_bytes(self.peer.request_reply(code.into(), &[]))
     }
 
-    fn tell_number(&self, code: Code, number: u64) {
-        self.tell(code, &number.to_ne_bytes());
+    fn send_u64(&self, code: Code, number: u64) {
+        self.send_request(code, &number.to_ne_bytes());
     }
 
-    fn acknowledged(&self, code: Code, payload: &[u8]) -> u64 {
-        self.peer.acknowledged(code.into(), payload, &[])
+    fn send_with_ack(&self, code: Code, payload: &[u8]) -> u64 {
+        self.peer.send_with_ack(code.into(), payload, &[])
     }
 
     fn enable(&self, ring: u32, value: u32) -> u64 {
-        self.acknowledged(Code::SET_VRING_ENABLE, &payload(&[ring, value]))
+        self.send_with_ack(Code::SET_VRING_ENABLE, &payload(&[ring, value]))
     }
 
     fn event(&self, code: Code, ring: u64) {
         let bytes = ring.to_ne_bytes();
-        self.peer.tell(code.into(), &bytes, &[self.event.as_fd()]);
+        self.peer.send_request(code.into(), &bytes, &[self.event.as_fd()]);
     }
 
     fn add_memory(&self, guest_addr: u64) -> u64 {
         let code = Code::ADD_MEM_REG.into();
         let file = memory_file(GUEST_MEMORY);
         self.peer
-            .acknowledged(code, &region(guest_addr), &[file.as_fd()])
+            .send_with_ack(code, &region(guest_addr), &[file.as_fd()])
     }
 
     /// NUM, BASE, ADDR, KICK: the order of QEMU.
     fn configure(&self, ring: u32, size: u32, base: u32) {
-        self.tell(Code::SET_VRING_NUM, &payload(&[ring, size]));
-        self.tell(Code::SET_VRING_BASE, &payload(&[ring, base]));
-        self.tell(
+        self.send_request(Code::SET_VRING_NUM, &payload(&[ring, size]));
+        self.send_request(Code::SET_VRING_BASE, &payload(&[ring, base]));
+        self.send_request(
             Code::SET_VRING_ADDR,
             &addresses(ring, 0x1000 * u64::from(ring)),
         );
@@ -67,7 +67,7 @@ impl FrontEnd {
     fn base(&self, ring: u32) -> u32 {
         let reply = self
             .peer
-            .ask(Code::GET_VRING_BASE.into(), &payload(&[ring, 0]));
+            .request_reply(Code::GET_VRING_BASE.into(), &payload(&[ring, 0]));
         let [a, b, c, d, e, f, g, h] = reply;
         assert_eq!(u32::from_ne_bytes([a, b, c, d]), ring);
         u32::from_ne_bytes([e, f, g, h])
@@ -75,12 +75,12 @@ impl FrontEnd {
 
     /// Waits until everything sent so far has been done.
     fn sync(&self) {
-        self.number(Code::GET_FEATURES);
+        self.request_u64(Code::GET_FEATURES);
     }
 
     fn negotiate(&self) {
-        self.tell_number(Code::SET_PROTOCOL_FEATURES, features::OFFERED);
-        self.tell_number(Code::SET_FEATURES, FEATURES | F_PROTOCOL_FEATURES);
+        self.send_u64(Code::SET_PROTOCOL_FEATURES, protocol_features::OFFERED);
+        self.send_u64(Code::SET_FEATURES, FEATURES | VHOST_USER_F_PROTOCOL_FEATURES);
     }
 }
 
@@ -97,8 +97,8 @@ fn addresses(ring: u32, start: u64) -> Vec<u8> {
 }
 
 /// Runs a session for as long as `front_end` runs; the result is the session's.
-fn session(diary: &Diary, front_end: impl FnOnce(&FrontEnd) + Send) -> Result<Ended, SessionError> {
-    let (peer, stream) = Peer::pair();
+fn session(backend: &RecordingBackend, front_end: impl FnOnce(&FrontEnd) + Send) -> Result<SessionEnd, SessionError> {
+    let (peer, stream) = RawFrontEnd::pair();
     let (_stop, stopped) = stop_pair();
     thread::scope(|scope| {
         scope.spawn(move || {
@@ -107,7 +107,7 @@ fn session(diary: &Diary, front_end: impl FnOnce(&FrontEnd) + Send) -> Result<En
                 event: eventfd(0),
             });
         });
-        serve(stream, diary, stopped.as_fd())
+        serve(stream, backend, stopped.as_fd())
     })
 }
 
@@ -122,21 +122,21 @@ fn one_pair(front_end: &FrontEnd) {
 }
 
 /// What QEMU 10 sends for two pairs of which the guest's driver, for now, uses one.
-fn qemu(front_end: &FrontEnd, diary: &Diary) {
+fn qemu(front_end: &FrontEnd, backend: &RecordingBackend) {
     for pair in 0..2u64 {
         assert_eq!(
-            front_end.number(Code::GET_FEATURES),
-            FEATURES | F_PROTOCOL_FEATURES
+            front_end.request_u64(Code::GET_FEATURES),
+            FEATURES | VHOST_USER_F_PROTOCOL_FEATURES
         );
         assert_eq!(
-            front_end.number(Code::GET_PROTOCOL_FEATURES),
-            features::OFFERED
+            front_end.request_u64(Code::GET_PROTOCOL_FEATURES),
+            protocol_features::OFFERED
         );
-        front_end.tell_number(Code::SET_PROTOCOL_FEATURES, features::OFFERED);
-        assert_eq!(front_end.number(Code::GET_QUEUE_NUM), u64::from(PAIRS));
-        assert_eq!(front_end.number(Code::GET_MAX_MEM_SLOTS), 509);
-        front_end.tell(Code::SET_OWNER, &[]);
-        front_end.number(Code::GET_FEATURES);
+        front_end.send_u64(Code::SET_PROTOCOL_FEATURES, protocol_features::OFFERED);
+        assert_eq!(front_end.request_u64(Code::GET_QUEUE_NUM), u64::from(QUEUE_PAIRS));
+        assert_eq!(front_end.request_u64(Code::GET_MAX_MEM_SLOTS), 509);
+        front_end.send_request(Code::SET_OWNER, &[]);
+        front_end.request_u64(Code::GET_FEATURES);
         for ring in 2 * pair..2 * pair + 2 {
             front_end.event(Code::SET_VRING_CALL, ring);
             front_end.event(Code::SET_VRING_ERR, ring);
@@ -145,15 +145,15 @@ fn qemu(front_end: &FrontEnd, diary: &Diary) {
     for (ring, value) in [(0, 1), (1, 1), (2, 0), (3, 0), (0, 1), (1, 1)] {
         assert_eq!(front_end.enable(ring, value), 0);
     }
-    diary.read();
+    backend.read();
     start_as_qemu(front_end);
 }
 
 fn start_as_qemu(front_end: &FrontEnd) {
     for pair in 0..2 {
-        front_end.tell_number(Code::SET_FEATURES, FEATURES | F_PROTOCOL_FEATURES);
-        let status = front_end.number(Code::GET_STATUS);
-        front_end.tell_number(Code::SET_STATUS, status | 8);
+        front_end.send_u64(Code::SET_FEATURES, FEATURES | VHOST_USER_F_PROTOCOL_FEATURES);
+        let status = front_end.request_u64(Code::GET_STATUS);
+        front_end.send_u64(Code::SET_STATUS, status | 8);
         if pair == 0 {
             assert_eq!(front_end.add_memory(0), 0);
         }
@@ -162,20 +162,20 @@ fn start_as_qemu(front_end: &FrontEnd) {
             front_end.event(Code::SET_VRING_CALL, ring.into());
         }
     }
-    assert_eq!(front_end.number(Code::GET_STATUS), 8);
+    assert_eq!(front_end.request_u64(Code::GET_STATUS), 8);
 }
 
 #[test]
 fn the_order_that_qemu_uses() {
-    let diary = Diary::standing_at(20);
-    let ended = session(&diary, |front_end| {
-        qemu(front_end, &diary);
+    let backend = RecordingBackend::with_stop_base(20);
+    let ended = session(&backend, |front_end| {
+        qemu(front_end, &backend);
         let start = |ring, enabled| {
             format!("start {ring} size 256 base 7 enabled {enabled} kick fd call fd")
         };
         let features = format!("features {FEATURES:#x}");
         assert_eq!(
-            diary.read(),
+            backend.read(),
             [
                 features.as_str(),
                 "memory 1",
@@ -193,30 +193,30 @@ fn the_order_that_qemu_uses() {
         // ethtool -L in the guest.
         assert_eq!(front_end.enable(2, 1), 0);
         assert_eq!(front_end.enable(3, 1), 0);
-        assert_eq!(diary.read(), ["enabled 2 true", "enabled 3 true"]);
+        assert_eq!(backend.read(), ["enabled 2 true", "enabled 3 true"]);
         // The driver goes.
         for ring in 0..4 {
             assert_eq!(front_end.base(ring), 20);
         }
-        front_end.tell_number(Code::SET_STATUS, 0);
-        front_end.tell(Code::RESET_DEVICE, &[]);
+        front_end.send_u64(Code::SET_STATUS, 0);
+        front_end.send_request(Code::RESET_DEVICE, &[]);
         let file = memory_file(GUEST_MEMORY);
         let code = Code::REM_MEM_REG.into();
         let removed = front_end
             .peer
-            .acknowledged(code, &region(0), &[file.as_fd()]);
+            .send_with_ack(code, &region(0), &[file.as_fd()]);
         assert_eq!(removed, 0);
         assert_eq!(
-            diary.read(),
+            backend.read(),
             ["stop 0", "stop 1", "stop 2", "stop 3", "memory 0"]
         );
-        assert_eq!(front_end.number(Code::GET_STATUS), 0);
+        assert_eq!(front_end.request_u64(Code::GET_STATUS), 0);
         // It comes again: only the first pair is enabled, no call descriptor comes before.
         front_end.enable(0, 1);
         front_end.enable(1, 1);
         start_as_qemu(front_end);
         assert_eq!(
-            diary.read(),
+            backend.read(),
             [
                 "memory 1",
                 &start(0, true),
@@ -230,37 +230,37 @@ fn the_order_that_qemu_uses() {
             ]
         );
         // Nor does the err descriptor.
-        assert!(diary.started_with(0).err.is_some());
+        assert!(backend.started_with(0).err.is_some());
     });
-    assert_eq!(ended.unwrap(), Ended::Disconnected);
+    assert_eq!(ended.unwrap(), SessionEnd::Disconnected);
     assert_eq!(
-        diary.read(),
+        backend.read(),
         ["stop 0", "stop 1", "stop 2", "stop 3", "disconnected"]
     );
-    assert!(diary.running().is_empty());
+    assert!(backend.running().is_empty());
 }
 
 #[test]
 fn a_ring_starts_whatever_the_order_of_its_messages() {
     let steps: [fn(&FrontEnd); 4] = [
-        |front_end| front_end.tell(Code::SET_VRING_NUM, &payload(&[0, 128])),
-        |front_end| front_end.tell(Code::SET_VRING_BASE, &payload(&[0, 3])),
-        |front_end| front_end.tell(Code::SET_VRING_ADDR, &addresses(0, 0)),
-        |front_end| front_end.tell_number(Code::SET_VRING_KICK, 0x100),
+        |front_end| front_end.send_request(Code::SET_VRING_NUM, &payload(&[0, 128])),
+        |front_end| front_end.send_request(Code::SET_VRING_BASE, &payload(&[0, 3])),
+        |front_end| front_end.send_request(Code::SET_VRING_ADDR, &addresses(0, 0)),
+        |front_end| front_end.send_u64(Code::SET_VRING_KICK, 0x100),
     ];
     for first in 0..4 {
-        let diary = Diary::default();
-        session(&diary, |front_end| {
+        let backend = RecordingBackend::default();
+        session(&backend, |front_end| {
             front_end.negotiate();
             front_end.add_memory(0);
             for step in 0..4 {
                 front_end.sync();
-                assert!(diary.running().is_empty());
+                assert!(backend.running().is_empty());
                 steps[(first + step) % 4](front_end);
             }
             front_end.sync();
             assert_eq!(
-                diary.read().last().unwrap(),
+                backend.read().last().unwrap(),
                 "start 0 size 128 base 3 enabled false kick none call none"
             );
         })
@@ -270,9 +270,9 @@ fn a_ring_starts_whatever_the_order_of_its_messages() {
 
 #[test]
 fn without_protocol_features_rings_start_enabled() {
-    let diary = Diary::default();
-    session(&diary, |front_end| {
-        front_end.tell_number(Code::SET_FEATURES, FEATURES);
+    let backend = RecordingBackend::default();
+    session(&backend, |front_end| {
+        front_end.send_u64(Code::SET_FEATURES, FEATURES);
         let table = [
             payload(&[1, 0]),
             [0, GUEST_MEMORY, 0, 0].map(u64::to_ne_bytes).concat(),
@@ -281,21 +281,21 @@ fn without_protocol_features_rings_start_enabled() {
         let file = memory_file(GUEST_MEMORY);
         front_end
             .peer
-            .tell(Code::SET_MEM_TABLE.into(), &table, &[file.as_fd()]);
+            .send_request(Code::SET_MEM_TABLE.into(), &table, &[file.as_fd()]);
         front_end.configure(0, 256, 0);
         front_end.sync();
-        assert!(diary.started_with(0).enabled);
+        assert!(backend.started_with(0).enabled);
         // A request for an acknowledgement that was not negotiated has none.
-        let wants = frame(Code::SET_OWNER.into(), 9, &[]);
+        let wants = encode_message(Code::SET_OWNER.into(), 9, &[]);
         front_end.peer.send(&wants, &[]);
         front_end.sync();
         // Negotiated late, the ring waits for its enable.
-        diary.read();
+        backend.read();
         front_end.negotiate();
         front_end.sync();
-        assert!(diary.read().contains(&"enabled 0 false".into()));
+        assert!(backend.read().contains(&"enabled 0 false".into()));
         front_end.enable(0, 1);
-        assert_eq!(diary.read(), ["enabled 0 true"]);
+        assert_eq!(backend.read(), ["enabled 0 true"]);
     })
     .unwrap();
 }
@@ -303,11 +303,11 @@ fn without_protocol_features_rings_start_enabled() {
 #[test]
 fn memory_that_is_not_shared_ends_the_session() {
     let empty_table = |front_end: &FrontEnd| {
-        front_end.tell(Code::SET_MEM_TABLE, &payload(&[0, 0]));
+        front_end.send_request(Code::SET_MEM_TABLE, &payload(&[0, 0]));
     };
     for prepare in [|_: &FrontEnd| {}, empty_table] {
-        let diary = Diary::default();
-        let ended = session(&diary, |front_end| {
+        let backend = RecordingBackend::default();
+        let ended = session(&backend, |front_end| {
             front_end.negotiate();
             prepare(front_end);
             front_end.configure(0, 256, 0);
@@ -315,21 +315,21 @@ fn memory_that_is_not_shared_ends_the_session() {
         assert!(matches!(ended, Err(SessionError::NotShared)), "{ended:?}");
         let text = SessionError::NotShared.to_string();
         assert!(text.contains("memory-backend-memfd,id=mem,size=SIZE,share=on"));
-        assert!(diary.running().is_empty());
+        assert!(backend.running().is_empty());
     }
 }
 
 #[test]
 fn refused_requests_change_nothing_and_the_session_goes_on() {
-    let diary = Diary::default();
-    let result = session(&diary, |front_end| {
+    let backend = RecordingBackend::default();
+    let result = session(&backend, |front_end| {
         one_pair(front_end);
-        diary.read();
+        backend.read();
         let u64s = |value: u64| value.to_ne_bytes().to_vec();
         for (code, bytes) in [
             (Code::SET_FEATURES, u64s(FEATURES | 1 << 26)),
-            (Code::SET_FEATURES, u64s(F_PROTOCOL_FEATURES)),
-            (Code::SET_PROTOCOL_FEATURES, u64s(features::OFFERED | 2)),
+            (Code::SET_FEATURES, u64s(VHOST_USER_F_PROTOCOL_FEATURES)),
+            (Code::SET_PROTOCOL_FEATURES, u64s(protocol_features::OFFERED | 2)),
             (Code::SET_VRING_BASE, payload(&[4, 0])),
             (Code::SET_VRING_NUM, payload(&[4, 256])),
             (Code::SET_VRING_NUM, payload(&[0, 0])),
@@ -348,12 +348,12 @@ fn refused_requests_change_nothing_and_the_session_goes_on() {
             (Code::SET_LOG_BASE, vec![0; 16]),
             (Code::GET_CONFIG, vec![0; 12]),
         ] {
-            assert_eq!(front_end.acknowledged(code, &bytes), 1, "{code:?}");
+            assert_eq!(front_end.send_with_ack(code, &bytes), 1, "{code:?}");
             // Without the wish for an acknowledgement there is none.
-            front_end.tell(code, &bytes);
+            front_end.send_request(code, &bytes);
         }
-        assert_eq!(front_end.peer.acknowledged(1000, &[1, 2, 3], &[]), 1);
-        front_end.peer.tell(1000, &[], &[front_end.event.as_fd()]);
+        assert_eq!(front_end.peer.send_with_ack(1000, &[1, 2, 3], &[]), 1);
+        front_end.peer.send_request(1000, &[], &[front_end.event.as_fd()]);
         // Overlapping, short and unmappable regions; a directory as memory.
         let short = memory_file(4096);
         let directory = File::open("/").unwrap();
@@ -365,23 +365,23 @@ fn refused_requests_change_nothing_and_the_session_goes_on() {
         ] {
             let code = Code::ADD_MEM_REG.into();
             let fds = [file.as_fd()];
-            assert_eq!(front_end.peer.acknowledged(code, &bytes, &fds), 1);
+            assert_eq!(front_end.peer.send_with_ack(code, &bytes, &fds), 1);
         }
         front_end.sync();
-        assert_eq!(diary.read(), Vec::<String>::new());
-        assert_eq!(diary.running(), [0, 1]);
+        assert_eq!(backend.read(), Vec::<String>::new());
+        assert_eq!(backend.running(), [0, 1]);
     });
-    assert_eq!(result.unwrap(), Ended::Disconnected);
+    assert_eq!(result.unwrap(), SessionEnd::Disconnected);
 }
 
 #[test]
 fn the_mtu_is_the_device_s_to_refuse() {
-    let diary = Diary::default();
-    session(&diary, |front_end| {
+    let backend = RecordingBackend::default();
+    session(&backend, |front_end| {
         front_end.negotiate();
-        let mtu = |value: u64| front_end.acknowledged(Code::NET_SET_MTU, &value.to_ne_bytes());
+        let mtu = |value: u64| front_end.send_with_ack(Code::NET_SET_MTU, &value.to_ne_bytes());
         assert_eq!([mtu(68), mtu(9000), mtu(9001), mtu(67)], [0, 0, 1, 1]);
-        assert_eq!(diary.read()[3..], ["mtu 68", "mtu 9000", "mtu 9001"]);
+        assert_eq!(backend.read()[3..], ["mtu 68", "mtu 9000", "mtu 9001"]);
     })
     .unwrap();
 }
@@ -391,53 +391,53 @@ fn a_broken_protocol_ends_the_session_and_stops_the_rings() {
     let u64s = |value: u64| value.to_ne_bytes().to_vec();
     let code = |code: Code| u32::from(code);
     for (bytes, fds, want) in [
-        (frame(1, 0, &[]), 0, "version 0"),
-        (frame(1, 2, &[]), 0, "version 2"),
-        (frame(1, 5, &[]), 0, "marked as a reply"),
+        (encode_message(1, 0, &[]), 0, "version 0"),
+        (encode_message(1, 2, &[]), 0, "version 2"),
+        (encode_message(1, 5, &[]), 0, "marked as a reply"),
         (payload(&[1, 1, 4097]), 0, "4097 bytes"),
         (payload(&[1, 1, u32::MAX]), 0, "4294967295 bytes"),
-        (frame(1, 1, &[0; 1]), 0, "payload of 1 bytes"),
-        (frame(1, 1, &[]), 1, "carries 1 file descriptors"),
-        (frame(1, 1, &[]), 33, "more than 32 file descriptors"),
+        (encode_message(1, 1, &[0; 1]), 0, "payload of 1 bytes"),
+        (encode_message(1, 1, &[]), 1, "carries 1 file descriptors"),
+        (encode_message(1, 1, &[]), 33, "more than 32 file descriptors"),
         (
-            frame(code(Code::SET_VRING_KICK), 1, &u64s(0)),
+            encode_message(code(Code::SET_VRING_KICK), 1, &u64s(0)),
             0,
             "instead of 1",
         ),
         (
-            frame(code(Code::SET_VRING_KICK), 1, &u64s(0x100)),
+            encode_message(code(Code::SET_VRING_KICK), 1, &u64s(0x100)),
             1,
             "instead of 0",
         ),
         (
-            frame(code(Code::SET_VRING_CALL), 1, &u64s(0)),
+            encode_message(code(Code::SET_VRING_CALL), 1, &u64s(0)),
             2,
             "instead of 1",
         ),
         (
-            frame(code(Code::GET_VRING_BASE), 1, &payload(&[4, 0])),
+            encode_message(code(Code::GET_VRING_BASE), 1, &payload(&[4, 0])),
             0,
             "ring 4",
         ),
         (
-            frame(code(Code::GET_VRING_BASE), 9, &payload(&[999, 0])),
+            encode_message(code(Code::GET_VRING_BASE), 9, &payload(&[999, 0])),
             0,
             "0x3e7",
         ),
         (payload(&[1]), 0, "middle of a message"),
         (payload(&[2, 1, 8, 0]), 0, "middle of a message"),
     ] {
-        let diary = Diary::default();
-        let error = session(&diary, |front_end| {
+        let backend = RecordingBackend::default();
+        let error = session(&backend, |front_end| {
             one_pair(front_end);
             front_end
                 .peer
                 .send(&bytes, &vec![front_end.event.as_fd(); fds]);
         })
         .unwrap_err();
-        assert!(matches!(error, SessionError::Peer(_)));
+        assert!(matches!(error, SessionError::Protocol(_)));
         assert!(error.to_string().contains(want), "{error}\nwanted: {want}");
-        let entries = diary.read();
+        let entries = backend.read();
         assert_eq!(
             entries[entries.len() - 3..],
             ["stop 0", "stop 1", "disconnected"]
@@ -449,10 +449,10 @@ fn a_broken_protocol_ends_the_session_and_stops_the_rings() {
 fn a_kick_that_is_no_eventfd_ends_the_session() {
     for path in ["/dev/zero", "/"] {
         let file = File::open(path).unwrap();
-        let error = session(&Diary::default(), |front_end| {
+        let error = session(&RecordingBackend::default(), |front_end| {
             let code = Code::SET_VRING_CALL.into();
             let bytes = 1u64.to_ne_bytes();
-            front_end.peer.tell(code, &bytes, &[file.as_fd()]);
+            front_end.peer.send_request(code, &bytes, &[file.as_fd()]);
         })
         .unwrap_err();
         assert_eq!(
@@ -464,7 +464,7 @@ fn a_kick_that_is_no_eventfd_ends_the_session() {
 
 #[test]
 fn too_many_pairs_are_told_with_both_numbers() {
-    let refusal = Refusal::NoSuchRing { ring: 4, pairs: 2 };
+    let refusal = RequestError::NoSuchVring { ring: 4, queue_pairs: 2 };
     assert_eq!(
         refusal.to_string(),
         "the front-end configures ring 4, but this device has 2 queue pairs (rings 0 to 3); raise virtionetd's --queues or lower queues= of QEMU's -netdev vhost-user"
@@ -473,18 +473,18 @@ fn too_many_pairs_are_told_with_both_numbers() {
 
 #[test]
 fn descriptors_may_change_while_a_ring_runs() {
-    let diary = Diary::default();
-    session(&diary, |front_end| {
+    let backend = RecordingBackend::default();
+    session(&backend, |front_end| {
         one_pair(front_end);
-        diary.read();
+        backend.read();
         front_end.event(Code::SET_VRING_KICK, 0);
-        front_end.tell_number(Code::SET_VRING_KICK, 0x101);
+        front_end.send_u64(Code::SET_VRING_KICK, 0x101);
         front_end.event(Code::SET_VRING_CALL, 0);
-        front_end.tell_number(Code::SET_VRING_CALL, 0x100);
+        front_end.send_u64(Code::SET_VRING_CALL, 0x100);
         front_end.event(Code::SET_VRING_ERR, 1);
         front_end.sync();
         assert_eq!(
-            diary.read(),
+            backend.read(),
             [
                 "kick 0 fd",
                 "kick 1 none",
@@ -499,53 +499,53 @@ fn descriptors_may_change_while_a_ring_runs() {
 
 #[test]
 fn a_running_ring_may_move() {
-    let diary = Diary::standing_at(11);
-    session(&diary, |front_end| {
+    let backend = RecordingBackend::with_stop_base(11);
+    session(&backend, |front_end| {
         one_pair(front_end);
-        diary.read();
+        backend.read();
         // What it has already is no change.
-        front_end.tell(Code::SET_VRING_NUM, &payload(&[0, 256]));
-        front_end.tell(Code::SET_VRING_ADDR, &addresses(0, 0));
+        front_end.send_request(Code::SET_VRING_NUM, &payload(&[0, 256]));
+        front_end.send_request(Code::SET_VRING_ADDR, &addresses(0, 0));
         front_end.sync();
-        assert_eq!(diary.read(), Vec::<String>::new());
-        front_end.tell(Code::SET_VRING_ADDR, &addresses(0, 0x8000));
+        assert_eq!(backend.read(), Vec::<String>::new());
+        front_end.send_request(Code::SET_VRING_ADDR, &addresses(0, 0x8000));
         front_end.sync();
         let moved = "start 0 size 256 base 11 enabled true kick fd call none";
-        assert_eq!(diary.read(), ["stop 0", moved]);
-        assert_eq!(diary.started_with(0).layout.desc, 0x8000);
+        assert_eq!(backend.read(), ["stop 0", moved]);
+        assert_eq!(backend.started_with(0).layout.desc, 0x8000);
         // Out of memory: the ring stands still until it has a place again.
         let bytes = addresses(0, GUEST_MEMORY);
-        assert_eq!(front_end.acknowledged(Code::SET_VRING_ADDR, &bytes), 1);
-        assert_eq!(diary.read(), ["stop 0"]);
+        assert_eq!(front_end.send_with_ack(Code::SET_VRING_ADDR, &bytes), 1);
+        assert_eq!(backend.read(), ["stop 0"]);
         front_end.add_memory(GUEST_MEMORY);
-        assert_eq!(diary.read(), ["memory 2", moved]);
-        front_end.tell(Code::SET_VRING_BASE, &payload(&[0, 3]));
+        assert_eq!(backend.read(), ["memory 2", moved]);
+        front_end.send_request(Code::SET_VRING_BASE, &payload(&[0, 3]));
         front_end.sync();
-        assert_eq!(diary.read()[0], "stop 0");
-        assert_eq!(diary.started_with(0).base, 3);
+        assert_eq!(backend.read()[0], "stop 0");
+        assert_eq!(backend.started_with(0).base, 3);
     })
     .unwrap();
 }
 
 #[test]
 fn the_base_of_a_stopped_ring_is_the_last_known() {
-    let diary = Diary::standing_at(42);
-    session(&diary, |front_end| {
+    let backend = RecordingBackend::with_stop_base(42);
+    session(&backend, |front_end| {
         assert_eq!(front_end.base(0), 0);
         one_pair(front_end);
         assert_eq!(front_end.base(0), 42);
         assert_eq!(front_end.base(0), 42);
-        diary.read();
+        backend.read();
         // New parameters alone do not start it: the kick is still to come.
-        front_end.tell(Code::SET_VRING_NUM, &payload(&[0, 64]));
-        front_end.tell(Code::SET_VRING_BASE, &payload(&[0, 50]));
+        front_end.send_request(Code::SET_VRING_NUM, &payload(&[0, 64]));
+        front_end.send_request(Code::SET_VRING_BASE, &payload(&[0, 50]));
         front_end.sync();
-        assert_eq!(diary.read(), Vec::<String>::new());
+        assert_eq!(backend.read(), Vec::<String>::new());
         assert_eq!(front_end.base(0), 50);
         front_end.event(Code::SET_VRING_KICK, 0);
         front_end.sync();
         assert_eq!(
-            diary.read(),
+            backend.read(),
             ["start 0 size 64 base 50 enabled true kick fd call none"]
         );
     })
@@ -559,18 +559,18 @@ fn resets_stop_every_ring() {
         (Code::RESET_OWNER, vec![]),
         (Code::SET_STATUS, vec![0; 8]),
     ] {
-        let diary = Diary::default();
-        session(&diary, |front_end| {
+        let backend = RecordingBackend::default();
+        session(&backend, |front_end| {
             one_pair(front_end);
-            front_end.tell_number(Code::SET_STATUS, 15);
-            assert_eq!(front_end.number(Code::GET_STATUS), 15);
-            diary.read();
-            assert_eq!(front_end.acknowledged(code, &bytes), 0);
-            assert_eq!(diary.read(), ["stop 0", "stop 1"], "{code:?}");
-            let status = front_end.number(Code::GET_STATUS);
+            front_end.send_u64(Code::SET_STATUS, 15);
+            assert_eq!(front_end.request_u64(Code::GET_STATUS), 15);
+            backend.read();
+            assert_eq!(front_end.send_with_ack(code, &bytes), 0);
+            assert_eq!(backend.read(), ["stop 0", "stop 1"], "{code:?}");
+            let status = front_end.request_u64(Code::GET_STATUS);
             assert_eq!(status == 0, code != Code::RESET_OWNER);
-            assert_eq!(front_end.acknowledged(code, &bytes), 0);
-            assert_eq!(diary.read(), Vec::<String>::new());
+            assert_eq!(front_end.send_with_ack(code, &bytes), 0);
+            assert_eq!(backend.read(), Vec::<String>::new());
         })
         .unwrap();
     }
@@ -578,17 +578,17 @@ fn resets_stop_every_ring() {
 
 #[test]
 fn packed_rings_have_other_sizes_and_bases() {
-    let diary = Diary::default();
-    session(&diary, |front_end| {
+    let backend = RecordingBackend::default();
+    session(&backend, |front_end| {
         let base = payload(&[0, 0x8000_8000]);
         let size = payload(&[0, 100]);
-        front_end.tell_number(Code::SET_PROTOCOL_FEATURES, features::OFFERED);
-        front_end.tell_number(Code::SET_FEATURES, F_PROTOCOL_FEATURES);
-        assert_eq!(front_end.acknowledged(Code::SET_VRING_BASE, &base), 1);
-        assert_eq!(front_end.acknowledged(Code::SET_VRING_NUM, &size), 1);
+        front_end.send_u64(Code::SET_PROTOCOL_FEATURES, protocol_features::OFFERED);
+        front_end.send_u64(Code::SET_FEATURES, VHOST_USER_F_PROTOCOL_FEATURES);
+        assert_eq!(front_end.send_with_ack(Code::SET_VRING_BASE, &base), 1);
+        assert_eq!(front_end.send_with_ack(Code::SET_VRING_NUM, &size), 1);
         front_end.negotiate();
-        assert_eq!(front_end.acknowledged(Code::SET_VRING_BASE, &base), 0);
-        assert_eq!(front_end.acknowledged(Code::SET_VRING_NUM, &size), 0);
+        assert_eq!(front_end.send_with_ack(Code::SET_VRING_BASE, &base), 0);
+        assert_eq!(front_end.send_with_ack(Code::SET_VRING_NUM, &size), 0);
         assert_eq!(front_end.base(0), 0x8000_8000);
     })
     .unwrap();
@@ -596,8 +596,8 @@ fn packed_rings_have_other_sizes_and_bases() {
 
 #[test]
 fn stop_ends_a_session_and_stops_its_rings() {
-    let diary = Diary::default();
-    let (peer, stream) = Peer::pair();
+    let backend = RecordingBackend::default();
+    let (peer, stream) = RawFrontEnd::pair();
     let (stop, stopped) = stop_pair();
     let ended = thread::scope(|scope| {
         scope.spawn(|| {
@@ -610,10 +610,10 @@ fn stop_ends_a_session_and_stops_its_rings() {
             let read = std::io::Read::read(&mut &front_end.peer.0, &mut byte);
             assert_eq!(read.unwrap(), 0);
         });
-        serve(stream, &diary, stopped.as_fd())
+        serve(stream, &backend, stopped.as_fd())
     });
-    assert_eq!(ended.unwrap(), Ended::Stopped);
-    assert!(diary.running().is_empty());
+    assert_eq!(ended.unwrap(), SessionEnd::Stopped);
+    assert!(backend.running().is_empty());
 }
 
 /// A message with a plausible code and ring, and with payloads of the sizes that requests have.
@@ -634,8 +634,8 @@ proptest! {
     fn any_messages_leave_a_coherent_session(
         messages in prop::collection::vec(any_message(), 1..40),
     ) {
-        let diary = Diary::default();
-        let mut session = Session::new(&diary);
+        let backend = RecordingBackend::default();
+        let mut session = Session::new(&backend);
         for (code, need_reply, payload, fds) in messages {
             let header = Header { code, need_reply, size: payload.len() };
             let fds = (0..fds).map(|_| eventfd(0)).collect();
@@ -643,6 +643,6 @@ proptest! {
             let _ = session.handle(Message { header, payload, fds });
         }
         session.stop_all();
-        prop_assert!(diary.running().is_empty());
+        prop_assert!(backend.running().is_empty());
     }
 }

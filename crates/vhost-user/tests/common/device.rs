@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use rustix::event::{EventfdFlags, eventfd};
 use virtionet_virtqueue::memory::GuestMemory;
-use virtionet_vhost_user::{Backend, BackendError, Ended, RingStart, SessionError, serve};
+use virtionet_vhost_user::{Backend, BackendError, SessionEnd, VringStart, SessionError, serve};
 
 /// VIRTIO_F_VERSION_1 and VIRTIO_NET_F_MQ.
 pub const FEATURES: u64 = 1 << 32 | 1 << 22;
@@ -16,14 +16,14 @@ pub const BASE: u32 = 77;
 
 /// Rings that run, with what they were started with.
 #[derive(Debug, Default)]
-pub struct Device(pub Mutex<BTreeMap<u16, RingStart>>);
+pub struct Device(pub Mutex<BTreeMap<u16, VringStart>>);
 
 impl Backend for Device {
     fn features(&self) -> u64 {
         FEATURES
     }
 
-    fn max_pairs(&self) -> u16 {
+    fn max_queue_pairs(&self) -> u16 {
         2
     }
 
@@ -31,12 +31,12 @@ impl Backend for Device {
 
     fn set_memory(&self, _memory: &Arc<GuestMemory>) {}
 
-    fn start_ring(&self, index: u16, start: RingStart) -> Result<(), BackendError> {
+    fn start_vring(&self, index: u16, start: VringStart) -> Result<(), BackendError> {
         self.0.lock().unwrap().insert(index, start);
         Ok(())
     }
 
-    fn stop_ring(&self, index: u16) -> Option<u32> {
+    fn stop_vring(&self, index: u16) -> Option<u32> {
         self.0.lock().unwrap().remove(&index).map(|_| BASE)
     }
 
@@ -70,7 +70,7 @@ impl Backend for Device {
 pub fn session(
     device: &Device,
     peer: impl FnOnce(UnixStream) + Send,
-) -> Result<Ended, SessionError> {
+) -> Result<SessionEnd, SessionError> {
     let (near, far) = UnixStream::pair().unwrap();
     let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
     std::thread::scope(|scope| {

@@ -4,7 +4,7 @@ use arrayvec::ArrayVec;
 use virtionet_virtqueue::memory::GuestSlice;
 
 use crate::header::VnetHeader;
-use crate::port::{MAX_BURST, TxFrame};
+use crate::uplink::{MAX_BURST, TxFrame};
 
 /// Frames that wait to be emitted together.
 #[derive(Debug, Default)]
@@ -49,18 +49,18 @@ impl Batch {
     /// Emits all frames that wait.
     pub(super) fn flush(&mut self, emit: &mut impl FnMut(&[TxFrame<'_>])) {
         if !self.lens.is_empty() {
-            self.show(emit);
+            self.emit_pending(emit);
         }
         self.bytes.clear();
         self.lens.clear();
     }
 
-    fn show(&mut self, emit: &mut impl FnMut(&[TxFrame<'_>])) {
+    fn emit_pending(&mut self, emit: &mut impl FnMut(&[TxFrame<'_>])) {
         let mut payloads: ArrayVec<GuestSlice<'_>, MAX_BURST> = ArrayVec::new();
         let mut rest = self.bytes.as_mut_slice();
         for len in &self.lens {
             let (bytes, behind) = rest.split_at_mut(*len);
-            payloads.push(GuestSlice::private(bytes));
+            payloads.push(GuestSlice::from_private(bytes));
             rest = behind;
         }
         let frames: ArrayVec<TxFrame<'_>, MAX_BURST> = payloads
@@ -76,13 +76,13 @@ impl Batch {
 }
 
 /// Emits one frame from where it lies.
-pub(super) fn emit_whole(
+pub(super) fn emit_single(
     bytes: &mut [u8],
     header: VnetHeader,
     emit: &mut impl FnMut(&[TxFrame<'_>]),
 ) {
     let len = bytes.len();
-    let payload = [GuestSlice::private(bytes)];
+    let payload = [GuestSlice::from_private(bytes)];
     emit(&[TxFrame {
         header,
         payload: &payload,

@@ -1,7 +1,7 @@
 //! The Internet checksum (RFC 1071).
 
 use super::CsumField;
-use super::headers::{put_word, word_at};
+use super::headers::{write_be16, read_be16};
 
 /// A one's complement sum that is not folded yet. Kept in the machine's byte order: the sum does
 /// not care, and the fold turns it (RFC 1071 §2 B).
@@ -33,7 +33,7 @@ impl Sum {
     }
 
     /// With one more word, given as a number.
-    pub(super) fn plus(self, word: u16) -> Self {
+    pub(super) fn add_word(self, word: u16) -> Self {
         Self(self.0 + u64::from(word.to_be()))
     }
 
@@ -54,12 +54,12 @@ impl Sum {
 
 /// The sum that a field holds once the length in its pseudo header is `new` instead of `old`.
 /// Lengths count modulo 2^16 as they do in the kernel: a packet's length never reaches that.
-pub(super) fn with_length(seed: u16, old: u16, new: u16) -> u16 {
-    Sum::default().plus(seed).plus(!old).plus(new).fold()
+pub(super) fn replace_length(pseudo_sum: u16, old: u16, new: u16) -> u16 {
+    Sum::default().add_word(pseudo_sum).add_word(!old).add_word(new).fold()
 }
 
 /// Completes the checksum at `field`, which holds the pseudo header's sum.
-pub(super) fn fill(packet: &mut [u8], field: CsumField) {
+pub(super) fn write_checksum(packet: &mut [u8], field: CsumField) {
     let covered = packet.get(field.start..).unwrap_or_default();
     let sum = Sum::of(covered);
     // A field at an odd place would be summed with its bytes swapped, as in the kernel.
@@ -68,32 +68,32 @@ pub(super) fn fill(packet: &mut [u8], field: CsumField) {
         0 => 0xffff,
         checksum => checksum,
     };
-    put_word(packet, field.at(), checksum);
+    write_be16(packet, field.position(), checksum);
 }
 
 /// Writes the checksum of the IPv4 header that is `header`.
-pub(super) fn fill_ipv4(header: &mut [u8]) {
-    put_word(header, IPV4_CHECKSUM, 0);
+pub(super) fn write_ipv4_checksum(header: &mut [u8]) {
+    write_be16(header, IPV4_CHECKSUM_OFFSET, 0);
     let checksum = Sum::of(header).checksum();
-    put_word(header, IPV4_CHECKSUM, checksum);
+    write_be16(header, IPV4_CHECKSUM_OFFSET, checksum);
 }
 
-/// Writes the checksum at `at` of the segment that is `segment` and whose field holds `seed` from
-/// now on: complete, or the seed itself for a target that takes partial ones.
-pub(super) fn fill_segment(segment: &mut [u8], at: usize, seed: u16, partial: bool) {
-    put_word(segment, at, seed);
+/// Writes the checksum at `at` of the segment that is `segment` and whose field holds `pseudo_sum` from
+/// now on: complete, or the pseudo_sum itself for a target that takes partial ones.
+pub(super) fn write_segment_checksum(segment: &mut [u8], at: usize, pseudo_sum: u16, partial: bool) {
+    write_be16(segment, at, pseudo_sum);
     if !partial {
         let checksum = Sum::of(segment).checksum();
-        put_word(segment, at, checksum);
+        write_be16(segment, at, checksum);
     }
 }
 
 /// What a checksum field holds now.
-pub(super) fn seed(packet: &[u8], field: CsumField) -> u16 {
-    word_at(packet, field.at()).unwrap_or(0)
+pub(super) fn read_pseudo_sum(packet: &[u8], field: CsumField) -> u16 {
+    read_be16(packet, field.position()).unwrap_or(0)
 }
 
-const IPV4_CHECKSUM: usize = 10;
+const IPV4_CHECKSUM_OFFSET: usize = 10;
 
 #[cfg(test)]
 mod tests {
@@ -123,7 +123,7 @@ mod tests {
             start: 14,
             offset: 6,
         };
-        fill(&mut packet, field);
+        write_checksum(&mut packet, field);
         assert_eq!(packet[20..22], [0xff, 0xff]);
     }
 
@@ -136,13 +136,13 @@ mod tests {
         #[test]
         fn words_are_numbers(bytes in prop::collection::vec(any::<u8>(), 0..40), word: u16) {
             let longer = [&word.to_be_bytes()[..], &bytes].concat();
-            prop_assert_eq!(Sum::of(&bytes).plus(word).fold(), slowly(&longer));
+            prop_assert_eq!(Sum::of(&bytes).add_word(word).fold(), slowly(&longer));
         }
 
         #[test]
         fn lengths_are_exchanged(bytes in prop::collection::vec(1u8.., 8), old: u16, new: u16) {
-            let with = |length: u16| Sum::of(&bytes).plus(length).fold();
-            prop_assert_eq!(with_length(with(old), old, new) % 0xffff, with(new) % 0xffff);
+            let with = |length: u16| Sum::of(&bytes).add_word(length).fold();
+            prop_assert_eq!(replace_length(with(old), old, new) % 0xffff, with(new) % 0xffff);
         }
     }
 }

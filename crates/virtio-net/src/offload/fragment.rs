@@ -8,46 +8,46 @@
 use std::hash::{BuildHasher, RandomState};
 
 use super::batch::Batch;
-use super::headers::{self, Layout, UDP, Version, put_len, put_word};
-use super::{CsumField, OffloadFault, checksum, requested_size};
+use super::headers::{self, PacketLayout, IPPROTO_UDP, IpVersion, write_ip_len, write_be16};
+use super::{CsumField, OffloadFault, checksum, validate_gso_size};
 use crate::header::VnetHeader;
-use crate::port::TxFrame;
+use crate::uplink::TxFrame;
 
-const HEADER_LEN: usize = 8;
-const CHECKSUM: usize = 6;
-const FRAGMENT: u8 = 44;
+const UDP_HEADER_LEN: usize = 8;
+const UDP_CHECKSUM_OFFSET: usize = 6;
+const IPPROTO_FRAGMENT: u8 = 44;
 /// Bytes of IPv6's fragment header.
-const FRAGMENT_LEN: usize = 8;
+const IPV6_FRAGMENT_HEADER_LEN: usize = 8;
 
 /// A datagram that can be fragmented: everything about it has been checked.
 #[derive(Debug)]
-pub(super) struct Plan {
-    layout: Layout,
+pub(super) struct UdpFragmentation {
+    layout: PacketLayout,
     field: CsumField,
     /// Bytes of each fragment behind its headers: a multiple of 8.
     size: usize,
 }
 
-impl Plan {
+impl UdpFragmentation {
     pub(super) fn new(
         frame: &[u8],
         request: &VnetHeader,
         field: CsumField,
     ) -> Result<Self, OffloadFault> {
-        let layout = Layout::parse(frame, UDP)?;
-        if layout.transport + HEADER_LEN > frame.len() {
-            return Err(OffloadFault::HeaderCut);
+        let layout = PacketLayout::parse(frame, IPPROTO_UDP)?;
+        if layout.transport + UDP_HEADER_LEN > frame.len() {
+            return Err(OffloadFault::HeaderTruncated);
         }
-        if layout.transport + HEADER_LEN + FRAGMENT_LEN > headers::MAX_HEADERS {
+        if layout.transport + UDP_HEADER_LEN + IPV6_FRAGMENT_HEADER_LEN > headers::MAX_HEADERS_LEN {
             return Err(OffloadFault::HeadersTooLong);
         }
         let expected = CsumField {
             start: layout.transport,
-            offset: CHECKSUM,
+            offset: UDP_CHECKSUM_OFFSET,
         };
-        let size = requested_size(request, field, expected)?;
+        let size = validate_gso_size(request, field, expected)?;
         // What the fragments make when they are put together again must be a packet.
-        headers::packet_len(frame.len(), &layout)?;
+        headers::ip_len_field(frame.len(), &layout)?;
         Ok(Self {
             layout,
             field,
@@ -57,31 +57,31 @@ impl Plan {
 }
 
 /// Completes the datagram's checksum and cuts it up. `identification` is for IPv6.
-pub(super) fn run(
-    plan: &Plan,
+pub(super) fn fragment_datagram(
+    fragmentation: &UdpFragmentation,
     frame: &mut [u8],
     identification: u32,
     batch: &mut Batch,
     emit: &mut impl FnMut(&[TxFrame<'_>]),
 ) {
-    checksum::fill(frame, plan.field);
-    let (headers, datagram) = frame.split_at(plan.layout.transport);
-    let is_whole = datagram.len() <= plan.size;
-    let count = datagram.len().div_ceil(plan.size);
-    for (n, piece) in datagram.chunks(plan.size).enumerate() {
-        let place = Place {
-            at: u16::try_from(n * plan.size).unwrap_or(u16::MAX),
+    checksum::write_checksum(frame, fragmentation.field);
+    let (headers, datagram) = frame.split_at(fragmentation.layout.transport);
+    let is_whole = datagram.len() <= fragmentation.size;
+    let count = datagram.len().div_ceil(fragmentation.size);
+    for (n, chunk) in datagram.chunks(fragmentation.size).enumerate() {
+        let position = FragmentPosition {
+            at: u16::try_from(n * fragmentation.size).unwrap_or(u16::MAX),
             is_last: n + 1 == count,
         };
-        match plan.layout.version {
-            _ if is_whole => write_whole(batch.add(&[headers, piece], emit), plan),
-            Version::V4 => write_ipv4(batch.add(&[headers, piece], emit), plan, place),
-            Version::V6 => {
-                let extension = place.fragment_header(identification);
-                let fragment = batch.add(&[headers, &extension, piece], emit);
-                put_len(fragment, &plan.layout);
-                if let Some(next) = fragment.get_mut(plan.layout.next_header) {
-                    *next = FRAGMENT;
+        match fragmentation.layout.version {
+            _ if is_whole => write_whole(batch.add(&[headers, chunk], emit), fragmentation),
+            IpVersion::V4 => write_ipv4(batch.add(&[headers, chunk], emit), fragmentation, position),
+            IpVersion::V6 => {
+                let extension = position.fragment_header(identification);
+                let fragment = batch.add(&[headers, &extension, chunk], emit);
+                write_ip_len(fragment, &fragmentation.layout);
+                if let Some(next) = fragment.get_mut(fragmentation.layout.next_header) {
+                    *next = IPPROTO_FRAGMENT;
                 }
             }
         }
@@ -90,38 +90,38 @@ pub(super) fn run(
 
 /// Which fragment.
 #[derive(Clone, Copy)]
-struct Place {
+struct FragmentPosition {
     /// First byte of the datagram; a multiple of 8.
     at: u16,
     is_last: bool,
 }
 
-impl Place {
-    fn fragment_header(self, identification: u32) -> [u8; FRAGMENT_LEN] {
+impl FragmentPosition {
+    fn fragment_header(self, identification: u32) -> [u8; IPV6_FRAGMENT_HEADER_LEN] {
         let [high, low] = (self.at | u16::from(!self.is_last)).to_be_bytes();
         let [a, b, c, d] = identification.to_be_bytes();
-        [UDP, 0, high, low, a, b, c, d]
+        [IPPROTO_UDP, 0, high, low, a, b, c, d]
     }
 }
 
 /// A datagram that needs no fragments: the length may still have lied.
-fn write_whole(frame: &mut [u8], plan: &Plan) {
-    put_len(frame, &plan.layout);
-    if let Some(ip) = frame.get_mut(plan.layout.network..plan.layout.transport)
-        && plan.layout.version == Version::V4
+fn write_whole(frame: &mut [u8], fragmentation: &UdpFragmentation) {
+    write_ip_len(frame, &fragmentation.layout);
+    if let Some(ip) = frame.get_mut(fragmentation.layout.network..fragmentation.layout.transport)
+        && fragmentation.layout.version == IpVersion::V4
     {
-        checksum::fill_ipv4(ip);
+        checksum::write_ipv4_checksum(ip);
     }
 }
 
-fn write_ipv4(fragment: &mut [u8], plan: &Plan, place: Place) {
-    put_len(fragment, &plan.layout);
-    let Some(ip) = fragment.get_mut(plan.layout.network..plan.layout.transport) else {
+fn write_ipv4(fragment: &mut [u8], fragmentation: &UdpFragmentation, position: FragmentPosition) {
+    write_ip_len(fragment, &fragmentation.layout);
+    let Some(ip) = fragment.get_mut(fragmentation.layout.network..fragmentation.layout.transport) else {
         return;
     };
-    let more = u16::from(!place.is_last) << 13;
-    put_word(ip, 6, place.at >> 3 | more);
-    checksum::fill_ipv4(ip);
+    let more = u16::from(!position.is_last) << 13;
+    write_be16(ip, 6, position.at >> 3 | more);
+    checksum::write_ipv4_checksum(ip);
 }
 
 /// Identifications of IPv6 fragments: each value once in 2^32, from a start and in steps that

@@ -5,22 +5,22 @@
 //! first byte; CWR in the first only, FIN and PSH in the last only (RFC 3168 §6.1.2, RFC 9293).
 
 use super::batch::Batch;
-use super::headers::{self, Layout, TCP, Version, put_len, put_word, word_at};
-use super::{CsumField, OffloadFault, checksum, requested_size};
+use super::headers::{self, PacketLayout, IPPROTO_TCP, IpVersion, write_ip_len, write_be16, read_be16};
+use super::{CsumField, OffloadFault, checksum, validate_gso_size};
 use crate::header::VnetHeader;
-use crate::port::TxFrame;
+use crate::uplink::TxFrame;
 
-const CHECKSUM: usize = 16;
-const SEQUENCE: usize = 4;
-const FLAGS: usize = 13;
+const TCP_CHECKSUM_OFFSET: usize = 16;
+const TCP_SEQUENCE_OFFSET: usize = 4;
+const TCP_FLAGS_OFFSET: usize = 13;
 const FIN: u8 = 0x01;
 const PSH: u8 = 0x08;
 const CWR: u8 = 0x80;
 
 /// A frame that can be segmented: everything about it has been checked.
 #[derive(Debug)]
-pub(super) struct Plan {
-    layout: Layout,
+pub(super) struct TcpSegmentation {
+    layout: PacketLayout,
     field: CsumField,
     /// Bytes of all headers.
     headers: usize,
@@ -30,27 +30,27 @@ pub(super) struct Plan {
     len: u16,
 }
 
-impl Plan {
+impl TcpSegmentation {
     pub(super) fn new(
         frame: &[u8],
-        version: Version,
+        version: IpVersion,
         request: &VnetHeader,
         field: CsumField,
     ) -> Result<Self, OffloadFault> {
-        let layout = Layout::parse(frame, TCP)?;
+        let layout = PacketLayout::parse(frame, IPPROTO_TCP)?;
         if layout.version != version {
             return Err(OffloadFault::WrongProtocol);
         }
-        let headers = layout.transport + headers::tcp_len(frame, layout.transport)?;
-        if headers > headers::MAX_HEADERS {
+        let headers = layout.transport + headers::tcp_header_len(frame, layout.transport)?;
+        if headers > headers::MAX_HEADERS_LEN {
             return Err(OffloadFault::HeadersTooLong);
         }
         let expected = CsumField {
             start: layout.transport,
-            offset: CHECKSUM,
+            offset: TCP_CHECKSUM_OFFSET,
         };
-        let size = requested_size(request, field, expected)?;
-        headers::packet_len(frame.len().min(headers + size), &layout)?;
+        let size = validate_gso_size(request, field, expected)?;
+        headers::ip_len_field(frame.len().min(headers + size), &layout)?;
         let len = u16::try_from(frame.len() - layout.transport)
             .map_err(|_| OffloadFault::FrameTooLong)?;
         Ok(Self {
@@ -64,98 +64,98 @@ impl Plan {
 }
 
 /// Cuts `frame` up; with `partial` the checksums are left to the target.
-pub(super) fn run(
-    plan: &Plan,
+pub(super) fn segment_frame(
+    segmentation: &TcpSegmentation,
     frame: &[u8],
     partial: bool,
     batch: &mut Batch,
     emit: &mut impl FnMut(&[TxFrame<'_>]),
 ) {
     if partial {
-        batch.set_header(plan.field.partial());
+        batch.set_header(segmentation.field.to_partial_header());
     }
-    let (headers, payload) = frame.split_at(plan.headers);
-    let source = Source::of(headers, plan);
+    let (headers, payload) = frame.split_at(segmentation.headers);
+    let template = HeaderTemplate::from_headers(headers, segmentation);
     let mut at = 0;
     // A frame without payload is one segment too.
     loop {
         let rest = payload.get(at..).unwrap_or_default();
-        let piece = &rest[..rest.len().min(plan.size)];
-        let place = Place {
-            number: at / plan.size,
+        let chunk = &rest[..rest.len().min(segmentation.size)];
+        let position = SegmentPosition {
+            number: at / segmentation.size,
             at,
-            is_last: piece.len() == rest.len(),
+            is_last: chunk.len() == rest.len(),
         };
-        let segment = batch.add(&[headers, piece], emit);
-        source.write(segment, plan, place, partial);
-        at += piece.len();
-        if place.is_last {
+        let segment = batch.add(&[headers, chunk], emit);
+        template.write(segment, segmentation, position, partial);
+        at += chunk.len();
+        if position.is_last {
             return;
         }
     }
 }
 
 /// What the frame's headers hold that differs from segment to segment.
-struct Source {
+struct HeaderTemplate {
     identification: u16,
     sequence: u32,
     flags: u8,
     /// The pseudo header's sum for the whole frame.
-    seed: u16,
+    pseudo_sum: u16,
 }
 
 /// Which segment.
 #[derive(Clone, Copy)]
-struct Place {
+struct SegmentPosition {
     number: usize,
     /// First byte of the payload.
     at: usize,
     is_last: bool,
 }
 
-impl Source {
-    fn of(headers: &[u8], plan: &Plan) -> Self {
-        let tcp = plan.layout.transport;
-        let word = |at| word_at(headers, at).unwrap_or(0);
-        let sequence = u32::from(word(tcp + SEQUENCE)) << 16 | u32::from(word(tcp + SEQUENCE + 2));
+impl HeaderTemplate {
+    fn from_headers(headers: &[u8], segmentation: &TcpSegmentation) -> Self {
+        let tcp = segmentation.layout.transport;
+        let word = |at| read_be16(headers, at).unwrap_or(0);
+        let sequence = u32::from(word(tcp + TCP_SEQUENCE_OFFSET)) << 16 | u32::from(word(tcp + TCP_SEQUENCE_OFFSET + 2));
         Self {
-            identification: word(plan.layout.network + 4),
+            identification: word(segmentation.layout.network + 4),
             sequence,
-            flags: headers.get(tcp + FLAGS).copied().unwrap_or(0),
-            seed: checksum::seed(headers, plan.field),
+            flags: headers.get(tcp + TCP_FLAGS_OFFSET).copied().unwrap_or(0),
+            pseudo_sum: checksum::read_pseudo_sum(headers, segmentation.field),
         }
     }
 
     /// Makes a copy of the frame's headers those of a segment.
-    fn write(&self, segment: &mut [u8], plan: &Plan, place: Place, partial: bool) {
-        let layout = &plan.layout;
-        put_len(segment, layout);
+    fn write(&self, segment: &mut [u8], segmentation: &TcpSegmentation, position: SegmentPosition, partial: bool) {
+        let layout = &segmentation.layout;
+        write_ip_len(segment, layout);
         if let Some(ip) = segment.get_mut(layout.network..layout.transport)
-            && layout.version == Version::V4
+            && layout.version == IpVersion::V4
         {
-            let number = u16::try_from(place.number).unwrap_or(0);
-            put_word(ip, 4, self.identification.wrapping_add(number));
-            checksum::fill_ipv4(ip);
+            let number = u16::try_from(position.number).unwrap_or(0);
+            write_be16(ip, 4, self.identification.wrapping_add(number));
+            checksum::write_ipv4_checksum(ip);
         }
         let Some(tcp) = segment.get_mut(layout.transport..) else {
             return;
         };
-        let at = u32::try_from(place.at).unwrap_or(0);
+        let at = u32::try_from(position.at).unwrap_or(0);
         let sequence = self.sequence.wrapping_add(at).to_be_bytes();
-        if let Some(field) = tcp.get_mut(SEQUENCE..SEQUENCE + 4) {
+        if let Some(field) = tcp.get_mut(TCP_SEQUENCE_OFFSET..TCP_SEQUENCE_OFFSET + 4) {
             field.copy_from_slice(&sequence);
         }
-        if let Some(flags) = tcp.get_mut(FLAGS) {
-            *flags = self.flags_at(place);
+        if let Some(flags) = tcp.get_mut(TCP_FLAGS_OFFSET) {
+            *flags = self.flags_for(position);
         }
-        let len = u16::try_from(tcp.len()).unwrap_or(plan.len);
-        let seed = checksum::with_length(self.seed, plan.len, len);
-        checksum::fill_segment(tcp, CHECKSUM, seed, partial);
+        let len = u16::try_from(tcp.len()).unwrap_or(segmentation.len);
+        let pseudo_sum = checksum::replace_length(self.pseudo_sum, segmentation.len, len);
+        checksum::write_segment_checksum(tcp, TCP_CHECKSUM_OFFSET, pseudo_sum, partial);
     }
 
-    fn flags_at(&self, place: Place) -> u8 {
-        let first = if place.at == 0 { 0xff } else { !CWR };
-        let last = if place.is_last { 0xff } else { !(FIN | PSH) };
+    fn flags_for(&self, position: SegmentPosition) -> u8 {
+        let first = if position.at == 0 { 0xff } else { !CWR };
+        let last = if position.is_last { 0xff } else { !(FIN | PSH) };
         self.flags & first & last
     }
 }

@@ -2,26 +2,26 @@
 //! them to where this one wants them.
 
 use virtionet_virtqueue::memory::GuestSlice;
-use virtionet_virtqueue::{Chain, RingFault};
+use virtionet_virtqueue::{Chain, VirtqueueFault};
 
-use super::{NUM_BUFFERS, RxQueue, TAKE_AT_ONCE};
-use crate::header::HEADER_LEN;
-use crate::port::TxFrame;
+use super::{NUM_BUFFERS_OFFSET, RxQueue, MIN_DEQUEUE};
+use crate::header::VNET_HEADER_LEN;
+use crate::uplink::TxFrame;
 use crate::queue::Queue;
-use crate::stats::wide;
+use crate::stats::to_u64;
 
 /// What a call of [`RxQueue::push`] did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Pushed {
+pub struct PushOutcome {
     /// Frames given to the guest; the others were dropped and counted.
     pub frames: usize,
     /// The driver wants an interrupt.
-    pub call: bool,
+    pub should_call: bool,
 }
 
 /// What has been done of a push.
 #[derive(Default)]
-struct Done {
+struct PushProgress {
     /// Chains of the burst that have been completed.
     chains: usize,
     frames: usize,
@@ -32,148 +32,148 @@ struct Done {
 }
 
 /// What came of one frame.
-enum Placed {
+enum CopyOutcome {
     /// It was given, or dropped and counted; the next may have more luck.
-    Room,
+    Continue,
     /// The guest has no buffer at all.
-    Full,
+    NoBuffers,
 }
 
 impl RxQueue {
-    /// Gives `frames` (at most [`crate::port::MAX_BURST`]), in order, to the guest. The driver sees
+    /// Gives `frames` (at most [`crate::uplink::MAX_BURST`]), in order, to the guest. The driver sees
     /// all of them at once, at the end. What finds no buffer is dropped and counted:
     /// `dropped_no_buffer`, `dropped_too_long`.
     ///
     /// # Errors
     /// When the ring can no longer be believed.
-    pub fn push(&mut self, frames: &[TxFrame<'_>]) -> Result<Pushed, RingFault> {
-        self.queue.burst.reset_work();
+    pub fn push(&mut self, frames: &[TxFrame<'_>]) -> Result<PushOutcome, VirtqueueFault> {
+        self.queue.burst.reset_descriptors_read();
         let ready = self.queue.burst.chains().len();
         let mut fault = match ready < frames.len() {
-            true => self.take_chains(frames.len() - ready).err(),
+            true => self.dequeue_chains(frames.len() - ready).err(),
             false => None,
         };
-        let mut done = Done::default();
+        let mut progress = PushProgress::default();
         let mut rest = frames;
         loop {
-            rest = &rest[self.place_each(rest, &mut done)..];
+            rest = &rest[self.copy_to_single_chains(rest, &mut progress)..];
             let Some((frame, others)) = rest.split_first() else {
                 break;
             };
-            if done.too_large.is_some_and(|len| frame.len >= len) {
+            if progress.too_large.is_some_and(|len| frame.len >= len) {
                 self.queue.stats.dropped_no_buffer.add(1);
                 rest = others;
                 continue;
             }
-            match self.place(frame, &mut done) {
-                Ok(Placed::Room) => rest = others,
-                Ok(Placed::Full) => {
+            match self.copy_to_chains(frame, &mut progress) {
+                Ok(CopyOutcome::Continue) => rest = others,
+                Ok(CopyOutcome::NoBuffers) => {
                     // Not one buffer is left: the others need not ask.
-                    self.queue.stats.dropped_no_buffer.add(wide(rest.len()));
+                    self.queue.stats.dropped_no_buffer.add(to_u64(rest.len()));
                     break;
                 }
                 Err(found) => {
-                    self.queue.stats.dropped_no_buffer.add(wide(rest.len()));
+                    self.queue.stats.dropped_no_buffer.add(to_u64(rest.len()));
                     fault = Some(found);
                     break;
                 }
             }
         }
-        for chain in &self.queue.burst.chains()[..done.chains] {
+        for chain in &self.queue.burst.chains()[..progress.chains] {
             self.capacity -= chain.len();
         }
-        self.queue.burst.retire(done.chains);
+        self.queue.burst.retire(progress.chains);
         let stats = &self.queue.stats;
-        if done.frames > 0 {
+        if progress.frames > 0 {
             stats.bursts.add(1);
-            stats.frames.add(wide(done.frames));
-            stats.bytes.add(wide(done.bytes));
+            stats.frames.add(to_u64(progress.frames));
+            stats.bytes.add(to_u64(progress.bytes));
         }
         match fault {
             // What was given before is shown first; the next call meets the fault again.
-            Some(fault) if !self.queue.ring.is_unpublished() => Err(fault),
-            _ => Ok(Pushed {
-                frames: done.frames,
-                call: self.queue.ring.publish(),
+            Some(fault) if !self.queue.virtqueue.has_unpublished() => Err(fault),
+            _ => Ok(PushOutcome {
+                frames: progress.frames,
+                should_call: self.queue.virtqueue.publish(),
             }),
         }
     }
 
     /// Copies frames to the next chains, one each, for as long as they fit; says how many.
     #[inline(always)]
-    fn place_each(&mut self, frames: &[TxFrame<'_>], done: &mut Done) -> usize {
+    fn copy_to_single_chains(&mut self, frames: &[TxFrame<'_>], progress: &mut PushProgress) -> usize {
         let Queue {
-            ring,
+            virtqueue,
             burst,
             features,
             ..
         } = &mut self.queue;
         let header_len = features.header_len();
-        let chains = burst.chains().get(done.chains..).unwrap_or_default();
+        let chains = burst.chains().get(progress.chains..).unwrap_or_default();
         let (mut count, mut bytes) = (0, 0);
         for (frame, chain) in frames.iter().zip(chains) {
             if chain.len() < header_len + frame.len {
                 break;
             }
-            let header = with_buffers(frame, 1);
+            let header = header_with_num_buffers(frame, 1);
             copy_frame(&header, header_len, frame.payload, burst.slices(chain));
             bytes += frame.len;
             count += 1;
         }
         let each = chains.iter().zip(&frames[..count]);
-        ring.complete_each(each.map(|(chain, frame)| (chain, length(header_len + frame.len))));
-        done.chains += count;
-        done.frames += count;
-        done.bytes += bytes;
+        virtqueue.complete_each(each.map(|(chain, frame)| (chain, to_u32(header_len + frame.len))));
+        progress.chains += count;
+        progress.frames += count;
+        progress.bytes += bytes;
         count
     }
 
     /// Copies one frame to the next chains, whatever they are.
     #[inline(never)]
-    fn place(&mut self, frame: &TxFrame<'_>, done: &mut Done) -> Result<Placed, RingFault> {
+    fn copy_to_chains(&mut self, frame: &TxFrame<'_>, progress: &mut PushProgress) -> Result<CopyOutcome, VirtqueueFault> {
         let header_len = self.queue.features.header_len();
         let total = header_len + frame.len;
         // A faulty chain goes back empty when its turn comes, so that the order stays.
-        while let Some(chain) = self.chain(done.chains)?
+        while let Some(chain) = self.chain_at(progress.chains)?
             && chain.fault().is_some()
         {
-            self.queue.ring.complete(&chain, 0);
-            done.chains += 1;
+            self.queue.virtqueue.complete(&chain, 0);
+            progress.chains += 1;
         }
-        let mergeable = self.queue.features.mergeable();
-        let (mut room, mut count) = (0, 0);
-        while room < total {
-            let Some(chain) = self.chain(done.chains + count)? else {
+        let mergeable = self.queue.features.has_mergeable_buffers();
+        let (mut capacity, mut count) = (0, 0);
+        while capacity < total {
+            let Some(chain) = self.chain_at(progress.chains + count)? else {
                 if count == 0 {
-                    return Ok(Placed::Full);
+                    return Ok(CopyOutcome::NoBuffers);
                 }
-                done.too_large = Some(frame.len);
+                progress.too_large = Some(frame.len);
                 self.queue.stats.dropped_no_buffer.add(1);
-                return Ok(Placed::Room);
+                return Ok(CopyOutcome::Continue);
             };
-            room += chain.len();
+            capacity += chain.len();
             count += 1;
-            if room < total && !mergeable {
+            if capacity < total && !mergeable {
                 self.queue.stats.dropped_too_long.add(1);
-                return Ok(Placed::Room);
+                return Ok(CopyOutcome::Continue);
             }
         }
-        let header = with_buffers(frame, u16::try_from(count).unwrap_or(u16::MAX));
+        let header = header_with_num_buffers(frame, u16::try_from(count).unwrap_or(u16::MAX));
         let queue = &mut self.queue;
-        let chains = &queue.burst.chains()[done.chains..done.chains + count];
-        let room = queue.burst.slices_of(chains);
-        copy_frame(&header, header_len, frame.payload, room);
-        queue.ring.complete_filled(chains, total);
-        done.chains += count;
-        done.frames += 1;
-        done.bytes += frame.len;
-        Ok(Placed::Room)
+        let chains = &queue.burst.chains()[progress.chains..progress.chains + count];
+        let buffers = queue.burst.slices_of(chains);
+        copy_frame(&header, header_len, frame.payload, buffers);
+        queue.virtqueue.complete_filled(chains, total);
+        progress.chains += count;
+        progress.frames += 1;
+        progress.bytes += frame.len;
+        Ok(CopyOutcome::Continue)
     }
 
     /// Chain number `at` of the burst, taken now if it must be; `None` when there is none.
-    fn chain(&mut self, at: usize) -> Result<Option<Chain>, RingFault> {
-        if at >= self.queue.burst.chains().len() && self.may_take() {
-            self.take_chains(TAKE_AT_ONCE)?;
+    fn chain_at(&mut self, at: usize) -> Result<Option<Chain>, VirtqueueFault> {
+        if at >= self.queue.burst.chains().len() && self.can_dequeue() {
+            self.dequeue_chains(MIN_DEQUEUE)?;
         }
         Ok(self.queue.burst.chains().get(at).copied())
     }
@@ -181,42 +181,42 @@ impl RxQueue {
 
 /// A frame's header with the number of buffers that the frame lies in.
 #[inline(always)]
-fn with_buffers(frame: &TxFrame<'_>, count: u16) -> [u8; HEADER_LEN] {
+fn header_with_num_buffers(frame: &TxFrame<'_>, count: u16) -> [u8; VNET_HEADER_LEN] {
     let mut header = frame.header.0;
-    header[NUM_BUFFERS..].copy_from_slice(&count.to_le_bytes());
+    header[NUM_BUFFERS_OFFSET..].copy_from_slice(&count.to_le_bytes());
     header
 }
 
 /// Copies header and frame to a list of slices that holds them.
 #[inline(always)]
 fn copy_frame(
-    header: &[u8; HEADER_LEN],
+    header: &[u8; VNET_HEADER_LEN],
     header_len: usize,
     payload: &[GuestSlice<'_>],
-    room: &[GuestSlice<'_>],
+    buffers: &[GuestSlice<'_>],
 ) {
-    if let ([payload], [room]) = (payload, room)
-        && header_len == HEADER_LEN
-        && room.copy_from_array(header)
+    if let ([payload], [buffers]) = (payload, buffers)
+        && header_len == VNET_HEADER_LEN
+        && buffers.copy_from_array(header)
     {
-        room.skip(HEADER_LEN).copy_from_slice(payload);
+        buffers.skip(VNET_HEADER_LEN).copy_from_slice(payload);
     } else {
-        gather(header.get(..header_len).unwrap_or(header), payload, room);
+        copy_slices(header.get(..header_len).unwrap_or(header), payload, buffers);
     }
 }
 
 /// The same for any number of slices on either side.
 #[inline(never)]
-fn gather(header: &[u8], payload: &[GuestSlice<'_>], room: &[GuestSlice<'_>]) {
-    let mut room = room.iter().copied();
-    let Some(mut to) = room.next() else { return };
+fn copy_slices(header: &[u8], payload: &[GuestSlice<'_>], buffers: &[GuestSlice<'_>]) {
+    let mut buffers = buffers.iter().copied();
+    let Some(mut to) = buffers.next() else { return };
     let mut header = header;
     while !header.is_empty() {
         let n = to.copy_from(header);
         header = &header[n..];
         to = to.skip(n);
         if to.is_empty() {
-            match room.next() {
+            match buffers.next() {
                 Some(next) => to = next,
                 None => return,
             }
@@ -229,7 +229,7 @@ fn gather(header: &[u8], payload: &[GuestSlice<'_>], room: &[GuestSlice<'_>]) {
             from = from.skip(n);
             to = to.skip(n);
             if to.is_empty() {
-                match room.next() {
+                match buffers.next() {
                     Some(next) => to = next,
                     None => return,
                 }
@@ -240,6 +240,6 @@ fn gather(header: &[u8], payload: &[GuestSlice<'_>], room: &[GuestSlice<'_>]) {
 
 /// A frame's length is bounded far below 2^32.
 #[inline(always)]
-fn length(n: usize) -> u32 {
+fn to_u32(n: usize) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX)
 }

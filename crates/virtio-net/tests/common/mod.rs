@@ -13,15 +13,15 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use virtionet_virtio_net::features::Features;
 use virtionet_virtio_net::header::VnetHeader;
-use virtionet_virtio_net::port::{Received, TxFrame, UplinkQueue};
-use virtionet_virtio_net::stats::RingStats;
+use virtionet_virtio_net::uplink::{Received, TxFrame, UplinkQueue};
+use virtionet_virtio_net::stats::VringStats;
 use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue};
-use virtionet_guest::driver::RingConfig;
+use virtionet_guest::driver::DriverVirtqueueConfig;
 use virtionet_guest::memory::{Area, GuestRam};
 use virtionet_guest::net::MODERN;
-use virtionet_guest::split::{Descriptor, SplitRing};
+use virtionet_guest::split::{SplitDescriptor, SplitDriverVirtqueue};
 use virtionet_guest::{net, rx};
-use virtionet_virtqueue::RingLayout;
+use virtionet_virtqueue::VirtqueueLayout;
 use virtionet_virtqueue::memory::{GuestMemory, GuestSlice};
 
 /// VIRTIO_F_VERSION_1 alone: a 12-byte header and nothing else.
@@ -58,19 +58,19 @@ pub fn good() -> Vec<u8> {
 }
 
 /// Guest memory and a ring in it, seen from the driver.
-pub struct Lab {
+pub struct SplitRingFixture {
     pub ram: GuestRam,
-    pub ring: SplitRing,
-    pub stats: Arc<RingStats>,
-    pub uplink: Recorder,
+    pub ring: SplitDriverVirtqueue,
+    pub stats: Arc<VringStats>,
+    pub uplink: RecordingUplink,
     features: u64,
     base: u16,
     next: u16,
-    seen: u16,
+    last_used_idx: u16,
     counted: Vec<u64>,
 }
 
-impl Lab {
+impl SplitRingFixture {
     /// An empty ring of `size` under these feature bits.
     pub fn new(size: u16, features: u64) -> Self {
         Self::starting_at(0, size, features)
@@ -84,22 +84,22 @@ impl Lab {
             (ISLAND, END - ISLAND),
         ];
         let ram = GuestRam::with_layout(&layout).unwrap();
-        let config = RingConfig {
+        let config = DriverVirtqueueConfig {
             start,
-            ..RingConfig::new(size, features)
+            ..DriverVirtqueueConfig::new(size, features)
         };
-        let ring = SplitRing::new(&ram, config).unwrap();
-        let stats = Arc::new(RingStats::default());
+        let ring = SplitDriverVirtqueue::new(&ram, config).unwrap();
+        let stats = Arc::new(VringStats::default());
         Self {
             counted: stats.values(),
             ram,
             ring,
             stats,
-            uplink: Recorder::default(),
+            uplink: RecordingUplink::default(),
             features,
             base: start,
             next: start,
-            seen: start,
+            last_used_idx: start,
         }
     }
 
@@ -113,7 +113,7 @@ impl Lab {
         let at = self.ring.addresses();
         let user = |addr| self.ram.user_addr(addr).unwrap();
         QueueConfig {
-            layout: RingLayout {
+            layout: VirtqueueLayout {
                 size: self.ring.size(),
                 desc: user(at.descriptors),
                 avail: user(at.driver),
@@ -134,7 +134,7 @@ impl Lab {
     /// Writes descriptor `index`.
     pub fn desc(&self, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
         self.ring
-            .set_descriptor(index, Descriptor::new(addr, len, flags, next));
+            .set_descriptor(index, SplitDescriptor::new(addr, len, flags, next));
     }
 
     /// Writes a table of descriptors to [`TABLE`].
@@ -142,7 +142,7 @@ impl Lab {
         let bytes = u64::try_from(entries.len() * 16).unwrap();
         let area = self.ram.area(TABLE, bytes).unwrap();
         for (&(addr, len, flags, next), offset) in entries.iter().zip((0..).step_by(16)) {
-            Descriptor::new(addr, len, flags, next).store(&area, offset);
+            SplitDescriptor::new(addr, len, flags, next).store(&area, offset);
         }
     }
 
@@ -172,9 +172,9 @@ impl Lab {
     pub fn used(&mut self) -> Vec<(u32, u32)> {
         let to = self.ring.used_index();
         let mut elements = Vec::new();
-        while self.seen != to {
-            elements.push(self.ring.used_element(self.seen));
-            self.seen = self.seen.wrapping_add(1);
+        while self.last_used_idx != to {
+            elements.push(self.ring.used_element(self.last_used_idx));
+            self.last_used_idx = self.last_used_idx.wrapping_add(1);
         }
         elements
     }
@@ -188,26 +188,26 @@ impl Lab {
 /// A driver's receiveq, empty, and the device's end of it.
 pub struct Receiveq {
     pub ram: GuestRam,
-    pub driver: rx::RxQueue,
+    pub driver: rx::DriverRxQueue,
     pub device: RxQueue,
-    pub stats: Arc<RingStats>,
+    pub stats: Arc<VringStats>,
 }
 
 impl Receiveq {
     /// With buffers of these descriptors.
     pub fn new(size: u16, features: u64, rx_buffer: &[u32]) -> Self {
-        let config = net::QueueConfig {
+        let config = net::DriverQueueConfig {
             rx_buffer: rx_buffer.to_vec(),
-            ..net::QueueConfig::new(size, features)
+            ..net::DriverQueueConfig::new(size, features)
         };
         let bytes = (config.memory() + 0x10_0000).next_multiple_of(4096);
         let ram = GuestRam::new(bytes).unwrap();
-        let driver = rx::RxQueue::new(&ram, &config).unwrap();
-        let stats = Arc::new(RingStats::default());
+        let driver = rx::DriverRxQueue::new(&ram, &config).unwrap();
+        let stats = Arc::new(VringStats::default());
         let at = driver.queue.ring.addresses();
         let user = |addr| ram.user_addr(addr).unwrap();
         let device = RxQueue::new(QueueConfig {
-            layout: RingLayout {
+            layout: VirtqueueLayout {
                 size,
                 desc: user(at.descriptors),
                 avail: user(at.driver),
@@ -228,9 +228,9 @@ impl Receiveq {
 }
 
 /// What went up since `last`, which becomes the values of now; but not what counts success.
-fn counted(stats: &RingStats, last: &mut Vec<u64>) -> Vec<(&'static str, u64)> {
+fn counted(stats: &VringStats, last: &mut Vec<u64>) -> Vec<(&'static str, u64)> {
     let before = std::mem::replace(last, stats.values());
-    let names = RingStats::NAMES.iter().map(|(name, _)| *name);
+    let names = VringStats::NAMES.iter().map(|(name, _)| *name);
     names
         .zip(last.iter().zip(before))
         .map(|(name, (now, before))| (name, now - before))
@@ -240,7 +240,7 @@ fn counted(stats: &RingStats, last: &mut Vec<u64>) -> Vec<(&'static str, u64)> {
 
 /// A frame that was transmitted: its header, and its bytes as they were at that moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Carried {
+pub struct SentFrame {
     pub header: VnetHeader,
     pub bytes: Vec<u8>,
     /// What the frame said of its length.
@@ -249,17 +249,17 @@ pub struct Carried {
 
 /// An uplink that keeps what is transmitted and hands out what it was given to receive.
 #[derive(Debug, Default)]
-pub struct Recorder {
-    sent: Mutex<Vec<Carried>>,
+pub struct RecordingUplink {
+    sent: Mutex<Vec<SentFrame>>,
     waiting: Mutex<VecDeque<Vec<u8>>>,
     /// A used ring, and its index at each call of `receive`.
     pub used: Option<Area>,
-    pub seen: Mutex<Vec<u16>>,
+    pub used_indices: Mutex<Vec<u16>>,
 }
 
-impl Recorder {
+impl RecordingUplink {
     /// Frames transmitted since the last call.
-    pub fn sent(&self) -> Vec<Carried> {
+    pub fn sent(&self) -> Vec<SentFrame> {
         std::mem::take(&mut self.sent.lock().unwrap())
     }
 
@@ -274,8 +274,8 @@ impl Recorder {
     }
 }
 
-impl UplinkQueue for Recorder {
-    fn transmit(&self, frames: &[TxFrame<'_>], stats: &RingStats) {
+impl UplinkQueue for RecordingUplink {
+    fn transmit(&self, frames: &[TxFrame<'_>], stats: &VringStats) {
         let mut sent = self.sent.lock().unwrap();
         for frame in frames {
             let mut bytes = Vec::new();
@@ -285,7 +285,7 @@ impl UplinkQueue for Recorder {
                 slice.copy_to(&mut bytes[at..]);
             }
             stats.frames.add(1);
-            sent.push(Carried {
+            sent.push(SentFrame {
                 header: frame.header,
                 bytes,
                 len: frame.len,
@@ -293,9 +293,9 @@ impl UplinkQueue for Recorder {
         }
     }
 
-    fn receive(&self, buffers: &[GuestSlice<'_>], spill: &mut [u8]) -> Received {
+    fn receive(&self, buffers: &[GuestSlice<'_>], bounce: &mut [u8]) -> Received {
         if let Some(used) = &self.used {
-            self.seen.lock().unwrap().push(used.acquire(2));
+            self.used_indices.lock().unwrap().push(used.acquire(2));
         }
         let Some(frame) = self.waiting().pop_front() else {
             return Received::Empty;
@@ -306,15 +306,15 @@ impl UplinkQueue for Recorder {
             done += slice.copy_from(&frame[done..]);
         }
         let rest = &frame[done..];
-        let spilt = rest.len().min(spill.len());
-        spill[..spilt].copy_from_slice(&rest[..spilt]);
-        match spilt == rest.len() {
+        let bounced = rest.len().min(bounce.len());
+        bounce[..bounced].copy_from_slice(&rest[..bounced]);
+        match bounced == rest.len() {
             true => Received::Frame(frame.len()),
             false => Received::TooLong,
         }
     }
 
-    fn readable(&self) -> Option<BorrowedFd<'_>> {
+    fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
 
@@ -324,9 +324,9 @@ impl UplinkQueue for Recorder {
 }
 
 /// Sets its flag when it goes, by a panic as well: else the other thread would go on for ever.
-pub struct Done<'a>(pub &'a AtomicBool);
+pub struct SetOnDrop<'a>(pub &'a AtomicBool);
 
-impl Drop for Done<'_> {
+impl Drop for SetOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Release);
     }

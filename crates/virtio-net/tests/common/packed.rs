@@ -4,35 +4,35 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use virtionet_virtio_net::features::Features;
-use virtionet_virtio_net::stats::RingStats;
+use virtionet_virtio_net::stats::VringStats;
 use virtionet_virtio_net::{DeviceQueue, QueueConfig};
-use virtionet_guest::driver::RingConfig;
+use virtionet_guest::driver::DriverVirtqueueConfig;
 use virtionet_guest::memory::GuestRam;
 use virtionet_guest::net::PACKED;
-use virtionet_guest::packed::{PackedDescriptor, PackedRing, Place};
-use virtionet_guest::split::NEXT;
-use virtionet_virtqueue::RingLayout;
+use virtionet_guest::packed::{PackedDescriptor, PackedDriverVirtqueue, RingPosition};
+use virtionet_guest::split::VRING_DESC_F_NEXT;
+use virtionet_virtqueue::VirtqueueLayout;
 
-use super::{DATA, END, HOLE, ISLAND, JOINED, Recorder, START, TABLE, counted};
+use super::{DATA, END, HOLE, ISLAND, JOINED, RecordingUplink, START, TABLE, counted};
 
 /// Guest memory and a packed ring in it, seen from the driver.
-pub struct PackedLab {
+pub struct PackedRingFixture {
     pub ram: GuestRam,
-    pub ring: PackedRing,
-    pub stats: Arc<RingStats>,
-    pub uplink: Recorder,
+    pub ring: PackedDriverVirtqueue,
+    pub stats: Arc<VringStats>,
+    pub uplink: RecordingUplink,
     /// The next descriptor to write.
-    pub at: Place,
+    pub at: RingPosition,
     features: u64,
     /// The first descriptor that was not seen used.
-    seen: Place,
+    next_used: RingPosition,
     /// Descriptors of each chain written and not seen used, and of the one at hand.
     chains: VecDeque<u16>,
     open: u16,
     counted: Vec<u64>,
 }
 
-impl PackedLab {
+impl PackedRingFixture {
     /// An empty ring of `size`, at whose descriptor `start` the driver begins.
     pub fn new(start: u16, size: u16, features: u64) -> Self {
         let layout = [
@@ -41,22 +41,22 @@ impl PackedLab {
             (ISLAND, END - ISLAND),
         ];
         let ram = GuestRam::with_layout(&layout).unwrap();
-        let config = RingConfig {
+        let config = DriverVirtqueueConfig {
             start,
-            ..RingConfig::new(size, features | PACKED)
+            ..DriverVirtqueueConfig::new(size, features | PACKED)
         };
-        let ring = PackedRing::new(&ram, config).unwrap();
-        let stats = Arc::new(RingStats::default());
-        let at = Place::nth(start, size);
+        let ring = PackedDriverVirtqueue::new(&ram, config).unwrap();
+        let stats = Arc::new(VringStats::default());
+        let at = RingPosition::nth(start, size);
         Self {
             counted: stats.values(),
             ram,
             ring,
             stats,
-            uplink: Recorder::default(),
+            uplink: RecordingUplink::default(),
             at,
             features: features | PACKED,
-            seen: at,
+            next_used: at,
             chains: VecDeque::new(),
             open: 0,
         }
@@ -64,7 +64,7 @@ impl PackedLab {
 
     /// The device's queue on this ring, from where the driver has seen it used.
     pub fn device<Q: DeviceQueue>(&self) -> Q {
-        Q::new(self.config(base(self.seen))).unwrap()
+        Q::new(self.config(base(self.next_used))).unwrap()
     }
 
     /// What a device's queue is made of.
@@ -72,7 +72,7 @@ impl PackedLab {
         let at = self.ring.addresses();
         let user = |addr| self.ram.user_addr(addr).unwrap();
         QueueConfig {
-            layout: RingLayout {
+            layout: VirtqueueLayout {
                 size: self.ring.size(),
                 desc: user(at.descriptors),
                 avail: user(at.driver),
@@ -93,7 +93,7 @@ impl PackedLab {
         self.ring.set_descriptor(at.index, descriptor);
         self.at = at.after(1, self.ring.size());
         self.open += 1;
-        if flags & NEXT == 0 {
+        if flags & VRING_DESC_F_NEXT == 0 {
             self.chains.push_back(std::mem::take(&mut self.open));
         }
     }
@@ -101,14 +101,14 @@ impl PackedLab {
     /// An empty ring, as of a driver that is loaded anew.
     pub fn reset(&mut self) {
         self.ring.reset();
-        self.at = Place::nth(0, self.ring.size());
-        self.seen = self.at;
+        self.at = RingPosition::nth(0, self.ring.size());
+        self.next_used = self.at;
         self.chains.clear();
         self.open = 0;
     }
 
     /// Descriptors that are neither the device's nor used and unseen.
-    pub fn room(&self) -> u16 {
+    pub fn free_descriptors(&self) -> u16 {
         self.ring.size() - self.open - self.chains.iter().sum::<u16>()
     }
 
@@ -124,7 +124,7 @@ impl PackedLab {
         let bytes = u64::try_from(entries.len() * 16).unwrap();
         let area = self.ram.area(TABLE, bytes).unwrap();
         for (&(addr, len, flags), offset) in entries.iter().zip((0..).step_by(16)) {
-            // An id in a table means nothing; this one would be WRITE and INDIRECT.
+            // An id in a table means nothing; this one would be WRITE and VRING_DESC_F_INDIRECT.
             PackedDescriptor::new(addr, len, 6, flags).store(&area, offset);
         }
     }
@@ -133,29 +133,29 @@ impl PackedLab {
     pub fn used(&mut self) -> Vec<(u16, u32)> {
         let mut elements = Vec::new();
         while let Some(count) = self.chains.front().copied() {
-            let found = self.ring.descriptor(self.seen.index);
+            let found = self.ring.descriptor(self.next_used.index);
             let write = if found.len == 0 { 0 } else { 2 };
-            if found.flags != self.seen.used() | write {
+            if found.flags != self.next_used.used() | write {
                 break;
             }
             elements.push((found.id, found.len));
-            self.seen = self.seen.after(count, self.ring.size());
+            self.next_used = self.next_used.after(count, self.ring.size());
             self.chains.pop_front();
         }
         elements
     }
 
-    /// The base of a device that used all that [`PackedLab::used`] has told of.
+    /// The base of a device that used all that [`PackedRingFixture::used`] has told of.
     pub fn base(&self) -> u32 {
-        base(self.seen)
+        base(self.next_used)
     }
 
-    /// Counters that went up since the last call, as of the other lab.
+    /// Counters that went up since the last call, as of the other fixture.
     pub fn counted(&mut self) -> Vec<(&'static str, u64)> {
         counted(&self.stats, &mut self.counted)
     }
 }
 
-fn base(place: Place) -> u32 {
+fn base(place: RingPosition) -> u32 {
     u32::from(place.word()) | u32::from(place.word()) << 16
 }

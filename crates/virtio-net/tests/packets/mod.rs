@@ -4,10 +4,10 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
 use virtionet_virtio_net::header::{FrameFormat, VnetHeader};
-use virtionet_virtio_net::offload::{OffloadFault, Segmenter, fits};
-use virtionet_virtio_net::port::{MAX_BURST, TxFrame};
+use virtionet_virtio_net::offload::{OffloadFault, Segmenter, can_pass_unmodified};
+use virtionet_virtio_net::uplink::{MAX_BURST, TxFrame};
 use virtionet_guest::frame::{Checksum, FrameSpec, Transport};
-use virtionet_guest::header::{GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_UDP, NEEDS_CSUM, NetHeader};
+use virtionet_guest::header::{VIRTIO_NET_HDR_GSO_ECN, VIRTIO_NET_HDR_GSO_NONE, VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_UDP, VIRTIO_NET_HDR_F_NEEDS_CSUM, NetHeader};
 use virtionet_virtqueue::memory::GuestSlice;
 
 pub const FIN: u8 = 0x01;
@@ -25,7 +25,7 @@ pub struct Packet {
 
 /// A packet in the making: what a good guest sends.
 #[derive(Debug, Clone)]
-pub struct Maker {
+pub struct PacketBuilder {
     header: NetHeader,
     bytes: Vec<u8>,
     /// Bytes of tags and IP headers so far.
@@ -34,16 +34,16 @@ pub struct Maker {
     v6: bool,
 }
 
-impl Maker {
+impl PacketBuilder {
     /// TCP with that many bytes of options (a multiple of 4) and a partial checksum.
     pub fn tcp(v6: bool, options: usize, payload: usize) -> Self {
-        let mut maker = Self::new(Transport::Tcp, v6, options + payload);
+        let mut builder = Self::new(Transport::Tcp, v6, options + payload);
         let words = u8::try_from(5 + options / 4).unwrap();
-        let at = maker.transport;
-        maker.bytes[at + 12] = words << 4;
+        let at = builder.transport;
+        builder.bytes[at + 12] = words << 4;
         // The options are no-operations: that keeps the kernel from reading them.
-        maker.bytes[at + 20..at + 20 + options].fill(1);
-        maker
+        builder.bytes[at + 20..at + 20 + options].fill(1);
+        builder
     }
 
     /// UDP with a partial checksum.
@@ -76,8 +76,8 @@ impl Maker {
         self.header.gso_size = size;
         let udp = self.header.csum_offset == 6;
         self.header.gso_type = match (udp, self.v6) {
-            (true, _) => GSO_UDP,
-            (_, v6) => GSO_TCPV4 + u8::from(v6) * 3,
+            (true, _) => VIRTIO_NET_HDR_GSO_UDP,
+            (_, v6) => VIRTIO_NET_HDR_GSO_TCPV4 + u8::from(v6) * 3,
         };
         self
     }
@@ -85,8 +85,8 @@ impl Maker {
     /// Sets TCP's flags; with CWR it is a GSO packet with ECN.
     pub fn flags(mut self, flags: u8) -> Self {
         self.bytes[self.transport + 13] = flags;
-        if flags & CWR != 0 && self.header.gso_type != GSO_NONE {
-            self.header.gso_type |= GSO_ECN;
+        if flags & CWR != 0 && self.header.gso_type != VIRTIO_NET_HDR_GSO_NONE {
+            self.header.gso_type |= VIRTIO_NET_HDR_GSO_ECN;
         }
         self
     }
@@ -132,7 +132,7 @@ impl Maker {
         self
     }
 
-    pub fn done(mut self) -> Packet {
+    pub fn build(mut self) -> Packet {
         let transport = match self.header.csum_offset {
             6 => 8,
             _ => u16::from(self.bytes[self.transport + 12] >> 4) * 4,
@@ -184,7 +184,7 @@ pub fn convert(
     format: &FrameFormat,
 ) -> Result<Vec<Packet>, OffloadFault> {
     let mut memory = packet.bytes.clone();
-    let payload: Vec<GuestSlice<'_>> = memory.chunks_mut(cut).map(GuestSlice::private).collect();
+    let payload: Vec<GuestSlice<'_>> = memory.chunks_mut(cut).map(GuestSlice::from_private).collect();
     let frame = TxFrame {
         header: packet.header,
         payload: &payload,
@@ -193,12 +193,12 @@ pub fn convert(
     let mut made = Vec::new();
     segmenter.convert(&frame, format, |burst| {
         assert!((1..=MAX_BURST).contains(&burst.len()));
-        made.extend(burst.iter().map(take));
+        made.extend(burst.iter().map(copy_packet));
     })?;
     Ok(made)
 }
 
-fn take(frame: &TxFrame<'_>) -> Packet {
+fn copy_packet(frame: &TxFrame<'_>) -> Packet {
     let mut bytes = vec![0; frame.len];
     let mut at = 0;
     for slice in frame.payload {
@@ -215,13 +215,13 @@ fn take(frame: &TxFrame<'_>) -> Packet {
 /// Says whether `made` is what `format` wants of `sent`, byte by byte.
 pub fn verify(sent: &Packet, format: &FrameFormat, made: &[Packet]) {
     for packet in made {
-        assert!(fits(&packet.header, format));
+        assert!(can_pass_unmodified(&packet.header, format));
         let header = NetHeader::from_bytes(packet.header.0);
-        assert_eq!((header.gso_type, header.gso_size), (GSO_NONE, 0));
+        assert_eq!((header.gso_type, header.gso_size), (VIRTIO_NET_HDR_GSO_NONE, 0));
     }
-    match sent.header.gso_type() & !GSO_ECN {
-        GSO_NONE => verify_one(sent, made),
-        GSO_UDP => verify_fragments(sent, made),
+    match sent.header.gso_type() & !VIRTIO_NET_HDR_GSO_ECN {
+        VIRTIO_NET_HDR_GSO_NONE => verify_one(sent, made),
+        VIRTIO_NET_HDR_GSO_UDP => verify_fragments(sent, made),
         _ => verify_segments(sent, made),
     }
 }
@@ -231,7 +231,7 @@ fn verify_one(sent: &Packet, made: &[Packet]) {
     let [made] = made else {
         panic!("{} frames of one", made.len());
     };
-    if sent.header.flags() & NEEDS_CSUM == 0 || made.header.flags() & NEEDS_CSUM != 0 {
+    if sent.header.flags() & VIRTIO_NET_HDR_F_NEEDS_CSUM == 0 || made.header.flags() & VIRTIO_NET_HDR_F_NEEDS_CSUM != 0 {
         assert_eq!(sent.bytes, made.bytes);
         return;
     }
@@ -249,12 +249,12 @@ fn verify_one(sent: &Packet, made: &[Packet]) {
 
 fn verify_segments(sent: &Packet, made: &[Packet]) {
     let size = usize::from(sent.header.gso_size());
-    let original = Read::new(&sent.bytes);
+    let original = ParsedPacket::new(&sent.bytes);
     let payload = &sent.bytes[original.payload..];
     assert_eq!(made.len(), payload.len().div_ceil(size).max(1));
     let mut stream = Vec::new();
     for (n, packet) in made.iter().enumerate() {
-        let segment = Read::new(&packet.bytes);
+        let segment = ParsedPacket::new(&packet.bytes);
         segment.check_packet(&packet.bytes);
         let piece = &packet.bytes[segment.payload..];
         assert!(piece.len() == size || n + 1 == made.len() && piece.len() <= size);
@@ -267,14 +267,14 @@ fn verify_segments(sent: &Packet, made: &[Packet]) {
 
 fn verify_fragments(sent: &Packet, made: &[Packet]) {
     let size = usize::from(sent.header.gso_size()) / 8 * 8;
-    let original = Read::new(&sent.bytes);
+    let original = ParsedPacket::new(&sent.bytes);
     let whole = &sent.bytes[original.transport..];
     assert_eq!(made.len(), whole.len().div_ceil(size));
     let mut datagram = Vec::new();
-    let first = Read::new(&made[0].bytes);
+    let first = ParsedPacket::new(&made[0].bytes);
     for (n, packet) in made.iter().enumerate() {
         assert_eq!(packet.header, VnetHeader::default());
-        let fragment = Read::new(&packet.bytes);
+        let fragment = ParsedPacket::new(&packet.bytes);
         fragment.check_packet(&packet.bytes);
         assert_eq!(fragment.identification, first.identification);
         assert_eq!(fragment.offset, datagram.len());
@@ -291,7 +291,7 @@ fn verify_fragments(sent: &Packet, made: &[Packet]) {
 }
 
 /// A packet taken apart, slowly.
-struct Read {
+struct ParsedPacket {
     v6: bool,
     network: usize,
     transport: usize,
@@ -306,7 +306,7 @@ struct Read {
     extra: usize,
 }
 
-impl Read {
+impl ParsedPacket {
     fn new(bytes: &[u8]) -> Self {
         let mut network = 14;
         while matches!(word(bytes, network - 2), 0x8100 | 0x88a8 | 0x9100) {
@@ -451,7 +451,7 @@ impl Read {
         let tcp = &made.bytes[segment.transport..];
         let exchanged = [seed.to_be_bytes(), (!old).to_be_bytes(), new.to_be_bytes()].concat();
         let field = word(tcp, 16);
-        if made.header.flags() & NEEDS_CSUM != 0 {
+        if made.header.flags() & VIRTIO_NET_HDR_F_NEEDS_CSUM != 0 {
             assert_eq!(usize::from(made.header.csum_start()), segment.transport);
             assert_eq!(made.header.csum_offset(), 16);
             assert_eq!(field % 0xffff, slow_sum(&exchanged) % 0xffff);

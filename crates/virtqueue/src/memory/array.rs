@@ -15,10 +15,10 @@ use super::loom::{AtomicU16, AtomicU64, fence, read_volatile, write_volatile};
 
 use vm_memory::ByteValued;
 
-use super::{GuestMemory, Region};
+use super::{GuestMemory, MappedRegion};
 
 /// Says of `repr(C)` structs of integers that any bytes make a valid value of theirs.
-macro_rules! plain_data {
+macro_rules! impl_byte_valued {
     ($($name:ty),* $(,)?) => {$(
         // SAFETY: repr(C), integers only, no padding (the size is the sum of its fields, see the
         // assertion beside each use), so every bit pattern is a value.
@@ -26,7 +26,7 @@ macro_rules! plain_data {
         unsafe impl vm_memory::ByteValued for $name {}
     )*};
 }
-pub(crate) use plain_data;
+pub(crate) use impl_byte_valued;
 
 /// An array in guest memory: `len` values of `T`, bounds-checked, each access volatile. It holds
 /// its region, which stays mapped as long as the array lives.
@@ -34,7 +34,7 @@ pub(crate) use plain_data;
 pub struct GuestArray<T> {
     ptr: *mut T,
     len: u16,
-    _region: Arc<Region>,
+    _region: Arc<MappedRegion>,
 }
 
 // SAFETY: the pointer leads into a shared mapping that the region keeps alive; every access is a
@@ -42,7 +42,7 @@ pub struct GuestArray<T> {
 unsafe impl<T: ByteValued> Send for GuestArray<T> {}
 
 impl<T: ByteValued> GuestArray<T> {
-    pub(super) fn at(region: &Arc<Region>, offset: usize, len: u16) -> Option<Self> {
+    pub(super) fn at(region: &Arc<MappedRegion>, offset: usize, len: u16) -> Option<Self> {
         // SAFETY: the callers checked that the whole array lies in the region's mapping.
         let ptr: *mut T = unsafe { region.host().add(offset) }.cast();
         ptr.is_aligned().then(|| Self {
@@ -107,7 +107,7 @@ impl GuestArray<u16> {
     /// Reads the values (little-endian) from number `start` on to `out`, each once; false, and
     /// nothing done, when there are not so many.
     #[inline(always)]
-    pub fn get_run(&self, start: u16, out: &mut [u16]) -> bool {
+    pub fn get_range(&self, start: u16, out: &mut [u16]) -> bool {
         let end = usize::from(start) + out.len();
         if end > usize::from(self.len) {
             return false;
@@ -148,7 +148,7 @@ pub(crate) struct Descriptor {
     rest: u64,
 }
 
-plain_data!(Descriptor);
+impl_byte_valued!(Descriptor);
 const _: () = assert!(size_of::<Descriptor>() == 16);
 
 impl Descriptor {
@@ -186,7 +186,7 @@ impl Descriptor {
 
     /// The same without this bit in `flags` of a split ring's descriptor.
     #[inline(always)]
-    pub(crate) fn without(self, flag: u16) -> Self {
+    pub(crate) fn without_flag(self, flag: u16) -> Self {
         let rest = u64::from_le(self.rest) & !(u64::from(flag) << 32);
         Self {
             rest: rest.to_le(),
@@ -203,7 +203,7 @@ impl Descriptor {
     /// A packed ring's descriptor in a split ring's order of fields, with `flags` as they were
     /// read before; its `id` is then what [`Descriptor::next`] gives.
     #[inline(always)]
-    pub(crate) fn unpacked(self, flags: u16) -> Self {
+    pub(crate) fn to_split_layout(self, flags: u16) -> Self {
         let rest = u64::from(self.len()) | u64::from(flags) << 32 | u64::from(self.third()) << 48;
         Self {
             rest: rest.to_le(),
@@ -252,10 +252,10 @@ impl GuestArray<Descriptor> {
         let slot = self.slot(index);
         // SAFETY: the second half of a descriptor in bounds, 8-aligned as descriptors are
         // 16-aligned.
-        let half = unsafe { AtomicU64::from_ptr(&raw mut (*slot).rest) };
-        let rest = half.load(Ordering::Acquire);
-        let seen = Descriptor { addr: 0, rest };
-        wanted(seen.packed_flags()).then(|| Descriptor {
+        let len_id_flags = unsafe { AtomicU64::from_ptr(&raw mut (*slot).rest) };
+        let rest = len_id_flags.load(Ordering::Acquire);
+        let snapshot = Descriptor { addr: 0, rest };
+        wanted(snapshot.packed_flags()).then(|| Descriptor {
             // SAFETY: `slot` is in bounds and aligned; the word is plain data.
             addr: unsafe { read_volatile(&raw const (*slot).addr) },
             rest,
@@ -269,8 +269,8 @@ impl GuestArray<Descriptor> {
         let word = u64::from(len) | u64::from(id) << 32 | u64::from(flags) << 48;
         // SAFETY: the second half of a descriptor in bounds, 8-aligned as descriptors are
         // 16-aligned.
-        let half = unsafe { AtomicU64::from_ptr(&raw mut (*self.slot(index)).rest) };
-        half.store(word.to_le(), Ordering::Release);
+        let len_id_flags = unsafe { AtomicU64::from_ptr(&raw mut (*self.slot(index)).rest) };
+        len_id_flags.store(word.to_le(), Ordering::Release);
     }
 }
 

@@ -22,7 +22,7 @@ use super::GuestMemory;
 
 /// What a ring can be robbed of, to see that a model notices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Without {
+pub enum DisabledOrdering {
     /// Nothing.
     Nothing,
     /// [`full_fence`](super::full_fence) does nothing.
@@ -35,7 +35,7 @@ pub enum Without {
 
 /// A cell of so many bytes.
 #[derive(Clone)]
-struct Held {
+struct ModelCell {
     bytes: usize,
     value: Rc<AtomicU64Model>,
     /// Stored to before each access, and never loaded. loom tries other orders of two accesses only
@@ -47,18 +47,18 @@ struct Held {
 
 thread_local! {
     // All threads of a model run on one thread of the system.
-    static CELLS: RefCell<BTreeMap<usize, Held>> = const { RefCell::new(BTreeMap::new()) };
-    static WITHOUT: Cell<Without> = const { Cell::new(Without::Nothing) };
+    static CELLS: RefCell<BTreeMap<usize, ModelCell>> = const { RefCell::new(BTreeMap::new()) };
+    static WITHOUT: Cell<DisabledOrdering> = const { Cell::new(DisabledOrdering::Nothing) };
 }
 
 /// From now on, in models of the calling thread.
-pub fn do_without(what: Without) {
+pub fn disable_ordering(what: DisabledOrdering) {
     WITHOUT.set(what);
 }
 
 fn order(order: Ordering) -> Ordering {
     match (order, WITHOUT.get()) {
-        (Ordering::Acquire, Without::Acquire) | (Ordering::Release, Without::Release) => {
+        (Ordering::Acquire, DisabledOrdering::Acquire) | (Ordering::Release, DisabledOrdering::Release) => {
             Ordering::Relaxed
         }
         _ => order,
@@ -67,7 +67,7 @@ fn order(order: Ordering) -> Ordering {
 
 /// In place of the one of `std::sync`.
 pub(super) fn fence(order: Ordering) {
-    if WITHOUT.get() != Without::Fences {
+    if WITHOUT.get() != DisabledOrdering::Fences {
         ::loom::sync::atomic::fence(order);
     }
 }
@@ -75,9 +75,9 @@ pub(super) fn fence(order: Ordering) {
 impl GuestMemory {
     /// Makes `count` cells of `bytes` bytes each (8 at most) at a front-end address, all zero. To be
     /// called in the model, before its threads begin.
-    pub fn model(&self, user_addr: u64, bytes: usize, count: usize) {
+    pub fn create_model_cells(&self, user_addr: u64, bytes: usize, count: usize) {
         let region = self.regions.iter().find_map(|r| {
-            let offset = r.offset(r.spec.user_addr, user_addr, super::wide(bytes * count))?;
+            let offset = r.offset(r.spec.user_addr, user_addr, super::to_u64(bytes * count))?;
             Some(r.host().addr() + offset)
         });
         let Some(start) = region else {
@@ -85,31 +85,31 @@ impl GuestMemory {
         };
         CELLS.with_borrow_mut(|cells| {
             for at in (start..).step_by(bytes).take(count) {
-                let held = Held {
+                let cell = ModelCell {
                     bytes,
                     value: Rc::default(),
                     turn: Rc::default(),
                 };
-                cells.insert(at, held);
+                cells.insert(at, cell);
             }
         });
     }
 }
 
 /// Forgets all cells: they belong to one run of a model. To be called when its threads have ended.
-pub fn forget_model() {
+pub fn clear_model() {
     CELLS.with_borrow_mut(BTreeMap::clear);
 }
 
 /// A word in a cell.
-struct Word {
-    cell: Held,
+struct ModelWord {
+    cell: ModelCell,
     /// Where in the cell it begins.
     at: usize,
     bytes: usize,
 }
 
-impl Word {
+impl ModelWord {
     fn find(addr: usize, bytes: usize) -> Self {
         let found = CELLS.with_borrow(|cells| {
             let (start, cell) = cells.range(..=addr).next_back()?;
@@ -148,7 +148,7 @@ impl Word {
 /// # Safety
 /// None is needed: the pointer only says which cell.
 pub(super) unsafe fn read_volatile<T: ByteValued>(ptr: *const T) -> T {
-    let word = Word::find(ptr.addr(), size_of::<T>());
+    let word = ModelWord::find(ptr.addr(), size_of::<T>());
     let mut value = T::zeroed();
     let bytes = word.load(Ordering::Relaxed).to_le_bytes();
     value.as_mut_slice().copy_from_slice(&bytes[..word.bytes]);
@@ -160,7 +160,7 @@ pub(super) unsafe fn read_volatile<T: ByteValued>(ptr: *const T) -> T {
 /// # Safety
 /// None is needed: the pointer only says which cell.
 pub(super) unsafe fn write_volatile<T: ByteValued>(ptr: *mut T, value: T) {
-    let word = Word::find(ptr.addr(), size_of::<T>());
+    let word = ModelWord::find(ptr.addr(), size_of::<T>());
     let mut bytes = [0; 8];
     bytes[..word.bytes].copy_from_slice(value.as_slice());
     word.store(u64::from_le_bytes(bytes), Ordering::Relaxed);
@@ -169,13 +169,13 @@ pub(super) unsafe fn write_volatile<T: ByteValued>(ptr: *mut T, value: T) {
 /// In place of the atomic types of `std::sync`, as far as they are used.
 macro_rules! atomic {
     ($($name:ident: $value:ty),*) => {$(
-        pub(super) struct $name(Word);
+        pub(super) struct $name(ModelWord);
 
         impl $name {
             /// # Safety
             /// None is needed: the pointer only says which cell.
             pub(super) unsafe fn from_ptr(ptr: *mut $value) -> Self {
-                Self(Word::find(ptr.addr(), size_of::<$value>()))
+                Self(ModelWord::find(ptr.addr(), size_of::<$value>()))
             }
 
             pub(super) fn load(&self, order: Ordering) -> $value {

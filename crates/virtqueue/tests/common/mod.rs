@@ -5,10 +5,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use virtionet_guest::driver::{DriverRing, RingConfig as DriverConfig};
+use virtionet_guest::driver::{DriverVirtqueue, DriverVirtqueueConfig};
 use virtionet_guest::memory::GuestRam;
 use virtionet_virtqueue::memory::GuestMemory;
-use virtionet_virtqueue::{Burst, Direction, Ring, RingConfig, RingLayout};
+use virtionet_virtqueue::{Burst, Direction, Virtqueue, VirtqueueConfig, VirtqueueLayout};
 
 /// Bytes of guest memory.
 pub const RAM: u64 = 0x60_0000;
@@ -32,24 +32,24 @@ pub struct Setup {
 /// The driver's end, and what the device's end is made of.
 pub struct Guest {
     pub ram: GuestRam,
-    pub ring: DriverRing,
-    pub config: RingConfig,
+    pub ring: DriverVirtqueue,
+    pub config: VirtqueueConfig,
 }
 
 impl Guest {
     pub fn new(setup: Setup) -> Self {
         let ram = GuestRam::new(RAM).unwrap();
-        let driver = DriverConfig {
+        let driver = DriverVirtqueueConfig {
             size: setup.size,
             event_idx: setup.event_idx,
             packed: setup.packed,
             start: setup.start,
         };
-        let ring = DriverRing::new(&ram, driver).unwrap();
+        let ring = DriverVirtqueue::new(&ram, driver).unwrap();
         let at = ring.addresses();
         let user = |addr| ram.user_addr(addr).unwrap();
-        let config = RingConfig {
-            layout: RingLayout {
+        let config = VirtqueueConfig {
+            layout: VirtqueueLayout {
                 size: setup.size,
                 desc: user(at.descriptors),
                 avail: user(at.driver),
@@ -71,20 +71,20 @@ impl Guest {
     }
 
     /// A device's end that goes on at `base`.
-    pub fn device(&self, base: u32) -> (Ring, Burst) {
+    pub fn device(&self, base: u32) -> (Virtqueue, Burst) {
         let memory = self.memory();
-        let config = RingConfig {
+        let config = VirtqueueConfig {
             base,
             ..self.config
         };
-        (Ring::new(config, &memory).unwrap(), Burst::new(memory))
+        (Virtqueue::new(config, &memory).unwrap(), Burst::new(memory))
     }
 }
 
 /// Sets its flag when it goes, by a panic as well: else the other thread would go on for ever.
-pub struct Done<'a>(pub &'a AtomicBool);
+pub struct SetOnDrop<'a>(pub &'a AtomicBool);
 
-impl Drop for Done<'_> {
+impl Drop for SetOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }

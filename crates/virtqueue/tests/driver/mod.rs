@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use loom::sync::atomic::fence;
 use virtionet_virtqueue::memory::{GuestArray, GuestMemory};
-use virtionet_virtqueue::{Direction, RingConfig, RingLayout};
+use virtionet_virtqueue::{Direction, VirtqueueConfig, VirtqueueLayout};
 
 /// Descriptors.
 const SIZE: u16 = 4;
@@ -15,14 +15,14 @@ const USED: u64 = 0x204;
 /// A guest address in memory, for buffers that nobody touches.
 const BUFFER: u64 = 0x2000;
 
-const NEXT: u64 = 1;
-const WRITE: u64 = 2;
-const AVAIL_BIT: u16 = 1 << 7;
-const USED_BIT: u16 = 1 << 15;
-const WRAP: u16 = 1 << 15;
+const VRING_DESC_F_NEXT: u64 = 1;
+const VRING_DESC_F_WRITE: u64 = 2;
+const VIRTQ_DESC_F_AVAIL: u16 = 1 << 7;
+const VIRTQ_DESC_F_USED: u16 = 1 << 15;
+const WRAP_COUNTER_BIT: u16 = 1 << 15;
 /// Event flags of a packed ring: never, at a descriptor. 0 is always.
-const DISABLE: u16 = 1;
-const AT_DESCRIPTOR: u16 = 2;
+const VRING_PACKED_EVENT_FLAG_DISABLE: u16 = 1;
+const VRING_PACKED_EVENT_FLAG_DESC: u16 = 2;
 
 /// How a ring is.
 #[derive(Debug, Clone, Copy)]
@@ -71,7 +71,7 @@ pub struct Driver {
     next: u16,
     /// Chains written and shown (split: the available index).
     added: u16,
-    shown: u16,
+    published: u16,
     kicked: u16,
     /// Packed: flags of the first chain not shown yet, which are to be written last.
     held: Option<(u16, u16)>,
@@ -84,19 +84,19 @@ pub struct Driver {
 
 impl Driver {
     /// An empty ring, and what the device must know of it.
-    pub fn new(memory: &Arc<GuestMemory>, base: u64, format: Format) -> (Self, RingConfig) {
+    pub fn new(memory: &Arc<GuestMemory>, base: u64, format: Format) -> (Self, VirtqueueConfig) {
         let size = u64::from(SIZE);
-        memory.model(base, 8, 2 * usize::from(SIZE));
-        memory.model(base + AVAIL, 2, usize::from(SIZE) + 3);
+        memory.create_model_cells(base, 8, 2 * usize::from(SIZE));
+        memory.create_model_cells(base + AVAIL, 2, usize::from(SIZE) + 3);
         if format.packed {
-            memory.model(base + USED, 4, 1);
+            memory.create_model_cells(base + USED, 4, 1);
         } else {
-            memory.model(base + USED, 2, 2);
-            memory.model(base + USED + 4, 8, usize::from(SIZE));
-            memory.model(base + USED + 4 + 8 * size, 2, 1);
+            memory.create_model_cells(base + USED, 2, 2);
+            memory.create_model_cells(base + USED + 4, 8, usize::from(SIZE));
+            memory.create_model_cells(base + USED + 4 + 8 * size, 2, 1);
         }
-        let config = RingConfig {
-            layout: RingLayout {
+        let config = VirtqueueConfig {
+            layout: VirtqueueLayout {
                 size: SIZE,
                 desc: base,
                 avail: base + AVAIL,
@@ -119,7 +119,7 @@ impl Driver {
             device_event: memory.user_array(base + USED, 1).unwrap(),
             next: 0,
             added: 0,
-            shown: 0,
+            published: 0,
             kicked: 0,
             held: None,
             collected: 0,
@@ -135,7 +135,7 @@ impl Driver {
         let first = self.next;
         for n in 0..count {
             let rest = len / u32::from(count) + if n == 0 { len % u32::from(count) } else { 0 };
-            let flags = WRITE | if n + 1 < count { NEXT } else { 0 };
+            let flags = VRING_DESC_F_WRITE | if n + 1 < count { VRING_DESC_F_NEXT } else { 0 };
             match self.format.packed {
                 false => self.write_split(first + n, rest, flags),
                 true => self.write_packed(first + n, token, rest, flags, n == 0),
@@ -159,7 +159,7 @@ impl Driver {
     fn write_packed(&mut self, at: u16, token: u16, len: u32, flags: u64, head: bool) {
         let place = at % SIZE;
         let mut all = u16::try_from(flags).unwrap();
-        all |= if lap_is_odd(at) { USED_BIT } else { AVAIL_BIT };
+        all |= if lap_is_odd(at) { VIRTQ_DESC_F_USED } else { VIRTQ_DESC_F_AVAIL };
         self.desc.set(2 * place, BUFFER);
         let old = self.desc16.get(8 * place + 7);
         let rest = u64::from(len) | u64::from(token) << 32 | u64::from(old) << 48;
@@ -172,8 +172,8 @@ impl Driver {
     }
 
     /// Shows the device all that was added.
-    pub fn show(&mut self) {
-        self.shown = self.added;
+    pub fn publish(&mut self) {
+        self.published = self.added;
         match self.held.take() {
             Some((at, flags)) => self.desc16.release(at, flags),
             None => self.avail.release(1, self.added),
@@ -181,7 +181,7 @@ impl Driver {
     }
 
     /// Whether the device wants a kick for what was shown since this was asked.
-    pub fn kick_needed(&mut self) -> bool {
+    pub fn is_kick_needed(&mut self) -> bool {
         fence(Ordering::SeqCst);
         let old = self.kicked;
         self.kicked = self.position();
@@ -192,10 +192,10 @@ impl Driver {
                 let [low, high, flags, _] = self.device_event.get(0).to_le_bytes();
                 match u16::from(flags) {
                     0 => true,
-                    AT_DESCRIPTOR => {
+                    VRING_PACKED_EVENT_FLAG_DESC => {
                         let event = u16::from_le_bytes([low, high]);
-                        let mut at = event & !WRAP;
-                        if lap_is_odd(self.kicked) == (event & WRAP != 0) {
+                        let mut at = event & !WRAP_COUNTER_BIT;
+                        if lap_is_odd(self.kicked) == (event & WRAP_COUNTER_BIT != 0) {
                             at = at.wrapping_sub(SIZE);
                         }
                         let new = self.kicked % SIZE;
@@ -210,7 +210,7 @@ impl Driver {
     /// Chains (split) or descriptors (packed) that have been shown.
     fn position(&self) -> u16 {
         match self.format.packed {
-            false => self.shown,
+            false => self.published,
             true => self.next,
         }
     }
@@ -257,14 +257,14 @@ impl Driver {
         }
         let flags = self.desc16.acquire(8 * (self.used_at % SIZE) + 7);
         let want = !lap_is_odd(self.used_at);
-        (flags & AVAIL_BIT != 0) == want && (flags & USED_BIT != 0) == want
+        (flags & VIRTQ_DESC_F_AVAIL != 0) == want && (flags & VIRTQ_DESC_F_USED != 0) == want
     }
 
     pub fn disable_calls(&mut self) {
         match (self.format.packed, self.format.event_idx) {
             (false, false) => self.avail.set(0, 1),
             (false, true) => {}
-            (true, _) => self.avail.set(1, DISABLE),
+            (true, _) => self.avail.set(1, VRING_PACKED_EVENT_FLAG_DISABLE),
         }
     }
 
@@ -275,9 +275,9 @@ impl Driver {
             (false, true) => self.avail.set(2 + SIZE, self.collected),
             (true, false) => self.avail.set(1, 0),
             (true, true) => {
-                let wrap = if lap_is_odd(self.used_at) { 0 } else { WRAP };
+                let wrap = if lap_is_odd(self.used_at) { 0 } else { WRAP_COUNTER_BIT };
                 self.avail.set(0, (self.used_at % SIZE) | wrap);
-                self.avail.release(1, AT_DESCRIPTOR);
+                self.avail.release(1, VRING_PACKED_EVENT_FLAG_DESC);
             }
         }
         fence(Ordering::SeqCst);

@@ -5,15 +5,15 @@ use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-use crate::sample::{Count, Sample};
+use crate::sample::{FrameCount, CounterSample};
 
 const WIDTH: usize = 20;
 const PLAIN_EVERY: Duration = Duration::from_secs(2);
 
 /// Draws the rates between one sample and the next.
 pub struct Bars {
-    last: Sample,
-    began: Instant,
+    last: CounterSample,
+    started_at: Instant,
     /// The highest rate so far: a full bar.
     full: f64,
     lines: usize,
@@ -22,9 +22,9 @@ pub struct Bars {
 
 impl Bars {
     /// Starts from `first`.
-    pub fn new(first: Sample) -> Self {
+    pub fn new(first: CounterSample) -> Self {
         Self {
-            began: first.at,
+            started_at: first.at,
             last: first,
             full: 0.1,
             lines: 0,
@@ -36,7 +36,7 @@ impl Bars {
     ///
     /// # Errors
     /// When standard output is closed.
-    pub fn draw(&mut self, now: Sample) -> io::Result<()> {
+    pub fn draw(&mut self, now: CounterSample) -> io::Result<()> {
         let time = now.at.duration_since(self.last.at);
         if !self.terminal && time < PLAIN_EVERY {
             return Ok(());
@@ -47,7 +47,7 @@ impl Bars {
             .zip(&self.last.pairs)
             .map(|(new, old)| (rate(new.rx, old.rx, time), rate(new.tx, old.tx, time)))
             .collect();
-        let seconds = now.at.duration_since(self.began).as_secs();
+        let seconds = now.at.duration_since(self.started_at).as_secs();
         let text = if self.terminal {
             self.bars(&rates)
         } else {
@@ -80,7 +80,7 @@ impl Bars {
     }
 }
 
-fn rate(new: Count, old: Count, time: Duration) -> f64 {
+fn rate(new: FrameCount, old: FrameCount, time: Duration) -> f64 {
     new.since(old).gbps(time)
 }
 

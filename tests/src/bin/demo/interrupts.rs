@@ -10,16 +10,16 @@ use virtionet_tests::topology::CARD;
 
 /// What the driver chose.
 #[derive(Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Choice {
+pub struct DriverSettings {
     /// By queue pair, of those in use.
-    pub pairs: BTreeMap<usize, Queues>,
+    pub pairs: BTreeMap<usize, PairInterrupts>,
     /// One sentence each, with the command that mends it.
     pub advice: Vec<String>,
 }
 
 /// One queue pair, as the guest sees it.
 #[derive(Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Queues {
+pub struct PairInterrupts {
     /// The receive queue's interrupt; none where queues share one.
     pub rx: Option<Vector>,
     /// The transmit queue's.
@@ -41,17 +41,17 @@ pub struct Vector {
 ///
 /// # Errors
 /// When the guest's shell does not answer.
-pub fn choice(guest: &Guest, offered: u16, vcpus: u16) -> Result<Choice> {
+pub fn choice(guest: &Guest, offered: u16, vcpus: u16) -> Result<DriverSettings> {
     let table = guest.ok("cat /proc/interrupts")?;
     let masks = guest.ok(&format!(
         "cd /sys/class/net/{CARD}/queues && for q in tx-*; do echo ${{q#tx-}} $(cat $q/xps_cpus); done"
     ))?;
-    let mut pairs: BTreeMap<usize, Queues> = BTreeMap::new();
+    let mut pairs: BTreeMap<usize, PairInterrupts> = BTreeMap::new();
     for line in masks.lines() {
         let (pair, mask) = line.split_once(' ').unwrap_or((line, "0"));
-        let queues = Queues {
+        let queues = PairInterrupts {
             xps: list(mask),
-            ..Queues::default()
+            ..PairInterrupts::default()
         };
         pairs.insert(
             pair.trim().parse().context("a queue without number")?,
@@ -65,15 +65,15 @@ pub fn choice(guest: &Guest, offered: u16, vcpus: u16) -> Result<Choice> {
         let vcpu = vcpu_of(guest, irq)?;
         let vector = Some(Vector { irq, vcpu });
         match way {
-            Way::Receive => queues.rx = vector,
-            Way::Transmit => queues.tx = vector,
+            RingDirection::Receive => queues.rx = vector,
+            RingDirection::Transmit => queues.tx = vector,
         }
     }
     let advice = advice(&table, pairs.len(), offered.into(), vcpus.into());
-    Ok(Choice { pairs, advice })
+    Ok(DriverSettings { pairs, advice })
 }
 
-impl Choice {
+impl DriverSettings {
     /// The vCPU that the receive interrupt of `pair` goes to.
     pub fn receive_cpu(&self, pair: usize) -> Option<u32> {
         Some(self.pairs.get(&pair)?.rx?.vcpu)
@@ -119,20 +119,20 @@ fn vcpu_of(guest: &Guest, irq: u32) -> Result<u32> {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Way {
+enum RingDirection {
     Receive,
     Transmit,
 }
 
 /// Interrupt numbers, directions and queue pairs of the first card's queues.
-fn queue_irqs(table: &str) -> Vec<(u32, Way, usize)> {
+fn queue_irqs(table: &str) -> Vec<(u32, RingDirection, usize)> {
     table
         .lines()
         .filter_map(|line| {
             let name = line.split_whitespace().last()?;
             let (way, pair) = match name.strip_prefix("virtio0-input.") {
-                Some(pair) => (Way::Receive, pair),
-                None => (Way::Transmit, name.strip_prefix("virtio0-output.")?),
+                Some(pair) => (RingDirection::Receive, pair),
+                None => (RingDirection::Transmit, name.strip_prefix("virtio0-output.")?),
             };
             let irq = line.split(':').next()?.trim().parse().ok()?;
             Some((irq, way, pair.parse().ok()?))
@@ -194,9 +194,9 @@ mod tests {
         assert_eq!(
             queue_irqs(OWN),
             [
-                (25, Way::Receive, 0),
-                (26, Way::Transmit, 0),
-                (27, Way::Receive, 1)
+                (25, RingDirection::Receive, 0),
+                (26, RingDirection::Transmit, 0),
+                (27, RingDirection::Receive, 1)
             ]
         );
         assert_eq!(queue_irqs(SHARED), []);
@@ -230,13 +230,13 @@ mod tests {
     #[test]
     fn each_pair_has_its_line() {
         let vector = |irq| Some(Vector { irq, vcpu: 1 });
-        let queues = Queues {
+        let queues = PairInterrupts {
             rx: vector(25),
             tx: vector(26),
             xps: "1".into(),
         };
-        let choice = Choice {
-            pairs: BTreeMap::from([(0, queues), (1, Queues::default())]),
+        let choice = DriverSettings {
+            pairs: BTreeMap::from([(0, queues), (1, PairInterrupts::default())]),
             advice: vec!["more".into()],
         };
         assert_eq!(

@@ -13,15 +13,15 @@ use nix::sys::signal::Signal;
 
 use args::{Args, HELP};
 use bars::Bars;
-use interrupts::Choice;
-use result::{Moved, Outcome, Row};
-use sample::Sample;
+use interrupts::DriverSettings;
+use result::{PairTraffic, DemoResult, PairRow};
+use sample::CounterSample;
 use virtionet_tests::daemon::{Daemon, Options};
-use virtionet_tests::iperf::{Clients, Direction, Iperf, Load, Report};
+use virtionet_tests::iperf::{Clients, Direction, Iperf, IperfLoad, IperfReport};
 use virtionet_tests::paths::{self, RunDir};
 use virtionet_tests::qemu::{Machine, Nic, Qemu, version};
 use virtionet_tests::sched;
-use virtionet_tests::topology::{GUEST, Lan, TAP, configure_guest};
+use virtionet_tests::topology::{GUEST, HostNetwork, TAP, configure_guest};
 
 mod args;
 mod bars;
@@ -35,7 +35,7 @@ const FLOWS: u16 = 8;
 
 fn main() -> ExitCode {
     let outcome = match Args::parse(env::args().skip(1)) {
-        Ok(None) => say(HELP).map_err(Into::into),
+        Ok(None) => print(HELP).map_err(Into::into),
         Ok(Some(args)) => run(&args),
         Err(error) => Err(error),
     };
@@ -52,19 +52,19 @@ fn run(args: &Args) -> Result<()> {
     paths::require_root()?;
     let accel = args.accel.resolve()?;
     let dir = RunDir::new()?;
-    let lan = Lan::bare()?;
+    let network = HostNetwork::bare()?;
     let monitor = dir.join("monitor.qmp");
-    say("starting virtionetd\n")?;
+    print("starting virtionetd\n")?;
     let daemon = Options::new()
-        .netns(lan.netns())
+        .netns(network.netns())
         .flag("--tap", TAP)
         .flag("--queues", args.queues.to_string())
         .flag("--qmp", &monitor)
         .arg("-v")
         .start(&dir, "vnet")?;
-    lan.configure()?;
+    network.configure()?;
 
-    say(&format!(
+    print(&format!(
         "booting a guest with {} vCPUs and {} queue pairs ({accel})\n",
         args.vcpus, args.queues
     ))?;
@@ -77,20 +77,20 @@ fn run(args: &Args) -> Result<()> {
         .pinned()
         .boot(&dir, "guest", BOOT)
         .with_context(|| format!("virtionetd's log:\n{}", daemon.stderr()))?;
-    say(&format!("it is up after {:.1} s\n", boot.as_secs_f64()))?;
+    print(&format!("it is up after {:.1} s\n", boot.as_secs_f64()))?;
 
     let pairs = args.queues.min(args.vcpus);
     configure_guest(qemu.guest(), pairs)?;
-    lan.reach(GUEST.v4)
+    network.wait_for_ping(GUEST.v4)
         .with_context(|| format!("virtionetd's log:\n{}", daemon.stderr()))?;
-    let outcome = measure(args, &dir, &lan, &daemon, &qemu)
+    let outcome = measure(args, &dir, &network, &daemon, &qemu)
         .with_context(|| format!("virtionetd's log:\n{}", daemon.stderr()))?;
-    let outcome = Outcome {
+    let outcome = DemoResult {
         accel: accel.to_string(),
         boot_seconds: boot.as_secs_f64(),
         ..outcome
     };
-    say(&format!("\n{}", outcome.table()))?;
+    print(&format!("\n{}", outcome.table()))?;
     if let Some(path) = &args.json {
         let text = serde_json::to_string_pretty(&outcome)? + "\n";
         fs::write(path, text).with_context(|| format!("{} cannot be written", path.display()))?;
@@ -106,18 +106,18 @@ fn run(args: &Args) -> Result<()> {
 }
 
 /// Both directions, and what each pair moved in them.
-fn measure(args: &Args, dir: &RunDir, lan: &Lan, daemon: &Daemon, qemu: &Qemu) -> Result<Outcome> {
+fn measure(args: &Args, dir: &RunDir, network: &HostNetwork, daemon: &Daemon, qemu: &Qemu) -> Result<DemoResult> {
     let guest = qemu.guest();
     let processes = args.queues.min(args.vcpus).min(FLOWS);
-    let iperf = Iperf::new(lan, guest, dir, Clients::Host, processes)?;
-    let load = Load::tcp(args.seconds).flows(FLOWS);
-    say(&format!(
+    let iperf = Iperf::new(network, guest, dir, Clients::Host, processes)?;
+    let load = IperfLoad::tcp(args.seconds).flows(FLOWS);
+    print(&format!(
         "\nhost to guest, {FLOWS} flows, {} s\n",
         args.seconds
     ))?;
     let time = Duration::from_secs(args.seconds.into());
     let (there, to_guest) = show(&iperf, &load, Direction::HostToGuest, daemon, time)?;
-    say(&format!(
+    print(&format!(
         "guest to host, {FLOWS} flows, {} s\n",
         args.seconds
     ))?;
@@ -126,9 +126,9 @@ fn measure(args: &Args, dir: &RunDir, lan: &Lan, daemon: &Daemon, qemu: &Qemu) -
     let choice = interrupts::choice(guest, args.queues, args.vcpus)?;
     let mut pairs = rows(&choice, daemon)?;
     for (row, (there, back)) in pairs.iter_mut().zip(there.into_iter().zip(back)) {
-        row.moved(there, back);
+        row.traffic(there, back);
     }
-    Ok(Outcome {
+    Ok(DemoResult {
         pairs,
         guest: choice,
         host_to_guest_gbps: to_guest.gbps,
@@ -145,38 +145,38 @@ fn measure(args: &Args, dir: &RunDir, lan: &Lan, daemon: &Daemon, qemu: &Qemu) -
 /// Runs `load` with the bars moving; returns what each pair moved meanwhile.
 fn show(
     iperf: &Iperf<'_>,
-    load: &Load,
+    load: &IperfLoad,
     direction: Direction,
     daemon: &Daemon,
     time: Duration,
-) -> Result<(Vec<Moved>, Report)> {
-    let before = Sample::take(daemon)?;
+) -> Result<(Vec<PairTraffic>, IperfReport)> {
+    let before = CounterSample::read(daemon)?;
     let mut bars = Bars::new(before.clone());
     let mut running = iperf.start(load, direction)?;
     let mut last = before.clone();
     while !running.is_over()? {
         sleep(FRAME);
-        last = Sample::take(daemon)?;
+        last = CounterSample::read(daemon)?;
         bars.draw(last.clone())?;
     }
     let report = running.finish()?;
-    let moved = last
+    let traffic = last
         .pairs
         .iter()
         .zip(&before.pairs)
-        .map(|(new, old)| Moved {
+        .map(|(new, old)| PairTraffic {
             rx: new.rx.since(old.rx),
             tx: new.tx.since(old.tx),
             time,
         })
         .collect();
-    Ok((moved, report))
+    Ok((traffic, report))
 }
 
 /// Who serves each pair, and from where. The CPUs are the kernel's word, not
 /// the daemon's.
-fn rows(choice: &Choice, daemon: &Daemon) -> Result<Vec<Row>> {
-    let sample = Sample::take(daemon)?;
+fn rows(choice: &DriverSettings, daemon: &Daemon) -> Result<Vec<PairRow>> {
+    let sample = CounterSample::read(daemon)?;
     sample
         .pairs
         .into_iter()
@@ -187,7 +187,7 @@ fn rows(choice: &Choice, daemon: &Daemon) -> Result<Vec<Row>> {
                 [one] => (*one, true),
                 _ => (sched::last_cpu(it.tid)?, false),
             };
-            Ok(Row {
+            Ok(PairRow {
                 pair,
                 guest_cpu: choice.receive_cpu(pair),
                 worker: it.worker,
@@ -206,7 +206,7 @@ fn rows(choice: &Choice, daemon: &Daemon) -> Result<Vec<Row>> {
         .collect()
 }
 
-fn say(text: &str) -> io::Result<()> {
+fn print(text: &str) -> io::Result<()> {
     let mut out = io::stdout().lock();
     out.write_all(text.as_bytes())?;
     out.flush()

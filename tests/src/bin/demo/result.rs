@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::interrupts::Choice;
-use crate::sample::Count;
+use crate::interrupts::DriverSettings;
+use crate::sample::FrameCount;
 
 /// One row: a queue pair.
 #[derive(Debug, Serialize)]
-pub struct Row {
+pub struct PairRow {
     /// Its number.
     pub pair: usize,
     /// The vCPU that its receive interrupt goes to; none while the guest does
@@ -42,11 +42,11 @@ pub struct Row {
 
 /// All of it.
 #[derive(Debug, Serialize)]
-pub struct Outcome {
+pub struct DemoResult {
     /// The queue pairs, by number.
-    pub pairs: Vec<Row>,
+    pub pairs: Vec<PairRow>,
     /// What the guest's driver chose.
-    pub guest: Choice,
+    pub guest: DriverSettings,
     /// What iperf3's receivers saw.
     pub host_to_guest_gbps: f64,
     /// What iperf3's receivers saw.
@@ -67,19 +67,19 @@ pub struct Outcome {
 
 /// What one pair moved in one direction's run, and how long iperf3 sent.
 #[derive(Clone, Copy, Debug)]
-pub struct Moved {
+pub struct PairTraffic {
     /// To the guest.
-    pub rx: Count,
+    pub rx: FrameCount,
     /// From the guest.
-    pub tx: Count,
+    pub tx: FrameCount,
     /// The time that iperf3 sent; connecting takes longer and moves nothing.
     pub time: Duration,
 }
 
-impl Row {
+impl PairRow {
     /// Fills in what the pair moved: `there` with the guest receiving, `back`
     /// with the guest sending.
-    pub fn moved(&mut self, there: Moved, back: Moved) {
+    pub fn traffic(&mut self, there: PairTraffic, back: PairTraffic) {
         self.rx_frames = there.rx.frames + back.rx.frames;
         self.rx_bytes = there.rx.bytes + back.rx.bytes;
         self.tx_frames = there.tx.frames + back.tx.frames;
@@ -94,7 +94,7 @@ const HEAD: [&str; 2] = [
     "pair |  vCPU | worker (thread)          |  CPU |     frames      bytes   Gbit/s |     frames      bytes   Gbit/s",
 ];
 
-impl Outcome {
+impl DemoResult {
     /// The table with its totals.
     pub fn table(&self) -> String {
         let rule: String = HEAD[1]
@@ -108,9 +108,9 @@ impl Outcome {
             let cpu = format!("{}{}", row.host_cpu, if row.pinned { "" } else { "*" });
             let pair = row.pair;
             _ = write!(text, "{pair:>4} | {vcpu:>5} | {worker:<24} | {cpu:>4} |");
-            way(&mut text, row.rx_frames, row.rx_bytes, row.rx_gbps);
+            write_direction(&mut text, row.rx_frames, row.rx_bytes, row.rx_gbps);
             text.push_str(" |");
-            way(&mut text, row.tx_frames, row.tx_bytes, row.tx_gbps);
+            write_direction(&mut text, row.tx_frames, row.tx_bytes, row.tx_gbps);
             text.push('\n');
         }
         self.totals(&mut text, &rule);
@@ -118,21 +118,21 @@ impl Outcome {
     }
 
     fn totals(&self, text: &mut String, rule: &str) {
-        let sum = |f: fn(&Row) -> u64| self.pairs.iter().map(f).sum::<u64>();
-        let rate = |f: fn(&Row) -> f64| self.pairs.iter().map(f).sum::<f64>();
+        let sum = |f: fn(&PairRow) -> u64| self.pairs.iter().map(f).sum::<u64>();
+        let rate = |f: fn(&PairRow) -> f64| self.pairs.iter().map(f).sum::<f64>();
         let empty = "";
         _ = write!(
             text,
             "{rule}\n all | {empty:>5} | {empty:<24} | {empty:>4} |"
         );
-        way(
+        write_direction(
             text,
             sum(|r| r.rx_frames),
             sum(|r| r.rx_bytes),
             rate(|r| r.rx_gbps),
         );
         text.push_str(" |");
-        way(
+        write_direction(
             text,
             sum(|r| r.tx_frames),
             sum(|r| r.tx_bytes),
@@ -156,7 +156,7 @@ impl Outcome {
     }
 }
 
-fn way(text: &mut String, frames: u64, bytes: u64, gbps: f64) {
+fn write_direction(text: &mut String, frames: u64, bytes: u64, gbps: f64) {
     let bytes = human(bytes);
     _ = write!(text, " {frames:>10} {bytes:>10} {gbps:>8.2}");
 }
@@ -186,8 +186,8 @@ fn human(bytes: u64) -> String {
 mod tests {
     use super::*;
 
-    fn outcome() -> Outcome {
-        let mut row = Row {
+    fn outcome() -> DemoResult {
+        let mut row = PairRow {
             pair: 0,
             guest_cpu: Some(3),
             worker: "vnet-q0".into(),
@@ -202,16 +202,16 @@ mod tests {
             rx_gbps: 0.0,
             tx_gbps: 0.0,
         };
-        let count = |frames, bytes| Count { frames, bytes };
+        let count = |frames, bytes| FrameCount { frames, bytes };
         let time = Duration::from_secs(2);
-        let moved = |rx, tx| Moved { rx, tx, time };
-        row.moved(
-            moved(count(10, 500_000_000), count(5, 300)),
-            moved(count(7, 400), count(20, 250_000_000)),
+        let traffic = |rx, tx| PairTraffic { rx, tx, time };
+        row.traffic(
+            traffic(count(10, 500_000_000), count(5, 300)),
+            traffic(count(7, 400), count(20, 250_000_000)),
         );
-        Outcome {
+        DemoResult {
             pairs: vec![row],
-            guest: Choice::default(),
+            guest: DriverSettings::default(),
             host_to_guest_gbps: 1.9,
             guest_to_host_gbps: 0.9,
             accel: "tcg".into(),

@@ -8,14 +8,14 @@ use virtionet_tests::daemon::Daemon;
 
 /// Frames and bytes of one ring.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Count {
+pub struct FrameCount {
     /// Ethernet frames.
     pub frames: u64,
     /// Their bytes.
     pub bytes: u64,
 }
 
-impl Count {
+impl FrameCount {
     /// What was added since `before`.
     pub fn since(self, before: Self) -> Self {
         Self {
@@ -36,7 +36,7 @@ impl Count {
 
 /// One queue pair.
 #[derive(Clone, Debug)]
-pub struct Pair {
+pub struct PairSample {
     /// Its worker's name.
     pub worker: String,
     /// Its worker's thread.
@@ -44,26 +44,26 @@ pub struct Pair {
     /// Why the worker stands where it does.
     pub placement: String,
     /// To the guest.
-    pub rx: Count,
+    pub rx: FrameCount,
     /// From the guest.
-    pub tx: Count,
+    pub tx: FrameCount,
 }
 
 /// All pairs at one moment.
 #[derive(Clone, Debug)]
-pub struct Sample {
+pub struct CounterSample {
     /// When.
     pub at: Instant,
     /// By number.
-    pub pairs: Vec<Pair>,
+    pub pairs: Vec<PairSample>,
 }
 
-impl Sample {
+impl CounterSample {
     /// Asks the daemon.
     ///
     /// # Errors
     /// When it does not answer, or not in the known shape.
-    pub fn take(daemon: &Daemon) -> Result<Self> {
+    pub fn read(daemon: &Daemon) -> Result<Self> {
         let device = daemon.device()?;
         let pairs = device["pairs"]
             .as_array()
@@ -78,9 +78,9 @@ impl Sample {
     }
 }
 
-fn pair(value: &Value) -> Result<Pair> {
+fn pair(value: &Value) -> Result<PairSample> {
     let tid = value["tid"].as_i64().unwrap_or(0);
-    Ok(Pair {
+    Ok(PairSample {
         worker: text(&value["worker"]),
         tid: i32::try_from(tid)?,
         placement: text(&value["placement"]),
@@ -93,13 +93,13 @@ fn text(value: &Value) -> String {
     value.as_str().unwrap_or_default().to_owned()
 }
 
-fn count(value: &Value) -> Result<Count> {
+fn count(value: &Value) -> Result<FrameCount> {
     let one = |name: &str| {
         value[name]
             .as_u64()
             .with_context(|| format!("a ring has no counter '{name}'"))
     };
-    Ok(Count {
+    Ok(FrameCount {
         frames: one("frames")?,
         bytes: one("bytes")?,
     })
@@ -112,11 +112,11 @@ mod tests {
     #[test]
     fn a_rate_is_bits_over_time() {
         let (before, after) = (
-            Count {
+            FrameCount {
                 frames: 1,
                 bytes: 1000,
             },
-            Count {
+            FrameCount {
                 frames: 3,
                 bytes: 250_001_000,
             },

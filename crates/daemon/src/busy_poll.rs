@@ -1,0 +1,129 @@
+//! How long a worker looks for frames before it sleeps.
+//!
+//! Polling pays where frames come sooner than a sleep and a kick would take. What tells is how many
+//! of them the looks of late have found: `adaptive` keeps a score of that, which finds raise (many
+//! frames at once more than one) and a look in vain lowers by half, and looks on for the score's
+//! share of its limit. A few looks in vain, and it is down to a single one; so an idle guest costs
+//! nothing, a slow one next to nothing, and a busy one is not slept on.
+
+use std::time::{Duration, Instant};
+
+use virtionet_config::Poll;
+
+/// The score at which the whole limit is spent.
+const MAX_SCORE: u32 = 256;
+/// Frames found at once beyond which more of them say nothing new.
+const MAX_COUNTED_FRAMES: usize = 16;
+/// Longest time that an `always` worker looks before it takes a breath to look at its events.
+const ALWAYS_INTERVAL: Duration = Duration::from_millis(100);
+
+/// A worker's polling, with what it has learnt.
+#[derive(Debug, Clone, Copy)]
+pub struct BusyPoll {
+    mode: Poll,
+    /// Where the worker stands it may look on; else it sleeps, whatever the mode.
+    permitted: bool,
+    /// From 0 to [`MAX_SCORE`].
+    score: u32,
+}
+
+impl BusyPoll {
+    /// Polling as configured, nothing learnt yet.
+    #[must_use]
+    pub fn new(mode: Poll) -> Self {
+        Self {
+            mode,
+            permitted: true,
+            score: 0,
+        }
+    }
+
+    /// Whether it may look on where it stands now.
+    pub fn set_permitted(&mut self, permitted: bool) {
+        self.permitted = permitted;
+    }
+
+    /// Whether the worker looks at all before it sleeps.
+    #[must_use]
+    pub fn is_on(&self) -> bool {
+        self.permitted && self.mode != Poll::Off
+    }
+
+    /// Whether the worker never sleeps.
+    #[must_use]
+    pub fn is_always(&self) -> bool {
+        self.permitted && self.mode == Poll::Always
+    }
+
+    /// Until when it may look now; `None` when it may not.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Instant> {
+        match self.mode {
+            _ if !self.permitted => None,
+            Poll::Off => None,
+            Poll::Adaptive(limit) => Some(Instant::now() + limit * self.score / MAX_SCORE),
+            Poll::Always => Some(Instant::now() + ALWAYS_INTERVAL),
+        }
+    }
+
+    /// A look found so many frames.
+    pub fn record_hit(&mut self, frames: usize) {
+        // At most MAX_COUNTED_FRAMES, which fits.
+        let frames = u32::try_from(frames.min(MAX_COUNTED_FRAMES)).unwrap_or(0);
+        // From 1/32 to 1/2 of what is missing.
+        self.score += ((MAX_SCORE - self.score) * frames).div_ceil(32);
+    }
+
+    /// The time ran out and nothing came.
+    pub fn record_miss(&mut self) {
+        self.score /= 2;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_micros(50);
+
+    fn polling_time(busy_poll: &BusyPoll) -> Duration {
+        busy_poll
+            .deadline()
+            .map_or(Duration::ZERO, |deadline| deadline - Instant::now())
+    }
+
+    #[test]
+    fn finds_raise_it_to_the_limit_and_a_few_looks_in_vain_end_it() {
+        let mut busy_poll = BusyPoll::new(Poll::Adaptive(LIMIT));
+        assert_eq!(busy_poll.score, 0);
+        (0..200).for_each(|_| busy_poll.record_hit(1));
+        assert_eq!(busy_poll.score, MAX_SCORE);
+        assert!(polling_time(&busy_poll) <= LIMIT);
+        (0..9).for_each(|_| busy_poll.record_miss());
+        assert_eq!(busy_poll.score, 0);
+        assert_eq!(polling_time(&busy_poll), Duration::ZERO);
+    }
+
+    #[test]
+    fn where_it_is_not_permitted_it_sleeps_at_once() {
+        for mode in [Poll::Always, Poll::Adaptive(LIMIT)] {
+            let mut busy_poll = BusyPoll::new(mode);
+            assert!(busy_poll.is_on() && busy_poll.deadline().is_some());
+            busy_poll.set_permitted(false);
+            assert!(!busy_poll.is_on() && !busy_poll.is_always() && busy_poll.deadline().is_none());
+            busy_poll.set_permitted(true);
+            assert_eq!(busy_poll.is_always(), mode == Poll::Always);
+        }
+    }
+
+    #[test]
+    fn many_frames_at_once_tell_sooner_than_single_ones() {
+        let mut single = BusyPoll::new(Poll::Adaptive(LIMIT));
+        let mut many = single;
+        (0..4).for_each(|_| single.record_hit(1));
+        (0..4).for_each(|_| many.record_hit(64));
+        assert!(many.score > 2 * single.score, "{many:?} {single:?}");
+        many.record_hit(usize::MAX);
+        assert!(many.score <= MAX_SCORE);
+    }
+}

@@ -1,0 +1,235 @@
+//! What the host gives this process: the CPUs it may run on, and how those lie to each other. One
+//! view for all devices; looked at again while front-ends are connected.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use parking_lot::Mutex;
+use rustix::event::{EventfdFlags, eventfd};
+use virtionet_placement::{AffinityError, CpuSet, Topology, process_cpus, thread_cpus};
+
+const SYS: &str = "/sys";
+/// The file that changes when a CPU goes offline or comes back.
+const ONLINE: &str = "/sys/devices/system/cpu/online";
+
+/// See the module.
+#[derive(Debug)]
+pub struct HostCpus {
+    view: Mutex<CpuView>,
+    /// [`ONLINE`], kept open: where there is no such file no CPU can go offline.
+    online: Option<File>,
+    /// By device: the CPUs that its guest's vCPUs are pinned to.
+    pinned: Mutex<BTreeMap<u32, CpuSet>>,
+    /// Devices that were told apart so far.
+    devices: AtomicU32,
+    /// Goes up when the view or the pins change.
+    version: AtomicU32,
+    /// Readable when a front-end has connected and nobody may be looking.
+    wakeup: OwnedFd,
+}
+
+/// The CPUs of this process.
+#[derive(Debug, Clone)]
+struct CpuView {
+    allowed: CpuSet,
+    topology: Arc<Topology>,
+    fingerprint: Fingerprint,
+}
+
+/// What is cheap to read and changes whenever the view does.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Fingerprint {
+    online: Option<Vec<u8>>,
+    /// Those of the main thread, which nobody pins, that are online.
+    cpus: Option<CpuSet>,
+}
+
+impl HostCpus {
+    /// Reads all of it. To be called before a thread of this process is pinned.
+    ///
+    /// # Errors
+    /// When the kernel does not tell which CPUs this process may use, or has no descriptor left.
+    pub fn read() -> Result<Self, HostCpusError> {
+        let online = File::open(ONLINE).ok();
+        Ok(Self {
+            view: Mutex::new(CpuView::read(Fingerprint::read(online.as_ref()))?),
+            online,
+            pinned: Mutex::default(),
+            devices: AtomicU32::new(0),
+            version: AtomicU32::new(0),
+            wakeup: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+                .map_err(|error| HostCpusError::EventFd(error.into()))?,
+        })
+    }
+
+    /// The CPUs allowed to this process, those that are offline included.
+    #[must_use]
+    pub fn allowed(&self) -> CpuSet {
+        self.view.lock().allowed.clone()
+    }
+
+    /// How the CPUs lie to each other, and which are online.
+    #[must_use]
+    pub fn topology(&self) -> Arc<Topology> {
+        Arc::clone(&self.view.lock().topology)
+    }
+
+    /// A number for one more device.
+    #[must_use]
+    pub fn register_device(&self) -> u32 {
+        self.devices.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// The vCPUs of `device` are pinned to these CPUs, as far as `pins` knows when it is its turn.
+    pub fn set_pinned(&self, device: u32, pins: impl FnOnce() -> CpuSet) {
+        let mut pinned = self.pinned.lock();
+        let pins = pins();
+        let before = match pins.is_empty() {
+            true => pinned.remove(&device),
+            false => pinned.insert(device, pins.clone()),
+        };
+        if before.unwrap_or_default() != pins {
+            self.version.fetch_add(1, Ordering::Release);
+        }
+    }
+
+    /// The CPUs that vCPUs of other devices than `device` are pinned to.
+    #[must_use]
+    pub fn pinned_by_others(&self, device: u32) -> CpuSet {
+        let pinned = self.pinned.lock();
+        let others = pinned.iter().filter(|(other, _)| **other != device);
+        others.flat_map(|(_, cpus)| cpus.iter()).collect()
+    }
+
+    /// Changes when the CPUs did, or what is pinned to them.
+    #[must_use]
+    pub fn version(&self) -> u32 {
+        self.version.load(Ordering::Acquire)
+    }
+
+    /// Looks whether CPUs went offline or came back, or the cpuset changed; costs two system calls
+    /// when nothing has.
+    pub fn refresh(&self) {
+        let mut view = self.view.lock();
+        let fingerprint = Fingerprint::read(self.online.as_ref());
+        if fingerprint == view.fingerprint {
+            return;
+        }
+        match CpuView::read(fingerprint) {
+            Ok(new) => {
+                tracing::info!(
+                    "this process may now run on {}, of which {} online",
+                    new.allowed.describe(),
+                    describe_online(&new)
+                );
+                *view = new;
+                self.version.fetch_add(1, Ordering::Release);
+            }
+            // The old view stays, and the next look tries again.
+            Err(error) => tracing::debug!("{error}"),
+        }
+    }
+
+    /// Tells whoever waits on [`HostCpus::wakeup_fd`].
+    pub fn notify(&self) {
+        // Fails only when 2^64 are pending.
+        let _ = rustix::io::write(&self.wakeup, &1u64.to_ne_bytes());
+    }
+
+    /// Readable after [`HostCpus::notify`], until [`HostCpus::clear_wakeup`].
+    #[must_use]
+    pub fn wakeup_fd(&self) -> BorrowedFd<'_> {
+        self.wakeup.as_fd()
+    }
+
+    /// See [`HostCpus::wakeup_fd`].
+    pub fn clear_wakeup(&self) {
+        let mut count = [0; 8];
+        // Fails only when it was not rung.
+        let _ = rustix::io::read(&self.wakeup, &mut count);
+    }
+}
+
+/// Why the host cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum HostCpusError {
+    /// The CPUs of this process are not known.
+    #[error(transparent)]
+    Affinity(#[from] AffinityError),
+    /// No descriptor is left.
+    #[error("cannot make an eventfd: {0}; check the limits of this process")]
+    EventFd(io::Error),
+}
+
+impl CpuView {
+    fn read(fingerprint: Fingerprint) -> Result<Self, AffinityError> {
+        Ok(Self {
+            allowed: process_cpus()?,
+            topology: Arc::new(Topology::read(Path::new(SYS))),
+            fingerprint,
+        })
+    }
+}
+
+impl Fingerprint {
+    fn read(online: Option<&File>) -> Self {
+        let main = i32::try_from(std::process::id()).ok();
+        Self {
+            online: online.and_then(read_start),
+            cpus: main.and_then(|main| thread_cpus(main).ok()),
+        }
+    }
+}
+
+/// As much of a file of sysfs as tells whether it changed.
+fn read_start(file: &File) -> Option<Vec<u8>> {
+    let mut text = [0; 256];
+    let length = file.read_at(&mut text, 0).ok()?;
+    text.get(..length).map(<[u8]>::to_vec)
+}
+
+fn describe_online(view: &CpuView) -> String {
+    let online = view.topology.online().intersection(&view.allowed);
+    match online.len() {
+        1 => format!("{online} is"),
+        _ => format!("{online} are"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_that_stays_the_same_keeps_its_version() {
+        let host = HostCpus::read().unwrap();
+        let version = host.version();
+        host.refresh();
+        assert_eq!(host.version(), version);
+        for cpu in host.allowed().iter() {
+            assert!(host.topology().node_of(cpu).is_some() || !host.topology().is_online(cpu));
+        }
+    }
+
+    #[test]
+    fn the_bell_is_heard_once() {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let host = HostCpus::read().unwrap();
+        let heard = || {
+            let mut fds = [PollFd::from_borrowed_fd(host.wakeup_fd(), PollFlags::IN)];
+            poll(&mut fds, Some(&Timespec::default())).unwrap() > 0
+        };
+        assert!(!heard());
+        host.notify();
+        host.notify();
+        assert!(heard());
+        host.clear_wakeup();
+        assert!(!heard());
+    }
+}

@@ -1,0 +1,102 @@
+//! Eventfds: the driver's kick, the device's call.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// An eventfd that can be waited for with a time limit.
+#[derive(Debug)]
+pub struct WaitableEventFd {
+    event: EventFd,
+    epoll: Epoll,
+}
+
+impl WaitableEventFd {
+    /// A silent one.
+    ///
+    /// # Errors
+    /// When the process has no file descriptor left.
+    pub fn new() -> io::Result<Self> {
+        Self::from_eventfd(EventFd::new(EFD_NONBLOCK)?)
+    }
+
+    /// Another handle on the same eventfd.
+    ///
+    /// # Errors
+    /// When the process has no file descriptor left.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Self::from_eventfd(self.event.try_clone()?)
+    }
+
+    fn from_eventfd(event: EventFd) -> io::Result<Self> {
+        let epoll = Epoll::new()?;
+        epoll.ctl(
+            ControlOperation::Add,
+            event.as_raw_fd(),
+            EpollEvent::new(EventSet::IN, 0),
+        )?;
+        Ok(Self { event, epoll })
+    }
+
+    /// Signals.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn signal(&self) -> io::Result<()> {
+        self.event.write(1)
+    }
+
+    /// How often it was signalled since the last look; never waits.
+    #[must_use]
+    pub fn try_read(&self) -> u64 {
+        self.event.read().unwrap_or(0)
+    }
+
+    /// Waits until it is signalled or `limit` has passed; returns how often it was signalled.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn wait(&self, limit: Duration) -> io::Result<u64> {
+        let end = Instant::now() + limit;
+        loop {
+            let count = self.try_read();
+            let left = end.saturating_duration_since(Instant::now());
+            if count != 0 || left.is_zero() {
+                return Ok(count);
+            }
+            let millis = i32::try_from(left.as_millis().max(1)).unwrap_or(i32::MAX);
+            match self.epoll.wait(millis, &mut [EpollEvent::default()]) {
+                Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
+                _ => {}
+            }
+        }
+    }
+}
+
+impl AsRawFd for WaitableEventFd {
+    fn as_raw_fd(&self) -> RawFd {
+        self.event.as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ring_ends_the_wait_and_silence_does_not() {
+        let notifier = WaitableEventFd::new().unwrap();
+        assert_eq!(notifier.wait(Duration::from_millis(5)).unwrap(), 0);
+        let other = notifier.try_clone().unwrap();
+        let ringer = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(10));
+            other.signal().unwrap();
+        });
+        assert_eq!(notifier.wait(Duration::from_secs(10)).unwrap(), 1);
+        ringer.join().unwrap();
+        assert_eq!(notifier.try_read(), 0);
+    }
+}

@@ -1,0 +1,315 @@
+//! A burst on its way: to which pair of a port its frames go, and as what.
+
+use std::cell::{Cell, Ref, RefCell};
+use std::sync::Arc;
+
+use arrayvec::ArrayVec;
+use parking_lot::Mutex;
+use virtionet_virtio_net::header::{FrameFormat, VnetHeader};
+use virtionet_virtio_net::offload::{OffloadFault, Segmenter, can_pass_unmodified, max_output_frames};
+use virtionet_virtio_net::uplink::{MAX_BURST, TxFrame};
+use virtionet_virtio_net::stats::{VringStats, to_u64};
+
+use super::Port;
+use super::flow::{NO_FLOW, hash_flow};
+use super::host::HostPort;
+use super::masks::{FrameGroups, iter_bits, contiguous_range};
+use super::port::DevicePort;
+use super::flow_table::PairSet;
+
+/// What floods and conversions of one burst may cost, in bytes copied: some ms at most, whoever is
+/// to receive. Beyond it frames are dropped (`dropped_over_budget`).
+const COPY_BUDGET: usize = 16 << 20;
+/// What a segment costs beside its bytes.
+const SEGMENT_COST: usize = 512;
+
+/// VIRTIO_NET_HDR_F_NEEDS_CSUM.
+const VIRTIO_NET_HDR_F_NEEDS_CSUM: u8 = 1;
+
+/// Who sends.
+#[derive(Debug)]
+pub(super) struct IngressPort {
+    /// The port's number.
+    pub(super) number: u16,
+    /// The device's port and pair, where it is one.
+    device: Option<(Arc<DevicePort>, u16)>,
+    /// For frames that their receiver does not take as they are.
+    segmenter: Mutex<Segmenter>,
+}
+
+impl IngressPort {
+    pub(super) fn device(number: u16, port: Arc<DevicePort>, pair: u16) -> Self {
+        Self {
+            number,
+            device: Some((port, pair)),
+            segmenter: Mutex::default(),
+        }
+    }
+
+    pub(super) fn host(number: u16) -> Self {
+        Self {
+            number,
+            device: None,
+            segmenter: Mutex::default(),
+        }
+    }
+}
+
+/// What the headers of a burst ask for: all bits of their flags and GSO types.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct OffloadRequests {
+    flags: u8,
+    gso: u8,
+}
+
+impl OffloadRequests {
+    #[inline(always)]
+    pub(super) fn add(&mut self, header: &VnetHeader) {
+        self.flags |= header.flags();
+        self.gso |= header.gso_type();
+    }
+
+    /// Whether a receiver takes any such header as it is; `false` leads to a closer look.
+    #[inline(always)]
+    fn is_supported_by(self, format: FrameFormat) -> bool {
+        self.gso == 0 && (self.flags == 0 || self.flags == VIRTIO_NET_HDR_F_NEEDS_CSUM && format.csum)
+    }
+}
+
+/// What is handed over in one call, and by whom.
+pub(super) struct BurstDelivery<'a> {
+    frames: &'a [TxFrame<'a>],
+    from: &'a IngressPort,
+    now: u32,
+    seed: u64,
+    requests: OffloadRequests,
+    /// The sender's.
+    stats: &'a VringStats,
+    /// Frames that were dropped and counted.
+    dropped: Cell<u64>,
+    /// Work that it may still cost, beside one copy of each frame.
+    budget_left: Cell<usize>,
+    /// Each frame's flow, once that was asked for.
+    flows: RefCell<ArrayVec<u64, MAX_BURST>>,
+}
+
+impl<'a> BurstDelivery<'a> {
+    /// `frames` (at most [`MAX_BURST`]), whose headers ask for `asks`; `seed` is what flows hash to.
+    #[inline(always)]
+    pub(super) fn new(
+        from: &'a IngressPort,
+        frames: &'a [TxFrame<'a>],
+        requests: OffloadRequests,
+        seed: u64,
+        now: u32,
+        stats: &'a VringStats,
+    ) -> Self {
+        Self {
+            frames,
+            from,
+            now,
+            seed,
+            requests,
+            stats,
+            dropped: Cell::new(0),
+            budget_left: Cell::new(COPY_BUDGET),
+            flows: RefCell::default(),
+        }
+    }
+
+    /// Frames that were dropped and counted.
+    #[inline(always)]
+    pub(super) fn dropped(&self) -> u64 {
+        self.dropped.get()
+    }
+
+    /// A guest with several pairs is answered on the pair that it sends on.
+    #[inline(always)]
+    pub(super) fn learn_flows(&self) {
+        let Some((port, pair)) = &self.from.device else {
+            return;
+        };
+        if !port.attached().has_several() {
+            return;
+        }
+        let Some(table) = port.flows() else { return };
+        let mut last = NO_FLOW;
+        for &flow in &*self.flows() {
+            if flow != last {
+                table.learn(flow, *pair, self.now);
+                last = flow;
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn flows(&self) -> Ref<'_, ArrayVec<u64, MAX_BURST>> {
+        if self.flows.borrow().is_empty() {
+            let frames = self.frames.iter().take(MAX_BURST);
+            let flows = frames.map(|frame| hash_flow(frame.payload, self.seed));
+            self.flows.borrow_mut().extend(flows);
+        }
+        self.flows.borrow()
+    }
+
+    /// Gives the frames in `mask` to `port`; returns those that it took.
+    #[inline(always)]
+    pub(super) fn deliver(&self, port: &Port, mask: u64) -> u64 {
+        match port {
+            Port::Device(port) => self.deliver_device(port, mask),
+            Port::Host(port) => self.deliver_host(port, mask),
+        }
+    }
+
+    #[inline(always)]
+    fn deliver_device(&self, port: &DevicePort, mask: u64) -> u64 {
+        let pairs = port.attached();
+        if pairs.is_empty() || mask == 0 {
+            return 0;
+        }
+        if !pairs.has_several() {
+            return self.push(port, pairs.first(), mask);
+        }
+        let mut groups = FrameGroups::default();
+        self.steer(port, pairs, mask, &mut groups);
+        groups
+            .iter()
+            .fold(0, |delivered, (pair, mask)| delivered | self.push(port, pair, mask))
+    }
+
+    #[inline(never)]
+    fn deliver_host(&self, port: &HostPort, mask: u64) -> u64 {
+        let sent = iter_bits(mask).filter(|&n| port.send(&self.sanitized_frame(n), self.stats));
+        let delivered = sent.fold(0, |delivered, n| delivered | 1 << n);
+        self.mark_dropped(mask & !delivered);
+        delivered
+    }
+
+    /// Takes `work` from what one burst may cost, or counts a frame that would cost more.
+    fn try_charge(&self, work: usize) -> bool {
+        match self.budget_left.get().checked_sub(work) {
+            Some(left) => self.budget_left.set(left),
+            None => {
+                self.stats.dropped_over_budget.add(1);
+                return false;
+            }
+        }
+        true
+    }
+
+    /// The frames in `mask` that may be copied once more.
+    pub(super) fn within_budget(&self, mask: u64) -> u64 {
+        let can = iter_bits(mask)
+            .filter(|&n| self.try_charge(self.frames[n].len))
+            .fold(0, |mask, n| mask | 1 << n);
+        self.mark_dropped(mask & !can);
+        can
+    }
+
+    fn mark_dropped(&self, mask: u64) {
+        self.dropped.set(self.dropped.get() | mask);
+    }
+
+    /// The pairs that the frames in `mask` go to.
+    fn steer(&self, port: &DevicePort, pairs: PairSet, mask: u64, groups: &mut FrameGroups) {
+        let flows = self.flows();
+        let (mut run, mut last, mut pair) = (0, NO_FLOW, 0);
+        for n in iter_bits(mask) {
+            let flow = flows.get(n).copied().unwrap_or(NO_FLOW);
+            if flow != last || run == 0 {
+                groups.add(pair, run);
+                (run, last, pair) = (0, flow, self.select_pair(port, pairs, flow));
+            }
+            run |= 1 << n;
+        }
+        groups.add(pair, run);
+    }
+
+    #[inline(always)]
+    fn select_pair(&self, port: &DevicePort, pairs: PairSet, flow: u64) -> u16 {
+        let known = match flow {
+            NO_FLOW => None,
+            _ => port.flows().and_then(|table| table.find(flow, self.now)),
+        };
+        match (known, &self.from.device) {
+            (Some(pair), _) if pairs.contains(pair) => pair,
+            (_, Some((_, pair))) => pairs.nth_cyclic(u64::from(*pair)),
+            (_, None) => pairs.nth_cyclic(flow >> 32),
+        }
+    }
+
+    /// Gives the frames in `mask` to one receiveq; returns those that could be given.
+    #[inline(always)]
+    fn push(&self, port: &DevicePort, pair: u16, mask: u64) -> u64 {
+        let format = port.format();
+        match contiguous_range(mask) {
+            _ if !self.requests.is_supported_by(format) => return self.push_each(port, pair, mask, format),
+            Some(run) => port.push(pair, &self.frames[run]),
+            None => {
+                let mut frames = ArrayVec::<TxFrame<'_>, MAX_BURST>::new();
+                frames.extend(iter_bits(mask).map(|n| self.frames[n]));
+                port.push(pair, &frames);
+            }
+        }
+        mask
+    }
+
+    /// The same where their headers need a look.
+    #[inline(never)]
+    fn push_each(&self, port: &DevicePort, pair: u16, mask: u64, format: FrameFormat) -> u64 {
+        let mut ready = ArrayVec::<TxFrame<'_>, MAX_BURST>::new();
+        let mut delivered = mask;
+        for n in iter_bits(mask) {
+            let frame = self.sanitized_frame(n);
+            if can_pass_unmodified(&frame.header, &format) {
+                ready.push(frame);
+                continue;
+            }
+            // What came before it goes before it.
+            port.push(pair, &ready);
+            ready.clear();
+            if !self.try_charge(frame.len + max_output_frames(&frame) * SEGMENT_COST) {
+                delivered &= !(1 << n);
+                continue;
+            }
+            if let Err(fault) = self.convert(&frame, format, |frames| port.push(pair, frames)) {
+                // Other receivers may have found the same.
+                if self.dropped.get() & 1 << n == 0 {
+                    fault.count(self.stats);
+                }
+                self.mark_dropped(1 << n);
+                delivered &= !(1 << n);
+            }
+        }
+        port.push(pair, &ready);
+        self.mark_dropped(mask & !delivered);
+        delivered
+    }
+
+    /// Frame `n`. A guest has a say in no flag but NEEDS_CSUM: that a checksum has been found right
+    /// (DATA_VALID) is not its to tell.
+    #[inline(always)]
+    fn sanitized_frame(&self, n: usize) -> TxFrame<'_> {
+        let mut frame = self.frames[n];
+        if self.from.device.is_some() {
+            frame.header.0[0] &= VIRTIO_NET_HDR_F_NEEDS_CSUM;
+        }
+        frame
+    }
+
+    /// Does what the receiver's guest does not.
+    #[cold]
+    fn convert(
+        &self,
+        frame: &TxFrame<'_>,
+        format: FrameFormat,
+        emit: impl FnMut(&[TxFrame<'_>]),
+    ) -> Result<(), OffloadFault> {
+        self.from.segmenter.lock().convert(frame, &format, emit)
+    }
+
+    /// Bytes of the frames in `mask`.
+    pub(super) fn bytes(&self, mask: u64) -> u64 {
+        iter_bits(mask).map(|n| to_u64(self.frames[n].len)).sum()
+    }
+}

@@ -1,0 +1,46 @@
+//! Feature bits of the protocol itself.
+
+use vhost::vhost_user::message::VhostUserProtocolFeatures as Bits;
+
+/// VHOST_USER_F_PROTOCOL_FEATURES: the virtio feature bit that announces protocol features.
+pub const VHOST_USER_F_PROTOCOL_FEATURES: u64 = 1 << 30;
+
+/// The protocol features offered. QEMU takes whatever is offered, so only what works stands here.
+pub const OFFERED: u64 = Bits::MQ.bits()
+    | Bits::REPLY_ACK.bits()
+    | Bits::MTU.bits()
+    | Bits::RESET_DEVICE.bits()
+    | Bits::CONFIGURE_MEM_SLOTS.bits()
+    | Bits::STATUS.bits();
+
+/// The protocol's names of the features offered, with their bits.
+const NAMES: [(Bits, &str); 6] = [
+    (Bits::MQ, "MQ"),
+    (Bits::REPLY_ACK, "REPLY_ACK"),
+    (Bits::MTU, "NET_MTU"),
+    (Bits::RESET_DEVICE, "RESET_DEVICE"),
+    (Bits::CONFIGURE_MEM_SLOTS, "CONFIGURE_MEM_SLOTS"),
+    (Bits::STATUS, "STATUS"),
+];
+
+/// Names of the protocol features in `bits`, lowest bit first; bits that are not offered are left
+/// out.
+pub fn names(bits: u64) -> impl Iterator<Item = &'static str> {
+    NAMES
+        .into_iter()
+        .filter(move |(bit, _)| bits & bit.bits() != 0)
+        .map(|(_, name)| name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_feature_offered_has_a_name() {
+        let named = NAMES.iter().fold(0, |sum, (bit, _)| sum | bit.bits());
+        assert_eq!(named, OFFERED);
+        assert_eq!(names(u64::MAX).count(), 6);
+        assert_eq!(names(0b1001).collect::<Vec<_>>(), ["MQ", "REPLY_ACK"]);
+    }
+}
