@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 
 use crate::accel::Accel;
 use crate::daemon::{Daemon, Options};
-use crate::evidence;
+use crate::diagnostics;
 use crate::iperf::{Clients, Direction, Iperf, IperfLoad};
 use crate::paths::RunDir;
 use crate::qemu::{Machine, Nic, Qemu};
