@@ -3,8 +3,8 @@
 //! process, iperf3 between the two.
 //!
 //! Reading order: [`topology`] puts a host side together from a [`netns`];
-//! [`qemu`] starts a machine, whose [`guest`] runs commands and whose [`qmp`]
-//! monitor answers; [`daemon`] starts virtionetd; [`iperf`] loads the path;
+//! [`qemu`] starts a machine, whose [`guest`] runs commands ([`ethtool`] reads what
+//! one of them prints) and whose [`qmp`] monitor answers; [`daemon`] starts virtionetd; [`iperf`] loads the path;
 //! [`rig`] is all of that at once, [`duo`] with a second guest in the host's
 //! place, and [`libvirt`] has domains in the machine's. A [`station`] is a card without a guest
 //! around it; [`evidence`] tells what stands still when a guest does not answer.
@@ -18,6 +18,7 @@ pub mod counters;
 pub mod cpus;
 pub mod daemon;
 pub mod duo;
+pub mod ethtool;
 pub mod evidence;
 pub mod guest;
 pub mod http;

@@ -23,6 +23,20 @@ use crate::sched;
 const PROGRAM: &str = "qemu-system-x86_64";
 const START: Duration = Duration::from_secs(20);
 
+/// Further arguments for vCPUs that are plugged in under software emulation. QEMU's ACPI tables have
+/// them as disabled processors, which newer kernels (6.12.117 and 7.2 do, 6.1 does not) ignore
+/// unless they detect a hypervisor that they know. They do not know QEMU's software emulation, but
+/// they detect VMware by the serial number and by QEMU's emulation of VMware's I/O port. This `-cpu`
+/// overrides the one before it; this `-machine` adds to the one before it.
+const PLUGGABLE_WITHOUT_KVM: [&str; 6] = [
+    "-machine",
+    "vmport=on",
+    "-cpu",
+    "qemu64,hypervisor=off",
+    "-smbios",
+    "type=1,serial=VMware-test",
+];
+
 /// How a machine is to be. The guest's image is `ci/guest-image`'s.
 #[derive(Clone, Debug)]
 pub struct Machine {
@@ -74,7 +88,7 @@ impl Machine {
         self
     }
 
-    /// Room for so many vCPUs, plugged in later.
+    /// The largest number of vCPUs: those beyond [`Machine::vcpus`] are plugged in later.
     #[must_use]
     pub fn max_vcpus(mut self, n: u32) -> Self {
         self.max_vcpus = Some(n);
@@ -314,6 +328,9 @@ impl Machine {
         ]
         .map(str::to_owned)
         .into();
+        if self.max_vcpus.is_some() && accel != "kvm" {
+            args.extend(PLUGGABLE_WITHOUT_KVM.map(str::to_owned));
+        }
         for (n, nic) in self.nics.iter().enumerate() {
             args.extend(nic.args(n)?);
         }

@@ -3,6 +3,7 @@
 
 use anyhow::{Context, Result};
 
+use crate::ethtool;
 use crate::guest::Guest;
 use crate::netns::Netns;
 
@@ -161,9 +162,5 @@ pub fn configure_card(guest: &Guest, addresses: Addresses, queues: u16) -> Resul
     guest.ok(&format!(
         "echo 0 >/proc/sys/net/ipv6/conf/{CARD}/accept_dad && ip addr replace {v4}/24 dev {CARD} && ip -6 addr replace {v6}/64 dev {CARD} && ip link set {CARD} up"
     ))?;
-    let now = guest.ok(&format!("ethtool -l {CARD} | grep Combined | tail -n 1"))?;
-    if !now.trim().ends_with(&format!("\t{queues}")) {
-        guest.ok(&format!("ethtool -L {CARD} combined {queues}"))?;
-    }
-    Ok(())
+    ethtool::set_combined(guest, CARD, queues.into())
 }

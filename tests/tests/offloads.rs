@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use virtionet_tests::counters::pairs;
+use virtionet_tests::ethtool;
 use virtionet_tests::guest::Guest;
 use virtionet_tests::iperf::{Direction, Iperf, Load};
 use virtionet_tests::process::{Proc, output};
@@ -88,7 +89,7 @@ fn guest_has_its_offloads(guest: &Guest) -> Result<()> {
     ] {
         ensure!(bits.as_bytes().get(bit) == Some(&b'1'), "{name} in {bits}");
     }
-    let list = guest.ok(&format!("ethtool -k {CARD}"))?;
+    let features = ethtool::features(guest, CARD)?;
     for feature in [
         "rx-checksumming",
         "tx-checksumming",
@@ -98,10 +99,9 @@ fn guest_has_its_offloads(guest: &Guest) -> Result<()> {
         "tx-tcp-segmentation",
         "tx-tcp6-segmentation",
     ] {
-        let on = format!("{feature}: on");
         ensure!(
-            list.lines().any(|line| line.trim().starts_with(&on)),
-            "no '{on}' in {list}"
+            features.get(feature) == Some(&true),
+            "{feature} is not on in {features:?}"
         );
     }
     Ok(())

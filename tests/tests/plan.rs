@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use virtionet_tests::accel::Accel;
 use virtionet_tests::counters::pairs;
 use virtionet_tests::daemon::{Daemon, Options};
+use virtionet_tests::ethtool::{self, Setting};
 use virtionet_tests::http;
 use virtionet_tests::paths::{self, RunDir};
 use virtionet_tests::process::{Proc, output};
@@ -46,8 +47,8 @@ fn a_guest_started_as_planned_is_what_was_planned() {
 
     // The driver uses all pairs by itself, each with vectors of its own.
     let guest = qemu.guest();
-    let now = guest.ok("ethtool -l eth0 | grep Combined").unwrap();
-    assert_eq!(now.matches("\t4").count(), 2, "{now}");
+    let combined = ethtool::combined(guest, "eth0").unwrap();
+    assert_eq!(combined, all_of(4));
     let vectors = guest.ok("grep -c virtio0-.*put /proc/interrupts").unwrap();
     assert_eq!(vectors.trim(), "8");
     let mac = guest.ok("cat /sys/class/net/eth0/address").unwrap();
@@ -111,9 +112,9 @@ fn cards_with_wishes_of_their_own_get_them() {
         assert_eq!(pairs(device).unwrap().len(), planned);
         let features = device["frontend"]["features"].to_string();
         assert!(features.contains("RING_PACKED"), "{features}");
-        let rings = guest.ok(&format!("ethtool -g eth{n}")).unwrap();
-        assert_eq!(rings.matches("\t1024").count(), 2, "{rings}");
-        assert_eq!(rings.matches("\t512").count(), 2, "{rings}");
+        let rings = ethtool::rings(guest, &format!("eth{n}")).unwrap();
+        assert_eq!(rings.rx, all_of(1024));
+        assert_eq!(rings.tx, all_of(512));
         let mac = guest.ok(&format!("cat /sys/class/net/eth{n}/address"));
         assert_eq!(mac.unwrap().trim(), card["mac"]);
         assert_eq!(qemu_vectors(&qemu, n).unwrap(), card["vectors"]);
@@ -256,6 +257,14 @@ fn ask(dir: &RunDir, flags: &[&str], more: &[&str]) -> Result<String> {
 fn qemu_vectors(qemu: &Qemu, n: usize) -> Result<Value> {
     let path = format!("/machine/peripheral-anon/device[{n}]");
     qemu.qmp("qom-get", &json!({ "path": path, "property": "vectors" }))
+}
+
+/// A setting that is at its maximum.
+fn all_of(maximum: u32) -> Setting {
+    Setting {
+        current: maximum,
+        maximum,
+    }
 }
 
 fn numbers(list: &Value) -> Option<Vec<usize>> {
