@@ -353,12 +353,12 @@ fn a_file_that_cannot_be_read_is_one_problem() {
 }
 
 #[test]
-fn the_example_in_the_readme_is_right() {
-    let readme = include_str!("../../../README.md");
-    let (_, example) = readme.split_once("```toml\n").unwrap();
+fn the_example_in_the_documentation_is_right() {
+    let page = include_str!("../../../docs/configuration-file.md");
+    let (_, example) = page.split_once("```toml\n").unwrap();
     let (example, _) = example.split_once("```").unwrap();
     assert_eq!(
-        summary(&command("readme", example, "").unwrap()),
+        summary(&command("page", example, "").unwrap()),
         "web: listen /run/web.sock 660 kvm, 4 on tap:web0,bridge=br0, list:0-3, 30us\n\
          db: connect /run/db.sock, 4 on switch:lan,tap=lan0, auto, 30us"
     );
