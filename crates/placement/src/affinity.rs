@@ -109,8 +109,12 @@ mod tests {
         assert!(!allowed.is_empty());
         for turn in 0..2 {
             let one = allowed.nth_cyclic(turn);
-            let (applied, read) =
-                in_own_thread(|| (set_thread_affinity(None, &one).unwrap(), allowed_cpus().unwrap()));
+            let (applied, read) = in_own_thread(|| {
+                (
+                    set_thread_affinity(None, &one).unwrap(),
+                    allowed_cpus().unwrap(),
+                )
+            });
             assert_eq!(applied, one);
             assert_eq!(read, one);
         }
@@ -140,7 +144,10 @@ mod tests {
             ended.recv().unwrap_err();
             allowed_cpus().unwrap()
         });
-        assert_eq!(set_thread_affinity(Some(told.recv().unwrap()), &one).unwrap(), one);
+        assert_eq!(
+            set_thread_affinity(Some(told.recv().unwrap()), &one).unwrap(),
+            one
+        );
         drop(end);
         assert_eq!(thread.join().unwrap(), one);
     }
@@ -164,12 +171,16 @@ mod tests {
         let one = allowed_cpus().unwrap().nth_cyclic(0);
         let mut asked = one.clone();
         asked.insert(60_000);
-        assert_eq!(in_own_thread(|| set_thread_affinity(None, &asked).unwrap()), one);
+        assert_eq!(
+            in_own_thread(|| set_thread_affinity(None, &asked).unwrap()),
+            one
+        );
     }
 
     #[test]
     fn refusals_name_the_thread_and_the_cpus() {
-        let error = in_own_thread(|| set_thread_affinity(None, &"60000".parse().unwrap()).unwrap_err());
+        let error =
+            in_own_thread(|| set_thread_affinity(None, &"60000".parse().unwrap()).unwrap_err());
         assert_eq!(
             error.to_string(),
             "the calling thread cannot be placed on CPU 60000: Invalid argument (os error 22); \

@@ -58,7 +58,9 @@ fn outside(rules: &Rules<'_>) -> Option<Warning> {
 
 fn vcpus_offline(rules: &Rules<'_>) -> Option<Warning> {
     let offline = vcpus_with_affinity(rules, |vcpu_affinity| match vcpu_affinity {
-        VcpuAffinity::Unreachable(on) if !on.intersection(rules.host().allowed).is_empty() => Some(on),
+        VcpuAffinity::Unreachable(on) if !on.intersection(rules.host().allowed).is_empty() => {
+            Some(on)
+        }
         _ => None,
     });
     (!offline.is_empty()).then(|| Warning::VcpusOffline {

@@ -300,7 +300,9 @@ mod tests {
     #[test]
     fn takes_turns_over_the_set() {
         let cpus: CpuSet = "1,4-5".parse().unwrap();
-        let turns: Vec<_> = (0..5).map(|turn| cpus.nth_cyclic(turn).to_string()).collect();
+        let turns: Vec<_> = (0..5)
+            .map(|turn| cpus.nth_cyclic(turn).to_string())
+            .collect();
         assert_eq!(turns, ["1", "4", "5", "1", "4"]);
         assert!(CpuSet::default().nth_cyclic(3).is_empty());
     }

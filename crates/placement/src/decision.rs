@@ -36,7 +36,9 @@ const MAX_THREAD_NAME_LEN: usize = 15;
 #[must_use]
 pub fn worker_name(device: &str, pair: u32) -> String {
     let end = format!("-q{pair}");
-    let mut length = MAX_THREAD_NAME_LEN.saturating_sub(end.len()).min(device.len());
+    let mut length = MAX_THREAD_NAME_LEN
+        .saturating_sub(end.len())
+        .min(device.len());
     while !device.is_char_boundary(length) {
         length -= 1;
     }

@@ -5,9 +5,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::cpuset::CpuSet;
-use crate::procfs::{VcpuThreads, ProcFs};
+use crate::procfs::{ProcFs, VcpuThreads};
 use crate::qmp::{self, CpuInfo};
-use crate::vcpus::{VcpuSource, Vcpu, VcpuMap};
+use crate::vcpus::{Vcpu, VcpuMap, VcpuSource};
 
 /// A QMP socket to ask, and how long.
 pub(crate) type Monitor<'a> = (&'a Path, Duration);
@@ -170,7 +170,7 @@ fn cpus_anywhere(proc: &ProcFs, listed: &[CpuInfo]) -> Option<Vec<Option<CpuSet>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{TempDir, FakeQmp, GREETING};
+    use crate::testing::{FakeQmp, GREETING, TempDir};
 
     const TIMEOUT: Duration = Duration::from_secs(5);
 

@@ -34,17 +34,17 @@
 //! other than Linux's, may spread its pairs otherwise.
 
 mod affinity;
+mod checks;
 mod cpuset;
 mod decision;
 mod discovery;
 pub mod interrupts;
-mod policy;
 mod numa;
-mod queue_pairs;
 mod planner;
+mod policy;
 mod procfs;
 mod qmp;
-mod checks;
+mod queue_pairs;
 mod rules;
 mod sys;
 #[cfg(test)]
@@ -57,12 +57,12 @@ mod watch;
 pub use affinity::{AffinityError, allowed_cpus, process_cpus, set_thread_affinity, thread_cpus};
 pub use cpuset::{CpuListError, CpuSet, MAX_CPU, parse_cpulist};
 pub use decision::{Decision, worker_name};
-pub use policy::{Placement, PlacementParseError};
 pub use numa::{node_of_address, prefer_node};
-pub use queue_pairs::vcpus_of_queue_pair;
 pub use planner::{PlacementError, PlacementPlanner};
+pub use policy::{Placement, PlacementParseError};
 pub use qmp::net_devices::{QemuNetDevice, query_net_device};
+pub use queue_pairs::vcpus_of_queue_pair;
 pub use topology::Topology;
-pub use vcpus::{VcpuSource, Vcpu, VcpuMap};
-pub use warnings::{WarningKind, Warning};
+pub use vcpus::{Vcpu, VcpuMap, VcpuSource};
+pub use warnings::{Warning, WarningKind};
 pub use watch::{VcpuChange, VcpuWatch};

@@ -6,13 +6,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::checks;
 use crate::cpuset::CpuSet;
 use crate::decision::Decision;
 use crate::discovery;
 use crate::policy::Placement;
 use crate::procfs::ProcFs;
-use crate::checks;
-use crate::rules::{HostConstraints, Rules, CpuChoice};
+use crate::rules::{CpuChoice, HostConstraints, Rules};
 use crate::topology::Topology;
 use crate::vcpus::VcpuMap;
 use crate::warnings::Warning;
@@ -64,7 +64,11 @@ impl PlacementPlanner {
     ///
     /// [`PlacementError`] when the policy's list names a CPU that is not allowed, or
     /// nothing is allowed.
-    pub fn new(mode: Placement, allowed: CpuSet, qmp: Option<PathBuf>) -> Result<Self, PlacementError> {
+    pub fn new(
+        mode: Placement,
+        allowed: CpuSet,
+        qmp: Option<PathBuf>,
+    ) -> Result<Self, PlacementError> {
         if allowed.is_empty() {
             return Err(PlacementError::NoCpu);
         }
@@ -471,7 +475,8 @@ mod tests {
 
     #[test]
     fn lists_stay_within_the_cpuset() {
-        let error = PlacementPlanner::new("list:0-3".parse().unwrap(), set("0-1"), None).unwrap_err();
+        let error =
+            PlacementPlanner::new("list:0-3".parse().unwrap(), set("0-1"), None).unwrap_err();
         assert_eq!(
             error.to_string(),
             "placement list:0,1,2,3 names CPUs 2-3, but this daemon may run on CPUs 0-1 only: \

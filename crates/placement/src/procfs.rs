@@ -236,7 +236,10 @@ mod tests {
             root.thread(100, tid, comm, "0-1");
         }
         let named = ProcFs::new(root.path()).named_vcpus(100).unwrap();
-        assert_eq!(named, VcpuThreads::PerVcpu(BTreeMap::from([(0, 102), (1, 103)])));
+        assert_eq!(
+            named,
+            VcpuThreads::PerVcpu(BTreeMap::from([(0, 102), (1, 103)]))
+        );
     }
 
     #[test]

@@ -215,7 +215,8 @@ struct BoundedReader {
 
 impl Read for BoundedReader {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.stream.set_read_timeout(Some(remaining(self.deadline)?))?;
+        self.stream
+            .set_read_timeout(Some(remaining(self.deadline)?))?;
         let read = self.stream.read(buffer)?;
         let left = u64::try_from(read)
             .ok()
@@ -242,7 +243,7 @@ fn excerpt(message: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{TempDir, FakeQmp, GREETING};
+    use crate::testing::{FakeQmp, GREETING, TempDir};
     use std::os::unix::net::UnixListener;
 
     const TIMEOUT: Duration = Duration::from_secs(5);

@@ -81,7 +81,11 @@ mod tests {
     fn answers_for_odd_numbers_too() {
         assert!(vcpus_of_queue_pair(0, 1, 0).is_empty());
         assert_eq!(vcpus_of_queue_pair(0, 0, 2), [0, 1], "no pair counted yet");
-        assert_eq!(vcpus_of_queue_pair(3, 1, 4), [3], "a pair that is not in use yet");
+        assert_eq!(
+            vcpus_of_queue_pair(3, 1, 4),
+            [3],
+            "a pair that is not in use yet"
+        );
         assert_eq!(vcpus_of_queue_pair(u32::MAX, u32::MAX, 3), [0]);
     }
 }

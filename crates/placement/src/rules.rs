@@ -101,7 +101,11 @@ impl<'a> Rules<'a> {
 
     /// The CPUs that this guest's vCPUs are pinned to.
     pub(crate) fn pinned(&self) -> CpuSet {
-        let affinities = self.map.vcpus.iter().map(|vcpu| self.vcpu_affinity(Some(vcpu)));
+        let affinities = self
+            .map
+            .vcpus
+            .iter()
+            .map(|vcpu| self.vcpu_affinity(Some(vcpu)));
         let pinned = affinities.filter_map(|vcpu_affinity| match vcpu_affinity {
             VcpuAffinity::Pinned(to, _) | VcpuAffinity::Unreachable(to) => Some(to),
             VcpuAffinity::Unknown(_) | VcpuAffinity::Floating(..) => None,
@@ -141,7 +145,10 @@ impl<'a> Rules<'a> {
             VcpuAffinity::Unreachable(on) => match self.near(pair) {
                 Some((cpus, how)) => unrestricted(
                     cpus,
-                    format!("{}; until then the worker is {how}", self.describe_unreachable(on)),
+                    format!(
+                        "{}; until then the worker is {how}",
+                        self.describe_unreachable(on)
+                    ),
                 ),
                 None => self.round_robin(pair, &self.describe_unreachable(on)),
             },
@@ -285,7 +292,12 @@ impl<'a> Rules<'a> {
         self.avoid_pinned_by(cpus, why, |cpus| cpus)
     }
 
-    fn avoid_pinned_by(&self, cpus: CpuSet, why: String, choose: impl Fn(CpuSet) -> CpuSet) -> CpuChoice {
+    fn avoid_pinned_by(
+        &self,
+        cpus: CpuSet,
+        why: String,
+        choose: impl Fn(CpuSet) -> CpuSet,
+    ) -> CpuChoice {
         if !self.host.polling {
             return unrestricted(choose(cpus), why);
         }
@@ -323,7 +335,9 @@ impl<'a> Rules<'a> {
     }
 
     fn choose_near(&self, pair: u32, load: &mut BTreeMap<u32, u32>) -> Option<(u32, bool)> {
-        let (VcpuAffinity::Pinned(to, _) | VcpuAffinity::Unreachable(to)) = self.vcpu_affinity(self.followed_vcpu(pair)) else {
+        let (VcpuAffinity::Pinned(to, _) | VcpuAffinity::Unreachable(to)) =
+            self.vcpu_affinity(self.followed_vcpu(pair))
+        else {
             return None;
         };
         let topology = self.host.topology;
@@ -369,7 +383,9 @@ impl<'a> Rules<'a> {
         let everywhere = pinned.len() > 1 && shared == self.usable;
         match shared.is_empty() {
             true => VcpuAffinity::Unreachable(pinned),
-            false if everywhere || self.map.is_floating_together() => VcpuAffinity::Floating(pinned, shared),
+            false if everywhere || self.map.is_floating_together() => {
+                VcpuAffinity::Floating(pinned, shared)
+            }
             false => VcpuAffinity::Pinned(pinned, shared),
         }
     }

@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use serde_json::Value;
 
 use crate::cpuset::CpuSet;
-use crate::vcpus::{VcpuSource, Vcpu, VcpuMap};
+use crate::vcpus::{Vcpu, VcpuMap, VcpuSource};
 
 /// QEMU 10's greeting.
 pub(crate) const GREETING: &str = "{\"QMP\": {\"version\": {\"qemu\": {\"micro\": 2, \"minor\": 0, \"major\": 10}, \"package\": \"\"}, \"capabilities\": [\"oob\"]}}\r\n";

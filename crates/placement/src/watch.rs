@@ -74,7 +74,7 @@ fn count(tasks: Option<&PathBuf>) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{CpuSet, VcpuSource, Vcpu};
+    use crate::{CpuSet, Vcpu, VcpuSource};
     use std::sync::mpsc;
 
     /// A thread that does nothing, until the sender is dropped.

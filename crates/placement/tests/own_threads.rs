@@ -3,7 +3,9 @@
 
 use std::sync::mpsc;
 
-use virtionet_placement::{Placement, PlacementPlanner, VcpuSource, allowed_cpus, set_thread_affinity, worker_name};
+use virtionet_placement::{
+    Placement, PlacementPlanner, VcpuSource, allowed_cpus, set_thread_affinity, worker_name,
+};
 
 #[test]
 fn workers_land_on_the_cpus_of_their_vcpus() {
@@ -18,7 +20,9 @@ fn workers_land_on_the_cpus_of_their_vcpus() {
         let ready = ready.clone();
         let vcpu = std::thread::Builder::new().name(format!("CPU {index}/TCG"));
         threads.push(vcpu.spawn(move || {
-            ready.send(set_thread_affinity(None, &cpus).unwrap()).unwrap();
+            ready
+                .send(set_thread_affinity(None, &cpus).unwrap())
+                .unwrap();
             ended.recv().unwrap_err();
         }));
         ends.push(end);
@@ -39,7 +43,8 @@ fn workers_land_on_the_cpus_of_their_vcpus() {
         assert_eq!(decision.vcpus, [pair]);
         let worker = std::thread::Builder::new().name(worker_name("vnet", pair));
         let cpus = decision.cpus.clone();
-        let stands = worker.spawn(move || set_thread_affinity(None, &cpus).map(|_| allowed_cpus().unwrap()));
+        let stands =
+            worker.spawn(move || set_thread_affinity(None, &cpus).map(|_| allowed_cpus().unwrap()));
         assert_eq!(
             stands.unwrap().join().unwrap().unwrap(),
             allowed.nth_cyclic(1 - pair),

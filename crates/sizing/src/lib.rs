@@ -18,8 +18,8 @@ mod throughput;
 
 pub use budget::{MSIX_BUDGET, vectors_of};
 pub use policy::{
-    NetDeviceQueues, NetDeviceRequest, GuestRequest, QueuePlan, QueuesError, MultiqueueDefault, QueueRequest, queue_pairs_for,
-    plan_queues,
+    GuestRequest, MultiqueueDefault, NetDeviceQueues, NetDeviceRequest, QueuePlan, QueueRequest,
+    QueuesError, plan_queues, queue_pairs_for,
 };
 pub use throughput::{Throughput, ThroughputParseError};
 

@@ -269,7 +269,11 @@ struct DeviceSizing {
 }
 
 impl DeviceSizing {
-    fn of(guest: &GuestRequest, switch: &Multiqueue, card: &NetDeviceRequest) -> Result<Self, QueuesError> {
+    fn of(
+        guest: &GuestRequest,
+        switch: &Multiqueue,
+        card: &NetDeviceRequest,
+    ) -> Result<Self, QueuesError> {
         if let QueueRequest::Queues(queues) = card.queue_request
             && !(1..=MAX_QUEUE_PAIRS).contains(&queues)
         {
@@ -285,7 +289,9 @@ impl DeviceSizing {
             (Multiqueue::Off(words), QueueRequest::Unspecified) => {
                 return Ok(Self::one(&format!("multiqueue is off by {words}")));
             }
-            (Multiqueue::Unset, QueueRequest::Unspecified) if guest.unset == MultiqueueDefault::Off => {
+            (Multiqueue::Unset, QueueRequest::Unspecified)
+                if guest.unset == MultiqueueDefault::Off =>
+            {
                 return Ok(Self::one(
                     "neither image nor flavor turns multiqueue on, so it is off, as in Nova",
                 ));
@@ -295,7 +301,9 @@ impl DeviceSizing {
                 format!("one for each vCPU, as multiqueue is on by {words}"),
             ),
             (_, QueueRequest::Unspecified) => (guest.vcpus, "one for each vCPU".into()),
-            (_, QueueRequest::Queues(queues)) => (queues.into(), format!("queues={queues} asks for it")),
+            (_, QueueRequest::Queues(queues)) => {
+                (queues.into(), format!("queues={queues} asks for it"))
+            }
             (_, QueueRequest::Throughput(throughput)) => (
                 throughput.share_of(guest.vcpus),
                 format!("{}, as throughput={throughput} says", throughput.describe()),
@@ -401,8 +409,8 @@ fn describe_source(image: Option<bool>, flavor: Option<bool>) -> String {
 mod tests {
     use super::*;
 
-    use Throughput::{High, Low, Medium};
     use QueueRequest::{Queues, Unspecified};
+    use Throughput::{High, Low, Medium};
 
     const ON: Option<bool> = Some(true);
     const OFF: Option<bool> = Some(false);
@@ -675,7 +683,11 @@ mod tests {
             ),
             (
                 32,
-                &[Unspecified, QueueRequest::Throughput(Medium), QueueRequest::Throughput(Low)],
+                &[
+                    Unspecified,
+                    QueueRequest::Throughput(Medium),
+                    QueueRequest::Throughput(Low),
+                ],
                 33,
                 126,
                 Ok(&[26, 16, 1]),

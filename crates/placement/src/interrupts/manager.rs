@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::irqbalance::{self, BanList};
-use super::{SettingKind, AffinitySetting, read};
+use super::{AffinitySetting, SettingKind, read};
 
 /// What this process has set, for all its devices. Puts everything back when dropped.
 #[derive(Debug, Default)]
@@ -101,7 +101,9 @@ impl IrqAffinityManager {
     pub fn preview(settings: &[AffinitySetting]) -> Vec<SettingOutcome> {
         let preview = |setting: &AffinitySetting| {
             let original = read(&setting.file).ok();
-            let wanted = original.as_ref().is_none_or(|text| setting.applies_to(text));
+            let wanted = original
+                .as_ref()
+                .is_none_or(|text| setting.applies_to(text));
             wanted.then(|| SettingOutcome {
                 setting: setting.clone(),
                 original,
@@ -134,20 +136,27 @@ impl IrqAffinityManager {
     }
 
     fn applied_settings(&self) -> MutexGuard<'_, BTreeMap<PathBuf, AppliedSetting>> {
-        self.applied_settings.lock().unwrap_or_else(PoisonError::into_inner)
+        self.applied_settings
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for IrqAffinityManager {
     fn drop(&mut self) {
         let mut all = self.applied_settings();
-        all.iter().for_each(|(file, applied)| restore(file, applied));
+        all.iter()
+            .for_each(|(file, applied)| restore(file, applied));
         all.clear();
         self.ban(&all);
     }
 }
 
-fn restore_dropped(applied_settings: &mut BTreeMap<PathBuf, AppliedSetting>, device: &str, settings: &[AffinitySetting]) {
+fn restore_dropped(
+    applied_settings: &mut BTreeMap<PathBuf, AppliedSetting>,
+    device: &str,
+    settings: &[AffinitySetting],
+) {
     applied_settings.retain(|file, of| {
         let keep = of.device != device || settings.iter().any(|setting| setting.file == *file);
         if !keep {
@@ -164,7 +173,11 @@ fn restore(file: &Path, applied: &AppliedSetting) {
     }
 }
 
-fn apply_setting(applied_settings: &mut BTreeMap<PathBuf, AppliedSetting>, device: &str, setting: &AffinitySetting) -> Option<SettingOutcome> {
+fn apply_setting(
+    applied_settings: &mut BTreeMap<PathBuf, AppliedSetting>,
+    device: &str,
+    setting: &AffinitySetting,
+) -> Option<SettingOutcome> {
     let outcome = |original, why: Option<SettingRefusal>| SettingOutcome {
         setting: setting.clone(),
         original,
@@ -178,7 +191,12 @@ fn apply_setting(applied_settings: &mut BTreeMap<PathBuf, AppliedSetting>, devic
     }
     let now = match read(&setting.file) {
         Ok(now) => now,
-        Err(error) => return Some(outcome(None, Some(SettingRefusal::of(&error, setting.kind)))),
+        Err(error) => {
+            return Some(outcome(
+                None,
+                Some(SettingRefusal::of(&error, setting.kind)),
+            ));
+        }
     };
     let original = before.map_or_else(|| now.clone(), |of| of.original.clone());
     if !setting.applies_to(&original) {
@@ -306,7 +324,10 @@ mod tests {
         let manager = IrqAffinityManager::default();
         manager.reconcile("a", &[setting(&host, IRQ, "1")]);
         let other = manager.reconcile("b", &[setting(&host, IRQ, "2")]);
-        assert_eq!(other[0].why, Some(SettingRefusal::OwnedByDevice("a".into())));
+        assert_eq!(
+            other[0].why,
+            Some(SettingRefusal::OwnedByDevice("a".into()))
+        );
         assert_eq!(other[0].original.as_deref(), Some("0-7"));
         manager.release("b");
         assert_eq!(host.get(IRQ), "1");
@@ -369,7 +390,8 @@ mod tests {
             assert_eq!(SettingRefusal::of(&io(errno), kind), refusal);
         }
         let host = host("manager-gone");
-        let outcome = IrqAffinityManager::default().reconcile("a", &[setting(&host, "absent", "1")]);
+        let outcome =
+            IrqAffinityManager::default().reconcile("a", &[setting(&host, "absent", "1")]);
         assert_eq!(
             (outcome[0].applied, &outcome[0].why),
             (false, &Some(SettingRefusal::Gone))

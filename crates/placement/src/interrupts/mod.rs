@@ -166,7 +166,9 @@ pub fn desired_settings(roots: &KernelPaths, tap_workers: &TapWorkers) -> Desire
     };
     for (number, cpus) in tap_workers.queues.iter().enumerate() {
         if pinned(&cpus) {
-            desired_settings.settings.extend(tap::masks(&dir, number, cpus));
+            desired_settings
+                .settings
+                .extend(tap::masks(&dir, number, cpus));
         }
     }
     for nic in nic::find_on_same_bridge(&dir) {
@@ -175,7 +177,9 @@ pub fn desired_settings(roots: &KernelPaths, tap_workers: &TapWorkers) -> Desire
                 .ok()
                 .and_then(|queue| tap_workers.workers.get(queue));
             if let Some(cpus) = worker.filter(pinned) {
-                desired_settings.settings.push(irq.setting(&roots.proc, cpus));
+                desired_settings
+                    .settings
+                    .push(irq.setting(&roots.proc, cpus));
             }
         }
     }
@@ -261,7 +265,10 @@ mod tests {
         let host = FakeHost::new("irq-tap", "0-63");
         host.tap("tap0", 7, 3);
         assert_eq!(
-            setting_lines(&host, &tap_workers(&["1", "33", "2-3"], &["1", "2-3", "33"])),
+            setting_lines(
+                &host,
+                &tap_workers(&["1", "33", "2-3"], &["1", "2-3", "33"])
+            ),
             [
                 "echo 2 > /sys/class/net/tap0/queues/tx-0/xps_cpus",
                 "echo 2 > /sys/class/net/tap0/queues/rx-0/rps_cpus",
@@ -278,7 +285,10 @@ mod tests {
         let host = FakeHost::new("irq-anywhere", "0-1");
         host.tap("tap0", 7, 4);
         let setting_lines = setting_lines(&host, &tap_workers(&["0-1", "", "0-3", "1"], &[]));
-        assert!(setting_lines.iter().all(|line| line.contains("-3/")), "{setting_lines:?}");
+        assert!(
+            setting_lines.iter().all(|line| line.contains("-3/")),
+            "{setting_lines:?}"
+        );
         assert_eq!(setting_lines.len(), 2);
     }
 

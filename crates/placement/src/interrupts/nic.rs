@@ -8,7 +8,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::{SettingKind, AffinitySetting};
+use super::{AffinitySetting, SettingKind};
 use crate::cpuset::CpuSet;
 
 /// Ports over ports (a VLAN on a bond on NICs) are followed this far down.

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::{SettingKind, AffinitySetting, format_mask, read};
+use super::{AffinitySetting, SettingKind, format_mask, read};
 use crate::cpuset::CpuSet;
 
 /// Whether the interface in the folder `dir` is the TAP of this index: sysfs shows the interfaces of

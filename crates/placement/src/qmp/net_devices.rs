@@ -38,7 +38,11 @@ pub fn query_net_device(
     query(monitor, socket, timeout).map_err(|error| error.to_string())
 }
 
-fn query(monitor: &Path, socket: &Path, timeout: Duration) -> Result<Option<QemuNetDevice>, QmpError> {
+fn query(
+    monitor: &Path,
+    socket: &Path,
+    timeout: Duration,
+) -> Result<Option<QemuNetDevice>, QmpError> {
     let mut session = QmpSession::open(monitor, timeout)?;
     session.read_greeting()?;
     session.execute("qmp_capabilities")?;
@@ -113,7 +117,7 @@ fn netdev_on(network: &str, chardevs: &Value, socket: &Path) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{TempDir, FakeQmp, GREETING};
+    use crate::testing::{FakeQmp, GREETING, TempDir};
 
     const TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -146,7 +150,8 @@ mod tests {
         script.extend(properties("n0", 3, true));
         script.push(listing(&[]));
         let server = FakeQmp::start(&dir, script);
-        let net_device = query_net_device(&server.path, Path::new("/run/any.sock"), TIMEOUT).unwrap();
+        let net_device =
+            query_net_device(&server.path, Path::new("/run/any.sock"), TIMEOUT).unwrap();
         let expected = QemuNetDevice {
             netdev: "n0".into(),
             vectors: 3,
@@ -182,13 +187,17 @@ mod tests {
             script.push(answer("human-monitor-command", &json!(network)));
             let server = FakeQmp::start(&dir, script);
             let net_device = query_net_device(&server.path, Path::new(socket), TIMEOUT).unwrap();
-            assert_eq!(net_device.map(|net_device| net_device.netdev).as_deref(), netdev);
+            assert_eq!(
+                net_device.map(|net_device| net_device.netdev).as_deref(),
+                netdev
+            );
         }
     }
 
     #[test]
     fn a_monitor_that_is_not_there_is_told() {
-        let error = query_net_device(Path::new("/nonexistent"), Path::new("/s"), TIMEOUT).unwrap_err();
+        let error =
+            query_net_device(Path::new("/nonexistent"), Path::new("/s"), TIMEOUT).unwrap_err();
         assert!(error.contains("cannot be reached"), "{error}");
     }
 }

@@ -489,7 +489,10 @@ fn a_floating_guest_is_served_on_the_node_of_its_memory() {
         3,
     );
     let choices: Vec<_> = (0..3).map(|pair| rules.choose_cpus(pair)).collect();
-    let cpus: Vec<_> = choices.iter().map(|choice| choice.cpus.to_string()).collect();
+    let cpus: Vec<_> = choices
+        .iter()
+        .map(|choice| choice.cpus.to_string())
+        .collect();
     assert_eq!(
         cpus,
         ["4", "6", "2"],
