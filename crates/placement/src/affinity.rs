@@ -1,4 +1,4 @@
-//! Carrying a decision out, and reading back what the kernel made of it.
+//! Pinning threads to CPUs, and reading back which CPUs the kernel allows them.
 
 use std::io;
 
@@ -10,34 +10,45 @@ use crate::sys;
 #[derive(Debug, thiserror::Error)]
 pub enum AffinityError {
     /// `sched_setaffinity` failed.
-    #[error("{} cannot be placed on {}: {source}; name CPUs that are online and in this daemon's cpuset", describe_thread(*.tid), .cpus.describe())]
+    #[error("{} cannot be pinned to {}: {source}; name CPUs that are online and in this daemon's cpuset", describe_thread(*.tid), .cpus.describe())]
     Set {
-        /// The thread, `None` for the calling one.
+        /// The thread; `None` for the calling thread.
         tid: Option<i32>,
-        /// The CPUs asked for.
+        /// The requested CPUs.
         cpus: CpuSet,
-        /// The kernel's answer.
+        /// The kernel's error.
         source: io::Error,
     },
     /// `sched_getaffinity` failed.
     #[error("the CPUs of {} cannot be read: {source}; check that the thread still runs", describe_thread(*.tid))]
     Get {
-        /// The thread, `None` for the calling one.
+        /// The thread; `None` for the calling thread.
         tid: Option<i32>,
-        /// The kernel's answer.
+        /// The kernel's error.
         source: io::Error,
     },
 }
 
-/// Places thread `tid` (`None`: the calling thread) on `cpus`.
+impl AffinityError {
+    /// A stable name of the cause, for programs.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Set { .. } => "thread-affinity-not-set",
+            Self::Get { .. } => "thread-affinity-unreadable",
+        }
+    }
+}
+
+/// Pins thread `tid` (`None`: the calling thread) to `cpus`.
 ///
-/// Returns the CPUs on which the thread may run now, as the kernel says: fewer
-/// than asked for where some are offline or outside the cpuset.
+/// Returns the CPUs that the thread may run on now, as the kernel reports them: fewer than
+/// requested where some are offline or outside the cpuset.
 ///
 /// # Errors
 ///
-/// [`AffinityError`] when the kernel refuses (no CPU of the set is usable, or
-/// the thread is gone or not ours) or cannot tell.
+/// [`AffinityError`] when the kernel refuses, because no CPU of the set is usable or because the
+/// thread has ended or belongs to another user, or when the affinity cannot be read back.
 pub fn set_thread_affinity(tid: Option<i32>, cpus: &CpuSet) -> Result<CpuSet, AffinityError> {
     sys::set_affinity(tid.unwrap_or(0), cpus).map_err(|source| AffinityError::Set {
         tid,
@@ -47,34 +58,34 @@ pub fn set_thread_affinity(tid: Option<i32>, cpus: &CpuSet) -> Result<CpuSet, Af
     read_back(tid)
 }
 
-/// The CPUs on which the calling thread may run.
+/// The CPUs that the calling thread may run on.
 ///
-/// Called by the main thread before any pinning, this is the set that the
-/// daemon was given (taskset, cpuset, systemd's `AllowedCPUs=`).
+/// In the main thread and before any pinning, this is the set that the daemon was started with
+/// (taskset, cpuset, systemd's `AllowedCPUs=`).
 ///
 /// # Errors
 ///
-/// [`AffinityError::Get`] when the kernel cannot tell.
+/// [`AffinityError::Get`] when the affinity cannot be read.
 pub fn allowed_cpus() -> Result<CpuSet, AffinityError> {
     read_back(None)
 }
 
-/// The CPUs on which thread `tid` may run, those of them that are online.
+/// The online CPUs that thread `tid` may run on.
 ///
 /// # Errors
 ///
-/// [`AffinityError::Get`] when the kernel cannot tell, as for a thread that is gone.
+/// [`AffinityError::Get`] when the affinity cannot be read, as for a thread that has ended.
 pub fn thread_cpus(tid: i32) -> Result<CpuSet, AffinityError> {
     read_back(Some(tid))
 }
 
-/// The CPUs that this process was given, those that are offline included: the
-/// affinity of its main thread, which this crate's callers never pin. A change
-/// of the cpuset, or a `taskset -p` on the process, shows in it.
+/// The CPUs that this process may run on, offline ones included: the affinity of its main thread,
+/// which the callers of this crate never pin. It reflects a changed cpuset and a `taskset -p` on
+/// the process.
 ///
 /// # Errors
 ///
-/// [`AffinityError::Get`] when neither /proc nor the kernel can tell.
+/// [`AffinityError::Get`] when the affinity can be read neither from /proc nor from the kernel.
 pub fn process_cpus() -> Result<CpuSet, AffinityError> {
     let main = i32::try_from(std::process::id()).unwrap_or(0);
     match ProcFs::new("/proc").any_thread(main) {
@@ -98,49 +109,57 @@ fn describe_thread(tid: Option<i32>) -> String {
 mod tests {
     use super::*;
 
-    /// In a thread of its own: the test's thread may serve other tests too.
+    /// Runs `test` in a new thread, because the test's own thread may run other tests too.
     fn in_own_thread<T: Send>(test: impl FnOnce() -> T + Send) -> T {
         std::thread::scope(|scope| scope.spawn(test).join().unwrap())
     }
 
     #[test]
-    fn a_thread_stands_where_it_was_put() {
+    fn the_calling_thread_runs_on_the_cpus_that_it_is_pinned_to() {
         let allowed = allowed_cpus().unwrap();
         assert!(!allowed.is_empty());
         for turn in 0..2 {
             let one = allowed.nth_cyclic(turn);
-            let (applied, read) =
-                in_own_thread(|| (set_thread_affinity(None, &one).unwrap(), allowed_cpus().unwrap()));
+            let (applied, read) = in_own_thread(|| {
+                (
+                    set_thread_affinity(None, &one).unwrap(),
+                    allowed_cpus().unwrap(),
+                )
+            });
             assert_eq!(applied, one);
             assert_eq!(read, one);
         }
         assert_eq!(
             allowed_cpus().unwrap(),
             allowed,
-            "the other threads are left alone"
+            "the other threads keep their affinity"
         );
     }
 
     #[test]
-    fn another_thread_is_placed_by_its_id() {
+    fn another_thread_is_pinned_by_its_id() {
         let one = allowed_cpus().unwrap().nth_cyclic(0);
-        let (tell, told) = std::sync::mpsc::channel();
+        let (send_tid, receive_tid) = std::sync::mpsc::channel();
         let (end, ended) = std::sync::mpsc::channel::<()>();
         let thread = std::thread::spawn(move || {
             let link = std::fs::read_link("/proc/thread-self").unwrap();
-            tell.send(
-                link.file_name()
-                    .unwrap()
-                    .to_str()
-                    .unwrap()
-                    .parse::<i32>()
-                    .unwrap(),
-            )
-            .unwrap();
+            send_tid
+                .send(
+                    link.file_name()
+                        .unwrap()
+                        .to_str()
+                        .unwrap()
+                        .parse::<i32>()
+                        .unwrap(),
+                )
+                .unwrap();
             ended.recv().unwrap_err();
             allowed_cpus().unwrap()
         });
-        assert_eq!(set_thread_affinity(Some(told.recv().unwrap()), &one).unwrap(), one);
+        assert_eq!(
+            set_thread_affinity(Some(receive_tid.recv().unwrap()), &one).unwrap(),
+            one
+        );
         drop(end);
         assert_eq!(thread.join().unwrap(), one);
     }
@@ -160,26 +179,30 @@ mod tests {
     }
 
     #[test]
-    fn cpus_that_the_host_lacks_are_told_by_the_read_back() {
+    fn cpus_that_the_host_lacks_are_missing_in_the_result() {
         let one = allowed_cpus().unwrap().nth_cyclic(0);
-        let mut asked = one.clone();
-        asked.insert(60_000);
-        assert_eq!(in_own_thread(|| set_thread_affinity(None, &asked).unwrap()), one);
+        let mut requested = one.clone();
+        requested.insert(60_000);
+        assert_eq!(
+            in_own_thread(|| set_thread_affinity(None, &requested).unwrap()),
+            one
+        );
     }
 
     #[test]
-    fn refusals_name_the_thread_and_the_cpus() {
-        let error = in_own_thread(|| set_thread_affinity(None, &"60000".parse().unwrap()).unwrap_err());
+    fn an_error_names_the_thread_and_the_cpus() {
+        let error =
+            in_own_thread(|| set_thread_affinity(None, &"60000".parse().unwrap()).unwrap_err());
         assert_eq!(
             error.to_string(),
-            "the calling thread cannot be placed on CPU 60000: Invalid argument (os error 22); \
+            "the calling thread cannot be pinned to CPU 60000: Invalid argument (os error 22); \
              name CPUs that are online and in this daemon's cpuset"
         );
         let error = set_thread_affinity(Some(i32::MAX), &allowed_cpus().unwrap()).unwrap_err();
         assert!(
             error
                 .to_string()
-                .starts_with("thread 2147483647 cannot be placed on CPU"),
+                .starts_with("thread 2147483647 cannot be pinned to CPU"),
             "{error}"
         );
     }

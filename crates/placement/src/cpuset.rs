@@ -1,4 +1,4 @@
-//! Sets of CPUs in the kernel's cpulist format.
+//! Sets of CPUs in the kernel's CPU list format.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -6,17 +6,17 @@ use std::str::FromStr;
 
 use serde::{Serialize, Serializer};
 
-/// Highest CPU number taken; above any Linux build's limit, and low enough that
-/// a mistyped range cannot eat memory.
+/// The highest CPU number that is accepted. It is above the limit of any Linux build, and low
+/// enough that a mistyped range cannot exhaust memory.
 pub const MAX_CPU: u32 = 65_535;
 
-/// A set of host CPU numbers, read and written as a cpulist such as `0-3,8`.
+/// A set of host CPU numbers, parsed from and displayed as a CPU list such as `0-3,8`.
 ///
-/// The empty set is written as the empty string, as the kernel does.
+/// The empty set is displayed as the empty string, as the kernel writes it.
 #[derive(Clone, Default, PartialEq, Eq, Hash)]
 pub struct CpuSet(BTreeSet<u32>);
 
-/// Why a text is not a cpulist.
+/// Why a text is not a CPU list.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CpuListError {
     /// An element is neither a number nor a range.
@@ -29,7 +29,7 @@ pub enum CpuListError {
         /// The whole list.
         list: String,
     },
-    /// A range whose end lies before its start.
+    /// The end of a range is below its start.
     #[error(
         "the range {element:?} in the CPU list {list:?} runs backwards: write the lower CPU first"
     )]
@@ -39,7 +39,7 @@ pub enum CpuListError {
         /// The whole list.
         list: String,
     },
-    /// A CPU number above [`MAX_CPU`].
+    /// A CPU number is above [`MAX_CPU`].
     #[error("CPU {cpu} in the CPU list {list:?} is above {MAX_CPU}: name a CPU that this host has")]
     TooHigh {
         /// The CPU number.
@@ -47,6 +47,18 @@ pub enum CpuListError {
         /// The whole list.
         list: String,
     },
+}
+
+impl CpuListError {
+    /// A stable name of the cause, for programs.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Element { .. } => "cpu-list-element-invalid",
+            Self::Backwards { .. } => "cpu-list-range-backwards",
+            Self::TooHigh { .. } => "cpu-number-too-high",
+        }
+    }
 }
 
 impl CpuSet {
@@ -96,8 +108,8 @@ impl CpuSet {
         Self(&self.0 - &other.0)
     }
 
-    /// The set holding the `turn`-th CPU alone, counted from 0 and wrapping at
-    /// the end; empty only if this set is.
+    /// The set of the `turn`-th CPU alone, counted from 0 and starting again at the end; empty only
+    /// if this set is empty.
     #[must_use]
     pub fn nth_cyclic(&self, turn: u32) -> Self {
         let turn = usize::try_from(turn).unwrap_or(usize::MAX);
@@ -105,7 +117,7 @@ impl CpuSet {
         self.iter().skip(at).take(1).collect()
     }
 
-    /// The set in words for a message: `CPU 0`, `CPUs 0-3,8`, `no CPU`.
+    /// The set as words of a message: `CPU 0`, `CPUs 0-3,8`, `no CPU`.
     #[must_use]
     pub fn describe(&self) -> String {
         match self.len() {
@@ -116,15 +128,14 @@ impl CpuSet {
     }
 }
 
-/// Reads a cpulist, keeping the order in which the CPUs are written.
+/// Parses a CPU list and keeps the order in which the CPUs are written.
 ///
-/// Takes what Linux's `bitmap_parselist` takes of numbers: `N`, `A-B` and
-/// `A-B:USED/GROUP` (the first USED CPUs of every GROUP), separated by commas.
-/// An empty text is an empty list.
+/// Accepts the numeric forms of Linux's `bitmap_parselist`, separated by commas: `N`, `A-B` and
+/// `A-B:USED/GROUP` (the first USED CPUs of every GROUP). An empty text is an empty list.
 ///
 /// # Errors
 ///
-/// [`CpuListError`] naming the first element that does not fit.
+/// [`CpuListError`] names the first element that is invalid.
 pub fn parse_cpulist(list: &str) -> Result<Vec<u32>, CpuListError> {
     let list = list.trim();
     let mut cpus = Vec::new();
@@ -137,21 +148,23 @@ pub fn parse_cpulist(list: &str) -> Result<Vec<u32>, CpuListError> {
 }
 
 fn parse_element(element: &str, list: &str, cpus: &mut Vec<u32>) -> Result<(), CpuListError> {
-    let bad = || CpuListError::Element {
+    let invalid = || CpuListError::Element {
         element: element.into(),
         list: list.into(),
     };
     let (range, group) = match element.split_once(':') {
-        Some((range, group)) => (range, parse_group(group).ok_or_else(bad)?),
+        Some((range, group)) => (range, parse_group(group).ok_or_else(invalid)?),
         None => (element, (1, 1)),
     };
     let (first, last) = match range.split_once('-') {
         Some((first, last)) => (
-            number(first).ok_or_else(bad)?,
-            number(last).ok_or_else(bad)?,
+            parse_decimal(first).ok_or_else(invalid)?,
+            parse_decimal(last).ok_or_else(invalid)?,
         ),
-        None if range == element => number(range).map(|cpu| (cpu, cpu)).ok_or_else(bad)?,
-        None => return Err(bad()),
+        None if range == element => parse_decimal(range)
+            .map(|cpu| (cpu, cpu))
+            .ok_or_else(invalid)?,
+        None => return Err(invalid()),
     };
     if last < first {
         return Err(CpuListError::Backwards {
@@ -173,12 +186,12 @@ fn parse_element(element: &str, list: &str, cpus: &mut Vec<u32>) -> Result<(), C
 /// `USED/GROUP`, with 0 < USED <= GROUP.
 fn parse_group(text: &str) -> Option<(u32, u32)> {
     let (used, size) = text.split_once('/')?;
-    let (used, size) = (number(used)?, number(size)?);
+    let (used, size) = (parse_decimal(used)?, parse_decimal(size)?);
     (0 < used && used <= size).then_some((used, size))
 }
 
-/// A plain decimal number; `u32::from_str` alone would take `+3` too.
-fn number(text: &str) -> Option<u32> {
+/// A number of decimal digits alone; `u32::from_str` would accept `+3` too.
+pub(crate) fn parse_decimal(text: &str) -> Option<u32> {
     let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     digits.then(|| text.parse().ok()).flatten()
 }
@@ -239,7 +252,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reads_and_writes_cpulists() {
+    fn cpu_lists_are_parsed_and_displayed() {
         for (text, cpus, written) in [
             ("", vec![], ""),
             ("0", vec![0], "0"),
@@ -262,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_what_is_no_cpulist() {
+    fn texts_that_are_no_cpu_list_are_refused() {
         for text in [
             "x",
             "1,",
@@ -298,15 +311,17 @@ mod tests {
     }
 
     #[test]
-    fn takes_turns_over_the_set() {
+    fn the_nth_cpu_starts_again_at_the_end() {
         let cpus: CpuSet = "1,4-5".parse().unwrap();
-        let turns: Vec<_> = (0..5).map(|turn| cpus.nth_cyclic(turn).to_string()).collect();
+        let turns: Vec<_> = (0..5)
+            .map(|turn| cpus.nth_cyclic(turn).to_string())
+            .collect();
         assert_eq!(turns, ["1", "4", "5", "1", "4"]);
         assert!(CpuSet::default().nth_cyclic(3).is_empty());
     }
 
     #[test]
-    fn sets_are_cut_and_joined() {
+    fn sets_are_subtracted_and_extended() {
         let set = |list: &str| list.parse::<CpuSet>().unwrap();
         assert_eq!(set("0-3").difference(&set("1,5")), set("0,2-3"));
         let mut joined = set("0");
@@ -315,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn words_count_the_cpus() {
+    fn the_description_is_singular_for_one_cpu() {
         for (text, words) in [("", "no CPU"), ("7", "CPU 7"), ("0-1", "CPUs 0-1")] {
             assert_eq!(text.parse::<CpuSet>().unwrap().describe(), words);
         }

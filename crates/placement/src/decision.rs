@@ -1,4 +1,4 @@
-//! A placement decision, for the log and for the statistics.
+//! The placement of one worker, for the log and for the statistics.
 
 use std::fmt;
 
@@ -6,41 +6,42 @@ use serde::Serialize;
 
 use crate::cpuset::CpuSet;
 
-/// Where the worker of one queue pair stands, and why.
+/// The CPUs that the worker of one queue pair is pinned to, and why.
 ///
-/// Displays as one line for the log.
+/// It displays as one line for the log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Decision {
     /// The queue pair, from 0.
     pub pair: u32,
-    /// Indices of all vCPUs that the driver gives to the pair, the one followed
-    /// first; empty where they are not known.
+    /// Indices of all vCPUs that the driver assigns to the pair; the placement depends on the first
+    /// of them. Empty where they are not known.
     pub vcpus: Vec<u32>,
-    /// Host thread of the first of them.
+    /// The host thread of the first of them.
     pub vcpu_tid: Option<i32>,
-    /// The CPUs for the worker's thread; never empty.
+    /// The CPUs that the worker's thread is pinned to; never empty.
     pub cpus: CpuSet,
-    /// Whether a worker that is told to poll may do so there: not beside a vCPU
-    /// that is pinned to the same CPU, unless the policy was told to put it there.
+    /// Whether a worker that is configured to poll may poll on these CPUs. It may not where a vCPU
+    /// is pinned to the same CPU, unless the policy is `same` or `list`.
     pub may_poll: bool,
     /// The reason, in words.
     pub why: String,
 }
 
-/// Longest name of a thread, in bytes (TASK_COMM_LEN without its end).
+/// The longest name of a thread in bytes (`TASK_COMM_LEN` without the terminating zero).
 const MAX_THREAD_NAME_LEN: usize = 15;
 
-/// Name of the thread that serves `pair` of `device`: `DEVICE-qPAIR`, with the
-/// device's name cut where the whole would be longer than a thread's name may
-/// be.
+/// The name of the thread that serves `pair` of `device`: `DEVICE-qPAIR`. The device's name is
+/// truncated where the whole name would be too long for a thread.
 #[must_use]
 pub fn worker_name(device: &str, pair: u32) -> String {
-    let end = format!("-q{pair}");
-    let mut length = MAX_THREAD_NAME_LEN.saturating_sub(end.len()).min(device.len());
+    let suffix = format!("-q{pair}");
+    let mut length = MAX_THREAD_NAME_LEN
+        .saturating_sub(suffix.len())
+        .min(device.len());
     while !device.is_char_boundary(length) {
         length -= 1;
     }
-    format!("{}{end}", device.get(..length).unwrap_or_default())
+    format!("{}{suffix}", device.get(..length).unwrap_or_default())
 }
 
 impl fmt::Display for Decision {
@@ -70,24 +71,24 @@ mod tests {
             vcpu_tid,
             cpus,
             may_poll: true,
-            why: "vCPU thread pinned there".into(),
+            why: "the vCPU thread is pinned there".into(),
         }
     }
 
     #[test]
-    fn reads_as_one_line() {
+    fn a_decision_displays_as_one_line() {
         for (decision, line) in [
             (
                 decision(vec![2], Some(1234), "0"),
-                "pair 2 -> vCPU 2 (thread 1234) -> worker on CPU 0: vCPU thread pinned there",
+                "pair 2 -> vCPU 2 (thread 1234) -> worker on CPU 0: the vCPU thread is pinned there",
             ),
             (
                 decision(vec![4, 5], Some(9), "0-1"),
-                "pair 2 -> vCPUs 4-5 (thread 9) -> worker on CPUs 0-1: vCPU thread pinned there",
+                "pair 2 -> vCPUs 4-5 (thread 9) -> worker on CPUs 0-1: the vCPU thread is pinned there",
             ),
             (
                 decision(vec![], None, "3"),
-                "pair 2 -> unknown vCPU -> worker on CPU 3: vCPU thread pinned there",
+                "pair 2 -> unknown vCPU -> worker on CPU 3: the vCPU thread is pinned there",
             ),
         ] {
             assert_eq!(decision.to_string(), line);
@@ -95,18 +96,18 @@ mod tests {
     }
 
     #[test]
-    fn serialises_for_the_statistics() {
+    fn a_decision_serialises_with_its_keys() {
         assert_eq!(
             serde_json::to_value(decision(vec![4, 5], Some(9), "0-1")).unwrap(),
             serde_json::json!({
                 "pair": 2, "vcpus": [4, 5], "vcpu_tid": 9, "cpus": "0-1", "may_poll": true,
-                "why": "vCPU thread pinned there",
+                "why": "the vCPU thread is pinned there",
             })
         );
     }
 
     #[test]
-    fn worker_names_fit_a_threads_name() {
+    fn worker_names_are_truncated_to_the_length_of_a_thread_name() {
         for (device, pair, name) in [
             ("vnet", 0, "vnet-q0"),
             ("vnet", 127, "vnet-q127"),

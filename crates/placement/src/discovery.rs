@@ -1,90 +1,123 @@
 //! Finding the front-end's vCPU threads: by their names, else over QMP.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::cpuset::CpuSet;
-use crate::procfs::{VcpuThreads, ProcFs};
-use crate::qmp::{self, CpuInfo};
-use crate::vcpus::{VcpuSource, Vcpu, VcpuMap};
+use crate::procfs::{ProcFs, VcpuThreads};
+use crate::qmp::{self, CpuInfo, QmpError};
+use crate::vcpus::{Vcpu, VcpuMap, VcpuSource};
 
-/// A QMP socket to ask, and how long.
+/// A QMP socket and how long to wait for its answers.
 pub(crate) type Monitor<'a> = (&'a Path, Duration);
 
-/// Looks for the vCPU threads of process `pid`.
+/// Why the vCPU threads could not be found in one of the two ways.
+///
+/// `advice` and `or_qmp` tell the user to give a QMP socket; they are empty where there is one.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DiscoveryError {
+    #[error("the front-end's process is not known{advice}")]
+    ProcessUnknown { advice: &'static str },
+    #[error(
+        "the front-end runs in a PID namespace that this daemon cannot see: share its PID namespace or give --placement=list:CPUS"
+    )]
+    ForeignPidNamespace,
+    #[error(
+        "no vCPU threads were found in process {pid}: start QEMU with -name NAME,debug-threads=on{or_qmp}"
+    )]
+    NoNames { pid: i32, or_qmp: &'static str },
+    #[error("process {0} is not in /proc: check that the front-end still runs")]
+    ProcessGone(i32),
+    #[error(
+        "the threads of process {pid} cannot be listed: {source}; run the daemon as its user{or_qmp}"
+    )]
+    ThreadsUnreadable {
+        pid: i32,
+        or_qmp: &'static str,
+        source: io::Error,
+    },
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    #[error("QEMU at {} lists no vCPU: wait until its machine is created", .0.display())]
+    NoVcpus(PathBuf),
+    #[error(
+        "the threads that QEMU at {} lists are not in /proc: share its PID namespace or give --placement=list:CPUS", .0.display()
+    )]
+    ThreadsInvisible(PathBuf),
+}
+
+/// Finds the vCPU threads of process `pid`.
 pub(crate) fn discover(proc: &ProcFs, pid: Option<i32>, monitor: Option<Monitor<'_>>) -> VcpuMap {
     let mut notes = Vec::new();
-    let by_names = match by_names(proc, pid, monitor.is_some()) {
-        Ok(map) => Some(map),
-        Err(note) => {
-            notes.push(note);
-            None
-        }
-    };
-    if let (Some((path, timeout)), None | Some(VcpuSource::SingleThread)) =
-        (monitor, by_names.as_ref().map(|map| map.source))
-    {
-        match by_qmp(proc, pid, path, timeout) {
-            Ok(mut map) => {
-                map.notes.splice(0..0, notes);
-                return map;
+    let mut note = |error: DiscoveryError| notes.push(error.to_string());
+    let named = find_by_names(proc, pid, monitor.is_some())
+        .map_err(&mut note)
+        .ok();
+    // One thread for all vCPUs says nothing about their number, which QEMU reports.
+    let has_each_vcpu = named
+        .as_ref()
+        .is_some_and(|map| map.source == VcpuSource::ThreadNames);
+    let listed = monitor
+        .filter(|_| !has_each_vcpu)
+        .and_then(|(path, timeout)| {
+            let (map, invisible) = query_qmp(proc, pid, path, timeout)
+                .map_err(&mut note)
+                .ok()?;
+            if let Some(error) = invisible {
+                note(error);
             }
-            Err(note) => notes.push(note),
-        }
-    }
-    let mut map = by_names.unwrap_or(VcpuMap {
+            Some(map)
+        });
+    let mut map = listed.or(named).unwrap_or(VcpuMap {
         vcpus: Vec::new(),
         source: VcpuSource::Nowhere,
         notes: Vec::new(),
     });
-    map.notes.extend(notes);
+    map.notes = notes;
     map
 }
 
-fn by_names(proc: &ProcFs, pid: Option<i32>, has_monitor: bool) -> Result<VcpuMap, String> {
+fn find_by_names(
+    proc: &ProcFs,
+    pid: Option<i32>,
+    has_monitor: bool,
+) -> Result<VcpuMap, DiscoveryError> {
     let or_qmp = if has_monitor {
         ""
     } else {
         " or give --qmp=PATH"
     };
-    let pid =
-        match pid {
-            None if has_monitor => return Err("the front-end's process is not known".into()),
-            None => return Err(
-                "the front-end's process is not known: give --qmp=PATH or --placement=list:CPUS"
-                    .into(),
-            ),
-            // What SO_PEERCRED says of a peer that our PID namespace does not show.
-            Some(..=0) => {
-                return Err(
-                    "the front-end runs in a PID namespace that this daemon cannot see: \
-                        share its PID namespace or give --placement=list:CPUS"
-                        .into(),
-                );
-            }
-            Some(pid) => pid,
-        };
-    let threads = match proc.named_vcpus(pid) {
-        Ok(VcpuThreads::PerVcpu(threads)) if threads.is_empty() => {
-            return Err(format!(
-                "no vCPU threads found for process {pid}: start QEMU with -name NAME,debug-threads=on{or_qmp}"
-            ));
+    let pid = match pid {
+        None => {
+            let advice = if has_monitor {
+                ""
+            } else {
+                ": give --qmp=PATH or --placement=list:CPUS"
+            };
+            return Err(DiscoveryError::ProcessUnknown { advice });
         }
-        Ok(VcpuThreads::PerVcpu(threads)) => (threads, VcpuSource::ThreadNames),
-        Ok(VcpuThreads::Single(tid)) => ([(0, tid)].into(), VcpuSource::SingleThread),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return Err(format!(
-                "process {pid} is not in /proc: check that the front-end still runs"
-            ));
-        }
-        Err(error) => {
-            return Err(format!(
-                "the threads of process {pid} cannot be listed: {error}; run the daemon as its user{or_qmp}"
-            ));
-        }
+        // SO_PEERCRED reports 0 for a peer that our PID namespace does not show.
+        Some(..=0) => return Err(DiscoveryError::ForeignPidNamespace),
+        Some(pid) => pid,
     };
-    let (threads, source) = threads;
+    let threads = proc
+        .named_vcpus(pid)
+        .map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound => DiscoveryError::ProcessGone(pid),
+            _ => DiscoveryError::ThreadsUnreadable {
+                pid,
+                or_qmp,
+                source,
+            },
+        })?;
+    let (threads, source) = match threads {
+        VcpuThreads::PerVcpu(threads) if threads.is_empty() => {
+            return Err(DiscoveryError::NoNames { pid, or_qmp });
+        }
+        VcpuThreads::PerVcpu(threads) => (threads, VcpuSource::ThreadNames),
+        VcpuThreads::Single(tid) => ([(0, tid)].into(), VcpuSource::SingleThread),
+    };
     let vcpu = |(index, tid)| Vcpu {
         index,
         tid,
@@ -97,26 +130,21 @@ fn by_names(proc: &ProcFs, pid: Option<i32>, has_monitor: bool) -> Result<VcpuMa
     })
 }
 
-fn by_qmp(
+/// The vCPUs that QEMU lists; with an error where their threads are not visible in `proc`.
+fn query_qmp(
     proc: &ProcFs,
     pid: Option<i32>,
     path: &Path,
     timeout: Duration,
-) -> Result<VcpuMap, String> {
-    let listed = qmp::query_vcpus(path, timeout).map_err(|error| error.to_string())?;
+) -> Result<(VcpuMap, Option<DiscoveryError>), DiscoveryError> {
+    let listed = qmp::query_vcpus(path, timeout)?;
     if listed.is_empty() {
-        return Err(format!(
-            "QEMU at {} lists no vCPU: look again once its machine is made",
-            path.display()
-        ));
+        return Err(DiscoveryError::NoVcpus(path.into()));
     }
-    let found = cpus_under(proc, pid, &listed).or_else(|| cpus_anywhere(proc, &listed));
-    let notes = match found {
-        Some(_) => Vec::new(),
-        None => vec![format!(
-            "the threads that QEMU at {} lists are not in /proc: share its PID namespace or give --placement=list:CPUS",
-            path.display()
-        )],
+    let found = cpus_in_process(proc, pid, &listed).or_else(|| cpus_in_any_process(proc, &listed));
+    let invisible = match found {
+        Some(_) => None,
+        None => Some(DiscoveryError::ThreadsInvisible(path.into())),
     };
     let cpus = found.unwrap_or_else(|| vec![None; listed.len()]);
     let vcpus = listed
@@ -128,15 +156,20 @@ fn by_qmp(
             cpus,
         })
         .collect();
-    Ok(VcpuMap {
+    let map = VcpuMap {
         vcpus,
         source: VcpuSource::Qmp,
-        notes,
-    })
+        notes: Vec::new(),
+    };
+    Ok((map, invisible))
 }
 
-/// The CPUs of threads that belong to process `pid`; `None` if none does.
-fn cpus_under(proc: &ProcFs, pid: Option<i32>, listed: &[CpuInfo]) -> Option<Vec<Option<CpuSet>>> {
+/// The CPUs of the threads that belong to process `pid`; `None` if none does.
+fn cpus_in_process(
+    proc: &ProcFs,
+    pid: Option<i32>,
+    listed: &[CpuInfo],
+) -> Option<Vec<Option<CpuSet>>> {
     let pid = pid?;
     let cpus: Vec<_> = listed
         .iter()
@@ -145,21 +178,21 @@ fn cpus_under(proc: &ProcFs, pid: Option<i32>, listed: &[CpuInfo]) -> Option<Vec
     cpus.iter().any(Option::is_some).then_some(cpus)
 }
 
-/// The CPUs of threads whose process is not known, as when a manager such as
-/// libvirt made the socket in QEMU's stead.
+/// The CPUs of threads whose process is not known, as when a manager such as libvirt created the
+/// socket for QEMU.
 ///
-/// QEMU counts threads in its own PID namespace. Where that is not ours the
-/// numbers name strangers here, so they are believed only if they fit a QEMU:
-/// all in one process, and none its main thread, which never runs a vCPU.
-fn cpus_anywhere(proc: &ProcFs, listed: &[CpuInfo]) -> Option<Vec<Option<CpuSet>>> {
+/// QEMU reports thread ids of its own PID namespace. In another namespace than ours they are the
+/// ids of unrelated threads here, so they are accepted only if they can be QEMU's: all in one
+/// process, and none the main thread, which never runs a vCPU.
+fn cpus_in_any_process(proc: &ProcFs, listed: &[CpuInfo]) -> Option<Vec<Option<CpuSet>>> {
     let threads: Vec<_> = listed
         .iter()
         .map(|vcpu| proc.any_thread(vcpu.tid))
         .collect::<Option<_>>()?;
     let pid = threads.first()?.pid;
-    let fits =
+    let can_be_qemu =
         threads.iter().all(|thread| thread.pid == pid) && listed.iter().all(|vcpu| vcpu.tid != pid);
-    fits.then(|| {
+    can_be_qemu.then(|| {
         threads
             .into_iter()
             .map(|thread| Some(thread.cpus))
@@ -170,7 +203,7 @@ fn cpus_anywhere(proc: &ProcFs, listed: &[CpuInfo]) -> Option<Vec<Option<CpuSet>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{TempDir, FakeQmp, GREETING};
+    use crate::testing::{FakeQmp, GREETING, TempDir};
 
     const TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -201,16 +234,16 @@ mod tests {
     }
 
     #[test]
-    fn names_come_first() {
+    fn threads_are_found_by_name_without_asking_qmp() {
         let dir = TempDir::new("names");
         dir.thread(100, 100, "qemu-system-x86", "0-3");
         dir.thread(100, 103, "CPU 1/KVM", "3");
         dir.thread(100, 102, "CPU 0/KVM", "2");
-        let nobody = dir.path().join("absent.sock");
+        let absent = dir.path().join("absent.sock");
         let map = discover(
             &ProcFs::new(dir.path()),
             Some(100),
-            Some((&nobody, TIMEOUT)),
+            Some((&absent, TIMEOUT)),
         );
         assert_eq!(map.source, VcpuSource::ThreadNames);
         assert_eq!(map.notes, [""; 0]);
@@ -221,13 +254,13 @@ mod tests {
     }
 
     #[test]
-    fn qmp_is_asked_where_names_say_nothing() {
+    fn qmp_is_asked_where_no_thread_is_named_as_a_vcpu() {
         let dir = TempDir::new("unnamed");
         for (tid, cpus) in [(100, "0-3"), (102, "2"), (103, "3")] {
             dir.thread(100, tid, "qemu-system-x86", cpus);
         }
         let proc = ProcFs::new(dir.path());
-        // 7: a process that is not QEMU, such as the manager that made the socket.
+        // Process 7 is not QEMU but the manager that created the socket.
         dir.thread(7, 7, "libvirtd", "0-3");
         for pid in [Some(100), Some(7), None, Some(0)] {
             let at = TempDir::new(&format!("unnamed-{}", pid.unwrap_or(-1)));
@@ -242,14 +275,14 @@ mod tests {
             assert_eq!(
                 map.notes.len(),
                 1,
-                "why the names did not serve: {:?}",
+                "the reason why the names were not enough: {:?}",
                 map.notes
             );
         }
     }
 
     #[test]
-    fn qmp_tells_apart_the_vcpus_of_one_thread() {
+    fn qmp_lists_the_vcpus_that_share_one_thread() {
         let dir = TempDir::new("single");
         dir.thread(100, 100, "qemu-system-x86", "0-3");
         dir.thread(100, 102, "ALL CPUs/TCG", "2");
@@ -270,15 +303,15 @@ mod tests {
     }
 
     #[test]
-    fn strangers_with_the_same_numbers_are_not_believed() {
-        let dir = TempDir::new("strangers");
+    fn unrelated_threads_with_the_listed_ids_are_not_accepted() {
+        let dir = TempDir::new("unrelated");
         dir.thread(9, 9, "kthreadd", "0-3");
         dir.thread(8, 10, "worker", "0-3");
         dir.thread(8, 11, "worker", "0-3");
         dir.thread(12, 13, "worker", "0-3");
         let proc = ProcFs::new(dir.path());
         for tids in [&[9][..], &[10, 13], &[10, 99], &[-1]] {
-            let at = TempDir::new(&format!("strangers-{tids:?}"));
+            let at = TempDir::new(&format!("unrelated-{tids:?}"));
             let server = qmp_listing(&at, tids);
             let map = discover(&proc, None, Some((&server.path, TIMEOUT)));
             assert_eq!(map.source, VcpuSource::Qmp);
@@ -295,14 +328,14 @@ mod tests {
     }
 
     #[test]
-    fn what_failed_is_told_with_its_remedy() {
+    fn each_failure_is_noted_with_what_to_do() {
         let dir = TempDir::new("failures");
         dir.thread(100, 100, "qemu-system-x86", "0-3");
         let proc = ProcFs::new(dir.path());
         for (pid, note) in [
             (
                 Some(100),
-                "no vCPU threads found for process 100: start QEMU with -name NAME,debug-threads=on or give --qmp=PATH",
+                "no vCPU threads were found in process 100: start QEMU with -name NAME,debug-threads=on or give --qmp=PATH",
             ),
             (
                 Some(101),
@@ -328,7 +361,7 @@ mod tests {
         assert_eq!(map.source, VcpuSource::Nowhere);
         assert_eq!(
             map.notes[0],
-            "no vCPU threads found for process 100: start QEMU with -name NAME,debug-threads=on"
+            "no vCPU threads were found in process 100: start QEMU with -name NAME,debug-threads=on"
         );
         assert!(
             map.notes[1].contains("cannot be reached"),

@@ -1,21 +1,21 @@
-//! Which NUMA node memory lies on, and which one a thread takes its own from.
+//! The NUMA node that memory is on, and the node that a thread allocates memory from.
 
 use crate::sys;
 
-/// The NUMA node of the page at `address` of this process, as the kernel says
-/// (get_mempolicy(2), MPOL_F_NODE | MPOL_F_ADDR).
+/// The NUMA node of the page at `address` of this process, as the kernel reports it
+/// (get_mempolicy(2), `MPOL_F_NODE | MPOL_F_ADDR`).
 ///
-/// `None` where it cannot tell: nothing is mapped there, it was built without
-/// NUMA, or a sandbox forbids to ask. The address is not touched by this
-/// process; a page that is not there yet is brought in by the kernel.
+/// `None` where the kernel does not report it: nothing is mapped there, the kernel was built
+/// without NUMA, or a sandbox forbids the call. This process does not access the address; the
+/// kernel allocates the page if it does not exist yet.
 #[must_use]
 pub fn node_of_address(address: usize) -> Option<u32> {
     sys::node_of_address(address).ok()
 }
 
-/// Lets memory that the calling thread touches first come from `node` while
-/// there is some (set_mempolicy(2), MPOL_PREFERRED); `None`: from the node it
-/// runs on, as by default. True when the kernel took it.
+/// Makes the kernel allocate the calling thread's memory from `node` while that node has free
+/// memory (set_mempolicy(2), `MPOL_PREFERRED`), or with `None` from the node that the thread runs
+/// on, which is the default. Returns whether the kernel accepted it.
 pub fn prefer_node(node: Option<u32>) -> bool {
     sys::prefer_node(node).is_ok()
 }
@@ -26,7 +26,7 @@ mod tests {
     use crate::Topology;
 
     #[test]
-    fn a_page_lies_on_the_node_that_was_preferred() {
+    fn a_new_page_is_on_the_preferred_node() {
         let topology = Topology::read(std::path::Path::new("/sys"));
         let node = topology.node_of(0).unwrap();
         std::thread::scope(|scope| {
@@ -45,7 +45,7 @@ mod tests {
     }
 
     #[test]
-    fn a_node_that_is_not_there_is_refused() {
+    fn a_node_that_the_host_lacks_is_refused() {
         assert!(!prefer_node(Some(1023)));
         assert!(!prefer_node(Some(u32::MAX)));
     }

@@ -1,4 +1,4 @@
-//! The placement policies a user can ask for.
+//! The placement policies that a user can choose.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,49 +7,60 @@ use crate::cpuset::{CpuListError, parse_cpulist};
 
 /// How a worker's CPU is chosen: the value of `--placement`.
 ///
-/// Written `auto`, `same`, `sibling`, `core-near`, `none`, `list:CPUS`, a bare
-/// CPUS (the same as `list:CPUS`), or `list` alone.
+/// It is written as `auto`, `same`, `sibling`, `core-near`, `none`, `list:CPUS`, CPUS alone (the
+/// same as `list:CPUS`), or `list` alone.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Placement {
-    /// Follow the matching vCPU's thread where it is pinned, onto its CPU, or
-    /// near it for a worker that polls; where it floats, take one of its CPUs
-    /// in turn.
+    /// Where the vCPU's thread is pinned, its CPU, or for a worker that polls a CPU near it; where
+    /// the thread floats, the CPUs that it may run on, in turn.
     #[default]
     Auto,
-    /// Exactly the CPUs of the matching vCPU's thread, pinned or not.
+    /// Exactly the CPUs that the vCPU's thread may run on, whether it is pinned or not.
     Same,
-    /// The SMT sibling of the matching vCPU's CPU.
+    /// The SMT sibling of the CPU that the vCPU's thread is pinned to.
     Sibling,
-    /// Another CPU near the matching vCPU's: of the same L3 cache, else of the
-    /// same NUMA node, and none that a vCPU is pinned to.
+    /// A CPU near the one that the vCPU's thread is pinned to: one that shares its L3 cache, else
+    /// one of its NUMA node, and none that a vCPU is pinned to.
     CoreNear,
-    /// Worker k on the k-th CPU, in the order written and wrapping; an empty
-    /// list (written `list`) stands for all allowed CPUs.
+    /// For worker k the k-th CPU in the order written, starting again at the end. An empty list
+    /// (written `list`) means all allowed CPUs.
     List(Vec<u32>),
-    /// Workers stay on all allowed CPUs and the scheduler moves them.
+    /// All allowed CPUs; the scheduler moves the workers.
     None,
 }
 
 /// Why a text is not a [`Placement`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PlacementParseError {
-    /// Not one of the policies.
+    /// It names none of the policies.
     #[error(
         "placement {0:?} is not known: write auto, same, sibling, core-near, none or list:CPUS, such as list:0-3,8"
     )]
     Unknown(String),
-    /// `list:` with nothing behind it.
+    /// No CPU follows `list:`.
     #[error(
         "placement {0:?} names no CPU: write list:CPUS, such as list:0-3,8, or list for all allowed CPUs"
     )]
     NoCpu(String),
-    /// The list is not a cpulist.
+    /// The list is not a CPU list.
     #[error(transparent)]
     List(#[from] CpuListError),
 }
 
+impl PlacementParseError {
+    /// A stable name of the cause, for programs.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Unknown(_) => "placement-unknown",
+            Self::NoCpu(_) => "placement-list-empty",
+            Self::List(error) => error.code(),
+        }
+    }
+}
+
 impl Placement {
-    /// Whether the policy needs to know where the vCPUs' threads run.
+    /// Whether the policy depends on the CPUs that the vCPUs' threads may run on.
     #[must_use]
     pub fn follows_vcpus(&self) -> bool {
         !matches!(self, Self::List(_) | Self::None)
@@ -105,7 +116,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reads_every_policy_and_its_own_writing() {
+    fn every_policy_is_parsed_and_displayed() {
         for (text, placement) in [
             ("auto", Placement::Auto),
             ("same", Placement::Same),
@@ -127,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_with_the_value_and_the_remedy() {
+    fn a_refusal_names_the_value_and_what_to_write() {
         for (text, message) in [
             (
                 "Auto",

@@ -1,4 +1,4 @@
-//! Threads as /proc shows them: names, and the CPUs on which they may run.
+//! Threads as procfs shows them: their names, and the CPUs that they may run on.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -6,7 +6,8 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use crate::cpuset::CpuSet;
+use crate::cpuset::{CpuSet, parse_decimal};
+use crate::kernel_files::{list_dir, read_text};
 
 /// A mounted procfs.
 #[derive(Debug, Clone)]
@@ -14,22 +15,22 @@ pub(crate) struct ProcFs {
     root: PathBuf,
 }
 
-/// The vCPU threads of a process, by their names.
+/// The vCPU threads of a process, found by their names.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum VcpuThreads {
-    /// A thread for each vCPU: index to thread id. Empty when none has a name
-    /// that tells.
+    /// One thread for each vCPU, from vCPU index to thread id. Empty when no thread is named as a
+    /// vCPU.
     PerVcpu(BTreeMap<u32, i32>),
-    /// One thread for all vCPUs.
+    /// One thread runs all vCPUs.
     Single(i32),
 }
 
-/// What is taken from a thread's status.
+/// The fields of `/proc/TID/status` that placement needs.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct ThreadStatus {
     /// The process it belongs to.
     pub(crate) pid: i32,
-    /// The CPUs on which it may run.
+    /// The CPUs that it may run on.
     pub(crate) cpus: CpuSet,
 }
 
@@ -44,8 +45,8 @@ impl ProcFs {
         let mut single = None;
         for (tid, comm) in self.thread_names(pid)? {
             match parse_comm(&comm) {
-                // A thread is born with its parent's name and renamed a moment
-                // later: of two with one name the older is the vCPU.
+                // A new thread has the name of its parent until it is renamed, so of two threads
+                // with one name the older is the vCPU.
                 Some(VcpuName::One(index)) => _ = each.entry(index).or_insert(tid),
                 Some(VcpuName::All) => _ = single.get_or_insert(tid),
                 None => {}
@@ -62,17 +63,26 @@ impl ProcFs {
         self.status(&self.tasks(pid).join(tid.to_string()))
     }
 
-    /// The status of thread `tid`, whatever its process.
+    /// The status of thread `tid` of any process.
     pub(crate) fn any_thread(&self, tid: i32) -> Option<ThreadStatus> {
         self.status(&self.root.join(tid.to_string()))
     }
 
-    /// Where the threads of `pid` are.
+    /// The folder of the threads of `pid`.
     pub(crate) fn tasks(&self, pid: i32) -> PathBuf {
         self.root.join(pid.to_string()).join("task")
     }
 
-    /// The threads of `pid`, oldest first. One that ends meanwhile is left out.
+    /// Whether a process named `name` runs.
+    pub(crate) fn has_process(&self, name: &str) -> bool {
+        list_dir(&self.root).iter().any(|entry| {
+            entry.parse::<u32>().is_ok()
+                && read_text(&self.root.join(entry).join("comm")).is_ok_and(|comm| comm == name)
+        })
+    }
+
+    /// The names of the threads of `pid`, in the order of their ids. A thread that ends meanwhile
+    /// is left out.
     fn thread_names(&self, pid: i32) -> io::Result<BTreeMap<i32, String>> {
         let mut names = BTreeMap::new();
         for entry in fs::read_dir(self.tasks(pid))? {
@@ -80,40 +90,37 @@ impl ProcFs {
             let Some(tid) = entry.file_name().to_str().and_then(|tid| tid.parse().ok()) else {
                 continue;
             };
-            let Ok(comm) = fs::read(entry.path().join("comm")) else {
-                continue;
-            };
-            names.insert(tid, String::from_utf8_lossy(&comm).into_owned());
+            if let Ok(comm) = read_text(&entry.path().join("comm")) {
+                names.insert(tid, comm);
+            }
         }
         Ok(names)
     }
 
     fn status(&self, thread: &Path) -> Option<ThreadStatus> {
-        let text = fs::read(thread.join("status")).ok()?;
-        parse_status(&String::from_utf8_lossy(&text))
+        parse_status(&read_text(&thread.join("status")).ok()?)
     }
 }
 
-/// The number of threads in `tasks`, without listing them: procfs keeps it in
-/// the directory's count of links, with two for the directory itself.
+/// A number that changes with the number of threads in folder `tasks`, without listing them: the
+/// folder's link count, which procfs sets to the number of threads plus two.
 pub(crate) fn task_count(tasks: &Path) -> Option<u64> {
     Some(fs::metadata(tasks).ok()?.nlink())
 }
 
-/// What a thread's name says of vCPUs.
+/// Which vCPUs a thread runs, by its name.
 #[derive(Debug, PartialEq, Eq)]
 enum VcpuName {
-    /// It runs this one.
+    /// The vCPU of this index.
     One(u32),
-    /// It runs all of them.
+    /// All vCPUs.
     All,
 }
 
-/// Reads a `comm`: QEMU's `CPU 0/KVM`, `CPU 0/TCG` and the like (only with
+/// Parses a thread's name: QEMU's `CPU 0/KVM`, `CPU 0/TCG` and the like (only with
 /// `-name NAME,debug-threads=on`) or `ALL CPUs/TCG` (`-accel tcg,thread=single`),
 /// cloud-hypervisor's `vcpu0`, crosvm's `crosvm_vcpu0`.
 fn parse_comm(comm: &str) -> Option<VcpuName> {
-    let comm = comm.trim_end_matches('\n');
     if comm == "ALL CPUs/TCG" {
         return Some(VcpuName::All);
     }
@@ -127,11 +134,7 @@ fn parse_comm(comm: &str) -> Option<VcpuName> {
             .strip_prefix("crosvm_vcpu")
             .or_else(|| comm.strip_prefix("vcpu"))?,
     };
-    let digits = !index.is_empty() && index.bytes().all(|byte| byte.is_ascii_digit());
-    digits
-        .then(|| index.parse().ok())
-        .flatten()
-        .map(VcpuName::One)
+    parse_decimal(index).map(VcpuName::One)
 }
 
 fn parse_status(text: &str) -> Option<ThreadStatus> {
@@ -151,15 +154,15 @@ mod tests {
     use std::sync::mpsc;
 
     #[test]
-    fn reads_vcpu_thread_names() {
+    fn thread_names_of_vcpus_are_parsed_and_others_are_ignored() {
         for (comm, name) in [
-            ("CPU 0/KVM\n", Some(VcpuName::One(0))),
-            ("CPU 12/TCG\n", Some(VcpuName::One(12))),
+            ("CPU 0/KVM", Some(VcpuName::One(0))),
+            ("CPU 12/TCG", Some(VcpuName::One(12))),
             ("CPU 1023/KVM", Some(VcpuName::One(1023))),
-            ("ALL CPUs/TCG\n", Some(VcpuName::All)),
-            ("vcpu3\n", Some(VcpuName::One(3))),
-            ("crosvm_vcpu11\n", Some(VcpuName::One(11))),
-            ("qemu-system-x86\n", None),
+            ("ALL CPUs/TCG", Some(VcpuName::All)),
+            ("vcpu3", Some(VcpuName::One(3))),
+            ("crosvm_vcpu11", Some(VcpuName::One(11))),
+            ("qemu-system-x86", None),
             ("CPU /KVM", None),
             ("CPU 0", None),
             ("CPU 0/", None),
@@ -176,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn reads_a_status() {
+    fn a_status_gives_process_and_cpus_or_nothing() {
         let text =
             "Name:\tCPU 0/KVM\nTgid:\t77\nPid:\t80\nCpus_allowed:\tff\nCpus_allowed_list:\t0-3,8\n";
         let status = ThreadStatus {
@@ -190,7 +193,7 @@ mod tests {
 
     /// A real thread of this process, named as QEMU names its vCPUs and pinned.
     #[test]
-    fn finds_a_real_thread_by_its_name() {
+    fn a_real_thread_is_found_by_its_name() {
         let proc = ProcFs::new("/proc");
         let pid = i32::try_from(std::process::id()).unwrap();
         let one = crate::allowed_cpus().unwrap().nth_cyclic(1);
@@ -207,7 +210,7 @@ mod tests {
         is_ready.recv().unwrap();
 
         let VcpuThreads::PerVcpu(threads) = proc.named_vcpus(pid).unwrap() else {
-            panic!("one thread for all")
+            panic!("one thread runs all vCPUs")
         };
         let tid = threads[&5];
         assert_ne!(tid, pid);
@@ -225,8 +228,8 @@ mod tests {
     }
 
     #[test]
-    fn of_two_threads_with_one_name_the_older_counts() {
-        let root = crate::testing::TempDir::new("twins");
+    fn of_two_threads_with_one_name_the_older_is_the_vcpu() {
+        let root = crate::testing::TempDir::new("same-name");
         for (tid, comm) in [
             (104, "CPU 0/KVM"),
             (102, "CPU 0/KVM"),
@@ -236,12 +239,28 @@ mod tests {
             root.thread(100, tid, comm, "0-1");
         }
         let named = ProcFs::new(root.path()).named_vcpus(100).unwrap();
-        assert_eq!(named, VcpuThreads::PerVcpu(BTreeMap::from([(0, 102), (1, 103)])));
+        assert_eq!(
+            named,
+            VcpuThreads::PerVcpu(BTreeMap::from([(0, 102), (1, 103)]))
+        );
     }
 
     #[test]
-    fn a_process_that_is_not_there_is_an_error() {
+    fn the_threads_of_a_missing_process_are_an_error() {
         let error = ProcFs::new("/proc").named_vcpus(i32::MAX).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn a_process_is_found_by_its_name_among_the_numbered_folders() {
+        let root = crate::testing::TempDir::new("process-name");
+        let proc = ProcFs::new(root.path());
+        assert!(!proc.has_process("irqbalance"));
+        root.thread(7, 7, "bash", "0");
+        fs::create_dir(root.path().join("version")).unwrap();
+        fs::write(root.path().join("version/comm"), "irqbalance\n").unwrap();
+        assert!(!proc.has_process("irqbalance"));
+        root.thread(812, 812, "irqbalance", "0");
+        assert!(proc.has_process("irqbalance"));
     }
 }

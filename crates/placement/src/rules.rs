@@ -1,66 +1,34 @@
-//! The rules by which a worker gets its CPUs.
+//! The rules that choose a worker's CPUs.
 //!
 //! ```text
-//!                         worker sleeps (poll off)            worker polls
-//! auto       pinned       on the vCPU's CPU                   near it; else there, without polling
-//!            floating     its CPUs in turn                    the same
-//! same                    on the vCPU's CPU                   the same, forced
-//! sibling    pinned       on the core's other thread; without one as auto
-//! core-near  pinned       near it; without such a CPU as auto
-//! list                    as listed                           the same, forced
-//! none                    anywhere                            where no vCPU is pinned
+//! policy     vCPU      worker sleeps (poll off)               worker polls
+//! auto       pinned    the vCPU's CPU                         near it; else its CPU, sleeping
+//!            floating  the CPUs that it may run on, in turn   the same
+//! same                 the CPUs that the vCPU may run on      the same
+//! sibling    pinned    an SMT sibling; without one, as auto   the same
+//! core-near  pinned    near it; without such a CPU, as auto   the same
+//! list                 as listed                              the same
+//! none                 any CPU                                CPUs that no vCPU is pinned to
 //! ```
 //!
-//! *Near* is another CPU of the same L3 cache, then of the same NUMA node, no
-//! vCPU's and not isolated; each worker gets one of its own while there are
-//! enough, SMT siblings of vCPUs' CPUs last. All CPUs are allowed and online.
-//! Isolated ones are used only where a vCPU is pinned to them (or to their SMT
-//! sibling, in `sibling`), or where they are listed.
+//! *Near* is a CPU that shares the L3 cache, else a CPU of the same NUMA node, that no vCPU is
+//! pinned to and that is not isolated. Each worker gets a CPU of its own while there are enough;
+//! SMT siblings of the vCPUs' CPUs come last. Workers use only CPUs that are allowed and online.
+//! They use isolated CPUs only where a vCPU is pinned to them (with `sibling`: or to their SMT
+//! sibling), or where the list names them.
+//!
+//! Where the vCPU threads are not known, workers are pinned to the allowed CPUs in turn.
 
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
 
+use virtionet_base::MAX_QUEUE_PAIRS;
+
+use crate::context::{PlacementContext, VcpuAffinity, non_empty_or};
 use crate::cpuset::CpuSet;
 use crate::policy::Placement;
-use crate::queue_pairs::vcpus_of_queue_pair;
-use crate::topology::Topology;
-use crate::vcpus::{Vcpu, VcpuMap};
 
-/// More pairs than vhost-user can address: no number from outside makes a longer walk.
-const MAX_PLACED_PAIRS: u32 = 256;
-
-/// What a decision depends on besides the guest.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct HostConstraints<'a> {
-    pub(crate) mode: &'a Placement,
-    pub(crate) allowed: &'a CpuSet,
-    pub(crate) topology: &'a Topology,
-    /// Whether workers poll.
-    pub(crate) polling: bool,
-    /// Node of each pair's rings, where there are several nodes.
-    pub(crate) memory: &'a BTreeMap<u32, u32>,
-    /// The CPUs that vCPUs of other guests are pinned to.
-    pub(crate) others: &'a CpuSet,
-}
-
-/// Everything that the decisions for one guest depend on.
-#[derive(Debug)]
-pub(crate) struct Rules<'a> {
-    host: HostConstraints<'a>,
-    map: &'a VcpuMap,
-    /// Pairs that the driver uses.
-    pairs: u32,
-    /// The CPUs that are allowed and online.
-    usable: CpuSet,
-    /// The CPUs that vCPUs are pinned to, those of other guests included.
-    pinned_cpus: CpuSet,
-    /// SMT siblings of those.
-    pinned_siblings: CpuSet,
-    /// What each worker chose among the CPUs near its vCPU's, and whether that shares the L3 cache.
-    near: OnceCell<Vec<Option<(u32, bool)>>>,
-}
-
-/// Where a worker stands.
+/// The CPUs that a worker is pinned to, with the reason.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct CpuChoice {
     pub(crate) cpus: CpuSet,
@@ -68,50 +36,33 @@ pub(crate) struct CpuChoice {
     pub(crate) why: String,
 }
 
-/// Where a vCPU is, seen from the CPUs that workers may use.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum VcpuAffinity<'a> {
-    /// Not known, for this reason.
-    Unknown(String),
-    /// Confined to CPUs of which a worker may use none.
-    Unreachable(&'a CpuSet),
-    /// Not pinned; a worker may use these of its CPUs.
-    Floating(&'a CpuSet, CpuSet),
-    /// Pinned; a worker may use these of its CPUs.
-    Pinned(&'a CpuSet, CpuSet),
+/// A CPU near a vCPU's CPU.
+#[derive(Debug, Clone, Copy)]
+struct NearCpu {
+    cpu: u32,
+    /// Whether it shares the L3 cache; it is of the same NUMA node otherwise.
+    shares_cache: bool,
+}
+
+/// The rules, applied to one guest.
+#[derive(Debug)]
+pub(crate) struct Rules<'a> {
+    context: &'a PlacementContext<'a>,
+    /// For each worker the CPU that it gets where it is placed near its vCPU.
+    near: OnceCell<Vec<Option<NearCpu>>>,
 }
 
 impl<'a> Rules<'a> {
-    pub(crate) fn new(host: HostConstraints<'a>, map: &'a VcpuMap, pairs: u32) -> Self {
-        let online = |&cpu: &u32| host.topology.is_online(cpu);
-        let mut rules = Self {
-            host,
-            map,
-            pairs,
-            usable: non_empty_or(host.allowed.iter().filter(online).collect(), host.allowed),
-            pinned_cpus: CpuSet::default(),
-            pinned_siblings: CpuSet::default(),
+    pub(crate) fn new(context: &'a PlacementContext<'a>) -> Self {
+        Self {
+            context,
             near: OnceCell::new(),
-        };
-        rules.pinned_cpus = rules.pinned();
-        rules.pinned_cpus.extend(host.others.iter());
-        rules.pinned_siblings = rules.siblings(&rules.pinned_cpus);
-        rules
+        }
     }
 
-    /// The CPUs that this guest's vCPUs are pinned to.
-    pub(crate) fn pinned(&self) -> CpuSet {
-        let affinities = self.map.vcpus.iter().map(|vcpu| self.vcpu_affinity(Some(vcpu)));
-        let pinned = affinities.filter_map(|vcpu_affinity| match vcpu_affinity {
-            VcpuAffinity::Pinned(to, _) | VcpuAffinity::Unreachable(to) => Some(to),
-            VcpuAffinity::Unknown(_) | VcpuAffinity::Floating(..) => None,
-        });
-        pinned.flat_map(CpuSet::iter).collect()
-    }
-
-    /// Where the worker of `pair` stands.
+    /// The CPUs for the worker of `pair`.
     pub(crate) fn choose_cpus(&self, pair: u32) -> CpuChoice {
-        match self.host.mode {
+        match self.context.host.mode {
             Placement::Auto => self.auto(pair),
             Placement::Same => self.same(pair),
             Placement::Sibling => self.sibling(pair),
@@ -122,11 +73,15 @@ impl<'a> Rules<'a> {
     }
 
     fn auto(&self, pair: u32) -> CpuChoice {
-        match self.vcpu_affinity(self.followed_vcpu(pair)) {
-            VcpuAffinity::Pinned(to, _) if self.host.polling => match self.near(pair) {
-                Some((cpus, how)) => unrestricted(
-                    cpus,
-                    format!("polls near the vCPU thread on {}, {how}", to.describe()),
+        match self.context.affinity_of(pair) {
+            VcpuAffinity::Pinned(to, _) if self.context.host.polling => match self.near(pair) {
+                Some(near) => unrestricted(
+                    near.cpus(),
+                    format!(
+                        "the worker polls near the vCPU thread on {}, on {}",
+                        to.describe(),
+                        near.describe()
+                    ),
                 ),
                 None => self.colocate(pair),
             },
@@ -134,43 +89,54 @@ impl<'a> Rules<'a> {
         }
     }
 
-    /// As auto places a worker that does not poll.
+    /// As policy auto places a worker that does not poll.
     fn colocate(&self, pair: u32) -> CpuChoice {
-        match self.vcpu_affinity(self.followed_vcpu(pair)) {
+        match self.context.affinity_of(pair) {
             VcpuAffinity::Unknown(why) => self.round_robin(pair, &why),
             VcpuAffinity::Unreachable(on) => match self.near(pair) {
-                Some((cpus, how)) => unrestricted(
-                    cpus,
-                    format!("{}; until then the worker is {how}", self.describe_unreachable(on)),
+                Some(near) => unrestricted(
+                    near.cpus(),
+                    format!(
+                        "{}; meanwhile the worker runs on {}",
+                        self.describe_unreachable(on),
+                        near.describe()
+                    ),
                 ),
                 None => self.round_robin(pair, &self.describe_unreachable(on)),
             },
             VcpuAffinity::Floating(over, shared) => self.place_floating(pair, over, &shared),
-            VcpuAffinity::Pinned(to, shared) => {
-                let mut why = match shared == *to {
-                    true => "vCPU thread pinned there".to_owned(),
-                    false => format!(
-                        "vCPU thread pinned to {}, the rest not allowed to this daemon",
-                        to.describe()
-                    ),
-                };
-                if self.host.polling {
-                    why.push_str("; it sleeps instead of polling, as no CPU near is free");
-                }
-                CpuChoice {
-                    cpus: shared,
-                    may_poll: !self.host.polling,
-                    why,
-                }
-            }
+            VcpuAffinity::Pinned(to, shared) => self.place_pinned(to, shared),
+        }
+    }
+
+    /// On the CPU of a pinned vCPU.
+    fn place_pinned(&self, to: &CpuSet, shared: CpuSet) -> CpuChoice {
+        let polling = self.context.host.polling;
+        let mut why = match shared == *to {
+            true => "the vCPU thread is pinned there".to_owned(),
+            false => format!(
+                "the vCPU thread is pinned to {}, of which this daemon may not use the others",
+                to.describe()
+            ),
+        };
+        if polling {
+            why.push_str("; the worker sleeps instead of polling, as no CPU near it is free");
+        }
+        CpuChoice {
+            cpus: shared,
+            may_poll: !polling,
+            why,
         }
     }
 
     fn same(&self, pair: u32) -> CpuChoice {
-        match self.vcpu_affinity(self.followed_vcpu(pair)) {
+        match self.context.affinity_of(pair) {
             VcpuAffinity::Floating(on, shared) | VcpuAffinity::Pinned(on, shared) => unrestricted(
                 shared,
-                format!("placement same, vCPU thread on {}", on.describe()),
+                format!(
+                    "placement same, and the vCPU thread may run on {}",
+                    on.describe()
+                ),
             ),
             VcpuAffinity::Unreachable(on) => self.round_robin(pair, &self.describe_unreachable(on)),
             VcpuAffinity::Unknown(why) => self.round_robin(pair, &why),
@@ -178,106 +144,126 @@ impl<'a> Rules<'a> {
     }
 
     fn sibling(&self, pair: u32) -> CpuChoice {
-        let VcpuAffinity::Pinned(to, _) = self.vcpu_affinity(self.followed_vcpu(pair)) else {
+        let VcpuAffinity::Pinned(to, _) = self.context.affinity_of(pair) else {
             return self.auto(pair);
         };
-        let siblings = self.siblings(to);
+        let siblings = self.context.siblings(to);
         if siblings.is_empty() {
-            let why = format!("{} has no SMT sibling to use, so as auto", to.describe());
-            return with_reason(why, self.auto(pair));
+            let why = format!(
+                "{} has no usable SMT sibling, so placement auto applies",
+                to.describe()
+            );
+            return with_reason(&why, self.auto(pair));
         }
-        let why = format!("SMT sibling of the vCPU thread on {}", to.describe());
+        let why = format!(
+            "this is an SMT sibling of {}, which the vCPU thread is pinned to",
+            to.describe()
+        );
         self.avoid_pinned(siblings, why)
     }
 
     fn core_near(&self, pair: u32) -> CpuChoice {
-        let VcpuAffinity::Pinned(to, _) = self.vcpu_affinity(self.followed_vcpu(pair)) else {
+        let VcpuAffinity::Pinned(to, _) = self.context.affinity_of(pair) else {
             return self.auto(pair);
         };
         match self.near(pair) {
-            Some((cpus, how)) => unrestricted(
-                cpus,
-                format!("near the vCPU thread on {}, {how}", to.describe()),
+            Some(near) => unrestricted(
+                near.cpus(),
+                format!(
+                    "the worker runs near the vCPU thread on {}, on {}",
+                    to.describe(),
+                    near.describe()
+                ),
             ),
             None => with_reason(
-                format!("no CPU near {} is free, so as auto", to.describe()),
+                &format!(
+                    "no CPU near {} is free, so placement auto applies",
+                    to.describe()
+                ),
                 self.colocate(pair),
             ),
         }
     }
 
     fn listed(&self, cpus: &[u32], pair: u32) -> CpuChoice {
-        let why = format!("placement {} says so", self.host.mode);
+        let mode = self.context.host.mode;
         if cpus.is_empty() {
-            return unrestricted(self.default_cpus().nth_cyclic(pair), why);
+            let cpus = self.context.default_cpus().nth_cyclic(pair);
+            return unrestricted(cpus, format!("placement {mode} takes all CPUs in turn"));
         }
-        let turn = usize::try_from(pair)
+        let position = usize::try_from(pair)
             .ok()
             .and_then(|pair| pair.checked_rem(cpus.len()));
-        match turn.and_then(|turn| cpus.get(turn)) {
-            Some(&cpu) if self.is_usable(cpu) => unrestricted(CpuSet::from_iter([cpu]), why),
+        match position.and_then(|position| cpus.get(position)) {
+            Some(&cpu) if self.context.is_usable(cpu) => unrestricted(
+                CpuSet::from_iter([cpu]),
+                format!("placement {mode} names it"),
+            ),
             cpu => self.substitute_listed(cpus, cpu, pair),
         }
     }
 
-    /// For a listed CPU that cannot be used now.
+    /// For a listed CPU that cannot be used now, because it is offline or no longer allowed.
     fn substitute_listed(&self, cpus: &[u32], missing: Option<&u32>, pair: u32) -> CpuChoice {
         let name = missing.map_or_else(String::new, |cpu| format!("CPU {cpu} "));
         let others: CpuSet = cpus
             .iter()
             .copied()
-            .filter(|&cpu| self.is_usable(cpu))
+            .filter(|&cpu| self.context.is_usable(cpu))
             .collect();
-        let why = format!("{name}of placement {} cannot be used now", self.host.mode);
+        let why = format!(
+            "{name}of placement {} cannot be used now",
+            self.context.host.mode
+        );
         match others.is_empty() {
             true => self.round_robin(pair, &why),
             false => unrestricted(
                 others.nth_cyclic(pair),
-                format!("{why}, so another of it stands in"),
+                format!("{why}, so another CPU of the list replaces it"),
             ),
         }
     }
 
     fn leave_to_scheduler(&self) -> CpuChoice {
         self.avoid_pinned(
-            self.default_cpus(),
-            "placement none leaves it to the scheduler".into(),
+            self.context.default_cpus(),
+            "placement none leaves the choice to the scheduler".into(),
         )
     }
 
-    /// The CPUs in turn over which a vCPU floats.
+    /// On the CPUs that a floating vCPU may run on, in turn.
     ///
-    /// A worker that floats as well would wander off the cache its ring lies
-    /// in, and two could meet on one CPU; standing on one of the vCPU's CPUs,
-    /// each its own while there are enough, neither happens.
+    /// A worker that floats too would leave the cache that holds its rings, and two workers could
+    /// run on one CPU. Pinned to one of the vCPU's CPUs, each to its own while there are enough,
+    /// neither happens.
     fn place_floating(&self, pair: u32, over: &CpuSet, shared: &CpuSet) -> CpuChoice {
-        let mut choice = non_empty_or(self.not_isolated(shared), shared);
-        let mut on_node = String::new();
-        if let Some(&node) = self.host.memory.get(&pair) {
-            let there: CpuSet = choice
+        let host = &self.context.host;
+        let mut cpus = non_empty_or(self.context.not_isolated(shared), shared);
+        let mut which = "these".to_owned();
+        if let Some(&node) = host.memory.get(&pair) {
+            let on_node = cpus
                 .iter()
-                .filter(|&cpu| self.host.topology.is_on_node(cpu, node))
-                .collect();
-            if !there.is_empty() && there != choice {
-                choice = there;
-                on_node = format!(" on the node of its memory, {node}");
+                .filter(|&cpu| host.topology.is_on_node(cpu, node));
+            let on_node: CpuSet = on_node.collect();
+            if !on_node.is_empty() && on_node != cpus {
+                cpus = on_node;
+                which = format!("those of NUMA node {node}, which holds the pair's memory,");
             }
         }
-        let turn = |cpus: CpuSet| cpus.nth_cyclic(pair);
-        self.avoid_pinned_by(
-            choice,
-            format!(
-                "vCPU thread floats over {}, so workers take these in turn{on_node}",
-                over.describe()
-            ),
-            turn,
-        )
+        let why = format!(
+            "the vCPU thread floats over {}, so workers are pinned to {which} in turn",
+            over.describe()
+        );
+        self.avoid_pinned_by(cpus, why, |cpus| cpus.nth_cyclic(pair))
     }
 
     fn round_robin(&self, pair: u32, why: &str) -> CpuChoice {
-        let default_cpus = self.default_cpus();
-        let why = format!("workers take {} in turn, as {why}", default_cpus.describe());
-        self.avoid_pinned_by(default_cpus, why, |cpus| cpus.nth_cyclic(pair))
+        let cpus = self.context.default_cpus();
+        let why = format!(
+            "workers are pinned to {} in turn, as {why}",
+            cpus.describe()
+        );
+        self.avoid_pinned_by(cpus, why, |cpus| cpus.nth_cyclic(pair))
     }
 
     /// Keeps a worker that polls off the CPUs of pinned vCPUs, or from polling.
@@ -285,15 +271,22 @@ impl<'a> Rules<'a> {
         self.avoid_pinned_by(cpus, why, |cpus| cpus)
     }
 
-    fn avoid_pinned_by(&self, cpus: CpuSet, why: String, choose: impl Fn(CpuSet) -> CpuSet) -> CpuChoice {
-        if !self.host.polling {
+    fn avoid_pinned_by(
+        &self,
+        cpus: CpuSet,
+        why: String,
+        choose: impl Fn(CpuSet) -> CpuSet,
+    ) -> CpuChoice {
+        if !self.context.host.polling {
             return unrestricted(choose(cpus), why);
         }
-        let others = cpus.difference(&self.pinned_cpus);
+        let others = cpus.difference(&self.context.pinned_cpus);
         let may_poll = !others.is_empty();
         let why = match may_poll {
             true => why,
-            false => format!("{why}; it sleeps instead of polling, as vCPUs are pinned there"),
+            false => {
+                format!("{why}; the worker sleeps instead of polling, as vCPUs are pinned there")
+            }
         };
         CpuChoice {
             cpus: choose(non_empty_or(others, &cpus)),
@@ -302,140 +295,81 @@ impl<'a> Rules<'a> {
         }
     }
 
-    /// A CPU near the vCPU of `pair` for its worker, and in which way it is near.
+    /// The CPU near the vCPU of `pair` that its worker gets.
     ///
-    /// The workers choose in order, each the CPU that has the fewest of those
-    /// before it; so what one of them gets does not depend on who asks.
-    fn near(&self, pair: u32) -> Option<(CpuSet, &'static str)> {
+    /// The workers choose in the order of their pairs, each the CPU with the fewest workers so far.
+    /// The result for one worker therefore does not depend on which worker is placed first.
+    fn near(&self, pair: u32) -> Option<NearCpu> {
         let near = self.near.get_or_init(|| {
-            let mut load = BTreeMap::new();
-            let count = self.pairs.max(pair.saturating_add(1)).min(MAX_PLACED_PAIRS);
-            (0..count)
-                .map(|pair| self.choose_near(pair, &mut load))
+            let mut workers_by_cpu = BTreeMap::new();
+            // A number from outside must not make the loop longer than any device needs.
+            let count = pair.saturating_add(1).max(self.context.pairs);
+            (0..count.min(u32::from(MAX_QUEUE_PAIRS)))
+                .map(|pair| self.choose_near(pair, &mut workers_by_cpu))
                 .collect()
         });
-        let (cpu, same_cache) = (*near.get(usize::try_from(pair).ok()?)?)?;
-        let how = match same_cache {
-            true => "on its L3 cache",
-            false => "on its NUMA node",
-        };
-        Some((CpuSet::from_iter([cpu]), how))
+        *near.get(usize::try_from(pair).ok()?)?
     }
 
-    fn choose_near(&self, pair: u32, load: &mut BTreeMap<u32, u32>) -> Option<(u32, bool)> {
-        let (VcpuAffinity::Pinned(to, _) | VcpuAffinity::Unreachable(to)) = self.vcpu_affinity(self.followed_vcpu(pair)) else {
+    fn choose_near(&self, pair: u32, workers_by_cpu: &mut BTreeMap<u32, u32>) -> Option<NearCpu> {
+        let (VcpuAffinity::Pinned(to, _) | VcpuAffinity::Unreachable(to)) =
+            self.context.affinity_of(pair)
+        else {
             return None;
         };
-        let topology = self.host.topology;
-        let free = self
+        let context = self.context;
+        let topology = context.host.topology;
+        let free = context
             .usable
             .iter()
-            .filter(|&cpu| !topology.is_isolated(cpu) && !self.pinned_cpus.contains(cpu));
+            .filter(|&cpu| !topology.is_isolated(cpu) && !context.pinned_cpus.contains(cpu));
         let ranked = free.filter_map(|cpu| {
-            let same_cache = to.iter().any(|vcpu| topology.shares_cache(vcpu, cpu));
+            let shares_cache = to.iter().any(|vcpu| topology.shares_cache(vcpu, cpu));
             let node = topology.node_of(cpu)?;
             let same_node = to.iter().any(|vcpu| topology.is_on_node(vcpu, node));
-            let load = load.get(&cpu).copied().unwrap_or(0);
-            let rank = (load, self.pinned_siblings.contains(cpu), !same_cache, cpu);
-            (same_cache || same_node).then_some(rank)
+            let workers = workers_by_cpu.get(&cpu).copied().unwrap_or(0);
+            let is_sibling = context.pinned_siblings.contains(cpu);
+            let rank = (workers, is_sibling, !shares_cache, cpu);
+            (shares_cache || same_node).then_some(rank)
         });
-        let (.., far, cpu) = ranked.min()?;
-        *load.entry(cpu).or_default() += 1;
-        Some((cpu, !far))
-    }
-
-    /// The usable SMT siblings of `cpus` that are not among them.
-    fn siblings(&self, cpus: &CpuSet) -> CpuSet {
-        let siblings = cpus.iter().map(|cpu| self.host.topology.siblings(cpu));
-        let all: CpuSet = siblings
-            .flat_map(|set| set.iter().collect::<Vec<_>>())
-            .collect();
-        all.difference(cpus).intersection(&self.usable)
-    }
-
-    /// Where `vcpu` is.
-    pub(crate) fn vcpu_affinity(&self, vcpu: Option<&'a Vcpu>) -> VcpuAffinity<'a> {
-        let Some(vcpu) = vcpu else {
-            return VcpuAffinity::Unknown(self.map.failures());
-        };
-        let Some(pinned) = &vcpu.cpus else {
-            let why = format!(
-                "the CPUs of the vCPU thread cannot be read; {}",
-                self.map.failures()
-            );
-            return VcpuAffinity::Unknown(why.trim_end_matches("; ").into());
-        };
-        let shared = pinned.intersection(&self.usable);
-        let everywhere = pinned.len() > 1 && shared == self.usable;
-        match shared.is_empty() {
-            true => VcpuAffinity::Unreachable(pinned),
-            false if everywhere || self.map.is_floating_together() => VcpuAffinity::Floating(pinned, shared),
-            false => VcpuAffinity::Pinned(pinned, shared),
-        }
-    }
-
-    /// The vCPU that the worker of `pair` follows.
-    pub(crate) fn followed_vcpu(&self, pair: u32) -> Option<&'a Vcpu> {
-        self.vcpus_of(pair).into_iter().next()
-    }
-
-    /// The vCPUs that the driver gives to `pair`.
-    pub(crate) fn vcpus_of(&self, pair: u32) -> Vec<&'a Vcpu> {
-        let count = u32::try_from(self.map.vcpus.len()).unwrap_or(u32::MAX);
-        let positions = vcpus_of_queue_pair(pair, self.pairs, count);
-        positions
-            .iter()
-            .filter_map(|&at| self.map.vcpus.get(usize::try_from(at).ok()?))
-            .collect()
+        let (.., is_remote, cpu) = ranked.min()?;
+        *workers_by_cpu.entry(cpu).or_default() += 1;
+        Some(NearCpu {
+            cpu,
+            shares_cache: !is_remote,
+        })
     }
 
     fn describe_unreachable(&self, on: &CpuSet) -> String {
-        match on.intersection(self.host.allowed).is_empty() {
+        let allowed = self.context.host.allowed;
+        match on.intersection(allowed).is_empty() {
             true => format!(
-                "vCPU thread is on {} where this daemon, on {}, may not run: widen the daemon's cpuset",
+                "the vCPU thread is pinned to {}, but this daemon may run on {} only: widen the daemon's cpuset",
                 on.describe(),
-                self.host.allowed.describe()
+                allowed.describe()
             ),
-            false => format!("vCPU thread is on {}, offline now", on.describe()),
+            false => format!(
+                "the vCPU thread is pinned to {}, which is offline",
+                on.describe()
+            ),
         }
     }
+}
 
-    fn is_usable(&self, cpu: u32) -> bool {
-        self.usable.contains(cpu)
+impl NearCpu {
+    fn cpus(self) -> CpuSet {
+        CpuSet::from_iter([self.cpu])
     }
 
-    pub(crate) fn host(&self) -> &HostConstraints<'a> {
-        &self.host
-    }
-
-    pub(crate) fn map(&self) -> &'a VcpuMap {
-        self.map
-    }
-
-    /// The CPUs that workers may use.
-    pub(crate) fn usable(&self) -> &CpuSet {
-        &self.usable
-    }
-
-    /// Those of them that may be taken without being named.
-    fn default_cpus(&self) -> CpuSet {
-        non_empty_or(self.not_isolated(&self.usable), &self.usable)
-    }
-
-    fn not_isolated(&self, cpus: &CpuSet) -> CpuSet {
-        cpus.difference(self.host.topology.isolated())
+    fn describe(self) -> &'static str {
+        match self.shares_cache {
+            true => "a CPU that shares its L3 cache",
+            false => "a CPU of its NUMA node",
+        }
     }
 }
 
-/// `cpus`, or `others` where there are none.
-fn non_empty_or(cpus: CpuSet, others: &CpuSet) -> CpuSet {
-    match cpus.is_empty() {
-        true => others.clone(),
-        false => cpus,
-    }
-}
-
-/// A stand that forbids nothing.
+/// A choice that does not forbid polling.
 fn unrestricted(cpus: CpuSet, why: String) -> CpuChoice {
     CpuChoice {
         cpus,
@@ -444,7 +378,7 @@ fn unrestricted(cpus: CpuSet, why: String) -> CpuChoice {
     }
 }
 
-fn with_reason(reason: String, choice: CpuChoice) -> CpuChoice {
+fn with_reason(reason: &str, choice: CpuChoice) -> CpuChoice {
     CpuChoice {
         why: format!("{reason}: {}", choice.why),
         ..choice

@@ -1,5 +1,5 @@
-//! The system calls that std does not offer: thread affinity with masks of any
-//! size, the NUMA node of memory, and a connect that cannot block.
+//! The system calls that std does not offer: thread affinity with masks of any size, the NUMA node
+//! of memory, and a connect that does not block. All unsafe code of the crate is in this file.
 #![allow(unsafe_code)]
 
 use std::ffi::{c_char, c_int, c_ulong};
@@ -13,13 +13,13 @@ use std::ptr;
 
 use crate::cpuset::{CpuSet, MAX_CPU};
 
-/// Words of a mask that holds 1,024 CPUs, glibc's fixed size: enough at the
-/// first try on nearly every host.
+/// Words of a mask for 1,024 CPUs, which is glibc's fixed size and is enough on nearly every host.
 const USUAL_WORDS: usize = 128 / size_of::<c_ulong>();
 const BITS: u32 = c_ulong::BITS;
 /// Highest NUMA node of any Linux build.
 const MAX_NODE: u32 = 1023;
-/// linux/mempolicy.h, get_mempolicy: tell a node instead of a policy, of the page at the address.
+/// Flags of get_mempolicy(2) from linux/mempolicy.h: return a node instead of a policy, and return
+/// that of the page at the address.
 const MPOL_F_NODE: c_ulong = 1 << 0;
 const MPOL_F_ADDR: c_ulong = 1 << 1;
 
@@ -38,7 +38,7 @@ pub(crate) fn set_affinity(tid: i32, cpus: &CpuSet) -> io::Result<()> {
     }
 }
 
-/// A thread's affinity as the kernel keeps it: cheap to read and to compare.
+/// A thread's affinity as the kernel stores it, which is cheap to read and to compare.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct AffinityMask(Vec<c_ulong>);
 
@@ -47,7 +47,7 @@ pub(crate) fn get_affinity(tid: i32) -> io::Result<CpuSet> {
     get_mask(tid).map(|mask| from_mask(&mask.0))
 }
 
-/// The same as a [`AffinityMask`].
+/// The affinity of thread `tid` (0: the calling thread) as an [`AffinityMask`].
 // syscalls: sched_getaffinity
 pub(crate) fn get_mask(tid: i32) -> io::Result<AffinityMask> {
     let mut words = USUAL_WORDS;
@@ -62,7 +62,7 @@ pub(crate) fn get_mask(tid: i32) -> io::Result<AffinityMask> {
             return Ok(AffinityMask(mask));
         }
         let error = io::Error::last_os_error();
-        // EINVAL: the kernel knows more CPUs than the mask has bits.
+        // EINVAL means that the kernel supports more CPUs than the mask has bits.
         let longest = MAX_CPU.div_ceil(BITS);
         let can_grow = u32::try_from(words).is_ok_and(|words| words < longest);
         if error.raw_os_error() != Some(libc::EINVAL) || !can_grow {
@@ -72,12 +72,13 @@ pub(crate) fn get_mask(tid: i32) -> io::Result<AffinityMask> {
     }
 }
 
-/// The node of the page at `address`.
+/// The NUMA node of the page at `address`.
 // syscalls: get_mempolicy
 pub(crate) fn node_of_address(address: usize) -> io::Result<u32> {
     let mut node: c_int = -1;
-    // SAFETY: `node` is a c_int that outlives the call, the only thing written to; no mask is
-    // asked for. `address` is looked up by the kernel, which answers EFAULT where nothing is.
+    // SAFETY: the kernel writes to `node` alone, a c_int that outlives the call, because the
+    // pointer to the mask is null. It only looks `address` up, and returns EFAULT where nothing is
+    // mapped.
     let rc = unsafe {
         libc::syscall(
             libc::SYS_get_mempolicy,
@@ -94,7 +95,7 @@ pub(crate) fn node_of_address(address: usize) -> io::Result<u32> {
     u32::try_from(node).map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
-/// Where the calling thread's memory comes from; `None`: the node it runs on.
+/// Sets the NUMA node that the calling thread allocates memory from; `None`: the node it runs on.
 // syscalls: set_mempolicy
 pub(crate) fn prefer_node(node: Option<u32>) -> io::Result<()> {
     let mask: Vec<c_ulong> = match node {
@@ -106,35 +107,35 @@ pub(crate) fn prefer_node(node: Option<u32>) -> io::Result<()> {
         Some(_) => libc::MPOL_PREFERRED,
         None => libc::MPOL_DEFAULT,
     };
-    // The kernel reads one bit less than it is told.
+    // The kernel reads one bit less than this argument says.
     let bits = size_of_val(mask.as_slice()) * 8 + 1;
-    let at = match node {
+    let mask_ptr = match node {
         Some(_) => mask.as_ptr(),
         None => ptr::null(),
     };
-    // SAFETY: pointer and length describe `mask`, which outlives the call and is only read; for
-    // the default policy it is null, as the call wants it.
-    let rc = unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, at, bits) };
+    // SAFETY: the pointer and the length describe `mask`, which outlives the call and is only read;
+    // for the default policy the pointer is null, as the call requires.
+    let rc = unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, mask_ptr, bits) };
     if rc != 0 {
         return Err(io::Error::last_os_error());
     }
     Ok(())
 }
 
-/// Connects to the listening stream socket at `path`; `WouldBlock` when its
-/// queue of waiting clients is full (std's connect would wait without end).
+/// Connects to the listening stream socket at `path`; `WouldBlock` when the socket's queue of
+/// waiting clients is full, where std's connect would wait without limit.
 // syscalls: socket connect fcntl
 pub(crate) fn connect_unix(path: &Path) -> io::Result<UnixStream> {
     let (address, length) = unix_address(path)?;
     let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
-    // SAFETY: takes no pointer.
+    // SAFETY: the call takes no pointer.
     let fd = unsafe { libc::socket(libc::AF_UNIX, kind, 0) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the descriptor was just made and nobody else owns it.
+    // SAFETY: the descriptor was just created and has no other owner.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    // SAFETY: `address` outlives the call and `length` lies within it.
+    // SAFETY: `address` outlives the call and `length` is at most its size.
     let rc = unsafe { libc::connect(fd.as_raw_fd(), ptr::from_ref(&address).cast(), length) };
     if rc != 0 {
         return Err(io::Error::last_os_error());
@@ -152,7 +153,7 @@ fn unix_address(path: &Path) -> io::Result<(libc::sockaddr_un, libc::socklen_t)>
         sun_family: family,
         sun_path: [0; 108],
     };
-    // One byte stays zero: the path must end with it.
+    // One byte stays zero, because it terminates the path.
     if bytes.is_empty() || bytes.len() >= address.sun_path.len() || bytes.contains(&0) {
         return Err(invalid());
     }
@@ -166,7 +167,7 @@ fn unix_address(path: &Path) -> io::Result<(libc::sockaddr_un, libc::socklen_t)>
     ))
 }
 
-/// A mask just long enough for the highest CPU, of one word at least.
+/// The shortest mask that holds the highest CPU, of at least one word.
 fn to_mask(cpus: &CpuSet) -> Vec<c_ulong> {
     let highest = cpus.last().unwrap_or(0);
     let mut mask = vec![0; index(highest) + 1];
@@ -195,7 +196,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn masks_hold_cpus_beyond_glibcs_fixed_size() {
+    fn masks_hold_cpus_above_1023() {
         for list in ["0", "63-64", "0,1023-1025,4095", "65535"] {
             let cpus: CpuSet = list.parse().unwrap();
             assert_eq!(from_mask(&to_mask(&cpus)), cpus);
@@ -204,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn connecting_reports_what_is_wrong() {
+    fn connecting_to_a_missing_or_too_long_path_fails() {
         let absent = connect_unix(Path::new("/nonexistent/qmp.sock")).unwrap_err();
         assert_eq!(absent.kind(), io::ErrorKind::NotFound);
         let long = "/".repeat(108);

@@ -1,5 +1,5 @@
-//! Parts shared by this crate's tests: a directory of one's own, threads laid
-//! out as in /proc, maps of vCPUs, and a QMP server on a real socket.
+//! What several tests of this crate use: a temporary directory, fake procfs and sysfs trees, maps
+//! of vCPUs, and a QMP server on a real socket.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -10,17 +10,18 @@ use std::thread::JoinHandle;
 use serde_json::Value;
 
 use crate::cpuset::CpuSet;
-use crate::vcpus::{VcpuSource, Vcpu, VcpuMap};
+use crate::vcpus::{Vcpu, VcpuMap, VcpuSource};
 
 /// QEMU 10's greeting.
 pub(crate) const GREETING: &str = "{\"QMP\": {\"version\": {\"qemu\": {\"micro\": 2, \"minor\": 0, \"major\": 10}, \"package\": \"\"}, \"capabilities\": [\"oob\"]}}\r\n";
 
-/// The CPUs of a list that is sound.
+/// The set of a valid CPU list.
 pub(crate) fn set(list: &str) -> CpuSet {
     list.parse().unwrap()
 }
 
-/// vCPUs 0.. in threads 100.. on these CPUs; `?` for unreadable ones.
+/// A map of vCPUs 0.. with threads 100.. that may run on these CPUs; `?` stands for unreadable
+/// CPUs.
 pub(crate) fn map(cpus: &[&str]) -> VcpuMap {
     let vcpus = (0..).zip(100..).zip(cpus).map(|((index, tid), cpus)| Vcpu {
         index,
@@ -34,7 +35,7 @@ pub(crate) fn map(cpus: &[&str]) -> VcpuMap {
     }
 }
 
-/// A directory that is removed with the value.
+/// A directory that is removed when the value is dropped.
 pub(crate) struct TempDir(PathBuf);
 
 impl TempDir {
@@ -48,7 +49,7 @@ impl TempDir {
         &self.0
     }
 
-    /// Lays out thread `tid` of process `pid` as /proc does.
+    /// Creates the files of thread `tid` of process `pid` as procfs has them.
     pub(crate) fn thread(&self, pid: i32, tid: i32, comm: &str, cpus: &str) {
         let status =
             format!("Name:\t{comm}\nTgid:\t{pid}\nPid:\t{tid}\nCpus_allowed_list:\t{cpus}\n");
@@ -63,10 +64,10 @@ impl TempDir {
     }
 }
 
-/// A sysfs being laid out.
+/// A fake sysfs tree that is being created.
 pub(crate) struct SysFs<'a>(&'a Path);
 
-/// Lays out a sysfs under `root`.
+/// Creates a fake sysfs tree under `root`.
 pub(crate) fn sysfs(root: &Path) -> SysFs<'_> {
     SysFs(root)
 }
@@ -130,8 +131,8 @@ impl Drop for TempDir {
     }
 }
 
-/// A QMP server for one client: says the first line, then one more after each
-/// request, and hangs up when it has no more.
+/// A QMP server for one client. It sends the first text of its script, then one more after each
+/// request, and closes the connection after the last.
 pub(crate) struct FakeQmp {
     pub(crate) path: PathBuf,
     thread: JoinHandle<Vec<Value>>,
@@ -145,20 +146,20 @@ impl FakeQmp {
             let (mut stream, _) = listener.accept().unwrap();
             let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
             let mut requests = Vec::new();
-            for (at, says) in script.iter().enumerate() {
+            for (at, text) in script.iter().enumerate() {
                 if at > 0 {
                     let Some(Ok(line)) = lines.next() else { break };
                     requests.push(serde_json::from_str(&line).unwrap());
                 }
-                // The client may hang up on what it hears.
-                _ = stream.write_all(says.as_bytes());
+                // The client may close the connection because of this text.
+                _ = stream.write_all(text.as_bytes());
             }
             requests
         });
         Self { path, thread }
     }
 
-    /// Everything the client asked, once it is gone.
+    /// All requests of the client, after it has closed the connection.
     pub(crate) fn requests(self) -> Vec<Value> {
         self.thread.join().unwrap()
     }

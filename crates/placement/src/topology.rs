@@ -1,25 +1,26 @@
-//! The host's CPUs as sysfs shows them: which are online, isolated, of one
-//! core, of one cache, of one NUMA node.
+//! The host's CPUs as sysfs shows them: which ones are online and isolated, and which ones share a
+//! core, an L3 cache or a NUMA node.
 //!
-//! Every file may be missing, as in a container or on a small machine: what is
-//! not known is then taken as it is on the simplest host (each CPU online, not
-//! isolated, a core of its own, on one node with all others).
+//! Every file may be missing, as in a container or on a small machine. Unknown facts are then
+//! assumed to be those of the simplest host: every CPU is online, is not isolated, is a core of its
+//! own, and is on the only NUMA node.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
 
 use crate::cpuset::CpuSet;
+use crate::kernel_files::{numbered_entries, read_cpulist, read_text};
 
-/// Level of the cache that "near" is measured by.
-const NEAR_CACHE: &str = "3";
+/// Level of the cache that makes CPUs count as near to each other.
+const NEAR_CACHE_LEVEL: &str = "3";
 
-/// What is known of the host's CPUs.
+/// The host's CPUs: which ones are online and isolated, and what they share.
 ///
-/// [`Topology::default`] knows nothing; see the module for what that means.
+/// [`Topology::default`] is the simplest host: every CPU is online, is not isolated, is a core of
+/// its own, and is on the only NUMA node.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Topology {
-    /// Empty: not known.
+    /// Empty where they are not known.
     online: CpuSet,
     isolated: CpuSet,
     /// All CPUs of a CPU's core, itself included.
@@ -31,15 +32,15 @@ pub struct Topology {
 }
 
 impl Topology {
-    /// The topology that the sysfs mounted at `root` shows (`/sys` for this
-    /// host's). Some reads for each CPU: milliseconds on a large host.
+    /// Reads the topology from the sysfs mounted at `root` (`/sys` for this host). It reads several
+    /// files for each CPU, which takes milliseconds on a large host.
     #[must_use]
     pub fn read(root: &Path) -> Self {
         let cpus = root.join("devices/system/cpu");
-        let online = list(&cpus.join("online")).unwrap_or_default();
-        let mut isolated = list(&cpus.join("isolated")).unwrap_or_default();
-        // Partitions that cpusets isolate while the host runs.
-        let partitions = list(&root.join("fs/cgroup/cpuset.cpus.isolated"));
+        let online = read_cpulist(&cpus.join("online")).unwrap_or_default();
+        let mut isolated = read_cpulist(&cpus.join("isolated")).unwrap_or_default();
+        // Cpuset partitions are isolated at run time and do not appear in the file above.
+        let partitions = read_cpulist(&root.join("fs/cgroup/cpuset.cpus.isolated"));
         isolated.extend(partitions.unwrap_or_default().iter());
         let mut cores = BTreeMap::new();
         let mut caches = BTreeMap::new();
@@ -63,14 +64,14 @@ impl Topology {
         self.online.is_empty() || self.online.contains(cpu)
     }
 
-    /// Whether `cpu` is kept out of the scheduler's balancing (`isolcpus=`, or
-    /// an isolated cpuset partition).
+    /// Whether the scheduler balances no threads onto `cpu` (`isolcpus=`, or an isolated cpuset
+    /// partition).
     #[must_use]
     pub fn is_isolated(&self, cpu: u32) -> bool {
         self.isolated.contains(cpu)
     }
 
-    /// The CPUs that are online now; empty where that is not known.
+    /// The CPUs that are online now; empty where they are not known.
     #[must_use]
     pub fn online(&self) -> &CpuSet {
         &self.online
@@ -82,7 +83,7 @@ impl Topology {
         &self.isolated
     }
 
-    /// The other online CPUs of the same core; empty without SMT.
+    /// The other online CPUs of the core of `cpu`; empty without SMT.
     #[must_use]
     pub fn siblings(&self, cpu: u32) -> CpuSet {
         let core = self.cores.get(&cpu).into_iter().flat_map(CpuSet::iter);
@@ -90,7 +91,7 @@ impl Topology {
             .collect()
     }
 
-    /// Whether two CPUs have one L3 cache.
+    /// Whether two CPUs share an L3 cache.
     #[must_use]
     pub fn shares_cache(&self, cpu: u32, other: u32) -> bool {
         cpu == other
@@ -100,8 +101,8 @@ impl Topology {
                 .is_some_and(|cache| cache.contains(other))
     }
 
-    /// The NUMA node of `cpu`; `None` where it is not known, as for one that is
-    /// offline. On a host without nodes it is 0.
+    /// The NUMA node of `cpu`; `None` where it is not known, as for an offline CPU. On a host
+    /// without NUMA it is 0.
     #[must_use]
     pub fn node_of(&self, cpu: u32) -> Option<u32> {
         if self.nodes.is_empty() {
@@ -111,7 +112,7 @@ impl Topology {
         self.nodes.iter().find_map(holds)
     }
 
-    /// The node that all of `cpus` lie on, if it is one.
+    /// The NUMA node of `cpus`; `None` where they are on several.
     #[must_use]
     pub fn node_of_all(&self, cpus: &CpuSet) -> Option<u32> {
         let mut nodes = cpus.iter().map(|cpu| self.node_of(cpu));
@@ -119,73 +120,56 @@ impl Topology {
         nodes.all(|node| node == Some(first)).then_some(first)
     }
 
-    /// Whether `cpu` lies on `node`.
+    /// Whether `cpu` is on NUMA node `node`.
     #[must_use]
     pub fn is_on_node(&self, cpu: u32, node: u32) -> bool {
         self.node_of(cpu) == Some(node)
     }
 
-    /// Number of NUMA nodes, 1 at least.
+    /// Number of NUMA nodes, at least 1.
     #[must_use]
     pub fn node_count(&self) -> usize {
         self.nodes.len().max(1)
     }
 }
 
-/// The CPUs of the core whose CPU's directory this is; its name changed in Linux 5.3.
+/// The CPUs that share the core of the CPU in folder `cpu`. Linux 5.3 renamed the file.
 fn core(cpu: &Path) -> Option<CpuSet> {
-    let file = |name: &str| list(&cpu.join("topology").join(name));
+    let file = |name: &str| read_cpulist(&cpu.join("topology").join(name));
     file("core_cpus_list").or_else(|| file("thread_siblings_list"))
 }
 
-/// The CPUs that share this CPU's L3 cache.
+/// The CPUs that share the L3 cache of the CPU in folder `cpu`.
 fn near_cache(cpu: &Path) -> Option<CpuSet> {
-    numbered(&cpu.join("cache"), "index")
+    numbered_entries(&cpu.join("cache"), "index")
         .into_iter()
         .map(|number| cpu.join(format!("cache/index{number}")))
-        .find(|index| text(&index.join("level")).is_some_and(|level| level == NEAR_CACHE))
-        .and_then(|index| list(&index.join("shared_cpu_list")))
+        .find(|index| read_text(&index.join("level")).is_ok_and(|level| level == NEAR_CACHE_LEVEL))
+        .and_then(|index| read_cpulist(&index.join("shared_cpu_list")))
 }
 
 fn nodes(dir: &Path) -> BTreeMap<u32, CpuSet> {
-    numbered(dir, "node")
+    numbered_entries(dir, "node")
         .into_iter()
-        .filter_map(|node| Some((node, list(&dir.join(format!("node{node}/cpulist")))?)))
+        .filter_map(|node| {
+            Some((
+                node,
+                read_cpulist(&dir.join(format!("node{node}/cpulist")))?,
+            ))
+        })
         .collect()
-}
-
-/// The numbers N of the entries `prefixN` in `dir`.
-fn numbered(dir: &Path, prefix: &str) -> Vec<u32> {
-    let Ok(entries) = fs::read_dir(dir) else {
-        return Vec::new();
-    };
-    let names = entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().into_string().ok());
-    let mut numbers: Vec<u32> = names
-        .filter_map(|name| name.strip_prefix(prefix)?.parse().ok())
-        .collect();
-    numbers.sort_unstable();
-    numbers
-}
-
-fn list(file: &Path) -> Option<CpuSet> {
-    text(file)?.parse().ok()
-}
-
-fn text(file: &Path) -> Option<String> {
-    Some(fs::read_to_string(file).ok()?.trim().to_owned())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::testing::{TempDir, set, sysfs};
+    use std::fs;
 
     #[test]
-    fn reads_two_nodes_with_smt_caches_isolated_and_offline_cpus() {
+    fn a_host_with_two_nodes_is_read_with_its_cores_caches_isolated_and_offline_cpus() {
         let dir = TempDir::new("two-nodes");
-        // Cores are CPU k and k + 8; 7 is offline, and with it its core is single.
+        // CPUs k and k + 8 share a core; CPU 7 is offline, so CPU 15 has its core alone.
         sysfs(dir.path())
             .online("0-6,8-15")
             .isolated("3,11")
@@ -209,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn isolated_partitions_of_cpusets_count_too() {
+    fn cpus_of_an_isolated_cpuset_partition_are_isolated() {
         let dir = TempDir::new("partition");
         sysfs(dir.path()).online("0-3").isolated("");
         fs::create_dir_all(dir.path().join("fs/cgroup")).unwrap();
@@ -218,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn where_nothing_is_known_the_host_is_simple() {
+    fn without_sysfs_every_cpu_is_online_and_on_one_node() {
         let dir = TempDir::new("bare");
         for topology in [Topology::read(dir.path()), Topology::default()] {
             assert!(topology.is_online(5) && !topology.is_isolated(5));
@@ -229,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn this_host_shows_its_cpus() {
+    fn the_cpus_of_this_host_are_online_and_on_a_node() {
         let topology = Topology::read(Path::new("/sys"));
         for cpu in crate::allowed_cpus().unwrap().iter() {
             assert!(topology.is_online(cpu), "{topology:?}");

@@ -1,4 +1,4 @@
-//! What is known of the front-end's vCPU threads.
+//! The vCPU threads of a front-end.
 
 use std::fmt;
 
@@ -9,45 +9,45 @@ use crate::cpuset::CpuSet;
 /// One vCPU and the host thread that runs it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Vcpu {
-    /// Index in the front-end (QEMU's cpu-index).
+    /// Index in the front-end (QEMU's `cpu-index`).
     pub index: u32,
     /// Host thread id.
     pub tid: i32,
-    /// The CPUs on which the thread may run; `None` where they cannot be read.
+    /// The CPUs that the thread may run on; `None` where they cannot be read.
     pub cpus: Option<CpuSet>,
 }
 
-/// Where the knowledge of the vCPU threads came from.
+/// How the vCPU threads were found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum VcpuSource {
-    /// The names of the front-end's threads.
+    /// By the names of the front-end's threads.
     ThreadNames,
-    /// One thread, found by its name, runs every vCPU (QEMU's single-threaded
-    /// TCG); their number is not known and it is listed as vCPU 0.
+    /// By its name, one thread that runs every vCPU (QEMU's single-threaded TCG). The number of
+    /// vCPUs is not known, so the thread is listed as vCPU 0.
     SingleThread,
-    /// QEMU's answer to `query-cpus-fast`.
+    /// By QEMU's answer to `query-cpus-fast`.
     Qmp,
-    /// Neither answered.
+    /// They were not found.
     Nowhere,
 }
 
-/// The vCPU threads of a front-end, as far as they could be found.
+/// The vCPU threads of a front-end that could be found.
 ///
-/// Displays as one line for the log. Two equal maps lead to equal decisions.
+/// It displays as one line for the log. Equal maps lead to equal decisions.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct VcpuMap {
-    /// The vCPUs by rising index.
+    /// The vCPUs, sorted by index.
     pub vcpus: Vec<Vcpu>,
-    /// Where they came from.
+    /// How they were found.
     pub source: VcpuSource,
-    /// What failed on the way, each with its remedy.
+    /// Errors of the search, each with what to do about it.
     pub notes: Vec<String>,
 }
 
 impl VcpuMap {
-    /// Whether every vCPU, of several, may run on the same several CPUs: they
-    /// were confined together, none of them pinned.
+    /// Whether there are several vCPUs and all may run on the same several CPUs. Such a guest was
+    /// confined as a whole, and none of its vCPUs is pinned.
     pub(crate) fn is_floating_together(&self) -> bool {
         let Some((
             Vcpu {
@@ -63,7 +63,7 @@ impl VcpuMap {
             && others.iter().all(|vcpu| vcpu.cpus.as_ref() == Some(first))
     }
 
-    /// What failed, in one phrase.
+    /// All errors of the search in one text.
     pub(crate) fn failures(&self) -> String {
         self.notes.join("; ")
     }
@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn vcpus_float_together_only_on_one_wide_set() {
+    fn vcpus_float_together_only_where_all_share_several_cpus() {
         for (cpus, together) in [
             (&[Some("0-3"), Some("0-3")][..], true),
             (&[Some("0-3"), Some("0-1")], false),
@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn reads_as_one_line() {
+    fn a_map_displays_as_one_line() {
         let mut map = map(&[Some("0"), None]);
         assert_eq!(
             map.to_string(),

@@ -1,7 +1,7 @@
-//! Telling cheaply whether a front-end's vCPU threads are still what they were.
+//! Detecting at low cost that a front-end's vCPU threads have changed.
 //!
-//! A look costs one system call a vCPU and one for the process; nothing is
-//! parsed. It tells that something changed, never what: that is read anew.
+//! One poll costs one system call for each vCPU and one for the process, and parses nothing. It
+//! reports that something changed but not what; the caller reads the threads again.
 
 use std::path::PathBuf;
 
@@ -9,32 +9,32 @@ use crate::procfs::{self, ProcFs};
 use crate::sys::{self, AffinityMask};
 use crate::vcpus::VcpuMap;
 
-/// See the module.
+/// The state of a front-end's vCPU threads at the previous poll.
 #[derive(Debug)]
 pub struct VcpuWatch {
-    /// The front-end's threads, where they can be listed.
+    /// The folder of the front-end's threads, where its process is known.
     tasks: Option<PathBuf>,
-    /// Their number.
+    /// The number of threads, as [`procfs::task_count`] gives it.
     count: Option<u64>,
-    /// The vCPU threads' affinity.
+    /// The affinity of each vCPU thread.
     masks: Vec<(i32, Option<AffinityMask>)>,
 }
 
-/// What a look at a front-end's threads tells.
+/// How a front-end's vCPU threads differ from the previous poll.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum VcpuChange {
     /// Nothing changed.
     Unchanged,
     /// A vCPU thread may run on other CPUs than before.
     AffinityChanged,
-    /// A vCPU thread is gone, or the process has more or fewer threads.
+    /// A vCPU thread has ended, or the process has more or fewer threads than before.
     ThreadsChanged,
 }
 
 impl VcpuWatch {
     pub(crate) fn new(proc: &ProcFs, pid: Option<i32>, map: &VcpuMap) -> Self {
         let tasks = pid.filter(|pid| *pid > 0).map(|pid| proc.tasks(pid));
-        // Threads of which no CPUs could be read may be strangers.
+        // A thread whose CPUs could not be read may belong to another process.
         let known = map.vcpus.iter().filter(|vcpu| vcpu.cpus.is_some());
         Self {
             count: count(tasks.as_ref()),
@@ -43,19 +43,19 @@ impl VcpuWatch {
         }
     }
 
-    /// Looks, and takes what it sees for the state that the next look compares with.
+    /// Compares the threads with the previous poll, and stores their state for the next one.
     pub fn poll(&mut self) -> VcpuChange {
         let count = count(self.tasks.as_ref());
-        let (mut gone, mut moved) = (false, false);
+        let (mut has_ended, mut has_moved) = (false, false);
         for (tid, previous) in &mut self.masks {
             let now = mask(*tid);
-            gone |= now.is_none() && previous.is_some();
-            moved |= now != *previous;
+            has_ended |= now.is_none() && previous.is_some();
+            has_moved |= now != *previous;
             *previous = now;
         }
-        let threads = count != self.count;
+        let threads_changed = has_ended || count != self.count;
         self.count = count;
-        match (gone || threads, moved) {
+        match (threads_changed, has_moved) {
             (true, _) => VcpuChange::ThreadsChanged,
             (_, true) => VcpuChange::AffinityChanged,
             _ => VcpuChange::Unchanged,
@@ -74,20 +74,20 @@ fn count(tasks: Option<&PathBuf>) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{CpuSet, VcpuSource, Vcpu};
+    use crate::{CpuSet, Vcpu, VcpuSource};
     use std::sync::mpsc;
 
-    /// A thread that does nothing, until the sender is dropped.
+    /// A thread that waits until the sender is dropped.
     fn thread() -> (i32, mpsc::Sender<()>, std::thread::JoinHandle<()>) {
-        let (tell, told) = mpsc::channel();
+        let (send_tid, receive_tid) = mpsc::channel();
         let (end, ended) = mpsc::channel::<()>();
         let thread = std::thread::spawn(move || {
             let link = std::fs::read_link("/proc/thread-self").unwrap();
             let tid: i32 = link.file_name().unwrap().to_str().unwrap().parse().unwrap();
-            tell.send(tid).unwrap();
+            send_tid.send(tid).unwrap();
             ended.recv().unwrap_err();
         });
-        (told.recv().unwrap(), end, thread)
+        (receive_tid.recv().unwrap(), end, thread)
     }
 
     fn map(tid: i32) -> VcpuMap {
@@ -103,9 +103,9 @@ mod tests {
     }
 
     #[test]
-    fn a_move_and_an_end_are_seen_once_each() {
+    fn a_changed_affinity_and_an_ended_thread_are_reported_once_each() {
         let (tid, end, thread) = thread();
-        // Without a process id: other tests start and end threads of this process.
+        // No process id, because other tests start and end threads of this process.
         let mut watch = VcpuWatch::new(&ProcFs::new("/proc"), None, &map(tid));
         assert_eq!(watch.poll(), VcpuChange::Unchanged);
         let allowed = crate::allowed_cpus().unwrap();
@@ -116,7 +116,7 @@ mod tests {
         }
         drop(end);
         thread.join().unwrap();
-        // The kernel may take a moment to forget a thread that was joined.
+        // A joined thread may still exist in the kernel for a moment.
         let until = std::time::Instant::now() + std::time::Duration::from_secs(5);
         while watch.poll() != VcpuChange::ThreadsChanged {
             assert!(std::time::Instant::now() < until);
@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn more_threads_of_the_process_are_seen() {
+    fn a_changed_number_of_threads_is_reported_once() {
         let mut child = std::process::Command::new("sleep")
             .arg("60")
             .spawn()

@@ -106,7 +106,7 @@ const REFUSED: &str = r#"
 --vcpus 4 --nic queues=two
     --nic queues=two: queues=two is no number of queue pairs: write 1 to 128
 --vcpus 4 --nic queues=0
-    card net0 asks for queues=0: write 1 to 128, which is what vhost-user can address
+    network device net0 asks for queues=0: write 1 to 128, which is what vhost-user can address
 --vcpus 4 --nic throughput=full
     --nic throughput=full: throughput "full" is not known: write high, medium or low
 --vcpus 4 --nic queues=2,throughput=low
@@ -140,11 +140,11 @@ const REFUSED: &str = r#"
 --vcpus 4 --hw_vif_multiqueue_enabled off --hw:vif_multiqueue_enabled on
     the image says hw_vif_multiqueue_enabled=false, the flavor hw:vif_multiqueue_enabled=true: set both alike, or leave one unset
 --vcpus 4 --image-multiqueue false --nic queues=2
-    card net0 asks for queues=2, but multiqueue is off by hw_vif_multiqueue_enabled=false (image): leave one of them out
+    network device net0 asks for queues=2, but multiqueue is off by hw_vif_multiqueue_enabled=false (image): leave one of them out
 --vcpus 4 --max-queues 0
-    max_queues is 0, but a card has at least one queue pair: give 1 or more, or no limit
+    max_queues is 0, but a network device has at least one queue pair: give 1 or more, or no limit
 --vcpus 4 --msix-budget 8 --other-vectors 5
-    the guest needs 9 interrupt vectors (4 for its cards, 5 for other devices), but has 8: ask for fewer queues or cards, or raise the budget
+    the guest needs 9 interrupt vectors (4 for its network devices, 5 for other devices), but has 8: ask for fewer queues or network devices, or raise the budget
 "#;
 
 #[test]

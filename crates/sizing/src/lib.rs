@@ -1,33 +1,51 @@
-//! How many queue pairs each card of a guest gets, and why.
+//! How many queue pairs each network device of a guest gets, and why.
 //!
-//! Pure policy, for whoever launches the front-end: OpenStack Nova's rules for
-//! multiqueue (a guest with one vCPU has none; image and flavor that contradict
-//! each other are refused; as many pairs as vCPUs, up to a limit), a wish of
-//! each card's own (`queues=N`, or [`Throughput`]), and a budget of interrupt
-//! vectors over all cards.
+//! This crate is pure arithmetic, for whoever launches the front-end: it reads no file, makes no
+//! system call and knows nothing of placement. Three things decide:
+//!
+//! 1. OpenStack Nova's rules for multiqueue. A guest with one vCPU has none; an image and a flavor
+//!    that contradict each other are refused; a network device gets as many queue pairs as the
+//!    guest has vCPUs, up to a limit.
+//! 2. What is requested of each network device: `queues=N`, or a [`Throughput`].
+//! 3. The number of interrupt vectors that all devices of the guest may use together.
 //!
 //! ```text
-//! vCPUs, image, flavor --on or off?--> each card's wish --limits--> pairs --2N+2--> MSI-X budget
+//! vCPUs, image, flavor -> on or off -> request of each device -> limits -> pairs -> MSI-X budget
 //! ```
 //!
-//! [`plan_queues`] answers for a whole guest, [`queue_pairs_for`] for a card alone.
+//! [`plan_queues`] answers for a whole guest, [`queue_pairs_for`] for one network device alone.
+//!
+//! # Map
+//!
+//! Each file uses only files below it.
+//!
+//! | file | subject |
+//! |---|---|
+//! | `policy.rs` | the rules, from a request to a number of queue pairs |
+//! | `error.rs` | why a request cannot be fulfilled |
+//! | `request.rs` | the types of a request and of the answer |
+//! | `budget.rs` | interrupt vectors, and how queue pairs are reduced to fit |
+//! | `throughput.rs` | a share of the vCPUs as a number of queue pairs |
 
 mod budget;
+mod error;
 mod policy;
+mod request;
 mod throughput;
 
 pub use budget::{MSIX_BUDGET, vectors_of};
-pub use policy::{
-    NetDeviceQueues, NetDeviceRequest, GuestRequest, QueuePlan, QueuesError, MultiqueueDefault, QueueRequest, queue_pairs_for,
-    plan_queues,
+pub use error::QueuesError;
+pub use policy::{plan_queues, queue_pairs_for};
+pub use request::{
+    GuestRequest, MultiqueueDefault, NetDeviceQueues, NetDeviceRequest, QueuePlan, QueueRequest,
 };
 pub use throughput::{Throughput, ThroughputParseError};
 
 pub use virtionet_base::MAX_QUEUE_PAIRS;
 
-/// Most queues of a TAP since Linux 4.0 (`MAX_TAP_QUEUES`; 8 before, and 1
-/// before 3.8).
+/// The largest number of queues of a TAP since Linux 4.0 (`MAX_TAP_QUEUES`; 8 before, and 1 before
+/// 3.8).
 pub const MAX_TAP_QUEUES: u16 = 256;
 
-// What vhost-user can address, a TAP can carry: one limit is enough.
+// A TAP has a queue for each pair that vhost-user can address, so one limit is enough.
 const _: () = assert!(MAX_QUEUE_PAIRS <= MAX_TAP_QUEUES);

@@ -1,29 +1,42 @@
-//! How much of the guest's vCPUs a card may keep busy.
+//! The throughput requested for a network device, as a share of the guest's vCPUs.
 
 use std::fmt;
 use std::str::FromStr;
 
 use serde::Serialize;
 
-/// The throughput wished of a card: a share of the guest's vCPUs as queue pairs.
+/// The throughput requested for a network device: how many queue pairs for how many vCPUs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Throughput {
-    /// A pair for each vCPU.
+    /// A queue pair for each vCPU.
     High,
-    /// A pair for every two vCPUs, rounded up.
+    /// A queue pair for every two vCPUs, rounded up.
     Medium,
-    /// One pair.
+    /// One queue pair.
     Low,
 }
 
-/// A text that is no [`Throughput`].
+/// Why a text is not a [`Throughput`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("throughput {0:?} is not known: write high, medium or low")]
-pub struct ThroughputParseError(String);
+pub enum ThroughputParseError {
+    /// The text is none of the three words.
+    #[error("throughput {0:?} is not known: write high, medium or low")]
+    Unknown(String),
+}
+
+impl ThroughputParseError {
+    /// A stable name of the cause, for programs.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Unknown(_) => "throughput-unknown",
+        }
+    }
+}
 
 impl Throughput {
-    /// Pairs for this many vCPUs, before any limit; at least 1.
+    /// Queue pairs for this many vCPUs, before any limit; at least 1.
     #[must_use]
     pub fn share_of(self, vcpus: u32) -> u32 {
         match self {
@@ -34,7 +47,7 @@ impl Throughput {
     }
 
     /// The share in words.
-    pub(super) fn describe(self) -> &'static str {
+    pub(crate) fn describe(self) -> &'static str {
         match self {
             Self::High => "one for each vCPU",
             Self::Medium => "one for every two vCPUs",
@@ -51,7 +64,7 @@ impl FromStr for Throughput {
             "high" => Ok(Self::High),
             "medium" => Ok(Self::Medium),
             "low" => Ok(Self::Low),
-            _ => Err(ThroughputParseError(text.into())),
+            _ => Err(ThroughputParseError::Unknown(text.into())),
         }
     }
 }
@@ -71,7 +84,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_word_is_a_share_of_the_vcpus() {
+    fn each_word_gives_its_share_of_the_vcpus() {
         for (text, shares) in [
             ("high", [1, 2, 3, 4, 5]),
             ("medium", [1, 1, 2, 2, 3]),
@@ -87,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn other_words_are_refused_with_the_remedy() {
+    fn an_unknown_word_is_refused_with_the_words_to_write() {
         for text in ["", "High", "50%", "auto"] {
             let error = text.parse::<Throughput>().unwrap_err().to_string();
             assert_eq!(

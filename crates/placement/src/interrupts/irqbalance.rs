@@ -1,9 +1,10 @@
-//! irqbalance moves interrupts by its own lights unless they are on its ban list.
+//! irqbalance's list of banned interrupts.
 //!
-//! It listens on a unix socket in its run folder and believes root (the kernel tells it who sends).
-//! A connection takes one command: `setup` answers with what is banned, among other things;
-//! `settings ban irqs N N ...` puts another list in its place, the one of its command line included,
-//! so what others banned is read before and kept.
+//! irqbalance moves all interrupts that are not on this list. It listens on a unix socket in its
+//! run folder and accepts commands from root only, whose identity the kernel confirms. A connection
+//! carries one command. The answer to `setup` contains, among other things, the banned interrupts;
+//! `settings ban irqs N N ...` replaces the list, including the interrupts of irqbalance's command
+//! line, so [`BanList`] reads the list first and keeps the interrupts that others banned.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -12,19 +13,19 @@ use std::net::Shutdown;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::read;
+use crate::procfs::ProcFs;
 use crate::sys;
 
-/// Where its sockets are.
+/// The folder of irqbalance's sockets.
 pub(super) const RUN_DIR: &str = "/run/irqbalance";
-/// How long it may take to answer.
+/// How long irqbalance may take to answer.
 const TIMEOUT: Duration = Duration::from_secs(1);
-/// Bytes of a command that it takes.
+/// The longest command that irqbalance accepts, in bytes.
 const MAX_COMMAND_LEN: usize = 499;
-/// Bytes of an answer that are read.
+/// The largest part of an answer that is read, in bytes.
 const MAX_ANSWER_LEN: u64 = 1 << 20;
 
-/// The interrupts that an irqbalance was told to leave alone, on our account.
+/// The interrupts that this process has added to irqbalance's list.
 #[derive(Debug)]
 pub(super) struct BanList {
     folder: PathBuf,
@@ -32,7 +33,7 @@ pub(super) struct BanList {
 }
 
 impl BanList {
-    /// None yet; irqbalance's sockets are in `folder`.
+    /// An empty list for the irqbalance whose sockets are in `folder`.
     pub(super) fn new(folder: &Path) -> Self {
         Self {
             folder: folder.into(),
@@ -40,8 +41,8 @@ impl BanList {
         }
     }
 
-    /// Makes `wanted` the interrupts that are banned on our account. True when irqbalance leaves all
-    /// of them alone now.
+    /// Makes `wanted` the interrupts that this process has banned. True when irqbalance has
+    /// accepted them.
     pub(super) fn set(&mut self, wanted: &BTreeSet<u32>) -> bool {
         if *wanted == self.ours {
             return !wanted.is_empty();
@@ -73,7 +74,7 @@ fn socket_in(folder: &Path) -> Option<PathBuf> {
     })
 }
 
-/// What it answers to `command`; nothing to one that sets something.
+/// The answer to `command`; empty for a command that changes a setting.
 fn query(socket: &Path, command: &str) -> io::Result<String> {
     if command.len() > MAX_COMMAND_LEN {
         return Err(io::ErrorKind::InvalidInput.into());
@@ -88,7 +89,7 @@ fn query(socket: &Path, command: &str) -> io::Result<String> {
     Ok(answer)
 }
 
-/// The interrupts in an answer `SLEEP 10 IRQ 41 LOAD 0 DIFF 0 CLASS 0 ... BANNED 0`.
+/// The banned interrupts in an answer `SLEEP 10 IRQ 41 LOAD 0 DIFF 0 CLASS 0 ... BANNED 0`.
 fn banned(setup: &str) -> Option<BTreeSet<u32>> {
     let words: Vec<&str> = setup.split_whitespace().collect();
     if words.first() != Some(&"SLEEP") {
@@ -101,32 +102,18 @@ fn banned(setup: &str) -> Option<BTreeSet<u32>> {
         .collect()
 }
 
-/// Where irqbalance runs, the sentence that says how to keep it from `irqs`; `None` where it does
-/// not run, or there are none.
+/// How to configure irqbalance so that it does not move `irqs`, as one sentence; `None` where it
+/// does not run, or `irqs` is empty. `proc` is the mount point of procfs.
 #[must_use]
 pub fn irqbalance_hint(proc: &Path, irqs: &[u32]) -> Option<String> {
-    if irqs.is_empty() || !is_running(proc) {
+    if irqs.is_empty() || !ProcFs::new(proc).has_process("irqbalance") {
         return None;
     }
     let bans: Vec<String> = irqs.iter().map(|irq| format!("--banirq={irq}")).collect();
     Some(format!(
-        "irqbalance runs and will move these interrupts again: add IRQBALANCE_ARGS=\"{}\" to /etc/default/irqbalance (/etc/sysconfig/irqbalance on Red Hat's) and restart it",
+        "irqbalance runs and will move these interrupts again: add IRQBALANCE_ARGS=\"{}\" to /etc/default/irqbalance (/etc/sysconfig/irqbalance on Red Hat systems) and restart it",
         bans.join(" ")
     ))
-}
-
-fn is_running(proc: &Path) -> bool {
-    fs::read_dir(proc)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .any(|entry| {
-            let name = entry.file_name();
-            let process = name
-                .to_str()
-                .is_some_and(|name| name.parse::<u32>().is_ok());
-            process && read(&entry.path().join("comm")).is_ok_and(|comm| comm == "irqbalance")
-        })
 }
 
 #[cfg(test)]
@@ -136,7 +123,7 @@ mod tests {
     use std::os::unix::net::UnixListener;
     use std::sync::{Arc, Mutex};
 
-    /// An irqbalance, as far as its ban list goes; it ends with the test's process.
+    /// A fake irqbalance that implements the two commands; it runs until the test process ends.
     fn irqbalance(folder: &Path, banned: &[u32]) -> Arc<Mutex<Vec<u32>>> {
         fs::create_dir_all(folder).unwrap();
         let list = Arc::new(Mutex::new(banned.to_vec()));
@@ -165,23 +152,26 @@ mod tests {
     }
 
     #[test]
-    fn bans_are_added_to_others_and_taken_back() {
+    fn bans_are_added_to_those_of_others_and_removed_again() {
         let host = FakeHost::new("irqbalance-bans", "0");
         let folder = host.path().join("run");
         let list = irqbalance(&folder, &[7, 42]);
         let banned = || list.lock().unwrap().clone();
         let mut bans = BanList::new(&folder);
-        for (wanted, expected, told) in [
+        for (wanted, expected, accepted) in [
             (&[41, 42][..], &[7, 41, 42][..], true),
             (&[41, 43], &[7, 41, 42, 43], true),
             (&[], &[7, 42], true),
         ] {
             let wanted = wanted.iter().copied().collect();
-            assert_eq!(bans.set(&wanted), told);
+            assert_eq!(bans.set(&wanted), accepted);
             assert_eq!(banned(), expected, "{wanted:?}");
         }
-        assert!(!bans.set(&BTreeSet::new()), "nothing is told twice");
-        // More than it takes in one command.
+        assert!(
+            !bans.set(&BTreeSet::new()),
+            "an unchanged list is not sent again"
+        );
+        // More interrupts than fit into one command.
         assert!(!bans.set(&(1000..1200).collect()));
         assert_eq!(banned(), [7, 42]);
         *list.lock().unwrap() = Vec::new();
@@ -190,9 +180,9 @@ mod tests {
         assert!(banned().is_empty());
     }
 
-    /// The one that runs on this machine, if one does: an interrupt is banned and let go again.
+    /// Uses the irqbalance of this machine, if one runs: an interrupt is banned and removed again.
     #[test]
-    fn a_real_irqbalance_keeps_such_a_list() {
+    fn a_real_irqbalance_accepts_and_removes_a_ban() {
         let Some(socket) = socket_in(Path::new(RUN_DIR)) else {
             eprintln!("skipped: no irqbalance runs here");
             return;
@@ -217,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_are_read_whole_or_not_at_all() {
+    fn an_answer_is_parsed_completely_or_not_at_all() {
         let none = BTreeSet::new();
         for (answer, irqs) in [
             ("SLEEP 10 BANNED 0", Some(none.clone())),
@@ -234,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn the_line_names_each_interrupt_while_irqbalance_runs() {
+    fn the_hint_names_each_interrupt_while_irqbalance_runs() {
         let host = FakeHost::new("irqbalance", "0");
         let proc = host.roots().proc;
         host.put("proc/7/comm", "bash");
@@ -242,10 +232,10 @@ mod tests {
         assert_eq!(irqbalance_hint(&proc, &[41]), None);
         host.put("proc/812/comm", "irqbalance");
         assert_eq!(irqbalance_hint(&proc, &[]), None);
-        let line = irqbalance_hint(&proc, &[41, 42]).unwrap();
+        let hint = irqbalance_hint(&proc, &[41, 42]).unwrap();
         assert!(
-            line.contains("IRQBALANCE_ARGS=\"--banirq=41 --banirq=42\""),
-            "{line}"
+            hint.contains("IRQBALANCE_ARGS=\"--banirq=41 --banirq=42\""),
+            "{hint}"
         );
     }
 }

@@ -1,18 +1,18 @@
-//! The kernel's bitmaps: groups of 32 bits in hexadecimal, the highest first.
+//! The kernel's CPU masks: groups of 32 bits in hexadecimal, the highest group first.
 
 use crate::cpuset::{CpuSet, MAX_CPU};
 
 /// Bits of a group.
-const GROUP: u32 = 32;
+const GROUP_BITS: u32 = 32;
 
-/// `cpus` as the kernel writes a mask, such as `3` or `1,00000000`.
+/// `cpus` as a mask in the kernel's form, such as `3` or `1,00000000`.
 #[must_use]
 pub fn format_mask(cpus: &CpuSet) -> String {
-    let highest = cpus.last().unwrap_or(0) / GROUP;
+    let highest = cpus.last().unwrap_or(0) / GROUP_BITS;
     let mut text = String::new();
     for group in (0..=highest).rev() {
-        let bits = (0..GROUP)
-            .filter(|bit| cpus.contains(group * GROUP + bit))
+        let bits = (0..GROUP_BITS)
+            .filter(|bit| cpus.contains(group * GROUP_BITS + bit))
             .fold(0_u32, |bits, bit| bits | 1 << bit);
         text += &match group == highest {
             true => format!("{bits:x}"),
@@ -22,7 +22,7 @@ pub fn format_mask(cpus: &CpuSet) -> String {
     text
 }
 
-/// The CPUs of a mask that the kernel wrote; `None` when it is none.
+/// The CPUs of a mask in the kernel's form; `None` where the text is not a mask.
 #[must_use]
 pub fn parse_mask(text: &str) -> Option<CpuSet> {
     let mut cpus = CpuSet::default();
@@ -32,10 +32,12 @@ pub fn parse_mask(text: &str) -> Option<CpuSet> {
             return None;
         }
         let bits = u32::from_str_radix(group, 16).ok()?;
-        for bit in (0..GROUP).filter(|bit| bits >> bit & 1 == 1) {
+        for bit in (0..GROUP_BITS).filter(|bit| bits >> bit & 1 == 1) {
             cpus.insert(base + bit);
         }
-        base = base.checked_add(GROUP).filter(|base| *base <= MAX_CPU)?;
+        base = base
+            .checked_add(GROUP_BITS)
+            .filter(|base| *base <= MAX_CPU)?;
     }
     Some(cpus)
 }
@@ -45,7 +47,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn masks_are_written_and_read() {
+    fn masks_are_formatted_and_parsed() {
         for (list, text) in [
             ("", "0"),
             ("0", "1"),

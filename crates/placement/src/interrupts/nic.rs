@@ -1,17 +1,18 @@
-//! The NICs that share a bridge with a TAP, and their queues' interrupts.
+//! The NICs that share a bridge with a TAP, and the interrupts of their queues.
 //!
-//! A NIC's interrupts are those in its device's `msi_irqs`; the kernel names the handlers of an
-//! interrupt as folders in `/proc/irq/N`. The names are the drivers' own: those that tell a queue's
-//! number are known by their form ([`queue_of`]), all others (link state, admin queues, flow
-//! director) are left alone.
+//! The folder `msi_irqs` of a NIC's device lists its interrupts, and `/proc/irq/N` has a folder
+//! named after each handler of interrupt N. Each driver forms these names in its own way;
+//! [`queue_of`] knows the forms that contain a queue's number. All other interrupts (link state,
+//! admin queues, flow director) are not touched.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use super::{SettingKind, AffinitySetting};
+use super::setting::{AffinitySetting, SettingKind};
 use crate::cpuset::CpuSet;
+use crate::kernel_files::{list_dir, numbered_entries};
 
-/// Ports over ports (a VLAN on a bond on NICs) are followed this far down.
+/// The number of levels of stacked interfaces (a VLAN on a bond on NICs) that are searched.
 const MAX_DEPTH: usize = 4;
 
 /// A NIC.
@@ -23,7 +24,7 @@ pub(super) struct Nic {
     irqs: Vec<u32>,
 }
 
-/// A queue's interrupt.
+/// The interrupt of a NIC's queue.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Interrupt {
     irq: u32,
@@ -32,7 +33,7 @@ pub(super) struct Interrupt {
 }
 
 impl Interrupt {
-    /// It comes to `cpus`.
+    /// The setting that sends this interrupt to `cpus`.
     pub(super) fn setting(&self, proc: &Path, cpus: &CpuSet) -> AffinitySetting {
         AffinitySetting {
             file: proc.join(format!("irq/{}/smp_affinity_list", self.irq)),
@@ -42,8 +43,8 @@ impl Interrupt {
     }
 }
 
-/// The NICs among the other ports of the bridge that the interface in folder `dir` is a port of, and
-/// among what those stand on.
+/// The NICs among the other ports of the bridge that the interface in folder `dir` is a port of,
+/// and among the interfaces below these ports.
 pub(super) fn find_on_same_bridge(dir: &Path) -> Vec<Nic> {
     let Some(net) = dir.parent() else {
         return Vec::new();
@@ -71,23 +72,19 @@ pub(super) fn find_on_same_bridge(dir: &Path) -> Vec<Nic> {
     nics
 }
 
-/// The interrupts of an interface's device, or of the device that carries it (virtio's parent).
+/// The interrupts of the device of the interface in folder `dir`, or of that device's parent, which
+/// has the interrupts of a virtio device.
 fn irqs_of(dir: &Path) -> Option<Vec<u32>> {
     let device = fs::canonicalize(dir.join("device")).ok()?;
     let with_irqs = |device: &Path| {
         let irqs = device.join("msi_irqs");
         irqs.is_dir().then_some(irqs)
     };
-    let list: PathBuf = with_irqs(&device).or_else(|| with_irqs(device.parent()?))?;
-    let mut irqs: Vec<u32> = list_dir(&list)
-        .iter()
-        .filter_map(|name| name.parse().ok())
-        .collect();
-    irqs.sort_unstable();
-    Some(irqs)
+    let folder = with_irqs(&device).or_else(|| with_irqs(device.parent()?))?;
+    Some(numbered_entries(&folder, ""))
 }
 
-/// The interrupts of a NIC's queues.
+/// The interrupts of the NIC's queues.
 pub(super) fn interrupts(proc: &Path, nic: &Nic) -> Vec<Interrupt> {
     let irq = |&irq: &u32| {
         let handlers = list_dir(&proc.join(format!("irq/{irq}")));
@@ -99,8 +96,8 @@ pub(super) fn interrupts(proc: &Path, nic: &Nic) -> Vec<Interrupt> {
     nic.irqs.iter().filter_map(irq).collect()
 }
 
-/// The queue in the name of an interrupt's handler: a number at its end (before a device address,
-/// as in `mlx5_comp3@pci:0000:3b:00.0`), behind a word for a queue or the interface's name.
+/// The queue's number in the name of an interrupt's handler: the digits at its end (before a device
+/// address, as in `mlx5_comp3@pci:0000:3b:00.0`), after a word for a queue or the interface's name.
 fn queue_of(handler: &str, interface: &str) -> Option<u32> {
     const WORDS: [&str; 9] = [
         "rx-", "tx-", "txrx-", "rxtx-", "input.", "output.", "_comp", "fp-", "mlx4-",
@@ -108,25 +105,13 @@ fn queue_of(handler: &str, interface: &str) -> Option<u32> {
     let name = handler.split('@').next()?;
     let stem = name.trim_end_matches(|c: char| c.is_ascii_digit());
     let number = name.strip_prefix(stem)?.parse().ok()?;
-    let own = stem
+    let is_own_name = stem
         .strip_prefix(interface)
         .is_some_and(|rest| rest == "-" || rest == "-q" || rest == " (queue ");
     let lower = stem.to_ascii_lowercase();
-    let known = WORDS.iter().any(|word| lower.ends_with(word));
-    // Intel's flow director has vectors like a queue's.
-    ((own || known) && !lower.contains("fdir")).then_some(number)
-}
-
-/// The names in a folder; none where it cannot be read.
-fn list_dir(dir: &Path) -> Vec<String> {
-    let mut names: Vec<String> = fs::read_dir(dir)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .filter_map(|entry| entry.file_name().into_string().ok())
-        .collect();
-    names.sort_unstable();
-    names
+    let has_queue_word = WORDS.iter().any(|word| lower.ends_with(word));
+    // The vectors of Intel's flow director have names like those of a queue.
+    ((is_own_name || has_queue_word) && !lower.contains("fdir")).then_some(number)
 }
 
 #[cfg(test)]
@@ -135,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn handlers_names_tell_the_queue_or_nothing() {
+    fn handler_names_of_queues_give_the_queue_and_others_nothing() {
         for (handler, queue) in [
             ("eth0-TxRx-3", Some(3)),
             ("i40e-eth0-TxRx-11", Some(11)),
@@ -166,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn nics_are_found_beside_the_tap_and_below_its_neighbours() {
+    fn nics_are_found_in_the_bridge_and_below_its_ports() {
         let host = FakeHost::new("irq-nics", "0-7");
         host.tap("tap0", 7, 1);
         let net = host.roots().sys.join("class/net");
@@ -197,9 +182,9 @@ mod tests {
         );
     }
 
-    /// This machine's own card, where it has one with interrupts: they are found, and left alone.
+    /// Reads the interrupts of this machine's NIC, where it has one, and changes nothing.
     #[test]
-    fn real_interrupts_have_files_that_can_be_read() {
+    fn the_affinity_files_of_real_interrupts_hold_a_cpu_list() {
         for port in list_dir(Path::new("/sys/class/net")) {
             let Some(irqs) = irqs_of(&Path::new("/sys/class/net").join(&port)) else {
                 continue;
@@ -207,7 +192,7 @@ mod tests {
             let nic = Nic { name: port, irqs };
             for irq in interrupts(Path::new("/proc"), &nic) {
                 let setting = irq.setting(Path::new("/proc"), &CpuSet::default());
-                let now = super::super::read(&setting.file).unwrap();
+                let now = crate::kernel_files::read_text(&setting.file).unwrap();
                 assert!(now.parse::<CpuSet>().is_ok(), "{setting:?}: {now}");
             }
         }

@@ -1,18 +1,20 @@
-//! The masks of a TAP's queues.
+//! The XPS and RPS masks of a TAP's queues.
 
 use std::path::Path;
 
-use super::{SettingKind, AffinitySetting, format_mask, read};
+use super::mask::format_mask;
+use super::setting::{AffinitySetting, SettingKind};
 use crate::cpuset::CpuSet;
+use crate::kernel_files::read_text;
 
-/// Whether the interface in the folder `dir` is the TAP of this index: sysfs shows the interfaces of
-/// the network namespace that it was mounted in, which may have another one of that name.
+/// Whether the interface in folder `dir` is the TAP with this index. Sysfs shows the interfaces of
+/// the network namespace that it was mounted in, which may have another interface of the same name.
 pub(super) fn is_tap(dir: &Path, index: u32) -> bool {
-    let number = read(&dir.join("ifindex"));
-    dir.join("tun_flags").exists() && number.ok().and_then(|n| n.parse().ok()) == Some(index)
+    let found = read_text(&dir.join("ifindex"));
+    dir.join("tun_flags").exists() && found.ok().and_then(|text| text.parse().ok()) == Some(index)
 }
 
-/// What the masks of queue `number` should be, where the worker that has it stands on `cpus`.
+/// The masks of queue `number`, for a worker that is pinned to `cpus`.
 pub(super) fn masks(dir: &Path, number: usize, cpus: &CpuSet) -> [AffinitySetting; 2] {
     let queues = dir.join("queues");
     let setting = |file: String, kind| AffinitySetting {

@@ -1,10 +1,10 @@
-//! A host's files, laid out in a folder as the kernel has them.
+//! A fake host: a folder with the files that procfs and sysfs have.
 
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
-use super::KernelPaths;
+use super::desired::KernelPaths;
 use crate::testing::TempDir;
 
 pub(crate) struct FakeHost(TempDir);

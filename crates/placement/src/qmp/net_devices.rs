@@ -1,7 +1,8 @@
-//! The guest's card as QEMU has it: what vhost-user does not tell a back-end.
+//! Asking QEMU for properties of the guest's network device that vhost-user does not transfer.
 //!
-//! Which of several cards is on a socket is found over the netdev: `info network` (for people, but
-//! of one form since QEMU 2.1) names the netdev's chardev, `query-chardev` the chardev's socket.
+//! Among several network devices, the one on a socket is found through its netdev: `info network`
+//! (text for people, but of the same form since QEMU 2.1) names the netdev's chardev, and
+//! `query-chardev` names the chardev's socket.
 
 use std::path::Path;
 use std::time::Duration;
@@ -10,13 +11,13 @@ use serde_json::{Value, json};
 
 use super::{QmpError, QmpSession};
 
-/// Where QEMU keeps devices with an id and those without.
+/// The folders of QEMU's object tree for devices with an id and for those without.
 const DEVICES: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
 
-/// A virtio network card on QEMU's PCI bus.
+/// A virtio-net device on QEMU's PCI bus.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct QemuNetDevice {
-    /// Its netdev's id.
+    /// The id of its netdev.
     pub netdev: String,
     /// Its MSI-X vectors; 0 for none.
     pub vectors: u32,
@@ -24,21 +25,17 @@ pub struct QemuNetDevice {
     pub mq: bool,
 }
 
-/// The card on `socket`, as QEMU's monitor at `monitor` has it; `None` where that cannot be told:
-/// it has no such card, or several of which none is seen to be on the socket. Takes `timeout` at
-/// most.
+/// The network device on `socket`, from QEMU's monitor at `monitor`. `None` where it has no network
+/// device, or where it has several and none is known to be on the socket. Takes at most `timeout`.
 ///
 /// # Errors
-/// When QEMU cannot be asked: one sentence.
+///
+/// [`QmpError`] when QEMU cannot be asked.
 pub fn query_net_device(
     monitor: &Path,
     socket: &Path,
     timeout: Duration,
-) -> Result<Option<QemuNetDevice>, String> {
-    query(monitor, socket, timeout).map_err(|error| error.to_string())
-}
-
-fn query(monitor: &Path, socket: &Path, timeout: Duration) -> Result<Option<QemuNetDevice>, QmpError> {
+) -> Result<Option<QemuNetDevice>, QmpError> {
     let mut session = QmpSession::open(monitor, timeout)?;
     session.read_greeting()?;
     session.execute("qmp_capabilities")?;
@@ -75,7 +72,7 @@ fn net_device_paths(session: &mut QmpSession<'_>, folder: &str) -> Result<Vec<St
         .collect())
 }
 
-/// `None` for a card with other properties than are known.
+/// `None` for a network device whose properties have unexpected types.
 fn net_device(session: &mut QmpSession<'_>, path: &str) -> Result<Option<QemuNetDevice>, QmpError> {
     let mut get = |property: &str| {
         session.execute_with("qom-get", &json!({ "path": path, "property": property }))
@@ -94,7 +91,7 @@ fn net_device(session: &mut QmpSession<'_>, path: &str) -> Result<Option<QemuNet
 /// The netdev whose chardev is on `socket`, from the lines ` \ NETDEV: ...,vhost-userN to CHARDEV`.
 fn netdev_on(network: &str, chardevs: &Value, socket: &Path) -> Option<String> {
     let socket = socket.to_str()?;
-    let is_there = |label: &str| {
+    let is_on_socket = |label: &str| {
         chardevs.as_array().into_iter().flatten().any(|chardev| {
             let file = chardev["filename"].as_str().unwrap_or_default();
             let path = file
@@ -106,14 +103,14 @@ fn netdev_on(network: &str, chardevs: &Value, socket: &Path) -> Option<String> {
     network.lines().find_map(|line| {
         let (netdev, rest) = line.trim().strip_prefix("\\ ")?.split_once(": ")?;
         let (_, label) = rest.split_once(",vhost-user")?.1.split_once(" to ")?;
-        is_there(label).then(|| netdev.to_owned())
+        is_on_socket(label).then(|| netdev.to_owned())
     })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{TempDir, FakeQmp, GREETING};
+    use crate::testing::{FakeQmp, GREETING, TempDir};
 
     const TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -139,27 +136,28 @@ mod tests {
     }
 
     #[test]
-    fn a_card_that_is_alone_is_the_one() {
+    fn the_only_network_device_is_returned_for_any_socket() {
         let dir = TempDir::new("net_devices-one");
         let mut script = vec![GREETING.into(), answer("qmp_capabilities", &json!({}))];
         script.push(listing(&["net0"]));
         script.extend(properties("n0", 3, true));
         script.push(listing(&[]));
         let server = FakeQmp::start(&dir, script);
-        let net_device = query_net_device(&server.path, Path::new("/run/any.sock"), TIMEOUT).unwrap();
+        let net_device =
+            query_net_device(&server.path, Path::new("/run/any.sock"), TIMEOUT).unwrap();
         let expected = QemuNetDevice {
             netdev: "n0".into(),
             vectors: 3,
             mq: true,
         };
         assert_eq!(net_device, Some(expected));
-        let asked = server.requests();
-        assert_eq!(asked[1]["arguments"]["path"], "/machine/peripheral");
-        assert_eq!(asked[3]["arguments"]["property"], "vectors");
+        let requests = server.requests();
+        assert_eq!(requests[1]["arguments"]["path"], "/machine/peripheral");
+        assert_eq!(requests[3]["arguments"]["property"], "vectors");
     }
 
     #[test]
-    fn of_several_the_one_on_the_socket_counts() {
+    fn of_several_network_devices_the_one_on_the_socket_is_returned() {
         for (socket, netdev) in [
             ("/run/a.sock", Some("na")),
             ("/run/b.sock", Some("nb")),
@@ -182,13 +180,17 @@ mod tests {
             script.push(answer("human-monitor-command", &json!(network)));
             let server = FakeQmp::start(&dir, script);
             let net_device = query_net_device(&server.path, Path::new(socket), TIMEOUT).unwrap();
-            assert_eq!(net_device.map(|net_device| net_device.netdev).as_deref(), netdev);
+            assert_eq!(
+                net_device.map(|net_device| net_device.netdev).as_deref(),
+                netdev
+            );
         }
     }
 
     #[test]
-    fn a_monitor_that_is_not_there_is_told() {
-        let error = query_net_device(Path::new("/nonexistent"), Path::new("/s"), TIMEOUT).unwrap_err();
-        assert!(error.contains("cannot be reached"), "{error}");
+    fn a_missing_monitor_is_an_error() {
+        let error =
+            query_net_device(Path::new("/nonexistent"), Path::new("/s"), TIMEOUT).unwrap_err();
+        assert_eq!(error.code(), "qmp-unreachable", "{error}");
     }
 }

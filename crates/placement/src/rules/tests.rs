@@ -1,10 +1,12 @@
-//! Each rule, on a host with two nodes, four caches and SMT.
+//! Each rule, on a host with two NUMA nodes, four L3 caches and SMT.
 
 use super::*;
+use crate::context::HostConstraints;
 use crate::testing::{TempDir, map, set, sysfs};
+use crate::topology::Topology;
 
-/// Two nodes of two L3 caches of two cores of two threads: CPU k and k + 8
-/// are one core, 0-1 (and 8-9) one cache, 0-3 (and 8-11) one node.
+/// Two nodes with two L3 caches each, two cores a cache, two threads a core: CPUs k and k + 8 share
+/// a core, CPUs 0-1 and 8-9 share a cache, CPUs 0-3 and 8-11 are on one node.
 fn host(dir: &TempDir, online: &str, isolated: &str) -> Topology {
     sysfs(dir.path())
         .online(online)
@@ -24,7 +26,7 @@ struct Case {
     isolated: &'static str,
     vcpus: &'static [&'static str],
     pairs: u32,
-    /// Where each worker stands; with `!` where it may not poll.
+    /// The CPUs of each worker, with `!` where it may not poll.
     workers: &'static [&'static str],
 }
 
@@ -72,7 +74,7 @@ impl Case {
         self
     }
 
-    /// What is wrong with where the workers stand.
+    /// How the placement differs from the expected one.
     fn check(&self, number: usize) -> Option<String> {
         let dir = TempDir::new(&format!("rules-{number}"));
         let topology = host(&dir, self.online, self.isolated);
@@ -89,7 +91,8 @@ impl Case {
             memory: &BTreeMap::new(),
             others: &CpuSet::default(),
         };
-        let rules = Rules::new(host, &map, self.pairs);
+        let context = PlacementContext::new(host, &map, self.pairs);
+        let rules = Rules::new(&context);
         let workers: Vec<_> = (0..self.pairs)
             .map(|pair| {
                 let CpuChoice {
@@ -107,12 +110,18 @@ impl Case {
 }
 
 #[test]
-fn every_rule_places_every_worker() {
+fn every_rule_chooses_the_cpus_of_every_worker() {
     let table = [
         // auto
-        case("beside, asleep", "auto", &["2", "3"], 2, &["2", "3"]),
         case(
-            "near, polling: same cache, no sibling",
+            "auto, sleeping: the CPU of the vCPU",
+            "auto",
+            &["2", "3"],
+            2,
+            &["2", "3"],
+        ),
+        case(
+            "auto, polling: same cache, no sibling",
             "auto",
             &["0", "2"],
             2,
@@ -120,7 +129,7 @@ fn every_rule_places_every_worker() {
         )
         .polls(),
         case(
-            "each its own: the cache's, then the node's, siblings last",
+            "a CPU for each worker: of the cache, then of the node, siblings last",
             "auto",
             &["0", "0", "0", "0"],
             4,
@@ -145,7 +154,7 @@ fn every_rule_places_every_worker() {
         .polls()
         .allowed("0-1,4-7"),
         case(
-            "no CPU left: it sleeps",
+            "no CPU is free: the workers sleep",
             "auto",
             &["0", "1"],
             2,
@@ -190,7 +199,7 @@ fn every_rule_places_every_worker() {
         )
         .isolated("4-5"),
         case(
-            "floating vCPUs leave polling alone",
+            "floating vCPUs do not prevent polling",
             "auto",
             &["0-15", "0-15"],
             2,
@@ -198,7 +207,7 @@ fn every_rule_places_every_worker() {
         )
         .polls(),
         case(
-            "isolated CPUs get no turn",
+            "isolated CPUs are not used in turn",
             "auto",
             &["0-15", "0-15"],
             2,
@@ -206,7 +215,7 @@ fn every_rule_places_every_worker() {
         )
         .isolated("0-1"),
         case(
-            "offline CPUs get no turn",
+            "offline CPUs are not used in turn",
             "auto",
             &["0-15", "0-15"],
             2,
@@ -214,7 +223,7 @@ fn every_rule_places_every_worker() {
         )
         .online("1-15"),
         case(
-            "one floats beside a pinned one: polling keeps off the latter",
+            "one vCPU floats, one is pinned: no worker polls on the CPU of the latter",
             "auto",
             &["0", "0-15"],
             2,
@@ -222,7 +231,7 @@ fn every_rule_places_every_worker() {
         )
         .polls(),
         case(
-            "a CPU that went offline: near it",
+            "the CPU of the vCPU is offline: a CPU near it",
             "auto",
             &["7", "6"],
             2,
@@ -230,7 +239,7 @@ fn every_rule_places_every_worker() {
         )
         .online("0-6,8-13"),
         case(
-            "outside the cpuset: near it",
+            "the CPU of the vCPU is outside the cpuset: a CPU near it",
             "auto",
             &["1", "3"],
             2,
@@ -238,7 +247,7 @@ fn every_rule_places_every_worker() {
         )
         .allowed("0,2"),
         case(
-            "outside the cpuset, node and all",
+            "the whole node of the vCPU is outside the cpuset: in turn",
             "auto",
             &["0", "1"],
             2,
@@ -250,16 +259,22 @@ fn every_rule_places_every_worker() {
             .online("0-2,4-15"),
         case("unreadable: in turn", "auto", &["?", "?"], 2, &["0", "1"]),
         // same
-        case("same, asleep", "same", &["2", "3"], 2, &["2", "3"]),
+        case("same, sleeping", "same", &["2", "3"], 2, &["2", "3"]),
         case("same forces polling", "same", &["2", "3"], 2, &["2", "3"]).polls(),
         case(
-            "same takes all of them",
+            "same takes all CPUs of the vCPU thread",
             "same",
             &["2-3", "0-15"],
             2,
             &["2-3", "0-15"],
         ),
-        case("same without knowing: in turn", "same", &[], 2, &["0", "1"]),
+        case(
+            "same with unknown vCPUs: in turn",
+            "same",
+            &[],
+            2,
+            &["0", "1"],
+        ),
         // sibling
         case(
             "the other thread of the core",
@@ -277,14 +292,14 @@ fn every_rule_places_every_worker() {
         )
         .polls(),
         case(
-            "the other thread is a vCPU's",
+            "a vCPU is pinned to the other thread",
             "sibling",
             &["0", "8"],
             2,
             &["8", "0"],
         ),
         case(
-            "and polling there is not allowed",
+            "a vCPU is pinned to the other thread: no polling",
             "sibling",
             &["0", "8"],
             2,
@@ -320,7 +335,7 @@ fn every_rule_places_every_worker() {
         )
         .allowed("0-7"),
         case(
-            "an isolated core is the guest's",
+            "an isolated core that the vCPU is pinned to is used",
             "sibling",
             &["0", "1"],
             2,
@@ -336,17 +351,17 @@ fn every_rule_places_every_worker() {
         ),
         case("unknown: as auto", "sibling", &[], 2, &["0", "1"]),
         // core-near
-        case("near, asleep", "core-near", &["0", "2"], 2, &["1", "3"]),
+        case("near, sleeping", "core-near", &["0", "2"], 2, &["1", "3"]),
         case("near, polling", "core-near", &["0", "2"], 2, &["1", "3"]).polls(),
         case(
-            "near: never a vCPU's CPU",
+            "near: never a CPU that a vCPU is pinned to",
             "core-near",
             &["0", "1"],
             2,
             &["2", "3"],
         ),
         case(
-            "none near: as auto",
+            "no CPU is near: as auto",
             "core-near",
             &["0", "1"],
             2,
@@ -354,7 +369,7 @@ fn every_rule_places_every_worker() {
         )
         .allowed("0-1,4-7,12-15"),
         case(
-            "none near, polling: asleep",
+            "no CPU is near, polling: the workers sleep",
             "core-near",
             &["0", "1"],
             2,
@@ -363,13 +378,20 @@ fn every_rule_places_every_worker() {
         .polls()
         .allowed("0-1,4-7,12-15"),
         case(
-            "near, spread over groups",
+            "near the first vCPU of each group",
             "core-near",
             &["0", "1", "4", "5"],
             2,
             &["2", "6"],
         ),
-        case("near: not an isolated one", "core-near", &["0"], 1, &["2"]).isolated("1,9"),
+        case(
+            "near: never an isolated CPU",
+            "core-near",
+            &["0"],
+            1,
+            &["2"],
+        )
+        .isolated("1,9"),
         case(
             "floating: as auto",
             "core-near",
@@ -397,7 +419,7 @@ fn every_rule_places_every_worker() {
         )
         .isolated("1,3"),
         case(
-            "for an offline one others stand in",
+            "others of the list replace an offline CPU",
             "list:3,1,2",
             &["0"],
             3,
@@ -405,7 +427,7 @@ fn every_rule_places_every_worker() {
         )
         .online("0-2"),
         case(
-            "all of them offline: in turn",
+            "the whole list is offline: all CPUs in turn",
             "list:3",
             &["0"],
             2,
@@ -413,7 +435,7 @@ fn every_rule_places_every_worker() {
         )
         .online("0-2"),
         case(
-            "all of them lost to the cpuset, polling: no vCPU's CPU",
+            "the whole list is outside the cpuset, polling: no CPU of a vCPU",
             "list:3",
             &["0"],
             2,
@@ -422,7 +444,7 @@ fn every_rule_places_every_worker() {
         .polls()
         .allowed("0-2"),
         case(
-            "list alone: in turn, none isolated",
+            "list alone: in turn, without isolated CPUs",
             "list",
             &["0"],
             3,
@@ -430,9 +452,9 @@ fn every_rule_places_every_worker() {
         )
         .isolated("0"),
         // none
-        case("anywhere", "none", &["0", "1"], 2, &["0-15", "0-15"]),
+        case("none: any CPU", "none", &["0", "1"], 2, &["0-15", "0-15"]),
         case(
-            "anywhere, but not isolated or offline",
+            "none: no isolated or offline CPU",
             "none",
             &["0"],
             1,
@@ -441,7 +463,7 @@ fn every_rule_places_every_worker() {
         .isolated("0")
         .online("0-13"),
         case(
-            "anywhere, polling: no vCPU's CPU",
+            "none, polling: no CPU of a vCPU",
             "none",
             &["0", "1"],
             2,
@@ -449,7 +471,7 @@ fn every_rule_places_every_worker() {
         )
         .polls(),
         case(
-            "anywhere, but vCPUs are everywhere",
+            "none, polling, vCPUs on all CPUs: no polling",
             "none",
             &["0", "1"],
             2,
@@ -469,27 +491,31 @@ fn every_rule_places_every_worker() {
 }
 
 #[test]
-fn a_floating_guest_is_served_on_the_node_of_its_memory() {
-    let nobody = CpuSet::default();
+fn workers_of_a_floating_guest_are_pinned_to_the_node_of_its_memory() {
+    let none = CpuSet::default();
     let dir = TempDir::new("memory");
     let topology = host(&dir, ALL, "5");
     let map = map(&["0-15", "0-15", "0-15"]);
     let memory = BTreeMap::from([(0, 1), (1, 1), (2, 7)]);
     let (mode, allowed) = (Placement::Auto, set(ALL));
-    let rules = Rules::new(
+    let context = PlacementContext::new(
         HostConstraints {
             mode: &mode,
             allowed: &allowed,
             topology: &topology,
             polling: false,
             memory: &memory,
-            others: &nobody,
+            others: &none,
         },
         &map,
         3,
     );
+    let rules = Rules::new(&context);
     let choices: Vec<_> = (0..3).map(|pair| rules.choose_cpus(pair)).collect();
-    let cpus: Vec<_> = choices.iter().map(|choice| choice.cpus.to_string()).collect();
+    let cpus: Vec<_> = choices
+        .iter()
+        .map(|choice| choice.cpus.to_string())
+        .collect();
     assert_eq!(
         cpus,
         ["4", "6", "2"],
@@ -497,12 +523,12 @@ fn a_floating_guest_is_served_on_the_node_of_its_memory() {
     );
     assert_eq!(
         choices[1].why,
-        "vCPU thread floats over CPUs 0-15, so workers take these in turn on the node of its memory, 1"
+        "the vCPU thread floats over CPUs 0-15, so workers are pinned to those of NUMA node 1, which holds the pair's memory, in turn"
     );
 }
 
 #[test]
-fn reasons_are_told_in_words() {
+fn each_choice_has_its_reason() {
     let dir = TempDir::new("reasons");
     let topology = host(&dir, "0-7,9-15", "");
     for (mode, polling, allowed, vcpus, why) in [
@@ -511,77 +537,77 @@ fn reasons_are_told_in_words() {
             true,
             ALL,
             "0",
-            "polls near the vCPU thread on CPU 0, on its L3 cache",
+            "the worker polls near the vCPU thread on CPU 0, on a CPU that shares its L3 cache",
         ),
         (
             "auto",
             true,
             "0,2",
             "0",
-            "polls near the vCPU thread on CPU 0, on its NUMA node",
+            "the worker polls near the vCPU thread on CPU 0, on a CPU of its NUMA node",
         ),
         (
             "auto",
             true,
             "0",
             "0",
-            "vCPU thread pinned there; it sleeps instead of polling, as no CPU near is free",
+            "the vCPU thread is pinned there; the worker sleeps instead of polling, as no CPU near it is free",
         ),
         (
             "auto",
             false,
             "0-15",
             "8",
-            "vCPU thread is on CPU 8, offline now; until then the worker is on its NUMA node",
+            "the vCPU thread is pinned to CPU 8, which is offline; meanwhile the worker runs on a CPU of its NUMA node",
         ),
         (
             "sibling",
             false,
             ALL,
             "0",
-            "CPU 0 has no SMT sibling to use, so as auto: vCPU thread pinned there",
+            "CPU 0 has no usable SMT sibling, so placement auto applies: the vCPU thread is pinned there",
         ),
         (
             "sibling",
             false,
             ALL,
             "1",
-            "SMT sibling of the vCPU thread on CPU 1",
+            "this is an SMT sibling of CPU 1, which the vCPU thread is pinned to",
         ),
         (
             "core-near",
             false,
             ALL,
             "0",
-            "near the vCPU thread on CPU 0, on its L3 cache",
+            "the worker runs near the vCPU thread on CPU 0, on a CPU that shares its L3 cache",
         ),
         (
             "core-near",
             false,
             "0,4",
             "0",
-            "no CPU near CPU 0 is free, so as auto: vCPU thread pinned there",
+            "no CPU near CPU 0 is free, so placement auto applies: the vCPU thread is pinned there",
         ),
         (
             "list:8",
             false,
             ALL,
             "0",
-            "workers take CPUs 0-7,9-15 in turn, as CPU 8 of placement list:8 cannot be used now",
+            "workers are pinned to CPUs 0-7,9-15 in turn, as CPU 8 of placement list:8 cannot be used now",
         ),
         (
             "list:8,3",
             false,
             ALL,
             "0",
-            "CPU 8 of placement list:8,3 cannot be used now, so another of it stands in",
+            "CPU 8 of placement list:8,3 cannot be used now, so another CPU of the list replaces it",
         ),
         (
             "none",
             true,
             "0",
             "0",
-            "placement none leaves it to the scheduler; it sleeps instead of polling, as vCPUs are pinned there",
+            "placement none leaves the choice to the scheduler; the worker sleeps instead of polling, as vCPUs are pinned there",
         ),
     ] {
         let (mode, allowed, map) = (mode.parse().unwrap(), set(allowed), map(&[vcpus]));
@@ -593,13 +619,14 @@ fn reasons_are_told_in_words() {
             memory: &BTreeMap::new(),
             others: &CpuSet::default(),
         };
-        assert_eq!(Rules::new(host, &map, 1).choose_cpus(0).why, why);
+        let context = PlacementContext::new(host, &map, 1);
+        assert_eq!(Rules::new(&context).choose_cpus(0).why, why);
     }
 }
 
 #[test]
-fn one_workers_place_does_not_depend_on_who_asks() {
-    let dir = TempDir::new("asks");
+fn a_workers_cpu_does_not_depend_on_the_order_of_placement() {
+    let dir = TempDir::new("order");
     let topology = host(&dir, ALL, "");
     let map = map(&["0", "1", "2", "3", "4", "5"]);
     let (mode, allowed) = (Placement::CoreNear, set(ALL));
@@ -611,11 +638,12 @@ fn one_workers_place_does_not_depend_on_who_asks() {
         memory: &BTreeMap::new(),
         others: &CpuSet::default(),
     };
-    let all = Rules::new(host, &map, 6);
+    let context = PlacementContext::new(host, &map, 6);
+    let all = Rules::new(&context);
     for pair in (0..6).rev() {
-        let alone = Rules::new(host, &map, 6);
+        let alone = Rules::new(&context);
         assert_eq!(alone.choose_cpus(pair), all.choose_cpus(pair), "{pair}");
     }
-    // Pairs beyond what anything can address cost no endless walk.
+    // A pair beyond the maximum causes no long loop.
     assert!(!all.choose_cpus(u32::MAX).cpus.is_empty());
 }
