@@ -3,9 +3,7 @@
 
 /// An item of a list that is not `KEY=VALUE`.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "{0:?} is not KEY=VALUE: write a value behind =, and a comma inside a value twice"
-)]
+#[error("{0:?} is not KEY=VALUE: write a value behind =, and a comma inside a value twice")]
 pub struct KeyValueError(pub String);
 
 /// The items of `text` between single commas, with doubled commas replaced by single ones.
@@ -59,7 +57,10 @@ mod tests {
         assert_eq!(split_item("a=b=c", &[]), Ok(("a", "b=c")));
         assert_eq!(split_item("client", &["client"]), Ok(("client", "on")));
         for item in ["a", "a=", ""] {
-            assert_eq!(split_item(item, &["client"]), Err(KeyValueError(item.into())));
+            assert_eq!(
+                split_item(item, &["client"]),
+                Err(KeyValueError(item.into()))
+            );
         }
     }
 }

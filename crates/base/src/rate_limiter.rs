@@ -70,6 +70,9 @@ mod tests {
             .into_iter()
             .filter_map(|at| Some((at, limiter.allow_at(Duration::from_millis(at))?)))
             .collect();
-        assert_eq!(allowed, [(0, 0), (1000, 2), (2000, 2), (9000, 0), (10_000, 1)]);
+        assert_eq!(
+            allowed,
+            [(0, 0), (1000, 2), (2000, 2), (9000, 0), (10_000, 1)]
+        );
     }
 }

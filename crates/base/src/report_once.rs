@@ -29,7 +29,12 @@ impl<K, V> Default for ReportOnce<K, V> {
 impl<K: Eq + Hash, V: Clone + PartialEq> ReportOnce<K, V> {
     /// The conditions among `in_force` that are to be reported at `now`, and whether one of them
     /// has changed too soon, so that it must be asked about again.
-    pub fn update(&mut self, in_force: &[V], kind: impl Fn(&V) -> K, now: Instant) -> (Vec<V>, bool) {
+    pub fn update(
+        &mut self,
+        in_force: &[V],
+        kind: impl Fn(&V) -> K,
+        now: Instant,
+    ) -> (Vec<V>, bool) {
         for (last_kind, (reported, _)) in &mut self.last {
             if !in_force.iter().any(|value| kind(value) == *last_kind) {
                 *reported = None;

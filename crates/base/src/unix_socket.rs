@@ -77,7 +77,8 @@ pub fn listen_at(
     let address = address(path)?;
     let group = access.group.as_deref().map(group_number).transpose()?;
     remove_stale(path, &address)?;
-    let refused = |operation| move |error: io::Error| UnixSocketError::refused(operation, path, error);
+    let refused =
+        |operation| move |error: io::Error| UnixSocketError::refused(operation, path, error);
     let socket = stream_socket(SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)
         .map_err(|error| refused("make")(error.into()))?;
     bind(&socket, &address).map_err(|error| match error {
@@ -196,7 +197,8 @@ mod tests {
     use super::*;
 
     fn folder(name: &str) -> PathBuf {
-        let dir = std::env::temp_dir().join(format!("virtionet-base-{name}-{}", std::process::id()));
+        let dir =
+            std::env::temp_dir().join(format!("virtionet-base-{name}-{}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
         dir
     }

@@ -172,7 +172,10 @@ impl DriverVirtqueue {
     ///
     /// # Errors
     /// When the format does not have that size or `ram` has no room.
-    pub fn new(ram: &GuestRam, config: DriverVirtqueueConfig) -> Result<Self, DriverVirtqueueError> {
+    pub fn new(
+        ram: &GuestRam,
+        config: DriverVirtqueueConfig,
+    ) -> Result<Self, DriverVirtqueueError> {
         Ok(match config.packed {
             false => Self::Split(SplitDriverVirtqueue::new(ram, config)?),
             true => Self::Packed(PackedDriverVirtqueue::new(ram, config)?),
@@ -231,7 +234,12 @@ impl DriverVirtqueue {
     /// # Errors
     /// When there is no room; nothing was added then.
     #[inline(always)]
-    pub fn add(&mut self, chain: &[Buf], indirect: bool, token: u64) -> Result<u16, DriverVirtqueueError> {
+    pub fn add(
+        &mut self,
+        chain: &[Buf],
+        indirect: bool,
+        token: u64,
+    ) -> Result<u16, DriverVirtqueueError> {
         each!(self, ring => ring.add(chain, indirect, token))
     }
 
@@ -313,7 +321,11 @@ impl DriverVirtqueue {
 
 /// Descriptors that a chain takes from a ring with `free` ones.
 #[inline(always)]
-pub(crate) fn needed(chain: &[Buf], indirect: bool, free: u16) -> Result<u16, DriverVirtqueueError> {
+pub(crate) fn needed(
+    chain: &[Buf],
+    indirect: bool,
+    free: u16,
+) -> Result<u16, DriverVirtqueueError> {
     let needed = if indirect { 1 } else { chain.len() };
     match u16::try_from(needed) {
         _ if chain.is_empty() => Err(DriverVirtqueueError::Empty),

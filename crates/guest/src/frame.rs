@@ -3,7 +3,10 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::Range;
 
-use crate::header::{VIRTIO_NET_HDR_GSO_NONE, VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_TCPV6, VIRTIO_NET_HDR_GSO_UDP, VIRTIO_NET_HDR_F_NEEDS_CSUM, NetHeader};
+use crate::header::{
+    NetHeader, VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_NONE, VIRTIO_NET_HDR_GSO_TCPV4,
+    VIRTIO_NET_HDR_GSO_TCPV6, VIRTIO_NET_HDR_GSO_UDP,
+};
 
 /// Bytes of an Ethernet header.
 pub const ETHERNET_LEN: usize = 14;
@@ -519,7 +522,10 @@ mod tests {
         assert!(matches!(mixed.build(&[]), Err(FrameError::Families(..))));
         let arp = ethernet([0xff; 6], [2; 6], 0x0806, &[1, 2]);
         assert_eq!(arp.len(), 60);
-        assert!(matches!(ParsedFrame::new(&arp), Err(FrameError::Unknown(_))));
+        assert!(matches!(
+            ParsedFrame::new(&arp),
+            Err(FrameError::Unknown(_))
+        ));
         for len in 0..54 {
             let frame = FrameSpec::v4(Transport::Tcp).build(b"").unwrap();
             assert!(ParsedFrame::new(&frame.bytes[..len]).is_err(), "{len}");

@@ -17,7 +17,7 @@ use virtionet_virtqueue::memory::RegionSpec;
 use crate::driver::VirtqueueAddresses;
 use crate::error::Error;
 use crate::memory::{GuestRam, RamError, to_u64};
-use crate::message_stream::{VHOST_USER_NEED_REPLY_MASK, VHOST_USER_VERSION, MessageStream};
+use crate::message_stream::{MessageStream, VHOST_USER_NEED_REPLY_MASK, VHOST_USER_VERSION};
 
 /// The feature bit that stands for the protocol features (VHOST_USER_F_PROTOCOL_FEATURES).
 pub const VHOST_USER_F_PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
@@ -195,8 +195,12 @@ impl FrontendConnection {
         let body = words(&[size, offset]);
         if self.has_feature(Protocol::LOG_SHMFD) {
             // With LOG_SHMFD the message has a reply of its own, of no set content.
-            self.wire
-                .send(FrontendReq::SET_LOG_BASE.into(), VHOST_USER_VERSION, &body, &[log])?;
+            self.wire.send(
+                FrontendReq::SET_LOG_BASE.into(),
+                VHOST_USER_VERSION,
+                &body,
+                &[log],
+            )?;
             self.wire.reply(FrontendReq::SET_LOG_BASE.into()).map(drop)
         } else {
             self.set(FrontendReq::SET_LOG_BASE, &body, &[log])
@@ -348,7 +352,11 @@ impl FrontendConnection {
     pub fn set(&mut self, request: FrontendReq, body: &[u8], fds: &[RawFd]) -> Result<(), Error> {
         let code = request.into();
         let asks = self.acknowledge && self.has_feature(Protocol::REPLY_ACK);
-        let flags = if asks { VHOST_USER_VERSION | VHOST_USER_NEED_REPLY_MASK } else { VHOST_USER_VERSION };
+        let flags = if asks {
+            VHOST_USER_VERSION | VHOST_USER_NEED_REPLY_MASK
+        } else {
+            VHOST_USER_VERSION
+        };
         self.wire.send(code, flags, body, fds)?;
         if !asks {
             return Ok(());
@@ -399,7 +407,11 @@ impl FrontendConnection {
         ring: u32,
         fd: Option<RawFd>,
     ) -> Result<(), Error> {
-        let flag = if fd.is_none() { VHOST_USER_VRING_NOFD_MASK } else { 0 };
+        let flag = if fd.is_none() {
+            VHOST_USER_VRING_NOFD_MASK
+        } else {
+            0
+        };
         let body = (u64::from(ring) | flag).to_ne_bytes();
         self.set(request, &body, fd.as_slice())
     }

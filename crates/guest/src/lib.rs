@@ -8,20 +8,20 @@
 //! Rings can be driven without a socket: [`memory::GuestRam::guest_memory`] is the device's view of
 //! the same memory in this process.
 
-pub mod test_frontend;
-pub mod eventfd;
 pub mod driver;
 mod error;
+pub mod eventfd;
 pub mod frame;
 pub mod frontend;
 pub mod header;
 mod indirect;
 pub mod memory;
+pub mod message_stream;
 pub mod net;
 pub mod packed;
 pub mod rx;
 pub mod split;
+pub mod test_frontend;
 pub mod tx;
-pub mod message_stream;
 
 pub use error::Error;

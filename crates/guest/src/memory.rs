@@ -14,7 +14,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use virtionet_virtqueue::memory::{GuestMemory, MemoryError, MappedRegion, RegionSpec};
+use virtionet_virtqueue::memory::{GuestMemory, MappedRegion, MemoryError, RegionSpec};
 use vm_memory::{ByteValued, FileOffset, MmapRegion};
 
 /// Bytes of the smallest page: region addresses and sizes are multiples of it.
@@ -115,7 +115,10 @@ impl GuestRam {
             blocks.push(Block::map(&file, guest_addr, size, file_offset)?);
             file_offset += size;
         }
-        let mut free: Vec<_> = layout.iter().map(|&(at, size)| exclude_address_zero(at, size)).collect();
+        let mut free: Vec<_> = layout
+            .iter()
+            .map(|&(at, size)| exclude_address_zero(at, size))
+            .collect();
         free.sort_unstable();
         Ok(Self(Arc::new(Inner {
             file,

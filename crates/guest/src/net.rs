@@ -4,9 +4,9 @@ use virtio_bindings::virtio_config as config;
 use virtio_bindings::virtio_net as net;
 use virtio_bindings::virtio_ring as ring;
 
-use crate::eventfd::WaitableEventFd;
 use crate::driver::{DriverVirtqueue, VirtqueueAddresses};
 use crate::error::Error;
+use crate::eventfd::WaitableEventFd;
 use crate::header::HEADER_LEN;
 
 /// Bytes of a mergeable RX buffer that holds an ordinary frame.
@@ -205,7 +205,8 @@ impl DriverQueue {
     /// When the process has no file descriptor left.
     pub fn setup(&self) -> Result<VringSetup, Error> {
         let copy = |notifier: &WaitableEventFd| {
-            notifier.try_clone()
+            notifier
+                .try_clone()
                 .map_err(Error::io("cannot duplicate an eventfd"))
         };
         Ok(VringSetup {

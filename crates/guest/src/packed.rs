@@ -9,13 +9,18 @@ mod layout;
 
 use virtionet_virtqueue::memory::full_fence;
 
-use crate::driver::{Buf, DeviceFault, VirtqueueAddresses, DriverVirtqueueConfig, DriverVirtqueueError, needed};
+use crate::driver::{
+    Buf, DeviceFault, DriverVirtqueueConfig, DriverVirtqueueError, VirtqueueAddresses, needed,
+};
 use crate::indirect::Tables;
 use crate::memory::{Area, GuestRam};
 use crate::split::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use layout::{FLAGS_OFFSET, ID_OFFSET, LEN_OFFSET};
 
-pub use layout::{VRING_PACKED_EVENT_FLAG_DESC, VIRTQ_DESC_F_AVAIL, VRING_PACKED_EVENT_FLAG_DISABLE, VRING_PACKED_EVENT_FLAG_ENABLE, PackedDescriptor, RingPosition, VIRTQ_DESC_F_USED};
+pub use layout::{
+    PackedDescriptor, RingPosition, VIRTQ_DESC_F_AVAIL, VIRTQ_DESC_F_USED,
+    VRING_PACKED_EVENT_FLAG_DESC, VRING_PACKED_EVENT_FLAG_DISABLE, VRING_PACKED_EVENT_FLAG_ENABLE,
+};
 
 /// Bytes of a descriptor.
 const DESCRIPTOR: usize = 16;
@@ -73,7 +78,10 @@ impl PackedDriverVirtqueue {
     ///
     /// # Errors
     /// When the size is not 1 to 32,768 or `ram` has no room.
-    pub fn new(ram: &GuestRam, config: DriverVirtqueueConfig) -> Result<Self, DriverVirtqueueError> {
+    pub fn new(
+        ram: &GuestRam,
+        config: DriverVirtqueueConfig,
+    ) -> Result<Self, DriverVirtqueueError> {
         let size = config.size;
         if !(1..=32_768).contains(&size) {
             return Err(DriverVirtqueueError::Size(size));
@@ -183,7 +191,12 @@ impl PackedDriverVirtqueue {
     /// # Errors
     /// When there is no room; nothing was added then.
     #[inline(always)]
-    pub fn add(&mut self, chain: &[Buf], indirect: bool, token: u64) -> Result<u16, DriverVirtqueueError> {
+    pub fn add(
+        &mut self,
+        chain: &[Buf],
+        indirect: bool,
+        token: u64,
+    ) -> Result<u16, DriverVirtqueueError> {
         let count = needed(chain, indirect, self.free)?;
         let id = self.free_id;
         if indirect {
@@ -218,8 +231,10 @@ impl PackedDriverVirtqueue {
         let flags = descriptor.flags | self.next.available();
         if self.hidden.0 == 0 {
             self.descriptors.store(offset, descriptor.addr.to_le());
-            self.descriptors.store(offset + LEN_OFFSET, descriptor.len.to_le());
-            self.descriptors.store(offset + ID_OFFSET, descriptor.id.to_le());
+            self.descriptors
+                .store(offset + LEN_OFFSET, descriptor.len.to_le());
+            self.descriptors
+                .store(offset + ID_OFFSET, descriptor.id.to_le());
             self.head_flags = flags;
         } else {
             PackedDescriptor {
@@ -255,11 +270,15 @@ impl PackedDriverVirtqueue {
             return;
         }
         let first = DESCRIPTOR * usize::from(self.published.index);
-        self.descriptors.release(first + FLAGS_OFFSET, self.head_flags);
+        self.descriptors
+            .release(first + FLAGS_OFFSET, self.head_flags);
         self.published = self.next;
         self.in_flight += chains;
         // A lap is as much as the device can look back on.
-        self.added_since_kick = self.added_since_kick.saturating_add(descriptors).min(self.size);
+        self.added_since_kick = self
+            .added_since_kick
+            .saturating_add(descriptors)
+            .min(self.size);
         self.hidden = (0, 0);
     }
 
@@ -339,7 +358,8 @@ impl PackedDriverVirtqueue {
     /// See [`crate::driver::DriverVirtqueue::disable_calls`].
     #[inline(always)]
     pub fn disable_calls(&mut self) {
-        self.driver_event.release(EVENT_FLAGS, VRING_PACKED_EVENT_FLAG_DISABLE);
+        self.driver_event
+            .release(EVENT_FLAGS, VRING_PACKED_EVENT_FLAG_DISABLE);
     }
 
     /// See [`crate::driver::DriverVirtqueue::enable_calls`].

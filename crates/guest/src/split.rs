@@ -6,7 +6,9 @@
 
 use virtionet_virtqueue::memory::full_fence;
 
-use crate::driver::{Buf, DeviceFault, VirtqueueAddresses, DriverVirtqueueConfig, DriverVirtqueueError, needed};
+use crate::driver::{
+    Buf, DeviceFault, DriverVirtqueueConfig, DriverVirtqueueError, VirtqueueAddresses, needed,
+};
 use crate::indirect::Tables;
 use crate::memory::{Area, GuestRam};
 
@@ -118,7 +120,10 @@ impl SplitDriverVirtqueue {
     ///
     /// # Errors
     /// When the size is no power of two from 2 to 32,768 or `ram` has no room.
-    pub fn new(ram: &GuestRam, config: DriverVirtqueueConfig) -> Result<Self, DriverVirtqueueError> {
+    pub fn new(
+        ram: &GuestRam,
+        config: DriverVirtqueueConfig,
+    ) -> Result<Self, DriverVirtqueueError> {
         let size = config.size;
         if !(2..=32_768).contains(&size) || !size.is_power_of_two() {
             return Err(DriverVirtqueueError::Size(size));
@@ -202,7 +207,12 @@ impl SplitDriverVirtqueue {
     /// # Errors
     /// When there is no room; nothing was added then.
     #[inline(always)]
-    pub fn add(&mut self, chain: &[Buf], indirect: bool, token: u64) -> Result<u16, DriverVirtqueueError> {
+    pub fn add(
+        &mut self,
+        chain: &[Buf],
+        indirect: bool,
+        token: u64,
+    ) -> Result<u16, DriverVirtqueueError> {
         let count = needed(chain, indirect, self.free)?;
         let head = self.free_head;
         let last = if indirect {
@@ -251,7 +261,10 @@ impl SplitDriverVirtqueue {
         }
         let addr = table.addr();
         let len = u32::try_from(bytes).map_err(|_| full())?;
-        self.set_descriptor(head, SplitDescriptor::new(addr, len, VRING_DESC_F_INDIRECT, 0));
+        self.set_descriptor(
+            head,
+            SplitDescriptor::new(addr, len, VRING_DESC_F_INDIRECT, 0),
+        );
         Ok(head)
     }
 

@@ -124,7 +124,10 @@ impl TestFrontend {
     /// # Errors
     /// When the back-end cannot be reached, refuses, or lacks pairs or required features.
     pub fn connect(path: &Path, config: &TestFrontendConfig) -> Result<Self, Error> {
-        Self::start_on(FrontendConnection::connect(path, config.connect_timeout)?, config)
+        Self::start_on(
+            FrontendConnection::connect(path, config.connect_timeout)?,
+            config,
+        )
     }
 
     /// The same over a connected socket.
@@ -135,7 +138,10 @@ impl TestFrontend {
         Self::start_on(FrontendConnection::from_socket(socket)?, config)
     }
 
-    fn start_on(connection: FrontendConnection, config: &TestFrontendConfig) -> Result<Self, Error> {
+    fn start_on(
+        connection: FrontendConnection,
+        config: &TestFrontendConfig,
+    ) -> Result<Self, Error> {
         let mut card = Self::negotiate(connection, config)?;
         for pair in &mut card.pairs {
             pair.rx.fill()?;
@@ -148,7 +154,10 @@ impl TestFrontend {
     ///
     /// # Errors
     /// As [`Card::connect`].
-    pub fn negotiate(mut connection: FrontendConnection, config: &TestFrontendConfig) -> Result<Self, Error> {
+    pub fn negotiate(
+        mut connection: FrontendConnection,
+        config: &TestFrontendConfig,
+    ) -> Result<Self, Error> {
         let features = negotiate(&mut connection, config)?;
         let queues = DriverQueueConfig {
             features,
@@ -275,7 +284,11 @@ impl TestFrontend {
     ///
     /// # Errors
     /// As [`Card::connect`].
-    pub fn reconnect(&mut self, connection: FrontendConnection, config: &TestFrontendConfig) -> Result<(), Error> {
+    pub fn reconnect(
+        &mut self,
+        connection: FrontendConnection,
+        config: &TestFrontendConfig,
+    ) -> Result<(), Error> {
         self.read_bases();
         self.connection = connection;
         let offered = negotiate(&mut self.connection, config)?;
@@ -341,7 +354,10 @@ impl TestFrontend {
 }
 
 /// The conversation before a driver is there; the features to use.
-fn negotiate(connection: &mut FrontendConnection, config: &TestFrontendConfig) -> Result<u64, Error> {
+fn negotiate(
+    connection: &mut FrontendConnection,
+    config: &TestFrontendConfig,
+) -> Result<u64, Error> {
     if !(1..=128).contains(&config.pairs) {
         return Err(Error::Config("a card has 1 to 128 queue pairs"));
     }

@@ -4,10 +4,13 @@
 
 use std::collections::VecDeque;
 
-use virtionet_guest::driver::{Buf, DeviceFault, DriverVirtqueue, DriverVirtqueueConfig, DriverVirtqueueError};
+use virtionet_guest::driver::{
+    Buf, DeviceFault, DriverVirtqueue, DriverVirtqueueConfig, DriverVirtqueueError,
+};
 use virtionet_guest::memory::GuestRam;
 use virtionet_guest::packed::{
-    VRING_PACKED_EVENT_FLAG_DESC, VIRTQ_DESC_F_AVAIL, VRING_PACKED_EVENT_FLAG_DISABLE, VRING_PACKED_EVENT_FLAG_ENABLE, PackedDescriptor, PackedDriverVirtqueue, RingPosition, VIRTQ_DESC_F_USED,
+    PackedDescriptor, PackedDriverVirtqueue, RingPosition, VIRTQ_DESC_F_AVAIL, VIRTQ_DESC_F_USED,
+    VRING_PACKED_EVENT_FLAG_DESC, VRING_PACKED_EVENT_FLAG_DISABLE, VRING_PACKED_EVENT_FLAG_ENABLE,
 };
 use virtionet_guest::split::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 
@@ -191,7 +194,10 @@ fn an_indirect_chain_takes_one_descriptor_and_may_be_longer_than_the_ring() {
     let mut b = bench(2, false, 0);
     let long = chain(1, 9);
     assert!(b.ring.add(&long, false, 7).is_err());
-    assert!(matches!(b.ring.add(&[], true, 7), Err(DriverVirtqueueError::Empty)));
+    assert!(matches!(
+        b.ring.add(&[], true, 7),
+        Err(DriverVirtqueueError::Empty)
+    ));
     b.ring.add(&long, true, 7).unwrap();
     assert_eq!(b.ring.free(), 1);
     b.ring.publish();
@@ -224,7 +230,8 @@ fn kicks_follow_the_devices_event_area() {
         assert!(!b.ring.is_kick_needed(), "once is enough");
     }
     let mut b = bench(8, false, 5);
-    b.packed().set_device_event(0x8001, VRING_PACKED_EVENT_FLAG_DESC);
+    b.packed()
+        .set_device_event(0x8001, VRING_PACKED_EVENT_FLAG_DESC);
     b.ring.add(&chain(1, 2), false, 1).unwrap();
     b.ring.publish();
     assert!(b.ring.is_kick_needed(), "without the feature");
@@ -235,7 +242,8 @@ fn a_kick_is_found_due_however_much_was_published_since() {
     for size in [1, 4, 7] {
         let mut b = bench(size, true, 0);
         let asleep_at = b.avail.word();
-        b.packed().set_device_event(asleep_at, VRING_PACKED_EVENT_FLAG_DESC);
+        b.packed()
+            .set_device_event(asleep_at, VRING_PACKED_EVENT_FLAG_DESC);
         for token in 0..u64::from(size) {
             b.ring.add(&chain(token, 1), false, token).unwrap();
             b.ring.publish();
@@ -250,7 +258,10 @@ fn calls_are_asked_for_where_the_next_chain_will_be_used() {
     b.ring.disable_calls();
     assert_eq!(b.packed().driver_event().1, VRING_PACKED_EVENT_FLAG_DISABLE);
     assert!(!b.ring.enable_calls());
-    assert_eq!(b.packed().driver_event(), (0x8004, VRING_PACKED_EVENT_FLAG_DESC));
+    assert_eq!(
+        b.packed().driver_event(),
+        (0x8004, VRING_PACKED_EVENT_FLAG_DESC)
+    );
     b.ring.add(&chain(0, 2), false, 9).unwrap();
     b.ring.publish();
     assert!(!b.ring.enable_calls(), "nothing is used yet");
@@ -323,5 +334,10 @@ fn sizes_that_a_packed_ring_has_not_are_refused() {
         assert!(matches!(error, DriverVirtqueueError::Size(n) if n == size));
     }
     let packed = DriverVirtqueueConfig::new(100, virtionet_guest::net::PACKED);
-    assert!(DriverVirtqueue::new(&ram, packed).unwrap().as_packed().is_some());
+    assert!(
+        DriverVirtqueue::new(&ram, packed)
+            .unwrap()
+            .as_packed()
+            .is_some()
+    );
 }

@@ -7,12 +7,12 @@ use virtio_bindings::virtio_net::{VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_MRG_RXBU
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 use virtio_queue::{Queue, QueueT};
 use virtionet_guest::Error;
-use virtionet_guest::test_frontend::DriverQueuePair;
 use virtionet_guest::driver::{DeviceFault, VirtqueueAddresses};
 use virtionet_guest::frame::{Checksum, Frame, FrameSpec, Transport, check};
 use virtionet_guest::header::NetHeader;
 use virtionet_guest::memory::GuestRam;
-use virtionet_guest::net::{BIG_BUFFER, MODERN, DriverQueueConfig, TxLayout};
+use virtionet_guest::net::{BIG_BUFFER, DriverQueueConfig, MODERN, TxLayout};
+use virtionet_guest::test_frontend::DriverQueuePair;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 const VERSION_1: u64 = 1 << 32;
@@ -112,7 +112,11 @@ fn frames_reach_the_device_in_every_layout() {
     for (layout, features, lens) in [
         (TxLayout::Single, VERSION_1, vec![12 + 154]),
         (TxLayout::SeparateHeader, VERSION_1, vec![12, 154]),
-        (TxLayout::SeparateHeader, VERSION_1 | INDIRECT, vec![12, 154]),
+        (
+            TxLayout::SeparateHeader,
+            VERSION_1 | INDIRECT,
+            vec![12, 154],
+        ),
         (TxLayout::SeparateHeader, 0, vec![10, 154]),
         (TxLayout::Segments(60), VERSION_1, vec![60, 60, 46]),
         (

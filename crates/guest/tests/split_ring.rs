@@ -5,9 +5,13 @@ use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 
 use virtio_queue::{Queue, QueueT};
-use virtionet_guest::driver::{Buf, DeviceFault, DriverVirtqueue, DriverVirtqueueConfig, DriverVirtqueueError};
+use virtionet_guest::driver::{
+    Buf, DeviceFault, DriverVirtqueue, DriverVirtqueueConfig, DriverVirtqueueError,
+};
 use virtionet_guest::memory::GuestRam;
-use virtionet_guest::split::{SplitDescriptor, VRING_DESC_F_NEXT, SplitDriverVirtqueue, VRING_DESC_F_WRITE};
+use virtionet_guest::split::{
+    SplitDescriptor, SplitDriverVirtqueue, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 /// The device's memory: the same file, mapped by vm-memory.

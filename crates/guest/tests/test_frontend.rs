@@ -13,10 +13,10 @@ use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures as Proto
 use vhost_user_backend::{VhostUserBackendMut, VhostUserDaemon, VringRwLock, VringT};
 use virtio_queue::QueueT;
 use virtionet_guest::Error;
-use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig, StartOrder};
 use virtionet_guest::frame::{Frame, FrameSpec, Transport, check};
 use virtionet_guest::frontend::{FrontendConnection, VHOST_USER_F_PROTOCOL_FEATURES};
 use virtionet_guest::net::{MODERN, PACKED};
+use virtionet_guest::test_frontend::{StartOrder, TestFrontend, TestFrontendConfig};
 use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{
@@ -94,7 +94,9 @@ impl Echo {
                     .get_mut()
                     .get_queue_mut()
                     .pop_descriptor_chain(memory.clone());
-                let Some(mut rx_chain) = rx_chain else { continue };
+                let Some(mut rx_chain) = rx_chain else {
+                    continue;
+                };
                 let head = rx_chain.head_index();
                 bytes[10] = 1;
                 memory
@@ -244,7 +246,10 @@ fn memory_may_have_a_hole_and_regions_may_come_and_go() {
     echo_through(&mut frontend, 0, &frames(100));
     let extra = virtionet_guest::memory::GuestRam::with_layout(&[(1 << 40, 4096)]).unwrap();
     let region = extra.regions()[0];
-    frontend.connection.add_mem_region(&region, extra.fd()).unwrap();
+    frontend
+        .connection
+        .add_mem_region(&region, extra.fd())
+        .unwrap();
     frontend.connection.remove_mem_region(&region).unwrap();
     assert!(frontend.connection.get_max_mem_slots().unwrap() > 1);
     echo_through(&mut frontend, 0, &frames(100));
@@ -329,7 +334,8 @@ fn record(mut socket: UnixStream, features: u64) -> Vec<(u32, u32, u32)> {
 fn the_order_is_qemus() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let server = std::thread::spawn(move || record(theirs, MODERN));
-    let mut frontend = TestFrontend::from_socket(ours, &TestFrontendConfig::new(2, 64, MODERN)).unwrap();
+    let mut frontend =
+        TestFrontend::from_socket(ours, &TestFrontendConfig::new(2, 64, MODERN)).unwrap();
     frontend.enable(1, false).unwrap();
     frontend.stop().unwrap();
     assert!(frontend.rings().iter().all(|ring| ring.base == 9));
@@ -388,7 +394,10 @@ fn hang_ups_silence_and_wrong_replies_are_told_apart() {
     let listener = UnixListener::bind(&path).unwrap();
     let answer = |bytes: Option<Vec<u8>>| {
         let mut connection = FrontendConnection::connect(&path, LIMIT).unwrap();
-        connection.wire.set_timeout(Duration::from_millis(50)).unwrap();
+        connection
+            .wire
+            .set_timeout(Duration::from_millis(50))
+            .unwrap();
         let (mut theirs, _) = listener.accept().unwrap();
         match bytes {
             Some(bytes) => theirs.write_all(&bytes).unwrap(),

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::fault::ChainFault;
-use crate::memory::{GuestMemory, GuestSlice, SegmentWriter, SegmentList};
+use crate::memory::{GuestMemory, GuestSlice, SegmentList, SegmentWriter};
 use crate::walk::WalkedChain;
 
 /// One chain. Which of its ring's formats it came from does not show.
@@ -153,7 +153,8 @@ impl Burst {
     #[must_use]
     pub fn slices(&self, chain: &Chain) -> &[GuestSlice<'_>] {
         let from = to_usize(chain.from);
-        self.segments.slices(from, from + usize::from(chain.segments))
+        self.segments
+            .slices(from, from + usize::from(chain.segments))
     }
 
     /// The segments of the first `n` chains not yet retired, as one list.

@@ -32,7 +32,7 @@ use vm_memory::{ByteValued, FileOffset, MmapRegion};
 pub(crate) use array::{Descriptor, impl_byte_valued};
 pub use array::{GuestArray, GuestArrayRef, full_fence};
 #[cfg(loom)]
-pub use loom::{DisabledOrdering, disable_ordering, clear_model};
+pub use loom::{DisabledOrdering, clear_model, disable_ordering};
 pub(crate) use segments::SegmentWriter;
 pub use segments::{BadAddress, GuestSlice, SegmentList};
 
@@ -390,7 +390,9 @@ mod tests {
             (spec(0, 8192, 0, u64::MAX - 4095), "wraps"),
             (spec(0, 4096, 0, 100), "cannot map"),
         ] {
-            let text = MappedRegion::map(spec, memfd(8192)).unwrap_err().to_string();
+            let text = MappedRegion::map(spec, memfd(8192))
+                .unwrap_err()
+                .to_string();
             assert!(text.contains(want), "{text}");
         }
     }

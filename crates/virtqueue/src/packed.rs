@@ -13,7 +13,10 @@
 use crate::burst::{Burst, Chain, Reservation};
 use crate::fault::{ChainFault, VirtqueueFault};
 use crate::memory::{Descriptor, GuestArray, GuestMemory, SegmentWriter, full_fence};
-use crate::walk::{VRING_DESC_F_INDIRECT, MAX_CHAINS_PER_DEQUEUE, MAX_DESCRIPTORS_PER_DEQUEUE, VRING_DESC_F_NEXT, ChainRules, TableOrder, VRING_DESC_F_WRITE, Walk};
+use crate::walk::{
+    ChainRules, MAX_CHAINS_PER_DEQUEUE, MAX_DESCRIPTORS_PER_DEQUEUE, TableOrder,
+    VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE, Walk,
+};
 use crate::{VirtqueueConfig, VirtqueueError, needs_event, to_used_len};
 
 const VIRTQ_DESC_F_AVAIL: u16 = 1 << 7;
@@ -118,7 +121,10 @@ pub(crate) struct PackedVirtqueue {
 }
 
 impl PackedVirtqueue {
-    pub(crate) fn new(config: &VirtqueueConfig, memory: &GuestMemory) -> Result<Self, VirtqueueError> {
+    pub(crate) fn new(
+        config: &VirtqueueConfig,
+        memory: &GuestMemory,
+    ) -> Result<Self, VirtqueueError> {
         let layout = config.layout;
         let size = layout.size;
         if size == 0 || size > crate::MAX_QUEUE_SIZE {
@@ -127,7 +133,8 @@ impl PackedVirtqueue {
         // The used half of the base is not filled by every front-end; since chains are completed
         // in order and none is taken when a ring stops, it equals the available half.
         let low = u16::try_from(config.base & 0xffff).unwrap_or(0);
-        let position = RingPosition::from_word(low, size).ok_or(VirtqueueError::Base(config.base))?;
+        let position =
+            RingPosition::from_word(low, size).ok_or(VirtqueueError::Base(config.base))?;
         Ok(Self {
             size,
             event_idx: config.event_idx,
@@ -165,16 +172,27 @@ impl PackedVirtqueue {
 
     /// Takes chain after chain for as long as the next descriptor is the device's.
     #[inline]
-    pub(crate) fn dequeue(&mut self, burst: &mut Burst, max: usize) -> Result<usize, VirtqueueFault> {
-        let Reservation { chains, mut segments } = burst.reserve(max.min(MAX_CHAINS_PER_DEQUEUE));
+    pub(crate) fn dequeue(
+        &mut self,
+        burst: &mut Burst,
+        max: usize,
+    ) -> Result<usize, VirtqueueFault> {
+        let Reservation {
+            chains,
+            mut segments,
+        } = burst.reserve(max.min(MAX_CHAINS_PER_DEQUEUE));
         let mut remaining = self.max_available();
         let mut position = self.avail;
         // Work of chains that are not single ones; those are bounded by their number.
         let mut descriptors_read = 0;
         let mut taken = 0;
         let mut fault = Ok(());
-        while taken < chains.len() && remaining > 0 && descriptors_read < MAX_DESCRIPTORS_PER_DEQUEUE {
-            let singles = self.dequeue_singles(position, remaining, &mut chains[taken..], &mut segments);
+        while taken < chains.len()
+            && remaining > 0
+            && descriptors_read < MAX_DESCRIPTORS_PER_DEQUEUE
+        {
+            let singles =
+                self.dequeue_singles(position, remaining, &mut chains[taken..], &mut segments);
             taken += usize::from(singles);
             remaining -= singles;
             position = position.after(singles, self.size);
@@ -230,10 +248,14 @@ impl PackedVirtqueue {
                 break;
             };
             // It will be written back. Past the end there is nothing, and no harm in asking.
-            self.desc.prefetch_to_write(index.wrapping_add(PREFETCH_DISTANCE));
+            self.desc
+                .prefetch_to_write(index.wrapping_add(PREFETCH_DISTANCE));
             let buffer = (raw.addr(), raw.len());
             let flags = raw.packed_flags();
-            let Some(single) = self.rules.walk_single(raw.packed_id(), buffer, flags, segments) else {
+            let Some(single) = self
+                .rules
+                .walk_single(raw.packed_id(), buffer, flags, segments)
+            else {
                 break;
             };
             *chain = single;
@@ -378,7 +400,11 @@ impl PackedVirtqueue {
 
     #[inline(always)]
     fn write_used(&self, position: RingPosition, completed: CompletedChain) {
-        let mut flags = if position.wrap { VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED } else { 0 };
+        let mut flags = if position.wrap {
+            VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED
+        } else {
+            0
+        };
         if completed.written != 0 {
             flags |= VRING_DESC_F_WRITE;
         }
@@ -410,17 +436,21 @@ impl PackedVirtqueue {
 
     pub(crate) fn enable_kicks(&mut self) -> bool {
         if self.event_idx {
-            self.device_event.release(EVENT_OFF_WRAP, self.avail.to_word());
-            self.device_event.release(EVENT_FLAGS, VRING_PACKED_EVENT_FLAG_DESC);
+            self.device_event
+                .release(EVENT_OFF_WRAP, self.avail.to_word());
+            self.device_event
+                .release(EVENT_FLAGS, VRING_PACKED_EVENT_FLAG_DESC);
         } else {
-            self.device_event.release(EVENT_FLAGS, VRING_PACKED_EVENT_FLAG_ENABLE);
+            self.device_event
+                .release(EVENT_FLAGS, VRING_PACKED_EVENT_FLAG_ENABLE);
         }
         full_fence();
         self.has_more()
     }
 
     pub(crate) fn disable_kicks(&mut self) {
-        self.device_event.release(EVENT_FLAGS, VRING_PACKED_EVENT_FLAG_DISABLE);
+        self.device_event
+            .release(EVENT_FLAGS, VRING_PACKED_EVENT_FLAG_DISABLE);
     }
 
     #[inline(always)]
@@ -432,7 +462,12 @@ impl PackedVirtqueue {
 /// Whether a descriptor with these flags is the device's (virtio 1.3 §2.8.1).
 #[inline(always)]
 fn is_available(flags: u16, wrap: bool) -> bool {
-    flags & (VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED) == if wrap { VIRTQ_DESC_F_AVAIL } else { VIRTQ_DESC_F_USED }
+    flags & (VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED)
+        == if wrap {
+            VIRTQ_DESC_F_AVAIL
+        } else {
+            VIRTQ_DESC_F_USED
+        }
 }
 
 #[cfg(test)]

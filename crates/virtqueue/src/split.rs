@@ -10,7 +10,10 @@
 use crate::burst::{Burst, Chain, Reservation};
 use crate::fault::{ChainFault, VirtqueueFault};
 use crate::memory::{Descriptor, GuestArray, GuestMemory, SegmentWriter, full_fence};
-use crate::walk::{VRING_DESC_F_INDIRECT, MAX_DESCRIPTORS_PER_DEQUEUE, VRING_DESC_F_NEXT, ChainRules, TableOrder, Walk, WalkedChain};
+use crate::walk::{
+    ChainRules, MAX_DESCRIPTORS_PER_DEQUEUE, TableOrder, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT,
+    Walk, WalkedChain,
+};
 use crate::{VirtqueueConfig, VirtqueueError, needs_event, to_used_len};
 
 /// `used.flags`: no kicks wanted.
@@ -60,7 +63,10 @@ pub(crate) struct SplitVirtqueue {
 }
 
 impl SplitVirtqueue {
-    pub(crate) fn new(config: &VirtqueueConfig, memory: &GuestMemory) -> Result<Self, VirtqueueError> {
+    pub(crate) fn new(
+        config: &VirtqueueConfig,
+        memory: &GuestMemory,
+    ) -> Result<Self, VirtqueueError> {
         let layout = config.layout;
         let size = layout.size;
         if !size.is_power_of_two() || size > crate::MAX_QUEUE_SIZE {
@@ -109,7 +115,11 @@ impl SplitVirtqueue {
 
     /// One read of the available index; then heads and descriptors are fetched ahead of their use.
     #[inline]
-    pub(crate) fn dequeue(&mut self, burst: &mut Burst, max: usize) -> Result<usize, VirtqueueFault> {
+    pub(crate) fn dequeue(
+        &mut self,
+        burst: &mut Burst,
+        max: usize,
+    ) -> Result<usize, VirtqueueFault> {
         let avail = self.avail.acquire(IDX);
         let pending = avail.wrapping_sub(self.next_avail);
         if pending > self.size {
@@ -122,7 +132,10 @@ impl SplitVirtqueue {
         let count = usize::from(pending).min(max).min(MAX_HEADS_PER_DEQUEUE);
         let mut heads = [0u16; MAX_HEADS_PER_DEQUEUE];
         self.prefetch_heads(&mut heads[..count]);
-        let Reservation { chains, mut segments } = burst.reserve(count);
+        let Reservation {
+            chains,
+            mut segments,
+        } = burst.reserve(count);
         // Work of chains that are not short ones; those are bounded by their number.
         let mut descriptors_read = 0;
         let mut taken = 0;
@@ -133,7 +146,9 @@ impl SplitVirtqueue {
             };
             let buffer = (desc.addr(), desc.len());
             let short = match desc.has(VRING_DESC_F_NEXT) {
-                false => self.rules.walk_single(head, buffer, desc.flags(), &mut segments),
+                false => self
+                    .rules
+                    .walk_single(head, buffer, desc.flags(), &mut segments),
                 true => self
                     .desc
                     .descriptor(desc.next())

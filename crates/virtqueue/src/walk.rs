@@ -35,7 +35,8 @@ impl ChainRules {
         segments: &mut SegmentWriter<'_>,
     ) -> Option<Chain> {
         let at = segments.len();
-        let fits = flags & (VRING_DESC_F_NEXT | VRING_DESC_F_WRITE | VRING_DESC_F_INDIRECT) == self.expected_flags();
+        let fits = flags & (VRING_DESC_F_NEXT | VRING_DESC_F_WRITE | VRING_DESC_F_INDIRECT)
+            == self.expected_flags();
         if !fits || len < self.min_len || len == 0 {
             return None;
         }
@@ -179,7 +180,11 @@ impl<'w, 'p> Walk<'w, 'p> {
 
     /// Takes in one buffer descriptor. `limit`: how many steps the ring or table allows.
     #[inline(always)]
-    pub(crate) fn add_descriptor(&mut self, desc: Descriptor, limit: usize) -> Result<(), ChainFault> {
+    pub(crate) fn add_descriptor(
+        &mut self,
+        desc: Descriptor,
+        limit: usize,
+    ) -> Result<(), ChainFault> {
         self.descriptors += 1;
         if self.descriptors > limit.min(MAX_CHAIN_SEGMENTS) {
             return Err(match self.descriptors > limit {
@@ -200,7 +205,11 @@ impl<'w, 'p> Walk<'w, 'p> {
     /// Takes in an indirect table. WRITE on the descriptor that refers to it is ignored, as
     /// virtio 1.3 §2.7.5.3.2 asks.
     #[inline(always)]
-    pub(crate) fn add_indirect_table(&mut self, outer: Descriptor, order: TableOrder) -> Result<(), ChainFault> {
+    pub(crate) fn add_indirect_table(
+        &mut self,
+        outer: Descriptor,
+        order: TableOrder,
+    ) -> Result<(), ChainFault> {
         if !self.rules.indirect {
             return Err(ChainFault::IndirectNotNegotiated);
         }

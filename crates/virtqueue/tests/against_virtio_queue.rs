@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use virtionet_guest::driver::{Buf, DriverVirtqueue, DriverVirtqueueConfig};
 use virtionet_guest::memory::GuestRam;
-use virtionet_guest::split::{VRING_AVAIL_F_NO_INTERRUPT, SplitDriverVirtqueue};
+use virtionet_guest::split::{SplitDriverVirtqueue, VRING_AVAIL_F_NO_INTERRUPT};
 use virtionet_virtqueue::{Burst, Direction, Virtqueue, VirtqueueConfig, VirtqueueLayout};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
@@ -394,7 +394,10 @@ impl DevicePair {
                 let mut flags = [0; 2];
                 let addr = self.guests[0].ring.addresses().driver;
                 self.guests[0].ram.read(addr, &mut flags).unwrap();
-                assert_eq!(called, u16::from_le_bytes(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0);
+                assert_eq!(
+                    called,
+                    u16::from_le_bytes(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0
+                );
             }
         }
         self.both(|guest| {

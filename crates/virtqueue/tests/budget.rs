@@ -5,8 +5,12 @@ use std::sync::Arc;
 
 use virtionet_guest::driver::DriverVirtqueueConfig;
 use virtionet_guest::memory::GuestRam;
-use virtionet_guest::split::{SplitDescriptor, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, SplitDriverVirtqueue};
-use virtionet_virtqueue::{Burst, ChainFault, Direction, MAX_CHAIN_SEGMENTS, Virtqueue, VirtqueueConfig, VirtqueueLayout};
+use virtionet_guest::split::{
+    SplitDescriptor, SplitDriverVirtqueue, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT,
+};
+use virtionet_virtqueue::{
+    Burst, ChainFault, Direction, MAX_CHAIN_SEGMENTS, Virtqueue, VirtqueueConfig, VirtqueueLayout,
+};
 
 const TABLE: u64 = 0x10_0000;
 const DATA: u64 = 0x40_0000;

@@ -541,7 +541,12 @@ fn either_side_is_woken_from_every_sleep() {
                 indirect: false,
             });
             // Each of the two sleeps: the model wants a signal for the first, and only for that.
-            for op in [Op::DriverPublish, Op::Dequeue(9), Op::Complete(9), Op::Publish] {
+            for op in [
+                Op::DriverPublish,
+                Op::Dequeue(9),
+                Op::Complete(9),
+                Op::Publish,
+            ] {
                 model.step(&op);
             }
             model.step(&Op::Collect);

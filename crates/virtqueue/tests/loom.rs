@@ -15,7 +15,7 @@ use loom::sync::atomic::{AtomicU32, Ordering};
 use loom::sync::{Condvar, Mutex};
 use loom::thread;
 use virtionet_guest::memory::GuestRam;
-use virtionet_virtqueue::memory::{GuestMemory, DisabledOrdering, disable_ordering, clear_model};
+use virtionet_virtqueue::memory::{DisabledOrdering, GuestMemory, clear_model, disable_ordering};
 use virtionet_virtqueue::{Burst, Virtqueue};
 
 /// A chain of token N has this many bytes and N more: that tells them apart.

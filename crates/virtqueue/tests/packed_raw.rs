@@ -5,11 +5,13 @@ mod common;
 
 use common::{DATA, Guest, RAM, Setup};
 use virtionet_guest::packed::{
-    VRING_PACKED_EVENT_FLAG_DESC, VRING_PACKED_EVENT_FLAG_DISABLE, VRING_PACKED_EVENT_FLAG_ENABLE, PackedDescriptor, PackedDriverVirtqueue, RingPosition,
+    PackedDescriptor, PackedDriverVirtqueue, RingPosition, VRING_PACKED_EVENT_FLAG_DESC,
+    VRING_PACKED_EVENT_FLAG_DISABLE, VRING_PACKED_EVENT_FLAG_ENABLE,
 };
 use virtionet_guest::split::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtionet_virtqueue::{
-    Burst, ChainFault, Direction, MAX_CHAIN_SEGMENTS, Virtqueue, VirtqueueConfig, VirtqueueError, VirtqueueFault,
+    Burst, ChainFault, Direction, MAX_CHAIN_SEGMENTS, Virtqueue, VirtqueueConfig, VirtqueueError,
+    VirtqueueFault,
 };
 
 const TABLE: u64 = 0x10_0000;
@@ -328,7 +330,9 @@ fn calls_follow_the_drivers_event_area() {
     }
     // Without the feature a descriptor cannot be asked for.
     let mut fixture = Fixture::of(8, 5, false);
-    fixture.packed().set_driver_event(0x8004, VRING_PACKED_EVENT_FLAG_DESC);
+    fixture
+        .packed()
+        .set_driver_event(0x8004, VRING_PACKED_EVENT_FLAG_DESC);
     fixture.put(DATA, 10, 0, 0);
     fixture.dequeue().unwrap();
     assert!(fixture.finish());
@@ -345,7 +349,10 @@ fn kicks_are_asked_for_where_the_next_chain_will_be() {
     ] {
         let mut fixture = Fixture::of(7, start, event_idx);
         fixture.ring.disable_kicks();
-        assert_eq!(fixture.packed().device_event().1, VRING_PACKED_EVENT_FLAG_DISABLE);
+        assert_eq!(
+            fixture.packed().device_event().1,
+            VRING_PACKED_EVENT_FLAG_DISABLE
+        );
         assert!(!fixture.ring.enable_kicks());
         assert_eq!(fixture.packed().device_event(), want);
     }
@@ -377,8 +384,14 @@ fn layouts_that_are_no_packed_ring_are_refused() {
         );
     }
     assert_eq!(new(with(|c| c.base = 8)), Err(VirtqueueError::Base(8)));
-    assert_eq!(new(with(|c| c.base = 0xffff)), Err(VirtqueueError::Base(0xffff)));
-    assert_eq!(new(with(|c| c.layout.size = 0)), Err(VirtqueueError::Size(0)));
+    assert_eq!(
+        new(with(|c| c.base = 0xffff)),
+        Err(VirtqueueError::Base(0xffff))
+    );
+    assert_eq!(
+        new(with(|c| c.layout.size = 0)),
+        Err(VirtqueueError::Size(0))
+    );
     let huge = with(|c| c.layout.size = 32_769);
     assert_eq!(new(huge), Err(VirtqueueError::Size(32_769)));
     for wrong in [

@@ -8,9 +8,9 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{DATA, SetOnDrop, Guest, Setup};
-use virtionet_guest::eventfd::WaitableEventFd;
+use common::{DATA, Guest, SetOnDrop, Setup};
 use virtionet_guest::driver::Buf;
+use virtionet_guest::eventfd::WaitableEventFd;
 use virtionet_virtqueue::{Burst, Direction, Virtqueue};
 
 /// Longer than any sleep that has an end.
@@ -52,7 +52,13 @@ fn drive(mut guest: Guest, chains: u64, kick: &WaitableEventFd, call: &WaitableE
     }
 }
 
-fn serve(mut ring: Virtqueue, mut burst: Burst, chains: u64, kick: &WaitableEventFd, call: &WaitableEventFd) {
+fn serve(
+    mut ring: Virtqueue,
+    mut burst: Burst,
+    chains: u64,
+    kick: &WaitableEventFd,
+    call: &WaitableEventFd,
+) {
     let mut done = 0;
     while done < chains {
         let taken = ring.dequeue(&mut burst, 5).unwrap();
@@ -86,7 +92,10 @@ fn run(size: u16, packed: bool, event_idx: bool) {
     let guest = Guest::new(setup(size, packed, event_idx));
     let (ring, burst) = guest.device(guest.ring.base());
     let chains = 30_000;
-    let (kick, call) = (WaitableEventFd::new().unwrap(), WaitableEventFd::new().unwrap());
+    let (kick, call) = (
+        WaitableEventFd::new().unwrap(),
+        WaitableEventFd::new().unwrap(),
+    );
     std::thread::scope(|scope| {
         scope.spawn(|| serve(ring, burst, chains, &kick, &call));
         drive(guest, chains, &kick, &call);

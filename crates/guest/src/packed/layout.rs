@@ -70,14 +70,22 @@ impl RingPosition {
     #[inline(always)]
     #[must_use]
     pub fn available(self) -> u16 {
-        if self.wrap { VIRTQ_DESC_F_AVAIL } else { VIRTQ_DESC_F_USED }
+        if self.wrap {
+            VIRTQ_DESC_F_AVAIL
+        } else {
+            VIRTQ_DESC_F_USED
+        }
     }
 
     /// The flags of a used descriptor here.
     #[inline(always)]
     #[must_use]
     pub fn used(self) -> u16 {
-        if self.wrap { VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED } else { 0 }
+        if self.wrap {
+            VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED
+        } else {
+            0
+        }
     }
 }
 

@@ -58,9 +58,8 @@ pub fn disable_ordering(what: DisabledOrdering) {
 
 fn order(order: Ordering) -> Ordering {
     match (order, WITHOUT.get()) {
-        (Ordering::Acquire, DisabledOrdering::Acquire) | (Ordering::Release, DisabledOrdering::Release) => {
-            Ordering::Relaxed
-        }
+        (Ordering::Acquire, DisabledOrdering::Acquire)
+        | (Ordering::Release, DisabledOrdering::Release) => Ordering::Relaxed,
         _ => order,
     }
 }

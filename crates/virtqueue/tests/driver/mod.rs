@@ -159,7 +159,11 @@ impl Driver {
     fn write_packed(&mut self, at: u16, token: u16, len: u32, flags: u64, head: bool) {
         let place = at % SIZE;
         let mut all = u16::try_from(flags).unwrap();
-        all |= if lap_is_odd(at) { VIRTQ_DESC_F_USED } else { VIRTQ_DESC_F_AVAIL };
+        all |= if lap_is_odd(at) {
+            VIRTQ_DESC_F_USED
+        } else {
+            VIRTQ_DESC_F_AVAIL
+        };
         self.desc.set(2 * place, BUFFER);
         let old = self.desc16.get(8 * place + 7);
         let rest = u64::from(len) | u64::from(token) << 32 | u64::from(old) << 48;
@@ -275,7 +279,11 @@ impl Driver {
             (false, true) => self.avail.set(2 + SIZE, self.collected),
             (true, false) => self.avail.set(1, 0),
             (true, true) => {
-                let wrap = if lap_is_odd(self.used_at) { 0 } else { WRAP_COUNTER_BIT };
+                let wrap = if lap_is_odd(self.used_at) {
+                    0
+                } else {
+                    WRAP_COUNTER_BIT
+                };
                 self.avail.set(0, (self.used_at % SIZE) | wrap);
                 self.avail.release(1, VRING_PACKED_EVENT_FLAG_DESC);
             }
