@@ -272,7 +272,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_device_sees_what_the_guest_writes() {
+    fn bytes_written_by_the_guest_are_visible_to_the_device() {
         let ram = GuestRam::with_layout(&[(0, 0x4000), (0x10_0000, 0x2000)]).unwrap();
         let memory = ram.guest_memory().unwrap();
         for addr in [0x10, 0x3ff0, 0x10_1f00] {
@@ -291,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn holes_and_ends_are_out_of_range() {
+    fn access_to_a_hole_or_beyond_the_end_is_out_of_range() {
         let ram =
             GuestRam::with_layout(&[(0, 0x1000), (0x1000, 0x1000), (0x8000, 0x1000)]).unwrap();
         ram.write(0xffe, b"over").unwrap();
@@ -309,7 +309,7 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "leave an area")]
-    fn an_area_keeps_its_bounds() {
+    fn access_outside_an_area_panics() {
         GuestRam::new(0x2000)
             .unwrap()
             .area(0x1000, 16)
@@ -318,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn allocations_are_apart_and_come_back() {
+    fn allocations_do_not_overlap_and_can_be_freed() {
         let ram = GuestRam::with_layout(&[(0, 0x4000), (0x4000, 0x1000)]).unwrap();
         let all = ram.available();
         assert_eq!(all, 0x4000);

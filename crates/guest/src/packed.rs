@@ -4,9 +4,9 @@
 //! the device cannot change it.
 //!
 //! ```text
-//! ring      collected          published            next
-//!               v                  v                  v
-//! ... unused | published, in flight | hidden           | unused ...
+//!                collected      published        next
+//!                    v              v              v
+//! ring  ... unused   | in flight    | hidden       | unused ...
 //! ```
 //!
 //! [`PackedDriverVirtqueue::add`] writes descriptors at once, except for the flags of the first one

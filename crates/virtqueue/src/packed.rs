@@ -17,9 +17,9 @@
 //! | 0 | USED, not AVAIL | neither |
 //!
 //! ```text
-//!       used                avail
-//!         v                   v
-//! ... used | dequeued          | available, or free for the driver ...
+//!                      used           avail
+//!                        v              v
+//! ring  ... used         | dequeued     | available, or unused ...
 //! ```
 //!
 //! Completed chains are recorded in private memory. `publish` writes them to the ring, beginning

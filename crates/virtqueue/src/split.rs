@@ -10,12 +10,12 @@
 //! index modulo the size.
 //!
 //! ```text
-//! used ring    published          next_used
-//!                  v                  v
-//! ... seen by the driver | completed | free entries ...
+//!                                published      next_used
+//!                                    v              v
+//! used ring  ... visible to driver   | completed    | unused ...
 //! ```
 //!
-//! `complete` writes used elements behind `published`, where the driver does not look. `publish`
+//! `complete` writes used elements behind `published`, where the driver does not read. `publish`
 //! makes all of them visible with one store of `idx`.
 
 use crate::burst::{Burst, Reservation};

@@ -114,8 +114,7 @@ impl Guest {
     /// Everything that the device wrote into the virtqueue.
     fn device_writes(&mut self) -> (u16, u16, u16, Vec<(u32, u32)>) {
         let ring = self.split();
-        let elements = (0..ring.size()).map(|at| ring.used_element(at));
-        let elements = elements.collect();
+        let elements = (0..ring.size()).map(|at| ring.used_element(at)).collect();
         (
             ring.used_index(),
             ring.used_flags(),
@@ -398,10 +397,8 @@ impl DevicePair {
                 let mut flags = [0; 2];
                 let addr = self.guests[0].ring.addresses().driver;
                 self.guests[0].ram.read(addr, &mut flags).unwrap();
-                assert_eq!(
-                    called,
-                    u16::from_le_bytes(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0
-                );
+                let wanted = u16::from_le_bytes(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0;
+                assert_eq!(called, wanted);
             }
         }
         self.both(|guest| {

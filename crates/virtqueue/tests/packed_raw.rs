@@ -191,50 +191,54 @@ fn chain_as_long_as_the_ring_is_valid() {
     }
 }
 
+/// Writes a chain to the virtqueue.
+type WriteChain = fn(&mut Fixture);
+
+/// A chain for each fault, and the number of its descriptors in the ring.
+const FAULTY_CHAINS: &[(ChainFault, u16, WriteChain)] = &[(ChainFault, u16, Write)] = &[
+    (ChainFault::AddressInvalid, 3, |fixture| {
+        fixture.put(DATA, 10, 1, VRING_DESC_F_NEXT);
+        fixture.put(RAM, 10, 1, VRING_DESC_F_NEXT);
+        fixture.put(DATA, 10, 1, 0);
+    }),
+    (ChainFault::DirectionWrong, 2, |fixture| {
+        fixture.put(DATA, 10, 1, VRING_DESC_F_NEXT | VRING_DESC_F_WRITE);
+        fixture.put(DATA, 10, 1, 0);
+    }),
+    (ChainFault::IndirectWithNext, 2, |fixture| {
+        fixture.put(TABLE, 16, 1, VRING_DESC_F_INDIRECT | VRING_DESC_F_NEXT);
+        fixture.put(DATA, 10, 1, 0);
+    }),
+    (ChainFault::IndirectBadLength, 1, |fixture| {
+        fixture.put(TABLE, 8, 1, VRING_DESC_F_INDIRECT);
+    }),
+    (ChainFault::IndirectUnmapped, 1, |fixture| {
+        fixture.put(RAM - 16, 32, 1, VRING_DESC_F_INDIRECT);
+    }),
+    (ChainFault::IndirectNested, 2, |fixture| {
+        let area = fixture.guest.ram.area(TABLE, 16).unwrap();
+        PackedDescriptor::new(TABLE, 16, 0, VRING_DESC_F_INDIRECT).store(&area, 0);
+        fixture.put(DATA, 10, 1, VRING_DESC_F_NEXT);
+        fixture.put(TABLE, 16, 1, VRING_DESC_F_INDIRECT);
+    }),
+    (ChainFault::TooLong, 1500, |fixture| {
+        for _ in 1..1500 {
+            fixture.put(DATA, 1, 1, VRING_DESC_F_NEXT);
+        }
+        fixture.put(DATA, 1, 1, 0);
+    }),
+    (ChainFault::TooBig, 1024, |fixture| {
+        for _ in 1..1024 {
+            fixture.put(DATA, 0x40_0000, 1, VRING_DESC_F_NEXT);
+        }
+        fixture.put(DATA, 0x40_0000, 1, 0);
+    }),
+];
+
 /// The flags of a faulty chain still say where the next chain begins.
 #[test]
 fn faulty_chain_leaves_its_neighbours_valid() {
-    type Write = fn(&mut Fixture);
-    let rows: &[(ChainFault, u16, Write)] = &[
-        (ChainFault::AddressInvalid, 3, |fixture| {
-            fixture.put(DATA, 10, 1, VRING_DESC_F_NEXT);
-            fixture.put(RAM, 10, 1, VRING_DESC_F_NEXT);
-            fixture.put(DATA, 10, 1, 0);
-        }),
-        (ChainFault::DirectionWrong, 2, |fixture| {
-            fixture.put(DATA, 10, 1, VRING_DESC_F_NEXT | VRING_DESC_F_WRITE);
-            fixture.put(DATA, 10, 1, 0);
-        }),
-        (ChainFault::IndirectWithNext, 2, |fixture| {
-            fixture.put(TABLE, 16, 1, VRING_DESC_F_INDIRECT | VRING_DESC_F_NEXT);
-            fixture.put(DATA, 10, 1, 0);
-        }),
-        (ChainFault::IndirectBadLength, 1, |fixture| {
-            fixture.put(TABLE, 8, 1, VRING_DESC_F_INDIRECT);
-        }),
-        (ChainFault::IndirectUnmapped, 1, |fixture| {
-            fixture.put(RAM - 16, 32, 1, VRING_DESC_F_INDIRECT);
-        }),
-        (ChainFault::IndirectNested, 2, |fixture| {
-            let area = fixture.guest.ram.area(TABLE, 16).unwrap();
-            PackedDescriptor::new(TABLE, 16, 0, VRING_DESC_F_INDIRECT).store(&area, 0);
-            fixture.put(DATA, 10, 1, VRING_DESC_F_NEXT);
-            fixture.put(TABLE, 16, 1, VRING_DESC_F_INDIRECT);
-        }),
-        (ChainFault::TooLong, 1500, |fixture| {
-            for _ in 1..1500 {
-                fixture.put(DATA, 1, 1, VRING_DESC_F_NEXT);
-            }
-            fixture.put(DATA, 1, 1, 0);
-        }),
-        (ChainFault::TooBig, 1024, |fixture| {
-            for _ in 1..1024 {
-                fixture.put(DATA, 0x40_0000, 1, VRING_DESC_F_NEXT);
-            }
-            fixture.put(DATA, 0x40_0000, 1, 0);
-        }),
-    ];
-    for &(fault, slots, write) in rows {
+    for &(fault, slots, write) in FAULTY_CHAINS {
         // Also across the end of the ring.
         for start in [0, 2046, 2047 + 2048] {
             let mut fixture = Fixture::with_start(2048, start, true);

@@ -2,13 +2,18 @@
 #![allow(dead_code, reason = "each test file uses its own part of this")]
 #![allow(clippy::unwrap_used)]
 
+pub mod event_suppression;
+mod setup;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use virtionet_guest::driver::{DriverVirtqueue, DriverVirtqueueConfig};
 use virtionet_guest::memory::GuestRam;
 use virtionet_virtqueue::memory::GuestMemory;
-use virtionet_virtqueue::{Burst, Direction, Virtqueue, VirtqueueConfig, VirtqueueLayout};
+use virtionet_virtqueue::{Burst, Virtqueue, VirtqueueConfig, VirtqueueLayout};
+
+pub use setup::Setup;
 
 /// Size of guest memory in bytes.
 pub const RAM: u64 = 0x60_0000;
@@ -18,16 +23,6 @@ pub const DATA: u64 = 0x20_0000;
 pub const SLOT: u64 = 0x1000;
 /// Number of slots.
 pub const SLOTS: u64 = 1024;
-
-/// How a virtqueue is made.
-#[derive(Debug, Clone, Copy)]
-pub struct Setup {
-    pub size: u16,
-    pub packed: bool,
-    pub event_idx: bool,
-    pub start: u16,
-    pub direction: Direction,
-}
 
 /// The driver, and what a device is made of.
 pub struct Guest {
