@@ -1,4 +1,4 @@
 #![no_main]
-//! See `virtionet_fuzz::offload`.
+//! Passes each input of the fuzzer to `virtionet_fuzz::offload`.
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| virtionet_fuzz::offload::run(data));

@@ -1,55 +1,60 @@
-//! What the targets for chains have in common, whatever the ring's format: guest memory, the device's
-//! side, and how an input says what is in a descriptor.
+//! What the targets for chains of both formats have in common: guest memory, the device side, and
+//! how an input describes a descriptor.
 
 use std::sync::Arc;
 
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_net as net;
 use virtio_bindings::virtio_ring as ring;
-use virtionet_virtio_net::features::Features;
-use virtionet_virtio_net::header::VnetHeader;
-use virtionet_virtio_net::uplink::{MAX_BURST, TxFrame};
-use virtionet_virtio_net::stats::VringStats;
-use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue, TxQueue};
 use virtionet_guest::driver::VirtqueueAddresses;
 use virtionet_guest::memory::GuestRam;
+use virtionet_virtio_net::features::Features;
+use virtionet_virtio_net::header::VnetHeader;
+use virtionet_virtio_net::stats::VringStats;
+use virtionet_virtio_net::uplink::{MAX_BURST, TxFrame};
+use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue, TxQueue};
 use virtionet_virtqueue::memory::GuestSlice;
 use virtionet_virtqueue::{VirtqueueFault, VirtqueueLayout};
 
 use crate::input::Input;
 use crate::uplink::{CheckingUplink, Mapped};
 
-/// Guest memory: two regions that touch, the second large enough for chains of 4 GiB, a hole, and a
-/// third.
-const LAYOUT: [(u64, u64); 3] = [(0, REGION_BOUNDARY), (REGION_BOUNDARY, GAP_START - REGION_BOUNDARY), (GAP_START + 0x8000, 0x1000)];
-/// Where the second region begins.
+/// Guest memory: two adjacent regions, of which the second is large enough for chains of 4 GiB, a
+/// hole, and a third region.
+const LAYOUT: [(u64, u64); 3] = [
+    (0, REGION_BOUNDARY),
+    (REGION_BOUNDARY, GAP_START - REGION_BOUNDARY),
+    (GAP_START + 0x8000, 0x1000),
+];
+/// Start of the second region.
 const REGION_BOUNDARY: u64 = 0x4_0000;
-/// Where it ends.
+/// End of the second region.
 const GAP_START: u64 = 0x80_0000;
-/// Where buffers lie.
+/// Guest address of buffers.
 pub const DATA: u64 = 0x2_0000;
-/// Where indirect tables lie; the first 256 of their descriptors can be written.
+/// Guest address of indirect tables. Inputs can write the first 256 descriptors.
 pub const TABLE: u64 = 0x1_0000;
-/// Most frames for one turn of an RX queue.
+/// The largest number of frames in one turn of an RX queue.
 const MAX_FRAMES_PER_CALL: usize = 16;
 
-/// What the first bytes say.
+/// The first bytes of an input.
 #[derive(Debug, Clone, Copy)]
 pub struct FuzzSetup {
     /// Bits: RX, EVENT_IDX, INDIRECT_DESC, MRG_RXBUF, offloads, VERSION_1.
     pub options: u8,
-    /// Of a split ring the binary logarithm of the size, modulo 9; of a packed ring one less than
-    /// the size.
+    /// Split: the binary logarithm of the size, modulo 9. Packed: the size minus 1.
     pub size: u8,
-    /// Where the driver begins.
+    /// The position at which the driver begins.
     pub start: u16,
-    /// Where the device finds the ring: 0 where it is; else areas over one another or outside.
+    /// Which areas the device gets: 0 the correct ones; otherwise areas that overlap or are
+    /// outside.
     pub layout: u8,
-    /// Added to the base that the device is told.
+    /// Added to the correct base.
     pub base_offset: u8,
 }
 
 impl FuzzSetup {
-    /// From the first 6 bytes.
+    /// Reads the first 6 bytes.
     pub fn read(input: &mut Input<'_>) -> Self {
         Self {
             options: input.u8(),
@@ -69,7 +74,7 @@ impl FuzzSetup {
             1 << ring::VIRTIO_RING_F_INDIRECT_DESC,
             1 << net::VIRTIO_NET_F_MRG_RXBUF,
             offloads,
-            1 << 32,
+            1 << VIRTIO_F_VERSION_1,
         ];
         let chosen = (1..).zip(bits).filter(|(n, _)| self.options >> n & 1 == 1);
         Features(chosen.fold(0, |all, (_, bits)| all | bits))
@@ -85,22 +90,23 @@ impl FuzzSetup {
         self.options >> 1 & 1 == 1
     }
 
-    /// Whether the device is told the truth about where the ring lies and how far it is.
+    /// Whether the device gets the correct layout and base.
     pub fn is_consistent(self) -> bool {
         self.layout == 0 && self.base_offset == 0
     }
 }
 
-/// Fresh guest memory.
+/// New guest memory.
 pub fn ram() -> GuestRam {
     GuestRam::with_layout(&LAYOUT).unwrap()
 }
 
-/// A queue's turn.
+/// A queue that takes turns.
 pub trait Turn: DeviceQueue {
+    /// Serves the queue once.
     fn turn(&mut self, uplink: &CheckingUplink) -> Result<(), VirtqueueFault>;
 
-    /// Frames come from another thread: `count` of `len` bytes each.
+    /// Delivers `count` frames of `len` bytes each, as another device's thread does.
     fn push(&mut self, count: usize, len: usize);
 }
 
@@ -135,7 +141,7 @@ impl Turn for RxQueue {
     }
 }
 
-/// The device's side of a ring.
+/// The device side of a virtqueue.
 pub struct DeviceUnderTest<Q> {
     pub ram: GuestRam,
     uplink: CheckingUplink,
@@ -143,16 +149,16 @@ pub struct DeviceUnderTest<Q> {
 }
 
 impl<Q: Turn> DeviceUnderTest<Q> {
-    /// `None` when the device refuses the ring.
+    /// Starts the device with `extra_features`; `None` when it refuses the virtqueue.
     pub fn new(
         setup: FuzzSetup,
         ram: GuestRam,
         layout: VirtqueueLayout,
         base: u32,
-        more: u64,
+        extra_features: u64,
     ) -> Option<Self> {
         let memory = Arc::new(ram.guest_memory().unwrap());
-        let features = Features(setup.features().0 | more);
+        let features = Features(setup.features().0 | extra_features);
         let uplink = CheckingUplink::new(features, &memory);
         let queue = Q::new(QueueConfig {
             layout,
@@ -168,36 +174,36 @@ impl<Q: Turn> DeviceUnderTest<Q> {
         })
     }
 
-    /// A frame of so many bytes (2 bytes) waits.
+    /// Makes a frame available at the uplink. Operand: its length (2 bytes).
     pub fn feed(&self, input: &mut Input<'_>) {
         let len = self.uplink.features.header_len() + usize::from(input.u16());
-        self.uplink.waiting.lock().unwrap().push_back(len);
+        self.uplink.pending.lock().unwrap().push_back(len);
     }
 
-    /// Frames are pushed: how many (1 byte), and their length (2 bytes).
+    /// Pushes frames. Operands: their number (1 byte) and their length (2 bytes).
     pub fn push(&mut self, input: &mut Input<'_>) {
         let count = usize::from(input.u8()) % (MAX_BURST + 1);
         self.queue.push(count, usize::from(input.u16()).max(14));
     }
 
-    /// A fault ends a turn; what the guest does afterwards must do no harm either.
+    /// Serves the queue once. A fault ends the turn; later turns must be safe, too.
     pub fn turn(&mut self) {
         let _fault = self.queue.turn(&self.uplink);
     }
 
-    /// Unused chains go back; the base.
+    /// Gives unused chains back. Returns the base.
     pub fn rewind(&mut self) -> u32 {
         self.queue.rewind()
     }
 
-    /// Another snapshot of memory.
+    /// Continues with another snapshot of memory.
     pub fn rebind(&mut self) {
         let memory = Arc::new(self.ram.guest_memory().unwrap());
         self.queue.rebind(&memory).unwrap();
         *self.uplink.mapped.lock().unwrap() = Mapped::new(&memory);
     }
 
-    /// Kicks wanted (1 byte: odd) or not.
+    /// Enables or disables kicks. Operand: 1 byte, odd to enable.
     pub fn kicks(&mut self, input: &mut Input<'_>) {
         if input.u8() & 1 == 1 {
             let _more = self.queue.enable_kicks();
@@ -206,35 +212,35 @@ impl<Q: Turn> DeviceUnderTest<Q> {
         }
     }
 
-    /// Address (2 bytes, times 4) and 8 bytes for it. Into the ring as well, so nothing can be said
-    /// of what is used any more.
+    /// Writes guest memory. Operands: the address divided by 4 (2 bytes) and the content (8 bytes).
+    /// The write may hit the virtqueue, so the used chains are unknown afterwards.
     pub fn write_memory(&self, input: &mut Input<'_>) {
         let addr = 4 * u64::from(input.u16());
         self.ram.write(addr, &input.array::<8>()).unwrap();
     }
 }
 
-/// What an input says of a descriptor.
+/// The fields of a descriptor.
 pub struct DescriptorFields {
     pub addr: u64,
     pub len: u32,
     pub flags: u16,
     pub next: u16,
-    /// Whether it is known to lie apart from the ring.
+    /// Whether the buffer certainly does not overlap the virtqueue.
     pub is_outside_ring: bool,
 }
 
-/// A descriptor of 7 bytes: where its address lies (1: kind, 2: offset), its length (2: below
-/// 0x8000 as it is, else in 128 KiB), flags (1) and next or id (1).
+/// Reads a descriptor of 7 bytes: the kind (1) and offset (2) of its address, its length (2; from
+/// 0x8000 on in units of 128 KiB), its flags (1), and its next or id (1).
 pub fn fields(input: &mut Input<'_>) -> DescriptorFields {
     let kind = input.u8();
     let offset = u64::from(input.u16());
     let addr = match kind % 8 {
         0..=2 => DATA + offset,
         3 => TABLE + offset,
-        // The ring itself.
+        // The virtqueue.
         4 => 0x1000 + offset % 0x2000,
-        // Around the seam of two regions, and the hole behind them.
+        // Around the boundary of two regions, and around the start of the hole.
         5 => REGION_BOUNDARY - 0x8000 + offset,
         6 => GAP_START - 0x8000 + offset,
         _ => input.u64(),
@@ -257,8 +263,13 @@ pub fn fields(input: &mut Input<'_>) -> DescriptorFields {
     }
 }
 
-/// Where the device is told that a ring of `size` at `at` lies.
-pub fn layout(setup: FuzzSetup, ram: &GuestRam, at: VirtqueueAddresses, size: u16) -> VirtqueueLayout {
+/// The layout that the device gets for a virtqueue of `size` descriptors at `at`.
+pub fn layout(
+    setup: FuzzSetup,
+    ram: &GuestRam,
+    at: VirtqueueAddresses,
+    size: u16,
+) -> VirtqueueLayout {
     let user = |addr| ram.user_addr(addr).unwrap();
     let good = VirtqueueLayout {
         size,

@@ -1,13 +1,13 @@
-//! A front-end of fuzzer's bytes: the input is what it writes to the socket, message by message.
+//! A hostile front-end: the input consists of the messages that it writes to the socket.
 //!
-//! Bits of a header's flags that the protocol reserves say which descriptors come along: bits 8 to
-//! 13 how many, bits 16 to 19 of which [`Kind`]. A message's header may promise more payload than
-//! there is. Bit 31 of the first header's flags sends all of it through a real socket; else the
-//! messages go straight to the session.
+//! Bits of a header's flags that the protocol reserves describe the file descriptors that come with
+//! the message: bits 8 to 13 their number, and bits 16 to 19 their [`FdKind`]. A header may
+//! announce more payload than there is. With bit 31 of the first header's flags, the messages pass
+//! a real socket; otherwise they are given to the session directly.
 //!
-//! The back-end is the device's own queues over whatever memory the front-end shares. What must
-//! hold: no panic; rings are started and stopped in turn, with indices that exist; whatever is
-//! mapped, a ring's turn stays within it; and nothing runs when the session is over.
+//! The back-end consists of real queues in the memory that the front-end shares. Invariants: there
+//! is no panic; vrings are started and stopped alternately, with indices that exist; a queue
+//! accesses only mapped memory; and no vring runs when the session has ended.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -17,28 +17,29 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
 use rustix::event::{EventfdFlags, eventfd};
+use virtionet_guest::memory::GuestRam;
+use virtionet_vhost_user::wire::{HEADER_SIZE, Header, Message};
+use virtionet_vhost_user::{Backend, BackendError, Session, VringStart, serve};
 use virtionet_virtio_net::features::Features;
 use virtionet_virtio_net::stats::VringStats;
 use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue, TxQueue};
-use virtionet_guest::memory::GuestRam;
 use virtionet_virtqueue::memory::GuestMemory;
-use virtionet_vhost_user::wire::{HEADER_SIZE, Header, Message};
-use virtionet_vhost_user::{Backend, BackendError, VringStart, Session, serve};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::input::Input;
 use crate::uplink::{CheckingUplink, Mapped};
 
-/// Queue pairs of the device.
-const PAIRS: u16 = 2;
-/// Bytes of the file that the front-end shares.
+/// Number of queue pairs of the device.
+const QUEUE_PAIRS: u16 = 2;
+/// Size in bytes of the file that the front-end shares.
 pub const SHARED_FILE_SIZE: u64 = 0x10_0000;
-/// Most bytes of an input: more could bring more replies than a socket holds unread.
+/// The largest size of an input in bytes. A longer one could cause more replies than a socket can
+/// hold unread.
 const MAX_INPUT_SIZE: usize = 2048;
-/// See the module's text.
-const OVER_SOCKET: u32 = 1 << 31;
+/// In the flags of the first header: the messages pass a real socket.
+pub const OVER_SOCKET: u32 = 1 << 31;
 
-/// One input from start to end.
+/// Runs one input.
 pub fn run(data: &[u8]) {
     let data = &data[..data.len().min(MAX_INPUT_SIZE)];
     let device = FuzzDevice::default();
@@ -48,10 +49,14 @@ pub fn run(data: &[u8]) {
         0 => run_in_process(data, &device, &files),
         _ => run_over_socket(data, &device, &files),
     }
-    assert!(device.rings.lock().unwrap().is_empty(), "a ring still runs");
+    assert!(
+        device.vrings.lock().unwrap().is_empty(),
+        "a vring still runs"
+    );
 }
 
-/// A message of the input: its header, its payload as far as it is there, and what comes along.
+/// A message of the input: its header, as much of its payload as there is, and its file
+/// descriptors.
 struct InputMessage<'d> {
     bytes: &'d [u8],
     header: [u8; HEADER_SIZE],
@@ -107,11 +112,13 @@ fn run_in_process(data: &[u8], device: &FuzzDevice, files: &Files) {
     session.stop_all();
 }
 
-/// All is written before the session reads it: a socket's buffer is larger than any input.
+/// Everything is written before the session reads it: a socket's buffer is larger than any input.
 fn run_over_socket(data: &[u8], device: &FuzzDevice, files: &Files) {
     let (front, back) = UnixStream::pair().unwrap();
     for input_message in input_messages(data) {
-        let fds: Vec<RawFd> = (0..input_message.fds).map(|_| files.raw(input_message.kind)).collect();
+        let fds: Vec<RawFd> = (0..input_message.fds)
+            .map(|_| files.raw(input_message.kind))
+            .collect();
         match fds.is_empty() {
             true => (&front).write_all(input_message.bytes).unwrap(),
             false => {
@@ -122,17 +129,17 @@ fn run_over_socket(data: &[u8], device: &FuzzDevice, files: &Files) {
     }
     front.shutdown(std::net::Shutdown::Write).unwrap();
     let never = eventfd(0, EventfdFlags::empty()).unwrap();
-    let _how_it_ended = serve(back, device, never.as_fd());
+    let _session_end = serve(back, device, never.as_fd());
 }
 
-/// What comes with a message.
+/// The kind of the file descriptors that come with a message.
 #[derive(Debug, Clone, Copy)]
 pub enum FdKind {
-    /// What most messages carry.
+    /// An eventfd, which most messages carry.
     EventFd,
-    /// Guest memory.
+    /// The file of guest memory.
     Memory,
-    /// A file that is neither.
+    /// A file that is neither of them.
     Null,
 }
 
@@ -196,7 +203,7 @@ impl Queue {
     fn turn(&mut self, uplink: &CheckingUplink) {
         match self {
             Self::Rx(rx) => {
-                uplink.waiting.lock().unwrap().push_back(100);
+                uplink.pending.lock().unwrap().push_back(100);
                 let _fault = rx.receive(uplink, 4, 1 << 20);
             }
             Self::Tx(tx) => {
@@ -206,21 +213,21 @@ impl Queue {
     }
 }
 
-/// The device: its running rings.
+/// The device with its running vrings.
 #[derive(Default)]
 struct FuzzDevice {
-    rings: Mutex<BTreeMap<u16, (Queue, CheckingUplink)>>,
+    vrings: Mutex<BTreeMap<u16, (Queue, CheckingUplink)>>,
 }
 
 impl FuzzDevice {
     fn turn(&self) {
-        for (queue, uplink) in self.rings.lock().unwrap().values_mut() {
+        for (queue, uplink) in self.vrings.lock().unwrap().values_mut() {
             queue.turn(uplink);
         }
     }
 
-    fn known(&self, index: u16) {
-        assert!(index < 2 * PAIRS, "ring {index} does not exist");
+    fn assert_known(&self, index: u16) {
+        assert!(index < 2 * QUEUE_PAIRS, "vring {index} does not exist");
     }
 }
 
@@ -230,7 +237,7 @@ impl Backend for FuzzDevice {
     }
 
     fn max_queue_pairs(&self) -> u16 {
-        PAIRS
+        QUEUE_PAIRS
     }
 
     fn set_features(&self, acked: u64) {
@@ -238,7 +245,7 @@ impl Backend for FuzzDevice {
     }
 
     fn set_memory(&self, memory: &Arc<GuestMemory>) {
-        self.rings.lock().unwrap().retain(|_, (queue, uplink)| {
+        self.vrings.lock().unwrap().retain(|_, (queue, uplink)| {
             *uplink.mapped.lock().unwrap() = Mapped::new(memory);
             match queue {
                 Queue::Rx(rx) => rx.rebind(memory).is_ok(),
@@ -248,7 +255,7 @@ impl Backend for FuzzDevice {
     }
 
     fn start_vring(&self, index: u16, start: VringStart) -> Result<(), BackendError> {
-        self.known(index);
+        self.assert_known(index);
         assert!(!start.memory.is_empty());
         assert!((1..=virtionet_virtqueue::MAX_QUEUE_SIZE).contains(&start.layout.size));
         let features = Features(start.features);
@@ -261,14 +268,14 @@ impl Backend for FuzzDevice {
             stats: Arc::new(VringStats::default()),
         };
         let queue = Queue::new(index, config).map_err(|e| BackendError::new(e.to_string()))?;
-        let before = self.rings.lock().unwrap().insert(index, (queue, uplink));
-        assert!(before.is_none(), "ring {index} runs already");
+        let before = self.vrings.lock().unwrap().insert(index, (queue, uplink));
+        assert!(before.is_none(), "vring {index} runs already");
         Ok(())
     }
 
     fn stop_vring(&self, index: u16) -> Option<u32> {
-        self.known(index);
-        let (queue, _) = self.rings.lock().unwrap().remove(&index)?;
+        self.assert_known(index);
+        let (queue, _) = self.vrings.lock().unwrap().remove(&index)?;
         Some(match queue {
             Queue::Rx(mut rx) => rx.rewind(),
             Queue::Tx(mut tx) => tx.rewind(),
@@ -276,20 +283,20 @@ impl Backend for FuzzDevice {
     }
 
     fn set_enabled(&self, index: u16, _enabled: bool) {
-        self.known(index);
+        self.assert_known(index);
     }
 
     fn set_kick(&self, index: u16, _kick: Option<Arc<OwnedFd>>) -> Result<(), BackendError> {
-        self.known(index);
+        self.assert_known(index);
         Ok(())
     }
 
     fn set_call(&self, index: u16, _call: Option<Arc<OwnedFd>>) {
-        self.known(index);
+        self.assert_known(index);
     }
 
     fn set_err(&self, index: u16, _err: Option<Arc<OwnedFd>>) {
-        self.known(index);
+        self.assert_known(index);
     }
 
     fn set_mtu(&self, mtu: u16) -> Result<(), BackendError> {

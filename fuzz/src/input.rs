@@ -1,22 +1,22 @@
-//! Takes a fuzzer's bytes apart. Where they end, everything is 0.
+//! Reads values from a fuzzer's input. Behind its end, every byte is 0.
 
-/// What is left of the input.
+/// The remaining bytes of the input.
 pub struct Input<'d>(pub &'d [u8]);
 
 impl<'d> Input<'d> {
-    /// Whether nothing is left.
+    /// Whether no byte remains.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Up to `n` bytes.
+    /// The next `n` bytes, or fewer at the end of the input.
     pub fn bytes(&mut self, n: usize) -> &'d [u8] {
         let (bytes, rest) = self.0.split_at(n.min(self.0.len()));
         self.0 = rest;
         bytes
     }
 
-    /// Exactly `N` bytes.
+    /// The next `N` bytes, padded with 0 at the end of the input.
     pub fn array<const N: usize>(&mut self) -> [u8; N] {
         let bytes = self.bytes(N);
         let mut array = [0; N];
@@ -24,14 +24,17 @@ impl<'d> Input<'d> {
         array
     }
 
+    /// The next byte.
     pub fn u8(&mut self) -> u8 {
         self.array::<1>()[0]
     }
 
+    /// The next little-endian 16-bit number.
     pub fn u16(&mut self) -> u16 {
         u16::from_le_bytes(self.array())
     }
 
+    /// The next little-endian 64-bit number.
     pub fn u64(&mut self) -> u64 {
         u64::from_le_bytes(self.array())
     }

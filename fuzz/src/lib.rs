@@ -1,7 +1,7 @@
-//! What the fuzz targets do with their input, apart from the fuzzer: so the committed seeds can be
-//! made ([`seeds`]) and run as a test without it.
+//! The fuzz targets without the fuzzer: each module's `run` takes one input. The committed seeds
+//! are made by [`seeds`] and run as a test, which needs no fuzzer.
 //!
-//! Run a target from the repository's root (`RUSTC_BOOTSTRAP=1` for the sanitizer's flags):
+//! Run a target from the root of the repository (the sanitizer's flags need `RUSTC_BOOTSTRAP=1`):
 //! `RUSTC_BOOTSTRAP=1 cargo fuzz run split_chains fuzz/corpus/split_chains fuzz/seeds/split_chains`
 
 mod chains;
@@ -19,9 +19,9 @@ mod uplink;
 mod tests {
     use std::path::Path;
 
-    /// The seeds in the repository are those that the program makes, and no target fails on one.
+    /// The seeds in the repository equal those that `examples/seeds.rs` writes.
     #[test]
-    fn seeds_are_as_made_and_pass() {
+    fn committed_seeds_are_current_and_pass() {
         for (target, seeds) in crate::seeds::all() {
             let run = match target {
                 "framing" => crate::framing::run as fn(&[u8]),

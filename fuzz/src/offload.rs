@@ -1,48 +1,49 @@
-//! A header, a frame and a target, all of fuzzer's bytes: what is made of the frame where it does
-//! not fit.
+//! Software offloads: a frame with its header is converted for a receiver that does not accept it
+//! unchanged.
 //!
-//! What must hold: no panic; whatever comes out fits the target and is bounded; and it is what went
-//! in, byte by byte, once it is put together again, with lengths and checksums that are right.
+//! Invariants: there is no panic; the resulting frames fit the receiver, and their number is
+//! bounded; their payloads together are the original one byte for byte, with correct lengths and
+//! checksums.
 //!
-//! Input: what the target takes (1 byte), the length of the frame's pieces (2 bytes), the header (12
-//! bytes), how many bytes to append to the frame (2 bytes), and the frame.
+//! Input: what the receiver accepts (1 byte), the length of the frame's segments (2 bytes), the
+//! header (12 bytes), how many bytes to append to the frame (2 bytes), and the frame.
 
 use virtionet_virtio_net::features::Features;
-use virtionet_virtio_net::header::{FrameFormat, VNET_HEADER_LEN, MIN_FRAME, VnetHeader};
+use virtionet_virtio_net::header::{FrameFormat, MIN_FRAME, VNET_HEADER_LEN, VnetHeader};
 use virtionet_virtio_net::offload::{Segmenter, can_pass_unmodified};
 
 use crate::input::Input;
 use crate::packets::{self, Packet};
 
-/// One input from start to end.
+/// Runs one input.
 pub fn run(data: &[u8]) {
     let mut input = Input(data);
     let format = format(input.u8());
-    let cut = usize::from(input.u16()).max(1);
+    let segment_len = usize::from(input.u16()).max(1);
     let header = VnetHeader(input.array::<VNET_HEADER_LEN>());
-    let more = usize::from(input.u16());
+    let appended = usize::from(input.u16());
     let mut bytes = input.0.to_vec();
-    bytes.extend((0_u8..251).cycle().take(more));
+    bytes.extend((0_u8..251).cycle().take(appended));
     let checked = header.check(bytes.len(), Features::offered());
     let packet = Packet { header, bytes };
     let len = packet.bytes.len();
     if can_pass_unmodified(&header, &format) {
-        // Nobody would ask then; but what fits a target is what its driver may be sent.
+        // The device does not convert such a frame. It must be valid for the receiver's driver.
         assert!(format.csum || header.flags() == 0);
     }
     let mut segmenter = Segmenter::new();
-    let Ok(made) = packets::convert(&mut segmenter, &packet, cut, &format) else {
+    let Ok(converted) = packets::convert(&mut segmenter, &packet, segment_len, &format) else {
         return;
     };
-    assert!(len >= MIN_FRAME && made.len() <= 1 + len / 24);
-    packets::verify(&packet, &format, &made);
-    // The device's own check of a header is no stricter than the segmenter's, but for a hint.
+    assert!(len >= MIN_FRAME && converted.len() <= 1 + len / 24);
+    packets::verify(&packet, &format, &converted);
+    // The device's check of a header is not stricter than the segmenter's, except for `hdr_len`.
     if usize::from(header.hdr_len()) <= len {
         assert_eq!(checked, Ok(()));
     }
 }
 
-/// Bits: csum, tso4, tso6, ecn, ufo.
+/// What the receiver accepts, in the bits csum, tso4, tso6, ecn and ufo.
 fn format(bits: u8) -> FrameFormat {
     let csum = bits & 1 != 0;
     let also = |n: u8| csum && bits >> n & 1 != 0;

@@ -1,50 +1,54 @@
-//! A packed ring made of fuzzer's bytes: descriptors with any flags, in order or anywhere, tables,
-//! and wrap counters that turn when they should not, between the turns of a TX or an RX queue.
+//! A hostile driver of a packed virtqueue: it writes descriptors with any flags, in order or
+//! anywhere, and tables, and inverts its wrap counter, between the turns of a TX or RX queue.
 //!
-//! What must hold: no panic; every slice that an uplink is handed lies in guest memory; every frame
-//! has passed its checks; a turn's work is bounded; and for as long as the driver keeps to the
+//! Invariants: there is no panic; every slice that the uplink gets lies in guest memory; every
+//! frame has passed the checks; the work of a turn is bounded; and while the driver follows the
 //! rules, it sees each of its chains used, in order, with its buffer id, up to the base.
 //!
-//! Input: [`Setup`] (6 bytes), then operations, each an [`Op`] byte and its operands.
+//! Input: [`FuzzSetup`] (6 bytes), then operations, each an [`Op`] byte and its operands.
 
 use std::collections::VecDeque;
 
-use virtionet_virtio_net::{RxQueue, TxQueue};
 use virtionet_guest::driver::DriverVirtqueueConfig;
 use virtionet_guest::net::PACKED;
-use virtionet_guest::packed::{VIRTQ_DESC_F_AVAIL, PackedDescriptor, PackedDriverVirtqueue, RingPosition, VIRTQ_DESC_F_USED};
+use virtionet_guest::packed::{
+    PackedDescriptor, PackedDriverVirtqueue, RingPosition, VIRTQ_DESC_F_AVAIL, VIRTQ_DESC_F_USED,
+};
 use virtionet_guest::split::VRING_DESC_F_NEXT;
+use virtionet_virtio_net::{RxQueue, TxQueue};
 
-use crate::chains::{DeviceUnderTest, DescriptorFields, FuzzSetup, TABLE, Turn, fields, layout, ram};
+use crate::chains::{
+    DescriptorFields, DeviceUnderTest, FuzzSetup, TABLE, Turn, fields, layout, ram,
+};
 use crate::input::Input;
 
-/// An operation's first byte, modulo their number.
+/// The first byte of an operation, modulo their number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Op {
-    /// A descriptor (see [`fields`]) at the next place, made available.
+    /// A descriptor (see [`fields`]) at the next position, made available.
     Put,
     /// Index (1 byte), a descriptor, and the upper byte of its flags (1 byte).
     Descriptor,
-    /// Place in the table (1 byte), then a descriptor.
+    /// Index in the table (1 byte), then a descriptor.
     Table,
-    /// The driver's wrap counter turns.
+    /// Inverts the driver's wrap counter.
     Wrap,
-    /// The driver's event suppression: off_wrap (2 bytes) and flags (1 byte).
+    /// The driver's event suppression area: `off_wrap` (2 bytes) and flags (1 byte).
     Event,
-    /// See [`Device::feed`].
+    /// See [`DeviceUnderTest::feed`].
     Feed,
-    /// A turn.
+    /// See [`DeviceUnderTest::turn`].
     Turn,
-    /// See [`Device::poke`].
+    /// See [`DeviceUnderTest::write_memory`].
     WriteMemory,
-    /// See [`Device::rewind`].
+    /// See [`DeviceUnderTest::rewind`].
     Rewind,
-    /// See [`Device::rebind`].
+    /// See [`DeviceUnderTest::rebind`].
     Rebind,
-    /// See [`Device::kicks`].
+    /// See [`DeviceUnderTest::kicks`].
     Kicks,
-    /// See [`Device::push`].
+    /// See [`DeviceUnderTest::push`].
     Push,
 }
 
@@ -63,7 +67,7 @@ const OPS: [Op; 12] = [
     Op::Push,
 ];
 
-/// One input from start to end.
+/// Runs one input.
 pub fn run(data: &[u8]) {
     let mut input = Input(data);
     let setup = FuzzSetup::read(&mut input);
@@ -73,11 +77,12 @@ pub fn run(data: &[u8]) {
     }
 }
 
-/// A chain that was put and not seen used.
+/// A chain that is available and not seen used.
 #[derive(Default)]
 struct Chain {
+    /// Number of descriptors.
     descriptors: u16,
-    /// Of its last descriptor, which is what counts (virtio 1.3 §2.8.6).
+    /// The id of the last descriptor, which is that of the chain (virtio 1.3 §2.8.6).
     id: u16,
 }
 
@@ -86,28 +91,29 @@ struct ChainFuzzer<Q> {
     device: DeviceUnderTest<Q>,
     /// The next descriptor to write.
     at: RingPosition,
-    /// The first descriptor that was not seen used.
+    /// The first descriptor that is not seen used.
     next_used: RingPosition,
+    /// Complete chains that are not seen used.
     chains: VecDeque<Chain>,
-    /// The chain at hand.
+    /// The chain whose last descriptor is not written yet.
     open: Chain,
-    /// The driver has kept to the rules, and nobody else wrote to the ring.
+    /// Whether the driver has followed the rules and only driver and device wrote to the virtqueue.
     is_valid: bool,
 }
 
 impl<Q: Turn> ChainFuzzer<Q> {
     fn run(setup: FuzzSetup, mut input: Input<'_>) {
-        let Some(mut bench) = Self::new(setup) else {
+        let Some(mut fuzzer) = Self::new(setup) else {
             return;
         };
         while !input.is_empty() {
-            bench.step(&mut input);
+            fuzzer.step(&mut input);
         }
-        bench.turn();
-        bench.rewind();
+        fuzzer.turn();
+        fuzzer.rewind();
     }
 
-    /// `None` when the device refuses the ring.
+    /// `None` when the device refuses the virtqueue.
     fn new(setup: FuzzSetup) -> Option<Self> {
         let ram = ram();
         let size = u16::from(setup.size) + 1;
@@ -169,15 +175,15 @@ impl<Q: Turn> ChainFuzzer<Q> {
             Op::Rebind => self.device.rebind(),
             Op::Kicks => self.device.kicks(input),
             Op::Push => {
-                self.close();
+                self.check_chain_is_complete();
                 self.device.push(input);
             }
         }
     }
 
-    /// Makes a descriptor available at the next place.
+    /// Makes a descriptor available at the next position.
     fn put(&mut self, fields: &DescriptorFields) {
-        // Where rules have been broken nothing is counted any more.
+        // After a violation the chains are not tracked any more.
         self.is_valid = self.is_valid && fields.is_outside_ring && self.free_descriptors() > 0;
         let flags = fields.flags & !(VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED) | self.at.available();
         let descriptor = descriptor(fields, flags);
@@ -192,25 +198,25 @@ impl<Q: Turn> ChainFuzzer<Q> {
         }
     }
 
-    /// Descriptors that are neither the device's nor used and unseen.
+    /// Number of descriptors that the driver may write.
     fn free_descriptors(&mut self) -> u16 {
         self.collect_used();
         let taken = self.chains.iter().map(|chain| chain.descriptors);
         self.driver.size() - self.open.descriptors - taken.sum::<u16>()
     }
 
-    /// A chain without its end must not be seen by the device.
-    fn close(&mut self) {
+    /// Marks the virtqueue as invalid if the device could see a chain without an end.
+    fn check_chain_is_complete(&mut self) {
         self.is_valid &= self.open.descriptors == 0;
     }
 
     fn turn(&mut self) {
-        self.close();
+        self.check_chain_is_complete();
         self.device.turn();
         self.collect_used();
     }
 
-    /// Takes note of what the device has used.
+    /// Removes the chains that the device has used, and checks their ids.
     fn collect_used(&mut self) {
         if !self.is_valid {
             return;
@@ -227,11 +233,11 @@ impl<Q: Turn> ChainFuzzer<Q> {
     }
 
     fn rewind(&mut self) {
-        self.close();
-        let told = self.device.rewind();
+        self.check_chain_is_complete();
+        let base_of_device = self.device.rewind();
         self.collect_used();
         if self.is_valid {
-            assert_eq!(told, base(self.next_used));
+            assert_eq!(base_of_device, base(self.next_used));
         }
     }
 }
@@ -240,6 +246,7 @@ fn descriptor(fields: &DescriptorFields, flags: u16) -> PackedDescriptor {
     PackedDescriptor::new(fields.addr, fields.len, fields.next, flags)
 }
 
+/// The base of a device whose positions both are `position`.
 fn base(position: RingPosition) -> u32 {
     u32::from(position.word()) | u32::from(position.word()) << 16
 }

@@ -1,19 +1,21 @@
-//! Inputs to begin with: what a good front-end and a good guest do, so that a fuzzer need not find
-//! that out, and one of each thing that they must not do.
+//! Initial inputs of the fuzz targets: what correct front-ends and guests do, so that the fuzzer
+//! does not have to discover it, and one example of each violation.
 
-mod chains;
 mod framing;
 mod offload;
+mod packed_chains;
+mod script;
+mod split_chains;
 
-/// Names and bytes.
+/// Names and bytes of the seeds of a target.
 pub type Seeds = Vec<(&'static str, Vec<u8>)>;
 
-/// Every target with its seeds.
+/// Each target with its seeds.
 pub fn all() -> [(&'static str, Seeds); 4] {
     [
         ("framing", framing::framing()),
-        ("split_chains", chains::split_chains()),
-        ("packed_chains", chains::packed_chains()),
+        ("split_chains", split_chains::split_chains()),
+        ("packed_chains", packed_chains::packed_chains()),
         ("offload", offload::offload()),
     ]
 }

@@ -1,48 +1,48 @@
-//! A split ring made of fuzzer's bytes: descriptors, tables, indices and heads of any kind, in any
-//! order, between the turns of a TX or an RX queue.
+//! A hostile driver of a split virtqueue: it writes any descriptors, tables, indices and heads in
+//! any order between the turns of a TX or RX queue.
 //!
-//! What must hold: no panic; every slice that an uplink is handed lies in guest memory; every frame
-//! has passed its checks; a turn's work is bounded; and the base is what the driver saw used, as
-//! long as no fault has ended the ring.
+//! Invariants: there is no panic; every slice that the uplink gets lies in guest memory; every
+//! frame has passed the checks; the work of a turn is bounded; and the base equals the used index
+//! that the driver sees, unless the virtqueue is invalid.
 //!
-//! Input: [`Setup`] (6 bytes), then operations, each an [`Op`] byte and its operands.
+//! Input: [`FuzzSetup`] (6 bytes), then operations, each an [`Op`] byte and its operands.
 
-use virtionet_virtio_net::{RxQueue, TxQueue};
 use virtionet_guest::driver::DriverVirtqueueConfig;
 use virtionet_guest::split::{SplitDescriptor, SplitDriverVirtqueue};
+use virtionet_virtio_net::{RxQueue, TxQueue};
 
 use crate::chains::{DeviceUnderTest, FuzzSetup, TABLE, Turn, fields, layout, ram};
 use crate::input::Input;
 
-/// An operation's first byte, modulo their number.
+/// The first byte of an operation, modulo their number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Op {
     /// Index (1 byte), then a descriptor: see [`fields`].
     Descriptor,
-    /// Place in the table (1 byte), then a descriptor.
+    /// Index in the table (1 byte), then a descriptor.
     Table,
-    /// Head (2 bytes) for the next available entry, shown at once.
+    /// Head (2 bytes) for the next available entry, published at once.
     Offer,
-    /// Place (1 byte) and head (2 bytes) of an available entry.
+    /// Index (1 byte) and head (2 bytes) of an available entry.
     AvailEntry,
     /// The available index (2 bytes).
     AvailIndex,
-    /// See [`Device::feed`].
+    /// See [`DeviceUnderTest::feed`].
     Feed,
-    /// A turn.
+    /// See [`DeviceUnderTest::turn`].
     Turn,
-    /// See [`Device::poke`].
+    /// See [`DeviceUnderTest::write_memory`].
     WriteMemory,
-    /// See [`Device::rewind`].
+    /// See [`DeviceUnderTest::rewind`].
     Rewind,
-    /// See [`Device::rebind`].
+    /// See [`DeviceUnderTest::rebind`].
     Rebind,
-    /// See [`Device::kicks`].
+    /// See [`DeviceUnderTest::kicks`].
     Kicks,
-    /// used_event (2 bytes).
+    /// `used_event` (2 bytes).
     UsedEvent,
-    /// See [`Device::push`].
+    /// See [`DeviceUnderTest::push`].
     Push,
 }
 
@@ -62,7 +62,7 @@ const OPS: [Op; 13] = [
     Op::Push,
 ];
 
-/// One input from start to end.
+/// Runs one input.
 pub fn run(data: &[u8]) {
     let mut input = Input(data);
     let setup = FuzzSetup::read(&mut input);
@@ -76,23 +76,23 @@ struct ChainFuzzer<Q> {
     driver: SplitDriverVirtqueue,
     device: DeviceUnderTest<Q>,
     next: u16,
-    /// The ring lies where nothing else does, and nobody but the device wrote to the used ring.
+    /// Whether the areas do not overlap anything and only the device wrote the used ring.
     is_valid: bool,
 }
 
 impl<Q: Turn> ChainFuzzer<Q> {
     fn run(setup: FuzzSetup, mut input: Input<'_>) {
-        let Some(mut bench) = Self::new(setup) else {
+        let Some(mut fuzzer) = Self::new(setup) else {
             return;
         };
         while !input.is_empty() {
-            bench.step(&mut input);
+            fuzzer.step(&mut input);
         }
-        bench.device.turn();
-        bench.rewind();
+        fuzzer.device.turn();
+        fuzzer.rewind();
     }
 
-    /// `None` when the device refuses the ring.
+    /// `None` when the device refuses the virtqueue.
     fn new(setup: FuzzSetup) -> Option<Self> {
         let ram = ram();
         let log = setup.size % 9;
@@ -160,7 +160,7 @@ impl<Q: Turn> ChainFuzzer<Q> {
         }
     }
 
-    /// Writes of the device may go to the ring itself where the guest asks for that.
+    /// Reads a descriptor. Its buffer may overlap the virtqueue, so that the device writes to that.
     fn descriptor(&mut self, input: &mut Input<'_>) -> SplitDescriptor {
         let fields = fields(input);
         self.is_valid &= fields.is_outside_ring;

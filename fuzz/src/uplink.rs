@@ -1,4 +1,4 @@
-//! An uplink that checks what it is handed: every header, every length, every address.
+//! An uplink that checks every header, length and address that it gets.
 
 use std::collections::VecDeque;
 use std::io;
@@ -7,9 +7,9 @@ use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex};
 
 use virtionet_virtio_net::features::Features;
-use virtionet_virtio_net::header::{VNET_HEADER_LEN, MAX_FRAME, MIN_FRAME};
-use virtionet_virtio_net::uplink::{MAX_BURST, Received, TxFrame, UplinkQueue};
+use virtionet_virtio_net::header::{MAX_FRAME, MIN_FRAME, VNET_HEADER_LEN};
 use virtionet_virtio_net::stats::VringStats;
+use virtionet_virtio_net::uplink::{MAX_BURST, Received, TxFrame, UplinkQueue};
 use virtionet_virtqueue::memory::{GuestMemory, GuestSlice, SegmentList};
 
 /// Where a snapshot of guest memory is mapped in this process.
@@ -17,6 +17,7 @@ use virtionet_virtqueue::memory::{GuestMemory, GuestSlice, SegmentList};
 pub struct Mapped(Vec<Range<usize>>);
 
 impl Mapped {
+    /// The mappings of `memory`.
     pub fn new(memory: &Arc<GuestMemory>) -> Self {
         let mut segments = SegmentList::new(Arc::clone(memory));
         let ranges = memory.regions().map(|region| {
@@ -33,17 +34,17 @@ impl Mapped {
         let end = start + slice.len();
         let within = |r: &Range<usize>| r.start <= start && end <= r.end;
         assert!(self.0.iter().any(within), "a slice leaves guest memory");
-        assert!(!slice.is_empty(), "a slice without bytes");
+        assert!(!slice.is_empty(), "a slice has no bytes");
     }
 }
 
-/// The checking uplink.
+/// An uplink that checks what it gets and receives frames of given lengths.
 #[derive(Debug)]
 pub struct CheckingUplink {
     pub features: Features,
     pub mapped: Mutex<Mapped>,
-    /// Frames that wait, by their lengths with header.
-    pub waiting: Mutex<VecDeque<usize>>,
+    /// Lengths of the frames to receive, with header.
+    pub pending: Mutex<VecDeque<usize>>,
 }
 
 impl CheckingUplink {
@@ -51,7 +52,7 @@ impl CheckingUplink {
         Self {
             features,
             mapped: Mutex::new(Mapped::new(memory)),
-            waiting: Mutex::default(),
+            pending: Mutex::default(),
         }
     }
 }
@@ -78,20 +79,20 @@ impl UplinkQueue for CheckingUplink {
         let mapped = self.mapped.lock().unwrap();
         buffers.iter().for_each(|slice| mapped.check(slice));
         let capacity: usize = buffers.iter().map(GuestSlice::len).sum();
-        // Nothing at all is shown where the frame is to go to the bounce buffer.
+        // There is no buffer if the frame is to be received into the bounce buffer.
         assert!(capacity == 0 || capacity >= self.features.header_len());
         assert!(capacity + bounce.len() > VNET_HEADER_LEN + MAX_FRAME);
-        let Some(len) = self.waiting.lock().unwrap().pop_front() else {
+        let Some(len) = self.pending.lock().unwrap().pop_front() else {
             return Received::Empty;
         };
         let frame = vec![0x5a; len];
-        let mut done = 0;
+        let mut copied = 0;
         for slice in buffers {
-            done += slice.copy_from(&frame[done..]);
+            copied += slice.copy_from(&frame[copied..]);
         }
-        let bounced = (len - done).min(bounce.len());
+        let bounced = (len - copied).min(bounce.len());
         bounce[..bounced].fill(0x5a);
-        match done + bounced == len {
+        match copied + bounced == len {
             true => Received::Frame(len),
             false => Received::TooLong,
         }

@@ -1,14 +1,12 @@
-//! Lists of the form `KEY=VALUE,KEY=VALUE,...`, in which a doubled comma stands for one inside of a
-//! value.
+//! Lists of the form `KEY=VALUE,KEY=VALUE,...`. Two commas in a row stand for one comma in a value,
+//! as in QEMU's options.
 
-/// An item of a list that is not `KEY=VALUE`.
+/// The error of an item that is not `KEY=VALUE`. It holds the item.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "{0:?} is not KEY=VALUE: write a value behind =, and a comma inside a value twice"
-)]
+#[error("{0:?} is not KEY=VALUE: write a value behind =, and a comma inside a value twice")]
 pub struct KeyValueError(pub String);
 
-/// The items of `text` between single commas, with doubled commas replaced by single ones.
+/// Splits `text` at single commas. In the items, two commas in a row are replaced by one.
 #[must_use]
 pub fn split_at_commas(text: &str) -> Vec<String> {
     let mut items = vec![String::new()];
@@ -23,11 +21,11 @@ pub fn split_at_commas(text: &str) -> Vec<String> {
     items
 }
 
-/// The key and the value of `item`. An item in `flags` may stand without a value, and then has the
-/// value `on`.
+/// Splits `item` into its key and its value. An item that is listed in `flags` may have no value;
+/// its value is then `on`.
 ///
 /// # Errors
-/// When there is no value.
+/// When there is no `=`, or nothing behind it.
 pub fn split_item<'a>(item: &'a str, flags: &[&str]) -> Result<(&'a str, &'a str), KeyValueError> {
     match item.split_once('=') {
         Some((key, value)) if !value.is_empty() => Ok((key, value)),
@@ -41,7 +39,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn single_commas_separate_and_doubled_ones_stand_for_themselves() {
+    fn text_with_single_and_double_commas_is_split_at_single_ones() {
         for (text, items) in [
             ("", vec![""]),
             ("a", vec!["a"]),
@@ -55,11 +53,14 @@ mod tests {
     }
 
     #[test]
-    fn an_item_has_a_key_and_a_value_or_is_a_flag() {
+    fn item_without_a_value_is_refused_unless_it_is_a_flag() {
         assert_eq!(split_item("a=b=c", &[]), Ok(("a", "b=c")));
         assert_eq!(split_item("client", &["client"]), Ok(("client", "on")));
         for item in ["a", "a=", ""] {
-            assert_eq!(split_item(item, &["client"]), Err(KeyValueError(item.into())));
+            assert_eq!(
+                split_item(item, &["client"]),
+                Err(KeyValueError(item.into()))
+            );
         }
     }
 }

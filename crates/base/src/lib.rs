@@ -1,6 +1,12 @@
-//! What every other crate may use, and what knows nothing of them: the limit that vhost-user sets
-//! for queue pairs, rate limiting of log lines, `KEY=VALUE` lists, and unix sockets in the file
-//! system.
+//! The lowest crate, which every other crate may use and which depends on none of them:
+//!
+//! | item | subject |
+//! |---|---|
+//! | [`MAX_QUEUE_PAIRS`] | the limit that vhost-user sets for queue pairs |
+//! | [`RateLimiter`] | at most one log line a second for each cause |
+//! | [`ReportOnce`] | reports of conditions, repeated only when they change |
+//! | [`key_value`] | `KEY=VALUE` lists |
+//! | [`unix_socket`] | unix sockets in the file system |
 
 pub mod key_value;
 mod rate_limiter;
@@ -10,6 +16,7 @@ pub mod unix_socket;
 pub use rate_limiter::RateLimiter;
 pub use report_once::ReportOnce;
 
-/// The largest number of queue pairs of a device: a vhost-user ring index has 8 bits, and a queue
-/// pair has two rings (docs/interop/vhost-user.rst, "Vring state description").
+/// The largest number of queue pairs of a network device. A vring index has 8 bits in
+/// SET_VRING_KICK, SET_VRING_CALL and SET_VRING_ERR, and a queue pair has two vrings (QEMU's
+/// docs/interop/vhost-user.rst).
 pub const MAX_QUEUE_PAIRS: u16 = 128;

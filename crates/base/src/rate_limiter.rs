@@ -1,18 +1,19 @@
-//! A limit for log lines that a guest, a front-end or the host can cause as often as they like.
+//! A rate limit for log lines that a guest, a front-end or the host could cause at any rate.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// The shortest time between two lines of the same cause.
+/// The shortest time between two log lines of the same cause.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// Allows one log line a second, and counts those that it suppresses in between. There is one for
-/// each cause; any number of threads may share it.
+/// Allows one log line a second and counts those that it suppresses in between. Each cause has a
+/// limiter of its own, which several threads may share.
 #[derive(Debug)]
 pub struct RateLimiter {
     created: Instant,
-    /// Milliseconds after `created` from which the next line is allowed.
+    /// When the next line is allowed, in milliseconds after `created`.
     next: AtomicU64,
+    /// Number of lines suppressed since the last allowed one.
     suppressed: AtomicU64,
 }
 
@@ -33,8 +34,9 @@ impl RateLimiter {
         }
     }
 
-    /// `Some` with the number of lines suppressed since the last one if a line may be logged now,
-    /// and `None` if this one must be suppressed. If several threads ask at once, one is allowed.
+    /// Whether a line may be logged now. Returns the number of lines suppressed since the last
+    /// allowed one, or `None` if this line must be suppressed. Of several concurrent calls at most
+    /// one succeeds.
     #[must_use]
     pub fn allow(&self) -> Option<u64> {
         self.allow_at(self.created.elapsed())
@@ -64,12 +66,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_line_a_second_is_allowed_with_the_number_of_suppressed_ones() {
+    fn lines_within_a_second_are_suppressed_and_counted() {
         let limiter = RateLimiter::new();
         let allowed: Vec<_> = [0, 1, 999, 1000, 1001, 1999, 2000, 9000, 9500, 10_000]
             .into_iter()
             .filter_map(|at| Some((at, limiter.allow_at(Duration::from_millis(at))?)))
             .collect();
-        assert_eq!(allowed, [(0, 0), (1000, 2), (2000, 2), (9000, 0), (10_000, 1)]);
+        assert_eq!(
+            allowed,
+            [(0, 0), (1000, 2), (2000, 2), (9000, 0), (10_000, 1)]
+        );
     }
 }

@@ -1,4 +1,4 @@
-//! Reports of conditions: each once, and again only when it has changed.
+//! Reports of conditions, each once and again only after it has changed.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -7,14 +7,15 @@ use std::time::{Duration, Instant};
 /// The shortest time between two reports of the same kind.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// Decides which of the conditions in force are to be reported. `K` is the kind of a condition, of
-/// which one is in force at a time, and `V` is the condition with its values.
+/// Selects the present conditions that are to be reported. `K` is the kind of a condition; at most
+/// one condition of each kind is present at a time. `V` is the condition with its values.
 ///
-/// A condition is reported when it comes into force and when its values change, at most once a
-/// second for each kind. One that ended is reported when it comes into force again.
+/// A condition is reported when it begins and when its values change, but at most once a second for
+/// each kind. A condition that has ended is reported again when it begins again.
 #[derive(Debug)]
 pub struct ReportOnce<K, V> {
-    /// What was last reported of each kind, and when; `None` after the condition has ended.
+    /// The last report of each kind and its time. The report is `None` if the condition has ended
+    /// since.
     last: HashMap<K, (Option<V>, Instant)>,
 }
 
@@ -27,17 +28,23 @@ impl<K, V> Default for ReportOnce<K, V> {
 }
 
 impl<K: Eq + Hash, V: Clone + PartialEq> ReportOnce<K, V> {
-    /// The conditions among `in_force` that are to be reported at `now`, and whether one of them
-    /// has changed too soon, so that it must be asked about again.
-    pub fn update(&mut self, in_force: &[V], kind: impl Fn(&V) -> K, now: Instant) -> (Vec<V>, bool) {
+    /// Returns the conditions of `present` that are to be reported at the time `now`, and whether
+    /// another one has changed less than a second after its last report, so that the caller must
+    /// call again.
+    pub fn update(
+        &mut self,
+        present: &[V],
+        kind: impl Fn(&V) -> K,
+        now: Instant,
+    ) -> (Vec<V>, bool) {
         for (last_kind, (reported, _)) in &mut self.last {
-            if !in_force.iter().any(|value| kind(value) == *last_kind) {
+            if !present.iter().any(|value| kind(value) == *last_kind) {
                 *reported = None;
             }
         }
         let mut due = Vec::new();
         let mut is_pending = false;
-        for value in in_force {
+        for value in present {
             match self.last.get(&kind(value)) {
                 Some((Some(reported), _)) if reported == value => {}
                 Some((_, when)) if now < *when + INTERVAL => is_pending = true,
@@ -55,27 +62,27 @@ impl<K: Eq + Hash, V: Clone + PartialEq> ReportOnce<K, V> {
 mod tests {
     use super::*;
 
-    /// A condition of kind `.0` with the value `.1`.
+    /// A condition: its kind and its value.
     type Condition = (char, u32);
 
     #[test]
-    fn a_condition_is_reported_once_and_again_when_it_changes_or_returns() {
+    fn condition_is_reported_once_and_again_after_a_change_or_an_end() {
         let mut reports = ReportOnce::<char, Condition>::default();
         let start = Instant::now();
         let steps: [(u64, &[Condition], &[Condition], bool); 7] = [
             (0, &[('f', 2), ('u', 0)], &[('f', 2), ('u', 0)], false),
             (500, &[('f', 2), ('u', 0)], &[], false),
-            // It changes too soon, and is reported later.
+            // The change comes within a second of the last report, so it is reported later.
             (700, &[('f', 3), ('u', 0)], &[], true),
             (1_200, &[('f', 3), ('u', 0)], &[('f', 3)], false),
-            // It ends, and is reported when it returns.
+            // The condition ends, and is reported when it begins again.
             (2_500, &[('u', 0)], &[], false),
             (2_600, &[('f', 3), ('u', 0)], &[('f', 3)], false),
             (9_000, &[('f', 3), ('u', 0)], &[], false),
         ];
-        for (at, in_force, due, is_pending) in steps {
+        for (at, present, due, is_pending) in steps {
             let now = start + Duration::from_millis(at);
-            let update = reports.update(in_force, |condition| condition.0, now);
+            let update = reports.update(present, |condition| condition.0, now);
             assert_eq!(update, (due.to_vec(), is_pending), "{at} ms");
         }
     }

@@ -1,4 +1,5 @@
-//! A unix socket in the file system: bound with its mode and group, and removed by its owner.
+//! Unix sockets in the file system: listening with a mode and a group, connecting, and removing the
+//! socket file.
 
 use std::fs::{self, Permissions};
 use std::io;
@@ -14,13 +15,13 @@ use rustix::net::{
     socket_with,
 };
 
-/// Clients that may wait to be accepted.
+/// Number of clients that can wait to be accepted.
 const BACKLOG: i32 = 16;
 
 /// Why a socket cannot be bound or connected to.
 #[derive(Debug, thiserror::Error)]
 pub enum UnixSocketError {
-    /// Another process listens on the path.
+    /// Another process listens on the socket.
     #[error("socket {} is in use by another process; stop that or choose another path", .0.display())]
     InUse(PathBuf),
     /// The path exists and is not a socket.
@@ -29,15 +30,15 @@ pub enum UnixSocketError {
     /// The path does not fit the address of a unix socket.
     #[error("socket path {} is too long; a unix socket's path has 107 bytes at most", .0.display())]
     TooLong(PathBuf),
-    /// There is no group of that name.
+    /// There is no group with that name.
     #[error("group {0} does not exist; create it or name another")]
     NoGroup(String),
-    /// The host refused an operation.
+    /// The kernel refused an operation.
     #[error("cannot {operation} socket {}: {source}; check the path and its permissions", path.display())]
     Refused {
-        /// What was tried.
+        /// The operation, as a verb in front of "socket".
         operation: &'static str,
-        /// The socket's path.
+        /// Path of the socket.
         path: PathBuf,
         /// The kernel's error.
         source: io::Error,
@@ -45,7 +46,7 @@ pub enum UnixSocketError {
 }
 
 impl UnixSocketError {
-    /// The error of an `operation` on the socket at `path` that the host refused.
+    /// The error of an `operation` on the socket at `path` that the kernel refused.
     pub fn refused(operation: &'static str, path: &Path, source: impl Into<io::Error>) -> Self {
         Self::Refused {
             operation,
@@ -55,7 +56,8 @@ impl UnixSocketError {
     }
 }
 
-/// Who may connect to a socket. What is not set is left to the umask and the process.
+/// Who may connect to a socket. Without a mode the umask decides, without a group that of the
+/// process.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Access {
     /// Permission bits, for example 0o660.
@@ -64,11 +66,12 @@ pub struct Access {
     pub group: Option<String>,
 }
 
-/// Listens at `path`, non-blocking. A socket file that a process left behind when it ended is
+/// Listens at `path` with a non-blocking socket. The socket file of a process that has ended is
 /// replaced. Mode and group are set before the first client can connect.
 ///
 /// # Errors
-/// When the path is in use or cannot become a socket.
+/// When the path is in use or is not that of a socket, the group does not exist, or the kernel
+/// refuses an operation.
 // syscalls: socket bind listen connect unlink chmod chown
 pub fn listen_at(
     path: &Path,
@@ -77,7 +80,8 @@ pub fn listen_at(
     let address = address(path)?;
     let group = access.group.as_deref().map(group_number).transpose()?;
     remove_stale(path, &address)?;
-    let refused = |operation| move |error: io::Error| UnixSocketError::refused(operation, path, error);
+    let refused =
+        |operation| move |error: io::Error| UnixSocketError::refused(operation, path, error);
     let socket = stream_socket(SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)
         .map_err(|error| refused("make")(error.into()))?;
     bind(&socket, &address).map_err(|error| match error {
@@ -96,10 +100,10 @@ pub fn listen_at(
     Ok((UnixListener::from(socket), file))
 }
 
-/// Connects to `address` without waiting for a place in a full backlog.
+/// Connects to `address` without waiting if the backlog is full. The returned socket blocks.
 ///
 /// # Errors
-/// What the kernel says: `NOENT` and `CONNREFUSED` when nobody listens, `AGAIN` when the backlog is
+/// The kernel's error: `NOENT` or `CONNREFUSED` when nothing listens, `AGAIN` when the backlog is
 /// full.
 pub fn connect_once(address: &SocketAddrUnix) -> Result<UnixStream, Errno> {
     let socket = stream_socket(SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?;
@@ -119,16 +123,17 @@ pub fn address(path: &Path) -> Result<SocketAddrUnix, UnixSocketError> {
     })
 }
 
-/// A socket file that this process made. It is removed with this value, if it is still the same
-/// file.
+/// A socket file that this process made. Dropping this value removes the file, unless another file
+/// has replaced it.
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
-    /// Device and inode.
+    /// Device and inode of the file.
     identity: (u64, u64),
 }
 
 impl SocketFile {
+    /// The socket file that is now at `path`.
     fn of(path: &Path) -> io::Result<Self> {
         Ok(Self {
             path: path.into(),
@@ -136,7 +141,7 @@ impl SocketFile {
         })
     }
 
-    /// Its path.
+    /// Path of the file.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
@@ -151,12 +156,13 @@ impl Drop for SocketFile {
     }
 }
 
+/// Device and inode of the file at `path`.
 fn identity(path: &Path) -> io::Result<(u64, u64)> {
     let metadata = fs::symlink_metadata(path)?;
     Ok((metadata.dev(), metadata.ino()))
 }
 
-/// Removes a socket file on which nobody listens.
+/// Removes a socket file on which no process listens.
 fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), UnixSocketError> {
     let metadata = match fs::symlink_metadata(path) {
         Ok(metadata) => metadata,
@@ -170,7 +176,7 @@ fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), UnixSocketE
         Err(Errno::CONNREFUSED) => fs::remove_file(path)
             .map_err(|error| UnixSocketError::refused("remove the stale", path, error)),
         Err(Errno::NOENT) => Ok(()),
-        // A full backlog belongs to a process, too.
+        // A process with a full backlog listens, too.
         Ok(_) | Err(Errno::AGAIN) => Err(UnixSocketError::InUse(path.into())),
         Err(error) => Err(UnixSocketError::refused("examine", path, error)),
     }
@@ -180,7 +186,7 @@ fn stream_socket(flags: SocketFlags) -> Result<OwnedFd, Errno> {
     socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
 }
 
-/// The number of the group that `group` names or numbers.
+/// The number of the group whose name or number `group` is.
 fn group_number(group: &str) -> Result<u32, UnixSocketError> {
     if let Ok(number) = group.parse() {
         return Ok(number);
@@ -196,13 +202,14 @@ mod tests {
     use super::*;
 
     fn folder(name: &str) -> PathBuf {
-        let dir = std::env::temp_dir().join(format!("virtionet-base-{name}-{}", std::process::id()));
+        let dir =
+            std::env::temp_dir().join(format!("virtionet-base-{name}-{}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
         dir
     }
 
     #[test]
-    fn a_stale_socket_is_replaced_and_the_own_file_is_removed() {
+    fn stale_socket_file_is_replaced_and_removed_at_the_end() {
         let dir = folder("stale");
         let path = dir.join("s");
         drop(UnixListener::bind(&path).unwrap());
@@ -224,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_a_socket_and_what_took_its_place_are_left() {
+    fn file_that_is_not_the_own_socket_is_not_removed() {
         let dir = folder("other");
         let path = dir.join("s");
         fs::write(&path, "x").unwrap();
@@ -242,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_groups_and_long_paths_are_refused() {
+    fn unknown_group_or_long_path_is_refused() {
         let access = Access {
             mode: None,
             group: Some("no-such-group".into()),

@@ -1,164 +1,30 @@
-//! The driver's side of a virtqueue, whatever its format.
+//! The driver side of a virtqueue of either format.
 //!
-//! A round of work is: [`DriverVirtqueue::add`] some chains, [`DriverVirtqueue::publish`] them together, kick
-//! when [`DriverVirtqueue::is_kick_needed`], later [`DriverVirtqueue::collect`] what the device is done with.
-//! Sleeping is safe in this order: `collect`, then [`DriverVirtqueue::enable_calls`], and when that says
-//! that more is there, collect again instead of sleeping.
+//! A round of work consists of four steps: [`DriverVirtqueue::add`] some chains,
+//! [`DriverVirtqueue::publish`] them together, kick the device if
+//! [`DriverVirtqueue::is_kick_needed`], and later [`DriverVirtqueue::collect`] the used chains.
+//!
+//! No call is lost if the driver waits in this order: `collect`, then
+//! [`DriverVirtqueue::enable_calls`], and only if that returns false wait for the call.
 
-use crate::memory::{GuestRam, RamError};
+pub use crate::buffer::Buf;
+pub use crate::config::{DriverVirtqueueConfig, VirtqueueAddresses};
+pub use crate::fault::{DeviceFault, DriverVirtqueueError};
+use crate::memory::GuestRam;
 use crate::packed::PackedDriverVirtqueue;
 use crate::split::SplitDriverVirtqueue;
 
-/// One buffer of a chain.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Buf {
-    /// Guest physical address.
-    pub addr: u64,
-    /// Length in bytes.
-    pub len: u32,
-    /// Whether the device writes to it (or reads from it).
-    pub writable: bool,
-}
-
-impl Buf {
-    /// A buffer that the device reads.
-    #[must_use]
-    pub fn readable(addr: u64, len: u32) -> Self {
-        Self {
-            addr,
-            len,
-            writable: false,
-        }
-    }
-
-    /// A buffer that the device writes.
-    #[must_use]
-    pub fn writable(addr: u64, len: u32) -> Self {
-        Self {
-            addr,
-            len,
-            writable: true,
-        }
-    }
-}
-
-/// How a ring is made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DriverVirtqueueConfig {
-    /// Descriptors: a power of two from 2 to 32,768 in a split ring, any number from 1 to 32,768 in a
-    /// packed one.
-    pub size: u16,
-    /// Whether VIRTIO_F_EVENT_IDX is negotiated.
-    pub event_idx: bool,
-    /// Whether VIRTIO_F_RING_PACKED is negotiated.
-    pub packed: bool,
-    /// The index that a split ring begins at, to start close to its wrap at 65,535; in a packed
-    /// ring so many descriptors, round and round, from its beginning.
-    pub start: u16,
-}
-
-impl DriverVirtqueueConfig {
-    /// A ring of `size` descriptors under these feature bits, from index 0.
-    #[must_use]
-    pub fn new(size: u16, features: u64) -> Self {
-        Self {
-            size,
-            event_idx: features >> virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX & 1 == 1,
-            packed: features >> virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED & 1 == 1,
-            start: 0,
-        }
-    }
-}
-
-/// Where a ring's three parts lie, as guest physical addresses (virtio 1.3 §2.6).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct VirtqueueAddresses {
-    /// Descriptor area.
-    pub descriptors: u64,
-    /// Driver area: the available ring, or the driver's event suppression.
-    pub driver: u64,
-    /// Device area: the used ring, or the device's event suppression.
-    pub device: u64,
-}
-
-/// Why the driver could not do what was asked.
-#[derive(Debug, thiserror::Error)]
-pub enum DriverVirtqueueError {
-    /// A size that the format does not have.
-    #[error(
-        "a ring of {0} descriptors cannot be made; take 1 to 32768, and a power of two from 2 in a split ring"
-    )]
-    Size(u16),
-    /// No room.
-    #[error("a chain needs {needed} descriptors and {free} are free; collect used ones first")]
-    Full {
-        /// Descriptors that the chain needs.
-        needed: usize,
-        /// Free ones.
-        free: u16,
-    },
-    /// A chain without a buffer.
-    #[error("a chain of no buffers cannot be added; give it one")]
-    Empty,
-    /// Guest memory has no room for the ring or an indirect table.
-    #[error(transparent)]
-    Ram(#[from] RamError),
-    /// What the device put into the ring is wrong.
-    #[error(transparent)]
-    Device(#[from] DeviceFault),
-}
-
-/// What a device got wrong, as the driver sees it. The ring is of no use after that.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum DeviceFault {
-    /// The used index went past what the driver had made available.
-    #[error("the device's used index went from {from} to {to} with {in_flight} chains in flight")]
-    UsedIndex {
-        /// The index up to which chains were collected.
-        from: u16,
-        /// The index found.
-        to: u16,
-        /// Chains in flight.
-        in_flight: u16,
-    },
-    /// A used element or used descriptor names no chain in flight, by its head or buffer id.
-    #[error("the device used {0}, which names no chain in flight")]
-    UsedId(u32),
-    /// A used length beyond what the chain can take.
-    #[error("the device says that it wrote {len} bytes into a buffer of {capacity}")]
-    UsedLength {
-        /// Bytes the device claims.
-        len: u32,
-        /// Bytes the buffer has.
-        capacity: u32,
-    },
-    /// A frame shorter than its virtio-net header.
-    #[error("the device used an RX buffer with {0} bytes, less than a header")]
-    NoHeader(u32),
-    /// num_buffers is 0.
-    #[error("the device wrote num_buffers 0 with mergeable buffers")]
-    NoBuffers,
-    /// The used index did not cover every buffer of a merged frame.
-    #[error("the device published {got} of the {wanted} buffers of a frame")]
-    TornFrame {
-        /// num_buffers.
-        wanted: u16,
-        /// Buffers found.
-        got: u16,
-    },
-}
-
-/// A driver's ring.
+/// The driver side of a virtqueue.
 #[derive(Debug)]
 pub enum DriverVirtqueue {
-    /// Virtio 1.3 §2.7.
+    /// A split virtqueue (virtio 1.3 §2.7).
     Split(SplitDriverVirtqueue),
-    /// Virtio 1.3 §2.8.
+    /// A packed virtqueue (virtio 1.3 §2.8).
     Packed(PackedDriverVirtqueue),
 }
 
-/// Calls the same on whichever format the ring has.
-macro_rules! each {
+/// Evaluates the same expression for either format of the virtqueue.
+macro_rules! dispatch {
     ($self:expr, $ring:ident => $call:expr) => {
         match $self {
             DriverVirtqueue::Split($ring) => $call,
@@ -168,11 +34,14 @@ macro_rules! each {
 }
 
 impl DriverVirtqueue {
-    /// Allocates an empty ring in `ram`.
+    /// Allocates a virtqueue without chains in `ram`.
     ///
     /// # Errors
-    /// When the format does not have that size or `ram` has no room.
-    pub fn new(ram: &GuestRam, config: DriverVirtqueueConfig) -> Result<Self, DriverVirtqueueError> {
+    /// When the format does not allow the size or `ram` has not enough free memory.
+    pub fn new(
+        ram: &GuestRam,
+        config: DriverVirtqueueConfig,
+    ) -> Result<Self, DriverVirtqueueError> {
         Ok(match config.packed {
             false => Self::Split(SplitDriverVirtqueue::new(ram, config)?),
             true => Self::Packed(PackedDriverVirtqueue::new(ram, config)?),
@@ -182,95 +51,105 @@ impl DriverVirtqueue {
     /// Number of descriptors.
     #[must_use]
     pub fn size(&self) -> u16 {
-        each!(self, ring => ring.size())
+        dispatch!(self, ring => ring.size())
     }
 
-    /// Where the parts lie.
+    /// Guest physical addresses of the parts.
     #[must_use]
     pub fn addresses(&self) -> VirtqueueAddresses {
-        each!(self, ring => ring.addresses())
+        dispatch!(self, ring => ring.addresses())
     }
 
-    /// What SET_VRING_BASE takes for a device that is to go on where the last one stopped: derived
-    /// from what the device used, as QEMU does when a back-end has crashed.
+    /// The base with which a device continues where the last one stopped, in the form of
+    /// SET_VRING_BASE. It is derived from what the device has used, as QEMU does when a back-end
+    /// has crashed.
     #[must_use]
     pub fn base(&self) -> u32 {
         match self {
             Self::Split(ring) => u32::from(ring.used_index()),
             Self::Packed(ring) => {
-                let place = u32::from(ring.used_up_to().word());
-                place | place << 16
+                let position = u32::from(ring.used_up_to().word());
+                position | position << 16
             }
         }
     }
 
-    /// Descriptors that are free.
+    /// Number of unused descriptors.
     #[inline(always)]
     #[must_use]
     pub fn free(&self) -> u16 {
-        each!(self, ring => ring.free())
+        dispatch!(self, ring => ring.free())
     }
 
-    /// Chains that were published and not collected yet.
+    /// Number of chains that are published and not collected.
     #[inline(always)]
     #[must_use]
     pub fn in_flight(&self) -> u16 {
-        each!(self, ring => ring.in_flight())
+        dispatch!(self, ring => ring.in_flight())
     }
 
-    /// Forgets every chain and starts over with zeroed memory, as a driver that is loaded anew.
-    /// The device must not be running.
+    /// Discards every chain and starts anew with zeroed memory, as a driver does that is loaded
+    /// again. The device must be stopped.
     pub fn reset(&mut self) {
-        each!(self, ring => ring.reset())
+        dispatch!(self, ring => ring.reset())
     }
 
-    /// Writes a chain, not yet visible to the device. With `indirect` it takes one descriptor and a
-    /// table of its own. `token` comes back from [`DriverVirtqueue::collect`]. Returns the descriptor
-    /// that heads the chain (split) or the buffer id (packed).
+    /// Writes a chain that the device does not see before [`DriverVirtqueue::publish`]. With
+    /// `indirect` the chain takes one descriptor and an indirect table.
+    /// [`DriverVirtqueue::collect`] returns `token`. Returns the head of the chain (split) or its
+    /// buffer id (packed).
     ///
     /// # Errors
-    /// When there is no room; nothing was added then.
+    /// When the chain is empty, or there are not enough descriptors or guest memory. Nothing is
+    /// added then.
     #[inline(always)]
-    pub fn add(&mut self, chain: &[Buf], indirect: bool, token: u64) -> Result<u16, DriverVirtqueueError> {
-        each!(self, ring => ring.add(chain, indirect, token))
+    pub fn add(
+        &mut self,
+        chain: &[Buf],
+        indirect: bool,
+        token: u64,
+    ) -> Result<u16, DriverVirtqueueError> {
+        dispatch!(self, ring => ring.add(chain, indirect, token))
     }
 
-    /// Makes what was added visible to the device, all at once.
+    /// Makes all added chains visible to the device at once.
     #[inline(always)]
     pub fn publish(&mut self) {
-        each!(self, ring => ring.publish())
+        dispatch!(self, ring => ring.publish())
     }
 
-    /// Whether the device wants a kick for what was published since the last call of this.
+    /// Whether the device wants a kick for the chains published since the last call of this method.
     #[inline(always)]
     #[must_use]
     pub fn is_kick_needed(&mut self) -> bool {
-        each!(self, ring => ring.is_kick_needed())
+        dispatch!(self, ring => ring.is_kick_needed())
     }
 
-    /// Reads the device's progress once; returns the chains that [`DriverVirtqueue::pop`] can now give.
+    /// Reads the device's progress once. Returns the number of chains that [`DriverVirtqueue::pop`]
+    /// can return now.
     ///
     /// # Errors
-    /// When the device's index is impossible.
+    /// When the device's index or id is invalid.
     #[inline(always)]
     pub fn refresh(&mut self) -> Result<u16, DeviceFault> {
-        each!(self, ring => ring.refresh())
+        dispatch!(self, ring => ring.refresh())
     }
 
-    /// The next chain, token and bytes written, of those that the last [`DriverVirtqueue::refresh`] saw.
+    /// Collects the next chain of those that the last [`DriverVirtqueue::refresh`] found: its token
+    /// and the number of bytes written to it.
     ///
     /// # Errors
-    /// When the device names a chain that is not in flight.
+    /// When the device used a chain that is not in flight.
     #[inline(always)]
     pub fn pop(&mut self) -> Result<Option<(u64, u32)>, DeviceFault> {
-        each!(self, ring => ring.pop())
+        dispatch!(self, ring => ring.pop())
     }
 
-    /// Hands every chain that the device is done with to `each`: its token and the bytes written.
-    /// Returns how many there were.
+    /// Collects every used chain: passes its token and the number of bytes written to `each`.
+    /// Returns the number of chains.
     ///
     /// # Errors
-    /// At the first thing that the device got wrong.
+    /// At the first fault of the device.
     #[inline(always)]
     pub fn collect(&mut self, mut each: impl FnMut(u64, u32)) -> Result<u16, DeviceFault> {
         let count = self.refresh()?;
@@ -280,21 +159,21 @@ impl DriverVirtqueue {
         Ok(count)
     }
 
-    /// Asks the device for no calls. With EVENT_IDX one more may come.
+    /// Tells the device that calls are not needed. The device may still send some.
     #[inline(always)]
     pub fn disable_calls(&mut self) {
-        each!(self, ring => ring.disable_calls())
+        dispatch!(self, ring => ring.disable_calls())
     }
 
-    /// Asks the device for a call with the next chain that it uses. Returns whether there is more
-    /// to collect already; a call for that may not come.
+    /// Asks the device for a call for the next chain that it uses. Returns whether there are chains
+    /// to collect already; no call may come for those.
     #[inline(always)]
     #[must_use]
     pub fn enable_calls(&mut self) -> bool {
-        each!(self, ring => ring.enable_calls())
+        dispatch!(self, ring => ring.enable_calls())
     }
 
-    /// The ring as a split ring, for its raw access; `None` for another format.
+    /// The split virtqueue for raw access; `None` for a packed one.
     pub fn as_split(&mut self) -> Option<&mut SplitDriverVirtqueue> {
         match self {
             Self::Split(ring) => Some(ring),
@@ -302,22 +181,11 @@ impl DriverVirtqueue {
         }
     }
 
-    /// The ring as a packed ring, for its raw access; `None` for another format.
+    /// The packed virtqueue for raw access; `None` for a split one.
     pub fn as_packed(&mut self) -> Option<&mut PackedDriverVirtqueue> {
         match self {
             Self::Packed(ring) => Some(ring),
             Self::Split(_) => None,
         }
-    }
-}
-
-/// Descriptors that a chain takes from a ring with `free` ones.
-#[inline(always)]
-pub(crate) fn needed(chain: &[Buf], indirect: bool, free: u16) -> Result<u16, DriverVirtqueueError> {
-    let needed = if indirect { 1 } else { chain.len() };
-    match u16::try_from(needed) {
-        _ if chain.is_empty() => Err(DriverVirtqueueError::Empty),
-        Ok(count) if count <= free => Ok(count),
-        _ => Err(DriverVirtqueueError::Full { needed, free }),
     }
 }

@@ -1,99 +1,99 @@
-//! One error for everything above the rings.
+//! The error type of everything above the virtqueues.
 
 use std::io;
 use std::path::PathBuf;
 
-use crate::driver::{DeviceFault, DriverVirtqueueError};
+use crate::fault::{DeviceFault, DriverVirtqueueError};
 use crate::memory::RamError;
 
-/// What kept a card from working.
+/// Why the driver or the front-end cannot continue.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Guest memory.
+    /// Guest memory could not be made or accessed.
     #[error(transparent)]
     Ram(#[from] RamError),
-    /// A ring.
+    /// A virtqueue could not be made or used.
     #[error(transparent)]
     Ring(#[from] DriverVirtqueueError),
-    /// What the device put into a ring is wrong.
+    /// The device wrote something invalid into a virtqueue.
     #[error(transparent)]
     Device(#[from] DeviceFault),
-    /// An eventfd or the socket.
-    #[error("{what}: {source}; see whether the back-end still runs")]
+    /// An operation on an eventfd or on the socket failed.
+    #[error("{what}: {source}; check whether the back-end still runs")]
     Io {
-        /// What was being done.
+        /// The operation that failed.
         what: &'static str,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// Nobody listens.
+    /// Nothing listens on the socket.
     #[error("cannot connect to {}: {source}; start the back-end first", path.display())]
     Connect {
-        /// The socket.
+        /// Path of the socket.
         path: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// The back-end ended the connection.
-    #[error("the back-end hung up before it answered request {0}; look at its log")]
+    /// The back-end closed the connection.
+    #[error("the back-end closed the connection before it answered request {0}; read its log")]
     HungUp(u32),
     /// The back-end did not answer in time.
-    #[error("the back-end did not answer request {0} in time; see whether it hangs")]
+    #[error("the back-end did not answer request {0} in time; check whether it hangs")]
     TimedOut(u32),
-    /// A reply that does not fit its request.
-    #[error("the back-end's reply to request {request} is wrong ({what}); look at its log")]
+    /// A reply does not match its request.
+    #[error("the back-end's reply to request {request} is wrong ({what}); read its log")]
     Reply {
-        /// Request code.
+        /// Code of the request.
         request: u32,
-        /// What is wrong with it.
+        /// What is wrong with the reply.
         what: String,
     },
-    /// The back-end answered an acknowledged request with an error.
-    #[error("the back-end refused request {request} with {code}; look at its log")]
+    /// The back-end acknowledged a request with an error.
+    #[error("the back-end refused request {request} with {code}; read its log")]
     Refused {
-        /// Request code.
+        /// Code of the request.
         request: u32,
-        /// Value of the acknowledgement.
+        /// Value of the acknowledgement, which is not 0.
         code: u64,
     },
-    /// The back-end has fewer queue pairs than asked for.
-    #[error("the back-end has {has} queue pairs and {wanted} are wanted; ask for fewer")]
+    /// The back-end has fewer queue pairs than requested.
+    #[error("the back-end has {has} queue pairs and {wanted} are requested; request fewer")]
     Pairs {
-        /// Pairs wanted.
+        /// Number of queue pairs requested.
         wanted: u16,
-        /// Pairs that the back-end has.
+        /// Number of queue pairs that the back-end has.
         has: u64,
     },
-    /// Features that the card needs and the back-end lacks.
+    /// The back-end does not offer required feature bits.
     #[error("the back-end does not offer the feature bits {0:#x}; do not require them")]
     Features(u64),
-    /// A frame that does not fit a TX slot.
+    /// A frame does not fit a TX slot.
     #[error("a frame of {len} bytes does not fit a TX slot of {slot}; make tx_slot larger")]
     FrameTooLong {
-        /// Bytes of the frame and its header.
+        /// Size of the frame and its header in bytes.
         len: usize,
-        /// Bytes of a slot.
+        /// Size of a slot in bytes.
         slot: usize,
     },
-    /// RX buffers or TX slots that make no sense.
+    /// A configuration or an argument is not possible.
     #[error("{0}; change the queue configuration")]
     Config(&'static str),
-    /// Something awaited did not come.
-    #[error("waited {waited:?} for {what} and got {got} of {wanted}; see the device's counters")]
+    /// Something did not happen in time.
+    #[error("waited {waited:?} for {what} and got {got} of {wanted}; read the device's counters")]
     Waited {
-        /// How long.
+        /// The time limit.
         waited: std::time::Duration,
-        /// For what.
+        /// What was waited for.
         what: &'static str,
-        /// How many came.
+        /// How many there were.
         got: usize,
-        /// How many were wanted.
+        /// How many were expected.
         wanted: usize,
     },
 }
 
 impl Error {
-    /// For `map_err`: an I/O error and what was being done.
+    /// For `map_err`: makes the error of the operation `what`.
     pub(crate) fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { what, source }
     }

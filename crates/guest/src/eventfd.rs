@@ -1,4 +1,4 @@
-//! Eventfds: the driver's kick, the device's call.
+//! Eventfds: the driver's kick and the device's call.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -15,7 +15,7 @@ pub struct WaitableEventFd {
 }
 
 impl WaitableEventFd {
-    /// A silent one.
+    /// A new eventfd that is not signalled.
     ///
     /// # Errors
     /// When the process has no file descriptor left.
@@ -23,7 +23,7 @@ impl WaitableEventFd {
         Self::from_eventfd(EventFd::new(EFD_NONBLOCK)?)
     }
 
-    /// Another handle on the same eventfd.
+    /// Another descriptor of the same eventfd.
     ///
     /// # Errors
     /// When the process has no file descriptor left.
@@ -41,24 +41,25 @@ impl WaitableEventFd {
         Ok(Self { event, epoll })
     }
 
-    /// Signals.
+    /// Signals the eventfd.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// When the kernel refuses the write.
     pub fn signal(&self) -> io::Result<()> {
         self.event.write(1)
     }
 
-    /// How often it was signalled since the last look; never waits.
+    /// How often the eventfd was signalled since the last read. It does not wait.
     #[must_use]
     pub fn try_read(&self) -> u64 {
         self.event.read().unwrap_or(0)
     }
 
-    /// Waits until it is signalled or `limit` has passed; returns how often it was signalled.
+    /// Waits until the eventfd is signalled or `limit` has passed. Returns how often it was
+    /// signalled.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// When the kernel refuses to wait.
     pub fn wait(&self, limit: Duration) -> io::Result<u64> {
         let end = Instant::now() + limit;
         loop {
@@ -87,16 +88,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_ring_ends_the_wait_and_silence_does_not() {
+    fn eventfd_signalled_by_a_thread_ends_the_wait() {
         let notifier = WaitableEventFd::new().unwrap();
         assert_eq!(notifier.wait(Duration::from_millis(5)).unwrap(), 0);
         let other = notifier.try_clone().unwrap();
-        let ringer = std::thread::spawn(move || {
+        let signaller = std::thread::spawn(move || {
             std::thread::sleep(Duration::from_millis(10));
             other.signal().unwrap();
         });
         assert_eq!(notifier.wait(Duration::from_secs(10)).unwrap(), 1);
-        ringer.join().unwrap();
+        signaller.join().unwrap();
         assert_eq!(notifier.try_read(), 0);
     }
 }

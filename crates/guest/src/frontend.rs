@@ -1,8 +1,9 @@
-//! The vhost-user front-end: one message a method, and raw messages for tests of the protocol.
+//! The vhost-user front-end, with one method for each message.
 //!
-//! The `vhost` crate's own front-end cannot take this place: it refuses SET_VRING_ENABLE before
-//! SET_FEATURES, which is what QEMU sends, and counts GET_QUEUE_NUM in rings where QEMU counts
-//! pairs. Its message vocabulary is used.
+//! The front-end of the `vhost` crate is not usable here: it refuses to send SET_VRING_ENABLE
+//! before SET_FEATURES, as QEMU does, and it counts vrings in GET_QUEUE_NUM where QEMU counts queue
+//! pairs. Only the message codes of that crate are used. Errors for a request without a reply are
+//! found only if acknowledgements are negotiated (REPLY_ACK).
 
 use std::os::fd::RawFd;
 use std::os::unix::net::UnixStream;
@@ -17,48 +18,51 @@ use virtionet_virtqueue::memory::RegionSpec;
 use crate::driver::VirtqueueAddresses;
 use crate::error::Error;
 use crate::memory::{GuestRam, RamError, to_u64};
-use crate::message_stream::{VHOST_USER_NEED_REPLY_MASK, VHOST_USER_VERSION, MessageStream};
+use crate::message_stream::{MessageStream, VHOST_USER_NEED_REPLY_MASK, VHOST_USER_VERSION};
 
-/// The feature bit that stands for the protocol features (VHOST_USER_F_PROTOCOL_FEATURES).
+/// The feature bit that announces protocol features.
 pub const VHOST_USER_F_PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-/// The feature bit that turns dirty logging on (VHOST_F_LOG_ALL).
+/// The feature bit that turns dirty logging on.
 pub const VHOST_F_LOG_ALL: u64 = VhostUserVirtioFeatures::LOG_ALL.bits();
 
-/// In SET_VRING_KICK, CALL and ERR: no descriptor comes with the message.
+/// In SET_VRING_KICK, SET_VRING_CALL and SET_VRING_ERR: no file descriptor comes with the message.
 pub const VHOST_USER_VRING_NOFD_MASK: u64 = 1 << 8;
-/// In SET_VRING_ADDR: the used ring's writes are logged.
+/// In SET_VRING_ADDR: writes to the used ring are logged.
 pub const VHOST_VRING_F_LOG_MASK: u32 = 1;
 
 /// A front-end's end of a vhost-user connection.
 #[derive(Debug)]
 pub struct FrontendConnection {
-    /// The socket, for messages that no method here would send.
+    /// The messages on the socket, for those that no method here sends.
     pub wire: MessageStream,
-    /// Protocol features in force.
+    /// The negotiated protocol features.
     protocol: u64,
-    /// Whether every request without a reply of its own asks for an acknowledgement, once
-    /// REPLY_ACK is negotiated.
+    /// Whether each request without a reply asks for an acknowledgement, if REPLY_ACK is
+    /// negotiated.
     pub acknowledge: bool,
 }
 
 impl FrontendConnection {
-    /// Over a connected socket; replies are awaited for 10 s.
+    /// A connection on a connected socket, with a time limit of 10 s for replies.
     ///
     /// # Errors
-    /// When the socket takes no time limit.
+    /// When the socket does not accept a time limit.
     pub fn from_socket(socket: UnixStream) -> Result<Self, Error> {
-        Ok(Self::on(MessageStream::from_socket(socket)?))
+        Ok(Self::from_stream(MessageStream::from_socket(socket)?))
     }
 
-    /// Connects to a listening back-end, trying for up to `patience`.
+    /// Connects to a listening back-end, with attempts for up to `connect_timeout`.
     ///
     /// # Errors
-    /// When nobody listens in that time.
+    /// When nothing listens within that time.
     pub fn connect(path: &Path, connect_timeout: Duration) -> Result<Self, Error> {
-        Ok(Self::on(MessageStream::connect(path, connect_timeout)?))
+        Ok(Self::from_stream(MessageStream::connect(
+            path,
+            connect_timeout,
+        )?))
     }
 
-    fn on(wire: MessageStream) -> Self {
+    fn from_stream(wire: MessageStream) -> Self {
         Self {
             wire,
             protocol: 0,
@@ -66,7 +70,7 @@ impl FrontendConnection {
         }
     }
 
-    /// Whether a protocol feature is in force.
+    /// Whether a protocol feature is negotiated.
     #[must_use]
     pub fn has_feature(&self, feature: Protocol) -> bool {
         self.protocol & feature.bits() != 0
@@ -96,7 +100,7 @@ impl FrontendConnection {
         self.get_u64(FrontendReq::GET_PROTOCOL_FEATURES)
     }
 
-    /// SET_PROTOCOL_FEATURES; they are in force from here on.
+    /// SET_PROTOCOL_FEATURES. The features are in use afterwards.
     ///
     /// # Errors
     /// When the connection fails or the back-end refuses.
@@ -130,7 +134,7 @@ impl FrontendConnection {
         self.set(FrontendReq::RESET_DEVICE, &[], &[])
     }
 
-    /// GET_QUEUE_NUM: the back-end's queue *pairs*.
+    /// GET_QUEUE_NUM: the number of queue *pairs* of the back-end.
     ///
     /// # Errors
     /// When the connection fails.
@@ -146,7 +150,7 @@ impl FrontendConnection {
         self.get_u64(FrontendReq::GET_MAX_MEM_SLOTS)
     }
 
-    /// SET_MEM_TABLE with every region of `ram`.
+    /// SET_MEM_TABLE with all regions of `ram`.
     ///
     /// # Errors
     /// When the connection fails or the back-end refuses.
@@ -155,7 +159,7 @@ impl FrontendConnection {
         self.set_mem_table(&table)
     }
 
-    /// SET_MEM_TABLE with any regions and files.
+    /// SET_MEM_TABLE with any regions and their files.
     ///
     /// # Errors
     /// When the connection fails or the back-end refuses.
@@ -187,16 +191,20 @@ impl FrontendConnection {
         self.set(FrontendReq::REM_MEM_REG, &body, &[])
     }
 
-    /// SET_LOG_BASE: `size` bytes from `offset` of the log's file.
+    /// SET_LOG_BASE: the `size` bytes from `offset` on in the file `log`.
     ///
     /// # Errors
     /// When the connection fails or the back-end refuses.
     pub fn set_log_base(&mut self, size: u64, offset: u64, log: RawFd) -> Result<(), Error> {
         let body = words(&[size, offset]);
         if self.has_feature(Protocol::LOG_SHMFD) {
-            // With LOG_SHMFD the message has a reply of its own, of no set content.
-            self.wire
-                .send(FrontendReq::SET_LOG_BASE.into(), VHOST_USER_VERSION, &body, &[log])?;
+            // With LOG_SHMFD the message has a reply of unspecified content.
+            self.wire.send(
+                FrontendReq::SET_LOG_BASE.into(),
+                VHOST_USER_VERSION,
+                &body,
+                &[log],
+            )?;
             self.wire.reply(FrontendReq::SET_LOG_BASE.into()).map(drop)
         } else {
             self.set(FrontendReq::SET_LOG_BASE, &body, &[log])
@@ -219,7 +227,7 @@ impl FrontendConnection {
         self.set_ring(FrontendReq::SET_VRING_BASE, ring, base)
     }
 
-    /// GET_VRING_BASE: stops the ring.
+    /// GET_VRING_BASE, which stops the vring. Returns its base.
     ///
     /// # Errors
     /// When the connection fails.
@@ -232,7 +240,7 @@ impl FrontendConnection {
             }
             _ => Err(Error::Reply {
                 request: request.into(),
-                what: format!("it names another ring than {ring}"),
+                what: format!("it is for another vring than {ring}"),
             }),
         }
     }
@@ -245,10 +253,10 @@ impl FrontendConnection {
         self.set_ring(FrontendReq::SET_VRING_ENABLE, ring, enable.into())
     }
 
-    /// SET_VRING_ADDR for a ring that lies in `ram`, without logging.
+    /// SET_VRING_ADDR for a virtqueue in `ram`, without logging.
     ///
     /// # Errors
-    /// When a part does not lie in `ram`, the connection fails or the back-end refuses.
+    /// When a part is not in `ram`, the connection fails or the back-end refuses.
     pub fn set_vring_addr(
         &mut self,
         ring: u32,
@@ -267,8 +275,8 @@ impl FrontendConnection {
         self.set_vring_user_addr(ring, 0, addresses, 0)
     }
 
-    /// SET_VRING_ADDR with any values: addresses in the front-end's own address space, and the
-    /// guest address `log` that used-ring writes are logged at with [`VRING_F_LOG`].
+    /// SET_VRING_ADDR with any values: front-end addresses, and the guest address `log` under which
+    /// writes to the used ring are logged with [`VHOST_VRING_F_LOG_MASK`].
     ///
     /// # Errors
     /// When the connection fails or the back-end refuses.
@@ -284,7 +292,7 @@ impl FrontendConnection {
         self.set(FrontendReq::SET_VRING_ADDR, &body, &[])
     }
 
-    /// SET_VRING_KICK; `None` for polling.
+    /// SET_VRING_KICK; `None` for a driver that does not kick.
     ///
     /// # Errors
     /// When the connection fails or the back-end refuses.
@@ -292,7 +300,7 @@ impl FrontendConnection {
         self.set_ring_fd(FrontendReq::SET_VRING_KICK, ring, fd)
     }
 
-    /// SET_VRING_CALL; `None` for polling.
+    /// SET_VRING_CALL; `None` for a driver that polls.
     ///
     /// # Errors
     /// When the connection fails or the back-end refuses.
@@ -300,7 +308,7 @@ impl FrontendConnection {
         self.set_ring_fd(FrontendReq::SET_VRING_CALL, ring, fd)
     }
 
-    /// SET_VRING_ERR; `None` for silence.
+    /// SET_VRING_ERR; `None` for no notification of errors.
     ///
     /// # Errors
     /// When the connection fails or the back-end refuses.
@@ -316,7 +324,7 @@ impl FrontendConnection {
         self.set_u64(FrontendReq::NET_SET_MTU, mtu)
     }
 
-    /// SEND_RARP for this MAC address.
+    /// SEND_RARP with a MAC address.
     ///
     /// # Errors
     /// When the connection fails or the back-end refuses.
@@ -325,7 +333,7 @@ impl FrontendConnection {
         self.set(FrontendReq::SEND_RARP, &[a, b, c, d, e, f, 0, 0], &[])
     }
 
-    /// SET_STATUS: the virtio device status.
+    /// SET_STATUS with the virtio device status (virtio 1.3 §2.1).
     ///
     /// # Errors
     /// When the connection fails or the back-end refuses.
@@ -341,28 +349,32 @@ impl FrontendConnection {
         self.get_u64(FrontendReq::GET_STATUS)
     }
 
-    /// Any request without a reply of its own, acknowledged where that is negotiated.
+    /// Any request without a reply. It asks for an acknowledgement if that is negotiated.
     ///
     /// # Errors
     /// When the connection fails or the back-end refuses.
     pub fn set(&mut self, request: FrontendReq, body: &[u8], fds: &[RawFd]) -> Result<(), Error> {
         let code = request.into();
-        let asks = self.acknowledge && self.has_feature(Protocol::REPLY_ACK);
-        let flags = if asks { VHOST_USER_VERSION | VHOST_USER_NEED_REPLY_MASK } else { VHOST_USER_VERSION };
+        let needs_reply = self.acknowledge && self.has_feature(Protocol::REPLY_ACK);
+        let flags = if needs_reply {
+            VHOST_USER_VERSION | VHOST_USER_NEED_REPLY_MASK
+        } else {
+            VHOST_USER_VERSION
+        };
         self.wire.send(code, flags, body, fds)?;
-        if !asks {
+        if !needs_reply {
             return Ok(());
         }
         match u64::from_ne_bytes(self.wire.reply_of(code)?) {
             0 => Ok(()),
-            refusal => Err(Error::Refused {
+            error => Err(Error::Refused {
                 request: code,
-                code: refusal,
+                code: error,
             }),
         }
     }
 
-    /// Any request with a reply of `len` bytes.
+    /// Any request with a reply of `len` bytes, which is returned.
     ///
     /// # Errors
     /// When the connection fails or the reply has another length.
@@ -399,12 +411,17 @@ impl FrontendConnection {
         ring: u32,
         fd: Option<RawFd>,
     ) -> Result<(), Error> {
-        let flag = if fd.is_none() { VHOST_USER_VRING_NOFD_MASK } else { 0 };
+        let flag = if fd.is_none() {
+            VHOST_USER_VRING_NOFD_MASK
+        } else {
+            0
+        };
         let body = (u64::from(ring) | flag).to_ne_bytes();
         self.set(request, &body, fd.as_slice())
     }
 }
 
+/// A memory region in the form of SET_MEM_TABLE.
 fn region_bytes(region: &RegionSpec) -> Vec<u8> {
     words(&[
         region.guest_addr,

@@ -1,46 +1,54 @@
 //! The virtio-net header (virtio 1.3 §5.1.6) as a driver writes and reads it.
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "each constant fits the 8 bits of its field"
+)]
 
-/// `flags`: the device is to finish the checksum.
-pub const VIRTIO_NET_HDR_F_NEEDS_CSUM: u8 = 1;
-/// `flags`: the device has checked the checksum.
-pub const VIRTIO_NET_HDR_F_DATA_VALID: u8 = 2;
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_net as net;
+
+/// `flags`: the receiver of the header is to complete the checksum.
+pub const VIRTIO_NET_HDR_F_NEEDS_CSUM: u8 = net::VIRTIO_NET_HDR_F_NEEDS_CSUM as u8;
+/// `flags`: the device has verified the checksum.
+pub const VIRTIO_NET_HDR_F_DATA_VALID: u8 = net::VIRTIO_NET_HDR_F_DATA_VALID as u8;
 /// `gso_type`: no segmentation.
-pub const VIRTIO_NET_HDR_GSO_NONE: u8 = 0;
-/// `gso_type`: TCP over IPv4.
-pub const VIRTIO_NET_HDR_GSO_TCPV4: u8 = 1;
+pub const VIRTIO_NET_HDR_GSO_NONE: u8 = net::VIRTIO_NET_HDR_GSO_NONE as u8;
+/// `gso_type`: TCP segmentation over IPv4.
+pub const VIRTIO_NET_HDR_GSO_TCPV4: u8 = net::VIRTIO_NET_HDR_GSO_TCPV4 as u8;
 /// `gso_type`: UDP fragmentation.
-pub const VIRTIO_NET_HDR_GSO_UDP: u8 = 3;
-/// `gso_type`: TCP over IPv6.
-pub const VIRTIO_NET_HDR_GSO_TCPV6: u8 = 4;
-/// `gso_type`, added to a TCP type: with ECN.
-pub const VIRTIO_NET_HDR_GSO_ECN: u8 = 0x80;
+pub const VIRTIO_NET_HDR_GSO_UDP: u8 = net::VIRTIO_NET_HDR_GSO_UDP as u8;
+/// `gso_type`: TCP segmentation over IPv6.
+pub const VIRTIO_NET_HDR_GSO_TCPV6: u8 = net::VIRTIO_NET_HDR_GSO_TCPV6 as u8;
+/// `gso_type`, added to a TCP type: the TCP header has the CWR flag.
+pub const VIRTIO_NET_HDR_GSO_ECN: u8 = net::VIRTIO_NET_HDR_GSO_ECN as u8;
 
-/// Bytes of the header with `num_buffers`.
+/// Size of the header with `num_buffers` in bytes.
 pub const HEADER_LEN: usize = 12;
-/// Bytes of the header of a legacy driver without mergeable buffers.
+/// Size in bytes of the header of a legacy driver without mergeable buffers, which ends before
+/// `num_buffers`.
 pub const LEGACY_HEADER_LEN: usize = 10;
 
-/// A header, field by field, in the machine's byte order.
+/// The fields of a header in the byte order of this machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct NetHeader {
     /// [`VIRTIO_NET_HDR_F_NEEDS_CSUM`], [`VIRTIO_NET_HDR_F_DATA_VALID`].
     pub flags: u8,
-    /// One of the `GSO_` types.
+    /// One of the `VIRTIO_NET_HDR_GSO_` types.
     pub gso_type: u8,
-    /// Bytes of all packet headers.
+    /// Size of all packet headers in bytes.
     pub hdr_len: u16,
-    /// Payload bytes of each segment.
+    /// Payload of each segment in bytes.
     pub gso_size: u16,
-    /// Where the checksum begins.
+    /// Offset in the frame in bytes from which the checksum is computed.
     pub csum_start: u16,
-    /// Where after that it is stored.
+    /// Offset from `csum_start` in bytes at which the checksum is stored.
     pub csum_offset: u16,
-    /// Buffers that a received frame lies in.
+    /// Number of buffers of a received frame.
     pub num_buffers: u16,
 }
 
 impl NetHeader {
-    /// As it lies in memory. A legacy header is the first [`LEGACY_HEADER_LEN`] bytes.
+    /// The header as it lies in memory. A legacy header is the first [`LEGACY_HEADER_LEN`] bytes.
     #[must_use]
     pub fn to_bytes(self) -> [u8; HEADER_LEN] {
         let [a, b] = self.hdr_len.to_le_bytes();
@@ -51,7 +59,7 @@ impl NetHeader {
         [self.flags, self.gso_type, a, b, c, d, e, f, g, h, i, j]
     }
 
-    /// From memory.
+    /// The header from its bytes in memory.
     #[must_use]
     pub fn from_bytes(raw: [u8; HEADER_LEN]) -> Self {
         let word = |at: usize| u16::from_le_bytes([raw[at], raw[at + 1]]);
@@ -67,12 +75,11 @@ impl NetHeader {
     }
 }
 
-/// Bytes of the header under these feature bits.
+/// Size of the header in bytes with the given feature bits.
 #[must_use]
 pub fn header_len(features: u64) -> usize {
-    let long = virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
-    let merged = virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
-    if features >> long & 1 == 1 || features >> merged & 1 == 1 {
+    let has_feature = |bit: u32| features >> bit & 1 == 1;
+    if has_feature(VIRTIO_F_VERSION_1) || has_feature(net::VIRTIO_NET_F_MRG_RXBUF) {
         HEADER_LEN
     } else {
         LEGACY_HEADER_LEN
@@ -84,7 +91,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn fields_lie_where_the_specification_puts_them() {
+    fn header_fields_are_at_the_offsets_of_the_specification() {
         let raw = [1, 4, 0x36, 0, 0xb4, 5, 0x22, 0, 0x10, 0, 3, 0];
         let header = NetHeader::from_bytes(raw);
         let want = NetHeader {
@@ -101,9 +108,9 @@ mod tests {
     }
 
     #[test]
-    fn only_a_legacy_driver_without_merging_has_the_short_header() {
+    fn header_is_short_only_without_version_1_and_mergeable_buffers() {
         assert_eq!(header_len(0), 10);
-        assert_eq!(header_len(1 << 15), 12);
-        assert_eq!(header_len(1 << 32), 12);
+        assert_eq!(header_len(1 << net::VIRTIO_NET_F_MRG_RXBUF), 12);
+        assert_eq!(header_len(1 << VIRTIO_F_VERSION_1), 12);
     }
 }

@@ -1,27 +1,38 @@
-//! The driver's side of virtio-net: for tests, benches and fuzzing, never for the daemon itself.
+//! The driver side of virtio-net, for tests, benches and fuzzing. The daemon does not use it.
 //!
-//! From below: [`memory`] is the guest's RAM, [`driver`] its rings in the formats of [`split`] and
-//! [`packed`], [`net`], [`tx`] and [`rx`] the two queues of a pair, [`wire`] and [`frontend`] the
-//! vhost-user socket as QEMU speaks it, and [`card`] all of them together: a network card that is connected, started, and sends and
-//! receives. [`frame`] and [`header`] make what it sends and check what it gets.
+//! From the lowest layer to the highest:
 //!
-//! Rings can be driven without a socket: [`memory::GuestRam::guest_memory`] is the device's view of
-//! the same memory in this process.
+//! | module | subject |
+//! |---|---|
+//! | [`memory`] | the guest's memory |
+//! | [`split`], [`packed`] | the driver side of a virtqueue in each format |
+//! | [`driver`] | the driver side of a virtqueue of either format |
+//! | [`net`], [`tx`], [`rx`] | transmitq and receiveq of a queue pair |
+//! | [`message_stream`], [`frontend`] | the vhost-user socket, used as QEMU does |
+//! | [`test_frontend`] | a front-end with started queue pairs that send and receive |
+//!
+//! [`frame`] and [`header`] build frames to send and check received ones.
+//!
+//! A virtqueue can also be driven without a socket: [`memory::GuestRam::guest_memory`] is the
+//! device's view of the same memory in this process.
 
-pub mod test_frontend;
-pub mod eventfd;
+mod buffer;
+mod config;
 pub mod driver;
 mod error;
+pub mod eventfd;
+mod fault;
 pub mod frame;
 pub mod frontend;
 pub mod header;
 mod indirect;
 pub mod memory;
+pub mod message_stream;
 pub mod net;
 pub mod packed;
 pub mod rx;
 pub mod split;
+pub mod test_frontend;
 pub mod tx;
-pub mod message_stream;
 
 pub use error::Error;

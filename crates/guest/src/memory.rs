@@ -1,90 +1,50 @@
-//! Guest memory as the guest has it: shared, allocated and written from this side.
+//! Guest memory on the guest's side: shared with the back-end, allocated and accessed.
 //!
-//! A [`GuestRam`] is one memfd, cut into one or more regions of guest physical addresses. The same
-//! pages are reached in three ways: through this file's accessors, through a back-end process that
-//! was given the file (SET_MEM_TABLE), and through a [`GuestMemory`] in this process
-//! ([`GuestRam::guest_memory`]).
+//! A [`GuestRam`] is one memfd, divided into one or more regions of guest physical addresses. Three
+//! parties access the same pages: the methods of this module, a back-end process that received the
+//! file with SET_MEM_TABLE, and a [`GuestMemory`] in this process ([`GuestRam::guest_memory`]).
 //!
-//! [`Area`] is a piece with its translation done: rings and buffers keep one each, so that the data
-//! path pays a bounds check and no look-up.
-#![allow(unsafe_code)]
+//! ```text
+//! memfd            [ region 0 | region 1 ]
+//! guest addresses  [ region 0 ]   hole   [ region 1 ]
+//! ```
+//!
+//! An [`Area`] is a range whose address is translated once. Each virtqueue and buffer store keeps
+//! one, so that an access on the data path costs a bounds check and no search.
+
+mod area;
+mod error;
+mod mapping;
 
 use std::fs::File;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use virtionet_virtqueue::memory::{GuestMemory, MemoryError, MappedRegion, RegionSpec};
-use vm_memory::{ByteValued, FileOffset, MmapRegion};
+use virtionet_virtqueue::memory::{GuestMemory, MappedRegion, RegionSpec};
 
-/// Bytes of the smallest page: region addresses and sizes are multiples of it.
+pub use area::Area;
+pub use error::RamError;
+pub(crate) use mapping::to_u64;
+use mapping::{MappedBlock, memfd};
+
+/// Size of the smallest page in bytes. Region addresses and sizes are multiples of it.
 const PAGE: u64 = 4096;
 
-/// Why guest memory could not be made or reached.
-#[derive(Debug, thiserror::Error)]
-pub enum RamError {
-    /// memfd_create or its sizing failed.
-    #[error("cannot make a memfd of {size} bytes for guest memory: {source}; lower the size")]
-    Create {
-        /// Bytes asked for.
-        size: u64,
-        /// What the kernel said.
-        source: std::io::Error,
-    },
-    /// A region that is empty, not of whole pages, or beyond 2^64.
-    #[error(
-        "guest memory region at {0:#x} with size {1:#x} cannot be made; give it whole pages below 2^64"
-    )]
-    Layout(u64, u64),
-    /// The kernel refused the mapping.
-    #[error("cannot map {size} bytes of guest memory: {reason}; lower the size")]
-    Map {
-        /// Bytes asked for.
-        size: u64,
-        /// What the mapping said.
-        reason: String,
-    },
-    /// Bytes outside every region.
-    #[error(
-        "{len} bytes at guest address {addr:#x} are not in guest memory; check the address against the regions"
-    )]
-    OutOfRange {
-        /// First guest physical address.
-        addr: u64,
-        /// Bytes asked for.
-        len: u64,
-    },
-    /// No free range of that size.
-    #[error("no {0} bytes are left in guest memory; make it larger")]
-    Exhausted(u64),
-    /// The in-process view could not be made.
-    #[error(transparent)]
-    View(#[from] MemoryError),
-    /// The file could not be duplicated.
-    #[error("cannot duplicate the guest memory's file: {0}; raise the limit of open files")]
-    Duplicate(std::io::Error),
-}
-
-/// The guest's memory. A clone is another handle on the same memory.
+/// The guest's memory. A clone refers to the same memory.
 #[derive(Debug, Clone)]
 pub struct GuestRam(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
     file: File,
-    blocks: Vec<Block>,
-    /// Free ranges (first address, bytes), by address, none touching.
+    blocks: Vec<Arc<MappedBlock>>,
+    /// Unallocated ranges (first address, bytes) in order of address. Adjacent ranges of one region
+    /// are merged.
     free: Mutex<Vec<(u64, u64)>>,
 }
 
-#[derive(Debug)]
-struct Block {
-    spec: RegionSpec,
-    mapping: MmapRegion,
-}
-
 impl GuestRam {
-    /// `size` bytes (whole pages) in one region at guest address 0.
+    /// Memory of `size` bytes, a multiple of 4,096, in one region at guest address 0.
     ///
     /// # Errors
     /// As [`GuestRam::with_layout`].
@@ -92,12 +52,12 @@ impl GuestRam {
         Self::with_layout(&[(0, size)])
     }
 
-    /// Regions of (guest physical address, bytes), each of whole pages; what lies between them is a
-    /// hole. All are parts of one file, one after the other, as QEMU cuts its memory around the
-    /// PCI hole.
+    /// Memory in regions of (guest physical address, bytes), both multiples of 4,096. The regions
+    /// follow each other in one file, and the addresses between them are holes, as QEMU divides its
+    /// memory around the PCI hole.
     ///
     /// # Errors
-    /// When a region is not of whole pages or the memory cannot be had.
+    /// When a region is empty, is not made of whole pages or wraps, or the host refuses the memory.
     pub fn with_layout(layout: &[(u64, u64)]) -> Result<Self, RamError> {
         let mut total = 0u64;
         for &(addr, size) in layout {
@@ -112,10 +72,18 @@ impl GuestRam {
         let mut blocks = Vec::with_capacity(layout.len());
         let mut file_offset = 0;
         for &(guest_addr, size) in layout {
-            blocks.push(Block::map(&file, guest_addr, size, file_offset)?);
+            blocks.push(Arc::new(MappedBlock::map(
+                &file,
+                guest_addr,
+                size,
+                file_offset,
+            )?));
             file_offset += size;
         }
-        let mut free: Vec<_> = layout.iter().map(|&(at, size)| exclude_address_zero(at, size)).collect();
+        let mut free: Vec<_> = layout
+            .iter()
+            .map(|&(at, size)| exclude_address_zero(at, size))
+            .collect();
         free.sort_unstable();
         Ok(Self(Arc::new(Inner {
             file,
@@ -124,26 +92,26 @@ impl GuestRam {
         })))
     }
 
-    /// The regions as SET_MEM_TABLE names them; `user_addr` is the mapping's address in this
-    /// process. All of them lie in the file of [`GuestRam::fd`].
+    /// The regions in the form of SET_MEM_TABLE. `user_addr` is the address of the mapping in this
+    /// process. All regions lie in the file of [`GuestRam::fd`].
     #[must_use]
     pub fn regions(&self) -> Vec<RegionSpec> {
         self.0.blocks.iter().map(|b| b.spec).collect()
     }
 
-    /// The memfd behind every region.
+    /// Descriptor of the memfd that contains all regions.
     #[must_use]
     pub fn fd(&self) -> RawFd {
         self.0.file.as_raw_fd()
     }
 
-    /// The memfd as a file, to truncate it, to punch holes, to seal it.
+    /// The memfd as a file, for tests that truncate it, punch holes or seal it.
     #[must_use]
     pub fn file(&self) -> &File {
         &self.0.file
     }
 
-    /// The device's view of this memory, in this process: the same pages, mapped once more.
+    /// The device's view of this memory in this process: the same pages in a second mapping.
     ///
     /// # Errors
     /// When the regions overlap or cannot be mapped.
@@ -156,38 +124,27 @@ impl GuestRam {
         Ok(GuestMemory::new(regions)?)
     }
 
-    /// The front-end's address of a guest address, as SET_VRING_ADDR wants it; `None` in a hole.
+    /// The front-end address of a guest address, for SET_VRING_ADDR; `None` for an address in a
+    /// hole.
     #[must_use]
     pub fn user_addr(&self, addr: u64) -> Option<u64> {
         let block = self.0.containing(addr)?;
         Some(block.spec.user_addr + (addr - block.spec.guest_addr))
     }
 
-    /// The `len` bytes at guest address `addr`, all in one region, translated once for many uses.
+    /// The `len` bytes at guest address `addr`, which must lie in one region.
     ///
     /// # Errors
-    /// When they are not in one region.
+    /// When they do not lie in one region.
     pub fn area(&self, addr: u64, len: u64) -> Result<Area, RamError> {
-        let outside = || RamError::OutOfRange { addr, len };
-        let block = self.0.containing(addr).ok_or_else(outside)?;
-        let offset = addr - block.spec.guest_addr;
-        if len > block.spec.size - offset {
-            return Err(outside());
-        }
-        let (Ok(offset), Ok(bytes)) = (usize::try_from(offset), usize::try_from(len)) else {
-            return Err(outside());
-        };
-        Ok(Area {
-            // SAFETY: offset + bytes is within the block's mapping, as just checked.
-            ptr: unsafe { block.mapping.as_ptr().add(offset) },
-            len: bytes,
-            addr,
-            _ram: Arc::clone(&self.0),
-        })
+        let block = self.0.containing(addr);
+        block
+            .and_then(|block| Area::in_block(block, addr, len))
+            .ok_or(RamError::OutOfRange { addr, len })
     }
 
-    /// Takes `len` free bytes aligned to `align` (a power of two); returns their guest address.
-    /// The bytes are those that the last owner left. Address 0 is never given.
+    /// Allocates `len` bytes aligned to `align`, a power of two, and returns their guest address,
+    /// which is never 0. The bytes keep their old values.
     ///
     /// # Errors
     /// When no free range is large enough.
@@ -199,17 +156,17 @@ impl GuestRam {
                 continue;
             };
             let gap = addr - start;
-            let Some(rest) = size.checked_sub(gap).and_then(|s| s.checked_sub(len)) else {
+            let Some(remaining) = size.checked_sub(gap).and_then(|s| s.checked_sub(len)) else {
                 continue;
             };
-            let parts = [(start, gap), (addr + len, rest)];
+            let parts = [(start, gap), (addr + len, remaining)];
             free.splice(at..=at, parts.into_iter().filter(|p| p.1 != 0));
             return Ok(addr);
         }
         Err(RamError::Exhausted(len))
     }
 
-    /// [`GuestRam::alloc`], zeroed and translated.
+    /// Allocates like [`GuestRam::alloc`], sets every byte to 0 and returns the range as an area.
     ///
     /// # Errors
     /// When no free range is large enough.
@@ -219,51 +176,53 @@ impl GuestRam {
         Ok(area)
     }
 
-    /// Gives back what [`GuestRam::alloc`] gave. The caller keeps no use of it.
+    /// Frees a range that [`GuestRam::alloc`] returned. The caller must not use it any more.
     pub fn free(&self, addr: u64, len: u64) {
         let mut free = self.0.free();
         let at = free.partition_point(|&(start, _)| start < addr);
         free.insert(at, (addr, len));
-        // Joined ranges never cross a region: regions that touch are still separate mappings.
-        let joins = |a: (u64, u64), b: (u64, u64)| {
+        // A range never crosses two regions, because adjacent regions are still separate mappings.
+        let can_merge = |a: (u64, u64), b: (u64, u64)| {
             a.0 + a.1 == b.0 && !self.0.blocks.iter().any(|r| r.spec.guest_addr == b.0)
         };
-        if at + 1 < free.len() && joins(free[at], free[at + 1]) {
+        if at + 1 < free.len() && can_merge(free[at], free[at + 1]) {
             free[at].1 += free[at + 1].1;
             free.remove(at + 1);
         }
-        if at > 0 && joins(free[at - 1], free[at]) {
+        if at > 0 && can_merge(free[at - 1], free[at]) {
             free[at - 1].1 += free[at].1;
             free.remove(at);
         }
     }
 
-    /// Bytes that [`GuestRam::alloc`] could still give, in all.
+    /// Number of unallocated bytes, which may lie in several ranges.
     #[must_use]
     pub fn available(&self) -> u64 {
         self.0.free().iter().map(|&(_, size)| size).sum()
     }
 
-    /// Copies from guest address `addr`; the range may cross regions that touch.
+    /// Copies from guest address `addr` to `out`. The range may cross adjacent regions.
     ///
     /// # Errors
-    /// When a byte of it is not in guest memory; what came before may have been copied.
+    /// When a byte of the range is in a hole. The bytes before it may have been copied.
     pub fn read(&self, addr: u64, out: &mut [u8]) -> Result<(), RamError> {
         self.each_part(addr, out.len(), |area, from, to| {
             area.read(0, &mut out[from..to]);
         })
     }
 
-    /// Copies to guest address `addr`; the range may cross regions that touch.
+    /// Copies `data` to guest address `addr`. The range may cross adjacent regions.
     ///
     /// # Errors
-    /// When a byte of it is not in guest memory; what came before may have been copied.
+    /// When a byte of the range is in a hole. The bytes before it may have been copied.
     pub fn write(&self, addr: u64, data: &[u8]) -> Result<(), RamError> {
         self.each_part(addr, data.len(), |area, from, to| {
             area.write(0, &data[from..to]);
         })
     }
 
+    /// Calls `act` for each part of a range that lies in one region, with the start and end of the
+    /// part in the range.
     fn each_part(
         &self,
         addr: u64,
@@ -288,7 +247,8 @@ impl GuestRam {
 }
 
 impl Inner {
-    fn containing(&self, addr: u64) -> Option<&Block> {
+    /// The region that contains a guest address.
+    fn containing(&self, addr: u64) -> Option<&Arc<MappedBlock>> {
         self.blocks.iter().find(|b| {
             addr.checked_sub(b.spec.guest_addr)
                 .is_some_and(|offset| offset < b.spec.size)
@@ -300,181 +260,11 @@ impl Inner {
     }
 }
 
-impl Block {
-    fn map(file: &File, guest_addr: u64, size: u64, file_offset: u64) -> Result<Self, RamError> {
-        let refused = |reason: String| RamError::Map { size, reason };
-        let bytes = usize::try_from(size).map_err(|e| refused(e.to_string()))?;
-        let own = file.try_clone().map_err(RamError::Duplicate)?;
-        let mapping = MmapRegion::from_file(FileOffset::new(own, file_offset), bytes)
-            .map_err(|e| refused(e.to_string()))?;
-        Ok(Self {
-            spec: RegionSpec {
-                guest_addr,
-                size,
-                user_addr: to_u64(mapping.as_ptr().expose_provenance()),
-                file_offset,
-            },
-            mapping,
-        })
-    }
-}
-
-/// A region without guest address 0, which reads as "no address" in too many places.
+/// The range of a region that may be allocated: all but guest address 0, which drivers and devices
+/// often take for "no address".
 fn exclude_address_zero(addr: u64, size: u64) -> (u64, u64) {
     let skip = if addr == 0 { PAGE } else { 0 };
     (addr + skip, size - skip)
-}
-
-fn memfd(size: u64) -> Result<File, RamError> {
-    let failed = |source| RamError::Create { size, source };
-    // SAFETY: the name is a C string and the flags are memfd_create's own.
-    let fd = unsafe {
-        libc::memfd_create(
-            c"virtionet-guest".as_ptr(),
-            libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING,
-        )
-    };
-    if fd < 0 {
-        return Err(failed(std::io::Error::last_os_error()));
-    }
-    // SAFETY: the kernel just made this descriptor and nobody else has it.
-    let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
-    file.set_len(size).map_err(failed)?;
-    Ok(file)
-}
-
-/// usize fits u64 on every machine that Linux runs on.
-pub(crate) fn to_u64(n: usize) -> u64 {
-    u64::try_from(n).unwrap_or(u64::MAX)
-}
-
-/// A piece of guest memory that keeps its mapping. Numbers are little-endian, as virtio 1.x has
-/// them.
-///
-/// Every accessor panics when the access leaves the area, as indexing a slice does: it is the
-/// test's own mistake.
-#[derive(Debug)]
-pub struct Area {
-    ptr: *mut u8,
-    len: usize,
-    addr: u64,
-    _ram: Arc<Inner>,
-}
-
-// SAFETY: the pointer leads into a shared mapping that `_ram` keeps; the memory is plain data that
-// others write at any time anyway, and no reference into it is made.
-unsafe impl Send for Area {}
-// SAFETY: as for Send; loads and stores are volatile, atomic or raw copies.
-unsafe impl Sync for Area {}
-
-impl Area {
-    /// Guest physical address of the first byte.
-    #[inline(always)]
-    #[must_use]
-    pub fn addr(&self) -> u64 {
-        self.addr
-    }
-
-    /// Length in bytes.
-    #[inline(always)]
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Whether the area holds no byte.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Reads a value at byte `offset`, aligned for `T`, once.
-    #[inline(always)]
-    #[must_use]
-    pub fn load<T: ByteValued>(&self, offset: usize) -> T {
-        // SAFETY: `slot` saw that it is in bounds and aligned; T is plain data of any bit pattern.
-        unsafe { self.slot::<T>(offset).read_volatile() }
-    }
-
-    /// Writes a value at byte `offset`, aligned for `T`.
-    #[inline(always)]
-    pub fn store<T: ByteValued>(&self, offset: usize, value: T) {
-        // SAFETY: as for `load`.
-        unsafe { self.slot::<T>(offset).write_volatile(value) }
-    }
-
-    /// Reads a `u16`; what the other side wrote before it is seen after it.
-    #[inline(always)]
-    #[must_use]
-    pub fn acquire(&self, offset: usize) -> u16 {
-        u16::from_le(self.atomic(offset).load(Ordering::Acquire))
-    }
-
-    /// Writes a `u16` after everything written before it.
-    #[inline(always)]
-    pub fn release(&self, offset: usize, value: u16) {
-        self.atomic(offset).store(value.to_le(), Ordering::Release);
-    }
-
-    /// Reads a `u16`.
-    #[inline(always)]
-    #[must_use]
-    pub fn get(&self, offset: usize) -> u16 {
-        u16::from_le(self.atomic(offset).load(Ordering::Relaxed))
-    }
-
-    /// Writes a `u16`.
-    #[inline(always)]
-    pub fn set(&self, offset: usize, value: u16) {
-        self.atomic(offset).store(value.to_le(), Ordering::Relaxed);
-    }
-
-    /// Copies bytes out, from byte `offset` on.
-    #[inline(always)]
-    pub fn read(&self, offset: usize, out: &mut [u8]) {
-        let from = self.bytes(offset, out.len());
-        // SAFETY: `bytes` saw the range in bounds; `out` is private memory, so no overlap.
-        unsafe { std::ptr::copy_nonoverlapping(from, out.as_mut_ptr(), out.len()) }
-    }
-
-    /// Copies bytes in, from byte `offset` on.
-    #[inline(always)]
-    pub fn write(&self, offset: usize, data: &[u8]) {
-        let to = self.bytes(offset, data.len());
-        // SAFETY: `bytes` saw the range in bounds; `data` is private memory, so no overlap.
-        unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), to, data.len()) }
-    }
-
-    /// Sets every byte to 0.
-    pub fn zero(&self) {
-        // SAFETY: the area's own bytes.
-        unsafe { std::ptr::write_bytes(self.ptr, 0, self.len) }
-    }
-
-    #[inline(always)]
-    fn atomic(&self, offset: usize) -> &AtomicU16 {
-        // SAFETY: in bounds and aligned, mapped while `self` lives, and every access of this word
-        // from this side is atomic or volatile.
-        unsafe { AtomicU16::from_ptr(self.slot(offset)) }
-    }
-
-    #[inline(always)]
-    fn slot<T>(&self, offset: usize) -> *mut T {
-        let slot = self.bytes(offset, size_of::<T>()).cast::<T>();
-        assert!(slot.is_aligned(), "unaligned access at byte {offset}");
-        slot
-    }
-
-    #[inline(always)]
-    fn bytes(&self, offset: usize, len: usize) -> *mut u8 {
-        assert!(
-            offset <= self.len && len <= self.len - offset,
-            "{len} bytes at byte {offset} leave an area of {} bytes",
-            self.len
-        );
-        // SAFETY: offset <= len, so the result is within or one past the area.
-        unsafe { self.ptr.add(offset) }
-    }
 }
 
 #[cfg(test)]
@@ -482,7 +272,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_device_sees_what_the_guest_writes() {
+    fn bytes_written_by_the_guest_are_visible_to_the_device() {
         let ram = GuestRam::with_layout(&[(0, 0x4000), (0x10_0000, 0x2000)]).unwrap();
         let memory = ram.guest_memory().unwrap();
         for addr in [0x10, 0x3ff0, 0x10_1f00] {
@@ -501,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn holes_and_ends_are_out_of_range() {
+    fn access_to_a_hole_or_beyond_the_end_is_out_of_range() {
         let ram =
             GuestRam::with_layout(&[(0, 0x1000), (0x1000, 0x1000), (0x8000, 0x1000)]).unwrap();
         ram.write(0xffe, b"over").unwrap();
@@ -519,7 +309,7 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "leave an area")]
-    fn an_area_keeps_its_bounds() {
+    fn access_outside_an_area_panics() {
         GuestRam::new(0x2000)
             .unwrap()
             .area(0x1000, 16)
@@ -528,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn allocations_are_apart_and_come_back() {
+    fn allocations_do_not_overlap_and_can_be_freed() {
         let ram = GuestRam::with_layout(&[(0, 0x4000), (0x4000, 0x1000)]).unwrap();
         let all = ram.available();
         assert_eq!(all, 0x4000);

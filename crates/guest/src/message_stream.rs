@@ -1,5 +1,5 @@
-//! vhost-user messages on the socket: framing, descriptors, replies, and whatever else a test
-//! wants to put there.
+//! vhost-user messages on the socket: their framing, file descriptors and replies, and any other
+//! bytes that a test sends.
 
 use std::io::{ErrorKind, Read};
 use std::os::fd::RawFd;
@@ -11,38 +11,38 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::error::Error;
 
-/// Bytes of a message header: request, flags, size, 32 bits each.
+/// Size of a message header in bytes: request, flags and size of 32 bits each.
 pub const VHOST_USER_HDR_SIZE: usize = 12;
-/// Message flag: protocol version 1.
+/// `flags` of a message: protocol version 1.
 pub const VHOST_USER_VERSION: u32 = 1;
-/// Message flag: this is a reply.
+/// `flags` of a message: it is a reply.
 pub const VHOST_USER_REPLY_MASK: u32 = 4;
-/// Message flag: an acknowledgement is wanted (needs REPLY_ACK).
+/// `flags` of a message: the front-end wants an acknowledgement (needs REPLY_ACK).
 pub const VHOST_USER_NEED_REPLY_MASK: u32 = 8;
-/// The longest reply that is believed.
-const MAX_REPLY: usize = 4096;
+/// Size of the longest acceptable reply in bytes.
+const MAX_REPLY_SIZE: usize = 4096;
 
-/// One end of a vhost-user connection.
+/// The front-end's end of a vhost-user connection.
 #[derive(Debug)]
 pub struct MessageStream {
     socket: UnixStream,
 }
 
 impl MessageStream {
-    /// Over a connected socket; replies are awaited for 10 s.
+    /// A stream on a connected socket, with a time limit of 10 s for replies.
     ///
     /// # Errors
-    /// When the socket takes no time limit.
+    /// When the socket does not accept a time limit.
     pub fn from_socket(socket: UnixStream) -> Result<Self, Error> {
-        let mut wire = Self { socket };
-        wire.set_timeout(Duration::from_secs(10))?;
-        Ok(wire)
+        let mut stream = Self { socket };
+        stream.set_timeout(Duration::from_secs(10))?;
+        Ok(stream)
     }
 
-    /// Connects to a listening back-end, trying for up to `patience`.
+    /// Connects to a listening back-end, with attempts for up to `connect_timeout`.
     ///
     /// # Errors
-    /// When nobody listens in that time.
+    /// When nothing listens within that time.
     pub fn connect(path: &Path, connect_timeout: Duration) -> Result<Self, Error> {
         let end = Instant::now() + connect_timeout;
         loop {
@@ -59,23 +59,23 @@ impl MessageStream {
         }
     }
 
-    /// How long a reply is awaited (not 0).
+    /// Sets the time limit for replies, which must not be 0.
     ///
     /// # Errors
-    /// When the socket takes no time limit.
+    /// When the socket does not accept the time limit.
     pub fn set_timeout(&mut self, limit: Duration) -> Result<(), Error> {
         self.socket
             .set_read_timeout(Some(limit))
             .map_err(Error::io("cannot set the socket's time limit"))
     }
 
-    /// The socket.
+    /// The underlying socket.
     #[must_use]
     pub fn socket(&self) -> &UnixStream {
         &self.socket
     }
 
-    /// Sends a message of any request code and flags.
+    /// Sends a message with any request code and flags.
     ///
     /// # Errors
     /// When the connection fails.
@@ -92,7 +92,7 @@ impl MessageStream {
         self.send_bytes(&[&header, body].concat(), fds)
     }
 
-    /// Sends any bytes, descriptors with the first of them.
+    /// Sends any bytes, and the file descriptors with the first of them.
     ///
     /// # Errors
     /// When the connection fails.
@@ -112,10 +112,10 @@ impl MessageStream {
         Ok(())
     }
 
-    /// Reads the body of a reply to `request`.
+    /// Reads the body of the reply to `request`.
     ///
     /// # Errors
-    /// When none comes, or it is a reply to something else.
+    /// When no reply comes in time, or it is the reply to another request.
     pub fn reply(&mut self, request: u32) -> Result<Vec<u8>, Error> {
         let mut header = [0; VHOST_USER_HDR_SIZE];
         self.read(request, &mut header)?;
@@ -129,7 +129,7 @@ impl MessageStream {
             return Err(wrong(format!("flags {flags:#x}")));
         }
         let size = usize::try_from(size).unwrap_or(usize::MAX);
-        if size > MAX_REPLY {
+        if size > MAX_REPLY_SIZE {
             return Err(wrong(format!("{size} bytes")));
         }
         let mut body = vec![0; size];
@@ -137,17 +137,17 @@ impl MessageStream {
         Ok(body)
     }
 
-    /// Waits for the back-end to hang up.
+    /// Waits until the back-end closes the connection.
     ///
     /// # Errors
-    /// When it does not in the time that replies have, or sends something instead.
+    /// When it does not do so within the time limit for replies, or sends something instead.
     pub fn wait_hang_up(&mut self) -> Result<(), Error> {
         match self.read(0, &mut [0]) {
             Err(Error::HungUp(_)) => Ok(()),
             Err(error) => Err(error),
             Ok(()) => Err(Error::Reply {
                 request: 0,
-                what: "it was not asked for".into(),
+                what: "it is not the reply to any request".into(),
             }),
         }
     }
@@ -162,6 +162,7 @@ impl MessageStream {
             })
     }
 
+    /// Reads the reply to `request`, which must have `N` bytes.
     pub(crate) fn reply_of<const N: usize>(&mut self, request: u32) -> Result<[u8; N], Error> {
         let reply = self.reply(request)?;
         let len = reply.len();

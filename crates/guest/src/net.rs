@@ -1,20 +1,22 @@
-//! What the two queues of a pair are made of.
+//! The configuration of a queue pair, and what its two queues have in common.
 
 use virtio_bindings::virtio_config as config;
 use virtio_bindings::virtio_net as net;
 use virtio_bindings::virtio_ring as ring;
 
-use crate::eventfd::WaitableEventFd;
-use crate::driver::{DriverVirtqueue, VirtqueueAddresses};
+use crate::config::VirtqueueAddresses;
+use crate::driver::DriverVirtqueue;
 use crate::error::Error;
+use crate::eventfd::WaitableEventFd;
 use crate::header::HEADER_LEN;
 
-/// Bytes of a mergeable RX buffer that holds an ordinary frame.
+/// Size in bytes of a mergeable RX buffer that holds a frame of the usual MTU.
 pub const MERGEABLE_BUFFER: u32 = 1526;
-/// Bytes of an RX buffer that holds the largest frame: 65,550 and its header.
+/// Size in bytes of an RX buffer for any frame without VLAN tags, header included: the minimum for
+/// a driver that accepts segmented frames without mergeable buffers (virtio 1.3 §5.1.6.3.1).
 pub const BIG_BUFFER: u32 = 65_562;
 
-/// The features of a current Linux guest, as far as a device of this kind offers them.
+/// The features that a current Linux guest negotiates with this device.
 pub const MODERN: u64 = 1 << config::VIRTIO_F_VERSION_1
     | 1 << ring::VIRTIO_RING_F_EVENT_IDX
     | 1 << ring::VIRTIO_RING_F_INDIRECT_DESC
@@ -22,7 +24,7 @@ pub const MODERN: u64 = 1 << config::VIRTIO_F_VERSION_1
     | 1 << net::VIRTIO_NET_F_MQ
     | OFFLOADS;
 
-/// Packed rings, which a guest must ask for beside [`MODERN`].
+/// VIRTIO_F_RING_PACKED, which is not part of [`MODERN`].
 pub const PACKED: u64 = 1 << config::VIRTIO_F_RING_PACKED;
 
 /// Checksum and TCP segmentation offloads in both directions.
@@ -35,37 +37,39 @@ pub const OFFLOADS: u64 = 1 << net::VIRTIO_NET_F_CSUM
     | 1 << net::VIRTIO_NET_F_GUEST_TSO6
     | 1 << net::VIRTIO_NET_F_GUEST_ECN;
 
-/// How a TX frame is cut into descriptors.
+/// How a TX frame is divided into buffers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TxLayout {
-    /// Header and frame in one (VERSION_1 or ANY_LAYOUT).
+    /// Header and frame in one buffer (needs VIRTIO_F_VERSION_1 or VIRTIO_F_ANY_LAYOUT).
     Single,
-    /// The header in one, the frame in another.
+    /// The header in one buffer and the frame in another.
     SeparateHeader,
-    /// Every so many bytes (not 0), the header as well.
+    /// Header and frame together in buffers of this many bytes, which must not be 0.
     Segments(u32),
 }
 
-/// How a pair's queues are made.
+/// How the queues of a queue pair are made.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DriverQueueConfig {
-    /// Descriptors of each ring.
+    /// Size of each virtqueue in descriptors.
     pub size: u16,
     /// Negotiated feature bits.
     pub features: u64,
-    /// Where the rings begin, see [`crate::driver::DriverVirtqueueConfig::start`].
+    /// The position at which the virtqueues start; see
+    /// [`crate::driver::DriverVirtqueueConfig::start`].
     pub start: u16,
-    /// Bytes of each descriptor of an RX buffer.
+    /// Size in bytes of each segment of an RX buffer.
     pub rx_buffer: Vec<u32>,
-    /// Bytes of a TX slot: the longest frame and its header.
+    /// Size in bytes of a TX slot, which holds a frame and its header.
     pub tx_slot: u32,
-    /// How TX frames are cut.
+    /// How TX frames are divided into buffers.
     pub tx_layout: TxLayout,
 }
 
 impl DriverQueueConfig {
-    /// What a Linux driver does under these features: mergeable buffers of one page's share,
-    /// buffers for the largest frame where it takes segments unmerged, else for one frame.
+    /// The configuration of a Linux driver with these features: mergeable buffers of
+    /// [`MERGEABLE_BUFFER`] bytes, or buffers of [`BIG_BUFFER`] bytes if it accepts segmented
+    /// frames that are not merged, or else buffers for one frame of the usual MTU.
     #[must_use]
     pub fn new(size: u16, features: u64) -> Self {
         let segments = 1 << net::VIRTIO_NET_F_GUEST_TSO4
@@ -83,7 +87,7 @@ impl DriverQueueConfig {
         }
     }
 
-    /// With TX slots for the largest frame.
+    /// The same configuration with TX slots of at least [`BIG_BUFFER`] bytes.
     #[must_use]
     pub fn with_big_tx(mut self) -> Self {
         self.tx_slot = BIG_BUFFER.next_multiple_of(64);
@@ -94,42 +98,43 @@ impl DriverQueueConfig {
         self.features >> bit & 1 == 1
     }
 
-    /// Whether chains of several descriptors go into indirect tables.
+    /// Whether chains of several buffers use indirect tables.
     pub(crate) fn indirect(&self) -> bool {
         self.has_feature(ring::VIRTIO_RING_F_INDIRECT_DESC)
     }
 
-    /// RX buffers that the ring can hold.
+    /// Number of RX buffers that the virtqueue can hold.
     pub(crate) fn rx_buffers(&self) -> u16 {
         match u16::try_from(self.rx_buffer.len()) {
             Ok(1) => self.size,
             Ok(_) if self.indirect() => self.size,
-            Ok(pieces) if pieces != 0 => self.size / pieces,
+            Ok(segments) if segments != 0 => self.size / segments,
             _ => 0,
         }
     }
 
-    /// Bytes from one RX buffer to the next: each on a cache line of its own.
+    /// Distance between RX buffers in bytes. Each begins on a cache line.
     pub(crate) fn rx_stride(&self) -> u64 {
         let bytes: u64 = self.rx_buffer.iter().map(|&len| u64::from(len)).sum();
         bytes.next_multiple_of(64)
     }
 
-    /// Bytes from one TX slot to the next.
+    /// Distance between TX slots in bytes. Each begins on a cache line.
     pub(crate) fn tx_stride(&self) -> u64 {
         u64::from(self.tx_slot).next_multiple_of(64)
     }
 
-    /// Bytes of guest memory that a pair takes, generously.
+    /// Number of bytes of guest memory that suffice for a queue pair.
     #[must_use]
     pub fn memory(&self) -> u64 {
         let n = u64::from(self.size);
         let ring = 32 * n + 4096;
-        // Indirect tables: at most one a head, of twice the descriptors that a chain needs.
+        // At most one indirect table for each head, with up to twice the descriptors of a chain.
         let tables = n * 64 * (crate::memory::to_u64(self.rx_buffer.len()) + self.tx_segments());
         2 * ring + tables + n * (self.rx_stride() + self.tx_stride())
     }
 
+    /// Number of buffers of the longest TX frame.
     fn tx_segments(&self) -> u64 {
         match self.tx_layout {
             TxLayout::Single => 1,
@@ -138,46 +143,51 @@ impl DriverQueueConfig {
         }
     }
 
+    /// Rejects RX buffers and TX slots that cannot be used.
     pub(crate) fn check(&self) -> Result<(), Error> {
         let header = u32::try_from(HEADER_LEN).unwrap_or(u32::MAX);
         if self.rx_buffers() == 0 || self.rx_buffer.contains(&0) {
-            return Err(Error::Config("an RX buffer needs descriptors, none empty"));
+            return Err(Error::Config(
+                "an RX buffer needs at least one segment, and none may be empty",
+            ));
         }
         if self.tx_slot < header || self.tx_layout == TxLayout::Segments(0) {
-            return Err(Error::Config("a TX slot must hold a header, in pieces"));
+            return Err(Error::Config(
+                "a TX slot must hold a header, in segments that are not empty",
+            ));
         }
         Ok(())
     }
 }
 
-/// A ring with its eventfds.
+/// A virtqueue with its eventfds.
 #[derive(Debug)]
 pub struct DriverQueue {
-    /// The ring.
+    /// The virtqueue.
     pub ring: DriverVirtqueue,
-    /// Written by the driver.
+    /// Signalled by the driver.
     pub kick: WaitableEventFd,
-    /// Written by the device.
+    /// Signalled by the device.
     pub call: WaitableEventFd,
-    /// Written by a device that gave the ring up.
+    /// Signalled by a device that quarantined the virtqueue.
     pub err: WaitableEventFd,
-    /// Kicks that the device wanted and got.
+    /// Number of kicks sent.
     pub kicks: u64,
 }
 
 impl DriverQueue {
     pub(crate) fn new(ring: DriverVirtqueue) -> Result<Self, Error> {
-        let notifier = || WaitableEventFd::new().map_err(Error::io("cannot make an eventfd"));
+        let eventfd = || WaitableEventFd::new().map_err(Error::io("cannot make an eventfd"));
         Ok(Self {
             ring,
-            kick: notifier()?,
-            call: notifier()?,
-            err: notifier()?,
+            kick: eventfd()?,
+            call: eventfd()?,
+            err: eventfd()?,
             kicks: 0,
         })
     }
 
-    /// Publishes what was added and kicks if the device wants it.
+    /// Publishes the added chains and kicks the device if it wants that.
     ///
     /// # Errors
     /// When the kick cannot be written.
@@ -190,7 +200,7 @@ impl DriverQueue {
         Ok(())
     }
 
-    /// Kicks, wanted or not.
+    /// Kicks the device, whether it wants that or not.
     ///
     /// # Errors
     /// When the kick cannot be written.
@@ -199,13 +209,14 @@ impl DriverQueue {
         self.kick.signal().map_err(Error::io("cannot kick a ring"))
     }
 
-    /// What a front-end must know of the ring.
+    /// What a front-end sends to the back-end for this virtqueue.
     ///
     /// # Errors
     /// When the process has no file descriptor left.
     pub fn setup(&self) -> Result<VringSetup, Error> {
-        let copy = |notifier: &WaitableEventFd| {
-            notifier.try_clone()
+        let copy = |eventfd: &WaitableEventFd| {
+            eventfd
+                .try_clone()
                 .map_err(Error::io("cannot duplicate an eventfd"))
         };
         Ok(VringSetup {
@@ -219,12 +230,12 @@ impl DriverQueue {
     }
 }
 
-/// A ring as a front-end tells it to a back-end.
+/// The description of a vring that a front-end sends to a back-end.
 #[derive(Debug)]
 pub struct VringSetup {
     /// SET_VRING_NUM.
     pub size: u16,
-    /// SET_VRING_ADDR, as guest addresses.
+    /// SET_VRING_ADDR, with guest addresses.
     pub addresses: VirtqueueAddresses,
     /// SET_VRING_BASE.
     pub base: u32,

@@ -1,40 +1,54 @@
-//! The driver's side of a packed virtqueue (virtio 1.3 §2.8), and raw access for hostile guests.
+//! The driver side of a packed virtqueue (virtio 1.3 §2.8), and raw access for hostile guests.
 //!
-//! What the driver must remember of a chain lies in private slots by buffer id, out of the device's
-//! reach. Chains are written where the device will look for them, all but the flags of the first
-//! descriptor since the last [`PackedDriverVirtqueue::publish`]: the device stops there, so it sees what
-//! follows only when that one descriptor becomes available.
+//! Everything that the driver must remember of a chain lies in private slots, by buffer id, where
+//! the device cannot change it.
+//!
+//! ```text
+//!                collected      published        next
+//!                    v              v              v
+//! ring  ... unused   | in flight    | hidden       | unused ...
+//! ```
+//!
+//! [`PackedDriverVirtqueue::add`] writes descriptors at once, except for the flags of the first one
+//! since the last [`PackedDriverVirtqueue::publish`]. The device stops at that descriptor, so it
+//! sees those behind it only when `publish` writes the flags.
 
 mod layout;
 
+pub use virtionet_virtqueue::constants::{
+    VIRTQ_DESC_F_AVAIL, VIRTQ_DESC_F_USED, VRING_PACKED_EVENT_FLAG_DESC,
+    VRING_PACKED_EVENT_FLAG_DISABLE, VRING_PACKED_EVENT_FLAG_ENABLE,
+};
+use virtionet_virtqueue::constants::{
+    VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE, VRING_PACKED_EVENT_F_WRAP_CTR,
+};
 use virtionet_virtqueue::memory::full_fence;
 
-use crate::driver::{Buf, DeviceFault, VirtqueueAddresses, DriverVirtqueueConfig, DriverVirtqueueError, needed};
-use crate::indirect::Tables;
+use crate::buffer::{Buf, descriptors_needed};
+use crate::config::{DriverVirtqueueConfig, VirtqueueAddresses};
+use crate::fault::{DeviceFault, DriverVirtqueueError};
+use crate::indirect::IndirectTables;
 use crate::memory::{Area, GuestRam};
-use crate::split::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
-use layout::{FLAGS_OFFSET, ID_OFFSET, LEN_OFFSET};
+use layout::{DESCRIPTOR_SIZE, FLAGS_OFFSET, ID_OFFSET, LEN_OFFSET};
 
-pub use layout::{VRING_PACKED_EVENT_FLAG_DESC, VIRTQ_DESC_F_AVAIL, VRING_PACKED_EVENT_FLAG_DISABLE, VRING_PACKED_EVENT_FLAG_ENABLE, PackedDescriptor, RingPosition, VIRTQ_DESC_F_USED};
+pub use layout::{PackedDescriptor, RingPosition};
 
-/// Bytes of a descriptor.
-const DESCRIPTOR: usize = 16;
-/// Byte offset of `flags` in an event suppression area; `off_wrap` comes first.
+/// Offset of `flags` in an event suppression area in bytes; `off_wrap` has offset 0.
 const EVENT_FLAGS: usize = 2;
-/// Each part starts on a cache line of its own.
-const LINE: u64 = 64;
+/// Alignment of each part in bytes, so that no two parts share a cache line.
+const CACHE_LINE: u64 = 64;
 
-/// What the driver remembers of a buffer id.
+/// The driver's private state of one buffer id.
 #[derive(Debug, Clone, Copy, Default)]
 struct Slot {
-    /// The next of the free ids.
+    /// The next id in the list of unused ids.
     next: u16,
-    /// Descriptors of its chain; 0 when it has none.
+    /// Number of descriptors of the chain with this id; 0 when the id is unused.
     count: u16,
     token: u64,
 }
 
-/// A driver's packed ring.
+/// The driver side of a packed virtqueue.
 #[derive(Debug)]
 pub struct PackedDriverVirtqueue {
     descriptors: Area,
@@ -42,47 +56,52 @@ pub struct PackedDriverVirtqueue {
     device_event: Area,
     size: u16,
     event_idx: bool,
-    /// By buffer id.
+    /// Private state, by buffer id.
     slots: Box<[Slot]>,
+    /// The first unused id.
     free_id: u16,
-    /// Free descriptors.
+    /// Number of unused descriptors.
     free: u16,
     /// The next descriptor to write.
     next: RingPosition,
-    /// The first descriptor that the device cannot see: where `withheld` belongs.
+    /// The first descriptor that the device cannot see. Its flags are in `head_flags`.
     published: RingPosition,
     /// The flags that make the first unpublished descriptor available.
     head_flags: u16,
-    /// Descriptors and chains written and not published.
+    /// Numbers of descriptors and of chains that are added and not published.
     hidden: (u16, u16),
-    /// Descriptors published since it was last asked whether to kick, a lap at most.
+    /// Number of descriptors published since the last call of `is_kick_needed`, at most the size.
     added_since_kick: u16,
-    /// Chains published and not collected.
+    /// Number of chains that are published and not collected.
     in_flight: u16,
-    /// The first descriptor of those not collected.
+    /// The first descriptor that is not collected.
     collected: RingPosition,
-    /// Where the last look for used descriptors ended, and the chains from `collected` to there.
+    /// The first descriptor that the last `refresh` did not find used.
     last_used: RingPosition,
+    /// Number of used chains from `collected` to `last_used`.
     pending: u16,
-    /// By buffer id.
-    tables: Tables,
+    /// Indirect tables, by buffer id.
+    tables: IndirectTables,
 }
 
 impl PackedDriverVirtqueue {
-    /// Allocates an empty ring in `ram`.
+    /// Allocates a virtqueue without chains in `ram`.
     ///
     /// # Errors
-    /// When the size is not 1 to 32,768 or `ram` has no room.
-    pub fn new(ram: &GuestRam, config: DriverVirtqueueConfig) -> Result<Self, DriverVirtqueueError> {
+    /// When the size is not 1 to 32,768 or `ram` has not enough free memory.
+    pub fn new(
+        ram: &GuestRam,
+        config: DriverVirtqueueConfig,
+    ) -> Result<Self, DriverVirtqueueError> {
         let size = config.size;
         if !(1..=32_768).contains(&size) {
             return Err(DriverVirtqueueError::Size(size));
         }
         let start = RingPosition::nth(config.start, size);
         let mut ring = Self {
-            descriptors: ram.alloc_area(16 * u64::from(size), LINE)?,
-            driver_event: ram.alloc_area(4, LINE)?,
-            device_event: ram.alloc_area(4, LINE)?,
+            descriptors: ram.alloc_area(16 * u64::from(size), CACHE_LINE)?,
+            driver_event: ram.alloc_area(4, CACHE_LINE)?,
+            device_event: ram.alloc_area(4, CACHE_LINE)?,
             size,
             event_idx: config.event_idx,
             slots: vec![Slot::default(); usize::from(size)].into(),
@@ -97,13 +116,13 @@ impl PackedDriverVirtqueue {
             collected: start,
             last_used: start,
             pending: 0,
-            tables: Tables::new(ram, size),
+            tables: IndirectTables::new(ram, size),
         };
         ring.start_at(start);
         Ok(ring)
     }
 
-    /// Forgets every chain and starts over at descriptor 0 with zeroed memory.
+    /// Discards every chain and starts anew at descriptor 0 with zeroed memory.
     pub fn reset(&mut self) {
         self.descriptors.zero();
         self.driver_event.zero();
@@ -123,7 +142,7 @@ impl PackedDriverVirtqueue {
         (self.collected, self.last_used) = (start, start);
         (self.hidden, self.added_since_kick) = ((0, 0), 0);
         (self.in_flight, self.pending) = (0, 0);
-        // As if all before `start` had been used in this lap and all behind it in the last one.
+        // The descriptors before `start` look used in this lap, the others in the lap before.
         let last = RingPosition {
             wrap: !start.wrap,
             ..start
@@ -140,7 +159,7 @@ impl PackedDriverVirtqueue {
         self.size
     }
 
-    /// Where the parts lie.
+    /// Guest physical addresses of the parts.
     #[must_use]
     pub fn addresses(&self) -> VirtqueueAddresses {
         VirtqueueAddresses {
@@ -150,14 +169,14 @@ impl PackedDriverVirtqueue {
         }
     }
 
-    /// Descriptors that are free.
+    /// Number of unused descriptors.
     #[inline(always)]
     #[must_use]
     pub fn free(&self) -> u16 {
         self.free
     }
 
-    /// Chains that were published and not collected yet.
+    /// Number of chains that are published and not collected.
     #[inline(always)]
     #[must_use]
     pub fn in_flight(&self) -> u16 {
@@ -178,13 +197,19 @@ impl PackedDriverVirtqueue {
         position
     }
 
-    /// See [`crate::driver::DriverVirtqueue::add`].
+    /// See `DriverVirtqueue::add`.
     ///
     /// # Errors
-    /// When there is no room; nothing was added then.
+    /// When the chain is empty, or there are not enough descriptors or guest memory. Nothing is
+    /// added then.
     #[inline(always)]
-    pub fn add(&mut self, chain: &[Buf], indirect: bool, token: u64) -> Result<u16, DriverVirtqueueError> {
-        let count = needed(chain, indirect, self.free)?;
+    pub fn add(
+        &mut self,
+        chain: &[Buf],
+        indirect: bool,
+        token: u64,
+    ) -> Result<u16, DriverVirtqueueError> {
+        let count = descriptors_needed(chain, indirect, self.free)?;
         let id = self.free_id;
         if indirect {
             let (addr, len) = self.write_table(id, chain)?;
@@ -198,7 +223,7 @@ impl PackedDriverVirtqueue {
                     buf.addr,
                     buf.len,
                     id,
-                    next | write(buf),
+                    next | write_flag(buf),
                 ));
             }
         }
@@ -211,15 +236,17 @@ impl PackedDriverVirtqueue {
         Ok(id)
     }
 
-    /// Writes an available descriptor at the next place, hidden from the device.
+    /// Writes an available descriptor at the next position, which the device does not see yet.
     #[inline(always)]
     fn put(&mut self, descriptor: PackedDescriptor) {
-        let offset = DESCRIPTOR * usize::from(self.next.index);
+        let offset = DESCRIPTOR_SIZE * usize::from(self.next.index);
         let flags = descriptor.flags | self.next.available();
         if self.hidden.0 == 0 {
             self.descriptors.store(offset, descriptor.addr.to_le());
-            self.descriptors.store(offset + LEN_OFFSET, descriptor.len.to_le());
-            self.descriptors.store(offset + ID_OFFSET, descriptor.id.to_le());
+            self.descriptors
+                .store(offset + LEN_OFFSET, descriptor.len.to_le());
+            self.descriptors
+                .store(offset + ID_OFFSET, descriptor.id.to_le());
             self.head_flags = flags;
         } else {
             PackedDescriptor {
@@ -232,38 +259,44 @@ impl PackedDriverVirtqueue {
         self.next = self.next.after(1, self.size);
     }
 
-    /// Address and length of a table with the buffers of `chain` (virtio 1.3 §2.8.7: in order, with
-    /// no flag but WRITE; the ids in it mean nothing).
+    /// Writes an indirect table with the buffers of `chain`. The descriptors follow each other,
+    /// their only flag is VIRTQ_DESC_F_WRITE, and their ids have no meaning (virtio 1.3 §2.8.7).
+    /// Returns the address and length of the table.
     fn write_table(&mut self, id: u16, chain: &[Buf]) -> Result<(u64, u32), DriverVirtqueueError> {
-        let bytes = DESCRIPTOR * chain.len();
+        let bytes = DESCRIPTOR_SIZE * chain.len();
         let len = u32::try_from(bytes).map_err(|_| DriverVirtqueueError::Full {
             needed: chain.len(),
             free: 0,
         })?;
         let table = self.tables.table(id, bytes)?;
-        for (buf, offset) in chain.iter().zip((0..).step_by(DESCRIPTOR)) {
-            PackedDescriptor::new(buf.addr, buf.len, id, write(buf)).store(table, offset);
+        for (buf, offset) in chain.iter().zip((0..).step_by(DESCRIPTOR_SIZE)) {
+            PackedDescriptor::new(buf.addr, buf.len, id, write_flag(buf)).store(table, offset);
         }
         Ok((table.addr(), len))
     }
 
-    /// See [`crate::driver::DriverVirtqueue::publish`].
+    /// Makes all added chains visible to the device at once.
     #[inline(always)]
     pub fn publish(&mut self) {
         let (descriptors, chains) = self.hidden;
         if descriptors == 0 {
             return;
         }
-        let first = DESCRIPTOR * usize::from(self.published.index);
-        self.descriptors.release(first + FLAGS_OFFSET, self.head_flags);
+        let first = DESCRIPTOR_SIZE * usize::from(self.published.index);
+        self.descriptors
+            .release(first + FLAGS_OFFSET, self.head_flags);
         self.published = self.next;
         self.in_flight += chains;
-        // A lap is as much as the device can look back on.
-        self.added_since_kick = self.added_since_kick.saturating_add(descriptors).min(self.size);
+        // An event position can be at most one lap in the past.
+        self.added_since_kick = self
+            .added_since_kick
+            .saturating_add(descriptors)
+            .min(self.size);
         self.hidden = (0, 0);
     }
 
-    /// See [`crate::driver::DriverVirtqueue::is_kick_needed`] (virtio 1.3 §2.8.10 and §2.8.21.3.1).
+    /// Whether the device wants a kick for the chains published since the last call of this method
+    /// (virtio 1.3 §2.8.10 and §2.8.21.3.1).
     #[inline(always)]
     #[must_use]
     pub fn is_kick_needed(&mut self) -> bool {
@@ -281,10 +314,11 @@ impl PackedDriverVirtqueue {
         }
     }
 
-    /// See [`crate::driver::DriverVirtqueue::refresh`].
+    /// Reads the used descriptors up to the first one that is not used. Returns the number of
+    /// chains that `pop` can return now.
     ///
     /// # Errors
-    /// When the device names a chain that is not in flight.
+    /// When the device used a chain that is not in flight.
     #[inline(always)]
     pub fn refresh(&mut self) -> Result<u16, DeviceFault> {
         while self.pending < self.in_flight {
@@ -297,10 +331,10 @@ impl PackedDriverVirtqueue {
         Ok(self.pending)
     }
 
-    /// How many descriptors the chain had that is used at `place`; `None` when none is.
+    /// The number of descriptors of the chain that is used at `position`; `None` when none is.
     #[inline(always)]
     fn used_at(&self, position: RingPosition) -> Result<Option<u16>, DeviceFault> {
-        let offset = DESCRIPTOR * usize::from(position.index);
+        let offset = DESCRIPTOR_SIZE * usize::from(position.index);
         let flags = self.descriptors.acquire(offset + FLAGS_OFFSET);
         if flags & (VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED) != position.used() {
             return Ok(None);
@@ -312,10 +346,11 @@ impl PackedDriverVirtqueue {
         }
     }
 
-    /// See [`crate::driver::DriverVirtqueue::pop`].
+    /// Collects the next chain of those that the last `refresh` found: its token and the number of
+    /// bytes written to it.
     ///
     /// # Errors
-    /// When the device names a chain that is not in flight.
+    /// When the device used a chain that is not in flight.
     #[inline(always)]
     pub fn pop(&mut self) -> Result<Option<(u64, u32)>, DeviceFault> {
         if self.pending == 0 {
@@ -336,13 +371,15 @@ impl PackedDriverVirtqueue {
         Ok(Some((slot.token, len)))
     }
 
-    /// See [`crate::driver::DriverVirtqueue::disable_calls`].
+    /// Tells the device that calls are not needed.
     #[inline(always)]
     pub fn disable_calls(&mut self) {
-        self.driver_event.release(EVENT_FLAGS, VRING_PACKED_EVENT_FLAG_DISABLE);
+        self.driver_event
+            .release(EVENT_FLAGS, VRING_PACKED_EVENT_FLAG_DISABLE);
     }
 
-    /// See [`crate::driver::DriverVirtqueue::enable_calls`].
+    /// Asks the device for a call for the next chain that it uses. Returns whether there are chains
+    /// to collect already.
     #[inline(always)]
     #[must_use]
     pub fn enable_calls(&mut self) -> bool {
@@ -363,18 +400,19 @@ impl PackedDriverVirtqueue {
     }
 }
 
+/// The direction flag of a descriptor for `buf`.
 #[inline(always)]
-fn write(buf: &Buf) -> u16 {
+fn write_flag(buf: &Buf) -> u16 {
     if buf.writable { VRING_DESC_F_WRITE } else { 0 }
 }
 
-/// Whether the descriptor of `off_wrap` is among the `moved` ones before `now`.
+/// Whether the descriptor that `off_wrap` names is among the `moved` descriptors before `now`.
 #[inline(always)]
 fn should_notify(off_wrap: u16, now: RingPosition, moved: u16, size: u16) -> bool {
     let (size, moved) = (u32::from(size), u32::from(moved));
-    let index = u32::from(off_wrap & !(1 << 15));
-    // Counted from a lap before `now`'s: nothing then lies below 0.
-    let event = match (off_wrap >> 15 == 1) == now.wrap {
+    let index = u32::from(off_wrap & !VRING_PACKED_EVENT_F_WRAP_CTR);
+    // Positions are counted from the start of the lap before `now`, so that none is negative.
+    let event = match (off_wrap & VRING_PACKED_EVENT_F_WRAP_CTR != 0) == now.wrap {
         true => size + index,
         false => index,
     };
@@ -382,30 +420,30 @@ fn should_notify(off_wrap: u16, now: RingPosition, moved: u16, size: u16) -> boo
     event < now && event + moved >= now
 }
 
-/// Raw access: what a hostile guest writes, and what a test looks at. None of it changes what the
-/// driver believes of its own chains.
+/// Raw access, for what a hostile guest writes and a test reads. It does not change the driver's
+/// own state.
 impl PackedDriverVirtqueue {
-    /// Where the next chain will be written.
+    /// The position of the next chain to be added.
     #[must_use]
     pub fn position(&self) -> RingPosition {
         self.next
     }
 
-    /// Descriptor `index` (below the size).
+    /// Reads descriptor `index`, which must be below the size.
     #[inline(always)]
     #[must_use]
     pub fn descriptor(&self, index: u16) -> PackedDescriptor {
-        PackedDescriptor::load(&self.descriptors, DESCRIPTOR * usize::from(index))
+        PackedDescriptor::load(&self.descriptors, DESCRIPTOR_SIZE * usize::from(index))
     }
 
-    /// Writes descriptor `index` (below the size).
+    /// Writes descriptor `index`, which must be below the size.
     pub fn set_descriptor(&self, index: u16, descriptor: PackedDescriptor) {
-        descriptor.store(&self.descriptors, DESCRIPTOR * usize::from(index));
+        descriptor.store(&self.descriptors, DESCRIPTOR_SIZE * usize::from(index));
     }
 
-    /// Writes the flags of descriptor `index` (below the size) after everything written before.
+    /// Writes the flags of descriptor `index`, which must be below the size, with release ordering.
     pub fn set_flags(&self, index: u16, flags: u16) {
-        let offset = DESCRIPTOR * usize::from(index) + FLAGS_OFFSET;
+        let offset = DESCRIPTOR_SIZE * usize::from(index) + FLAGS_OFFSET;
         self.descriptors.release(offset, flags);
     }
 
@@ -429,7 +467,7 @@ impl PackedDriverVirtqueue {
         (self.device_event.get(0), flags)
     }
 
-    /// Writes the device's event suppression area: a guest that scribbles, or a device in a test.
+    /// Writes the device's event suppression area, as a hostile guest or a test's device does.
     pub fn set_device_event(&self, off_wrap: u16, flags: u16) {
         self.device_event.set(0, off_wrap);
         self.device_event.release(EVENT_FLAGS, flags);

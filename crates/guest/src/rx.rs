@@ -1,15 +1,18 @@
-//! The driver's receiveq.
+//! The driver side of a receiveq.
 //!
-//! Buffers lie one after the other in guest memory; a buffer's number is its token. A frame is one
-//! buffer, or with mergeable buffers as many as its header's num_buffers says (virtio 1.3
-//! §5.1.6.4); all of them must have been published together.
+//! The buffers follow each other in guest memory, and the token of a chain is the index of its
+//! buffer. A frame lies in one buffer. With mergeable buffers it lies in as many as `num_buffers`
+//! of its header says (virtio 1.3 §5.1.6.4), and the device must publish all of them together.
 
 use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 
-use crate::driver::{Buf, DeviceFault, DriverVirtqueue, DriverVirtqueueConfig};
+use crate::buffer::Buf;
+use crate::config::DriverVirtqueueConfig;
+use crate::driver::DriverVirtqueue;
 use crate::error::Error;
+use crate::fault::DeviceFault;
 use crate::frame::Frame;
 use crate::header::{HEADER_LEN, NetHeader, header_len};
 use crate::memory::{Area, GuestRam, to_u64};
@@ -18,62 +21,65 @@ use crate::net::{DriverQueue, DriverQueueConfig};
 /// A receiveq with its buffers.
 #[derive(Debug)]
 pub struct DriverRxQueue {
-    /// Ring and eventfds.
+    /// The virtqueue and its eventfds.
     pub queue: DriverQueue,
-    /// Whether [`DriverRxQueue::receive`] gives buffers back to the device; without it the device
-    /// starves once it has used what it has.
+    /// Whether [`DriverRxQueue::receive`] gives buffers back to the device. Without it the device
+    /// runs out of buffers when it has used those it has.
     pub refill: bool,
-    store: Store,
-    /// Bytes of each descriptor of a buffer.
+    store: BufferStore,
+    /// Size in bytes of each segment of a buffer.
     segment_lens: Vec<u32>,
     indirect: bool,
     mergeable: bool,
     /// Buffers that the device does not have.
     idle: Vec<u16>,
-    /// Buffers in all.
+    /// Number of buffers.
     buffers: u16,
-    /// The buffers of the frame at hand, and the bytes in each.
+    /// The buffers of the current frame, and the number of bytes in each.
     parts: Vec<(u16, u32)>,
-    /// Storage for the chain in the making.
+    /// Storage for the chain that is being added, to avoid an allocation for each.
     chain: Vec<Buf>,
 }
 
-/// The buffers' memory.
+/// The guest memory of the buffers.
 #[derive(Debug)]
-struct Store {
+struct BufferStore {
     area: Area,
+    /// Distance between buffers in bytes.
     stride: usize,
+    /// Size of a buffer in bytes.
     capacity: u32,
+    /// Size of the virtio-net header in bytes.
     header_len: usize,
 }
 
-/// A frame in the queue's buffers, until the call that handed it out returns.
+/// A received frame in the queue's buffers.
 #[derive(Debug)]
 pub struct RxFrame<'a> {
-    /// Its virtio-net header.
+    /// The virtio-net header.
     pub header: NetHeader,
-    /// Bytes from the Ethernet header on.
+    /// Size of the frame from the Ethernet header on in bytes.
     pub len: usize,
     parts: &'a [(u16, u32)],
-    store: &'a Store,
+    store: &'a BufferStore,
 }
 
 impl RxFrame<'_> {
-    /// The number of buffers that it lies in.
+    /// The number of buffers that the frame lies in.
     #[must_use]
     pub fn buffers(&self) -> usize {
         self.parts.len()
     }
 
-    /// Copies the frame's first bytes (without the virtio-net header) to `out`; returns how many:
+    /// Copies the frame without its virtio-net header to `out`. Returns the number of bytes copied:
     /// the shorter of both lengths.
     #[inline]
     pub fn copy_to(&self, out: &mut [u8]) -> usize {
         let mut skip = self.store.header_len;
         let mut done = 0;
         for &(buffer, len) in self.parts {
-            let here = usize::try_from(len).unwrap_or(0) - skip;
-            let n = here.min(out.len() - done);
+            let available = usize::try_from(len).unwrap_or(0) - skip;
+            let n = available.min(out.len() - done);
             let at = self.store.at(buffer) + skip;
             self.store.area.read(at, &mut out[done..done + n]);
             done += n;
@@ -82,7 +88,7 @@ impl RxFrame<'_> {
         done
     }
 
-    /// The frame in private memory.
+    /// A copy of the frame in private memory.
     #[must_use]
     pub fn to_frame(&self) -> Frame {
         let mut bytes = vec![0; self.len];
@@ -94,11 +100,13 @@ impl RxFrame<'_> {
     }
 }
 
-impl Store {
+impl BufferStore {
+    /// Offset of a buffer in bytes.
     fn at(&self, buffer: u16) -> usize {
         usize::from(buffer) * self.stride
     }
 
+    /// The virtio-net header at the start of a buffer.
     fn header(&self, buffer: u16) -> NetHeader {
         let mut raw = [0; HEADER_LEN];
         self.area.read(self.at(buffer), &mut raw[..self.header_len]);
@@ -107,11 +115,11 @@ impl Store {
 }
 
 impl DriverRxQueue {
-    /// Allocates an empty ring and its buffers in `ram`. The device gets none before
+    /// Allocates the virtqueue and its buffers in `ram`. The device gets no buffer before
     /// [`DriverRxQueue::fill`].
     ///
     /// # Errors
-    /// When the configuration makes no sense or `ram` has no room.
+    /// When the configuration is not possible or `ram` has not enough free memory.
     pub fn new(ram: &GuestRam, config: &DriverQueueConfig) -> Result<Self, Error> {
         config.check()?;
         let ring = DriverVirtqueueConfig {
@@ -127,7 +135,7 @@ impl DriverRxQueue {
         Ok(Self {
             queue: DriverQueue::new(DriverVirtqueue::new(ram, ring)?)?,
             refill: true,
-            store: Store {
+            store: BufferStore {
                 area: ram.area(ram.alloc(bytes, 4096)?, bytes)?,
                 stride: usize::try_from(config.rx_stride()).map_err(|_| too_large())?,
                 capacity: capacity.ok_or_else(too_large)?,
@@ -143,14 +151,14 @@ impl DriverRxQueue {
         })
     }
 
-    /// Starts over with an empty ring, as a driver that is loaded anew. The device must not be
-    /// running.
+    /// Starts anew without chains, as a driver does that is loaded again. The device must be
+    /// stopped.
     pub fn reset(&mut self) {
         self.queue.ring.reset();
         self.idle = (0..self.buffers).rev().collect();
     }
 
-    /// Gives the device every buffer that it does not have; returns how many.
+    /// Gives the device every buffer that it does not have. Returns how many.
     ///
     /// # Errors
     /// When the kick cannot be written.
@@ -158,7 +166,7 @@ impl DriverRxQueue {
         self.fill_some(u16::MAX)
     }
 
-    /// Gives the device up to `most` buffers; returns how many.
+    /// Gives the device up to `most` buffers. Returns how many.
     ///
     /// # Errors
     /// When the kick cannot be written.
@@ -176,6 +184,7 @@ impl DriverRxQueue {
         Ok(count)
     }
 
+    /// Adds the chain of a buffer.
     #[inline(always)]
     fn add(&mut self, buffer: u16) -> Result<(), Error> {
         let mut addr = self.store.area.addr() + to_u64(self.store.at(buffer));
@@ -194,11 +203,11 @@ impl DriverRxQueue {
         Ok(())
     }
 
-    /// Hands up to `most` frames to `each`, then gives their buffers back (see
-    /// [`DriverRxQueue::refill`]). Never waits. Returns how many there were.
+    /// Passes up to `most` frames to `each` and then gives their buffers back (see
+    /// [`DriverRxQueue::refill`]). It does not wait. Returns the number of frames.
     ///
     /// # Errors
-    /// When the device broke the ring or a frame; the queue is of no use after that.
+    /// When the device breaks a rule. The queue cannot be used any more then.
     #[inline]
     pub fn receive(
         &mut self,
@@ -226,7 +235,7 @@ impl DriverRxQueue {
         Ok(count)
     }
 
-    /// Frames that are there now, in private memory.
+    /// Receives all frames that are available, without waiting.
     ///
     /// # Errors
     /// As [`DriverRxQueue::receive`].
@@ -236,10 +245,10 @@ impl DriverRxQueue {
         Ok(frames)
     }
 
-    /// Waits for at least `wanted` frames, sleeping on the call eventfd.
+    /// Waits on the call eventfd until at least `wanted` frames are received, and returns them.
     ///
     /// # Errors
-    /// When fewer came within `limit`, or as [`DriverRxQueue::receive`].
+    /// When no call comes for `limit`, or as [`DriverRxQueue::receive`].
     pub fn wait_frames(&mut self, wanted: usize, limit: Duration) -> Result<Vec<Frame>, Error> {
         let end = Instant::now() + limit;
         let mut frames = Vec::new();
@@ -264,7 +273,7 @@ impl DriverRxQueue {
         }
     }
 
-    /// Collects the buffers of one frame into `parts`; its header and length.
+    /// Collects the buffers of one frame into `parts`. Returns its header and its length in bytes.
     #[inline(always)]
     fn collect_frame(&mut self) -> Result<Option<(NetHeader, usize)>, Error> {
         self.parts.clear();
@@ -295,6 +304,7 @@ impl DriverRxQueue {
         Ok(Some((header, len - self.store.header_len)))
     }
 
+    /// Collects one buffer. Returns false when there is none.
     #[inline(always)]
     fn collect_buffer(&mut self) -> Result<bool, Error> {
         let Some((token, len)) = self.queue.ring.pop()? else {

@@ -1,46 +1,40 @@
-//! The driver's side of a split virtqueue (virtio 1.3 §2.7), and raw access for hostile guests.
+//! The driver side of a split virtqueue (virtio 1.3 §2.7), and raw access for hostile guests.
 //!
-//! Everything that the driver must remember is private: free descriptors, chain ends and tokens
-//! live in slots, so nothing that a device (or a test's raw write) does to the shared memory
-//! changes what the driver believes.
+//! Everything that the driver must remember is private: unused descriptors, the ends of chains and
+//! tokens lie in private slots. Nothing that a device, or a raw write of a test, does to the shared
+//! memory can therefore change the driver's own state.
 
+pub use virtionet_virtqueue::constants::{
+    VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+    VRING_USED_F_NO_NOTIFY,
+};
 use virtionet_virtqueue::memory::full_fence;
 
-use crate::driver::{Buf, DeviceFault, VirtqueueAddresses, DriverVirtqueueConfig, DriverVirtqueueError, needed};
-use crate::indirect::Tables;
+use crate::buffer::{Buf, descriptors_needed};
+use crate::config::{DriverVirtqueueConfig, VirtqueueAddresses};
+use crate::fault::{DeviceFault, DriverVirtqueueError};
+use crate::indirect::IndirectTables;
 use crate::memory::{Area, GuestRam};
 
-/// Descriptor flag: the chain goes on at `next`.
-pub const VRING_DESC_F_NEXT: u16 = 1;
-/// Descriptor flag: the device writes.
-pub const VRING_DESC_F_WRITE: u16 = 2;
-/// Descriptor flag: the buffer is a table of descriptors.
-pub const VRING_DESC_F_INDIRECT: u16 = 4;
-
-/// Available ring flag: no calls, please.
-pub const VRING_AVAIL_F_NO_INTERRUPT: u16 = 1;
-/// Used ring flag: no kicks, please.
-pub const VRING_USED_F_NO_NOTIFY: u16 = 1;
-
-/// Bytes of a descriptor.
+/// Size of a descriptor in bytes.
 const DESCRIPTOR_SIZE: usize = 16;
-/// Byte offset of `idx` in the available and used rings.
+/// Offset of `idx` in the available and used rings in bytes.
 const IDX_OFFSET: usize = 2;
-/// Byte offset of the first entry in the available and used rings.
+/// Offset of the first entry in the available and used rings in bytes.
 const RING_OFFSET: usize = 4;
-/// Each part starts on a cache line of its own.
+/// Alignment of each part in bytes, so that no two parts share a cache line.
 const CACHE_LINE: u64 = 64;
 
-/// A descriptor (virtio 1.3 §2.7.5).
+/// A split descriptor (virtio 1.3 §2.7.5).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct SplitDescriptor {
     /// Guest physical address.
     pub addr: u64,
     /// Length in bytes.
     pub len: u32,
-    /// [`NEXT`], [`WRITE`], [`VRING_DESC_F_INDIRECT`].
+    /// [`VRING_DESC_F_NEXT`], [`VRING_DESC_F_WRITE`], [`VRING_DESC_F_INDIRECT`].
     pub flags: u16,
-    /// The next descriptor of the chain.
+    /// The next descriptor of the chain, if `flags` has [`VRING_DESC_F_NEXT`].
     pub next: u16,
 }
 
@@ -56,7 +50,7 @@ impl SplitDescriptor {
         }
     }
 
-    /// Writes it at byte `offset` of a table, as two words.
+    /// Writes the descriptor at byte `offset` of a table with two stores.
     #[inline(always)]
     pub fn store(self, table: &Area, offset: usize) {
         let rest = u64::from(self.len) | u64::from(self.flags) << 32 | u64::from(self.next) << 48;
@@ -64,7 +58,7 @@ impl SplitDescriptor {
         table.store(offset + 8, rest.to_le());
     }
 
-    /// Reads it from byte `offset` of a table.
+    /// Reads the descriptor at byte `offset` of a table.
     #[must_use]
     pub fn load(table: &Area, offset: usize) -> Self {
         Self {
@@ -76,19 +70,19 @@ impl SplitDescriptor {
     }
 }
 
-/// What the driver remembers of a descriptor.
+/// The driver's private state of one descriptor.
 #[derive(Debug, Clone, Copy, Default)]
 struct Slot {
-    /// The next descriptor: of the chain, or of the free ones.
+    /// The next descriptor of the chain, or of the list of unused descriptors.
     next: u16,
-    /// For a head: the chain's last descriptor.
+    /// In the slot of a head: the last descriptor of the chain.
     last: u16,
-    /// For the head of a chain in flight: its descriptors; else 0.
+    /// In the slot of the head of a chain in flight: its number of descriptors. Otherwise 0.
     count: u16,
     token: u64,
 }
 
-/// A driver's split ring.
+/// The driver side of a split virtqueue.
 #[derive(Debug)]
 pub struct SplitDriverVirtqueue {
     descriptors: Area,
@@ -97,28 +91,33 @@ pub struct SplitDriverVirtqueue {
     size: u16,
     event_idx: bool,
     slots: Box<[Slot]>,
+    /// The first unused descriptor.
     free_head: u16,
+    /// Number of unused descriptors.
     free: u16,
-    /// Index of the next available entry to write.
+    /// Index of the next entry of the available ring to write.
     next: u16,
-    /// The index that the device can see.
+    /// The available index that the device can see.
     published: u16,
-    /// `published` when it was last asked whether to kick.
+    /// `published` at the last call of `is_kick_needed`.
     last_kick_check: u16,
-    /// Up to where used elements were collected.
+    /// The used index up to which chains are collected.
     collected: u16,
-    /// The used index when it was last read.
+    /// The used index at the last `refresh`.
     last_used: u16,
-    /// Indirect tables by head.
-    tables: Tables,
+    /// Indirect tables, by head.
+    tables: IndirectTables,
 }
 
 impl SplitDriverVirtqueue {
-    /// Allocates an empty ring in `ram`.
+    /// Allocates a virtqueue without chains in `ram`.
     ///
     /// # Errors
-    /// When the size is no power of two from 2 to 32,768 or `ram` has no room.
-    pub fn new(ram: &GuestRam, config: DriverVirtqueueConfig) -> Result<Self, DriverVirtqueueError> {
+    /// When the size is not a power of two from 2 to 32,768 or `ram` has not enough free memory.
+    pub fn new(
+        ram: &GuestRam,
+        config: DriverVirtqueueConfig,
+    ) -> Result<Self, DriverVirtqueueError> {
         let size = config.size;
         if !(2..=32_768).contains(&size) || !size.is_power_of_two() {
             return Err(DriverVirtqueueError::Size(size));
@@ -138,13 +137,13 @@ impl SplitDriverVirtqueue {
             last_kick_check: 0,
             collected: 0,
             last_used: 0,
-            tables: Tables::new(ram, size),
+            tables: IndirectTables::new(ram, size),
         };
         ring.start_at(config.start);
         Ok(ring)
     }
 
-    /// Forgets every chain and starts over at index 0 with zeroed memory.
+    /// Discards every chain and starts anew at index 0 with zeroed memory.
     pub fn reset(&mut self) {
         self.descriptors.zero();
         self.avail.zero();
@@ -173,7 +172,7 @@ impl SplitDriverVirtqueue {
         self.size
     }
 
-    /// Where the parts lie.
+    /// Guest physical addresses of the parts.
     #[must_use]
     pub fn addresses(&self) -> VirtqueueAddresses {
         VirtqueueAddresses {
@@ -183,27 +182,33 @@ impl SplitDriverVirtqueue {
         }
     }
 
-    /// Descriptors that are free.
+    /// Number of unused descriptors.
     #[inline(always)]
     #[must_use]
     pub fn free(&self) -> u16 {
         self.free
     }
 
-    /// Chains that were published and not collected yet.
+    /// Number of chains that are published and not collected.
     #[inline(always)]
     #[must_use]
     pub fn in_flight(&self) -> u16 {
         self.published.wrapping_sub(self.collected)
     }
 
-    /// See [`crate::driver::DriverVirtqueue::add`].
+    /// See `DriverVirtqueue::add`.
     ///
     /// # Errors
-    /// When there is no room; nothing was added then.
+    /// When the chain is empty, or there are not enough descriptors or guest memory. Nothing is
+    /// added then.
     #[inline(always)]
-    pub fn add(&mut self, chain: &[Buf], indirect: bool, token: u64) -> Result<u16, DriverVirtqueueError> {
-        let count = needed(chain, indirect, self.free)?;
+    pub fn add(
+        &mut self,
+        chain: &[Buf],
+        indirect: bool,
+        token: u64,
+    ) -> Result<u16, DriverVirtqueueError> {
+        let count = descriptors_needed(chain, indirect, self.free)?;
         let head = self.free_head;
         let last = if indirect {
             self.write_indirect(head, chain)?
@@ -220,7 +225,7 @@ impl SplitDriverVirtqueue {
         Ok(head)
     }
 
-    /// Writes `chain` over the free descriptors from `head` on; returns the last one.
+    /// Writes `chain` to the unused descriptors from `head` on. Returns the last one.
     #[inline(always)]
     fn write_direct(&mut self, head: u16, chain: &[Buf]) -> u16 {
         let (mut at, mut last) = (head, head);
@@ -236,6 +241,7 @@ impl SplitDriverVirtqueue {
         last
     }
 
+    /// Writes `chain` to an indirect table that the descriptor `head` refers to. Returns `head`.
     fn write_indirect(&mut self, head: u16, chain: &[Buf]) -> Result<u16, DriverVirtqueueError> {
         let full = || DriverVirtqueueError::Full {
             needed: chain.len(),
@@ -251,18 +257,22 @@ impl SplitDriverVirtqueue {
         }
         let addr = table.addr();
         let len = u32::try_from(bytes).map_err(|_| full())?;
-        self.set_descriptor(head, SplitDescriptor::new(addr, len, VRING_DESC_F_INDIRECT, 0));
+        self.set_descriptor(
+            head,
+            SplitDescriptor::new(addr, len, VRING_DESC_F_INDIRECT, 0),
+        );
         Ok(head)
     }
 
-    /// See [`crate::driver::DriverVirtqueue::publish`].
+    /// Makes all added chains visible to the device at once.
     #[inline(always)]
     pub fn publish(&mut self) {
         self.published = self.next;
         self.avail.release(IDX_OFFSET, self.published);
     }
 
-    /// See [`crate::driver::DriverVirtqueue::is_kick_needed`] (virtio 1.3 §2.7.7.2 and §2.7.10).
+    /// Whether the device wants a kick for the chains published since the last call of this method
+    /// (virtio 1.3 §2.7.7.2 and §2.7.10).
     #[inline(always)]
     #[must_use]
     pub fn is_kick_needed(&mut self) -> bool {
@@ -280,10 +290,10 @@ impl SplitDriverVirtqueue {
         }
     }
 
-    /// See [`crate::driver::DriverVirtqueue::refresh`].
+    /// Reads the used index once. Returns the number of chains that `pop` can return now.
     ///
     /// # Errors
-    /// When the used index is ahead of the available one or went back.
+    /// When the used index is ahead of the available index or moved backwards.
     #[inline(always)]
     pub fn refresh(&mut self) -> Result<u16, DeviceFault> {
         let to = self.used.acquire(IDX_OFFSET);
@@ -299,10 +309,11 @@ impl SplitDriverVirtqueue {
         Ok(ahead)
     }
 
-    /// See [`crate::driver::DriverVirtqueue::pop`].
+    /// Collects the next chain of those that the last `refresh` found: its token and the number of
+    /// bytes written to it.
     ///
     /// # Errors
-    /// When the element names a chain that is not in flight.
+    /// When the id of the used element is not that of a chain in flight.
     #[inline(always)]
     pub fn pop(&mut self) -> Result<Option<(u64, u32)>, DeviceFault> {
         if self.collected == self.last_used {
@@ -323,16 +334,17 @@ impl SplitDriverVirtqueue {
         Ok(Some((slot.token, len)))
     }
 
-    /// See [`crate::driver::DriverVirtqueue::disable_calls`].
+    /// Tells the device that calls are not needed.
     #[inline(always)]
     pub fn disable_calls(&mut self) {
-        // With EVENT_IDX the flag must stay 0; used_event falls behind by itself.
+        // With VIRTIO_F_EVENT_IDX the flag must stay 0, and `used_event` is not moved any more.
         if !self.event_idx {
             self.set_avail_flags(VRING_AVAIL_F_NO_INTERRUPT);
         }
     }
 
-    /// See [`crate::driver::DriverVirtqueue::enable_calls`].
+    /// Asks the device for a call for the next chain that it uses. Returns whether there are chains
+    /// to collect already.
     #[inline(always)]
     #[must_use]
     pub fn enable_calls(&mut self) -> bool {
@@ -350,17 +362,19 @@ impl SplitDriverVirtqueue {
         &mut self.slots[usize::from(index)]
     }
 
-    /// Byte offset of available entry `index` (which may count on past the ring's end).
+    /// Offset in bytes of the entry of the available ring for `index`, which wraps at the size.
     #[inline(always)]
     fn entry(&self, index: u16) -> usize {
         RING_OFFSET + 2 * usize::from(index & (self.size - 1))
     }
 
+    /// Offset in bytes of the element of the used ring for `index`, which wraps at the size.
     fn used_entry(&self, index: u16) -> usize {
         RING_OFFSET + 8 * usize::from(index & (self.size - 1))
     }
 }
 
+/// The flags of a descriptor for `buf`, with another one behind it if `more`.
 #[inline(always)]
 fn flags(buf: &Buf, more: bool) -> u16 {
     let write = if buf.writable { VRING_DESC_F_WRITE } else { 0 };
@@ -368,22 +382,22 @@ fn flags(buf: &Buf, more: bool) -> u16 {
     write | next
 }
 
-/// Raw access: what a hostile guest writes, and what a test looks at. None of it changes what the
-/// driver believes of its own chains.
+/// Raw access, for what a hostile guest writes and a test reads. It does not change the driver's
+/// own state.
 impl SplitDriverVirtqueue {
-    /// Descriptor `index` (below the size).
+    /// Reads descriptor `index`, which must be below the size.
     #[must_use]
     pub fn descriptor(&self, index: u16) -> SplitDescriptor {
         SplitDescriptor::load(&self.descriptors, DESCRIPTOR_SIZE * usize::from(index))
     }
 
-    /// Writes descriptor `index` (below the size).
+    /// Writes descriptor `index`, which must be below the size.
     #[inline(always)]
     pub fn set_descriptor(&self, index: u16, descriptor: SplitDescriptor) {
         descriptor.store(&self.descriptors, DESCRIPTOR_SIZE * usize::from(index));
     }
 
-    /// Writes the available entry for `index`, modulo the size.
+    /// Writes the entry of the available ring for `index` modulo the size.
     pub fn set_avail_entry(&self, index: u16, head: u16) {
         self.avail.set(self.entry(index), head);
     }
@@ -399,27 +413,27 @@ impl SplitDriverVirtqueue {
         self.avail.release(IDX_OFFSET, index);
     }
 
-    /// Writes the available ring's flags.
+    /// Writes `flags` of the available ring.
     #[inline(always)]
     pub fn set_avail_flags(&self, flags: u16) {
         self.avail.release(0, flags);
     }
 
-    /// Writes used_event.
+    /// Writes `used_event`.
     #[inline(always)]
     pub fn set_used_event(&self, index: u16) {
         self.avail
             .release(RING_OFFSET + 2 * usize::from(self.size), index);
     }
 
-    /// The used index, with everything written before it.
+    /// The used index, read with acquire ordering.
     #[inline(always)]
     #[must_use]
     pub fn used_index(&self) -> u16 {
         self.used.acquire(IDX_OFFSET)
     }
 
-    /// The used element for `index`, modulo the size: id and bytes written.
+    /// The used element for `index` modulo the size: its id and the number of bytes written.
     #[inline(always)]
     #[must_use]
     pub fn used_element(&self, index: u16) -> (u32, u32) {
@@ -429,27 +443,27 @@ impl SplitDriverVirtqueue {
         (u32::from_le(id), u32::from_le(len))
     }
 
-    /// Writes the used element for `index`, modulo the size: a guest that scribbles, or a device
-    /// in a test.
+    /// Writes the used element for `index` modulo the size, as a hostile guest or a test's device
+    /// does.
     pub fn set_used_element(&self, index: u16, id: u32, len: u32) {
         let at = self.used_entry(index);
         self.used.store(at, id.to_le());
         self.used.store(at + 4, len.to_le());
     }
 
-    /// Writes the used index.
+    /// Writes the used index with release ordering.
     pub fn set_used_index(&self, index: u16) {
         self.used.release(IDX_OFFSET, index);
     }
 
-    /// The used ring's flags.
+    /// `flags` of the used ring.
     #[inline(always)]
     #[must_use]
     pub fn used_flags(&self) -> u16 {
         self.used.get(0)
     }
 
-    /// avail_event.
+    /// `avail_event` of the used ring.
     #[inline(always)]
     #[must_use]
     pub fn avail_event(&self) -> u16 {

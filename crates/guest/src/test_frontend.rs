@@ -1,12 +1,13 @@
-//! A whole network card: a front-end, guest memory and started queue pairs.
+//! A complete front-end with guest memory and started queue pairs, in place of QEMU and its guest.
 //!
 //! ```no_run
-//! # use virtionet_guest::{test_frontend::{Card, TestFrontendConfig}, frame::{FrameSpec, Transport}, net::MODERN};
+//! # use virtionet_guest::{test_frontend::{TestFrontend, TestFrontendConfig}, frame::{FrameSpec, Transport}, net::MODERN};
 //! # use std::{path::Path, time::Duration};
-//! let mut card = Card::connect(Path::new("/run/card.sock"), &TestFrontendConfig::new(1, 256, MODERN))?;
+//! let config = TestFrontendConfig::new(1, 256, MODERN);
+//! let mut frontend = TestFrontend::connect(Path::new("/run/net0.sock"), &config)?;
 //! let frame = FrameSpec::v4(Transport::Udp).build(b"hello").unwrap();
-//! card.pairs[0].tx.send(&frame)?;
-//! let answer = card.pairs[0].rx.wait_frames(1, Duration::from_secs(1))?;
+//! frontend.pairs[0].tx.send(&frame)?;
+//! let answer = frontend.pairs[0].rx.wait_frames(1, Duration::from_secs(1))?;
 //! # Ok::<(), virtionet_guest::Error>(())
 //! ```
 
@@ -24,39 +25,42 @@ use crate::net::{DriverQueueConfig, VringSetup};
 use crate::rx::DriverRxQueue;
 use crate::tx::DriverTxQueue;
 
-/// The order in which a pair is started.
+/// The order of the messages that start queue pairs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StartOrder {
-    /// QEMU's: a pair's rings are enabled before SET_FEATURES, which is sent once a pair.
+    /// The order of QEMU: the vrings of a queue pair are enabled before SET_FEATURES, which is sent
+    /// once for each queue pair.
     Qemu,
-    /// Features once and first, then the rings, enabled last.
+    /// SET_FEATURES once at the beginning; the vrings are enabled last.
     FeaturesFirst,
 }
 
-/// How a card is made.
+/// How a front-end and its guest are made.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TestFrontendConfig {
-    /// Queue pairs, 1 to 128.
+    /// Number of queue pairs, 1 to 128.
     pub pairs: u16,
-    /// Pairs that are enabled when the card starts.
+    /// Number of queue pairs that are enabled at the start.
     pub enabled: u16,
     /// Feature bits that the back-end must offer.
     pub required: u64,
-    /// How every pair's queues are made; `features` are those wanted, and taken where offered.
+    /// How the queues of each queue pair are made. Of its `features`, those that the back-end
+    /// offers are negotiated.
     pub queues: DriverQueueConfig,
-    /// Protocol features wanted, and taken where offered.
+    /// Wanted protocol features. Those that the back-end offers are negotiated.
     pub protocol: u64,
-    /// The order of the start.
+    /// The order of the messages at the start.
     pub order: StartOrder,
-    /// Regions of guest memory (address, bytes); none for one region that is large enough.
+    /// Regions of guest memory (guest address, bytes). An empty list means one region that is large
+    /// enough.
     pub layout: Vec<(u64, u64)>,
-    /// How long to try to connect.
+    /// How long connecting is attempted.
     pub connect_timeout: Duration,
 }
 
 impl TestFrontendConfig {
-    /// A card of `pairs` pairs, all enabled, with rings of `size` descriptors, that takes what it
-    /// can get of `features`.
+    /// A front-end with `pairs` queue pairs, all enabled, and virtqueues of `size` descriptors,
+    /// that negotiates those of `features` that the back-end offers.
     #[must_use]
     pub fn new(pairs: u16, size: u16, features: u64) -> Self {
         let protocol = Protocol::MQ
@@ -80,20 +84,20 @@ impl TestFrontendConfig {
     }
 }
 
-/// A queue pair: receiveq and transmitq.
+/// The driver side of a queue pair.
 #[derive(Debug)]
 pub struct DriverQueuePair {
-    /// What the guest receives.
+    /// The receiveq.
     pub rx: DriverRxQueue,
-    /// What the guest sends.
+    /// The transmitq.
     pub tx: DriverTxQueue,
 }
 
 impl DriverQueuePair {
-    /// Allocates both queues in `ram`; the receiveq is empty.
+    /// Allocates both queues in `ram`. The device has no RX buffers yet.
     ///
     /// # Errors
-    /// When the configuration makes no sense or `ram` has no room.
+    /// When the configuration is not possible or `ram` has not enough free memory.
     pub fn new(ram: &GuestRam, config: &DriverQueueConfig) -> Result<Self, Error> {
         Ok(Self {
             rx: DriverRxQueue::new(ram, config)?,
@@ -102,53 +106,64 @@ impl DriverQueuePair {
     }
 }
 
-/// A network card on a vhost-user back-end.
+/// A front-end that is connected to a vhost-user back-end, with its guest's queue pairs.
 #[derive(Debug)]
 pub struct TestFrontend {
-    /// The connection.
+    /// The vhost-user connection.
     pub connection: FrontendConnection,
-    /// The queue pairs. They may be taken out and driven by threads of their own: the card keeps
-    /// what it needs to stop and start them.
+    /// The queue pairs. They may be moved out and driven by other threads; the front-end can still
+    /// stop and start them.
     pub pairs: Vec<DriverQueuePair>,
     ram: GuestRam,
     features: u64,
     order: StartOrder,
     enabled: Vec<bool>,
-    /// By ring index: 2k for receiveq k, 2k + 1 for transmitq k.
+    /// By vring index: 2k for receiveq k, 2k + 1 for transmitq k.
     rings: Vec<VringSetup>,
 }
 
 impl TestFrontend {
-    /// Connects to a listening back-end, negotiates and starts every pair with its receiveq full.
+    /// Connects to a listening back-end, negotiates, and starts every queue pair with a full
+    /// receiveq.
     ///
     /// # Errors
-    /// When the back-end cannot be reached, refuses, or lacks pairs or required features.
+    /// When the back-end cannot be reached, refuses a request, or has not enough queue pairs or not
+    /// all required features.
     pub fn connect(path: &Path, config: &TestFrontendConfig) -> Result<Self, Error> {
-        Self::start_on(FrontendConnection::connect(path, config.connect_timeout)?, config)
+        Self::start_on(
+            FrontendConnection::connect(path, config.connect_timeout)?,
+            config,
+        )
     }
 
-    /// The same over a connected socket.
+    /// The same on a connected socket.
     ///
     /// # Errors
-    /// As [`Card::connect`].
+    /// As [`TestFrontend::connect`].
     pub fn from_socket(socket: UnixStream, config: &TestFrontendConfig) -> Result<Self, Error> {
         Self::start_on(FrontendConnection::from_socket(socket)?, config)
     }
 
-    fn start_on(connection: FrontendConnection, config: &TestFrontendConfig) -> Result<Self, Error> {
-        let mut card = Self::negotiate(connection, config)?;
-        for pair in &mut card.pairs {
+    fn start_on(
+        connection: FrontendConnection,
+        config: &TestFrontendConfig,
+    ) -> Result<Self, Error> {
+        let mut frontend = Self::negotiate(connection, config)?;
+        for pair in &mut frontend.pairs {
             pair.rx.fill()?;
         }
-        card.start()?;
-        Ok(card)
+        frontend.start()?;
+        Ok(frontend)
     }
 
-    /// Negotiates and makes the queues, but starts nothing and fills no receiveq.
+    /// Negotiates and allocates the queues, but does not start them or fill the receiveqs.
     ///
     /// # Errors
-    /// As [`Card::connect`].
-    pub fn negotiate(mut connection: FrontendConnection, config: &TestFrontendConfig) -> Result<Self, Error> {
+    /// As [`TestFrontend::connect`].
+    pub fn negotiate(
+        mut connection: FrontendConnection,
+        config: &TestFrontendConfig,
+    ) -> Result<Self, Error> {
         let features = negotiate(&mut connection, config)?;
         let queues = DriverQueueConfig {
             features,
@@ -163,7 +178,7 @@ impl TestFrontend {
             rings.push(pair.tx.queue.setup()?);
             pairs.push(pair);
         }
-        let mut card = Self {
+        let mut frontend = Self {
             connection,
             pairs,
             ram,
@@ -172,12 +187,12 @@ impl TestFrontend {
             enabled: (0..config.pairs).map(|k| k < config.enabled).collect(),
             rings,
         };
-        card.announce()?;
-        Ok(card)
+        frontend.announce()?;
+        Ok(frontend)
     }
 
-    /// What QEMU sends before any driver is there: the call eventfds, the first pair enabled and
-    /// the others not.
+    /// Sends what QEMU sends before a driver is loaded: the call eventfds, and the first queue pair
+    /// enabled and the others disabled.
     fn announce(&mut self) -> Result<(), Error> {
         if self.order != StartOrder::Qemu {
             return Ok(());
@@ -192,7 +207,7 @@ impl TestFrontend {
         Ok(())
     }
 
-    /// Starts every pair, where the last [`Card::stop`] left it.
+    /// Starts every queue pair at the position at which the last [`TestFrontend::stop`] stopped it.
     ///
     /// # Errors
     /// When the connection fails or the back-end refuses.
@@ -200,15 +215,16 @@ impl TestFrontend {
         if self.order == StartOrder::FeaturesFirst {
             self.connection.set_features(self.features)?;
         }
-        self.share_memory_as_qemu()?;
+        self.share_memory()?;
         for pair in 0..self.enabled.len() {
             self.start_pair(pair)?;
         }
         Ok(())
     }
 
-    /// QEMU shares memory with the first pair, after that pair's features.
-    fn share_memory_as_qemu(&mut self) -> Result<(), Error> {
+    /// Shares the guest's memory. QEMU does so while it starts the first queue pair, after that
+    /// pair's SET_FEATURES.
+    fn share_memory(&mut self) -> Result<(), Error> {
         if self.order == StartOrder::Qemu {
             self.send_enable(0, self.enabled[0])?;
             self.connection.set_features(self.features)?;
@@ -233,7 +249,7 @@ impl TestFrontend {
 
     fn start_ring(&mut self, ring: usize) -> Result<(), Error> {
         let setup = &self.rings[ring];
-        let index = u32::try_from(ring).map_err(|_| Error::Config("too many rings"))?;
+        let index = u32::try_from(ring).map_err(|_| Error::Config("there are too many vrings"))?;
         let connection = &mut self.connection;
         connection.set_vring_num(index, setup.size.into())?;
         connection.set_vring_base(index, setup.base)?;
@@ -243,8 +259,8 @@ impl TestFrontend {
         connection.set_vring_call(index, Some(setup.call.as_raw_fd()))
     }
 
-    /// Stops every ring; the back-end writes nothing after this returns. Chains in flight stay
-    /// where they are and go on with the next [`Card::start`].
+    /// Stops every vring. The back-end does not access guest memory after this returns. Chains in
+    /// flight continue with the next [`TestFrontend::start`].
     ///
     /// # Errors
     /// When the connection fails.
@@ -255,8 +271,9 @@ impl TestFrontend {
         Ok(())
     }
 
-    /// Empties the rings of a stopped card and fills the receiveqs, as a driver that is loaded
-    /// anew; [`Card::start`] comes next. The pairs must be in the card.
+    /// Discards all chains of a stopped front-end and fills the receiveqs, as a driver does that is
+    /// loaded again. Call [`TestFrontend::start`] afterwards. The queue pairs must not be moved
+    /// out.
     ///
     /// # Errors
     /// When a kick cannot be written.
@@ -270,12 +287,16 @@ impl TestFrontend {
         Ok(())
     }
 
-    /// Goes on with another back-end process after the last one died: the bases come from what
-    /// each ring shows as used, as in QEMU. The pairs must be in the card.
+    /// Continues with another back-end process after the last one ended. The base of each vring is
+    /// derived from what the device has used, as QEMU does. The queue pairs must not be moved out.
     ///
     /// # Errors
-    /// As [`Card::connect`].
-    pub fn reconnect(&mut self, connection: FrontendConnection, config: &TestFrontendConfig) -> Result<(), Error> {
+    /// As [`TestFrontend::connect`].
+    pub fn reconnect(
+        &mut self,
+        connection: FrontendConnection,
+        config: &TestFrontendConfig,
+    ) -> Result<(), Error> {
         self.read_bases();
         self.connection = connection;
         let offered = negotiate(&mut self.connection, config)?;
@@ -287,7 +308,7 @@ impl TestFrontend {
         self.start()
     }
 
-    /// Takes each ring's base from what it shows as used.
+    /// Derives the base of each vring from what the device has used.
     fn read_bases(&mut self) {
         let pairs = self.pairs.iter();
         let queues = pairs.flat_map(|pair| [&pair.rx.queue, &pair.tx.queue]);
@@ -296,10 +317,10 @@ impl TestFrontend {
         }
     }
 
-    /// Enables or disables a pair, as `ethtool -L` in a guest does.
+    /// Enables or disables a queue pair, as `ethtool -L` in a guest does.
     ///
     /// # Errors
-    /// When the card has no such pair, the connection fails or the back-end refuses.
+    /// When there is no such queue pair, the connection fails or the back-end refuses.
     pub fn enable(&mut self, pair: u16, enable: bool) -> Result<(), Error> {
         let pair = usize::from(pair);
         let Some(state) = self.enabled.get_mut(pair) else {
@@ -311,13 +332,14 @@ impl TestFrontend {
 
     fn send_enable(&mut self, pair: usize, enable: bool) -> Result<(), Error> {
         for ring in 2 * pair..2 * pair + 2 {
-            let index = u32::try_from(ring).map_err(|_| Error::Config("too many rings"))?;
+            let index =
+                u32::try_from(ring).map_err(|_| Error::Config("there are too many vrings"))?;
             self.connection.set_vring_enable(index, enable)?;
         }
         Ok(())
     }
 
-    /// The feature bits in force.
+    /// The negotiated feature bits.
     #[must_use]
     pub fn features(&self) -> u64 {
         self.features
@@ -329,7 +351,7 @@ impl TestFrontend {
         &self.ram
     }
 
-    /// What the back-end is told of each ring.
+    /// The description of each vring, by vring index.
     #[must_use]
     pub fn rings(&self) -> &[VringSetup] {
         &self.rings
@@ -340,10 +362,13 @@ impl TestFrontend {
     }
 }
 
-/// The conversation before a driver is there; the features to use.
-fn negotiate(connection: &mut FrontendConnection, config: &TestFrontendConfig) -> Result<u64, Error> {
+/// Exchanges the messages that come before a driver is loaded. Returns the features to use.
+fn negotiate(
+    connection: &mut FrontendConnection,
+    config: &TestFrontendConfig,
+) -> Result<u64, Error> {
     if !(1..=128).contains(&config.pairs) {
-        return Err(Error::Config("a card has 1 to 128 queue pairs"));
+        return Err(Error::Config("a front-end has 1 to 128 queue pairs"));
     }
     let offered = connection.get_features()?;
     if offered & VHOST_USER_F_PROTOCOL_FEATURES != 0 {
@@ -370,11 +395,13 @@ fn negotiate(connection: &mut FrontendConnection, config: &TestFrontendConfig) -
     Ok(offered & (config.queues.features | config.required | VHOST_USER_F_PROTOCOL_FEATURES))
 }
 
+/// The guest's memory: the configured regions, or one that is large enough.
 fn guest_ram(config: &TestFrontendConfig, queues: &DriverQueueConfig) -> Result<GuestRam, Error> {
     if !config.layout.is_empty() {
         return Ok(GuestRam::with_layout(&config.layout)?);
     }
-    // A page at each of the few page-aligned allocations of a pair, and one for address 0.
+    // Each of the few page-aligned allocations of a queue pair may lose a page, and address 0 costs
+    // one.
     let pair = queues.memory() + 8 * 4096;
     let bytes = pair * u64::from(config.pairs) + 1024 * 1024;
     Ok(GuestRam::new(bytes.next_multiple_of(4096))?)

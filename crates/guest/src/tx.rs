@@ -1,11 +1,13 @@
-//! The driver's transmitq.
+//! The driver side of a transmitq.
 //!
-//! Each frame goes into a slot of guest memory, header first. Slots come back when the device has
-//! used their chains. A bench fills the slots once and then sends them over and over.
+//! Each frame is written to a slot of guest memory, behind its header. A slot is unused again when
+//! the device has used its chain. A bench fills all slots once and then sends them repeatedly.
 
 use std::time::{Duration, Instant};
 
-use crate::driver::{Buf, DriverVirtqueue, DriverVirtqueueConfig};
+use crate::buffer::Buf;
+use crate::config::DriverVirtqueueConfig;
+use crate::driver::DriverVirtqueue;
 use crate::error::Error;
 use crate::frame::Frame;
 use crate::header::{NetHeader, header_len};
@@ -15,26 +17,30 @@ use crate::net::{DriverQueue, DriverQueueConfig, TxLayout};
 /// A transmitq with its slots.
 #[derive(Debug)]
 pub struct DriverTxQueue {
-    /// Ring and eventfds.
+    /// The virtqueue and its eventfds.
     pub queue: DriverQueue,
     slots: Area,
+    /// Distance between slots in bytes.
     stride: usize,
+    /// Size of a slot in bytes.
     capacity: usize,
+    /// Unused slots.
     free: Vec<u16>,
+    /// Size of the virtio-net header in bytes.
     header_len: usize,
     layout: TxLayout,
     indirect: bool,
-    /// Bytes of the frame and header that every slot holds since [`DriverTxQueue::prefill`].
+    /// Size in bytes of the header and frame in every slot since [`DriverTxQueue::prefill`].
     prefilled: usize,
-    /// Storage for the chain in the making.
+    /// Storage for the chain that is being added, to avoid an allocation for each.
     chain: Vec<Buf>,
 }
 
 impl DriverTxQueue {
-    /// Allocates an empty ring and its slots in `ram`.
+    /// Allocates the virtqueue and its slots in `ram`.
     ///
     /// # Errors
-    /// When the configuration makes no sense or `ram` has no room.
+    /// When the configuration is not possible or `ram` has not enough free memory.
     pub fn new(ram: &GuestRam, config: &DriverQueueConfig) -> Result<Self, Error> {
         config.check()?;
         let ring = DriverVirtqueueConfig {
@@ -57,18 +63,19 @@ impl DriverTxQueue {
         })
     }
 
-    /// Puts a frame into a slot and its chain into the ring; [`DriverTxQueue::flush`] shows it to the
-    /// device. Returns false when there is no room now.
+    /// Writes a frame to a slot and adds its chain. [`DriverTxQueue::flush`] makes it visible to
+    /// the device. Returns false when there are not enough slots or descriptors now.
     ///
     /// # Errors
-    /// When the frame is longer than a slot, or the device broke the ring.
+    /// When the frame does not fit a slot, or the device breaks a rule.
     #[inline]
     pub fn queue(&mut self, header: &NetHeader, frame: &[u8]) -> Result<bool, Error> {
         let raw = &header.to_bytes()[..self.header_len];
         self.queue_raw(raw, frame)
     }
 
-    /// [`DriverTxQueue::queue`] with whatever bytes stand for the header: none, too few, nonsense.
+    /// The same as [`DriverTxQueue::queue`] with any bytes in place of the header, for tests of
+    /// invalid headers.
     ///
     /// # Errors
     /// As [`DriverTxQueue::queue`].
@@ -91,15 +98,16 @@ impl DriverTxQueue {
         Ok(true)
     }
 
-    /// Sends one frame at once.
+    /// Sends one frame without waiting.
     ///
     /// # Errors
-    /// When there is no room for it, or as [`DriverTxQueue::queue`] and [`DriverTxQueue::flush`].
+    /// When there is no unused slot for it, or as [`DriverTxQueue::queue`] and
+    /// [`DriverTxQueue::flush`].
     pub fn send(&mut self, frame: &Frame) -> Result<(), Error> {
         self.send_all(std::slice::from_ref(frame), Duration::ZERO)
     }
 
-    /// Sends `frames` in order, waiting for room where there is none.
+    /// Sends `frames` in order, and waits for unused slots where necessary.
     ///
     /// # Errors
     /// When `limit` passes, or as [`DriverTxQueue::queue`].
@@ -114,7 +122,7 @@ impl DriverTxQueue {
         self.flush()
     }
 
-    /// Publishes what was queued and kicks if the device wants it.
+    /// Publishes the queued frames and kicks the device if it wants that.
     ///
     /// # Errors
     /// When the kick cannot be written.
@@ -123,10 +131,10 @@ impl DriverTxQueue {
         self.queue.flush()
     }
 
-    /// Takes back the slots that the device is done with; returns how many.
+    /// Collects the slots that the device has used. Returns how many.
     ///
     /// # Errors
-    /// When the device broke the ring.
+    /// When the device breaks a rule.
     #[inline(always)]
     pub fn reclaim(&mut self) -> Result<u16, Error> {
         let free = &mut self.free;
@@ -136,10 +144,10 @@ impl DriverTxQueue {
         Ok(count)
     }
 
-    /// Waits until the device has used everything.
+    /// Waits until the device has used all published chains.
     ///
     /// # Errors
-    /// When `limit` passes or the device broke the ring.
+    /// When no call comes within `limit`, or the device breaks a rule.
     pub fn drain(&mut self, limit: Duration) -> Result<(), Error> {
         let end = Instant::now() + limit;
         let all = usize::from(self.queue.ring.in_flight());
@@ -153,14 +161,14 @@ impl DriverTxQueue {
         }
     }
 
-    /// Starts over with an empty ring, as a driver that is loaded anew. The device must not be
-    /// running.
+    /// Starts anew without chains, as a driver does that is loaded again. The device must be
+    /// stopped.
     pub fn reset(&mut self) {
         self.queue.ring.reset();
         self.free = (0..self.queue.ring.size()).rev().collect();
     }
 
-    /// Writes `frame` into every slot; the ring must be empty.
+    /// Writes `frame` to every slot. No chain may be in flight.
     ///
     /// # Errors
     /// When the frame does not fit a slot or chains are in flight.
@@ -175,7 +183,7 @@ impl DriverTxQueue {
         }
         if self.queue.ring.in_flight() != 0 {
             return Err(Error::Config(
-                "TX slots are filled while chains are in flight",
+                "TX slots cannot be filled while chains are in flight",
             ));
         }
         for at in (0..self.slots.len()).step_by(self.stride) {
@@ -186,11 +194,11 @@ impl DriverTxQueue {
         Ok(())
     }
 
-    /// Queues up to `most` slots as [`DriverTxQueue::prefill`] left them, without touching a byte of
-    /// them; returns how many there was room for.
+    /// Queues up to `most` slots with the content that [`DriverTxQueue::prefill`] wrote, without an
+    /// access to them. Returns how many.
     ///
     /// # Errors
-    /// When the device broke the ring.
+    /// When the device breaks a rule.
     #[inline]
     pub fn queue_prefilled(&mut self, most: u16) -> Result<u16, Error> {
         let mut count = 0;
@@ -204,7 +212,7 @@ impl DriverTxQueue {
         Ok(count)
     }
 
-    /// A free slot, when the ring has room for a chain of `len` bytes as well.
+    /// An unused slot, if there are also enough descriptors for a chain of `len` bytes.
     #[inline(always)]
     fn allocate_slot(&mut self, len: usize) -> Result<Option<u16>, Error> {
         let needed = self.descriptors(len);
@@ -217,7 +225,7 @@ impl DriverTxQueue {
         Ok(self.free.pop())
     }
 
-    /// Descriptors that a chain of `len` bytes takes from the ring.
+    /// Number of descriptors that a chain of `len` bytes needs.
     #[inline(always)]
     fn descriptors(&self, len: usize) -> usize {
         match self.layout {
@@ -228,10 +236,11 @@ impl DriverTxQueue {
         }
     }
 
+    /// Adds the chain of a slot with `len` bytes.
     #[inline(always)]
     fn add(&mut self, slot: u16, len: usize) -> Result<(), Error> {
         let addr = self.slots.addr() + to_u64(usize::from(slot) * self.stride);
-        // `len` is at most `room`, which came from a u32.
+        // `len` is at most `capacity`, which came from a u32.
         let len = u32::try_from(len).unwrap_or(u32::MAX);
         let token = u64::from(slot);
         if self.layout == TxLayout::Single {
@@ -245,6 +254,7 @@ impl DriverTxQueue {
         Ok(())
     }
 
+    /// Divides `len` bytes at `addr` into the buffers of `chain`.
     fn push_segments(&mut self, addr: u64, len: u32) {
         let header = u32::try_from(self.header_len).unwrap_or(u32::MAX);
         self.chain.clear();
@@ -255,14 +265,17 @@ impl DriverTxQueue {
                 TxLayout::SeparateHeader if at == 0 => header,
                 _ => len,
             };
-            let here = most.min(len - at);
-            let segment = Buf::readable(addr + u64::from(at), here);
+            let size = most.min(len - at);
+            let segment = Buf::readable(addr + u64::from(at), size);
             self.chain.push(segment);
-            at += here;
+            at += size;
         }
     }
 
-    /// Sleeps until the device may have used something, or fails at `end`.
+    /// Waits until the device may have used a chain.
+    ///
+    /// # Errors
+    /// When no call comes until `end`.
     fn wait_used(
         &mut self,
         end: Instant,

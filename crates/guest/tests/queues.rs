@@ -1,25 +1,26 @@
-//! Both queues of a pair against a device made of virtio-queue's rings in this process.
+//! Both queues of a queue pair with a device in this process that uses the virtio-queue crate.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::time::Duration;
 
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_MRG_RXBUF};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 use virtio_queue::{Queue, QueueT};
 use virtionet_guest::Error;
-use virtionet_guest::test_frontend::DriverQueuePair;
 use virtionet_guest::driver::{DeviceFault, VirtqueueAddresses};
 use virtionet_guest::frame::{Checksum, Frame, FrameSpec, Transport, check};
 use virtionet_guest::header::NetHeader;
 use virtionet_guest::memory::GuestRam;
-use virtionet_guest::net::{BIG_BUFFER, MODERN, DriverQueueConfig, TxLayout};
+use virtionet_guest::net::{BIG_BUFFER, DriverQueueConfig, MODERN, TxLayout};
+use virtionet_guest::test_frontend::DriverQueuePair;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
-const VERSION_1: u64 = 1 << 32;
+const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 const MERGEABLE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
 const INDIRECT: u64 = 1 << VIRTIO_RING_F_INDIRECT_DESC;
 
-/// A device that does only what a test tells it.
+/// A device that a test drives step by step.
 struct Device {
     memory: GuestMemoryMmap,
     tx: Queue,
@@ -54,24 +55,25 @@ fn make(config: &DriverQueueConfig) -> (DriverQueuePair, Device) {
 }
 
 impl Device {
-    /// The next TX chain: the lengths of its descriptors and all bytes; used at once.
-    fn take(&mut self) -> Option<(Vec<u32>, Vec<u8>)> {
+    /// Dequeues and completes the next TX chain. Returns the lengths of its buffers and all its
+    /// bytes.
+    fn transmit(&mut self) -> Option<(Vec<u32>, Vec<u8>)> {
         let chain = self.tx.pop_descriptor_chain(&self.memory)?;
         let head = chain.head_index();
         let (mut lens, mut bytes) = (Vec::new(), Vec::new());
         for d in chain {
             assert!(!d.is_write_only());
-            let mut piece = vec![0; usize::try_from(d.len()).unwrap()];
-            self.memory.read_slice(&mut piece, d.addr()).unwrap();
+            let mut segment = vec![0; usize::try_from(d.len()).unwrap()];
+            self.memory.read_slice(&mut segment, d.addr()).unwrap();
             lens.push(d.len());
-            bytes.append(&mut piece);
+            bytes.append(&mut segment);
         }
         self.tx.add_used(&self.memory, head, 0).unwrap();
         Some((lens, bytes))
     }
 
-    /// Writes `bytes` into the next RX chain, as many as it takes; returns what is left of them.
-    fn put<'a>(&mut self, bytes: &'a [u8]) -> &'a [u8] {
+    /// Writes as many of `bytes` to the next RX chain as fit and completes it. Returns the rest.
+    fn fill<'a>(&mut self, bytes: &'a [u8]) -> &'a [u8] {
         let chain = self.rx.pop_descriptor_chain(&self.memory).unwrap();
         let head = chain.head_index();
         let mut left = bytes;
@@ -86,7 +88,7 @@ impl Device {
         left
     }
 
-    /// Puts a frame with its header into as many RX chains as it takes.
+    /// Writes a frame with its header to as many RX chains as it needs.
     fn deliver(&mut self, frame: &Frame, num_buffers: u16) {
         let header = NetHeader {
             num_buffers,
@@ -95,7 +97,7 @@ impl Device {
         let bytes = [&header.to_bytes()[..], &frame.bytes].concat();
         let mut left = &bytes[..];
         while !left.is_empty() {
-            left = self.put(left);
+            left = self.fill(left);
         }
     }
 }
@@ -108,11 +110,15 @@ fn frame(payload: usize) -> Frame {
 }
 
 #[test]
-fn frames_reach_the_device_in_every_layout() {
+fn frame_in_each_tx_layout_reaches_the_device() {
     for (layout, features, lens) in [
         (TxLayout::Single, VERSION_1, vec![12 + 154]),
         (TxLayout::SeparateHeader, VERSION_1, vec![12, 154]),
-        (TxLayout::SeparateHeader, VERSION_1 | INDIRECT, vec![12, 154]),
+        (
+            TxLayout::SeparateHeader,
+            VERSION_1 | INDIRECT,
+            vec![12, 154],
+        ),
         (TxLayout::SeparateHeader, 0, vec![10, 154]),
         (TxLayout::Segments(60), VERSION_1, vec![60, 60, 46]),
         (
@@ -125,19 +131,19 @@ fn frames_reach_the_device_in_every_layout() {
         config.tx_layout = layout;
         let (mut pair, mut device) = make(&config);
         let sent = frame(100);
-        // More frames than slots, so that each slot comes round again.
+        // More frames than slots, so that each slot is used again.
         for _ in 0..150 {
             pair.tx.send(&sent).unwrap();
             let header = &sent.header.to_bytes()[..if features == 0 { 10 } else { 12 }];
             let want = [header, &sent.bytes].concat();
-            assert_eq!(device.take(), Some((lens.clone(), want)), "{layout:?}");
+            assert_eq!(device.transmit(), Some((lens.clone(), want)), "{layout:?}");
         }
         pair.tx.drain(Duration::from_secs(1)).unwrap();
     }
 }
 
 #[test]
-fn a_full_transmitq_says_so_and_goes_on() {
+fn full_transmitq_refuses_frames_until_one_is_used() {
     let (mut pair, mut device) = make(&DriverQueueConfig::new(8, VERSION_1));
     let small = frame(10);
     let queue = |pair: &mut DriverQueuePair| pair.tx.queue(&small.header, &small.bytes).unwrap();
@@ -146,8 +152,8 @@ fn a_full_transmitq_says_so_and_goes_on() {
     }
     assert!(!queue(&mut pair));
     pair.tx.flush().unwrap();
-    assert_eq!(pair.tx.queue.kick.try_read(), 1, "one kick for all");
-    device.take().unwrap();
+    assert_eq!(pair.tx.queue.kick.try_read(), 1, "one kick for all frames");
+    device.transmit().unwrap();
     assert!(queue(&mut pair));
     assert!(!queue(&mut pair));
     let error = pair.tx.drain(Duration::from_millis(5)).unwrap_err();
@@ -170,7 +176,7 @@ fn a_full_transmitq_says_so_and_goes_on() {
 }
 
 #[test]
-fn prefilled_slots_are_sent_as_they_are() {
+fn prefilled_slots_are_sent_unchanged() {
     let (mut pair, mut device) = make(&DriverQueueConfig::new(16, VERSION_1));
     let sent = frame(46);
     pair.tx.prefill(&sent).unwrap();
@@ -180,18 +186,18 @@ fn prefilled_slots_are_sent_as_they_are() {
         assert_eq!(pair.tx.queue_prefilled(10).unwrap(), 6);
         pair.tx.flush().unwrap();
         for _ in 0..16 {
-            assert_eq!(device.take().unwrap().1, want);
+            assert_eq!(device.transmit().unwrap().1, want);
         }
-        assert!(device.take().is_none());
+        assert!(device.transmit().is_none());
     }
 }
 
 #[test]
-fn merged_frames_come_back_whole() {
+fn frame_merged_from_several_buffers_is_complete() {
     let config = DriverQueueConfig::new(64, VERSION_1 | MERGEABLE);
     let (mut pair, mut device) = make(&config);
     assert_eq!(pair.rx.fill().unwrap(), 64);
-    // Lengths around the ends of the first and second buffer, and the largest.
+    // Lengths around the ends of the first and second buffer, and the largest one.
     for payload in [0, 1460, 1461, 1400, 2985, 2986, 2987, 65_000] {
         let sent = frame(payload);
         let buffers = (sent.bytes.len() + 12).div_ceil(1526);
@@ -201,16 +207,20 @@ fn merged_frames_come_back_whole() {
         assert_eq!(got[0].bytes, sent.bytes);
         check(&got[0]).unwrap();
         assert_eq!(usize::from(got[0].header.num_buffers), buffers);
-        assert_eq!(pair.rx.queue.ring.in_flight(), 64, "refilled");
+        assert_eq!(
+            pair.rx.queue.ring.in_flight(),
+            64,
+            "the receiveq is refilled"
+        );
     }
 }
 
 #[test]
-fn big_buffers_take_the_largest_frame_unmerged() {
+fn largest_frame_fits_one_big_buffer() {
     let features = VERSION_1 | 1 << VIRTIO_NET_F_GUEST_TSO4;
     let whole = DriverQueueConfig::new(8, features);
     assert_eq!(whole.rx_buffer, [BIG_BUFFER]);
-    // As Linux lays them out: the header apart, then pages.
+    // The layout of Linux: the header apart, then pages.
     let mut pages = vec![12];
     pages.extend([4096; 16]);
     pages.push(BIG_BUFFER - 12 - 16 * 4096);
@@ -231,7 +241,7 @@ fn big_buffers_take_the_largest_frame_unmerged() {
 }
 
 #[test]
-fn a_receiveq_that_is_not_refilled_starves() {
+fn receiveq_without_refill_runs_out_of_buffers() {
     let (mut pair, mut device) = make(&DriverQueueConfig::new(8, VERSION_1 | MERGEABLE));
     pair.rx.refill = false;
     assert_eq!(pair.rx.fill_some(2).unwrap(), 2);
@@ -254,7 +264,7 @@ fn a_receiveq_that_is_not_refilled_starves() {
 }
 
 #[test]
-fn what_a_device_gets_wrong_with_a_frame_is_named() {
+fn invalid_frame_is_the_matching_device_fault() {
     let fault = |num_buffers: u16, bytes: usize| {
         let (mut pair, mut device) = make(&DriverQueueConfig::new(8, VERSION_1 | MERGEABLE));
         pair.rx.fill().unwrap();
@@ -264,7 +274,7 @@ fn what_a_device_gets_wrong_with_a_frame_is_named() {
         };
         let mut raw = header.to_bytes().to_vec();
         raw.resize(bytes, 0);
-        device.put(&raw);
+        device.fill(&raw);
         match pair.rx.receive_frames() {
             Err(Error::Device(fault)) => fault,
             other => panic!("{other:?}"),
@@ -289,7 +299,7 @@ fn what_a_device_gets_wrong_with_a_frame_is_named() {
 }
 
 #[test]
-fn reset_queues_work_as_new_ones() {
+fn queues_after_reset_work_like_new_ones() {
     let config = DriverQueueConfig::new(8, MODERN);
     let (mut pair, mut device) = make(&config);
     for _ in 0..3 {
@@ -297,26 +307,26 @@ fn reset_queues_work_as_new_ones() {
         for _ in 0..8 {
             pair.tx.send(&frame(10)).unwrap();
         }
-        device.take().unwrap();
+        device.transmit().unwrap();
         device.deliver(&frame(20), 1);
         assert_eq!(pair.rx.receive_frames().unwrap().len(), 1);
         pair.rx.reset();
         pair.tx.reset();
         device.tx = queue(8, pair.tx.queue.ring.addresses());
         device.rx = queue(8, pair.rx.queue.ring.addresses());
-        assert!(device.take().is_none());
+        assert!(device.transmit().is_none());
     }
 }
 
 #[test]
-fn partial_checksums_and_segments_keep_their_header() {
+fn frame_with_partial_checksum_and_gso_keeps_its_header() {
     let (mut pair, mut device) = make(&DriverQueueConfig::new(8, MODERN).with_big_tx());
     let mut spec = FrameSpec::v6(Transport::Tcp);
     spec.checksum = Checksum::Partial;
     spec.gso_size = Some(1400);
     let sent = spec.build(&[7; 60_000]).unwrap();
     pair.tx.send(&sent).unwrap();
-    let (_, bytes) = device.take().unwrap();
+    let (_, bytes) = device.transmit().unwrap();
     let header = NetHeader::from_bytes(bytes[..12].try_into().unwrap());
     assert_eq!(header, sent.header);
     assert_eq!(header.gso_size, 1400);
@@ -328,7 +338,7 @@ fn partial_checksums_and_segments_keep_their_header() {
 }
 
 #[test]
-fn configurations_that_make_no_sense_are_refused() {
+fn impossible_configuration_is_refused() {
     let ram = GuestRam::new(1 << 20).unwrap();
     let good = DriverQueueConfig::new(8, VERSION_1);
     let change = |f: fn(&mut DriverQueueConfig)| {

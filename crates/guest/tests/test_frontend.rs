@@ -1,4 +1,5 @@
-//! The card on a stock vhost-user back-end that echoes frames, and the order of its messages.
+//! The front-end with an unmodified vhost-user-backend that echoes frames, and the order of its
+//! messages.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::io::{Read, Write};
@@ -11,21 +12,23 @@ use std::time::Duration;
 use vhost::vhost_user::Listener;
 use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures as Protocol};
 use vhost_user_backend::{VhostUserBackendMut, VhostUserDaemon, VringRwLock, VringT};
+use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use virtio_queue::QueueT;
 use virtionet_guest::Error;
-use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig, StartOrder};
 use virtionet_guest::frame::{Frame, FrameSpec, Transport, check};
 use virtionet_guest::frontend::{FrontendConnection, VHOST_USER_F_PROTOCOL_FEATURES};
 use virtionet_guest::net::{MODERN, PACKED};
+use virtionet_guest::test_frontend::{StartOrder, TestFrontend, TestFrontendConfig};
 use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{
     EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
 };
 
+const MERGEABLE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// A device that sends every frame back on the pair that it came from.
+/// A device that sends every frame back on the queue pair on which it came.
 struct Echo {
     memory: Option<GuestMemoryAtomic<GuestMemoryMmap>>,
     pairs: usize,
@@ -42,8 +45,8 @@ impl VhostUserBackendMut for Echo {
         1024
     }
     fn features(&self) -> u64 {
-        // Without merging the echo needs one buffer a frame.
-        MODERN & !(1 << 15) | VHOST_USER_F_PROTOCOL_FEATURES
+        // Without mergeable buffers the echo needs one buffer for each frame.
+        MODERN & !MERGEABLE | VHOST_USER_F_PROTOCOL_FEATURES
     }
     fn protocol_features(&self) -> Protocol {
         Protocol::MQ | Protocol::REPLY_ACK | Protocol::CONFIGURE_MEM_SLOTS
@@ -85,16 +88,18 @@ impl Echo {
                 let head = chain.head_index();
                 let mut bytes = Vec::new();
                 for d in chain {
-                    let mut piece = vec![0; usize::try_from(d.len()).unwrap()];
-                    memory.read_slice(&mut piece, d.addr()).unwrap();
-                    bytes.append(&mut piece);
+                    let mut segment = vec![0; usize::try_from(d.len()).unwrap()];
+                    memory.read_slice(&mut segment, d.addr()).unwrap();
+                    bytes.append(&mut segment);
                 }
                 tx.add_used(head, 0).unwrap();
                 let rx_chain = rx
                     .get_mut()
                     .get_queue_mut()
                     .pop_descriptor_chain(memory.clone());
-                let Some(mut rx_chain) = rx_chain else { continue };
+                let Some(mut rx_chain) = rx_chain else {
+                    continue;
+                };
                 let head = rx_chain.head_index();
                 bytes[10] = 1;
                 memory
@@ -135,7 +140,7 @@ fn serve(pairs: usize) -> (PathBuf, JoinHandle<()>) {
         let echo = std::sync::Arc::new(echo);
         let mut daemon = VhostUserDaemon::new("echo".into(), echo, memory).unwrap();
         daemon.start(&mut listener).unwrap();
-        // The end of a connection is an error to that crate.
+        // That crate reports the end of a connection as an error.
         let _ = daemon.wait();
         for handler in daemon.get_epoll_handlers() {
             handler.send_exit_event();
@@ -145,7 +150,7 @@ fn serve(pairs: usize) -> (PathBuf, JoinHandle<()>) {
 }
 
 fn config(pairs: u16) -> TestFrontendConfig {
-    // The stock back-end wants features before enables.
+    // That back-end needs SET_FEATURES before SET_VRING_ENABLE.
     TestFrontendConfig {
         order: StartOrder::FeaturesFirst,
         ..TestFrontendConfig::new(pairs, 64, MODERN)
@@ -161,7 +166,7 @@ fn frames(count: u32) -> Vec<Frame> {
     (0..count).map(make).collect()
 }
 
-/// Sends `sent` on a pair in bursts and wants them back in order.
+/// Sends `sent` on a queue pair in bursts and checks that they come back in order.
 fn echo_through(frontend: &mut TestFrontend, pair: usize, sent: &[Frame]) {
     let pair = &mut frontend.pairs[pair];
     for burst in sent.chunks(32) {
@@ -177,10 +182,10 @@ fn echo_through(frontend: &mut TestFrontend, pair: usize, sent: &[Frame]) {
 }
 
 #[test]
-fn frames_go_out_and_come_back_on_every_pair() {
+fn frames_on_every_queue_pair_are_echoed() {
     let (path, server) = serve(3);
     let mut frontend = TestFrontend::connect(&path, &config(3)).unwrap();
-    assert_eq!(frontend.features() & 1 << 15, 0, "merging was not offered");
+    assert_eq!(frontend.features() & MERGEABLE, 0, "it was not offered");
     for pair in 0..3 {
         echo_through(&mut frontend, pair, &frames(1000));
     }
@@ -189,7 +194,7 @@ fn frames_go_out_and_come_back_on_every_pair() {
 }
 
 #[test]
-fn pairs_may_be_driven_by_threads_of_their_own() {
+fn queue_pairs_can_be_driven_by_other_threads() {
     let (path, server) = serve(2);
     let mut frontend = TestFrontend::connect(&path, &config(2)).unwrap();
     let threads: Vec<_> = std::mem::take(&mut frontend.pairs)
@@ -213,7 +218,7 @@ fn pairs_may_be_driven_by_threads_of_their_own() {
 }
 
 #[test]
-fn a_stopped_card_goes_on_where_it_was() {
+fn stopped_front_end_continues_at_its_base() {
     let (path, server) = serve(1);
     let mut ours = config(1);
     ours.queues.start = 65_500;
@@ -235,7 +240,7 @@ fn a_stopped_card_goes_on_where_it_was() {
 }
 
 #[test]
-fn memory_may_have_a_hole_and_regions_may_come_and_go() {
+fn memory_with_a_hole_and_changing_regions_is_usable() {
     let (path, server) = serve(1);
     let mut ours = config(1);
     ours.layout = vec![(0, 1 << 16), (1 << 32, 1 << 20)];
@@ -244,7 +249,10 @@ fn memory_may_have_a_hole_and_regions_may_come_and_go() {
     echo_through(&mut frontend, 0, &frames(100));
     let extra = virtionet_guest::memory::GuestRam::with_layout(&[(1 << 40, 4096)]).unwrap();
     let region = extra.regions()[0];
-    frontend.connection.add_mem_region(&region, extra.fd()).unwrap();
+    frontend
+        .connection
+        .add_mem_region(&region, extra.fd())
+        .unwrap();
     frontend.connection.remove_mem_region(&region).unwrap();
     assert!(frontend.connection.get_max_mem_slots().unwrap() > 1);
     echo_through(&mut frontend, 0, &frames(100));
@@ -253,11 +261,11 @@ fn memory_may_have_a_hole_and_regions_may_come_and_go() {
 }
 
 #[test]
-fn a_back_end_that_died_is_followed_by_another() {
+fn front_end_continues_with_another_back_end_after_the_first_ended() {
     let (path, server) = serve(1);
     let mut frontend = TestFrontend::connect(&path, &config(1)).unwrap();
     echo_through(&mut frontend, 0, &frames(70));
-    // Hanging up ends the first; the rings' state is all that is left.
+    // Closing the connection ends the first back-end. Only the state in guest memory is left.
     let ours = frontend.connection.wire.socket();
     ours.shutdown(std::net::Shutdown::Both).unwrap();
     server.join().unwrap();
@@ -271,10 +279,10 @@ fn a_back_end_that_died_is_followed_by_another() {
 }
 
 #[test]
-fn what_the_back_end_lacks_is_an_error() {
+fn missing_queue_pairs_features_or_back_end_are_errors() {
     let (path, server) = serve(1);
     let error = TestFrontend::connect(&path, &config(5)).unwrap_err();
-    // That crate answers GET_QUEUE_NUM in rings.
+    // That crate counts vrings in GET_QUEUE_NUM.
     assert!(
         matches!(error, Error::Pairs { wanted: 5, has: 2 }),
         "{error}"
@@ -282,23 +290,24 @@ fn what_the_back_end_lacks_is_an_error() {
     server.join().unwrap();
     let (path, server) = serve(1);
     let mut ours = config(1);
-    ours.required = 1 << 15;
+    ours.required = MERGEABLE;
     let error = TestFrontend::connect(&path, &ours).unwrap_err();
     assert!(
-        matches!(error, Error::Features(bits) if bits == 1 << 15),
+        matches!(error, Error::Features(bits) if bits == MERGEABLE),
         "{error}"
     );
     server.join().unwrap();
-    let mut nobody = config(1);
-    nobody.connect_timeout = Duration::from_millis(20);
+    let mut unreachable = config(1);
+    unreachable.connect_timeout = Duration::from_millis(20);
     assert!(matches!(
-        TestFrontend::connect(&socket_path(), &nobody),
+        TestFrontend::connect(&socket_path(), &unreachable),
         Err(Error::Connect { .. })
     ));
 }
 
-/// Answers every message as a back-end with two pairs would, until the front-end hangs up; returns
-/// the requests and, of rings' messages, the index and value.
+/// Answers every message like a back-end with two queue pairs until the front-end closes the
+/// connection. Returns the code of each request and the first two 32-bit words of its body, which
+/// are the index and the value in messages about vrings.
 fn record(mut socket: UnixStream, features: u64) -> Vec<(u32, u32, u32)> {
     let mut seen = Vec::new();
     let mut header = [0; 12];
@@ -326,10 +335,11 @@ fn record(mut socket: UnixStream, features: u64) -> Vec<(u32, u32, u32)> {
 }
 
 #[test]
-fn the_order_is_qemus() {
+fn start_and_stop_send_messages_in_the_order_of_qemu() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let server = std::thread::spawn(move || record(theirs, MODERN));
-    let mut frontend = TestFrontend::from_socket(ours, &TestFrontendConfig::new(2, 64, MODERN)).unwrap();
+    let mut frontend =
+        TestFrontend::from_socket(ours, &TestFrontendConfig::new(2, 64, MODERN)).unwrap();
     frontend.enable(1, false).unwrap();
     frontend.stop().unwrap();
     assert!(frontend.rings().iter().all(|ring| ring.base == 9));
@@ -344,24 +354,30 @@ fn the_order_is_qemus() {
     };
     let enables = at(FrontendReq::SET_VRING_ENABLE);
     let features = at(FrontendReq::SET_FEATURES);
-    assert!(enables[3].0 < features[0].0, "enables come before features");
+    assert!(
+        enables[3].0 < features[0].0,
+        "SET_VRING_ENABLE comes before SET_FEATURES"
+    );
     let states: Vec<_> = enables.iter().map(|e| (e.1, e.2)).collect();
     let before = [(0, 1), (1, 1), (2, 0), (3, 0)];
     let start = [(0, 1), (1, 1), (2, 1), (3, 1)];
     assert_eq!(states[..4], before);
     assert_eq!(states[4..8], start);
     assert_eq!(states[8..], [(2, 0), (3, 0)]);
-    assert_eq!(features.len(), 2, "once a pair");
+    assert_eq!(features.len(), 2, "once for each queue pair");
     assert_eq!(at(FrontendReq::SET_MEM_TABLE).len(), 1);
     let calls = at(FrontendReq::SET_VRING_CALL);
     assert_eq!(calls.len(), 8);
-    assert!(calls[3].0 < enables[0].0, "calls are set before any driver");
+    assert!(
+        calls[3].0 < enables[0].0,
+        "call eventfds are set before a driver is loaded"
+    );
     let bases = at(FrontendReq::GET_VRING_BASE);
     assert_eq!(bases.iter().map(|b| b.1).collect::<Vec<_>>(), [0, 1, 2, 3]);
 }
 
 #[test]
-fn packed_rings_are_taken_where_they_are_offered() {
+fn packed_format_is_used_only_if_offered() {
     for (offered, size, base) in [(MODERN | PACKED, 100, 0x8000_8000), (MODERN, 64, 0)] {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let server = std::thread::spawn(move || record(theirs, offered));
@@ -383,12 +399,15 @@ fn packed_rings_are_taken_where_they_are_offered() {
 }
 
 #[test]
-fn hang_ups_silence_and_wrong_replies_are_told_apart() {
+fn closed_connection_timeout_and_wrong_reply_are_different_errors() {
     let path = socket_path();
     let listener = UnixListener::bind(&path).unwrap();
     let answer = |bytes: Option<Vec<u8>>| {
         let mut connection = FrontendConnection::connect(&path, LIMIT).unwrap();
-        connection.wire.set_timeout(Duration::from_millis(50)).unwrap();
+        connection
+            .wire
+            .set_timeout(Duration::from_millis(50))
+            .unwrap();
         let (mut theirs, _) = listener.accept().unwrap();
         match bytes {
             Some(bytes) => theirs.write_all(&bytes).unwrap(),

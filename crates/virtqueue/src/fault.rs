@@ -1,77 +1,81 @@
-//! What a guest can get wrong, by name.
+//! The rules of virtio that a guest can break, one variant for each.
 //!
-//! A [`ChainFault`] costs the guest that chain: it is given back with length 0 and the ring goes
-//! on. A [`VirtqueueFault`] means that the ring's indices can no longer be believed: the ring is
-//! quarantined until it is configured anew.
+//! A [`ChainFault`] costs the guest that chain: it is completed with length 0 and the virtqueue
+//! continues. A [`VirtqueueFault`] means that the driver's indices cannot be relied on any more:
+//! the virtqueue is quarantined until it is configured anew.
 
-/// A chain that breaks the rules of virtio 1.3 §2.7.5 (split) or §2.8 (packed).
+/// How a chain breaks the rules of virtio 1.3 §2.7.5 (split) or §2.8 (packed).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ChainFault {
-    /// More descriptors than the ring or table has: a loop.
+    /// The chain has more descriptors than the ring or table, so it is a loop.
     #[error("descriptor chain loops")]
     Loop,
-    /// More than [`crate::MAX_CHAIN_SEGMENTS`] descriptors or pieces.
-    #[error("descriptor chain has more than {} pieces", crate::MAX_CHAIN_SEGMENTS)]
+    /// The chain has more than [`crate::MAX_CHAIN_SEGMENTS`] descriptors or segments.
+    #[error(
+        "descriptor chain has more than {} segments",
+        crate::config::MAX_CHAIN_SEGMENTS
+    )]
     TooLong,
-    /// More than 2^32 - 1 bytes.
+    /// The chain has more than 2^32 - 1 bytes.
     #[error("descriptor chain has more than 4 GiB")]
     TooBig,
-    /// Fewer bytes than [`crate::VirtqueueConfig::min_len`].
+    /// The chain has fewer bytes than [`crate::VirtqueueConfig::min_len`].
     #[error("descriptor chain is too short")]
     TooShort,
-    /// `next` leads outside the ring or table.
+    /// `next` is outside the ring or table.
     #[error("descriptor's next is out of range")]
     NextOutOfRange,
-    /// An address range outside guest memory.
+    /// A buffer is not entirely in guest memory.
     #[error("descriptor's address is outside guest memory")]
     AddressInvalid,
-    /// A writable descriptor on TX, a readable one on RX.
+    /// A buffer is writable in a TX virtqueue or readable in an RX virtqueue.
     #[error("descriptor has the wrong direction")]
     DirectionWrong,
-    /// INDIRECT inside an indirect table.
+    /// A descriptor in an indirect table has VIRTQ_DESC_F_INDIRECT.
     #[error("indirect descriptor inside an indirect table")]
     IndirectNested,
-    /// INDIRECT and NEXT together.
+    /// A descriptor has both VIRTQ_DESC_F_INDIRECT and VIRTQ_DESC_F_NEXT.
     #[error("descriptor is indirect and has a next")]
     IndirectWithNext,
-    /// An indirect table of a length that is 0, no multiple of 16, or over 65,535 entries.
+    /// The length of an indirect table in bytes is 0, not a multiple of 16, or that of more than
+    /// 65,535 descriptors.
     #[error("indirect table has a bad length")]
     IndirectBadLength,
-    /// An indirect table outside guest memory.
+    /// An indirect table does not lie in one memory region.
     #[error("indirect table is outside guest memory")]
     IndirectUnmapped,
-    /// INDIRECT without VIRTIO_F_INDIRECT_DESC.
+    /// A descriptor has VIRTQ_DESC_F_INDIRECT, but VIRTIO_F_INDIRECT_DESC is not negotiated.
     #[error("indirect descriptor without the feature")]
     IndirectNotNegotiated,
 }
 
-/// Indices that cannot be believed.
+/// Why the indices of a virtqueue cannot be relied on any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum VirtqueueFault {
-    /// The available index is ahead by more than the ring's size (or went backwards, which is the
-    /// same).
+    /// The available index is ahead of the device's by more than the size. An index that moved
+    /// backwards looks the same.
     #[error("available index {avail} is more than {size} ahead of {next}")]
     AvailIndexJump {
         /// The driver's index.
         avail: u16,
-        /// Ours.
+        /// The device's index.
         next: u16,
-        /// Virtqueue size in descriptors.
+        /// Size of the virtqueue in descriptors.
         size: u16,
     },
-    /// A packed ring's chain that goes on through the whole ring: where the next begins cannot be
+    /// A chain continues through the whole packed ring, so that the start of the next chain is not
     /// known.
-    #[error("a descriptor chain goes on through a whole ring of {size}")]
+    #[error("a descriptor chain continues through a whole ring of {size}")]
     ChainWithoutEnd {
-        /// Virtqueue size in descriptors.
+        /// Size of the virtqueue in descriptors.
         size: u16,
     },
-    /// A head outside the descriptor table: it cannot even be given back.
+    /// The head of a chain is outside the descriptor table, so the chain cannot even be completed.
     #[error("available head {head} is outside a ring of {size}")]
     HeadOutOfRange {
-        /// What the available ring holds.
+        /// The head in the available ring.
         head: u16,
-        /// Virtqueue size in descriptors.
+        /// Size of the virtqueue in descriptors.
         size: u16,
     },
 }

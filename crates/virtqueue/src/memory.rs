@@ -1,20 +1,25 @@
-//! The guest's memory as this process sees it.
+//! Guest memory, mapped into this process.
 //!
-//! A [`GuestMemory`] is an immutable snapshot of mapped [`MappedRegion`]s. A change of the memory table
-//! makes a new snapshot; rings are re-bound to it under their lock, so nothing that runs ever sees
-//! a table change.
+//! A [`GuestMemory`] is an immutable snapshot of [`MappedRegion`]s. A change of the memory table
+//! makes a new snapshot, and each virtqueue is bound to it while the virtqueue is locked. Code that
+//! runs therefore never sees the table change.
 //!
-//! Three views leave this module, and they are the only ways to touch guest memory:
+//! ```text
+//! guest address, or       MappedRegion          address in this process
+//! front-end address  -->  (offset in region) -->  (offset in mapping)
+//! ```
 //!
-//! - [`GuestArray`]: a ring's own arrays (descriptors, available and used elements). It keeps its
-//!   region mapped for as long as it lives.
-//! - [`GuestSlice`]: a segment of a buffer, laid out as the kernel's `iovec`, so that a chain is
-//!   handed to `readv`/`writev` as it stands.
-//! - [`SegmentList`]: storage for the slices of a burst, bound to one snapshot; it translates an
-//!   (address, length) pair as a whole and remembers the region that the last one lay in.
+//! There are three ways to access guest memory, all of them from this module:
 //!
-//! The guest writes this memory while we read it. Every load here is volatile or atomic and copies
-//! the value out once; what is checked and what is used is that copy. No reference (`&[u8]`) into
+//! - [`GuestArray`] is an array of a virtqueue itself: descriptors, or the entries of the available
+//!   or used ring. It keeps its region mapped for as long as it exists.
+//! - [`GuestSlice`] is a segment of a buffer with the layout of the kernel's `iovec`, so that a
+//!   chain can be passed to `readv` and `writev` without conversion.
+//! - [`SegmentList`] stores the slices of a burst and is bound to one snapshot. It translates an
+//!   (address, length) pair as a whole and caches the region that it found last.
+//!
+//! **The guest writes this memory while the device reads it.** Each load is volatile or atomic and
+//! copies the value once; the copy is what is checked and then used. No reference (`&[u8]`) into
 //! guest memory is ever made.
 #![allow(unsafe_code)]
 
@@ -32,38 +37,38 @@ use vm_memory::{ByteValued, FileOffset, MmapRegion};
 pub(crate) use array::{Descriptor, impl_byte_valued};
 pub use array::{GuestArray, GuestArrayRef, full_fence};
 #[cfg(loom)]
-pub use loom::{DisabledOrdering, disable_ordering, clear_model};
+pub use loom::{DisabledOrdering, clear_model, disable_ordering};
 pub(crate) use segments::SegmentWriter;
 pub use segments::{BadAddress, GuestSlice, SegmentList};
 
-/// Most regions a memory table may have: what QEMU's own slots reach.
+/// The largest number of regions in a memory table. QEMU has at most as many memory slots.
 pub const MAX_REGIONS: usize = 509;
 
-/// Where one region of guest memory lies, as the front-end tells it.
+/// Where one region of guest memory lies, as SET_MEM_TABLE and ADD_MEM_REG describe it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RegionSpec {
     /// First guest physical address.
     pub guest_addr: u64,
     /// Size in bytes.
     pub size: u64,
-    /// First address in the front-end's own address space; ring addresses are given in it.
+    /// First address in the front-end's address space. SET_VRING_ADDR uses that address space.
     pub user_addr: u64,
-    /// Where the region begins in its file, in bytes.
+    /// Offset of the region in its file in bytes.
     pub file_offset: u64,
 }
 
-/// Why a memory table cannot be used (the front-end's fault).
+/// Why a memory table cannot be used. The front-end's request or its file is at fault.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
-    /// A region of no bytes.
+    /// The size of a region is 0.
     #[error("memory region at guest address {0:#x} has size 0; give it a size")]
     Empty(u64),
-    /// An end address beyond 2^64.
+    /// The end of a region is beyond 2^64.
     #[error(
         "memory region at guest address {0:#x} with size {1:#x} wraps around; check the memory table"
     )]
     Wraps(u64, u64),
-    /// The file behind the region is shorter than the region says.
+    /// The file of a region ends before the region does.
     #[error(
         "memory region at guest address {guest_addr:#x} needs {needed} bytes of its file, which has {actual}; the front-end must share the whole file"
     )]
@@ -75,12 +80,12 @@ pub enum MemoryError {
         /// Size of the file in bytes.
         actual: u64,
     },
-    /// Two regions share guest or front-end addresses.
+    /// Two regions have guest addresses or front-end addresses in common.
     #[error(
         "memory regions at guest addresses {0:#x} and {1:#x} overlap; each address may be mapped once"
     )]
     Overlap(u64, u64),
-    /// More regions than [`MAX_REGIONS`].
+    /// The table has more than [`MAX_REGIONS`] regions.
     #[error("{0} memory regions are more than the {MAX_REGIONS} this back-end takes")]
     TooMany(usize),
     /// The kernel refused the mapping.
@@ -92,18 +97,18 @@ pub enum MemoryError {
         size: u64,
         /// Offset in the file in bytes.
         offset: u64,
-        /// What the mapping said.
+        /// Text of the mapping's error.
         reason: String,
     },
     /// The file could not be examined.
     #[error("cannot read the size of a memory region's file: {0}")]
     Stat(#[from] std::io::Error),
-    /// A region to be removed is not in the table.
+    /// A region that is to be removed is not in the table.
     #[error("no memory region at guest address {0:#x} with size {1:#x} to remove")]
     Unknown(u64, u64),
 }
 
-/// One mapped region.
+/// One region of guest memory, mapped into this process.
 #[derive(Debug)]
 pub struct MappedRegion {
     spec: RegionSpec,
@@ -114,8 +119,8 @@ impl MappedRegion {
     /// Maps `spec` from `file`.
     ///
     /// # Errors
-    /// When the region is empty, wraps, reaches beyond its file (touching that would be SIGBUS) or
-    /// cannot be mapped.
+    /// When the region is empty, wraps, cannot be mapped, or ends behind the end of its file, where
+    /// an access would raise SIGBUS.
     pub fn map(spec: RegionSpec, file: File) -> Result<Self, MemoryError> {
         let wraps = || MemoryError::Wraps(spec.guest_addr, spec.size);
         if spec.size == 0 {
@@ -154,7 +159,8 @@ impl MappedRegion {
         self.mapping.as_ptr()
     }
 
-    /// Offset of `len` bytes at `addr` in a range that begins at `start`, when all of them are in.
+    /// Offset of `addr` in the region if the region begins at `start` and holds all `len` bytes at
+    /// `addr`.
     fn offset(&self, start: u64, addr: u64, len: u64) -> Option<usize> {
         let offset = addr.checked_sub(start)?;
         let end = offset.checked_add(len)?;
@@ -165,8 +171,8 @@ impl MappedRegion {
     }
 }
 
-/// A file that cannot shrink cannot turn a mapped page into SIGBUS. Files that take no seals
-/// (hugetlbfs, plain files) stay as they are.
+/// Prevents the file from shrinking, because an access to a page that is no longer in the file
+/// raises SIGBUS. A file that does not support seals (hugetlbfs, regular files) stays unchanged.
 fn seal_against_shrinking(file: &File) {
     // SAFETY: F_ADD_SEALS reads only its integer argument; a file without seals answers an error.
     unsafe {
@@ -174,18 +180,19 @@ fn seal_against_shrinking(file: &File) {
     }
 }
 
-/// An immutable snapshot of the guest's memory: regions in order of guest address, none
-/// overlapping.
+/// An immutable snapshot of the guest's memory: regions in order of guest address that do not
+/// overlap.
 #[derive(Debug, Default)]
 pub struct GuestMemory {
     regions: Vec<Arc<MappedRegion>>,
 }
 
 impl GuestMemory {
-    /// Builds a snapshot.
+    /// A snapshot of `regions`, given in any order.
     ///
     /// # Errors
-    /// When regions overlap (in guest or front-end addresses) or are too many.
+    /// When two regions overlap in guest or front-end addresses, or there are more than
+    /// [`MAX_REGIONS`].
     pub fn new(mut regions: Vec<Arc<MappedRegion>>) -> Result<Self, MemoryError> {
         if regions.len() > MAX_REGIONS {
             return Err(MemoryError::TooMany(regions.len()));
@@ -197,7 +204,7 @@ impl GuestMemory {
         Ok(Self { regions })
     }
 
-    /// This snapshot with one region more (ADD_MEM_REG).
+    /// A snapshot with one more region (ADD_MEM_REG).
     ///
     /// # Errors
     /// As [`GuestMemory::new`].
@@ -207,8 +214,8 @@ impl GuestMemory {
         Self::new(regions)
     }
 
-    /// This snapshot without the region of this guest address, front-end address and size
-    /// (REM_MEM_REG).
+    /// A snapshot without the region that has the guest address, front-end address and size of
+    /// `spec` (REM_MEM_REG). The offset in the file is not compared.
     ///
     /// # Errors
     /// When there is no such region.
@@ -234,14 +241,14 @@ impl GuestMemory {
         self.regions.iter().map(|r| r.spec)
     }
 
-    /// Whether nothing is mapped.
+    /// Whether there is no region.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.regions.is_empty()
     }
 
-    /// An array of `len` values at a *front-end* address, as SET_VRING_ADDR gives it. `None` when
-    /// the address is not aligned for `T` or the array does not lie in one region.
+    /// The array of `len` values at a *front-end* address, as SET_VRING_ADDR gives it. Returns
+    /// `None` when the address is not aligned for `T` or the array does not lie in one region.
     #[must_use]
     pub fn user_array<T: ByteValued>(&self, user_addr: u64, len: u16) -> Option<GuestArray<T>> {
         let bytes = array_bytes::<T>(len)?;
@@ -252,8 +259,8 @@ impl GuestMemory {
         GuestArray::at(region, offset, len)
     }
 
-    /// Where a *front-end* address lies in this process, as a number: for asking the kernel about
-    /// its page. `None` when it lies in no region.
+    /// The address in this process of a *front-end* address, as a number with which the kernel can
+    /// be asked about its page. Returns `None` when it lies in no region.
     #[must_use]
     pub fn host_address(&self, user_addr: u64) -> Option<usize> {
         let at = |r: &Arc<MappedRegion>| {
@@ -263,19 +270,20 @@ impl GuestMemory {
         self.regions.iter().find_map(at)
     }
 
-    /// An array of `len` values at a *guest* address (an indirect descriptor table).
-    /// `None` as for [`GuestMemory::user_array`], but any alignment is taken: the specification
-    /// asks none of an indirect table that we could rely on.
+    /// The array of `len` values at a *guest* address (an indirect descriptor table). Returns
+    /// `None` when it does not lie in one region. Any alignment is allowed, because the
+    /// specification guarantees none for an indirect table.
     #[must_use]
     pub fn guest_array<T: ByteValued>(&self, addr: u64, len: u16) -> Option<GuestArrayRef<'_, T>> {
         let bytes = array_bytes::<T>(len)?;
         let (region, offset) = self.find(addr, bytes)?;
-        // SAFETY: `find` saw that the array's bytes lie in the region's mapping.
+        // SAFETY: `find` checked that the array's bytes lie in the region's mapping.
         Some(unsafe { GuestArrayRef::new(region.host().add(offset), len) })
     }
 
-    /// Copies out of guest memory at a guest address; false when the range is not mapped in one
-    /// region. For tests and control paths, not for the data path.
+    /// Copies from guest memory at a guest address to `out`. Returns false, without any effect,
+    /// when the range does not lie in one region. For tests and control paths, not for the data
+    /// path.
     #[must_use]
     pub fn read(&self, addr: u64, out: &mut [u8]) -> bool {
         self.find(addr, to_u64(out.len()))
@@ -286,7 +294,8 @@ impl GuestMemory {
             })
     }
 
-    /// Copies into guest memory at a guest address; false as for [`GuestMemory::read`].
+    /// Copies `data` to guest memory at a guest address. Returns false as [`GuestMemory::read`]
+    /// does.
     #[must_use]
     pub fn write(&self, addr: u64, data: &[u8]) -> bool {
         self.find(addr, to_u64(data.len()))
@@ -303,7 +312,7 @@ impl GuestMemory {
         Some((region, offset))
     }
 
-    /// The region that a guest address lies in.
+    /// The region that contains a guest address.
     fn region_containing(&self, addr: u64) -> Option<&Arc<MappedRegion>> {
         let after = self.regions.partition_point(|r| r.spec.guest_addr <= addr);
         let region = self.regions.get(after.checked_sub(1)?)?;
@@ -317,7 +326,7 @@ fn check_no_overlap(
 ) -> Result<(), MemoryError> {
     for pair in sorted.windows(2) {
         let (low, high) = (&pair[0].spec, &pair[1].spec);
-        // No overflow: MappedRegion::map saw that both sums fit.
+        // The sum fits: MappedRegion::map checked it in both address spaces.
         if start(low) + low.size > start(high) {
             return Err(MemoryError::Overlap(low.guest_addr, high.guest_addr));
         }
@@ -331,19 +340,24 @@ fn array_bytes<T>(len: u16) -> Option<u64> {
         .checked_mul(u64::from(len))
 }
 
-/// usize fits u64 on every machine that Linux runs on.
+/// Converts a size; a usize fits u64 on every machine that Linux supports.
 fn to_u64(n: usize) -> u64 {
     u64::try_from(n).unwrap_or(u64::MAX)
 }
 
+/// Copies from guest memory.
+///
 /// # Safety
 /// `from` must point to `to.len()` mapped bytes.
 unsafe fn copy_out(from: *const u8, to: &mut [u8]) {
-    // SAFETY: by contract; the two cannot overlap since `to` is private memory. The guest may
-    // write meanwhile: the copy then holds a mix, which the caller checks as any other input.
+    // SAFETY: by contract; the two cannot overlap since `to` is private memory. The guest may write
+    // at the same time. The copy then mixes old and new bytes, and the caller checks it as any
+    // input.
     unsafe { std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len()) }
 }
 
+/// Copies to guest memory.
+///
 /// # Safety
 /// `to` must point to `from.len()` mapped bytes.
 unsafe fn copy_in(from: &[u8], to: *mut u8) {
@@ -357,7 +371,7 @@ mod tests {
     use crate::testing::{memfd, region};
 
     #[test]
-    fn a_region_longer_than_its_file_is_refused() {
+    fn region_longer_than_its_file_is_refused() {
         let spec = RegionSpec {
             guest_addr: 0,
             size: 8192,
@@ -376,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn bad_regions_are_refused() {
+    fn region_with_invalid_size_address_or_offset_is_refused() {
         let spec = |guest_addr, size, user_addr, file_offset| RegionSpec {
             guest_addr,
             size,
@@ -390,13 +404,15 @@ mod tests {
             (spec(0, 8192, 0, u64::MAX - 4095), "wraps"),
             (spec(0, 4096, 0, 100), "cannot map"),
         ] {
-            let text = MappedRegion::map(spec, memfd(8192)).unwrap_err().to_string();
+            let text = MappedRegion::map(spec, memfd(8192))
+                .unwrap_err()
+                .to_string();
             assert!(text.contains(want), "{text}");
         }
     }
 
     #[test]
-    fn overlaps_are_refused_in_both_address_spaces() {
+    fn regions_that_overlap_in_either_address_space_are_refused() {
         let make = |a: (u64, u64), b: (u64, u64)| {
             GuestMemory::new(vec![
                 Arc::new(region(a.0, a.1, 8192)),
@@ -409,7 +425,7 @@ mod tests {
     }
 
     #[test]
-    fn pieces_cross_joined_regions_and_stop_at_holes() {
+    fn segments_cross_adjacent_regions_and_are_refused_in_holes() {
         let memory = Arc::new(
             GuestMemory::new(vec![
                 Arc::new(region(0x1000, 0, 4096)),
@@ -428,8 +444,8 @@ mod tests {
             (0x2ff0, 32),       // into the hole
             (0x3000, 1),        // in the hole
             (0, 1),             // before everything
-            (0x5000, 0),        // one past the end, no bytes
-            (0x3000, 0),        // no bytes in the hole
+            (0x5000, 0),        // one past the end, and no bytes
+            (0x3000, 0),        // in the hole, and no bytes
             (u64::MAX, 2),      // wraps
             (0x1000, u32::MAX), // longer than all memory
         ] {
@@ -442,7 +458,7 @@ mod tests {
     }
 
     #[test]
-    fn slices_carry_bytes_both_ways() {
+    fn slices_copy_bytes_in_both_directions() {
         let memory = Arc::new(GuestMemory::new(vec![Arc::new(region(0, 0, 4096))]).unwrap());
         assert!(memory.write(100, b"hello world"));
         let mut segments = SegmentList::new(Arc::clone(&memory));
@@ -459,7 +475,7 @@ mod tests {
     }
 
     #[test]
-    fn front_end_addresses_lead_to_their_pages() {
+    fn front_end_address_is_translated_to_its_page() {
         let memory = GuestMemory::new(vec![Arc::new(region(0, 1 << 20, 8192))]).unwrap();
         let first = memory.host_address(1 << 20).unwrap();
         assert_eq!(first % 4096, 0);
@@ -470,7 +486,7 @@ mod tests {
     }
 
     #[test]
-    fn ring_arrays_need_alignment_and_one_region() {
+    fn array_that_is_misaligned_or_crosses_regions_is_refused() {
         let memory = GuestMemory::new(vec![
             Arc::new(region(0, 0, 4096)),
             Arc::new(region(4096, 4096, 4096)),

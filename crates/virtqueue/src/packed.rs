@@ -1,38 +1,54 @@
-//! The packed virtqueue (virtio 1.3 §2.8).
+//! The device side of a packed virtqueue (virtio 1.3 §2.8).
 //!
 //! ```text
-//! descriptor ring, read by us and written back    driver's events      device's events (ours)
-//! [addr len id flags]                             off_wrap flags       off_wrap flags
+//! descriptor ring                      driver event area   device event area
+//! (driver writes, device overwrites)   (driver writes)     (device writes)
+//! [addr len id flags]                  off_wrap flags      off_wrap flags
 //! ```
 //!
-//! One ring for both directions: the driver makes descriptors available in order, the device
-//! overwrites them with used ones in order. Two bits of `flags`, AVAIL and USED, say whose a
-//! descriptor is; what they mean turns over each time the ring wraps, which each side follows with
-//! a wrap counter.
+//! One ring serves both directions: the driver makes descriptors available in order, and the device
+//! overwrites them with used ones in order. Two bits of `flags`, AVAIL and USED, say who owns a
+//! descriptor. Their meaning is inverted each time the ring wraps, so each side keeps a wrap
+//! counter for each of its positions:
+//!
+//! | wrap counter | available | used |
+//! |---|---|---|
+//! | 1 | AVAIL, not USED | AVAIL and USED |
+//! | 0 | USED, not AVAIL | neither |
+//!
+//! ```text
+//!                      used           avail
+//!                        v              v
+//! ring  ... used         | dequeued     | available, or unused ...
+//! ```
+//!
+//! Completed chains are recorded in private memory. `publish` writes them to the ring, beginning
+//! with the second one, and makes all of them visible by writing the first one last.
 
-use crate::burst::{Burst, Chain, Reservation};
+use crate::burst::{Burst, Reservation};
+use crate::chain::{Chain, to_used_len};
+use crate::config::{MAX_QUEUE_SIZE, VirtqueueConfig, VirtqueueError};
+use crate::constants::{
+    VIRTQ_DESC_F_AVAIL, VIRTQ_DESC_F_USED, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT,
+    VRING_DESC_F_WRITE, VRING_PACKED_EVENT_F_WRAP_CTR, VRING_PACKED_EVENT_FLAG_DESC,
+    VRING_PACKED_EVENT_FLAG_DISABLE, VRING_PACKED_EVENT_FLAG_ENABLE,
+};
+use crate::event::needs_event;
 use crate::fault::{ChainFault, VirtqueueFault};
 use crate::memory::{Descriptor, GuestArray, GuestMemory, SegmentWriter, full_fence};
-use crate::walk::{VRING_DESC_F_INDIRECT, MAX_CHAINS_PER_DEQUEUE, MAX_DESCRIPTORS_PER_DEQUEUE, VRING_DESC_F_NEXT, ChainRules, TableOrder, VRING_DESC_F_WRITE, Walk};
-use crate::{VirtqueueConfig, VirtqueueError, needs_event, to_used_len};
+use crate::walk::{
+    ChainRules, MAX_CHAINS_PER_DEQUEUE, MAX_DESCRIPTORS_PER_DEQUEUE, TableOrder, Walk,
+};
 
-const VIRTQ_DESC_F_AVAIL: u16 = 1 << 7;
-const VIRTQ_DESC_F_USED: u16 = 1 << 15;
-/// The wrap counter's bit beside an index.
-const WRAP_COUNTER_BIT: u16 = 1 << 15;
-
-/// Places in an event suppression area, in 16-bit words.
+// Positions of the fields of an event suppression area (virtio 1.3 §2.8.14), in 16-bit words.
 const EVENT_OFF_WRAP: u16 = 0;
 const EVENT_FLAGS: u16 = 1;
-/// What `flags` of such an area say: always, never, or at the descriptor of `off_wrap`.
-const VRING_PACKED_EVENT_FLAG_ENABLE: u16 = 0;
-const VRING_PACKED_EVENT_FLAG_DISABLE: u16 = 1;
-const VRING_PACKED_EVENT_FLAG_DESC: u16 = 2;
 
-/// Descriptors fetched ahead of the one looked at: two cache lines.
+/// Number of descriptors between the one that is read and the one that is prefetched: two cache
+/// lines.
 const PREFETCH_DISTANCE: u16 = 8;
 
-/// A position in the ring.
+/// A position in the descriptor ring: a descriptor and the wrap counter that is valid there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct RingPosition {
     index: u16,
@@ -40,20 +56,27 @@ struct RingPosition {
 }
 
 impl RingPosition {
-    /// From the form that SET_VRING_BASE and event areas have.
+    /// Reads the form of SET_VRING_BASE and of `off_wrap`. Returns `None` when the index is outside
+    /// the ring.
     fn from_word(word: u16, size: u16) -> Option<Self> {
-        let index = word & !WRAP_COUNTER_BIT;
+        let index = word & !VRING_PACKED_EVENT_F_WRAP_CTR;
         (index < size).then_some(Self {
             index,
-            wrap: word & WRAP_COUNTER_BIT != 0,
+            wrap: word & VRING_PACKED_EVENT_F_WRAP_CTR != 0,
         })
     }
 
+    /// Converts to the form of SET_VRING_BASE and of `off_wrap`.
     fn to_word(self) -> u16 {
-        self.index | if self.wrap { WRAP_COUNTER_BIT } else { 0 }
+        self.index
+            | if self.wrap {
+                VRING_PACKED_EVENT_F_WRAP_CTR
+            } else {
+                0
+            }
     }
 
-    /// `n` descriptors further (`n` at most the ring's size, which is at most 32,768).
+    /// The position `n` descriptors later. `n` is at most the size, which is at most 32,768.
     #[inline(always)]
     fn after(self, n: u16, size: u16) -> Self {
         let index = self.index + n;
@@ -67,7 +90,7 @@ impl RingPosition {
         }
     }
 
-    /// Descriptors from `earlier` to here, a lap at most.
+    /// Number of descriptors from `earlier` to here, at most the size.
     #[inline(always)]
     fn since(self, earlier: Self, size: u16) -> u16 {
         if self.wrap == earlier.wrap {
@@ -77,7 +100,7 @@ impl RingPosition {
         }
     }
 
-    /// `n` descriptors back.
+    /// The position `n` descriptors earlier. `n` is at most the size.
     fn before(self, n: u16, size: u16) -> Self {
         if n <= self.index {
             Self {
@@ -93,7 +116,7 @@ impl RingPosition {
     }
 }
 
-/// A chain that is done with and not yet shown to the driver.
+/// A completed chain that the driver cannot see yet.
 #[derive(Debug, Clone, Copy)]
 struct CompletedChain {
     id: u16,
@@ -101,15 +124,15 @@ struct CompletedChain {
     written: u32,
 }
 
-/// The device's half of a packed ring.
+/// The device side of a packed virtqueue.
 #[derive(Debug)]
 pub(crate) struct PackedVirtqueue {
     size: u16,
     event_idx: bool,
     rules: ChainRules,
-    /// Next descriptor to take.
+    /// Next descriptor to dequeue.
     avail: RingPosition,
-    /// Next descriptor to overwrite.
+    /// Next descriptor to overwrite with a used one.
     used: RingPosition,
     desc: GuestArray<Descriptor>,
     driver_event: GuestArray<u16>,
@@ -118,16 +141,20 @@ pub(crate) struct PackedVirtqueue {
 }
 
 impl PackedVirtqueue {
-    pub(crate) fn new(config: &VirtqueueConfig, memory: &GuestMemory) -> Result<Self, VirtqueueError> {
+    pub(crate) fn new(
+        config: &VirtqueueConfig,
+        memory: &GuestMemory,
+    ) -> Result<Self, VirtqueueError> {
         let layout = config.layout;
         let size = layout.size;
-        if size == 0 || size > crate::MAX_QUEUE_SIZE {
+        if size == 0 || size > MAX_QUEUE_SIZE {
             return Err(VirtqueueError::Size(size));
         }
-        // The used half of the base is not filled by every front-end; since chains are completed
-        // in order and none is taken when a ring stops, it equals the available half.
+        // Not every front-end fills the upper (used) half of the base. It equals the lower half,
+        // because chains are completed in order and none is in use when a virtqueue stops.
         let low = u16::try_from(config.base & 0xffff).unwrap_or(0);
-        let position = RingPosition::from_word(low, size).ok_or(VirtqueueError::Base(config.base))?;
+        let position =
+            RingPosition::from_word(low, size).ok_or(VirtqueueError::Base(config.base))?;
         Ok(Self {
             size,
             event_idx: config.event_idx,
@@ -155,26 +182,37 @@ impl PackedVirtqueue {
         u32::from(self.avail.to_word()) | u32::from(self.used.to_word()) << 16
     }
 
-    /// Descriptors that the driver may have made available: those that we did not take, or gave
-    /// back. The flags of the others are not to be believed, or a driver that rewrites them makes us
-    /// take more than the ring has.
+    /// Number of descriptors that the driver can have made available: those that are not dequeued.
+    /// The flags of dequeued ones must not be trusted; a driver that rewrites them could make the
+    /// device dequeue more descriptors than the ring has.
     #[inline(always)]
     fn max_available(&self) -> u16 {
         self.size - self.avail.since(self.used, self.size)
     }
 
-    /// Takes chain after chain for as long as the next descriptor is the device's.
+    /// Dequeues chains for as long as the next descriptor is available.
     #[inline]
-    pub(crate) fn dequeue(&mut self, burst: &mut Burst, max: usize) -> Result<usize, VirtqueueFault> {
-        let Reservation { chains, mut segments } = burst.reserve(max.min(MAX_CHAINS_PER_DEQUEUE));
+    pub(crate) fn dequeue(
+        &mut self,
+        burst: &mut Burst,
+        max: usize,
+    ) -> Result<usize, VirtqueueFault> {
+        let Reservation {
+            chains,
+            mut segments,
+        } = burst.reserve(max.min(MAX_CHAINS_PER_DEQUEUE));
         let mut remaining = self.max_available();
         let mut position = self.avail;
-        // Work of chains that are not single ones; those are bounded by their number.
+        // Work of the chains with several descriptors. The others are bounded by their number.
         let mut descriptors_read = 0;
         let mut taken = 0;
         let mut fault = Ok(());
-        while taken < chains.len() && remaining > 0 && descriptors_read < MAX_DESCRIPTORS_PER_DEQUEUE {
-            let singles = self.dequeue_singles(position, remaining, &mut chains[taken..], &mut segments);
+        while taken < chains.len()
+            && remaining > 0
+            && descriptors_read < MAX_DESCRIPTORS_PER_DEQUEUE
+        {
+            let singles =
+                self.dequeue_singles(position, remaining, &mut chains[taken..], &mut segments);
             taken += usize::from(singles);
             remaining -= singles;
             position = position.after(singles, self.size);
@@ -190,15 +228,15 @@ impl PackedVirtqueue {
                 None => self.walk_slow(position, desc, remaining, &mut segments),
             };
             match walk_result {
-                Ok((any, read)) => {
-                    remaining -= any.slots;
-                    position = position.after(any.slots, self.size);
+                Ok((walked, read)) => {
+                    remaining -= walked.slots;
+                    position = position.after(walked.slots, self.size);
                     descriptors_read += read;
-                    *chain = any;
+                    *chain = walked;
                     taken += 1;
                 }
-                Err(found) => {
-                    fault = Err(found);
+                Err(error) => {
+                    fault = Err(error);
                     break;
                 }
             }
@@ -208,13 +246,13 @@ impl PackedVirtqueue {
         self.avail = position;
         match taken {
             0 => fault.map(|()| 0),
-            // Chains before the fault are whole: they go on, and the next call meets it again.
+            // The valid chains in front of a fault are returned; the next call reports the fault.
             _ => Ok(taken),
         }
     }
 
-    /// Takes chains of one buffer each from `position` on, until there is another or the ring's end;
-    /// says how many.
+    /// Dequeues chains of one buffer each from `position` on, up to the first other chain or the
+    /// end of the ring. Returns how many.
     #[inline(always)]
     fn dequeue_singles(
         &self,
@@ -229,11 +267,15 @@ impl PackedVirtqueue {
             let Some(raw) = self.available(RingPosition { index, ..position }) else {
                 break;
             };
-            // It will be written back. Past the end there is nothing, and no harm in asking.
-            self.desc.prefetch_to_write(index.wrapping_add(PREFETCH_DISTANCE));
+            // The device will overwrite it. A prefetch past the end of the ring has no effect.
+            self.desc
+                .prefetch_to_write(index.wrapping_add(PREFETCH_DISTANCE));
             let buffer = (raw.addr(), raw.len());
             let flags = raw.packed_flags();
-            let Some(single) = self.rules.walk_single(raw.packed_id(), buffer, flags, segments) else {
+            let Some(single) = self
+                .rules
+                .walk_single(raw.packed_id(), buffer, flags, segments)
+            else {
                 break;
             };
             *chain = single;
@@ -249,7 +291,7 @@ impl PackedVirtqueue {
             .descriptor_if(position.index, |flags| is_available(flags, position.wrap))
     }
 
-    /// Follows the chain at `position` if nothing in it is out of the ordinary.
+    /// Follows the chain at `position` if it is direct and in the memory region translated last.
     #[inline(always)]
     fn walk_fast(
         &self,
@@ -259,7 +301,7 @@ impl PackedVirtqueue {
         segments: &mut SegmentWriter<'_>,
     ) -> Option<(Chain, usize)> {
         let mut slots = 1;
-        // The chain's id stands in its last descriptor.
+        // The id of a chain is that of its last descriptor (virtio 1.3 §2.8.6).
         let mut last = desc;
         let walked = self.rules.walk_fast(desc, segments, |_| {
             slots += 1;
@@ -275,8 +317,8 @@ impl PackedVirtqueue {
         Some((Chain::new(last.next(), slots, walked), read))
     }
 
-    /// Follows the chain at `position`, whose first descriptor has been read, for `remaining` descriptors at
-    /// most; the chain and the descriptors read for it.
+    /// Follows any chain at `position`, whose first descriptor is `desc`, for at most `remaining`
+    /// descriptors. Returns the chain and the number of descriptors read.
     #[inline(never)]
     fn walk_slow(
         &self,
@@ -291,7 +333,7 @@ impl PackedVirtqueue {
         let mut walk_result = Ok(());
         loop {
             slots += 1;
-            // Past a fault only the chain's end is looked for: where the next one begins.
+            // Behind a fault only the end of the chain matters: the next chain begins there.
             if walk_result.is_ok() {
                 walk_result = self.add_to_walk(desc, &mut walk);
             } else {
@@ -308,7 +350,7 @@ impl PackedVirtqueue {
             }
             position = position.after(1, self.size);
             let Some(raw) = self.desc.descriptor(position.index) else {
-                // No position is outside the ring.
+                // This cannot happen: no position is outside the ring.
                 walk.abandon();
                 return Err(VirtqueueFault::ChainWithoutEnd { size: self.size });
             };
@@ -325,37 +367,37 @@ impl PackedVirtqueue {
         }
     }
 
-    /// Gives the most recently taken `slots` descriptors back untouched.
+    /// Gives back the `slots` descriptors that were dequeued last.
     pub(crate) fn rewind(&mut self, slots: u16) {
         self.avail = self.avail.before(slots, self.size);
     }
 
-    /// Notes chains to be shown with the others, each with the number of bytes written to it.
+    /// Records chains for the next `publish`, each given as id, slots and number of bytes written.
     #[inline(always)]
     pub(crate) fn complete_each(&mut self, completions: impl Iterator<Item = (u16, u16, u32)>) {
         self.completed
             .extend(completions.map(|(id, slots, written)| CompletedChain { id, slots, written }));
     }
 
-    /// Notes the chains that `len` bytes fill, one after the other; says how many those are.
+    /// Records the chains that `len` bytes fill one after the other. Returns how many those are.
     #[inline(always)]
     pub(crate) fn complete_filled(&mut self, chains: &[Chain], len: usize) -> usize {
-        let mut rest = len;
+        let mut remaining = len;
         let mut used = 0;
         for chain in chains {
-            if rest == 0 {
+            if remaining == 0 {
                 break;
             }
-            let here = rest.min(chain.len());
-            rest -= here;
+            let here = remaining.min(chain.len());
+            remaining -= here;
             self.complete_each(std::iter::once((chain.id, chain.slots, to_used_len(here))));
             used += 1;
         }
         used
     }
 
-    /// Overwrites descriptors with used ones, the first of them last: the driver reads them in
-    /// order, so it sees all or none. True when it wants an interrupt.
+    /// Writes the used descriptors of all completed chains, the first one last: the driver reads
+    /// them in order, so it sees either all or none. Returns whether the driver wants an interrupt.
     #[inline(always)]
     pub(crate) fn publish(&mut self) -> bool {
         let Some(first) = self.completed.first().copied() else {
@@ -378,7 +420,11 @@ impl PackedVirtqueue {
 
     #[inline(always)]
     fn write_used(&self, position: RingPosition, completed: CompletedChain) {
-        let mut flags = if position.wrap { VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED } else { 0 };
+        let mut flags = if position.wrap {
+            VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED
+        } else {
+            0
+        };
         if completed.written != 0 {
             flags |= VRING_DESC_F_WRITE;
         }
@@ -386,15 +432,15 @@ impl PackedVirtqueue {
             .release_used(position.index, completed.id, completed.written, flags);
     }
 
-    /// Whether the driver wants an interrupt for the last `moved` descriptors.
+    /// Whether the driver wants an interrupt for the last `moved` descriptors (virtio 1.3 §2.8.10).
     #[inline(always)]
     fn should_call(&self, moved: u16) -> bool {
         match self.driver_event.acquire(EVENT_FLAGS) & 3 {
             VRING_PACKED_EVENT_FLAG_DISABLE => false,
             VRING_PACKED_EVENT_FLAG_DESC if self.event_idx => {
                 let word = self.driver_event.acquire(EVENT_OFF_WRAP);
-                let mut event = word & !WRAP_COUNTER_BIT;
-                if (word & WRAP_COUNTER_BIT != 0) != self.used.wrap {
+                let mut event = word & !VRING_PACKED_EVENT_F_WRAP_CTR;
+                if (word & VRING_PACKED_EVENT_F_WRAP_CTR != 0) != self.used.wrap {
                     event = event.wrapping_sub(self.size);
                 }
                 let new = self.used.index;
@@ -408,19 +454,25 @@ impl PackedVirtqueue {
         !self.completed.is_empty()
     }
 
+    /// Asks for kicks. Returns whether chains became available in the meantime.
     pub(crate) fn enable_kicks(&mut self) -> bool {
         if self.event_idx {
-            self.device_event.release(EVENT_OFF_WRAP, self.avail.to_word());
-            self.device_event.release(EVENT_FLAGS, VRING_PACKED_EVENT_FLAG_DESC);
+            self.device_event
+                .release(EVENT_OFF_WRAP, self.avail.to_word());
+            self.device_event
+                .release(EVENT_FLAGS, VRING_PACKED_EVENT_FLAG_DESC);
         } else {
-            self.device_event.release(EVENT_FLAGS, VRING_PACKED_EVENT_FLAG_ENABLE);
+            self.device_event
+                .release(EVENT_FLAGS, VRING_PACKED_EVENT_FLAG_ENABLE);
         }
         full_fence();
         self.has_more()
     }
 
+    /// Asks for no kicks.
     pub(crate) fn disable_kicks(&mut self) {
-        self.device_event.release(EVENT_FLAGS, VRING_PACKED_EVENT_FLAG_DISABLE);
+        self.device_event
+            .release(EVENT_FLAGS, VRING_PACKED_EVENT_FLAG_DISABLE);
     }
 
     #[inline(always)]
@@ -429,10 +481,15 @@ impl PackedVirtqueue {
     }
 }
 
-/// Whether a descriptor with these flags is the device's (virtio 1.3 §2.8.1).
+/// Whether a descriptor with these flags is available to the device (virtio 1.3 §2.8.1).
 #[inline(always)]
 fn is_available(flags: u16, wrap: bool) -> bool {
-    flags & (VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED) == if wrap { VIRTQ_DESC_F_AVAIL } else { VIRTQ_DESC_F_USED }
+    flags & (VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED)
+        == if wrap {
+            VIRTQ_DESC_F_AVAIL
+        } else {
+            VIRTQ_DESC_F_USED
+        }
 }
 
 #[cfg(test)]
@@ -440,18 +497,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn places_go_round_both_ways() {
+    fn ring_position_moved_by_n_and_back_is_unchanged() {
         for size in [1, 3, 256, 32_768] {
             let mut position = RingPosition {
                 index: 0,
                 wrap: true,
             };
             for n in [1, size, size / 2 + 1] {
-                let there = position.after(n, size);
-                assert_eq!(there.before(n, size), position, "{n} of {size}");
-                assert_eq!(there.since(position, size), n, "{n} of {size}");
-                assert_eq!(there.since(there, size), 0);
-                position = there;
+                let later = position.after(n, size);
+                assert_eq!(later.before(n, size), position, "{n} of {size}");
+                assert_eq!(later.since(position, size), n, "{n} of {size}");
+                assert_eq!(later.since(later, size), 0);
+                position = later;
             }
         }
         assert_eq!(

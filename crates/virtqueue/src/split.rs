@@ -1,32 +1,42 @@
-//! The split virtqueue (virtio 1.3 §2.7).
+//! The device side of a split virtqueue (virtio 1.3 §2.7).
 //!
 //! ```text
-//! descriptor table      available ring (driver's)        used ring (ours)
-//! [addr len flags next] flags idx ring[size] used_event  flags idx {id len}[size] avail_event
+//! descriptor table       available ring                   used ring
+//! (driver writes)        (driver writes)                  (device writes)
+//! [addr len flags next]  flags idx ring[size] used_event  flags idx {id len}[size] avail_event
 //! ```
 //!
-//! `idx` values run freely through 16 bits; an entry's place is `idx` modulo the size.
+//! Both `idx` fields count through all 16 bits and wrap at 65,536. The entry of an index is the
+//! index modulo the size.
+//!
+//! ```text
+//!                                published      next_used
+//!                                    v              v
+//! used ring  ... visible to driver   | completed    | unused ...
+//! ```
+//!
+//! `complete` writes used elements behind `published`, where the driver does not read. `publish`
+//! makes all of them visible with one store of `idx`.
 
-use crate::burst::{Burst, Chain, Reservation};
+use crate::burst::{Burst, Reservation};
+use crate::chain::{Chain, WalkedChain, to_used_len};
+use crate::config::{MAX_QUEUE_SIZE, VirtqueueConfig, VirtqueueError};
+use crate::constants::{
+    VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_USED_F_NO_NOTIFY,
+};
+use crate::event::needs_event;
 use crate::fault::{ChainFault, VirtqueueFault};
 use crate::memory::{Descriptor, GuestArray, GuestMemory, SegmentWriter, full_fence};
-use crate::walk::{VRING_DESC_F_INDIRECT, MAX_DESCRIPTORS_PER_DEQUEUE, VRING_DESC_F_NEXT, ChainRules, TableOrder, Walk, WalkedChain};
-use crate::{VirtqueueConfig, VirtqueueError, needs_event, to_used_len};
+use crate::walk::{
+    ChainRules, MAX_CHAINS_PER_DEQUEUE, MAX_DESCRIPTORS_PER_DEQUEUE, TableOrder, Walk,
+};
 
-/// `used.flags`: no kicks wanted.
-const VRING_USED_F_NO_NOTIFY: u16 = 1;
-/// `avail.flags`: no interrupts wanted.
-const VRING_AVAIL_F_NO_INTERRUPT: u16 = 1;
-
-/// Places of the fields of both rings, in 16-bit words.
+// Positions of the fields of both rings, in 16-bit words.
 const FLAGS: u16 = 0;
 const IDX: u16 = 1;
 const RING_ENTRIES: u16 = 2;
 
-/// Most heads looked up ahead of their descriptors.
-const MAX_HEADS_PER_DEQUEUE: usize = 64;
-
-/// A used element as it lies in memory.
+/// An element of the used ring (virtio 1.3 §2.7.8) as it lies in memory.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 struct UsedElement {
@@ -37,16 +47,16 @@ struct UsedElement {
 crate::memory::impl_byte_valued!(UsedElement);
 const _: () = assert!(size_of::<UsedElement>() == 8);
 
-/// The device's half of a split ring.
+/// The device side of a split virtqueue.
 #[derive(Debug)]
 pub(crate) struct SplitVirtqueue {
     size: u16,
     event_idx: bool,
     rules: ChainRules,
-    /// Next entry of the available ring to take.
+    /// Index of the next entry of the available ring to dequeue.
     next_avail: u16,
-    /// Next entry of the used ring to fill. Elements from `published` up to here are written but
-    /// not yet seen by the driver: the shadow part of the used ring.
+    /// Index of the next entry of the used ring to write. The elements from `published` up to here
+    /// are written, but the driver cannot see them yet.
     next_used: u16,
     /// `used.idx` as the driver sees it.
     published: u16,
@@ -55,15 +65,18 @@ pub(crate) struct SplitVirtqueue {
     /// `flags` and `idx` of the used ring.
     used_header: GuestArray<u16>,
     used: GuestArray<UsedElement>,
-    /// `avail_event`, behind the used elements.
+    /// `avail_event`, which follows the used elements.
     avail_event: GuestArray<u16>,
 }
 
 impl SplitVirtqueue {
-    pub(crate) fn new(config: &VirtqueueConfig, memory: &GuestMemory) -> Result<Self, VirtqueueError> {
+    pub(crate) fn new(
+        config: &VirtqueueConfig,
+        memory: &GuestMemory,
+    ) -> Result<Self, VirtqueueError> {
         let layout = config.layout;
         let size = layout.size;
-        if !size.is_power_of_two() || size > crate::MAX_QUEUE_SIZE {
+        if !size.is_power_of_two() || size > MAX_QUEUE_SIZE {
             return Err(VirtqueueError::Size(size));
         }
         let base = u16::try_from(config.base).map_err(|_| VirtqueueError::Base(config.base))?;
@@ -80,7 +93,8 @@ impl SplitVirtqueue {
             desc: memory
                 .user_array(layout.desc, size)
                 .ok_or(VirtqueueError::unmapped("descriptor table", layout.desc))?,
-            // flags, idx, ring, used_event: no overflow, the size is at most 32,768.
+            // `flags`, `idx`, the entries and `used_event`. The size is at most 32,768, so the sum
+            // fits.
             avail: memory
                 .user_array(layout.avail, size + 3)
                 .ok_or(VirtqueueError::unmapped("available ring", layout.avail))?,
@@ -90,7 +104,8 @@ impl SplitVirtqueue {
                 .ok_or(no_used)?,
             avail_event: used(used_at(4 + 8 * u64::from(size)), 1).ok_or(no_used)?,
         };
-        // What the driver last saw published; a back-end that takes over goes on from there.
+        // The driver has seen everything up to this index. A back-end that takes over continues
+        // there.
         let idx = ring.used_header.acquire(IDX);
         Ok(Self {
             next_used: idx,
@@ -107,9 +122,14 @@ impl SplitVirtqueue {
         u32::from(self.next_avail)
     }
 
-    /// One read of the available index; then heads and descriptors are fetched ahead of their use.
+    /// Reads the available index once, prefetches heads and descriptors, and then follows the
+    /// chains.
     #[inline]
-    pub(crate) fn dequeue(&mut self, burst: &mut Burst, max: usize) -> Result<usize, VirtqueueFault> {
+    pub(crate) fn dequeue(
+        &mut self,
+        burst: &mut Burst,
+        max: usize,
+    ) -> Result<usize, VirtqueueFault> {
         let avail = self.avail.acquire(IDX);
         let pending = avail.wrapping_sub(self.next_avail);
         if pending > self.size {
@@ -119,21 +139,28 @@ impl SplitVirtqueue {
                 size: self.size,
             });
         }
-        let count = usize::from(pending).min(max).min(MAX_HEADS_PER_DEQUEUE);
-        let mut heads = [0u16; MAX_HEADS_PER_DEQUEUE];
+        let count = usize::from(pending).min(max).min(MAX_CHAINS_PER_DEQUEUE);
+        let mut heads = [0u16; MAX_CHAINS_PER_DEQUEUE];
         self.prefetch_heads(&mut heads[..count]);
-        let Reservation { chains, mut segments } = burst.reserve(count);
-        // Work of chains that are not short ones; those are bounded by their number.
+        let Reservation {
+            chains,
+            mut segments,
+        } = burst.reserve(count);
+        // Work of the chains with more than two descriptors. The others are bounded by their
+        // number.
         let mut descriptors_read = 0;
         let mut taken = 0;
         for (head, slot) in heads.iter().copied().zip(chains) {
-            // Chains before it are whole: they go on, and the next call meets the fault.
+            // The valid chains in front of an invalid head are returned; the next call reports the
+            // fault.
             let Some(desc) = self.desc.descriptor(head) else {
                 break;
             };
             let buffer = (desc.addr(), desc.len());
             let short = match desc.has(VRING_DESC_F_NEXT) {
-                false => self.rules.walk_single(head, buffer, desc.flags(), &mut segments),
+                false => self
+                    .rules
+                    .walk_single(head, buffer, desc.flags(), &mut segments),
                 true => self
                     .desc
                     .descriptor(desc.next())
@@ -150,9 +177,9 @@ impl SplitVirtqueue {
             let walked = match self.walk_fast(desc, &mut segments) {
                 Some(walked) => walked,
                 None => {
-                    let any = self.walk_slow(desc, segments);
-                    segments = any.1;
-                    any.0
+                    let (walked, writer) = self.walk_slow(desc, segments);
+                    segments = writer;
+                    walked
                 }
             };
             descriptors_read += walked.descriptors_read;
@@ -171,18 +198,18 @@ impl SplitVirtqueue {
         }
     }
 
-    /// Reads the next heads and asks for their descriptors.
+    /// Reads the next heads and prefetches their descriptors and the used elements to come.
     #[inline(always)]
     fn prefetch_heads(&self, heads: &mut [u16]) {
         let at = self.next_avail & (self.size - 1);
         let (first, rest) = heads.split_at_mut(heads.len().min(usize::from(self.size - at)));
-        // Both lie in the ring, by the line above.
+        // Both parts lie in the ring, because `at` is below the size.
         self.avail.get_range(RING_ENTRIES + at, first);
         self.avail.get_range(RING_ENTRIES, rest);
         let mut used = self.next_used;
         for head in heads {
             self.desc.prefetch(*head);
-            // Eight used elements to a line.
+            // A cache line holds eight used elements.
             if used & 7 == 0 {
                 self.used.prefetch_to_write(used & (self.size - 1));
             }
@@ -190,15 +217,15 @@ impl SplitVirtqueue {
         }
     }
 
-    /// Follows a chain in which nothing is out of the ordinary.
+    /// Follows a direct chain in the memory region that was translated last.
     #[inline(always)]
     fn walk_fast(&self, head: Descriptor, segments: &mut SegmentWriter<'_>) -> Option<WalkedChain> {
         self.rules
             .walk_fast(head, segments, |desc| self.desc.descriptor(desc.next()))
     }
 
-    /// Follows any chain. What the short way may have read of it before is forgotten. The writer
-    /// goes in and out by value, so that the short way can keep it in registers.
+    /// Follows any chain from its start. The writer is passed and returned by value, so that the
+    /// fast path can keep it in registers.
     #[inline(never)]
     fn walk_slow<'p>(
         &self,
@@ -228,23 +255,23 @@ impl SplitVirtqueue {
         }
     }
 
-    /// Gives the most recently taken `slots` entries back untouched.
+    /// Gives back the `slots` entries that were dequeued last.
     pub(crate) fn rewind(&mut self, slots: u16) {
         self.next_avail = self.next_avail.wrapping_sub(slots);
     }
 
-    /// Gives back the chains that `len` bytes fill, one after the other; says how many those are.
+    /// Completes the chains that `len` bytes fill one after the other. Returns how many those are.
     #[inline(always)]
     pub(crate) fn complete_filled(&mut self, chains: &[Chain], len: usize) -> usize {
         let mut at = self.next_used;
-        let mut rest = len;
+        let mut remaining = len;
         let mut used = 0;
         for chain in chains {
-            if rest == 0 {
+            if remaining == 0 {
                 break;
             }
-            let here = rest.min(chain.len());
-            rest -= here;
+            let here = remaining.min(chain.len());
+            remaining -= here;
             let element = UsedElement {
                 id: u32::from(chain.id).to_le(),
                 len: to_used_len(here).to_le(),
@@ -257,10 +284,11 @@ impl SplitVirtqueue {
         used
     }
 
-    /// Gives chains back, each with the number of bytes written to it.
+    /// Completes chains, each given as head, slots and number of bytes written.
     #[inline(always)]
     pub(crate) fn complete_each(&mut self, completions: impl Iterator<Item = (u16, u16, u32)>) {
-        // Kept in a register: through memory it would cost more than the rest.
+        // A local copy stays in a register; updating the field each time would cost more than the
+        // rest.
         let mut at = self.next_used;
         for (id, _, written) in completions {
             let element = UsedElement {
@@ -273,7 +301,7 @@ impl SplitVirtqueue {
         self.next_used = at;
     }
 
-    /// Shows the driver every completed chain at once; true when it wants an interrupt for them.
+    /// Makes all completed chains visible at once. Returns whether the driver wants an interrupt.
     #[inline(always)]
     pub(crate) fn publish(&mut self) -> bool {
         let (old, new) = (self.published, self.next_used);
@@ -284,7 +312,7 @@ impl SplitVirtqueue {
         self.published = new;
         full_fence();
         if self.event_idx {
-            // used_event stands behind the ring's entries.
+            // `used_event` follows the entries of the available ring.
             let event = self.avail.acquire(RING_ENTRIES + self.size);
             needs_event(event, new, old)
         } else {
@@ -296,7 +324,7 @@ impl SplitVirtqueue {
         self.published != self.next_used
     }
 
-    /// Asks for kicks; true when chains came meanwhile, so that no kick may come for them.
+    /// Asks for kicks. Returns whether chains became available in the meantime.
     pub(crate) fn enable_kicks(&mut self) -> bool {
         if self.event_idx {
             self.avail_event.release(0, self.next_avail);
@@ -307,8 +335,8 @@ impl SplitVirtqueue {
         self.has_more()
     }
 
-    /// Asks for no kicks. With EVENT_IDX nothing is to be done: the driver kicks only when it
-    /// passes `avail_event`, which stays behind.
+    /// Asks for no kicks. With VIRTIO_F_EVENT_IDX there is nothing to do: the driver kicks only
+    /// when its index passes `avail_event`, which is not moved any more.
     pub(crate) fn disable_kicks(&mut self) {
         if !self.event_idx {
             self.used_header.release(FLAGS, VRING_USED_F_NO_NOTIFY);
@@ -321,7 +349,7 @@ impl SplitVirtqueue {
     }
 }
 
-/// At most [`MAX_HEADS_PER_DEQUEUE`].
+/// Converts a number of chains, at most [`MAX_CHAINS_PER_DEQUEUE`].
 #[inline(always)]
 fn to_u16(n: usize) -> u16 {
     u16::try_from(n).unwrap_or(u16::MAX)

@@ -1,9 +1,9 @@
-//! Guest memory for this crate's own tests.
+//! Guest memory for the unit tests of this crate.
 use std::fs::File;
 
 use crate::memory::{MappedRegion, RegionSpec};
 
-/// An anonymous file of `size` bytes.
+/// An unnamed temporary file of `size` bytes.
 pub(crate) fn memfd(size: u64) -> File {
     let path = std::env::temp_dir();
     let file = {
@@ -19,7 +19,7 @@ pub(crate) fn memfd(size: u64) -> File {
     file
 }
 
-/// A region of its own file.
+/// A region in a file of its own.
 pub(crate) fn region(guest_addr: u64, user_addr: u64, size: u64) -> MappedRegion {
     let spec = RegionSpec {
         guest_addr,

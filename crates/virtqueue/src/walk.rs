@@ -1,21 +1,26 @@
-//! Following one chain: what split and packed rings share.
+//! Following one descriptor chain: the part that split and packed virtqueues share.
 //!
-//! A walk takes in one buffer descriptor after the other, checks it and translates its address. How
-//! the next descriptor is found is the format's own affair.
+//! There are four ways through a chain, from the fastest to the most general. Each of the first
+//! three either takes the whole chain or leaves everything as it was, so that a slower one can
+//! start over:
+//!
+//! | function | chains |
+//! |---|---|
+//! | [`ChainRules::walk_single`] | one buffer in the memory region that was translated last |
+//! | [`ChainRules::walk_double`] | two such buffers, typically header and frame |
+//! | [`ChainRules::walk_fast`] | up to [`MAX_FAST_PATH_DESCRIPTORS`] such buffers |
+//! | [`Walk`] | any chain: indirect tables, other regions, buffers across regions, faults |
+//!
+//! The format finds the next descriptor of a chain; this module checks each descriptor and
+//! translates its address.
 
-use crate::burst::Chain;
+use crate::chain::{Chain, WalkedChain};
+use crate::config::{Direction, MAX_CHAIN_SEGMENTS, VirtqueueConfig};
+use crate::constants::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use crate::fault::ChainFault;
 use crate::memory::{Descriptor, SegmentWriter};
-use crate::{Direction, MAX_CHAIN_SEGMENTS, VirtqueueConfig};
 
-/// `flags`: another descriptor follows.
-pub(crate) const VRING_DESC_F_NEXT: u16 = 1;
-/// `flags`: the device writes the buffer.
-pub(crate) const VRING_DESC_F_WRITE: u16 = 2;
-/// `flags`: the buffer is a table of descriptors.
-pub(crate) const VRING_DESC_F_INDIRECT: u16 = 4;
-
-/// What holds for every chain of a ring.
+/// The rules for every chain of a virtqueue.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ChainRules {
     direction: Direction,
@@ -24,8 +29,8 @@ pub(crate) struct ChainRules {
 }
 
 impl ChainRules {
-    /// A chain of one buffer in the region met last, as most chains of most drivers are; `None`,
-    /// and nothing done, for any other. `id` is what gives it back.
+    /// Takes a chain of one buffer in the memory region that was translated last, as most chains
+    /// are. Returns `None`, without any effect, for every other chain. `id` completes the chain.
     #[inline(always)]
     pub(crate) fn walk_single(
         self,
@@ -35,7 +40,8 @@ impl ChainRules {
         segments: &mut SegmentWriter<'_>,
     ) -> Option<Chain> {
         let at = segments.len();
-        let fits = flags & (VRING_DESC_F_NEXT | VRING_DESC_F_WRITE | VRING_DESC_F_INDIRECT) == self.expected_flags();
+        let fits = flags & (VRING_DESC_F_NEXT | VRING_DESC_F_WRITE | VRING_DESC_F_INDIRECT)
+            == self.expected_flags();
         if !fits || len < self.min_len || len == 0 {
             return None;
         }
@@ -43,7 +49,7 @@ impl ChainRules {
         Some(Chain::single_slot(id, to_u32(at), 1, len))
     }
 
-    /// The same of two buffers, a header's and a frame's.
+    /// The same for a chain of two buffers, typically those of the header and of the frame.
     #[inline(always)]
     pub(crate) fn walk_double(
         self,
@@ -72,7 +78,7 @@ impl ChainRules {
         Some(Chain::single_slot(id, to_u32(at), 2, len))
     }
 
-    /// What a buffer's flags are, NEXT aside, where nothing is out of the ordinary.
+    /// The flags of a buffer in a valid direct chain, except for VIRTQ_DESC_F_NEXT.
     #[inline(always)]
     fn expected_flags(self) -> u16 {
         match self.direction {
@@ -81,9 +87,9 @@ impl ChainRules {
         }
     }
 
-    /// A chain with nothing out of the ordinary, as most chains of most guests are: few
-    /// descriptors, none indirect, all in the region met last. `None`, and nothing done, for any
-    /// other. `next` finds the descriptor that one of them goes on with.
+    /// Takes a chain of few descriptors, none of them indirect, with all buffers in the memory
+    /// region that was translated last. Returns `None`, without any effect, for every other chain.
+    /// `next` finds the descriptor that follows a given one.
     #[inline(always)]
     pub(crate) fn walk_fast(
         self,
@@ -102,7 +108,7 @@ impl ChainRules {
             {
                 break;
             }
-            // No overflow: a few lengths of 32 bits.
+            // The sum of at most 18 lengths of 32 bits fits 64 bits.
             len += u64::from(desc.len());
             if !desc.has(VRING_DESC_F_NEXT) {
                 let len = u32::try_from(len).ok().filter(|len| *len >= self.min_len);
@@ -131,20 +137,20 @@ impl ChainRules {
     }
 }
 
-/// Most descriptors of a chain that [`ChainRules::walk_fast`] takes.
+/// The largest number of descriptors of a chain that [`ChainRules::walk_fast`] takes.
 const MAX_FAST_PATH_DESCRIPTORS: usize = 18;
 
-/// How the descriptors of an indirect table follow each other.
+/// The order of the descriptors in an indirect table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum TableOrder {
-    /// By `next` (virtio 1.3 §2.7.5.3).
+    /// Each `next` leads to the following one (virtio 1.3 §2.7.5.3).
     Linked,
-    /// One after the other to the end (§2.8.7).
+    /// In the order of the table, to its end (virtio 1.3 §2.8.7).
     Sequential,
 }
 
 impl TableOrder {
-    /// A table's descriptor has its fields in the order of the ring's format.
+    /// A descriptor of a table, whose fields have the order of the virtqueue's format.
     #[inline(always)]
     fn descriptor(self, raw: Descriptor) -> Descriptor {
         match self {
@@ -154,18 +160,18 @@ impl TableOrder {
     }
 }
 
-/// What has been gathered of one chain.
+/// A general walk through one chain, and its result so far.
 pub(crate) struct Walk<'w, 'p> {
     rules: ChainRules,
     segments: &'w mut SegmentWriter<'p>,
     len: u64,
     descriptors: usize,
-    /// Segments in the burst before this chain.
+    /// Number of segments in the burst in front of this chain.
     from: usize,
 }
 
 impl<'w, 'p> Walk<'w, 'p> {
-    /// A walk whose segments go to the end of `segments`.
+    /// A walk that appends the chain's segments to `segments`.
     #[inline(always)]
     pub(crate) fn new(rules: ChainRules, segments: &'w mut SegmentWriter<'p>) -> Self {
         Self {
@@ -177,9 +183,14 @@ impl<'w, 'p> Walk<'w, 'p> {
         }
     }
 
-    /// Takes in one buffer descriptor. `limit`: how many steps the ring or table allows.
+    /// Adds the buffer of one descriptor. `limit` is the number of descriptors that the chain can
+    /// have at most without a loop.
     #[inline(always)]
-    pub(crate) fn add_descriptor(&mut self, desc: Descriptor, limit: usize) -> Result<(), ChainFault> {
+    pub(crate) fn add_descriptor(
+        &mut self,
+        desc: Descriptor,
+        limit: usize,
+    ) -> Result<(), ChainFault> {
         self.descriptors += 1;
         if self.descriptors > limit.min(MAX_CHAIN_SEGMENTS) {
             return Err(match self.descriptors > limit {
@@ -190,17 +201,21 @@ impl<'w, 'p> Walk<'w, 'p> {
         if desc.has(VRING_DESC_F_WRITE) != (self.rules.direction == Direction::Writable) {
             return Err(ChainFault::DirectionWrong);
         }
-        // No overflow: 1,024 lengths of 32 bits.
+        // The sum of at most 1,024 lengths of 32 bits fits 64 bits.
         self.len += u64::from(desc.len());
         self.segments
             .push(desc.addr(), desc.len())
             .map_err(|_| ChainFault::AddressInvalid)
     }
 
-    /// Takes in an indirect table. WRITE on the descriptor that refers to it is ignored, as
-    /// virtio 1.3 §2.7.5.3.2 asks.
+    /// Adds the buffers of an indirect table. VIRTQ_DESC_F_WRITE in `outer`, which refers to the
+    /// table, is ignored, as virtio 1.3 §2.7.5.3.2 requires.
     #[inline(always)]
-    pub(crate) fn add_indirect_table(&mut self, outer: Descriptor, order: TableOrder) -> Result<(), ChainFault> {
+    pub(crate) fn add_indirect_table(
+        &mut self,
+        outer: Descriptor,
+        order: TableOrder,
+    ) -> Result<(), ChainFault> {
         if !self.rules.indirect {
             return Err(ChainFault::IndirectNotNegotiated);
         }
@@ -220,9 +235,10 @@ impl<'w, 'p> Walk<'w, 'p> {
                 .ok_or(ChainFault::IndirectUnmapped)?;
             let mut desc = order.descriptor(table.get(index));
             if order == TableOrder::Sequential && self.rules.direction == Direction::Readable {
-                // DPDK's driver leaves WRITE on the header in such a table, and on a segment whose
-                // number is that of the ring's descriptor (seen with 22.11). What is only read loses
-                // nothing by that, and its guests would lose their frames.
+                // DPDK's driver (seen with 22.11) leaves VIRTQ_DESC_F_WRITE set on the header in
+                // such a table, and on a segment whose index is that of the ring's descriptor.
+                // Ignoring the flag is harmless, because the device only reads the buffer; refusing
+                // the chain would stop all TX of such a guest.
                 desc = desc.without_flag(VRING_DESC_F_WRITE);
             }
             if desc.has(VRING_DESC_F_INDIRECT) {
@@ -243,8 +259,8 @@ impl<'w, 'p> Walk<'w, 'p> {
         }
     }
 
-    /// Ends the walk. A chain at fault, or too short for this ring, has no segments. The result is
-    /// the fault, the chain's bytes and where its segments lie.
+    /// Ends the walk, with `walk_result` as the first fault found. A faulty chain, which includes
+    /// one shorter than the minimum, gets no segments.
     #[inline(always)]
     pub(crate) fn finish(self, walk_result: Result<(), ChainFault>) -> WalkedChain {
         let count = self.segments.len() - self.from;
@@ -252,7 +268,7 @@ impl<'w, 'p> Walk<'w, 'p> {
         let fault = match (walk_result, len) {
             (Err(fault), _) => Some(fault),
             (Ok(()), Err(_)) => Some(ChainFault::TooBig),
-            // A buffer that crosses regions has several segments.
+            // A buffer that crosses memory regions has several segments.
             (Ok(()), Ok(_)) if count > MAX_CHAIN_SEGMENTS => Some(ChainFault::TooLong),
             (Ok(()), Ok(len)) if len < self.rules.min_len => Some(ChainFault::TooShort),
             (Ok(()), Ok(_)) => None,
@@ -265,41 +281,32 @@ impl<'w, 'p> Walk<'w, 'p> {
             from: to_u32(self.from),
             segments: to_u16(self.segments.len() - self.from),
             len: len.ok().filter(|_| fault.is_none()).unwrap_or(0),
-            // A chain that was refused at its first descriptor was read all the same.
+            // A chain that is refused at its first descriptor still cost one read.
             descriptors_read: self.descriptors.max(1),
         }
     }
 
-    /// Forgets the chain.
+    /// Ends the walk without a chain.
     pub(crate) fn abandon(self) {
         self.segments.truncate(self.from);
     }
 }
 
-/// A chain followed to its end.
-pub(crate) struct WalkedChain {
-    pub(crate) fault: Option<ChainFault>,
-    pub(crate) from: u32,
-    pub(crate) segments: u16,
-    pub(crate) len: u32,
-    /// Descriptors read for it.
-    pub(crate) descriptors_read: usize,
-}
-
-/// Chains that one call of `dequeue` may take.
+/// The largest number of chains that one call of `dequeue` takes.
 pub(crate) const MAX_CHAINS_PER_DEQUEUE: usize = 64;
 
-/// Descriptors that one call of `dequeue` may read: whatever the guest wrote, a call ends in some tens
-/// of microseconds.
+/// The number of descriptors after which one call of `dequeue` starts no further chain. Whatever
+/// the guest wrote, a call thus ends within some tens of microseconds.
 pub(crate) const MAX_DESCRIPTORS_PER_DEQUEUE: usize = 4 * MAX_CHAIN_SEGMENTS;
 
-/// At most [`MAX_CHAIN_SEGMENTS`].
+/// Converts a segment count, at most [`MAX_CHAIN_SEGMENTS`].
 #[inline(always)]
 fn to_u16(n: usize) -> u16 {
     u16::try_from(n).unwrap_or(u16::MAX)
 }
 
-/// Segment counts are bounded far below 2^32 by the size of a ring and [`MAX_CHAIN_SEGMENTS`].
+/// Converts a segment index. The size of a virtqueue and [`MAX_CHAIN_SEGMENTS`] keep it far below
+/// 2^32.
 #[inline(always)]
 fn to_u32(n: usize) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX)

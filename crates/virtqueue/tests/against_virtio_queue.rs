@@ -1,5 +1,6 @@
-//! The split ring against virtio-queue's: two guests do the same, one device is ours and the other
-//! theirs, and everything that the guests can see must be the same.
+//! The split virtqueue compared with that of the virtio-queue crate: two guests do the same, one
+//! with our device and one with the reference device, and everything that the guests can see must
+//! be equal.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::collections::VecDeque;
@@ -9,33 +10,33 @@ use proptest::prelude::*;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use virtionet_guest::driver::{Buf, DriverVirtqueue, DriverVirtqueueConfig};
 use virtionet_guest::memory::GuestRam;
-use virtionet_guest::split::{VRING_AVAIL_F_NO_INTERRUPT, SplitDriverVirtqueue};
+use virtionet_guest::split::{SplitDriverVirtqueue, VRING_AVAIL_F_NO_INTERRUPT};
 use virtionet_virtqueue::{Burst, Direction, Virtqueue, VirtqueueConfig, VirtqueueLayout};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
-/// Buffers lie here, each byte of the area different from its neighbours.
+/// Guest address of the buffers. Their initial content differs from byte to byte.
 const BUFFERS: u64 = 0x18_0000;
 const BUFFER_BYTES: usize = 0x1_0000;
 const RAM: u64 = 0x20_0000;
 
-/// What a guest or its device does next.
+/// The next step of a guest or its device.
 #[derive(Debug, Clone)]
 enum Op {
     /// Adds a chain of buffers of these lengths.
     Add { lens: Vec<u16>, indirect: bool },
-    /// Makes what was added visible.
+    /// The guest publishes the added chains.
     Publish,
-    /// The device takes up to so many chains.
+    /// The device dequeues up to this many chains.
     Dequeue(usize),
-    /// The device gives up to so many back, and asks whether to interrupt.
+    /// The device completes up to this many chains and publishes them.
     Finish(usize),
-    /// The device forgets that it took what it has not given back.
+    /// The device rewinds the chains that it has not completed.
     Rewind,
-    /// The device wants kicks or not.
+    /// The device enables or disables kicks.
     Kicks(bool),
-    /// The guest wants calls or not.
+    /// The guest enables or disables calls.
     Calls(bool),
-    /// The guest writes used_event so far from the used index.
+    /// The guest writes `used_event` at this distance from the used index.
     UsedEvent(i16),
 }
 
@@ -53,7 +54,7 @@ fn ops() -> impl Strategy<Value = Op> {
     ]
 }
 
-/// How both rings are made.
+/// How both virtqueues are made.
 #[derive(Debug, Clone)]
 struct Setup {
     size: u16,
@@ -110,11 +111,10 @@ impl Guest {
         bytes
     }
 
-    /// All that the device wrote into the ring.
-    fn written(&mut self) -> (u16, u16, u16, Vec<(u32, u32)>) {
+    /// Everything that the device wrote into the virtqueue.
+    fn device_writes(&mut self) -> (u16, u16, u16, Vec<(u32, u32)>) {
         let ring = self.split();
-        let elements = (0..ring.size()).map(|at| ring.used_element(at));
-        let elements = elements.collect();
+        let elements = (0..ring.size()).map(|at| ring.used_element(at)).collect();
         (
             ring.used_index(),
             ring.used_flags(),
@@ -124,7 +124,7 @@ impl Guest {
     }
 }
 
-/// Our device.
+/// The device under test.
 struct OurDevice {
     ring: Virtqueue,
     burst: Burst,
@@ -155,7 +155,7 @@ impl OurDevice {
         }
     }
 
-    /// Takes up to `most` chains: what each holds.
+    /// Dequeues up to `most` chains. Returns the content of each.
     fn dequeue(&mut self, most: usize) -> Vec<Vec<u8>> {
         let before = self.burst.chains().len();
         let mut taken = 0;
@@ -182,7 +182,7 @@ impl OurDevice {
         bytes
     }
 
-    /// Gives the first chain back, filled with `byte` where it is for the device to write.
+    /// Completes the first chain. The device fills it with `byte` if it is writable.
     fn finish(&mut self, byte: u8, writable: bool) {
         let chain = self.burst.chains()[0];
         if writable {
@@ -196,7 +196,7 @@ impl OurDevice {
     }
 }
 
-/// Their device: chains taken are kept as (head, descriptors).
+/// The reference device. It keeps dequeued chains as (head, descriptors).
 struct ReferenceDevice {
     queue: Queue,
     memory: GuestMemoryMmap,
@@ -283,11 +283,12 @@ struct DevicePair {
     setup: Setup,
     guests: [Guest; 2],
     ours: OurDevice,
-    theirs: ReferenceDevice,
-    /// Where the next buffer lies.
+    reference: ReferenceDevice,
+    /// Offset of the next buffer.
     at: usize,
-    /// Chains added, finished: tokens and fill bytes.
+    /// Number of chains added, which is the next token.
     added: u64,
+    /// Number of chains completed, which is the next fill byte.
     finished: u8,
 }
 
@@ -296,7 +297,7 @@ impl DevicePair {
         let guests = [Guest::new(&setup), Guest::new(&setup)];
         Self {
             ours: OurDevice::new(&guests[0], &setup),
-            theirs: ReferenceDevice::new(&guests[1], &setup),
+            reference: ReferenceDevice::new(&guests[1], &setup),
             guests,
             setup,
             at: 0,
@@ -309,10 +310,10 @@ impl DevicePair {
         self.setup.direction == Direction::Writable
     }
 
-    /// Does the same with both guests; the results must be the same.
+    /// Does the same with both guests and checks that the results are equal.
     fn both<R: PartialEq + std::fmt::Debug>(&mut self, act: impl Fn(&mut Guest) -> R) -> R {
-        let [ours, theirs] = &mut self.guests;
-        let (a, b) = (act(ours), act(theirs));
+        let [ours, reference] = &mut self.guests;
+        let (a, b) = (act(ours), act(reference));
         assert_eq!(a, b);
         a
     }
@@ -324,21 +325,23 @@ impl DevicePair {
                 self.both(|guest| guest.ring.publish());
                 self.both(|guest| guest.ring.is_kick_needed());
             }
-            Op::Dequeue(most) => assert_eq!(self.ours.dequeue(*most), self.theirs.dequeue(*most)),
+            Op::Dequeue(most) => {
+                assert_eq!(self.ours.dequeue(*most), self.reference.dequeue(*most))
+            }
             Op::Finish(most) => self.finish(*most),
             Op::Rewind => {
                 self.ours.ring.rewind(&mut self.ours.burst);
-                self.theirs.rewind();
+                self.reference.rewind();
             }
             Op::Kicks(true) => {
-                let memory = &self.theirs.memory;
-                let more = self.theirs.queue.enable_notification(memory).unwrap();
+                let memory = &self.reference.memory;
+                let more = self.reference.queue.enable_notification(memory).unwrap();
                 assert_eq!(self.ours.ring.enable_kicks(), more);
             }
             Op::Kicks(false) => {
                 self.ours.ring.disable_kicks();
-                let memory = &self.theirs.memory;
-                self.theirs.queue.disable_notification(memory).unwrap();
+                let memory = &self.reference.memory;
+                self.reference.queue.disable_notification(memory).unwrap();
             }
             Op::Calls(true) => {
                 self.both(|guest| guest.ring.enable_calls());
@@ -367,34 +370,35 @@ impl DevicePair {
             self.at += usize::from(len);
         }
         let token = self.added;
-        // A full ring refuses both alike.
+        // A full virtqueue refuses the chain in both guests.
         let added = self.both(|guest| guest.ring.add(&chain, indirect, token).ok());
         self.added += u64::from(added.is_some());
     }
 
     fn finish(&mut self, most: usize) {
-        let count = most.min(self.theirs.taken.len());
+        let count = most.min(self.reference.taken.len());
         for _ in 0..count {
             let writable = self.writable();
             self.ours.finish(self.finished, writable);
-            self.theirs.finish(self.finished, writable);
+            self.reference.finish(self.finished, writable);
             self.finished = self.finished.wrapping_add(1);
         }
         if count == 0 {
-            assert!(!self.ours.ring.publish(), "no call for nothing");
+            assert!(!self.ours.ring.publish(), "a call without a used chain");
             return;
         }
         let called = self.ours.ring.publish();
-        let memory = &self.theirs.memory;
-        let theirs = self.theirs.queue.needs_notification(memory).unwrap();
+        let memory = &self.reference.memory;
+        let expected = self.reference.queue.needs_notification(memory).unwrap();
         match self.setup.event_idx {
-            true => assert_eq!(called, theirs),
-            // virtio-queue does not look at the flag.
+            true => assert_eq!(called, expected),
+            // virtio-queue ignores the flag.
             false => {
                 let mut flags = [0; 2];
                 let addr = self.guests[0].ring.addresses().driver;
                 self.guests[0].ram.read(addr, &mut flags).unwrap();
-                assert_eq!(called, u16::from_le_bytes(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0);
+                let wanted = u16::from_le_bytes(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0;
+                assert_eq!(called, wanted);
             }
         }
         self.both(|guest| {
@@ -409,14 +413,14 @@ impl DevicePair {
 
     fn compare(&mut self) {
         if self.setup.size <= 256 {
-            self.both(Guest::written);
+            self.both(Guest::device_writes);
         } else {
             self.both(|guest| {
                 let ring = guest.split();
                 (ring.used_index(), ring.used_flags(), ring.avail_event())
             });
         }
-        let next = self.theirs.queue.next_avail();
+        let next = self.reference.queue.next_avail();
         assert_eq!(self.ours.ring.base(), u32::from(next));
         let more = self.guests[0].split().avail_index() != next;
         assert_eq!(self.ours.ring.has_more(), more);
@@ -427,19 +431,18 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
 
     #[test]
-    fn two_devices_do_the_same(setup in setups(), ops in prop::collection::vec(ops(), 1..200)) {
+    fn device_and_reference_device_do_the_same(setup in setups(), ops in prop::collection::vec(ops(), 1..200)) {
         let mut devices = DevicePair::new(setup);
         for op in &ops {
             devices.step(op);
         }
-        devices.both(Guest::written);
+        devices.both(Guest::device_writes);
         devices.both(|guest| guest.buffers());
     }
 }
 
-/// Every size, with traffic across the wrap of the indices at 65,535.
 #[test]
-fn rings_of_every_size_go_round() {
+fn split_virtqueue_of_every_size_works_across_the_wrap_of_its_index() {
     for log in 1..=15 {
         for event_idx in [false, true] {
             let size = 1u16 << log;
@@ -465,15 +468,14 @@ fn rings_of_every_size_go_round() {
                 steps.iter().for_each(|op| devices.step(op));
             }
             assert!(devices.ours.ring.base() < 65_530, "the index has wrapped");
-            devices.both(Guest::written);
+            devices.both(Guest::device_writes);
             devices.both(|guest| guest.buffers());
         }
     }
 }
 
-/// The whole ring at once, more than once round.
 #[test]
-fn full_rings_come_back_whole() {
+fn full_split_virtqueue_is_used_completely_lap_after_lap() {
     for log in [1, 4, 10, 15] {
         let size = 1u16 << log;
         let mut devices = DevicePair::new(Setup {
@@ -492,6 +494,6 @@ fn full_rings_come_back_whole() {
             assert_eq!(devices.ours.burst.chains().len(), all);
             devices.step(&Op::Finish(all));
         }
-        devices.both(Guest::written);
+        devices.both(Guest::device_writes);
     }
 }

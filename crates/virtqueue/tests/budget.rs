@@ -1,19 +1,23 @@
-//! What a guest can make one call of [`Virtqueue::dequeue`] do, whatever it wrote.
+//! The work that a guest can cause in one call of [`Virtqueue::dequeue`] is bounded.
 #![allow(clippy::unwrap_used)]
 
 use std::sync::Arc;
 
 use virtionet_guest::driver::DriverVirtqueueConfig;
 use virtionet_guest::memory::GuestRam;
-use virtionet_guest::split::{SplitDescriptor, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, SplitDriverVirtqueue};
-use virtionet_virtqueue::{Burst, ChainFault, Direction, MAX_CHAIN_SEGMENTS, Virtqueue, VirtqueueConfig, VirtqueueLayout};
+use virtionet_guest::split::{
+    SplitDescriptor, SplitDriverVirtqueue, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT,
+};
+use virtionet_virtqueue::{
+    Burst, ChainFault, Direction, MAX_CHAIN_SEGMENTS, Virtqueue, VirtqueueConfig, VirtqueueLayout,
+};
 
 const TABLE: u64 = 0x10_0000;
 const DATA: u64 = 0x40_0000;
 const RAM: u64 = 0x50_0000;
 const SIZE: u16 = 1024;
-/// Descriptors after which a call takes no further chain.
-const ENOUGH: usize = 4 * MAX_CHAIN_SEGMENTS;
+/// Number of descriptors after which a call starts no further chain.
+const DESCRIPTOR_LIMIT: usize = 4 * MAX_CHAIN_SEGMENTS;
 
 struct Fixture {
     ram: GuestRam,
@@ -23,7 +27,7 @@ struct Fixture {
 }
 
 impl Fixture {
-    /// A ring with all its heads available.
+    /// A split virtqueue whose heads are all available.
     fn full(indirect: bool) -> Self {
         let ram = GuestRam::new(RAM).unwrap();
         let driver = SplitDriverVirtqueue::new(&ram, DriverVirtqueueConfig::new(SIZE, 0)).unwrap();
@@ -56,14 +60,15 @@ impl Fixture {
         }
     }
 
-    fn heads(&self, descriptor: impl Fn(u16) -> SplitDescriptor) {
+    /// Writes the descriptor of each head.
+    fn set_heads(&self, descriptor: impl Fn(u16) -> SplitDescriptor) {
         for head in 0..SIZE {
             self.driver.set_descriptor(head, descriptor(head));
         }
     }
 
-    /// A table at `TABLE` of `entries` descriptors of one byte, one after the other.
-    fn table(&self, entries: u16) {
+    /// Writes a table at `TABLE` of `entries` linked descriptors of one byte each.
+    fn set_table(&self, entries: u16) {
         let area = self.ram.area(TABLE, 16 * u64::from(entries)).unwrap();
         for at in 0..entries {
             let offset = 16 * usize::from(at);
@@ -71,8 +76,8 @@ impl Fixture {
         }
     }
 
-    /// Takes all chains; what each call took and the work it made of it.
-    fn calls(&mut self) -> Vec<(usize, usize)> {
+    /// Dequeues all chains. Returns for each call the number of chains and of descriptors read.
+    fn dequeue_all(&mut self) -> Vec<(usize, usize)> {
         let mut calls = Vec::new();
         loop {
             self.burst.clear();
@@ -84,62 +89,71 @@ impl Fixture {
         }
     }
 
-    fn all_end_as(&mut self, fault: ChainFault) -> Vec<(usize, usize)> {
-        let mut again = self.ring.dequeue(&mut self.burst, 1).unwrap();
+    /// The same, and checks that the first chain has `fault`.
+    fn dequeue_all_with_fault(&mut self, fault: ChainFault) -> Vec<(usize, usize)> {
+        assert_eq!(self.ring.dequeue(&mut self.burst, 1), Ok(1));
         assert_eq!(self.burst.chains()[0].fault(), Some(fault));
         self.ring.rewind(&mut self.burst);
-        let calls = self.calls();
-        again = calls.iter().map(|call| call.0).sum::<usize>() - again;
-        assert_eq!(again, usize::from(SIZE) - 1);
+        let calls = self.dequeue_all();
+        let chains: usize = calls.iter().map(|call| call.0).sum();
+        assert_eq!(chains, usize::from(SIZE));
         calls
     }
 }
 
 #[test]
-fn long_chains_end_a_call_early() {
+fn dequeue_of_long_faulty_chains_returns_after_few_chains() {
     type Write = fn(&Fixture);
     let rows: [(&str, ChainFault, Write); 3] = [
-        ("a loop", ChainFault::Loop, |fixture| {
-            fixture.heads(|head| SplitDescriptor::new(DATA, 1, VRING_DESC_F_NEXT, head));
+        ("a loop of one descriptor", ChainFault::Loop, |fixture| {
+            fixture.set_heads(|head| SplitDescriptor::new(DATA, 1, VRING_DESC_F_NEXT, head));
         }),
-        ("65,535 entries shared", ChainFault::TooLong, |fixture| {
-            fixture.table(u16::MAX);
-            fixture.heads(|_| SplitDescriptor::new(TABLE, 16 * 65_535, VRING_DESC_F_INDIRECT, 0));
-        }),
-        ("a table's loop", ChainFault::Loop, |fixture| {
-            fixture.table(1000);
+        (
+            "a table of 65,535 entries that all heads share",
+            ChainFault::TooLong,
+            |fixture| {
+                fixture.set_table(u16::MAX);
+                fixture.set_heads(|_| {
+                    SplitDescriptor::new(TABLE, 16 * 65_535, VRING_DESC_F_INDIRECT, 0)
+                });
+            },
+        ),
+        ("a loop in a table", ChainFault::Loop, |fixture| {
+            fixture.set_table(1000);
             let area = fixture.ram.area(TABLE, 16_000).unwrap();
             SplitDescriptor::new(DATA, 1, VRING_DESC_F_NEXT, 0).store(&area, 16 * 999);
-            fixture.heads(|_| SplitDescriptor::new(TABLE, 16_000, VRING_DESC_F_INDIRECT, 0));
+            fixture.set_heads(|_| SplitDescriptor::new(TABLE, 16_000, VRING_DESC_F_INDIRECT, 0));
         }),
     ];
     for (name, fault, write) in rows {
         let mut fixture = Fixture::full(true);
         write(&fixture);
-        for (chains, work) in fixture.all_end_as(fault) {
-            assert!(chains <= 5, "{name}: {chains} chains at once");
-            assert!(work <= ENOUGH + MAX_CHAIN_SEGMENTS + 2, "{name}: {work}");
+        for (chains, work) in fixture.dequeue_all_with_fault(fault) {
+            assert!(chains <= 5, "{name}: {chains} chains in one call");
+            assert!(
+                work <= DESCRIPTOR_LIMIT + MAX_CHAIN_SEGMENTS + 2,
+                "{name}: {work}"
+            );
             assert!(work >= 1000 * chains, "{name}: {work} for {chains}");
         }
     }
 }
 
-/// Good chains are bounded as well, and are all taken in the end.
 #[test]
-fn long_good_chains_end_a_call_early() {
+fn dequeue_of_long_valid_chains_returns_after_few_chains_until_all_are_dequeued() {
     let mut fixture = Fixture::full(true);
-    fixture.table(1000);
+    fixture.set_table(1000);
     let area = fixture.ram.area(TABLE, 16_000).unwrap();
     SplitDescriptor::new(DATA, 1, 0, 0).store(&area, 16 * 999);
-    fixture.heads(|_| SplitDescriptor::new(TABLE, 16_000, VRING_DESC_F_INDIRECT, 0));
-    let calls = fixture.calls();
+    fixture.set_heads(|_| SplitDescriptor::new(TABLE, 16_000, VRING_DESC_F_INDIRECT, 0));
+    let calls = fixture.dequeue_all();
     assert_eq!(calls.iter().map(|call| call.0).sum::<usize>(), 1024);
     assert!(calls.iter().all(|call| call.0 <= 5), "{calls:?}");
 }
 
-/// A chain that is refused at its first descriptor was read all the same.
+/// Reading the first descriptor of a chain is work, even if the chain is refused there.
 #[test]
-fn every_chain_is_work() {
+fn chain_refused_at_its_first_descriptor_counts_as_work() {
     let outer = |_| SplitDescriptor::new(TABLE, 16, VRING_DESC_F_INDIRECT, 0);
     type Row = (ChainFault, bool, fn(u16) -> SplitDescriptor);
     let rows: [Row; 6] = [
@@ -162,8 +176,8 @@ fn every_chain_is_work() {
         let mut fixture = Fixture::full(indirect);
         let area = fixture.ram.area(TABLE, 16).unwrap();
         SplitDescriptor::new(TABLE, 16, VRING_DESC_F_INDIRECT, 0).store(&area, 0);
-        fixture.heads(descriptor);
-        for (chains, work) in fixture.all_end_as(fault) {
+        fixture.set_heads(descriptor);
+        for (chains, work) in fixture.dequeue_all_with_fault(fault) {
             assert!(work >= chains, "{fault:?}: {work} for {chains} chains");
         }
     }

@@ -1,47 +1,47 @@
-//! Both formats against a model: a driver and a device do random things in random order, and at
-//! every step each must see what the other did, and be signalled when it has to be.
+//! Both formats compared with a model: a driver and a device take random steps in random order.
+//! After each step, each must see what the other did, and be notified exactly when it must be.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 mod common;
 
 use std::collections::VecDeque;
 
+use common::event_suppression::EventSuppression;
 use common::{DATA, Guest, SLOT, SLOTS, Setup};
 use proptest::prelude::*;
 use virtionet_guest::driver::{Buf, DriverVirtqueueError};
 use virtionet_virtqueue::{Burst, Direction, Virtqueue};
 
-/// What one of the two does next.
+/// The next step of the driver or the device.
 #[derive(Debug, Clone)]
 enum Op {
     /// The driver writes a chain of buffers of these lengths.
     Add { lens: Vec<u16>, indirect: bool },
-    /// The driver shows the device what it wrote, and kicks if that is wanted.
+    /// The driver publishes the added chains and decides whether to kick.
     DriverPublish,
-    /// The driver collects what was used.
+    /// The driver collects the used chains.
     Collect,
-    /// The driver wants calls or not.
+    /// The driver enables or disables calls.
     Calls(bool),
-    /// The device takes up to so many chains.
+    /// The device dequeues up to this many chains.
     Dequeue(usize),
-    /// The device completes up to so many, some of them in part.
+    /// The device completes up to this many chains, some of them filled in part.
     Complete(usize),
-    /// The device completes up to so many at once, nothing written to them.
+    /// The device completes up to this many chains with one call, without writing to them.
     CompleteAll(usize),
-    /// The device fills chains with up to so many bytes, one chain after the other, and completes
-    /// those.
+    /// The device fills chains one after the other with up to this many bytes and completes them.
     Fill(usize),
-    /// The device shows the driver what it completed, and calls if that is wanted.
+    /// The device publishes the completed chains and decides whether to call.
     Publish,
-    /// The device wants kicks or not.
+    /// The device enables or disables kicks.
     Kicks(bool),
-    /// The device forgets that it took what it has not completed.
+    /// The device rewinds the chains that it has not completed.
     Rewind,
-    /// The device goes on in a new mapping of memory.
+    /// The device continues in a new snapshot of memory.
     Rebind,
-    /// The device is stopped, and another one goes on from its base.
+    /// The device stops, and another one continues at its base.
     Restart,
-    /// The device dies, and another one goes on from what the driver sees.
+    /// The device crashes, and another one continues at the base that the driver derives.
     Crash,
 }
 
@@ -86,13 +86,13 @@ fn setups() -> impl Strategy<Value = Setup> {
     })
 }
 
-/// A chain as the driver made it.
+/// A chain that the driver added.
 #[derive(Debug, Clone)]
 struct TestChain {
     token: u64,
     lens: Vec<u16>,
     descriptors: u16,
-    /// Bytes that the device said it wrote.
+    /// Number of bytes that the device reports as written.
     written: usize,
 }
 
@@ -105,80 +105,14 @@ impl TestChain {
         self.lens.iter().map(|len| usize::from(*len)).sum()
     }
 
-    /// The bytes that one side puts there; `side` tells whose they are.
+    /// The content that a side writes: 0 is the driver, 1 the device.
     fn bytes(&self, side: u64) -> Vec<u8> {
         let byte = |at: u64| u8::try_from((self.token * 31 + side * 101 + at * 7) % 251).unwrap();
         (0..).map(byte).take(self.len()).collect()
     }
 }
 
-/// What one side has said about being signalled, and what follows from it.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum EventSuppression {
-    /// With everything.
-    Always,
-    Never,
-    /// With the next: nothing was there when it was said.
-    Next,
-    /// At a point that was passed `ago` descriptors (packed) or chains (split) ago.
-    Passed {
-        ago: u64,
-    },
-    /// Nothing is known of where it stands.
-    Unknown,
-}
-
-impl EventSuppression {
-    /// What a new ring's memory says.
-    fn new(setup: Setup) -> Self {
-        match setup.event_idx && !setup.packed {
-            true => Self::Unknown,
-            false => Self::Always,
-        }
-    }
-
-    /// One side asked for signals; `more` was there already: so many descriptors or chains.
-    fn enable(&mut self, setup: Setup, more: u64) {
-        *self = match (setup.event_idx, more) {
-            (false, _) => Self::Always,
-            (true, 0) => Self::Next,
-            (true, ago) => Self::Passed { ago },
-        };
-    }
-
-    fn disable(&mut self, setup: Setup) {
-        if setup.packed || !setup.event_idx {
-            *self = Self::Never;
-        }
-    }
-
-    /// So many more were shown, with a signal or without.
-    fn record(&mut self, setup: Setup, count: u64, signalled: bool) {
-        // A point that was passed comes round again: after two laps, or with the 16-bit index.
-        let round = match setup.packed {
-            true => 2 * u64::from(setup.size),
-            false => 65_536,
-        };
-        match self {
-            _ if count == 0 => assert!(!signalled, "a signal for nothing"),
-            Self::Always => assert!(signalled, "no signal, though every one is wanted"),
-            Self::Never => assert!(!signalled, "a signal that is not wanted"),
-            Self::Next => {
-                assert!(signalled, "the other side sleeps and gets no signal");
-                *self = Self::Passed { ago: count };
-            }
-            Self::Passed { ago } => {
-                *ago += count;
-                let due = *ago > round;
-                *ago = (*ago - 1) % round + 1;
-                assert_eq!(signalled, due, "{count} more");
-            }
-            Self::Unknown => {}
-        }
-    }
-}
-
-/// Both ends, and chains by how far they have come.
+/// Driver and device, and the chains by their progress.
 struct Model {
     setup: Setup,
     guest: Guest,
@@ -250,7 +184,7 @@ impl Model {
         self.check();
     }
 
-    /// What these chains move an index by.
+    /// By how much these chains move a position.
     fn moved(&self, chains: &VecDeque<TestChain>) -> u64 {
         let each = |made: &TestChain| match self.setup.packed {
             true => u64::from(made.descriptors),
@@ -324,7 +258,7 @@ impl Model {
             let mut made = self.taken.pop_front().unwrap();
             let chain = self.burst.chains()[0];
             if self.setup.direction == Direction::Writable {
-                // Nothing, a part or all of it.
+                // The device writes nothing, half or all of the chain.
                 made.written = made.len() * usize::try_from(made.token % 3).unwrap() / 2;
                 let bytes = made.bytes(1);
                 let mut at = 0;
@@ -426,7 +360,8 @@ impl Model {
         (self.ring, self.burst) = self.guest.device(base);
     }
 
-    /// What the driver has not seen used comes again, and may have been written to.
+    /// Chains that the driver has not seen used become available again. Their content may have
+    /// changed.
     fn crash(&mut self) {
         (self.ring, self.burst) = self.guest.device(self.guest.ring.base());
         self.all_available();
@@ -468,7 +403,7 @@ proptest! {
     })]
 
     #[test]
-    fn driver_and_device_agree(setup in setups(), ops in prop::collection::vec(ops(), 1..250)) {
+    fn driver_and_device_agree_with_the_model(setup in setups(), ops in prop::collection::vec(ops(), 1..250)) {
         let mut model = Model::new(setup);
         for op in &ops {
             model.step(op);
@@ -497,9 +432,8 @@ fn each_setup(test: impl Fn(Setup)) {
     }
 }
 
-/// The longest chains that fit, the whole ring at once, over and over.
 #[test]
-fn full_rings_come_back_whole_lap_after_lap() {
+fn full_virtqueue_is_used_completely_lap_after_lap() {
     each_setup(|setup| {
         let mut model = Model::new(setup);
         for round in 0..20u16 {
@@ -527,9 +461,8 @@ fn full_rings_come_back_whole_lap_after_lap() {
     });
 }
 
-/// A descriptor that both sides pass in every lap.
 #[test]
-fn either_side_is_woken_from_every_sleep() {
+fn side_that_waits_is_notified_once_for_the_next_chain() {
     each_setup(|setup| {
         let mut model = Model::new(setup);
         for round in 0..3 * setup.size {
@@ -540,8 +473,13 @@ fn either_side_is_woken_from_every_sleep() {
                 lens: vec![3; count],
                 indirect: false,
             });
-            // Each of the two sleeps: the model wants a signal for the first, and only for that.
-            for op in [Op::DriverPublish, Op::Dequeue(9), Op::Complete(9), Op::Publish] {
+            // Both sides wait. The model expects one notification for each.
+            for op in [
+                Op::DriverPublish,
+                Op::Dequeue(9),
+                Op::Complete(9),
+                Op::Publish,
+            ] {
                 model.step(&op);
             }
             model.step(&Op::Collect);

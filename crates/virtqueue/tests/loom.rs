@@ -1,29 +1,29 @@
-//! The handshakes of the rings under every order of two threads, and under every old value that a
-//! load may still see: `RUSTFLAGS="--cfg loom" cargo test --release --test loom`, or `ci/test loom`.
+//! Driver and device in every order of two threads, and with every old value that a load may still
+//! return: `RUSTFLAGS="--cfg loom" cargo test --release --test loom`, or `ci/test loom`.
 //!
-//! The device is the ring that is shipped, on words of loom's (see `memory/loom.rs`); the driver is
-//! a small one that does what Linux does.
+//! The device is the shipped virtqueue on loom's atomics (see `memory/loom.rs`). The driver is a
+//! small one that accesses memory as Linux does.
 #![cfg(loom)]
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-mod driver;
+mod model_driver;
 
 use std::sync::Arc;
 
-use driver::{Driver, Format};
 use loom::sync::atomic::{AtomicU32, Ordering};
 use loom::sync::{Condvar, Mutex};
 use loom::thread;
+use model_driver::{Driver, Format};
 use virtionet_guest::memory::GuestRam;
-use virtionet_virtqueue::memory::{GuestMemory, DisabledOrdering, disable_ordering, clear_model};
+use virtionet_virtqueue::memory::{DisabledOrdering, GuestMemory, clear_model, disable_ordering};
 use virtionet_virtqueue::{Burst, Virtqueue};
 
-/// A chain of token N has this many bytes and N more: that tells them apart.
+/// The chain of token N has LEN + N bytes, so that the device can identify it.
 const LEN: u32 = 100;
-/// Bytes that the device says it wrote to a chain of token N, less N.
+/// The device reports WRITTEN + N bytes written to the chain of token N.
 const WRITTEN: u32 = 50;
 
-/// An eventfd.
+/// A model of an eventfd.
 #[derive(Default)]
 struct ModelEventFd {
     count: Mutex<u64>,
@@ -36,7 +36,7 @@ impl ModelEventFd {
         self.signalled.notify_one();
     }
 
-    /// Sleeps until it has been rung since the last time; for ever, which loom finds, if it is not.
+    /// Waits until it is signalled. loom reports a deadlock if it never is.
     fn wait(&self) {
         let mut count = self.count.lock().unwrap();
         while *count == 0 {
@@ -46,7 +46,8 @@ impl ModelEventFd {
     }
 }
 
-/// What the buffers hold. Relaxed, so that only the ring's own order can make it be seen.
+/// The content of the buffers. Accesses are relaxed, so that only the ordering of the virtqueue
+/// makes them visible.
 #[derive(Clone)]
 struct Payload(Arc<[AtomicU32; 4]>);
 
@@ -64,7 +65,7 @@ impl Payload {
     }
 }
 
-/// The device's end.
+/// The device.
 struct Device {
     ring: Virtqueue,
     burst: Burst,
@@ -72,13 +73,17 @@ struct Device {
 }
 
 impl Device {
-    /// Takes what there is, looks whether it is whole, and completes it; how many those were.
+    /// Dequeues all available chains, checks their content and completes them. Returns how many.
     fn work(&mut self) -> usize {
         let taken = self.ring.dequeue(&mut self.burst, 4).unwrap();
         for chain in self.burst.chains() {
             assert_eq!(chain.fault(), None);
             let token = u16::try_from(chain.len()).unwrap() - u16::try_from(LEN).unwrap();
-            assert_eq!(self.payload.read(token), 1, "what the driver put there");
+            assert_eq!(
+                self.payload.read(token),
+                1,
+                "the content that the driver wrote"
+            );
             self.payload.write(token, 2);
             self.ring.complete(chain, WRITTEN + u32::from(token));
         }
@@ -87,7 +92,7 @@ impl Device {
     }
 }
 
-/// Both ends on fresh memory.
+/// Driver and device of a new virtqueue.
 struct Endpoints {
     driver: Driver,
     device: Device,
@@ -105,7 +110,7 @@ impl Endpoints {
         Self { driver, device }
     }
 
-    /// One chain goes there and back, so that what either asked for in the beginning has passed.
+    /// Passes one chain through both sides, so that the initial state of event suppression is gone.
     fn first_lap(&mut self) {
         self.offer(0);
         self.driver.publish();
@@ -127,18 +132,18 @@ fn offer(driver: &mut Driver, payload: &Payload, token: u16) {
     driver.add(token, LEN + u32::from(token), 1 + token % 2);
 }
 
-/// Collects a chain, if one is there; it must be the one of this token, and whole.
+/// Collects a chain, if one is used, and checks its token and content.
 fn collect(driver: &mut Driver, payload: &Payload, token: u16) -> bool {
     let Some((id, written)) = driver.collect() else {
         return false;
     };
     assert_eq!((id, written), (token, WRITTEN + u32::from(token)));
-    assert_eq!(payload.read(token), 2, "what the device put there");
+    assert_eq!(payload.read(token), 2, "the content that the device wrote");
     true
 }
 
-/// Runs `test` in every order for each format; with `preemptions` only in those in which threads are
-/// interrupted so often at most, besides where they wait.
+/// Runs `test` in every order for each format. `preemptions` limits the orders to those in which
+/// threads are preempted at most that often.
 fn model(preemptions: Option<usize>, test: fn(Endpoints)) {
     for format in Format::ALL {
         model_of(format, preemptions, test);
@@ -157,7 +162,8 @@ fn model_of(format: Format, preemptions: Option<usize>, test: fn(Endpoints)) {
     });
 }
 
-/// The driver shows a chain and decides whether to kick; the device arms kicks and looks once more.
+/// The driver publishes a chain and decides whether to kick, while the device enables kicks and
+/// checks for chains once more.
 fn kick_race(mut endpoints: Endpoints) {
     endpoints.first_lap();
     let Endpoints {
@@ -172,12 +178,12 @@ fn kick_race(mut endpoints: Endpoints) {
     let seen = arming.join().unwrap();
     assert!(
         kick || seen,
-        "the device sleeps and the driver does not kick"
+        "the device waits and the driver does not kick"
     );
 }
 
-/// The device shows a used chain and decides whether to call; the driver asks for calls and looks
-/// once more.
+/// The device publishes a used chain and decides whether to call, while the driver enables calls
+/// and checks for used chains once more.
 fn call_race(mut endpoints: Endpoints) {
     endpoints.first_lap();
     endpoints.offer(1);
@@ -194,11 +200,11 @@ fn call_race(mut endpoints: Endpoints) {
     let call = using.join().unwrap();
     assert!(
         call || seen,
-        "the driver sleeps and the device does not call"
+        "the driver waits and the device does not call"
     );
 }
 
-/// Two chains shown together: the device sees both, and whole, or none.
+/// The driver publishes two chains together. The device sees both with their content, or none.
 fn available_together(mut endpoints: Endpoints) {
     endpoints.first_lap();
     let Endpoints {
@@ -217,7 +223,7 @@ fn available_together(mut endpoints: Endpoints) {
     );
 }
 
-/// Two chains used together: the driver sees both, and whole, or none.
+/// The device publishes two used chains together. The driver sees both with their content, or none.
 fn used_together(mut endpoints: Endpoints) {
     endpoints.first_lap();
     endpoints.offer(1);
@@ -233,13 +239,16 @@ fn used_together(mut endpoints: Endpoints) {
         let _call = device.ring.publish();
     });
     if collect(&mut driver, &payload, 1) {
-        assert!(collect(&mut driver, &payload, 2), "the driver saw a part");
+        assert!(
+            collect(&mut driver, &payload, 2),
+            "the driver saw only one of two chains"
+        );
     }
     using.join().unwrap();
 }
 
-/// Both sides sleep whenever they have nothing to do, over two chains shown one after the other.
-fn both_sleep(mut endpoints: Endpoints) {
+/// Both sides wait whenever they have nothing to do, while two chains pass one after the other.
+fn both_wait(mut endpoints: Endpoints) {
     endpoints.first_lap();
     let Endpoints {
         mut driver,
@@ -282,62 +291,62 @@ fn both_sleep(mut endpoints: Endpoints) {
 }
 
 #[test]
-fn no_kick_is_lost_while_the_device_goes_to_sleep() {
+fn device_that_enables_kicks_misses_no_chain() {
     model(None, kick_race);
 }
 
 #[test]
-fn no_call_is_lost_while_the_driver_goes_to_sleep() {
+fn driver_that_enables_calls_misses_no_used_chain() {
     model(None, call_race);
 }
 
 #[test]
-fn what_the_driver_shows_together_is_seen_whole() {
+fn chains_published_together_are_seen_with_their_content() {
     model(None, available_together);
 }
 
 #[test]
-fn what_the_device_uses_together_is_seen_whole() {
+fn chains_used_together_are_seen_with_their_content() {
     model(None, used_together);
 }
 
 #[test]
-fn two_that_sleep_wake_each_other() {
-    model(Some(2), both_sleep);
+fn driver_and_device_that_wait_notify_each_other() {
+    model(Some(2), both_wait);
 }
 
-/// The models are not blind: each finds what it is there for, in every format.
-fn fails(without: DisabledOrdering, test: fn(Endpoints)) {
+/// Checks that a model detects a missing ordering in every format.
+fn assert_detected(without: DisabledOrdering, test: fn(Endpoints)) {
     for format in Format::ALL {
         let run = std::thread::spawn(move || {
             disable_ordering(without);
             model_of(format, Some(2), test);
         });
-        assert!(run.join().is_err(), "{format:?} does without {without:?}");
+        assert!(run.join().is_err(), "{format:?} passes without {without:?}");
     }
 }
 
 #[test]
-fn without_the_fence_a_kick_is_lost() {
-    fails(DisabledOrdering::Fences, kick_race);
+fn model_without_fences_loses_a_kick() {
+    assert_detected(DisabledOrdering::Fences, kick_race);
 }
 
 #[test]
-fn without_the_fence_a_call_is_lost() {
-    fails(DisabledOrdering::Fences, call_race);
+fn model_without_fences_loses_a_call() {
+    assert_detected(DisabledOrdering::Fences, call_race);
 }
 
 #[test]
-fn without_the_fence_two_that_sleep_do_so_for_ever() {
-    fails(DisabledOrdering::Fences, both_sleep);
+fn model_without_fences_deadlocks_two_that_wait() {
+    assert_detected(DisabledOrdering::Fences, both_wait);
 }
 
 #[test]
-fn without_acquire_a_chain_is_seen_in_part() {
-    fails(DisabledOrdering::Acquire, available_together);
+fn model_without_acquire_sees_a_part_of_a_batch() {
+    assert_detected(DisabledOrdering::Acquire, available_together);
 }
 
 #[test]
-fn without_release_a_used_chain_is_seen_in_part() {
-    fails(DisabledOrdering::Release, used_together);
+fn model_without_release_sees_a_part_of_a_used_batch() {
+    assert_detected(DisabledOrdering::Release, used_together);
 }

@@ -1,5 +1,5 @@
-//! A driver and a device on threads of their own, each asleep whenever there is nothing for it to
-//! do: a signal that is lost stops both for ever.
+//! A driver and a device on two threads. Each waits for a notification when it has nothing to do,
+//! so a lost notification stops both, and the test fails by its time limit.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -8,17 +8,17 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{DATA, SetOnDrop, Guest, Setup};
-use virtionet_guest::eventfd::WaitableEventFd;
+use common::{DATA, Guest, SetOnDrop, Setup};
 use virtionet_guest::driver::Buf;
+use virtionet_guest::eventfd::WaitableEventFd;
 use virtionet_virtqueue::{Burst, Direction, Virtqueue};
 
-/// Longer than any sleep that has an end.
+/// A time limit that no wait reaches unless a notification is lost.
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// Sleeps until the bell rings.
-fn sleep(event: &WaitableEventFd, who: &str) {
-    assert_ne!(event.wait(LIMIT).unwrap(), 0, "the {who} was not woken");
+/// Waits for a notification.
+fn wait(event: &WaitableEventFd, who: &str) {
+    assert_ne!(event.wait(LIMIT).unwrap(), 0, "the {who} was not notified");
 }
 
 fn drive(mut guest: Guest, chains: u64, kick: &WaitableEventFd, call: &WaitableEventFd) {
@@ -26,7 +26,7 @@ fn drive(mut guest: Guest, chains: u64, kick: &WaitableEventFd, call: &WaitableE
     let mut out = VecDeque::new();
     let (mut added, mut back) = (0, 0);
     while back < chains {
-        // As many as fit, of one to three descriptors, shown a few at a time.
+        // As many chains as fit, each of one to three descriptors, published a few at a time.
         let batch = 1 + added % 7;
         for _ in 0..batch {
             let count = usize::try_from(1 + added % 3).unwrap();
@@ -46,13 +46,19 @@ fn drive(mut guest: Guest, chains: u64, kick: &WaitableEventFd, call: &WaitableE
         let more = more.unwrap();
         back += u64::from(more);
         if more == 0 && (ring.free() < 3 || added == chains) && !ring.enable_calls() {
-            sleep(call, "driver");
+            wait(call, "driver");
             ring.disable_calls();
         }
     }
 }
 
-fn serve(mut ring: Virtqueue, mut burst: Burst, chains: u64, kick: &WaitableEventFd, call: &WaitableEventFd) {
+fn serve(
+    mut ring: Virtqueue,
+    mut burst: Burst,
+    chains: u64,
+    kick: &WaitableEventFd,
+    call: &WaitableEventFd,
+) {
     let mut done = 0;
     while done < chains {
         let taken = ring.dequeue(&mut burst, 5).unwrap();
@@ -66,7 +72,7 @@ fn serve(mut ring: Virtqueue, mut burst: Burst, chains: u64, kick: &WaitableEven
         }
         done += u64::try_from(taken).unwrap();
         if taken == 0 && !ring.enable_kicks() {
-            sleep(kick, "device");
+            wait(kick, "device");
             ring.disable_kicks();
         }
     }
@@ -86,16 +92,19 @@ fn run(size: u16, packed: bool, event_idx: bool) {
     let guest = Guest::new(setup(size, packed, event_idx));
     let (ring, burst) = guest.device(guest.ring.base());
     let chains = 30_000;
-    let (kick, call) = (WaitableEventFd::new().unwrap(), WaitableEventFd::new().unwrap());
+    let (kick, call) = (
+        WaitableEventFd::new().unwrap(),
+        WaitableEventFd::new().unwrap(),
+    );
     std::thread::scope(|scope| {
         scope.spawn(|| serve(ring, burst, chains, &kick, &call));
         drive(guest, chains, &kick, &call);
     });
 }
 
-/// A device that polls, and a driver that sleeps after each chain that it adds: at times just when
-/// the chain is used.
-fn sleep_while_used(packed: bool, event_idx: bool) {
+/// A device that polls, and a driver that waits after each chain that it adds, sometimes at the
+/// moment when the chain is used.
+fn wait_while_used(packed: bool, event_idx: bool) {
     let mut guest = Guest::new(setup(8, packed, event_idx));
     let (ring, burst) = guest.device(guest.ring.base());
     let call = WaitableEventFd::new().unwrap();
@@ -114,7 +123,7 @@ fn sleep_while_used(packed: bool, event_idx: bool) {
             round += 1;
             while guest.ring.collect(|_, _| {}).unwrap() == 0 {
                 if !guest.ring.enable_calls() {
-                    sleep(&call, "driver");
+                    wait(&call, "driver");
                 }
             }
             guest.ring.disable_calls();
@@ -137,13 +146,13 @@ fn poll(mut ring: Virtqueue, mut burst: Burst, call: &WaitableEventFd, done: &At
     }
 }
 
-/// What either side shows at once, the other sees at once: all of it or none.
-fn all_or_none(packed: bool) {
+/// Each side publishes 60 chains at once, and the other side checks that it sees all or none.
+fn publish_batches(packed: bool) {
     let mut guest = Guest::new(setup(256, packed, false));
     let (ring, burst) = guest.device(guest.ring.base());
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        scope.spawn(|| use_whole_bursts(ring, burst, &done));
+        scope.spawn(|| complete_whole_batches(ring, burst, &done));
         let _done = SetOnDrop(&done);
         let begin = Instant::now();
         while begin.elapsed() < Duration::from_millis(400) {
@@ -156,14 +165,14 @@ fn all_or_none(packed: bool) {
                 match guest.ring.collect(|_, _| {}).unwrap() {
                     0 if done.load(Ordering::Relaxed) => return,
                     0 => std::thread::yield_now(),
-                    count => break assert_eq!(count, 60, "the driver sees a part"),
+                    count => break assert_eq!(count, 60, "the driver sees a part of the batch"),
                 }
             }
         }
     });
 }
 
-fn use_whole_bursts(mut ring: Virtqueue, mut burst: Burst, done: &AtomicBool) {
+fn complete_whole_batches(mut ring: Virtqueue, mut burst: Burst, done: &AtomicBool) {
     let _done = SetOnDrop(done);
     while !done.load(Ordering::Relaxed) {
         let taken = ring.dequeue(&mut burst, 64).unwrap();
@@ -171,7 +180,7 @@ fn use_whole_bursts(mut ring: Virtqueue, mut burst: Burst, done: &AtomicBool) {
             std::thread::yield_now();
             continue;
         }
-        assert_eq!(taken, 60, "the device sees a part");
+        assert_eq!(taken, 60, "the device sees a part of the batch");
         for chain in burst.chains() {
             ring.complete(chain, 0);
         }
@@ -181,22 +190,22 @@ fn use_whole_bursts(mut ring: Virtqueue, mut burst: Burst, done: &AtomicBool) {
 }
 
 #[test]
-fn a_driver_that_goes_to_sleep_gets_the_call_of_that_moment() {
+fn driver_that_waits_while_a_chain_is_used_gets_a_call() {
     for packed in [false, true] {
         for event_idx in [false, true] {
-            sleep_while_used(packed, event_idx);
+            wait_while_used(packed, event_idx);
         }
     }
 }
 
 #[test]
-fn what_is_shown_together_is_seen_together() {
-    all_or_none(false);
-    all_or_none(true);
+fn chains_published_together_become_visible_together() {
+    publish_batches(false);
+    publish_batches(true);
 }
 
 #[test]
-fn no_signal_is_lost_on_packed_rings() {
+fn packed_virtqueue_loses_no_notification() {
     for size in [1, 2, 3, 5, 8, 256] {
         for event_idx in [false, true] {
             run(size, true, event_idx);
@@ -205,7 +214,7 @@ fn no_signal_is_lost_on_packed_rings() {
 }
 
 #[test]
-fn no_signal_is_lost_on_split_rings() {
+fn split_virtqueue_loses_no_notification() {
     for size in [2, 4, 8, 256] {
         for event_idx in [false, true] {
             run(size, false, event_idx);

@@ -1,38 +1,33 @@
-//! What a packed ring is made of: flags, places and descriptors.
+//! The parts of a packed virtqueue: descriptors and positions in the ring.
+
+use virtionet_virtqueue::constants::{
+    VIRTQ_DESC_F_AVAIL, VIRTQ_DESC_F_USED, VRING_PACKED_EVENT_F_WRAP_CTR,
+};
+#[cfg(doc)]
+use virtionet_virtqueue::constants::{
+    VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+};
 
 use crate::memory::Area;
-#[cfg(doc)]
-use crate::split::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 
-/// Descriptor flag: the driver's wrap counter when it made the descriptor available.
-pub const VIRTQ_DESC_F_AVAIL: u16 = 1 << 7;
-/// Descriptor flag: the device's wrap counter when it used the descriptor; the opposite of
-/// [`AVAIL`] while it has not.
-pub const VIRTQ_DESC_F_USED: u16 = 1 << 15;
-
-/// Event suppression flag: always signal.
-pub const VRING_PACKED_EVENT_FLAG_ENABLE: u16 = 0;
-/// Event suppression flag: never signal.
-pub const VRING_PACKED_EVENT_FLAG_DISABLE: u16 = 1;
-/// Event suppression flag: signal when the descriptor of `off_wrap` is passed.
-pub const VRING_PACKED_EVENT_FLAG_DESC: u16 = 2;
-
-/// Byte offsets in a descriptor.
+/// Size of a descriptor in bytes.
+pub(super) const DESCRIPTOR_SIZE: usize = 16;
+// Offsets of the fields of a descriptor in bytes; `addr` has offset 0.
 pub(super) const LEN_OFFSET: usize = 8;
 pub(super) const ID_OFFSET: usize = 12;
 pub(super) const FLAGS_OFFSET: usize = 14;
 
-/// A place in the ring: a descriptor and the wrap counter that holds there.
+/// A position in the ring: a descriptor and the wrap counter that is valid there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RingPosition {
-    /// Descriptor.
+    /// Index of the descriptor.
     pub index: u16,
     /// Wrap counter.
     pub wrap: bool,
 }
 
 impl RingPosition {
-    /// Where a ring of `size` descriptors is after `n` of them, counted from its beginning.
+    /// The position in a ring of `size` descriptors that is `n` descriptors behind its beginning.
     #[must_use]
     pub fn nth(n: u16, size: u16) -> Self {
         Self {
@@ -41,7 +36,7 @@ impl RingPosition {
         }
     }
 
-    /// `n` descriptors further on; `n` is at most `size`.
+    /// The position `n` descriptors later. `n` is at most `size`.
     #[inline(always)]
     #[must_use]
     pub fn after(self, n: u16, size: u16) -> Self {
@@ -59,38 +54,52 @@ impl RingPosition {
         }
     }
 
-    /// As event suppression areas and SET_VRING_BASE have it: the wrap counter in bit 15.
+    /// The form of `off_wrap` and of SET_VRING_BASE, with the wrap counter in bit 15.
     #[inline(always)]
     #[must_use]
     pub fn word(self) -> u16 {
-        self.index | if self.wrap { 1 << 15 } else { 0 }
+        self.index
+            | if self.wrap {
+                VRING_PACKED_EVENT_F_WRAP_CTR
+            } else {
+                0
+            }
     }
 
-    /// The flags of an available descriptor here.
+    /// The AVAIL and USED flags of an available descriptor at this position.
     #[inline(always)]
     #[must_use]
     pub fn available(self) -> u16 {
-        if self.wrap { VIRTQ_DESC_F_AVAIL } else { VIRTQ_DESC_F_USED }
+        if self.wrap {
+            VIRTQ_DESC_F_AVAIL
+        } else {
+            VIRTQ_DESC_F_USED
+        }
     }
 
-    /// The flags of a used descriptor here.
+    /// The AVAIL and USED flags of a used descriptor at this position.
     #[inline(always)]
     #[must_use]
     pub fn used(self) -> u16 {
-        if self.wrap { VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED } else { 0 }
+        if self.wrap {
+            VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED
+        } else {
+            0
+        }
     }
 }
 
-/// A descriptor (virtio 1.3 §2.8.13).
+/// A packed descriptor (virtio 1.3 §2.8.13).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct PackedDescriptor {
-    /// Guest physical address; of no meaning once it is used.
+    /// Guest physical address; without meaning in a used descriptor.
     pub addr: u64,
-    /// Length in bytes, or bytes written.
+    /// Length in bytes; in a used descriptor the number of bytes written.
     pub len: u32,
     /// Buffer id.
     pub id: u16,
-    /// [`NEXT`], [`WRITE`], [`VRING_DESC_F_INDIRECT`], [`AVAIL`], [`USED`].
+    /// [`VRING_DESC_F_NEXT`], [`VRING_DESC_F_WRITE`], [`VRING_DESC_F_INDIRECT`],
+    /// [`VIRTQ_DESC_F_AVAIL`], [`VIRTQ_DESC_F_USED`].
     pub flags: u16,
 }
 
@@ -106,7 +115,7 @@ impl PackedDescriptor {
         }
     }
 
-    /// Writes it at byte `offset` of a ring or table, as two words.
+    /// Writes the descriptor at byte `offset` of a ring or table with two stores.
     #[inline(always)]
     pub fn store(self, table: &Area, offset: usize) {
         let rest = u64::from(self.len) | u64::from(self.id) << 32 | u64::from(self.flags) << 48;
@@ -114,7 +123,7 @@ impl PackedDescriptor {
         table.store(offset + LEN_OFFSET, rest.to_le());
     }
 
-    /// Reads it from byte `offset` of a ring or table.
+    /// Reads the descriptor at byte `offset` of a ring or table.
     #[inline(always)]
     #[must_use]
     pub fn load(table: &Area, offset: usize) -> Self {

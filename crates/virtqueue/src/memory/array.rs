@@ -1,4 +1,6 @@
-//! Arrays in guest memory: a ring's own areas and indirect tables.
+//! Arrays in guest memory: the areas of a virtqueue and indirect tables.
+//!
+//! In a build with `--cfg loom` the loads and stores go to the cells of `super::loom` instead.
 #![allow(unsafe_code)]
 
 use std::marker::PhantomData;
@@ -17,7 +19,8 @@ use vm_memory::ByteValued;
 
 use super::{GuestMemory, MappedRegion};
 
-/// Says of `repr(C)` structs of integers that any bytes make a valid value of theirs.
+/// Implements `ByteValued` for `repr(C)` structs of integers without padding, for which any bytes
+/// are a valid value.
 macro_rules! impl_byte_valued {
     ($($name:ty),* $(,)?) => {$(
         // SAFETY: repr(C), integers only, no padding (the size is the sum of its fields, see the
@@ -28,8 +31,8 @@ macro_rules! impl_byte_valued {
 }
 pub(crate) use impl_byte_valued;
 
-/// An array in guest memory: `len` values of `T`, bounds-checked, each access volatile. It holds
-/// its region, which stays mapped as long as the array lives.
+/// An array of values in guest memory. Each access is bounds-checked and volatile or atomic. The
+/// array keeps its region mapped.
 #[derive(Debug)]
 pub struct GuestArray<T> {
     ptr: *mut T,
@@ -64,17 +67,18 @@ impl<T: ByteValued> GuestArray<T> {
         self.len == 0
     }
 
-    /// An index beyond the end reads the first value: callers mask their indices, and a branchless
-    /// clamp costs less than a panic path here.
+    /// The address of value `index`, or of the first value when `index` is beyond the end. Callers
+    /// mask their indices, so a clamp without a branch suffices, and it costs less than a panic
+    /// path.
     #[inline(always)]
     fn slot(&self, index: u16) -> *mut T {
         let index = if index < self.len { index } else { 0 };
-        // SAFETY: index < len (arrays of length 0 are never made into rings and never indexed by
-        // them; their pointer still leads into the region).
+        // SAFETY: index < len. (No virtqueue has an array of length 0; its pointer would still lead
+        // into the region.)
         unsafe { self.ptr.add(usize::from(index)) }
     }
 
-    /// Reads value `index` once.
+    /// Reads value `index` once. An index beyond the end reads the first value.
     #[inline(always)]
     #[must_use]
     pub fn get(&self, index: u16) -> T {
@@ -89,14 +93,13 @@ impl<T: ByteValued> GuestArray<T> {
         unsafe { write_volatile(self.slot(index), value) }
     }
 
-    /// Asks the CPU to fetch the line of value `index`; a hint, without effect on meaning, also
-    /// where there is no such value.
+    /// Prefetches the cache line of value `index` for reading. `index` may be beyond the end.
     #[inline(always)]
     pub fn prefetch(&self, index: u16) {
         prefetch(self.ptr.wrapping_add(usize::from(index)).cast());
     }
 
-    /// The same where the value is to be written.
+    /// Prefetches the cache line of value `index` for writing. `index` may be beyond the end.
     #[inline(always)]
     pub fn prefetch_to_write(&self, index: u16) {
         prefetch_to_write(self.ptr.wrapping_add(usize::from(index)).cast());
@@ -104,8 +107,8 @@ impl<T: ByteValued> GuestArray<T> {
 }
 
 impl GuestArray<u16> {
-    /// Reads the values (little-endian) from number `start` on to `out`, each once; false, and
-    /// nothing done, when there are not so many.
+    /// Reads the little-endian values from index `start` on into `out`, each once. Returns false,
+    /// without any effect, when the array ends before `out` is full.
     #[inline(always)]
     pub fn get_range(&self, start: u16, out: &mut [u16]) -> bool {
         let end = usize::from(start) + out.len();
@@ -119,8 +122,8 @@ impl GuestArray<u16> {
         true
     }
 
-    /// Reads value `index` (little-endian), and what was written before it by the other side is
-    /// seen after it.
+    /// Reads the little-endian value `index` with acquire ordering: what the driver wrote before it
+    /// is visible afterwards.
     #[inline(always)]
     #[must_use]
     pub fn acquire(&self, index: u16) -> u16 {
@@ -130,7 +133,8 @@ impl GuestArray<u16> {
         u16::from_le(word.load(Ordering::Acquire))
     }
 
-    /// Writes value `index` (little-endian) after everything written before it.
+    /// Writes the little-endian value `index` with release ordering: everything written before is
+    /// visible to whoever reads it.
     #[inline(always)]
     pub fn release(&self, index: u16, value: u16) {
         // SAFETY: as for `acquire`.
@@ -139,8 +143,14 @@ impl GuestArray<u16> {
     }
 }
 
-/// A descriptor, read as the two words that it is: its address, and its length with two 16-bit
-/// fields, which are `flags` and `next` in a split ring, `id` and `flags` in a packed one.
+/// A descriptor, read as two words: its address, and its length with two 16-bit fields. Those are
+/// `flags` and `next` in a split virtqueue, `id` and `flags` in a packed one.
+///
+/// ```text
+/// bits of rest   0..32   32..48   48..64
+/// split          len     flags    next
+/// packed         len     id       flags
+/// ```
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 pub(crate) struct Descriptor {
@@ -152,11 +162,13 @@ impl_byte_valued!(Descriptor);
 const _: () = assert!(size_of::<Descriptor>() == 16);
 
 impl Descriptor {
+    /// Guest address of the buffer.
     #[inline(always)]
     pub(crate) fn addr(self) -> u64 {
         u64::from_le(self.addr)
     }
 
+    /// Length of the buffer in bytes.
     #[inline(always)]
     pub(crate) fn len(self) -> u32 {
         u32::try_from(u64::from_le(self.rest) & 0xffff_ffff).unwrap_or(0)
@@ -172,19 +184,19 @@ impl Descriptor {
         u16::try_from(u64::from_le(self.rest) >> 48).unwrap_or(0)
     }
 
-    /// `flags` of a split ring's descriptor.
+    /// `flags` of a split descriptor.
     #[inline(always)]
     pub(crate) fn flags(self) -> u16 {
         self.third()
     }
 
-    /// Whether `flags` of a split ring's descriptor has this bit.
+    /// Whether `flags` of a split descriptor has the bit `flag`.
     #[inline(always)]
     pub(crate) fn has(self, flag: u16) -> bool {
         self.third() & flag != 0
     }
 
-    /// The same without this bit in `flags` of a split ring's descriptor.
+    /// A copy of a split descriptor without the bit `flag`.
     #[inline(always)]
     pub(crate) fn without_flag(self, flag: u16) -> Self {
         let rest = u64::from_le(self.rest) & !(u64::from(flag) << 32);
@@ -194,14 +206,14 @@ impl Descriptor {
         }
     }
 
-    /// `next` of a split ring's descriptor.
+    /// `next` of a split descriptor.
     #[inline(always)]
     pub(crate) fn next(self) -> u16 {
         self.fourth()
     }
 
-    /// A packed ring's descriptor in a split ring's order of fields, with `flags` as they were
-    /// read before; its `id` is then what [`Descriptor::next`] gives.
+    /// A packed descriptor converted to the field order of a split one, with the given `flags`,
+    /// which the caller has read before. [`Descriptor::next`] then returns its `id`.
     #[inline(always)]
     pub(crate) fn to_split_layout(self, flags: u16) -> Self {
         let rest = u64::from(self.len()) | u64::from(flags) << 32 | u64::from(self.third()) << 48;
@@ -211,13 +223,13 @@ impl Descriptor {
         }
     }
 
-    /// `id` of a packed ring's descriptor.
+    /// `id` of a packed descriptor.
     #[inline(always)]
     pub(crate) fn packed_id(self) -> u16 {
         self.third()
     }
 
-    /// `flags` of a packed ring's descriptor.
+    /// `flags` of a packed descriptor.
     #[inline(always)]
     pub(crate) fn packed_flags(self) -> u16 {
         self.fourth()
@@ -225,7 +237,8 @@ impl Descriptor {
 }
 
 impl GuestArray<Descriptor> {
-    /// Reads descriptor `index` once, in two loads; `None` when there is no such descriptor.
+    /// Reads descriptor `index` once, with two loads. Returns `None` when `index` is beyond the
+    /// end.
     #[inline(always)]
     pub(crate) fn descriptor(&self, index: u16) -> Option<Descriptor> {
         if index >= self.len {
@@ -241,8 +254,8 @@ impl GuestArray<Descriptor> {
         }
     }
 
-    /// Reads descriptor `index` of a packed ring if its flags say `wanted` (see `available`): flags
-    /// first, with everything the driver wrote before them seen after them.
+    /// Reads descriptor `index` of a packed ring if `wanted` accepts its flags. The flags are read
+    /// first, with acquire ordering, so that the address read afterwards belongs to them.
     #[inline(always)]
     pub(crate) fn descriptor_if(
         &self,
@@ -262,8 +275,8 @@ impl GuestArray<Descriptor> {
         })
     }
 
-    /// Writes `len`, `id` and `flags` of descriptor `index` of a packed ring in one store, after
-    /// everything written before it.
+    /// Writes `len`, `id` and `flags` of descriptor `index` of a packed ring with one store and
+    /// release ordering.
     #[inline(always)]
     pub(crate) fn release_used(&self, index: u16, id: u16, len: u32, flags: u16) {
         let word = u64::from(len) | u64::from(id) << 32 | u64::from(flags) << 48;
@@ -274,14 +287,14 @@ impl GuestArray<Descriptor> {
     }
 }
 
-/// Orders a store before a later load of the other side's memory: the one fence that event
-/// suppression needs (virtio 1.3 §2.7.7 and §2.8.10).
+/// Orders earlier stores before later loads. Event suppression needs this between publishing an
+/// index and reading the driver's wish for notifications (virtio 1.3 §2.7.7 and §2.8.10).
 #[inline(always)]
 pub fn full_fence() {
     fence(Ordering::SeqCst);
 }
 
-/// Asks the CPU to fetch the line of an address; a hint, without effect on meaning.
+/// Prefetches the cache line of any address for reading.
 #[inline(always)]
 pub(super) fn prefetch(_ptr: *const u8) {
     #[cfg(target_arch = "x86_64")]
@@ -291,8 +304,8 @@ pub(super) fn prefetch(_ptr: *const u8) {
     }
 }
 
-/// The same for a line that is to be written: it comes with the right to that, which otherwise is
-/// asked for, and waited for, at the first store.
+/// Prefetches the cache line of any address for writing. The CPU then owns the line exclusively
+/// before the first store, which otherwise would wait for that.
 #[inline(always)]
 pub(super) fn prefetch_to_write(_ptr: *const u8) {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
@@ -303,7 +316,7 @@ pub(super) fn prefetch_to_write(_ptr: *const u8) {
     }
 }
 
-/// A read-only array at a guest address, borrowed from its snapshot; any alignment.
+/// A read-only array at a guest address of any alignment, borrowed from its snapshot.
 #[derive(Debug, Clone, Copy)]
 pub struct GuestArrayRef<'m, T> {
     ptr: *const u8,
@@ -312,8 +325,10 @@ pub struct GuestArrayRef<'m, T> {
 }
 
 impl<T: ByteValued> GuestArrayRef<'_, T> {
+    /// The array of `len` values at `ptr`.
+    ///
     /// # Safety
-    /// `len` values from `ptr` on must be mapped as long as the snapshot that 'm stands for.
+    /// `len` values from `ptr` on must be mapped for as long as the snapshot of lifetime 'm exists.
     #[inline(always)]
     pub(super) unsafe fn new(ptr: *const u8, len: u16) -> Self {
         Self {
@@ -323,13 +338,13 @@ impl<T: ByteValued> GuestArrayRef<'_, T> {
         }
     }
 
-    /// Reads value `index` once; an index beyond the end reads the first value.
+    /// Reads value `index` once. An index beyond the end reads the first value.
     #[inline(always)]
     #[must_use]
     pub fn get(&self, index: u16) -> T {
         let index = if index < self.len { index } else { 0 };
-        // SAFETY: index < len, and `guest_array` saw the whole array in its mapping, which the
-        // snapshot behind 'm keeps alive. T is plain data of any bit pattern.
+        // SAFETY: index < len, and `guest_array` checked that the whole array lies in its mapping,
+        // which the snapshot of lifetime 'm keeps. T is plain data of any bit pattern.
         unsafe {
             let ptr = self.ptr.cast::<T>().add(usize::from(index));
             if ptr.is_aligned() {

@@ -1,14 +1,19 @@
-//! Guest memory as loom models it: only in builds with `--cfg loom`, for `tests/loom.rs`.
+//! Guest memory in loom's model. It exists only in builds with `--cfg loom`, for `tests/loom.rs`.
 //!
-//! There every word of a ring's areas is a cell of loom's, found by its address, and what
-//! [`GuestArray`](super::GuestArray) does to the word it does to the cell. All above that, the rings
-//! themselves, is the code that is shipped. loom then tries the orders in which two threads can run,
-//! and the old values that each load may still see under the memory model of C11.
+//! Each word of a virtqueue's areas is represented by a loom atomic, called a cell here, which is
+//! found by the word's address. [`GuestArray`](super::GuestArray) accesses the cell instead of the
+//! word. The code above it, which includes the virtqueues, is the code that is shipped. loom then
+//! tries the orders in which two threads can run, and the old values that each load may still
+//! return under the C11 memory model.
 //!
-//! A cell is what one side writes at once: a 16-bit index, a used element, half of a descriptor. What
-//! is volatile in a normal build is relaxed here: no order is promised by it, nor is one needed.
+//! A cell holds what one side writes at once: a 16-bit index, a used element, or half of a
+//! descriptor. A volatile access of a normal build is a relaxed access here, because no order is
+//! needed of it.
 #![allow(unsafe_code)]
-#![allow(clippy::panic, reason = "only models come here, which fail by a panic")]
+#![allow(
+    clippy::panic,
+    reason = "only models use this module, and a model fails by a panic"
+)]
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -20,61 +25,61 @@ use vm_memory::ByteValued;
 
 use super::GuestMemory;
 
-/// What a ring can be robbed of, to see that a model notices.
+/// The memory ordering to leave out, so that a test can check that a model detects it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DisabledOrdering {
-    /// Nothing.
+    /// None: the virtqueues run unchanged.
     Nothing,
     /// [`full_fence`](super::full_fence) does nothing.
     Fences,
-    /// What is to be loaded with acquire is loaded relaxed.
+    /// Acquire loads become relaxed loads.
     Acquire,
-    /// What is to be stored with release is stored relaxed.
+    /// Release stores become relaxed stores.
     Release,
 }
 
-/// A cell of so many bytes.
+/// A word of the model.
 #[derive(Clone)]
 struct ModelCell {
+    /// Size in bytes, at most 8.
     bytes: usize,
     value: Rc<AtomicU64Model>,
     /// Stored to before each access, and never loaded. loom tries other orders of two accesses only
-    /// where one is a store, and of several loads it remembers but the last: a load that another
-    /// thread's load and store follow would never be tried between or behind those two. A relaxed
-    /// store that nobody loads orders nothing else.
+    /// if one of them is a store, and it remembers only the last of several loads. Without this
+    /// store, a load that is followed by another thread's load and store would never be tried
+    /// between or behind those two. A relaxed store that is never loaded orders nothing else.
     turn: Rc<AtomicU64Model>,
 }
 
 thread_local! {
-    // All threads of a model run on one thread of the system.
+    // loom runs all threads of a model on one thread of the operating system.
     static CELLS: RefCell<BTreeMap<usize, ModelCell>> = const { RefCell::new(BTreeMap::new()) };
-    static WITHOUT: Cell<DisabledOrdering> = const { Cell::new(DisabledOrdering::Nothing) };
+    static DISABLED: Cell<DisabledOrdering> = const { Cell::new(DisabledOrdering::Nothing) };
 }
 
-/// From now on, in models of the calling thread.
+/// Leaves out `what` in all later models of the calling thread.
 pub fn disable_ordering(what: DisabledOrdering) {
-    WITHOUT.set(what);
+    DISABLED.set(what);
 }
 
 fn order(order: Ordering) -> Ordering {
-    match (order, WITHOUT.get()) {
-        (Ordering::Acquire, DisabledOrdering::Acquire) | (Ordering::Release, DisabledOrdering::Release) => {
-            Ordering::Relaxed
-        }
+    match (order, DISABLED.get()) {
+        (Ordering::Acquire, DisabledOrdering::Acquire)
+        | (Ordering::Release, DisabledOrdering::Release) => Ordering::Relaxed,
         _ => order,
     }
 }
 
-/// In place of the one of `std::sync`.
+/// Replaces `std::sync::atomic::fence`.
 pub(super) fn fence(order: Ordering) {
-    if WITHOUT.get() != DisabledOrdering::Fences {
+    if DISABLED.get() != DisabledOrdering::Fences {
         ::loom::sync::atomic::fence(order);
     }
 }
 
 impl GuestMemory {
-    /// Makes `count` cells of `bytes` bytes each (8 at most) at a front-end address, all zero. To be
-    /// called in the model, before its threads begin.
+    /// Creates `count` cells of `bytes` bytes each (at most 8) from a front-end address on, all
+    /// zero. Call it inside the model, before its threads start.
     pub fn create_model_cells(&self, user_addr: u64, bytes: usize, count: usize) {
         let region = self.regions.iter().find_map(|r| {
             let offset = r.offset(r.spec.user_addr, user_addr, super::to_u64(bytes * count))?;
@@ -96,15 +101,16 @@ impl GuestMemory {
     }
 }
 
-/// Forgets all cells: they belong to one run of a model. To be called when its threads have ended.
+/// Removes all cells, which belong to one run of a model. Call it when the model's threads have
+/// ended.
 pub fn clear_model() {
     CELLS.with_borrow_mut(BTreeMap::clear);
 }
 
-/// A word in a cell.
+/// A part of a cell, or all of it.
 struct ModelWord {
     cell: ModelCell,
-    /// Where in the cell it begins.
+    /// Offset in the cell in bytes.
     at: usize,
     bytes: usize,
 }
@@ -130,7 +136,8 @@ impl ModelWord {
         u64::from_le_bytes(part)
     }
 
-    /// A cell has one writer at a time, which sees what was stored last.
+    /// Stores the part and keeps the rest of the cell. A cell has one writer at a time, which
+    /// therefore loads the last value.
     fn store(&self, value: u64, order: Ordering) {
         self.cell.turn.store(0, Ordering::Relaxed);
         let mut whole = match self.bytes == self.cell.bytes {
@@ -143,10 +150,10 @@ impl ModelWord {
     }
 }
 
-/// In place of the one of `std::ptr`.
+/// Replaces `std::ptr::read_volatile`.
 ///
 /// # Safety
-/// None is needed: the pointer only says which cell.
+/// There is no requirement: the pointer only identifies the cell.
 pub(super) unsafe fn read_volatile<T: ByteValued>(ptr: *const T) -> T {
     let word = ModelWord::find(ptr.addr(), size_of::<T>());
     let mut value = T::zeroed();
@@ -155,10 +162,10 @@ pub(super) unsafe fn read_volatile<T: ByteValued>(ptr: *const T) -> T {
     value
 }
 
-/// In place of the one of `std::ptr`.
+/// Replaces `std::ptr::write_volatile`.
 ///
 /// # Safety
-/// None is needed: the pointer only says which cell.
+/// There is no requirement: the pointer only identifies the cell.
 pub(super) unsafe fn write_volatile<T: ByteValued>(ptr: *mut T, value: T) {
     let word = ModelWord::find(ptr.addr(), size_of::<T>());
     let mut bytes = [0; 8];
@@ -166,14 +173,14 @@ pub(super) unsafe fn write_volatile<T: ByteValued>(ptr: *mut T, value: T) {
     word.store(u64::from_le_bytes(bytes), Ordering::Relaxed);
 }
 
-/// In place of the atomic types of `std::sync`, as far as they are used.
+/// Replaces the atomic types of `std::sync` with the methods that are used.
 macro_rules! atomic {
     ($($name:ident: $value:ty),*) => {$(
         pub(super) struct $name(ModelWord);
 
         impl $name {
             /// # Safety
-            /// None is needed: the pointer only says which cell.
+            /// There is no requirement: the pointer only identifies the cell.
             pub(super) unsafe fn from_ptr(ptr: *mut $value) -> Self {
                 Self(ModelWord::find(ptr.addr(), size_of::<$value>()))
             }

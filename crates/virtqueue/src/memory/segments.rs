@@ -1,4 +1,9 @@
-//! Segments of the guest's buffers, as the kernel takes them, and their translation.
+//! Segments of the guest's buffers in the layout of `iovec`, and the translation of guest addresses
+//! to them.
+//!
+//! Most buffers of a guest lie in one or two memory regions. [`SegmentWriter`] therefore keeps the
+//! region that it found last and translates an address in it with one comparison. Other addresses,
+//! and a list that must grow, take the slow path, which is not inlined.
 #![allow(unsafe_code)]
 
 use std::marker::PhantomData;
@@ -8,9 +13,10 @@ use vm_memory::ByteValued;
 
 use super::array::{GuestArrayRef, prefetch, prefetch_to_write};
 use super::{GuestMemory, array_bytes, copy_in, copy_out};
-use crate::Direction;
+use crate::config::Direction;
 
-/// A segment of a guest's buffer, laid out as an `iovec`.
+/// A segment of a guest's buffer with the layout of an `iovec`. The guest may write the memory at
+/// any time, so bytes that must be checked are copied first.
 #[derive(Debug, Clone, Copy)]
 #[repr(transparent)]
 pub struct GuestSlice<'m> {
@@ -24,15 +30,16 @@ unsafe impl Send for GuestSlice<'_> {}
 unsafe impl Sync for GuestSlice<'_> {}
 
 impl<'m> GuestSlice<'m> {
-    /// `len` bytes at `offset` of a mapping at `host`; the caller saw that they lie within it.
+    /// The `len` bytes at `offset` of a mapping at `host`. The caller has checked that they lie in
+    /// it.
     #[inline(always)]
     fn new(host: *mut u8, offset: u64, len: u64) -> Self {
-        // Both fit usize: they lie within one mapping.
+        // Both numbers fit usize, because they lie within one mapping.
         let offset = usize::try_from(offset).unwrap_or(0);
         Self {
             vec: libc::iovec {
-                // Wrapping, because it needs no promise here: it is where it is used that the
-                // bytes must be mapped, and they are.
+                // `wrapping_add` needs no SAFETY condition. The accesses need one: that the bytes
+                // are mapped.
                 iov_base: host.wrapping_add(offset).cast(),
                 iov_len: usize::try_from(len).unwrap_or(0),
             },
@@ -53,7 +60,8 @@ impl<'m> GuestSlice<'m> {
         self.len() == 0
     }
 
-    /// Copies from the slice's start; returns the bytes copied: the shorter of both lengths.
+    /// Copies from the start of the slice to `out`. Returns the number of bytes copied: the shorter
+    /// of both lengths.
     #[inline(always)]
     pub fn copy_to(&self, out: &mut [u8]) -> usize {
         let n = self.len().min(out.len());
@@ -62,8 +70,8 @@ impl<'m> GuestSlice<'m> {
         n
     }
 
-    /// Fills `out` from the slice's start, in one or two moves of the CPU where it is short; false,
-    /// and nothing done, when the slice is shorter.
+    /// Copies the first `N` bytes to `out`, with one or two instructions for a small `N`. Returns
+    /// false, without any effect, when the slice is shorter.
     #[inline(always)]
     pub fn copy_to_array<const N: usize>(&self, out: &mut [u8; N]) -> bool {
         if self.len() < N {
@@ -74,8 +82,8 @@ impl<'m> GuestSlice<'m> {
         true
     }
 
-    /// Copies `data` to the slice's start, as [`GuestSlice::copy_to_array`]; false, and nothing
-    /// done, when the slice is shorter.
+    /// Copies `data` to the start of the slice, like [`GuestSlice::copy_to_array`]. Returns false,
+    /// without any effect, when the slice is shorter.
     #[inline(always)]
     pub fn copy_from_array<const N: usize>(&self, data: &[u8; N]) -> bool {
         if self.len() < N {
@@ -86,7 +94,8 @@ impl<'m> GuestSlice<'m> {
         true
     }
 
-    /// Copies to the slice's start; returns the bytes copied: the shorter of both lengths.
+    /// Copies `data` to the start of the slice. Returns the number of bytes copied: the shorter of
+    /// both lengths.
     #[inline(always)]
     pub fn copy_from(&self, data: &[u8]) -> usize {
         let n = self.len().min(data.len());
@@ -95,8 +104,8 @@ impl<'m> GuestSlice<'m> {
         n
     }
 
-    /// Copies from another slice's start to this one's; returns the bytes copied: the shorter of
-    /// both lengths. The two may overlap: guests may share memory with each other.
+    /// Copies from the start of another slice to the start of this one. Returns the number of bytes
+    /// copied: the shorter of both lengths. The two may overlap, because guests may share memory.
     #[inline(always)]
     pub fn copy_from_slice(&self, from: &GuestSlice<'_>) -> usize {
         let n = self.len().min(from.len());
@@ -105,7 +114,7 @@ impl<'m> GuestSlice<'m> {
         n
     }
 
-    /// A slice of private memory, for what takes frames from wherever they lie.
+    /// A slice of this process's own memory, for code that takes frames from either kind of memory.
     #[must_use]
     pub fn from_private(bytes: &'m mut [u8]) -> Self {
         Self {
@@ -117,12 +126,12 @@ impl<'m> GuestSlice<'m> {
         }
     }
 
-    /// No byte.
+    /// A slice without bytes.
     fn empty() -> Self {
         Self::new(std::ptr::null_mut(), 0, 0)
     }
 
-    /// The slice without its first `n` bytes (none left when it is shorter).
+    /// The slice without its first `n` bytes; empty when it has fewer.
     #[inline(always)]
     #[must_use]
     pub fn skip(&self, n: usize) -> Self {
@@ -137,7 +146,7 @@ impl<'m> GuestSlice<'m> {
         }
     }
 
-    /// The slice's first `n` bytes (all of it when it is shorter).
+    /// The first `n` bytes of the slice; the whole slice when it has fewer.
     #[inline(always)]
     #[must_use]
     pub fn first(&self, n: usize) -> Self {
@@ -150,14 +159,14 @@ impl<'m> GuestSlice<'m> {
         }
     }
 
-    /// The slice as the kernel takes it. The pointer is good while `self` lives.
+    /// The slice as an `iovec`. Its pointer is valid for as long as the snapshot of memory exists.
     #[inline(always)]
     #[must_use]
     pub fn as_iovec(&self) -> libc::iovec {
         self.vec
     }
 
-    /// Slices as the kernel takes them, without a copy.
+    /// A list of slices as a list of `iovec`s, without a copy.
     #[must_use]
     pub fn as_iovecs<'a>(slices: &'a [GuestSlice<'m>]) -> &'a [libc::iovec] {
         // SAFETY: repr(transparent) over iovec; lifetime and length are those of the input.
@@ -165,32 +174,33 @@ impl<'m> GuestSlice<'m> {
     }
 }
 
-/// Segments for which capacity is reserved at first: a burst of chains with two each.
+/// Initial capacity of a list in segments: enough for 64 chains of two segments each.
 const INITIAL_CAPACITY: usize = 128;
 
-/// Where a buffer's address is wrong.
+/// The error of a buffer that is not entirely in guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BadAddress;
 
-/// Storage for a burst's slices, all of one snapshot.
+/// The segments of a burst, all in one snapshot of memory.
 #[derive(Debug)]
 pub struct SegmentList {
-    /// The first `len` of these count; the rest is room.
+    /// The first `len` elements are segments; the rest is unused capacity.
     list: Vec<GuestSlice<'static>>,
     len: usize,
-    /// The region that the last translation met; guests keep to one or two.
+    /// The region of the last translation.
     cached_region: CachedRegion,
-    /// Keeps every slice in `list` mapped; the 'static above never leaves this type.
+    /// Keeps every slice in `list` mapped. The 'static of `list` is never visible outside this
+    /// type.
     memory: Arc<GuestMemory>,
 }
 
-/// Where a segment that was just appended begins.
+/// The first address of a segment that was just appended.
 #[derive(Clone, Copy)]
 pub(crate) struct SegmentStart(*const u8);
 
 impl SegmentStart {
-    /// Asks the CPU for the first two lines: the header, and where the frame begins. Those that are
-    /// to be written come with the right to that.
+    /// Prefetches the first two cache lines, with the header and the start of the frame, for the
+    /// access that `direction` means.
     #[inline(always)]
     pub(crate) fn prefetch(self, direction: Direction) {
         let next = self.0.wrapping_add(64);
@@ -207,13 +217,14 @@ impl SegmentStart {
     }
 }
 
-/// Appends to [`SegmentList`] with everything that the fast path needs at hand: a burst's segments cost a
-/// comparison and a store each. What it appended counts once it is dropped.
+/// Appends to a [`SegmentList`]. It holds the state of the fast path by value, so that a segment
+/// costs one comparison and one store. The list has the appended segments when the writer is
+/// dropped.
 pub(crate) struct SegmentWriter<'p> {
     segments: &'p mut SegmentList,
-    /// The segments, with what has been appended.
+    /// Number of segments, including those appended.
     len: usize,
-    /// The region that the last translation met.
+    /// The region of the last translation.
     cached_region: CachedRegion,
 }
 
@@ -224,40 +235,41 @@ impl SegmentWriter<'_> {
         self.len
     }
 
-    /// Forgets the segments from number `len` on.
+    /// Removes the segments from index `len` on.
     #[inline(always)]
     pub(crate) fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
     }
 
-    /// Appends a range, not an empty one, that lies in the region met last, if there is room; `None`,
-    /// and nothing done, for any other.
+    /// Appends a range that is not empty and lies in the cached region, if the list has unused
+    /// capacity. Returns `None`, without any effect, in every other case.
     #[inline(always)]
     pub(crate) fn push_cached(&mut self, addr: u64, len: u32) -> Option<SegmentStart> {
         let len = u64::from(len);
         let offset = self.cached_region.offset(addr, len)?;
-        let place = self.segments.list.get_mut(self.len)?;
+        let element = self.segments.list.get_mut(self.len)?;
         let slice = GuestSlice::new(self.cached_region.host, offset, len);
-        *place = slice;
+        *element = slice;
         self.len += 1;
         Some(SegmentStart(slice.vec.iov_base.cast()))
     }
 
-    /// See [`SegmentList::push`].
+    /// Appends any range, as [`SegmentList::push`] does.
     #[inline(always)]
     pub(crate) fn push(&mut self, addr: u64, len: u32) -> Result<(), BadAddress> {
         if len != 0 && self.push_cached(addr, len).is_some() {
             return Ok(());
         }
         let len = u64::from(len);
-        // By value, so that the fast path's state can stay in registers.
+        // The state is passed by value, so that the fast path can keep it in registers.
         let (len, cached_region, pushed) = self.segments.push_slow(self.len, addr, len);
         self.len = len;
         self.cached_region = cached_region;
         pushed
     }
 
-    /// A table of `len` values at guest address `addr`, in one region.
+    /// The table of `len` values at guest address `addr`, or `None` when it does not lie in one
+    /// region.
     #[inline(always)]
     pub(crate) fn table<T: ByteValued>(&self, addr: u64, len: u16) -> Option<GuestArrayRef<'_, T>> {
         let bytes = array_bytes::<T>(len)?;
@@ -280,7 +292,7 @@ impl Drop for SegmentWriter<'_> {
     }
 }
 
-/// A region as three plain words.
+/// The region of the last translation. A region of size 0 stands for none.
 #[derive(Debug, Clone, Copy)]
 struct CachedRegion {
     start: u64,
@@ -289,10 +301,11 @@ struct CachedRegion {
 }
 
 impl CachedRegion {
-    /// Offset of `len` bytes at `addr`, when all of them are in.
+    /// Offset of `addr` in the region, if all `len` bytes at `addr` lie in it.
     #[inline(always)]
     fn offset(&self, addr: u64, len: u64) -> Option<u64> {
-        // An address below the start wraps to a huge offset; `size - offset` cannot underflow.
+        // An address below the start wraps to an offset beyond the size. `size - offset` cannot
+        // underflow.
         let offset = addr.wrapping_sub(self.start);
         (offset < self.size && len <= self.size - offset).then_some(offset)
     }
@@ -302,7 +315,7 @@ impl CachedRegion {
 unsafe impl Send for SegmentList {}
 
 impl SegmentList {
-    /// No segments yet, over `memory`.
+    /// An empty list for addresses of `memory`.
     #[must_use]
     pub fn new(memory: Arc<GuestMemory>) -> Self {
         Self {
@@ -336,32 +349,34 @@ impl SegmentList {
         self.len == 0
     }
 
-    /// Forgets the segments from number `len` on.
+    /// Removes the segments from index `len` on.
     #[inline(always)]
     pub fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
     }
 
-    /// Forgets the first `n` segments; later ones move down.
+    /// Removes the first `n` segments and moves the others to the front.
     pub fn discard_front(&mut self, n: usize) {
         let n = n.min(self.len);
         self.list.copy_within(n..self.len, 0);
         self.len -= n;
     }
 
-    /// Translates `len` bytes at guest address `addr` and appends them: one segment, or several where
-    /// the range crosses regions that join. A range of no bytes is checked and adds nothing.
+    /// Translates the `len` bytes at guest address `addr` and appends them: as one segment, or as
+    /// several if the range crosses adjacent regions. An empty range is checked and appends
+    /// nothing.
     ///
     /// # Errors
-    /// When any byte of the range is not mapped; nothing is appended then.
+    /// When a byte of the range is not mapped. Nothing is appended then.
     #[inline(always)]
     pub fn push(&mut self, addr: u64, len: u32) -> Result<(), BadAddress> {
         self.writer().push(addr, len)
     }
 
-    /// Appends behind the first `at` segments whatever the fast path of [`SegmentWriter::push`] cannot:
-    /// ranges in another region than the last, or in several, and lists that must grow. The list's
-    /// new length and the region met last come with the result.
+    /// Appends a range behind the first `at` segments in the cases that the fast path of
+    /// [`SegmentWriter::push`] does not cover: a range in another region or in several, an empty
+    /// range, and a list that must grow. Returns the new length and the cached region with the
+    /// result.
     #[cold]
     #[inline(never)]
     fn push_slow(
@@ -381,21 +396,21 @@ impl SegmentList {
                 host: region.host(),
             };
             let offset = addr - self.cached_region.start;
-            let here = len.min(self.cached_region.size - offset);
-            if here != 0 {
+            let part = len.min(self.cached_region.size - offset);
+            if part != 0 {
                 if self.len == self.list.len() {
                     let capacity = (2 * self.len).max(INITIAL_CAPACITY);
                     self.list.resize(capacity, GuestSlice::empty());
                 }
-                self.list[self.len] = GuestSlice::new(self.cached_region.host, offset, here);
+                self.list[self.len] = GuestSlice::new(self.cached_region.host, offset, part);
                 self.len += 1;
             }
-            len -= here;
+            len -= part;
             if len == 0 {
                 return (self.len, self.cached_region, Ok(()));
             }
-            // No overflow: the region's end fits 64 bits.
-            addr += here;
+            // The sum fits, because the end of a region fits 64 bits.
+            addr += part;
         }
     }
 
@@ -409,8 +424,8 @@ impl SegmentList {
         }
     }
 
-    /// The first `N` bytes of segment `at`, taken off it; false, and nothing done, when it has not
-    /// more than that.
+    /// Copies the first `N` bytes of segment `at` to `out` and removes them from the segment.
+    /// Returns false, without any effect, when the segment does not have more than `N` bytes.
     #[inline(always)]
     pub(crate) fn strip_from<const N: usize>(&mut self, at: usize, out: &mut [u8; N]) -> bool {
         let Some(segment) = self.list.get_mut(at).filter(|segment| segment.len() > N) else {
@@ -421,24 +436,24 @@ impl SegmentList {
         true
     }
 
-    /// Copies from the start of segment `at` and those after it and takes the bytes off them; how many
-    /// segments have none left.
+    /// Fills `out` from segment `at` and those behind it and removes the bytes from them. Returns
+    /// the number of segments that are now empty.
     #[inline(never)]
     pub(crate) fn strip_across(&mut self, at: usize, mut out: &mut [u8]) -> u16 {
-        let mut gone = 0;
+        let mut emptied = 0;
         for segment in self.list[..self.len].get_mut(at..).unwrap_or_default() {
             let bytes = segment.copy_to(out);
             *segment = segment.skip(bytes);
-            gone += u16::from(segment.is_empty());
+            emptied += u16::from(segment.is_empty());
             out = &mut out[bytes..];
             if out.is_empty() {
                 break;
             }
         }
-        gone
+        emptied
     }
 
-    /// The segments `from..to`; none when there are not so many.
+    /// The segments `from..to`; an empty list when the range is not within the list.
     #[inline(always)]
     #[must_use]
     pub fn slices(&self, from: usize, to: usize) -> &[GuestSlice<'_>] {

@@ -1,6 +1,9 @@
-//! A ring of either format with both its ends in this process.
+//! A virtqueue of either format whose driver and device both run in this process.
 #![allow(dead_code, reason = "each test file uses its own part of this")]
 #![allow(clippy::unwrap_used)]
+
+pub mod event_suppression;
+mod setup;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,28 +11,20 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use virtionet_guest::driver::{DriverVirtqueue, DriverVirtqueueConfig};
 use virtionet_guest::memory::GuestRam;
 use virtionet_virtqueue::memory::GuestMemory;
-use virtionet_virtqueue::{Burst, Direction, Virtqueue, VirtqueueConfig, VirtqueueLayout};
+use virtionet_virtqueue::{Burst, Virtqueue, VirtqueueConfig, VirtqueueLayout};
 
-/// Bytes of guest memory.
+pub use setup::Setup;
+
+/// Size of guest memory in bytes.
 pub const RAM: u64 = 0x60_0000;
-/// Buffers lie from here on, each chain's in a slot of its own.
+/// Guest address of the buffers. The buffers of each chain lie in a slot of their own.
 pub const DATA: u64 = 0x20_0000;
-/// Bytes of a slot.
+/// Size of a slot in bytes.
 pub const SLOT: u64 = 0x1000;
 /// Number of slots.
 pub const SLOTS: u64 = 1024;
 
-/// How a ring is made.
-#[derive(Debug, Clone, Copy)]
-pub struct Setup {
-    pub size: u16,
-    pub packed: bool,
-    pub event_idx: bool,
-    pub start: u16,
-    pub direction: Direction,
-}
-
-/// The driver's end, and what the device's end is made of.
+/// The driver, and what a device is made of.
 pub struct Guest {
     pub ram: GuestRam,
     pub ring: DriverVirtqueue,
@@ -65,12 +60,12 @@ impl Guest {
         Self { ram, ring, config }
     }
 
-    /// A snapshot of the memory, mapped anew.
+    /// A new snapshot of the memory with mappings of its own.
     pub fn memory(&self) -> Arc<GuestMemory> {
         Arc::new(self.ram.guest_memory().unwrap())
     }
 
-    /// A device's end that goes on at `base`.
+    /// A device that continues at `base`.
     pub fn device(&self, base: u32) -> (Virtqueue, Burst) {
         let memory = self.memory();
         let config = VirtqueueConfig {
@@ -81,7 +76,7 @@ impl Guest {
     }
 }
 
-/// Sets its flag when it goes, by a panic as well: else the other thread would go on for ever.
+/// Sets its flag when it is dropped, also by a panic. Otherwise the other thread would run forever.
 pub struct SetOnDrop<'a>(pub &'a AtomicBool);
 
 impl Drop for SetOnDrop<'_> {

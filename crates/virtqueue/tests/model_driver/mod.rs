@@ -1,30 +1,27 @@
-//! A driver of both formats for models: a ring of four descriptors, every access as Linux makes it.
+//! A driver of both formats for loom models: a virtqueue of four descriptors that is accessed as
+//! Linux accesses it.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use loom::sync::atomic::fence;
+use virtionet_virtqueue::constants::{
+    VIRTQ_DESC_F_AVAIL, VIRTQ_DESC_F_USED, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+    VRING_PACKED_EVENT_F_WRAP_CTR, VRING_PACKED_EVENT_FLAG_DESC, VRING_PACKED_EVENT_FLAG_DISABLE,
+};
 use virtionet_virtqueue::memory::{GuestArray, GuestMemory};
 use virtionet_virtqueue::{Direction, VirtqueueConfig, VirtqueueLayout};
 
-/// Descriptors.
+/// Number of descriptors.
 const SIZE: u16 = 4;
-/// Where the parts lie, from the ring's base on. Used elements, 4 bytes further, are 8-aligned.
+// Offsets of the parts from the base of the virtqueue. The used elements lie 4 bytes behind USED,
+// and so are aligned to 8 bytes.
 const AVAIL: u64 = 0x100;
 const USED: u64 = 0x204;
-/// A guest address in memory, for buffers that nobody touches.
+/// A guest address for buffers that are never accessed.
 const BUFFER: u64 = 0x2000;
 
-const VRING_DESC_F_NEXT: u64 = 1;
-const VRING_DESC_F_WRITE: u64 = 2;
-const VIRTQ_DESC_F_AVAIL: u16 = 1 << 7;
-const VIRTQ_DESC_F_USED: u16 = 1 << 15;
-const WRAP_COUNTER_BIT: u16 = 1 << 15;
-/// Event flags of a packed ring: never, at a descriptor. 0 is always.
-const VRING_PACKED_EVENT_FLAG_DISABLE: u16 = 1;
-const VRING_PACKED_EVENT_FLAG_DESC: u16 = 2;
-
-/// How a ring is.
+/// The format of a virtqueue.
 #[derive(Debug, Clone, Copy)]
 pub struct Format {
     pub packed: bool,
@@ -56,34 +53,38 @@ impl Format {
     };
 }
 
-/// The driver's end. Chains are numbered by token, each used once; token N has N's descriptors.
+/// The driver. The token of a chain is its number, and each is used once.
 pub struct Driver {
     format: Format,
-    /// The descriptors as 64-bit words and, for parts of those, as 16-bit words.
+    /// The descriptors as 64-bit words.
     desc: GuestArray<u64>,
+    /// The descriptors as 16-bit words, for their flags.
     desc16: GuestArray<u16>,
     avail: GuestArray<u16>,
     used: GuestArray<u16>,
     used_elements: GuestArray<u64>,
-    /// The device's event area as the one word that Linux reads.
+    /// The device's event suppression area as the one word that Linux reads.
     device_event: GuestArray<u32>,
-    /// The next free descriptor (split), or the next one to write and the laps (packed).
+    /// The next descriptor to write, counted through all laps.
     next: u16,
-    /// Chains written and shown (split: the available index).
+    /// Number of chains added (split: the next available index).
     added: u16,
+    /// Number of chains published (split: the available index).
     published: u16,
+    /// The position at the last call of `is_kick_needed`.
     kicked: u16,
-    /// Packed: flags of the first chain not shown yet, which are to be written last.
+    /// Packed: index and value of the flags of the first unpublished chain, which are written last.
     held: Option<(u16, u16)>,
+    /// Number of chains collected.
     collected: u16,
-    /// Descriptors of the chains in flight.
+    /// Number of descriptors of each chain, by token.
     counts: [u16; 4],
-    /// Packed: the descriptor that the device uses next, counted on through all laps.
+    /// Packed: the descriptor that the device uses next, counted through all laps.
     used_at: u16,
 }
 
 impl Driver {
-    /// An empty ring, and what the device must know of it.
+    /// A virtqueue without chains, and the configuration of its device.
     pub fn new(memory: &Arc<GuestMemory>, base: u64, format: Format) -> (Self, VirtqueueConfig) {
         let size = u64::from(SIZE);
         memory.create_model_cells(base, 8, 2 * usize::from(SIZE));
@@ -129,7 +130,7 @@ impl Driver {
         (driver, config)
     }
 
-    /// Writes a chain of `count` descriptors and `len` bytes; the device must not see it yet.
+    /// Writes a chain of `count` descriptors and `len` bytes, which the device cannot see yet.
     pub fn add(&mut self, token: u16, len: u32, count: u16) {
         self.counts[usize::from(token)] = count;
         let first = self.next;
@@ -148,30 +149,34 @@ impl Driver {
         self.added += 1;
     }
 
-    fn write_split(&self, at: u16, len: u32, flags: u64) {
+    fn write_split(&self, at: u16, len: u32, flags: u16) {
         let next = u64::from((at + 1) % SIZE);
         self.desc.set(2 * (at % SIZE), BUFFER);
-        let rest = u64::from(len) | flags << 32 | next << 48;
+        let rest = u64::from(len) | u64::from(flags) << 32 | next << 48;
         self.desc.set(2 * (at % SIZE) + 1, rest);
     }
 
-    /// Flags at once, but for the first descriptor of all that is shown together.
-    fn write_packed(&mut self, at: u16, token: u16, len: u32, flags: u64, head: bool) {
-        let place = at % SIZE;
-        let mut all = u16::try_from(flags).unwrap();
-        all |= if lap_is_odd(at) { VIRTQ_DESC_F_USED } else { VIRTQ_DESC_F_AVAIL };
-        self.desc.set(2 * place, BUFFER);
-        let old = self.desc16.get(8 * place + 7);
-        let rest = u64::from(len) | u64::from(token) << 32 | u64::from(old) << 48;
-        self.desc.set(2 * place + 1, rest);
-        if head && self.held.is_none() {
-            self.held = Some((8 * place + 7, all));
+    /// Writes a descriptor. The flags of the first one of a batch are written by `publish`.
+    fn write_packed(&mut self, at: u16, token: u16, len: u32, flags: u16, head: bool) {
+        let index = at % SIZE;
+        let mut all = flags;
+        all |= if lap_is_odd(at) {
+            VIRTQ_DESC_F_USED
         } else {
-            self.desc16.set(8 * place + 7, all);
+            VIRTQ_DESC_F_AVAIL
+        };
+        self.desc.set(2 * index, BUFFER);
+        let old = self.desc16.get(8 * index + 7);
+        let rest = u64::from(len) | u64::from(token) << 32 | u64::from(old) << 48;
+        self.desc.set(2 * index + 1, rest);
+        if head && self.held.is_none() {
+            self.held = Some((8 * index + 7, all));
+        } else {
+            self.desc16.set(8 * index + 7, all);
         }
     }
 
-    /// Shows the device all that was added.
+    /// Makes all added chains visible to the device.
     pub fn publish(&mut self) {
         self.published = self.added;
         match self.held.take() {
@@ -180,26 +185,26 @@ impl Driver {
         }
     }
 
-    /// Whether the device wants a kick for what was shown since this was asked.
+    /// Whether the device wants a kick for the chains published since the last call of this method.
     pub fn is_kick_needed(&mut self) -> bool {
         fence(Ordering::SeqCst);
         let old = self.kicked;
         self.kicked = self.position();
         match (self.format.packed, self.format.event_idx) {
             (false, false) => self.used.get(0) & 1 == 0,
-            (false, true) => passed(self.used.get(2 + 4 * SIZE), self.kicked, old),
+            (false, true) => is_passed(self.used.get(2 + 4 * SIZE), self.kicked, old),
             (true, _) => {
                 let [low, high, flags, _] = self.device_event.get(0).to_le_bytes();
                 match u16::from(flags) {
                     0 => true,
                     VRING_PACKED_EVENT_FLAG_DESC => {
                         let event = u16::from_le_bytes([low, high]);
-                        let mut at = event & !WRAP_COUNTER_BIT;
-                        if lap_is_odd(self.kicked) == (event & WRAP_COUNTER_BIT != 0) {
+                        let mut at = event & !VRING_PACKED_EVENT_F_WRAP_CTR;
+                        if lap_is_odd(self.kicked) == (event & VRING_PACKED_EVENT_F_WRAP_CTR != 0) {
                             at = at.wrapping_sub(SIZE);
                         }
                         let new = self.kicked % SIZE;
-                        passed(at, new, new.wrapping_sub(self.kicked - old))
+                        is_passed(at, new, new.wrapping_sub(self.kicked - old))
                     }
                     _ => false,
                 }
@@ -207,7 +212,7 @@ impl Driver {
         }
     }
 
-    /// Chains (split) or descriptors (packed) that have been shown.
+    /// Number of chains (split) or descriptors (packed) published.
     fn position(&self) -> u16 {
         match self.format.packed {
             false => self.published,
@@ -215,7 +220,7 @@ impl Driver {
         }
     }
 
-    /// The next used chain, if there is one: its token and the bytes written.
+    /// The next used chain, if there is one: its token and the number of bytes written.
     pub fn collect(&mut self) -> Option<(u16, u32)> {
         if !self.is_used() {
             return None;
@@ -223,7 +228,7 @@ impl Driver {
         let (token, written) = match self.format.packed {
             false => {
                 let element = self.used_elements.get(self.collected % SIZE);
-                // The head says which: chains take descriptors in order.
+                // The head identifies the chain, because chains take descriptors in order.
                 let head = u16::try_from(element & 0xffff_ffff).unwrap();
                 let token = self.token_at(head);
                 (token, u32::try_from(element >> 32).unwrap())
@@ -239,7 +244,7 @@ impl Driver {
         Some((token, written))
     }
 
-    /// The chain in flight whose first descriptor this is.
+    /// The token of the chain in flight whose head this is.
     fn token_at(&self, head: u16) -> u16 {
         let mut at = 0;
         for token in 0..4 {
@@ -248,9 +253,10 @@ impl Driver {
             }
             at += self.counts[usize::from(token)];
         }
-        panic!("descriptor {head} heads no chain in flight")
+        panic!("descriptor {head} is not the head of a chain in flight")
     }
 
+    /// Whether the next chain is used.
     fn is_used(&self) -> bool {
         if !self.format.packed {
             return self.used.acquire(1) != self.collected;
@@ -260,6 +266,7 @@ impl Driver {
         (flags & VIRTQ_DESC_F_AVAIL != 0) == want && (flags & VIRTQ_DESC_F_USED != 0) == want
     }
 
+    /// Tells the device that calls are not needed.
     pub fn disable_calls(&mut self) {
         match (self.format.packed, self.format.event_idx) {
             (false, false) => self.avail.set(0, 1),
@@ -268,14 +275,18 @@ impl Driver {
         }
     }
 
-    /// Asks for a call with the next used chain; whether there is one already.
+    /// Asks for a call for the next used chain. Returns whether there is one already.
     pub fn enable_calls(&mut self) -> bool {
         match (self.format.packed, self.format.event_idx) {
             (false, false) => self.avail.set(0, 0),
             (false, true) => self.avail.set(2 + SIZE, self.collected),
             (true, false) => self.avail.set(1, 0),
             (true, true) => {
-                let wrap = if lap_is_odd(self.used_at) { 0 } else { WRAP_COUNTER_BIT };
+                let wrap = if lap_is_odd(self.used_at) {
+                    0
+                } else {
+                    VRING_PACKED_EVENT_F_WRAP_CTR
+                };
                 self.avail.set(0, (self.used_at % SIZE) | wrap);
                 self.avail.release(1, VRING_PACKED_EVENT_FLAG_DESC);
             }
@@ -285,12 +296,12 @@ impl Driver {
     }
 }
 
-/// Whether descriptor number `at`, counted on through all laps, is in the second lap, the fourth...
+/// Whether descriptor `at`, counted through all laps, is in the second, fourth, ... lap.
 fn lap_is_odd(at: u16) -> bool {
     at / SIZE % 2 == 1
 }
 
 /// Whether moving from `old` to `new` passes `event` (virtio 1.3 §2.7.7.2).
-fn passed(event: u16, new: u16, old: u16) -> bool {
+fn is_passed(event: u16, new: u16, old: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
 }

@@ -1,16 +1,21 @@
-//! The split ring's driver against virtio-queue's device side, which knows nothing of it.
+//! The driver of a split virtqueue with the device side of the virtio-queue crate.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 
 use virtio_queue::{Queue, QueueT};
-use virtionet_guest::driver::{Buf, DeviceFault, DriverVirtqueue, DriverVirtqueueConfig, DriverVirtqueueError};
+use virtionet_guest::driver::{
+    Buf, DeviceFault, DriverVirtqueue, DriverVirtqueueConfig, DriverVirtqueueError,
+};
 use virtionet_guest::memory::GuestRam;
-use virtionet_guest::split::{SplitDescriptor, VRING_DESC_F_NEXT, SplitDriverVirtqueue, VRING_DESC_F_WRITE};
+use virtionet_guest::split::{
+    SplitDescriptor, SplitDriverVirtqueue, VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_NEXT,
+    VRING_DESC_F_WRITE,
+};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
-/// The device's memory: the same file, mapped by vm-memory.
+/// The device's memory: the same file, mapped once more by vm-memory.
 fn mapped(ram: &GuestRam) -> GuestMemoryMmap {
     let ranges = ram.regions().into_iter().map(|r| {
         let file = ram.file().try_clone().unwrap();
@@ -23,14 +28,14 @@ fn mapped(ram: &GuestRam) -> GuestMemoryMmap {
     GuestMemoryMmap::from_ranges_with_files(ranges).unwrap()
 }
 
-struct Bench {
+struct Fixture {
     ram: GuestRam,
     ring: DriverVirtqueue,
     memory: GuestMemoryMmap,
     device: Queue,
 }
 
-fn bench(size: u16, event_idx: bool, start: u16) -> Bench {
+fn fixture(size: u16, event_idx: bool, start: u16) -> Fixture {
     let ram = GuestRam::new(8 << 20).unwrap();
     let config = DriverVirtqueueConfig {
         size,
@@ -55,7 +60,7 @@ fn bench(size: u16, event_idx: bool, start: u16) -> Bench {
     device.set_next_avail(start);
     device.set_next_used(start);
     device.set_ready(true);
-    Bench {
+    Fixture {
         memory: mapped(&ram),
         ram,
         ring,
@@ -65,12 +70,12 @@ fn bench(size: u16, event_idx: bool, start: u16) -> Bench {
 
 type Chain = (u16, Vec<(u64, u32, bool)>);
 
-impl Bench {
+impl Fixture {
     fn split(&mut self) -> &mut SplitDriverVirtqueue {
         self.ring.as_split().unwrap()
     }
 
-    /// Takes the next chain as the device sees it.
+    /// Dequeues the next chain as the device sees it.
     fn pop(&mut self) -> Option<Chain> {
         let chain = self.device.pop_descriptor_chain(&self.memory)?;
         let head = chain.head_index();
@@ -97,7 +102,7 @@ fn as_seen(chain: &[Buf]) -> Vec<(u64, u32, bool)> {
     chain.iter().map(|b| (b.addr, b.len, b.writable)).collect()
 }
 
-/// A chain of `n` buffers that differ from those of any other `token`.
+/// A chain of `n` buffers that differ from those of every other `token`.
 fn chain(token: u64, n: u32) -> Vec<Buf> {
     let writable = token.is_multiple_of(3);
     (0..n)
@@ -109,10 +114,10 @@ fn chain(token: u64, n: u32) -> Vec<Buf> {
         .collect()
 }
 
-/// Chains of every length, direct and indirect, across the index's wrap, completed in and out of
-/// order: the device sees what was added, the driver gets the tokens and lengths back.
+/// Passes chains of several lengths, direct and indirect, through driver and device across the wrap
+/// of the index. The device completes them in order, or out of order if `shuffled`.
 fn run_through(size: u16, event_idx: bool, shuffled: bool) {
-    let mut b = bench(size, event_idx, u16::MAX - 2 * size);
+    let mut b = fixture(size, event_idx, u16::MAX - 2 * size);
     let (mut token, mut done) = (0u64, 0u64);
     let mut pending = HashMap::new();
     for round in 0..40u32 {
@@ -126,14 +131,14 @@ fn run_through(size: u16, event_idx: bool, shuffled: bool) {
             };
             token += 1;
         }
-        assert!(b.pop().is_none(), "nothing may be seen before publish");
+        assert!(b.pop().is_none(), "a chain is visible before publish");
         b.ring.publish();
         let mut taken = Vec::new();
         while let Some((head, bufs)) = b.pop() {
             taken.push((head, bufs, done));
             done += 1;
         }
-        assert_eq!(done, token, "the device did not see every chain");
+        assert_eq!(done, token, "the device does not see every chain");
         if shuffled {
             let mid = taken.len() / 2;
             taken.rotate_left(mid);
@@ -155,7 +160,7 @@ fn run_through(size: u16, event_idx: bool, shuffled: bool) {
 }
 
 #[test]
-fn chains_go_through_in_order_and_across_the_wrap() {
+fn chains_completed_in_order_are_collected_across_the_wrap() {
     for size in [2, 8, 256] {
         for event_idx in [false, true] {
             run_through(size, event_idx, false);
@@ -164,15 +169,15 @@ fn chains_go_through_in_order_and_across_the_wrap() {
 }
 
 #[test]
-fn chains_may_be_completed_out_of_order() {
+fn chains_completed_out_of_order_are_collected() {
     for size in [4, 64] {
         run_through(size, false, true);
     }
 }
 
 #[test]
-fn the_largest_ring_can_be_full() {
-    let mut b = bench(32_768, false, 40_000);
+fn virtqueue_of_the_largest_size_can_be_full() {
+    let mut b = fixture(32_768, false, 40_000);
     for token in 0..32_768 {
         b.ring
             .add(&[Buf::readable(0x1000, 1)], false, token)
@@ -190,8 +195,8 @@ fn the_largest_ring_can_be_full() {
 }
 
 #[test]
-fn an_indirect_chain_takes_one_descriptor_and_may_be_longer_than_the_ring() {
-    let mut b = bench(2, false, 0);
+fn indirect_chain_longer_than_the_ring_takes_one_descriptor() {
+    let mut b = fixture(2, false, 0);
     let long = chain(1, 9);
     assert!(b.ring.add(&long, false, 7).is_err());
     b.ring.add(&long, true, 7).unwrap();
@@ -201,7 +206,7 @@ fn an_indirect_chain_takes_one_descriptor_and_may_be_longer_than_the_ring() {
     assert_eq!(bufs, as_seen(&long));
     b.complete(head, 0);
     assert_eq!(b.collected(), [(7, 0)]);
-    // A longer table for the same head replaces the first, which comes back to the allocator.
+    // A longer table for the same head replaces the first one, which is freed.
     let before = b.ram.available();
     for _ in 0..10 {
         let longer = chain(1, 40);
@@ -216,11 +221,11 @@ fn an_indirect_chain_takes_one_descriptor_and_may_be_longer_than_the_ring() {
 }
 
 #[test]
-fn kicks_and_calls_follow_the_flags() {
-    let mut b = bench(8, false, 0);
+fn kicks_and_calls_without_event_idx_follow_the_flags() {
+    let mut b = fixture(8, false, 0);
     assert!(!b.ring.is_kick_needed(), "nothing was published");
     let one = [Buf::writable(0x1000, 16)];
-    let send = |b: &mut Bench| {
+    let send = |b: &mut Fixture| {
         b.ring.add(&one, false, 1).unwrap();
         b.ring.publish();
         b.ring.is_kick_needed()
@@ -230,27 +235,27 @@ fn kicks_and_calls_follow_the_flags() {
     assert!(!send(&mut b));
     b.device.enable_notification(&b.memory).unwrap();
     assert!(send(&mut b));
-    assert!(!b.ring.is_kick_needed(), "once is enough");
+    assert!(!b.ring.is_kick_needed(), "one kick suffices");
 
     b.ring.disable_calls();
     let flags: u16 = b
         .memory
         .read_obj(GuestAddress(b.ring.addresses().driver))
         .unwrap();
-    assert_eq!(flags, 1);
+    assert_eq!(flags, VRING_AVAIL_F_NO_INTERRUPT);
     assert!(!b.ring.enable_calls());
     let (head, _) = b.pop().unwrap();
     b.complete(head, 16);
-    assert!(b.ring.enable_calls(), "a used chain waits");
+    assert!(b.ring.enable_calls(), "a used chain is pending");
     assert_eq!(b.collected(), [(1, 16)]);
     assert!(!b.ring.enable_calls());
 }
 
 #[test]
-fn kicks_and_calls_follow_the_event_indices() {
-    let mut b = bench(8, true, 65_530);
+fn kicks_and_calls_with_event_idx_follow_the_event_indices() {
+    let mut b = fixture(8, true, 65_530);
     let one = [Buf::writable(0x1000, 16)];
-    // avail_event is 0 until the device writes it: far from 65,530.
+    // `avail_event` is 0 until the device writes it, which is far from 65,530.
     b.ring.add(&one, false, 0).unwrap();
     b.ring.publish();
     assert!(!b.ring.is_kick_needed());
@@ -259,7 +264,7 @@ fn kicks_and_calls_follow_the_event_indices() {
             b.complete(head, 16);
             true
         }) {}
-        // The device sleeps: it wants a kick for the next chain and no other.
+        // The device waits: it wants a kick for the next chain and for no other.
         assert!(!b.device.enable_notification(&b.memory).unwrap());
         b.collected();
         assert!(!b.ring.enable_calls());
@@ -268,7 +273,7 @@ fn kicks_and_calls_follow_the_event_indices() {
             b.ring.publish();
             assert_eq!(b.ring.is_kick_needed(), nth == 0, "round {round}");
         }
-        // The driver sleeps: it wants a call for the next used chain and no other.
+        // The driver waits: it wants a call for the next used chain and for no other.
         for nth in 0..3 {
             let (head, _) = b.pop().unwrap();
             b.complete(head, 16);
@@ -278,7 +283,7 @@ fn kicks_and_calls_follow_the_event_indices() {
         assert!(b.ring.enable_calls());
         assert_eq!(b.collected().len(), 3);
     }
-    // Several chains published at once make one kick, wherever the event lies among them.
+    // Several chains that are published together cause one kick.
     b.device.enable_notification(&b.memory).unwrap();
     for _ in 0..5 {
         b.ring.add(&one, false, 0).unwrap();
@@ -290,8 +295,8 @@ fn kicks_and_calls_follow_the_event_indices() {
 }
 
 #[test]
-fn a_ring_that_is_reset_starts_over() {
-    let mut b = bench(4, true, 9);
+fn virtqueue_after_reset_starts_anew() {
+    let mut b = fixture(4, true, 9);
     b.ring.add(&chain(0, 3), false, 1).unwrap();
     b.ring.publish();
     b.ring.reset();
@@ -302,10 +307,10 @@ fn a_ring_that_is_reset_starts_over() {
 }
 
 #[test]
-fn a_device_that_breaks_the_ring_is_found_out() {
+fn invalid_used_index_or_id_is_a_device_fault() {
     let one = [Buf::writable(0x1000, 16)];
     let fresh = || {
-        let mut b = bench(4, false, 65_534);
+        let mut b = fixture(4, false, 65_534);
         for token in 0..3 {
             b.ring.add(&one, false, token).unwrap();
         }
@@ -343,8 +348,8 @@ fn a_device_that_breaks_the_ring_is_found_out() {
 }
 
 #[test]
-fn raw_writes_reach_the_device() {
-    let mut b = bench(8, false, 0);
+fn raw_writes_are_visible_to_the_device_and_not_to_the_driver() {
+    let mut b = fixture(8, false, 0);
     let ring = b.split();
     ring.set_descriptor(3, SplitDescriptor::new(0x2000, 7, VRING_DESC_F_NEXT, 5));
     ring.set_descriptor(5, SplitDescriptor::new(0x3000, 9, VRING_DESC_F_WRITE, 0));
@@ -353,11 +358,11 @@ fn raw_writes_reach_the_device() {
     assert_eq!(ring.descriptor(3).next, 5);
     let want = vec![(0x2000, 7, false), (0x3000, 9, true)];
     assert_eq!(b.pop(), Some((3, want)));
-    assert_eq!(b.ring.in_flight(), 0, "the driver knows nothing of it");
+    assert_eq!(b.ring.in_flight(), 0, "the driver's own state is unchanged");
 }
 
 #[test]
-fn sizes_that_a_split_ring_has_not_are_refused() {
+fn size_that_the_split_format_does_not_allow_is_refused() {
     let ram = GuestRam::new(1 << 20).unwrap();
     for size in [0, 1, 3, 100, 32_769] {
         let config = DriverVirtqueueConfig::new(size, 0);

@@ -1,27 +1,31 @@
-//! The packed ring's driver against a device that does no more than the specification's words:
-//! one descriptor after the other, read and written through the ring's raw access.
+//! The driver of a packed virtqueue with a minimal device that follows the text of the
+//! specification: it reads and writes one descriptor after the other with the raw access of the
+//! virtqueue.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::collections::VecDeque;
 
-use virtionet_guest::driver::{Buf, DeviceFault, DriverVirtqueue, DriverVirtqueueConfig, DriverVirtqueueError};
+use virtionet_guest::driver::{
+    Buf, DeviceFault, DriverVirtqueue, DriverVirtqueueConfig, DriverVirtqueueError,
+};
 use virtionet_guest::memory::GuestRam;
 use virtionet_guest::packed::{
-    VRING_PACKED_EVENT_FLAG_DESC, VIRTQ_DESC_F_AVAIL, VRING_PACKED_EVENT_FLAG_DISABLE, VRING_PACKED_EVENT_FLAG_ENABLE, PackedDescriptor, PackedDriverVirtqueue, RingPosition, VIRTQ_DESC_F_USED,
+    PackedDescriptor, PackedDriverVirtqueue, RingPosition, VIRTQ_DESC_F_AVAIL, VIRTQ_DESC_F_USED,
+    VRING_PACKED_EVENT_FLAG_DESC, VRING_PACKED_EVENT_FLAG_DISABLE, VRING_PACKED_EVENT_FLAG_ENABLE,
 };
 use virtionet_guest::split::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 
-struct Bench {
+struct Fixture {
     ram: GuestRam,
     ring: DriverVirtqueue,
     avail: RingPosition,
     used: RingPosition,
 }
 
-/// A chain as the device sees it: its id, its descriptors in the ring, its buffers.
+/// A chain as the device sees it: its id, its number of descriptors in the ring, and its buffers.
 type Chain = (u16, u16, Vec<Buf>);
 
-fn bench(size: u16, event_idx: bool, start: u16) -> Bench {
+fn fixture(size: u16, event_idx: bool, start: u16) -> Fixture {
     let ram = GuestRam::new(8 << 20).unwrap();
     let config = DriverVirtqueueConfig {
         size,
@@ -32,7 +36,7 @@ fn bench(size: u16, event_idx: bool, start: u16) -> Bench {
     let ring = DriverVirtqueue::new(&ram, config).unwrap();
     let position = RingPosition::nth(start, size);
     assert_eq!(ring.base() & 0xffff, u32::from(position.word()));
-    Bench {
+    Fixture {
         ram,
         ring,
         avail: position,
@@ -40,12 +44,12 @@ fn bench(size: u16, event_idx: bool, start: u16) -> Bench {
     }
 }
 
-impl Bench {
+impl Fixture {
     fn packed(&mut self) -> &mut PackedDriverVirtqueue {
         self.ring.as_packed().unwrap()
     }
 
-    /// Takes the next chain.
+    /// Dequeues the next chain.
     fn pop(&mut self) -> Option<Chain> {
         let size = self.ring.size();
         let mut bufs = Vec::new();
@@ -53,7 +57,7 @@ impl Bench {
             let at = self.avail;
             let found = self.packed().descriptor(at.index);
             if found.flags & (VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED) != at.available() {
-                assert!(bufs.is_empty(), "a chain breaks off");
+                assert!(bufs.is_empty(), "a chain has no end");
                 return None;
             }
             self.avail = at.after(1, size);
@@ -105,7 +109,7 @@ fn buf(found: PackedDescriptor) -> Buf {
     }
 }
 
-/// A chain of `n` buffers that differ from those of any other `token`.
+/// A chain of `n` buffers that differ from those of every other `token`.
 fn chain(token: u64, n: u64) -> Vec<Buf> {
     (0..n)
         .map(|i| Buf {
@@ -116,9 +120,10 @@ fn chain(token: u64, n: u64) -> Vec<Buf> {
         .collect()
 }
 
-/// Chains of every length, direct and indirect, lap after lap, completed in and out of order.
+/// Passes chains of several lengths, direct and indirect, through driver and device for many laps.
+/// The device completes them in order, or out of order if `shuffled`.
 fn run_through(size: u16, start: u16, shuffled: bool) {
-    let mut b = bench(size, true, start);
+    let mut b = fixture(size, true, start);
     let mut token = 0;
     let mut pending = VecDeque::new();
     for round in 0..40 {
@@ -131,7 +136,7 @@ fn run_through(size: u16, start: u16, shuffled: bool) {
             };
             token += 1;
         }
-        assert!(b.pop().is_none(), "nothing may be seen before publish");
+        assert!(b.pop().is_none(), "a chain is visible before publish");
         b.ring.publish();
         let mut taken = Vec::new();
         while let Some((id, count, bufs)) = b.pop() {
@@ -139,7 +144,7 @@ fn run_through(size: u16, start: u16, shuffled: bool) {
             assert_eq!(bufs, made);
             taken.push((id, count, token));
         }
-        assert!(pending.is_empty(), "the device did not see every chain");
+        assert!(pending.is_empty(), "the device does not see every chain");
         if shuffled {
             let mid = taken.len() / 2;
             taken.rotate_left(mid);
@@ -159,7 +164,7 @@ fn run_through(size: u16, start: u16, shuffled: bool) {
 }
 
 #[test]
-fn chains_go_through_in_any_order_lap_after_lap() {
+fn chains_completed_in_any_order_are_collected_lap_after_lap() {
     for size in [1, 2, 3, 4, 5, 7, 8, 100, 256] {
         for start in [0, size - 1, size, 65_500] {
             run_through(size, start, false);
@@ -169,8 +174,8 @@ fn chains_go_through_in_any_order_lap_after_lap() {
 }
 
 #[test]
-fn the_largest_ring_can_be_full() {
-    let mut b = bench(32_768, false, 40_000);
+fn virtqueue_of_the_largest_size_can_be_full() {
+    let mut b = fixture(32_768, false, 40_000);
     let one = [Buf::readable(0x1000, 1)];
     for token in 0..32_768 {
         b.ring.add(&one, false, token).unwrap();
@@ -187,11 +192,14 @@ fn the_largest_ring_can_be_full() {
 }
 
 #[test]
-fn an_indirect_chain_takes_one_descriptor_and_may_be_longer_than_the_ring() {
-    let mut b = bench(2, false, 0);
+fn indirect_chain_longer_than_the_ring_takes_one_descriptor() {
+    let mut b = fixture(2, false, 0);
     let long = chain(1, 9);
     assert!(b.ring.add(&long, false, 7).is_err());
-    assert!(matches!(b.ring.add(&[], true, 7), Err(DriverVirtqueueError::Empty)));
+    assert!(matches!(
+        b.ring.add(&[], true, 7),
+        Err(DriverVirtqueueError::Empty)
+    ));
     b.ring.add(&long, true, 7).unwrap();
     assert_eq!(b.ring.free(), 1);
     b.ring.publish();
@@ -202,8 +210,9 @@ fn an_indirect_chain_takes_one_descriptor_and_may_be_longer_than_the_ring() {
 }
 
 #[test]
-fn kicks_follow_the_devices_event_area() {
-    // Each row: what the device wrote, and whether a chain of two descriptors at 5 of 8 passes it.
+fn kick_is_needed_when_the_devices_event_area_asks_for_it() {
+    // Each row: `off_wrap` and flags of the device's event area, and whether a chain of two
+    // descriptors at 5 of 8 causes a kick.
     for (off_wrap, flags, wanted) in [
         (0, VRING_PACKED_EVENT_FLAG_ENABLE, true),
         (0x8005, VRING_PACKED_EVENT_FLAG_DISABLE, false),
@@ -215,59 +224,67 @@ fn kicks_follow_the_devices_event_area() {
         (0xffff, VRING_PACKED_EVENT_FLAG_DESC, false),
         (0x8004, 3, true),
     ] {
-        let mut b = bench(8, true, 5);
+        let mut b = fixture(8, true, 5);
         b.packed().set_device_event(off_wrap, flags);
         assert!(!b.ring.is_kick_needed(), "nothing was published");
         b.ring.add(&chain(1, 2), false, 1).unwrap();
         b.ring.publish();
         assert_eq!(b.ring.is_kick_needed(), wanted, "{off_wrap:#x} {flags}");
-        assert!(!b.ring.is_kick_needed(), "once is enough");
+        assert!(!b.ring.is_kick_needed(), "one kick suffices");
     }
-    let mut b = bench(8, false, 5);
-    b.packed().set_device_event(0x8001, VRING_PACKED_EVENT_FLAG_DESC);
+    let mut b = fixture(8, false, 5);
+    b.packed()
+        .set_device_event(0x8001, VRING_PACKED_EVENT_FLAG_DESC);
     b.ring.add(&chain(1, 2), false, 1).unwrap();
     b.ring.publish();
-    assert!(b.ring.is_kick_needed(), "without the feature");
+    assert!(
+        b.ring.is_kick_needed(),
+        "VIRTIO_F_EVENT_IDX is not negotiated"
+    );
 }
 
 #[test]
-fn a_kick_is_found_due_however_much_was_published_since() {
+fn kick_is_needed_after_a_whole_lap_without_a_check() {
     for size in [1, 4, 7] {
-        let mut b = bench(size, true, 0);
-        let asleep_at = b.avail.word();
-        b.packed().set_device_event(asleep_at, VRING_PACKED_EVENT_FLAG_DESC);
+        let mut b = fixture(size, true, 0);
+        let event_position = b.avail.word();
+        b.packed()
+            .set_device_event(event_position, VRING_PACKED_EVENT_FLAG_DESC);
         for token in 0..u64::from(size) {
             b.ring.add(&chain(token, 1), false, token).unwrap();
             b.ring.publish();
         }
-        assert!(b.ring.is_kick_needed(), "{size} at once");
+        assert!(b.ring.is_kick_needed(), "{size} descriptors");
     }
 }
 
 #[test]
-fn calls_are_asked_for_where_the_next_chain_will_be_used() {
-    let mut b = bench(5, true, 4);
+fn enabled_calls_name_the_position_of_the_next_used_chain() {
+    let mut b = fixture(5, true, 4);
     b.ring.disable_calls();
     assert_eq!(b.packed().driver_event().1, VRING_PACKED_EVENT_FLAG_DISABLE);
     assert!(!b.ring.enable_calls());
-    assert_eq!(b.packed().driver_event(), (0x8004, VRING_PACKED_EVENT_FLAG_DESC));
+    assert_eq!(
+        b.packed().driver_event(),
+        (0x8004, VRING_PACKED_EVENT_FLAG_DESC)
+    );
     b.ring.add(&chain(0, 2), false, 9).unwrap();
     b.ring.publish();
     assert!(!b.ring.enable_calls(), "nothing is used yet");
     let (id, count, _) = b.pop().unwrap();
     b.complete(id, count, 3);
-    assert!(b.ring.enable_calls(), "a used chain waits");
+    assert!(b.ring.enable_calls(), "a used chain is pending");
     assert_eq!(b.collected(), [(9, 3)]);
     assert!(!b.ring.enable_calls());
     assert_eq!(b.packed().driver_event(), (1, VRING_PACKED_EVENT_FLAG_DESC));
-    let mut b = bench(5, false, 4);
+    let mut b = fixture(5, false, 4);
     assert!(!b.ring.enable_calls());
     assert_eq!(b.packed().driver_event().1, VRING_PACKED_EVENT_FLAG_ENABLE);
 }
 
 #[test]
-fn a_reset_ring_starts_over() {
-    let mut b = bench(3, true, 7);
+fn virtqueue_after_reset_starts_anew() {
+    let mut b = fixture(3, true, 7);
     b.ring.add(&chain(0, 2), false, 0).unwrap();
     b.ring.publish();
     b.ring.add(&chain(1, 1), true, 1).unwrap();
@@ -282,9 +299,9 @@ fn a_reset_ring_starts_over() {
 }
 
 #[test]
-fn a_device_that_names_no_chain_is_found_out() {
+fn used_id_of_no_chain_in_flight_is_a_device_fault() {
     let fresh = || {
-        let mut b = bench(4, false, 6);
+        let mut b = fixture(4, false, 6);
         for token in 0..3 {
             b.ring.add(&chain(token, 1), false, token).unwrap();
         }
@@ -302,7 +319,7 @@ fn a_device_that_names_no_chain_is_found_out() {
     twice.complete(1, 1, 0);
     let fault = twice.ring.collect(|_, _| {}).unwrap_err();
     assert_eq!(fault, DeviceFault::UsedId(1));
-    // More used than is in flight: what lies behind is not looked at.
+    // More used descriptors than chains in flight: the driver does not read the rest.
     let mut more = fresh();
     for id in [0, 1, 2, 3] {
         more.complete(id, 1, 0);
@@ -312,7 +329,7 @@ fn a_device_that_names_no_chain_is_found_out() {
 }
 
 #[test]
-fn sizes_that_a_packed_ring_has_not_are_refused() {
+fn size_that_the_packed_format_does_not_allow_is_refused() {
     let ram = GuestRam::new(1 << 20).unwrap();
     for size in [0, 32_769] {
         let config = DriverVirtqueueConfig {
@@ -323,5 +340,10 @@ fn sizes_that_a_packed_ring_has_not_are_refused() {
         assert!(matches!(error, DriverVirtqueueError::Size(n) if n == size));
     }
     let packed = DriverVirtqueueConfig::new(100, virtionet_guest::net::PACKED);
-    assert!(DriverVirtqueue::new(&ram, packed).unwrap().as_packed().is_some());
+    assert!(
+        DriverVirtqueue::new(&ram, packed)
+            .unwrap()
+            .as_packed()
+            .is_some()
+    );
 }

@@ -1,0 +1,245 @@
+//! The device side of a virtqueue of either format.
+
+use std::sync::Arc;
+
+use crate::burst::Burst;
+use crate::chain::Chain;
+use crate::config::{VirtqueueConfig, VirtqueueError};
+use crate::fault::VirtqueueFault;
+use crate::memory::GuestMemory;
+use crate::packed::PackedVirtqueue;
+use crate::split::SplitVirtqueue;
+
+/// The device side of a virtqueue, split or packed (virtio 1.3 §2.7 and §2.8). Callers do not see
+/// which format it has.
+///
+/// Each round takes three calls: [`Virtqueue::dequeue`] moves available chains into a [`Burst`],
+/// [`Virtqueue::complete`] gives a chain back with the number of bytes written to it, and
+/// [`Virtqueue::publish`] makes all completed chains visible to the driver at once and says whether
+/// the driver wants an interrupt. Chains that were dequeued and not completed can be given back
+/// unused with [`Virtqueue::rewind`].
+///
+/// ```text
+///            dequeue              complete               publish
+/// available ---------> in burst -----------> unpublished ---------> used
+///     ^                   |
+///     +------ rewind -----+
+/// ```
+///
+/// # Example
+/// A driver in the same process sends eight bytes, and the device reads them.
+///
+/// ```
+/// # use std::sync::Arc;
+/// use virtionet_guest::driver::{Buf, DriverVirtqueue, DriverVirtqueueConfig};
+/// use virtionet_guest::memory::GuestRam;
+/// use virtionet_virtqueue::{Burst, Direction, Virtqueue, VirtqueueConfig, VirtqueueLayout};
+///
+/// // The driver: a split virtqueue of 256 descriptors, and one readable buffer.
+/// let ram = GuestRam::new(0x10_0000)?;
+/// let mut driver = DriverVirtqueue::new(&ram, DriverVirtqueueConfig::new(256, 0))?;
+/// ram.write(0x8_0000, b"8 bytes!")?;
+/// driver.add(&[Buf::readable(0x8_0000, 8)], false, 7)?;
+/// driver.publish();
+///
+/// // The device: the same virtqueue, by front-end addresses.
+/// let at = driver.addresses();
+/// let user_addr = |addr| ram.user_addr(addr).ok_or("the address is in no region");
+/// let memory = Arc::new(ram.guest_memory()?);
+/// let config = VirtqueueConfig {
+///     layout: VirtqueueLayout {
+///         size: driver.size(),
+///         desc: user_addr(at.descriptors)?,
+///         avail: user_addr(at.driver)?,
+///         used: user_addr(at.device)?,
+///     },
+///     base: driver.base(),
+///     direction: Direction::Readable,
+///     packed: false,
+///     event_idx: false,
+///     indirect: false,
+///     min_len: 1,
+/// };
+/// let mut virtqueue = Virtqueue::new(config, &memory)?;
+/// let mut burst = Burst::new(memory);
+/// assert_eq!(virtqueue.dequeue(&mut burst, 64)?, 1);
+/// let chain = burst.chains()[0];
+/// let mut bytes = [0; 8];
+/// burst.slices(&chain)[0].copy_to(&mut bytes);
+/// assert_eq!(&bytes, b"8 bytes!");
+///
+/// virtqueue.complete(&chain, 0);
+/// burst.retire(1);
+/// assert!(virtqueue.publish(), "the driver wants an interrupt");
+///
+/// let mut used = Vec::new();
+/// driver.collect(|token, written| used.push((token, written)))?;
+/// assert_eq!(used, [(7, 0)]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct Virtqueue {
+    format: Format,
+    config: VirtqueueConfig,
+    /// Whether the driver may still send kicks. Disabling them again would only take a cache line
+    /// from the driver.
+    kicks_enabled: bool,
+}
+
+#[derive(Debug)]
+enum Format {
+    Split(SplitVirtqueue),
+    Packed(PackedVirtqueue),
+}
+
+/// Evaluates the same expression for either format of the virtqueue.
+macro_rules! dispatch {
+    ($ring:expr, $inner:ident => $call:expr) => {
+        match $ring.format {
+            Format::Split(ref $inner) => $call,
+            Format::Packed(ref $inner) => $call,
+        }
+    };
+    (mut $ring:expr, $inner:ident => $call:expr) => {
+        match $ring.format {
+            Format::Split(ref mut $inner) => $call,
+            Format::Packed(ref mut $inner) => $call,
+        }
+    };
+}
+
+impl Virtqueue {
+    /// The virtqueue in `memory` that `config` describes. It continues at `config.base` and, in a
+    /// split virtqueue, at the used index found in memory.
+    ///
+    /// # Errors
+    /// When the size, the base or an address of an area is not that of a virtqueue.
+    pub fn new(config: VirtqueueConfig, memory: &GuestMemory) -> Result<Self, VirtqueueError> {
+        let format = match config.packed {
+            false => Format::Split(SplitVirtqueue::new(&config, memory)?),
+            true => Format::Packed(PackedVirtqueue::new(&config, memory)?),
+        };
+        Ok(Self {
+            format,
+            config,
+            kicks_enabled: true,
+        })
+    }
+
+    /// The same virtqueue, with the same progress, in another snapshot of memory.
+    ///
+    /// # Errors
+    /// When an area does not lie in the new snapshot.
+    pub fn rebind(&self, memory: &Arc<GuestMemory>) -> Result<Self, VirtqueueError> {
+        let base = self.base();
+        Self::new(
+            VirtqueueConfig {
+                base,
+                ..self.config
+            },
+            memory,
+        )
+    }
+
+    /// Number of descriptors.
+    #[must_use]
+    pub fn size(&self) -> u16 {
+        dispatch!(self, ring => ring.size())
+    }
+
+    /// The position at which the virtqueue would continue if it stopped now, in the form of
+    /// GET_VRING_BASE (see [`VirtqueueConfig::base`]). Chains in a burst count as dequeued, so give
+    /// back unused ones first ([`Virtqueue::rewind`]).
+    #[must_use]
+    pub fn base(&self) -> u32 {
+        dispatch!(self, ring => ring.base())
+    }
+
+    /// Moves up to `max` available chains, and at most 64, to the back of `burst`. Returns how many
+    /// were moved; 0 when none is available. The work of one call is bounded, whatever the guest
+    /// wrote.
+    ///
+    /// # Errors
+    /// When the virtqueue's indices or heads are invalid. Valid chains in front of the fault are
+    /// dequeued first; the next call then returns the fault.
+    #[inline(always)]
+    pub fn dequeue(&mut self, burst: &mut Burst, max: usize) -> Result<usize, VirtqueueFault> {
+        dispatch!(mut self, ring => ring.dequeue(burst, max))
+    }
+
+    /// Gives every chain of `burst` back as if it had never been dequeued, and empties `burst`.
+    pub fn rewind(&mut self, burst: &mut Burst) {
+        let slots = burst
+            .chains()
+            .iter()
+            .fold(0u16, |sum, chain| sum.wrapping_add(chain.slots));
+        dispatch!(mut self, ring => ring.rewind(slots));
+        burst.clear();
+    }
+
+    /// Completes a chain to which `written` bytes were written. The driver does not see it before
+    /// [`Virtqueue::publish`]. Complete chains in the order in which they were dequeued: the base
+    /// after a restart relies on that order.
+    #[inline(always)]
+    pub fn complete(&mut self, chain: &Chain, written: u32) {
+        self.complete_each(std::iter::once((chain, written)));
+    }
+
+    /// Completes `chains` in their order; nothing was written to them.
+    #[inline(always)]
+    pub fn complete_all(&mut self, chains: &[Chain]) {
+        self.complete_each(chains.iter().map(|chain| (chain, 0)));
+    }
+
+    /// Completes several chains in their order, each with the number of bytes written to it.
+    #[inline(always)]
+    pub fn complete_each<'c>(&mut self, completions: impl Iterator<Item = (&'c Chain, u32)>) {
+        let completions = completions.map(|(chain, written)| (chain.id, chain.slots, written));
+        dispatch!(mut self, ring => ring.complete_each(completions));
+    }
+
+    /// Completes the chains that `len` bytes fill one after the other, beginning with the first,
+    /// each with its share of the bytes. Returns how many chains those are.
+    #[inline(always)]
+    pub fn complete_filled(&mut self, chains: &[Chain], len: usize) -> usize {
+        dispatch!(mut self, ring => ring.complete_filled(chains, len))
+    }
+
+    /// Makes all completed chains visible to the driver at once. Returns whether the driver wants
+    /// an interrupt for them.
+    #[inline(always)]
+    #[must_use = "the driver may be waiting for the interrupt"]
+    pub fn publish(&mut self) -> bool {
+        dispatch!(mut self, ring => ring.publish())
+    }
+
+    /// Whether there are completed chains that the driver cannot see yet.
+    #[must_use]
+    pub fn has_unpublished(&self) -> bool {
+        dispatch!(self, ring => ring.has_unpublished())
+    }
+
+    /// Asks the driver for kicks. Returns whether chains became available in the meantime; no kick
+    /// may come for those, so dequeue again before waiting.
+    #[must_use = "no kick may come for chains that are already available"]
+    pub fn enable_kicks(&mut self) -> bool {
+        self.kicks_enabled = true;
+        dispatch!(mut self, ring => ring.enable_kicks())
+    }
+
+    /// Tells the driver that kicks are not needed. The driver may still send some.
+    #[inline(always)]
+    pub fn disable_kicks(&mut self) {
+        if std::mem::take(&mut self.kicks_enabled) {
+            dispatch!(mut self, ring => ring.disable_kicks());
+        }
+    }
+
+    /// Whether the driver's index or flags say that chains are available. They may turn out to be
+    /// faulty.
+    #[inline(always)]
+    #[must_use]
+    pub fn has_more(&self) -> bool {
+        dispatch!(self, ring => ring.has_more())
+    }
+}
