@@ -8,28 +8,41 @@ use crate::vcpus::Vcpu;
 use crate::warnings::Warning;
 
 /// The problems of the placement; `decisions` are those for the pairs in use.
-pub(crate) fn warnings(context: &PlacementContext<'_>, decisions: &[Decision]) -> Vec<Warning> {
+pub(crate) fn find_warnings(
+    context: &PlacementContext<'_>,
+    decisions: &[Decision],
+) -> Vec<Warning> {
     let by_vcpus = context.host.mode.follows_vcpus();
-    let of_vcpus = [unknown, floating, outside, vcpus_offline];
+    let of_vcpus = [
+        check_discovery,
+        check_floating,
+        check_outside,
+        check_vcpus_online,
+    ];
     let found = of_vcpus.map(|check| by_vcpus.then(|| check(context)).flatten());
-    let of_workers = [no_polling, remote_vcpus, remote_memory, few_cpus];
+    let of_workers = [
+        check_polling,
+        check_vcpu_nodes,
+        check_memory_nodes,
+        check_cpu_count,
+    ];
     found
         .into_iter()
         .chain(of_workers.map(|check| check(context, decisions)))
-        .chain([list_offline(context), list_outside(context)])
+        .chain([check_list_online(context), check_list_allowed(context)])
         .flatten()
         .collect()
 }
 
-fn unknown(context: &PlacementContext<'_>) -> Option<Warning> {
+fn check_discovery(context: &PlacementContext<'_>) -> Option<Warning> {
     let map = context.map;
-    let unread = map.vcpus.iter().any(|vcpu| vcpu.cpus.is_none());
+    let has_unreadable = map.vcpus.iter().any(|vcpu| vcpu.cpus.is_none());
     let why = map.failures();
-    let unknown = (map.vcpus.is_empty() || unread) && !why.is_empty();
-    unknown.then_some(Warning::Unknown { why })
+    let is_unknown = (map.vcpus.is_empty() || has_unreadable) && !why.is_empty();
+    is_unknown.then_some(Warning::Unknown { why })
 }
 
-fn floating(context: &PlacementContext<'_>) -> Option<Warning> {
+fn check_floating(context: &PlacementContext<'_>) -> Option<Warning> {
     let floating = vcpus_with_affinity(context, |vcpu_affinity| match vcpu_affinity {
         VcpuAffinity::Floating(over, _) => Some(over),
         _ => None,
@@ -42,7 +55,7 @@ fn floating(context: &PlacementContext<'_>) -> Option<Warning> {
     })
 }
 
-fn outside(context: &PlacementContext<'_>) -> Option<Warning> {
+fn check_outside(context: &PlacementContext<'_>) -> Option<Warning> {
     let allowed = context.host.allowed;
     let outside = vcpus_with_affinity(context, |vcpu_affinity| match vcpu_affinity {
         VcpuAffinity::Unreachable(on) if on.intersection(allowed).is_empty() => Some(on),
@@ -55,7 +68,7 @@ fn outside(context: &PlacementContext<'_>) -> Option<Warning> {
     })
 }
 
-fn vcpus_offline(context: &PlacementContext<'_>) -> Option<Warning> {
+fn check_vcpus_online(context: &PlacementContext<'_>) -> Option<Warning> {
     let offline = vcpus_with_affinity(context, |vcpu_affinity| match vcpu_affinity {
         VcpuAffinity::Unreachable(on) if !on.intersection(context.host.allowed).is_empty() => {
             Some(on)
@@ -68,7 +81,7 @@ fn vcpus_offline(context: &PlacementContext<'_>) -> Option<Warning> {
     })
 }
 
-fn no_polling(_: &PlacementContext<'_>, decisions: &[Decision]) -> Option<Warning> {
+fn check_polling(_: &PlacementContext<'_>, decisions: &[Decision]) -> Option<Warning> {
     let not_polling: Vec<_> = decisions.iter().filter(|one| !one.may_poll).collect();
     (!not_polling.is_empty()).then(|| Warning::NoPolling {
         pairs: not_polling.iter().map(|one| one.pair).collect(),
@@ -76,7 +89,7 @@ fn no_polling(_: &PlacementContext<'_>, decisions: &[Decision]) -> Option<Warnin
     })
 }
 
-fn remote_vcpus(context: &PlacementContext<'_>, decisions: &[Decision]) -> Option<Warning> {
+fn check_vcpu_nodes(context: &PlacementContext<'_>, decisions: &[Decision]) -> Option<Warning> {
     let topology = context.host.topology;
     let remote: Vec<_> = decisions
         .iter()
@@ -96,7 +109,7 @@ fn remote_vcpus(context: &PlacementContext<'_>, decisions: &[Decision]) -> Optio
     })
 }
 
-fn remote_memory(context: &PlacementContext<'_>, decisions: &[Decision]) -> Option<Warning> {
+fn check_memory_nodes(context: &PlacementContext<'_>, decisions: &[Decision]) -> Option<Warning> {
     let host = &context.host;
     let remote: Vec<_> = decisions
         .iter()
@@ -115,7 +128,7 @@ fn remote_memory(context: &PlacementContext<'_>, decisions: &[Decision]) -> Opti
 
 /// Workers that sleep share CPUs because their vCPUs share them. That is a problem only where the
 /// daemon has too few CPUs for one each.
-fn few_cpus(context: &PlacementContext<'_>, decisions: &[Decision]) -> Option<Warning> {
+fn check_cpu_count(context: &PlacementContext<'_>, decisions: &[Decision]) -> Option<Warning> {
     let on = union(decisions.iter().map(|one| &one.cpus));
     let has_too_few = match context.host.mode {
         Placement::List(_) => true,
@@ -127,23 +140,23 @@ fn few_cpus(context: &PlacementContext<'_>, decisions: &[Decision]) -> Option<Wa
     })
 }
 
-fn list_offline(context: &PlacementContext<'_>) -> Option<Warning> {
+fn check_list_online(context: &PlacementContext<'_>) -> Option<Warning> {
     let host = &context.host;
-    let cpus = listed(context, |cpu| {
+    let cpus = find_listed(context, |cpu| {
         host.allowed.contains(cpu) && !host.topology.is_online(cpu)
     })?;
     Some(Warning::ListOffline { cpus })
 }
 
-fn list_outside(context: &PlacementContext<'_>) -> Option<Warning> {
+fn check_list_allowed(context: &PlacementContext<'_>) -> Option<Warning> {
     let allowed = context.host.allowed;
-    let cpus = listed(context, |cpu| !allowed.contains(cpu))?;
+    let cpus = find_listed(context, |cpu| !allowed.contains(cpu))?;
     let allowed = allowed.clone();
     Some(Warning::ListOutside { cpus, allowed })
 }
 
 /// The CPUs of the policy's list for which `is_wrong` holds; `None` where there are none.
-fn listed(context: &PlacementContext<'_>, is_wrong: impl Fn(u32) -> bool) -> Option<CpuSet> {
+fn find_listed(context: &PlacementContext<'_>, is_wrong: impl Fn(u32) -> bool) -> Option<CpuSet> {
     let Placement::List(cpus) = context.host.mode else {
         return None;
     };

@@ -239,7 +239,7 @@ impl PlacementPlanner {
     #[must_use]
     pub fn warnings(&self, map: &VcpuMap, decisions: &[Decision]) -> Vec<Warning> {
         let pairs = u32::try_from(decisions.len()).unwrap_or(u32::MAX);
-        checks::warnings(&self.context(map, pairs), decisions)
+        checks::find_warnings(&self.context(map, pairs), decisions)
     }
 
     fn context<'a>(&'a self, map: &'a VcpuMap, pairs: u32) -> PlacementContext<'a> {

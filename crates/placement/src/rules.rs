@@ -63,28 +63,30 @@ impl<'a> Rules<'a> {
     /// The CPUs for the worker of `pair`.
     pub(crate) fn choose_cpus(&self, pair: u32) -> CpuChoice {
         match self.context.host.mode {
-            Placement::Auto => self.auto(pair),
-            Placement::Same => self.same(pair),
-            Placement::Sibling => self.sibling(pair),
-            Placement::CoreNear => self.core_near(pair),
-            Placement::List(cpus) => self.listed(cpus, pair),
-            Placement::None => self.leave_to_scheduler(),
+            Placement::Auto => self.place_auto(pair),
+            Placement::Same => self.place_same(pair),
+            Placement::Sibling => self.place_on_sibling(pair),
+            Placement::CoreNear => self.place_near(pair),
+            Placement::List(cpus) => self.place_listed(cpus, pair),
+            Placement::None => self.place_anywhere(),
         }
     }
 
-    fn auto(&self, pair: u32) -> CpuChoice {
+    fn place_auto(&self, pair: u32) -> CpuChoice {
         match self.context.affinity_of(pair) {
-            VcpuAffinity::Pinned(to, _) if self.context.host.polling => match self.near(pair) {
-                Some(near) => unrestricted(
-                    near.cpus(),
-                    format!(
-                        "the worker polls near the vCPU thread on {}, on {}",
-                        to.describe(),
-                        near.describe()
+            VcpuAffinity::Pinned(to, _) if self.context.host.polling => {
+                match self.find_near(pair) {
+                    Some(near) => unrestricted(
+                        near.cpus(),
+                        format!(
+                            "the worker polls near the vCPU thread on {}, on {}",
+                            to.describe(),
+                            near.describe()
+                        ),
                     ),
-                ),
-                None => self.colocate(pair),
-            },
+                    None => self.colocate(pair),
+                }
+            }
             _ => self.colocate(pair),
         }
     }
@@ -92,8 +94,8 @@ impl<'a> Rules<'a> {
     /// As policy auto places a worker that does not poll.
     fn colocate(&self, pair: u32) -> CpuChoice {
         match self.context.affinity_of(pair) {
-            VcpuAffinity::Unknown(why) => self.round_robin(pair, &why),
-            VcpuAffinity::Unreachable(on) => match self.near(pair) {
+            VcpuAffinity::Unknown(why) => self.place_in_turn(pair, &why),
+            VcpuAffinity::Unreachable(on) => match self.find_near(pair) {
                 Some(near) => unrestricted(
                     near.cpus(),
                     format!(
@@ -102,7 +104,7 @@ impl<'a> Rules<'a> {
                         near.describe()
                     ),
                 ),
-                None => self.round_robin(pair, &self.describe_unreachable(on)),
+                None => self.place_in_turn(pair, &self.describe_unreachable(on)),
             },
             VcpuAffinity::Floating(over, shared) => self.place_floating(pair, over, &shared),
             VcpuAffinity::Pinned(to, shared) => self.place_pinned(to, shared),
@@ -129,7 +131,7 @@ impl<'a> Rules<'a> {
         }
     }
 
-    fn same(&self, pair: u32) -> CpuChoice {
+    fn place_same(&self, pair: u32) -> CpuChoice {
         match self.context.affinity_of(pair) {
             VcpuAffinity::Floating(on, shared) | VcpuAffinity::Pinned(on, shared) => unrestricted(
                 shared,
@@ -138,14 +140,16 @@ impl<'a> Rules<'a> {
                     on.describe()
                 ),
             ),
-            VcpuAffinity::Unreachable(on) => self.round_robin(pair, &self.describe_unreachable(on)),
-            VcpuAffinity::Unknown(why) => self.round_robin(pair, &why),
+            VcpuAffinity::Unreachable(on) => {
+                self.place_in_turn(pair, &self.describe_unreachable(on))
+            }
+            VcpuAffinity::Unknown(why) => self.place_in_turn(pair, &why),
         }
     }
 
-    fn sibling(&self, pair: u32) -> CpuChoice {
+    fn place_on_sibling(&self, pair: u32) -> CpuChoice {
         let VcpuAffinity::Pinned(to, _) = self.context.affinity_of(pair) else {
-            return self.auto(pair);
+            return self.place_auto(pair);
         };
         let siblings = self.context.siblings(to);
         if siblings.is_empty() {
@@ -153,7 +157,7 @@ impl<'a> Rules<'a> {
                 "{} has no usable SMT sibling, so placement auto applies",
                 to.describe()
             );
-            return with_reason(&why, self.auto(pair));
+            return with_reason(&why, self.place_auto(pair));
         }
         let why = format!(
             "this is an SMT sibling of {}, which the vCPU thread is pinned to",
@@ -162,11 +166,11 @@ impl<'a> Rules<'a> {
         self.avoid_pinned(siblings, why)
     }
 
-    fn core_near(&self, pair: u32) -> CpuChoice {
+    fn place_near(&self, pair: u32) -> CpuChoice {
         let VcpuAffinity::Pinned(to, _) = self.context.affinity_of(pair) else {
-            return self.auto(pair);
+            return self.place_auto(pair);
         };
-        match self.near(pair) {
+        match self.find_near(pair) {
             Some(near) => unrestricted(
                 near.cpus(),
                 format!(
@@ -185,7 +189,7 @@ impl<'a> Rules<'a> {
         }
     }
 
-    fn listed(&self, cpus: &[u32], pair: u32) -> CpuChoice {
+    fn place_listed(&self, cpus: &[u32], pair: u32) -> CpuChoice {
         let mode = self.context.host.mode;
         if cpus.is_empty() {
             let cpus = self.context.default_cpus().nth_cyclic(pair);
@@ -216,7 +220,7 @@ impl<'a> Rules<'a> {
             self.context.host.mode
         );
         match others.is_empty() {
-            true => self.round_robin(pair, &why),
+            true => self.place_in_turn(pair, &why),
             false => unrestricted(
                 others.nth_cyclic(pair),
                 format!("{why}, so another CPU of the list replaces it"),
@@ -224,7 +228,7 @@ impl<'a> Rules<'a> {
         }
     }
 
-    fn leave_to_scheduler(&self) -> CpuChoice {
+    fn place_anywhere(&self) -> CpuChoice {
         self.avoid_pinned(
             self.context.default_cpus(),
             "placement none leaves the choice to the scheduler".into(),
@@ -257,7 +261,7 @@ impl<'a> Rules<'a> {
         self.avoid_pinned_by(cpus, why, |cpus| cpus.nth_cyclic(pair))
     }
 
-    fn round_robin(&self, pair: u32, why: &str) -> CpuChoice {
+    fn place_in_turn(&self, pair: u32, why: &str) -> CpuChoice {
         let cpus = self.context.default_cpus();
         let why = format!(
             "workers are pinned to {} in turn, as {why}",
@@ -299,7 +303,7 @@ impl<'a> Rules<'a> {
     ///
     /// The workers choose in the order of their pairs, each the CPU with the fewest workers so far.
     /// The result for one worker therefore does not depend on which worker is placed first.
-    fn near(&self, pair: u32) -> Option<NearCpu> {
+    fn find_near(&self, pair: u32) -> Option<NearCpu> {
         let near = self.near.get_or_init(|| {
             let mut workers_by_cpu = BTreeMap::new();
             // A number from outside must not make the loop longer than any device needs.

@@ -59,7 +59,8 @@ mod tests {
 
     #[test]
     fn the_net_device_with_the_most_pairs_shrinks_first() {
-        // Pairs, which devices can shrink, available; pairs afterwards, or None where they do not fit.
+        // Pairs, which devices can shrink, available; pairs afterwards, or None where they do not
+        // fit.
         type Case = (&'static [u16], &'static [bool], u32, Option<&'static [u16]>);
         let table: [Case; 9] = [
             (&[4], &[YES], 10, Some(&[4])),
