@@ -248,7 +248,7 @@ impl DriverRxQueue {
     /// Waits on the call eventfd until at least `wanted` frames are received, and returns them.
     ///
     /// # Errors
-    /// When no call comes for `limit`, or as [`DriverRxQueue::receive`].
+    /// When fewer frames come within `limit`, or as [`DriverRxQueue::receive`].
     pub fn wait_frames(&mut self, wanted: usize, limit: Duration) -> Result<Vec<Frame>, Error> {
         let end = Instant::now() + limit;
         let mut frames = Vec::new();

@@ -147,7 +147,7 @@ impl DriverTxQueue {
     /// Waits until the device has used all published chains.
     ///
     /// # Errors
-    /// When no call comes within `limit`, or the device breaks a rule.
+    /// When the device does not use all of them within `limit`, or breaks a rule.
     pub fn drain(&mut self, limit: Duration) -> Result<(), Error> {
         let end = Instant::now() + limit;
         let all = usize::from(self.queue.ring.in_flight());

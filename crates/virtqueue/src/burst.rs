@@ -29,7 +29,8 @@ pub struct Burst {
     descriptors_read: usize,
 }
 
-/// Capacity for new chains and a writer for their segments. [`Burst::commit`] makes them count.
+/// Capacity for new chains and a writer for their segments. [`Burst::commit`] adds them to
+/// the burst.
 pub(crate) struct Reservation<'b> {
     pub(crate) chains: &'b mut [Chain],
     pub(crate) segments: SegmentWriter<'b>,
@@ -124,8 +125,8 @@ impl Burst {
 
     /// Copies the first `N` bytes of each chain to the element of `out` at the same position, and
     /// removes them from the chain, so that they are read only once. A chain with fewer bytes (a
-    /// faulty one has none) and its element of `out` stay unchanged. Ends with the shorter of both
-    /// sequences.
+    /// faulty one has none) and its element of `out` stay unchanged. It ends with the shorter of
+    /// both sequences.
     #[inline(always)]
     pub fn strip_all<'o, const N: usize>(&mut self, out: impl Iterator<Item = &'o mut [u8; N]>) {
         let Ok(bytes) = u32::try_from(N) else { return };

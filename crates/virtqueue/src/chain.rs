@@ -1,4 +1,4 @@
-//! A descriptor chain as a burst holds it, and the result of a walk from which it is made.
+//! A dequeued descriptor chain, and the result of the walk from which it is made.
 
 use crate::fault::ChainFault;
 

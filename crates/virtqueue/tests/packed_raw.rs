@@ -195,7 +195,7 @@ fn chain_as_long_as_the_ring_is_valid() {
 type WriteChain = fn(&mut Fixture);
 
 /// A chain for each fault, and the number of its descriptors in the ring.
-const FAULTY_CHAINS: &[(ChainFault, u16, WriteChain)] = &[(ChainFault, u16, Write)] = &[
+const FAULTY_CHAINS: &[(ChainFault, u16, WriteChain)] = &[
     (ChainFault::AddressInvalid, 3, |fixture| {
         fixture.put(DATA, 10, 1, VRING_DESC_F_NEXT);
         fixture.put(RAM, 10, 1, VRING_DESC_F_NEXT);
