@@ -5,8 +5,8 @@ use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Weak};
 
 use virtionet_virtio_net::header::FrameFormat;
-use virtionet_virtio_net::uplink::{Received, RxSink, TxFrame, Uplink, UplinkError, UplinkQueue};
 use virtionet_virtio_net::stats::{VringStats, to_u64};
+use virtionet_virtio_net::uplink::{Received, RxSink, TxFrame, Uplink, UplinkError, UplinkQueue};
 use virtionet_virtqueue::memory::GuestSlice;
 
 /// The null uplink, and each of its queues.

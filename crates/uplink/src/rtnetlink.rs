@@ -106,7 +106,11 @@ impl LinkTable {
 
     /// Makes an interface a port of the bridge of index `master`.
     pub(crate) fn set_master(&self, index: u32, master: u32) -> io::Result<()> {
-        self.change(index, 0, &encode_attribute(IFLA_MASTER, &master.to_ne_bytes()))
+        self.change(
+            index,
+            0,
+            &encode_attribute(IFLA_MASTER, &master.to_ne_bytes()),
+        )
     }
 
     fn get(&self, index: u32, attributes: &[u8]) -> io::Result<Link> {

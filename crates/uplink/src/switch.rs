@@ -39,12 +39,12 @@
 
 mod delivery;
 mod flow;
+mod flow_table;
 mod forward;
 mod host;
 mod mac_table;
 mod masks;
 mod port;
-mod flow_table;
 
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
@@ -56,16 +56,16 @@ use std::sync::{Arc, OnceLock, Weak};
 use parking_lot::Mutex;
 use rustix::time::{ClockId, clock_gettime};
 use virtionet_virtio_net::header::FrameFormat;
-use virtionet_virtio_net::uplink::{Received, RxSink, TxFrame, Uplink, UplinkError, UplinkQueue};
 use virtionet_virtio_net::stats::VringStats;
+use virtionet_virtio_net::uplink::{Received, RxSink, TxFrame, Uplink, UplinkError, UplinkQueue};
 use virtionet_virtqueue::memory::GuestSlice;
 
 use self::delivery::IngressPort;
+use self::flow_table::MAX_PAIRS;
 use self::host::HostPort;
 pub use self::host::HostPortForwarder;
 use self::mac_table::MacTable;
 use self::port::DevicePort;
-use self::flow_table::MAX_PAIRS;
 use crate::tap::TapConfig;
 
 /// Ports of a switch at most.

@@ -166,7 +166,10 @@ impl<'a, const N: usize> IovecList<'a, N> {
 
     /// Appends guest memory.
     #[inline(always)]
-    pub(crate) fn push_slices(&mut self, slices: &'a [GuestSlice<'a>]) -> Result<(), IovecListFull> {
+    pub(crate) fn push_slices(
+        &mut self,
+        slices: &'a [GuestSlice<'a>],
+    ) -> Result<(), IovecListFull> {
         self.list
             .try_extend_from_slice(GuestSlice::as_iovecs(slices))
             .map_err(|_| IovecListFull)

@@ -9,8 +9,8 @@
 //! it needs no privilege.
 
 mod config;
-mod queue;
 mod error;
+mod queue;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -26,7 +26,7 @@ use virtionet_virtio_net::header::{FrameFormat, VNET_HEADER_LEN};
 use virtionet_virtio_net::uplink::{HostInterface, RxSink, Uplink, UplinkError, UplinkQueue};
 
 pub use self::config::TapConfig;
-use self::queue::{TapShared, TapQueue};
+use self::queue::{TapQueue, TapShared};
 use crate::rtnetlink::{Link, LinkTable};
 use crate::sys;
 
@@ -249,7 +249,9 @@ impl Uplink for Tap {
 fn wait_for_release(links: &LinkTable, name: &str) -> Result<Option<Link>, UplinkError> {
     let deadline = Instant::now() + RELEASE_TIMEOUT;
     loop {
-        let link = links.find_by_name(name).map_err(|e| error::no_link_table(&e))?;
+        let link = links
+            .find_by_name(name)
+            .map_err(|e| error::no_link_table(&e))?;
         let queues = link.as_ref().and_then(|link| link.queues).unwrap_or(0);
         if queues == 0 || Instant::now() >= deadline {
             return Ok(link);

@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use host::{open_tap, eventually, in_namespaces, receive, run, send};
-use packets::{ACK, CWR, ECE, FIN, PacketBuilder, PSH, Packet, convert, format};
+use host::{eventually, in_namespaces, open_tap, receive, run, send};
+use packets::{ACK, CWR, ECE, FIN, PSH, Packet, PacketBuilder, convert, format};
 use virtionet_virtio_net::header::VnetHeader;
 use virtionet_virtio_net::offload::Segmenter;
 use virtionet_virtio_net::uplink::{Received, Uplink, UplinkQueue, null_rx_sink};
@@ -29,7 +29,7 @@ impl Bridge {
     fn new() -> Self {
         run("ip link add of-br type bridge mcast_snooping 0");
         let uplinks = ["of-a", "of-b"].map(|name| {
-                        let uplink = eventually(|| open_tap(name).ok());
+            let uplink = eventually(|| open_tap(name).ok());
             uplink.set_format(format(false, false)).unwrap();
             run(&format!("ip link set {name} master of-br up mtu 65000"));
             uplink
@@ -134,22 +134,35 @@ fn cases() -> Vec<(&'static str, PacketBuilder)> {
     for v6 in [false, true] {
         cases.extend([
             ("checksum of TCP", PacketBuilder::tcp(v6, 12, 1000)),
-            ("checksum of an odd TCP segment", PacketBuilder::tcp(v6, 12, 1001)),
+            (
+                "checksum of an odd TCP segment",
+                PacketBuilder::tcp(v6, 12, 1001),
+            ),
             ("checksum of UDP", PacketBuilder::udp(v6, 1000)),
             ("checksum of an odd datagram", PacketBuilder::udp(v6, 1001)),
             ("checksum of an empty datagram", PacketBuilder::udp(v6, 0)),
-            ("checksum behind a tag", PacketBuilder::udp(v6, 1000).tag(0x8100, 7)),
+            (
+                "checksum behind a tag",
+                PacketBuilder::udp(v6, 1000).tag(0x8100, 7),
+            ),
             ("segments", PacketBuilder::tcp(v6, 0, 14_600).gso(1460)),
-            ("large segments", PacketBuilder::tcp(v6, 12, 65_000).gso(8948)),
+            (
+                "large segments",
+                PacketBuilder::tcp(v6, 12, 65_000).gso(8948),
+            ),
             ("odd segments", PacketBuilder::tcp(v6, 12, 64_999).gso(1447)),
             ("small segments", PacketBuilder::tcp(v6, 40, 20_000).gso(36)),
             (
                 "flags",
-                PacketBuilder::tcp(v6, 12, 9000).gso(1448).flags(ACK | FIN | PSH),
+                PacketBuilder::tcp(v6, 12, 9000)
+                    .gso(1448)
+                    .flags(ACK | FIN | PSH),
             ),
             (
                 "ECN",
-                PacketBuilder::tcp(v6, 12, 9000).gso(1448).flags(ACK | CWR | ECE),
+                PacketBuilder::tcp(v6, 12, 9000)
+                    .gso(1448)
+                    .flags(ACK | CWR | ECE),
             ),
             (
                 "segments behind a tag",
@@ -163,8 +176,14 @@ fn cases() -> Vec<(&'static str, PacketBuilder)> {
                     .tag(0x88a8, 9),
             ),
             ("fragments", PacketBuilder::udp(v6, 14_000).gso(1480)),
-            ("fragments to the limit", PacketBuilder::udp(v6, 65_000).gso(1480)),
-            ("an odd last fragment", PacketBuilder::udp(v6, 14_001).gso(1448)),
+            (
+                "fragments to the limit",
+                PacketBuilder::udp(v6, 65_000).gso(1480),
+            ),
+            (
+                "an odd last fragment",
+                PacketBuilder::udp(v6, 14_001).gso(1448),
+            ),
             (
                 "fragments behind a tag",
                 PacketBuilder::udp(v6, 9000).gso(1480).tag(0x8100, 7),
@@ -186,7 +205,9 @@ fn cases() -> Vec<(&'static str, PacketBuilder)> {
         ),
         (
             "destination options",
-            PacketBuilder::tcp(true, 12, 9000).gso(1400).extension(60, 2),
+            PacketBuilder::tcp(true, 12, 9000)
+                .gso(1400)
+                .extension(60, 2),
         ),
         (
             "three extension headers",

@@ -7,17 +7,17 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use proptest::prelude::*;
-use virtionet_virtio_net::features::Features;
-use virtionet_virtio_net::uplink::{MAX_BURST, Received, RxSink, TxFrame, Uplink, UplinkQueue};
-use virtionet_virtio_net::stats::VringStats;
-use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue, TxQueue};
-use virtionet_guest::test_frontend::DriverQueuePair;
 use virtionet_guest::frame::{Checksum, Frame, FrameSpec, Transport, check};
 use virtionet_guest::memory::GuestRam;
-use virtionet_guest::net::{self, MODERN, OFFLOADS, PACKED, DriverQueue};
+use virtionet_guest::net::{self, DriverQueue, MODERN, OFFLOADS, PACKED};
+use virtionet_guest::test_frontend::DriverQueuePair;
+use virtionet_uplink::switch::Switch;
+use virtionet_virtio_net::features::Features;
+use virtionet_virtio_net::stats::VringStats;
+use virtionet_virtio_net::uplink::{MAX_BURST, Received, RxSink, TxFrame, Uplink, UplinkQueue};
+use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue, TxQueue};
 use virtionet_virtqueue::VirtqueueLayout;
 use virtionet_virtqueue::memory::GuestMemory;
-use virtionet_uplink::switch::Switch;
 
 const LIMIT: Duration = Duration::from_secs(5);
 const SIZE: u16 = 256;
@@ -51,7 +51,10 @@ struct Switches(BTreeMap<String, Arc<Switch>>);
 
 impl Switches {
     fn add_device_port(&mut self, name: &str) -> Arc<dyn Uplink> {
-        let switch = self.0.entry(name.to_owned()).or_insert_with(|| Switch::new(name));
+        let switch = self
+            .0
+            .entry(name.to_owned())
+            .or_insert_with(|| Switch::new(name));
         Arc::new(switch.add_device_port().unwrap())
     }
 }
@@ -448,7 +451,9 @@ fn nothing_comes_by_itself() {
     assert!(a.pairs[0].uplink.poll_fd().is_none());
     assert_eq!(a.pairs[0].uplink.receive(&[], &mut [0]), Received::Empty);
     a.uplink.set_mtu(9000).unwrap();
-    let too_many = a.uplink.open_queue(128, virtionet_virtio_net::uplink::null_rx_sink());
+    let too_many = a
+        .uplink
+        .open_queue(128, virtionet_virtio_net::uplink::null_rx_sink());
     assert!(too_many.unwrap_err().to_string().contains("pair 128"));
 }
 

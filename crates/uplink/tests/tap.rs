@@ -5,13 +5,13 @@ mod host;
 
 use std::sync::Arc;
 
-use host::{open_tap, 
+use host::{
     PacketSocket, become_nobody, datagram, drain, eventually, frame, in_namespaces, kernel_packets,
-    link, receive, run, send, share_tun, wait_for_frame,
+    link, open_tap, receive, run, send, share_tun, wait_for_frame,
 };
 use virtionet_virtio_net::header::{FrameFormat, VnetHeader};
-use virtionet_virtio_net::uplink::{Received, TxFrame, Uplink, UplinkQueue, null_rx_sink};
 use virtionet_virtio_net::stats::VringStats;
+use virtionet_virtio_net::uplink::{Received, TxFrame, Uplink, UplinkQueue, null_rx_sink};
 
 const PLAIN: VnetHeader = VnetHeader([0; 12]);
 const WHOLE: usize = 65_600;
@@ -282,7 +282,10 @@ fn down_and_gone_are_counted_and_survived() {
             queue.set_attached(false).unwrap_err().to_string(),
             uplink.set_format(format(12, true)).unwrap_err().to_string(),
             uplink.set_mtu(1500).unwrap_err().to_string(),
-            uplink.open_queue(1, null_rx_sink()).unwrap_err().to_string(),
+            uplink
+                .open_queue(1, null_rx_sink())
+                .unwrap_err()
+                .to_string(),
         ] {
             assert!(
                 error.starts_with("TAP vt0 is gone; make it again"),

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use host::{open_tap, become_nobody, eventually, hide_tun, in_namespaces, run, share_tun};
+use host::{become_nobody, eventually, hide_tun, in_namespaces, open_tap, run, share_tun};
 use virtionet_virtio_net::uplink::{Uplink, null_rx_sink};
 
 fn open_error(spec: &str) -> String {
@@ -145,7 +145,10 @@ fn too_many_queues() {
         let _queues: Vec<_> = (0..256)
             .map(|pair| uplink.open_queue(pair, null_rx_sink()).unwrap())
             .collect();
-        let message = uplink.open_queue(256, null_rx_sink()).unwrap_err().to_string();
+        let message = uplink
+            .open_queue(256, null_rx_sink())
+            .unwrap_err()
+            .to_string();
         assert_says(
             &message,
             &[

@@ -4,7 +4,7 @@ use virtio_bindings::virtio_net as net;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_bindings::{virtio_config as config, virtio_net};
 
-use crate::header::{FrameFormat, VNET_HEADER_LEN, LEGACY_VNET_HEADER_LEN};
+use crate::header::{FrameFormat, LEGACY_VNET_HEADER_LEN, VNET_HEADER_LEN};
 
 /// A set of virtio feature bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

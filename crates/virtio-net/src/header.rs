@@ -92,7 +92,9 @@ impl VnetHeader {
             VIRTIO_NET_HDR_GSO_NONE if self.gso_type() == VIRTIO_NET_HDR_GSO_NONE => return Ok(()),
             VIRTIO_NET_HDR_GSO_TCPV4 => net::VIRTIO_NET_F_HOST_TSO4,
             VIRTIO_NET_HDR_GSO_TCPV6 => net::VIRTIO_NET_F_HOST_TSO6,
-            VIRTIO_NET_HDR_GSO_UDP if self.gso_type() == VIRTIO_NET_HDR_GSO_UDP => net::VIRTIO_NET_F_HOST_UFO,
+            VIRTIO_NET_HDR_GSO_UDP if self.gso_type() == VIRTIO_NET_HDR_GSO_UDP => {
+                net::VIRTIO_NET_F_HOST_UFO
+            }
             _ => return Err(HeaderFault::GsoUnknown),
         };
         let ecn = self.gso_type() & VIRTIO_NET_HDR_GSO_ECN != 0;

@@ -3,12 +3,12 @@
 pub mod features;
 pub mod header;
 pub mod offload;
-pub mod uplink;
 mod queue;
 mod rx;
 pub mod stats;
 mod tx;
+pub mod uplink;
 
 pub use queue::{DeviceQueue, QueueConfig};
-pub use rx::{RxOutcome, PushOutcome, RxEndReason, RxQueue};
+pub use rx::{PushOutcome, RxEndReason, RxOutcome, RxQueue};
 pub use tx::{TxOutcome, TxQueue};

@@ -32,9 +32,9 @@ mod segment;
 
 use virtio_bindings::virtio_net as net;
 
-use crate::header::{FrameFormat, VNET_HEADER_LEN, MAX_FRAME, MIN_FRAME, VnetHeader};
-use crate::uplink::TxFrame;
+use crate::header::{FrameFormat, MAX_FRAME, MIN_FRAME, VNET_HEADER_LEN, VnetHeader};
 use crate::stats::VringStats;
+use crate::uplink::TxFrame;
 use batch::Batch;
 use fragment::Identifications;
 use headers::IpVersion;
@@ -179,13 +179,26 @@ impl Segmenter {
         self.batch.clear();
         match (gso, field) {
             (GsoType::Tcp(version), Some(field)) => {
-                let segmentation = segment::TcpSegmentation::new(copy, version, &frame.header, field)?;
-                segment::segment_frame(&segmentation, copy, format.csum, &mut self.batch, &mut emit);
+                let segmentation =
+                    segment::TcpSegmentation::new(copy, version, &frame.header, field)?;
+                segment::segment_frame(
+                    &segmentation,
+                    copy,
+                    format.csum,
+                    &mut self.batch,
+                    &mut emit,
+                );
             }
             (GsoType::Udp, Some(field)) => {
                 let fragmentation = fragment::UdpFragmentation::new(copy, &frame.header, field)?;
                 let identification = self.identifications.next();
-                fragment::fragment_datagram(&fragmentation, copy, identification, &mut self.batch, &mut emit);
+                fragment::fragment_datagram(
+                    &fragmentation,
+                    copy,
+                    identification,
+                    &mut self.batch,
+                    &mut emit,
+                );
             }
             (_, Some(field)) if format.csum => {
                 batch::emit_single(copy, field.to_partial_header(), &mut emit);

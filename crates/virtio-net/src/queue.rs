@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use virtionet_virtqueue::memory::GuestMemory;
-use virtionet_virtqueue::{Burst, ChainFault, Direction, Virtqueue, VirtqueueConfig, VirtqueueError, VirtqueueLayout};
+use virtionet_virtqueue::{
+    Burst, ChainFault, Direction, Virtqueue, VirtqueueConfig, VirtqueueError, VirtqueueLayout,
+};
 
 use crate::features::Features;
 use crate::header::MIN_FRAME;

@@ -14,10 +14,10 @@ use memmap2::MmapMut;
 use virtionet_virtqueue::memory::{GuestMemory, GuestSlice};
 use virtionet_virtqueue::{Direction, VirtqueueError, VirtqueueFault};
 
-use crate::header::{VNET_HEADER_LEN, MAX_FRAME};
-use crate::uplink::{Received, UplinkQueue};
+use crate::header::{MAX_FRAME, VNET_HEADER_LEN};
 use crate::queue::{DeviceQueue, Queue, QueueConfig, count_fault};
 use crate::stats::to_u64;
+use crate::uplink::{Received, UplinkQueue};
 
 /// Most pieces handed to the uplink for one frame: what one `readv` takes, less a few of its own.
 const MAX_SEGMENTS: usize = 1000;
@@ -254,7 +254,11 @@ impl RxQueue {
         let header_len = queue.features.header_len();
         if header_len == VNET_HEADER_LEN {
             let count = u16::try_from(buffers).unwrap_or(u16::MAX);
-            write_at(free_slices(&self.queue), NUM_BUFFERS_OFFSET, &count.to_le_bytes());
+            write_at(
+                free_slices(&self.queue),
+                NUM_BUFFERS_OFFSET,
+                &count.to_le_bytes(),
+            );
         }
         let queue = &mut self.queue;
         queue.burst.retire(buffers);

@@ -7,10 +7,10 @@ use virtionet_virtqueue::memory::GuestMemory;
 use virtionet_virtqueue::{Chain, Direction, VirtqueueError, VirtqueueFault};
 
 use crate::features::Features;
-use crate::header::{VNET_HEADER_LEN, LEGACY_VNET_HEADER_LEN, VnetHeader};
-use crate::uplink::{MAX_BURST, TxFrame, UplinkQueue};
+use crate::header::{LEGACY_VNET_HEADER_LEN, VNET_HEADER_LEN, VnetHeader};
 use crate::queue::{DeviceQueue, Queue, QueueConfig, count_fault};
 use crate::stats::{VringStats, to_u64};
+use crate::uplink::{MAX_BURST, TxFrame, UplinkQueue};
 
 /// What one burst did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

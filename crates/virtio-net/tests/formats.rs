@@ -7,13 +7,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::{FULL, PLAIN, RecordingUplink};
-use virtionet_virtio_net::features::Features;
-use virtionet_virtio_net::stats::VringStats;
-use virtionet_virtio_net::{DeviceQueue, QueueConfig, TxQueue};
 use virtionet_guest::frame::{Frame, FrameSpec, Transport};
 use virtionet_guest::memory::GuestRam;
 use virtionet_guest::net::{self, PACKED, TxLayout};
 use virtionet_guest::tx;
+use virtionet_virtio_net::features::Features;
+use virtionet_virtio_net::stats::VringStats;
+use virtionet_virtio_net::{DeviceQueue, QueueConfig, TxQueue};
 use virtionet_virtqueue::VirtqueueLayout;
 
 fn device(ram: &GuestRam, driver: &tx::DriverTxQueue, features: u64) -> TxQueue {

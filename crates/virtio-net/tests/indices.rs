@@ -3,9 +3,9 @@
 
 mod common;
 
-use common::{DATA, FULL, SplitRingFixture, PLAIN, frame, good};
-use virtionet_virtio_net::{DeviceQueue, RxEndReason, RxQueue, TxQueue};
+use common::{DATA, FULL, PLAIN, SplitRingFixture, frame, good};
 use virtionet_guest::split::VRING_DESC_F_WRITE;
+use virtionet_virtio_net::{DeviceQueue, RxEndReason, RxQueue, TxQueue};
 use virtionet_virtqueue::VirtqueueFault;
 
 /// One turn of a queue in either direction: chains or frames moved.
@@ -149,7 +149,11 @@ fn a_poisoned_used_event_costs_the_guest_its_own_interrupts() {
         fixture.ring.set_used_event(event);
         fixture.offer(&[0]);
         let sent = tx.send(Some(&fixture.uplink)).unwrap();
-        assert_eq!((sent.chains, sent.should_call), (1, called), "round {round}");
+        assert_eq!(
+            (sent.chains, sent.should_call),
+            (1, called),
+            "round {round}"
+        );
         assert_eq!(fixture.used(), [(0, 0)]);
     }
     assert_eq!(fixture.counted(), []);
@@ -187,7 +191,9 @@ fn an_rx_buffer_over_the_ring_itself_harms_only_that_ring() {
         }
         fixture.offer(&[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
         for seed in 0..20 {
-            fixture.uplink.feed([vec![0xff; 12], frame(seed, 244)].concat());
+            fixture
+                .uplink
+                .feed([vec![0xff; 12], frame(seed, 244)].concat());
         }
         // Whatever the ring now says: a fault, or frames until its buffers end. Never without end.
         for _ in 0..40 {

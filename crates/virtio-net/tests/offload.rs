@@ -3,13 +3,13 @@
 
 mod packets;
 
-use packets::{ACK, CWR, ECE, FIN, PacketBuilder, PSH, Packet, convert, format, verify};
+use packets::{ACK, CWR, ECE, FIN, PSH, Packet, PacketBuilder, convert, format, verify};
 use proptest::prelude::*;
+use virtionet_guest::frame::{Frame, check};
+use virtionet_guest::header::NetHeader;
 use virtionet_virtio_net::header::{MAX_FRAME, VnetHeader};
 use virtionet_virtio_net::offload::{MIN_GSO_SIZE, OffloadFault, Segmenter};
 use virtionet_virtio_net::stats::VringStats;
-use virtionet_guest::frame::{Frame, check};
-use virtionet_guest::header::NetHeader;
 
 const WHOLE: usize = 1 << 17;
 
@@ -30,8 +30,12 @@ fn segments_are_right() {
             PacketBuilder::tcp(v6, 12, 64_999).gso(1447),
             PacketBuilder::tcp(v6, 40, 64_999).gso(28),
             PacketBuilder::tcp(v6, 12, 2896).gso(1448),
-            PacketBuilder::tcp(v6, 12, 9000).gso(1448).flags(ACK | FIN | PSH),
-            PacketBuilder::tcp(v6, 12, 9000).gso(1448).flags(ACK | CWR | ECE),
+            PacketBuilder::tcp(v6, 12, 9000)
+                .gso(1448)
+                .flags(ACK | FIN | PSH),
+            PacketBuilder::tcp(v6, 12, 9000)
+                .gso(1448)
+                .flags(ACK | CWR | ECE),
             PacketBuilder::tcp(v6, 12, 9000).gso(1448).tag(0x8100, 7),
             PacketBuilder::tcp(v6, 12, 9000)
                 .gso(1448)
@@ -52,7 +56,9 @@ fn segments_are_right() {
 #[test]
 fn headers_before_tcp_are_kept() {
     for packet in [
-        PacketBuilder::tcp(true, 12, 9000).gso(1400).extension(60, 1),
+        PacketBuilder::tcp(true, 12, 9000)
+            .gso(1400)
+            .extension(60, 1),
         PacketBuilder::tcp(true, 12, 9000)
             .gso(1400)
             .extension(60, 2)
@@ -89,7 +95,10 @@ fn fragments_are_right() {
     let packet = PacketBuilder::udp(true, 8000).gso(1400).extension(60, 1);
     let packet = packet.extension(0, 2).build();
     verify(&packet, &format(false, false), &made(&packet, false));
-    let packet = PacketBuilder::udp(false, 8000).gso(1400).ip_options(3).build();
+    let packet = PacketBuilder::udp(false, 8000)
+        .gso(1400)
+        .ip_options(3)
+        .build();
     verify(&packet, &format(false, false), &made(&packet, false));
 }
 
@@ -97,7 +106,10 @@ fn fragments_are_right() {
 fn checksums_alone_are_right() {
     for v6 in [false, true] {
         for payload in [0, 1, 2, 31, 1447, 1448] {
-            for packet in [PacketBuilder::tcp(v6, 12, payload), PacketBuilder::udp(v6, payload)] {
+            for packet in [
+                PacketBuilder::tcp(v6, 12, payload),
+                PacketBuilder::udp(v6, payload),
+            ] {
                 let packet = packet.build();
                 let made = made(&packet, false);
                 verify(&packet, &format(false, false), &made);
@@ -219,8 +231,14 @@ fn requests_that_do_not_match_the_content_are_refused() {
         (cut_to(tcp4(), 13), F::FrameTooShort),
         (cut_to(tcp4(), 14), F::CsumOutOfPacket),
         (cut_to(tcp4(), 60), F::HeaderTruncated),
-        (cut_to(with_header(udp4(), 6, &[14, 0]), 30), F::HeaderTruncated),
-        (cut_to(with_header(udp6(), 6, &[14, 0]), 50), F::HeaderTruncated),
+        (
+            cut_to(with_header(udp4(), 6, &[14, 0]), 30),
+            F::HeaderTruncated,
+        ),
+        (
+            cut_to(with_header(udp6(), 6, &[14, 0]), 50),
+            F::HeaderTruncated,
+        ),
         (
             cut_to(with(with_header(tcp4(), 6, &[14, 0]), 12, &[0x81, 0]), 32),
             F::WrongProtocol,
@@ -256,7 +274,10 @@ fn frames_beyond_the_lengths_of_ip_are_refused() {
     // The longest frame of all holds more than one packet of IP can; its segments do not.
     let packet = longer(PacketBuilder::tcp(false, 0, 100), MAX_FRAME, 1460);
     assert_eq!(made(&packet, true).len(), 45);
-    for maker in [PacketBuilder::tcp(false, 0, 100), PacketBuilder::udp(false, 100)] {
+    for maker in [
+        PacketBuilder::tcp(false, 0, 100),
+        PacketBuilder::udp(false, 100),
+    ] {
         let packet = longer(maker, MAX_FRAME, 65_535);
         assert_eq!(fault(&packet), OffloadFault::FrameTooLong);
     }

@@ -7,9 +7,11 @@ mod common;
 use common::packed::PackedRingFixture;
 use common::{DATA, END, FULL, HOLE, ISLAND, JOINED, PLAIN, TABLE, frame, good};
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
-use virtionet_virtio_net::{DeviceQueue, RxEndReason, RxQueue, TxQueue};
-use virtionet_guest::packed::{VIRTQ_DESC_F_AVAIL, PackedDescriptor, RingPosition, VIRTQ_DESC_F_USED};
+use virtionet_guest::packed::{
+    PackedDescriptor, RingPosition, VIRTQ_DESC_F_AVAIL, VIRTQ_DESC_F_USED,
+};
 use virtionet_guest::split::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+use virtionet_virtio_net::{DeviceQueue, RxEndReason, RxQueue, TxQueue};
 use virtionet_virtqueue::VirtqueueFault;
 
 /// Descriptors in the ring.
@@ -64,7 +66,9 @@ const TX: &[Row] = &[
     ("address 0, not mapped", "address_invalid", |fixture| {
         around(fixture, 0, 64);
     }),
-    ("beyond RAM", "address_invalid", |fixture| around(fixture, END, 1)),
+    ("beyond RAM", "address_invalid", |fixture| {
+        around(fixture, END, 1)
+    }),
     ("far beyond RAM", "address_invalid", |fixture| {
         around(fixture, 1 << 52, 64);
     }),
@@ -97,19 +101,26 @@ const TX: &[Row] = &[
         }
     }),
     ("nested", "indirect_nested", |fixture| {
-        refer(fixture, &[(DATA, 72, 0), (TABLE, 16, VRING_DESC_F_INDIRECT)]);
+        refer(
+            fixture,
+            &[(DATA, 72, 0), (TABLE, 16, VRING_DESC_F_INDIRECT)],
+        );
     }),
     ("INDIRECT with NEXT", "indirect_with_next", |fixture| {
         fixture.table(&[(DATA, 72, 0)]);
         fixture.put(TABLE, 16, BAD, VRING_DESC_F_INDIRECT | VRING_DESC_F_NEXT);
         fixture.put(DATA, 72, BAD, 0);
     }),
-    ("a buffer, a table and NEXT", "indirect_with_next", |fixture| {
-        fixture.table(&[(DATA, 72, 0)]);
-        fixture.put(DATA, 72, BAD, VRING_DESC_F_NEXT);
-        fixture.put(TABLE, 16, BAD, VRING_DESC_F_INDIRECT | VRING_DESC_F_NEXT);
-        line(fixture, 3, 72);
-    }),
+    (
+        "a buffer, a table and NEXT",
+        "indirect_with_next",
+        |fixture| {
+            fixture.table(&[(DATA, 72, 0)]);
+            fixture.put(DATA, 72, BAD, VRING_DESC_F_NEXT);
+            fixture.put(TABLE, 16, BAD, VRING_DESC_F_INDIRECT | VRING_DESC_F_NEXT);
+            line(fixture, 3, 72);
+        },
+    ),
     ("table of 0 bytes", "indirect_bad_length", |fixture| {
         fixture.put(TABLE, 0, BAD, VRING_DESC_F_INDIRECT);
     }),
@@ -119,18 +130,26 @@ const TX: &[Row] = &[
     ("table of 17 bytes", "indirect_bad_length", |fixture| {
         fixture.put(TABLE, 17, BAD, VRING_DESC_F_INDIRECT);
     }),
-    ("table of 65,536 entries", "indirect_bad_length", |fixture| {
-        fixture.put(TABLE, 16 * 65_536, BAD, VRING_DESC_F_INDIRECT);
-    }),
+    (
+        "table of 65,536 entries",
+        "indirect_bad_length",
+        |fixture| {
+            fixture.put(TABLE, 16 * 65_536, BAD, VRING_DESC_F_INDIRECT);
+        },
+    ),
     ("table not mapped", "indirect_unmapped", |fixture| {
         fixture.put(END, 16, BAD, VRING_DESC_F_INDIRECT);
     }),
     ("table that wraps", "indirect_unmapped", |fixture| {
         fixture.put(u64::MAX - 15, 32, BAD, VRING_DESC_F_INDIRECT);
     }),
-    ("table that ends in a hole", "indirect_unmapped", |fixture| {
-        fixture.put(HOLE - 16, 32, BAD, VRING_DESC_F_INDIRECT);
-    }),
+    (
+        "table that ends in a hole",
+        "indirect_unmapped",
+        |fixture| {
+            fixture.put(HOLE - 16, 32, BAD, VRING_DESC_F_INDIRECT);
+        },
+    ),
     ("table of 1,025 descriptors", "chain_too_long", |fixture| {
         refer(fixture, &[(DATA, 64, 0); 1025]);
     }),
@@ -224,10 +243,19 @@ const LEGAL: &[(&str, Write)] = &[
         fixture.put(TABLE, 16, BAD, VRING_DESC_F_INDIRECT | VRING_DESC_F_WRITE);
     }),
     ("indirect, WRITE on the header, as DPDK has it", |fixture| {
-        refer(fixture, &[(DATA, 12, VRING_DESC_F_WRITE), (DATA + 12, 60, 0)]);
+        refer(
+            fixture,
+            &[(DATA, 12, VRING_DESC_F_WRITE), (DATA + 12, 60, 0)],
+        );
     }),
     ("indirect, WRITE on a piece, as DPDK has it", |fixture| {
-        refer(fixture, &[(DATA, 12, VRING_DESC_F_WRITE), (DATA + 12, 60, VRING_DESC_F_WRITE)]);
+        refer(
+            fixture,
+            &[
+                (DATA, 12, VRING_DESC_F_WRITE),
+                (DATA + 12, 60, VRING_DESC_F_WRITE),
+            ],
+        );
     }),
     ("indirect behind a buffer", |fixture| {
         fixture.table(&[(DATA + 12, 60, 0)]);
@@ -235,7 +263,10 @@ const LEGAL: &[(&str, Write)] = &[
         fixture.put(TABLE, 16, BAD, VRING_DESC_F_INDIRECT);
     }),
     ("NEXT and other flags in a table", |fixture| {
-        refer(fixture, &[(DATA, 12, 0x8080), (DATA + 12, 60, VRING_DESC_F_NEXT)]);
+        refer(
+            fixture,
+            &[(DATA, 12, 0x8080), (DATA + 12, 60, VRING_DESC_F_NEXT)],
+        );
     }),
     ("from one region into the next", |fixture| {
         fixture.ram.write(JOINED - 30, &good()).unwrap();
@@ -294,7 +325,12 @@ fn wrap_counters_flipped_under_reserved_buffers_give_it_no_more() {
         let mut fixture = PackedRingFixture::new(0, 8, features);
         let mut rx: RxQueue = fixture.device();
         for id in 0..8 {
-            fixture.put(BUFFER + 0x1000 * u64::from(id), ROOM, id, VRING_DESC_F_WRITE);
+            fixture.put(
+                BUFFER + 0x1000 * u64::from(id),
+                ROOM,
+                id,
+                VRING_DESC_F_WRITE,
+            );
         }
         fixture.uplink.feed(with_header(1, 60));
         assert_eq!(rx.receive(&fixture.uplink, 1, 1 << 20).unwrap().frames, 1);
@@ -307,7 +343,11 @@ fn wrap_counters_flipped_under_reserved_buffers_give_it_no_more() {
             fixture.uplink.feed(with_header(seed, 1000));
         }
         let received = rx.receive(&fixture.uplink, 64, 1 << 20).unwrap();
-        assert!(received.frames <= 8, "{} frames in 8 buffers", received.frames);
+        assert!(
+            received.frames <= 8,
+            "{} frames in 8 buffers",
+            received.frames
+        );
         let word = rx.rewind() & 0xffff;
         assert!(word & 0x7fff < 8, "{word:#x}");
     }
@@ -330,7 +370,10 @@ fn a_chain_without_end_is_a_fault_of_the_ring() {
         }
         for _ in 0..3 {
             assert_eq!(turn_tx(&fixture, &mut tx), want);
-            assert_eq!(rx.receive(&fixture.uplink, 64, 1 << 20).map(|f| f.frames), want);
+            assert_eq!(
+                rx.receive(&fixture.uplink, 64, 1 << 20).map(|f| f.frames),
+                want
+            );
         }
         assert_eq!((tx.rewind(), rx.rewind()), (fixture.base(), fixture.base()));
         let first = fixture.ring.descriptor(RingPosition::nth(start, 16).index);
@@ -390,11 +433,17 @@ const RX: &[Row] = &[
             fixture.put(DATA, 1, BAD, VRING_DESC_F_WRITE);
         },
     ),
-    ("readable", "direction_wrong", |fixture| line(fixture, 1, ROOM)),
-    ("writable header, readable rest", "direction_wrong", |fixture| {
-        fixture.put(DATA, 12, BAD, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT);
-        fixture.put(DATA, ROOM, BAD, 0);
+    ("readable", "direction_wrong", |fixture| {
+        line(fixture, 1, ROOM)
     }),
+    (
+        "writable header, readable rest",
+        "direction_wrong",
+        |fixture| {
+            fixture.put(DATA, 12, BAD, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT);
+            fixture.put(DATA, ROOM, BAD, 0);
+        },
+    ),
     ("bad address in the middle", "address_invalid", |fixture| {
         fixture.put(DATA, 12, BAD, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT);
         fixture.put(HOLE - 1, ROOM, BAD, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT);
@@ -497,7 +546,12 @@ fn a_starved_ring_goes_on_when_buffers_come() {
             assert!(!rx.enable_kicks());
             while given < seen + 7 {
                 let id = u16::try_from(given % 7).unwrap();
-                fixture.put(BUFFER + 0x1000 * u64::from(id), ROOM, id, VRING_DESC_F_WRITE);
+                fixture.put(
+                    BUFFER + 0x1000 * u64::from(id),
+                    ROOM,
+                    id,
+                    VRING_DESC_F_WRITE,
+                );
                 given += 1;
             }
             assert!(rx.enable_kicks(), "buffers have come");

@@ -9,13 +9,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use common::packed::PackedRingFixture;
-use common::{DATA, SetOnDrop, END, FULL, TABLE, frame, good};
+use common::{DATA, END, FULL, SetOnDrop, TABLE, frame, good};
+use virtionet_guest::memory::Area;
+use virtionet_guest::packed::{PackedDescriptor, VIRTQ_DESC_F_AVAIL, VIRTQ_DESC_F_USED};
+use virtionet_guest::split::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtionet_virtio_net::features::Features;
 use virtionet_virtio_net::header::{MAX_FRAME, MIN_FRAME};
 use virtionet_virtio_net::{DeviceQueue, RxQueue, TxQueue};
-use virtionet_guest::memory::Area;
-use virtionet_guest::packed::{VIRTQ_DESC_F_AVAIL, PackedDescriptor, VIRTQ_DESC_F_USED};
-use virtionet_guest::split::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 
 const SIZE: u16 = 13;
 /// How long a race goes on at least.
@@ -32,7 +32,14 @@ fn mix(round: usize) -> usize {
 /// What a descriptor may hold at any moment. `flag` is the direction that the ring asks for.
 fn variant(index: u16, flag: u16, n: usize) -> PackedDescriptor {
     let addr = DATA + 0x1000 * u64::from(index);
-    let whose = [VIRTQ_DESC_F_AVAIL, VIRTQ_DESC_F_USED, VIRTQ_DESC_F_AVAIL, VIRTQ_DESC_F_USED, VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED, 0][n % 6];
+    let whose = [
+        VIRTQ_DESC_F_AVAIL,
+        VIRTQ_DESC_F_USED,
+        VIRTQ_DESC_F_AVAIL,
+        VIRTQ_DESC_F_USED,
+        VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED,
+        0,
+    ][n % 6];
     let (addr, len, flags) = match n / 6 % 12 {
         0 => (END - 10, 72, flag),
         1 => (addr, 72, flag ^ VRING_DESC_F_WRITE),
@@ -53,7 +60,11 @@ fn race(ring: &Area, flag: u16, mut turn: impl FnMut() -> [bool; 3]) {
             let rounds = (0..).take_while(|_| !done.load(Ordering::Relaxed));
             for round in rounds {
                 // At times every chain goes on and on; else most of them end.
-                let endless = if round >> 12 & 7 == 7 { VRING_DESC_F_NEXT } else { 0 };
+                let endless = if round >> 12 & 7 == 7 {
+                    VRING_DESC_F_NEXT
+                } else {
+                    0
+                };
                 let index = u16::try_from(round % usize::from(SIZE)).unwrap();
                 let mut next = variant(index, flag, mix(round));
                 next.flags |= endless;

@@ -10,13 +10,15 @@ mod common;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{SentFrame, DATA, SetOnDrop, END, FULL, SplitRingFixture, TABLE, frame};
+use common::{DATA, END, FULL, SentFrame, SetOnDrop, SplitRingFixture, TABLE, frame};
+use virtionet_guest::header::{NetHeader, VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_TCPV4};
+use virtionet_guest::memory::{Area, GuestRam};
+use virtionet_guest::split::{
+    SplitDescriptor, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+};
 use virtionet_virtio_net::features::Features;
 use virtionet_virtio_net::header::{MAX_FRAME, MIN_FRAME};
 use virtionet_virtio_net::{DeviceQueue, RxQueue, TxQueue};
-use virtionet_guest::header::{VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_F_NEEDS_CSUM, NetHeader};
-use virtionet_guest::memory::{Area, GuestRam};
-use virtionet_guest::split::{SplitDescriptor, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 
 const SIZE: u16 = 16;
 /// How long a race goes on at least.
@@ -48,7 +50,8 @@ fn race(write: impl Fn(usize) + Sync, mut turn: impl FnMut() -> (bool, bool)) {
 /// A view of the fixture's descriptor table that another thread may write through.
 fn table(ram: &GuestRam, fixture: &SplitRingFixture) -> Area {
     let bytes = 16 * u64::from(SIZE);
-    ram.area(fixture.ring.addresses().descriptors, bytes).unwrap()
+    ram.area(fixture.ring.addresses().descriptors, bytes)
+        .unwrap()
 }
 
 fn whole(carried: &SentFrame) {
@@ -175,7 +178,8 @@ fn rx_descriptors_that_change_while_buffers_are_filled() {
     let mut fixture = SplitRingFixture::new(SIZE, FULL);
     let mut rx: RxQueue = fixture.device();
     for index in 0..SIZE {
-        variants(index, VRING_DESC_F_WRITE)[0].store(&table(&fixture.ram, &fixture), 16 * usize::from(index));
+        variants(index, VRING_DESC_F_WRITE)[0]
+            .store(&table(&fixture.ram, &fixture), 16 * usize::from(index));
     }
     fixture.table(&[(DATA, 72, VRING_DESC_F_WRITE, 0); 4]);
     // Canaries: behind every buffer, and at the end of memory.
@@ -228,7 +232,10 @@ fn indices_and_heads_that_change_while_they_are_read() {
         fixture.readable(index, &common::good());
     }
     let at = fixture.ring.addresses();
-    let avail = fixture.ram.area(at.driver, 6 + 2 * u64::from(SIZE)).unwrap();
+    let avail = fixture
+        .ram
+        .area(at.driver, 6 + 2 * u64::from(SIZE))
+        .unwrap();
     let mut tx: TxQueue = fixture.device();
     race(
         |round| {

@@ -3,10 +3,10 @@
 
 mod common;
 
-use common::{DATA, END, FULL, HOLE, JOINED, SplitRingFixture, PLAIN, TABLE, frame};
+use common::{DATA, END, FULL, HOLE, JOINED, PLAIN, SplitRingFixture, TABLE, frame};
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
-use virtionet_virtio_net::{DeviceQueue, RxEndReason, RxQueue};
 use virtionet_guest::split::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+use virtionet_virtio_net::{DeviceQueue, RxEndReason, RxQueue};
 
 const MERGEABLE: u64 = PLAIN | 1 << VIRTIO_NET_F_MRG_RXBUF;
 /// Everything but mergeable buffers.
@@ -33,7 +33,13 @@ const ROWS: &[Row] = &[
         "rx_buffer_too_small",
         |fixture| {
             for at in 0..10 {
-                fixture.desc(at, DATA + u64::from(at), 1, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT, at + 1);
+                fixture.desc(
+                    at,
+                    DATA + u64::from(at),
+                    1,
+                    VRING_DESC_F_WRITE | VRING_DESC_F_NEXT,
+                    at + 1,
+                );
             }
             fixture.desc(10, DATA + 10, 1, VRING_DESC_F_WRITE, 0);
         },
@@ -41,20 +47,32 @@ const ROWS: &[Row] = &[
     ("readable", "direction_wrong", |fixture| {
         fixture.desc(0, DATA, ROOM, 0, 0);
     }),
-    ("readable header, writable rest", "direction_wrong", |fixture| {
-        fixture.desc(0, DATA, 12, VRING_DESC_F_NEXT, 1);
-        fixture.desc(1, DATA, ROOM, VRING_DESC_F_WRITE, 0);
-    }),
-    ("writable header, readable rest", "direction_wrong", |fixture| {
-        fixture.desc(0, DATA, 12, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT, 1);
-        fixture.desc(1, DATA, ROOM, 0, 0);
-    }),
+    (
+        "readable header, writable rest",
+        "direction_wrong",
+        |fixture| {
+            fixture.desc(0, DATA, 12, VRING_DESC_F_NEXT, 1);
+            fixture.desc(1, DATA, ROOM, VRING_DESC_F_WRITE, 0);
+        },
+    ),
+    (
+        "writable header, readable rest",
+        "direction_wrong",
+        |fixture| {
+            fixture.desc(0, DATA, 12, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT, 1);
+            fixture.desc(1, DATA, ROOM, 0, 0);
+        },
+    ),
     ("self-loop", "chain_loop", |fixture| {
         fixture.desc(0, DATA, ROOM, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT, 0);
     }),
-    ("next outside the ring", "chain_next_out_of_range", |fixture| {
-        fixture.desc(0, DATA, ROOM, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT, 77);
-    }),
+    (
+        "next outside the ring",
+        "chain_next_out_of_range",
+        |fixture| {
+            fixture.desc(0, DATA, ROOM, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT, 77);
+        },
+    ),
     ("outside memory", "address_invalid", |fixture| {
         fixture.desc(0, END, ROOM, VRING_DESC_F_WRITE, 0);
     }),
@@ -296,7 +314,11 @@ fn a_large_ring_of_heads_refused_at_sight_takes_more_than_one_turn() {
         fixture.offer(&heads);
         fixture.uplink.feed(with_header(1, 60));
         let received = rx.receive(&fixture.uplink, 64, 1 << 20).unwrap();
-        assert_eq!((received.frames, received.end), (0, RxEndReason::Budget), "{counter}");
+        assert_eq!(
+            (received.frames, received.end),
+            (0, RxEndReason::Budget),
+            "{counter}"
+        );
         let back = fixture.used().len();
         assert!(back <= 20 * 1024, "{counter}: {back} at once");
         assert_eq!(fixture.counted().len(), 1, "{counter}");

@@ -7,16 +7,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{SetOnDrop, FULL, Receiveq, RecordingUplink, frame};
+use common::{FULL, Receiveq, RecordingUplink, SetOnDrop, frame};
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
-use virtionet_virtio_net::features::Features;
-use virtionet_virtio_net::stats::VringStats;
-use virtionet_virtio_net::{DeviceQueue, RxEndReason, RxQueue};
 use virtionet_guest::driver::DriverVirtqueue;
 use virtionet_guest::memory::GuestRam;
 use virtionet_guest::packed::RingPosition;
 use virtionet_guest::{net, rx};
+use virtionet_virtio_net::features::Features;
+use virtionet_virtio_net::stats::VringStats;
+use virtionet_virtio_net::{DeviceQueue, RxEndReason, RxQueue};
 use virtionet_virtqueue::memory::GuestMemory;
 
 const MERGEABLE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
@@ -61,7 +61,10 @@ impl RxFixture {
     }
 
     fn fill(&mut self) -> RxEndReason {
-        self.device.receive(&self.uplink, 1024, 1 << 24).unwrap().end
+        self.device
+            .receive(&self.uplink, 1024, 1 << 24)
+            .unwrap()
+            .end
     }
 
     /// The base of a ring of which so many chains of `pieces` descriptors were used.
@@ -187,7 +190,10 @@ fn frames_become_visible_together(mut fixture: RxFixture) {
     let lens: Vec<_> = fixture.received().iter().map(|f| f.2.len()).collect();
     assert_eq!(lens, [60, 5000, 14]);
     let received = fixture.device.receive(&fixture.uplink, 3, 1 << 20).unwrap();
-    assert_eq!((received.frames, received.end), (1, RxEndReason::UplinkEmpty));
+    assert_eq!(
+        (received.frames, received.end),
+        (1, RxEndReason::UplinkEmpty)
+    );
     assert_eq!(fixture.received()[0].2, frame(9014, 9014));
     assert_eq!(fixture.stats.frames.get(), 4);
     assert_eq!(fixture.stats.bytes.get(), 60 + 5000 + 14 + 9014);

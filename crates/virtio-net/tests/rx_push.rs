@@ -3,14 +3,14 @@
 
 mod common;
 
-use common::{DATA, FULL, SplitRingFixture, PLAIN, Receiveq, frame};
+use common::{DATA, FULL, PLAIN, Receiveq, SplitRingFixture, frame};
 use proptest::prelude::*;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
+use virtionet_guest::net;
+use virtionet_guest::split::VRING_DESC_F_WRITE;
 use virtionet_virtio_net::header::VnetHeader;
 use virtionet_virtio_net::uplink::TxFrame;
 use virtionet_virtio_net::{DeviceQueue, PushOutcome, RxQueue};
-use virtionet_guest::net;
-use virtionet_guest::split::VRING_DESC_F_WRITE;
 use virtionet_virtqueue::VirtqueueFault;
 use virtionet_virtqueue::memory::GuestSlice;
 
@@ -23,7 +23,12 @@ fn push(rx: &mut RxQueue, frames: &[Vec<u8>], cut: usize) -> Result<PushOutcome,
     let mut bytes = frames.to_vec();
     let slices: Vec<Vec<GuestSlice<'_>>> = bytes
         .iter_mut()
-        .map(|frame| frame.chunks_mut(cut).map(GuestSlice::from_private).collect())
+        .map(|frame| {
+            frame
+                .chunks_mut(cut)
+                .map(GuestSlice::from_private)
+                .collect()
+        })
         .collect();
     let frames: Vec<TxFrame<'_>> = slices
         .iter()

@@ -4,9 +4,9 @@
 
 mod common;
 
-use common::{DATA, END, FULL, HOLE, ISLAND, JOINED, SplitRingFixture, PLAIN, TABLE, frame, good};
-use virtionet_virtio_net::{TxOutcome, TxQueue};
+use common::{DATA, END, FULL, HOLE, ISLAND, JOINED, PLAIN, SplitRingFixture, TABLE, frame, good};
 use virtionet_guest::split::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+use virtionet_virtio_net::{TxOutcome, TxQueue};
 
 /// A bad chain with head 0, and the counter that must tell of it.
 struct Row {
@@ -71,11 +71,15 @@ const CHAINS: &[Row] = &[
         fixture.desc(0, DATA, 72, VRING_DESC_F_NEXT, 1);
         fixture.desc(1, DATA, 72, VRING_DESC_F_NEXT, 0);
     }),
-    row("loop that the head is not part of", "chain_loop", |fixture| {
-        fixture.desc(0, DATA, 72, VRING_DESC_F_NEXT, 5);
-        fixture.desc(5, DATA, 72, VRING_DESC_F_NEXT, 6);
-        fixture.desc(6, DATA, 72, VRING_DESC_F_NEXT, 5);
-    }),
+    row(
+        "loop that the head is not part of",
+        "chain_loop",
+        |fixture| {
+            fixture.desc(0, DATA, 72, VRING_DESC_F_NEXT, 5);
+            fixture.desc(5, DATA, 72, VRING_DESC_F_NEXT, 6);
+            fixture.desc(6, DATA, 72, VRING_DESC_F_NEXT, 5);
+        },
+    ),
     row("loop of empty descriptors", "chain_loop", |fixture| {
         fixture.desc(0, DATA, 0, VRING_DESC_F_NEXT, 0);
     }),
@@ -152,7 +156,13 @@ const ADDRESSES: &[Row] = &[
 
 const INDIRECTS: &[Row] = &[
     row("nested", "indirect_nested", |fixture| {
-        refer(fixture, &[(DATA, 72, VRING_DESC_F_NEXT, 1), (TABLE, 16, VRING_DESC_F_INDIRECT, 0)]);
+        refer(
+            fixture,
+            &[
+                (DATA, 72, VRING_DESC_F_NEXT, 1),
+                (TABLE, 16, VRING_DESC_F_INDIRECT, 0),
+            ],
+        );
     }),
     row("nested at once", "indirect_nested", |fixture| {
         refer(fixture, &[(TABLE, 16, VRING_DESC_F_INDIRECT, 0)]);
@@ -171,9 +181,13 @@ const INDIRECTS: &[Row] = &[
     row("table of 17 bytes", "indirect_bad_length", |fixture| {
         fixture.desc(0, TABLE, 17, VRING_DESC_F_INDIRECT, 0);
     }),
-    row("table of 65,536 entries", "indirect_bad_length", |fixture| {
-        fixture.desc(0, TABLE, 16 * 65_536, VRING_DESC_F_INDIRECT, 0);
-    }),
+    row(
+        "table of 65,536 entries",
+        "indirect_bad_length",
+        |fixture| {
+            fixture.desc(0, TABLE, 16 * 65_536, VRING_DESC_F_INDIRECT, 0);
+        },
+    ),
     row("table of 4 GiB", "indirect_bad_length", |fixture| {
         fixture.desc(0, TABLE, 0xffff_fff0, VRING_DESC_F_INDIRECT, 0);
     }),
@@ -183,9 +197,13 @@ const INDIRECTS: &[Row] = &[
     row("table that wraps", "indirect_unmapped", |fixture| {
         fixture.desc(0, u64::MAX - 15, 32, VRING_DESC_F_INDIRECT, 0);
     }),
-    row("table that ends in a hole", "indirect_unmapped", |fixture| {
-        fixture.desc(0, HOLE - 16, 32, VRING_DESC_F_INDIRECT, 0);
-    }),
+    row(
+        "table that ends in a hole",
+        "indirect_unmapped",
+        |fixture| {
+            fixture.desc(0, HOLE - 16, 32, VRING_DESC_F_INDIRECT, 0);
+        },
+    ),
     // Legal for a driver, but no driver does it: a table is one small allocation.
     row("table across two regions", "indirect_unmapped", |fixture| {
         fixture.desc(0, JOINED - 16, 32, VRING_DESC_F_INDIRECT, 0);
@@ -194,7 +212,13 @@ const INDIRECTS: &[Row] = &[
         refer(fixture, &[(DATA, 72, VRING_DESC_F_NEXT, 1)]);
     }),
     row("loop in a table", "chain_loop", |fixture| {
-        refer(fixture, &[(DATA, 72, VRING_DESC_F_NEXT, 1), (DATA, 72, VRING_DESC_F_NEXT, 0)]);
+        refer(
+            fixture,
+            &[
+                (DATA, 72, VRING_DESC_F_NEXT, 1),
+                (DATA, 72, VRING_DESC_F_NEXT, 0),
+            ],
+        );
     }),
     row("table of 1,025 descriptors", "chain_too_long", |fixture| {
         table_line(fixture, 1025, 64);
@@ -215,9 +239,13 @@ const INDIRECTS: &[Row] = &[
     }),
     Row {
         features: PLAIN,
-        ..row("without the feature", "indirect_not_negotiated", |fixture| {
-            refer(fixture, &[(DATA, 72, 0, 0)]);
-        })
+        ..row(
+            "without the feature",
+            "indirect_not_negotiated",
+            |fixture| {
+                refer(fixture, &[(DATA, 72, 0, 0)]);
+            },
+        )
     },
 ];
 
@@ -234,7 +262,13 @@ const DIRECTIONS: &[Row] = &[
         fixture.desc(1, DATA, 60, 0, 0);
     }),
     row("writable in a table", "direction_wrong", |fixture| {
-        refer(fixture, &[(DATA, 12, VRING_DESC_F_NEXT, 1), (DATA, 60, VRING_DESC_F_WRITE, 0)]);
+        refer(
+            fixture,
+            &[
+                (DATA, 12, VRING_DESC_F_NEXT, 1),
+                (DATA, 60, VRING_DESC_F_WRITE, 0),
+            ],
+        );
     }),
 ];
 
@@ -264,7 +298,10 @@ fn a_bad_chain_costs_the_guest_that_chain_and_no_other() {
         let carried = fixture.uplink.sent();
         assert_eq!(carried.len(), 3, "{name}");
         assert!(carried.iter().all(|f| f.bytes == good()[12..]), "{name}");
-        assert_eq!(tx.send(Some(&fixture.uplink)).unwrap(), TxOutcome::default());
+        assert_eq!(
+            tx.send(Some(&fixture.uplink)).unwrap(),
+            TxOutcome::default()
+        );
     }
 }
 
@@ -297,7 +334,10 @@ const LEGAL: &[Legal] = &[
         fixture.desc(4, DATA, 0, 0, 0);
     }),
     ("indirect", |fixture| {
-        refer(fixture, &[(DATA, 12, VRING_DESC_F_NEXT, 1), (DATA + 12, 60, 0, 0)]);
+        refer(
+            fixture,
+            &[(DATA, 12, VRING_DESC_F_NEXT, 1), (DATA + 12, 60, 0, 0)],
+        );
     }),
     ("indirect, WRITE on the outer descriptor", |fixture| {
         refer(fixture, &[(DATA, 72, 0, 0)]);
@@ -396,7 +436,10 @@ fn a_buffer_in_the_ring_itself_is_memory_like_any() {
         fixture.desc(head + 1, addr, len, 0, 0);
     }
     fixture.offer(&[0, 2, 4]);
-    assert_eq!(tx.send(Some(&fixture.uplink)).unwrap().bytes, 256 + 38 + 134);
+    assert_eq!(
+        tx.send(Some(&fixture.uplink)).unwrap().bytes,
+        256 + 38 + 134
+    );
     assert_eq!(fixture.used(), [(0, 0), (2, 0), (4, 0)]);
     assert_eq!(fixture.counted(), []);
 }

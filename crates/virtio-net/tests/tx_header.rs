@@ -4,14 +4,16 @@
 
 mod common;
 
-use common::{DATA, FULL, SplitRingFixture, PLAIN, frame};
+use common::{DATA, FULL, PLAIN, SplitRingFixture, frame};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_UFO,
 };
-use virtionet_virtio_net::TxQueue;
 use virtionet_guest::header::{
-    VIRTIO_NET_HDR_F_DATA_VALID, VIRTIO_NET_HDR_GSO_ECN, VIRTIO_NET_HDR_GSO_NONE, VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_TCPV6, VIRTIO_NET_HDR_GSO_UDP, VIRTIO_NET_HDR_F_NEEDS_CSUM, NetHeader,
+    NetHeader, VIRTIO_NET_HDR_F_DATA_VALID, VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_ECN,
+    VIRTIO_NET_HDR_GSO_NONE, VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_TCPV6,
+    VIRTIO_NET_HDR_GSO_UDP,
 };
+use virtionet_virtio_net::TxQueue;
 
 const CSUM: u64 = PLAIN | 1 << VIRTIO_NET_F_CSUM;
 const TSO4: u64 = CSUM | 1 << VIRTIO_NET_F_HOST_TSO4;

@@ -6,16 +6,18 @@ use std::sync::Arc;
 use arrayvec::ArrayVec;
 use parking_lot::Mutex;
 use virtionet_virtio_net::header::{FrameFormat, VnetHeader};
-use virtionet_virtio_net::offload::{OffloadFault, Segmenter, can_pass_unmodified, max_output_frames};
-use virtionet_virtio_net::uplink::{MAX_BURST, TxFrame};
+use virtionet_virtio_net::offload::{
+    OffloadFault, Segmenter, can_pass_unmodified, max_output_frames,
+};
 use virtionet_virtio_net::stats::{VringStats, to_u64};
+use virtionet_virtio_net::uplink::{MAX_BURST, TxFrame};
 
 use super::Port;
 use super::flow::{NO_FLOW, hash_flow};
-use super::host::HostPort;
-use super::masks::{FrameGroups, iter_bits, contiguous_range};
-use super::port::DevicePort;
 use super::flow_table::PairSet;
+use super::host::HostPort;
+use super::masks::{FrameGroups, contiguous_range, iter_bits};
+use super::port::DevicePort;
 
 /// What floods and conversions of one burst may cost, in bytes copied: some ms at most, whoever is
 /// to receive. Beyond it frames are dropped (`dropped_over_budget`).
@@ -72,7 +74,8 @@ impl OffloadRequests {
     /// Whether a receiver takes any such header as it is; `false` leads to a closer look.
     #[inline(always)]
     fn is_supported_by(self, format: FrameFormat) -> bool {
-        self.gso == 0 && (self.flags == 0 || self.flags == VIRTIO_NET_HDR_F_NEEDS_CSUM && format.csum)
+        self.gso == 0
+            && (self.flags == 0 || self.flags == VIRTIO_NET_HDR_F_NEEDS_CSUM && format.csum)
     }
 }
 
@@ -172,9 +175,9 @@ impl<'a> BurstDelivery<'a> {
         }
         let mut groups = FrameGroups::default();
         self.steer(port, pairs, mask, &mut groups);
-        groups
-            .iter()
-            .fold(0, |delivered, (pair, mask)| delivered | self.push(port, pair, mask))
+        groups.iter().fold(0, |delivered, (pair, mask)| {
+            delivered | self.push(port, pair, mask)
+        })
     }
 
     #[inline(never)]
@@ -243,7 +246,9 @@ impl<'a> BurstDelivery<'a> {
     fn push(&self, port: &DevicePort, pair: u16, mask: u64) -> u64 {
         let format = port.format();
         match contiguous_range(mask) {
-            _ if !self.requests.is_supported_by(format) => return self.push_each(port, pair, mask, format),
+            _ if !self.requests.is_supported_by(format) => {
+                return self.push_each(port, pair, mask, format);
+            }
             Some(run) => port.push(pair, &self.frames[run]),
             None => {
                 let mut frames = ArrayVec::<TxFrame<'_>, MAX_BURST>::new();

@@ -46,8 +46,9 @@ fn hash_plain_ipv4(frame: &GuestSlice<'_>, seed: u64) -> Option<u64> {
     };
     let [begin, middle, addresses, ports] = [12, 20, 26, 30].map(read);
     let protocol = u8::try_from(middle >> 24 & 0xff).unwrap_or(0);
-    let is_plain =
-        begin & 0xff_ffff == PLAIN_IPV4_PREFIX && middle & 0xff3f == 0 && matches!(protocol, IPPROTO_TCP | IPPROTO_UDP);
+    let is_plain = begin & 0xff_ffff == PLAIN_IPV4_PREFIX
+        && middle & 0xff3f == 0
+        && matches!(protocol, IPPROTO_TCP | IPPROTO_UDP);
     is_plain.then(|| hash_ipv4(addresses, Some(ports >> 32), protocol, seed))
 }
 
@@ -179,7 +180,10 @@ mod tests {
 
     /// The flow of a frame that lies in pieces of `cut` bytes.
     fn flow_in_pieces(mut bytes: Vec<u8>, cut: usize) -> u64 {
-        let pieces: Vec<GuestSlice<'_>> = bytes.chunks_mut(cut).map(GuestSlice::from_private).collect();
+        let pieces: Vec<GuestSlice<'_>> = bytes
+            .chunks_mut(cut)
+            .map(GuestSlice::from_private)
+            .collect();
         hash_flow(&pieces, SEED)
     }
 

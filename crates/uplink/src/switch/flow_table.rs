@@ -90,7 +90,8 @@ impl FlowTable {
         let known = entry & FLOW_TAG_MASK == flow & FLOW_TAG_MASK && entry != 0;
         // Another thread may have looked at the clock a moment later.
         let age = wrap_secs(now).wrapping_add(1).wrapping_sub(then);
-        (known && age <= FLOW_EXPIRY_SECS + 1).then(|| u16::try_from(entry >> 16 & 0xff).unwrap_or(0))
+        (known && age <= FLOW_EXPIRY_SECS + 1)
+            .then(|| u16::try_from(entry >> 16 & 0xff).unwrap_or(0))
     }
 
     #[inline(always)]

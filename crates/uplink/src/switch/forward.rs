@@ -4,11 +4,11 @@
 
 use std::ops::Range;
 
-use virtionet_virtio_net::uplink::{MAX_BURST, TxFrame};
 use virtionet_virtio_net::stats::{VringStats, to_u64};
+use virtionet_virtio_net::uplink::{MAX_BURST, TxFrame};
 use virtionet_virtqueue::memory::GuestSlice;
 
-use super::delivery::{OffloadRequests, BurstDelivery, IngressPort};
+use super::delivery::{BurstDelivery, IngressPort, OffloadRequests};
 use super::mac_table::MacAddr;
 use super::masks::{FrameGroups, low_mask};
 use super::{Switch, coarse_now_secs};
@@ -37,7 +37,9 @@ impl Switch {
         let lost = low_mask(frames.len()) & !delivered;
         if lost != 0 {
             let undelivered = lost & !burst.dropped();
-            stats.dropped_no_port.add(u64::from(undelivered.count_ones()));
+            stats
+                .dropped_no_port
+                .add(u64::from(undelivered.count_ones()));
         }
         stats.frames.add(u64::from(delivered.count_ones()));
         stats.bytes.add(decisions.bytes - burst.bytes(lost));
@@ -115,7 +117,12 @@ impl Switch {
 
     /// The same where some frames go to all other ports: each gets those and its own, in order.
     #[inline(never)]
-    fn deliver_flood(&self, from: u16, burst: &BurstDelivery<'_>, decisions: &ForwardingDecisions) -> u64 {
+    fn deliver_flood(
+        &self,
+        from: u16,
+        burst: &BurstDelivery<'_>,
+        decisions: &ForwardingDecisions,
+    ) -> u64 {
         let others = self.ports().filter(|(number, _)| *number != from);
         others.fold(0, |delivered, (number, port)| {
             let mask = burst.within_budget(decisions.flood) | decisions.ports.of(number);

@@ -10,11 +10,13 @@ use std::time::Duration;
 
 use arrayvec::ArrayVec;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use virtionet_virtio_net::header::{FrameFormat, VNET_HEADER_LEN, MAX_FRAME, MIN_FRAME, VnetHeader};
+use virtionet_virtio_net::header::{
+    FrameFormat, MAX_FRAME, MIN_FRAME, VNET_HEADER_LEN, VnetHeader,
+};
+use virtionet_virtio_net::stats::VringStats;
 use virtionet_virtio_net::uplink::{
     MAX_BURST, Received, TxFrame, Uplink, UplinkError, UplinkQueue, null_rx_sink,
 };
-use virtionet_virtio_net::stats::VringStats;
 use virtionet_virtqueue::memory::GuestSlice;
 
 use super::Switch;
@@ -55,12 +57,17 @@ impl HostPort {
     pub(super) fn send(&self, frame: &TxFrame<'_>, stats: &VringStats) -> bool {
         // Whether it counts as carried is for the caller to say: it may be one of several copies.
         let local_stats = VringStats::default();
-        self.queue.transmit(std::slice::from_ref(frame), &local_stats);
-        stats.dropped_uplink_full.add(local_stats.dropped_uplink_full.get());
+        self.queue
+            .transmit(std::slice::from_ref(frame), &local_stats);
+        stats
+            .dropped_uplink_full
+            .add(local_stats.dropped_uplink_full.get());
         stats
             .dropped_uplink_error
             .add(local_stats.dropped_uplink_error.get());
-        stats.dropped_uplink_down.add(local_stats.dropped_uplink_down.get());
+        stats
+            .dropped_uplink_down
+            .add(local_stats.dropped_uplink_down.get());
         local_stats.frames.get() == 1
     }
 }
@@ -238,7 +245,12 @@ mod tests {
 
     #[test]
     fn frames_that_cannot_be_had_are_counted_and_end_a_burst_too() {
-        let forwarder = forwarder([VNET_HEADER_LEN, MAX_READ_LEN + 1].into_iter().cycle().take(100));
+        let forwarder = forwarder(
+            [VNET_HEADER_LEN, MAX_READ_LEN + 1]
+                .into_iter()
+                .cycle()
+                .take(100),
+        );
         let mut arena = vec![0; ARENA_LEN];
         assert_eq!(forwarder.forward_burst(&mut arena), Received::Frame(0));
         let counted = |forwarder: &HostPortForwarder| {

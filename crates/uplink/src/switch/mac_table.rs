@@ -118,7 +118,8 @@ impl MacTable {
             .flat_map(|b| b.entries.iter().zip(&b.last_seen));
         entries
             .filter(|(entry, last_seen)| {
-                entry.load(Ordering::Relaxed) != 0 && !is_expired(last_seen.load(Ordering::Relaxed), now)
+                entry.load(Ordering::Relaxed) != 0
+                    && !is_expired(last_seen.load(Ordering::Relaxed), now)
             })
             .count()
     }

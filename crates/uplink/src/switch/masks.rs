@@ -80,7 +80,11 @@ mod tests {
             for start in 0..=64 - len {
                 let mask = low_mask(len).checked_shl(u32::try_from(start).unwrap());
                 let whole = (len > 0).then_some(start..start + len);
-                assert_eq!(contiguous_range(mask.unwrap_or(0)), whole, "{len} from {start}");
+                assert_eq!(
+                    contiguous_range(mask.unwrap_or(0)),
+                    whole,
+                    "{len} from {start}"
+                );
             }
         }
         assert!(iter_bits(1 << 63 | 0b1010).eq([1, 3, 63]));

@@ -9,12 +9,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use parking_lot::Mutex;
 use virtionet_base::RateLimiter;
 use virtionet_virtio_net::header::VNET_HEADER_LEN;
-use virtionet_virtio_net::uplink::{Received, TxFrame, UplinkQueue};
 use virtionet_virtio_net::stats::VringStats;
+use virtionet_virtio_net::uplink::{Received, TxFrame, UplinkQueue};
 use virtionet_virtqueue::memory::GuestSlice;
 
 use super::error;
-use crate::sys::{self, IovecListFull, IOV_MAX, IovecList};
+use crate::sys::{self, IOV_MAX, IovecList, IovecListFull};
 
 /// Pieces of a frame, header included, that need no large list on the stack. A 64 KiB frame in
 /// pages has 18 pieces, in 1,526-byte receive buffers 44.
@@ -114,7 +114,11 @@ impl TapShared {
     #[cold]
     fn log_read_error(&self, error: &io::Error) {
         if let Some(suppressed) = self.read_error_log_limit.allow() {
-            tracing::warn!(suppressed, "a frame cannot be read from TAP {} ({error})", self.name);
+            tracing::warn!(
+                suppressed,
+                "a frame cannot be read from TAP {} ({error})",
+                self.name
+            );
         }
     }
 }
@@ -172,7 +176,10 @@ impl TapQueue {
         header[VNET_HEADER_LEN - 2..].fill(0);
         let header = &header[..header_len.min(VNET_HEADER_LEN)];
         let mut list = IovecList::<INLINE_IOVECS>::new();
-        match list.push_bytes(header).and_then(|()| list.push_slices(frame.payload)) {
+        match list
+            .push_bytes(header)
+            .and_then(|()| list.push_slices(frame.payload))
+        {
             Ok(()) => list.write_to(self.fd()),
             Err(IovecListFull) => self.send_segments(header, frame.payload),
         }

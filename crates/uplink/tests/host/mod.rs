@@ -12,11 +12,11 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use virtionet_virtio_net::header::VnetHeader;
 use virtionet_uplink::tap::{Tap, TapConfig};
-use virtionet_virtio_net::uplink::{Uplink, UplinkError, Received, TxFrame, UplinkQueue};
+use virtionet_virtio_net::header::VnetHeader;
 use virtionet_virtio_net::stats::VringStats;
-use virtionet_virtqueue::memory::{GuestMemory, GuestSlice, SegmentList, MappedRegion, RegionSpec};
+use virtionet_virtio_net::uplink::{Received, TxFrame, Uplink, UplinkError, UplinkQueue};
+use virtionet_virtqueue::memory::{GuestMemory, GuestSlice, MappedRegion, RegionSpec, SegmentList};
 
 /// An EtherType for local experiments.
 pub const ETHERTYPE: [u8; 2] = [0x88, 0xb5];

@@ -1,7 +1,7 @@
 //! The Internet checksum (RFC 1071).
 
 use super::CsumField;
-use super::headers::{write_be16, read_be16};
+use super::headers::{read_be16, write_be16};
 
 /// A one's complement sum that is not folded yet. Kept in the machine's byte order: the sum does
 /// not care, and the fold turns it (RFC 1071 §2 B).
@@ -55,7 +55,11 @@ impl Sum {
 /// The sum that a field holds once the length in its pseudo header is `new` instead of `old`.
 /// Lengths count modulo 2^16 as they do in the kernel: a packet's length never reaches that.
 pub(super) fn replace_length(pseudo_sum: u16, old: u16, new: u16) -> u16 {
-    Sum::default().add_word(pseudo_sum).add_word(!old).add_word(new).fold()
+    Sum::default()
+        .add_word(pseudo_sum)
+        .add_word(!old)
+        .add_word(new)
+        .fold()
 }
 
 /// Completes the checksum at `field`, which holds the pseudo header's sum.
@@ -80,7 +84,12 @@ pub(super) fn write_ipv4_checksum(header: &mut [u8]) {
 
 /// Writes the checksum at `at` of the segment that is `segment` and whose field holds `pseudo_sum` from
 /// now on: complete, or the pseudo_sum itself for a target that takes partial ones.
-pub(super) fn write_segment_checksum(segment: &mut [u8], at: usize, pseudo_sum: u16, partial: bool) {
+pub(super) fn write_segment_checksum(
+    segment: &mut [u8],
+    at: usize,
+    pseudo_sum: u16,
+    partial: bool,
+) {
     write_be16(segment, at, pseudo_sum);
     if !partial {
         let checksum = Sum::of(segment).checksum();

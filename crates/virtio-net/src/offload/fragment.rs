@@ -8,7 +8,7 @@
 use std::hash::{BuildHasher, RandomState};
 
 use super::batch::Batch;
-use super::headers::{self, PacketLayout, IPPROTO_UDP, IpVersion, write_ip_len, write_be16};
+use super::headers::{self, IPPROTO_UDP, IpVersion, PacketLayout, write_be16, write_ip_len};
 use super::{CsumField, OffloadFault, checksum, validate_gso_size};
 use crate::header::VnetHeader;
 use crate::uplink::TxFrame;
@@ -75,7 +75,9 @@ pub(super) fn fragment_datagram(
         };
         match fragmentation.layout.version {
             _ if is_whole => write_whole(batch.add(&[headers, chunk], emit), fragmentation),
-            IpVersion::V4 => write_ipv4(batch.add(&[headers, chunk], emit), fragmentation, position),
+            IpVersion::V4 => {
+                write_ipv4(batch.add(&[headers, chunk], emit), fragmentation, position)
+            }
             IpVersion::V6 => {
                 let extension = position.fragment_header(identification);
                 let fragment = batch.add(&[headers, &extension, chunk], emit);
@@ -116,7 +118,8 @@ fn write_whole(frame: &mut [u8], fragmentation: &UdpFragmentation) {
 
 fn write_ipv4(fragment: &mut [u8], fragmentation: &UdpFragmentation, position: FragmentPosition) {
     write_ip_len(fragment, &fragmentation.layout);
-    let Some(ip) = fragment.get_mut(fragmentation.layout.network..fragmentation.layout.transport) else {
+    let Some(ip) = fragment.get_mut(fragmentation.layout.network..fragmentation.layout.transport)
+    else {
         return;
     };
     let more = u16::from(!position.is_last) << 13;

@@ -51,7 +51,9 @@ impl PacketLayout {
         };
         match frame.get(layout.next_header).copied() {
             Some(found) if found == protocol => Ok(layout),
-            Some(IPPROTO_FRAGMENT) if layout.version == IpVersion::V6 => Err(OffloadFault::AlreadyFragmented),
+            Some(IPPROTO_FRAGMENT) if layout.version == IpVersion::V6 => {
+                Err(OffloadFault::AlreadyFragmented)
+            }
             _ => Err(OffloadFault::WrongProtocol),
         }
     }
@@ -83,7 +85,8 @@ impl PacketLayout {
         }
         let (mut at, mut next_header) = (network + 40, network + 6);
         // Each extension header is at least 8 bytes: the bound ends the loop.
-        while let IPPROTO_HOPOPTS | IPPROTO_ROUTING | IPPROTO_DSTOPTS = read_u8(frame, next_header)? {
+        while let IPPROTO_HOPOPTS | IPPROTO_ROUTING | IPPROTO_DSTOPTS = read_u8(frame, next_header)?
+        {
             next_header = at;
             at += (usize::from(read_u8(frame, at + 1)?) + 1) * 8;
             if at > MAX_HEADERS_LEN {

@@ -5,7 +5,9 @@
 //! first byte; CWR in the first only, FIN and PSH in the last only (RFC 3168 §6.1.2, RFC 9293).
 
 use super::batch::Batch;
-use super::headers::{self, PacketLayout, IPPROTO_TCP, IpVersion, write_ip_len, write_be16, read_be16};
+use super::headers::{
+    self, IPPROTO_TCP, IpVersion, PacketLayout, read_be16, write_be16, write_ip_len,
+};
 use super::{CsumField, OffloadFault, checksum, validate_gso_size};
 use crate::header::VnetHeader;
 use crate::uplink::TxFrame;
@@ -117,7 +119,8 @@ impl HeaderTemplate {
     fn from_headers(headers: &[u8], segmentation: &TcpSegmentation) -> Self {
         let tcp = segmentation.layout.transport;
         let word = |at| read_be16(headers, at).unwrap_or(0);
-        let sequence = u32::from(word(tcp + TCP_SEQUENCE_OFFSET)) << 16 | u32::from(word(tcp + TCP_SEQUENCE_OFFSET + 2));
+        let sequence = u32::from(word(tcp + TCP_SEQUENCE_OFFSET)) << 16
+            | u32::from(word(tcp + TCP_SEQUENCE_OFFSET + 2));
         Self {
             identification: word(segmentation.layout.network + 4),
             sequence,
@@ -127,7 +130,13 @@ impl HeaderTemplate {
     }
 
     /// Makes a copy of the frame's headers those of a segment.
-    fn write(&self, segment: &mut [u8], segmentation: &TcpSegmentation, position: SegmentPosition, partial: bool) {
+    fn write(
+        &self,
+        segment: &mut [u8],
+        segmentation: &TcpSegmentation,
+        position: SegmentPosition,
+        partial: bool,
+    ) {
         let layout = &segmentation.layout;
         write_ip_len(segment, layout);
         if let Some(ip) = segment.get_mut(layout.network..layout.transport)

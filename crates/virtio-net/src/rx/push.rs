@@ -4,11 +4,11 @@
 use virtionet_virtqueue::memory::GuestSlice;
 use virtionet_virtqueue::{Chain, VirtqueueFault};
 
-use super::{NUM_BUFFERS_OFFSET, RxQueue, MIN_DEQUEUE};
+use super::{MIN_DEQUEUE, NUM_BUFFERS_OFFSET, RxQueue};
 use crate::header::VNET_HEADER_LEN;
-use crate::uplink::TxFrame;
 use crate::queue::Queue;
 use crate::stats::to_u64;
+use crate::uplink::TxFrame;
 
 /// What a call of [`RxQueue::push`] did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,7 +101,11 @@ impl RxQueue {
 
     /// Copies frames to the next chains, one each, for as long as they fit; says how many.
     #[inline(always)]
-    fn copy_to_single_chains(&mut self, frames: &[TxFrame<'_>], progress: &mut PushProgress) -> usize {
+    fn copy_to_single_chains(
+        &mut self,
+        frames: &[TxFrame<'_>],
+        progress: &mut PushProgress,
+    ) -> usize {
         let Queue {
             virtqueue,
             burst,
@@ -130,7 +134,11 @@ impl RxQueue {
 
     /// Copies one frame to the next chains, whatever they are.
     #[inline(never)]
-    fn copy_to_chains(&mut self, frame: &TxFrame<'_>, progress: &mut PushProgress) -> Result<CopyOutcome, VirtqueueFault> {
+    fn copy_to_chains(
+        &mut self,
+        frame: &TxFrame<'_>,
+        progress: &mut PushProgress,
+    ) -> Result<CopyOutcome, VirtqueueFault> {
         let header_len = self.queue.features.header_len();
         let total = header_len + frame.len;
         // A faulty chain goes back empty when its turn comes, so that the order stays.

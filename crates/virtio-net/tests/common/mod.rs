@@ -11,16 +11,16 @@ use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use virtionet_virtio_net::features::Features;
-use virtionet_virtio_net::header::VnetHeader;
-use virtionet_virtio_net::uplink::{Received, TxFrame, UplinkQueue};
-use virtionet_virtio_net::stats::VringStats;
-use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue};
 use virtionet_guest::driver::DriverVirtqueueConfig;
 use virtionet_guest::memory::{Area, GuestRam};
 use virtionet_guest::net::MODERN;
 use virtionet_guest::split::{SplitDescriptor, SplitDriverVirtqueue};
 use virtionet_guest::{net, rx};
+use virtionet_virtio_net::features::Features;
+use virtionet_virtio_net::header::VnetHeader;
+use virtionet_virtio_net::stats::VringStats;
+use virtionet_virtio_net::uplink::{Received, TxFrame, UplinkQueue};
+use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue};
 use virtionet_virtqueue::VirtqueueLayout;
 use virtionet_virtqueue::memory::{GuestMemory, GuestSlice};
 

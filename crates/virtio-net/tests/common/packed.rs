@@ -3,14 +3,14 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use virtionet_virtio_net::features::Features;
-use virtionet_virtio_net::stats::VringStats;
-use virtionet_virtio_net::{DeviceQueue, QueueConfig};
 use virtionet_guest::driver::DriverVirtqueueConfig;
 use virtionet_guest::memory::GuestRam;
 use virtionet_guest::net::PACKED;
 use virtionet_guest::packed::{PackedDescriptor, PackedDriverVirtqueue, RingPosition};
 use virtionet_guest::split::VRING_DESC_F_NEXT;
+use virtionet_virtio_net::features::Features;
+use virtionet_virtio_net::stats::VringStats;
+use virtionet_virtio_net::{DeviceQueue, QueueConfig};
 use virtionet_virtqueue::VirtqueueLayout;
 
 use super::{DATA, END, HOLE, ISLAND, JOINED, RecordingUplink, START, TABLE, counted};

@@ -3,11 +3,14 @@
 #![allow(dead_code, reason = "each user takes its own part of this")]
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
+use virtionet_guest::frame::{Checksum, FrameSpec, Transport};
+use virtionet_guest::header::{
+    NetHeader, VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_ECN, VIRTIO_NET_HDR_GSO_NONE,
+    VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_UDP,
+};
 use virtionet_virtio_net::header::{FrameFormat, VnetHeader};
 use virtionet_virtio_net::offload::{OffloadFault, Segmenter, can_pass_unmodified};
 use virtionet_virtio_net::uplink::{MAX_BURST, TxFrame};
-use virtionet_guest::frame::{Checksum, FrameSpec, Transport};
-use virtionet_guest::header::{VIRTIO_NET_HDR_GSO_ECN, VIRTIO_NET_HDR_GSO_NONE, VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_UDP, VIRTIO_NET_HDR_F_NEEDS_CSUM, NetHeader};
 use virtionet_virtqueue::memory::GuestSlice;
 
 pub const FIN: u8 = 0x01;
@@ -184,7 +187,10 @@ pub fn convert(
     format: &FrameFormat,
 ) -> Result<Vec<Packet>, OffloadFault> {
     let mut memory = packet.bytes.clone();
-    let payload: Vec<GuestSlice<'_>> = memory.chunks_mut(cut).map(GuestSlice::from_private).collect();
+    let payload: Vec<GuestSlice<'_>> = memory
+        .chunks_mut(cut)
+        .map(GuestSlice::from_private)
+        .collect();
     let frame = TxFrame {
         header: packet.header,
         payload: &payload,
@@ -217,7 +223,10 @@ pub fn verify(sent: &Packet, format: &FrameFormat, made: &[Packet]) {
     for packet in made {
         assert!(can_pass_unmodified(&packet.header, format));
         let header = NetHeader::from_bytes(packet.header.0);
-        assert_eq!((header.gso_type, header.gso_size), (VIRTIO_NET_HDR_GSO_NONE, 0));
+        assert_eq!(
+            (header.gso_type, header.gso_size),
+            (VIRTIO_NET_HDR_GSO_NONE, 0)
+        );
     }
     match sent.header.gso_type() & !VIRTIO_NET_HDR_GSO_ECN {
         VIRTIO_NET_HDR_GSO_NONE => verify_one(sent, made),
@@ -231,7 +240,9 @@ fn verify_one(sent: &Packet, made: &[Packet]) {
     let [made] = made else {
         panic!("{} frames of one", made.len());
     };
-    if sent.header.flags() & VIRTIO_NET_HDR_F_NEEDS_CSUM == 0 || made.header.flags() & VIRTIO_NET_HDR_F_NEEDS_CSUM != 0 {
+    if sent.header.flags() & VIRTIO_NET_HDR_F_NEEDS_CSUM == 0
+        || made.header.flags() & VIRTIO_NET_HDR_F_NEEDS_CSUM != 0
+    {
         assert_eq!(sent.bytes, made.bytes);
         return;
     }
