@@ -1,14 +1,13 @@
 //! An uplink that checks what it is handed: every header, every length, every address.
 
 use std::collections::VecDeque;
-use std::io;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex};
 
 use virtionet_virtio_net::features::Features;
 use virtionet_virtio_net::header::{VNET_HEADER_LEN, MAX_FRAME, MIN_FRAME};
-use virtionet_virtio_net::uplink::{MAX_BURST, Received, TxFrame, UplinkQueue};
+use virtionet_virtio_net::uplink::{MAX_BURST, Received, TxFrame, UplinkError, UplinkQueue};
 use virtionet_virtio_net::stats::VringStats;
 use virtionet_virtqueue::memory::{GuestMemory, GuestSlice, SegmentList};
 
@@ -101,7 +100,7 @@ impl UplinkQueue for CheckingUplink {
         None
     }
 
-    fn set_attached(&self, _attached: bool) -> io::Result<()> {
+    fn set_attached(&self, _attached: bool) -> Result<(), UplinkError> {
         Ok(())
     }
 }

@@ -1,5 +1,5 @@
-//! Where a device's frames go: a multiqueue TAP, a switch between the devices of this process, or
-//! nowhere.
+//! The uplinks, to which devices transmit their frames: a multiqueue TAP, a switch between the
+//! devices of this process, and null, which discards all frames.
 
 pub mod null;
 mod rtnetlink;

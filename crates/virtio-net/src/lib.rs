@@ -1,8 +1,10 @@
 //! The virtio-net device (virtio 1.3 §5.1): features, header, TX path, RX path, statistics.
 
 pub mod features;
+mod frame_format;
 pub mod header;
 pub mod offload;
+pub mod packet;
 mod queue;
 mod rx;
 pub mod stats;

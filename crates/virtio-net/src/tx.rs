@@ -1,4 +1,5 @@
-//! The TX path: chains that the guest sends become frames and go to the uplink.
+//! The TX path: dequeues chains from the transmitq, checks their headers, and transmits the frames
+//! to the uplink.
 
 use std::sync::Arc;
 
@@ -12,28 +13,28 @@ use crate::queue::{DeviceQueue, Queue, QueueConfig, count_fault};
 use crate::stats::{VringStats, to_u64};
 use crate::uplink::{MAX_BURST, TxFrame, UplinkQueue};
 
-/// What one burst did.
+/// The outcome of [`TxQueue::send`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct TxOutcome {
-    /// Chains taken and given back, good and bad.
+    /// Chains that were dequeued and completed, with and without a fault.
     pub chains: usize,
-    /// Bytes of Ethernet frames handed to the uplink.
+    /// Bytes of the Ethernet frames that were handed to the uplink.
     pub bytes: usize,
-    /// The driver wants an interrupt.
+    /// The driver asks for an interrupt.
     pub should_call: bool,
 }
 
-/// The device's side of a transmitq.
+/// The device's end of a transmitq.
 #[derive(Debug)]
 pub struct TxQueue(Queue);
 
 impl TxQueue {
-    /// Takes one burst and hands its frames to `uplink`, or discards them where there is none (a
-    /// started ring that is disabled drains: virtio 1.3 §5.1.2 through vhost-user's ring states).
-    /// No chain stays taken. `chains` is 0 when nothing was available.
+    /// Dequeues one burst and transmits its frames to `uplink`, or drops them where there is none
+    /// (a ring that is started but disabled drains, as the vhost-user protocol's ring states
+    /// demand). It completes all chains. `chains` is 0 when none was available.
     ///
     /// # Errors
-    /// When the ring can no longer be believed.
+    /// When the ring is faulty and must be quarantined.
     pub fn send(&mut self, uplink: Option<&dyn UplinkQueue>) -> Result<TxOutcome, VirtqueueFault> {
         let queue = &mut self.0;
         let chains = queue.virtqueue.dequeue(&mut queue.burst, MAX_BURST)?;
@@ -90,7 +91,7 @@ impl DeviceQueue for TxQueue {
     }
 }
 
-/// Makes frames of the burst's good chains and transmits them; returns their bytes.
+/// Transmits the frames of the burst's valid chains; returns their bytes.
 fn transmit_burst(queue: &mut Queue, uplink: &dyn UplinkQueue) -> usize {
     let mut headers = [VnetHeader::default(); MAX_BURST];
     strip_headers(queue, &mut headers);
@@ -108,7 +109,7 @@ fn transmit_burst(queue: &mut Queue, uplink: &dyn UplinkQueue) -> usize {
             continue;
         }
         bytes += chain.len();
-        // There is room: `headers` has no more places than `frames`.
+        // It cannot be full: `headers` has as many entries as `frames`.
         let _ = frames.try_push(TxFrame {
             header: *header,
             payload: burst.slices(chain),
@@ -121,7 +122,7 @@ fn transmit_burst(queue: &mut Queue, uplink: &dyn UplinkQueue) -> usize {
     bytes
 }
 
-/// Takes the headers off the chains. The ring refused chains that have none.
+/// Strips the headers off the chains. The virtqueue has marked chains that are shorter as faulty.
 #[inline(always)]
 fn strip_headers(queue: &mut Queue, headers: &mut [VnetHeader; MAX_BURST]) {
     if queue.features.header_len() == VNET_HEADER_LEN {
@@ -136,7 +137,7 @@ fn strip_headers(queue: &mut Queue, headers: &mut [VnetHeader; MAX_BURST]) {
     }
 }
 
-/// Counts what is wrong with a chain that is no frame.
+/// Counts the fault of a chain that is not a valid frame.
 #[cold]
 fn count_invalid_chain(chain: &Chain, header: &VnetHeader, features: Features, stats: &VringStats) {
     match (chain.fault(), header.check(chain.len(), features)) {

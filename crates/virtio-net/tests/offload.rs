@@ -41,6 +41,10 @@ fn segments_are_right() {
                 .gso(1448)
                 .tag(0x8100, 7)
                 .tag(0x88a8, 9),
+            PacketBuilder::tcp(v6, 12, 9000)
+                .gso(1448)
+                .tag(0x8100, 7)
+                .tag(0x9100, 9),
             // One segment after all, and one without payload.
             PacketBuilder::tcp(v6, 12, 100).gso(1448),
             PacketBuilder::tcp(v6, 12, 0).gso(1448),

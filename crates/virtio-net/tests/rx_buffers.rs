@@ -196,7 +196,7 @@ fn a_frame_longer_than_an_unmerged_buffer_is_dropped_and_the_buffer_kept() {
     fixture.desc(0, BUFFER, 200, VRING_DESC_F_WRITE, 0);
     fixture.offer(&[0]);
     fixture.ram.write(BUFFER + 200, &[0xaa; 64]).unwrap();
-    for len in [189, 65_553, 188] {
+    for len in [189, 65_557, 188] {
         fixture.uplink.feed(with_header(len, len));
     }
     let received = rx.receive(&fixture.uplink, 64, 1 << 20).unwrap();

@@ -95,7 +95,7 @@ impl RxFixture {
 const LAYOUTS: &[(u16, u64, &[u32])] = &[
     (256, FULL, &[1526]),
     (256, FULL, &[4096]),
-    (256, FULL, &[65_565]),
+    (256, FULL, &[65_569]),
     (1024, FULL, &[12]),
     (1024, FULL, &[13]),
     (1024, FULL, &[64]),
@@ -105,13 +105,13 @@ const LAYOUTS: &[(u16, u64, &[u32])] = &[
     (1024, DIRECT, &[1, 10, 1, 700]),
     (1024, DIRECT, &[5, 1, 4, 1, 3, 500, 1]),
     (256, MERGEABLE, &[1526]),
-    (256, UNMERGED, &[65_565]),
-    (256, UNMERGED, &[12, 65_553]),
-    (256, UNMERGED, &[7, 5, 10_000, 55_553]),
-    (1024, DIRECT & !MERGEABLE, &[11, 1, 1, 65_552]),
+    (256, UNMERGED, &[65_569]),
+    (256, UNMERGED, &[12, 65_557]),
+    (256, UNMERGED, &[7, 5, 10_000, 55_557]),
+    (1024, DIRECT & !MERGEABLE, &[11, 1, 1, 65_556]),
     (256, LEGACY, &[1524]),
     (256, LEGACY, &[10, 1514]),
-    (256, LEGACY, &[65_565]),
+    (256, LEGACY, &[65_569]),
     (256, PACKED, &[1526]),
     (100, PACKED, &[1526]),
     (1023, PACKED, &[147]),
@@ -119,14 +119,14 @@ const LAYOUTS: &[(u16, u64, &[u32])] = &[
     (200, PACKED, &[1, 10, 1, 700]),
     (1022, PACKED_DIRECT, &[1, 10, 1, 700]),
     (1024, PACKED_DIRECT, &[5, 1, 4, 1, 3, 500, 1]),
-    (7, PACKED_UNMERGED, &[65_565]),
-    (5, PACKED_UNMERGED, &[7, 5, 10_000, 55_553]),
-    (1021, PACKED_DIRECT & !MERGEABLE, &[11, 1, 1, 65_552]),
+    (7, PACKED_UNMERGED, &[65_569]),
+    (5, PACKED_UNMERGED, &[7, 5, 10_000, 55_557]),
+    (1021, PACKED_DIRECT & !MERGEABLE, &[11, 1, 1, 65_556]),
 ];
 
 const LENGTHS: &[usize] = &[
-    14, 15, 52, 60, 134, 135, 136, 1500, 1501, 1514, 1515, 3040, 4084, 5000, 9014, 30_000, 65_552,
-    65_553,
+    14, 15, 52, 60, 134, 135, 136, 1500, 1501, 1514, 1515, 3040, 4084, 5000, 9014, 30_000, 65_556,
+    65_557,
 ];
 
 /// The most that one buffer takes or, merged, so many buffers as have 500 descriptors.
@@ -216,11 +216,11 @@ fn nothing_is_used_that_was_only_reserved() {
     for (size, features, segments) in [
         (64, FULL, &[1526][..]),
         (64, DIRECT, &[12, 1500]),
-        (64, UNMERGED, &[65_565]),
+        (64, UNMERGED, &[65_569]),
         (64, PACKED, &[1526]),
         (47, PACKED, &[1526]),
         (100, PACKED_DIRECT, &[12, 1500]),
-        (3, PACKED_UNMERGED, &[65_565]),
+        (3, PACKED_UNMERGED, &[65_569]),
     ] {
         let mut fixture = RxFixture::new(size, features, segments);
         fixture.driver.fill().unwrap();

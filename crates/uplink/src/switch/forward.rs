@@ -1,6 +1,6 @@
-//! The data path: which port each frame of a burst goes to.
+//! The data path of the switch: decides to which port each frame of a burst goes.
 //!
-//! A burst for one receiveq, which is the rule, is passed on as it came.
+//! A burst for one receiveq, which is the usual case, is passed on as a whole.
 
 use std::ops::Range;
 
@@ -13,11 +13,11 @@ use super::mac_table::MacAddr;
 use super::masks::{FrameGroups, low_mask};
 use super::{Switch, coarse_now_secs};
 
-/// In place of a port's number: all but the sender's.
+/// In place of a port's number: all ports except the sender's.
 const FLOOD: u16 = u16::MAX;
 
 impl Switch {
-    /// Gives `frames` to the ports that they are for.
+    /// Forwards `frames` to the ports of their destinations.
     pub(super) fn forward(&self, from: &IngressPort, frames: &[TxFrame<'_>], stats: &VringStats) {
         for frames in frames.chunks(MAX_BURST) {
             self.forward_burst(from, frames, stats);
@@ -45,11 +45,11 @@ impl Switch {
         stats.bytes.add(decisions.bytes - burst.bytes(lost));
     }
 
-    /// Decides where each frame goes. Frames of one pair of addresses are decided on at once.
+    /// Decides where each frame goes. Consecutive frames with the same addresses need one lookup.
     #[inline(always)]
     fn decide_burst(&self, from: u16, frames: &[TxFrame<'_>], now: u32) -> ForwardingDecisions {
         let mut decisions = ForwardingDecisions::default();
-        // Apart from the plan, so that they stay in registers.
+        // Not in `decisions`, so that they stay in registers.
         let (mut bytes, mut requests) = (0, OffloadRequests::default());
         let mut start = 0;
         let mut last = Addresses::default();
@@ -86,7 +86,7 @@ impl Switch {
         let mask = low_mask(frames.len()) << frames.start;
         match self.lookup_port(addresses.destination(), now) {
             FLOOD => decisions.flood |= mask,
-            // It is there already.
+            // The destination is behind the port from which the frame comes.
             port if port == from => {}
             port => decisions.ports.add(port, mask),
         }
@@ -100,7 +100,7 @@ impl Switch {
         }
     }
 
-    /// Returns the frames that were taken.
+    /// Delivers each frame to one port; returns the mask of the frames that were accepted.
     #[inline(always)]
     fn deliver_each(&self, burst: &BurstDelivery<'_>, decisions: &ForwardingDecisions) -> u64 {
         let mut delivered = 0;
@@ -115,7 +115,8 @@ impl Switch {
         delivered
     }
 
-    /// The same where some frames go to all other ports: each gets those and its own, in order.
+    /// The same where some frames go to all other ports: each port gets those frames and its own, in
+    /// order.
     #[inline(never)]
     fn deliver_flood(
         &self,
@@ -131,18 +132,18 @@ impl Switch {
     }
 }
 
-/// Where the frames of a burst go.
+/// The ports to which the frames of a burst go.
 #[derive(Debug, Default)]
 struct ForwardingDecisions {
     ports: FrameGroups,
-    /// Those that go everywhere.
+    /// The mask of the frames that go to all ports.
     flood: u64,
     bytes: u64,
     requests: OffloadRequests,
 }
 
-/// Both MAC addresses of a frame: its first eight bytes, which hold the destination, and eight from
-/// the fifth on, which hold the source. Of each byte one copy counts, whatever the guest does.
+/// Both MAC addresses of a frame: its first eight bytes, which contain the destination, and the eight
+/// bytes from the fifth on, which contain the source. They are a private copy.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Addresses(u64, u64);
 
@@ -153,11 +154,11 @@ impl Addresses {
     fn of(payload: &[GuestSlice<'_>]) -> Self {
         match payload.first() {
             Some(first) if first.len() >= Self::LEN => Self::at(first),
-            _ => Self::gathered(payload),
+            _ => Self::gather(payload),
         }
     }
 
-    /// In a slice that is long enough.
+    /// The addresses in a slice that is long enough.
     #[inline(always)]
     fn at(frame: &GuestSlice<'_>) -> Self {
         let [mut begin, mut end] = [[0; 8]; 2];
@@ -167,7 +168,7 @@ impl Addresses {
     }
 
     #[cold]
-    fn gathered(payload: &[GuestSlice<'_>]) -> Self {
+    fn gather(payload: &[GuestSlice<'_>]) -> Self {
         let mut bytes = [0; Self::LEN];
         let mut len = 0;
         for slice in payload {

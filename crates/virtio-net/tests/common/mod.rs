@@ -6,7 +6,6 @@
 pub mod packed;
 
 use std::collections::VecDeque;
-use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -19,7 +18,7 @@ use virtionet_guest::{net, rx};
 use virtionet_virtio_net::features::Features;
 use virtionet_virtio_net::header::VnetHeader;
 use virtionet_virtio_net::stats::VringStats;
-use virtionet_virtio_net::uplink::{Received, TxFrame, UplinkQueue};
+use virtionet_virtio_net::uplink::{Received, TxFrame, UplinkError, UplinkQueue};
 use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue};
 use virtionet_virtqueue::VirtqueueLayout;
 use virtionet_virtqueue::memory::{GuestMemory, GuestSlice};
@@ -318,7 +317,7 @@ impl UplinkQueue for RecordingUplink {
         None
     }
 
-    fn set_attached(&self, _attached: bool) -> io::Result<()> {
+    fn set_attached(&self, _attached: bool) -> Result<(), UplinkError> {
         Ok(())
     }
 }
