@@ -1,5 +1,5 @@
-//! The kernel's table of interfaces over netlink (rtnetlink(7)): an interface's kind, state, MTU and
-//! bridge.
+//! The kernel's table of interfaces over netlink (rtnetlink(7)): an interface's kind, state, MTU
+//! and bridge.
 //!
 //! One message answers each request. The kernel sends it before the request's `write` returns, so
 //! no call waits.
@@ -179,7 +179,8 @@ fn encode_message(kind: u16, flags: u16, sequence: u32, body: &[u8]) -> Vec<u8> 
     message
 }
 
-/// Encodes `struct ifinfomsg`, with `flags` both as the values and as the mask of those that change.
+/// Encodes `struct ifinfomsg`, with `flags` both as the values and as the mask of those that
+/// change.
 fn encode_ifinfomsg(index: u32, flags: u32) -> Vec<u8> {
     let mut header = vec![0; 4];
     for word in [index, flags, flags] {

@@ -16,8 +16,8 @@
 //! time. No worker waits for a receiver: a frame for which the receiving ring has no buffer is
 //! dropped and counted there.
 //!
-//! **Decide.** A burst is split where the pair of MAC addresses changes. Each run of frames costs one
-//! lookup in the table of addresses, which also learns the source address. Frames to group
+//! **Decide.** A burst is split where the pair of MAC addresses changes. Each run of frames costs
+//! one lookup in the table of addresses, which also learns the source address. Frames to group
 //! addresses and to unknown addresses go to all other ports. No frame goes back to the port from
 //! which it came. (mac_table.rs)
 //!
@@ -25,8 +25,8 @@
 //! the receiver's guest last transmitted that flow. A new flow goes to the pair of the same index
 //! as the sender's. (flow.rs, flow_table.rs)
 //!
-//! **Convert.** A frame must not request an offload from its receiver that the receiver's driver did
-//! not negotiate. The switch performs such offloads itself, on a copy.
+//! **Convert.** A frame must not request an offload from its receiver that the receiver's driver
+//! did not negotiate. The switch performs such offloads itself, on a copy.
 //! ([`virtionet_virtio_net::offload`])
 //!
 //! **Trust.** As on any plain switch, a guest can use another guest's address as a source and so
@@ -38,8 +38,8 @@
 //! flow stay in order as long as the flow is steered to the same pair.
 //!
 //! **Locks.** A worker holds the lock of its own transmitq and takes the lock of one receiveq at a
-//! time. No thread takes a transmitq's lock while it holds a receiveq's, so no deadlock is possible.
-//! The tables have no locks: each entry is one atomic word.
+//! time. No thread takes a transmitq's lock while it holds a receiveq's, so no deadlock is
+//! possible. The tables have no locks: each entry is one atomic word.
 
 mod delivery;
 mod flow;
@@ -236,8 +236,8 @@ impl Uplink for SwitchPort {
         Ok(())
     }
 
-    /// Does nothing: a switch carries frames of any length, and a frame that is too long for a guest
-    /// is dropped at its receiveq.
+    /// Does nothing: a switch carries frames of any length, and a frame that is too long for a
+    /// guest is dropped at its receiveq.
     fn set_mtu(&self, _mtu: u16) -> Result<(), UplinkError> {
         Ok(())
     }

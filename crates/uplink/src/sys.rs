@@ -16,7 +16,8 @@ use virtionet_virtqueue::memory::GuestSlice;
 /// The most segments that one `readv` or `writev` accepts.
 pub(crate) const IOV_MAX: usize = 1024;
 
-/// How often an interrupted call is repeated. Calls on a TAP do not sleep, so once is usually enough.
+/// How often an interrupted call is repeated. Calls on a TAP do not sleep, so once is usually
+/// enough.
 const MAX_EINTR_RETRIES: usize = 8;
 
 /// Bytes of an interface's name, including the final zero.
@@ -66,7 +67,7 @@ impl Ifreq {
 pub(crate) fn attach_device(tun: BorrowedFd<'_>, name: &str) -> io::Result<String> {
     let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_MULTI_QUEUE;
     let mut request = Ifreq::new(name, flags)?;
-    // SAFETY: `request` is alive, borrowed by nobody else and at least as long as the ifreq that
+    // SAFETY: `request` is alive, not borrowed elsewhere, and at least as long as the ifreq that
     // the kernel reads and writes; on another kind of file the call fails.
     check(unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })?;
     let end = request.name.iter().position(|&byte| byte == 0);
@@ -74,8 +75,8 @@ pub(crate) fn attach_device(tun: BorrowedFd<'_>, name: &str) -> io::Result<Strin
     Ok(String::from_utf8_lossy(chosen).into_owned())
 }
 
-/// Attaches or detaches the queue `tun`: the kernel steers frames to attached queues only. Detaching
-/// drops the frames that wait in the queue.
+/// Attaches or detaches the queue `tun`: the kernel steers frames to attached queues only.
+/// Detaching drops the frames that wait in the queue.
 // syscalls: ioctl(TUNSETQUEUE)
 pub(crate) fn set_queue_attached(tun: BorrowedFd<'_>, attached: bool) -> io::Result<()> {
     let flags = if attached {
@@ -122,17 +123,17 @@ pub(crate) fn set_offload(tun: BorrowedFd<'_>, offload: c_uint) -> io::Result<()
 // syscalls: socket
 pub(crate) fn netlink_socket() -> io::Result<File> {
     let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
-    // SAFETY: takes no pointer.
+    // SAFETY: no argument is a pointer.
     let fd = unsafe { libc::socket(libc::AF_NETLINK, kind, libc::NETLINK_ROUTE) };
     check(fd)?;
-    // SAFETY: `fd` was opened just now and belongs to nobody else.
+    // SAFETY: `fd` was opened just now and has no other owner.
     Ok(File::from(unsafe { OwnedFd::from_raw_fd(fd) }))
 }
 
 /// The effective user of this thread.
 // syscalls: geteuid
 pub(crate) fn effective_uid() -> u32 {
-    // SAFETY: takes nothing and cannot fail.
+    // SAFETY: the call has no arguments and cannot fail.
     unsafe { libc::geteuid() }
 }
 

@@ -1,9 +1,9 @@
-//! A multiqueue TAP with virtio-net headers: one queue for each queue pair, one system call for each
-//! frame.
+//! A multiqueue TAP with virtio-net headers: one queue for each queue pair, one system call for
+//! each frame.
 //!
-//! The kernel steers the received frames: the reply to a flow arrives at the queue to which the flow
-//! was last written, so each queue pair has a queue of its own. A queue is opened *detached*: it
-//! receives no frames until it is attached, but frames can be written to it.
+//! The kernel steers the received frames: the reply to a flow arrives at the queue to which the
+//! flow was last written, so each queue pair has a queue of its own. A queue is opened *detached*:
+//! it receives no frames until it is attached, but frames can be written to it.
 //!
 //! A TAP that this program creates is brought up at once and disappears with the program. A TAP
 //! that existed before is used as it is: its state is not changed, nor its bridge unless one is
@@ -200,7 +200,8 @@ impl Uplink for Tap {
             self.open_additional_queue()
         };
         let (file, found) = opened?;
-        // The interface was deleted and another one of that name created: it lacks the other queues.
+        // The interface was deleted and another one of that name created: it lacks the other
+        // queues.
         if found.index != self.index {
             return Err(error::interface_gone(name));
         }
@@ -237,7 +238,8 @@ impl Uplink for Tap {
             return Ok(());
         }
         match self.links.set_mtu(self.index, mtu) {
-            // The privilege was dropped after the interface was created, but its MTU is large enough.
+            // The privilege was dropped after the interface was created, but its MTU is large
+            // enough.
             Err(_) if link.mtu > mtu => Ok(()),
             Err(source) => Err(UplinkError::MtuRefused {
                 name: name.clone(),
@@ -268,9 +270,9 @@ impl Uplink for Tap {
     }
 }
 
-/// Waits up to [`RELEASE_TIMEOUT`] until no process has a queue of the TAP `name`; returns the entry
-/// of the table of interfaces after that. The TAP is not opened to find this out, because an open
-/// queue would receive frames that belong to its owner.
+/// Waits up to [`RELEASE_TIMEOUT`] until no process has a queue of the TAP `name`; returns the
+/// entry of the table of interfaces after that. The TAP is not opened to find this out, because an
+/// open queue would receive frames that belong to its owner.
 fn wait_for_release(links: &LinkTable, name: &str) -> Result<Option<Link>, UplinkError> {
     let deadline = Instant::now() + RELEASE_TIMEOUT;
     loop {
@@ -285,8 +287,8 @@ fn wait_for_release(links: &LinkTable, name: &str) -> Result<Option<Link>, Uplin
     }
 }
 
-/// Opens one more queue of the TAP `name`, detached. TUNSETIFF attaches the queue, so frames that the
-/// kernel steers to it before it is detached are dropped.
+/// Opens one more queue of the TAP `name`, detached. TUNSETIFF attaches the queue, so frames that
+/// the kernel steers to it before it is detached are dropped.
 fn open_detached(
     links: &LinkTable,
     name: &str,
@@ -315,8 +317,8 @@ fn apply_format(tun: BorrowedFd<'_>, format: FrameFormat) -> io::Result<()> {
     sys::set_offload(tun, to_tun_flags(format))
 }
 
-/// The `TUN_F_*` flags of a format. The kernel refuses segmentation without checksums and ECN without
-/// TCP segmentation, so an offload without the one that it needs is left out.
+/// The `TUN_F_*` flags of a format. The kernel refuses segmentation without checksums and ECN
+/// without TCP segmentation, so an offload without the one that it needs is left out.
 fn to_tun_flags(format: FrameFormat) -> u32 {
     if !format.csum {
         return 0;

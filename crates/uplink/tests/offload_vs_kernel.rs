@@ -1,5 +1,5 @@
-//! Offloads in software against the kernel's: the same frame goes through a bridge from a TAP to
-//! one whose reader takes no offloads, so that the kernel must do the work itself.
+//! Offloads in software compared with the kernel's: the same frame passes a bridge from one TAP to
+//! another one whose reader accepts no offloads, so that the kernel performs them.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
 mod host;
@@ -18,7 +18,7 @@ use virtionet_virtio_net::uplink::{Received, Uplink, UplinkQueue, null_rx_sink};
 
 const WHOLE: usize = 1 << 17;
 
-/// Two TAPs on a bridge: the first sends, the second receives and takes nothing but whole frames.
+/// Two TAPs on a bridge: frames are sent to the first; the second accepts no offloads.
 struct Bridge {
     from: Arc<dyn UplinkQueue>,
     to: Arc<dyn UplinkQueue>,
@@ -47,11 +47,11 @@ impl Bridge {
         }
     }
 
-    /// What the kernel makes of a packet: as many frames as come.
-    fn through(&self, packet: &Packet) -> Vec<Packet> {
+    /// The frames that the kernel makes of a packet.
+    fn convert_by_kernel(&self, packet: &Packet) -> Vec<Packet> {
         let stats = send(&*self.from, packet.header, &packet.bytes, WHOLE);
         assert_eq!(stats.frames.get(), 1, "the kernel refuses the frame");
-        // All of them are queued before the write returns, or shortly after.
+        // The kernel queues all of them before the write returns, or shortly after.
         let first = eventually(|| self.next());
         let mut made = vec![first];
         let mut silent = 0;
@@ -83,7 +83,7 @@ impl Bridge {
 }
 
 #[test]
-fn the_kernel_makes_the_same() {
+fn the_kernel_makes_the_same_frames() {
     in_namespaces(|| {
         let bridge = Bridge::new();
         let mut segmenter = Segmenter::new();
@@ -91,7 +91,7 @@ fn the_kernel_makes_the_same() {
             let packet = maker.build();
             eprintln!("{name}: {:?}", packet.header.0);
             let ours = convert(&mut segmenter, &packet, WHOLE, &format(false, false)).unwrap();
-            let kernel = bridge.through(&packet);
+            let kernel = bridge.convert_by_kernel(&packet);
             compare(name, &packet, ours, kernel);
         }
     });
@@ -100,7 +100,7 @@ fn the_kernel_makes_the_same() {
 fn compare(name: &str, packet: &Packet, mut ours: Vec<Packet>, mut kernel: Vec<Packet>) {
     assert_eq!(ours.len(), kernel.len(), "{name}");
     if let Some(at) = fragment_header(packet, &ours) {
-        // The identification: any that is new will do.
+        // The identification may have any value.
         for made in ours.iter_mut().chain(&mut kernel) {
             made.bytes[at + 4..at + 8].fill(0);
         }
@@ -119,7 +119,7 @@ fn compare(name: &str, packet: &Packet, mut ours: Vec<Packet>, mut kernel: Vec<P
     }
 }
 
-/// Where fragments of IPv6 have their header: behind what they have in common with the packet.
+/// The offset of the fragment header of IPv6 fragments: behind the headers that they repeat.
 fn fragment_header(packet: &Packet, made: &[Packet]) -> Option<usize> {
     let mut ethertypes = packet.bytes[12..].chunks(4).map(|word| [word[0], word[1]]);
     let behind_tags = ethertypes.find(|found| ![[0x81, 0], [0x88, 0xa8]].contains(found));
@@ -127,8 +127,8 @@ fn fragment_header(packet: &Packet, made: &[Packet]) -> Option<usize> {
     (is_fragment && behind_tags == Some([0x86, 0xdd])).then(|| packet.header.csum_start().into())
 }
 
-/// Fragments behind IPv6 extension headers are not among them: Linux (6.18) counts those headers into
-/// the offsets, so that its fragments leave holes.
+/// The packets to compare. Fragments behind IPv6 extension headers are left out: Linux (6.18) adds
+/// the length of those headers to the offsets, so that its fragments have gaps.
 fn cases() -> Vec<(&'static str, PacketBuilder)> {
     let mut cases = Vec::new();
     for v6 in [false, true] {

@@ -24,10 +24,10 @@ pub const VIRTIO_NET_HDR_GSO_TCPV4: u8 = low_byte(net::VIRTIO_NET_HDR_GSO_TCPV4)
 pub const VIRTIO_NET_HDR_GSO_UDP: u8 = low_byte(net::VIRTIO_NET_HDR_GSO_UDP);
 /// `gso_type`: TCP segmentation over IPv6.
 pub const VIRTIO_NET_HDR_GSO_TCPV6: u8 = low_byte(net::VIRTIO_NET_HDR_GSO_TCPV6);
-/// `gso_type`: the bit beside a TCP type that says that the packet has ECN set.
+/// `gso_type`: the bit that is added to a TCP type where the packet uses ECN.
 pub const VIRTIO_NET_HDR_GSO_ECN: u8 = low_byte(net::VIRTIO_NET_HDR_GSO_ECN);
 
-/// The bindings give these constants 32 bits; the header's fields have 8.
+/// The bindings define the constants with 32 bits, but the header's fields have 8.
 const fn low_byte(constant: u32) -> u8 {
     let [low, ..] = constant.to_le_bytes();
     low

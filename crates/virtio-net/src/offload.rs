@@ -13,8 +13,9 @@
 //! The sending guest can change its memory at any time, and its header can be wrong. So the frame
 //! is copied once, everything is read from the copy, `hdr_len` is ignored and the packet headers
 //! are parsed (headers.rs). The header's `csum_start` and `csum_offset` must name the checksum that
-//! the parser found, so that sender and receiver interpret the packet alike. Where header and packet
-//! contradict each other, the result is an [`OffloadFault`], before any frame has been emitted.
+//! the parser found, so that sender and receiver interpret the packet alike. Where header and
+//! packet contradict each other, the result is an [`OffloadFault`], before any frame has been
+//! emitted.
 //!
 //! A receiver that accepts partial checksums but not TSO gets segments with a partial checksum
 //! each. That saves a pass over the data here, and in the receiving guest, which trusts them.

@@ -1,7 +1,7 @@
 //! The packet headers of a frame, up to the fixed IP header: the one parser of this workspace.
 //!
-//! It reads bytes that nobody else can change, and believes none of them: a field outside of the
-//! bytes is a [`PacketFault`].
+//! It reads a private copy of the frame and trusts none of its fields: a header that extends beyond
+//! the bytes is a [`PacketFault`].
 
 /// The EtherType of IPv4.
 pub const ETH_P_IP: u16 = 0x0800;
@@ -38,7 +38,7 @@ const IPV4_FRAGMENT_MASK: u16 = 0x3fff;
 /// Why the headers of a frame cannot be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PacketFault {
-    /// A header goes on beyond the bytes, or is shorter than its kind can be.
+    /// A header extends beyond the bytes, or is shorter than its kind can be.
     Truncated,
     /// The frame does not carry an IP packet.
     NotIp,
@@ -155,7 +155,7 @@ fn fixed_part<const N: usize>(frame: &[u8], offset: usize) -> Result<&[u8; N], P
     rest.first_chunk().ok_or(PacketFault::Truncated)
 }
 
-/// The big-endian 16-bit field at `at`; `None` where it lies outside of `bytes`.
+/// The big-endian 16-bit field at `at`; `None` where it is not within `bytes`.
 #[inline]
 #[must_use]
 pub fn read_be16(bytes: &[u8], at: usize) -> Option<u16> {
@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn fragments_are_told_from_packets_that_must_not_be_fragmented() {
+    fn a_packet_with_only_the_dont_fragment_bit_is_not_a_fragment() {
         for (field, is_fragment) in [(0x4000, false), (0x2000, true), (0x0001, true)] {
             let mut bytes = frame(&[], ETH_P_IP, 0x45);
             bytes[20..22].copy_from_slice(&u16::to_be_bytes(field));

@@ -28,7 +28,8 @@ const LARGE_FRAME_LEN: usize = 4096;
 const MIN_DEQUEUE: usize = 16;
 /// The number of frames after a large one among which another large one is expected.
 const DIRECT_READ_FRAMES: u32 = 64;
-/// Most descriptors read for one call of [`RxQueue::receive`], whatever the guest made of its chains.
+/// The most descriptors that one call of [`RxQueue::receive`] reads, so that a guest's chains
+/// cannot keep the worker busy for long.
 const DESCRIPTOR_BUDGET: usize = 16 * 1024;
 /// The offset of `num_buffers` in the header.
 const NUM_BUFFERS_OFFSET: usize = 10;
@@ -60,6 +61,53 @@ pub struct RxOutcome {
 }
 
 /// The device's end of a receiveq.
+///
+/// # Examples
+///
+/// A frame is pushed to a guest, as a switch does it:
+///
+/// ```
+/// use std::sync::Arc;
+///
+/// use virtionet_guest::memory::GuestRam;
+/// use virtionet_guest::net::{DriverQueueConfig, MODERN};
+/// use virtionet_guest::rx::DriverRxQueue;
+/// use virtionet_virtio_net::features::Features;
+/// use virtionet_virtio_net::header::VnetHeader;
+/// use virtionet_virtio_net::uplink::TxFrame;
+/// use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue};
+/// use virtionet_virtqueue::VirtqueueLayout;
+/// use virtionet_virtqueue::memory::GuestSlice;
+///
+/// let ram = GuestRam::new(1 << 20)?;
+/// let mut driver = DriverRxQueue::new(&ram, &DriverQueueConfig::new(64, MODERN))?;
+/// driver.fill()?;
+///
+/// let ring = driver.queue.setup()?;
+/// let user_addr = |addr| ram.user_addr(addr).ok_or("outside of guest memory");
+/// let mut device = RxQueue::new(QueueConfig {
+///     layout: VirtqueueLayout {
+///         size: ring.size,
+///         desc: user_addr(ring.addresses.descriptors)?,
+///         avail: user_addr(ring.addresses.driver)?,
+///         used: user_addr(ring.addresses.device)?,
+///     },
+///     base: ring.base,
+///     features: Features(MODERN),
+///     memory: Arc::new(ram.guest_memory()?),
+///     stats: Arc::default(),
+/// })?;
+///
+/// let mut bytes = [7; 60];
+/// let frame = TxFrame {
+///     header: VnetHeader::default(),
+///     payload: &[GuestSlice::from_private(&mut bytes)],
+///     len: 60,
+/// };
+/// assert_eq!(device.push(&[frame])?.frames, 1);
+/// assert_eq!(driver.receive_frames()?[0].bytes, [7; 60]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct RxQueue {
     queue: Queue,
@@ -141,7 +189,8 @@ impl RxQueue {
             let dequeued = self.dequeue_missing(segments)?;
             self.complete_leading_faults();
             if dequeued == 0 {
-                // A chain occupies at least one descriptor, and more where its buffer has more segments.
+                // A chain occupies at least one descriptor, and more where its buffer has more
+                // segments.
                 let ours = self.queue.burst.chains().len().max(segments);
                 return Ok(
                     match ours > 0 && ours >= usize::from(self.queue.virtqueue.size()) / 2 {
@@ -193,8 +242,8 @@ impl RxQueue {
         Ok(dequeued)
     }
 
-    /// Completes the faulty chains at the front, empty. Later ones wait for their turn, so that chains
-    /// are completed in order.
+    /// Completes the faulty chains at the front, empty. Later ones wait for their turn, so that
+    /// chains are completed in order.
     fn complete_leading_faults(&mut self) {
         let queue = &mut self.queue;
         while let Some(chain) = queue.burst.chains().first().copied() {
@@ -206,8 +255,8 @@ impl RxQueue {
         }
     }
 
-    /// Counts a frame that did not fit: there were too few buffers, or it is longer than any that the
-    /// buffers can hold.
+    /// Counts a frame that did not fit: there were too few buffers, or it is longer than any that
+    /// the buffers can hold.
     fn count_too_long(&self) {
         let stats = &self.queue.stats;
         match self.capacity < self.required {

@@ -25,6 +25,47 @@ pub struct TxOutcome {
 }
 
 /// The device's end of a transmitq.
+///
+/// # Examples
+///
+/// A driver transmits a frame, and the device drains the ring:
+///
+/// ```
+/// use std::sync::Arc;
+///
+/// use virtionet_guest::header::NetHeader;
+/// use virtionet_guest::memory::GuestRam;
+/// use virtionet_guest::net::{DriverQueueConfig, MODERN};
+/// use virtionet_guest::tx::DriverTxQueue;
+/// use virtionet_virtio_net::features::Features;
+/// use virtionet_virtio_net::{DeviceQueue, QueueConfig, TxQueue};
+/// use virtionet_virtqueue::VirtqueueLayout;
+///
+/// let ram = GuestRam::new(1 << 20)?;
+/// let mut driver = DriverTxQueue::new(&ram, &DriverQueueConfig::new(64, MODERN))?;
+/// driver.queue(&NetHeader::default(), &[0; 60])?;
+/// driver.flush()?;
+///
+/// let ring = driver.queue.setup()?;
+/// let user_addr = |addr| ram.user_addr(addr).ok_or("outside of guest memory");
+/// let mut device = TxQueue::new(QueueConfig {
+///     layout: VirtqueueLayout {
+///         size: ring.size,
+///         desc: user_addr(ring.addresses.descriptors)?,
+///         avail: user_addr(ring.addresses.driver)?,
+///         used: user_addr(ring.addresses.device)?,
+///     },
+///     base: ring.base,
+///     features: Features(MODERN),
+///     memory: Arc::new(ram.guest_memory()?),
+///     stats: Arc::default(),
+/// })?;
+///
+/// let outcome = device.send(None)?;
+/// assert_eq!(outcome.chains, 1);
+/// assert_eq!(driver.reclaim()?, 1);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct TxQueue(Queue);
 

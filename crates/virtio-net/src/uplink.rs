@@ -1,4 +1,4 @@
-//! The traits that an uplink implements: what a queue pair asks of the place where its frames go.
+//! The traits that an uplink implements. An uplink carries the frames of a device.
 
 mod error;
 

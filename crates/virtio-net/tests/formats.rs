@@ -44,7 +44,7 @@ fn frames(count: u32) -> Vec<Frame> {
     (0..count).map(make).collect()
 }
 
-/// Frames through a queue in bursts, some of them while the device starts anew from its base.
+/// Passes frames through a queue in bursts, and restarts the device from its base in between.
 fn pass(size: u16, features: u64, layout: TxLayout) {
     let name = format!("{size} descriptors, {features:#x}, {layout:?}");
     let config = net::DriverQueueConfig {
@@ -106,7 +106,7 @@ fn frames_pass_in_order_in_every_format_and_layout() {
             }
         }
     }
-    // The smallest: one descriptor that goes back and forth.
+    // The smallest ring: one descriptor that goes back and forth.
     for layout in layouts {
         pass(1, FULL | PACKED, layout);
     }

@@ -1,5 +1,5 @@
-//! Chains, addresses, indirect tables and directions that a guest must not send: each costs it
-//! that chain, under its own counter, and nothing else.
+//! Invalid chains, addresses, indirect tables and directions: only that chain is dropped, under its
+//! own counter.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
@@ -8,7 +8,7 @@ use common::{DATA, END, FULL, HOLE, ISLAND, JOINED, PLAIN, SplitRingFixture, TAB
 use virtionet_guest::split::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtionet_virtio_net::{TxOutcome, TxQueue};
 
-/// A bad chain with head 0, and the counter that must tell of it.
+/// An invalid chain with head 0, and its counter.
 struct Row {
     name: &'static str,
     counter: &'static str,
@@ -34,13 +34,13 @@ const fn large(name: &'static str, counter: &'static str, write: fn(&SplitRingFi
     }
 }
 
-/// A chain of 72 bytes at `DATA` whose last descriptor is at `addr`.
+/// Writes a chain of 72 bytes at `DATA` whose last descriptor is at `addr`.
 fn ends_at(fixture: &SplitRingFixture, addr: u64, len: u32) {
     fixture.desc(0, DATA, 72, VRING_DESC_F_NEXT, 1);
     fixture.desc(1, addr, len, 0, 0);
 }
 
-/// Descriptors 0.. `n`, one after the other, each over `len` bytes.
+/// Writes the descriptors 0 to `n` - 1 as one chain, each of `len` bytes.
 fn line(fixture: &SplitRingFixture, n: u16, len: u32) {
     for at in 0..n {
         let flags = if at + 1 < n { VRING_DESC_F_NEXT } else { 0 };
@@ -48,7 +48,7 @@ fn line(fixture: &SplitRingFixture, n: u16, len: u32) {
     }
 }
 
-/// An indirect table of `n` such descriptors.
+/// Writes an indirect table of `n` such descriptors.
 fn table_line(fixture: &SplitRingFixture, n: u16, len: u32) {
     let flags = |at| if at + 1 < n { VRING_DESC_F_NEXT } else { 0 };
     let entries: Vec<_> = (0..n).map(|at| (DATA, len, flags(at), at + 1)).collect();
@@ -56,7 +56,7 @@ fn table_line(fixture: &SplitRingFixture, n: u16, len: u32) {
     fixture.desc(0, TABLE, 16 * u32::from(n), VRING_DESC_F_INDIRECT, 0);
 }
 
-/// Descriptor 0 refers to a table of these entries.
+/// Writes a table of these entries, to which descriptor 0 refers.
 fn refer(fixture: &SplitRingFixture, entries: &[(u64, u32, u16, u16)]) {
     fixture.table(entries);
     let bytes = u32::try_from(16 * entries.len()).unwrap();
@@ -204,7 +204,7 @@ const INDIRECTS: &[Row] = &[
             fixture.desc(0, HOLE - 16, 32, VRING_DESC_F_INDIRECT, 0);
         },
     ),
-    // Legal for a driver, but no driver does it: a table is one small allocation.
+    // Valid, but no driver does it: a table is one small allocation.
     row("table across two regions", "indirect_unmapped", |fixture| {
         fixture.desc(0, JOINED - 16, 32, VRING_DESC_F_INDIRECT, 0);
     }),
@@ -273,7 +273,7 @@ const DIRECTIONS: &[Row] = &[
 ];
 
 #[test]
-fn a_bad_chain_costs_the_guest_that_chain_and_no_other() {
+fn an_invalid_chain_is_dropped_and_no_other() {
     for row in [CHAINS, ADDRESSES, INDIRECTS, DIRECTIONS]
         .into_iter()
         .flatten()
@@ -282,7 +282,7 @@ fn a_bad_chain_costs_the_guest_that_chain_and_no_other() {
         let mut fixture = SplitRingFixture::new(row.size, row.features);
         let mut tx: TxQueue = fixture.device();
         (row.write)(&fixture);
-        // Between two good frames of its burst, then one more in the next.
+        // Between two valid frames of its burst, then one more in the next burst.
         let last = row.size - 2;
         fixture.readable(last, &good());
         fixture.offer(&[last, 0, last]);
@@ -305,7 +305,7 @@ fn a_bad_chain_costs_the_guest_that_chain_and_no_other() {
     }
 }
 
-/// A chain that looks odd and is legal: the frame at `DATA` (72 bytes with its header) passes.
+/// An unusual but valid chain: the frame at `DATA` (72 bytes with its header) passes.
 type Legal = (&'static str, fn(&SplitRingFixture));
 
 const LEGAL: &[Legal] = &[
@@ -371,7 +371,7 @@ const LEGAL: &[Legal] = &[
 ];
 
 #[test]
-fn odd_but_legal_chains_pass() {
+fn unusual_but_valid_chains_pass() {
     for (name, write) in LEGAL {
         let mut fixture = SplitRingFixture::new(16, FULL);
         let mut tx: TxQueue = fixture.device();
@@ -387,7 +387,7 @@ fn odd_but_legal_chains_pass() {
 }
 
 #[test]
-fn the_longest_legal_chain_passes() {
+fn the_longest_valid_chain_passes() {
     for indirect in [false, true] {
         let mut fixture = SplitRingFixture::new(2048, FULL);
         let mut tx: TxQueue = fixture.device();
@@ -402,7 +402,7 @@ fn the_longest_legal_chain_passes() {
     }
 }
 
-/// Harmless by design: the device keeps nothing by head or by descriptor.
+/// The device keeps no state for a head or a descriptor.
 #[test]
 fn a_head_twice_and_a_shared_descriptor_are_two_frames() {
     let mut fixture = SplitRingFixture::new(16, FULL);
@@ -420,9 +420,9 @@ fn a_head_twice_and_a_shared_descriptor_are_two_frames() {
     assert_eq!(fixture.counted(), []);
 }
 
-/// A guest may send its own descriptors: they are its memory.
+/// A guest may transmit its own descriptors: they are its memory.
 #[test]
-fn a_buffer_in_the_ring_itself_is_memory_like_any() {
+fn a_buffer_in_the_ring_itself_is_ordinary_memory() {
     let mut fixture = SplitRingFixture::new(16, FULL);
     let mut tx: TxQueue = fixture.device();
     fixture.ram.write(DATA, &[0; 12]).unwrap();
@@ -444,9 +444,9 @@ fn a_buffer_in_the_ring_itself_is_memory_like_any() {
     assert_eq!(fixture.counted(), []);
 }
 
-/// What a kick costs is bounded by what a burst reads, not by what the guest wrote.
+/// The cost of a burst is bounded by the descriptors that it reads, whatever the guest wrote.
 #[test]
-fn a_table_of_65_535_entries_shared_by_1_024_heads_costs_little_at_a_time() {
+fn a_table_of_65_535_entries_shared_by_1_024_heads_has_a_bounded_cost_per_burst() {
     let mut fixture = SplitRingFixture::new(1024, FULL);
     let mut tx: TxQueue = fixture.device();
     table_line(&fixture, u16::MAX, 64);

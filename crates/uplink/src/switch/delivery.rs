@@ -20,8 +20,9 @@ use super::host_port::HostPort;
 use super::masks::{FrameGroups, contiguous_range, iter_bits};
 use super::port::DevicePort;
 
-/// The cost of the floods and conversions of one burst in copied bytes, at most: a few milliseconds,
-/// whatever the number of receivers. Further copies are dropped (`dropped_over_budget`).
+/// The cost of the floods and conversions of one burst in copied bytes, at most: a few
+/// milliseconds, whatever the number of receivers. Further copies are dropped
+/// (`dropped_over_budget`).
 const COPY_BUDGET: usize = 16 << 20;
 /// The cost of a segment beside that of its bytes.
 const SEGMENT_COST: usize = 512;
@@ -125,8 +126,8 @@ impl<'a> BurstDelivery<'a> {
         self.dropped.get()
     }
 
-    /// Records the pair on which the sending guest transmits each flow, so that replies arrive there.
-    /// A guest with one pair needs no table.
+    /// Records the pair on which the sending guest transmits each flow, so that replies arrive
+    /// there. A guest with one pair needs no table.
     #[inline(always)]
     pub(super) fn learn_flows(&self) {
         let Some((port, pair)) = &self.from.device else {

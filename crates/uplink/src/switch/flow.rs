@@ -29,8 +29,8 @@ pub(super) fn hash_flow(payload: &[GuestSlice<'_>], seed: u64) -> u64 {
     known.unwrap_or_else(|| hash_slow_path(payload, seed))
 }
 
-/// The flow of the usual frame: TCP or UDP over IPv4 without options, not a fragment, not tagged. The
-/// slice has at least [`MIN_PLAIN_LEN`] bytes.
+/// The flow of the usual frame: TCP or UDP over IPv4 without options, not a fragment, not tagged.
+/// The slice has at least [`MIN_PLAIN_LEN`] bytes.
 #[inline(always)]
 fn hash_plain_ipv4(frame: &GuestSlice<'_>, seed: u64) -> Option<u64> {
     let read = |at| {

@@ -1,9 +1,10 @@
-//! The table of a port's flows: the queue pair on which the port's guest last transmitted each flow.
+//! The table of a port's flows: the queue pair on which the port's guest last transmitted each
+//! flow.
 //!
 //! A guest transmits a flow on the pair of the vCPU that handles it, and expects the replies there.
 //! The table belongs to one port and learns only from what that port's guest transmits, so a guest
-//! with very many flows does not affect other guests. The table is direct-mapped: two flows with the
-//! same index replace each other, and a flow without an entry is steered as if it were new.
+//! with very many flows does not affect other guests. The table is direct-mapped: two flows with
+//! the same index replace each other, and a flow without an entry is steered as if it were new.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -70,8 +71,8 @@ impl FlowTable {
         }
     }
 
-    /// Records that `flow` was transmitted on `pair`. While nothing changes, this writes at most once
-    /// a second.
+    /// Records that `flow` was transmitted on `pair`. While nothing changes, this writes at most
+    /// once a second.
     #[inline(always)]
     pub(super) fn learn(&self, flow: u64, pair: u16, now: u32) {
         if flow == NO_FLOW {

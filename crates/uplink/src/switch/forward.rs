@@ -115,8 +115,8 @@ impl Switch {
         delivered
     }
 
-    /// The same where some frames go to all other ports: each port gets those frames and its own, in
-    /// order.
+    /// The same where some frames go to all other ports: each port gets those frames and its own,
+    /// in order.
     #[inline(never)]
     fn deliver_flood(
         &self,
@@ -142,8 +142,8 @@ struct ForwardingDecisions {
     requests: OffloadRequests,
 }
 
-/// Both MAC addresses of a frame: its first eight bytes, which contain the destination, and the eight
-/// bytes from the fifth on, which contain the source. They are a private copy.
+/// Both MAC addresses of a frame: its first eight bytes, which contain the destination, and the
+/// eight bytes from the fifth on, which contain the source. They are a private copy.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Addresses(u64, u64);
 

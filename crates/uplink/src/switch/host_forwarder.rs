@@ -1,5 +1,5 @@
-//! Frames from the host's port: one thread reads what waits in the TAP into a buffer that stays in
-//! the CPU's cache, and forwards it as one burst.
+//! Frames from the host's port: one thread reads the frames that wait in the TAP into a buffer that
+//! stays in the CPU's cache, and forwards it as one burst.
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;

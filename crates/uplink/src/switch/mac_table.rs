@@ -1,5 +1,5 @@
-//! The table of MAC addresses and their ports. It has a fixed size, and all senders read and write it
-//! without a lock.
+//! The table of MAC addresses and their ports. It has a fixed size, and all senders read and write
+//! it without a lock.
 //!
 //! A bucket is a cache line with four entries. Each entry is an address and a port in one word, and
 //! the time at which the address was last seen. While nothing changes an address costs at most one
@@ -58,8 +58,8 @@ impl MacTable {
         }
     }
 
-    /// The port at which `mac` was last seen, unless the entry has expired. `mac` is neither a group
-    /// address nor zero.
+    /// The port at which `mac` was last seen, unless the entry has expired. `mac` is neither a
+    /// group address nor zero.
     #[inline(always)]
     pub(super) fn find(&self, mac: MacAddr, now: u32) -> Option<u16> {
         let bucket = self.bucket(mac);

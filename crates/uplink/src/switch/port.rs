@@ -32,8 +32,8 @@ impl DevicePort {
         }
     }
 
-    /// Sets the receiveq of a detached pair; returns false when the index is too high. A receiveq that
-    /// is set already stays.
+    /// Sets the receiveq of a detached pair; returns false when the index is too high. A receiveq
+    /// that is set already stays.
     pub(super) fn add_pair(&self, pair: u16, rx: Weak<dyn RxSink>) -> bool {
         match self.pairs.get(usize::from(pair)) {
             Some(slot) => {
@@ -76,8 +76,8 @@ impl DevicePort {
         self.format.store(pack(format), Ordering::Relaxed);
     }
 
-    /// The offloads that the driver negotiated. The header's length has no meaning here: the receiveq
-    /// knows it.
+    /// The offloads that the driver negotiated. The header's length has no meaning here: the
+    /// receiveq knows it.
     #[inline(always)]
     pub(super) fn format(&self) -> FrameFormat {
         unpack(self.format.load(Ordering::Relaxed))

@@ -1,4 +1,4 @@
-//! What the kernel's errors mean for a TAP.
+//! Converts the kernel's errors into the causes that they have with a TAP.
 
 use std::io;
 
@@ -62,7 +62,7 @@ pub(super) fn setup_failed(name: &str, source: io::Error) -> UplinkError {
     }
 }
 
-/// The interface was deleted; no system call told so.
+/// The interface was deleted, as the table of interfaces shows.
 pub(super) fn interface_gone(name: &str) -> UplinkError {
     UplinkError::TapGone {
         name: name.to_owned(),

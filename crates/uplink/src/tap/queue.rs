@@ -186,7 +186,8 @@ impl TapQueue {
         }
     }
 
-    /// Sends a frame of many segments. Those beyond the limit of the system call are copied into one.
+    /// Sends a frame of many segments. Those beyond the limit of the system call are copied into
+    /// one.
     #[cold]
     fn send_segments(&self, header: &[u8], payload: &[GuestSlice<'_>]) -> io::Result<usize> {
         let mut rest = Vec::new();

@@ -53,8 +53,8 @@ impl Sum {
     }
 }
 
-/// The pseudo header's sum with the length `new` in the place of `old`. Lengths count modulo 2^16 as
-/// in the kernel, which a packet's length never reaches.
+/// The pseudo header's sum with the length `new` in the place of `old`. Lengths count modulo 2^16
+/// as in the kernel, which a packet's length never reaches.
 pub(super) fn replace_length(pseudo_sum: u16, old: u16, new: u16) -> u16 {
     Sum::default()
         .add_word(pseudo_sum)

@@ -127,8 +127,8 @@ fn write_ipv4(fragment: &mut [u8], fragmentation: &UdpFragmentation, position: F
     checksum::write_ipv4_checksum(ip);
 }
 
-/// Generates the identifications of IPv6 fragments: each value once in 2^32, with a random start and
-/// a random step, which an attacker cannot guess (RFC 7739).
+/// Generates the identifications of IPv6 fragments: each value once in 2^32, with a random start
+/// and a random step, which an attacker cannot guess (RFC 7739).
 #[derive(Debug)]
 pub(super) struct Identifications {
     last: u32,

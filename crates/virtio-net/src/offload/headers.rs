@@ -106,8 +106,8 @@ pub(super) fn write_be16(bytes: &mut [u8], at: usize, word: u16) {
     }
 }
 
-/// Writes the length field of the IP header at `layout.network` for a packet that extends to the end
-/// of `frame`. [`ip_len_field`] has accepted that length.
+/// Writes the length field of the IP header at `layout.network` for a packet that extends to the
+/// end of `frame`. [`ip_len_field`] has accepted that length.
 pub(super) fn write_ip_len(frame: &mut [u8], layout: &PacketLayout) {
     let at = match layout.version {
         IpVersion::V4 => layout.network + 2,

@@ -1,5 +1,5 @@
-//! Frames that another thread pushes to a receiveq: copied once, from the sending guest's buffers to
-//! the receiving guest's.
+//! Frames that another thread pushes to a receiveq: copied once, from the sending guest's buffers
+//! to the receiving guest's.
 
 use virtionet_virtqueue::memory::GuestSlice;
 use virtionet_virtqueue::{Chain, VirtqueueFault};
@@ -40,9 +40,9 @@ enum CopyOutcome {
 }
 
 impl RxQueue {
-    /// Copies `frames` (at most [`crate::uplink::MAX_BURST`]), in order, to the guest's buffers. The
-    /// used index is published once, at the end. A frame that does not fit is dropped and counted:
-    /// `dropped_no_buffer`, `dropped_too_long`.
+    /// Copies `frames` (at most [`crate::uplink::MAX_BURST`]), in order, to the guest's buffers.
+    /// The used index is published once, at the end. A frame that does not fit is dropped and
+    /// counted: `dropped_no_buffer`, `dropped_too_long`.
     ///
     /// # Errors
     /// When the ring is faulty and must be quarantined.

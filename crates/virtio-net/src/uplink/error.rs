@@ -16,7 +16,7 @@ pub enum UplinkError {
         "there is no TUN driver behind /dev/net/tun ({source}); load it with `modprobe tun`, and in a container pass the device in"
     )]
     TunDriverMissing {
-        /// What the kernel reported.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The daemon's user may not open `/dev/net/tun`.
@@ -26,13 +26,13 @@ pub enum UplinkError {
     TunAccessDenied {
         /// The effective user.
         user: u32,
-        /// What the kernel reported.
+        /// The kernel's error.
         source: io::Error,
     },
     /// `/dev/net/tun` cannot be opened for another reason.
-    #[error("/dev/net/tun cannot be opened ({source}); see to that device first")]
+    #[error("/dev/net/tun cannot be opened ({source}); check that device and its permissions")]
     TunOpenFailed {
-        /// What the kernel reported.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The daemon's user may not create a TAP.
@@ -44,7 +44,7 @@ pub enum UplinkError {
         name: String,
         /// The effective user.
         user: u32,
-        /// What the kernel reported.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The TAP belongs to another user.
@@ -56,7 +56,7 @@ pub enum UplinkError {
         name: String,
         /// The effective user.
         user: u32,
-        /// What the kernel reported.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The TAP was created without `multi_queue`.
@@ -66,7 +66,7 @@ pub enum UplinkError {
     TapSingleQueue {
         /// The interface's name.
         name: String,
-        /// What the kernel reported.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The interface of that name is not a TAP.
@@ -76,17 +76,17 @@ pub enum UplinkError {
     NotATap {
         /// The interface's name.
         name: String,
-        /// What the interface is, with its article: `a bridge`.
+        /// The kind of the interface, with an article: `a bridge`.
         kind: String,
-        /// What the kernel reported.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// Another process uses the TAP, which therefore takes no further queue.
+    /// Another process uses the TAP, so that it cannot have a further queue.
     #[error("TAP {name} is held by another process; stop that process or name another TAP")]
     TapBusy {
         /// The interface's name.
         name: String,
-        /// What the kernel reported.
+        /// The kernel's error.
         source: io::Error,
     },
     /// Another process has queues of the TAP, between which the kernel would spread the flows.
@@ -106,7 +106,7 @@ pub enum UplinkError {
     TapQueuesExhausted {
         /// The interface's name.
         name: String,
-        /// What the kernel reported.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The TAP cannot be opened for another reason.
@@ -114,7 +114,7 @@ pub enum UplinkError {
     TapOpenFailed {
         /// The interface's name.
         name: String,
-        /// What the kernel reported.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The kernel does not support a setting that every TAP of a recent kernel has.
@@ -124,7 +124,7 @@ pub enum UplinkError {
     TapSetupFailed {
         /// The interface's name.
         name: String,
-        /// What the kernel reported.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The TAP was deleted.
@@ -132,7 +132,7 @@ pub enum UplinkError {
     TapGone {
         /// The interface's name.
         name: String,
-        /// What the kernel reported, where a system call failed.
+        /// The kernel's error, where a system call failed.
         source: Option<io::Error>,
     },
     /// A TAP that this program created cannot be brought up.
@@ -140,7 +140,7 @@ pub enum UplinkError {
     TapBringUpFailed {
         /// The interface's name.
         name: String,
-        /// What the kernel reported.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The kernel's table of interfaces cannot be read.
@@ -148,7 +148,7 @@ pub enum UplinkError {
         "the kernel's interfaces cannot be looked up ({source}); allow this program AF_NETLINK sockets"
     )]
     LinkTableUnavailable {
-        /// What the kernel reported.
+        /// The kernel's error.
         source: io::Error,
     },
     /// No bridge has that name.
@@ -186,7 +186,7 @@ pub enum UplinkError {
         name: String,
         /// The bridge's name.
         bridge: String,
-        /// What the kernel reported.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The interface's MTU is too small and cannot be raised.
@@ -200,19 +200,19 @@ pub enum UplinkError {
         mtu: u32,
         /// The MTU that is needed.
         wanted: u32,
-        /// What the kernel reported.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The kernel does not accept the header's length or the offloads.
     #[error(
-        "TAP {name} does not take {format:?} ({source}); turn offloads off in the guest's network card"
+        "TAP {name} does not take {format:?} ({source}); turn offloads off in the guest's network device"
     )]
     FormatRefused {
         /// The interface's name.
         name: String,
-        /// What the guest negotiated.
+        /// The format that the driver negotiated.
         format: FrameFormat,
-        /// What the kernel reported.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The kernel does not attach a queue.
@@ -220,7 +220,7 @@ pub enum UplinkError {
     QueueAttachFailed {
         /// The interface's name.
         name: String,
-        /// What the kernel reported.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The kernel does not detach a queue.
@@ -228,7 +228,7 @@ pub enum UplinkError {
     QueueDetachFailed {
         /// The interface's name.
         name: String,
-        /// What the kernel reported.
+        /// The kernel's error.
         source: io::Error,
     },
     /// Two owners in this process name the same TAP.
@@ -253,7 +253,7 @@ pub enum UplinkError {
         /// The TAP that it was to get.
         requested: String,
     },
-    /// The switch takes no further port.
+    /// The switch cannot have a further port.
     #[error("switch {switch} has {ports} ports already; use another switch for further devices")]
     SwitchFull {
         /// The switch's name.
@@ -272,7 +272,7 @@ pub enum UplinkError {
     /// The worker cannot wait on the uplink queue's descriptor.
     #[error("cannot wait for frames of the uplink: {source}")]
     PollSetupFailed {
-        /// What the kernel reported.
+        /// The kernel's error.
         source: io::Error,
     },
     /// A cause that only an uplink outside of this workspace knows.
