@@ -1,7 +1,6 @@
 //! An uplink that checks every header, length and address that it gets.
 
 use std::collections::VecDeque;
-use std::io;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex};
@@ -9,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use virtionet_virtio_net::features::Features;
 use virtionet_virtio_net::header::{MAX_FRAME, MIN_FRAME, VNET_HEADER_LEN};
 use virtionet_virtio_net::stats::VringStats;
-use virtionet_virtio_net::uplink::{MAX_BURST, Received, TxFrame, UplinkQueue};
+use virtionet_virtio_net::uplink::{MAX_BURST, Received, TxFrame, UplinkError, UplinkQueue};
 use virtionet_virtqueue::memory::{GuestMemory, GuestSlice, SegmentList};
 
 /// Where a snapshot of guest memory is mapped in this process.
@@ -102,7 +101,7 @@ impl UplinkQueue for CheckingUplink {
         None
     }
 
-    fn set_attached(&self, _attached: bool) -> io::Result<()> {
+    fn set_attached(&self, _attached: bool) -> Result<(), UplinkError> {
         Ok(())
     }
 }

@@ -184,7 +184,7 @@ impl QueuePair {
                     fd.as_raw_fd(),
                     EpollEvent::new(events, WorkerEvent::Uplink.token()),
                 )
-                .map_err(|e| UplinkError(format!("cannot wait for frames of the uplink: {e}")))?;
+                .map_err(|source| UplinkError::PollSetupFailed { source })?;
         }
         // Only the session thread opens queues, so none was put there meanwhile.
         let _ = self.uplink.set(queue);

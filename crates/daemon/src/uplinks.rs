@@ -66,9 +66,11 @@ impl Uplinks {
             return Ok(());
         }
         match self.taps.get(name) {
-            Some(other) if *other != owner => Err(UplinkError(format!(
-                "TAP {name} belongs to {other} already; name another one for {owner}"
-            ))),
+            Some(other) if *other != owner => Err(UplinkError::TapClaimed {
+                name: name.to_owned(),
+                owner: other.clone(),
+                claimant: owner,
+            }),
             _ => {
                 self.taps.insert(name.to_owned(), owner);
                 Ok(())

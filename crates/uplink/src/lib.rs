@@ -1,8 +1,8 @@
-//! Where a device's frames go: a multiqueue TAP, a switch between the devices of this process, or
-//! nowhere.
+//! The uplinks, to which devices transmit their frames: a multiqueue TAP, a switch between the
+//! devices of this process, and null, which discards all frames.
 
-mod rtnetlink;
 pub mod null;
+mod rtnetlink;
 pub mod switch;
 mod sys;
 pub mod tap;

@@ -1,15 +1,14 @@
-//! The uplink to nowhere: what is sent counts as carried and is gone, nothing ever comes.
+//! The null uplink: it discards every frame that is transmitted, and never receives one.
 
-use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Weak};
 
 use virtionet_virtio_net::header::FrameFormat;
-use virtionet_virtio_net::uplink::{Received, RxSink, TxFrame, Uplink, UplinkError, UplinkQueue};
 use virtionet_virtio_net::stats::{VringStats, to_u64};
+use virtionet_virtio_net::uplink::{Received, RxSink, TxFrame, Uplink, UplinkError, UplinkQueue};
 use virtionet_virtqueue::memory::GuestSlice;
 
-/// The null uplink, and each of its queues.
+/// The null uplink, and each of its queues. A discarded frame counts as carried.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Null;
 
@@ -22,11 +21,11 @@ impl Uplink for Null {
         Ok(Arc::new(Self))
     }
 
-    fn set_format(&self, _format: FrameFormat) -> io::Result<()> {
+    fn set_format(&self, _format: FrameFormat) -> Result<(), UplinkError> {
         Ok(())
     }
 
-    fn set_mtu(&self, _mtu: u16) -> io::Result<()> {
+    fn set_mtu(&self, _mtu: u16) -> Result<(), UplinkError> {
         Ok(())
     }
 
@@ -54,7 +53,7 @@ impl UplinkQueue for Null {
         None
     }
 
-    fn set_attached(&self, _attached: bool) -> io::Result<()> {
+    fn set_attached(&self, _attached: bool) -> Result<(), UplinkError> {
         Ok(())
     }
 }
@@ -67,7 +66,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn frames_count_as_carried_and_none_comes() {
+    fn transmitted_frames_count_as_carried_and_none_is_received() {
         let frame = |len| TxFrame {
             header: VnetHeader::default(),
             payload: &[],

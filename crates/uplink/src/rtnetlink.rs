@@ -1,8 +1,8 @@
-//! The kernel's interface table over netlink (rtnetlink(7)): what an interface is, and its state,
-//! MTU and bridge.
+//! The kernel's table of interfaces over netlink (rtnetlink(7)): an interface's kind, state, MTU
+//! and bridge.
 //!
-//! One request is answered by one message; the kernel answers before the request's `write`
-//! returns, so nothing here waits.
+//! One message answers each request. The kernel sends it before the request's `write` returns, so
+//! no call waits.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -33,39 +33,40 @@ const NLA_TYPE_MASK: u16 = 0x3fff;
 const IFF_UP: u32 = 1;
 /// IFLA_TUN_TYPE of a TAP.
 const IFF_TAP: u8 = 2;
-/// Bytes of `struct nlmsghdr` and `struct ifinfomsg`.
+/// Bytes of `struct nlmsghdr`.
 const NLMSGHDR_LEN: usize = 16;
+/// Bytes of `struct ifinfomsg`.
 const IFINFOMSG_LEN: usize = 16;
-/// Room for any answer about one interface.
+/// Enough for every reply about one interface.
 const REPLY_BUFFER_LEN: usize = 64 * 1024;
-/// Answers to other requests that are passed over before giving up.
+/// How many replies to other requests are skipped before the call fails.
 const MAX_STALE_REPLIES: usize = 8;
 
-/// What an interface is, as far as an uplink cares.
+/// An entry of the table: the properties of an interface that an uplink uses.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Link {
-    /// Its index, which stays when it is renamed.
+    /// The index, which stays the same when the interface is renamed.
     pub(crate) index: u32,
-    /// Its name now.
+    /// The present name.
     pub(crate) name: String,
-    /// Whether it is administratively up.
+    /// Whether the interface is administratively up.
     pub(crate) is_up: bool,
-    /// Its MTU in bytes.
+    /// The MTU in bytes.
     pub(crate) mtu: u32,
-    /// Index of the bridge that it is a port of.
+    /// The index of the bridge that the interface is a port of.
     pub(crate) master: Option<u32>,
     /// `tun`, `bridge`, ...; empty for hardware.
     pub(crate) kind: String,
-    /// Whether it is a TAP (and not a TUN or something else).
+    /// Whether the interface is a TAP (and not, for example, a TUN).
     pub(crate) is_tap: bool,
-    /// Whether a TAP takes several queues.
+    /// Whether a TAP can have several queues.
     pub(crate) is_multi_queue: bool,
-    /// A TAP's queues, attached and detached, of all processes; `None` when the kernel keeps that
-    /// to itself.
+    /// The number of a TAP's queues, attached and detached, of all processes; `None` when the
+    /// kernel does not report it.
     pub(crate) queues: Option<u32>,
 }
 
-/// A connection to the interface table of the network namespace that it was opened in.
+/// A connection to the table of interfaces of the network namespace in which it was opened.
 #[derive(Debug)]
 pub(crate) struct LinkTable(Mutex<Connection>);
 
@@ -76,7 +77,7 @@ struct Connection {
 }
 
 impl LinkTable {
-    /// Connects.
+    /// Opens a connection.
     pub(crate) fn open() -> io::Result<Self> {
         Ok(Self(Mutex::new(Connection {
             socket: sys::netlink_socket()?,
@@ -84,12 +85,12 @@ impl LinkTable {
         })))
     }
 
-    /// The interface of this name; `None` when there is none.
+    /// Returns the interface of this name; `None` when there is none.
     pub(crate) fn find_by_name(&self, name: &str) -> io::Result<Option<Link>> {
         none_if_missing(self.get(0, &encode_string_attribute(IFLA_IFNAME, name)))
     }
 
-    /// The interface of this index; `None` when there is none.
+    /// Returns the interface of this index; `None` when there is none.
     pub(crate) fn find_by_index(&self, index: u32) -> io::Result<Option<Link>> {
         none_if_missing(self.get(index, &[]))
     }
@@ -106,7 +107,11 @@ impl LinkTable {
 
     /// Makes an interface a port of the bridge of index `master`.
     pub(crate) fn set_master(&self, index: u32, master: u32) -> io::Result<()> {
-        self.change(index, 0, &encode_attribute(IFLA_MASTER, &master.to_ne_bytes()))
+        self.change(
+            index,
+            0,
+            &encode_attribute(IFLA_MASTER, &master.to_ne_bytes()),
+        )
     }
 
     fn get(&self, index: u32, attributes: &[u8]) -> io::Result<Link> {
@@ -141,7 +146,7 @@ impl LinkTable {
 }
 
 impl Connection {
-    /// The body of the answer to request `sequence`.
+    /// Reads the body of the reply to request `sequence`.
     fn read_reply(&mut self, sequence: u32) -> io::Result<Vec<u8>> {
         let mut buffer = vec![0; REPLY_BUFFER_LEN];
         for _ in 0..MAX_STALE_REPLIES {
@@ -174,7 +179,8 @@ fn encode_message(kind: u16, flags: u16, sequence: u32, body: &[u8]) -> Vec<u8> 
     message
 }
 
-/// `struct ifinfomsg`; the flags given are both the values and the mask of what changes.
+/// Encodes `struct ifinfomsg`, with `flags` both as the values and as the mask of those that
+/// change.
 fn encode_ifinfomsg(index: u32, flags: u32) -> Vec<u8> {
     let mut header = vec![0; 4];
     for word in [index, flags, flags] {
@@ -199,8 +205,8 @@ fn encode_string_attribute(kind: u16, text: &str) -> Vec<u8> {
     encode_attribute(kind, &value)
 }
 
-/// The answer in a message: the body, or the error it reports; `None` when the message answers
-/// another request.
+/// The reply in a message: its body, or the error that it reports; `None` when the message replies
+/// to another request.
 fn parse_reply(message: &[u8], sequence: u32) -> Option<io::Result<Vec<u8>>> {
     let len = usize::try_from(read_u32(message, 0)?).ok()?;
     let body = message.get(NLMSGHDR_LEN..len)?;
@@ -239,7 +245,7 @@ fn parse_kind(info: &[u8], link: &mut Link) {
     for (kind, value) in parse_attributes(info) {
         match kind {
             IFLA_INFO_KIND => link.kind = parse_string(value),
-            // The kernel sends the kind first: its data mean nothing without it.
+            // The kernel sends the kind before the data, which cannot be read without it.
             IFLA_INFO_DATA if link.kind == "tun" => parse_tun(value, link),
             _ => {}
         }
@@ -260,7 +266,7 @@ fn parse_tun(data: &[u8], link: &mut Link) {
     }
 }
 
-/// The attributes in `bytes`, as far as they are whole.
+/// The attributes in `bytes`, up to the first that is truncated.
 fn parse_attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let len = usize::from(read_u16(bytes, 0)?);
@@ -271,7 +277,7 @@ fn parse_attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     })
 }
 
-/// A string attribute's text, up to its final zero.
+/// The text of a string attribute, without its final zero.
 fn parse_string(value: &[u8]) -> String {
     let text = value.split(|&byte| byte == 0).next().unwrap_or(value);
     String::from_utf8_lossy(text).into_owned()
@@ -302,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_that_are_cut_short_are_no_answers() {
+    fn a_truncated_reply_is_not_parsed_as_a_whole_one() {
         let mut body = encode_ifinfomsg(7, IFF_UP);
         body.extend(encode_attribute(IFLA_MTU, &1500_u32.to_ne_bytes()));
         let data = encode_attribute(IFLA_TUN_TYPE, &[IFF_TAP]);

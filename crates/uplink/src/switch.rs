@@ -1,54 +1,58 @@
-//! A switch inside this process: frames go from one device's guest to another's, copied once, from
-//! where the sender's guest put them to where the receiver's wants them.
+//! A switch between the devices of this process. A frame is copied once: from the sending guest's
+//! buffers to the receiving guest's.
 //!
 //! ```text
 //!  device a                                                       device b
-//!  transmitq k ─ worker k ─► burst ─┬ decide: which port  (MACs) ─► receiveq j, locked for the
-//!                                   ├ steer:  which pair (flows)     burst: one copy a frame,
-//!                                   └ fit:    what the guest takes   one interrupt a burst
+//!  transmitq k ─ worker k ─► burst ─┬ decide:  which port (MACs)  ─► receiveq j, locked for the
+//!                                   ├ steer:   which pair (flows)    burst: one copy a frame,
+//!                                   └ convert: missing offloads      one interrupt a burst
 //!  receiveq j ◄────────────────────────────────────────────────── worker of b, likewise
 //!                                         ▲
-//!  host's TAP ─ thread sw-NAME ───────────┘   (frames to the TAP: a worker's own writev)
+//!  host's TAP ─ thread sw-NAME ───────────┘   (frames to the TAP: a writev by the worker)
 //! ```
 //!
-//! There is no thread in between: the sender's worker does the work, so a switch costs nothing when
-//! nobody sends, and a sender that sends much pays for it itself. Nobody waits for a receiver: what
-//! its ring has no buffer for is dropped and counted there.
+//! The switch has no thread of its own between devices: the sender's worker does the work. So a
+//! switch costs nothing while no guest transmits, and a guest that transmits much uses its own CPU
+//! time. No worker waits for a receiver: a frame for which the receiving ring has no buffer is
+//! dropped and counted there.
 //!
-//! **Decide.** A burst is cut where the pair of MAC addresses changes; each piece costs one look at
-//! the table of addresses, which also learns the source. Frames to groups and to addresses that
-//! nobody has sent from go to all other ports; none goes back to its own. (mac_table.rs)
+//! **Decide.** A burst is split where the pair of MAC addresses changes. Each run of frames costs
+//! one lookup in the table of addresses, which also learns the source address. Frames to group
+//! addresses and to unknown addresses go to all other ports. No frame goes back to the port from
+//! which it came. (mac_table.rs)
 //!
-//! **Steer.** Where the receiver has several pairs attached, a flow goes to the pair that the
-//! receiver's guest last sent that flow on; one that is new goes to the pair with the number of the
-//! sender's, so that pair k talks to pair k. (flow.rs, flow_table.rs)
+//! **Steer.** Where the receiver has several queue pairs attached, a flow goes to the pair on which
+//! the receiver's guest last transmitted that flow. A new flow goes to the pair of the same index
+//! as the sender's. (flow.rs, flow_table.rs)
 //!
-//! **Fit.** A frame asks its receiver for no more than the receiver's driver negotiated; what it does not take
-//! is done here, on a copy. ([`virtionet_virtio_net::offload`])
+//! **Convert.** A frame must not request an offload from its receiver that the receiver's driver
+//! did not negotiate. The switch performs such offloads itself, on a copy.
+//! ([`virtionet_virtio_net::offload`])
 //!
-//! **Trust.** As on any plain switch, a guest can send in another's name and so draw its frames. What
-//! it cannot do is to fill the tables at the cost of others: they are of fixed size, a port that
-//! floods the table of addresses mostly displaces its own, and flows are kept by port.
+//! **Trust.** As on any plain switch, a guest can use another guest's address as a source and so
+//! attract its frames. It cannot fill the tables at the expense of others: the tables have a fixed
+//! size, a port that floods the table of addresses mostly displaces its own entries, and each port
+//! has its own table of flows.
 //!
-//! **Order.** Frames of a burst for one receiveq are pushed together, in order; so frames of a flow
-//! stay in order for as long as its steering stays.
+//! **Order.** Frames of a burst for one receiveq are pushed together, in order. So the frames of a
+//! flow stay in order as long as the flow is steered to the same pair.
 //!
-//! **Locks.** A worker holds its own transmitq's lock and takes a receiveq's, one at a time. Nobody
-//! takes a transmitq's lock while holding a receiveq's, so there is no circle. Beyond that there
-//! are none: tables are words that are read and written at once.
+//! **Locks.** A worker holds the lock of its own transmitq and takes the lock of one receiveq at a
+//! time. No thread takes a transmitq's lock while it holds a receiveq's, so no deadlock is
+//! possible. The tables have no locks: each entry is one atomic word.
 
 mod delivery;
 mod flow;
+mod flow_table;
 mod forward;
-mod host;
+mod host_forwarder;
+mod host_port;
 mod mac_table;
 mod masks;
 mod port;
-mod flow_table;
 
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
-use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
@@ -56,29 +60,29 @@ use std::sync::{Arc, OnceLock, Weak};
 use parking_lot::Mutex;
 use rustix::time::{ClockId, clock_gettime};
 use virtionet_virtio_net::header::FrameFormat;
-use virtionet_virtio_net::uplink::{Received, RxSink, TxFrame, Uplink, UplinkError, UplinkQueue};
 use virtionet_virtio_net::stats::VringStats;
+use virtionet_virtio_net::uplink::{Received, RxSink, TxFrame, Uplink, UplinkError, UplinkQueue};
 use virtionet_virtqueue::memory::GuestSlice;
 
 use self::delivery::IngressPort;
-use self::host::HostPort;
-pub use self::host::HostPortForwarder;
+use self::flow_table::MAX_PAIRS;
+pub use self::host_forwarder::HostPortForwarder;
+use self::host_port::HostPort;
 use self::mac_table::MacTable;
 use self::port::DevicePort;
-use self::flow_table::MAX_PAIRS;
 use crate::tap::TapConfig;
 
-/// Ports of a switch at most.
+/// The most ports that a switch can have.
 const MAX_PORTS: usize = 1024;
 
-/// A switch; see the module.
+/// A learning Ethernet switch whose ports are devices and at most one TAP of the host.
 #[derive(Debug)]
 pub struct Switch {
     name: String,
     macs: MacTable,
-    /// Unknown to guests: what flows hash to.
+    /// The seed of the flow hash, unknown to guests.
     seed: u64,
-    /// Filled from the front, never emptied.
+    /// The ports. The first `count` are set; a port is never removed.
     ports: Box<[OnceLock<Port>]>,
     count: AtomicUsize,
     /// Held while a port is added.
@@ -92,7 +96,7 @@ enum Port {
 }
 
 impl Switch {
-    /// A switch without ports.
+    /// Creates a switch without ports.
     #[must_use]
     pub fn new(name: &str) -> Arc<Self> {
         let random = RandomState::new();
@@ -106,7 +110,7 @@ impl Switch {
         })
     }
 
-    /// Adds the port of one more device.
+    /// Adds a port for one more device.
     ///
     /// # Errors
     /// When the switch is full.
@@ -119,24 +123,26 @@ impl Switch {
         })
     }
 
-    /// Makes the TAP of `config` a port, unless it is. What waits in it wants a [`HostPortForwarder`].
+    /// Makes the TAP of `config` a port, unless it is one already. Frames from the TAP need a
+    /// [`HostPortForwarder`].
     ///
     /// # Errors
-    /// When another TAP is a port already, this one cannot be opened, or the switch is full.
+    /// When another TAP is a port already, this TAP cannot be opened, or the switch is full.
     pub fn add_host_port(&self, config: &TapConfig) -> Result<(), UplinkError> {
         match self.host_port() {
             Some((_, host)) if host.config == *config => Ok(()),
-            Some((_, host)) => Err(UplinkError(format!(
-                "switch {} has tap={} already, not tap={config}; name the same TAP at each of its devices, or at one of them only",
-                self.name, host.config
-            ))),
+            Some((_, host)) => Err(UplinkError::SwitchHostPortExists {
+                switch: self.name.clone(),
+                existing: host.config.to_string(),
+                requested: config.to_string(),
+            }),
             None => self
                 .add(Port::Host(HostPort::open(config)?))
                 .map(|_number| ()),
         }
     }
 
-    /// What carries the host's frames, where a TAP is a port.
+    /// Creates the forwarder of the frames from the TAP, where a TAP is a port.
     #[must_use]
     pub fn host_port_forwarder(self: &Arc<Self>) -> Option<HostPortForwarder> {
         let (number, port) = self.host_port()?;
@@ -155,18 +161,18 @@ impl Switch {
         let count = self.count.load(Ordering::Relaxed);
         let number = u16::try_from(count).ok();
         let (Some(number), Some(slot)) = (number, self.ports.get(count)) else {
-            return Err(UplinkError(format!(
-                "switch {} has {MAX_PORTS} ports already; use another switch for further devices",
-                self.name
-            )));
+            return Err(UplinkError::SwitchFull {
+                switch: self.name.clone(),
+                ports: MAX_PORTS,
+            });
         };
-        // It was empty: what is below the count is filled, and nothing else.
+        // The slot is empty: only the first `count` are set, and the lock is held.
         let _ = slot.set(port);
         self.count.store(count + 1, Ordering::Release);
         Ok(number)
     }
 
-    /// All ports, with their numbers.
+    /// All ports with their numbers.
     fn ports(&self) -> impl Iterator<Item = (u16, &Port)> {
         let count = self.count.load(Ordering::Acquire);
         (0..)
@@ -175,7 +181,7 @@ impl Switch {
     }
 }
 
-/// What it knows, in one line.
+/// The state of the switch in one line, for the log.
 impl fmt::Display for Switch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
@@ -190,14 +196,14 @@ impl fmt::Display for Switch {
     }
 }
 
-/// The clock of tables, in seconds; cheap enough to read once a burst.
+/// The time of the tables' entries in seconds; cheap enough to be read once for each burst.
 // syscalls: clock_gettime, where the vDSO does not do it
 fn coarse_now_secs() -> u32 {
     let now = clock_gettime(ClockId::MonotonicCoarse).tv_sec;
     u32::try_from(now & 0xffff_ffff).unwrap_or(0)
 }
 
-/// A device's port of a switch.
+/// The port of a device on a switch.
 #[derive(Debug)]
 pub struct SwitchPort {
     number: u16,
@@ -212,9 +218,10 @@ impl Uplink for SwitchPort {
         rx: Weak<dyn RxSink>,
     ) -> Result<Arc<dyn UplinkQueue>, UplinkError> {
         if !self.port.add_pair(pair, rx) {
-            return Err(UplinkError(format!(
-                "a port of a switch has no queue pair {pair}; use at most {MAX_PAIRS}"
-            )));
+            return Err(UplinkError::SwitchPairOutOfRange {
+                pair,
+                max_pairs: MAX_PAIRS,
+            });
         }
         Ok(Arc::new(SwitchQueue {
             ingress: IngressPort::device(self.number, Arc::clone(&self.port), pair),
@@ -224,13 +231,14 @@ impl Uplink for SwitchPort {
         }))
     }
 
-    fn set_format(&self, format: FrameFormat) -> io::Result<()> {
+    fn set_format(&self, format: FrameFormat) -> Result<(), UplinkError> {
         self.port.set_format(format);
         Ok(())
     }
 
-    /// A switch carries frames of any length; what is too long for a guest is dropped there.
-    fn set_mtu(&self, _mtu: u16) -> io::Result<()> {
+    /// Does nothing: a switch carries frames of any length, and a frame that is too long for a
+    /// guest is dropped at its receiveq.
+    fn set_mtu(&self, _mtu: u16) -> Result<(), UplinkError> {
         Ok(())
     }
 
@@ -243,7 +251,7 @@ impl Uplink for SwitchPort {
     }
 }
 
-/// A queue pair's way to the switch.
+/// The queue of one queue pair on a device's port.
 #[derive(Debug)]
 struct SwitchQueue {
     ingress: IngressPort,
@@ -258,7 +266,7 @@ impl UplinkQueue for SwitchQueue {
     }
 
     fn receive(&self, _buffers: &[GuestSlice<'_>], _bounce: &mut [u8]) -> Received {
-        // They are pushed.
+        // Frames from the switch are pushed to the receiveq.
         Received::Empty
     }
 
@@ -266,7 +274,7 @@ impl UplinkQueue for SwitchQueue {
         None
     }
 
-    fn set_attached(&self, attached: bool) -> io::Result<()> {
+    fn set_attached(&self, attached: bool) -> Result<(), UplinkError> {
         self.port.set_attached(self.pair, attached);
         Ok(())
     }

@@ -1,6 +1,6 @@
-//! The system calls that std does not offer: TUN ioctls, vectored I/O on guest memory, a netlink
-//! socket. The only file of this crate with `unsafe`; every function here is safe to call with any
-//! arguments and answers with what the kernel said.
+//! The system calls that the standard library lacks: TUN ioctls, vectored I/O on guest memory, a
+//! netlink socket. This is the only file of the crate with `unsafe` code. Every function is safe to
+//! call with any arguments and returns the kernel's result.
 #![allow(unsafe_code)]
 
 use std::ffi::{c_int, c_short, c_uint};
@@ -13,16 +13,17 @@ use std::os::unix::fs::OpenOptionsExt;
 use arrayvec::ArrayVec;
 use virtionet_virtqueue::memory::GuestSlice;
 
-/// Most pieces that one `readv` or `writev` takes (IOV_MAX).
+/// The most segments that one `readv` or `writev` accepts.
 pub(crate) const IOV_MAX: usize = 1024;
 
-/// Interrupted calls are repeated this often; a TAP's calls do not sleep, so one is the rule.
+/// How often an interrupted call is repeated. Calls on a TAP do not sleep, so once is usually
+/// enough.
 const MAX_EINTR_RETRIES: usize = 8;
 
-/// Bytes of an interface's name with its final zero (IFNAMSIZ).
+/// Bytes of an interface's name, including the final zero.
 const IFNAMSIZ: usize = 16;
 
-/// A new handle of the TUN driver, without a device, that never blocks.
+/// Opens the TUN driver, without an interface, for calls that never block.
 // syscalls: openat
 pub(crate) fn open_tun() -> io::Result<File> {
     File::options()
@@ -32,8 +33,8 @@ pub(crate) fn open_tun() -> io::Result<File> {
         .open("/dev/net/tun")
 }
 
-/// `struct ifreq` where its union holds flags: 40 bytes on 64-bit machines, 32 on others, of
-/// which the kernel reads and writes no more than that.
+/// `struct ifreq` with flags in its union. The kernel reads and writes 40 bytes of it on 64-bit
+/// machines and 32 on others.
 #[repr(C, align(8))]
 struct Ifreq {
     name: [u8; IFNAMSIZ],
@@ -59,13 +60,14 @@ impl Ifreq {
     }
 }
 
-/// Gives `tun` a queue of the multiqueue TAP `name`, which is made when it does not exist. Returns
-/// the name that the kernel chose where `name` holds `%d`. The queue is attached at once.
+/// Makes `tun` a queue of the multiqueue TAP `name`, which the kernel creates if it does not exist.
+/// Returns the interface's name, which the kernel chooses where `name` contains `%d`. The queue is
+/// attached at once.
 // syscalls: ioctl(TUNSETIFF)
 pub(crate) fn attach_device(tun: BorrowedFd<'_>, name: &str) -> io::Result<String> {
     let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_MULTI_QUEUE;
     let mut request = Ifreq::new(name, flags)?;
-    // SAFETY: `request` is alive, borrowed by nobody else and at least as long as the ifreq that
+    // SAFETY: `request` is alive, not borrowed elsewhere, and at least as long as the ifreq that
     // the kernel reads and writes; on another kind of file the call fails.
     check(unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })?;
     let end = request.name.iter().position(|&byte| byte == 0);
@@ -73,8 +75,8 @@ pub(crate) fn attach_device(tun: BorrowedFd<'_>, name: &str) -> io::Result<Strin
     Ok(String::from_utf8_lossy(chosen).into_owned())
 }
 
-/// Lets the kernel steer frames to the queue `tun`, or no longer. What waits in a queue that is
-/// detached is dropped.
+/// Attaches or detaches the queue `tun`: the kernel steers frames to attached queues only.
+/// Detaching drops the frames that wait in the queue.
 // syscalls: ioctl(TUNSETQUEUE)
 pub(crate) fn set_queue_attached(tun: BorrowedFd<'_>, attached: bool) -> io::Result<()> {
     let flags = if attached {
@@ -95,7 +97,7 @@ pub(crate) fn set_vnet_hdr_len(tun: BorrowedFd<'_>, len: usize) -> io::Result<()
     check(unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const len) })
 }
 
-/// Makes the virtio-net header little-endian whatever the machine is.
+/// Makes the virtio-net header little-endian on every machine.
 // syscalls: ioctl(TUNSETVNETLE)
 pub(crate) fn set_little_endian(tun: BorrowedFd<'_>) -> io::Result<()> {
     let yes: c_int = 1;
@@ -103,7 +105,7 @@ pub(crate) fn set_little_endian(tun: BorrowedFd<'_>) -> io::Result<()> {
     check(unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETVNETLE, &raw const yes) })
 }
 
-/// Sets what frames the reader takes (`TUN_F_*`), for every queue of the TAP.
+/// Sets the offloads that the reader accepts (`TUN_F_*`), for every queue of the TAP.
 // syscalls: ioctl(TUNSETOFFLOAD)
 pub(crate) fn set_offload(tun: BorrowedFd<'_>, offload: c_uint) -> io::Result<()> {
     // SAFETY: the argument is a number, not a pointer.
@@ -116,32 +118,32 @@ pub(crate) fn set_offload(tun: BorrowedFd<'_>, offload: c_uint) -> io::Result<()
     })
 }
 
-/// A netlink socket to the kernel's interface table. Unconnected netlink sockets send to the
-/// kernel, so plain reads and writes do.
+/// Opens a netlink socket to the kernel's table of interfaces. An unconnected netlink socket sends
+/// to the kernel, so plain reads and writes are enough.
 // syscalls: socket
 pub(crate) fn netlink_socket() -> io::Result<File> {
     let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
-    // SAFETY: takes no pointer.
+    // SAFETY: no argument is a pointer.
     let fd = unsafe { libc::socket(libc::AF_NETLINK, kind, libc::NETLINK_ROUTE) };
     check(fd)?;
-    // SAFETY: `fd` was opened just now and belongs to nobody else.
+    // SAFETY: `fd` was opened just now and has no other owner.
     Ok(File::from(unsafe { OwnedFd::from_raw_fd(fd) }))
 }
 
-/// The user that this thread acts as.
+/// The effective user of this thread.
 // syscalls: geteuid
 pub(crate) fn effective_uid() -> u32 {
-    // SAFETY: takes nothing and cannot fail.
+    // SAFETY: the call has no arguments and cannot fail.
     unsafe { libc::geteuid() }
 }
 
-/// Pieces of memory for one `writev`: at most `N`, borrowed for `'a`.
+/// The segments of one `writev`: at most `N`, borrowed for `'a`.
 pub(crate) struct IovecList<'a, const N: usize> {
     list: ArrayVec<libc::iovec, N>,
     _borrowed: PhantomData<&'a [u8]>,
 }
 
-/// More pieces than the list holds.
+/// The list holds `N` segments already.
 #[derive(Debug)]
 pub(crate) struct IovecListFull;
 
@@ -166,37 +168,40 @@ impl<'a, const N: usize> IovecList<'a, N> {
 
     /// Appends guest memory.
     #[inline(always)]
-    pub(crate) fn push_slices(&mut self, slices: &'a [GuestSlice<'a>]) -> Result<(), IovecListFull> {
+    pub(crate) fn push_slices(
+        &mut self,
+        slices: &'a [GuestSlice<'a>],
+    ) -> Result<(), IovecListFull> {
         self.list
             .try_extend_from_slice(GuestSlice::as_iovecs(slices))
             .map_err(|_| IovecListFull)
     }
 
-    /// Writes all pieces in one call.
+    /// Writes all segments with one system call.
     // syscalls: writev
     #[inline(always)]
     pub(crate) fn write_to(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
         let count = c_int::try_from(self.list.len()).unwrap_or(c_int::MAX);
         retry_on_eintr(|| {
-            // SAFETY: the list's pieces are borrowed for 'a, so they are mapped; the kernel only
-            // reads them.
+            // SAFETY: the segments are borrowed for 'a, so they are mapped; the kernel only reads
+            // them.
             unsafe { libc::writev(fd.as_raw_fd(), self.list.as_ptr(), count) }
         })
     }
 }
 
-/// Reads once into `bytes`; returns the bytes read.
+/// Reads once into `bytes`; returns the number of bytes.
 // syscalls: read
 #[inline(always)]
 pub(crate) fn read(fd: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<usize> {
     retry_on_eintr(|| {
-        // SAFETY: `bytes` is borrowed for the call, and is as long as the kernel is told.
+        // SAFETY: `bytes` is borrowed for the call, and its own length is passed.
         unsafe { libc::read(fd.as_raw_fd(), bytes.as_mut_ptr().cast(), bytes.len()) }
     })
 }
 
-/// Reads once into `slices` and, after they are full, into `overflow`; returns the bytes read in
-/// both. More than `N` - 1 slices are an error.
+/// Reads once into `slices` and, after they are full, into `overflow`; returns the number of bytes
+/// in both. More than `N` - 1 slices are an error.
 // syscalls: readv
 #[inline(always)]
 pub(crate) fn read_into<const N: usize>(
@@ -214,8 +219,8 @@ pub(crate) fn read_into<const N: usize>(
         .map_err(|_| io::ErrorKind::InvalidInput)?;
     let count = c_int::try_from(list.len()).unwrap_or(c_int::MAX);
     retry_on_eintr(|| {
-        // SAFETY: guest slices are mapped while borrowed and may be written by anybody at any
-        // time (no reference into them exists); `overflow` is borrowed for the call alone.
+        // SAFETY: guest slices are mapped while they are borrowed, and no reference into them
+        // exists, so anybody may write them at any time; `overflow` is borrowed for the call.
         unsafe { libc::readv(fd.as_raw_fd(), list.as_ptr(), count) }
     })
 }
@@ -247,9 +252,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn interrupted_calls_are_repeated_for_a_while() {
+    fn an_interrupted_call_is_repeated_a_limited_number_of_times() {
         let mut calls = 0;
-        // The C library's errno is what the closure leaves behind: a bad call sets EBADF.
+        // The closure must leave an errno behind: a call with a wrong descriptor sets EBADF.
         let bad = retry_on_eintr(|| {
             calls += 1;
             // SAFETY: no file has this number; nothing is read.
@@ -269,13 +274,13 @@ mod tests {
     }
 
     #[test]
-    fn names_that_do_not_fit_are_refused() {
+    fn a_name_of_sixteen_bytes_is_refused() {
         assert!(Ifreq::new("fifteen-bytes-x", 2).is_ok());
         assert!(Ifreq::new("sixteen-bytes-xx", 2).is_err());
     }
 
     #[test]
-    fn lists_hold_what_they_say() {
+    fn a_full_list_refuses_a_further_segment() {
         let mut list = IovecList::<2>::new();
         list.push_bytes(b"a").unwrap();
         list.push_bytes(b"b").unwrap();

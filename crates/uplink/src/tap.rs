@@ -1,16 +1,17 @@
-//! A multiqueue TAP with virtio-net headers: one queue a queue pair, one system call a frame.
+//! A multiqueue TAP with virtio-net headers: one queue for each queue pair, one system call for
+//! each frame.
 //!
-//! The kernel steers: the reply to a flow goes to the queue that the flow last wrote to, as long as
-//! each queue pair keeps to a queue of its own. A queue is opened *detached* and gets no frames
-//! until it is attached; it can be written to all the same.
+//! The kernel steers the received frames: the reply to a flow arrives at the queue to which the
+//! flow was last written, so each queue pair has a queue of its own. A queue is opened *detached*:
+//! it receives no frames until it is attached, but frames can be written to it.
 //!
-//! A TAP that this program makes goes up at once and disappears with it. One that was there before
-//! is left as it was found: its state and bridge are not touched unless asked, and a user who owns
-//! it needs no privilege.
+//! A TAP that this program creates is brought up at once and disappears with the program. A TAP
+//! that existed before is used as it is: its state is not changed, nor its bridge unless one is
+//! configured, and a user who owns the TAP needs no privilege.
 
 mod config;
-mod queue;
 mod error;
+mod queue;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -26,17 +27,17 @@ use virtionet_virtio_net::header::{FrameFormat, VNET_HEADER_LEN};
 use virtionet_virtio_net::uplink::{HostInterface, RxSink, Uplink, UplinkError, UplinkQueue};
 
 pub use self::config::TapConfig;
-use self::queue::{TapShared, TapQueue};
+use self::queue::{TapQueue, TapShared};
 use crate::rtnetlink::{Link, LinkTable};
 use crate::sys;
 
-/// The kernel closes the queues of a process that has ended a moment later, so a TAP that is in use
-/// gets this long to become free before another process is said to hold it.
+/// How long to wait for a TAP that is in use. The kernel closes a process's queues a moment after
+/// the process has ended, so a TAP that was just released may still seem to be in use.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);
-/// How often the interface table is asked meanwhile.
+/// The interval at which the table of interfaces is read meanwhile.
 const RELEASE_INTERVAL: Duration = Duration::from_millis(10);
 
-/// What a guest takes before it has negotiated anything.
+/// The format before a driver has negotiated anything.
 const NO_OFFLOADS: FrameFormat = FrameFormat {
     header_len: VNET_HEADER_LEN,
     csum: false,
@@ -51,9 +52,9 @@ const NO_OFFLOADS: FrameFormat = FrameFormat {
 pub struct Tap {
     shared: Arc<TapShared>,
     links: LinkTable,
-    /// The interface's index.
+    /// The interface's index, which stays the same when the interface is renamed.
     index: u32,
-    /// Whether this program made the interface.
+    /// Whether this program created the interface.
     is_created_by_us: bool,
     state: Mutex<TapState>,
 }
@@ -61,31 +62,35 @@ pub struct Tap {
 #[derive(Debug)]
 struct TapState {
     format: FrameFormat,
-    /// By queue pair. Pair 0's is opened with the TAP, so that errors show early.
+    /// The queues by the index of their queue pair. The queue of pair 0 is opened with the TAP, so
+    /// that errors are found early.
     queues: BTreeMap<u16, Arc<TapQueue>>,
 }
 
 impl Tap {
-    /// Opens the TAP, or makes it, and its first queue.
+    /// Opens the TAP, or creates it, and opens its first queue.
     ///
     /// # Errors
-    /// One sentence that says what is wrong and what to do.
+    /// When the kernel or its state of the interface does not permit it.
     pub fn open(config: &TapConfig) -> Result<Self, UplinkError> {
-        let links = LinkTable::open().map_err(|e| error::no_link_table(&e))?;
+        let links = LinkTable::open().map_err(error::link_table_unavailable)?;
         let before = wait_for_release(&links, &config.name)?;
         let (file, name) = open_detached(&links, &config.name, before.as_ref())?;
         let link = find_link(&links, &name)?;
         if let Some(others) = link.queues.map(|all| all.saturating_sub(1))
             && others > 0
         {
-            return Err(error::held_by_other(&name, others));
+            return Err(UplinkError::TapShared {
+                name,
+                queues: others,
+            });
         }
         let tap = Self::new(links, file, name, link.index, before.is_none())?;
         tap.configure_interface(&link, config.bridge.as_deref())?;
         Ok(tap)
     }
 
-    /// Whether this program made the interface (and takes it away with it).
+    /// Whether this program created the interface, which then disappears with the program.
     #[must_use]
     pub fn is_created_by_us(&self) -> bool {
         self.is_created_by_us
@@ -98,8 +103,8 @@ impl Tap {
         index: u32,
         is_created_by_us: bool,
     ) -> Result<Self, UplinkError> {
-        sys::set_little_endian(file.as_fd()).map_err(|e| error::setup_failed(&name, &e))?;
-        apply_format(file.as_fd(), NO_OFFLOADS).map_err(|e| error::setup_failed(&name, &e))?;
+        sys::set_little_endian(file.as_fd()).map_err(|e| error::setup_failed(&name, e))?;
+        apply_format(file.as_fd(), NO_OFFLOADS).map_err(|e| error::setup_failed(&name, e))?;
         let shared = Arc::new(TapShared::new(name, NO_OFFLOADS.header_len));
         let first = Arc::new(TapQueue::new(file, 0, Arc::clone(&shared)));
         Ok(Self {
@@ -114,20 +119,20 @@ impl Tap {
         })
     }
 
-    /// Opens one more queue of the interface, under the name that it bears now, and looks what
-    /// interface that was.
+    /// Opens one more queue of the interface under its present name; returns the interface of which
+    /// that is a queue.
     fn open_additional_queue(&self) -> Result<(File, Link), UplinkError> {
         let before = self
             .links
             .find_by_index(self.index)
-            .map_err(|e| error::no_link_table(&e))?
+            .map_err(error::link_table_unavailable)?
             .ok_or_else(|| error::interface_gone(&self.shared.name))?;
         let (file, name) = open_detached(&self.links, &before.name, Some(&before))?;
         let after = find_link(&self.links, &name)?;
         Ok((file, after))
     }
 
-    /// Puts the interface into its bridge and, when it is ours, up.
+    /// Puts the interface into its bridge, and brings it up if this program created it.
     fn configure_interface(&self, link: &Link, bridge: Option<&str>) -> Result<(), UplinkError> {
         if let Some(bridge) = bridge {
             self.join_bridge(link, bridge)?;
@@ -135,9 +140,12 @@ impl Tap {
         if self.is_created_by_us {
             self.links
                 .bring_up(self.index)
-                .map_err(|e| error::bring_up_failed(&self.shared.name, &e))?;
+                .map_err(|source| UplinkError::TapBringUpFailed {
+                    name: self.shared.name.clone(),
+                    source,
+                })?;
         } else if !link.is_up {
-            tracing::warn!("{}", error::is_down(&self.shared.name));
+            tracing::warn!("{}", error::interface_down_warning(&self.shared.name));
         }
         Ok(())
     }
@@ -147,18 +155,29 @@ impl Tap {
         let master = self
             .links
             .find_by_name(bridge)
-            .map_err(|e| error::no_link_table(&e))?
-            .ok_or_else(|| error::no_bridge(bridge))?;
+            .map_err(error::link_table_unavailable)?
+            .ok_or_else(|| UplinkError::BridgeMissing {
+                bridge: bridge.to_owned(),
+            })?;
         if master.kind != "bridge" {
-            return Err(error::not_a_bridge(bridge));
+            return Err(UplinkError::NotABridge {
+                bridge: bridge.to_owned(),
+            });
         }
         match link.master {
             Some(index) if index == master.index => Ok(()),
-            Some(_) => Err(error::in_another_bridge(name, bridge)),
+            Some(_) => Err(UplinkError::TapInOtherBridge {
+                name: name.clone(),
+                bridge: bridge.to_owned(),
+            }),
             None => self
                 .links
                 .set_master(self.index, master.index)
-                .map_err(|e| error::join_refused(name, bridge, &e)),
+                .map_err(|source| UplinkError::BridgeJoinFailed {
+                    name: name.clone(),
+                    bridge: bridge.to_owned(),
+                    source,
+                }),
         }
     }
 }
@@ -174,29 +193,30 @@ impl Uplink for Tap {
             return Ok(Arc::clone(queue) as Arc<dyn UplinkQueue>);
         }
         let name = &self.shared.name;
-        // The new queue is attached for a moment: none may leave meanwhile, or this one would be
-        // numbered in its place.
+        // The new queue is attached for a moment. If another one were detached meanwhile, the
+        // kernel would give its number to the new queue.
         let opened = {
             let _order = self.shared.attached.lock();
             self.open_additional_queue()
         };
         let (file, found) = opened?;
-        // An interface of that name made just now is not ours: it lacks the other queues.
+        // The interface was deleted and another one of that name created: it lacks the other
+        // queues.
         if found.index != self.index {
             return Err(error::interface_gone(name));
         }
-        apply_format(file.as_fd(), state.format).map_err(|e| error::setup_failed(name, &e))?;
+        apply_format(file.as_fd(), state.format).map_err(|e| error::setup_failed(name, e))?;
         let queue = Arc::new(TapQueue::new(file, pair, Arc::clone(&self.shared)));
         state.queues.insert(pair, Arc::clone(&queue));
         Ok(queue)
     }
 
-    fn set_format(&self, format: FrameFormat) -> io::Result<()> {
+    fn set_format(&self, format: FrameFormat) -> Result<(), UplinkError> {
         let mut state = self.state.lock();
-        // Both settings are the interface's, not the queue's: one queue stands for all.
+        // Both settings belong to the interface, so it is enough to set them on one queue.
         if let Some(queue) = state.queues.values().next() {
             apply_format(queue.fd(), format)
-                .map_err(|e| error::format_refused(&self.shared.name, format, &e))?;
+                .map_err(|e| error::format_refused(&self.shared.name, format, e))?;
         }
         self.shared
             .header_len
@@ -205,21 +225,28 @@ impl Uplink for Tap {
         Ok(())
     }
 
-    /// An interface of ours gets exactly this MTU; one that was there before is raised to it, and
-    /// left alone when its MTU is as large already.
-    fn set_mtu(&self, mtu: u16) -> io::Result<()> {
+    /// An interface that this program created gets exactly this MTU. The MTU of another one is only
+    /// ever raised.
+    fn set_mtu(&self, mtu: u16) -> Result<(), UplinkError> {
         let (name, mtu) = (&self.shared.name, u32::from(mtu));
         let link = self
             .links
-            .find_by_index(self.index)?
-            .ok_or_else(|| io::Error::other(error::interface_gone(name)))?;
+            .find_by_index(self.index)
+            .map_err(error::link_table_unavailable)?
+            .ok_or_else(|| error::interface_gone(name))?;
         if link.mtu == mtu || (link.mtu > mtu && !self.is_created_by_us) {
             return Ok(());
         }
         match self.links.set_mtu(self.index, mtu) {
-            // Ours, but made before a privilege was given up: large enough is good enough.
+            // The privilege was dropped after the interface was created, but its MTU is large
+            // enough.
             Err(_) if link.mtu > mtu => Ok(()),
-            Err(error) => Err(error::mtu_refused(name, link.mtu, mtu, &error)),
+            Err(source) => Err(UplinkError::MtuRefused {
+                name: name.clone(),
+                mtu: link.mtu,
+                wanted: mtu,
+                source,
+            }),
             Ok(()) => Ok(()),
         }
     }
@@ -243,13 +270,15 @@ impl Uplink for Tap {
     }
 }
 
-/// Waits up to [`RELEASE_TIMEOUT`] until no process has a queue of the TAP `name`; what the interface
-/// table says then. The table is asked rather than the TAP opened, because an open queue takes frames
-/// from its owner.
+/// Waits up to [`RELEASE_TIMEOUT`] until no process has a queue of the TAP `name`; returns the
+/// entry of the table of interfaces after that. The TAP is not opened to find this out, because an
+/// open queue would receive frames that belong to its owner.
 fn wait_for_release(links: &LinkTable, name: &str) -> Result<Option<Link>, UplinkError> {
     let deadline = Instant::now() + RELEASE_TIMEOUT;
     loop {
-        let link = links.find_by_name(name).map_err(|e| error::no_link_table(&e))?;
+        let link = links
+            .find_by_name(name)
+            .map_err(error::link_table_unavailable)?;
         let queues = link.as_ref().and_then(|link| link.queues).unwrap_or(0);
         if queues == 0 || Instant::now() >= deadline {
             return Ok(link);
@@ -258,38 +287,38 @@ fn wait_for_release(links: &LinkTable, name: &str) -> Result<Option<Link>, Uplin
     }
 }
 
-/// Opens one more queue of the TAP `name`, detached. TUNSETIFF itself attaches: frames steered to
-/// the queue in the instant before it is detached are dropped.
+/// Opens one more queue of the TAP `name`, detached. TUNSETIFF attaches the queue, so frames that
+/// the kernel steers to it before it is detached are dropped.
 fn open_detached(
     links: &LinkTable,
     name: &str,
     before: Option<&Link>,
 ) -> Result<(File, String), UplinkError> {
-    let file = sys::open_tun().map_err(|e| error::no_tun(&e))?;
+    let file = sys::open_tun().map_err(error::tun_open_failed)?;
     let name = sys::attach_device(file.as_fd(), name).map_err(|error| {
-        // Where another program made the interface meanwhile, its kind explains the error.
+        // If another program created the interface meanwhile, its kind explains the error.
         let now = links.find_by_name(name).ok().flatten();
-        error::attach_refused(name, now.as_ref().or(before), &error)
+        error::attach_refused(name, now.as_ref().or(before), error)
     })?;
-    sys::set_queue_attached(file.as_fd(), false).map_err(|e| error::setup_failed(&name, &e))?;
+    sys::set_queue_attached(file.as_fd(), false).map_err(|e| error::setup_failed(&name, e))?;
     Ok((file, name))
 }
 
 fn find_link(links: &LinkTable, name: &str) -> Result<Link, UplinkError> {
     links
         .find_by_name(name)
-        .map_err(|e| error::no_link_table(&e))?
+        .map_err(error::link_table_unavailable)?
         .ok_or_else(|| error::interface_gone(name))
 }
 
-/// Tells the kernel what the guest takes.
+/// Sets the header's length and the offloads that the guest accepts.
 fn apply_format(tun: BorrowedFd<'_>, format: FrameFormat) -> io::Result<()> {
     sys::set_vnet_hdr_len(tun, format.header_len)?;
     sys::set_offload(tun, to_tun_flags(format))
 }
 
-/// `TUN_F_*` of a format. The kernel refuses segmentation without checksums and ECN without TCP
-/// segmentation: a guest that takes one without the other gets neither.
+/// The `TUN_F_*` flags of a format. The kernel refuses segmentation without checksums and ECN
+/// without TCP segmentation, so an offload without the one that it needs is left out.
 fn to_tun_flags(format: FrameFormat) -> u32 {
     if !format.csum {
         return 0;
@@ -312,7 +341,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn offloads_never_stand_without_what_they_need() {
+    fn no_offload_is_set_without_the_one_that_it_needs() {
         for bits in 0..32_u32 {
             let has = |bit: u32| bits >> bit & 1 == 1;
             let all = to_tun_flags(FrameFormat {

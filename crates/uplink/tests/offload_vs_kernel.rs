@@ -1,5 +1,5 @@
-//! Offloads in software against the kernel's: the same frame goes through a bridge from a TAP to
-//! one whose reader takes no offloads, so that the kernel must do the work itself.
+//! Offloads in software compared with the kernel's: the same frame passes a bridge from one TAP to
+//! another one whose reader accepts no offloads, so that the kernel performs them.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
 mod host;
@@ -10,15 +10,15 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use host::{open_tap, eventually, in_namespaces, receive, run, send};
-use packets::{ACK, CWR, ECE, FIN, PacketBuilder, PSH, Packet, convert, format};
+use host::{eventually, in_namespaces, open_tap, receive, run, send};
+use packets::{ACK, CWR, ECE, FIN, PSH, Packet, PacketBuilder, convert, format};
 use virtionet_virtio_net::header::VnetHeader;
 use virtionet_virtio_net::offload::Segmenter;
 use virtionet_virtio_net::uplink::{Received, Uplink, UplinkQueue, null_rx_sink};
 
 const WHOLE: usize = 1 << 17;
 
-/// Two TAPs on a bridge: the first sends, the second receives and takes nothing but whole frames.
+/// Two TAPs on a bridge: frames are sent to the first; the second accepts no offloads.
 struct Bridge {
     from: Arc<dyn UplinkQueue>,
     to: Arc<dyn UplinkQueue>,
@@ -29,7 +29,7 @@ impl Bridge {
     fn new() -> Self {
         run("ip link add of-br type bridge mcast_snooping 0");
         let uplinks = ["of-a", "of-b"].map(|name| {
-                        let uplink = eventually(|| open_tap(name).ok());
+            let uplink = eventually(|| open_tap(name).ok());
             uplink.set_format(format(false, false)).unwrap();
             run(&format!("ip link set {name} master of-br up mtu 65000"));
             uplink
@@ -47,11 +47,11 @@ impl Bridge {
         }
     }
 
-    /// What the kernel makes of a packet: as many frames as come.
-    fn through(&self, packet: &Packet) -> Vec<Packet> {
+    /// The frames that the kernel makes of a packet.
+    fn convert_by_kernel(&self, packet: &Packet) -> Vec<Packet> {
         let stats = send(&*self.from, packet.header, &packet.bytes, WHOLE);
         assert_eq!(stats.frames.get(), 1, "the kernel refuses the frame");
-        // All of them are queued before the write returns, or shortly after.
+        // The kernel queues all of them before the write returns, or shortly after.
         let first = eventually(|| self.next());
         let mut made = vec![first];
         let mut silent = 0;
@@ -83,7 +83,7 @@ impl Bridge {
 }
 
 #[test]
-fn the_kernel_makes_the_same() {
+fn the_kernel_makes_the_same_frames() {
     in_namespaces(|| {
         let bridge = Bridge::new();
         let mut segmenter = Segmenter::new();
@@ -91,7 +91,7 @@ fn the_kernel_makes_the_same() {
             let packet = maker.build();
             eprintln!("{name}: {:?}", packet.header.0);
             let ours = convert(&mut segmenter, &packet, WHOLE, &format(false, false)).unwrap();
-            let kernel = bridge.through(&packet);
+            let kernel = bridge.convert_by_kernel(&packet);
             compare(name, &packet, ours, kernel);
         }
     });
@@ -100,7 +100,7 @@ fn the_kernel_makes_the_same() {
 fn compare(name: &str, packet: &Packet, mut ours: Vec<Packet>, mut kernel: Vec<Packet>) {
     assert_eq!(ours.len(), kernel.len(), "{name}");
     if let Some(at) = fragment_header(packet, &ours) {
-        // The identification: any that is new will do.
+        // The identification may have any value.
         for made in ours.iter_mut().chain(&mut kernel) {
             made.bytes[at + 4..at + 8].fill(0);
         }
@@ -119,7 +119,7 @@ fn compare(name: &str, packet: &Packet, mut ours: Vec<Packet>, mut kernel: Vec<P
     }
 }
 
-/// Where fragments of IPv6 have their header: behind what they have in common with the packet.
+/// The offset of the fragment header of IPv6 fragments: behind the headers that they repeat.
 fn fragment_header(packet: &Packet, made: &[Packet]) -> Option<usize> {
     let mut ethertypes = packet.bytes[12..].chunks(4).map(|word| [word[0], word[1]]);
     let behind_tags = ethertypes.find(|found| ![[0x81, 0], [0x88, 0xa8]].contains(found));
@@ -127,29 +127,42 @@ fn fragment_header(packet: &Packet, made: &[Packet]) -> Option<usize> {
     (is_fragment && behind_tags == Some([0x86, 0xdd])).then(|| packet.header.csum_start().into())
 }
 
-/// Fragments behind IPv6 extension headers are not among them: Linux (6.18) counts those headers into
-/// the offsets, so that its fragments leave holes.
+/// The packets to compare. Fragments behind IPv6 extension headers are left out: Linux (6.18) adds
+/// the length of those headers to the offsets, so that its fragments have gaps.
 fn cases() -> Vec<(&'static str, PacketBuilder)> {
     let mut cases = Vec::new();
     for v6 in [false, true] {
         cases.extend([
             ("checksum of TCP", PacketBuilder::tcp(v6, 12, 1000)),
-            ("checksum of an odd TCP segment", PacketBuilder::tcp(v6, 12, 1001)),
+            (
+                "checksum of an odd TCP segment",
+                PacketBuilder::tcp(v6, 12, 1001),
+            ),
             ("checksum of UDP", PacketBuilder::udp(v6, 1000)),
             ("checksum of an odd datagram", PacketBuilder::udp(v6, 1001)),
             ("checksum of an empty datagram", PacketBuilder::udp(v6, 0)),
-            ("checksum behind a tag", PacketBuilder::udp(v6, 1000).tag(0x8100, 7)),
+            (
+                "checksum behind a tag",
+                PacketBuilder::udp(v6, 1000).tag(0x8100, 7),
+            ),
             ("segments", PacketBuilder::tcp(v6, 0, 14_600).gso(1460)),
-            ("large segments", PacketBuilder::tcp(v6, 12, 65_000).gso(8948)),
+            (
+                "large segments",
+                PacketBuilder::tcp(v6, 12, 65_000).gso(8948),
+            ),
             ("odd segments", PacketBuilder::tcp(v6, 12, 64_999).gso(1447)),
             ("small segments", PacketBuilder::tcp(v6, 40, 20_000).gso(36)),
             (
                 "flags",
-                PacketBuilder::tcp(v6, 12, 9000).gso(1448).flags(ACK | FIN | PSH),
+                PacketBuilder::tcp(v6, 12, 9000)
+                    .gso(1448)
+                    .flags(ACK | FIN | PSH),
             ),
             (
                 "ECN",
-                PacketBuilder::tcp(v6, 12, 9000).gso(1448).flags(ACK | CWR | ECE),
+                PacketBuilder::tcp(v6, 12, 9000)
+                    .gso(1448)
+                    .flags(ACK | CWR | ECE),
             ),
             (
                 "segments behind a tag",
@@ -163,8 +176,14 @@ fn cases() -> Vec<(&'static str, PacketBuilder)> {
                     .tag(0x88a8, 9),
             ),
             ("fragments", PacketBuilder::udp(v6, 14_000).gso(1480)),
-            ("fragments to the limit", PacketBuilder::udp(v6, 65_000).gso(1480)),
-            ("an odd last fragment", PacketBuilder::udp(v6, 14_001).gso(1448)),
+            (
+                "fragments to the limit",
+                PacketBuilder::udp(v6, 65_000).gso(1480),
+            ),
+            (
+                "an odd last fragment",
+                PacketBuilder::udp(v6, 14_001).gso(1448),
+            ),
             (
                 "fragments behind a tag",
                 PacketBuilder::udp(v6, 9000).gso(1480).tag(0x8100, 7),
@@ -186,7 +205,9 @@ fn cases() -> Vec<(&'static str, PacketBuilder)> {
         ),
         (
             "destination options",
-            PacketBuilder::tcp(true, 12, 9000).gso(1400).extension(60, 2),
+            PacketBuilder::tcp(true, 12, 9000)
+                .gso(1400)
+                .extension(60, 2),
         ),
         (
             "three extension headers",

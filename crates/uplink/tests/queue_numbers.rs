@@ -1,7 +1,7 @@
-//! The kernel's numbers of a TAP's queues, as the uplink tells them and as the kernel has them.
+//! The numbers of a TAP's queues, as the uplink reports them and as the kernel assigns them.
 //!
-//! The witness is a group of raw sockets to which the kernel deals incoming frames by the number of
-//! the queue that they came from (packet(7), PACKET_FANOUT_QM): it shows where each queue stands.
+//! The kernel distributes incoming frames over a group of raw sockets by the number of their queue
+//! (packet(7), PACKET_FANOUT_QM), so the socket shows the number.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic, unsafe_code)]
 
 mod host;
@@ -21,12 +21,12 @@ const QUEUES: u16 = 5;
 const PACKET_FANOUT: c_int = 18;
 const PACKET_FANOUT_QM: u32 = 5;
 
-/// Sockets of which the kernel gives an incoming frame of queue n to that of number n.
+/// Sockets of which number n receives the incoming frames of queue n.
 struct Group(Vec<PacketSocket>);
 
 impl Group {
     fn on(name: &str) -> Self {
-        // The kernel counts "no queue" as the first.
+        // For the kernel, number 0 is "no queue".
         let sockets: Vec<_> = (0..=QUEUES).map(|_| PacketSocket::on(name)).collect();
         for socket in &sockets {
             let group: u32 = PACKET_FANOUT_QM << 16 | 7;
@@ -45,7 +45,7 @@ impl Group {
         Self(sockets)
     }
 
-    /// The number of the queue that the frame with this mark came from.
+    /// The number of the queue to which the frame with this mark was written.
     fn number_of(&self, mark: u8) -> Option<usize> {
         let wanted = frame(60, mark);
         let mut found = None;
@@ -61,13 +61,13 @@ impl Group {
 }
 
 #[test]
-fn the_numbers_that_are_told_are_the_kernels() {
+fn the_reported_queue_numbers_are_those_of_the_kernel() {
     in_namespaces(|| {
         run("mount -t sysfs none /sys");
         let uplink: Arc<dyn Uplink> = host::open_tap("vt0").unwrap();
         let group = Group::on("vt0");
         let mut queues: Vec<Arc<dyn UplinkQueue>> = Vec::new();
-        // Pair and whether it is attached; a pair that is new is opened in this moment.
+        // The pair, and whether to attach or detach it; a new pair is opened first.
         for (step, (pair, attach)) in [
             (0, true),
             (1, true),

@@ -1,4 +1,4 @@
-//! A switch between real rings: what each guest finds in its receiveqs, and what was counted.
+//! A switch between real rings: the frames in each guest's receiveqs, and the counters.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::collections::BTreeMap;
@@ -7,28 +7,28 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use proptest::prelude::*;
-use virtionet_virtio_net::features::Features;
-use virtionet_virtio_net::uplink::{MAX_BURST, Received, RxSink, TxFrame, Uplink, UplinkQueue};
-use virtionet_virtio_net::stats::VringStats;
-use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue, TxQueue};
-use virtionet_guest::test_frontend::DriverQueuePair;
 use virtionet_guest::frame::{Checksum, Frame, FrameSpec, Transport, check};
 use virtionet_guest::memory::GuestRam;
-use virtionet_guest::net::{self, MODERN, OFFLOADS, PACKED, DriverQueue};
+use virtionet_guest::net::{self, DriverQueue, MODERN, OFFLOADS, PACKED};
+use virtionet_guest::test_frontend::DriverQueuePair;
+use virtionet_uplink::switch::Switch;
+use virtionet_virtio_net::features::Features;
+use virtionet_virtio_net::stats::VringStats;
+use virtionet_virtio_net::uplink::{MAX_BURST, Received, RxSink, TxFrame, Uplink, UplinkQueue};
+use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue, TxQueue};
 use virtionet_virtqueue::VirtqueueLayout;
 use virtionet_virtqueue::memory::GuestMemory;
-use virtionet_uplink::switch::Switch;
 
 const LIMIT: Duration = Duration::from_secs(5);
 const SIZE: u16 = 256;
 
-/// A device's receiveq in the place of a daemon's slot.
+/// A device's receiveq, in the place of the daemon's vring slot.
 #[derive(Debug)]
 struct TestReceiveq {
     queue: Mutex<RxQueue>,
     enabled: AtomicBool,
     stats: Arc<VringStats>,
-    /// Frames of each push.
+    /// The number of frames of each push.
     pushes: Mutex<Vec<usize>>,
 }
 
@@ -51,7 +51,10 @@ struct Switches(BTreeMap<String, Arc<Switch>>);
 
 impl Switches {
     fn add_device_port(&mut self, name: &str) -> Arc<dyn Uplink> {
-        let switch = self.0.entry(name.to_owned()).or_insert_with(|| Switch::new(name));
+        let switch = self
+            .0
+            .entry(name.to_owned())
+            .or_insert_with(|| Switch::new(name));
         Arc::new(switch.add_device_port().unwrap())
     }
 }
@@ -112,7 +115,7 @@ impl Guest {
         }
     }
 
-    /// Sends `frames` on a pair, as many bursts as it takes.
+    /// Transmits `frames` on a pair, in as many bursts as are needed.
     fn send(&mut self, pair: usize, frames: &[Frame]) {
         let ends = &mut self.pairs[pair];
         for some in frames.chunks(usize::from(SIZE) / 2) {
@@ -122,7 +125,7 @@ impl Guest {
         }
     }
 
-    /// What came on a pair since the last call.
+    /// The frames that arrived on a pair since the last call.
     fn received(&mut self, pair: usize) -> Vec<Vec<u8>> {
         let frames = self.pairs[pair].driver.rx.receive_frames().unwrap();
         frames.into_iter().map(|frame| frame.bytes).collect()
@@ -167,7 +170,7 @@ fn mac(n: u8) -> [u8; 6] {
 
 const ALL: u8 = 0xff;
 
-/// To a station, or to all.
+/// A packet to one guest, or to all.
 fn spec(from: u8, to: u8) -> FrameSpec {
     FrameSpec {
         source_mac: mac(from),
@@ -217,7 +220,7 @@ fn frames_for_several_receivers_are_sorted_and_pushed_once_each() {
         guest.received(0);
         guest.pushes(0);
     }
-    // To each in turn, and now and then to all.
+    // To each guest in turn, and sometimes to all.
     let to = |n: u8| match n % 8 {
         7 => ALL,
         n => 1 + n % 2,
@@ -237,7 +240,7 @@ fn frames_for_several_receivers_are_sorted_and_pushed_once_each() {
 }
 
 #[test]
-fn frames_that_nobody_can_take_are_counted() {
+fn frames_without_a_receiver_are_counted() {
     let mut switches = Switches::default();
     let [mut a] = guests(&mut switches, 1);
     a.send(0, &[frame(0, 1, b"alone"), frame(0, ALL, b"alone")]);
@@ -246,30 +249,30 @@ fn frames_that_nobody_can_take_are_counted() {
     let [mut b] = guests(&mut switches, 1);
     b.send(0, &[frame(1, ALL, b"hello")]);
     assert_eq!(a.received(0).len(), 1);
-    // To itself: it is there already.
+    // To the sender itself.
     a.send(0, &[frame(0, 0, b"myself")]);
     assert_eq!(a.tx().dropped_no_port.get(), 3);
     assert!(a.received(0).is_empty());
-    // A port that is known and has no pair attached gets nothing, and nobody else instead.
+    // A known port without attached pairs receives nothing, and no other port does instead.
     let [mut c] = guests(&mut switches, 1);
     b.pairs[0].uplink.set_attached(false).unwrap();
     a.send(0, &[frame(0, 1, b"b"), frame(0, ALL, b"all")]);
     assert_eq!((a.tx().frames.get(), a.tx().dropped_no_port.get()), (1, 4));
     assert_eq!(c.received(0).len(), 1);
     assert!(b.received(0).is_empty());
-    // One that goes between decision and push counts there.
+    // A ring that is disabled between decision and push counts the frame.
     b.pairs[0].uplink.set_attached(true).unwrap();
     b.pairs[0].rx.enabled.store(false, Ordering::Relaxed);
     a.send(0, &[frame(0, 1, b"b")]);
     assert_eq!(b.pairs[0].rx.stats.dropped_disabled.get(), 1);
-    // A receiver that is no more takes nothing and hurts nobody.
+    // A receiver that was dropped receives nothing and does no harm.
     b.pairs.clear();
     a.send(0, &[frame(0, 1, b"b"), frame(0, ALL, b"all")]);
     assert_eq!(c.received(0).len(), 1);
 }
 
 #[test]
-fn a_receiver_without_room_loses_its_own_frames_only() {
+fn a_receiver_without_buffers_loses_only_its_own_frames() {
     let mut switches = Switches::default();
     let [mut a, mut b, mut c] = guests(&mut switches, 1);
     b.send(0, &[frame(1, ALL, b"b")]);
@@ -290,7 +293,7 @@ fn a_receiver_without_room_loses_its_own_frames_only() {
 }
 
 #[test]
-fn a_flow_is_answered_on_the_pair_that_it_was_sent_on() {
+fn a_flow_is_answered_on_the_pair_on_which_it_was_transmitted() {
     let mut switches = Switches::default();
     let [mut a, mut b] = guests(&mut switches, 4);
     let flow = |from, to, port| FrameSpec {
@@ -300,12 +303,12 @@ fn a_flow_is_answered_on_the_pair_that_it_was_sent_on() {
     };
     b.send(0, &[frame(1, ALL, b"b")]);
     (0..4).for_each(|pair| drop(a.received(pair)));
-    // New flows: pair k to pair k.
+    // New flows go from pair k to pair k.
     for pair in 0..4 {
         a.send(pair, &[flow(0, 1, 7).build(b"new").unwrap()]);
         assert_eq!(b.received(pair).len(), 1, "{pair}");
     }
-    // Known flows: where the receiver sends them.
+    // Known flows go to the pair on which the receiver transmits them.
     for port in 0..64 {
         let pair = usize::from(port) % 4;
         b.send(pair, &[flow(1, 0, 1000 + port).build(b"mine").unwrap()]);
@@ -319,10 +322,10 @@ fn a_flow_is_answered_on_the_pair_that_it_was_sent_on() {
     a.send(1, &replies(0..64));
     for pair in 0..4 {
         assert_eq!(b.pushes(pair).len(), 1, "{pair}");
-        // Two flows may meet in one place of the table, and one of them is new then.
+        // Two flows may have the same entry of the table; one of them is then steered as new.
         assert!(b.received(pair).len() >= 13, "{pair}");
     }
-    // Where that pair is detached, another one takes it.
+    // When that pair is detached, the flow goes to another one.
     b.pairs[2].uplink.set_attached(false).unwrap();
     a.send(0, &replies(0..64));
     assert!(b.received(2).is_empty() && b.pushes(2).is_empty());
@@ -332,7 +335,7 @@ fn a_flow_is_answered_on_the_pair_that_it_was_sent_on() {
     assert!(b.received(2).len() >= 13);
 }
 
-/// What a flood to many ports may cost its sender has a limit, past which copies are not made.
+/// The cost of a flood to many ports is limited; beyond the limit no copies are made.
 #[test]
 fn a_flood_of_large_frames_costs_no_more_than_its_budget() {
     const RECEIVERS: usize = 12;
@@ -347,12 +350,12 @@ fn a_flood_of_large_frames_costs_no_more_than_its_budget() {
     let left_out = u64::try_from(RECEIVERS * MAX_BURST - copies).unwrap();
     assert!(left_out > 0);
     assert_eq!(a.tx().dropped_over_budget.get(), left_out);
-    // Each went to somebody.
+    // Each frame reached at least one port.
     assert_eq!((a.tx().frames.get(), a.tx().dropped_no_port.get()), (64, 0));
 }
 
 #[test]
-fn a_receiver_gets_no_more_than_it_negotiated() {
+fn a_receiver_gets_only_offloads_that_it_negotiated() {
     let mut switches = Switches::default();
     let mut new = |features| Guest::new(&mut switches, "s", 1, features);
     let [mut able, mut plain, mut rigid, mut packed] = [
@@ -380,7 +383,7 @@ fn a_receiver_gets_no_more_than_it_negotiated() {
         ..spec(0, ALL)
     };
     let csum = csum.build(b"checksum me").unwrap();
-    // A guest that says of its own checksum that it has been checked.
+    // A guest that claims that its own checksum was verified (DATA_VALID).
     let mut claimed = frame(0, ALL, b"believe me");
     claimed.header.flags = virtionet_guest::header::VIRTIO_NET_HDR_F_DATA_VALID;
     let sent = [large(1), csum.clone(), large(2), claimed.clone()];
@@ -417,19 +420,19 @@ fn a_receiver_gets_no_more_than_it_negotiated() {
     }
     assert_eq!(able.tx().frames.get(), 4);
 
-    // What asks for the impossible is dropped where it would have to be done, and counted.
+    // An impossible request is dropped where it would have to be performed, and counted.
     let mut odd = csum;
     odd.header.csum_start = 0;
     odd.bytes[..6].copy_from_slice(&mac(9));
     able.send(0, &[odd]);
     assert_eq!(packed.received(0).len(), 1);
     assert!(plain.received(0).is_empty());
-    // A frame counts once, however many could not take it.
+    // A frame counts once, whatever the number of receivers.
     assert_eq!(able.tx().offload_invalid.get(), 1);
 }
 
 #[test]
-fn switches_do_not_know_of_each_other() {
+fn switches_are_independent() {
     let mut switches = Switches::default();
     let mut new = |switch| Guest::new(&mut switches, switch, 1, MODERN);
     let [mut a, mut b] = ["one", "one"].map(&mut new);
@@ -442,18 +445,20 @@ fn switches_do_not_know_of_each_other() {
 }
 
 #[test]
-fn nothing_comes_by_itself() {
+fn a_switch_port_has_nothing_to_poll_or_receive() {
     let mut switches = Switches::default();
     let [a] = guests(&mut switches, 1);
     assert!(a.pairs[0].uplink.poll_fd().is_none());
     assert_eq!(a.pairs[0].uplink.receive(&[], &mut [0]), Received::Empty);
     a.uplink.set_mtu(9000).unwrap();
-    let too_many = a.uplink.open_queue(128, virtionet_virtio_net::uplink::null_rx_sink());
+    let too_many = a
+        .uplink
+        .open_queue(128, virtionet_virtio_net::uplink::null_rx_sink());
     assert!(too_many.unwrap_err().to_string().contains("pair 128"));
 }
 
 #[test]
-fn senders_at_once_lose_and_mix_nothing() {
+fn concurrent_senders_lose_and_mix_no_frames() {
     let mut switches = Switches::default();
     let [mut sink, a, b, c] = guests(&mut switches, 1);
     sink.send(0, &[frame(0, ALL, b"sink")]);
@@ -481,7 +486,7 @@ fn senders_at_once_lose_and_mix_nothing() {
             }
         }
     });
-    // In order of each sender, and what is missing was dropped for want of buffers.
+    // The frames of each sender are in order, and missing ones were dropped without a buffer.
     let mut last = BTreeMap::new();
     for bytes in &got {
         let [who, round, n] = bytes[42..45].try_into().unwrap();
@@ -495,16 +500,16 @@ fn senders_at_once_lose_and_mix_nothing() {
 }
 
 #[test]
-fn the_pump_of_a_switch_without_tap_does_not_exist() {
+fn a_switch_without_tap_has_no_host_port_forwarder() {
     let mut switches = Switches::default();
     let _guests: [Guest; 2] = guests(&mut switches, 1);
     assert!(switches.0["s"].host_port_forwarder().is_none());
 }
 
-/// What may happen on a switch.
+/// An event on a switch.
 #[derive(Debug, Clone)]
 enum Action {
-    /// A guest sends a burst on a pair: to whom, which flow, how long.
+    /// A guest transmits a burst on a pair: the destination, the flow, the length.
     Send(u8, usize, Vec<(u8, u16, usize)>),
     /// A guest's pair is attached or detached.
     Attach(u8, usize, bool),
@@ -523,7 +528,7 @@ fn action() -> impl Strategy<Value = Action> {
     ]
 }
 
-/// Who is where, without any of the switch's shortcuts.
+/// A simple model of the switch.
 #[derive(Default)]
 struct Model {
     known: [bool; GUESTS as usize],
@@ -537,7 +542,7 @@ impl Model {
             .any(|((owner, _), attached)| *owner == guest && *attached)
     }
 
-    /// Who gets a frame.
+    /// The guests that receive a frame.
     fn receivers(&self, from: u8, to: u8) -> Vec<u8> {
         let known = self.known.get(usize::from(to)).copied().unwrap_or(false);
         (0..GUESTS)
@@ -550,7 +555,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn each_frame_reaches_whom_it_is_for_once_and_in_order(
+    fn each_frame_reaches_its_receivers_once_and_in_order(
         acts in proptest::collection::vec(action(), 1..40),
     ) {
         let mut switches = Switches::default();
@@ -575,7 +580,7 @@ proptest! {
             let sender = &mut all[usize::from(from)];
             let before = (sender.pairs[pair].stats.frames.get(), sender.pairs[pair].stats.dropped_no_port.get());
             model.known[usize::from(from)] = true;
-            // By receiver and flow: the serial numbers that it must get, in order.
+            // By receiver and flow: the serial numbers that must arrive, in order.
             let mut want: BTreeMap<(u8, u16), Vec<u32>> = BTreeMap::new();
             let mut carried = 0;
             let mut frames = Vec::new();
@@ -614,7 +619,7 @@ proptest! {
                 for flow in 0..4 {
                     let got = got.remove(&flow).unwrap_or_default();
                     let want = want.remove(&(receiver, flow)).unwrap_or_default();
-                    // Frames to all are flows of their own, perhaps on another pair.
+                    // Broadcasts are flows of their own and may arrive on another pair.
                     let mut sorted = got.clone();
                     sorted.sort_unstable();
                     prop_assert_eq!(sorted, want);

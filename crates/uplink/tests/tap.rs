@@ -1,17 +1,17 @@
-//! Frames through real TAPs, in network namespaces of their own.
+//! Frames through real TAPs, each test in a network namespace of its own.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::print_stdout)]
 
 mod host;
 
 use std::sync::Arc;
 
-use host::{open_tap, 
+use host::{
     PacketSocket, become_nobody, datagram, drain, eventually, frame, in_namespaces, kernel_packets,
-    link, receive, run, send, share_tun, wait_for_frame,
+    link, open_tap, receive, run, send, share_tun, wait_for_frame,
 };
 use virtionet_virtio_net::header::{FrameFormat, VnetHeader};
-use virtionet_virtio_net::uplink::{Received, TxFrame, Uplink, UplinkQueue, null_rx_sink};
 use virtionet_virtio_net::stats::VringStats;
+use virtionet_virtio_net::uplink::{Received, TxFrame, Uplink, UplinkQueue, null_rx_sink};
 
 const PLAIN: VnetHeader = VnetHeader([0; 12]);
 const WHOLE: usize = 65_600;
@@ -38,13 +38,13 @@ fn format(header_len: usize, tso: bool) -> FrameFormat {
 }
 
 #[test]
-fn frames_leave_as_the_guest_wrote_them() {
+fn transmitted_frames_arrive_unchanged() {
     in_namespaces(|| {
         let uplink = tap("vt0");
         let queue = attached(&*uplink, 0);
         let socket = PacketSocket::on("vt0");
-        // In one piece, in odd ones, in more than the small list holds, in as many as one system
-        // call takes with the header, in one more, and in many more.
+        // In one segment, in odd ones, in more than the small list holds, in as many as one system
+        // call accepts with the header, in one more, and in many more.
         for (len, cut) in [
             (14, 14),
             (60, 7),
@@ -59,7 +59,7 @@ fn frames_leave_as_the_guest_wrote_them() {
             for header_len in [12, 10] {
                 uplink.set_format(format(header_len, false)).unwrap();
                 let sent = frame(len, 1);
-                // What the guest left in num_buffers is not for the kernel.
+                // The kernel must not see the guest's value of num_buffers.
                 let mut header = PLAIN;
                 header.0[10..].fill(0xff);
                 let stats = send(&*queue, header, &sent, cut);
@@ -72,7 +72,7 @@ fn frames_leave_as_the_guest_wrote_them() {
 }
 
 #[test]
-fn a_burst_leaves_in_order() {
+fn a_burst_is_transmitted_in_order() {
     in_namespaces(|| {
         let uplink = tap("vt0");
         let queue = attached(&*uplink, 0);
@@ -102,7 +102,7 @@ fn a_burst_leaves_in_order() {
 }
 
 #[test]
-fn frames_arrive_over_many_buffers_and_too_long_ones_are_told() {
+fn frames_arrive_in_many_buffers_and_too_long_ones_are_reported() {
     in_namespaces(|| {
         let uplink = tap("vt0");
         let queue = attached(&*uplink, 0);
@@ -131,11 +131,11 @@ fn frames_arrive_over_many_buffers_and_too_long_ones_are_told() {
             }
             assert_eq!(receive(&*queue, &[WHOLE]).0, Received::Empty);
         }
-        // Without room for a header the kernel refuses, and the frame is gone.
+        // Without space for a header the kernel refuses, and the frame is lost.
         socket.send(&frame(60, 4));
         assert_eq!(receive(&*queue, &[8]).0, Received::Lost);
         assert_eq!(receive(&*queue, &[WHOLE]).0, Received::Empty);
-        // What the buffers do not take spills over.
+        // The part that does not fit into the buffers goes to the bounce buffer.
         socket.send(&frame(60, 5));
         let mut bounce = [0; 64];
         assert_eq!(queue.receive(&[], &mut bounce), Received::TooLong);
@@ -146,7 +146,7 @@ fn frames_arrive_over_many_buffers_and_too_long_ones_are_told() {
 }
 
 #[test]
-fn a_detached_queue_gets_nothing() {
+fn a_detached_queue_receives_nothing() {
     in_namespaces(|| {
         let uplink = tap("vt0");
         let queues = [attached(&*uplink, 0), attached(&*uplink, 1)];
@@ -161,26 +161,26 @@ fn a_detached_queue_gets_nothing() {
         assert!(first > 20 && second > 20, "{first} and {second}");
         assert_eq!(first + second, 200);
         for (idle, expected) in [(1, [200, 0]), (0, [0, 0])] {
-            // Twice is as good as once.
+            // The second call changes nothing.
             queues[idle].set_attached(false).unwrap();
             queues[idle].set_attached(false).unwrap();
             assert_eq!(spread(), expected);
         }
         queues[1].set_attached(true).unwrap();
         assert_eq!(spread(), [0, 200]);
-        // A queue that opens later, or again, starts detached or as it was.
+        // A new queue is detached; a queue that is opened again is as it was.
         let third = uplink.open_queue(2, null_rx_sink()).unwrap();
         assert_eq!((spread(), drain(&*third)), ([0, 200], 0));
         let again = uplink.open_queue(1, null_rx_sink()).unwrap();
         socket.send(&datagram(1, 2));
         assert_eq!(wait_for_frame(&*again).len(), 12 + 46);
-        // What is detached can send.
+        // A detached queue can transmit.
         assert_eq!(send(&*third, PLAIN, &frame(60, 1), 60).frames.get(), 1);
     });
 }
 
 #[test]
-fn a_reply_comes_to_the_queue_that_its_flow_left_from() {
+fn a_reply_arrives_at_the_queue_on_which_its_flow_was_transmitted() {
     in_namespaces(|| {
         let uplink = tap("vt0");
         let queues: Vec<_> = (0..4).map(|pair| attached(&*uplink, pair)).collect();
@@ -224,7 +224,7 @@ fn offloads_follow_the_format_on_every_queue() {
     });
 }
 
-/// A virtio-net header of 10 bytes and 4,000 bytes of TCP over IPv4 to be cut into 1,000s.
+/// A virtio-net header of 10 bytes and 4,000 bytes of TCP over IPv4 with a gso_size of 1,000.
 fn large_segment() -> Vec<u8> {
     let mut packet = vec![1, 1, 54, 0, 0xe8, 3, 34, 0, 16, 0];
     packet.extend([2, 0, 0, 0, 0, 9, 2, 0, 0, 0, 0, 8, 8, 0]);
@@ -238,7 +238,7 @@ fn large_segment() -> Vec<u8> {
 }
 
 #[test]
-fn a_large_frame_of_the_guest_is_taken_whole() {
+fn a_large_frame_of_the_guest_is_accepted_whole() {
     in_namespaces(|| {
         let uplink = tap("vt0");
         let queue = attached(&*uplink, 0);
@@ -247,7 +247,7 @@ fn a_large_frame_of_the_guest_is_taken_whole() {
         header.0[..10].copy_from_slice(&packet[..10]);
         let stats = send(&*queue, header, &packet[10..], 1000);
         assert_eq!((stats.frames.get(), stats.bytes.get()), (1, 4054));
-        // A checksum beyond the frame: the kernel's word counts, and the next frame passes.
+        // A checksum beyond the frame: the kernel refuses it, and the next frame passes.
         header.0[6..8].copy_from_slice(&60_000_u16.to_le_bytes());
         let stats = send(&*queue, header, &packet[10..], 1000);
         assert_eq!(stats.frames.get(), 0);
@@ -257,7 +257,7 @@ fn a_large_frame_of_the_guest_is_taken_whole() {
 }
 
 #[test]
-fn down_and_gone_are_counted_and_survived() {
+fn frames_to_a_tap_that_is_down_or_gone_are_dropped_and_counted() {
     in_namespaces(|| {
         let uplink = tap("vt0");
         let queue = attached(&*uplink, 0);
@@ -282,7 +282,10 @@ fn down_and_gone_are_counted_and_survived() {
             queue.set_attached(false).unwrap_err().to_string(),
             uplink.set_format(format(12, true)).unwrap_err().to_string(),
             uplink.set_mtu(1500).unwrap_err().to_string(),
-            uplink.open_queue(1, null_rx_sink()).unwrap_err().to_string(),
+            uplink
+                .open_queue(1, null_rx_sink())
+                .unwrap_err()
+                .to_string(),
         ] {
             assert!(
                 error.starts_with("TAP vt0 is gone; make it again"),
@@ -293,7 +296,7 @@ fn down_and_gone_are_counted_and_survived() {
 }
 
 #[test]
-fn memory_that_is_not_there_loses_one_frame_and_no_more() {
+fn unmapped_guest_memory_loses_one_frame_only() {
     in_namespaces(|| {
         let uplink = tap("vt0");
         let queue = attached(&*uplink, 0);
@@ -320,7 +323,7 @@ fn memory_that_is_not_there_loses_one_frame_and_no_more() {
 }
 
 #[test]
-fn a_tap_that_was_renamed_is_still_ours() {
+fn a_tap_that_was_renamed_still_gets_queues() {
     in_namespaces(|| {
         let uplink = tap("vt0");
         run("ip link set vt0 down");
@@ -335,7 +338,7 @@ fn a_tap_that_was_renamed_is_still_ours() {
 }
 
 #[test]
-fn a_tap_of_ours_comes_up_in_its_bridge_and_goes_with_us() {
+fn a_created_tap_is_up_in_its_bridge_and_disappears_with_the_uplink() {
     in_namespaces(|| {
         run("ip link add vbr type bridge");
         let uplink = tap("vt%d,bridge=vbr");
@@ -366,7 +369,7 @@ fn frames_pass_from_tap_to_tap_through_a_bridge() {
         let sent = frame(1514, 7);
         send(&*queues[0], PLAIN, &sent, 100);
         let got = loop {
-            // The bridge may say a word of its own first.
+            // The bridge may send a frame of its own first.
             let got = wait_for_frame(&*queues[1]);
             if got[24..26] == host::ETHERTYPE {
                 break got;
@@ -377,7 +380,7 @@ fn frames_pass_from_tap_to_tap_through_a_bridge() {
 }
 
 #[test]
-fn the_mtu_is_set_on_our_tap_and_raised_on_another() {
+fn the_mtu_is_set_on_a_created_tap_and_raised_on_an_existing_one() {
     in_namespaces(|| {
         let ours = tap("vt0");
         run("ip tuntap add dev vt1 mode tap multi_queue vnet_hdr");
@@ -401,7 +404,7 @@ fn the_mtu_is_set_on_our_tap_and_raised_on_another() {
 }
 
 #[test]
-fn an_existing_tap_is_left_as_found() {
+fn an_existing_tap_is_not_changed() {
     in_namespaces(|| {
         run("ip tuntap add dev vt0 mode tap multi_queue vnet_hdr");
         for _ in 0..2 {

@@ -1,4 +1,4 @@
-//! What a person is told when a TAP cannot be had, each said by a real kernel's refusal.
+//! The errors of a TAP that cannot be opened, each caused by a real kernel.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::print_stdout)]
 
 mod host;
@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use host::{open_tap, become_nobody, eventually, hide_tun, in_namespaces, run, share_tun};
+use host::{become_nobody, eventually, hide_tun, in_namespaces, open_tap, run, share_tun};
 use virtionet_virtio_net::uplink::{Uplink, null_rx_sink};
 
 fn open_error(spec: &str) -> String {
@@ -28,7 +28,7 @@ fn tap(spec: &str) -> Arc<dyn Uplink> {
 }
 
 #[test]
-fn no_driver_and_no_permission() {
+fn a_missing_driver_and_a_missing_permission_have_their_errors() {
     in_namespaces(|| {
         hide_tun();
         assert_says(
@@ -48,7 +48,7 @@ fn no_driver_and_no_permission() {
 }
 
 #[test]
-fn no_capability() {
+fn a_missing_capability_has_its_error() {
     in_namespaces(|| {
         share_tun();
         run("ip tuntap add dev vt1 mode tap user 1 multi_queue vnet_hdr");
@@ -86,7 +86,7 @@ fn no_capability() {
 }
 
 #[test]
-fn the_wrong_kind_of_interface() {
+fn an_interface_of_the_wrong_kind_has_its_error() {
     in_namespaces(|| {
         run("ip tuntap add dev single mode tap vnet_hdr");
         run("ip tuntap add dev tun0 mode tun multi_queue");
@@ -108,7 +108,7 @@ fn the_wrong_kind_of_interface() {
 }
 
 #[test]
-fn held_by_another() {
+fn a_tap_of_another_process_has_its_error() {
     in_namespaces(|| {
         let uplink = tap("vt0");
         let queue = uplink.open_queue(1, null_rx_sink()).unwrap();
@@ -122,7 +122,7 @@ fn held_by_another() {
 }
 
 #[test]
-fn a_tap_whose_owner_lets_it_go_within_a_second_is_opened() {
+fn a_tap_that_is_released_within_a_second_is_opened() {
     in_namespaces(|| {
         run("ip tuntap add dev vt0 mode tap multi_queue vnet_hdr");
         let owner = tap("vt0");
@@ -139,13 +139,16 @@ fn a_tap_whose_owner_lets_it_go_within_a_second_is_opened() {
 }
 
 #[test]
-fn too_many_queues() {
+fn a_queue_too_many_has_its_error() {
     in_namespaces(|| {
         let uplink = tap("vt0");
         let _queues: Vec<_> = (0..256)
             .map(|pair| uplink.open_queue(pair, null_rx_sink()).unwrap())
             .collect();
-        let message = uplink.open_queue(256, null_rx_sink()).unwrap_err().to_string();
+        let message = uplink
+            .open_queue(256, null_rx_sink())
+            .unwrap_err()
+            .to_string();
         assert_says(
             &message,
             &[
@@ -161,7 +164,7 @@ fn too_many_queues() {
 }
 
 #[test]
-fn bridges() {
+fn a_wrong_bridge_has_its_error() {
     in_namespaces(|| {
         run("ip link add vbr type bridge");
         run("ip link add vbr2 type bridge");

@@ -1,16 +1,16 @@
-//! Which virtio features the device offers and what the driver took (virtio 1.3 §5.1.3, §6).
+//! The virtio features that the device offers and the driver accepts (virtio 1.3 §5.1.3, §6).
 
+use virtio_bindings::virtio_config as config;
 use virtio_bindings::virtio_net as net;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_bindings::{virtio_config as config, virtio_net};
 
-use crate::header::{FrameFormat, VNET_HEADER_LEN, LEGACY_VNET_HEADER_LEN};
+use crate::frame_format::{FrameFormat, LEGACY_VNET_HEADER_LEN, VNET_HEADER_LEN};
 
 /// A set of virtio feature bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Features(pub u64);
 
-/// Feature bit numbers and their names without prefix, for the offer and for people.
+/// The bit numbers of the features that this device offers, and their names without prefix.
 const OFFERED: &[(u32, &str)] = &[
     (net::VIRTIO_NET_F_CSUM, "CSUM"),
     (net::VIRTIO_NET_F_GUEST_CSUM, "GUEST_CSUM"),
@@ -35,8 +35,8 @@ const OFFERED: &[(u32, &str)] = &[
 ];
 
 impl Features {
-    /// Everything this device can do. What QEMU itself provides (CTRL_VQ, STATUS, MAC) is not
-    /// among it, nor what cannot work through vhost-user (RSS, HASH_REPORT, RING_RESET).
+    /// All features of this device. It leaves out the features that QEMU itself provides (CTRL_VQ,
+    /// STATUS, MAC) and those that cannot work through vhost-user (RSS, HASH_REPORT, RING_RESET).
     #[must_use]
     pub fn offered() -> Self {
         Self(OFFERED.iter().fold(0, |all, (bit, _)| all | 1 << bit))
@@ -49,13 +49,13 @@ impl Features {
         self.0 >> bit & 1 == 1
     }
 
-    /// VIRTIO_NET_F_MRG_RXBUF.
+    /// Whether a received frame may span several buffers (VIRTIO_NET_F_MRG_RXBUF).
     #[must_use]
     pub fn has_mergeable_buffers(self) -> bool {
         self.has(net::VIRTIO_NET_F_MRG_RXBUF)
     }
 
-    /// The names of the bits in the set that this device knows.
+    /// The names of the features in the set that this device knows.
     #[must_use]
     pub fn names(self) -> Vec<&'static str> {
         OFFERED
@@ -75,10 +75,10 @@ impl Features {
         }
     }
 
-    /// What the guest takes under these features.
+    /// The form of received frames under these features.
     #[must_use]
     pub fn format(self) -> FrameFormat {
-        let csum = self.has(virtio_net::VIRTIO_NET_F_GUEST_CSUM);
+        let csum = self.has(net::VIRTIO_NET_F_GUEST_CSUM);
         FrameFormat {
             header_len: self.header_len(),
             csum,

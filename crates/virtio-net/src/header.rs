@@ -1,47 +1,58 @@
-//! The virtio-net header (virtio 1.3 §5.1.6): what TX frames carry in, checked, and what RX frames
-//! carry out.
+//! The virtio-net header in front of each frame (virtio 1.3 §5.1.6), and the checks that a TX
+//! frame's header must pass.
 
 use virtio_bindings::virtio_net as net;
 
 use crate::features::Features;
+pub use crate::frame_format::{FrameFormat, LEGACY_VNET_HEADER_LEN, VNET_HEADER_LEN};
 use crate::stats::VringStats;
 
-/// Bytes of a header with `num_buffers` (VERSION_1 or MRG_RXBUF negotiated).
-pub const VNET_HEADER_LEN: usize = 12;
-/// Bytes of a legacy header without `num_buffers`.
-pub const LEGACY_VNET_HEADER_LEN: usize = 10;
 /// The shortest frame: an Ethernet header. A shorter one must never reach a TAP (CVE-2024-41090).
 pub const MIN_FRAME: usize = 14;
-/// The longest frame: 64 KiB - 1 of IP, an Ethernet header and a VLAN tag.
-pub const MAX_FRAME: usize = 65_535 + 14 + 4;
+/// The longest frame: an Ethernet header, two VLAN tags, and the longest IP packet.
+pub const MAX_FRAME: usize = 14 + 2 * 4 + 65_535;
 
-const VIRTIO_NET_HDR_F_NEEDS_CSUM: u8 = 1;
-const VIRTIO_NET_HDR_GSO_NONE: u8 = 0;
-const VIRTIO_NET_HDR_GSO_TCPV4: u8 = 1;
-const VIRTIO_NET_HDR_GSO_UDP: u8 = 3;
-const VIRTIO_NET_HDR_GSO_TCPV6: u8 = 4;
-const VIRTIO_NET_HDR_GSO_ECN: u8 = 0x80;
+/// `flags`: the receiver is to complete the checksum.
+pub const VIRTIO_NET_HDR_F_NEEDS_CSUM: u8 = low_byte(net::VIRTIO_NET_HDR_F_NEEDS_CSUM);
+/// `flags`: the checksum has been verified.
+pub const VIRTIO_NET_HDR_F_DATA_VALID: u8 = low_byte(net::VIRTIO_NET_HDR_F_DATA_VALID);
+/// `gso_type`: a frame without GSO.
+pub const VIRTIO_NET_HDR_GSO_NONE: u8 = low_byte(net::VIRTIO_NET_HDR_GSO_NONE);
+/// `gso_type`: TCP segmentation over IPv4.
+pub const VIRTIO_NET_HDR_GSO_TCPV4: u8 = low_byte(net::VIRTIO_NET_HDR_GSO_TCPV4);
+/// `gso_type`: UDP fragmentation.
+pub const VIRTIO_NET_HDR_GSO_UDP: u8 = low_byte(net::VIRTIO_NET_HDR_GSO_UDP);
+/// `gso_type`: TCP segmentation over IPv6.
+pub const VIRTIO_NET_HDR_GSO_TCPV6: u8 = low_byte(net::VIRTIO_NET_HDR_GSO_TCPV6);
+/// `gso_type`: the bit that is added to a TCP type where the packet uses ECN.
+pub const VIRTIO_NET_HDR_GSO_ECN: u8 = low_byte(net::VIRTIO_NET_HDR_GSO_ECN);
 
-/// A header in private memory, little-endian as on the wire. It is read from guest memory once and
-/// never again: what was checked is what is sent.
+/// The bindings define the constants with 32 bits, but the header's fields have 8.
+const fn low_byte(constant: u32) -> u8 {
+    let [low, ..] = constant.to_le_bytes();
+    low
+}
+
+/// A virtio-net header in private memory, little-endian as in the ring. It is read from guest
+/// memory exactly once, so the bytes that were checked are the bytes that are transmitted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(transparent)]
 pub struct VnetHeader(pub [u8; VNET_HEADER_LEN]);
 
 impl VnetHeader {
-    /// `flags`: NEEDS_CSUM = 1, DATA_VALID = 2.
+    /// `flags`: NEEDS_CSUM and DATA_VALID.
     #[must_use]
     pub fn flags(&self) -> u8 {
         self.0[0]
     }
 
-    /// `gso_type`, with the ECN bit.
+    /// `gso_type`, including the ECN bit.
     #[must_use]
     pub fn gso_type(&self) -> u8 {
         self.0[1]
     }
 
-    /// `hdr_len`: bytes of all packet headers, a hint.
+    /// `hdr_len`: bytes of all packet headers; a hint only.
     #[must_use]
     pub fn hdr_len(&self) -> u16 {
         self.read_le16(2)
@@ -53,13 +64,13 @@ impl VnetHeader {
         self.read_le16(4)
     }
 
-    /// `csum_start`: where the checksum begins.
+    /// `csum_start`: the first byte that the checksum covers.
     #[must_use]
     pub fn csum_start(&self) -> u16 {
         self.read_le16(6)
     }
 
-    /// `csum_offset`: where after that it is stored.
+    /// `csum_offset`: where the checksum is stored, counted from `csum_start`.
     #[must_use]
     pub fn csum_offset(&self) -> u16 {
         self.read_le16(8)
@@ -69,7 +80,7 @@ impl VnetHeader {
         u16::from_le_bytes([self.0[at], self.0[at + 1]])
     }
 
-    /// Checks the header of a TX frame of `len` bytes against what was negotiated.
+    /// Checks the header of a TX frame of `len` bytes against the negotiated features.
     ///
     /// # Errors
     /// The first rule that the guest broke.
@@ -80,7 +91,9 @@ impl VnetHeader {
         if len > MAX_FRAME {
             return Err(HeaderFault::FrameTooLong);
         }
-        if self.flags() & !2 == 0 && self.gso_type() == VIRTIO_NET_HDR_GSO_NONE {
+        if self.flags() & !VIRTIO_NET_HDR_F_DATA_VALID == 0
+            && self.gso_type() == VIRTIO_NET_HDR_GSO_NONE
+        {
             return Ok(());
         }
         self.check_gso(len, features)?;
@@ -92,7 +105,9 @@ impl VnetHeader {
             VIRTIO_NET_HDR_GSO_NONE if self.gso_type() == VIRTIO_NET_HDR_GSO_NONE => return Ok(()),
             VIRTIO_NET_HDR_GSO_TCPV4 => net::VIRTIO_NET_F_HOST_TSO4,
             VIRTIO_NET_HDR_GSO_TCPV6 => net::VIRTIO_NET_F_HOST_TSO6,
-            VIRTIO_NET_HDR_GSO_UDP if self.gso_type() == VIRTIO_NET_HDR_GSO_UDP => net::VIRTIO_NET_F_HOST_UFO,
+            VIRTIO_NET_HDR_GSO_UDP if self.gso_type() == VIRTIO_NET_HDR_GSO_UDP => {
+                net::VIRTIO_NET_F_HOST_UFO
+            }
             _ => return Err(HeaderFault::GsoUnknown),
         };
         let ecn = self.gso_type() & VIRTIO_NET_HDR_GSO_ECN != 0;
@@ -118,7 +133,7 @@ impl VnetHeader {
         if !features.has(net::VIRTIO_NET_F_CSUM) {
             return Err(HeaderFault::CsumNotNegotiated);
         }
-        // Three values of 16 bits cannot overflow: check the sum, not the parts.
+        // The sum is what must lie within the frame. Two values of 16 bits cannot overflow it.
         let end = usize::from(self.csum_start()) + usize::from(self.csum_offset()) + 2;
         if end > len {
             return Err(HeaderFault::CsumOutOfFrame);
@@ -127,33 +142,33 @@ impl VnetHeader {
     }
 }
 
-/// What a guest got wrong in a TX frame's header or length.
+/// A fault of the guest in the header or the length of a TX frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HeaderFault {
-    /// The chain has no room for a header.
+    /// The chain is shorter than a header.
     Missing,
-    /// Under [`MIN_FRAME`] bytes.
+    /// The frame has fewer than [`MIN_FRAME`] bytes.
     FrameTooShort,
-    /// Over [`MAX_FRAME`] bytes.
+    /// The frame has more than [`MAX_FRAME`] bytes.
     FrameTooLong,
-    /// No such gso_type.
+    /// `gso_type` has a value that does not exist.
     GsoUnknown,
-    /// A GSO type that was not negotiated.
+    /// `gso_type` was not negotiated.
     GsoNotNegotiated,
-    /// gso_size is 0.
+    /// `gso_size` is 0.
     GsoSizeZero,
-    /// GSO without NEEDS_CSUM.
+    /// The header requests GSO without NEEDS_CSUM.
     GsoWithoutCsum,
-    /// NEEDS_CSUM without VIRTIO_NET_F_CSUM.
+    /// NEEDS_CSUM is set without VIRTIO_NET_F_CSUM.
     CsumNotNegotiated,
-    /// The checksum would lie beyond the frame.
+    /// The checksum lies beyond the frame.
     CsumOutOfFrame,
-    /// hdr_len is longer than the frame.
+    /// `hdr_len` is longer than the frame.
     HdrLenOutOfFrame,
 }
 
 impl HeaderFault {
-    /// Counts the fault.
+    /// Adds the fault to its counter.
     pub fn count(self, stats: &VringStats) {
         let counter = match self {
             Self::Missing => &stats.header_missing,
@@ -169,33 +184,4 @@ impl HeaderFault {
         };
         counter.add(1);
     }
-}
-
-/// What the guest takes, as the uplink needs to know it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct FrameFormat {
-    /// Bytes of the virtio-net header: 12, or 10 for a legacy driver without MRG_RXBUF.
-    pub header_len: usize,
-    /// The guest takes frames with a partial checksum (GUEST_CSUM).
-    pub csum: bool,
-    /// The guest takes TCP segments over IPv4 of up to 64 KiB (GUEST_TSO4).
-    pub tso4: bool,
-    /// The same over IPv6 (GUEST_TSO6).
-    pub tso6: bool,
-    /// The same with ECN (GUEST_ECN).
-    pub ecn: bool,
-    /// The guest takes UDP fragments of up to 64 KiB (GUEST_UFO).
-    pub ufo: bool,
-}
-
-impl FrameFormat {
-    /// Everything there is.
-    pub const ALL: Self = Self {
-        header_len: VNET_HEADER_LEN,
-        csum: true,
-        tso4: true,
-        tso6: true,
-        ecn: true,
-        ufo: true,
-    };
 }

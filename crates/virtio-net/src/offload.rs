@@ -1,28 +1,29 @@
-//! Offloads in software (virtio 1.3 §5.1.6.2): for frames that ask for a checksum or for GSO on
-//! their way to a guest that did not negotiate it.
+//! Offloads in software (virtio 1.3 §5.1.6.2): for frames that request a checksum or GSO and whose
+//! receiver did not negotiate it.
 //!
 //! ```text
-//!              fits? ── yes ──────────────────────────────▶ the frame as it is, never copied
+//!              negotiated? ── yes ────────────────────────▶ the frame as it is, never copied
 //! TxFrame ─────┤
 //!              no ─▶ one copy to private memory ─▶ Segmenter
 //!                       NEEDS_CSUM alone   the checksum is filled in        checksum.rs
 //!                       TCPV4, TCPV6       TCP segments                     segment.rs
-//!                       UDP                IP fragments, as Linux does      fragment.rs
+//!                       UDP                IP fragments, as in Linux        fragment.rs
 //! ```
 //!
-//! The sending guest can change its memory at any time and its header can lie: the frame is copied
-//! once, everything is read from the copy, `hdr_len` is ignored and the headers are parsed
-//! (headers.rs). The header's `csum_start` and `csum_offset` must name the checksum that the parser
-//! found, so both sides mean the same packet. What does not fit together is an [`OffloadFault`],
-//! found before anything has been emitted.
+//! The sending guest can change its memory at any time, and its header can be wrong. So the frame
+//! is copied once, everything is read from the copy, `hdr_len` is ignored and the packet headers
+//! are parsed (headers.rs). The header's `csum_start` and `csum_offset` must name the checksum that
+//! the parser found, so that sender and receiver interpret the packet alike. Where header and
+//! packet contradict each other, the result is an [`OffloadFault`], before any frame has been
+//! emitted.
 //!
-//! A target that takes partial checksums but not TSO gets segments with a partial checksum each:
-//! that costs one pass over the data less, for us and (it trusts them) for the guest.
+//! A receiver that accepts partial checksums but not TSO gets segments with a partial checksum
+//! each. That saves a pass over the data here, and in the receiving guest, which trusts them.
 //!
-//! Length fields of the IP header are not believed but written: the packet goes to the frame's end,
-//! as in the kernel. Checksums start from the pseudo header's sum that the guest left in the
-//! checksum field (virtio 1.3 §5.1.6.2), so they are right even where a routing header hides the
-//! final destination.
+//! The length fields of the IP header are not read but written: the packet extends to the end of
+//! the frame, as in the kernel. Checksums start from the pseudo header's sum that the guest left in
+//! the checksum field (virtio 1.3 §5.1.6.2), so they are right even where a routing header hides
+//! the final destination.
 
 mod batch;
 mod checksum;
@@ -30,24 +31,22 @@ mod fragment;
 mod headers;
 mod segment;
 
-use virtio_bindings::virtio_net as net;
-
-use crate::header::{FrameFormat, VNET_HEADER_LEN, MAX_FRAME, MIN_FRAME, VnetHeader};
-use crate::uplink::TxFrame;
+use crate::header::{
+    FrameFormat, MAX_FRAME, MIN_FRAME, VIRTIO_NET_HDR_F_DATA_VALID, VIRTIO_NET_HDR_F_NEEDS_CSUM,
+    VIRTIO_NET_HDR_GSO_ECN, VIRTIO_NET_HDR_GSO_NONE, VIRTIO_NET_HDR_GSO_TCPV4,
+    VIRTIO_NET_HDR_GSO_TCPV6, VIRTIO_NET_HDR_GSO_UDP, VNET_HEADER_LEN, VnetHeader,
+};
+use crate::packet::IpVersion;
 use crate::stats::VringStats;
+use crate::uplink::TxFrame;
 use batch::Batch;
 use fragment::Identifications;
-use headers::IpVersion;
 
-/// The smallest `gso_size` that is served: what the smallest MTU of IPv4 (68 bytes, RFC 791) leaves
-/// of a TCP segment. It bounds what one frame can become: 1 + [`MAX_FRAME`] / 24 frames.
+/// The smallest `gso_size` that is accepted: the payload of a TCP segment at the smallest MTU of
+/// IPv4 (68 bytes, RFC 791). It limits the frames that are made of one: 1 + [`MAX_FRAME`] / 24.
 pub const MIN_GSO_SIZE: usize = 28;
 
-const VIRTIO_NET_HDR_F_NEEDS_CSUM: u32 = net::VIRTIO_NET_HDR_F_NEEDS_CSUM;
-const VIRTIO_NET_HDR_F_DATA_VALID: u32 = net::VIRTIO_NET_HDR_F_DATA_VALID;
-const VIRTIO_NET_HDR_GSO_ECN: u32 = net::VIRTIO_NET_HDR_GSO_ECN;
-
-/// Whether a guest that negotiated `format` takes a frame with this header as it is.
+/// Whether a guest that negotiated `format` accepts a frame with this header as it is.
 #[inline(always)]
 #[must_use]
 pub fn can_pass_unmodified(header: &VnetHeader, format: &FrameFormat) -> bool {
@@ -55,7 +54,7 @@ pub fn can_pass_unmodified(header: &VnetHeader, format: &FrameFormat) -> bool {
 }
 
 fn is_request_supported(header: &VnetHeader, format: &FrameFormat) -> bool {
-    let flags = u32::from(header.flags());
+    let flags = header.flags();
     let partial = flags & VIRTIO_NET_HDR_F_NEEDS_CSUM != 0;
     let unknown = flags & !(VIRTIO_NET_HDR_F_NEEDS_CSUM | VIRTIO_NET_HDR_F_DATA_VALID) != 0;
     let gso = match GsoType::from_header(header) {
@@ -65,11 +64,11 @@ fn is_request_supported(header: &VnetHeader, format: &FrameFormat) -> bool {
         Ok(GsoType::Udp) => partial && format.ufo,
         Err(_) => false,
     };
-    let ecn = u32::from(header.gso_type()) & VIRTIO_NET_HDR_GSO_ECN != 0;
+    let ecn = header.gso_type() & VIRTIO_NET_HDR_GSO_ECN != 0;
     !unknown && gso && (format.csum || flags == 0) && (format.ecn || !ecn)
 }
 
-/// What a header asks to be done with the frame.
+/// The segmentation that a header requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum GsoType {
     None,
@@ -79,88 +78,88 @@ enum GsoType {
 
 impl GsoType {
     fn from_header(header: &VnetHeader) -> Result<Self, OffloadFault> {
-        let with_ecn = u32::from(header.gso_type());
+        let with_ecn = header.gso_type();
         match with_ecn & !VIRTIO_NET_HDR_GSO_ECN {
-            _ if with_ecn == net::VIRTIO_NET_HDR_GSO_NONE => Ok(Self::None),
-            net::VIRTIO_NET_HDR_GSO_TCPV4 => Ok(Self::Tcp(IpVersion::V4)),
-            net::VIRTIO_NET_HDR_GSO_TCPV6 => Ok(Self::Tcp(IpVersion::V6)),
-            _ if with_ecn == net::VIRTIO_NET_HDR_GSO_UDP => Ok(Self::Udp),
+            _ if with_ecn == VIRTIO_NET_HDR_GSO_NONE => Ok(Self::None),
+            VIRTIO_NET_HDR_GSO_TCPV4 => Ok(Self::Tcp(IpVersion::V4)),
+            VIRTIO_NET_HDR_GSO_TCPV6 => Ok(Self::Tcp(IpVersion::V6)),
+            _ if with_ecn == VIRTIO_NET_HDR_GSO_UDP => Ok(Self::Udp),
             _ => Err(OffloadFault::GsoUnknown),
         }
     }
 }
 
-/// How a frame's header and its content do not go together.
+/// A contradiction between a frame's virtio-net header and its content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum OffloadFault {
-    /// Under [`MIN_FRAME`] bytes.
+    /// The frame has fewer than [`MIN_FRAME`] bytes.
     #[error("the frame is too short for Ethernet")]
     FrameTooShort,
-    /// Over [`MAX_FRAME`] bytes, or more than a length field of IP can say.
+    /// The frame has more than [`MAX_FRAME`] bytes, or more than a length field of IP can express.
     #[error("the frame is too long for IP")]
     FrameTooLong,
-    /// No such gso_type.
-    #[error("there is no such gso_type")]
+    /// `gso_type` has a value that does not exist.
+    #[error("gso_type has a value that does not exist")]
     GsoUnknown,
-    /// GSO without NEEDS_CSUM.
-    #[error("GSO is asked for without NEEDS_CSUM")]
+    /// The header requests GSO without NEEDS_CSUM.
+    #[error("the header requests GSO without NEEDS_CSUM")]
     GsoWithoutCsum,
-    /// gso_size is under [`MIN_GSO_SIZE`].
+    /// `gso_size` is under [`MIN_GSO_SIZE`].
     #[error("gso_size is under {MIN_GSO_SIZE}")]
     GsoSizeTooSmall,
     /// The checksum lies in the Ethernet header or beyond the frame.
     #[error("the checksum lies outside the packet")]
     CsumOutOfPacket,
-    /// The checksum to fill in is not that of the header found in the frame.
+    /// The checksum to fill in is not the one of the transport header in the frame.
     #[error("csum_start and csum_offset do not name the packet's checksum")]
     CsumMismatch,
     /// The frame does not carry the protocol that gso_type names.
     #[error("gso_type does not name the packet's protocol")]
     WrongProtocol,
-    /// A header goes on beyond the frame, or is shorter than its kind can be.
-    #[error("a packet header is cut short")]
+    /// A packet header extends beyond the frame, or is shorter than its kind can be.
+    #[error("a packet header is truncated")]
     HeaderTruncated,
-    /// All headers together are longer than any that is worth repeating.
+    /// All headers together are longer than what is repeated in each segment.
     #[error("the packet headers are too long")]
     HeadersTooLong,
     /// The packet is a fragment already.
-    #[error("GSO is asked for a packet that is a fragment")]
+    #[error("the header requests GSO for a packet that is a fragment")]
     AlreadyFragmented,
 }
 
 impl OffloadFault {
-    /// Counts the fault, with the ring that sent the frame.
+    /// Adds the fault to the counter of the vring that transmitted the frame.
     pub fn count(self, stats: &VringStats) {
         stats.offload_invalid.add(1);
     }
 }
 
-/// Does the work of a network card that a target lacks. Its buffers grow to the largest frame met
-/// (about 80 KiB each) and are used again; one is enough for a thread.
+/// Performs in software the offloads that a receiver did not negotiate. Its buffers grow to the
+/// longest frame so far (about 80 KiB each) and are reused; a thread needs only one.
 #[derive(Debug, Default)]
 pub struct Segmenter {
-    /// The frame as it was when it was copied.
+    /// The private copy of the frame.
     copy: Vec<u8>,
     batch: Batch,
     identifications: Identifications,
 }
 
 impl Segmenter {
-    /// No buffers yet.
+    /// Creates a segmenter without buffers.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Makes of `frame` frames that [`can_pass_unmodified`] passes for `format`, and hands them to `emit` in
-    /// order, at most [`crate::uplink::MAX_BURST`] at once; they are good for that call only.
+    /// Converts `frame` into frames that a guest that negotiated `format` accepts
+    /// ([`can_pass_unmodified`]), and passes them to `emit` in order, at most
+    /// [`crate::uplink::MAX_BURST`] at once. They are valid during that call only.
     ///
-    /// A frame that asks for nothing comes out as it went in, without its header's flags; so call
-    /// this only for frames that do not fit. Flags of the header beyond NEEDS_CSUM are never
-    /// passed on.
+    /// Call this only for frames that cannot pass unmodified: a frame that requests nothing is
+    /// emitted unchanged, but copied. The emitted headers never have a flag other than NEEDS_CSUM.
     ///
     /// # Errors
-    /// When header and content do not go together; nothing has been emitted then.
+    /// When the header contradicts the content; no frame has been emitted then.
     pub fn convert(
         &mut self,
         frame: &TxFrame<'_>,
@@ -170,7 +169,7 @@ impl Segmenter {
         let gso = GsoType::from_header(&frame.header)?;
         let len = self.copy_frame(frame)?;
         let copy = &mut self.copy[..len];
-        let partial = u32::from(frame.header.flags()) & VIRTIO_NET_HDR_F_NEEDS_CSUM != 0;
+        let partial = frame.header.flags() & VIRTIO_NET_HDR_F_NEEDS_CSUM != 0;
         let field = match partial {
             true => Some(CsumField::from_header(&frame.header, len)?),
             false if gso == GsoType::None => None,
@@ -179,13 +178,26 @@ impl Segmenter {
         self.batch.clear();
         match (gso, field) {
             (GsoType::Tcp(version), Some(field)) => {
-                let segmentation = segment::TcpSegmentation::new(copy, version, &frame.header, field)?;
-                segment::segment_frame(&segmentation, copy, format.csum, &mut self.batch, &mut emit);
+                let segmentation =
+                    segment::TcpSegmentation::new(copy, version, &frame.header, field)?;
+                segment::segment_frame(
+                    &segmentation,
+                    copy,
+                    format.csum,
+                    &mut self.batch,
+                    &mut emit,
+                );
             }
             (GsoType::Udp, Some(field)) => {
                 let fragmentation = fragment::UdpFragmentation::new(copy, &frame.header, field)?;
                 let identification = self.identifications.next();
-                fragment::fragment_datagram(&fragmentation, copy, identification, &mut self.batch, &mut emit);
+                fragment::fragment_datagram(
+                    &fragmentation,
+                    copy,
+                    identification,
+                    &mut self.batch,
+                    &mut emit,
+                );
             }
             (_, Some(field)) if format.csum => {
                 batch::emit_single(copy, field.to_partial_header(), &mut emit);
@@ -201,7 +213,7 @@ impl Segmenter {
         Ok(())
     }
 
-    /// Reads the frame, once; its length.
+    /// Copies the frame, reading it once; returns its length.
     fn copy_frame(&mut self, frame: &TxFrame<'_>) -> Result<usize, OffloadFault> {
         if frame.len > MAX_FRAME {
             return Err(OffloadFault::FrameTooLong);
@@ -223,7 +235,8 @@ impl Segmenter {
     }
 }
 
-/// About how many frames [`Segmenter::convert`] makes of `frame` at most: what it costs.
+/// An upper estimate of the frames that [`Segmenter::convert`] makes of `frame`: a measure of its
+/// cost.
 #[must_use]
 pub fn max_output_frames(frame: &TxFrame<'_>) -> usize {
     match frame.header.gso_size() {
@@ -232,8 +245,8 @@ pub fn max_output_frames(frame: &TxFrame<'_>) -> usize {
     }
 }
 
-/// Bytes of payload that `request` asks for in each frame, if its checksum, `field`, is where the
-/// protocol has it.
+/// The payload bytes of each frame that `request` asks for. The checksum field that it names,
+/// `field`, must be that of the protocol, `expected`.
 fn validate_gso_size(
     request: &VnetHeader,
     field: CsumField,
@@ -247,12 +260,12 @@ fn validate_gso_size(
     }
 }
 
-/// Where a checksum is to be filled in; it lies in the frame and behind its Ethernet header.
+/// The checksum field to fill in. It lies within the frame and behind its Ethernet header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct CsumField {
-    /// First byte that it covers.
+    /// The first byte that the checksum covers.
     start: usize,
-    /// Where it is stored, from there.
+    /// Where the checksum is stored, counted from `start`.
     offset: usize,
 }
 
@@ -268,15 +281,16 @@ impl CsumField {
         }
     }
 
-    /// Where in the frame it is stored. Both parts come from 16 bits, so nothing overflows.
+    /// Where in the frame the checksum is stored. Both parts come from 16-bit fields, so the sum
+    /// does not overflow.
     fn position(self) -> usize {
         self.start + self.offset
     }
 
-    /// The header of a frame without GSO whose checksum this still is.
+    /// The header of a frame without GSO whose receiver completes this checksum.
     fn to_partial_header(self) -> VnetHeader {
         let mut header = [0; VNET_HEADER_LEN];
-        header[0] = u8::try_from(VIRTIO_NET_HDR_F_NEEDS_CSUM).unwrap_or(1);
+        header[0] = VIRTIO_NET_HDR_F_NEEDS_CSUM;
         let word = |n: usize| u16::try_from(n).unwrap_or(u16::MAX).to_le_bytes();
         header[6..8].copy_from_slice(&word(self.start));
         header[8..10].copy_from_slice(&word(self.offset));
@@ -297,7 +311,7 @@ mod tests {
         ufo: false,
     };
     #[test]
-    fn a_frame_fits_when_all_that_it_asks_for_was_negotiated() {
+    fn a_frame_passes_unmodified_when_everything_it_requests_was_negotiated() {
         let csum = FrameFormat {
             csum: true,
             ..NOTHING
@@ -318,18 +332,18 @@ mod tests {
             without_ecn,
             FrameFormat::ALL,
         ];
-        // Flags, gso_type, and which of the formats take it.
+        // Flags, gso_type, and which of the formats accept them.
         for (flags, gso_type, takers) in [
             (0, 0, [true; 7]),
             (1, 0, [false, true, true, true, true, true, true]),
-            // Data valid, of a frame from the host.
+            // DATA_VALID, on a frame from the host.
             (2, 0, [false, true, true, true, true, true, true]),
             (1, 1, [false, false, true, false, false, true, true]),
             (1, 4, [false, false, false, true, false, true, true]),
             (1, 3, [false, false, false, false, true, true, true]),
             (1, 0x81, [false, false, false, false, false, false, true]),
             (1, 0x84, [false, false, false, false, false, false, true]),
-            // What does not exist.
+            // Values that do not exist.
             (1, 0x80, [false; 7]),
             (1, 0x83, [false; 7]),
             (1, 2, [false; 7]),

@@ -1,9 +1,11 @@
-//! What TX and RX queues share: a ring with the chains taken from it, and what they report.
+//! The common part of TX and RX queues: a virtqueue, the chains dequeued from it, and its counters.
 
 use std::sync::Arc;
 
 use virtionet_virtqueue::memory::GuestMemory;
-use virtionet_virtqueue::{Burst, ChainFault, Direction, Virtqueue, VirtqueueConfig, VirtqueueError, VirtqueueLayout};
+use virtionet_virtqueue::{
+    Burst, ChainFault, Direction, Virtqueue, VirtqueueConfig, VirtqueueError, VirtqueueLayout,
+};
 
 use crate::features::Features;
 use crate::header::MIN_FRAME;
@@ -12,42 +14,44 @@ use crate::stats::VringStats;
 use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-/// All that a TX or RX queue needs to start.
+/// Everything that a TX or RX queue needs to start.
 #[derive(Debug, Clone)]
 pub struct QueueConfig {
-    /// Where its ring lies.
+    /// The addresses and the size of the virtqueue.
     pub layout: VirtqueueLayout,
-    /// Where its ring goes on.
+    /// The index at which the virtqueue continues.
     pub base: u32,
-    /// What the driver negotiated.
+    /// The features that the driver negotiated.
     pub features: Features,
     /// The guest's memory.
     pub memory: Arc<GuestMemory>,
-    /// Where it counts.
+    /// The counters of the vring.
     pub stats: Arc<VringStats>,
 }
 
-/// What every queue of a device can do, whichever way its frames go.
+/// The operations that TX and RX queues have in common.
 pub trait DeviceQueue: Sized {
-    /// A queue on a ring of the guest.
+    /// Creates a queue on a virtqueue of the guest.
     ///
     /// # Errors
-    /// When the configuration cannot be a ring.
+    /// When the configuration does not describe a virtqueue.
     fn new(config: QueueConfig) -> Result<Self, VirtqueueError>;
 
     /// Number of descriptors.
     fn size(&self) -> u16;
 
-    /// Gives back what is taken and unused; says where the ring goes on.
+    /// Rewinds the chains that are dequeued and unused; returns the index at which the virtqueue
+    /// continues.
     fn rewind(&mut self) -> u32;
 
-    /// Goes on in another snapshot of memory.
+    /// Continues in another snapshot of guest memory.
     ///
     /// # Errors
-    /// When the ring is not in it.
+    /// When the virtqueue is not within it.
     fn rebind(&mut self, memory: &Arc<GuestMemory>) -> Result<(), VirtqueueError>;
 
-    /// Asks the driver for kicks; true when chains came meanwhile, for which no kick may come.
+    /// Asks the driver for kicks. Returns true when chains became available meanwhile, for which
+    /// there may be no kick.
     #[must_use]
     fn enable_kicks(&mut self) -> bool;
 
@@ -55,7 +59,7 @@ pub trait DeviceQueue: Sized {
     fn disable_kicks(&mut self);
 }
 
-/// A running ring, the chains taken from it, and its counters.
+/// A running virtqueue, the chains dequeued from it, and its counters.
 #[derive(Debug)]
 pub(crate) struct Queue {
     pub(crate) virtqueue: Virtqueue,
@@ -84,13 +88,13 @@ impl Queue {
         })
     }
 
-    /// Gives unused chains back; says where the ring would go on.
+    /// Rewinds unused chains; returns the index at which the virtqueue continues.
     pub(crate) fn rewind(&mut self) -> u32 {
         self.virtqueue.rewind(&mut self.burst);
         self.virtqueue.base()
     }
 
-    /// Goes on in another snapshot of memory.
+    /// Continues in another snapshot of guest memory.
     pub(crate) fn rebind(&mut self, memory: &Arc<GuestMemory>) -> Result<(), VirtqueueError> {
         self.rewind();
         self.virtqueue = self.virtqueue.rebind(memory)?;
@@ -99,7 +103,8 @@ impl Queue {
     }
 }
 
-/// What a chain must have at least: room for the header, and on RX without merging for a frame.
+/// The shortest chain that is valid: it holds the header and, on RX without mergeable buffers, the
+/// shortest frame.
 fn min_chain_len(direction: Direction, features: Features) -> u32 {
     let frame = match direction {
         Direction::Writable if !features.has_mergeable_buffers() => MIN_FRAME,
@@ -108,7 +113,7 @@ fn min_chain_len(direction: Direction, features: Features) -> u32 {
     u32::try_from(features.header_len() + frame).unwrap_or(u32::MAX)
 }
 
-/// Counts a chain's fault under its name.
+/// Adds a chain's fault to its counter.
 pub(crate) fn count_fault(fault: ChainFault, direction: Direction, stats: &VringStats) {
     let counter = match fault {
         ChainFault::Loop => &stats.chain_loop,

@@ -1,8 +1,8 @@
-//! The RX path: frames that wait in the uplink go to the guest's buffers.
+//! The RX path: reads the frames that wait in the uplink into the guest's buffers.
 //!
-//! Buffers are *reserved* for the largest frame that may come, the frame is put into them, and its
-//! length decides how many of them it used (virtio 1.3 §5.1.6.4). The rest stays reserved
-//! for the next frame and is given back untouched when the ring stops.
+//! Buffers are *reserved* for the longest frame that may arrive, the frame is read into them, and
+//! its length decides how many of them it used (virtio 1.3 §5.1.6.4). The others stay reserved for
+//! the next frame and are rewound when the ring stops.
 
 mod push;
 
@@ -14,72 +14,121 @@ use memmap2::MmapMut;
 use virtionet_virtqueue::memory::{GuestMemory, GuestSlice};
 use virtionet_virtqueue::{Direction, VirtqueueError, VirtqueueFault};
 
-use crate::header::{VNET_HEADER_LEN, MAX_FRAME};
-use crate::uplink::{Received, UplinkQueue};
+use crate::header::{MAX_FRAME, VNET_HEADER_LEN};
 use crate::queue::{DeviceQueue, Queue, QueueConfig, count_fault};
 use crate::stats::to_u64;
+use crate::uplink::{Received, UplinkQueue};
 
-/// Most pieces handed to the uplink for one frame: what one `readv` takes, less a few of its own.
+/// The most segments for one frame: what one `readv` accepts, less a few for the uplink itself.
 const MAX_SEGMENTS: usize = 1000;
-/// Bytes from which on a frame is large: a copy costs more than what it saves.
+/// A longer frame is large: copying it costs more than it saves.
 const LARGE_FRAME_LEN: usize = 4096;
-/// Fewest chains taken at once, more than are missing if need be: a look at the ring costs as much
-/// as several chains.
+/// The fewest chains that are dequeued at once, even where fewer are missing: reading the available
+/// index costs as much as several chains.
 const MIN_DEQUEUE: usize = 16;
-/// Frames after a large one for which the next large one is expected.
+/// The number of frames after a large one among which another large one is expected.
 const DIRECT_READ_FRAMES: u32 = 64;
-/// Most descriptors read for one call of [`RxQueue::receive`], whatever the guest made of its chains.
+/// The most descriptors that one call of [`RxQueue::receive`] reads, so that a guest's chains
+/// cannot keep the worker busy for long.
 const DESCRIPTOR_BUDGET: usize = 16 * 1024;
-/// Where `num_buffers` stands in the header.
+/// The offset of `num_buffers` in the header.
 const NUM_BUFFERS_OFFSET: usize = 10;
 
-/// How a call of [`RxQueue::receive`] ended.
+/// Why a call of [`RxQueue::receive`] ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RxEndReason {
     /// The uplink has no more frames.
     UplinkEmpty,
-    /// The guest has no more buffers; frames wait in the uplink.
+    /// The guest has no more buffers; frames may wait in the uplink.
     Starved,
-    /// The budget is used up; there may be more.
+    /// The budget is used up; there may be more frames.
     Budget,
     /// The uplink failed.
     UplinkFailed,
 }
 
-/// What a call of [`RxQueue::receive`] did.
+/// The outcome of [`RxQueue::receive`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RxOutcome {
-    /// Frames given to the guest.
+    /// Frames that the uplink had, including those that were dropped.
     pub frames: usize,
-    /// Bytes of those, without headers.
+    /// Bytes of the frames that the guest received, without headers.
     pub bytes: usize,
-    /// The driver wants an interrupt.
+    /// The driver asks for an interrupt.
     pub should_call: bool,
-    /// Why it ended.
+    /// Why the call ended.
     pub end: RxEndReason,
 }
 
-/// The device's side of a receiveq.
+/// The device's end of a receiveq.
+///
+/// # Examples
+///
+/// A frame is pushed to a guest, as a switch does it:
+///
+/// ```
+/// use std::sync::Arc;
+///
+/// use virtionet_guest::memory::GuestRam;
+/// use virtionet_guest::net::{DriverQueueConfig, MODERN};
+/// use virtionet_guest::rx::DriverRxQueue;
+/// use virtionet_virtio_net::features::Features;
+/// use virtionet_virtio_net::header::VnetHeader;
+/// use virtionet_virtio_net::uplink::TxFrame;
+/// use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue};
+/// use virtionet_virtqueue::VirtqueueLayout;
+/// use virtionet_virtqueue::memory::GuestSlice;
+///
+/// let ram = GuestRam::new(1 << 20)?;
+/// let mut driver = DriverRxQueue::new(&ram, &DriverQueueConfig::new(64, MODERN))?;
+/// driver.fill()?;
+///
+/// let ring = driver.queue.setup()?;
+/// let user_addr = |addr| ram.user_addr(addr).ok_or("outside of guest memory");
+/// let mut device = RxQueue::new(QueueConfig {
+///     layout: VirtqueueLayout {
+///         size: ring.size,
+///         desc: user_addr(ring.addresses.descriptors)?,
+///         avail: user_addr(ring.addresses.driver)?,
+///         used: user_addr(ring.addresses.device)?,
+///     },
+///     base: ring.base,
+///     features: Features(MODERN),
+///     memory: Arc::new(ram.guest_memory()?),
+///     stats: Arc::default(),
+/// })?;
+///
+/// let mut bytes = [7; 60];
+/// let frame = TxFrame {
+///     header: VnetHeader::default(),
+///     payload: &[GuestSlice::from_private(&mut bytes)],
+///     len: 60,
+/// };
+/// assert_eq!(device.push(&[frame])?.frames, 1);
+/// assert_eq!(driver.receive_frames()?[0].bytes, [7; 60]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct RxQueue {
     queue: Queue,
-    /// Bytes that the reserved chains hold.
+    /// The total length of the reserved chains.
     capacity: usize,
     /// Bytes to reserve for a frame.
     required: usize,
-    /// Where small frames are read to, and what is too long for the guest's buffers.
-    /// A mapping of its own, of which only pages that were needed take memory.
+    /// The bounce buffer, for small frames and for the part of a frame that does not fit into the
+    /// guest's buffers. It is a mapping, so that pages that were never used take no memory.
     bounce: Option<MmapMut>,
-    /// For so many more frames all slices are shown.
+    /// The number of further frames that are read directly into the guest's buffers.
     direct_reads_left: u32,
 }
 
 impl RxQueue {
-    /// Moves frames from `uplink` to the guest until one of them has no more, or `max_frames` or
-    /// `max_bytes` are reached. The driver sees all of them at once, at the end.
+    /// Reads frames from `uplink` into the guest's buffers until the uplink has no more frames, the
+    /// guest has no more buffers, or `max_frames` or `max_bytes` is reached. The used index is
+    /// published once, at the end.
     ///
     /// # Errors
-    /// When the ring can no longer be believed.
+    /// When the ring is faulty and must be quarantined.
     pub fn receive(
         &mut self,
         uplink: &dyn UplinkQueue,
@@ -97,7 +146,7 @@ impl RxQueue {
                 Ok(Reserved::Enough) => {}
                 Ok(Reserved::TooLittle) => break RxEndReason::Starved,
                 Ok(Reserved::OverBudget) => break RxEndReason::Budget,
-                // What was done before is shown first; the next call meets the fault again.
+                // Publish the completed chains first; the next call finds the fault again.
                 Err(_) if self.queue.virtqueue.has_unpublished() => break RxEndReason::Budget,
                 Err(fault) => return Err(fault),
             }
@@ -108,7 +157,7 @@ impl RxQueue {
                 Received::Empty => break RxEndReason::UplinkEmpty,
                 Received::Failed => break RxEndReason::UplinkFailed,
             }
-            // Frames that are lost count too: dropping is work.
+            // Lost frames count as well, because dropping is work.
             frames += 1;
         };
         if frames > 0 {
@@ -122,11 +171,11 @@ impl RxQueue {
         })
     }
 
-    /// Takes chains until they hold the largest frame.
+    /// Dequeues chains until they can hold the longest frame.
     ///
-    /// A guest that is behind will add buffers, so a frame waits rather than be cut. But a driver
-    /// refills when about half of its ring is empty: once half of the ring is ours nothing more
-    /// may come, and what there is must do (rings too small for a frame of 64 KiB).
+    /// A guest that is behind adds buffers later, so the frame waits in the uplink instead of being
+    /// truncated. But a driver may refill only when about half of its ring is empty: once half of
+    /// the ring is reserved, use what is reserved (the ring is too small for a frame of 64 KiB).
     fn reserve(&mut self) -> Result<Reserved, VirtqueueFault> {
         self.complete_leading_faults();
         while self.capacity < self.required {
@@ -140,7 +189,8 @@ impl RxQueue {
             let dequeued = self.dequeue_missing(segments)?;
             self.complete_leading_faults();
             if dequeued == 0 {
-                // A chain takes a descriptor at least, and more where its buffer has more pieces.
+                // A chain occupies at least one descriptor, and more where its buffer has more
+                // segments.
                 let ours = self.queue.burst.chains().len().max(segments);
                 return Ok(
                     match ours > 0 && ours >= usize::from(self.queue.virtqueue.size()) / 2 {
@@ -153,12 +203,12 @@ impl RxQueue {
         Ok(Reserved::Enough)
     }
 
-    /// Whether the guest's chains have not cost too much work in this call.
+    /// Whether this call may still read descriptors.
     fn can_dequeue(&self) -> bool {
         self.queue.burst.descriptors_read() < DESCRIPTOR_BUDGET
     }
 
-    /// Takes about as many chains as are missing.
+    /// Dequeues about as many chains as are missing.
     fn dequeue_missing(&mut self, segments: usize) -> Result<usize, VirtqueueFault> {
         let each = self
             .queue
@@ -173,8 +223,8 @@ impl RxQueue {
         self.dequeue_chains(want)
     }
 
-    /// Takes up to `want` chains, 64 at most, and no more in all than the ring has: a driver that
-    /// offers chains anew which it has not got back must not fill our memory.
+    /// Dequeues up to `want` chains, at most 64, and in total no more than the ring has: a driver
+    /// that makes chains available twice must not fill the device's memory.
     fn dequeue_chains(&mut self, want: usize) -> Result<usize, VirtqueueFault> {
         let queue = &mut self.queue;
         let before = queue.burst.chains().len();
@@ -192,7 +242,8 @@ impl RxQueue {
         Ok(dequeued)
     }
 
-    /// A faulty chain goes back empty when its turn comes, so that the order stays.
+    /// Completes the faulty chains at the front, empty. Later ones wait for their turn, so that
+    /// chains are completed in order.
     fn complete_leading_faults(&mut self) {
         let queue = &mut self.queue;
         while let Some(chain) = queue.burst.chains().first().copied() {
@@ -204,7 +255,8 @@ impl RxQueue {
         }
     }
 
-    /// A frame did not fit: for want of buffers that there might have been, or in any case.
+    /// Counts a frame that did not fit: there were too few buffers, or it is longer than any that
+    /// the buffers can hold.
     fn count_too_long(&self) {
         let stats = &self.queue.stats;
         match self.capacity < self.required {
@@ -215,10 +267,10 @@ impl RxQueue {
 
     /// Reads one frame from the uplink into the reserved buffers.
     ///
-    /// A large frame goes there straight. But the kernel's work grows with the number of slices that
-    /// it is shown, dozens for the largest frame, and for a small one that is more than a copy. So
-    /// as long as frames are small they are read into a bounce buffer of our own, which stays in the
-    /// CPU's cache, and copied; a large one, and those that follow it, go straight.
+    /// A large frame is read directly into them. But the kernel's work grows with the number of
+    /// segments, which is dozens for the longest frame, and for a small frame that costs more than
+    /// a copy. So as long as frames are small they are read into the bounce buffer, which stays in
+    /// the CPU's cache, and copied; a large frame and those that follow it are read directly.
     fn receive_frame(&mut self, uplink: &dyn UplinkQueue) -> Received {
         let free_slices = free_slices(&self.queue);
         let bounce = self.bounce.as_deref_mut().unwrap_or_default();
@@ -232,7 +284,7 @@ impl RxQueue {
             false => self.direct_reads_left.saturating_sub(1),
         };
         let is_complete = match is_direct {
-            // Summed up already where the room is all that is reserved.
+            // With mergeable buffers the free space is everything that is reserved: `capacity`.
             true if self.queue.features.has_mergeable_buffers() => len <= self.capacity,
             true => len <= total_len(free_slices),
             false => scatter(&bounce[..len.min(bounce.len())], free_slices) == len,
@@ -243,8 +295,8 @@ impl RxQueue {
         }
     }
 
-    /// Gives the guest the frame of `len` bytes (header included) that lies in the reserved
-    /// buffers; returns its bytes without header.
+    /// Completes the reserved chains that hold a frame of `len` bytes, header included; returns the
+    /// frame's bytes without the header.
     fn commit(&mut self, len: usize) -> usize {
         let queue = &mut self.queue;
         let buffers = queue.virtqueue.complete_filled(queue.burst.chains(), len);
@@ -254,7 +306,11 @@ impl RxQueue {
         let header_len = queue.features.header_len();
         if header_len == VNET_HEADER_LEN {
             let count = u16::try_from(buffers).unwrap_or(u16::MAX);
-            write_at(free_slices(&self.queue), NUM_BUFFERS_OFFSET, &count.to_le_bytes());
+            write_at(
+                free_slices(&self.queue),
+                NUM_BUFFERS_OFFSET,
+                &count.to_le_bytes(),
+            );
         }
         let queue = &mut self.queue;
         queue.burst.retire(buffers);
@@ -268,7 +324,7 @@ impl RxQueue {
 impl DeviceQueue for RxQueue {
     fn new(config: QueueConfig) -> Result<Self, VirtqueueError> {
         let queue = Queue::new(config, Direction::Writable)?;
-        // Without merging a frame has one chain, whatever that holds.
+        // Without mergeable buffers a frame gets one chain, whatever its capacity.
         let required = match queue.features.has_mergeable_buffers() {
             true => VNET_HEADER_LEN + MAX_FRAME,
             false => 1,
@@ -277,7 +333,7 @@ impl DeviceQueue for RxQueue {
             queue,
             capacity: 0,
             required,
-            // A byte more than any frame, so that a frame that fills it is too long.
+            // One byte more than the longest frame: a filled buffer means a truncated frame.
             bounce: MmapMut::map_anon(VNET_HEADER_LEN + MAX_FRAME + 1).ok(),
             direct_reads_left: 0,
         })
@@ -297,7 +353,7 @@ impl DeviceQueue for RxQueue {
         self.queue.rebind(memory)
     }
 
-    /// To be called when the queue is starved: the driver then kicks when it adds buffers.
+    /// Called when the queue is starved, so that the driver kicks when it adds buffers.
     fn enable_kicks(&mut self) -> bool {
         self.queue.virtqueue.enable_kicks()
     }
@@ -307,14 +363,14 @@ impl DeviceQueue for RxQueue {
     }
 }
 
-/// How [`RxQueue::reserve`] ended.
+/// The outcome of [`RxQueue::reserve`].
 enum Reserved {
     Enough,
     TooLittle,
     OverBudget,
 }
 
-/// Where the next frame may go.
+/// The segments that the next frame may use.
 fn free_slices(queue: &Queue) -> &[GuestSlice<'_>] {
     match queue.features.has_mergeable_buffers() {
         true => queue.burst.front_slices(queue.burst.chains().len()),

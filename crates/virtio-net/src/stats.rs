@@ -1,7 +1,7 @@
-//! Counters: one block a ring, one writer, relaxed atomics, read by anybody at any time.
+//! Counters: one block for each vring, with one writer and any number of readers.
 //!
-//! Every way in which a frame can be lost and every rule a guest can break has a counter of its
-//! own here; the list below is the one place that names them.
+//! Every way in which a frame can be lost, and every rule that a guest can break, has a counter of
+//! its own. The lists below are the only place that names them.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub struct Counter(AtomicU64);
 
 impl Counter {
-    /// Adds `n`. A load and a store: with one writer no locked instruction is needed.
+    /// Adds `n` with a load and a store: with one writer no locked instruction is needed.
     #[inline(always)]
     pub fn add(&self, n: u64) {
         self.0.store(self.get().wrapping_add(n), Ordering::Relaxed);
@@ -24,8 +24,8 @@ impl Counter {
     }
 }
 
-/// A length or number of things as counters hold it; usize fits u64 on every machine that Linux
-/// runs on.
+/// A length or a count in the type of the counters. A `usize` fits on every machine that Linux runs
+/// on.
 #[inline(always)]
 #[must_use]
 pub fn to_u64(n: usize) -> u64 {
@@ -42,11 +42,11 @@ macro_rules! counters {
         }
 
         impl $name {
-            /// Name and meaning of every counter, in the order of [`Self::values`].
+            /// The name and the meaning of every counter, in the order of [`Self::values`].
             pub const NAMES: &'static [(&'static str, &'static str)] =
                 &[$((stringify!($field), $help),)*];
 
-            /// Every counter's value now, in the order of [`Self::NAMES`].
+            /// The present value of every counter, in the order of [`Self::NAMES`].
             #[must_use]
             pub fn values(&self) -> Vec<u64> {
                 vec![$(self.$field.get(),)*]
@@ -56,38 +56,38 @@ macro_rules! counters {
 }
 
 counters! {
-    /// What one ring did and what it refused. Aligned so that no two rings share a cache line
-    /// (128 bytes: CPUs fetch lines in pairs).
+    /// The counters of one vring. They are aligned so that no two vrings share a pair of cache
+    /// lines, which CPUs fetch together.
     pub struct VringStats {
-        frames: "Frames carried (TX: taken from the guest and handed to the uplink; RX: put into guest buffers).",
+        frames: "Frames carried (TX: transmitted to the uplink; RX: written to the guest's buffers).",
         bytes: "Bytes of those frames, without the virtio-net header.",
-        bursts: "Bursts that found frames.",
-        kicks: "Wake-ups by the driver's kick.",
-        calls: "Interrupts asked of the driver's side (call eventfd written).",
-        calls_failed: "Call eventfd writes that failed.",
-        dropped_disabled: "Frames discarded because the ring was disabled: TX (a disabled TX ring drains), or pushed to an RX ring that was disabled or stopped.",
-        dropped_uplink_full: "Frames the uplink had no room for (ENOBUFS, EAGAIN).",
-        dropped_uplink_error: "Frames the uplink refused with an error (EIO, EINVAL, ...).",
-        dropped_uplink_down: "Frames lost because the uplink was gone or down (EBADFD, ENETDOWN, EIO on a TAP that is down).",
-        dropped_no_port: "TX frames that no port of the switch was there to take.",
-        dropped_over_budget: "Copies of a frame that were not made, because the frame's burst had cost too much by then (floods, offloads in software).",
-        dropped_no_buffer: "RX frames lost because the guest had too few buffers, and no reason to add any.",
-        dropped_too_long: "RX frames longer than any that the guest takes.",
-        rx_starved: "Times the uplink had frames and the guest no RX buffers; the frames wait in the uplink.",
-        header_missing: "TX chains with no room for a virtio-net header.",
+        bursts: "Bursts with at least one frame.",
+        kicks: "Wake-ups by a kick of the driver.",
+        calls: "Interrupts of the guest (writes to the call eventfd).",
+        calls_failed: "Writes to the call eventfd that failed.",
+        dropped_disabled: "Frames dropped because the ring was disabled (TX), or disabled or stopped when a switch pushed them (RX).",
+        dropped_uplink_full: "Frames dropped because the uplink was full (ENOBUFS, EAGAIN).",
+        dropped_uplink_error: "Frames dropped because of another error of the uplink (EINVAL, EFAULT, ...).",
+        dropped_uplink_down: "Frames dropped because the uplink was deleted or down (EBADFD, ENETDOWN, EIO).",
+        dropped_no_port: "TX frames dropped because the switch had no other port for them.",
+        dropped_over_budget: "Copies of frames that the switch did not make because their burst had used up its copy budget (floods, offloads in software).",
+        dropped_no_buffer: "RX frames dropped because the guest had too few buffers.",
+        dropped_too_long: "RX frames dropped because they were longer than the guest's buffers allow.",
+        rx_starved: "Times that the guest had no RX buffers for frames that wait in the uplink.",
+        header_missing: "TX chains shorter than a virtio-net header.",
         frame_too_short: "TX frames under 14 bytes (no Ethernet header).",
-        frame_too_long: "TX frames over 65,562 bytes.",
+        frame_too_long: "TX frames over 65,557 bytes (64 KiB of IP behind two VLAN tags).",
         gso_unknown: "TX headers with a gso_type that does not exist.",
         gso_not_negotiated: "TX headers with a GSO type that was not negotiated.",
-        gso_size_zero: "TX headers that ask for GSO with gso_size 0.",
-        gso_without_csum: "TX headers that ask for GSO without NEEDS_CSUM.",
-        csum_not_negotiated: "TX headers that ask for a checksum without VIRTIO_NET_F_CSUM.",
+        gso_size_zero: "TX headers that request GSO with gso_size 0.",
+        gso_without_csum: "TX headers that request GSO without NEEDS_CSUM.",
+        csum_not_negotiated: "TX headers that request a checksum without VIRTIO_NET_F_CSUM.",
         csum_out_of_frame: "TX headers with csum_start + csum_offset + 2 beyond the frame.",
         hdr_len_out_of_frame: "TX headers with hdr_len beyond the frame.",
-        offload_invalid: "Frames whose offload request does not match their content.",
+        offload_invalid: "TX frames whose offload request does not match their content.",
         rx_buffer_too_small: "RX chains too small to hold a virtio-net header, or any frame without mergeable buffers.",
         chain_loop: "Chains longer than the ring (a loop).",
-        chain_too_long: "Chains of more than 1,024 pieces.",
+        chain_too_long: "Chains of more than 1,024 segments.",
         chain_too_big: "Chains of more than 2^32 - 1 bytes.",
         chain_next_out_of_range: "Chains whose next descriptor is outside the ring or table.",
         address_invalid: "Chains with an address outside guest memory.",
@@ -99,21 +99,21 @@ counters! {
         indirect_not_negotiated: "Indirect descriptors without VIRTIO_F_INDIRECT_DESC.",
         head_out_of_range: "Rings quarantined for an available head outside the ring.",
         avail_index_jump: "Rings quarantined for an available index ahead by more than the ring's size.",
-        chain_without_end: "Rings quarantined for a packed chain that goes on through the whole ring.",
-        quarantines: "Times the ring was stopped for a fault until configured anew.",
+        chain_without_end: "Rings quarantined for a packed chain that spans the whole ring without an end.",
+        quarantines: "Times that the ring was stopped for a fault until it is configured anew.",
     }
 }
 
 counters! {
-    /// What one worker did.
+    /// The counters of one worker.
     pub struct WorkerStats {
         wakeups: "Returns from epoll_wait with an event.",
-        sleeps: "Times it went to sleep.",
-        busy_cycles: "Time-stamp counter cycles of the turns that found frames.",
-        busy_frames: "Frames that those turns found.",
-        polls: "Empty looks at the rings while polling.",
-        busy_polls: "Looks at the rings while polling that found frames.",
-        over_budget: "Wake-ups that used their whole budget and went on in the next.",
+        sleeps: "Times that the worker went to sleep.",
+        busy_cycles: "Time-stamp counter cycles of the iterations that found frames.",
+        busy_frames: "Frames that those iterations found.",
+        polls: "Poll misses: polls of the rings that found no frame.",
+        busy_polls: "Poll hits: polls of the rings that found frames.",
+        over_budget: "Wake-ups that used up their budget, so that the work continued in the next one.",
     }
 }
 
@@ -122,7 +122,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_and_values_stand_in_the_same_order() {
+    fn names_and_values_have_the_same_order() {
         let stats = VringStats::default();
         stats.quarantines.add(7);
         let at = VringStats::NAMES

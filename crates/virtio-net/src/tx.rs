@@ -1,4 +1,5 @@
-//! The TX path: chains that the guest sends become frames and go to the uplink.
+//! The TX path: dequeues chains from the transmitq, checks their headers, and transmits the frames
+//! to the uplink.
 
 use std::sync::Arc;
 
@@ -7,33 +8,74 @@ use virtionet_virtqueue::memory::GuestMemory;
 use virtionet_virtqueue::{Chain, Direction, VirtqueueError, VirtqueueFault};
 
 use crate::features::Features;
-use crate::header::{VNET_HEADER_LEN, LEGACY_VNET_HEADER_LEN, VnetHeader};
-use crate::uplink::{MAX_BURST, TxFrame, UplinkQueue};
+use crate::header::{LEGACY_VNET_HEADER_LEN, VNET_HEADER_LEN, VnetHeader};
 use crate::queue::{DeviceQueue, Queue, QueueConfig, count_fault};
 use crate::stats::{VringStats, to_u64};
+use crate::uplink::{MAX_BURST, TxFrame, UplinkQueue};
 
-/// What one burst did.
+/// The outcome of [`TxQueue::send`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct TxOutcome {
-    /// Chains taken and given back, good and bad.
+    /// Chains that were dequeued and completed, with and without a fault.
     pub chains: usize,
-    /// Bytes of Ethernet frames handed to the uplink.
+    /// Bytes of the Ethernet frames that were handed to the uplink.
     pub bytes: usize,
-    /// The driver wants an interrupt.
+    /// The driver asks for an interrupt.
     pub should_call: bool,
 }
 
-/// The device's side of a transmitq.
+/// The device's end of a transmitq.
+///
+/// # Examples
+///
+/// A driver transmits a frame, and the device drains the ring:
+///
+/// ```
+/// use std::sync::Arc;
+///
+/// use virtionet_guest::header::NetHeader;
+/// use virtionet_guest::memory::GuestRam;
+/// use virtionet_guest::net::{DriverQueueConfig, MODERN};
+/// use virtionet_guest::tx::DriverTxQueue;
+/// use virtionet_virtio_net::features::Features;
+/// use virtionet_virtio_net::{DeviceQueue, QueueConfig, TxQueue};
+/// use virtionet_virtqueue::VirtqueueLayout;
+///
+/// let ram = GuestRam::new(1 << 20)?;
+/// let mut driver = DriverTxQueue::new(&ram, &DriverQueueConfig::new(64, MODERN))?;
+/// driver.queue(&NetHeader::default(), &[0; 60])?;
+/// driver.flush()?;
+///
+/// let ring = driver.queue.setup()?;
+/// let user_addr = |addr| ram.user_addr(addr).ok_or("outside of guest memory");
+/// let mut device = TxQueue::new(QueueConfig {
+///     layout: VirtqueueLayout {
+///         size: ring.size,
+///         desc: user_addr(ring.addresses.descriptors)?,
+///         avail: user_addr(ring.addresses.driver)?,
+///         used: user_addr(ring.addresses.device)?,
+///     },
+///     base: ring.base,
+///     features: Features(MODERN),
+///     memory: Arc::new(ram.guest_memory()?),
+///     stats: Arc::default(),
+/// })?;
+///
+/// let outcome = device.send(None)?;
+/// assert_eq!(outcome.chains, 1);
+/// assert_eq!(driver.reclaim()?, 1);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct TxQueue(Queue);
 
 impl TxQueue {
-    /// Takes one burst and hands its frames to `uplink`, or discards them where there is none (a
-    /// started ring that is disabled drains: virtio 1.3 §5.1.2 through vhost-user's ring states).
-    /// No chain stays taken. `chains` is 0 when nothing was available.
+    /// Dequeues one burst and transmits its frames to `uplink`, or drops them where there is none
+    /// (a ring that is started but disabled drains, as the vhost-user protocol's ring states
+    /// demand). It completes all chains. `chains` is 0 when none was available.
     ///
     /// # Errors
-    /// When the ring can no longer be believed.
+    /// When the ring is faulty and must be quarantined.
     pub fn send(&mut self, uplink: Option<&dyn UplinkQueue>) -> Result<TxOutcome, VirtqueueFault> {
         let queue = &mut self.0;
         let chains = queue.virtqueue.dequeue(&mut queue.burst, MAX_BURST)?;
@@ -90,7 +132,7 @@ impl DeviceQueue for TxQueue {
     }
 }
 
-/// Makes frames of the burst's good chains and transmits them; returns their bytes.
+/// Transmits the frames of the burst's valid chains; returns their bytes.
 fn transmit_burst(queue: &mut Queue, uplink: &dyn UplinkQueue) -> usize {
     let mut headers = [VnetHeader::default(); MAX_BURST];
     strip_headers(queue, &mut headers);
@@ -108,7 +150,7 @@ fn transmit_burst(queue: &mut Queue, uplink: &dyn UplinkQueue) -> usize {
             continue;
         }
         bytes += chain.len();
-        // There is room: `headers` has no more places than `frames`.
+        // It cannot be full: `headers` has as many entries as `frames`.
         let _ = frames.try_push(TxFrame {
             header: *header,
             payload: burst.slices(chain),
@@ -121,7 +163,7 @@ fn transmit_burst(queue: &mut Queue, uplink: &dyn UplinkQueue) -> usize {
     bytes
 }
 
-/// Takes the headers off the chains. The ring refused chains that have none.
+/// Strips the headers off the chains. The virtqueue has marked chains that are shorter as faulty.
 #[inline(always)]
 fn strip_headers(queue: &mut Queue, headers: &mut [VnetHeader; MAX_BURST]) {
     if queue.features.header_len() == VNET_HEADER_LEN {
@@ -136,7 +178,7 @@ fn strip_headers(queue: &mut Queue, headers: &mut [VnetHeader; MAX_BURST]) {
     }
 }
 
-/// Counts what is wrong with a chain that is no frame.
+/// Counts the fault of a chain that is not a valid frame.
 #[cold]
 fn count_invalid_chain(chain: &Chain, header: &VnetHeader, features: Features, stats: &VringStats) {
     match (chain.fault(), header.check(chain.len(), features)) {

@@ -1,6 +1,7 @@
-//! What a queue pair asks of its uplink.
+//! The traits that an uplink implements. An uplink carries the frames of a device.
 
-use std::io;
+mod error;
+
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Weak};
 
@@ -9,74 +10,79 @@ use virtionet_virtqueue::memory::GuestSlice;
 use crate::header::{FrameFormat, VnetHeader};
 use crate::stats::VringStats;
 
-/// Most frames handed over in one call.
+pub use error::UplinkError;
+
+/// The most frames in one call.
 pub const MAX_BURST: usize = 64;
 
-/// A frame that the guest sends: its header, checked and in private memory, and the Ethernet frame
-/// where the guest wrote it.
+/// A frame that the guest transmits: its header, checked and in private memory, and the Ethernet
+/// frame in the guest's memory.
 #[derive(Debug, Clone, Copy)]
 pub struct TxFrame<'a> {
-    /// The virtio-net header, a private copy that has passed every check.
+    /// A private copy of the virtio-net header that has passed every check.
     pub header: VnetHeader,
     /// The Ethernet frame, without the header.
     pub payload: &'a [GuestSlice<'a>],
-    /// Bytes in `payload`: 14 to 65,550.
+    /// Bytes in `payload`: 14 to 65,557 ([`MAX_FRAME`](crate::header::MAX_FRAME)).
     pub len: usize,
 }
 
-/// What [`UplinkQueue::receive`] met.
+/// The outcome of [`UplinkQueue::receive`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Received {
-    /// A frame of this many bytes, header included, lies in the buffers and the bounce buffer.
+    /// A frame of this many bytes, header included, is in the buffers and the bounce buffer.
     Frame(usize),
-    /// No frame waits; the uplink's descriptor becomes readable when one comes.
+    /// No frame waits; the uplink's descriptor becomes readable when one arrives.
     Empty,
-    /// A frame was longer than buffers and bounce buffer and is lost; they hold part of it.
+    /// A frame was longer than the buffers and the bounce buffer together and is lost; they hold
+    /// part of it.
     TooLong,
-    /// One frame could not be read and is lost; others may wait behind it.
+    /// One frame could not be read and is lost; more frames may wait.
     Lost,
-    /// The uplink failed (gone, down). Nothing is lost that the uplink still holds.
+    /// The uplink failed: it was deleted, or it is down. The frames that wait in it are not lost.
     Failed,
 }
 
-/// One queue of an uplink: what a queue pair's worker sends to and receives from. All calls are
-/// cheap to make from several threads, though one worker makes nearly all of them.
+/// One queue of an uplink, which a queue pair's worker transmits to and receives from.
+///
+/// Any thread may make any call, though one worker makes nearly all of them.
 pub trait UplinkQueue: Send + Sync + std::fmt::Debug {
-    /// Sends `frames` (at most [`MAX_BURST`]) in order. Never blocks and never fails as a whole:
-    /// what cannot be sent is dropped and counted in `stats` (`dropped_uplink_full`,
-    /// `dropped_uplink_error`, `dropped_uplink_down`), what is sent in `frames` and `bytes`.
+    /// Transmits `frames` (at most [`MAX_BURST`]) in order. It never blocks and never fails as a
+    /// whole: a frame that cannot be transmitted is dropped and counted in `stats`
+    /// (`dropped_uplink_full`, `dropped_uplink_error`, `dropped_uplink_down`), a frame that is
+    /// transmitted is counted there in `frames` and `bytes`.
     fn transmit(&self, frames: &[TxFrame<'_>], stats: &VringStats);
 
     /// Receives one frame: a virtio-net header of the negotiated length, then the Ethernet frame,
-    /// into `buffers` slice after slice, and what does not fit there into `bounce`. `num_buffers` in
-    /// the header is the caller's.
+    /// into `buffers` one after the other, and the part that does not fit there into `bounce`. The
+    /// caller sets `num_buffers` in the header. It never blocks.
     fn receive(&self, buffers: &[GuestSlice<'_>], bounce: &mut [u8]) -> Received;
 
-    /// What becomes readable when a frame waits, for edge-triggered polling; `None` where frames
-    /// never come by themselves.
+    /// The descriptor that becomes readable when a frame waits, for edge-triggered polling; `None`
+    /// where [`receive`](Self::receive) never finds a frame.
     fn poll_fd(&self) -> Option<BorrowedFd<'_>>;
 
-    /// Lets frames be steered to this queue, or no longer. Idempotent.
+    /// Starts or stops the steering of frames to this queue. Idempotent.
     ///
     /// # Errors
-    /// What the host says.
-    fn set_attached(&self, attached: bool) -> io::Result<()>;
+    /// When the host refuses it.
+    fn set_attached(&self, attached: bool) -> Result<(), UplinkError>;
 }
 
-/// A receiveq as an uplink sees it whose frames come at any time and from any thread (a switch).
+/// A receiveq to which an uplink such as a switch pushes frames, at any time and from any thread.
 pub trait RxSink: Send + Sync + std::fmt::Debug {
     /// Copies `frames` (at most [`MAX_BURST`]), in order, to the guest's buffers, and interrupts
-    /// the guest once if it wants that. What a header asks of the guest must be among what it took
-    /// ([`FrameFormat`]); `num_buffers` is the ring's own affair.
+    /// the guest once if its driver asks for that. The headers must request no offload that the
+    /// driver did not negotiate ([`FrameFormat`]); the receiveq sets `num_buffers`.
     ///
-    /// Never waits for the guest: a frame for which there is no room is dropped and counted with
-    /// the receiving ring (`dropped_no_buffer`, `dropped_too_long`), as is one that comes while
-    /// the ring is stopped or disabled (`dropped_disabled`). The ring is locked meanwhile, so the
-    /// caller must not hold another receiveq's lock.
+    /// It never waits for the guest: a frame without a buffer is dropped and counted with the
+    /// receiving ring (`dropped_no_buffer`, `dropped_too_long`), and so is a frame that arrives
+    /// while the ring is stopped or disabled (`dropped_disabled`). The ring is locked during the
+    /// call, so the caller must not hold another receiveq's lock.
     fn push(&self, frames: &[TxFrame<'_>]);
 }
 
-/// A receiveq that never was: what uplinks get that no device stands behind.
+/// A reference to no receiveq, for an uplink that no device uses.
 #[must_use]
 pub fn null_rx_sink() -> Weak<dyn RxSink> {
     Weak::<NullRxSink>::new()
@@ -91,58 +97,55 @@ impl RxSink for NullRxSink {
 
 /// Where the frames of one device go.
 pub trait Uplink: Send + Sync + std::fmt::Debug {
-    /// Opens queue `pair`, detached. Called once a pair, when its first ring starts. `rx` is the
-    /// pair's receiveq, for uplinks that push frames instead of waiting to be asked for them.
+    /// Opens the queue of queue pair `pair`, detached. The device calls it once for each queue
+    /// pair, when the first ring of the pair starts. `rx` is the receiveq of the pair, for an
+    /// uplink that pushes frames.
     ///
     /// # Errors
-    /// One sentence for a person.
+    /// When the host or the uplink refuses a further queue.
     fn open_queue(
         &self,
         pair: u16,
         rx: Weak<dyn RxSink>,
     ) -> Result<Arc<dyn UplinkQueue>, UplinkError>;
 
-    /// Tells the uplink what the guest negotiated: header length and the offloads it takes. Called
-    /// before traffic and whenever that changes.
+    /// Sets the header's length and the offloads that the driver negotiated. The device calls it
+    /// before the first frame and whenever the negotiated features change.
     ///
     /// # Errors
-    /// What the host says.
-    fn set_format(&self, format: FrameFormat) -> io::Result<()>;
+    /// When the host refuses it.
+    fn set_format(&self, format: FrameFormat) -> Result<(), UplinkError>;
 
-    /// Makes sure that frames of this MTU (bytes after the Ethernet header) can pass.
+    /// Makes sure that the uplink carries frames of this MTU (bytes after the Ethernet header).
     ///
     /// # Errors
-    /// When they cannot.
-    fn set_mtu(&self, mtu: u16) -> io::Result<()>;
+    /// When it cannot.
+    fn set_mtu(&self, mtu: u16) -> Result<(), UplinkError>;
 
-    /// Its kind, as the command line spells it: `tap`, `switch`, `null`.
+    /// The kind of uplink, as the command line spells it: `tap`, `switch`, `null`.
     fn kind(&self) -> &'static str;
 
-    /// Its name: the interface's for a TAP.
+    /// The name: a TAP's interface, a switch's name.
     fn name(&self) -> String;
 
-    /// The host's interface that its queues are queues of, as it is now; `None` where there is
-    /// none.
+    /// The present state of the host's interface whose queues this uplink uses; `None` where there
+    /// is none.
     fn host_interface(&self) -> Option<HostInterface> {
         None
     }
 }
 
-/// An interface of the host, and which queue pair each of its queues serves.
+/// An interface of the host, and the queue pair that each of its queues serves.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostInterface {
-    /// Its name.
+    /// The interface's name.
     pub name: String,
-    /// Its index, which tells it from one of that name in another network namespace.
+    /// The interface's index, which distinguishes it from an interface of the same name in another
+    /// network namespace.
     pub index: u32,
-    /// How often a queue was attached or detached so far. What the kernel kept of a queue is gone
-    /// once it was, even where it is back.
+    /// How often a queue was attached or detached so far. The kernel forgets a queue's settings
+    /// when it detaches the queue, even if the queue is attached again.
     pub changes: u64,
-    /// By the host's own number of an attached queue: the queue pair that it serves.
+    /// The queue pair of each attached queue, indexed by the host's number of the queue.
     pub queues: Vec<u16>,
 }
-
-/// Why an uplink cannot be had: one sentence that says what to do.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct UplinkError(pub String);

@@ -7,13 +7,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::{FULL, PLAIN, RecordingUplink};
-use virtionet_virtio_net::features::Features;
-use virtionet_virtio_net::stats::VringStats;
-use virtionet_virtio_net::{DeviceQueue, QueueConfig, TxQueue};
 use virtionet_guest::frame::{Frame, FrameSpec, Transport};
 use virtionet_guest::memory::GuestRam;
 use virtionet_guest::net::{self, PACKED, TxLayout};
 use virtionet_guest::tx;
+use virtionet_virtio_net::features::Features;
+use virtionet_virtio_net::stats::VringStats;
+use virtionet_virtio_net::{DeviceQueue, QueueConfig, TxQueue};
 use virtionet_virtqueue::VirtqueueLayout;
 
 fn device(ram: &GuestRam, driver: &tx::DriverTxQueue, features: u64) -> TxQueue {
@@ -44,7 +44,7 @@ fn frames(count: u32) -> Vec<Frame> {
     (0..count).map(make).collect()
 }
 
-/// Frames through a queue in bursts, some of them while the device starts anew from its base.
+/// Passes frames through a queue in bursts, and restarts the device from its base in between.
 fn pass(size: u16, features: u64, layout: TxLayout) {
     let name = format!("{size} descriptors, {features:#x}, {layout:?}");
     let config = net::DriverQueueConfig {
@@ -106,7 +106,7 @@ fn frames_pass_in_order_in_every_format_and_layout() {
             }
         }
     }
-    // The smallest: one descriptor that goes back and forth.
+    // The smallest ring: one descriptor that goes back and forth.
     for layout in layouts {
         pass(1, FULL | PACKED, layout);
     }

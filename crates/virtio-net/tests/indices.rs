@@ -1,31 +1,31 @@
-//! Indices that cannot be believed end the ring, not the device; odd ones that can do no harm.
+//! Indices of a guest: an impossible one is a fault of the ring, an unusual one does no harm.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
 
-use common::{DATA, FULL, SplitRingFixture, PLAIN, frame, good};
-use virtionet_virtio_net::{DeviceQueue, RxEndReason, RxQueue, TxQueue};
+use common::{DATA, FULL, PLAIN, SplitRingFixture, frame, good};
 use virtionet_guest::split::VRING_DESC_F_WRITE;
+use virtionet_virtio_net::{DeviceQueue, RxEndReason, RxQueue, TxQueue};
 use virtionet_virtqueue::VirtqueueFault;
 
-/// One turn of a queue in either direction: chains or frames moved.
-trait Turn: DeviceQueue {
-    fn turn(&mut self, fixture: &SplitRingFixture) -> Result<usize, VirtqueueFault>;
+/// A queue of either direction, which moves chains or frames.
+trait Step: DeviceQueue {
+    fn step(&mut self, fixture: &SplitRingFixture) -> Result<usize, VirtqueueFault>;
 }
 
-impl Turn for TxQueue {
-    fn turn(&mut self, fixture: &SplitRingFixture) -> Result<usize, VirtqueueFault> {
+impl Step for TxQueue {
+    fn step(&mut self, fixture: &SplitRingFixture) -> Result<usize, VirtqueueFault> {
         Ok(self.send(Some(&fixture.uplink))?.chains)
     }
 }
 
-impl Turn for RxQueue {
-    fn turn(&mut self, fixture: &SplitRingFixture) -> Result<usize, VirtqueueFault> {
+impl Step for RxQueue {
+    fn step(&mut self, fixture: &SplitRingFixture) -> Result<usize, VirtqueueFault> {
         Ok(self.receive(&fixture.uplink, 64, 1 << 20)?.frames)
     }
 }
 
-/// Where the available index stands, as (our next, what the driver then says).
+/// Pairs of the device's next index and the driver's available index.
 const JUMPS: &[(u16, u16)] = &[
     (0, 17),
     (0, 0x8000),
@@ -35,7 +35,7 @@ const JUMPS: &[(u16, u16)] = &[
     (65_535, 65_534),
 ];
 
-fn a_jump_is_a_fault<Q: Turn>() {
+fn a_jump_is_a_fault<Q: Step>() {
     for &(start, avail) in JUMPS {
         let fixture = SplitRingFixture::starting_at(start, 16, FULL);
         fixture.uplink.feed([vec![0; 12], frame(1, 60)].concat());
@@ -46,9 +46,9 @@ fn a_jump_is_a_fault<Q: Turn>() {
             next: start,
             size: 16,
         };
-        // However often it is looked at, and with nothing written to the ring.
+        // The fault persists, and nothing is written to the ring.
         for _ in 0..3 {
-            assert_eq!(queue.turn(&fixture), Err(want));
+            assert_eq!(queue.step(&fixture), Err(want));
         }
         assert_eq!(queue.rewind(), u32::from(start));
         assert_eq!(fixture.ring.used_index(), start);
@@ -57,56 +57,56 @@ fn a_jump_is_a_fault<Q: Turn>() {
 }
 
 #[test]
-fn an_available_index_too_far_ahead_or_gone_back_is_a_fault() {
+fn an_available_index_too_far_ahead_or_behind_is_a_fault() {
     a_jump_is_a_fault::<TxQueue>();
     a_jump_is_a_fault::<RxQueue>();
 }
 
 #[test]
-fn good_chains_before_a_head_outside_the_ring_are_done_first() {
+fn chains_before_a_head_outside_the_ring_are_completed_first() {
     for head in [16, 17, 0x8000, u16::MAX] {
         let mut fixture = SplitRingFixture::new(16, FULL);
         let mut tx: TxQueue = fixture.device();
         fixture.readable(2, &good());
         fixture.offer(&[2, 2, head, 2]);
-        assert_eq!(tx.turn(&fixture), Ok(2));
+        assert_eq!(tx.step(&fixture), Ok(2));
         assert_eq!(fixture.used(), [(2, 0), (2, 0)]);
         let want = Err(VirtqueueFault::HeadOutOfRange { head, size: 16 });
-        assert_eq!((tx.turn(&fixture), tx.turn(&fixture)), (want, want));
+        assert_eq!((tx.step(&fixture), tx.step(&fixture)), (want, want));
         assert_eq!(fixture.used(), []);
         assert_eq!(fixture.uplink.sent().len(), 2);
 
-        // Configured anew behind the bad head, the ring goes on.
+        // A ring that is configured anew behind the bad head works.
         let mut tx = TxQueue::new(fixture.config(3)).unwrap();
-        assert_eq!(tx.turn(&fixture), Ok(1));
+        assert_eq!(tx.step(&fixture), Ok(1));
         assert_eq!(fixture.used(), [(2, 0)]);
     }
 }
 
 #[test]
-fn a_ring_full_of_heads_outside_it_is_a_fault_at_once() {
+fn a_ring_with_only_bad_heads_is_a_fault_at_once() {
     for features in [FULL, PLAIN] {
         let mut fixture = SplitRingFixture::new(16, features);
         fixture.offer(&[99; 16]);
         let want = Err(VirtqueueFault::HeadOutOfRange { head: 99, size: 16 });
         let mut tx: TxQueue = fixture.device();
-        assert_eq!(tx.turn(&fixture), want);
+        assert_eq!(tx.step(&fixture), want);
         let mut rx: RxQueue = fixture.device();
-        assert_eq!(rx.turn(&fixture), want);
+        assert_eq!(rx.step(&fixture), want);
         assert_eq!(fixture.used(), []);
     }
 }
 
-/// RX takes buffers in advance: a bad head behind them must not spoil what they hold already.
+/// RX dequeues buffers in advance: a bad head behind them must not affect frames in them.
 #[test]
-fn a_bad_head_behind_rx_buffers_is_a_fault_and_the_rest_rewinds() {
+fn a_bad_head_behind_rx_buffers_is_a_fault_and_the_others_are_rewound() {
     let mut fixture = SplitRingFixture::new(16, FULL);
     let mut rx: RxQueue = fixture.device();
     fixture.desc(0, DATA, 1526, VRING_DESC_F_WRITE, 0);
     fixture.offer(&[0, 0, 99]);
     fixture.uplink.feed([vec![0; 12], frame(1, 60)].concat());
     let want = Err(VirtqueueFault::HeadOutOfRange { head: 99, size: 16 });
-    assert_eq!(rx.turn(&fixture), want);
+    assert_eq!(rx.step(&fixture), want);
     assert_eq!(rx.rewind(), u32::from(fixture.ring.used_index()));
     assert_eq!(fixture.uplink.waiting().len(), 1, "the frame waits");
 }
@@ -119,7 +119,7 @@ fn indices_wrap_at_65_535() {
         fixture.readable(1, &good());
         for round in 0..8u16 {
             fixture.offer(&[1, 1]);
-            assert_eq!(tx.turn(&fixture), Ok(2), "round {round}");
+            assert_eq!(tx.step(&fixture), Ok(2), "round {round}");
             assert_eq!(fixture.used(), [(1, 0), (1, 0)]);
         }
         assert_eq!(tx.rewind(), 13);
@@ -128,9 +128,9 @@ fn indices_wrap_at_65_535() {
     }
 }
 
-/// Harmless by design: it decides on an interrupt, and on nothing else.
+/// `used_event` only decides about interrupts.
 #[test]
-fn a_poisoned_used_event_costs_the_guest_its_own_interrupts() {
+fn a_wrong_used_event_costs_only_the_guest_its_interrupts() {
     let mut fixture = SplitRingFixture::new(16, FULL);
     let mut tx: TxQueue = fixture.device();
     fixture.readable(0, &good());
@@ -149,15 +149,19 @@ fn a_poisoned_used_event_costs_the_guest_its_own_interrupts() {
         fixture.ring.set_used_event(event);
         fixture.offer(&[0]);
         let sent = tx.send(Some(&fixture.uplink)).unwrap();
-        assert_eq!((sent.chains, sent.should_call), (1, called), "round {round}");
+        assert_eq!(
+            (sent.chains, sent.should_call),
+            (1, called),
+            "round {round}"
+        );
         assert_eq!(fixture.used(), [(0, 0)]);
     }
     assert_eq!(fixture.counted(), []);
 }
 
-/// Harmless by design: the device never reads back what it wrote there.
+/// The device never reads the used ring.
 #[test]
-fn scribbling_over_the_used_ring_changes_nothing_for_the_device() {
+fn a_guest_that_overwrites_the_used_ring_does_not_affect_the_device() {
     let mut fixture = SplitRingFixture::new(16, FULL);
     let mut tx: TxQueue = fixture.device();
     fixture.readable(0, &good());
@@ -167,7 +171,7 @@ fn scribbling_over_the_used_ring_changes_nothing_for_the_device() {
         }
         fixture.ring.set_used_index(round.wrapping_mul(7919));
         fixture.offer(&[0]);
-        assert_eq!(tx.turn(&fixture), Ok(1));
+        assert_eq!(tx.step(&fixture), Ok(1));
         assert_eq!(fixture.ring.used_index(), round);
         assert_eq!(fixture.ring.used_element(round - 1), (0, 0));
     }
@@ -177,7 +181,7 @@ fn scribbling_over_the_used_ring_changes_nothing_for_the_device() {
 }
 
 #[test]
-fn an_rx_buffer_over_the_ring_itself_harms_only_that_ring() {
+fn an_rx_buffer_over_the_ring_itself_affects_only_that_ring() {
     let at = SplitRingFixture::new(16, FULL).ring.addresses();
     for addr in [at.descriptors, at.driver, at.device] {
         let mut fixture = SplitRingFixture::new(16, FULL);
@@ -187,9 +191,12 @@ fn an_rx_buffer_over_the_ring_itself_harms_only_that_ring() {
         }
         fixture.offer(&[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
         for seed in 0..20 {
-            fixture.uplink.feed([vec![0xff; 12], frame(seed, 244)].concat());
+            fixture
+                .uplink
+                .feed([vec![0xff; 12], frame(seed, 244)].concat());
         }
-        // Whatever the ring now says: a fault, or frames until its buffers end. Never without end.
+        // Whatever the ring contains now: a fault, or frames until the buffers are used up, but an
+        // end.
         for _ in 0..40 {
             match rx.receive(&fixture.uplink, 4, 1 << 20) {
                 Ok(received) => assert!(received.frames <= 4),
@@ -201,13 +208,13 @@ fn an_rx_buffer_over_the_ring_itself_harms_only_that_ring() {
 }
 
 #[test]
-fn a_ring_with_nothing_in_it_stays_at_rest() {
+fn an_empty_ring_moves_nothing() {
     let fixture = SplitRingFixture::new(16, FULL);
     let mut tx: TxQueue = fixture.device();
     let mut rx: RxQueue = fixture.device();
     fixture.uplink.feed([vec![0; 12], frame(1, 60)].concat());
     for _ in 0..100 {
-        assert_eq!(tx.turn(&fixture), Ok(0));
+        assert_eq!(tx.step(&fixture), Ok(0));
         let received = rx.receive(&fixture.uplink, 64, 1 << 20).unwrap();
         assert_eq!((received.frames, received.end), (0, RxEndReason::Starved));
         assert!(!received.should_call);

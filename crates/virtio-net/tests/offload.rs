@@ -1,15 +1,15 @@
-//! Checksums, segments and fragments made in software.
+//! Checksums, segmentation and fragmentation in software.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
 mod packets;
 
-use packets::{ACK, CWR, ECE, FIN, PacketBuilder, PSH, Packet, convert, format, verify};
+use packets::{ACK, CWR, ECE, FIN, PSH, Packet, PacketBuilder, convert, format, verify};
 use proptest::prelude::*;
+use virtionet_guest::frame::{Frame, check};
+use virtionet_guest::header::NetHeader;
 use virtionet_virtio_net::header::{MAX_FRAME, VnetHeader};
 use virtionet_virtio_net::offload::{MIN_GSO_SIZE, OffloadFault, Segmenter};
 use virtionet_virtio_net::stats::VringStats;
-use virtionet_guest::frame::{Frame, check};
-use virtionet_guest::header::NetHeader;
 
 const WHOLE: usize = 1 << 17;
 
@@ -22,7 +22,7 @@ fn fault(packet: &Packet) -> OffloadFault {
 }
 
 #[test]
-fn segments_are_right() {
+fn tcp_frames_become_valid_segments() {
     for v6 in [false, true] {
         for packet in [
             PacketBuilder::tcp(v6, 0, 5000).gso(1460),
@@ -30,14 +30,22 @@ fn segments_are_right() {
             PacketBuilder::tcp(v6, 12, 64_999).gso(1447),
             PacketBuilder::tcp(v6, 40, 64_999).gso(28),
             PacketBuilder::tcp(v6, 12, 2896).gso(1448),
-            PacketBuilder::tcp(v6, 12, 9000).gso(1448).flags(ACK | FIN | PSH),
-            PacketBuilder::tcp(v6, 12, 9000).gso(1448).flags(ACK | CWR | ECE),
+            PacketBuilder::tcp(v6, 12, 9000)
+                .gso(1448)
+                .flags(ACK | FIN | PSH),
+            PacketBuilder::tcp(v6, 12, 9000)
+                .gso(1448)
+                .flags(ACK | CWR | ECE),
             PacketBuilder::tcp(v6, 12, 9000).gso(1448).tag(0x8100, 7),
             PacketBuilder::tcp(v6, 12, 9000)
                 .gso(1448)
                 .tag(0x8100, 7)
                 .tag(0x88a8, 9),
-            // One segment after all, and one without payload.
+            PacketBuilder::tcp(v6, 12, 9000)
+                .gso(1448)
+                .tag(0x8100, 7)
+                .tag(0x9100, 9),
+            // A frame of one segment, and one without payload.
             PacketBuilder::tcp(v6, 12, 100).gso(1448),
             PacketBuilder::tcp(v6, 12, 0).gso(1448),
             PacketBuilder::tcp(v6, 12, 100).gso(65_535),
@@ -50,9 +58,11 @@ fn segments_are_right() {
 }
 
 #[test]
-fn headers_before_tcp_are_kept() {
+fn headers_before_tcp_are_repeated_in_each_segment() {
     for packet in [
-        PacketBuilder::tcp(true, 12, 9000).gso(1400).extension(60, 1),
+        PacketBuilder::tcp(true, 12, 9000)
+            .gso(1400)
+            .extension(60, 1),
         PacketBuilder::tcp(true, 12, 9000)
             .gso(1400)
             .extension(60, 2)
@@ -68,12 +78,12 @@ fn headers_before_tcp_are_kept() {
 }
 
 #[test]
-fn fragments_are_right() {
+fn udp_frames_become_valid_fragments() {
     for v6 in [false, true] {
         for packet in [
             PacketBuilder::udp(v6, 8000).gso(1480),
             PacketBuilder::udp(v6, 65_400).gso(1472),
-            // Not a multiple of 8: rounded down.
+            // No multiple of 8, so it is rounded down.
             PacketBuilder::udp(v6, 65_399).gso(1479),
             PacketBuilder::udp(v6, 65_399).gso(28),
             PacketBuilder::udp(v6, 2952).gso(1480),
@@ -89,15 +99,21 @@ fn fragments_are_right() {
     let packet = PacketBuilder::udp(true, 8000).gso(1400).extension(60, 1);
     let packet = packet.extension(0, 2).build();
     verify(&packet, &format(false, false), &made(&packet, false));
-    let packet = PacketBuilder::udp(false, 8000).gso(1400).ip_options(3).build();
+    let packet = PacketBuilder::udp(false, 8000)
+        .gso(1400)
+        .ip_options(3)
+        .build();
     verify(&packet, &format(false, false), &made(&packet, false));
 }
 
 #[test]
-fn checksums_alone_are_right() {
+fn a_partial_checksum_is_completed() {
     for v6 in [false, true] {
         for payload in [0, 1, 2, 31, 1447, 1448] {
-            for packet in [PacketBuilder::tcp(v6, 12, payload), PacketBuilder::udp(v6, payload)] {
+            for packet in [
+                PacketBuilder::tcp(v6, 12, payload),
+                PacketBuilder::udp(v6, payload),
+            ] {
                 let packet = packet.build();
                 let made = made(&packet, false);
                 verify(&packet, &format(false, false), &made);
@@ -113,7 +129,7 @@ fn checksums_alone_are_right() {
 }
 
 #[test]
-fn headers_are_stripped_of_what_was_not_negotiated() {
+fn emitted_headers_request_nothing_that_was_not_negotiated() {
     let mut packet = PacketBuilder::udp(false, 100).build();
     packet.header = VnetHeader([2, 0, 42, 0, 99, 0, 1, 0, 1, 0, 7, 7]);
     let made = made(&packet, false);
@@ -123,7 +139,7 @@ fn headers_are_stripped_of_what_was_not_negotiated() {
 }
 
 #[test]
-fn partial_checksums_stay_partial_for_a_target_that_takes_them() {
+fn a_partial_checksum_stays_partial_for_a_receiver_that_accepts_it() {
     for v6 in [false, true] {
         let packet = PacketBuilder::tcp(v6, 0, 5000).gso(1460).build();
         let segments = made(&packet, true);
@@ -135,7 +151,7 @@ fn partial_checksums_stay_partial_for_a_target_that_takes_them() {
             })
             .unwrap();
         }
-        // A single flag that has no meaning does not cost the offload.
+        // A flag without a meaning does not prevent the offload.
         let mut packet = PacketBuilder::udp(v6, 500).build();
         packet.header.0[0] |= 0x40;
         let whole = made(&packet, true);
@@ -145,7 +161,7 @@ fn partial_checksums_stay_partial_for_a_target_that_takes_them() {
 }
 
 #[test]
-fn it_does_not_matter_how_the_frame_lies_in_memory() {
+fn the_result_does_not_depend_on_the_segments_in_memory() {
     let packet = PacketBuilder::tcp(false, 12, 20_000).gso(1448).build();
     let mut segmenter = Segmenter::new();
     let expected = made(&packet, false);
@@ -155,7 +171,7 @@ fn it_does_not_matter_how_the_frame_lies_in_memory() {
     }
 }
 
-/// A change to a packet: bytes from a place on.
+/// Replaces bytes of a packet from an offset on.
 fn with(mut packet: Packet, at: usize, bytes: &[u8]) -> Packet {
     packet.bytes[at..at + bytes.len()].copy_from_slice(bytes);
     packet
@@ -172,7 +188,7 @@ fn cut_to(mut packet: Packet, len: usize) -> Packet {
 }
 
 #[test]
-fn requests_that_do_not_match_the_content_are_refused() {
+fn a_request_that_contradicts_the_content_is_refused() {
     use OffloadFault as F;
     let tcp4 = || PacketBuilder::tcp(false, 12, 5000).gso(1448).build();
     let tcp6 = || PacketBuilder::tcp(true, 12, 5000).gso(1448).build();
@@ -193,7 +209,7 @@ fn requests_that_do_not_match_the_content_are_refused() {
         (with_header(tcp4(), 4, &[0, 0]), F::GsoSizeTooSmall),
         (with_header(tcp4(), 4, &[27, 0]), F::GsoSizeTooSmall),
         (with_header(udp6(), 4, &[27, 0]), F::GsoSizeTooSmall),
-        // The checksum's place.
+        // The checksum's position.
         (with_header(tcp4(), 6, &[35, 0]), F::CsumMismatch),
         (with_header(tcp6(), 8, &[6, 0]), F::CsumMismatch),
         (with_header(udp4(), 8, &[16, 0]), F::CsumMismatch),
@@ -215,12 +231,18 @@ fn requests_that_do_not_match_the_content_are_refused() {
             with(tcp4(), 12, &[0x81, 0, 0, 0, 0x81, 0, 0, 0, 0x81, 0]),
             F::WrongProtocol,
         ),
-        // Ends within its headers.
+        // The frame ends within its headers.
         (cut_to(tcp4(), 13), F::FrameTooShort),
         (cut_to(tcp4(), 14), F::CsumOutOfPacket),
         (cut_to(tcp4(), 60), F::HeaderTruncated),
-        (cut_to(with_header(udp4(), 6, &[14, 0]), 30), F::HeaderTruncated),
-        (cut_to(with_header(udp6(), 6, &[14, 0]), 50), F::HeaderTruncated),
+        (
+            cut_to(with_header(udp4(), 6, &[14, 0]), 30),
+            F::HeaderTruncated,
+        ),
+        (
+            cut_to(with_header(udp6(), 6, &[14, 0]), 50),
+            F::HeaderTruncated,
+        ),
         (
             cut_to(with(with_header(tcp4(), 6, &[14, 0]), 12, &[0x81, 0]), 32),
             F::WrongProtocol,
@@ -247,16 +269,19 @@ fn requests_that_do_not_match_the_content_are_refused() {
 }
 
 #[test]
-fn frames_beyond_the_lengths_of_ip_are_refused() {
+fn a_frame_beyond_the_lengths_of_ip_is_refused() {
     let longer = |maker: PacketBuilder, len: usize, size: u16| {
         let mut packet = maker.gso(size).build();
         packet.bytes.resize(len, 7);
         packet
     };
-    // The longest frame of all holds more than one packet of IP can; its segments do not.
+    // Without a tag, the longest frame is too long for one IP packet; its segments are not.
     let packet = longer(PacketBuilder::tcp(false, 0, 100), MAX_FRAME, 1460);
     assert_eq!(made(&packet, true).len(), 45);
-    for maker in [PacketBuilder::tcp(false, 0, 100), PacketBuilder::udp(false, 100)] {
+    for maker in [
+        PacketBuilder::tcp(false, 0, 100),
+        PacketBuilder::udp(false, 100),
+    ] {
         let packet = longer(maker, MAX_FRAME, 65_535);
         assert_eq!(fault(&packet), OffloadFault::FrameTooLong);
     }
@@ -265,7 +290,7 @@ fn frames_beyond_the_lengths_of_ip_are_refused() {
 }
 
 #[test]
-fn what_one_frame_can_become_is_bounded() {
+fn the_number_of_frames_made_of_one_is_bounded() {
     let size = u16::try_from(MIN_GSO_SIZE).unwrap();
     for packet in [
         PacketBuilder::tcp(false, 0, 65_400).gso(size).build(),
@@ -275,7 +300,7 @@ fn what_one_frame_can_become_is_bounded() {
     }
 }
 
-/// Any packet that a good guest may send.
+/// Any packet that a correct guest may transmit.
 fn any_packet() -> impl Strategy<Value = Packet> {
     let shape = (any::<bool>(), any::<bool>(), 0..=10usize, 0..65_000usize);
     let rest = (
@@ -293,7 +318,7 @@ fn any_packet() -> impl Strategy<Value = Packet> {
             false => PacketBuilder::tcp(v6, options * 4, payload),
         };
         if gso {
-            // Small sizes are what there is most of.
+            // Small sizes are the most frequent.
             maker = maker.gso(28 + size % (1 << (size % 16)));
         }
         if !udp {
@@ -315,7 +340,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
     #[test]
-    fn put_together_again_it_is_what_was_sent(
+    fn the_reassembled_frames_are_the_original(
         packet in any_packet(),
         csum: bool,
         cut in 1..3000usize,
@@ -326,7 +351,7 @@ proptest! {
     }
 
     #[test]
-    fn damaged_requests_do_no_harm(
+    fn a_damaged_request_is_refused_or_converted(
         packet in any_packet(),
         csum: bool,
         header in prop::collection::vec((0..12usize, any::<u8>()), 0..3),

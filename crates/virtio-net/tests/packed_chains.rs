@@ -1,5 +1,5 @@
-//! Chains in a packed ring that a guest must not send: each costs it that chain, under its own
-//! counter, and the next one is found where that chain's own descriptors end.
+//! Invalid chains in a packed ring: only that chain is dropped, under its own counter, and the next
+//! chain is found behind its descriptors.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -7,33 +7,35 @@ mod common;
 use common::packed::PackedRingFixture;
 use common::{DATA, END, FULL, HOLE, ISLAND, JOINED, PLAIN, TABLE, frame, good};
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
-use virtionet_virtio_net::{DeviceQueue, RxEndReason, RxQueue, TxQueue};
-use virtionet_guest::packed::{VIRTQ_DESC_F_AVAIL, PackedDescriptor, RingPosition, VIRTQ_DESC_F_USED};
+use virtionet_guest::packed::{
+    PackedDescriptor, RingPosition, VIRTQ_DESC_F_AVAIL, VIRTQ_DESC_F_USED,
+};
 use virtionet_guest::split::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+use virtionet_virtio_net::{DeviceQueue, RxEndReason, RxQueue, TxQueue};
 use virtionet_virtqueue::VirtqueueFault;
 
 /// Descriptors in the ring.
 const SIZE: u16 = 2047;
 /// The buffer id of the chain that a row writes.
 const BAD: u16 = 9;
-/// A good RX buffer's place and size.
+/// The address and the size of a valid RX buffer.
 const BUFFER: u64 = DATA + 0x10_0000;
 const ROOM: u32 = 1526;
 const MERGEABLE: u64 = PLAIN | 1 << VIRTIO_NET_F_MRG_RXBUF;
 const UNMERGED: u64 = FULL & !(1 << VIRTIO_NET_F_MRG_RXBUF);
 
 type Write = fn(&mut PackedRingFixture);
-/// A bad chain, and the counter that must tell of it.
+/// An invalid chain, and its counter.
 type Row = (&'static str, &'static str, Write);
 
-/// Three descriptors, the second of which is at `addr`.
+/// Writes three descriptors, the second of which is at `addr`.
 fn around(fixture: &mut PackedRingFixture, addr: u64, len: u32) {
     fixture.put(DATA, 72, BAD, VRING_DESC_F_NEXT);
     fixture.put(addr, len, BAD, VRING_DESC_F_NEXT);
     fixture.put(DATA, 72, BAD, 0);
 }
 
-/// `n` descriptors of `len` bytes.
+/// Writes `n` descriptors of `len` bytes.
 fn line(fixture: &mut PackedRingFixture, n: u16, len: u32) {
     for _ in 1..n {
         fixture.put(DATA, len, BAD, VRING_DESC_F_NEXT);
@@ -41,7 +43,7 @@ fn line(fixture: &mut PackedRingFixture, n: u16, len: u32) {
     fixture.put(DATA, len, BAD, 0);
 }
 
-/// A table of these entries and a descriptor that refers to it.
+/// Writes a table of these entries and a descriptor that refers to it.
 fn refer(fixture: &mut PackedRingFixture, entries: &[(u64, u32, u16)]) {
     fixture.table(entries);
     let bytes = u32::try_from(16 * entries.len()).unwrap();
@@ -64,7 +66,9 @@ const TX: &[Row] = &[
     ("address 0, not mapped", "address_invalid", |fixture| {
         around(fixture, 0, 64);
     }),
-    ("beyond RAM", "address_invalid", |fixture| around(fixture, END, 1)),
+    ("beyond RAM", "address_invalid", |fixture| {
+        around(fixture, END, 1)
+    }),
     ("far beyond RAM", "address_invalid", |fixture| {
         around(fixture, 1 << 52, 64);
     }),
@@ -97,19 +101,26 @@ const TX: &[Row] = &[
         }
     }),
     ("nested", "indirect_nested", |fixture| {
-        refer(fixture, &[(DATA, 72, 0), (TABLE, 16, VRING_DESC_F_INDIRECT)]);
+        refer(
+            fixture,
+            &[(DATA, 72, 0), (TABLE, 16, VRING_DESC_F_INDIRECT)],
+        );
     }),
     ("INDIRECT with NEXT", "indirect_with_next", |fixture| {
         fixture.table(&[(DATA, 72, 0)]);
         fixture.put(TABLE, 16, BAD, VRING_DESC_F_INDIRECT | VRING_DESC_F_NEXT);
         fixture.put(DATA, 72, BAD, 0);
     }),
-    ("a buffer, a table and NEXT", "indirect_with_next", |fixture| {
-        fixture.table(&[(DATA, 72, 0)]);
-        fixture.put(DATA, 72, BAD, VRING_DESC_F_NEXT);
-        fixture.put(TABLE, 16, BAD, VRING_DESC_F_INDIRECT | VRING_DESC_F_NEXT);
-        line(fixture, 3, 72);
-    }),
+    (
+        "a buffer, a table and NEXT",
+        "indirect_with_next",
+        |fixture| {
+            fixture.table(&[(DATA, 72, 0)]);
+            fixture.put(DATA, 72, BAD, VRING_DESC_F_NEXT);
+            fixture.put(TABLE, 16, BAD, VRING_DESC_F_INDIRECT | VRING_DESC_F_NEXT);
+            line(fixture, 3, 72);
+        },
+    ),
     ("table of 0 bytes", "indirect_bad_length", |fixture| {
         fixture.put(TABLE, 0, BAD, VRING_DESC_F_INDIRECT);
     }),
@@ -119,18 +130,26 @@ const TX: &[Row] = &[
     ("table of 17 bytes", "indirect_bad_length", |fixture| {
         fixture.put(TABLE, 17, BAD, VRING_DESC_F_INDIRECT);
     }),
-    ("table of 65,536 entries", "indirect_bad_length", |fixture| {
-        fixture.put(TABLE, 16 * 65_536, BAD, VRING_DESC_F_INDIRECT);
-    }),
+    (
+        "table of 65,536 entries",
+        "indirect_bad_length",
+        |fixture| {
+            fixture.put(TABLE, 16 * 65_536, BAD, VRING_DESC_F_INDIRECT);
+        },
+    ),
     ("table not mapped", "indirect_unmapped", |fixture| {
         fixture.put(END, 16, BAD, VRING_DESC_F_INDIRECT);
     }),
     ("table that wraps", "indirect_unmapped", |fixture| {
         fixture.put(u64::MAX - 15, 32, BAD, VRING_DESC_F_INDIRECT);
     }),
-    ("table that ends in a hole", "indirect_unmapped", |fixture| {
-        fixture.put(HOLE - 16, 32, BAD, VRING_DESC_F_INDIRECT);
-    }),
+    (
+        "table that ends in a hole",
+        "indirect_unmapped",
+        |fixture| {
+            fixture.put(HOLE - 16, 32, BAD, VRING_DESC_F_INDIRECT);
+        },
+    ),
     ("table of 1,025 descriptors", "chain_too_long", |fixture| {
         refer(fixture, &[(DATA, 64, 0); 1025]);
     }),
@@ -158,13 +177,14 @@ const TX: &[Row] = &[
     }),
 ];
 
-/// Places at which a row's burst begins: the start, and so that the ring's end lies in its chain.
+/// The positions at which a row's burst begins: the ring's start, and positions from which the
+/// chain wraps round.
 fn starts() -> [u16; 4] {
     [0, SIZE - 2, SIZE - 1, 2 * SIZE - 3]
 }
 
 #[test]
-fn a_bad_chain_costs_the_guest_that_chain_and_no_other() {
+fn an_invalid_chain_is_dropped_and_no_other() {
     let rows = TX.iter().map(|row| (FULL, *row));
     let refused: Row = ("no indirect", "indirect_not_negotiated", |fixture| {
         refer(fixture, &[(DATA, 72, 0)]);
@@ -174,7 +194,7 @@ fn a_bad_chain_costs_the_guest_that_chain_and_no_other() {
             let mut fixture = PackedRingFixture::new(start, SIZE, features);
             let mut tx: TxQueue = fixture.device();
             fixture.ram.write(DATA, &[0; 72]).unwrap();
-            // Between two good frames of its burst, then one more in the next.
+            // Between two valid frames of its burst, then one more in the next burst.
             fixture.readable(7, &good());
             write(&mut fixture);
             fixture.readable(8, &good());
@@ -194,7 +214,7 @@ fn a_bad_chain_costs_the_guest_that_chain_and_no_other() {
     }
 }
 
-/// Chains that look odd and are legal: the frame at `DATA` (72 bytes with its header) passes.
+/// Unusual but valid chains: the frame at `DATA` (72 bytes with its header) passes.
 const LEGAL: &[(&str, Write)] = &[
     ("one descriptor", |fixture| fixture.put(DATA, 72, BAD, 0)),
     ("header over twelve descriptors", |fixture| {
@@ -223,11 +243,20 @@ const LEGAL: &[(&str, Write)] = &[
         fixture.table(&[(DATA, 72, 0)]);
         fixture.put(TABLE, 16, BAD, VRING_DESC_F_INDIRECT | VRING_DESC_F_WRITE);
     }),
-    ("indirect, WRITE on the header, as DPDK has it", |fixture| {
-        refer(fixture, &[(DATA, 12, VRING_DESC_F_WRITE), (DATA + 12, 60, 0)]);
+    ("indirect, WRITE on the header, as in DPDK", |fixture| {
+        refer(
+            fixture,
+            &[(DATA, 12, VRING_DESC_F_WRITE), (DATA + 12, 60, 0)],
+        );
     }),
-    ("indirect, WRITE on a piece, as DPDK has it", |fixture| {
-        refer(fixture, &[(DATA, 12, VRING_DESC_F_WRITE), (DATA + 12, 60, VRING_DESC_F_WRITE)]);
+    ("indirect, WRITE on a segment, as in DPDK", |fixture| {
+        refer(
+            fixture,
+            &[
+                (DATA, 12, VRING_DESC_F_WRITE),
+                (DATA + 12, 60, VRING_DESC_F_WRITE),
+            ],
+        );
     }),
     ("indirect behind a buffer", |fixture| {
         fixture.table(&[(DATA + 12, 60, 0)]);
@@ -235,7 +264,10 @@ const LEGAL: &[(&str, Write)] = &[
         fixture.put(TABLE, 16, BAD, VRING_DESC_F_INDIRECT);
     }),
     ("NEXT and other flags in a table", |fixture| {
-        refer(fixture, &[(DATA, 12, 0x8080), (DATA + 12, 60, VRING_DESC_F_NEXT)]);
+        refer(
+            fixture,
+            &[(DATA, 12, 0x8080), (DATA + 12, 60, VRING_DESC_F_NEXT)],
+        );
     }),
     ("from one region into the next", |fixture| {
         fixture.ram.write(JOINED - 30, &good()).unwrap();
@@ -244,7 +276,7 @@ const LEGAL: &[(&str, Write)] = &[
 ];
 
 #[test]
-fn odd_but_legal_chains_pass() {
+fn unusual_but_valid_chains_pass() {
     for (name, write) in LEGAL {
         for start in [0, 9, 25] {
             let mut fixture = PackedRingFixture::new(start, 16, FULL);
@@ -260,9 +292,9 @@ fn odd_but_legal_chains_pass() {
     }
 }
 
-/// Flags that do not make a descriptor the device's in its lap, and those that do.
+/// A descriptor is available only with the flags of the present wrap counter.
 #[test]
-fn wrap_counters_that_are_not_this_laps_make_nothing_available() {
+fn a_descriptor_with_another_wrap_counter_is_not_available() {
     for lap in [0, 1] {
         for (flags, wrap) in [
             (0, None),
@@ -287,19 +319,24 @@ fn wrap_counters_that_are_not_this_laps_make_nothing_available() {
     }
 }
 
-/// Buffers in reserve that the driver makes available a second time are not taken a second time.
+/// Reserved buffers that the driver makes available again are not dequeued again.
 #[test]
-fn wrap_counters_flipped_under_reserved_buffers_give_it_no_more() {
+fn flipped_wrap_counters_do_not_make_reserved_buffers_available_again() {
     for features in [MERGEABLE, UNMERGED] {
         let mut fixture = PackedRingFixture::new(0, 8, features);
         let mut rx: RxQueue = fixture.device();
         for id in 0..8 {
-            fixture.put(BUFFER + 0x1000 * u64::from(id), ROOM, id, VRING_DESC_F_WRITE);
+            fixture.put(
+                BUFFER + 0x1000 * u64::from(id),
+                ROOM,
+                id,
+                VRING_DESC_F_WRITE,
+            );
         }
         fixture.uplink.feed(with_header(1, 60));
         assert_eq!(rx.receive(&fixture.uplink, 1, 1 << 20).unwrap().frames, 1);
         assert_eq!(fixture.used(), [(0, 72)]);
-        // One is the driver's again; it turns the flags of all.
+        // One buffer is the driver's again; it flips the flags of all buffers.
         for id in 0..8 {
             fixture.put(BUFFER, ROOM, id, VRING_DESC_F_WRITE);
         }
@@ -307,13 +344,17 @@ fn wrap_counters_flipped_under_reserved_buffers_give_it_no_more() {
             fixture.uplink.feed(with_header(seed, 1000));
         }
         let received = rx.receive(&fixture.uplink, 64, 1 << 20).unwrap();
-        assert!(received.frames <= 8, "{} frames in 8 buffers", received.frames);
+        assert!(
+            received.frames <= 8,
+            "{} frames in 8 buffers",
+            received.frames
+        );
         let word = rx.rewind() & 0xffff;
         assert!(word & 0x7fff < 8, "{word:#x}");
     }
 }
 
-fn turn_tx(fixture: &PackedRingFixture, tx: &mut TxQueue) -> Result<usize, VirtqueueFault> {
+fn send_burst(fixture: &PackedRingFixture, tx: &mut TxQueue) -> Result<usize, VirtqueueFault> {
     tx.send(Some(&fixture.uplink)).map(|sent| sent.chains)
 }
 
@@ -329,8 +370,11 @@ fn a_chain_without_end_is_a_fault_of_the_ring() {
             fixture.put(DATA, 72, 0, VRING_DESC_F_NEXT);
         }
         for _ in 0..3 {
-            assert_eq!(turn_tx(&fixture, &mut tx), want);
-            assert_eq!(rx.receive(&fixture.uplink, 64, 1 << 20).map(|f| f.frames), want);
+            assert_eq!(send_burst(&fixture, &mut tx), want);
+            assert_eq!(
+                rx.receive(&fixture.uplink, 64, 1 << 20).map(|f| f.frames),
+                want
+            );
         }
         assert_eq!((tx.rewind(), rx.rewind()), (fixture.base(), fixture.base()));
         let first = fixture.ring.descriptor(RingPosition::nth(start, 16).index);
@@ -341,38 +385,38 @@ fn a_chain_without_end_is_a_fault_of_the_ring() {
 }
 
 #[test]
-fn good_chains_before_one_without_end_are_done_first() {
+fn chains_before_one_without_end_are_completed_first() {
     let mut fixture = PackedRingFixture::new(0, 16, FULL);
     let mut tx: TxQueue = fixture.device();
     fixture.readable(5, &good());
     fixture.readable(6, &good());
     for _ in 0..16 {
-        // The last two stand where the good ones stood, which are used by then.
+        // The last two take the place of the valid ones, which are used by then.
         if fixture.at.index == 0 {
-            assert_eq!(turn_tx(&fixture, &mut tx), Ok(2));
+            assert_eq!(send_burst(&fixture, &mut tx), Ok(2));
         }
         fixture.put(DATA, 72, 0, VRING_DESC_F_NEXT);
     }
     assert_eq!(fixture.uplink.sent().len(), 2);
     let want = Err(VirtqueueFault::ChainWithoutEnd { size: 16 });
-    assert_eq!(turn_tx(&fixture, &mut tx), want);
+    assert_eq!(send_burst(&fixture, &mut tx), want);
     assert_eq!(tx.rewind(), 0x8002_8002);
 }
 
 #[test]
-fn a_ring_set_up_anew_after_a_fault_goes_on() {
+fn a_ring_that_is_configured_anew_after_a_fault_works() {
     let mut fixture = PackedRingFixture::new(3, 8, FULL);
     let mut tx: TxQueue = fixture.device();
     for _ in 0..8 {
         fixture.put(DATA, 72, 0, VRING_DESC_F_NEXT);
     }
-    assert!(turn_tx(&fixture, &mut tx).is_err());
+    assert!(send_burst(&fixture, &mut tx).is_err());
     fixture.reset();
     assert_eq!(fixture.base(), 0x8000_8000);
     let mut tx: TxQueue = fixture.device();
-    assert_eq!(turn_tx(&fixture, &mut tx), Ok(0));
+    assert_eq!(send_burst(&fixture, &mut tx), Ok(0));
     fixture.readable(1, &good());
-    assert_eq!(turn_tx(&fixture, &mut tx), Ok(1));
+    assert_eq!(send_burst(&fixture, &mut tx), Ok(1));
     assert_eq!(fixture.used(), [(1, 0)]);
 }
 
@@ -390,11 +434,17 @@ const RX: &[Row] = &[
             fixture.put(DATA, 1, BAD, VRING_DESC_F_WRITE);
         },
     ),
-    ("readable", "direction_wrong", |fixture| line(fixture, 1, ROOM)),
-    ("writable header, readable rest", "direction_wrong", |fixture| {
-        fixture.put(DATA, 12, BAD, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT);
-        fixture.put(DATA, ROOM, BAD, 0);
+    ("readable", "direction_wrong", |fixture| {
+        line(fixture, 1, ROOM)
     }),
+    (
+        "writable header, readable rest",
+        "direction_wrong",
+        |fixture| {
+            fixture.put(DATA, 12, BAD, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT);
+            fixture.put(DATA, ROOM, BAD, 0);
+        },
+    ),
     ("bad address in the middle", "address_invalid", |fixture| {
         fixture.put(DATA, 12, BAD, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT);
         fixture.put(HOLE - 1, ROOM, BAD, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT);
@@ -415,7 +465,7 @@ fn with_header(seed: usize, len: usize) -> Vec<u8> {
     [vec![0; 12], frame(seed, len)].concat()
 }
 
-/// What the guest finds in a buffer: its num_buffers and the frame behind the header.
+/// The content of a buffer: num_buffers and the frame behind the header.
 fn found(fixture: &PackedRingFixture, addr: u64, len: usize) -> (u16, Vec<u8>) {
     let mut bytes = vec![0; 12 + len];
     fixture.ram.read(addr, &mut bytes).unwrap();
@@ -426,7 +476,7 @@ fn found(fixture: &PackedRingFixture, addr: u64, len: usize) -> (u16, Vec<u8>) {
 }
 
 #[test]
-fn a_bad_buffer_goes_back_empty_and_the_frame_takes_the_next() {
+fn an_invalid_buffer_is_completed_empty_and_the_frame_uses_the_next() {
     for features in [FULL, UNMERGED] {
         for &(name, counter, write) in RX {
             for start in [0, 48, 49, 98] {
@@ -436,7 +486,7 @@ fn a_bad_buffer_goes_back_empty_and_the_frame_takes_the_next() {
                 fixture.put(BUFFER, ROOM, 4, VRING_DESC_F_WRITE);
                 write(&mut fixture);
                 fixture.put(BUFFER + 0x1000, ROOM, 5, VRING_DESC_F_WRITE);
-                // A full ring: nothing more is to be waited for.
+                // The ring is full, so the device does not wait for further buffers.
                 while fixture.free_descriptors() > 0 {
                     fixture.put(BUFFER, ROOM, 6, VRING_DESC_F_WRITE);
                 }
@@ -459,9 +509,9 @@ fn a_bad_buffer_goes_back_empty_and_the_frame_takes_the_next() {
     }
 }
 
-/// The bad one counts as a buffer of the frame around it, whatever its number of descriptors.
+/// The invalid chain counts as one buffer of the frame, whatever its number of descriptors.
 #[test]
-fn a_bad_chain_among_the_buffers_of_a_frame_is_an_empty_one_of_them() {
+fn an_invalid_chain_among_the_buffers_of_a_frame_is_an_empty_buffer() {
     let mut fixture = PackedRingFixture::new(0, 9, MERGEABLE);
     let mut rx: RxQueue = fixture.device();
     fixture.put(BUFFER, 64, 0, VRING_DESC_F_WRITE);
@@ -479,9 +529,9 @@ fn a_bad_chain_among_the_buffers_of_a_frame_is_an_empty_one_of_them() {
     assert_eq!(rx.rewind(), 0x8006_8006);
 }
 
-/// Frames wait for buffers, and none of them is lost while the ring goes round and round.
+/// Frames wait for buffers, and none is lost while the ring wraps round many times.
 #[test]
-fn a_starved_ring_goes_on_when_buffers_come() {
+fn a_starved_ring_continues_when_buffers_are_added() {
     for features in [MERGEABLE, UNMERGED] {
         let mut fixture = PackedRingFixture::new(0, 7, features);
         let mut rx: RxQueue = fixture.device();
@@ -497,7 +547,12 @@ fn a_starved_ring_goes_on_when_buffers_come() {
             assert!(!rx.enable_kicks());
             while given < seen + 7 {
                 let id = u16::try_from(given % 7).unwrap();
-                fixture.put(BUFFER + 0x1000 * u64::from(id), ROOM, id, VRING_DESC_F_WRITE);
+                fixture.put(
+                    BUFFER + 0x1000 * u64::from(id),
+                    ROOM,
+                    id,
+                    VRING_DESC_F_WRITE,
+                );
                 given += 1;
             }
             assert!(rx.enable_kicks(), "buffers have come");

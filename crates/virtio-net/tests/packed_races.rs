@@ -1,6 +1,6 @@
-//! A guest that rewrites the descriptors of a packed ring, wrap counters and all, while the device
-//! reads them. Whatever mix the device reads: a fault, or frames that would pass, and no byte
-//! written outside the buffers.
+//! A guest that rewrites the descriptors of a packed ring, including the wrap counters, while the
+//! device reads them. Whatever the device reads, the result is a fault or valid frames, and no byte
+//! is written outside of the buffers.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -9,30 +9,37 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use common::packed::PackedRingFixture;
-use common::{DATA, SetOnDrop, END, FULL, TABLE, frame, good};
+use common::{DATA, END, FULL, SetOnDrop, TABLE, frame, good};
+use virtionet_guest::memory::Area;
+use virtionet_guest::packed::{PackedDescriptor, VIRTQ_DESC_F_AVAIL, VIRTQ_DESC_F_USED};
+use virtionet_guest::split::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtionet_virtio_net::features::Features;
 use virtionet_virtio_net::header::{MAX_FRAME, MIN_FRAME};
 use virtionet_virtio_net::{DeviceQueue, RxQueue, TxQueue};
-use virtionet_guest::memory::Area;
-use virtionet_guest::packed::{VIRTQ_DESC_F_AVAIL, PackedDescriptor, VIRTQ_DESC_F_USED};
-use virtionet_guest::split::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 
 const SIZE: u16 = 13;
-/// How long a race goes on at least.
+/// The shortest duration of a race.
 const LEAST: Duration = Duration::from_millis(300);
-/// How long it may go on until all has been seen that is to be seen.
+/// The longest duration of a race, in which all outcomes must occur.
 const MOST: Duration = Duration::from_secs(20);
 
-/// A row of numbers without order, the same in every run.
+/// A pseudo-random number, the same in every run.
 fn mix(round: usize) -> usize {
     let n = round.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     (n ^ n >> 29).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 16
 }
 
-/// What a descriptor may hold at any moment. `flag` is the direction that the ring asks for.
+/// A value that a descriptor may have at any moment. `flag` is the direction of the ring.
 fn variant(index: u16, flag: u16, n: usize) -> PackedDescriptor {
     let addr = DATA + 0x1000 * u64::from(index);
-    let whose = [VIRTQ_DESC_F_AVAIL, VIRTQ_DESC_F_USED, VIRTQ_DESC_F_AVAIL, VIRTQ_DESC_F_USED, VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED, 0][n % 6];
+    let whose = [
+        VIRTQ_DESC_F_AVAIL,
+        VIRTQ_DESC_F_USED,
+        VIRTQ_DESC_F_AVAIL,
+        VIRTQ_DESC_F_USED,
+        VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED,
+        0,
+    ][n % 6];
     let (addr, len, flags) = match n / 6 % 12 {
         0 => (END - 10, 72, flag),
         1 => (addr, 72, flag ^ VRING_DESC_F_WRITE),
@@ -44,16 +51,20 @@ fn variant(index: u16, flag: u16, n: usize) -> PackedDescriptor {
     PackedDescriptor::new(addr, len, index, flags | whose)
 }
 
-/// Rewrites the ring on a thread of its own while `turn` runs here, until all three of what it
-/// tells of have been seen: frames, chains refused, and a ring given up.
-fn race(ring: &Area, flag: u16, mut turn: impl FnMut() -> [bool; 3]) {
+/// Rewrites the ring on a thread of its own while `step` runs here, until all three outcomes that
+/// `step` reports have occurred: frames, invalid chains, and a fault of the ring.
+fn race(ring: &Area, flag: u16, mut step: impl FnMut() -> [bool; 3]) {
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let rounds = (0..).take_while(|_| !done.load(Ordering::Relaxed));
             for round in rounds {
-                // At times every chain goes on and on; else most of them end.
-                let endless = if round >> 12 & 7 == 7 { VRING_DESC_F_NEXT } else { 0 };
+                // In some rounds no chain ends; in the others most do.
+                let endless = if round >> 12 & 7 == 7 {
+                    VRING_DESC_F_NEXT
+                } else {
+                    0
+                };
                 let index = u16::try_from(round % usize::from(SIZE)).unwrap();
                 let mut next = variant(index, flag, mix(round));
                 next.flags |= endless;
@@ -64,7 +75,7 @@ fn race(ring: &Area, flag: u16, mut turn: impl FnMut() -> [bool; 3]) {
         let begin = Instant::now();
         let mut seen = [false; 3];
         while begin.elapsed() < LEAST || seen.contains(&false) && begin.elapsed() < MOST {
-            for (all, now) in seen.iter_mut().zip(turn()) {
+            for (all, now) in seen.iter_mut().zip(step()) {
                 *all |= now;
             }
         }
@@ -78,7 +89,7 @@ fn descriptors(fixture: &PackedRingFixture) -> Area {
     fixture.ram.area(at, 16 * u64::from(SIZE)).unwrap()
 }
 
-/// A place in the ring, in both halves.
+/// Checks that both halves of a base are positions in the ring.
 fn in_the_ring(base: u32) {
     assert_eq!(base & 0xffff, base >> 16, "{base:#x}");
     assert!(base & 0x7fff < u32::from(SIZE), "{base:#x}");
@@ -121,7 +132,7 @@ fn rx_descriptors_and_wrap_counters_that_change_while_buffers_are_filled() {
     let mut rx: RxQueue = fixture.device();
     fixture.table(&[(DATA, 72, VRING_DESC_F_WRITE); 2]);
     let pages = || (DATA..).step_by(0x1000).take(usize::from(SIZE));
-    // Canaries: behind every buffer, and at the end of memory.
+    // Canaries follow every buffer, and there is one at the end of memory.
     let canary = [0xa5; 0x800];
     for page in pages() {
         fixture.ram.write(page + 72, &canary).unwrap();

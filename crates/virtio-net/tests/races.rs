@@ -1,8 +1,8 @@
 //! A guest that rewrites its descriptors, tables, headers and indices while the device reads them.
 //!
-//! Each rewrite goes back and forth between something good and something bad. Whatever mix the
-//! device reads, it must check the copy that it then uses: no frame with a header that would not
-//! pass, none with bytes from elsewhere, and no byte written outside the buffers.
+//! Each rewrite alternates between a valid and an invalid value. Whatever the device reads, it must
+//! check the copy that it then uses: no frame has an invalid header or bytes from elsewhere, and no
+//! byte is written outside of the buffers.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
@@ -10,23 +10,25 @@ mod common;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{SentFrame, DATA, SetOnDrop, END, FULL, SplitRingFixture, TABLE, frame};
+use common::{DATA, END, FULL, SentFrame, SetOnDrop, SplitRingFixture, TABLE, frame};
+use virtionet_guest::header::{NetHeader, VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_TCPV4};
+use virtionet_guest::memory::{Area, GuestRam};
+use virtionet_guest::split::{
+    SplitDescriptor, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+};
 use virtionet_virtio_net::features::Features;
 use virtionet_virtio_net::header::{MAX_FRAME, MIN_FRAME};
 use virtionet_virtio_net::{DeviceQueue, RxQueue, TxQueue};
-use virtionet_guest::header::{VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_F_NEEDS_CSUM, NetHeader};
-use virtionet_guest::memory::{Area, GuestRam};
-use virtionet_guest::split::{SplitDescriptor, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 
 const SIZE: u16 = 16;
-/// How long a race goes on at least.
+/// The shortest duration of a race.
 const LEAST: Duration = Duration::from_millis(300);
-/// How long it may go on until both outcomes have been seen.
+/// The longest duration of a race, in which both outcomes must occur.
 const MOST: Duration = Duration::from_secs(20);
 
-/// Runs `write` on a thread of its own, over and over with a rising number, while `turn` runs
-/// here, until both outcomes that `turn` tells of (good, bad) have been seen.
-fn race(write: impl Fn(usize) + Sync, mut turn: impl FnMut() -> (bool, bool)) {
+/// Runs `write` again and again on a thread of its own, with a rising number, while `step` runs
+/// here, until both outcomes that `step` reports (valid, invalid) have occurred.
+fn race(write: impl Fn(usize) + Sync, mut step: impl FnMut() -> (bool, bool)) {
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -37,7 +39,7 @@ fn race(write: impl Fn(usize) + Sync, mut turn: impl FnMut() -> (bool, bool)) {
         let begin = Instant::now();
         let (mut good, mut bad) = (false, false);
         while begin.elapsed() < LEAST || !(good && bad) && begin.elapsed() < MOST {
-            let seen = turn();
+            let seen = step();
             good |= seen.0;
             bad |= seen.1;
         }
@@ -48,7 +50,8 @@ fn race(write: impl Fn(usize) + Sync, mut turn: impl FnMut() -> (bool, bool)) {
 /// A view of the fixture's descriptor table that another thread may write through.
 fn table(ram: &GuestRam, fixture: &SplitRingFixture) -> Area {
     let bytes = 16 * u64::from(SIZE);
-    ram.area(fixture.ring.addresses().descriptors, bytes).unwrap()
+    ram.area(fixture.ring.addresses().descriptors, bytes)
+        .unwrap()
 }
 
 fn whole(carried: &SentFrame) {
@@ -58,7 +61,7 @@ fn whole(carried: &SentFrame) {
     assert_eq!(checked, Ok(()), "{:?}", carried.header);
 }
 
-/// Sends every head once a turn; good: a frame passed, bad: a chain was refused.
+/// Makes every head available once; valid: a frame passed, invalid: a chain was refused.
 fn send_all(fixture: &mut SplitRingFixture, tx: &mut TxQueue) -> (bool, bool) {
     let heads: Vec<u16> = (0..SIZE).collect();
     fixture.offer(&heads);
@@ -111,8 +114,8 @@ fn tx_headers_that_change_while_they_are_read() {
     );
 }
 
-/// Descriptors that a chain may have at any moment: good, outside memory, too long, the wrong
-/// direction, a loop, an index outside the ring, a table.
+/// The values that a descriptor may have at any moment: valid, outside of memory, too long, of the
+/// wrong direction, a loop, an index outside of the ring, a table.
 fn variants(at: u16, flag: u16) -> [SplitDescriptor; 8] {
     let addr = DATA + 0x1000 * u64::from(at);
     [
@@ -169,16 +172,17 @@ fn indirect_tables_that_change_while_they_are_read() {
     );
 }
 
-/// Buffers are `DATA`'s first pages, a byte of each told apart from what lies between them.
+/// The buffers are in the first pages at `DATA`, with canaries between them.
 #[test]
 fn rx_descriptors_that_change_while_buffers_are_filled() {
     let mut fixture = SplitRingFixture::new(SIZE, FULL);
     let mut rx: RxQueue = fixture.device();
     for index in 0..SIZE {
-        variants(index, VRING_DESC_F_WRITE)[0].store(&table(&fixture.ram, &fixture), 16 * usize::from(index));
+        variants(index, VRING_DESC_F_WRITE)[0]
+            .store(&table(&fixture.ram, &fixture), 16 * usize::from(index));
     }
     fixture.table(&[(DATA, 72, VRING_DESC_F_WRITE, 0); 4]);
-    // Canaries: behind every buffer, and at the end of memory.
+    // Canaries follow every buffer, and there is one at the end of memory.
     let canary = [0xa5; 0x800];
     for page in (DATA..).step_by(0x1000).take(usize::from(SIZE)) {
         fixture.ram.write(page + 72, &canary).unwrap();
@@ -188,7 +192,7 @@ fn rx_descriptors_that_change_while_buffers_are_filled() {
     race(
         |round| {
             for at in 0..SIZE {
-                // All but the one whose length reaches over the canaries.
+                // All variants except the one whose length covers the canaries.
                 let which = [0, 1, 0, 3, 4, 5, 6, 7][(round + usize::from(at)) % 8];
                 variants(at, VRING_DESC_F_WRITE)[which].store(&area, 16 * usize::from(at));
             }
@@ -200,7 +204,7 @@ fn rx_descriptors_that_change_while_buffers_are_filled() {
                 fixture.uplink.feed([vec![0; 12], frame(1, 48)].concat());
             }
             let received = rx.receive(&fixture.uplink, 64, 1 << 20).unwrap();
-            // Everything back, so that the next turn may offer all of it again.
+            // Rewind everything, so that the next step can make all buffers available again.
             let base = rx.rewind();
             let used = fixture.used();
             assert_eq!(base, u32::from(fixture.ring.used_index()));
@@ -219,8 +223,7 @@ fn rx_descriptors_that_change_while_buffers_are_filled() {
     assert_eq!(back, canary);
 }
 
-/// A wrong index is a fault, a right one is work; neither is anything else, and a ring that is set
-/// up anew goes on.
+/// A wrong index is a fault, a right one moves frames, and a ring that is configured anew works.
 #[test]
 fn indices_and_heads_that_change_while_they_are_read() {
     let mut fixture = SplitRingFixture::new(SIZE, FULL);
@@ -228,7 +231,10 @@ fn indices_and_heads_that_change_while_they_are_read() {
         fixture.readable(index, &common::good());
     }
     let at = fixture.ring.addresses();
-    let avail = fixture.ram.area(at.driver, 6 + 2 * u64::from(SIZE)).unwrap();
+    let avail = fixture
+        .ram
+        .area(at.driver, 6 + 2 * u64::from(SIZE))
+        .unwrap();
     let mut tx: TxQueue = fixture.device();
     race(
         |round| {

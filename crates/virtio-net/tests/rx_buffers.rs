@@ -1,21 +1,21 @@
-//! Receive buffers that a guest must not offer, and buffers that run out.
+//! Invalid receive buffers, and buffers that run out.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
 
-use common::{DATA, END, FULL, HOLE, JOINED, SplitRingFixture, PLAIN, TABLE, frame};
+use common::{DATA, END, FULL, HOLE, JOINED, PLAIN, SplitRingFixture, TABLE, frame};
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
-use virtionet_virtio_net::{DeviceQueue, RxEndReason, RxQueue};
 use virtionet_guest::split::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+use virtionet_virtio_net::{DeviceQueue, RxEndReason, RxQueue};
 
 const MERGEABLE: u64 = PLAIN | 1 << VIRTIO_NET_F_MRG_RXBUF;
-/// Everything but mergeable buffers.
+/// All features except mergeable buffers.
 const UNMERGED: u64 = FULL & !(1 << VIRTIO_NET_F_MRG_RXBUF);
-/// A good buffer's place and size.
+/// The address and the size of a valid buffer.
 const BUFFER: u64 = DATA + 0x10_0000;
 const ROOM: u32 = 1526;
 
-/// A bad chain with head 0, and the counter that must tell of it.
+/// An invalid chain with head 0, and its counter.
 type Row = (&'static str, &'static str, fn(&SplitRingFixture));
 
 const ROWS: &[Row] = &[
@@ -33,7 +33,13 @@ const ROWS: &[Row] = &[
         "rx_buffer_too_small",
         |fixture| {
             for at in 0..10 {
-                fixture.desc(at, DATA + u64::from(at), 1, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT, at + 1);
+                fixture.desc(
+                    at,
+                    DATA + u64::from(at),
+                    1,
+                    VRING_DESC_F_WRITE | VRING_DESC_F_NEXT,
+                    at + 1,
+                );
             }
             fixture.desc(10, DATA + 10, 1, VRING_DESC_F_WRITE, 0);
         },
@@ -41,20 +47,32 @@ const ROWS: &[Row] = &[
     ("readable", "direction_wrong", |fixture| {
         fixture.desc(0, DATA, ROOM, 0, 0);
     }),
-    ("readable header, writable rest", "direction_wrong", |fixture| {
-        fixture.desc(0, DATA, 12, VRING_DESC_F_NEXT, 1);
-        fixture.desc(1, DATA, ROOM, VRING_DESC_F_WRITE, 0);
-    }),
-    ("writable header, readable rest", "direction_wrong", |fixture| {
-        fixture.desc(0, DATA, 12, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT, 1);
-        fixture.desc(1, DATA, ROOM, 0, 0);
-    }),
+    (
+        "readable header, writable rest",
+        "direction_wrong",
+        |fixture| {
+            fixture.desc(0, DATA, 12, VRING_DESC_F_NEXT, 1);
+            fixture.desc(1, DATA, ROOM, VRING_DESC_F_WRITE, 0);
+        },
+    ),
+    (
+        "writable header, readable rest",
+        "direction_wrong",
+        |fixture| {
+            fixture.desc(0, DATA, 12, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT, 1);
+            fixture.desc(1, DATA, ROOM, 0, 0);
+        },
+    ),
     ("self-loop", "chain_loop", |fixture| {
         fixture.desc(0, DATA, ROOM, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT, 0);
     }),
-    ("next outside the ring", "chain_next_out_of_range", |fixture| {
-        fixture.desc(0, DATA, ROOM, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT, 77);
-    }),
+    (
+        "next outside the ring",
+        "chain_next_out_of_range",
+        |fixture| {
+            fixture.desc(0, DATA, ROOM, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT, 77);
+        },
+    ),
     ("outside memory", "address_invalid", |fixture| {
         fixture.desc(0, END, ROOM, VRING_DESC_F_WRITE, 0);
     }),
@@ -85,7 +103,7 @@ fn with_header(seed: usize, len: usize) -> Vec<u8> {
     [vec![0; 12], frame(seed, len)].concat()
 }
 
-/// What the guest finds in a buffer: its num_buffers and the frame behind the header.
+/// The content of a buffer: num_buffers and the frame behind the header.
 fn found(fixture: &SplitRingFixture, addr: u64, len: usize) -> (u16, Vec<u8>) {
     let mut bytes = vec![0; 12 + len];
     fixture.ram.read(addr, &mut bytes).unwrap();
@@ -96,7 +114,7 @@ fn found(fixture: &SplitRingFixture, addr: u64, len: usize) -> (u16, Vec<u8>) {
 }
 
 #[test]
-fn a_bad_buffer_goes_back_empty_and_the_frame_takes_the_next() {
+fn an_invalid_buffer_is_completed_empty_and_the_frame_uses_the_next() {
     for features in [FULL, UNMERGED] {
         for &(name, counter, write) in ROWS {
             let mut fixture = SplitRingFixture::new(16, features);
@@ -131,9 +149,9 @@ fn a_bad_buffer_goes_back_empty_and_the_frame_takes_the_next() {
     }
 }
 
-/// Used elements stand in ring order, so the bad one counts as a buffer of the frame around it.
+/// Chains are used in ring order, so the invalid one counts as a buffer of the frame.
 #[test]
-fn a_bad_chain_among_the_buffers_of_a_frame_is_an_empty_one_of_them() {
+fn an_invalid_chain_among_the_buffers_of_a_frame_is_an_empty_buffer() {
     let mut fixture = SplitRingFixture::new(8, MERGEABLE);
     let mut rx: RxQueue = fixture.device();
     fixture.desc(0, BUFFER, 64, VRING_DESC_F_WRITE, 0);
@@ -149,7 +167,7 @@ fn a_bad_chain_among_the_buffers_of_a_frame_is_an_empty_one_of_them() {
 }
 
 #[test]
-fn without_merging_a_buffer_must_hold_a_header_and_a_frame() {
+fn an_unmergeable_buffer_must_hold_a_header_and_a_frame() {
     for (len, counter) in [
         (12, "rx_buffer_too_small"),
         (25, "rx_buffer_too_small"),
@@ -172,13 +190,13 @@ fn without_merging_a_buffer_must_hold_a_header_and_a_frame() {
 }
 
 #[test]
-fn a_frame_longer_than_an_unmerged_buffer_is_dropped_and_the_buffer_kept() {
+fn a_frame_longer_than_an_unmergeable_buffer_is_dropped_and_the_buffer_kept() {
     let mut fixture = SplitRingFixture::new(8, UNMERGED);
     let mut rx: RxQueue = fixture.device();
     fixture.desc(0, BUFFER, 200, VRING_DESC_F_WRITE, 0);
     fixture.offer(&[0]);
     fixture.ram.write(BUFFER + 200, &[0xaa; 64]).unwrap();
-    for len in [189, 65_553, 188] {
+    for len in [189, 65_557, 188] {
         fixture.uplink.feed(with_header(len, len));
     }
     let received = rx.receive(&fixture.uplink, 64, 1 << 20).unwrap();
@@ -188,7 +206,7 @@ fn a_frame_longer_than_an_unmerged_buffer_is_dropped_and_the_buffer_kept() {
     assert_eq!(found(&fixture, BUFFER, 188), (1, frame(188, 188)));
     let mut behind = [0; 64];
     fixture.ram.read(BUFFER + 200, &mut behind).unwrap();
-    assert_eq!(behind, [0xaa; 64], "nothing is written behind the buffer");
+    assert_eq!(behind, [0xaa; 64], "a byte was written behind the buffer");
 }
 
 #[test]
@@ -208,7 +226,7 @@ fn a_buffer_across_two_regions_is_one_buffer() {
 }
 
 #[test]
-fn frames_wait_while_there_are_no_buffers_and_come_in_order_later() {
+fn frames_wait_without_buffers_and_arrive_in_order_later() {
     for features in [MERGEABLE, UNMERGED] {
         let mut fixture = SplitRingFixture::new(8, features);
         let mut rx: RxQueue = fixture.device();
@@ -220,12 +238,12 @@ fn frames_wait_while_there_are_no_buffers_and_come_in_order_later() {
         }
         let mut seen = 0;
         while seen < 40 {
-            // Without new buffers nothing moves, and nothing is lost.
+            // Without new buffers no frame moves, and none is lost.
             let starved = rx.receive(&fixture.uplink, 64, 1 << 20).unwrap();
             assert_eq!((starved.frames, starved.should_call), (0, false));
             assert_eq!(starved.end, RxEndReason::Starved);
             assert_eq!(fixture.uplink.waiting().len(), 40 - seen);
-            // Then every buffer that the device does not have, in the order they came back.
+            // Then all free buffers are added, in the order in which they were used.
             let next = fixture.ring.avail_index();
             let free = 8 - (next - fixture.ring.used_index());
             let heads: Vec<u16> = (next..next + free).map(|at| at % 8).collect();
@@ -244,9 +262,9 @@ fn frames_wait_while_there_are_no_buffers_and_come_in_order_later() {
     }
 }
 
-/// What a turn costs is bounded by the descriptors it reads.
+/// The cost of a call is bounded by the descriptors that it reads.
 #[test]
-fn a_table_of_65_535_entries_shared_by_1_024_heads_costs_little_at_a_time() {
+fn a_table_of_65_535_entries_shared_by_1_024_heads_has_a_bounded_cost_per_call() {
     let mut fixture = SplitRingFixture::new(1024, FULL);
     let mut rx: RxQueue = fixture.device();
     let entries: Vec<_> = (0..u16::MAX)
@@ -263,7 +281,7 @@ fn a_table_of_65_535_entries_shared_by_1_024_heads_costs_little_at_a_time() {
     while done < 1024 {
         let received = rx.receive(&fixture.uplink, 64, 1 << 20).unwrap();
         let back = fixture.used().len();
-        // 16,384 descriptors at most, and what the last look at the ring adds to that.
+        // At most 16,384 descriptors, and those of the last dequeue.
         assert!((1..=20).contains(&back), "{back} at once");
         assert_eq!(received.frames, 0);
         done += back;
@@ -272,9 +290,9 @@ fn a_table_of_65_535_entries_shared_by_1_024_heads_costs_little_at_a_time() {
     assert_eq!(fixture.uplink.waiting().len(), 1);
 }
 
-/// A descriptor that is refused at sight is work as well.
+/// Reading a descriptor that is refused at once is work as well.
 #[test]
-fn a_large_ring_of_heads_refused_at_sight_takes_more_than_one_turn() {
+fn a_large_ring_of_invalid_heads_takes_more_than_one_call() {
     for (features, counter, len) in [
         (MERGEABLE, "indirect_not_negotiated", 16),
         (FULL, "indirect_bad_length", 0),
@@ -296,16 +314,20 @@ fn a_large_ring_of_heads_refused_at_sight_takes_more_than_one_turn() {
         fixture.offer(&heads);
         fixture.uplink.feed(with_header(1, 60));
         let received = rx.receive(&fixture.uplink, 64, 1 << 20).unwrap();
-        assert_eq!((received.frames, received.end), (0, RxEndReason::Budget), "{counter}");
+        assert_eq!(
+            (received.frames, received.end),
+            (0, RxEndReason::Budget),
+            "{counter}"
+        );
         let back = fixture.used().len();
         assert!(back <= 20 * 1024, "{counter}: {back} at once");
         assert_eq!(fixture.counted().len(), 1, "{counter}");
     }
 }
 
-/// Frames that the guest was given before a fault was met stay given, and the base says so.
+/// Frames that were received before a fault stay with the guest, and the base includes them.
 #[test]
-fn frames_before_a_fault_are_shown_to_the_guest() {
+fn frames_before_a_fault_are_published() {
     for features in [MERGEABLE, UNMERGED] {
         let mut fixture = SplitRingFixture::new(64, features);
         let mut rx: RxQueue = fixture.device();

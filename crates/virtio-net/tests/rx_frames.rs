@@ -1,4 +1,4 @@
-//! Frames that a guest receives: where their bytes lie, and what the ring says of them.
+//! Frames that a guest receives: their bytes in the buffers, and their entries in the used ring.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
@@ -7,16 +7,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{SetOnDrop, FULL, Receiveq, RecordingUplink, frame};
+use common::{FULL, Receiveq, RecordingUplink, SetOnDrop, frame};
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
-use virtionet_virtio_net::features::Features;
-use virtionet_virtio_net::stats::VringStats;
-use virtionet_virtio_net::{DeviceQueue, RxEndReason, RxQueue};
 use virtionet_guest::driver::DriverVirtqueue;
 use virtionet_guest::memory::GuestRam;
 use virtionet_guest::packed::RingPosition;
 use virtionet_guest::{net, rx};
+use virtionet_virtio_net::features::Features;
+use virtionet_virtio_net::stats::VringStats;
+use virtionet_virtio_net::{DeviceQueue, RxEndReason, RxQueue};
 use virtionet_virtqueue::memory::GuestMemory;
 
 const MERGEABLE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
@@ -61,10 +61,13 @@ impl RxFixture {
     }
 
     fn fill(&mut self) -> RxEndReason {
-        self.device.receive(&self.uplink, 1024, 1 << 24).unwrap().end
+        self.device
+            .receive(&self.uplink, 1024, 1 << 24)
+            .unwrap()
+            .end
     }
 
-    /// The base of a ring of which so many chains of `pieces` descriptors were used.
+    /// The base of a ring in which `chains` chains of `segments` descriptors were used.
     fn base(&self, chains: u16, segments: usize) -> u32 {
         match self.driver.queue.ring {
             DriverVirtqueue::Split(_) => u32::from(chains),
@@ -76,7 +79,7 @@ impl RxFixture {
         }
     }
 
-    /// What the driver received: (buffers, num_buffers, bytes) of each frame.
+    /// The frames that the driver received: (buffers, num_buffers, bytes) of each.
     fn received(&mut self) -> Vec<(usize, u16, Vec<u8>)> {
         let mut frames = Vec::new();
         let count = self.driver.receive(usize::MAX, |frame| {
@@ -92,7 +95,7 @@ impl RxFixture {
 const LAYOUTS: &[(u16, u64, &[u32])] = &[
     (256, FULL, &[1526]),
     (256, FULL, &[4096]),
-    (256, FULL, &[65_565]),
+    (256, FULL, &[65_569]),
     (1024, FULL, &[12]),
     (1024, FULL, &[13]),
     (1024, FULL, &[64]),
@@ -102,13 +105,13 @@ const LAYOUTS: &[(u16, u64, &[u32])] = &[
     (1024, DIRECT, &[1, 10, 1, 700]),
     (1024, DIRECT, &[5, 1, 4, 1, 3, 500, 1]),
     (256, MERGEABLE, &[1526]),
-    (256, UNMERGED, &[65_565]),
-    (256, UNMERGED, &[12, 65_553]),
-    (256, UNMERGED, &[7, 5, 10_000, 55_553]),
-    (1024, DIRECT & !MERGEABLE, &[11, 1, 1, 65_552]),
+    (256, UNMERGED, &[65_569]),
+    (256, UNMERGED, &[12, 65_557]),
+    (256, UNMERGED, &[7, 5, 10_000, 55_557]),
+    (1024, DIRECT & !MERGEABLE, &[11, 1, 1, 65_556]),
     (256, LEGACY, &[1524]),
     (256, LEGACY, &[10, 1514]),
-    (256, LEGACY, &[65_565]),
+    (256, LEGACY, &[65_569]),
     (256, PACKED, &[1526]),
     (100, PACKED, &[1526]),
     (1023, PACKED, &[147]),
@@ -116,17 +119,17 @@ const LAYOUTS: &[(u16, u64, &[u32])] = &[
     (200, PACKED, &[1, 10, 1, 700]),
     (1022, PACKED_DIRECT, &[1, 10, 1, 700]),
     (1024, PACKED_DIRECT, &[5, 1, 4, 1, 3, 500, 1]),
-    (7, PACKED_UNMERGED, &[65_565]),
-    (5, PACKED_UNMERGED, &[7, 5, 10_000, 55_553]),
-    (1021, PACKED_DIRECT & !MERGEABLE, &[11, 1, 1, 65_552]),
+    (7, PACKED_UNMERGED, &[65_569]),
+    (5, PACKED_UNMERGED, &[7, 5, 10_000, 55_557]),
+    (1021, PACKED_DIRECT & !MERGEABLE, &[11, 1, 1, 65_556]),
 ];
 
 const LENGTHS: &[usize] = &[
-    14, 15, 52, 60, 134, 135, 136, 1500, 1501, 1514, 1515, 3040, 4084, 5000, 9014, 30_000, 65_552,
-    65_553,
+    14, 15, 52, 60, 134, 135, 136, 1500, 1501, 1514, 1515, 3040, 4084, 5000, 9014, 30_000, 65_556,
+    65_557,
 ];
 
-/// The most that one buffer takes or, merged, so many buffers as have 500 descriptors.
+/// The longest frame for one buffer or, if they are mergeable, for buffers of 500 descriptors.
 fn largest(features: u64, segments: &[u32], buffer: usize) -> usize {
     let header = Features(features).header_len();
     match Features(features).has_mergeable_buffers() {
@@ -136,12 +139,12 @@ fn largest(features: u64, segments: &[u32], buffer: usize) -> usize {
 }
 
 #[test]
-fn frames_lie_as_they_are_in_buffers_of_every_shape() {
+fn frames_are_received_in_buffers_of_every_shape() {
     for &(size, features, segments) in LAYOUTS {
         let mut fixture = RxFixture::new(size, features, segments);
         let buffer = usize::try_from(segments.iter().sum::<u32>()).unwrap();
         let largest = largest(features, segments, buffer);
-        // Twice round, so that frames of one size follow frames of another in the same buffers.
+        // Two rounds, so that frames of one length follow frames of another in the same buffers.
         for (seed, len) in LENGTHS.iter().chain(LENGTHS).copied().enumerate() {
             if len > largest {
                 continue;
@@ -164,7 +167,7 @@ fn frames_lie_as_they_are_in_buffers_of_every_shape() {
 }
 
 #[test]
-fn a_turn_s_frames_become_visible_together() {
+fn the_frames_of_one_call_become_visible_together() {
     for features in [FULL, PACKED] {
         frames_become_visible_together(RxFixture::new(256, features, &[1526]));
     }
@@ -187,14 +190,17 @@ fn frames_become_visible_together(mut fixture: RxFixture) {
     let lens: Vec<_> = fixture.received().iter().map(|f| f.2.len()).collect();
     assert_eq!(lens, [60, 5000, 14]);
     let received = fixture.device.receive(&fixture.uplink, 3, 1 << 20).unwrap();
-    assert_eq!((received.frames, received.end), (1, RxEndReason::UplinkEmpty));
+    assert_eq!(
+        (received.frames, received.end),
+        (1, RxEndReason::UplinkEmpty)
+    );
     assert_eq!(fixture.received()[0].2, frame(9014, 9014));
     assert_eq!(fixture.stats.frames.get(), 4);
     assert_eq!(fixture.stats.bytes.get(), 60 + 5000 + 14 + 9014);
 }
 
 #[test]
-fn a_turn_ends_at_its_bytes_too() {
+fn a_call_ends_at_its_byte_limit() {
     let mut fixture = RxFixture::new(256, FULL, &[1526]);
     fixture.driver.fill().unwrap();
     for seed in 0..10 {
@@ -206,15 +212,15 @@ fn a_turn_ends_at_its_bytes_too() {
 }
 
 #[test]
-fn nothing_is_used_that_was_only_reserved() {
+fn reserved_buffers_are_not_used() {
     for (size, features, segments) in [
         (64, FULL, &[1526][..]),
         (64, DIRECT, &[12, 1500]),
-        (64, UNMERGED, &[65_565]),
+        (64, UNMERGED, &[65_569]),
         (64, PACKED, &[1526]),
         (47, PACKED, &[1526]),
         (100, PACKED_DIRECT, &[12, 1500]),
-        (3, PACKED_UNMERGED, &[65_565]),
+        (3, PACKED_UNMERGED, &[65_569]),
     ] {
         let mut fixture = RxFixture::new(size, features, segments);
         fixture.driver.fill().unwrap();
@@ -222,7 +228,7 @@ fn nothing_is_used_that_was_only_reserved() {
         for (seed, len) in [60, 1514, 3000, 14, 40_000].into_iter().enumerate() {
             fixture.feed(seed, len);
             fixture.fill();
-            // What is in reserve is rewound each time; the driver sees no trace of it.
+            // The reserved buffers are rewound each time, which the driver cannot notice.
             let base = fixture.device.rewind();
             let frames = fixture.received();
             assert_eq!(frames.last().unwrap().2, frame(seed, len));
@@ -234,7 +240,7 @@ fn nothing_is_used_that_was_only_reserved() {
 }
 
 #[test]
-fn a_frame_for_which_a_small_ring_never_has_room_is_dropped_and_counted() {
+fn a_frame_too_long_for_a_small_ring_is_dropped_and_counted() {
     for (size, features) in [(16, FULL), (16, PACKED), (13, PACKED)] {
         let mut fixture = RxFixture::new(size, features, &[1526]);
         fixture.driver.fill().unwrap();
@@ -249,19 +255,19 @@ fn a_frame_for_which_a_small_ring_never_has_room_is_dropped_and_counted() {
 }
 
 #[test]
-fn a_ring_goes_on_in_another_snapshot_of_memory() {
+fn a_ring_continues_in_another_snapshot_of_memory() {
     for (size, features) in [(256, FULL), (256, PACKED), (99, PACKED)] {
-        goes_on_elsewhere(RxFixture::new(size, features, &[1000]));
+        continues_in_another_snapshot(RxFixture::new(size, features, &[1000]));
     }
 }
 
-fn goes_on_elsewhere(mut fixture: RxFixture) {
+fn continues_in_another_snapshot(mut fixture: RxFixture) {
     fixture.driver.fill().unwrap();
     for round in 0..20 {
         for seed in 0..5 {
             fixture.feed(seed, 700 * (seed + 1) + round);
         }
-        // Frames wait and buffers are in reserve when the table changes.
+        // Frames wait and buffers are reserved when the memory table changes.
         fixture.device.receive(&fixture.uplink, 2, 1 << 20).unwrap();
         let memory = Arc::new(fixture.ram.guest_memory().unwrap());
         fixture.device.rebind(&memory).unwrap();
@@ -276,7 +282,7 @@ fn goes_on_elsewhere(mut fixture: RxFixture) {
 }
 
 #[test]
-fn a_snapshot_without_the_ring_is_refused_and_the_base_stays_right() {
+fn a_snapshot_without_the_ring_is_refused_and_the_base_is_kept() {
     for features in [FULL, PACKED] {
         let mut fixture = RxFixture::new(64, features, &[1526]);
         fixture.driver.fill().unwrap();
@@ -291,16 +297,16 @@ fn a_snapshot_without_the_ring_is_refused_and_the_base_stays_right() {
     }
 }
 
-/// The driver runs on a thread of its own and gives buffers back while frames come; it ends with
-/// an error at a torn frame, that is, when it can see some of a frame's buffers and not all.
+/// The driver runs on a thread of its own and refills while frames arrive. It fails where it sees
+/// some of a frame's buffers and not all.
 #[test]
-fn a_driver_that_runs_meanwhile_never_sees_half_a_frame() {
+fn a_concurrent_driver_never_sees_part_of_a_frame() {
     for (size, features) in [(256, FULL), (256, PACKED), (251, PACKED)] {
-        never_half_a_frame(RxFixture::new(size, features, &[300]));
+        never_sees_part_of_a_frame(RxFixture::new(size, features, &[300]));
     }
 }
 
-fn never_half_a_frame(fixture: RxFixture) {
+fn never_sees_part_of_a_frame(fixture: RxFixture) {
     let RxFixture {
         ram: _ram,
         mut driver,
@@ -329,7 +335,7 @@ fn never_half_a_frame(fixture: RxFixture) {
         let end = Instant::now() + Duration::from_millis(300);
         let mut fed = 0;
         let mut given = 0;
-        // However slow the machine: enough frames that something could have gone wrong.
+        // Even on a slow machine, enough frames must have passed for the test to mean something.
         while !receiver.is_finished() && (Instant::now() < end || fed < 64 || given < fed) {
             if given == fed {
                 for _ in 0..16 {

@@ -1,16 +1,16 @@
-//! Frames that another thread pushes to a receiveq: contents, order, and what finds no room.
+//! Frames that another thread pushes to a receiveq: content, order, and frames that do not fit.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
 
-use common::{DATA, FULL, SplitRingFixture, PLAIN, Receiveq, frame};
+use common::{DATA, FULL, PLAIN, Receiveq, SplitRingFixture, frame};
 use proptest::prelude::*;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
+use virtionet_guest::net;
+use virtionet_guest::split::VRING_DESC_F_WRITE;
 use virtionet_virtio_net::header::VnetHeader;
 use virtionet_virtio_net::uplink::TxFrame;
 use virtionet_virtio_net::{DeviceQueue, PushOutcome, RxQueue};
-use virtionet_guest::net;
-use virtionet_guest::split::VRING_DESC_F_WRITE;
 use virtionet_virtqueue::VirtqueueFault;
 use virtionet_virtqueue::memory::GuestSlice;
 
@@ -18,12 +18,17 @@ const UNMERGED: u64 = FULL & !(1 << VIRTIO_NET_F_MRG_RXBUF);
 const MERGEABLE: u64 = PLAIN | 1 << VIRTIO_NET_F_MRG_RXBUF;
 const PACKED: u64 = FULL | net::PACKED;
 
-/// Pushes frames, each cut into slices of `cut` bytes.
+/// Pushes frames, each in segments of `cut` bytes.
 fn push(rx: &mut RxQueue, frames: &[Vec<u8>], cut: usize) -> Result<PushOutcome, VirtqueueFault> {
     let mut bytes = frames.to_vec();
     let slices: Vec<Vec<GuestSlice<'_>>> = bytes
         .iter_mut()
-        .map(|frame| frame.chunks_mut(cut).map(GuestSlice::from_private).collect())
+        .map(|frame| {
+            frame
+                .chunks_mut(cut)
+                .map(GuestSlice::from_private)
+                .collect()
+        })
         .collect();
     let frames: Vec<TxFrame<'_>> = slices
         .iter()
@@ -42,26 +47,26 @@ const LAYOUTS: &[(u16, u64, &[u32])] = &[
     (256, FULL, &[1526]),
     (1024, FULL, &[147]),
     (256, FULL, &[1, 10, 1, 700]),
-    (256, UNMERGED, &[65_565]),
-    (256, UNMERGED, &[7, 5, 10_000, 55_553]),
-    (256, 0, &[65_565]),
+    (256, UNMERGED, &[65_569]),
+    (256, UNMERGED, &[7, 5, 10_000, 55_557]),
+    (256, 0, &[65_569]),
     (256, PACKED, &[1526]),
     (1023, PACKED, &[147]),
     (200, PACKED, &[1, 10, 1, 700]),
-    (7, PACKED & !(1 << VIRTIO_NET_F_MRG_RXBUF), &[65_565]),
+    (7, PACKED & !(1 << VIRTIO_NET_F_MRG_RXBUF), &[65_569]),
 ];
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// Whatever the buffers, the cuts and the order of pushes: each frame that was given arrives,
-    /// whole and in its place, with its number of buffers; the others are counted.
+    /// Whatever the buffers, the segments and the order of pushes: each frame that was not dropped
+    /// arrives unchanged and in order, with its number of buffers.
     #[test]
     fn frames_arrive_whole_and_in_order(
         layout in 0..LAYOUTS.len(),
         cut in prop_oneof![Just(usize::MAX), 1..200_usize],
         bursts in prop::collection::vec(prop::collection::vec(
-            prop_oneof![14..200_usize, 1000..3000_usize, 60_000..65_550_usize], 1..6), 1..12),
+            prop_oneof![14..200_usize, 1000..3000_usize, 60_000..65_558_usize], 1..6), 1..12),
     ) {
         let (size, features, buffers) = LAYOUTS[layout];
         let Receiveq { mut driver, mut device, ram: _ram, .. } = Receiveq::new(size, features, buffers);
@@ -76,7 +81,8 @@ proptest! {
                 got.push(frame.to_frame().bytes);
             }).unwrap();
             prop_assert_eq!(pushed.frames, got.len());
-            // Large ones may be too many at once; what came is in order, and all where all had room.
+            // Too many long frames may not fit; those that arrive are in order, and all arrive that
+            // fit.
             let mut wanted = frames.iter();
             for bytes in &got {
                 prop_assert!(wanted.any(|frame| frame == bytes));
@@ -92,7 +98,7 @@ proptest! {
 }
 
 #[test]
-fn frames_without_room_are_counted_and_the_next_ones_go_on() {
+fn frames_that_do_not_fit_are_counted_and_later_ones_arrive() {
     let mut fixture = SplitRingFixture::new(8, MERGEABLE);
     let mut rx: RxQueue = fixture.device();
     assert_eq!(push(&mut rx, &[frame(0, 60)], 60).unwrap().frames, 0);
@@ -100,7 +106,7 @@ fn frames_without_room_are_counted_and_the_next_ones_go_on() {
     fixture.desc(0, DATA, 100, VRING_DESC_F_WRITE, 0);
     fixture.desc(1, DATA + 0x1000, 100, VRING_DESC_F_WRITE, 0);
     fixture.offer(&[0, 1]);
-    // The first is too large for both buffers; they are there for the second.
+    // The first frame is too long for both buffers, so they are free for the second.
     let pushed = push(&mut rx, &[frame(1, 500), frame(2, 60)], 500).unwrap();
     assert_eq!(pushed.frames, 1);
     assert_eq!(fixture.counted(), [("dropped_no_buffer", 1)]);
@@ -108,12 +114,12 @@ fn frames_without_room_are_counted_and_the_next_ones_go_on() {
     let mut bytes = vec![0; 60];
     fixture.ram.read(DATA + 12, &mut bytes).unwrap();
     assert_eq!(bytes, frame(2, 60));
-    // The other is ours, unused, and goes back.
+    // The other buffer is unused and is rewound.
     assert_eq!(rx.rewind(), 1);
 }
 
 #[test]
-fn a_frame_for_which_an_unmerged_buffer_is_too_small_is_too_long() {
+fn a_frame_longer_than_an_unmergeable_buffer_is_too_long() {
     let mut fixture = SplitRingFixture::new(8, UNMERGED);
     let mut rx: RxQueue = fixture.device();
     fixture.desc(0, DATA, 100, VRING_DESC_F_WRITE, 0);
@@ -125,7 +131,7 @@ fn a_frame_for_which_an_unmerged_buffer_is_too_small_is_too_long() {
 }
 
 #[test]
-fn a_bad_buffer_goes_back_empty_and_the_frame_takes_the_next() {
+fn an_invalid_buffer_is_completed_empty_and_the_frame_uses_the_next() {
     for features in [FULL, UNMERGED] {
         let mut fixture = SplitRingFixture::new(8, features);
         let mut rx: RxQueue = fixture.device();
@@ -145,7 +151,7 @@ fn a_bad_buffer_goes_back_empty_and_the_frame_takes_the_next() {
 }
 
 #[test]
-fn frames_before_a_broken_index_are_shown_and_then_the_fault() {
+fn frames_before_a_bad_head_are_published_before_the_fault() {
     let mut fixture = SplitRingFixture::new(8, FULL);
     let mut rx: RxQueue = fixture.device();
     fixture.desc(2, DATA, 1526, VRING_DESC_F_WRITE, 0);
@@ -159,10 +165,10 @@ fn frames_before_a_broken_index_are_shown_and_then_the_fault() {
     assert_eq!(fixture.counted(), [("dropped_no_buffer", 2)]);
 }
 
-/// A driver that offers the same bad buffers for ever gets no more of them taken than its ring has,
-/// and costs no more memory than that.
+/// Of a driver that makes the same invalid buffers available again and again, no more are dequeued
+/// than the ring has, so that the memory for them is bounded.
 #[test]
-fn buffers_that_are_offered_anew_without_end_are_not_hoarded() {
+fn buffers_that_are_made_available_again_and_again_take_bounded_memory() {
     let mut fixture = SplitRingFixture::new(8, MERGEABLE);
     let mut rx: RxQueue = fixture.device();
     fixture.desc(0, DATA, 12, VRING_DESC_F_WRITE, 0);

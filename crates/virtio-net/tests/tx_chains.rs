@@ -1,14 +1,14 @@
-//! Chains, addresses, indirect tables and directions that a guest must not send: each costs it
-//! that chain, under its own counter, and nothing else.
+//! Invalid chains, addresses, indirect tables and directions: only that chain is dropped, under its
+//! own counter.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
 
-use common::{DATA, END, FULL, HOLE, ISLAND, JOINED, SplitRingFixture, PLAIN, TABLE, frame, good};
-use virtionet_virtio_net::{TxOutcome, TxQueue};
+use common::{DATA, END, FULL, HOLE, ISLAND, JOINED, PLAIN, SplitRingFixture, TABLE, frame, good};
 use virtionet_guest::split::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+use virtionet_virtio_net::{TxOutcome, TxQueue};
 
-/// A bad chain with head 0, and the counter that must tell of it.
+/// An invalid chain with head 0, and its counter.
 struct Row {
     name: &'static str,
     counter: &'static str,
@@ -34,13 +34,13 @@ const fn large(name: &'static str, counter: &'static str, write: fn(&SplitRingFi
     }
 }
 
-/// A chain of 72 bytes at `DATA` whose last descriptor is at `addr`.
+/// Writes a chain of 72 bytes at `DATA` whose last descriptor is at `addr`.
 fn ends_at(fixture: &SplitRingFixture, addr: u64, len: u32) {
     fixture.desc(0, DATA, 72, VRING_DESC_F_NEXT, 1);
     fixture.desc(1, addr, len, 0, 0);
 }
 
-/// Descriptors 0.. `n`, one after the other, each over `len` bytes.
+/// Writes the descriptors 0 to `n` - 1 as one chain, each of `len` bytes.
 fn line(fixture: &SplitRingFixture, n: u16, len: u32) {
     for at in 0..n {
         let flags = if at + 1 < n { VRING_DESC_F_NEXT } else { 0 };
@@ -48,7 +48,7 @@ fn line(fixture: &SplitRingFixture, n: u16, len: u32) {
     }
 }
 
-/// An indirect table of `n` such descriptors.
+/// Writes an indirect table of `n` such descriptors.
 fn table_line(fixture: &SplitRingFixture, n: u16, len: u32) {
     let flags = |at| if at + 1 < n { VRING_DESC_F_NEXT } else { 0 };
     let entries: Vec<_> = (0..n).map(|at| (DATA, len, flags(at), at + 1)).collect();
@@ -56,7 +56,7 @@ fn table_line(fixture: &SplitRingFixture, n: u16, len: u32) {
     fixture.desc(0, TABLE, 16 * u32::from(n), VRING_DESC_F_INDIRECT, 0);
 }
 
-/// Descriptor 0 refers to a table of these entries.
+/// Writes a table of these entries, to which descriptor 0 refers.
 fn refer(fixture: &SplitRingFixture, entries: &[(u64, u32, u16, u16)]) {
     fixture.table(entries);
     let bytes = u32::try_from(16 * entries.len()).unwrap();
@@ -71,11 +71,15 @@ const CHAINS: &[Row] = &[
         fixture.desc(0, DATA, 72, VRING_DESC_F_NEXT, 1);
         fixture.desc(1, DATA, 72, VRING_DESC_F_NEXT, 0);
     }),
-    row("loop that the head is not part of", "chain_loop", |fixture| {
-        fixture.desc(0, DATA, 72, VRING_DESC_F_NEXT, 5);
-        fixture.desc(5, DATA, 72, VRING_DESC_F_NEXT, 6);
-        fixture.desc(6, DATA, 72, VRING_DESC_F_NEXT, 5);
-    }),
+    row(
+        "loop that the head is not part of",
+        "chain_loop",
+        |fixture| {
+            fixture.desc(0, DATA, 72, VRING_DESC_F_NEXT, 5);
+            fixture.desc(5, DATA, 72, VRING_DESC_F_NEXT, 6);
+            fixture.desc(6, DATA, 72, VRING_DESC_F_NEXT, 5);
+        },
+    ),
     row("loop of empty descriptors", "chain_loop", |fixture| {
         fixture.desc(0, DATA, 0, VRING_DESC_F_NEXT, 0);
     }),
@@ -152,7 +156,13 @@ const ADDRESSES: &[Row] = &[
 
 const INDIRECTS: &[Row] = &[
     row("nested", "indirect_nested", |fixture| {
-        refer(fixture, &[(DATA, 72, VRING_DESC_F_NEXT, 1), (TABLE, 16, VRING_DESC_F_INDIRECT, 0)]);
+        refer(
+            fixture,
+            &[
+                (DATA, 72, VRING_DESC_F_NEXT, 1),
+                (TABLE, 16, VRING_DESC_F_INDIRECT, 0),
+            ],
+        );
     }),
     row("nested at once", "indirect_nested", |fixture| {
         refer(fixture, &[(TABLE, 16, VRING_DESC_F_INDIRECT, 0)]);
@@ -171,9 +181,13 @@ const INDIRECTS: &[Row] = &[
     row("table of 17 bytes", "indirect_bad_length", |fixture| {
         fixture.desc(0, TABLE, 17, VRING_DESC_F_INDIRECT, 0);
     }),
-    row("table of 65,536 entries", "indirect_bad_length", |fixture| {
-        fixture.desc(0, TABLE, 16 * 65_536, VRING_DESC_F_INDIRECT, 0);
-    }),
+    row(
+        "table of 65,536 entries",
+        "indirect_bad_length",
+        |fixture| {
+            fixture.desc(0, TABLE, 16 * 65_536, VRING_DESC_F_INDIRECT, 0);
+        },
+    ),
     row("table of 4 GiB", "indirect_bad_length", |fixture| {
         fixture.desc(0, TABLE, 0xffff_fff0, VRING_DESC_F_INDIRECT, 0);
     }),
@@ -183,10 +197,14 @@ const INDIRECTS: &[Row] = &[
     row("table that wraps", "indirect_unmapped", |fixture| {
         fixture.desc(0, u64::MAX - 15, 32, VRING_DESC_F_INDIRECT, 0);
     }),
-    row("table that ends in a hole", "indirect_unmapped", |fixture| {
-        fixture.desc(0, HOLE - 16, 32, VRING_DESC_F_INDIRECT, 0);
-    }),
-    // Legal for a driver, but no driver does it: a table is one small allocation.
+    row(
+        "table that ends in a hole",
+        "indirect_unmapped",
+        |fixture| {
+            fixture.desc(0, HOLE - 16, 32, VRING_DESC_F_INDIRECT, 0);
+        },
+    ),
+    // Valid, but no driver does it: a table is one small allocation.
     row("table across two regions", "indirect_unmapped", |fixture| {
         fixture.desc(0, JOINED - 16, 32, VRING_DESC_F_INDIRECT, 0);
     }),
@@ -194,7 +212,13 @@ const INDIRECTS: &[Row] = &[
         refer(fixture, &[(DATA, 72, VRING_DESC_F_NEXT, 1)]);
     }),
     row("loop in a table", "chain_loop", |fixture| {
-        refer(fixture, &[(DATA, 72, VRING_DESC_F_NEXT, 1), (DATA, 72, VRING_DESC_F_NEXT, 0)]);
+        refer(
+            fixture,
+            &[
+                (DATA, 72, VRING_DESC_F_NEXT, 1),
+                (DATA, 72, VRING_DESC_F_NEXT, 0),
+            ],
+        );
     }),
     row("table of 1,025 descriptors", "chain_too_long", |fixture| {
         table_line(fixture, 1025, 64);
@@ -215,9 +239,13 @@ const INDIRECTS: &[Row] = &[
     }),
     Row {
         features: PLAIN,
-        ..row("without the feature", "indirect_not_negotiated", |fixture| {
-            refer(fixture, &[(DATA, 72, 0, 0)]);
-        })
+        ..row(
+            "without the feature",
+            "indirect_not_negotiated",
+            |fixture| {
+                refer(fixture, &[(DATA, 72, 0, 0)]);
+            },
+        )
     },
 ];
 
@@ -234,12 +262,18 @@ const DIRECTIONS: &[Row] = &[
         fixture.desc(1, DATA, 60, 0, 0);
     }),
     row("writable in a table", "direction_wrong", |fixture| {
-        refer(fixture, &[(DATA, 12, VRING_DESC_F_NEXT, 1), (DATA, 60, VRING_DESC_F_WRITE, 0)]);
+        refer(
+            fixture,
+            &[
+                (DATA, 12, VRING_DESC_F_NEXT, 1),
+                (DATA, 60, VRING_DESC_F_WRITE, 0),
+            ],
+        );
     }),
 ];
 
 #[test]
-fn a_bad_chain_costs_the_guest_that_chain_and_no_other() {
+fn an_invalid_chain_is_dropped_and_no_other() {
     for row in [CHAINS, ADDRESSES, INDIRECTS, DIRECTIONS]
         .into_iter()
         .flatten()
@@ -248,7 +282,7 @@ fn a_bad_chain_costs_the_guest_that_chain_and_no_other() {
         let mut fixture = SplitRingFixture::new(row.size, row.features);
         let mut tx: TxQueue = fixture.device();
         (row.write)(&fixture);
-        // Between two good frames of its burst, then one more in the next.
+        // Between two valid frames of its burst, then one more in the next burst.
         let last = row.size - 2;
         fixture.readable(last, &good());
         fixture.offer(&[last, 0, last]);
@@ -264,11 +298,14 @@ fn a_bad_chain_costs_the_guest_that_chain_and_no_other() {
         let carried = fixture.uplink.sent();
         assert_eq!(carried.len(), 3, "{name}");
         assert!(carried.iter().all(|f| f.bytes == good()[12..]), "{name}");
-        assert_eq!(tx.send(Some(&fixture.uplink)).unwrap(), TxOutcome::default());
+        assert_eq!(
+            tx.send(Some(&fixture.uplink)).unwrap(),
+            TxOutcome::default()
+        );
     }
 }
 
-/// A chain that looks odd and is legal: the frame at `DATA` (72 bytes with its header) passes.
+/// An unusual but valid chain: the frame at `DATA` (72 bytes with its header) passes.
 type Legal = (&'static str, fn(&SplitRingFixture));
 
 const LEGAL: &[Legal] = &[
@@ -297,7 +334,10 @@ const LEGAL: &[Legal] = &[
         fixture.desc(4, DATA, 0, 0, 0);
     }),
     ("indirect", |fixture| {
-        refer(fixture, &[(DATA, 12, VRING_DESC_F_NEXT, 1), (DATA + 12, 60, 0, 0)]);
+        refer(
+            fixture,
+            &[(DATA, 12, VRING_DESC_F_NEXT, 1), (DATA + 12, 60, 0, 0)],
+        );
     }),
     ("indirect, WRITE on the outer descriptor", |fixture| {
         refer(fixture, &[(DATA, 72, 0, 0)]);
@@ -331,7 +371,7 @@ const LEGAL: &[Legal] = &[
 ];
 
 #[test]
-fn odd_but_legal_chains_pass() {
+fn unusual_but_valid_chains_pass() {
     for (name, write) in LEGAL {
         let mut fixture = SplitRingFixture::new(16, FULL);
         let mut tx: TxQueue = fixture.device();
@@ -347,7 +387,7 @@ fn odd_but_legal_chains_pass() {
 }
 
 #[test]
-fn the_longest_legal_chain_passes() {
+fn the_longest_valid_chain_passes() {
     for indirect in [false, true] {
         let mut fixture = SplitRingFixture::new(2048, FULL);
         let mut tx: TxQueue = fixture.device();
@@ -362,7 +402,7 @@ fn the_longest_legal_chain_passes() {
     }
 }
 
-/// Harmless by design: the device keeps nothing by head or by descriptor.
+/// The device keeps no state for a head or a descriptor.
 #[test]
 fn a_head_twice_and_a_shared_descriptor_are_two_frames() {
     let mut fixture = SplitRingFixture::new(16, FULL);
@@ -380,9 +420,9 @@ fn a_head_twice_and_a_shared_descriptor_are_two_frames() {
     assert_eq!(fixture.counted(), []);
 }
 
-/// A guest may send its own descriptors: they are its memory.
+/// A guest may transmit its own descriptors: they are its memory.
 #[test]
-fn a_buffer_in_the_ring_itself_is_memory_like_any() {
+fn a_buffer_in_the_ring_itself_is_ordinary_memory() {
     let mut fixture = SplitRingFixture::new(16, FULL);
     let mut tx: TxQueue = fixture.device();
     fixture.ram.write(DATA, &[0; 12]).unwrap();
@@ -396,14 +436,17 @@ fn a_buffer_in_the_ring_itself_is_memory_like_any() {
         fixture.desc(head + 1, addr, len, 0, 0);
     }
     fixture.offer(&[0, 2, 4]);
-    assert_eq!(tx.send(Some(&fixture.uplink)).unwrap().bytes, 256 + 38 + 134);
+    assert_eq!(
+        tx.send(Some(&fixture.uplink)).unwrap().bytes,
+        256 + 38 + 134
+    );
     assert_eq!(fixture.used(), [(0, 0), (2, 0), (4, 0)]);
     assert_eq!(fixture.counted(), []);
 }
 
-/// What a kick costs is bounded by what a burst reads, not by what the guest wrote.
+/// The cost of a burst is bounded by the descriptors that it reads, whatever the guest wrote.
 #[test]
-fn a_table_of_65_535_entries_shared_by_1_024_heads_costs_little_at_a_time() {
+fn a_table_of_65_535_entries_shared_by_1_024_heads_has_a_bounded_cost_per_burst() {
     let mut fixture = SplitRingFixture::new(1024, FULL);
     let mut tx: TxQueue = fixture.device();
     table_line(&fixture, u16::MAX, 64);

@@ -1,17 +1,19 @@
-//! The virtio-net header of frames that a guest sends (virtio 1.3 §5.1.6.2): each rule that it can
-//! break has a counter, and a frame that breaks one never reaches the uplink.
+//! The virtio-net header of TX frames (virtio 1.3 §5.1.6.2): each rule that a guest can break has a
+//! counter, and a frame that breaks a rule never reaches the uplink.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
 
-use common::{DATA, FULL, SplitRingFixture, PLAIN, frame};
+use common::{DATA, FULL, PLAIN, SplitRingFixture, frame};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_UFO,
 };
-use virtionet_virtio_net::TxQueue;
 use virtionet_guest::header::{
-    VIRTIO_NET_HDR_F_DATA_VALID, VIRTIO_NET_HDR_GSO_ECN, VIRTIO_NET_HDR_GSO_NONE, VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_TCPV6, VIRTIO_NET_HDR_GSO_UDP, VIRTIO_NET_HDR_F_NEEDS_CSUM, NetHeader,
+    NetHeader, VIRTIO_NET_HDR_F_DATA_VALID, VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_ECN,
+    VIRTIO_NET_HDR_GSO_NONE, VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_TCPV6,
+    VIRTIO_NET_HDR_GSO_UDP,
 };
+use virtionet_virtio_net::TxQueue;
 
 const CSUM: u64 = PLAIN | 1 << VIRTIO_NET_F_CSUM;
 const TSO4: u64 = CSUM | 1 << VIRTIO_NET_F_HOST_TSO4;
@@ -19,7 +21,7 @@ const UFO: u64 = CSUM | 1 << VIRTIO_NET_F_HOST_UFO;
 const TSO4_ECN: u64 = TSO4 | 1 << VIRTIO_NET_F_HOST_ECN;
 const GOOD: &str = "";
 
-/// A checksum at the place where TCP over IPv4 has it.
+/// A checksum at the position of TCP over IPv4.
 const PARTIAL: NetHeader = NetHeader {
     flags: VIRTIO_NET_HDR_F_NEEDS_CSUM,
     gso_type: VIRTIO_NET_HDR_GSO_NONE,
@@ -43,7 +45,7 @@ const NONE: NetHeader = NetHeader {
     ..PARTIAL
 };
 
-/// What goes into a chain, and the counter that tells of it (`GOOD`: it passes).
+/// A chain, and the counter of its fault (`GOOD`: it passes).
 type Row = (&'static str, u64, NetHeader, usize, &'static str);
 
 const fn gso(gso_type: u8) -> NetHeader {
@@ -80,7 +82,7 @@ const STRAY: NetHeader = NetHeader {
     csum_start: 3000,
     ..SEGMENTS
 };
-/// Fields that nothing refers to.
+/// Values in fields that have no meaning without the flags.
 const UNUSED: NetHeader = NetHeader {
     flags: 0,
     gso_type: VIRTIO_NET_HDR_GSO_NONE,
@@ -98,10 +100,10 @@ const ROWS: &[Row] = &[
     ("1 byte", FULL, NONE, 1, "frame_too_short"),
     ("13 bytes", FULL, NONE, 13, "frame_too_short"),
     ("an Ethernet header alone", FULL, NONE, 14, GOOD),
-    ("the longest", FULL, NONE, 65_553, GOOD),
-    ("one byte more", FULL, NONE, 65_554, "frame_too_long"),
+    ("the longest", FULL, NONE, 65_557, GOOD),
+    ("one byte more", FULL, NONE, 65_558, "frame_too_long"),
     ("100,000 bytes", FULL, NONE, 100_000, "frame_too_long"),
-    ("fields that nothing refers to", PLAIN, UNUSED, 60, GOOD),
+    ("values in fields without a meaning", PLAIN, UNUSED, 60, GOOD),
     ("DATA_VALID", PLAIN, flags(VIRTIO_NET_HDR_F_DATA_VALID, NONE), 60, GOOD),
     ("flags that do not exist", PLAIN, flags(0xf8, NONE), 60, GOOD),
     ("gso_type 2", FULL, gso(2), 3000, "gso_unknown"),
@@ -164,7 +166,7 @@ fn every_rule_of_the_header_has_its_counter() {
 }
 
 #[test]
-fn a_chain_without_room_for_a_header_is_no_frame() {
+fn a_chain_shorter_than_a_header_is_dropped() {
     for (features, header_len) in [(PLAIN, 12), (0, 10)] {
         for len in 0..=header_len {
             let mut fixture = SplitRingFixture::new(8, features);

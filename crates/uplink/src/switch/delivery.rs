@@ -1,39 +1,40 @@
-//! A burst on its way: to which pair of a port its frames go, and as what.
+//! The delivery of a burst: chooses the queue pair of a port for each frame, and converts the frame
+//! where the receiver needs it.
 
 use std::cell::{Cell, Ref, RefCell};
 use std::sync::Arc;
 
 use arrayvec::ArrayVec;
 use parking_lot::Mutex;
-use virtionet_virtio_net::header::{FrameFormat, VnetHeader};
-use virtionet_virtio_net::offload::{OffloadFault, Segmenter, can_pass_unmodified, max_output_frames};
-use virtionet_virtio_net::uplink::{MAX_BURST, TxFrame};
+use virtionet_virtio_net::header::{FrameFormat, VIRTIO_NET_HDR_F_NEEDS_CSUM, VnetHeader};
+use virtionet_virtio_net::offload::{
+    OffloadFault, Segmenter, can_pass_unmodified, max_output_frames,
+};
 use virtionet_virtio_net::stats::{VringStats, to_u64};
+use virtionet_virtio_net::uplink::{MAX_BURST, TxFrame};
 
 use super::Port;
 use super::flow::{NO_FLOW, hash_flow};
-use super::host::HostPort;
-use super::masks::{FrameGroups, iter_bits, contiguous_range};
-use super::port::DevicePort;
 use super::flow_table::PairSet;
+use super::host_port::HostPort;
+use super::masks::{FrameGroups, contiguous_range, iter_bits};
+use super::port::DevicePort;
 
-/// What floods and conversions of one burst may cost, in bytes copied: some ms at most, whoever is
-/// to receive. Beyond it frames are dropped (`dropped_over_budget`).
+/// The cost of the floods and conversions of one burst in copied bytes, at most: a few
+/// milliseconds, whatever the number of receivers. Further copies are dropped
+/// (`dropped_over_budget`).
 const COPY_BUDGET: usize = 16 << 20;
-/// What a segment costs beside its bytes.
+/// The cost of a segment beside that of its bytes.
 const SEGMENT_COST: usize = 512;
 
-/// VIRTIO_NET_HDR_F_NEEDS_CSUM.
-const VIRTIO_NET_HDR_F_NEEDS_CSUM: u8 = 1;
-
-/// Who sends.
+/// The port from which a burst comes.
 #[derive(Debug)]
 pub(super) struct IngressPort {
     /// The port's number.
     pub(super) number: u16,
-    /// The device's port and pair, where it is one.
+    /// The device's port and the index of the queue pair, where a device is the sender.
     device: Option<(Arc<DevicePort>, u16)>,
-    /// For frames that their receiver does not take as they are.
+    /// For frames that a receiver does not accept unmodified.
     segmenter: Mutex<Segmenter>,
 }
 
@@ -55,7 +56,7 @@ impl IngressPort {
     }
 }
 
-/// What the headers of a burst ask for: all bits of their flags and GSO types.
+/// The offloads that the headers of a burst request: all bits of their flags and GSO types.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct OffloadRequests {
     flags: u8,
@@ -69,32 +70,34 @@ impl OffloadRequests {
         self.gso |= header.gso_type();
     }
 
-    /// Whether a receiver takes any such header as it is; `false` leads to a closer look.
+    /// Whether a receiver accepts all such headers unmodified; if not, each header is checked.
     #[inline(always)]
     fn is_supported_by(self, format: FrameFormat) -> bool {
-        self.gso == 0 && (self.flags == 0 || self.flags == VIRTIO_NET_HDR_F_NEEDS_CSUM && format.csum)
+        self.gso == 0
+            && (self.flags == 0 || self.flags == VIRTIO_NET_HDR_F_NEEDS_CSUM && format.csum)
     }
 }
 
-/// What is handed over in one call, and by whom.
+/// One burst, its sender, and the state of its delivery.
 pub(super) struct BurstDelivery<'a> {
     frames: &'a [TxFrame<'a>],
     from: &'a IngressPort,
     now: u32,
     seed: u64,
     requests: OffloadRequests,
-    /// The sender's.
+    /// The counters of the sender.
     stats: &'a VringStats,
-    /// Frames that were dropped and counted.
+    /// The mask of the frames that were dropped and counted.
     dropped: Cell<u64>,
-    /// Work that it may still cost, beside one copy of each frame.
+    /// What is left of [`COPY_BUDGET`]. The first copy of each frame is free.
     budget_left: Cell<usize>,
-    /// Each frame's flow, once that was asked for.
+    /// The flow of each frame; empty until it is needed.
     flows: RefCell<ArrayVec<u64, MAX_BURST>>,
 }
 
 impl<'a> BurstDelivery<'a> {
-    /// `frames` (at most [`MAX_BURST`]), whose headers ask for `asks`; `seed` is what flows hash to.
+    /// Prepares the delivery of `frames` (at most [`MAX_BURST`]), whose headers request `requests`.
+    /// `seed` is the seed of the flow hash.
     #[inline(always)]
     pub(super) fn new(
         from: &'a IngressPort,
@@ -117,13 +120,14 @@ impl<'a> BurstDelivery<'a> {
         }
     }
 
-    /// Frames that were dropped and counted.
+    /// The mask of the frames that were dropped and counted.
     #[inline(always)]
     pub(super) fn dropped(&self) -> u64 {
         self.dropped.get()
     }
 
-    /// A guest with several pairs is answered on the pair that it sends on.
+    /// Records the pair on which the sending guest transmits each flow, so that replies arrive
+    /// there. A guest with one pair needs no table.
     #[inline(always)]
     pub(super) fn learn_flows(&self) {
         let Some((port, pair)) = &self.from.device else {
@@ -152,7 +156,7 @@ impl<'a> BurstDelivery<'a> {
         self.flows.borrow()
     }
 
-    /// Gives the frames in `mask` to `port`; returns those that it took.
+    /// Delivers the frames in `mask` to `port`; returns the mask of those that it accepted.
     #[inline(always)]
     pub(super) fn deliver(&self, port: &Port, mask: u64) -> u64 {
         match port {
@@ -172,9 +176,9 @@ impl<'a> BurstDelivery<'a> {
         }
         let mut groups = FrameGroups::default();
         self.steer(port, pairs, mask, &mut groups);
-        groups
-            .iter()
-            .fold(0, |delivered, (pair, mask)| delivered | self.push(port, pair, mask))
+        groups.iter().fold(0, |delivered, (pair, mask)| {
+            delivered | self.push(port, pair, mask)
+        })
     }
 
     #[inline(never)]
@@ -185,7 +189,8 @@ impl<'a> BurstDelivery<'a> {
         delivered
     }
 
-    /// Takes `work` from what one burst may cost, or counts a frame that would cost more.
+    /// Takes `work` from the budget; where too little is left, counts a dropped copy and returns
+    /// false.
     fn try_charge(&self, work: usize) -> bool {
         match self.budget_left.get().checked_sub(work) {
             Some(left) => self.budget_left.set(left),
@@ -197,7 +202,7 @@ impl<'a> BurstDelivery<'a> {
         true
     }
 
-    /// The frames in `mask` that may be copied once more.
+    /// The mask of those frames in `mask` that the budget allows to be copied once more.
     pub(super) fn within_budget(&self, mask: u64) -> u64 {
         let can = iter_bits(mask)
             .filter(|&n| self.try_charge(self.frames[n].len))
@@ -210,7 +215,7 @@ impl<'a> BurstDelivery<'a> {
         self.dropped.set(self.dropped.get() | mask);
     }
 
-    /// The pairs that the frames in `mask` go to.
+    /// Groups the frames in `mask` by the pair that they go to.
     fn steer(&self, port: &DevicePort, pairs: PairSet, mask: u64, groups: &mut FrameGroups) {
         let flows = self.flows();
         let (mut run, mut last, mut pair) = (0, NO_FLOW, 0);
@@ -238,12 +243,14 @@ impl<'a> BurstDelivery<'a> {
         }
     }
 
-    /// Gives the frames in `mask` to one receiveq; returns those that could be given.
+    /// Pushes the frames in `mask` to one receiveq; returns the mask of those that were pushed.
     #[inline(always)]
     fn push(&self, port: &DevicePort, pair: u16, mask: u64) -> u64 {
         let format = port.format();
         match contiguous_range(mask) {
-            _ if !self.requests.is_supported_by(format) => return self.push_each(port, pair, mask, format),
+            _ if !self.requests.is_supported_by(format) => {
+                return self.push_each(port, pair, mask, format);
+            }
             Some(run) => port.push(pair, &self.frames[run]),
             None => {
                 let mut frames = ArrayVec::<TxFrame<'_>, MAX_BURST>::new();
@@ -254,7 +261,7 @@ impl<'a> BurstDelivery<'a> {
         mask
     }
 
-    /// The same where their headers need a look.
+    /// The same where each header must be checked.
     #[inline(never)]
     fn push_each(&self, port: &DevicePort, pair: u16, mask: u64, format: FrameFormat) -> u64 {
         let mut ready = ArrayVec::<TxFrame<'_>, MAX_BURST>::new();
@@ -265,7 +272,7 @@ impl<'a> BurstDelivery<'a> {
                 ready.push(frame);
                 continue;
             }
-            // What came before it goes before it.
+            // Earlier frames must be pushed first, to keep the order.
             port.push(pair, &ready);
             ready.clear();
             if !self.try_charge(frame.len + max_output_frames(&frame) * SEGMENT_COST) {
@@ -273,7 +280,7 @@ impl<'a> BurstDelivery<'a> {
                 continue;
             }
             if let Err(fault) = self.convert(&frame, format, |frames| port.push(pair, frames)) {
-                // Other receivers may have found the same.
+                // The fault is counted once, even where the frame has several receivers.
                 if self.dropped.get() & 1 << n == 0 {
                     fault.count(self.stats);
                 }
@@ -286,8 +293,8 @@ impl<'a> BurstDelivery<'a> {
         delivered
     }
 
-    /// Frame `n`. A guest has a say in no flag but NEEDS_CSUM: that a checksum has been found right
-    /// (DATA_VALID) is not its to tell.
+    /// Frame `n`, without the guest-supplied flags except NEEDS_CSUM: a guest cannot vouch for a
+    /// checksum (DATA_VALID).
     #[inline(always)]
     fn sanitized_frame(&self, n: usize) -> TxFrame<'_> {
         let mut frame = self.frames[n];
@@ -297,7 +304,7 @@ impl<'a> BurstDelivery<'a> {
         frame
     }
 
-    /// Does what the receiver's guest does not.
+    /// Performs the offloads that the receiver did not negotiate.
     #[cold]
     fn convert(
         &self,
@@ -308,7 +315,7 @@ impl<'a> BurstDelivery<'a> {
         self.from.segmenter.lock().convert(frame, &format, emit)
     }
 
-    /// Bytes of the frames in `mask`.
+    /// The total length of the frames in `mask`.
     pub(super) fn bytes(&self, mask: u64) -> u64 {
         iter_bits(mask).map(|n| to_u64(self.frames[n].len)).sum()
     }

@@ -1,23 +1,24 @@
-//! Which pair of a port a flow is answered on: the one that it last transmitted on.
+//! The table of a port's flows: the queue pair on which the port's guest last transmitted each
+//! flow.
 //!
-//! A guest keeps a flow on the pair of the vCPU that handles it, and expects its replies there. The
-//! table belongs to one port and is filled by what that port's guest sends, so a guest that makes
-//! flows without end disturbs nobody else's. It is direct-mapped: two flows that meet in a place
-//! take it from each other, and the one that is not there is spread as if it were new.
+//! A guest transmits a flow on the pair of the vCPU that handles it, and expects the replies there.
+//! The table belongs to one port and learns only from what that port's guest transmits, so a guest
+//! with very many flows does not affect other guests. The table is direct-mapped: two flows with
+//! the same index replace each other, and a flow without an entry is steered as if it were new.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::flow::NO_FLOW;
 
-/// Pairs that a port may have: a vhost-user ring index has 8 bits, a pair two rings.
+/// The most queue pairs of a port: a vhost-user vring index has 8 bits, and a pair has two vrings.
 pub(super) const MAX_PAIRS: u16 = 128;
 
-/// Places; a flow is in one of them or nowhere.
+/// The number of entries.
 pub(super) const FLOW_TABLE_SIZE: usize = 4096;
-/// Seconds after which a flow that sent nothing is forgotten.
+/// Seconds after which a flow without frames is forgotten.
 pub(super) const FLOW_EXPIRY_SECS: u16 = 3;
 
-/// The pairs that are attached, a bit each.
+/// A set of queue pairs, with a bit for each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct PairSet(pub(super) u128);
 
@@ -27,7 +28,7 @@ impl PairSet {
         self.0 == 0
     }
 
-    /// Whether there is more than one.
+    /// Whether the set has more than one pair.
     #[inline(always)]
     pub(super) fn has_several(self) -> bool {
         self.0 & self.0.wrapping_sub(1) != 0
@@ -38,13 +39,13 @@ impl PairSet {
         self.0 >> (pair % MAX_PAIRS) & 1 == 1
     }
 
-    /// The lowest number; 0 where there is none.
+    /// The lowest index; 0 where the set is empty.
     #[inline(always)]
     pub(super) fn first(self) -> u16 {
         u16::try_from(self.0.trailing_zeros()).unwrap_or(0) % MAX_PAIRS
     }
 
-    /// One of them for any number: the pairs in turn. 0 where there is none.
+    /// The pair at position `n` modulo the number of pairs; 0 where the set is empty.
     pub(super) fn nth_cyclic(self, n: u64) -> u16 {
         let count = u64::from(self.0.count_ones().max(1));
         let mut left = self.0;
@@ -55,10 +56,11 @@ impl PairSet {
     }
 }
 
-/// See the module.
+/// The queue pair on which each flow of a port was last transmitted.
 #[derive(Debug)]
 pub(super) struct FlowTable {
-    /// The flow's upper 40 bits, its pair (8 bits) and when it last sent (16 bits of seconds).
+    /// The upper 40 bits of the flow, its pair (8 bits), and the time of its last frame (16 bits of
+    /// seconds).
     entries: Box<[AtomicU64]>,
 }
 
@@ -69,7 +71,8 @@ impl FlowTable {
         }
     }
 
-    /// `flow` sends on `pair`. Writes once a second at most while that stays so.
+    /// Records that `flow` was transmitted on `pair`. While nothing changes, this writes at most
+    /// once a second.
     #[inline(always)]
     pub(super) fn learn(&self, flow: u64, pair: u16, now: u32) {
         if flow == NO_FLOW {
@@ -82,15 +85,16 @@ impl FlowTable {
         }
     }
 
-    /// The pair that `flow` last sent on, if that was a moment ago.
+    /// The pair on which `flow` was last transmitted, unless that has expired.
     #[inline(always)]
     pub(super) fn find(&self, flow: u64, now: u32) -> Option<u16> {
         let entry = self.entry_for(flow).load(Ordering::Relaxed);
         let then = u16::try_from(entry & 0xffff).unwrap_or(0);
         let known = entry & FLOW_TAG_MASK == flow & FLOW_TAG_MASK && entry != 0;
-        // Another thread may have looked at the clock a moment later.
+        // Another thread may have read the clock a moment later.
         let age = wrap_secs(now).wrapping_add(1).wrapping_sub(then);
-        (known && age <= FLOW_EXPIRY_SECS + 1).then(|| u16::try_from(entry >> 16 & 0xff).unwrap_or(0))
+        (known && age <= FLOW_EXPIRY_SECS + 1)
+            .then(|| u16::try_from(entry >> 16 & 0xff).unwrap_or(0))
     }
 
     #[inline(always)]
@@ -102,7 +106,7 @@ impl FlowTable {
 
 const FLOW_TAG_MASK: u64 = !0 << 24;
 
-/// Wraps round after 18 hours: a flow that slept for exactly that long is steered as it was then.
+/// Wraps round after 18 hours: a flow that paused for exactly that long is steered as before.
 #[inline(always)]
 fn wrap_secs(now: u32) -> u16 {
     u16::try_from(now & 0xffff).unwrap_or(0)
@@ -114,13 +118,13 @@ mod tests {
 
     const NOW: u32 = 70_000;
 
-    /// Something like a hash.
+    /// A value in place of the hash of flow `n`.
     fn flow(n: u64) -> u64 {
         n.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1
     }
 
     #[test]
-    fn a_flow_is_found_on_the_pair_that_it_last_sent_on() {
+    fn a_flow_is_found_on_the_pair_on_which_it_was_last_transmitted() {
         let table = FlowTable::new();
         assert_eq!(table.find(flow(1), NOW), None);
         table.learn(flow(1), 3, NOW);
@@ -134,20 +138,20 @@ mod tests {
     }
 
     #[test]
-    fn a_flow_is_forgotten_after_a_while_also_where_seconds_wrap_round() {
+    fn a_flow_expires_even_where_the_seconds_wrap_round() {
         for now in [NOW, 0xffff, 0x1_0000, 0x1_ffff, u32::MAX - 10] {
             let table = FlowTable::new();
             table.learn(flow(1), 3, now);
             let expiry = u32::from(FLOW_EXPIRY_SECS);
             assert_eq!(table.find(flow(1), now + expiry), Some(3), "{now}");
             assert_eq!(table.find(flow(1), now + expiry + 1), None, "{now}");
-            // The clock was read just before a tick that the learner saw.
+            // The clock was read just before a tick that the other thread saw.
             assert_eq!(table.find(flow(1), now.saturating_sub(1)), Some(3), "{now}");
         }
     }
 
     #[test]
-    fn a_flood_of_flows_stays_bounded_and_tells_nothing_false() {
+    fn a_flood_of_flows_stays_bounded_and_every_entry_is_right() {
         let table = FlowTable::new();
         let flows = 1_000_000;
         for n in 1..flows {
@@ -164,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn pairs_are_taken_in_turn_from_those_attached() {
+    fn positions_cycle_through_the_pairs_of_the_set() {
         let some = PairSet(1 << 127 | 0b1011);
         let turns: Vec<u16> = (0..9).map(|n| some.nth_cyclic(n)).collect();
         assert_eq!(turns, [0, 1, 3, 127, 0, 1, 3, 127, 0]);

@@ -1,23 +1,23 @@
-//! The data path: which port each frame of a burst goes to.
+//! The data path of the switch: decides to which port each frame of a burst goes.
 //!
-//! A burst for one receiveq, which is the rule, is passed on as it came.
+//! A burst for one receiveq, which is the usual case, is passed on as a whole.
 
 use std::ops::Range;
 
-use virtionet_virtio_net::uplink::{MAX_BURST, TxFrame};
 use virtionet_virtio_net::stats::{VringStats, to_u64};
+use virtionet_virtio_net::uplink::{MAX_BURST, TxFrame};
 use virtionet_virtqueue::memory::GuestSlice;
 
-use super::delivery::{OffloadRequests, BurstDelivery, IngressPort};
+use super::delivery::{BurstDelivery, IngressPort, OffloadRequests};
 use super::mac_table::MacAddr;
 use super::masks::{FrameGroups, low_mask};
 use super::{Switch, coarse_now_secs};
 
-/// In place of a port's number: all but the sender's.
+/// In place of a port's number: all ports except the sender's.
 const FLOOD: u16 = u16::MAX;
 
 impl Switch {
-    /// Gives `frames` to the ports that they are for.
+    /// Forwards `frames` to the ports of their destinations.
     pub(super) fn forward(&self, from: &IngressPort, frames: &[TxFrame<'_>], stats: &VringStats) {
         for frames in frames.chunks(MAX_BURST) {
             self.forward_burst(from, frames, stats);
@@ -37,17 +37,19 @@ impl Switch {
         let lost = low_mask(frames.len()) & !delivered;
         if lost != 0 {
             let undelivered = lost & !burst.dropped();
-            stats.dropped_no_port.add(u64::from(undelivered.count_ones()));
+            stats
+                .dropped_no_port
+                .add(u64::from(undelivered.count_ones()));
         }
         stats.frames.add(u64::from(delivered.count_ones()));
         stats.bytes.add(decisions.bytes - burst.bytes(lost));
     }
 
-    /// Decides where each frame goes. Frames of one pair of addresses are decided on at once.
+    /// Decides where each frame goes. Consecutive frames with the same addresses need one lookup.
     #[inline(always)]
     fn decide_burst(&self, from: u16, frames: &[TxFrame<'_>], now: u32) -> ForwardingDecisions {
         let mut decisions = ForwardingDecisions::default();
-        // Apart from the plan, so that they stay in registers.
+        // Not in `decisions`, so that they stay in registers.
         let (mut bytes, mut requests) = (0, OffloadRequests::default());
         let mut start = 0;
         let mut last = Addresses::default();
@@ -84,7 +86,7 @@ impl Switch {
         let mask = low_mask(frames.len()) << frames.start;
         match self.lookup_port(addresses.destination(), now) {
             FLOOD => decisions.flood |= mask,
-            // It is there already.
+            // The destination is behind the port from which the frame comes.
             port if port == from => {}
             port => decisions.ports.add(port, mask),
         }
@@ -98,7 +100,7 @@ impl Switch {
         }
     }
 
-    /// Returns the frames that were taken.
+    /// Delivers each frame to one port; returns the mask of the frames that were accepted.
     #[inline(always)]
     fn deliver_each(&self, burst: &BurstDelivery<'_>, decisions: &ForwardingDecisions) -> u64 {
         let mut delivered = 0;
@@ -113,9 +115,15 @@ impl Switch {
         delivered
     }
 
-    /// The same where some frames go to all other ports: each gets those and its own, in order.
+    /// The same where some frames go to all other ports: each port gets those frames and its own,
+    /// in order.
     #[inline(never)]
-    fn deliver_flood(&self, from: u16, burst: &BurstDelivery<'_>, decisions: &ForwardingDecisions) -> u64 {
+    fn deliver_flood(
+        &self,
+        from: u16,
+        burst: &BurstDelivery<'_>,
+        decisions: &ForwardingDecisions,
+    ) -> u64 {
         let others = self.ports().filter(|(number, _)| *number != from);
         others.fold(0, |delivered, (number, port)| {
             let mask = burst.within_budget(decisions.flood) | decisions.ports.of(number);
@@ -124,18 +132,18 @@ impl Switch {
     }
 }
 
-/// Where the frames of a burst go.
+/// The ports to which the frames of a burst go.
 #[derive(Debug, Default)]
 struct ForwardingDecisions {
     ports: FrameGroups,
-    /// Those that go everywhere.
+    /// The mask of the frames that go to all ports.
     flood: u64,
     bytes: u64,
     requests: OffloadRequests,
 }
 
-/// Both MAC addresses of a frame: its first eight bytes, which hold the destination, and eight from
-/// the fifth on, which hold the source. Of each byte one copy counts, whatever the guest does.
+/// Both MAC addresses of a frame: its first eight bytes, which contain the destination, and the
+/// eight bytes from the fifth on, which contain the source. They are a private copy.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Addresses(u64, u64);
 
@@ -146,11 +154,11 @@ impl Addresses {
     fn of(payload: &[GuestSlice<'_>]) -> Self {
         match payload.first() {
             Some(first) if first.len() >= Self::LEN => Self::at(first),
-            _ => Self::gathered(payload),
+            _ => Self::gather(payload),
         }
     }
 
-    /// In a slice that is long enough.
+    /// The addresses in a slice that is long enough.
     #[inline(always)]
     fn at(frame: &GuestSlice<'_>) -> Self {
         let [mut begin, mut end] = [[0; 8]; 2];
@@ -160,7 +168,7 @@ impl Addresses {
     }
 
     #[cold]
-    fn gathered(payload: &[GuestSlice<'_>]) -> Self {
+    fn gather(payload: &[GuestSlice<'_>]) -> Self {
         let mut bytes = [0; Self::LEN];
         let mut len = 0;
         for slice in payload {

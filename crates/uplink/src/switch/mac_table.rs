@@ -1,39 +1,39 @@
-//! Which station is behind which port: a table of bounded size that all senders read and write
-//! without a lock.
+//! The table of MAC addresses and their ports. It has a fixed size, and all senders read and write
+//! it without a lock.
 //!
-//! A bucket is a cache line: four entries of an address and a port in one word each, and beside
-//! them when the address was last seen. Nothing is written while nothing changes: an address that
-//! is seen again and again costs one store a second, so the lines stay in every reader's cache.
+//! A bucket is a cache line with four entries. Each entry is an address and a port in one word, and
+//! the time at which the address was last seen. While nothing changes an address costs at most one
+//! store a second, so the cache lines stay shared between all readers.
 //!
-//! Two threads that learn at once may leave an address in two places of a bucket. The first one is
-//! found and kept fresh, by everybody; the other grows old and is the first to be replaced.
+//! Two threads that learn an address at once may store it twice in a bucket. All lookups then find
+//! and refresh the first entry; the other one ages and is the first to be replaced.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-/// Seconds after which an address that was not seen is forgotten (IEEE 802.1Q's default).
+/// Seconds after which an address that was not seen is forgotten: the default of IEEE 802.1Q.
 pub(super) const AGEING_SECS: u32 = 300;
 const BUCKETS: usize = 1024;
 const WAYS: usize = 4;
 /// The bit of a group address, in the first byte on the wire.
 const GROUP_BIT: u64 = 1;
 
-/// A MAC address, the first byte on the wire lowest; the upper 16 bits are 0.
+/// A MAC address. The first byte on the wire is the lowest; the upper 16 bits are 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct MacAddr(pub(super) u64);
 
 impl MacAddr {
-    /// The address of a group, or zero.
+    /// Whether this is a group address, or zero.
     #[inline(always)]
     pub(super) fn is_group_or_zero(self) -> bool {
         self.0 & GROUP_BIT != 0 || self.0 == 0
     }
 }
 
-/// See the module.
+/// The port at which each address was last seen.
 #[derive(Debug)]
 pub(super) struct MacTable {
     buckets: Box<[Bucket]>,
-    /// Unknown to guests, so that none can aim at a bucket.
+    /// The seed of the hash, unknown to guests, so that a guest cannot fill a bucket of its choice.
     seed: u64,
     moves: AtomicU64,
     evictions: AtomicU64,
@@ -42,9 +42,9 @@ pub(super) struct MacTable {
 #[derive(Debug, Default)]
 #[repr(align(64))]
 struct Bucket {
-    /// Address << 16 | port; 0 where there is none.
+    /// Address << 16 | port; 0 where the entry is free.
     entries: [AtomicU64; WAYS],
-    /// When the address was last seen, in seconds.
+    /// The time at which the address was last seen, in seconds.
     last_seen: [AtomicU32; WAYS],
 }
 
@@ -58,7 +58,8 @@ impl MacTable {
         }
     }
 
-    /// The port that `mac`, which is somebody's, was last seen at, unless that is too long ago.
+    /// The port at which `mac` was last seen, unless the entry has expired. `mac` is neither a
+    /// group address nor zero.
     #[inline(always)]
     pub(super) fn find(&self, mac: MacAddr, now: u32) -> Option<u16> {
         let bucket = self.bucket(mac);
@@ -72,7 +73,7 @@ impl MacTable {
         None
     }
 
-    /// `mac` was seen at `from`.
+    /// Records that `mac` was seen at port `from`.
     #[inline(always)]
     pub(super) fn learn(&self, mac: MacAddr, from: u16, now: u32) {
         if mac.is_group_or_zero() {
@@ -106,11 +107,11 @@ impl MacTable {
             self.evictions.fetch_add(1, Ordering::Relaxed);
         }
         last_seen.store(now, Ordering::Relaxed);
-        // Where another thread was faster, its entry stays; the next burst learns this one.
+        // If another thread was faster its entry stays, and the next burst learns this one.
         let _ = slot.compare_exchange(before, entry, Ordering::Relaxed, Ordering::Relaxed);
     }
 
-    /// Addresses that are known now.
+    /// The number of addresses that have not expired.
     pub(super) fn len(&self, now: u32) -> usize {
         let entries = self
             .buckets
@@ -118,24 +119,25 @@ impl MacTable {
             .flat_map(|b| b.entries.iter().zip(&b.last_seen));
         entries
             .filter(|(entry, last_seen)| {
-                entry.load(Ordering::Relaxed) != 0 && !is_expired(last_seen.load(Ordering::Relaxed), now)
+                entry.load(Ordering::Relaxed) != 0
+                    && !is_expired(last_seen.load(Ordering::Relaxed), now)
             })
             .count()
     }
 
-    /// Times that a known address was seen at another port.
+    /// How often a known address was seen at another port.
     pub(super) fn moves(&self) -> u64 {
         self.moves.load(Ordering::Relaxed)
     }
 
-    /// Times that a known address had to make room for a new one.
+    /// How often a new address replaced one that had not expired.
     pub(super) fn evictions(&self) -> u64 {
         self.evictions.load(Ordering::Relaxed)
     }
 
     #[inline(always)]
     fn bucket(&self, mac: MacAddr) -> &Bucket {
-        // Multiplicative hashing: the product's uppermost bits depend on all bits of the address.
+        // Multiplicative hashing: the upper bits of the product depend on all bits of the address.
         let hash = (mac.0 ^ self.seed).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let index = usize::try_from(hash >> 54).unwrap_or(0);
         &self.buckets[index % BUCKETS]
@@ -143,9 +145,9 @@ impl MacTable {
 }
 
 impl Bucket {
-    /// Where a new address of `from` goes: to an empty or outdated place; else it replaces the
-    /// oldest address of the same port, so that a port that floods the table displaces one address
-    /// of others a bucket and no more; else the oldest of all.
+    /// Selects the entry for a new address of port `from`: a free or expired one; otherwise the
+    /// oldest one of the same port, so that a port that floods the table displaces at most one
+    /// address of another port in each bucket; otherwise the oldest one of all.
     fn select_way(&self, from: u16, now: u32) -> usize {
         let age = |way: &usize| now.saturating_sub(self.last_seen[*way].load(Ordering::Relaxed));
         let entry = |way: usize| self.entries[way].load(Ordering::Relaxed);
@@ -161,7 +163,7 @@ impl Bucket {
 
 #[inline(always)]
 fn is_expired(last_seen: u32, now: u32) -> bool {
-    // Clocks of two CPUs may differ by a tick: a stamp of the future is not old.
+    // The clocks of two CPUs may differ by a tick: a time in the future is not old.
     now.saturating_sub(last_seen) > AGEING_SECS
 }
 
@@ -181,14 +183,14 @@ mod tests {
         MacTable::new(0x1234_5678_9abc_def0)
     }
 
-    /// A station's address; `n` stands in the last bytes, which tell cards of one vendor apart.
+    /// The address of station `n`, which is in the last bytes, as with addresses of one vendor.
     fn mac_of(n: u64) -> MacAddr {
         let [.., a, b, c, d] = n.to_be_bytes();
         MacAddr(u64::from_le_bytes([0x52, 0x54, a, b, c, d, 0, 0]))
     }
 
     #[test]
-    fn an_address_is_found_where_it_was_seen_last() {
+    fn an_address_is_found_at_the_port_where_it_was_last_seen() {
         let table = table();
         assert_eq!(table.find(mac_of(1), NOW), None);
         table.learn(mac_of(1), 7, NOW);
@@ -203,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn groups_and_zero_are_nobodys() {
+    fn group_addresses_and_zero_are_not_learned() {
         let table = table();
         let multicast = MacAddr(u64::from_le_bytes([0x33, 0x33, 0, 0, 0, 1, 0, 0]));
         for mac in [MacAddr(0), MacAddr(0xffff_ffff_ffff), multicast] {
@@ -215,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_not_seen_for_long_is_forgotten() {
+    fn an_address_that_was_not_seen_for_long_is_forgotten() {
         let table = table();
         table.learn(mac_of(1), 1, NOW);
         table.learn(mac_of(2), 2, NOW);
@@ -225,14 +227,14 @@ mod tests {
         assert_eq!(table.find(mac_of(2), later), None);
         assert_eq!(table.find(mac_of(1), later), Some(1));
         assert_eq!(table.len(later), 1);
-        // Its return is no move, and a clock that is a tick behind makes nothing old.
+        // Learning it anew is not a move, and a clock that is a tick behind expires nothing.
         table.learn(mac_of(2), 2, later);
         assert_eq!(table.find(mac_of(2), later - 1), Some(2));
         assert_eq!(table.moves(), 0);
     }
 
     #[test]
-    fn a_flood_of_addresses_stays_bounded_and_spares_others() {
+    fn a_flood_of_addresses_stays_bounded_and_displaces_few_of_other_ports() {
         let table = table();
         let honest = 500;
         for n in 0..honest {
@@ -244,7 +246,7 @@ mod tests {
         }
         assert_eq!(table.len(NOW + 1), CAPACITY);
         assert!(table.evictions() > 900_000);
-        // One a bucket may have had to go, where the honest ones had filled it.
+        // At most one in each bucket is displaced, where the honest addresses had filled it.
         let after = known(&table, honest);
         let lost = before
             .iter()
@@ -260,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_bucket_gives_up_its_oldest() {
+    fn a_full_bucket_replaces_its_oldest_address() {
         let table = table();
         let index = |mac| std::ptr::from_ref(table.bucket(mac));
         let same: Vec<MacAddr> = (0..)
@@ -278,7 +280,7 @@ mod tests {
             same.iter().map(found).collect::<Vec<_>>(),
             [true, false, true, true, true, false]
         );
-        // A port that has a place already gives up its own.
+        // A port that has an entry in the bucket loses that one.
         table.learn(same[WAYS + 1], 100, NOW + 12);
         assert_eq!(
             same.iter().map(found).collect::<Vec<_>>(),
@@ -293,12 +295,12 @@ mod tests {
         for n in 0..1024 {
             table.learn(mac_of(n), 1, NOW);
         }
-        // Thrown at random into buckets of four, about 1 % find no place.
+        // Distributed at random over buckets of four, about 1 % of the addresses find no entry.
         assert!(table.len(NOW) > 980, "{}", table.len(NOW));
     }
 
     #[test]
-    fn threads_that_learn_at_once_leave_nothing_false() {
+    fn threads_that_learn_at_once_leave_no_wrong_entry() {
         let table = table();
         std::thread::scope(|scope| {
             for port in 0..4 {

@@ -1,19 +1,19 @@
-//! Frames of a burst as the bits of a mask, so that nothing is copied to sort them.
+//! Sets of the frames of a burst as bit masks, so that frames are sorted without being copied.
 
 use std::ops::Range;
 
 use arrayvec::ArrayVec;
 use virtionet_virtio_net::uplink::MAX_BURST;
 
-/// The masks have a bit for each frame.
+/// A mask has a bit for each frame of a burst.
 const _: () = assert!(MAX_BURST == 64);
 
-/// Frames by a number: of their port, of their pair.
+/// The frames of each number: of a port, or of a queue pair.
 #[derive(Debug, Default)]
 pub(super) struct FrameGroups(ArrayVec<(u16, u64), MAX_BURST>);
 
 impl FrameGroups {
-    /// Each frame is added once, so there is room.
+    /// Adds the mask `frames` to a number. Each frame is added once, so the list cannot be full.
     #[inline(always)]
     pub(super) fn add(&mut self, number: u16, frames: u64) {
         if frames == 0 {
@@ -27,20 +27,20 @@ impl FrameGroups {
         }
     }
 
-    /// All numbers and their frames, in the order of their first.
+    /// All numbers with the masks of their frames, in the order in which they were first added.
     #[inline(always)]
     pub(super) fn iter(&self) -> impl Iterator<Item = (u16, u64)> {
         self.0.iter().copied()
     }
 
-    /// Those of one number.
+    /// The mask of the frames of one number.
     pub(super) fn of(&self, number: u16) -> u64 {
         let found = self.0.iter().find(|(other, _)| *other == number);
         found.map_or(0, |(_, mask)| *mask)
     }
 }
 
-/// A mask of the first `len` frames.
+/// The mask of the first `len` frames.
 #[inline(always)]
 pub(super) fn low_mask(len: usize) -> u64 {
     match len {
@@ -50,7 +50,7 @@ pub(super) fn low_mask(len: usize) -> u64 {
     }
 }
 
-/// The numbers of the bits in `mask`, from the lowest.
+/// The indices of the bits that are set in `mask`, from the lowest on.
 #[inline(always)]
 pub(super) fn iter_bits(mut mask: u64) -> impl Iterator<Item = usize> {
     std::iter::from_fn(move || {
@@ -60,7 +60,7 @@ pub(super) fn iter_bits(mut mask: u64) -> impl Iterator<Item = usize> {
     })
 }
 
-/// The frames in `mask`, where they follow each other.
+/// The range of the frames in `mask`, where they are consecutive.
 #[inline(always)]
 pub(super) fn contiguous_range(mask: u64) -> Option<Range<usize>> {
     let start = usize::try_from(mask.trailing_zeros()).ok()?;
@@ -73,14 +73,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn masks_are_read_as_they_are_made() {
+    fn bits_and_ranges_of_a_mask_are_those_that_were_set() {
         for len in 0..=64 {
             assert_eq!(low_mask(len).count_ones(), u32::try_from(len).unwrap());
             assert!(iter_bits(low_mask(len)).eq(0..len));
             for start in 0..=64 - len {
                 let mask = low_mask(len).checked_shl(u32::try_from(start).unwrap());
                 let whole = (len > 0).then_some(start..start + len);
-                assert_eq!(contiguous_range(mask.unwrap_or(0)), whole, "{len} from {start}");
+                assert_eq!(
+                    contiguous_range(mask.unwrap_or(0)),
+                    whole,
+                    "{len} from {start}"
+                );
             }
         }
         assert!(iter_bits(1 << 63 | 0b1010).eq([1, 3, 63]));
@@ -89,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn groups_hold_a_number_for_each_frame() {
+    fn groups_can_hold_a_different_number_for_each_frame() {
         let mut groups = FrameGroups::default();
         for n in 0..64 {
             groups.add(n % 63, 1 << n);

@@ -1,4 +1,5 @@
-//! A device's port: its pairs' receiveqs, which of them take frames, and what its guest takes.
+//! A device's port: the receiveqs of its queue pairs, which of them are attached, and the offloads
+//! that its driver negotiated.
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{OnceLock, Weak};
@@ -8,15 +9,16 @@ use virtionet_virtio_net::uplink::{RxSink, TxFrame};
 
 use super::flow_table::{FlowTable, MAX_PAIRS, PairSet};
 
-/// See the module. What senders read here changes only when the guest's driver reconfigures.
+/// The port of a device. The fields that senders read change only when the guest's driver is
+/// reconfigured.
 #[derive(Debug)]
 pub(super) struct DevicePort {
-    /// A bit each of [`MAX_PAIRS`] pairs.
+    /// A bit for each of [`MAX_PAIRS`] pairs.
     attached: [AtomicU64; 2],
-    /// See [`pack`].
+    /// The negotiated offloads as [`pack`] encodes them.
     format: AtomicU8,
     pairs: Box<[OnceLock<Weak<dyn RxSink>>]>,
-    /// Made when a second pair is attached.
+    /// Created when a second pair is attached.
     flows: OnceLock<FlowTable>,
 }
 
@@ -30,8 +32,8 @@ impl DevicePort {
         }
     }
 
-    /// Sets the receiveq of a pair, which is detached; false when there can be no such pair. The
-    /// first one stays.
+    /// Sets the receiveq of a detached pair; returns false when the index is too high. A receiveq
+    /// that is set already stays.
     pub(super) fn add_pair(&self, pair: u16, rx: Weak<dyn RxSink>) -> bool {
         match self.pairs.get(usize::from(pair)) {
             Some(slot) => {
@@ -56,7 +58,7 @@ impl DevicePort {
         }
     }
 
-    /// The pairs that take frames now.
+    /// The pairs that are attached.
     #[inline(always)]
     pub(super) fn attached(&self) -> PairSet {
         let [low, high] = &self.attached;
@@ -64,7 +66,7 @@ impl DevicePort {
         PairSet(high << 64 | low)
     }
 
-    /// Where its flows are known; `None` until it had several pairs.
+    /// The table of the port's flows; `None` until several pairs were attached.
     #[inline(always)]
     pub(super) fn flows(&self) -> Option<&FlowTable> {
         self.flows.get()
@@ -74,13 +76,14 @@ impl DevicePort {
         self.format.store(pack(format), Ordering::Relaxed);
     }
 
-    /// What the guest takes. The header's length is the receiveq's own affair.
+    /// The offloads that the driver negotiated. The header's length has no meaning here: the
+    /// receiveq knows it.
     #[inline(always)]
     pub(super) fn format(&self) -> FrameFormat {
         unpack(self.format.load(Ordering::Relaxed))
     }
 
-    /// Gives `frames` to a pair's receiveq.
+    /// Pushes `frames` to the receiveq of a pair.
     #[inline(always)]
     pub(super) fn push(&self, pair: u16, frames: &[TxFrame<'_>]) {
         if frames.is_empty() {

@@ -1,14 +1,14 @@
-//! Which TAP.
+//! The configuration of a TAP.
 
 use std::fmt;
 
 /// A TAP and the bridge that it is a port of.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TapConfig {
-    /// The interface's name. With `%d` in it, a new TAP is made and the kernel puts in the first
-    /// free number.
+    /// The interface's name. Where it contains `%d`, a new TAP is created and the kernel puts in
+    /// the first free number.
     pub name: String,
-    /// The bridge that the interface is, or becomes, a port of.
+    /// The bridge of which the interface is, or becomes, a port.
     pub bridge: Option<String>,
 }
 

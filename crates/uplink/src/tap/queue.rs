@@ -1,4 +1,4 @@
-//! One queue of a TAP: the data path.
+//! The data path of one queue of a TAP.
 
 use std::fs::File;
 use std::io;
@@ -9,26 +9,26 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use parking_lot::Mutex;
 use virtionet_base::RateLimiter;
 use virtionet_virtio_net::header::VNET_HEADER_LEN;
-use virtionet_virtio_net::uplink::{Received, TxFrame, UplinkQueue};
 use virtionet_virtio_net::stats::VringStats;
+use virtionet_virtio_net::uplink::{Received, TxFrame, UplinkError, UplinkQueue};
 use virtionet_virtqueue::memory::GuestSlice;
 
 use super::error;
-use crate::sys::{self, IovecListFull, IOV_MAX, IovecList};
+use crate::sys::{self, IOV_MAX, IovecList, IovecListFull};
 
-/// Pieces of a frame, header included, that need no large list on the stack. A 64 KiB frame in
-/// pages has 18 pieces, in 1,526-byte receive buffers 44.
+/// The segments of a frame, header included, up to which a small list on the stack is enough. A
+/// frame of 64 KiB has 18 segments in pages and 44 in receive buffers of 1,526 bytes.
 const INLINE_IOVECS: usize = 48;
 
-/// What all queues of a TAP share.
+/// The state that all queues of a TAP share.
 #[derive(Debug)]
 pub(super) struct TapShared {
     /// The interface's name.
     pub(super) name: String,
     /// Bytes of the virtio-net header, as negotiated.
     pub(super) header_len: AtomicUsize,
-    /// The attached queues. Locked while one is attached or detached, so that their order here is
-    /// the kernel's.
+    /// The attached queues. Locked while a queue is attached or detached, so that their order here
+    /// is the same as in the kernel.
     pub(super) attached: Mutex<AttachedQueues>,
     full_log_limit: RateLimiter,
     down_log_limit: RateLimiter,
@@ -36,14 +36,14 @@ pub(super) struct TapShared {
     read_error_log_limit: RateLimiter,
 }
 
-/// The attached queues of a TAP, as the kernel numbers them: an attached queue gets the next number,
-/// and where one is detached, the last one takes its number (drivers/net/tun.c, tun_attach and
-/// __tun_detach).
+/// The attached queues of a TAP, as the kernel numbers them: a queue that is attached gets the next
+/// number, and when a queue is detached the last one gets its number (drivers/net/tun.c, tun_attach
+/// and __tun_detach).
 #[derive(Debug, Default)]
 pub(super) struct AttachedQueues {
-    /// The queues' pairs, by the kernel's number.
+    /// The index of each queue's queue pair, by the kernel's number of the queue.
     pub(super) pairs: Vec<u16>,
-    /// How often that changed.
+    /// How often a queue was attached or detached.
     pub(super) changes: u64,
 }
 
@@ -52,7 +52,7 @@ impl AttachedQueues {
         self.pairs.iter().position(|other| *other == pair)
     }
 
-    /// The kernel attached the queue of `pair`, or detached the one of number `at`.
+    /// Records that the kernel attached the queue of `pair`, or detached the queue of number `at`.
     fn record_change(&mut self, pair: u16, at: Option<usize>) {
         match at {
             Some(at) => {
@@ -86,7 +86,7 @@ impl TapShared {
                 if let Some(suppressed) = self.full_log_limit.allow() {
                     tracing::warn!(
                         suppressed,
-                        "TAP {name} has no room and frames are dropped ({error}); the host is too busy to take them"
+                        "TAP {name} is full and frames are dropped ({error}); give the host more CPU time"
                     );
                 }
             }
@@ -114,12 +114,16 @@ impl TapShared {
     #[cold]
     fn log_read_error(&self, error: &io::Error) {
         if let Some(suppressed) = self.read_error_log_limit.allow() {
-            tracing::warn!(suppressed, "a frame cannot be read from TAP {} ({error})", self.name);
+            tracing::warn!(
+                suppressed,
+                "a frame cannot be read from TAP {} ({error})",
+                self.name
+            );
         }
     }
 }
 
-/// Why a frame was not taken.
+/// Why the kernel did not accept a frame.
 #[derive(Debug, PartialEq, Eq)]
 enum DropReason {
     Full,
@@ -131,7 +135,7 @@ impl DropReason {
     fn from_error(error: &io::Error) -> Self {
         match error.raw_os_error() {
             Some(libc::EAGAIN | libc::ENOBUFS) => Self::Full,
-            // EIO is a TAP's word for an interface that is not up.
+            // The kernel reports EIO where a TAP is not up.
             Some(libc::EIO | libc::EBADFD | libc::ENETDOWN) => Self::Down,
             _ => Self::Refused,
         }
@@ -144,13 +148,14 @@ pub(super) struct TapQueue {
     file: File,
     pair: u16,
     shared: Arc<TapShared>,
-    /// Whether the kernel steers frames here. Of its own: who has nothing to change must not wait
-    /// for other queues, whose detaching takes the kernel milliseconds.
+    /// Whether the kernel steers frames to this queue. Each queue has a lock of its own, because a
+    /// call that changes nothing must not wait while the kernel detaches another queue, which takes
+    /// milliseconds.
     attached: Mutex<bool>,
 }
 
 impl TapQueue {
-    /// The queue of this pair, which is detached now.
+    /// Creates the queue of a queue pair from a detached queue of the TAP.
     pub(super) fn new(file: File, pair: u16, shared: Arc<TapShared>) -> Self {
         Self {
             file,
@@ -168,17 +173,21 @@ impl TapQueue {
     #[inline(always)]
     fn send(&self, frame: &TxFrame<'_>, header_len: usize) -> io::Result<usize> {
         let mut header = frame.header.0;
-        // `num_buffers` is for received frames; a driver writes 0 (virtio 1.3 §5.1.6.2.1).
+        // `num_buffers` has a meaning for received frames only (virtio 1.3 §5.1.6.2.1).
         header[VNET_HEADER_LEN - 2..].fill(0);
         let header = &header[..header_len.min(VNET_HEADER_LEN)];
         let mut list = IovecList::<INLINE_IOVECS>::new();
-        match list.push_bytes(header).and_then(|()| list.push_slices(frame.payload)) {
+        match list
+            .push_bytes(header)
+            .and_then(|()| list.push_slices(frame.payload))
+        {
             Ok(()) => list.write_to(self.fd()),
             Err(IovecListFull) => self.send_segments(header, frame.payload),
         }
     }
 
-    /// Sends a frame of many pieces: what one system call cannot take is gathered first.
+    /// Sends a frame of many segments. Those beyond the limit of the system call are copied into
+    /// one.
     #[cold]
     fn send_segments(&self, header: &[u8], payload: &[GuestSlice<'_>]) -> io::Result<usize> {
         let mut rest = Vec::new();
@@ -260,8 +269,9 @@ impl UplinkQueue for TapQueue {
     fn receive(&self, buffers: &[GuestSlice<'_>], bounce: &mut [u8]) -> Received {
         let buffers = &buffers[..buffers.len().min(IOV_MAX - 1)];
         match self.read(buffers, bounce) {
-            // The kernel cuts what does not fit and does not say so: a full house is too long. The
-            // buffers need no adding up for a frame that the bounce buffer alone would hold.
+            // The kernel truncates a frame that does not fit without reporting it, so completely
+            // filled buffers mean that the frame is too long. The lengths of the buffers are added
+            // up only for a frame that is at least as long as the bounce buffer.
             Ok(len) if len >= bounce.len() && len >= total_len(buffers) + bounce.len() => {
                 Received::TooLong
             }
@@ -270,8 +280,8 @@ impl UplinkQueue for TapQueue {
             Err(error) => {
                 self.shared.log_read_error(&error);
                 match error.raw_os_error() {
-                    // This frame is lost (the kernel finds no header for it, or the guest's memory
-                    // is not there); those behind it are not.
+                    // This frame is lost (the kernel cannot build a header for it, or the guest's
+                    // memory is not mapped); the frames behind it are not.
                     Some(libc::EINVAL | libc::EFAULT) => Received::Lost,
                     _ => Received::Failed,
                 }
@@ -283,13 +293,13 @@ impl UplinkQueue for TapQueue {
         Some(self.fd())
     }
 
-    fn set_attached(&self, attached: bool) -> io::Result<()> {
+    fn set_attached(&self, attached: bool) -> Result<(), UplinkError> {
         let mut now = self.attached.lock();
-        // The kernel refuses to be told what it knows.
+        // The kernel refuses to attach an attached queue, or to detach a detached one.
         if *now != attached {
             let mut all = self.shared.attached.lock();
             sys::set_queue_attached(self.fd(), attached)
-                .map_err(|e| error::queue_refused(&self.shared.name, attached, &e))?;
+                .map_err(|source| error::queue_refused(&self.shared.name, attached, source))?;
             let at = all.number_of(self.pair);
             all.record_change(self.pair, at);
             *now = attached;
@@ -303,22 +313,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_has_nothing_to_change_waits_for_no_other_queue() {
+    fn a_call_that_changes_nothing_does_not_wait_for_another_queue() {
         let shared = Arc::new(TapShared::new("tap0".into(), VNET_HEADER_LEN));
         let file = File::open("/dev/null").unwrap();
         let queue = TapQueue::new(file, 0, Arc::clone(&shared));
         let _busy = shared.attached.lock();
-        let (tell, told) = std::sync::mpsc::channel();
-        std::thread::spawn(move || tell.send(queue.set_attached(false).is_ok()));
+        let (sender, receiver) = std::sync::mpsc::channel();
+        std::thread::spawn(move || sender.send(queue.set_attached(false).is_ok()));
         assert_eq!(
-            told.recv_timeout(std::time::Duration::from_secs(20)),
+            receiver.recv_timeout(std::time::Duration::from_secs(20)),
             Ok(true)
         );
     }
 
     #[test]
-    fn each_error_has_its_counter() {
-        for (errno, loss, value) in [
+    fn each_error_is_counted_under_its_reason() {
+        for (errno, reason, value) in [
             (libc::EAGAIN, DropReason::Full, [1, 0, 0]),
             (libc::ENOBUFS, DropReason::Full, [1, 0, 0]),
             (libc::EIO, DropReason::Down, [0, 1, 0]),
@@ -329,7 +339,7 @@ mod tests {
             (libc::EFAULT, DropReason::Refused, [0, 0, 1]),
         ] {
             let error = io::Error::from_raw_os_error(errno);
-            assert_eq!(DropReason::from_error(&error), loss, "{error}");
+            assert_eq!(DropReason::from_error(&error), reason, "{error}");
             let stats = VringStats::default();
             TapShared::new("tap0".into(), VNET_HEADER_LEN).count_drop(&error, &stats);
             let counted = [

@@ -1,5 +1,5 @@
-//! A host to test on: a network and mount namespace for one thread, guest memory, and a raw socket
-//! as the independent witness of what passes a TAP.
+//! The host of a test: a network and mount namespace for one thread, guest memory, and a raw socket
+//! that observes the frames of a TAP independently.
 #![allow(unsafe_code, dead_code)]
 
 use std::ffi::c_int;
@@ -12,15 +12,15 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use virtionet_virtio_net::header::VnetHeader;
 use virtionet_uplink::tap::{Tap, TapConfig};
-use virtionet_virtio_net::uplink::{Uplink, UplinkError, Received, TxFrame, UplinkQueue};
+use virtionet_virtio_net::header::VnetHeader;
 use virtionet_virtio_net::stats::VringStats;
-use virtionet_virtqueue::memory::{GuestMemory, GuestSlice, SegmentList, MappedRegion, RegionSpec};
+use virtionet_virtio_net::uplink::{Received, TxFrame, Uplink, UplinkError, UplinkQueue};
+use virtionet_virtqueue::memory::{GuestMemory, GuestSlice, MappedRegion, RegionSpec, SegmentList};
 
 /// An EtherType for local experiments.
 pub const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
-/// The user without privileges.
+/// A user without privileges.
 pub const NOBODY: u32 = 65534;
 const TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -54,18 +54,18 @@ pub fn in_namespaces(test: impl FnOnce() + Send + 'static) {
     }
 }
 
-/// Puts a directory without devices in the place of /dev/net, in this thread's namespace.
+/// Replaces /dev/net by an empty directory, in this thread's namespace.
 pub fn hide_tun() {
     run("mount -t tmpfs none /dev/net");
 }
 
-/// Makes /dev/net/tun open to everybody, in this thread's namespace.
+/// Makes /dev/net/tun accessible to every user, in this thread's namespace.
 pub fn share_tun() {
     hide_tun();
     run("mknod -m 666 /dev/net/tun c 10 200");
 }
 
-/// Gives up root on this thread alone (the C library's functions would on all).
+/// Drops the privileges of this thread only; the C library's functions would drop those of all.
 pub fn become_nobody() {
     let id = libc::c_long::from(NOBODY);
     // SAFETY: no pointer is read: the list of groups is empty.
@@ -79,7 +79,7 @@ pub fn become_nobody() {
     assert_eq!(rcs, [0; 3]);
 }
 
-/// Runs a command in this thread's namespaces; its output.
+/// Runs a command in this thread's namespaces; returns its output.
 pub fn run(command: &str) -> String {
     let mut words = command.split_whitespace();
     let output = Command::new(words.next().unwrap())
@@ -91,14 +91,14 @@ pub fn run(command: &str) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Asks until the answer is there: where a child is being started on another thread, it holds this
-/// process's files for a moment, and with them TAPs that were closed.
+/// Repeats `ask` until it returns a value. A child that another thread starts has this process's
+/// files open for a moment, including TAPs that were closed.
 pub fn eventually<T>(mut ask: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + TIMEOUT;
     loop {
         match ask() {
             Some(answer) => return answer,
-            None => assert!(Instant::now() < deadline, "it never came"),
+            None => assert!(Instant::now() < deadline, "no value within the time limit"),
         }
         thread::sleep(Duration::from_millis(1));
     }
@@ -122,7 +122,7 @@ pub fn kernel_packets(name: &str) -> (u64, u64) {
     (fields[1], fields[9])
 }
 
-/// Memory of a guest, and what lies in it.
+/// The memory of a guest, and the buffers in it.
 pub struct Guest {
     memory: Arc<GuestMemory>,
     segments: SegmentList,
@@ -156,7 +156,7 @@ impl Guest {
         }
     }
 
-    /// Makes room for one buffer of this many bytes, away from the last one.
+    /// Adds a buffer of this many bytes, which does not touch the last one.
     pub fn buffer(&mut self, len: usize) -> u64 {
         let at = self.used;
         self.segments.push(at, u32::try_from(len).unwrap()).unwrap();
@@ -164,15 +164,15 @@ impl Guest {
         at
     }
 
-    /// Writes `bytes` as pieces of at most `cut` bytes.
+    /// Adds `bytes` in segments of at most `cut` bytes.
     pub fn put(&mut self, bytes: &[u8], cut: usize) {
-        for piece in bytes.chunks(cut) {
-            let at = self.buffer(piece.len());
-            assert!(self.memory.write(at, piece));
+        for segment in bytes.chunks(cut) {
+            let at = self.buffer(segment.len());
+            assert!(self.memory.write(at, segment));
         }
     }
 
-    /// Takes the memory away behind its mapping.
+    /// Truncates the file behind the mapping, so that the memory is no longer there.
     pub fn cut_short(&self) {
         self.file.set_len(0).unwrap();
     }
@@ -184,15 +184,15 @@ impl Guest {
     pub fn bytes(&self) -> Vec<u8> {
         let mut all = Vec::new();
         for slice in self.slices() {
-            let mut piece = vec![0; slice.len()];
-            slice.copy_to(&mut piece);
-            all.extend(piece);
+            let mut segment = vec![0; slice.len()];
+            slice.copy_to(&mut segment);
+            all.extend(segment);
         }
         all
     }
 }
 
-/// Sends one frame, in pieces of `cut` bytes, behind `header`.
+/// Transmits one frame in segments of `cut` bytes with `header`.
 pub fn send(queue: &dyn UplinkQueue, header: VnetHeader, frame: &[u8], cut: usize) -> VringStats {
     let mut guest = Guest::new();
     guest.put(frame, cut);
@@ -206,7 +206,7 @@ pub fn send(queue: &dyn UplinkQueue, header: VnetHeader, frame: &[u8], cut: usiz
     stats
 }
 
-/// Receives into buffers of these lengths: the verdict and, of a frame, its bytes.
+/// Receives into buffers of these lengths; returns the outcome and the bytes of a frame.
 pub fn receive(queue: &dyn UplinkQueue, buffers: &[usize]) -> (Received, Vec<u8>) {
     let mut guest = Guest::new();
     for &len in buffers {
@@ -220,7 +220,7 @@ pub fn receive(queue: &dyn UplinkQueue, buffers: &[usize]) -> (Received, Vec<u8>
     (received, bytes)
 }
 
-/// Receives one frame of 2 KiB at most, and waits for it.
+/// Waits for one frame of at most 2 KiB.
 pub fn wait_for_frame(queue: &dyn UplinkQueue) -> Vec<u8> {
     eventually(|| match receive(queue, &[2048]) {
         (Received::Frame(_), bytes) => Some(bytes),
@@ -229,13 +229,13 @@ pub fn wait_for_frame(queue: &dyn UplinkQueue) -> Vec<u8> {
     })
 }
 
-/// Drops whatever waits in a queue; how many frames that was.
+/// Drops all frames that wait in a queue; returns their number.
 pub fn drain(queue: &dyn UplinkQueue) -> usize {
     std::iter::from_fn(|| matches!(receive(queue, &[65_600]).0, Received::Frame(_)).then_some(()))
         .count()
 }
 
-/// An Ethernet frame of `len` bytes with a payload that tells its position and `mark`.
+/// An Ethernet frame of `len` bytes whose payload depends on the offset and on `mark`.
 pub fn frame(len: usize, mark: u8) -> Vec<u8> {
     let mut frame = vec![2, 0, 0, 0, 0, 9, 2, 0, 0, 0, 0, mark];
     frame.extend(ETHERTYPE);
@@ -244,7 +244,7 @@ pub fn frame(len: usize, mark: u8) -> Vec<u8> {
     frame
 }
 
-/// A UDP datagram over IPv4 in a frame: `from` and `to` are port numbers.
+/// A frame with a UDP datagram over IPv4; `from` and `to` are port numbers.
 pub fn datagram(from: u16, to: u16) -> Vec<u8> {
     let mut frame = vec![2, 0, 0, 0, 0, 9, 2, 0, 0, 0, 0, 8, 8, 0];
     let address = |port: u16| [10, 0, 0, u8::try_from(port & 0xff).unwrap()];
@@ -315,7 +315,7 @@ impl PacketSocket {
         assert_eq!((&self.0).write(frame).unwrap(), frame.len());
     }
 
-    /// A frame, if one waits.
+    /// Returns a frame, if one waits.
     pub fn poll(&self) -> Option<Vec<u8>> {
         let mut buffer = vec![0; 70_000];
         match (&self.0).read(&mut buffer) {
@@ -325,7 +325,7 @@ impl PacketSocket {
         }
     }
 
-    /// The next frame of [`ETHERTYPE`].
+    /// Waits for the next frame of [`ETHERTYPE`].
     pub fn next(&self) -> Vec<u8> {
         let mut buffer = vec![0; 70_000];
         eventually(|| match (&self.0).read(&mut buffer) {

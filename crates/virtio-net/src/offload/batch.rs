@@ -1,4 +1,4 @@
-//! Frames in private memory, side by side, on their way out.
+//! Frames in private memory that are emitted together.
 
 use arrayvec::ArrayVec;
 use virtionet_virtqueue::memory::GuestSlice;
@@ -6,30 +6,30 @@ use virtionet_virtqueue::memory::GuestSlice;
 use crate::header::VnetHeader;
 use crate::uplink::{MAX_BURST, TxFrame};
 
-/// Frames that wait to be emitted together.
+/// Up to [`MAX_BURST`] frames that wait to be emitted.
 #[derive(Debug, Default)]
 pub(super) struct Batch {
-    /// Their bytes, one after the other.
+    /// The bytes of the frames, one after the other.
     bytes: Vec<u8>,
     lens: ArrayVec<usize, MAX_BURST>,
-    /// The header that they all have.
+    /// The virtio-net header of every frame.
     header: VnetHeader,
 }
 
 impl Batch {
-    /// Forgets what is left of the frame before.
+    /// Removes all frames and resets the header.
     pub(super) fn clear(&mut self) {
         self.bytes.clear();
         self.lens.clear();
         self.header = VnetHeader::default();
     }
 
-    /// The header of all frames from now on.
+    /// Sets the header of all further frames.
     pub(super) fn set_header(&mut self, header: VnetHeader) {
         self.header = header;
     }
 
-    /// Appends a frame of these parts and shows it, for its fields to be written.
+    /// Appends a frame that consists of `parts`; returns its bytes, so that fields can be written.
     pub(super) fn add(
         &mut self,
         parts: &[&[u8]],
@@ -46,7 +46,7 @@ impl Batch {
         &mut self.bytes[start..]
     }
 
-    /// Emits all frames that wait.
+    /// Emits all waiting frames.
     pub(super) fn flush(&mut self, emit: &mut impl FnMut(&[TxFrame<'_>])) {
         if !self.lens.is_empty() {
             self.emit_pending(emit);
@@ -75,7 +75,7 @@ impl Batch {
     }
 }
 
-/// Emits one frame from where it lies.
+/// Emits one frame without copying it.
 pub(super) fn emit_single(
     bytes: &mut [u8],
     header: VnetHeader,

@@ -1,18 +1,19 @@
 //! The Internet checksum (RFC 1071).
 
 use super::CsumField;
-use super::headers::{write_be16, read_be16};
+use super::headers::write_be16;
+use crate::packet::read_be16;
 
-/// A one's complement sum that is not folded yet. Kept in the machine's byte order: the sum does
-/// not care, and the fold turns it (RFC 1071 §2 B).
+/// A one's complement sum that is not folded yet. It is kept in the machine's byte order, of which
+/// the sum is independent; `fold` converts it (RFC 1071 §2 B).
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Sum(u64);
 
 impl Sum {
     /// The sum of `bytes` as 16-bit words; the last one is padded with a zero.
     pub(super) fn of(bytes: &[u8]) -> Self {
-        // Lanes of 32 bits in 64 cannot overflow below 16 GiB, and the compiler makes vectors of
-        // them.
+        // Words of 32 bits in lanes of 64 cannot overflow below 16 GiB, and the compiler makes
+        // vector instructions of them.
         let mut lanes = [0u64; 8];
         let (blocks, rest) = bytes.as_chunks::<32>();
         for block in blocks {
@@ -32,12 +33,12 @@ impl Sum {
         Self(sum)
     }
 
-    /// With one more word, given as a number.
+    /// Adds one word, which is given as a number.
     pub(super) fn add_word(self, word: u16) -> Self {
         Self(self.0 + u64::from(word.to_be()))
     }
 
-    /// The 16-bit sum, not complemented: what a partial checksum holds.
+    /// The 16-bit sum, not complemented, as in a partial checksum.
     pub(super) fn fold(self) -> u16 {
         let mut sum = self.0;
         while let Some(carry) = Some(sum >> 16).filter(|carry| *carry != 0) {
@@ -52,35 +53,44 @@ impl Sum {
     }
 }
 
-/// The sum that a field holds once the length in its pseudo header is `new` instead of `old`.
-/// Lengths count modulo 2^16 as they do in the kernel: a packet's length never reaches that.
+/// The pseudo header's sum with the length `new` in the place of `old`. Lengths count modulo 2^16
+/// as in the kernel, which a packet's length never reaches.
 pub(super) fn replace_length(pseudo_sum: u16, old: u16, new: u16) -> u16 {
-    Sum::default().add_word(pseudo_sum).add_word(!old).add_word(new).fold()
+    Sum::default()
+        .add_word(pseudo_sum)
+        .add_word(!old)
+        .add_word(new)
+        .fold()
 }
 
 /// Completes the checksum at `field`, which holds the pseudo header's sum.
 pub(super) fn write_checksum(packet: &mut [u8], field: CsumField) {
     let covered = packet.get(field.start..).unwrap_or_default();
     let sum = Sum::of(covered);
-    // A field at an odd place would be summed with its bytes swapped, as in the kernel.
+    // A field at an odd offset is summed with its bytes swapped, as in the kernel.
     let checksum = match sum.checksum() {
-        // In UDP a 0 says that there is no checksum (RFC 768); elsewhere both are the same.
+        // In UDP a 0 means that there is no checksum (RFC 768); elsewhere both values are equal.
         0 => 0xffff,
         checksum => checksum,
     };
     write_be16(packet, field.position(), checksum);
 }
 
-/// Writes the checksum of the IPv4 header that is `header`.
+/// Writes the checksum of the IPv4 header in `header`.
 pub(super) fn write_ipv4_checksum(header: &mut [u8]) {
     write_be16(header, IPV4_CHECKSUM_OFFSET, 0);
     let checksum = Sum::of(header).checksum();
     write_be16(header, IPV4_CHECKSUM_OFFSET, checksum);
 }
 
-/// Writes the checksum at `at` of the segment that is `segment` and whose field holds `pseudo_sum` from
-/// now on: complete, or the pseudo_sum itself for a target that takes partial ones.
-pub(super) fn write_segment_checksum(segment: &mut [u8], at: usize, pseudo_sum: u16, partial: bool) {
+/// Writes the checksum at `at` of the transport segment in `segment`: the complete one, or
+/// `pseudo_sum` alone for a receiver that accepts partial checksums.
+pub(super) fn write_segment_checksum(
+    segment: &mut [u8],
+    at: usize,
+    pseudo_sum: u16,
+    partial: bool,
+) {
     write_be16(segment, at, pseudo_sum);
     if !partial {
         let checksum = Sum::of(segment).checksum();
@@ -88,7 +98,7 @@ pub(super) fn write_segment_checksum(segment: &mut [u8], at: usize, pseudo_sum: 
     }
 }
 
-/// What a checksum field holds now.
+/// The present value of a checksum field.
 pub(super) fn read_pseudo_sum(packet: &[u8], field: CsumField) -> u16 {
     read_be16(packet, field.position()).unwrap_or(0)
 }
@@ -100,7 +110,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn slowly(bytes: &[u8]) -> u16 {
+    fn reference_sum(bytes: &[u8]) -> u16 {
         bytes.chunks(2).fold(0u16, |sum, pair| {
             let word = u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or(0)]);
             let (sum, carry) = sum.overflowing_add(word);
@@ -109,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn the_example_of_rfc_1071() {
+    fn the_sum_is_that_of_the_example_in_rfc_1071() {
         let bytes = [0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7];
         assert_eq!(Sum::of(&bytes).fold(), 0xddf2);
         assert_eq!(Sum::of(&bytes).checksum(), 0x220d);
@@ -129,18 +139,18 @@ mod tests {
 
     proptest! {
         #[test]
-        fn sums_are_those_of_a_slow_one(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
-            prop_assert_eq!(Sum::of(&bytes).fold(), slowly(&bytes));
+        fn any_bytes_have_the_sum_of_the_reference(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            prop_assert_eq!(Sum::of(&bytes).fold(), reference_sum(&bytes));
         }
 
         #[test]
-        fn words_are_numbers(bytes in prop::collection::vec(any::<u8>(), 0..40), word: u16) {
+        fn adding_a_word_equals_prepending_its_bytes(bytes in prop::collection::vec(any::<u8>(), 0..40), word: u16) {
             let longer = [&word.to_be_bytes()[..], &bytes].concat();
-            prop_assert_eq!(Sum::of(&bytes).add_word(word).fold(), slowly(&longer));
+            prop_assert_eq!(Sum::of(&bytes).add_word(word).fold(), reference_sum(&longer));
         }
 
         #[test]
-        fn lengths_are_exchanged(bytes in prop::collection::vec(1u8.., 8), old: u16, new: u16) {
+        fn replacing_the_length_equals_summing_anew(bytes in prop::collection::vec(1u8.., 8), old: u16, new: u16) {
             let with = |length: u16| Sum::of(&bytes).add_word(length).fold();
             prop_assert_eq!(replace_length(with(old), old, new) % 0xffff, with(new) % 0xffff);
         }

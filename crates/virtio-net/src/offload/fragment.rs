@@ -2,29 +2,29 @@
 //!
 //! The UDP checksum is that of the whole datagram. Each fragment carries `gso_size` bytes of it,
 //! UDP header included, rounded down to a multiple of 8 (RFC 791 §3.2, RFC 8200 §4.5). In IPv4 all
-//! have the datagram's own identification, and DF is cleared, as Linux does. In IPv6 a fragment
-//! header goes behind all extension headers, so that every fragment repeats them.
+//! fragments have the datagram's identification, and DF is cleared, as in Linux. In IPv6 the
+//! fragment header follows all extension headers, so that every fragment repeats them.
 
 use std::hash::{BuildHasher, RandomState};
 
 use super::batch::Batch;
-use super::headers::{self, PacketLayout, IPPROTO_UDP, IpVersion, write_ip_len, write_be16};
+use super::headers::{self, PacketLayout, write_be16, write_ip_len};
 use super::{CsumField, OffloadFault, checksum, validate_gso_size};
 use crate::header::VnetHeader;
+use crate::packet::{IPPROTO_FRAGMENT, IPPROTO_UDP, IpVersion};
 use crate::uplink::TxFrame;
 
 const UDP_HEADER_LEN: usize = 8;
 const UDP_CHECKSUM_OFFSET: usize = 6;
-const IPPROTO_FRAGMENT: u8 = 44;
-/// Bytes of IPv6's fragment header.
+/// Bytes of the fragment header of IPv6.
 const IPV6_FRAGMENT_HEADER_LEN: usize = 8;
 
-/// A datagram that can be fragmented: everything about it has been checked.
+/// A datagram that has passed all checks and can be fragmented.
 #[derive(Debug)]
 pub(super) struct UdpFragmentation {
     layout: PacketLayout,
     field: CsumField,
-    /// Bytes of each fragment behind its headers: a multiple of 8.
+    /// Payload bytes of each fragment: a multiple of 8.
     size: usize,
 }
 
@@ -46,7 +46,7 @@ impl UdpFragmentation {
             offset: UDP_CHECKSUM_OFFSET,
         };
         let size = validate_gso_size(request, field, expected)?;
-        // What the fragments make when they are put together again must be a packet.
+        // The reassembled fragments must be a packet of a valid length.
         headers::ip_len_field(frame.len(), &layout)?;
         Ok(Self {
             layout,
@@ -56,7 +56,7 @@ impl UdpFragmentation {
     }
 }
 
-/// Completes the datagram's checksum and cuts it up. `identification` is for IPv6.
+/// Completes the datagram's checksum and emits its fragments. `identification` is for IPv6.
 pub(super) fn fragment_datagram(
     fragmentation: &UdpFragmentation,
     frame: &mut [u8],
@@ -75,7 +75,9 @@ pub(super) fn fragment_datagram(
         };
         match fragmentation.layout.version {
             _ if is_whole => write_whole(batch.add(&[headers, chunk], emit), fragmentation),
-            IpVersion::V4 => write_ipv4(batch.add(&[headers, chunk], emit), fragmentation, position),
+            IpVersion::V4 => {
+                write_ipv4(batch.add(&[headers, chunk], emit), fragmentation, position)
+            }
             IpVersion::V6 => {
                 let extension = position.fragment_header(identification);
                 let fragment = batch.add(&[headers, &extension, chunk], emit);
@@ -88,10 +90,10 @@ pub(super) fn fragment_datagram(
     }
 }
 
-/// Which fragment.
+/// The position of a fragment in its datagram.
 #[derive(Clone, Copy)]
 struct FragmentPosition {
-    /// First byte of the datagram; a multiple of 8.
+    /// The offset of the fragment's first byte; a multiple of 8.
     at: u16,
     is_last: bool,
 }
@@ -104,7 +106,7 @@ impl FragmentPosition {
     }
 }
 
-/// A datagram that needs no fragments: the length may still have lied.
+/// Completes a datagram that needs no fragments. Its length field may still have been wrong.
 fn write_whole(frame: &mut [u8], fragmentation: &UdpFragmentation) {
     write_ip_len(frame, &fragmentation.layout);
     if let Some(ip) = frame.get_mut(fragmentation.layout.network..fragmentation.layout.transport)
@@ -116,7 +118,8 @@ fn write_whole(frame: &mut [u8], fragmentation: &UdpFragmentation) {
 
 fn write_ipv4(fragment: &mut [u8], fragmentation: &UdpFragmentation, position: FragmentPosition) {
     write_ip_len(fragment, &fragmentation.layout);
-    let Some(ip) = fragment.get_mut(fragmentation.layout.network..fragmentation.layout.transport) else {
+    let Some(ip) = fragment.get_mut(fragmentation.layout.network..fragmentation.layout.transport)
+    else {
         return;
     };
     let more = u16::from(!position.is_last) << 13;
@@ -124,12 +127,12 @@ fn write_ipv4(fragment: &mut [u8], fragmentation: &UdpFragmentation, position: F
     checksum::write_ipv4_checksum(ip);
 }
 
-/// Identifications of IPv6 fragments: each value once in 2^32, from a start and in steps that
-/// nobody can guess (RFC 7739).
+/// Generates the identifications of IPv6 fragments: each value once in 2^32, with a random start
+/// and a random step, which an attacker cannot guess (RFC 7739).
 #[derive(Debug)]
 pub(super) struct Identifications {
     last: u32,
-    /// Odd, so that every value comes.
+    /// Odd, so that every value is generated.
     step: u32,
 }
 
@@ -155,7 +158,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn identifications_do_not_repeat_soon() {
+    fn ten_thousand_identifications_are_all_different() {
         let mut identifications = Identifications::default();
         let mut seen: Vec<u32> = (0..10_000).map(|_| identifications.next()).collect();
         seen.sort_unstable();

@@ -1,89 +1,64 @@
-//! Where a frame's headers lie, as read from the private copy.
+//! The layout of a frame's packet headers, read from the private copy.
 
 use super::OffloadFault;
-use crate::header::MIN_FRAME;
+use crate::packet::{
+    IPPROTO_DSTOPTS, IPPROTO_FRAGMENT, IPPROTO_HOPOPTS, IPPROTO_ROUTING, IPV6_HEADER_LEN, IpHeader,
+    IpVersion, PacketFault,
+};
 
-/// Most bytes of all headers together, which every segment repeats: Ethernet, two tags, the longest
-/// of IPv4 and TCP, or an ordinary set of IPv6 extension headers.
+/// The most bytes of all headers together, which every segment repeats: Ethernet, two VLAN tags,
+/// and the longest IPv4 and TCP headers or an ordinary set of IPv6 extension headers.
 pub(super) const MAX_HEADERS_LEN: usize = 256;
 
-/// Protocol numbers of IP.
-pub(super) const IPPROTO_TCP: u8 = 6;
-pub(super) const IPPROTO_UDP: u8 = 17;
-const IPPROTO_HOPOPTS: u8 = 0;
-const IPPROTO_ROUTING: u8 = 43;
-const IPPROTO_FRAGMENT: u8 = 44;
-const IPPROTO_DSTOPTS: u8 = 60;
-
-const ETHERTYPE_OFFSET: usize = 12;
-const ETH_P_IP: u16 = 0x0800;
-const ETH_P_IPV6: u16 = 0x86dd;
-const VLAN_ETHERTYPES: [u16; 3] = [0x8100, 0x88a8, 0x9100];
-const MAX_VLAN_TAGS: usize = 2;
-
-/// A version of IP.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum IpVersion {
-    V4,
-    V6,
-}
-
-/// Where the headers of an IP packet lie in its frame.
+/// Where in its frame the headers of an IP packet are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct PacketLayout {
     pub(super) version: IpVersion,
-    /// First byte of the IP header.
+    /// The first byte of the IP header.
     pub(super) network: usize,
-    /// First byte behind the IP header and its extensions.
+    /// The first byte behind the IP header and its extension headers.
     pub(super) transport: usize,
-    /// The byte that names the protocol found there.
+    /// The byte that names the protocol at `transport`.
     pub(super) next_header: usize,
 }
 
 impl PacketLayout {
-    /// Finds the headers up to one of `protocol`.
+    /// Finds the headers of a packet of `protocol`.
     pub(super) fn parse(frame: &[u8], protocol: u8) -> Result<Self, OffloadFault> {
-        let (ethertype, network) = skip_vlan_tags(frame)?;
-        let layout = match ethertype {
-            ETH_P_IP => Self::ipv4(frame, network)?,
-            ETH_P_IPV6 => Self::ipv6(frame, network)?,
-            _ => return Err(OffloadFault::WrongProtocol),
+        let ip = IpHeader::parse(frame)?;
+        let layout = match ip.version {
+            IpVersion::V4 => Self::ipv4(frame, &ip)?,
+            IpVersion::V6 => Self::ipv6(frame, &ip)?,
         };
         match frame.get(layout.next_header).copied() {
             Some(found) if found == protocol => Ok(layout),
-            Some(IPPROTO_FRAGMENT) if layout.version == IpVersion::V6 => Err(OffloadFault::AlreadyFragmented),
+            Some(IPPROTO_FRAGMENT) if layout.version == IpVersion::V6 => {
+                Err(OffloadFault::AlreadyFragmented)
+            }
             _ => Err(OffloadFault::WrongProtocol),
         }
     }
 
-    fn ipv4(frame: &[u8], network: usize) -> Result<Self, OffloadFault> {
-        let first = read_u8(frame, network)?;
-        if first >> 4 != 4 {
-            return Err(OffloadFault::WrongProtocol);
-        }
-        let len = usize::from(first & 0xf) * 4;
-        if len < 20 || network + len > frame.len() {
+    fn ipv4(frame: &[u8], ip: &IpHeader) -> Result<Self, OffloadFault> {
+        if ip.offset + ip.len > frame.len() {
             return Err(OffloadFault::HeaderTruncated);
         }
-        // More fragments, or an offset: DF alone does not count.
-        if read_be16(frame, network + 6)? & 0x3fff != 0 {
+        if ip.is_fragment {
             return Err(OffloadFault::AlreadyFragmented);
         }
         Ok(Self {
             version: IpVersion::V4,
-            network,
-            transport: network + len,
-            next_header: network + 9,
+            network: ip.offset,
+            transport: ip.offset + ip.len,
+            next_header: ip.protocol_offset(),
         })
     }
 
-    fn ipv6(frame: &[u8], network: usize) -> Result<Self, OffloadFault> {
-        if read_u8(frame, network)? >> 4 != 6 {
-            return Err(OffloadFault::WrongProtocol);
-        }
-        let (mut at, mut next_header) = (network + 40, network + 6);
-        // Each extension header is at least 8 bytes: the bound ends the loop.
-        while let IPPROTO_HOPOPTS | IPPROTO_ROUTING | IPPROTO_DSTOPTS = read_u8(frame, next_header)? {
+    fn ipv6(frame: &[u8], ip: &IpHeader) -> Result<Self, OffloadFault> {
+        let (mut at, mut next_header) = (ip.offset + ip.len, ip.protocol_offset());
+        // Each extension header has at least 8 bytes, so the limit ends the loop.
+        while let IPPROTO_HOPOPTS | IPPROTO_ROUTING | IPPROTO_DSTOPTS = read_u8(frame, next_header)?
+        {
             next_header = at;
             at += (usize::from(read_u8(frame, at + 1)?) + 1) * 8;
             if at > MAX_HEADERS_LEN {
@@ -94,7 +69,7 @@ impl PacketLayout {
             true => Err(OffloadFault::HeaderTruncated),
             false => Ok(Self {
                 version: IpVersion::V6,
-                network,
+                network: ip.offset,
                 transport: at,
                 next_header,
             }),
@@ -102,19 +77,16 @@ impl PacketLayout {
     }
 }
 
-/// The EtherType behind the tags (802.1Q, 802.1ad), and where the packet begins.
-fn skip_vlan_tags(frame: &[u8]) -> Result<(u16, usize), OffloadFault> {
-    let mut at = ETHERTYPE_OFFSET;
-    for _ in 0..MAX_VLAN_TAGS {
-        if !VLAN_ETHERTYPES.contains(&read_be16(frame, at)?) {
-            break;
+impl From<PacketFault> for OffloadFault {
+    fn from(fault: PacketFault) -> Self {
+        match fault {
+            PacketFault::Truncated => Self::HeaderTruncated,
+            PacketFault::NotIp => Self::WrongProtocol,
         }
-        at += 4;
     }
-    Ok((read_be16(frame, at)?, at + MIN_FRAME - ETHERTYPE_OFFSET))
 }
 
-/// Length of the TCP header at `at`.
+/// The length of the TCP header at `at`.
 pub(super) fn tcp_header_len(frame: &[u8], at: usize) -> Result<usize, OffloadFault> {
     let len = usize::from(read_u8(frame, at + 12)? >> 4) * 4;
     match len < 20 || at + len > frame.len() {
@@ -123,25 +95,19 @@ pub(super) fn tcp_header_len(frame: &[u8], at: usize) -> Result<usize, OffloadFa
     }
 }
 
-pub(super) fn read_u8(bytes: &[u8], at: usize) -> Result<u8, OffloadFault> {
+fn read_u8(bytes: &[u8], at: usize) -> Result<u8, OffloadFault> {
     bytes.get(at).copied().ok_or(OffloadFault::HeaderTruncated)
 }
 
-pub(super) fn read_be16(bytes: &[u8], at: usize) -> Result<u16, OffloadFault> {
-    let word = bytes.get(at..).and_then(|rest| rest.first_chunk());
-    word.map(|word| u16::from_be_bytes(*word))
-        .ok_or(OffloadFault::HeaderTruncated)
-}
-
-/// Writes a word where a parser saw that one is; nowhere else.
+/// Writes a 16-bit field that the parser found; does nothing where it is not within `bytes`.
 pub(super) fn write_be16(bytes: &mut [u8], at: usize, word: u16) {
     if let Some(field) = bytes.get_mut(at..).and_then(|rest| rest.first_chunk_mut()) {
         *field = word.to_be_bytes();
     }
 }
 
-/// Writes the IP header's length of a packet that begins at `layout.network` and goes to the end of
-/// `frame`, which [`ip_len_field`] has seen.
+/// Writes the length field of the IP header at `layout.network` for a packet that extends to the
+/// end of `frame`. [`ip_len_field`] has accepted that length.
 pub(super) fn write_ip_len(frame: &mut [u8], layout: &PacketLayout) {
     let at = match layout.version {
         IpVersion::V4 => layout.network + 2,
@@ -151,11 +117,11 @@ pub(super) fn write_ip_len(frame: &mut [u8], layout: &PacketLayout) {
     write_be16(frame, at, len);
 }
 
-/// What the IP header's length field says in a frame of `len` bytes.
+/// The value of the IP header's length field in a frame of `len` bytes.
 pub(super) fn ip_len_field(len: usize, layout: &PacketLayout) -> Result<u16, OffloadFault> {
     let counted_from = match layout.version {
         IpVersion::V4 => layout.network,
-        IpVersion::V6 => layout.network + 40,
+        IpVersion::V6 => layout.network + IPV6_HEADER_LEN,
     };
     u16::try_from(len.saturating_sub(counted_from)).map_err(|_| OffloadFault::FrameTooLong)
 }

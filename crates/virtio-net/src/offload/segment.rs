@@ -1,13 +1,15 @@
-//! TCP segmentation: a frame of many segments becomes one frame each.
+//! TCP segmentation: one long frame becomes a frame for each segment.
 //!
-//! Every segment gets the frame's headers with: the length and, in IPv4, the next identification
-//! (RFC 6864 leaves it free; Linux counts on) and the header checksum; the sequence number of its
-//! first byte; CWR in the first only, FIN and PSH in the last only (RFC 3168 §6.1.2, RFC 9293).
+//! Every segment gets the frame's headers with these changes: its length; in IPv4 the next
+//! identification (RFC 6864 leaves the value free; Linux increments it) and the header's checksum;
+//! the sequence number of its first byte; CWR in the first segment only, FIN and PSH in the last
+//! segment only (RFC 3168 §6.1.2, RFC 9293).
 
 use super::batch::Batch;
-use super::headers::{self, PacketLayout, IPPROTO_TCP, IpVersion, write_ip_len, write_be16, read_be16};
+use super::headers::{self, PacketLayout, write_be16, write_ip_len};
 use super::{CsumField, OffloadFault, checksum, validate_gso_size};
 use crate::header::VnetHeader;
+use crate::packet::{IPPROTO_TCP, IpVersion, read_be16};
 use crate::uplink::TxFrame;
 
 const TCP_CHECKSUM_OFFSET: usize = 16;
@@ -17,16 +19,16 @@ const FIN: u8 = 0x01;
 const PSH: u8 = 0x08;
 const CWR: u8 = 0x80;
 
-/// A frame that can be segmented: everything about it has been checked.
+/// A frame that has passed all checks and can be segmented.
 #[derive(Debug)]
 pub(super) struct TcpSegmentation {
     layout: PacketLayout,
     field: CsumField,
-    /// Bytes of all headers.
+    /// Bytes of all headers together.
     headers: usize,
-    /// Bytes of payload in each segment.
+    /// Payload bytes of each segment.
     size: usize,
-    /// Bytes from the TCP header to the frame's end, as the pseudo header has it.
+    /// Bytes from the TCP header to the frame's end, as in the pseudo header.
     len: u16,
 }
 
@@ -63,7 +65,7 @@ impl TcpSegmentation {
     }
 }
 
-/// Cuts `frame` up; with `partial` the checksums are left to the target.
+/// Emits the segments of `frame`; with `partial` the receiver completes the checksums.
 pub(super) fn segment_frame(
     segmentation: &TcpSegmentation,
     frame: &[u8],
@@ -77,7 +79,7 @@ pub(super) fn segment_frame(
     let (headers, payload) = frame.split_at(segmentation.headers);
     let template = HeaderTemplate::from_headers(headers, segmentation);
     let mut at = 0;
-    // A frame without payload is one segment too.
+    // A frame without payload is one segment as well.
     loop {
         let rest = payload.get(at..).unwrap_or_default();
         let chunk = &rest[..rest.len().min(segmentation.size)];
@@ -95,20 +97,20 @@ pub(super) fn segment_frame(
     }
 }
 
-/// What the frame's headers hold that differs from segment to segment.
+/// The frame's values of those header fields that differ between segments.
 struct HeaderTemplate {
     identification: u16,
     sequence: u32,
     flags: u8,
-    /// The pseudo header's sum for the whole frame.
+    /// The pseudo header's sum of the whole frame.
     pseudo_sum: u16,
 }
 
-/// Which segment.
+/// The position of a segment in its frame.
 #[derive(Clone, Copy)]
 struct SegmentPosition {
     number: usize,
-    /// First byte of the payload.
+    /// The offset of the segment's first payload byte.
     at: usize,
     is_last: bool,
 }
@@ -117,7 +119,8 @@ impl HeaderTemplate {
     fn from_headers(headers: &[u8], segmentation: &TcpSegmentation) -> Self {
         let tcp = segmentation.layout.transport;
         let word = |at| read_be16(headers, at).unwrap_or(0);
-        let sequence = u32::from(word(tcp + TCP_SEQUENCE_OFFSET)) << 16 | u32::from(word(tcp + TCP_SEQUENCE_OFFSET + 2));
+        let sequence = u32::from(word(tcp + TCP_SEQUENCE_OFFSET)) << 16
+            | u32::from(word(tcp + TCP_SEQUENCE_OFFSET + 2));
         Self {
             identification: word(segmentation.layout.network + 4),
             sequence,
@@ -126,8 +129,14 @@ impl HeaderTemplate {
         }
     }
 
-    /// Makes a copy of the frame's headers those of a segment.
-    fn write(&self, segment: &mut [u8], segmentation: &TcpSegmentation, position: SegmentPosition, partial: bool) {
+    /// Changes a copy of the frame's headers into those of a segment.
+    fn write(
+        &self,
+        segment: &mut [u8],
+        segmentation: &TcpSegmentation,
+        position: SegmentPosition,
+        partial: bool,
+    ) {
         let layout = &segmentation.layout;
         write_ip_len(segment, layout);
         if let Some(ip) = segment.get_mut(layout.network..layout.transport)

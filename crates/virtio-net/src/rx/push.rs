@@ -1,51 +1,51 @@
-//! Frames that another thread has for a receiveq: copied once, from where the sender's guest put
-//! them to where this one wants them.
+//! Frames that another thread pushes to a receiveq: copied once, from the sending guest's buffers
+//! to the receiving guest's.
 
 use virtionet_virtqueue::memory::GuestSlice;
 use virtionet_virtqueue::{Chain, VirtqueueFault};
 
-use super::{NUM_BUFFERS_OFFSET, RxQueue, MIN_DEQUEUE};
+use super::{MIN_DEQUEUE, NUM_BUFFERS_OFFSET, RxQueue};
 use crate::header::VNET_HEADER_LEN;
-use crate::uplink::TxFrame;
 use crate::queue::Queue;
 use crate::stats::to_u64;
+use crate::uplink::TxFrame;
 
-/// What a call of [`RxQueue::push`] did.
+/// The outcome of [`RxQueue::push`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PushOutcome {
-    /// Frames given to the guest; the others were dropped and counted.
+    /// Frames that the guest received; the others were dropped and counted.
     pub frames: usize,
-    /// The driver wants an interrupt.
+    /// The driver asks for an interrupt.
     pub should_call: bool,
 }
 
-/// What has been done of a push.
+/// The progress of a push.
 #[derive(Default)]
 struct PushProgress {
     /// Chains of the burst that have been completed.
     chains: usize,
     frames: usize,
     bytes: usize,
-    /// Frames of this length and more find too little room: one was dropped for want of it, and
-    /// room only gets less.
+    /// Frames of this length and more do not fit: one was dropped, and during a push the free space
+    /// only shrinks.
     too_large: Option<usize>,
 }
 
-/// What came of one frame.
+/// The outcome of copying one frame.
 enum CopyOutcome {
-    /// It was given, or dropped and counted; the next may have more luck.
+    /// It was copied, or dropped and counted; a later frame may fit.
     Continue,
-    /// The guest has no buffer at all.
+    /// The guest has no free buffer at all.
     NoBuffers,
 }
 
 impl RxQueue {
-    /// Gives `frames` (at most [`crate::uplink::MAX_BURST`]), in order, to the guest. The driver sees
-    /// all of them at once, at the end. What finds no buffer is dropped and counted:
-    /// `dropped_no_buffer`, `dropped_too_long`.
+    /// Copies `frames` (at most [`crate::uplink::MAX_BURST`]), in order, to the guest's buffers.
+    /// The used index is published once, at the end. A frame that does not fit is dropped and
+    /// counted: `dropped_no_buffer`, `dropped_too_long`.
     ///
     /// # Errors
-    /// When the ring can no longer be believed.
+    /// When the ring is faulty and must be quarantined.
     pub fn push(&mut self, frames: &[TxFrame<'_>]) -> Result<PushOutcome, VirtqueueFault> {
         self.queue.burst.reset_descriptors_read();
         let ready = self.queue.burst.chains().len();
@@ -68,7 +68,7 @@ impl RxQueue {
             match self.copy_to_chains(frame, &mut progress) {
                 Ok(CopyOutcome::Continue) => rest = others,
                 Ok(CopyOutcome::NoBuffers) => {
-                    // Not one buffer is left: the others need not ask.
+                    // Not one buffer is left, so the other frames do not fit either.
                     self.queue.stats.dropped_no_buffer.add(to_u64(rest.len()));
                     break;
                 }
@@ -90,7 +90,7 @@ impl RxQueue {
             stats.bytes.add(to_u64(progress.bytes));
         }
         match fault {
-            // What was given before is shown first; the next call meets the fault again.
+            // Publish the completed chains first; the next call finds the fault again.
             Some(fault) if !self.queue.virtqueue.has_unpublished() => Err(fault),
             _ => Ok(PushOutcome {
                 frames: progress.frames,
@@ -99,9 +99,14 @@ impl RxQueue {
         }
     }
 
-    /// Copies frames to the next chains, one each, for as long as they fit; says how many.
+    /// Copies frames to the next chains, one frame each, for as long as they fit; returns their
+    /// number.
     #[inline(always)]
-    fn copy_to_single_chains(&mut self, frames: &[TxFrame<'_>], progress: &mut PushProgress) -> usize {
+    fn copy_to_single_chains(
+        &mut self,
+        frames: &[TxFrame<'_>],
+        progress: &mut PushProgress,
+    ) -> usize {
         let Queue {
             virtqueue,
             burst,
@@ -128,12 +133,16 @@ impl RxQueue {
         count
     }
 
-    /// Copies one frame to the next chains, whatever they are.
+    /// Copies one frame to the next chains, as many as it needs.
     #[inline(never)]
-    fn copy_to_chains(&mut self, frame: &TxFrame<'_>, progress: &mut PushProgress) -> Result<CopyOutcome, VirtqueueFault> {
+    fn copy_to_chains(
+        &mut self,
+        frame: &TxFrame<'_>,
+        progress: &mut PushProgress,
+    ) -> Result<CopyOutcome, VirtqueueFault> {
         let header_len = self.queue.features.header_len();
         let total = header_len + frame.len;
-        // A faulty chain goes back empty when its turn comes, so that the order stays.
+        // A faulty chain is completed, empty, when its turn comes: chains are completed in order.
         while let Some(chain) = self.chain_at(progress.chains)?
             && chain.fault().is_some()
         {
@@ -170,7 +179,7 @@ impl RxQueue {
         Ok(CopyOutcome::Continue)
     }
 
-    /// Chain number `at` of the burst, taken now if it must be; `None` when there is none.
+    /// The chain at index `at` of the burst, dequeued if necessary; `None` when there is none.
     fn chain_at(&mut self, at: usize) -> Result<Option<Chain>, VirtqueueFault> {
         if at >= self.queue.burst.chains().len() && self.can_dequeue() {
             self.dequeue_chains(MIN_DEQUEUE)?;
@@ -179,7 +188,7 @@ impl RxQueue {
     }
 }
 
-/// A frame's header with the number of buffers that the frame lies in.
+/// A frame's header with the number of buffers that the frame occupies.
 #[inline(always)]
 fn header_with_num_buffers(frame: &TxFrame<'_>, count: u16) -> [u8; VNET_HEADER_LEN] {
     let mut header = frame.header.0;
@@ -187,7 +196,7 @@ fn header_with_num_buffers(frame: &TxFrame<'_>, count: u16) -> [u8; VNET_HEADER_
     header
 }
 
-/// Copies header and frame to a list of slices that holds them.
+/// Copies header and frame to buffers that are large enough.
 #[inline(always)]
 fn copy_frame(
     header: &[u8; VNET_HEADER_LEN],
@@ -205,7 +214,7 @@ fn copy_frame(
     }
 }
 
-/// The same for any number of slices on either side.
+/// The same for any number of segments on either side.
 #[inline(never)]
 fn copy_slices(header: &[u8], payload: &[GuestSlice<'_>], buffers: &[GuestSlice<'_>]) {
     let mut buffers = buffers.iter().copied();
@@ -238,7 +247,7 @@ fn copy_slices(header: &[u8], payload: &[GuestSlice<'_>], buffers: &[GuestSlice<
     }
 }
 
-/// A frame's length is bounded far below 2^32.
+/// A frame's length is far below 2^32.
 #[inline(always)]
 fn to_u32(n: usize) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX)

@@ -1,63 +1,62 @@
-//! A ring with both its ends in this process: the driver's side with raw access, a device's queue,
-//! and an uplink that writes down what it is given.
+//! A ring with both its ends in this process: the driver's end with raw access, a device's queue,
+//! and an uplink that records the frames.
 #![allow(dead_code, reason = "each test file uses its own part of this")]
 #![allow(clippy::unwrap_used)]
 
 pub mod packed;
 
 use std::collections::VecDeque;
-use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use virtionet_virtio_net::features::Features;
-use virtionet_virtio_net::header::VnetHeader;
-use virtionet_virtio_net::uplink::{Received, TxFrame, UplinkQueue};
-use virtionet_virtio_net::stats::VringStats;
-use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue};
 use virtionet_guest::driver::DriverVirtqueueConfig;
 use virtionet_guest::memory::{Area, GuestRam};
 use virtionet_guest::net::MODERN;
 use virtionet_guest::split::{SplitDescriptor, SplitDriverVirtqueue};
 use virtionet_guest::{net, rx};
+use virtionet_virtio_net::features::Features;
+use virtionet_virtio_net::header::VnetHeader;
+use virtionet_virtio_net::stats::VringStats;
+use virtionet_virtio_net::uplink::{Received, TxFrame, UplinkError, UplinkQueue};
+use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue};
 use virtionet_virtqueue::VirtqueueLayout;
 use virtionet_virtqueue::memory::{GuestMemory, GuestSlice};
 
 /// VIRTIO_F_VERSION_1 alone: a 12-byte header and nothing else.
 pub const PLAIN: u64 = 1 << 32;
-/// What a Linux guest of today negotiates.
+/// The features that a current Linux guest negotiates.
 pub const FULL: u64 = MODERN;
 
-/// Guest memory begins here: address 0 is not mapped.
+/// The start of guest memory: address 0 is not mapped.
 pub const START: u64 = 0x1000;
 /// A second region, touching the first.
 pub const JOINED: u64 = 0x100_0000;
-/// The end of the second region; what follows is a hole.
+/// The end of the second region, behind which is a hole.
 pub const HOLE: u64 = 0x110_0000;
 /// A third region, behind the hole.
 pub const ISLAND: u64 = 0x200_0000;
 /// The end of all memory.
 pub const END: u64 = 0x201_0000;
 
-/// Where tests put buffers and indirect tables: past the largest ring.
+/// The address of the tests' buffers: behind the largest ring.
 pub const DATA: u64 = 0x10_0000;
-/// See [`DATA`].
+/// The address of the tests' indirect tables.
 pub const TABLE: u64 = 0x80_0000;
 
-/// A frame of `len` bytes, each of which tells its place and `seed`.
+/// A frame of `len` bytes, each of which depends on its offset and on `seed`.
 pub fn frame(seed: usize, len: usize) -> Vec<u8> {
     (0..len)
         .map(|at| u8::try_from((seed * 31 + at * 7) % 251).unwrap())
         .collect()
 }
 
-/// A good TX chain's bytes: a header without offloads and a frame of 60 bytes.
+/// The bytes of a valid TX chain: a header without offloads and a frame of 60 bytes.
 pub fn good() -> Vec<u8> {
     [vec![0; 12], frame(1, 60)].concat()
 }
 
-/// Guest memory and a ring in it, seen from the driver.
+/// Guest memory and a split ring in it, seen from the driver.
 pub struct SplitRingFixture {
     pub ram: GuestRam,
     pub ring: SplitDriverVirtqueue,
@@ -108,7 +107,7 @@ impl SplitRingFixture {
         Q::new(self.config(self.base.into())).unwrap()
     }
 
-    /// What a device's queue is made of.
+    /// The configuration of a device's queue.
     pub fn config(&self, base: u32) -> QueueConfig {
         let at = self.ring.addresses();
         let user = |addr| self.ram.user_addr(addr).unwrap();
@@ -146,7 +145,7 @@ impl SplitRingFixture {
         }
     }
 
-    /// Makes chains available by their heads and shows them to the device.
+    /// Makes the chains of these heads available.
     pub fn offer(&mut self, heads: &[u16]) {
         for head in heads {
             self.ring.set_avail_entry(self.next, *head);
@@ -155,20 +154,20 @@ impl SplitRingFixture {
         self.ring.set_avail_index(self.next);
     }
 
-    /// Takes back what was offered from `base` on; the device must have rewound to there.
+    /// Withdraws the chains from `base` on; the device must have rewound to there.
     pub fn rewind_to(&mut self, base: u32) {
         self.next = u16::try_from(base).unwrap();
         self.ring.set_avail_index(self.next);
     }
 
-    /// Puts `bytes` into memory and descriptor `index` over them: a whole chain.
+    /// Writes `bytes` to memory, and descriptor `index` over them as a whole chain.
     pub fn readable(&self, index: u16, bytes: &[u8]) {
         let addr = DATA + 0x2_0000 * u64::from(index % 64);
         self.ram.write(addr, bytes).unwrap();
         self.desc(index, addr, u32::try_from(bytes.len()).unwrap(), 0, 0);
     }
 
-    /// Used elements (id, length) that the device showed since the last call.
+    /// The used elements (id, length) that the device published since the last call.
     pub fn used(&mut self) -> Vec<(u32, u32)> {
         let to = self.ring.used_index();
         let mut elements = Vec::new();
@@ -179,7 +178,7 @@ impl SplitRingFixture {
         elements
     }
 
-    /// Counters that went up since the last call, and by how much; but not those of success.
+    /// The counters that increased since the last call, and by how much, without those of success.
     pub fn counted(&mut self) -> Vec<(&'static str, u64)> {
         counted(&self.stats, &mut self.counted)
     }
@@ -194,7 +193,7 @@ pub struct Receiveq {
 }
 
 impl Receiveq {
-    /// With buffers of these descriptors.
+    /// Creates a receiveq with buffers of these descriptors.
     pub fn new(size: u16, features: u64, rx_buffer: &[u32]) -> Self {
         let config = net::DriverQueueConfig {
             rx_buffer: rx_buffer.to_vec(),
@@ -227,7 +226,7 @@ impl Receiveq {
     }
 }
 
-/// What went up since `last`, which becomes the values of now; but not what counts success.
+/// The counters that increased since `last`, without those of success. Updates `last`.
 fn counted(stats: &VringStats, last: &mut Vec<u64>) -> Vec<(&'static str, u64)> {
     let before = std::mem::replace(last, stats.values());
     let names = VringStats::NAMES.iter().map(|(name, _)| *name);
@@ -243,11 +242,11 @@ fn counted(stats: &VringStats, last: &mut Vec<u64>) -> Vec<(&'static str, u64)> 
 pub struct SentFrame {
     pub header: VnetHeader,
     pub bytes: Vec<u8>,
-    /// What the frame said of its length.
+    /// The length that the frame states.
     pub len: usize,
 }
 
-/// An uplink that keeps what is transmitted and hands out what it was given to receive.
+/// An uplink that records transmitted frames and lets the tests queue frames to be received.
 #[derive(Debug, Default)]
 pub struct RecordingUplink {
     sent: Mutex<Vec<SentFrame>>,
@@ -263,12 +262,12 @@ impl RecordingUplink {
         std::mem::take(&mut self.sent.lock().unwrap())
     }
 
-    /// Lets a frame (header included) wait to be received.
+    /// Queues a frame (header included) to be received.
     pub fn feed(&self, frame: Vec<u8>) {
         self.waiting().push_back(frame);
     }
 
-    /// Frames that still wait.
+    /// The frames that still wait.
     pub fn waiting(&self) -> MutexGuard<'_, VecDeque<Vec<u8>>> {
         self.waiting.lock().unwrap()
     }
@@ -300,7 +299,7 @@ impl UplinkQueue for RecordingUplink {
         let Some(frame) = self.waiting().pop_front() else {
             return Received::Empty;
         };
-        // As readv does: what fits is written even when not all of it does.
+        // As in readv, a frame that does not fit is written in part.
         let mut done = 0;
         for slice in buffers {
             done += slice.copy_from(&frame[done..]);
@@ -318,12 +317,12 @@ impl UplinkQueue for RecordingUplink {
         None
     }
 
-    fn set_attached(&self, _attached: bool) -> io::Result<()> {
+    fn set_attached(&self, _attached: bool) -> Result<(), UplinkError> {
         Ok(())
     }
 }
 
-/// Sets its flag when it goes, by a panic as well: else the other thread would go on for ever.
+/// Sets its flag when it is dropped, also by a panic, so that the other thread ends.
 pub struct SetOnDrop<'a>(pub &'a AtomicBool);
 
 impl Drop for SetOnDrop<'_> {

@@ -1,16 +1,16 @@
-//! The same with a packed ring: descriptors are written one after the other, each available.
+//! The same fixture with a packed ring, whose descriptors are made available one after the other.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use virtionet_virtio_net::features::Features;
-use virtionet_virtio_net::stats::VringStats;
-use virtionet_virtio_net::{DeviceQueue, QueueConfig};
 use virtionet_guest::driver::DriverVirtqueueConfig;
 use virtionet_guest::memory::GuestRam;
 use virtionet_guest::net::PACKED;
 use virtionet_guest::packed::{PackedDescriptor, PackedDriverVirtqueue, RingPosition};
 use virtionet_guest::split::VRING_DESC_F_NEXT;
+use virtionet_virtio_net::features::Features;
+use virtionet_virtio_net::stats::VringStats;
+use virtionet_virtio_net::{DeviceQueue, QueueConfig};
 use virtionet_virtqueue::VirtqueueLayout;
 
 use super::{DATA, END, HOLE, ISLAND, JOINED, RecordingUplink, START, TABLE, counted};
@@ -24,16 +24,16 @@ pub struct PackedRingFixture {
     /// The next descriptor to write.
     pub at: RingPosition,
     features: u64,
-    /// The first descriptor that was not seen used.
+    /// The first descriptor that was not seen as used.
     next_used: RingPosition,
-    /// Descriptors of each chain written and not seen used, and of the one at hand.
+    /// The number of descriptors of each chain that was not seen as used, and of the present one.
     chains: VecDeque<u16>,
     open: u16,
     counted: Vec<u64>,
 }
 
 impl PackedRingFixture {
-    /// An empty ring of `size`, at whose descriptor `start` the driver begins.
+    /// Creates an empty ring of `size` descriptors, of which the driver begins with `start`.
     pub fn new(start: u16, size: u16, features: u64) -> Self {
         let layout = [
             (START, JOINED - START),
@@ -62,12 +62,12 @@ impl PackedRingFixture {
         }
     }
 
-    /// The device's queue on this ring, from where the driver has seen it used.
+    /// Creates the device's queue on this ring, at the position up to which descriptors were used.
     pub fn device<Q: DeviceQueue>(&self) -> Q {
         Q::new(self.config(base(self.next_used))).unwrap()
     }
 
-    /// What a device's queue is made of.
+    /// The configuration of a device's queue.
     pub fn config(&self, base: u32) -> QueueConfig {
         let at = self.ring.addresses();
         let user = |addr| self.ram.user_addr(addr).unwrap();
@@ -85,7 +85,7 @@ impl PackedRingFixture {
         }
     }
 
-    /// Makes a descriptor available at the next place.
+    /// Makes the next descriptor available.
     pub fn put(&mut self, addr: u64, len: u32, id: u16, flags: u16) {
         let at = self.at;
         let flags = flags | at.available();
@@ -98,7 +98,7 @@ impl PackedRingFixture {
         }
     }
 
-    /// An empty ring, as of a driver that is loaded anew.
+    /// Empties the ring, as a driver that is loaded anew does.
     pub fn reset(&mut self) {
         self.ring.reset();
         self.at = RingPosition::nth(0, self.ring.size());
@@ -107,12 +107,12 @@ impl PackedRingFixture {
         self.open = 0;
     }
 
-    /// Descriptors that are neither the device's nor used and unseen.
+    /// The number of descriptors that are neither available nor used and unseen.
     pub fn free_descriptors(&self) -> u16 {
         self.ring.size() - self.open - self.chains.iter().sum::<u16>()
     }
 
-    /// A whole chain over `bytes`, which are put into memory.
+    /// Writes `bytes` to memory, and a whole chain over them.
     pub fn readable(&mut self, id: u16, bytes: &[u8]) {
         let addr = DATA + 0x2_0000 * u64::from(id % 64);
         self.ram.write(addr, bytes).unwrap();
@@ -124,12 +124,12 @@ impl PackedRingFixture {
         let bytes = u64::try_from(entries.len() * 16).unwrap();
         let area = self.ram.area(TABLE, bytes).unwrap();
         for (&(addr, len, flags), offset) in entries.iter().zip((0..).step_by(16)) {
-            // An id in a table means nothing; this one would be WRITE and VRING_DESC_F_INDIRECT.
+            // An id in a table has no meaning; as flags, this one would be WRITE and INDIRECT.
             PackedDescriptor::new(addr, len, 6, flags).store(&area, offset);
         }
     }
 
-    /// Used descriptors (id, length) that the device showed since the last call.
+    /// The used descriptors (id, length) that the device published since the last call.
     pub fn used(&mut self) -> Vec<(u16, u32)> {
         let mut elements = Vec::new();
         while let Some(count) = self.chains.front().copied() {
@@ -145,17 +145,17 @@ impl PackedRingFixture {
         elements
     }
 
-    /// The base of a device that used all that [`PackedRingFixture::used`] has told of.
+    /// The base of a device that used all descriptors that [`PackedRingFixture::used`] returned.
     pub fn base(&self) -> u32 {
         base(self.next_used)
     }
 
-    /// Counters that went up since the last call, as of the other fixture.
+    /// The counters that increased since the last call, without those of success.
     pub fn counted(&mut self) -> Vec<(&'static str, u64)> {
         counted(&self.stats, &mut self.counted)
     }
 }
 
-fn base(place: RingPosition) -> u32 {
-    u32::from(place.word()) | u32::from(place.word()) << 16
+fn base(position: RingPosition) -> u32 {
+    u32::from(position.word()) | u32::from(position.word()) << 16
 }

@@ -1,13 +1,16 @@
-//! Packets that ask for offloads, and a slow reader of its own that says whether what was made of
-//! one is right. Serves the tests here, those against the kernel, and the fuzzer.
+//! Packets that request offloads, and an independent check of the frames that are made of them. The
+//! tests of this crate, those against the kernel, and the fuzzer use it.
 #![allow(dead_code, reason = "each user takes its own part of this")]
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
+use virtionet_guest::frame::{Checksum, FrameSpec, Transport};
+use virtionet_guest::header::{
+    NetHeader, VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_ECN, VIRTIO_NET_HDR_GSO_NONE,
+    VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_UDP,
+};
 use virtionet_virtio_net::header::{FrameFormat, VnetHeader};
 use virtionet_virtio_net::offload::{OffloadFault, Segmenter, can_pass_unmodified};
 use virtionet_virtio_net::uplink::{MAX_BURST, TxFrame};
-use virtionet_guest::frame::{Checksum, FrameSpec, Transport};
-use virtionet_guest::header::{VIRTIO_NET_HDR_GSO_ECN, VIRTIO_NET_HDR_GSO_NONE, VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_UDP, VIRTIO_NET_HDR_F_NEEDS_CSUM, NetHeader};
 use virtionet_virtqueue::memory::GuestSlice;
 
 pub const FIN: u8 = 0x01;
@@ -23,30 +26,30 @@ pub struct Packet {
     pub bytes: Vec<u8>,
 }
 
-/// A packet in the making: what a good guest sends.
+/// Builds a packet as a correct guest transmits it.
 #[derive(Debug, Clone)]
 pub struct PacketBuilder {
     header: NetHeader,
     bytes: Vec<u8>,
-    /// Bytes of tags and IP headers so far.
+    /// The number of bytes of VLAN tags and IP headers so far.
     network: usize,
     transport: usize,
     v6: bool,
 }
 
 impl PacketBuilder {
-    /// TCP with that many bytes of options (a multiple of 4) and a partial checksum.
+    /// A TCP packet with this many bytes of options (a multiple of 4) and a partial checksum.
     pub fn tcp(v6: bool, options: usize, payload: usize) -> Self {
         let mut builder = Self::new(Transport::Tcp, v6, options + payload);
         let words = u8::try_from(5 + options / 4).unwrap();
         let at = builder.transport;
         builder.bytes[at + 12] = words << 4;
-        // The options are no-operations: that keeps the kernel from reading them.
+        // The options are no-operations, which the kernel does not read.
         builder.bytes[at + 20..at + 20 + options].fill(1);
         builder
     }
 
-    /// UDP with a partial checksum.
+    /// A UDP packet with a partial checksum.
     pub fn udp(v6: bool, payload: usize) -> Self {
         Self::new(Transport::Udp, v6, payload)
     }
@@ -71,7 +74,7 @@ impl PacketBuilder {
         }
     }
 
-    /// Asks for pieces of this size.
+    /// Requests segments of this size.
     pub fn gso(mut self, size: u16) -> Self {
         self.header.gso_size = size;
         let udp = self.header.csum_offset == 6;
@@ -91,7 +94,7 @@ impl PacketBuilder {
         self
     }
 
-    /// Puts a tag in front.
+    /// Adds a VLAN tag in front of the others.
     pub fn tag(mut self, ethertype: u16, tag: u16) -> Self {
         let [a, b] = ethertype.to_be_bytes();
         let [c, d] = tag.to_be_bytes();
@@ -100,7 +103,8 @@ impl PacketBuilder {
         self
     }
 
-    /// Puts an IPv6 extension header of this kind before the others: padding of so many units of 8.
+    /// Adds an IPv6 extension header of this kind before the others, with `units` times 8 bytes of
+    /// padding.
     pub fn extension(mut self, kind: u8, units: u8) -> Self {
         let next = self.bytes[self.network + 6];
         let mut header = vec![0; usize::from(units) * 8];
@@ -115,7 +119,7 @@ impl PacketBuilder {
         self
     }
 
-    /// Adds so many words of options to the IPv4 header.
+    /// Adds this many words of options to the IPv4 header.
     pub fn ip_options(mut self, words: u8) -> Self {
         let options = vec![1; usize::from(words) * 4];
         self.insert(self.network + 20, &options);
@@ -164,7 +168,7 @@ impl PacketBuilder {
     }
 }
 
-/// What a target takes: all, or nothing, or checksums alone.
+/// The format of a receiver that accepts everything, nothing, or checksums alone.
 pub fn format(csum: bool, rest: bool) -> FrameFormat {
     FrameFormat {
         header_len: 12,
@@ -176,7 +180,7 @@ pub fn format(csum: bool, rest: bool) -> FrameFormat {
     }
 }
 
-/// What a segmenter makes of a packet that lies in pieces of `cut` bytes.
+/// Converts a packet in segments of `cut` bytes of memory.
 pub fn convert(
     segmenter: &mut Segmenter,
     packet: &Packet,
@@ -184,7 +188,10 @@ pub fn convert(
     format: &FrameFormat,
 ) -> Result<Vec<Packet>, OffloadFault> {
     let mut memory = packet.bytes.clone();
-    let payload: Vec<GuestSlice<'_>> = memory.chunks_mut(cut).map(GuestSlice::from_private).collect();
+    let payload: Vec<GuestSlice<'_>> = memory
+        .chunks_mut(cut)
+        .map(GuestSlice::from_private)
+        .collect();
     let frame = TxFrame {
         header: packet.header,
         payload: &payload,
@@ -212,12 +219,15 @@ fn copy_packet(frame: &TxFrame<'_>) -> Packet {
     }
 }
 
-/// Says whether `made` is what `format` wants of `sent`, byte by byte.
+/// Checks byte by byte that `made` are the frames of `sent` for a receiver of `format`.
 pub fn verify(sent: &Packet, format: &FrameFormat, made: &[Packet]) {
     for packet in made {
         assert!(can_pass_unmodified(&packet.header, format));
         let header = NetHeader::from_bytes(packet.header.0);
-        assert_eq!((header.gso_type, header.gso_size), (VIRTIO_NET_HDR_GSO_NONE, 0));
+        assert_eq!(
+            (header.gso_type, header.gso_size),
+            (VIRTIO_NET_HDR_GSO_NONE, 0)
+        );
     }
     match sent.header.gso_type() & !VIRTIO_NET_HDR_GSO_ECN {
         VIRTIO_NET_HDR_GSO_NONE => verify_one(sent, made),
@@ -226,12 +236,14 @@ pub fn verify(sent: &Packet, format: &FrameFormat, made: &[Packet]) {
     }
 }
 
-/// Nothing differs but the checksum.
+/// Checks that only the checksum differs.
 fn verify_one(sent: &Packet, made: &[Packet]) {
     let [made] = made else {
         panic!("{} frames of one", made.len());
     };
-    if sent.header.flags() & VIRTIO_NET_HDR_F_NEEDS_CSUM == 0 || made.header.flags() & VIRTIO_NET_HDR_F_NEEDS_CSUM != 0 {
+    if sent.header.flags() & VIRTIO_NET_HDR_F_NEEDS_CSUM == 0
+        || made.header.flags() & VIRTIO_NET_HDR_F_NEEDS_CSUM != 0
+    {
         assert_eq!(sent.bytes, made.bytes);
         return;
     }
@@ -240,7 +252,7 @@ fn verify_one(sent: &Packet, made: &[Packet]) {
     let mut blank = made.bytes.clone();
     blank[at..at + 2].copy_from_slice(&sent.bytes[at..at + 2]);
     assert_eq!(blank, sent.bytes);
-    // At an odd place the field counts with its bytes exchanged, and nothing comes out right.
+    // At an odd offset the field is summed with its bytes swapped, so the checksum is wrong.
     if sent.header.csum_offset().is_multiple_of(2) {
         assert_sum(&made.bytes[start..], word(&sent.bytes, at));
     }
@@ -290,16 +302,16 @@ fn verify_fragments(sent: &Packet, made: &[Packet]) {
     assert!(datagram == whole);
 }
 
-/// A packet taken apart, slowly.
+/// The parsed headers of a packet.
 struct ParsedPacket {
     v6: bool,
     network: usize,
     transport: usize,
-    /// Behind TCP's header; the transport header's place in all else.
+    /// The offset behind the TCP header; with other protocols, the transport header's offset.
     payload: usize,
     protocol: u8,
     identification: u32,
-    /// The fragment's place, 0 in a packet that is none.
+    /// The fragment's offset, 0 in a packet that is not a fragment.
     offset: usize,
     more: bool,
     /// Bytes of the fragment header.
@@ -370,7 +382,7 @@ impl ParsedPacket {
         read
     }
 
-    /// Length and header checksum of a made packet.
+    /// Checks the length and the header's checksum of a packet that was made.
     fn check_packet(&self, bytes: &[u8]) {
         let len = bytes.len() - self.network;
         let said = match self.v6 {
@@ -383,7 +395,8 @@ impl ParsedPacket {
         }
     }
 
-    /// Puts back all that may differ from `sent` in segment `n`, and sees that nothing else does.
+    /// Restores the fields that may differ from `sent` in segment `n`, and checks that all others
+    /// are equal.
     fn check_segment_headers(&self, sent: &Packet, made: &Packet, n: usize, is_last: bool) {
         let mut headers = made.bytes[..self.payload].to_vec();
         let tcp = self.transport;
@@ -426,7 +439,7 @@ impl ParsedPacket {
         if self.v6 {
             assert_eq!(read.extra, if is_cut { 8 } else { 0 });
             put_back(self.network + 4..self.network + 6);
-            // The header that names the next one is the last before the fragment header.
+            // The header before the fragment header names it.
             let differing: Vec<usize> = (0..self.transport)
                 .filter(|at| headers[*at] != sent.bytes[*at])
                 .collect();
@@ -442,8 +455,8 @@ impl ParsedPacket {
         }
     }
 
-    /// The TCP checksum: with the seed's pseudo header, and with one of the addresses where the
-    /// seed was such a one.
+    /// Checks the TCP checksum: with the pseudo header's sum in `sent`, and with the addresses
+    /// where that sum was made of them.
     fn check_transport_sum(&self, sent: &Packet, made: &Packet, segment: &Self) {
         let old = u16::try_from(sent.bytes.len() - self.transport).unwrap();
         let new = u16::try_from(made.bytes.len() - segment.transport).unwrap();
@@ -477,13 +490,13 @@ impl ParsedPacket {
     }
 }
 
-/// Sees that `bytes` and a word behind them make a right checksum.
+/// Checks that `bytes` and one more word have a valid checksum.
 fn assert_sum(bytes: &[u8], seed: u16) {
     let sum = u32::from(slow_sum(bytes)) + u32::from(seed);
     assert_eq!(sum % 0xffff, 0);
 }
 
-/// The one's complement sum as RFC 1071 tells it.
+/// The one's complement sum as RFC 1071 defines it.
 fn slow_sum(bytes: &[u8]) -> u16 {
     bytes.chunks(2).fold(0, |sum: u16, pair| {
         let word = u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or(0)]);

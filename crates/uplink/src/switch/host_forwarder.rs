@@ -1,8 +1,5 @@
-//! The host's port: a TAP that is a port of the switch.
-//!
-//! Frames to it are written by the sender's worker, with one system call each. Frames from it have
-//! no worker that waits for them, so a [`HostPortForwarder`] wants a thread of its own: it reads what waits into
-//! a buffer that stays in the CPU's cache, and pushes that as one burst.
+//! Frames from the host's port: one thread reads the frames that wait in the TAP into a buffer that
+//! stays in the CPU's cache, and forwards it as one burst.
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -10,62 +7,29 @@ use std::time::Duration;
 
 use arrayvec::ArrayVec;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use virtionet_virtio_net::header::{FrameFormat, VNET_HEADER_LEN, MAX_FRAME, MIN_FRAME, VnetHeader};
-use virtionet_virtio_net::uplink::{
-    MAX_BURST, Received, TxFrame, Uplink, UplinkError, UplinkQueue, null_rx_sink,
-};
+use virtionet_virtio_net::header::{MAX_FRAME, MIN_FRAME, VNET_HEADER_LEN, VnetHeader};
 use virtionet_virtio_net::stats::VringStats;
+use virtionet_virtio_net::uplink::{MAX_BURST, Received, TxFrame, UplinkQueue};
 use virtionet_virtqueue::memory::GuestSlice;
 
 use super::Switch;
 use super::delivery::IngressPort;
-use crate::tap::{Tap, TapConfig};
+use super::host_port::HostPort;
 
-/// A byte more than any frame needs: what fills it has been cut.
+/// One byte more than the longest frame: a completely filled buffer means that the frame was
+/// truncated.
 const MAX_READ_LEN: usize = VNET_HEADER_LEN + MAX_FRAME + 1;
-/// Room for a burst of ordinary frames, or for a few of the largest.
+/// Space for a burst of ordinary frames, or for a few of the longest.
 const ARENA_LEN: usize = 4 * MAX_READ_LEN;
-/// Bursts between two looks at the end's descriptor.
+/// Frames begin at the start of a cache line.
+const FRAME_ALIGNMENT: usize = 64;
+/// Bursts between two checks of the descriptor that ends the thread.
 const BURSTS_PER_POLL: usize = 16;
-/// How long to leave a TAP alone that failed.
+/// How long to wait before a TAP that failed is tried again.
 const RETRY_DELAY: Duration = Duration::from_millis(100);
 
-/// See the module.
-#[derive(Debug)]
-pub(super) struct HostPort {
-    pub(super) config: TapConfig,
-    queue: Arc<dyn UplinkQueue>,
-}
-
-impl HostPort {
-    pub(super) fn open(config: &TapConfig) -> Result<Self, UplinkError> {
-        let tap = Tap::open(config)?;
-        let queue = tap.open_queue(0, null_rx_sink())?;
-        // What a receiver does not take is done by the switch.
-        tap.set_format(FrameFormat::ALL)
-            .and_then(|()| queue.set_attached(true))
-            .map_err(|e| UplinkError(e.to_string()))?;
-        Ok(Self {
-            config: config.clone(),
-            queue,
-        })
-    }
-
-    /// Writes one frame; false, and counted in `stats`, when the host does not take it.
-    pub(super) fn send(&self, frame: &TxFrame<'_>, stats: &VringStats) -> bool {
-        // Whether it counts as carried is for the caller to say: it may be one of several copies.
-        let local_stats = VringStats::default();
-        self.queue.transmit(std::slice::from_ref(frame), &local_stats);
-        stats.dropped_uplink_full.add(local_stats.dropped_uplink_full.get());
-        stats
-            .dropped_uplink_error
-            .add(local_stats.dropped_uplink_error.get());
-        stats.dropped_uplink_down.add(local_stats.dropped_uplink_down.get());
-        local_stats.frames.get() == 1
-    }
-}
-
-/// Carries frames from a switch's TAP to its other ports. It needs a thread.
+/// Carries frames from a switch's TAP to the switch's other ports, on a thread that the caller
+/// provides.
 #[derive(Debug)]
 pub struct HostPortForwarder {
     switch: Arc<Switch>,
@@ -90,7 +54,7 @@ impl HostPortForwarder {
         &self.switch.name
     }
 
-    /// Works until `stop` is readable. No error of the TAP ends it.
+    /// Forwards frames until `stop` is readable. No error of the TAP ends it.
     // syscalls: poll, read
     pub fn run(&self, stop: BorrowedFd<'_>) {
         let Some(tap) = self.queue.poll_fd() else {
@@ -110,14 +74,15 @@ impl HostPortForwarder {
         }
     }
 
-    /// Reads and pushes one burst; tells how its reading ended, `Frame` where more may wait.
+    /// Reads and forwards one burst. Returns how the last read ended: `Frame` where more frames may
+    /// wait.
     fn forward_burst(&self, arena: &mut [u8]) -> Received {
         let mut headers = ArrayVec::<VnetHeader, MAX_BURST>::new();
         let mut slices = ArrayVec::<GuestSlice<'_>, MAX_BURST>::new();
         let mut rest = arena;
         let mut reads = 0;
         let end = loop {
-            // Frames that are lost count too: to read them is work.
+            // Lost frames count as well, because reading them is work.
             if reads == MAX_BURST || rest.len() < MAX_READ_LEN {
                 break Received::Frame(0);
             }
@@ -138,9 +103,9 @@ impl HostPortForwarder {
                 }
                 end => break end,
             };
-            // The last one may end where the arena does, without the gap to the next line.
-            let gap = len.next_multiple_of(64).min(rest.len());
-            let (used, after) = rest.split_at_mut(gap);
+            // The last frame may end at the arena's end, before the cache line does.
+            let padded_len = len.next_multiple_of(FRAME_ALIGNMENT).min(rest.len());
+            let (used, after) = rest.split_at_mut(padded_len);
             rest = after;
             let (header, frame) = used[..len].split_at_mut(VNET_HEADER_LEN);
             let mut copy = VnetHeader::default();
@@ -164,8 +129,8 @@ impl HostPortForwarder {
     }
 }
 
-/// Waits until one of `fds` is readable; a bit for each that is. There may be none, also before
-/// `limit`.
+/// Waits until one of the (at most two) `fds` is readable; returns a bit for each that is. It may
+/// return 0 before `limit` has passed.
 fn poll_readable(fds: &[BorrowedFd<'_>], limit: Option<Duration>) -> u8 {
     let mut fds: ArrayVec<PollFd<'_>, 2> = fds
         .iter()
@@ -173,7 +138,7 @@ fn poll_readable(fds: &[BorrowedFd<'_>], limit: Option<Duration>) -> u8 {
         .collect();
     let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
     if poll(&mut fds, limit.as_ref()).is_err() {
-        // Interrupted, or the kernel lacks memory: not to be tried again at once.
+        // The call was interrupted, or the kernel lacks memory: do not retry at once.
         std::thread::sleep(RETRY_DELAY);
         return 0;
     }
@@ -187,17 +152,18 @@ fn poll_readable(fds: &[BorrowedFd<'_>], limit: Option<Duration>) -> u8 {
 #[cfg(test)]
 mod tests {
     use std::collections::VecDeque;
-    use std::io;
 
     use parking_lot::Mutex;
 
+    use virtionet_virtio_net::uplink::UplinkError;
+
     use super::*;
 
-    /// Frames of these lengths, header included.
+    /// An uplink queue in which frames of these lengths wait, header included.
     #[derive(Debug)]
-    struct Waiting(Mutex<VecDeque<usize>>);
+    struct WaitingFrames(Mutex<VecDeque<usize>>);
 
-    impl UplinkQueue for Waiting {
+    impl UplinkQueue for WaitingFrames {
         fn transmit(&self, _frames: &[TxFrame<'_>], _stats: &VringStats) {}
 
         fn receive(&self, _buffers: &[GuestSlice<'_>], bounce: &mut [u8]) -> Received {
@@ -212,7 +178,7 @@ mod tests {
             None
         }
 
-        fn set_attached(&self, _attached: bool) -> io::Result<()> {
+        fn set_attached(&self, _attached: bool) -> Result<(), UplinkError> {
             Ok(())
         }
     }
@@ -221,24 +187,29 @@ mod tests {
         HostPortForwarder {
             switch: Switch::new("s"),
             ingress: IngressPort::host(0),
-            queue: Arc::new(Waiting(Mutex::new(lens.into_iter().collect()))),
+            queue: Arc::new(WaitingFrames(Mutex::new(lens.into_iter().collect()))),
             stats: VringStats::default(),
         }
     }
 
-    /// The first three leave fewer bytes than the fourth and the gap behind it take.
+    /// Four of the longest frames fill the arena, so the last ones begin a new burst.
     #[test]
     fn frames_of_any_length_pass_the_arena() {
-        let forwarder = forwarder([65_561, 65_561, 65_472, 65_561, 26, 65_565]);
+        let forwarder = forwarder([65_561, 65_561, 65_472, 65_569, 65_569, 26]);
         let mut arena = vec![0; ARENA_LEN];
         while forwarder.forward_burst(&mut arena) != Received::Empty {}
-        // There is no other port to take them.
+        // The switch has no other port that they could go to.
         assert_eq!(forwarder.stats.dropped_no_port.get(), 6);
     }
 
     #[test]
-    fn frames_that_cannot_be_had_are_counted_and_end_a_burst_too() {
-        let forwarder = forwarder([VNET_HEADER_LEN, MAX_READ_LEN + 1].into_iter().cycle().take(100));
+    fn lost_frames_are_counted_and_count_towards_the_burst() {
+        let forwarder = forwarder(
+            [VNET_HEADER_LEN, MAX_READ_LEN + 1]
+                .into_iter()
+                .cycle()
+                .take(100),
+        );
         let mut arena = vec![0; ARENA_LEN];
         assert_eq!(forwarder.forward_burst(&mut arena), Received::Frame(0));
         let counted = |forwarder: &HostPortForwarder| {

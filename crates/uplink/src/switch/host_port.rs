@@ -1,0 +1,56 @@
+//! The host's port: a TAP that is a port of the switch.
+//!
+//! A frame for the host is written by the worker of the queue pair that sent it, with one system
+//! call. Frames from the host need a thread of their own: `host_forwarder.rs`.
+
+use std::sync::Arc;
+
+use virtionet_virtio_net::header::FrameFormat;
+use virtionet_virtio_net::stats::VringStats;
+use virtionet_virtio_net::uplink::{TxFrame, Uplink, UplinkError, UplinkQueue, null_rx_sink};
+
+use crate::tap::{Tap, TapConfig};
+
+/// A TAP that is a port of the switch.
+#[derive(Debug)]
+pub(super) struct HostPort {
+    /// Which TAP.
+    pub(super) config: TapConfig,
+    /// The only queue of the TAP that is in use.
+    pub(super) queue: Arc<dyn UplinkQueue>,
+}
+
+impl HostPort {
+    pub(super) fn open(config: &TapConfig) -> Result<Self, UplinkError> {
+        let tap = Tap::open(config)?;
+        let queue = tap.open_queue(0, null_rx_sink())?;
+        // The switch performs the offloads that a receiving guest did not negotiate.
+        tap.set_format(FrameFormat::ALL)?;
+        queue.set_attached(true)?;
+        Ok(Self {
+            config: config.clone(),
+            queue,
+        })
+    }
+
+    /// Writes one frame. Returns false where the host does not accept it, which is counted in
+    /// `stats`.
+    pub(super) fn send(&self, frame: &TxFrame<'_>, stats: &VringStats) -> bool {
+        // The caller decides whether the frame counts as carried: this may be one of several
+        // copies.
+        let local_stats = VringStats::default();
+        self.queue
+            .transmit(std::slice::from_ref(frame), &local_stats);
+        for (counter, local) in [
+            (&stats.dropped_uplink_full, &local_stats.dropped_uplink_full),
+            (
+                &stats.dropped_uplink_error,
+                &local_stats.dropped_uplink_error,
+            ),
+            (&stats.dropped_uplink_down, &local_stats.dropped_uplink_down),
+        ] {
+            counter.add(local.get());
+        }
+        local_stats.frames.get() == 1
+    }
+}
