@@ -118,7 +118,12 @@ impl Adviser {
         }
         self.query_vectors(&mut state);
         let mut advice: Vec<String> = idle_pairs_advice(usage).into_iter().collect();
-        advice.extend(state.net_device.as_ref().and_then(|net_device| vectors_advice(usage, net_device)));
+        advice.extend(
+            state
+                .net_device
+                .as_ref()
+                .and_then(|net_device| vectors_advice(usage, net_device)),
+        );
         for line in advice.iter().filter(|line| !state.reported.contains(line)) {
             tracing::warn!("{}: {line}", self.device);
         }
@@ -139,7 +144,8 @@ impl Adviser {
         let Some((monitor, socket)) = self.monitor.clone() else {
             return;
         };
-        if state.net_device.is_some() || state.is_querying || state.qmp_attempts >= MAX_QMP_ATTEMPTS {
+        if state.net_device.is_some() || state.is_querying || state.qmp_attempts >= MAX_QMP_ATTEMPTS
+        {
             return;
         }
         state.is_querying = true;
@@ -152,7 +158,9 @@ impl Adviser {
                 let mut state = shared.lock();
                 state.is_querying = false;
                 match answer {
-                    Ok(Some(net_device)) if state.usage.is_some() => state.net_device = Some(net_device),
+                    Ok(Some(net_device)) if state.usage.is_some() => {
+                        state.net_device = Some(net_device)
+                    }
                     Ok(_) => {}
                     Err(error) => tracing::debug!("{device}: QEMU's card is not known: {error}"),
                 }

@@ -7,11 +7,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use virtionet_virtio_net::uplink::HostInterface;
 use virtionet_placement::CpuSet;
 use virtionet_placement::interrupts::{
-    IrqAffinity, SettingKind, IrqAffinityManager, SettingOutcome, SettingRefusal, KernelPaths, TapWorkers, DesiredSettings, irqbalance_hint, desired_settings,
+    DesiredSettings, IrqAffinity, IrqAffinityManager, KernelPaths, SettingKind, SettingOutcome,
+    SettingRefusal, TapWorkers, desired_settings, irqbalance_hint,
 };
+use virtionet_virtio_net::uplink::HostInterface;
 
 use crate::net_device::{NetDevice, is_in_use};
 use virtionet_control::v1 as report;
@@ -78,7 +79,12 @@ impl Interrupts {
         Self::new(device, IrqAffinity::Off, Arc::default())
     }
 
-    fn with_roots(device: &str, mode: IrqAffinity, irq_manager: Arc<IrqAffinityManager>, roots: KernelPaths) -> Self {
+    fn with_roots(
+        device: &str,
+        mode: IrqAffinity,
+        irq_manager: Arc<IrqAffinityManager>,
+        roots: KernelPaths,
+    ) -> Self {
         Self {
             device: device.to_owned(),
             mode,
@@ -108,20 +114,28 @@ impl Interrupts {
         // Looked at under the lock: who looked first also writes first.
         let mut state = self.state.lock();
         let input = observe();
-        let fresh = state.scanned_at.is_some_and(|at| at.elapsed() < RESCAN_INTERVAL);
+        let fresh = state
+            .scanned_at
+            .is_some_and(|at| at.elapsed() < RESCAN_INTERVAL);
         if state.input == input && (fresh || input.is_none()) {
             return;
         }
         // What another device held may be free by now.
-        let held = |outcome: &SettingOutcome| matches!(outcome.why, Some(SettingRefusal::OwnedByDevice(_)));
+        let held = |outcome: &SettingOutcome| {
+            matches!(outcome.why, Some(SettingRefusal::OwnedByDevice(_)))
+        };
         let changed = state.input != input || state.outcomes.iter().any(held);
-        let desired_settings = input.as_ref().map(|input| desired_settings(&self.roots, &tap_workers(input)));
+        let desired_settings = input
+            .as_ref()
+            .map(|input| desired_settings(&self.roots, &tap_workers(input)));
         let desired_settings = desired_settings.unwrap_or_default();
         state.scanned_at = Some(Instant::now());
         state.input = input;
         if changed || desired_settings != state.desired_settings {
             state.outcomes = match self.mode {
-                IrqAffinity::Apply => self.irq_manager.reconcile(&self.device, &desired_settings.settings),
+                IrqAffinity::Apply => self
+                    .irq_manager
+                    .reconcile(&self.device, &desired_settings.settings),
                 _ => IrqAffinityManager::preview(&desired_settings.settings),
             };
             state.notes = self.notes(&desired_settings, &state.outcomes);
@@ -155,9 +169,14 @@ impl Interrupts {
     }
 
     /// What a person should know or do.
-    fn notes(&self, desired_settings: &DesiredSettings, outcomes: &[SettingOutcome]) -> Vec<String> {
+    fn notes(
+        &self,
+        desired_settings: &DesiredSettings,
+        outcomes: &[SettingOutcome],
+    ) -> Vec<String> {
         let mut notes = desired_settings.notes.clone();
-        let denied = |outcome: &&SettingOutcome| matches!(outcome.why, Some(SettingRefusal::Denied(_)));
+        let denied =
+            |outcome: &&SettingOutcome| matches!(outcome.why, Some(SettingRefusal::Denied(_)));
         if let Some(first) = outcomes.iter().find(denied) {
             notes.push(format!(
                 "{} of {} interrupt and steering masks cannot be set, such as {} ({}); run virtionetd as root with /sys and /proc/irq writable, or use --irq-affinity=print and run its commands as root",
@@ -205,7 +224,11 @@ impl Interrupts {
         for line in lines.iter().filter(|line| !state.reported.contains(line)) {
             tracing::info!("{}: {line}", self.device);
         }
-        for note in state.notes.iter().filter(|note| !state.reported.contains(note)) {
+        for note in state
+            .notes
+            .iter()
+            .filter(|note| !state.reported.contains(note))
+        {
             tracing::warn!("{}: {note}", self.device);
         }
         // A device that ended tells the same again to the next front-end only where it differs.
@@ -270,7 +293,12 @@ mod tests {
             self.with_manager("vnet", mode, Arc::default())
         }
 
-        fn with_manager(&self, device: &str, mode: IrqAffinity, irq_manager: Arc<IrqAffinityManager>) -> Interrupts {
+        fn with_manager(
+            &self,
+            device: &str,
+            mode: IrqAffinity,
+            irq_manager: Arc<IrqAffinityManager>,
+        ) -> Interrupts {
             let roots = KernelPaths {
                 sys: self.0.join("sys"),
                 proc: self.0.join("proc"),

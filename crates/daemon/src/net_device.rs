@@ -5,21 +5,21 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use virtionet_placement::Warning;
+use virtionet_vhost_user::{Backend, BackendError, VringStart};
 use virtionet_virtio_net::features::Features;
 use virtionet_virtio_net::uplink::Uplink;
 use virtionet_virtio_net::{DeviceQueue, QueueConfig};
-use virtionet_placement::Warning;
 use virtionet_virtqueue::memory::GuestMemory;
-use virtionet_vhost_user::{Backend, BackendError, VringStart};
 
 use crate::advice::{Adviser, QueueUsage};
+use crate::busy_poll::BusyPoll;
+use crate::interrupts::{AffinityInput, Interrupts};
+use crate::placer::Placer;
+use crate::queue_pair::QueuePair;
+use crate::vring_slot::{VringFds, VringSlot};
 use virtionet_base::MAX_QUEUE_PAIRS;
 use virtionet_config::Poll;
-use crate::interrupts::{Interrupts, AffinityInput};
-use crate::queue_pair::QueuePair;
-use crate::placer::Placer;
-use crate::busy_poll::BusyPoll;
-use crate::vring_slot::{VringFds, VringSlot};
 
 /// See the module.
 #[derive(Debug)]
@@ -181,12 +181,13 @@ impl NetDevice {
             ))
         })?;
         if slot.get().is_none() {
-            let pair = QueuePair::new(index / 2, &self.name, Arc::clone(&self.placer)).map_err(|e| {
-                BackendError::new(format!(
-                    "cannot make queue pair {}: {e}; raise the limit of open files",
-                    index / 2
-                ))
-            })?;
+            let pair =
+                QueuePair::new(index / 2, &self.name, Arc::clone(&self.placer)).map_err(|e| {
+                    BackendError::new(format!(
+                        "cannot make queue pair {}: {e}; raise the limit of open files",
+                        index / 2
+                    ))
+                })?;
             // Only the session thread makes pairs, so none was put there meanwhile.
             let _ = slot.set(Arc::new(pair));
         }
@@ -243,7 +244,8 @@ impl NetDevice {
         let mut changed = self.placer.refresh();
         if self.placer.has_several_nodes() {
             let memory = Arc::clone(&self.frontend.lock().memory);
-            self.pairs().for_each(|pair| changed |= pair.update_memory_node(&memory));
+            self.pairs()
+                .for_each(|pair| changed |= pair.update_memory_node(&memory));
         }
         if changed {
             self.pairs().for_each(|pair| pair.wake());
@@ -300,7 +302,9 @@ impl Backend for NetDevice {
             ..FrontendState::default()
         };
         let mut reported = self.reported.lock();
-        reported.is_reported = reported.last.is_none_or(|last| last.elapsed() >= CONNECTION_REPORT_INTERVAL);
+        reported.is_reported = reported
+            .last
+            .is_none_or(|last| last.elapsed() >= CONNECTION_REPORT_INTERVAL);
         if reported.is_reported {
             reported.last = Some(Instant::now());
             tracing::info!(

@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::net_device::NetDevice;
 use crate::host_cpus::HostCpus;
+use crate::net_device::NetDevice;
 
 /// Time between two looks: with it a worker follows its vCPU well within a second.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
@@ -36,7 +36,9 @@ pub fn start<T: Send + 'static>(
         .spawn(move || {
             while wait(&net_devices, &host, stop.as_fd()) {
                 host.refresh();
-                net_devices.iter().for_each(|net_device| net_device.refresh_placement());
+                net_devices
+                    .iter()
+                    .for_each(|net_device| net_device.refresh_placement());
             }
             ended
         })
@@ -44,8 +46,12 @@ pub fn start<T: Send + 'static>(
 
 /// Waits for the next look; false when there is to be none.
 fn wait(net_devices: &[Arc<NetDevice>], host: &HostCpus, stop: BorrowedFd<'_>) -> bool {
-    let busy = net_devices.iter().any(|net_device| net_device.has_frontend());
-    let timeout = busy.then(|| Timespec::try_from(POLL_INTERVAL).ok()).flatten();
+    let busy = net_devices
+        .iter()
+        .any(|net_device| net_device.has_frontend());
+    let timeout = busy
+        .then(|| Timespec::try_from(POLL_INTERVAL).ok())
+        .flatten();
     let mut fds = [
         PollFd::from_borrowed_fd(stop, PollFlags::IN),
         PollFd::from_borrowed_fd(host.wakeup_fd(), PollFlags::IN),

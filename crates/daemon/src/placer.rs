@@ -12,7 +12,9 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use virtionet_placement::{CpuSet, Decision, PlacementPlanner, VcpuChange, VcpuSource, VcpuMap, Warning, VcpuWatch};
+use virtionet_placement::{
+    CpuSet, Decision, PlacementPlanner, VcpuChange, VcpuMap, VcpuSource, VcpuWatch, Warning,
+};
 
 use crate::host_cpus::HostCpus;
 use crate::warning_log::ReportOnce;
@@ -221,8 +223,8 @@ impl Placer {
         let Some(mut known) = self.known.try_lock() else {
             return false;
         };
-        let mut changed =
-            known.apply_host_changes(&self.host, self.device) | self.wake_pending.swap(false, Ordering::Relaxed);
+        let mut changed = known.apply_host_changes(&self.host, self.device)
+            | self.wake_pending.swap(false, Ordering::Relaxed);
         let (pid, session) = (known.pid, known.session);
         let PlacerState { planner, found, .. } = &mut *known;
         let Some(found) = found else {
@@ -341,7 +343,8 @@ impl PlacerState {
         if changed {
             self.host = version;
             self.planner.set_host(host.allowed(), host.topology());
-            self.planner.set_pinned_by_others(host.pinned_by_others(device));
+            self.planner
+                .set_pinned_by_others(host.pinned_by_others(device));
             self.decisions = None;
         }
         changed
@@ -566,7 +569,8 @@ mod tests {
         let host = Arc::new(HostCpus::read().unwrap());
         let path = std::env::temp_dir().join(format!("placer-{}.qmp", std::process::id()));
         let silent = std::os::unix::net::UnixListener::bind(&path).unwrap();
-        let planner = PlacementPlanner::new(Placement::Auto, host.allowed(), Some(path.clone())).unwrap();
+        let planner =
+            PlacementPlanner::new(Placement::Auto, host.allowed(), Some(path.clone())).unwrap();
         let planner = planner.with_qmp_timeout(Duration::from_millis(200));
         let placer = Arc::new(Placer::new("test", planner, host));
         placer.connected(None);

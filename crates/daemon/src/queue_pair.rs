@@ -8,19 +8,19 @@ use std::thread::JoinHandle;
 
 use parking_lot::Mutex;
 use std::os::fd::AsRawFd;
-use virtionet_virtio_net::uplink::{RxSink, TxFrame, Uplink, UplinkError, UplinkQueue};
-use virtionet_virtio_net::stats::WorkerStats;
-use virtionet_virtio_net::{RxQueue, TxQueue};
 use virtionet_placement::{Decision, worker_name};
+use virtionet_virtio_net::stats::WorkerStats;
+use virtionet_virtio_net::uplink::{RxSink, TxFrame, Uplink, UplinkError, UplinkQueue};
+use virtionet_virtio_net::{RxQueue, TxQueue};
 use virtionet_virtqueue::memory::GuestMemory;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::placer::Placer;
 use crate::busy_poll::BusyPoll;
-use crate::vring_slot::{VringState, VringSlot};
+use crate::placer::Placer;
 use crate::sys::read_cycles;
-use crate::worker::{WorkerEvent, Worker};
+use crate::vring_slot::{VringSlot, VringState};
+use crate::worker::{Worker, WorkerEvent};
 
 /// Stack of a worker: its deepest call keeps a few dozen KiB of frames and pieces.
 const WORKER_STACK_SIZE: usize = 256 * 1024;

@@ -2,15 +2,15 @@
 
 use std::sync::Arc;
 
+use virtionet_vhost_user::protocol_features::names as protocol_names;
 use virtionet_virtio_net::DeviceQueue;
 use virtionet_virtio_net::stats::{VringStats, WorkerStats};
-use virtionet_vhost_user::protocol_features::names as protocol_names;
 
 use crate::net_device::NetDevice;
-use virtionet_config::{DeviceConfig, Socket};
 use crate::queue_pair::QueuePair;
+use crate::vring_slot::{VringSlot, VringState};
+use virtionet_config::{DeviceConfig, Socket};
 use virtionet_control::v1 as report;
-use crate::vring_slot::{VringState, VringSlot};
 
 /// All devices of this process, with where their sockets are.
 #[derive(Debug)]
@@ -20,7 +20,11 @@ impl report::ReportSource for DeviceRegistry {
     fn report(&self) -> report::Report {
         report::Report {
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            devices: self.0.iter().map(|(c, net_device)| device(c, net_device)).collect(),
+            devices: self
+                .0
+                .iter()
+                .map(|(c, net_device)| device(c, net_device))
+                .collect(),
         }
     }
 }
@@ -56,7 +60,11 @@ fn device(config: &DeviceConfig, net_device: &NetDevice) -> report::DeviceReport
             name: net_device.uplink().name(),
         },
         mtu: frontend.mtu,
-        warnings: net_device.warnings().iter().map(ToString::to_string).collect(),
+        warnings: net_device
+            .warnings()
+            .iter()
+            .map(ToString::to_string)
+            .collect(),
         advice: net_device.advice(),
         interrupts: net_device.interrupts().report(),
         pairs: net_device.pairs().map(|p| pair(p)).collect(),

@@ -19,20 +19,22 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use virtionet_placement::PlacementPlanner;
 use virtionet_placement::interrupts::IrqAffinityManager;
-use virtionet_vhost_user::listen::{SocketPermissions, InheritedSocket, ListenError, Listener, connect};
-use virtionet_vhost_user::{SessionEnd, SessionError, take_fd};
 use virtionet_uplink::switch::HostPortForwarder;
+use virtionet_vhost_user::listen::{
+    InheritedSocket, ListenError, Listener, SocketPermissions, connect,
+};
+use virtionet_vhost_user::{SessionEnd, SessionError, take_fd};
 
 use crate::advice::Adviser;
-use crate::net_device::NetDevice;
-use virtionet_config::{Config, DeviceConfig, Poll, Socket};
-use virtionet_control::server::ControlServer;
-use crate::placement_monitor;
 use crate::host_cpus::{HostCpus, HostCpusError};
 use crate::interrupts::Interrupts;
-use crate::uplinks::Uplinks;
-use crate::report_builder::DeviceRegistry;
+use crate::net_device::NetDevice;
+use crate::placement_monitor;
 use crate::placer::Placer;
+use crate::report_builder::DeviceRegistry;
+use crate::uplinks::Uplinks;
+use virtionet_config::{Config, DeviceConfig, Poll, Socket};
+use virtionet_control::server::ControlServer;
 
 /// A session that ends sooner than this is followed by a pause of this length.
 const MIN_SESSION_INTERVAL: Duration = Duration::from_millis(20);
@@ -70,7 +72,8 @@ pub enum RunError {
 /// # Errors
 /// When something cannot be set up, or a device that is alone cannot go on.
 pub fn run(config: Config) -> Result<(), RunError> {
-    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(host_error("handle signals"))?;
+    let mut signals =
+        Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(host_error("handle signals"))?;
     // Inherited descriptors are taken before anything else is opened in their place.
     let sources = config
         .devices
@@ -93,17 +96,25 @@ pub fn run(config: Config) -> Result<(), RunError> {
         Some(path) => Some(ControlServer::start(path, Arc::clone(&devices) as _)?),
         None => None,
     };
-    let stop =
-        Arc::new(eventfd(0, EventfdFlags::CLOEXEC).map_err(|e| host_error("make an eventfd")(e.into()))?);
+    let stop = Arc::new(
+        eventfd(0, EventfdFlags::CLOEXEC).map_err(|e| host_error("make an eventfd")(e.into()))?,
+    );
     let mut helper_threads = start_host_port_forwarders(&uplinks, &stop)?;
-    let followed = devices.0.iter().map(|(_, net_device)| Arc::clone(net_device));
+    let followed = devices
+        .0
+        .iter()
+        .map(|(_, net_device)| Arc::clone(net_device));
     let placer = placement_monitor::start(followed.collect(), cpus, Arc::clone(&stop), Ok(()));
-    helper_threads.push(("placer".into(), placer.map_err(host_error("start a thread"))?));
+    helper_threads.push((
+        "placer".into(),
+        placer.map_err(host_error("start a thread"))?,
+    ));
     let is_only_device = devices.0.len() == 1;
     let running_devices = Arc::new(AtomicUsize::new(devices.0.len()));
     let mut device_threads = Vec::new();
     for ((_, net_device), source) in devices.0.iter().zip(sources) {
-        let (net_device, stop, main) = (Arc::clone(net_device), Arc::clone(&stop), signals.handle());
+        let (net_device, stop, main) =
+            (Arc::clone(net_device), Arc::clone(&stop), signals.handle());
         let name = net_device.name().to_owned();
         let running_devices = Arc::clone(&running_devices);
         let serve = move || {
@@ -133,7 +144,10 @@ pub fn run(config: Config) -> Result<(), RunError> {
 }
 
 /// Starts what switches need beside the devices' workers.
-fn start_host_port_forwarders(uplinks: &Uplinks, stop: &Arc<OwnedFd>) -> Result<Vec<Thread>, RunError> {
+fn start_host_port_forwarders(
+    uplinks: &Uplinks,
+    stop: &Arc<OwnedFd>,
+) -> Result<Vec<Thread>, RunError> {
     let start = |forwarder: HostPortForwarder| {
         let stop = Arc::clone(stop);
         let name = format!("switch {}", forwarder.switch());
@@ -146,7 +160,11 @@ fn start_host_port_forwarders(uplinks: &Uplinks, stop: &Arc<OwnedFd>) -> Result<
             .map_err(host_error("start a thread"))?;
         Ok((name, thread))
     };
-    uplinks.host_port_forwarders().into_iter().map(start).collect()
+    uplinks
+        .host_port_forwarders()
+        .into_iter()
+        .map(start)
+        .collect()
 }
 
 /// A thread and whose it is.
@@ -173,9 +191,11 @@ fn create_net_device(
     irq_manager: &Arc<IrqAffinityManager>,
 ) -> Result<NetDevice, RunError> {
     let mode = device.placement.clone();
-    let planner =
-        PlacementPlanner::new(mode, cpus.allowed(), device.qmp.clone()).map_err(|e| usage(device, e))?;
-    let uplink = uplinks.open(&device.uplink).map_err(|e| device_error(device, e))?;
+    let planner = PlacementPlanner::new(mode, cpus.allowed(), device.qmp.clone())
+        .map_err(|e| usage(device, e))?;
+    let uplink = uplinks
+        .open(&device.uplink)
+        .map_err(|e| device_error(device, e))?;
     let socket = match &device.socket {
         Socket::Listen { path, .. } | Socket::Connect { path } => Some(path.clone()),
         Socket::Inherited(_) => None,
@@ -254,7 +274,12 @@ impl FrontendSource {
 ///
 /// # Errors
 /// Why the device cannot go on.
-fn serve_device(net_device: &NetDevice, mut source: FrontendSource, stop: BorrowedFd<'_>, is_only_device: bool) -> Result<(), String> {
+fn serve_device(
+    net_device: &NetDevice,
+    mut source: FrontendSource,
+    stop: BorrowedFd<'_>,
+    is_only_device: bool,
+) -> Result<(), String> {
     // A program that goes on with other devices must tell now, one that ends tells with its end.
     let cannot_go_on = |why: String| {
         if !is_only_device {

@@ -37,7 +37,10 @@ impl Uplinks {
     /// What must run beside the devices' workers, each in a thread of its own.
     #[must_use]
     pub fn host_port_forwarders(&self) -> Vec<HostPortForwarder> {
-        self.switches.values().filter_map(Switch::host_port_forwarder).collect()
+        self.switches
+            .values()
+            .filter_map(Switch::host_port_forwarder)
+            .collect()
     }
 
     /// The switches, by name.

@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 
 use parking_lot::{Mutex, MutexGuard};
-use virtionet_virtio_net::uplink::TxFrame;
 use virtionet_virtio_net::stats::VringStats;
+use virtionet_virtio_net::uplink::TxFrame;
 use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue};
 use virtionet_virtqueue::memory::GuestMemory;
 use virtionet_virtqueue::{VirtqueueError, VirtqueueFault};
@@ -230,7 +230,12 @@ impl<Q: DeviceQueue> VringSlot<Q> {
     }
 
     /// Once a start at most, so the log cannot be flooded by it.
-    fn quarantine(&self, ring: &mut RunningVring<Q>, fault: VirtqueueFault, who: &dyn std::fmt::Display) {
+    fn quarantine(
+        &self,
+        ring: &mut RunningVring<Q>,
+        fault: VirtqueueFault,
+        who: &dyn std::fmt::Display,
+    ) {
         ring.quarantined = true;
         self.state.store(2, Ordering::Relaxed);
         self.stats.quarantines.add(1);

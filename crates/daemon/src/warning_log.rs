@@ -30,7 +30,12 @@ impl ReportOnce {
     }
 
     /// `warnings` follow from `state` and are in force `now`; those to be told.
-    pub fn update(&mut self, state: WarningState, warnings: Vec<Warning>, now: Instant) -> Vec<Warning> {
+    pub fn update(
+        &mut self,
+        state: WarningState,
+        warnings: Vec<Warning>,
+        now: Instant,
+    ) -> Vec<Warning> {
         for (kind, (said, _)) in &mut self.last {
             if !warnings.iter().any(|warning| warning.kind() == *kind) {
                 *said = None;
@@ -98,7 +103,11 @@ mod tests {
         ];
         for (at, warnings, unreported) in steps {
             let now = began + Duration::from_millis(at.into());
-            assert_eq!(reported.update((at, 1), warnings.clone(), now), unreported, "{at}");
+            assert_eq!(
+                reported.update((at, 1), warnings.clone(), now),
+                unreported,
+                "{at}"
+            );
             assert_eq!(reported.current(), warnings);
             assert_eq!(reported.is_current((at, 1)), at != 700, "{at}: one waits");
             assert!(!reported.is_current((at, 2)));

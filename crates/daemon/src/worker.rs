@@ -20,8 +20,8 @@ use std::time::{Duration, Instant};
 use virtionet_virtio_net::{DeviceQueue, RxEndReason};
 use vmm_sys_util::epoll::{Epoll, EpollEvent};
 
-use crate::queue_pair::QueuePair;
 use crate::busy_poll::BusyPoll;
+use crate::queue_pair::QueuePair;
 use crate::sys::read_cycles;
 
 /// Why a worker wakes up.
@@ -222,32 +222,32 @@ impl Worker {
 
     fn process_tx(&mut self, sleep_next: bool) -> usize {
         let uplink = self.pair.uplink();
-        let outcome = self
-            .pair
-            .tx()
-            .process(&format_args!("{} tx", self.pair), |queue, enabled| {
-                let uplink = uplink.filter(|_| enabled).map(|uplink| &**uplink);
-                queue.disable_kicks();
-                let (mut chains, mut bytes, mut call) = (0, 0, false);
-                let more = loop {
-                    let sent = match queue.send(uplink) {
-                        Ok(sent) => sent,
-                        // What was done before is told first; the next turn meets the fault again.
-                        Err(_) if chains > 0 => break true,
-                        Err(fault) => return Err(fault),
+        let outcome =
+            self.pair
+                .tx()
+                .process(&format_args!("{} tx", self.pair), |queue, enabled| {
+                    let uplink = uplink.filter(|_| enabled).map(|uplink| &**uplink);
+                    queue.disable_kicks();
+                    let (mut chains, mut bytes, mut call) = (0, 0, false);
+                    let more = loop {
+                        let sent = match queue.send(uplink) {
+                            Ok(sent) => sent,
+                            // What was done before is told first; the next turn meets the fault again.
+                            Err(_) if chains > 0 => break true,
+                            Err(fault) => return Err(fault),
+                        };
+                        chains += sent.chains;
+                        bytes += sent.bytes;
+                        call |= sent.should_call;
+                        if chains >= TX_CHAINS || bytes >= TX_BYTES {
+                            break true;
+                        }
+                        if sent.chains == 0 && !(sleep_next && queue.enable_kicks()) {
+                            break false;
+                        }
                     };
-                    chains += sent.chains;
-                    bytes += sent.bytes;
-                    call |= sent.should_call;
-                    if chains >= TX_CHAINS || bytes >= TX_BYTES {
-                        break true;
-                    }
-                    if sent.chains == 0 && !(sleep_next && queue.enable_kicks()) {
-                        break false;
-                    }
-                };
-                Ok(((chains, more), call))
-            });
+                    Ok(((chains, more), call))
+                });
         let (found, more) = outcome.unwrap_or_default();
         self.tx_ready = more;
         found
@@ -258,20 +258,20 @@ impl Worker {
             self.uplink_ready = false;
             return 0;
         };
-        let outcome = self
-            .pair
-            .rx()
-            .process(&format_args!("{} rx", self.pair), |queue, enabled| {
-                if !enabled {
-                    return Ok(((0, RxEndReason::UplinkEmpty), false));
-                }
-                let received = queue.receive(&**uplink, RX_FRAMES, RX_BYTES)?;
-                let end = match received.end {
-                    RxEndReason::Starved if queue.enable_kicks() => RxEndReason::Budget,
-                    end => end,
-                };
-                Ok(((received.frames, end), received.should_call))
-            });
+        let outcome =
+            self.pair
+                .rx()
+                .process(&format_args!("{} rx", self.pair), |queue, enabled| {
+                    if !enabled {
+                        return Ok(((0, RxEndReason::UplinkEmpty), false));
+                    }
+                    let received = queue.receive(&**uplink, RX_FRAMES, RX_BYTES)?;
+                    let end = match received.end {
+                        RxEndReason::Starved if queue.enable_kicks() => RxEndReason::Budget,
+                        end => end,
+                    };
+                    Ok(((received.frames, end), received.should_call))
+                });
         let (found, end) = outcome.unwrap_or_else(|| {
             // There is no ring, or it is quarantined: frames had better go to other pairs.
             self.pair.reconcile_uplink();

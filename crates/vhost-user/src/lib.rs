@@ -27,8 +27,8 @@
 pub mod backend;
 mod error;
 mod eventfd;
-pub mod protocol_features;
 pub mod listen;
+pub mod protocol_features;
 pub mod request;
 pub mod session;
 mod sys;
@@ -39,5 +39,5 @@ pub mod wire;
 
 pub use backend::{Backend, BackendError, VringStart};
 pub use error::{DecodeError, ProtocolError, RequestError, SessionError};
-pub use session::{SessionEnd, Session, serve};
+pub use session::{Session, SessionEnd, serve};
 pub use sys::{peer_pid, take_fd};

@@ -13,7 +13,7 @@ use rustix::net::{AddressFamily, SocketType, sockopt};
 use tracing::{info, warn};
 pub use virtionet_base::unix_socket::Access as SocketPermissions;
 use virtionet_base::unix_socket::{
-    SocketFile, UnixSocketError, connect_once, listen_at, address as to_socket_address,
+    SocketFile, UnixSocketError, address as to_socket_address, connect_once, listen_at,
 };
 
 /// Pause between two attempts to connect.
@@ -153,7 +153,9 @@ pub fn connect(path: &Path, stop: BorrowedFd<'_>) -> Result<Option<UnixStream>, 
             }
             Err(_) => {}
         }
-        if wait(stop, None, Some(RETRY_INTERVAL)).map_err(|error| refused("wait for", path, error))? {
+        if wait(stop, None, Some(RETRY_INTERVAL))
+            .map_err(|error| refused("wait for", path, error))?
+        {
             return Ok(None);
         }
     }

@@ -208,7 +208,9 @@ impl RequestBody<'_> {
             .ok_or(ProtocolError::Regions(announced))?;
         self.check_size(HEAD + regions * ENTRY)?;
         self.check_fd_count(regions)?;
-        let specs = entries.chunks(ENTRY).map(|entry| to_region_spec(&from_bytes(entry)));
+        let specs = entries
+            .chunks(ENTRY)
+            .map(|entry| to_region_spec(&from_bytes(entry)));
         Ok(Request::SetMemTable(
             specs.zip(self.fds.into_iter().map(File::from)).collect(),
         ))

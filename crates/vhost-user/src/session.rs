@@ -24,10 +24,10 @@ use virtionet_virtqueue::memory::{GuestMemory, MAX_REGIONS, MappedRegion, Region
 use crate::backend::{Backend, BackendError};
 use crate::error::{DecodeError, ProtocolError, RequestError, SessionError};
 use crate::protocol_features::{self, VHOST_USER_F_PROTOCOL_FEATURES};
-use crate::request::{VringAreas, VringEventFd, Request};
+use crate::request::{Request, VringAreas, VringEventFd};
 use crate::sys::peer_pid;
 use crate::vring::{Kick, Vring};
-use crate::wire::{ReplyPayload, Channel, Header, Incoming, Message, Reply};
+use crate::wire::{Channel, Header, Incoming, Message, Reply, ReplyPayload};
 
 const PACKED: u64 = 1 << VIRTIO_F_RING_PACKED;
 const REPLY_ACK: u64 = VhostUserProtocolFeatures::REPLY_ACK.bits();
@@ -304,7 +304,10 @@ impl<'b> Session<'b> {
     fn get_vring_base(&mut self, ring: u16) -> RequestOutcome {
         if let Err(refusal) = self.vring(ring) {
             let request = FrontendReq::GET_VRING_BASE;
-            return Err(end_session(ProtocolError::Unanswerable { request, refusal }));
+            return Err(end_session(ProtocolError::Unanswerable {
+                request,
+                refusal,
+            }));
         }
         self.stop(ring);
         Ok(Some(ReplyPayload::VringState {

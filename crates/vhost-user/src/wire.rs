@@ -283,7 +283,7 @@ fn receive_some(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{RawFrontEnd, eventfd, encode_message, stop_pair};
+    use crate::testing::{RawFrontEnd, encode_message, eventfd, stop_pair};
     use std::os::fd::AsFd;
     use std::thread;
     use std::time::{Duration, Instant};
@@ -322,7 +322,12 @@ mod tests {
     #[test]
     fn dripped_and_joined_messages_are_the_same() {
         let (_stop, stopped) = stop_pair();
-        let bytes = [encode_message(1, 1, &[]), encode_message(8, 9, &[7; 8]), encode_message(3, 1, &[])].concat();
+        let bytes = [
+            encode_message(1, 1, &[]),
+            encode_message(8, 9, &[7; 8]),
+            encode_message(3, 1, &[]),
+        ]
+        .concat();
         for chunk_len in [1, 5, 12, 13, bytes.len()] {
             let (peer, stream) = RawFrontEnd::pair();
             let sender = {

@@ -8,7 +8,8 @@ use vhost::vhost_user::message::FrontendReq as Code;
 
 use super::*;
 use crate::testing::{
-    RecordingBackend, FEATURES, QUEUE_PAIRS, RawFrontEnd, eventfd, encode_message, memory_file, payload, stop_pair,
+    FEATURES, QUEUE_PAIRS, RawFrontEnd, RecordingBackend, encode_message, eventfd, memory_file,
+    payload, stop_pair,
 };
 
 const GUEST_MEMORY: u64 = 1 << 20;
@@ -43,7 +44,8 @@ impl FrontEnd {
 
     fn event(&self, code: Code, ring: u64) {
         let bytes = ring.to_ne_bytes();
-        self.peer.send_request(code.into(), &bytes, &[self.event.as_fd()]);
+        self.peer
+            .send_request(code.into(), &bytes, &[self.event.as_fd()]);
     }
 
     fn add_memory(&self, guest_addr: u64) -> u64 {
@@ -80,7 +82,10 @@ impl FrontEnd {
 
     fn negotiate(&self) {
         self.send_u64(Code::SET_PROTOCOL_FEATURES, protocol_features::OFFERED);
-        self.send_u64(Code::SET_FEATURES, FEATURES | VHOST_USER_F_PROTOCOL_FEATURES);
+        self.send_u64(
+            Code::SET_FEATURES,
+            FEATURES | VHOST_USER_F_PROTOCOL_FEATURES,
+        );
     }
 }
 
@@ -97,7 +102,10 @@ fn addresses(ring: u32, start: u64) -> Vec<u8> {
 }
 
 /// Runs a session for as long as `front_end` runs; the result is the session's.
-fn session(backend: &RecordingBackend, front_end: impl FnOnce(&FrontEnd) + Send) -> Result<SessionEnd, SessionError> {
+fn session(
+    backend: &RecordingBackend,
+    front_end: impl FnOnce(&FrontEnd) + Send,
+) -> Result<SessionEnd, SessionError> {
     let (peer, stream) = RawFrontEnd::pair();
     let (_stop, stopped) = stop_pair();
     thread::scope(|scope| {
@@ -133,7 +141,10 @@ fn qemu(front_end: &FrontEnd, backend: &RecordingBackend) {
             protocol_features::OFFERED
         );
         front_end.send_u64(Code::SET_PROTOCOL_FEATURES, protocol_features::OFFERED);
-        assert_eq!(front_end.request_u64(Code::GET_QUEUE_NUM), u64::from(QUEUE_PAIRS));
+        assert_eq!(
+            front_end.request_u64(Code::GET_QUEUE_NUM),
+            u64::from(QUEUE_PAIRS)
+        );
         assert_eq!(front_end.request_u64(Code::GET_MAX_MEM_SLOTS), 509);
         front_end.send_request(Code::SET_OWNER, &[]);
         front_end.request_u64(Code::GET_FEATURES);
@@ -151,7 +162,10 @@ fn qemu(front_end: &FrontEnd, backend: &RecordingBackend) {
 
 fn start_as_qemu(front_end: &FrontEnd) {
     for pair in 0..2 {
-        front_end.send_u64(Code::SET_FEATURES, FEATURES | VHOST_USER_F_PROTOCOL_FEATURES);
+        front_end.send_u64(
+            Code::SET_FEATURES,
+            FEATURES | VHOST_USER_F_PROTOCOL_FEATURES,
+        );
         let status = front_end.request_u64(Code::GET_STATUS);
         front_end.send_u64(Code::SET_STATUS, status | 8);
         if pair == 0 {
@@ -329,7 +343,10 @@ fn refused_requests_change_nothing_and_the_session_goes_on() {
         for (code, bytes) in [
             (Code::SET_FEATURES, u64s(FEATURES | 1 << 26)),
             (Code::SET_FEATURES, u64s(VHOST_USER_F_PROTOCOL_FEATURES)),
-            (Code::SET_PROTOCOL_FEATURES, u64s(protocol_features::OFFERED | 2)),
+            (
+                Code::SET_PROTOCOL_FEATURES,
+                u64s(protocol_features::OFFERED | 2),
+            ),
             (Code::SET_VRING_BASE, payload(&[4, 0])),
             (Code::SET_VRING_NUM, payload(&[4, 256])),
             (Code::SET_VRING_NUM, payload(&[0, 0])),
@@ -353,7 +370,9 @@ fn refused_requests_change_nothing_and_the_session_goes_on() {
             front_end.send_request(code, &bytes);
         }
         assert_eq!(front_end.peer.send_with_ack(1000, &[1, 2, 3], &[]), 1);
-        front_end.peer.send_request(1000, &[], &[front_end.event.as_fd()]);
+        front_end
+            .peer
+            .send_request(1000, &[], &[front_end.event.as_fd()]);
         // Overlapping, short and unmappable regions; a directory as memory.
         let short = memory_file(4096);
         let directory = File::open("/").unwrap();
@@ -398,7 +417,11 @@ fn a_broken_protocol_ends_the_session_and_stops_the_rings() {
         (payload(&[1, 1, u32::MAX]), 0, "4294967295 bytes"),
         (encode_message(1, 1, &[0; 1]), 0, "payload of 1 bytes"),
         (encode_message(1, 1, &[]), 1, "carries 1 file descriptors"),
-        (encode_message(1, 1, &[]), 33, "more than 32 file descriptors"),
+        (
+            encode_message(1, 1, &[]),
+            33,
+            "more than 32 file descriptors",
+        ),
         (
             encode_message(code(Code::SET_VRING_KICK), 1, &u64s(0)),
             0,
@@ -464,7 +487,10 @@ fn a_kick_that_is_no_eventfd_ends_the_session() {
 
 #[test]
 fn too_many_pairs_are_told_with_both_numbers() {
-    let refusal = RequestError::NoSuchVring { ring: 4, queue_pairs: 2 };
+    let refusal = RequestError::NoSuchVring {
+        ring: 4,
+        queue_pairs: 2,
+    };
     assert_eq!(
         refusal.to_string(),
         "the front-end configures ring 4, but this device has 2 queue pairs (rings 0 to 3); raise virtionetd's --queues or lower queues= of QEMU's -netdev vhost-user"

@@ -6,8 +6,8 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
 use rustix::event::{EventfdFlags, eventfd};
+use virtionet_vhost_user::{Backend, BackendError, SessionEnd, SessionError, VringStart, serve};
 use virtionet_virtqueue::memory::GuestMemory;
-use virtionet_vhost_user::{Backend, BackendError, SessionEnd, VringStart, SessionError, serve};
 
 /// VIRTIO_F_VERSION_1 and VIRTIO_NET_F_MQ.
 pub const FEATURES: u64 = 1 << 32 | 1 << 22;
