@@ -1,8 +1,8 @@
-//! Following the guests: one thread for all devices that looks, while a front-end is connected,
-//! whether vCPUs were pinned elsewhere, CPUs went offline or came back, or the cpuset changed; and
-//! has the workers go after them. Without a front-end it sleeps.
+//! A thread for all devices that checks, while a front-end is connected, whether vCPUs were pinned
+//! elsewhere, CPUs went offline or came back, or the cpuset changed, and makes the workers follow.
+//! Without a front-end it sleeps.
 //!
-//! The kernel tells nobody when a thread's affinity changes, so there is nothing to wait for. A look
+//! The kernel has no notification of a change of a thread's affinity, so the thread polls. A check
 //! costs some microseconds: see [`virtionet_placement::VcpuWatch`].
 
 use std::io;
@@ -16,7 +16,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use crate::host_cpus::HostCpus;
 use crate::net_device::NetDevice;
 
-/// Time between two looks: with it a worker follows its vCPU well within a second.
+/// Time between two checks, so that a worker follows its vCPU well within a second.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
 const STACK_SIZE: usize = 256 * 1024;
 
@@ -24,12 +24,11 @@ const STACK_SIZE: usize = 256 * 1024;
 ///
 /// # Errors
 /// When the kernel refuses a thread.
-pub fn start<T: Send + 'static>(
+pub fn start(
     net_devices: Vec<Arc<NetDevice>>,
     host: Arc<HostCpus>,
     stop: Arc<OwnedFd>,
-    ended: T,
-) -> io::Result<JoinHandle<T>> {
+) -> io::Result<JoinHandle<()>> {
     std::thread::Builder::new()
         .name("placer".into())
         .stack_size(STACK_SIZE)
@@ -40,11 +39,10 @@ pub fn start<T: Send + 'static>(
                     .iter()
                     .for_each(|net_device| net_device.refresh_placement());
             }
-            ended
         })
 }
 
-/// Waits for the next look; false when there is to be none.
+/// Waits for the next check; false when the thread must end.
 fn wait(net_devices: &[Arc<NetDevice>], host: &HostCpus, stop: BorrowedFd<'_>) -> bool {
     let busy = net_devices
         .iter()
@@ -56,7 +54,7 @@ fn wait(net_devices: &[Arc<NetDevice>], host: &HostCpus, stop: BorrowedFd<'_>) -
         PollFd::from_borrowed_fd(stop, PollFlags::IN),
         PollFd::from_borrowed_fd(host.wakeup_fd(), PollFlags::IN),
     ];
-    // Interrupted: one look more.
+    // If it is interrupted, one check more does no harm.
     let _ = poll(&mut fds, timeout.as_ref());
     if !fds[1].revents().is_empty() {
         host.clear_wakeup();
