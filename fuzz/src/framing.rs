@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex};
 use rustix::event::{EventfdFlags, eventfd};
 use virtionet_guest::memory::GuestRam;
 use virtionet_vhost_user::wire::{HEADER_SIZE, Header, Message};
-use virtionet_vhost_user::{Backend, BackendError, Session, VringStart, serve};
+use virtionet_vhost_user::{Backend, BackendError, Session, UnmappedVring, VringStart, serve};
 use virtionet_virtio_net::features::Features;
 use virtionet_virtio_net::stats::VringStats;
 use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue, TxQueue};
@@ -200,6 +200,23 @@ impl Queue {
         })
     }
 
+    fn rebind(
+        &mut self,
+        memory: &Arc<GuestMemory>,
+    ) -> Result<(), virtionet_virtqueue::VirtqueueError> {
+        match self {
+            Self::Rx(rx) => rx.rebind(memory),
+            Self::Tx(tx) => tx.rebind(memory),
+        }
+    }
+
+    fn rewind(&mut self) -> u32 {
+        match self {
+            Self::Rx(rx) => rx.rewind(),
+            Self::Tx(tx) => tx.rewind(),
+        }
+    }
+
     fn turn(&mut self, uplink: &CheckingUplink) {
         match self {
             Self::Rx(rx) => {
@@ -244,14 +261,22 @@ impl Backend for FuzzDevice {
         assert_eq!(acked & !self.features(), 0);
     }
 
-    fn set_memory(&self, memory: &Arc<GuestMemory>) {
-        self.vrings.lock().unwrap().retain(|_, (queue, uplink)| {
+    fn set_memory(&self, memory: &Arc<GuestMemory>) -> Vec<UnmappedVring> {
+        let mut unmapped = Vec::new();
+        self.vrings.lock().unwrap().retain(|index, (queue, uplink)| {
             *uplink.mapped.lock().unwrap() = Mapped::new(memory);
-            match queue {
-                Queue::Rx(rx) => rx.rebind(memory).is_ok(),
-                Queue::Tx(tx) => tx.rebind(memory).is_ok(),
-            }
+            let Err(source) = queue.rebind(memory) else {
+                return true;
+            };
+            let index = *index;
+            unmapped.push(UnmappedVring {
+                index,
+                base: queue.rewind(),
+                error: BackendError::VringUnmapped { index, source },
+            });
+            false
         });
+        unmapped
     }
 
     fn start_vring(&self, index: u16, start: VringStart) -> Result<(), BackendError> {
@@ -267,19 +292,17 @@ impl Backend for FuzzDevice {
             memory: start.memory,
             stats: Arc::new(VringStats::default()),
         };
-        let queue = Queue::new(index, config).map_err(|e| BackendError::new(e.to_string()))?;
+        let queue = Queue::new(index, config)
+            .map_err(|source| BackendError::VringConfig { index, source })?;
         let before = self.vrings.lock().unwrap().insert(index, (queue, uplink));
-        assert!(before.is_none(), "vring {index} runs already");
+        assert!(before.is_none(), "ring {index} runs already");
         Ok(())
     }
 
     fn stop_vring(&self, index: u16) -> Option<u32> {
-        self.assert_known(index);
-        let (queue, _) = self.vrings.lock().unwrap().remove(&index)?;
-        Some(match queue {
-            Queue::Rx(mut rx) => rx.rewind(),
-            Queue::Tx(mut tx) => tx.rewind(),
-        })
+        self.known(index);
+        let (mut queue, _) = self.vrings.lock().unwrap().remove(&index)?;
+        Some(queue.rewind())
     }
 
     fn set_enabled(&self, index: u16, _enabled: bool) {

@@ -42,6 +42,9 @@ impl<K: Eq + Hash, V: Clone + PartialEq> ReportOnce<K, V> {
                 *reported = None;
             }
         }
+        // One that ended longer ago is reported like one that never was, so forget it.
+        self.last
+            .retain(|_, (reported, when)| reported.is_some() || now < *when + INTERVAL);
         let mut due = Vec::new();
         let mut is_pending = false;
         for value in present {

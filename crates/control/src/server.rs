@@ -6,13 +6,12 @@
 //! The server has a thread of its own, named `control`; whatever its clients do, no worker waits
 //! for it.
 
-use std::io::{self, ErrorKind};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::fmt;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
-use std::{fmt, fs};
 
 use axum::extract::State;
 use axum::http::{Method, StatusCode, Uri, header};
@@ -20,9 +19,10 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use serde_json::json;
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixListener;
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
+use virtionet_base::unix_socket::{Access, SocketFile, UnixSocketError, listen_at};
 
 use crate::metrics;
 use crate::v1::{ReportSource, Report};
@@ -69,7 +69,7 @@ impl ControlServer {
     /// The socket's path.
     #[must_use]
     pub fn path(&self) -> &Path {
-        &self.socket.path
+        self.socket.path()
     }
 
     /// Ends the answers under way, the thread, and removes the socket.
@@ -97,18 +97,35 @@ pub enum ControlError {
     #[error("{} is in the way of the control socket and is no socket: remove it or choose another path for --control", .0.display())]
     NotSocket(PathBuf),
     /// The socket cannot be made.
-    #[error("control socket {} cannot be created ({why}): choose for --control a path in a directory that this user may write to", path.display())]
+    #[error("control socket {} cannot be created ({source}): choose for --control a path in a directory that this user may write to", path.display())]
     Create {
         /// Where.
         path: PathBuf,
-        /// What the host says.
-        why: io::Error,
+        /// The kernel's error.
+        source: io::Error,
     },
+    /// The path cannot be that of a unix socket.
+    #[error("{0}: choose another path for --control")]
+    Path(#[source] UnixSocketError),
     /// The thread cannot be made.
     #[error(
         "the control server cannot start ({0}): raise this process's limits or leave --control out"
     )]
-    Thread(io::Error),
+    Thread(#[source] io::Error),
+}
+
+impl ControlError {
+    /// A name of the error for programs. It does not change.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::InUse(_) => "control-socket-in-use",
+            Self::NotSocket(_) => "control-path-not-a-socket",
+            Self::Create { .. } => "control-socket-not-created",
+            Self::Path(_) => "control-path-invalid",
+            Self::Thread(_) => "control-server-not-started",
+        }
+    }
 }
 
 /// What the server answers. Verbs that change something go here, beside the ones that read.
@@ -175,81 +192,28 @@ fn serve(
     });
 }
 
-/// A socket in the file system that is removed at the end, unless another took its place.
-#[derive(Debug)]
-struct SocketFile {
-    path: PathBuf,
-    /// Device and inode.
-    id: (u64, u64),
-}
-
-impl SocketFile {
-    fn new(path: &Path) -> io::Result<Self> {
-        // Before this line the umask alone decides; nobody is answered yet.
-        fs::set_permissions(path, fs::Permissions::from_mode(SOCKET_MODE))?;
-        Ok(Self {
-            path: path.into(),
-            id: file_id(path)?,
-        })
-    }
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        if file_id(&self.path).is_ok_and(|id| id == self.id)
-            && let Err(why) = fs::remove_file(&self.path)
-        {
-            tracing::warn!(
-                "control socket {} stays behind ({why}): remove it",
-                self.path.display()
-            );
-        }
-    }
-}
-
+/// Listens at `path`, for the socket's owner only. Async because the listener belongs to the runtime
+/// that polls this.
 async fn listen(path: &Path) -> Result<(UnixListener, SocketFile), ControlError> {
-    let create = |why| ControlError::Create {
-        path: path.into(),
-        why,
+    let access = Access {
+        mode: Some(SOCKET_MODE),
+        group: None,
     };
-    let listener = match UnixListener::bind(path) {
-        Err(why) if why.kind() == ErrorKind::AddrInUse => {
-            remove_stale(path).await?;
-            UnixListener::bind(path)
-        }
-        bound => bound,
-    }
-    .map_err(create)?;
-    Ok((listener, SocketFile::new(path).map_err(create)?))
-}
-
-/// Removes a socket that nobody listens on any more.
-async fn remove_stale(path: &Path) -> Result<(), ControlError> {
-    let create = |why| ControlError::Create {
-        path: path.into(),
-        why,
-    };
-    let file = fs::symlink_metadata(path).map_err(create)?;
-    if !file.file_type().is_socket() {
-        return Err(ControlError::NotSocket(path.into()));
-    }
-    match UnixStream::connect(path).await {
-        Err(why) if why.kind() == ErrorKind::ConnectionRefused => {
-            fs::remove_file(path).map_err(create)
-        }
-        // A listener with a full backlog says EAGAIN: somebody is there all the same.
-        _ => Err(ControlError::InUse(path.into())),
-    }
-}
-
-fn file_id(path: &Path) -> io::Result<(u64, u64)> {
-    let file = fs::symlink_metadata(path)?;
-    Ok((file.dev(), file.ino()))
+    let (listener, file) = listen_at(path, &access).map_err(|error| match error {
+        UnixSocketError::InUse(path) => ControlError::InUse(path),
+        UnixSocketError::NotASocket(path) => ControlError::NotSocket(path),
+        UnixSocketError::Refused { path, source, .. } => ControlError::Create { path, source },
+        error => ControlError::Path(error),
+    })?;
+    let listener = UnixListener::from_std(listener).map_err(ControlError::Thread)?;
+    Ok((listener, file))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::io::{Read, Write};
+    use std::os::unix::fs::PermissionsExt;
     use std::os::unix::net;
     use std::time::Instant;
 

@@ -1,20 +1,18 @@
-//! What a guest could do better with the queue pairs it was given, and the command that mends it.
+//! Advice on what a guest could do better with its queue pairs, with the command for it.
 //!
-//! A driver starts with few pairs and scripts raise their number later; so only what has stood still
-//! for a while is spoken of, once. The number of interrupt vectors never reaches a back-end: QEMU is
-//! asked for it where it has a monitor for us, once a connection and by a thread of its own.
+//! A driver starts with few queue pairs and scripts raise their number later, so advice is given
+//! only on what has not changed for a while, and once. The number of interrupt vectors never reaches
+//! a back-end. If QEMU has a monitor for this daemon, a thread of its own asks it, once a connection.
 
-use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use virtionet_base::ReportOnce;
 use virtionet_placement::{QemuNetDevice, query_net_device};
 
-use crate::net_device::{NetDevice, is_in_use};
-
-/// How long the guest's choice must have stood.
+/// How long the guest's choice must have stayed the same.
 const MIN_STABLE: Duration = Duration::from_secs(8);
 
 /// How long QEMU may take to answer, and how often it is tried.
@@ -24,42 +22,21 @@ const MAX_QMP_ATTEMPTS: u32 = 3;
 /// What the guest does with its queue pairs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct QueueUsage {
-    /// Pairs that the front-end has.
+    /// Queue pairs that the front-end has.
     pub offered: u16,
-    /// Pairs that the driver enabled.
+    /// Queue pairs that the driver enabled.
     pub enabled: u16,
-    /// Whether the driver took the feature of several pairs.
+    /// Whether the driver accepted VIRTIO_NET_F_MQ.
     pub multiqueue: bool,
-    /// The guest's vCPUs, where they are known.
+    /// The guest's vCPUs, if they are known.
     pub vcpus: Option<u16>,
 }
 
-impl QueueUsage {
-    /// How the guest of `net_device` uses it now; `None` while it uses no pair at all.
-    #[must_use]
-    pub fn of(net_device: &NetDevice) -> Option<Self> {
-        let frontend = net_device.frontend();
-        let live = || net_device.pairs().filter(|pair| is_in_use(pair));
-        // Between them, the pairs in use have all vCPUs.
-        let vcpus: BTreeSet<u32> = live()
-            .filter_map(|pair| pair.placement())
-            .flat_map(|placement| placement.decision.vcpus)
-            .collect();
-        let enabled = u16::try_from(live().count()).unwrap_or(u16::MAX);
-        (frontend.connected && enabled > 0).then(|| Self {
-            offered: frontend.pairs,
-            enabled,
-            multiqueue: frontend.features.names().contains(&"MQ"),
-            vcpus: u16::try_from(vcpus.len()).ok().filter(|count| *count > 0),
-        })
-    }
-}
-
-/// What is said to one device's guest.
+/// Gives advice for one device's guest.
 #[derive(Debug)]
 pub struct Adviser {
     device: String,
-    /// QEMU's monitor and the vhost-user socket that tells which card is meant.
+    /// QEMU's monitor and the vhost-user socket, which identifies the network device.
     monitor: Option<(PathBuf, PathBuf)>,
     state: Arc<Mutex<State>>,
 }
@@ -68,16 +45,17 @@ pub struct Adviser {
 struct State {
     usage: Option<(QueueUsage, Instant)>,
     qmp_attempts: u32,
-    /// What QEMU said of its card.
+    /// What QEMU answered about its network device.
     net_device: Option<QemuNetDevice>,
-    /// Somebody is with QEMU's monitor.
+    /// A thread is asking QEMU's monitor.
     is_querying: bool,
     current: Vec<String>,
-    reported: Vec<String>,
+    reports: ReportOnce<String, String>,
 }
 
 impl Adviser {
-    /// For `device`, whose front-end has a monitor and connects on a socket, where those are known.
+    /// An adviser for `device`. `monitor` is its front-end's monitor and `socket` the vhost-user
+    /// socket, if those are known.
     #[must_use]
     pub fn new(device: &str, monitor: Option<PathBuf>, socket: Option<PathBuf>) -> Self {
         Self {
@@ -87,22 +65,23 @@ impl Adviser {
         }
     }
 
-    /// What there is to say now.
+    /// The advice now.
     #[must_use]
     pub fn current(&self) -> Vec<String> {
         self.state.lock().current.clone()
     }
 
-    /// Notes what `observe` says that the guest does now; `None` while it uses no pair at all.
+    /// Updates the advice by `observe`, which returns how the guest uses its queue pairs now, and
+    /// `None` while it uses none.
     pub fn update(&self, observe: impl FnOnce() -> Option<QueueUsage>, now: Instant) {
-        // Looked at under the lock: a front-end that goes meanwhile is forgotten after it.
+        // Observed under the lock, so that the reset of a front-end that goes meanwhile comes after.
         let mut state = self.state.lock();
         let Some(usage) = observe() else {
-            // The guest boots again, perhaps: what was said is not said again.
-            let reported = std::mem::take(&mut state.reported);
+            // The guest may be booting again: advice that stays the same is not logged again.
+            let reports = std::mem::take(&mut state.reports);
             let is_querying = state.is_querying;
             *state = State {
-                reported,
+                reports,
                 is_querying,
                 ..State::default()
             };
@@ -118,28 +97,32 @@ impl Adviser {
         }
         self.query_vectors(&mut state);
         let mut advice: Vec<String> = idle_pairs_advice(usage).into_iter().collect();
-        advice.extend(state.net_device.as_ref().and_then(|net_device| vectors_advice(usage, net_device)));
-        for line in advice.iter().filter(|line| !state.reported.contains(line)) {
+        advice.extend(
+            state
+                .net_device
+                .as_ref()
+                .and_then(|net_device| vectors_advice(usage, net_device)),
+        );
+        let (due, _) = state.reports.update(&advice, String::clone, now);
+        for line in due {
             tracing::warn!("{}: {line}", self.device);
         }
-        if advice != state.current {
-            state.reported.clone_from(&advice);
-            state.current = advice;
-        }
+        state.current = advice;
     }
 
-    /// The front-end has gone: the next one is told all anew.
+    /// Forgets the front-end, which has gone: the next one gets all advice anew.
     pub fn reset(&self) {
         self.update(|| None, Instant::now());
-        self.state.lock().reported.clear();
+        self.state.lock().reports = ReportOnce::default();
     }
 
-    /// Has QEMU asked for its card, until it has said.
+    /// Asks QEMU for its network device, until it has answered.
     fn query_vectors(&self, state: &mut State) {
         let Some((monitor, socket)) = self.monitor.clone() else {
             return;
         };
-        if state.net_device.is_some() || state.is_querying || state.qmp_attempts >= MAX_QMP_ATTEMPTS {
+        if state.net_device.is_some() || state.is_querying || state.qmp_attempts >= MAX_QMP_ATTEMPTS
+        {
             return;
         }
         state.is_querying = true;
@@ -152,9 +135,13 @@ impl Adviser {
                 let mut state = shared.lock();
                 state.is_querying = false;
                 match answer {
-                    Ok(Some(net_device)) if state.usage.is_some() => state.net_device = Some(net_device),
+                    Ok(Some(net_device)) if state.usage.is_some() => {
+                        state.net_device = Some(net_device)
+                    }
                     Ok(_) => {}
-                    Err(error) => tracing::debug!("{device}: QEMU's card is not known: {error}"),
+                    Err(error) => {
+                        tracing::debug!("{device}: QEMU's network device is not known: {error}")
+                    }
                 }
             });
         if spawned.is_err() {
@@ -163,7 +150,7 @@ impl Adviser {
     }
 }
 
-/// What to do about pairs that lie idle.
+/// What to do about idle queue pairs.
 fn idle_pairs_advice(usage: QueueUsage) -> Option<String> {
     let QueueUsage {
         offered, enabled, ..
@@ -187,7 +174,7 @@ fn idle_pairs_advice(usage: QueueUsage) -> Option<String> {
     })
 }
 
-/// What to do about vectors that are too few for one a ring. The control queue needs none of its
+/// What to do about vectors that are too few for one a virtqueue. The control queue needs none of its
 /// own with Linux's driver, so one less than is usually given serves as well.
 fn vectors_advice(usage: QueueUsage, net_device: &QemuNetDevice) -> Option<String> {
     let pairs = u32::from(usage.offered);
@@ -214,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn idle_pairs_are_told_with_the_command() {
+    fn idle_pairs_lead_to_advice_with_the_command() {
         for (usage, words) in [
             (usage(4, 4, Some(4)), None),
             (usage(0, 4, Some(4)), None),
@@ -242,16 +229,16 @@ mod tests {
                 Some("add mq=on"),
             ),
         ] {
-            let said = idle_pairs_advice(usage);
-            assert_eq!(said.is_some(), words.is_some(), "{usage:?}: {said:?}");
-            if let (Some(said), Some(words)) = (said, words) {
-                assert!(said.contains(words), "{usage:?}: {said}");
+            let advice = idle_pairs_advice(usage);
+            assert_eq!(advice.is_some(), words.is_some(), "{usage:?}: {advice:?}");
+            if let (Some(advice), Some(words)) = (advice, words) {
+                assert!(advice.contains(words), "{usage:?}: {advice}");
             }
         }
     }
 
     #[test]
-    fn too_few_vectors_are_told_with_the_right_number() {
+    fn too_few_vectors_lead_to_advice_with_the_right_number() {
         for (pairs, have, enough) in [
             (1, 4, true),
             (1, 3, true),
@@ -268,19 +255,19 @@ mod tests {
                 vectors: have,
                 mq: true,
             };
-            let said = vectors_advice(usage(pairs, pairs, None), &net_device);
-            assert_eq!(said.is_none(), enough, "{pairs} {have}: {said:?}");
-            if let Some(said) = said {
+            let advice = vectors_advice(usage(pairs, pairs, None), &net_device);
+            assert_eq!(advice.is_none(), enough, "{pairs} {have}: {advice:?}");
+            if let Some(advice) = advice {
                 assert!(
-                    said.contains(&format!("vectors={}", 2 * pairs + 2)),
-                    "{said}"
+                    advice.contains(&format!("vectors={}", 2 * pairs + 2)),
+                    "{advice}"
                 );
             }
         }
     }
 
     #[test]
-    fn only_what_has_stood_for_a_while_is_said_and_goes_when_mended() {
+    fn advice_comes_after_a_while_without_change_and_ends_with_its_cause() {
         let adviser = Adviser::new("vnet", None, None);
         let start = Instant::now();
         let few = Some(usage(1, 4, Some(4)));

@@ -1,10 +1,10 @@
-//! How long a worker looks for frames before it sleeps.
+//! How long a worker polls for frames before it sleeps.
 //!
-//! Polling pays where frames come sooner than a sleep and a kick would take. What tells is how many
-//! of them the looks of late have found: `adaptive` keeps a score of that, which finds raise (many
-//! frames at once more than one) and a look in vain lowers by half, and looks on for the score's
-//! share of its limit. A few looks in vain, and it is down to a single one; so an idle guest costs
-//! nothing, a slow one next to nothing, and a busy one is not slept on.
+//! Polling pays if frames come sooner than a sleep and a kick would take. The score of `adaptive`
+//! tracks how many frames recent polls found: a hit raises it (many frames at once more than one
+//! frame), and a miss halves it. The worker polls for the score's share of the limit. After a few
+//! misses that is a single poll, so an idle guest costs nothing, a slow one next to nothing, and
+//! the worker of a busy guest does not sleep.
 
 use std::time::{Duration, Instant};
 
@@ -12,23 +12,23 @@ use virtionet_config::Poll;
 
 /// The score at which the whole limit is spent.
 const MAX_SCORE: u32 = 256;
-/// Frames found at once beyond which more of them say nothing new.
+/// Frames found at once beyond which more of them do not raise the score further.
 const MAX_COUNTED_FRAMES: usize = 16;
-/// Longest time that an `always` worker looks before it takes a breath to look at its events.
+/// Longest time that an `always` worker polls before it checks its events.
 const ALWAYS_INTERVAL: Duration = Duration::from_millis(100);
 
-/// A worker's polling, with what it has learnt.
+/// A worker's polling mode and its score.
 #[derive(Debug, Clone, Copy)]
 pub struct BusyPoll {
     mode: Poll,
-    /// Where the worker stands it may look on; else it sleeps, whatever the mode.
+    /// The worker may poll on the CPUs where it runs; otherwise it sleeps, whatever the mode.
     permitted: bool,
     /// From 0 to [`MAX_SCORE`].
     score: u32,
 }
 
 impl BusyPoll {
-    /// Polling as configured, nothing learnt yet.
+    /// Polling as configured, with a score of 0.
     #[must_use]
     pub fn new(mode: Poll) -> Self {
         Self {
@@ -38,12 +38,12 @@ impl BusyPoll {
         }
     }
 
-    /// Whether it may look on where it stands now.
+    /// Sets whether the worker may poll on the CPUs where it runs now.
     pub fn set_permitted(&mut self, permitted: bool) {
         self.permitted = permitted;
     }
 
-    /// Whether the worker looks at all before it sleeps.
+    /// Whether the worker polls at all before it sleeps.
     #[must_use]
     pub fn is_on(&self) -> bool {
         self.permitted && self.mode != Poll::Off
@@ -55,7 +55,7 @@ impl BusyPoll {
         self.permitted && self.mode == Poll::Always
     }
 
-    /// Until when it may look now; `None` when it may not.
+    /// Until when the worker polls if it starts now; `None` if it must not poll.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
         match self.mode {
@@ -66,7 +66,7 @@ impl BusyPoll {
         }
     }
 
-    /// A look found so many frames.
+    /// Notes that a poll found `frames` frames.
     pub fn record_hit(&mut self, frames: usize) {
         // At most MAX_COUNTED_FRAMES, which fits.
         let frames = u32::try_from(frames.min(MAX_COUNTED_FRAMES)).unwrap_or(0);
@@ -74,7 +74,7 @@ impl BusyPoll {
         self.score += ((MAX_SCORE - self.score) * frames).div_ceil(32);
     }
 
-    /// The time ran out and nothing came.
+    /// Notes that the deadline passed without frames.
     pub fn record_miss(&mut self) {
         self.score /= 2;
     }
@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn finds_raise_it_to_the_limit_and_a_few_looks_in_vain_end_it() {
+    fn hits_raise_the_score_to_its_limit_and_a_few_misses_end_polling() {
         let mut busy_poll = BusyPoll::new(Poll::Adaptive(LIMIT));
         assert_eq!(busy_poll.score, 0);
         (0..200).for_each(|_| busy_poll.record_hit(1));
@@ -105,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn where_it_is_not_permitted_it_sleeps_at_once() {
+    fn a_worker_that_may_not_poll_sleeps_at_once() {
         for mode in [Poll::Always, Poll::Adaptive(LIMIT)] {
             let mut busy_poll = BusyPoll::new(mode);
             assert!(busy_poll.is_on() && busy_poll.deadline().is_some());
@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn many_frames_at_once_tell_sooner_than_single_ones() {
+    fn many_frames_at_once_raise_the_score_faster_than_single_ones() {
         let mut single = BusyPoll::new(Poll::Adaptive(LIMIT));
         let mut many = single;
         (0..4).for_each(|_| single.record_hit(1));

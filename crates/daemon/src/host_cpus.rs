@@ -1,5 +1,5 @@
-//! What the host gives this process: the CPUs it may run on, and how those lie to each other. One
-//! view for all devices; looked at again while front-ends are connected.
+//! The CPUs that this process may run on, and their topology. All devices share one view, which is
+//! refreshed while front-ends are connected.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -18,19 +18,19 @@ const SYS: &str = "/sys";
 /// The file that changes when a CPU goes offline or comes back.
 const ONLINE: &str = "/sys/devices/system/cpu/online";
 
-/// See the module.
+/// The CPUs that this process may run on.
 #[derive(Debug)]
 pub struct HostCpus {
     view: Mutex<CpuView>,
-    /// [`ONLINE`], kept open: where there is no such file no CPU can go offline.
+    /// [`ONLINE`], kept open. Without such a file no CPU can go offline.
     online: Option<File>,
     /// By device: the CPUs that its guest's vCPUs are pinned to.
     pinned: Mutex<BTreeMap<u32, CpuSet>>,
-    /// Devices that were told apart so far.
+    /// Number of devices registered so far.
     devices: AtomicU32,
     /// Goes up when the view or the pins change.
     version: AtomicU32,
-    /// Readable when a front-end has connected and nobody may be looking.
+    /// Readable when a front-end has connected and the placement monitor may be asleep.
     wakeup: OwnedFd,
 }
 
@@ -46,7 +46,7 @@ struct CpuView {
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Fingerprint {
     online: Option<Vec<u8>>,
-    /// Those of the main thread, which nobody pins, that are online.
+    /// The CPUs of the main thread, which is never pinned, that are online.
     cpus: Option<CpuSet>,
 }
 
@@ -54,7 +54,7 @@ impl HostCpus {
     /// Reads all of it. To be called before a thread of this process is pinned.
     ///
     /// # Errors
-    /// When the kernel does not tell which CPUs this process may use, or has no descriptor left.
+    /// When the CPUs of this process cannot be read, or the kernel has no descriptor left.
     pub fn read() -> Result<Self, HostCpusError> {
         let online = File::open(ONLINE).ok();
         Ok(Self {
@@ -74,7 +74,7 @@ impl HostCpus {
         self.view.lock().allowed.clone()
     }
 
-    /// How the CPUs lie to each other, and which are online.
+    /// The CPUs' topology, and which are online.
     #[must_use]
     pub fn topology(&self) -> Arc<Topology> {
         Arc::clone(&self.view.lock().topology)
@@ -86,7 +86,7 @@ impl HostCpus {
         self.devices.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// The vCPUs of `device` are pinned to these CPUs, as far as `pins` knows when it is its turn.
+    /// Sets the CPUs that the vCPUs of `device` are pinned to. `pins` is called under the lock.
     pub fn set_pinned(&self, device: u32, pins: impl FnOnce() -> CpuSet) {
         let mut pinned = self.pinned.lock();
         let pins = pins();
@@ -113,7 +113,7 @@ impl HostCpus {
         self.version.load(Ordering::Acquire)
     }
 
-    /// Looks whether CPUs went offline or came back, or the cpuset changed; costs two system calls
+    /// Checks whether CPUs went offline or came back, or the cpuset changed. Costs two system calls
     /// when nothing has.
     pub fn refresh(&self) {
         let mut view = self.view.lock();
@@ -131,12 +131,12 @@ impl HostCpus {
                 *view = new;
                 self.version.fetch_add(1, Ordering::Release);
             }
-            // The old view stays, and the next look tries again.
+            // The old view stays, and the next refresh tries again.
             Err(error) => tracing::debug!("{error}"),
         }
     }
 
-    /// Tells whoever waits on [`HostCpus::wakeup_fd`].
+    /// Wakes the thread that waits on [`HostCpus::wakeup_fd`].
     pub fn notify(&self) {
         // Fails only when 2^64 are pending.
         let _ = rustix::io::write(&self.wakeup, &1u64.to_ne_bytes());
@@ -148,10 +148,10 @@ impl HostCpus {
         self.wakeup.as_fd()
     }
 
-    /// See [`HostCpus::wakeup_fd`].
+    /// Makes [`HostCpus::wakeup_fd`] unreadable again.
     pub fn clear_wakeup(&self) {
         let mut count = [0; 8];
-        // Fails only when it was not rung.
+        // Fails only when it was not notified.
         let _ = rustix::io::read(&self.wakeup, &mut count);
     }
 }
@@ -164,7 +164,18 @@ pub enum HostCpusError {
     Affinity(#[from] AffinityError),
     /// No descriptor is left.
     #[error("cannot make an eventfd: {0}; check the limits of this process")]
-    EventFd(io::Error),
+    EventFd(#[source] io::Error),
+}
+
+impl HostCpusError {
+    /// A name of the error for programs. It does not change.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Affinity(_) => "cpu-affinity-unreadable",
+            Self::EventFd(_) => "host-resources",
+        }
+    }
 }
 
 impl CpuView {
@@ -187,7 +198,7 @@ impl Fingerprint {
     }
 }
 
-/// As much of a file of sysfs as tells whether it changed.
+/// The start of a file of sysfs, which suffices to see whether it changed.
 fn read_start(file: &File) -> Option<Vec<u8>> {
     let mut text = [0; 256];
     let length = file.read_at(&mut text, 0).ok()?;
@@ -218,18 +229,18 @@ mod tests {
     }
 
     #[test]
-    fn the_bell_is_heard_once() {
+    fn a_notification_is_seen_once() {
         use rustix::event::{PollFd, PollFlags, Timespec, poll};
         let host = HostCpus::read().unwrap();
-        let heard = || {
+        let is_notified = || {
             let mut fds = [PollFd::from_borrowed_fd(host.wakeup_fd(), PollFlags::IN)];
             poll(&mut fds, Some(&Timespec::default())).unwrap() > 0
         };
-        assert!(!heard());
+        assert!(!is_notified());
         host.notify();
         host.notify();
-        assert!(heard());
+        assert!(is_notified());
         host.clear_wakeup();
-        assert!(!heard());
+        assert!(!is_notified());
     }
 }

@@ -1,25 +1,25 @@
 //! The host's interrupts and steering masks of one device, kept on its workers' CPUs.
 //!
-//! Nothing here is on the way of a frame: a look now and then compares where the workers stand and
-//! which queues the kernel has attached with what was seen last, and writes only what changed.
+//! The data path does not depend on it. From time to time it compares where the workers run and
+//! which queues the kernel has attached with the last state, and writes only what changed.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use virtionet_virtio_net::uplink::HostInterface;
+use virtionet_base::ReportOnce;
+use virtionet_control::v1 as report;
 use virtionet_placement::CpuSet;
 use virtionet_placement::interrupts::{
-    IrqAffinity, SettingKind, IrqAffinityManager, SettingOutcome, SettingRefusal, KernelPaths, TapWorkers, DesiredSettings, irqbalance_hint, desired_settings,
+    DesiredSettings, IrqAffinity, IrqAffinityManager, KernelPaths, SettingKind, SettingOutcome,
+    SettingRefusal, TapWorkers, desired_settings, irqbalance_hint,
 };
+use virtionet_virtio_net::uplink::HostInterface;
 
-use crate::net_device::{NetDevice, is_in_use};
-use virtionet_control::v1 as report;
-
-/// A NIC may join the bridge at any time: what is beside the TAP is looked up again this often.
+/// A NIC may join the bridge at any time, so the interfaces beside the TAP are read again this often.
 const RESCAN_INTERVAL: Duration = Duration::from_secs(5);
 
-/// See the module.
+/// Keeps the interrupts and steering masks of one device on its workers' CPUs.
 #[derive(Debug)]
 pub struct Interrupts {
     device: String,
@@ -36,11 +36,20 @@ struct State {
     desired_settings: DesiredSettings,
     outcomes: Vec<SettingOutcome>,
     notes: Vec<String>,
-    /// What the log has said.
-    reported: Vec<String>,
+    reports: ReportOnce<String, LogLine>,
+    /// A line changed too soon after the last, and is still to be logged.
+    is_report_pending: bool,
 }
 
-/// What settings follow from.
+/// A line for the log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct LogLine {
+    text: String,
+    /// It needs a person's attention.
+    is_warning: bool,
+}
+
+/// What the settings follow from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AffinityInput {
     /// The uplink's interface and its queues.
@@ -49,36 +58,25 @@ pub struct AffinityInput {
     pub workers: Vec<CpuSet>,
 }
 
-impl AffinityInput {
-    /// What there is to see of `card` now.
-    #[must_use]
-    pub fn of(net_device: &NetDevice) -> Option<Self> {
-        let mut workers = Vec::new();
-        for pair in net_device.pairs().filter(|pair| is_in_use(pair)) {
-            workers.resize_with(usize::from(pair.index()) + 1, CpuSet::default);
-            if let (Some(last), Some(placement)) = (workers.last_mut(), pair.placement()) {
-                *last = placement.decision.cpus;
-            }
-        }
-        let interface = net_device.uplink().host_interface()?;
-        (!workers.is_empty()).then_some(Self { interface, workers })
-    }
-}
-
 impl Interrupts {
-    /// Those of `device`; `ledger` is the process's.
+    /// Those of `device`; `irq_manager` is the process's.
     #[must_use]
     pub fn new(device: &str, mode: IrqAffinity, irq_manager: Arc<IrqAffinityManager>) -> Self {
         Self::with_roots(device, mode, irq_manager, KernelPaths::default())
     }
 
-    /// Those of a device that leaves them alone.
+    /// Those of a device that changes none of them.
     #[must_use]
     pub fn off(device: &str) -> Self {
         Self::new(device, IrqAffinity::Off, Arc::default())
     }
 
-    fn with_roots(device: &str, mode: IrqAffinity, irq_manager: Arc<IrqAffinityManager>, roots: KernelPaths) -> Self {
+    fn with_roots(
+        device: &str,
+        mode: IrqAffinity,
+        irq_manager: Arc<IrqAffinityManager>,
+        roots: KernelPaths,
+    ) -> Self {
         Self {
             device: device.to_owned(),
             mode,
@@ -88,7 +86,7 @@ impl Interrupts {
         }
     }
 
-    /// The device's queues are no queues of an interface of the host's.
+    /// Warns that the device's queues are not queues of an interface of the host.
     pub fn warn_if_unsupported(&self, uplink: &str) {
         if self.mode != IrqAffinity::Off {
             tracing::warn!(
@@ -99,43 +97,54 @@ impl Interrupts {
         }
     }
 
-    /// Brings the settings in line with what `observe` sees now; `None` where no front-end uses the
-    /// device, or its uplink is none of the host's.
+    /// Brings the settings in line with what `observe` returns, which is `None` if no front-end uses
+    /// the device, or its uplink is no interface of the host.
     pub fn reconcile(&self, observe: impl FnOnce() -> Option<AffinityInput>) {
         if self.mode == IrqAffinity::Off {
             return;
         }
-        // Looked at under the lock: who looked first also writes first.
+        // Observed under the lock, so that the thread that observed first also writes first.
         let mut state = self.state.lock();
         let input = observe();
-        let fresh = state.scanned_at.is_some_and(|at| at.elapsed() < RESCAN_INTERVAL);
+        let fresh = state
+            .scanned_at
+            .is_some_and(|at| at.elapsed() < RESCAN_INTERVAL);
         if state.input == input && (fresh || input.is_none()) {
+            if state.is_report_pending {
+                self.log_new_lines(&mut state);
+            }
             return;
         }
         // What another device held may be free by now.
-        let held = |outcome: &SettingOutcome| matches!(outcome.why, Some(SettingRefusal::OwnedByDevice(_)));
+        let held = |outcome: &SettingOutcome| {
+            matches!(outcome.why, Some(SettingRefusal::OwnedByDevice(_)))
+        };
         let changed = state.input != input || state.outcomes.iter().any(held);
-        let desired_settings = input.as_ref().map(|input| desired_settings(&self.roots, &tap_workers(input)));
+        let desired_settings = input
+            .as_ref()
+            .map(|input| desired_settings(&self.roots, &tap_workers(input)));
         let desired_settings = desired_settings.unwrap_or_default();
         state.scanned_at = Some(Instant::now());
         state.input = input;
         if changed || desired_settings != state.desired_settings {
             state.outcomes = match self.mode {
-                IrqAffinity::Apply => self.irq_manager.reconcile(&self.device, &desired_settings.settings),
+                IrqAffinity::Apply => self
+                    .irq_manager
+                    .reconcile(&self.device, &desired_settings.settings),
                 _ => IrqAffinityManager::preview(&desired_settings.settings),
             };
             state.notes = self.notes(&desired_settings, &state.outcomes);
             state.desired_settings = desired_settings;
-            self.report_once(&mut state);
+            self.log_new_lines(&mut state);
         }
     }
 
-    /// Puts everything back.
+    /// Restores everything.
     pub fn release(&self) {
         self.reconcile(|| None);
     }
 
-    /// What is set, or would be.
+    /// The settings made, or those that would be.
     #[must_use]
     pub fn report(&self) -> report::InterruptReport {
         let state = self.state.lock();
@@ -154,10 +163,15 @@ impl Interrupts {
         }
     }
 
-    /// What a person should know or do.
-    fn notes(&self, desired_settings: &DesiredSettings, outcomes: &[SettingOutcome]) -> Vec<String> {
+    /// Notes on what a person should know or do.
+    fn notes(
+        &self,
+        desired_settings: &DesiredSettings,
+        outcomes: &[SettingOutcome],
+    ) -> Vec<String> {
         let mut notes = desired_settings.notes.clone();
-        let denied = |outcome: &&SettingOutcome| matches!(outcome.why, Some(SettingRefusal::Denied(_)));
+        let denied =
+            |outcome: &&SettingOutcome| matches!(outcome.why, Some(SettingRefusal::Denied(_)));
         if let Some(first) = outcomes.iter().find(denied) {
             notes.push(format!(
                 "{} of {} interrupt and steering masks cannot be set, such as {} ({}); run virtionetd as root with /sys and /proc/irq writable, or use --irq-affinity=print and run its commands as root",
@@ -190,8 +204,13 @@ impl Interrupts {
         notes
     }
 
-    /// Says each thing once, and again only after it was otherwise.
-    fn report_once(&self, state: &mut State) {
+    /// Logs the settings and notes that are new.
+    fn log_new_lines(&self, state: &mut State) {
+        // Without a front-end nothing is set. For the next one, lines are logged that differ.
+        state.is_report_pending = false;
+        if state.input.is_none() {
+            return;
+        }
         let print = self.mode == IrqAffinity::Print;
         let reported = state.outcomes.iter().filter(|o| print || o.applied);
         let mut lines: Vec<String> = reported.map(|o| o.setting.command()).collect();
@@ -202,16 +221,17 @@ impl Interrupts {
                 lines.join("; ")
             )];
         }
-        for line in lines.iter().filter(|line| !state.reported.contains(line)) {
-            tracing::info!("{}: {line}", self.device);
-        }
-        for note in state.notes.iter().filter(|note| !state.reported.contains(note)) {
-            tracing::warn!("{}: {note}", self.device);
-        }
-        // A device that ended tells the same again to the next front-end only where it differs.
-        if state.input.is_some() {
-            lines.extend(state.notes.iter().cloned());
-            state.reported = lines;
+        let line = |is_warning| move |text| LogLine { text, is_warning };
+        let mut lines: Vec<LogLine> = lines.into_iter().map(line(false)).collect();
+        lines.extend(state.notes.iter().cloned().map(line(true)));
+        let kind = |line: &LogLine| line.text.clone();
+        let (due, is_pending) = state.reports.update(&lines, kind, Instant::now());
+        state.is_report_pending = is_pending;
+        for LogLine { text, is_warning } in due {
+            match is_warning {
+                true => tracing::warn!("{}: {text}", self.device),
+                false => tracing::info!("{}: {text}", self.device),
+            }
         }
     }
 }
@@ -270,7 +290,12 @@ mod tests {
             self.with_manager("vnet", mode, Arc::default())
         }
 
-        fn with_manager(&self, device: &str, mode: IrqAffinity, irq_manager: Arc<IrqAffinityManager>) -> Interrupts {
+        fn with_manager(
+            &self,
+            device: &str,
+            mode: IrqAffinity,
+            irq_manager: Arc<IrqAffinityManager>,
+        ) -> Interrupts {
             let roots = KernelPaths {
                 sys: self.0.join("sys"),
                 proc: self.0.join("proc"),
@@ -344,7 +369,7 @@ mod tests {
     }
 
     #[test]
-    fn what_another_device_held_is_taken_once_it_is_free() {
+    fn a_setting_that_another_device_owned_is_made_once_it_is_free() {
         let host = FakeHost::new("held");
         let irq_manager = Arc::new(IrqAffinityManager::default());
         let two = ["a", "b"];
@@ -383,7 +408,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_set_is_told_once_with_a_remedy() {
+    fn a_setting_that_cannot_be_made_is_noted_with_a_remedy() {
         let host = FakeHost::new("denied");
         let dir = host.0.join(xps(0));
         fs::remove_file(&dir).unwrap();

@@ -1,22 +1,31 @@
 //! The parts of the virtionetd program.
 //!
-//! Reading order, from the wire to the frame: [`supervisor`] (processes and threads), [`net_device`]
-//! (one device), [`queue_pair`] and [`worker`] (a queue pair and its thread), [`vring_slot`] (a
-//! running vring).
+//! Reading order, from the program to the frame: [`supervisor`] (devices and threads),
+//! [`net_device`] (one device), [`worker`] (a thread), [`pair_service`] (its turns), [`queue_pair`]
+//! and [`vring_slot`] (a queue pair and its vrings).
 
 pub mod advice;
 pub mod busy_poll;
+pub mod frontend_source;
 pub mod host_cpus;
 pub mod interrupts;
 pub mod logging;
 pub mod net_device;
+pub mod pair_service;
 pub mod placement_monitor;
 pub mod placer;
 pub mod queue_pair;
 pub mod report_builder;
+mod run_error;
 pub mod supervisor;
 pub mod sys;
 pub mod uplinks;
 pub mod vring_slot;
+pub mod waker;
 pub mod warning_log;
 pub mod worker;
+pub mod worker_event;
+pub mod worker_placement;
+pub mod worker_pool;
+
+pub use run_error::{DeviceFailure, RunError};

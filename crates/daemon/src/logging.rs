@@ -1,29 +1,42 @@
 //! The log: lines on stderr, with a time stamp unless the journal stamps them itself.
 
 use std::env;
+use std::error::Error;
 use std::fs::File;
 use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::ParseError;
 
 /// Why there can be no log.
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
     /// `RUST_LOG` cannot be read.
     #[error(
-        "RUST_LOG={text:?} is not a log filter ({why}): write one such as info or virtionetd=debug"
+        "RUST_LOG={text:?} is not a log filter ({source}): write one such as info or virtionetd=debug"
     )]
     Filter {
         /// What it says.
         text: String,
         /// What is wrong with it.
-        why: String,
+        source: ParseError,
     },
-    /// Somebody else logs already.
+    /// The process has a log already.
     #[error("the log is already set up ({0}): set it up only once in a process")]
-    Twice(String),
+    Twice(#[source] Box<dyn Error + Send + Sync>),
+}
+
+impl LogError {
+    /// A name of the error for programs. It does not change.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Filter { .. } => "log-filter-invalid",
+            Self::Twice(_) => "log-set-up-twice",
+        }
+    }
 }
 
 /// Starts logging on stderr. `verbosity` counts `-v`: 0 is info, 1 debug, more trace; the
@@ -48,7 +61,7 @@ pub fn init(verbosity: u8) -> Result<(), LogError> {
     } else {
         log.try_init()
     }
-    .map_err(|why| LogError::Twice(why.to_string()))
+    .map_err(LogError::Twice)
 }
 
 fn filter(verbosity: u8, rust_log: Option<&str>) -> Result<EnvFilter, LogError> {
@@ -60,9 +73,9 @@ fn filter(verbosity: u8, rust_log: Option<&str>) -> Result<EnvFilter, LogError> 
     let text = rust_log.filter(|text| !text.is_empty()).unwrap_or(level);
     EnvFilter::builder()
         .parse(text)
-        .map_err(|why| LogError::Filter {
+        .map_err(|source| LogError::Filter {
             text: text.into(),
-            why: why.to_string(),
+            source,
         })
 }
 

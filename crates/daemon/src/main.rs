@@ -1,12 +1,10 @@
-//! virtionetd: a guest's network card in a process of its own.
+//! virtionetd: a guest's network device in a process of its own.
 
 use std::process::ExitCode;
 
 use virtionet_config::Command;
 use virtionet_config::cli;
-use virtionetd::logging;
-use virtionetd::supervisor::{self, RunError};
-use virtionetd::sys;
+use virtionetd::{RunError, logging, supervisor, sys};
 
 fn main() -> ExitCode {
     sys::limit_malloc_arenas();
@@ -19,7 +17,7 @@ fn main() -> ExitCode {
         return exit(Err(error));
     }
     match supervisor::run(config) {
-        Err(error @ RunError::Usage(..)) => {
+        Err(error @ RunError::Usage { .. }) => {
             eprintln!("virtionetd: {error}");
             ExitCode::from(2)
         }

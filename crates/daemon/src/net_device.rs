@@ -1,51 +1,55 @@
 //! One virtio-net device: what a vhost-user session drives, made of queue pairs and an uplink.
 
-use std::os::fd::OwnedFd;
+mod backend;
+mod connection_log;
+
+use std::collections::BTreeSet;
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use parking_lot::Mutex;
+use virtionet_config::Poll;
+use virtionet_placement::{CpuSet, Warning, worker_name};
+use virtionet_vhost_user::BackendError;
 use virtionet_virtio_net::features::Features;
 use virtionet_virtio_net::uplink::Uplink;
-use virtionet_virtio_net::{DeviceQueue, QueueConfig};
-use virtionet_placement::Warning;
 use virtionet_virtqueue::memory::GuestMemory;
-use virtionet_vhost_user::{Backend, BackendError, VringStart};
 
 use crate::advice::{Adviser, QueueUsage};
-use virtionet_base::MAX_QUEUE_PAIRS;
-use virtionet_config::Poll;
-use crate::interrupts::{Interrupts, AffinityInput};
-use crate::queue_pair::QueuePair;
+use crate::interrupts::{AffinityInput, Interrupts};
 use crate::placer::Placer;
-use crate::busy_poll::BusyPoll;
-use crate::vring_slot::{VringFds, VringSlot};
+use crate::queue_pair::QueuePair;
+use crate::worker::Worker;
+use crate::worker_event::PairEvent;
+use crate::worker_placement::PlacementState;
+use crate::worker_pool::WorkerPool;
+use connection_log::ConnectionLog;
 
-/// See the module.
+/// A virtio-net device.
 #[derive(Debug)]
 pub struct NetDevice {
     name: String,
     uplink: Arc<dyn Uplink>,
     placer: Arc<Placer>,
+    pool: Arc<WorkerPool>,
     poll: Poll,
-    /// Made when their first ring starts: a front-end may use fewer than it might.
-    pairs: Vec<OnceLock<Arc<QueuePair>>>,
+    /// Each is made when its first vring starts: a front-end may use fewer than it may have.
+    pairs: Vec<OnceLock<ServedPair>>,
     frontend: Mutex<FrontendState>,
-    reported: Mutex<ConnectionReports>,
+    connection_log: ConnectionLog,
     interrupts: Interrupts,
     adviser: Adviser,
 }
 
-/// A front-end that connects again and again must not flood the log.
-const CONNECTION_REPORT_INTERVAL: Duration = Duration::from_secs(1);
-
-/// What the log says of connections.
-#[derive(Debug, Default)]
-struct ConnectionReports {
-    /// When it last told of one.
-    last: Option<Instant>,
-    /// Whether it told of the present one.
-    is_reported: bool,
+/// A queue pair and the worker that serves it.
+#[derive(Debug)]
+pub struct ServedPair {
+    /// The queue pair.
+    pub pair: Arc<QueuePair>,
+    /// Its worker.
+    pub worker: Arc<Worker>,
+    /// The queue pair's position among those of the worker.
+    position: u16,
 }
 
 /// What is known of the front-end.
@@ -53,7 +57,7 @@ struct ConnectionReports {
 pub struct FrontendState {
     /// A front-end is connected.
     pub connected: bool,
-    /// Its process id, where the kernel tells.
+    /// Its process id, if the kernel tells it.
     pub pid: Option<u32>,
     /// Virtio features in force.
     pub features: Features,
@@ -61,37 +65,17 @@ pub struct FrontendState {
     pub protocol_features: u64,
     /// The guest's memory.
     pub memory: Arc<GuestMemory>,
-    /// The MTU that the front-end told.
+    /// The MTU that the front-end set.
     pub mtu: Option<u16>,
     /// Queue pairs that the front-end has for the driver, as far as it has named them.
     pub pairs: u16,
-}
-
-/// Which ring of a pair.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum VringRole {
-    Rx,
-    Tx,
-}
-
-/// Calls `$body` with the slot of whichever half.
-macro_rules! with_slot {
-    ($pair:expr, $role:expr, $slot:ident => $body:expr) => {
-        match $role {
-            VringRole::Rx => {
-                let $slot = $pair.rx();
-                $body
-            }
-            VringRole::Tx => {
-                let $slot = $pair.tx();
-                $body
-            }
-        }
-    };
+    /// A vring was started since it connected.
+    pub has_started_vring: bool,
 }
 
 impl NetDevice {
-    /// A device called `name` with up to `max_queue_pairs` queue pairs.
+    /// A device called `name` with up to `max_queue_pairs` queue pairs, whose workers come from
+    /// `pool`.
     #[must_use]
     pub fn new(
         name: &str,
@@ -99,21 +83,23 @@ impl NetDevice {
         uplink: Arc<dyn Uplink>,
         placer: Placer,
         poll: Poll,
+        pool: Arc<WorkerPool>,
     ) -> Self {
         Self {
             name: name.to_owned(),
             uplink,
             placer: Arc::new(placer),
+            pool,
             poll,
             pairs: (0..max_queue_pairs).map(|_| OnceLock::new()).collect(),
             frontend: Mutex::default(),
-            reported: Mutex::default(),
+            connection_log: ConnectionLog::default(),
             interrupts: Interrupts::off(name),
             adviser: Adviser::new(name, None, None),
         }
     }
 
-    /// The same with these to look after its interrupts and to advise its guest.
+    /// The same device with these to manage its interrupts and to advise its guest.
     #[must_use]
     pub fn with(mut self, interrupts: Interrupts, adviser: Adviser) -> Self {
         if self.uplink.host_interface().is_none() {
@@ -154,80 +140,96 @@ impl NetDevice {
         self.adviser.current()
     }
 
-    /// Brings in line what hangs on the workers' places and the guest's choice of pairs.
-    fn reconcile_dependents(&self) {
-        self.interrupts.reconcile(|| AffinityInput::of(self));
-        self.adviser.update(|| QueueUsage::of(self), Instant::now());
+    /// What is wrong with the placement of vCPUs and workers.
+    #[must_use]
+    pub fn warnings(&self) -> Vec<Warning> {
+        self.placer.warnings()
     }
 
-    /// The queue pairs that have been used so far.
-    pub fn pairs(&self) -> impl Iterator<Item = &Arc<QueuePair>> {
+    /// The queue pairs that have been used so far, with their workers.
+    pub fn pairs(&self) -> impl Iterator<Item = &ServedPair> {
         self.pairs.iter().filter_map(OnceLock::get)
     }
 
-    /// The pair and half that ring `index` is, if that pair has been used.
-    fn vring(&self, index: u16) -> Option<(&Arc<QueuePair>, VringRole)> {
-        let pair = self.pairs.get(usize::from(index / 2))?.get()?;
-        Some((pair, vring_role(index)))
+    fn pairs_in_use(&self) -> impl Iterator<Item = &ServedPair> {
+        self.pairs().filter(|served| served.pair.is_in_use())
     }
 
-    /// The same, made now if it has not.
-    fn vring_or_create(&self, index: u16) -> Result<(&Arc<QueuePair>, VringRole), BackendError> {
-        let slot = self.pairs.get(usize::from(index / 2)).ok_or_else(|| {
-            BackendError::new(format!(
-                "ring {index} is beyond the {} queue pairs of {}; start virtionetd with more --queues",
-                self.pairs.len(),
-                self.name
-            ))
-        })?;
-        if slot.get().is_none() {
-            let pair = QueuePair::new(index / 2, &self.name, Arc::clone(&self.placer)).map_err(|e| {
-                BackendError::new(format!(
-                    "cannot make queue pair {}: {e}; raise the limit of open files",
-                    index / 2
-                ))
-            })?;
-            // Only the session thread makes pairs, so none was put there meanwhile.
-            let _ = slot.set(Arc::new(pair));
+    /// Queue pair `index`, which is made now if it does not exist. `vring` is the vring that needs
+    /// it.
+    fn pair_or_create(&self, index: u16, vring: u16) -> Result<&ServedPair, BackendError> {
+        let no_such_pair = || BackendError::NoSuchQueuePair {
+            index: vring,
+            queue_pairs: self.pairs.len(),
+            device: self.name.clone(),
+        };
+        let place = self
+            .pairs
+            .get(usize::from(index))
+            .ok_or_else(no_such_pair)?;
+        if let Some(served) = place.get() {
+            return Ok(served);
         }
-        self.vring(index)
-            .ok_or_else(|| BackendError::new(format!("ring {index} does not exist")))
+        let served = self.create_pair(index)?;
+        Ok(place.get_or_init(|| served))
+    }
+
+    /// A queue pair with its queue of the uplink, and a worker that has not started.
+    fn create_pair(&self, index: u16) -> Result<ServedPair, BackendError> {
+        let name = worker_name(&self.name, u32::from(index));
+        let placement = PlacementState::new(Arc::clone(&self.placer), index);
+        let worker = self
+            .pool
+            .add_worker(name, self.poll, placement)
+            .map_err(|source| BackendError::QueuePair {
+                pair: index,
+                source,
+            })?;
+        let pair = Arc::new(QueuePair::new(index, &self.name, worker.waker().clone()));
+        let position = worker.add_pair(Arc::clone(&pair));
+        let served = ServedPair {
+            pair,
+            worker,
+            position,
+        };
+        if let Err(error) = self.open_uplink(&served) {
+            self.pool.remove_worker(&served.worker);
+            return Err(error);
+        }
+        Ok(served)
+    }
+
+    fn open_uplink(&self, served: &ServedPair) -> Result<(), BackendError> {
+        let queue = served
+            .pair
+            .open_uplink(&*self.uplink)
+            .map_err(|error| BackendError::Uplink(error.into()))?;
+        if let Some(fd) = queue.poll_fd() {
+            served
+                .worker
+                .watch_pair(served.position, PairEvent::UplinkReadable, &fd)
+                .map_err(|source| BackendError::UplinkWatch { source })?;
+        }
+        served.pair.set_uplink(queue);
+        Ok(())
     }
 
     /// The number of pairs that the driver uses decides which vCPUs each of them serves.
     fn update_active_pairs(&self) {
-        let count = self.pairs().filter(|pair| is_in_use(pair)).count();
-        if self
-            .placer
-            .set_active_pairs(u32::try_from(count).unwrap_or(u32::MAX))
-        {
-            self.pairs().for_each(|pair| pair.wake());
+        let count = u32::try_from(self.pairs_in_use().count()).unwrap_or(u32::MAX);
+        if self.placer.set_active_pairs(count) {
+            self.wake_all();
         }
     }
 
-    /// Brings all that hangs on whether a ring is live in line with it.
-    fn apply_vring_state(&self, pair: &QueuePair, role: VringRole) {
-        if role == VringRole::Rx {
-            self.update_active_pairs();
-            pair.apply_rx_state();
-        } else {
-            pair.wake();
-        }
+    fn wake_all(&self) {
+        self.pairs().for_each(|served| served.pair.wake());
     }
 
-    /// The protocol has no message for "more pairs than you have": a front-end that wants more just
-    /// hangs up, before the device has any use (QEMU then tries again at once).
-    fn log_disconnect(&self, frontend: &FrontendState) {
-        let unused = frontend.protocol_features != 0 && frontend.features == Features::default();
-        if unused && self.max_queue_pairs() < MAX_QUEUE_PAIRS {
-            tracing::warn!(
-                "{0}: front-end gone before it used the device; if it asked for more than {1} queue pairs, raise --queues {1} or lower queues= of QEMU's -netdev vhost-user",
-                self.name,
-                self.pairs.len()
-            );
-        } else {
-            tracing::info!("{}: front-end gone", self.name);
-        }
+    /// Reads again where the receiveq's memory is.
+    fn update_memory_node(&self, pair: &QueuePair, memory: &GuestMemory) -> bool {
+        let node = pair.update_memory_node(memory);
+        self.placer.set_memory_node(pair.index(), node)
     }
 
     /// Whether there is a front-end whose vCPUs and memory may move.
@@ -235,230 +237,64 @@ impl NetDevice {
         self.placer.is_connected()
     }
 
-    /// Looks whether workers should stand elsewhere, and has them go there.
+    /// Checks whether workers belong elsewhere, and moves those.
     pub(crate) fn refresh_placement(&self) {
         if !self.has_frontend() {
             return;
         }
-        let mut changed = self.placer.refresh();
+        let mut has_changed = self.placer.refresh();
         if self.placer.has_several_nodes() {
             let memory = Arc::clone(&self.frontend.lock().memory);
-            self.pairs().for_each(|pair| changed |= pair.update_memory_node(&memory));
+            for served in self.pairs() {
+                has_changed |= self.update_memory_node(&served.pair, &memory);
+            }
         }
-        if changed {
-            self.pairs().for_each(|pair| pair.wake());
+        if has_changed {
+            self.wake_all();
         } else {
-            self.pairs().for_each(|pair| pair.check_affinity());
+            self.pairs()
+                .for_each(|served| served.worker.check_affinity());
         }
         self.placer.update_warnings();
         self.reconcile_dependents();
     }
 
-    /// What is wrong with how vCPUs and workers stand.
-    #[must_use]
-    pub fn warnings(&self) -> Vec<Warning> {
-        self.placer.warnings()
+    /// Brings in line what depends on the workers' placement and on the guest's use of queue pairs.
+    fn reconcile_dependents(&self) {
+        self.interrupts.reconcile(|| self.affinity_input());
+        self.adviser.update(|| self.queue_usage(), Instant::now());
     }
 
-    fn set_format(&self, features: Features) {
-        if let Err(error) = self.uplink.set_format(features.format()) {
-            tracing::error!(
-                "{}: the uplink cannot be set to the offloads that the guest took: {error}",
-                self.name
-            );
-        }
-    }
-}
-
-/// Whether the driver uses the pair.
-pub(crate) fn is_in_use(pair: &QueuePair) -> bool {
-    pair.rx().is_enabled() && pair.rx().size() > 0
-}
-
-fn vring_role(index: u16) -> VringRole {
-    match index % 2 {
-        0 => VringRole::Rx,
-        _ => VringRole::Tx,
-    }
-}
-
-impl Backend for NetDevice {
-    fn features(&self) -> u64 {
-        Features::offered().0
+    /// How the guest uses its queue pairs now; `None` while it uses none.
+    fn queue_usage(&self) -> Option<QueueUsage> {
+        let frontend = self.frontend();
+        // Between them, the queue pairs in use have all vCPUs.
+        let vcpus: BTreeSet<u32> = self
+            .pairs_in_use()
+            .filter_map(|served| served.worker.placement())
+            .flat_map(|placement| placement.decision.vcpus)
+            .collect();
+        let enabled = u16::try_from(self.pairs_in_use().count()).unwrap_or(u16::MAX);
+        (frontend.connected && enabled > 0).then(|| QueueUsage {
+            offered: frontend.pairs,
+            enabled,
+            multiqueue: frontend.features.names().contains(&"MQ"),
+            vcpus: u16::try_from(vcpus.len()).ok().filter(|count| *count > 0),
+        })
     }
 
-    fn max_queue_pairs(&self) -> u16 {
-        u16::try_from(self.pairs.len()).unwrap_or(u16::MAX)
-    }
-
-    fn on_connect(&self, pid: Option<u32>) {
-        self.placer
-            .connected(pid.and_then(|pid| i32::try_from(pid).ok()));
-        *self.frontend.lock() = FrontendState {
-            connected: true,
-            pid,
-            ..FrontendState::default()
-        };
-        let mut reported = self.reported.lock();
-        reported.is_reported = reported.last.is_none_or(|last| last.elapsed() >= CONNECTION_REPORT_INTERVAL);
-        if reported.is_reported {
-            reported.last = Some(Instant::now());
-            tracing::info!(
-                "{}: front-end connected{}; it may use up to {} queue pairs (--queues)",
-                self.name,
-                pid.map_or(String::new(), |pid| format!(" (process {pid})")),
-                self.pairs.len()
-            );
-        }
-    }
-
-    fn set_protocol_features(&self, protocol_features: u64) {
-        self.frontend.lock().protocol_features = protocol_features;
-    }
-
-    fn set_features(&self, acked: u64) {
-        let features = Features(acked);
-        self.frontend.lock().features = features;
-        self.set_format(features);
-        tracing::debug!("{}: driver took {:?}", self.name, features.names());
-    }
-
-    fn set_memory(&self, memory: &Arc<GuestMemory>) {
-        self.frontend.lock().memory = Arc::clone(memory);
-        for pair in self.pairs() {
-            for role in [VringRole::Rx, VringRole::Tx] {
-                if let Err(error) = with_slot!(pair, role, slot => slot.rebind(memory)) {
-                    tracing::error!(
-                        "{pair}: the {role:?} ring is not in the new memory table and was stopped: {error}"
-                    );
-                    self.apply_vring_state(pair, role);
-                }
+    /// What the settings of interrupts follow from now; `None` while the guest uses no queue pair,
+    /// and where the uplink is no interface of the host.
+    fn affinity_input(&self) -> Option<AffinityInput> {
+        let mut workers = Vec::new();
+        for served in self.pairs_in_use() {
+            workers.resize_with(usize::from(served.pair.index()) + 1, CpuSet::default);
+            let placement = served.worker.placement();
+            if let (Some(last), Some(placement)) = (workers.last_mut(), placement) {
+                *last = placement.decision.cpus;
             }
         }
+        let interface = self.uplink.host_interface()?;
+        (!workers.is_empty()).then_some(AffinityInput { interface, workers })
     }
-
-    fn start_vring(&self, index: u16, start: VringStart) -> Result<(), BackendError> {
-        let (pair, role) = self.vring_or_create(index)?;
-        pair.open_uplink(&*self.uplink)
-            .map_err(|e| BackendError::new(e.to_string()))?;
-        if role == VringRole::Rx {
-            pair.set_rx_ring_address(start.layout.desc);
-            pair.update_memory_node(&start.memory);
-        }
-        let near = pair
-            .memory_node()
-            .filter(|_| self.placer.has_several_nodes());
-        let started = with_memory_node(
-            near,
-            || with_slot!(pair, role, slot => start_vring(slot, start)),
-        );
-        started.map_err(|e| BackendError::new(format!("ring {index} cannot start: {e}")))?;
-        pair.start_worker(BusyPoll::new(self.poll)).map_err(|e| {
-            BackendError::new(format!(
-                "cannot start the worker of queue pair {}: {e}; raise the limit of threads",
-                pair.index()
-            ))
-        })?;
-        self.apply_vring_state(pair, role);
-        Ok(())
-    }
-
-    fn stop_vring(&self, index: u16) -> Option<u32> {
-        let (pair, role) = self.vring(index)?;
-        let base = with_slot!(pair, role, slot => slot.stop());
-        self.apply_vring_state(pair, role);
-        base
-    }
-
-    fn set_enabled(&self, index: u16, enabled: bool) {
-        if let Some((pair, role)) = self.vring(index) {
-            with_slot!(pair, role, slot => slot.set_enabled(enabled));
-            self.apply_vring_state(pair, role);
-        }
-    }
-
-    fn set_kick(&self, index: u16, kick: Option<Arc<OwnedFd>>) -> Result<(), BackendError> {
-        let Some((pair, role)) = self.vring(index) else {
-            return Ok(());
-        };
-        with_slot!(pair, role, slot => slot.set_kick(kick)).map_err(|e| {
-            BackendError::new(format!(
-                "the kick descriptor of ring {index} cannot be polled: {e}"
-            ))
-        })?;
-        pair.wake();
-        Ok(())
-    }
-
-    fn set_call(&self, index: u16, call: Option<Arc<OwnedFd>>) {
-        if let Some((pair, role)) = self.vring(index) {
-            with_slot!(pair, role, slot => slot.set_call(call));
-        }
-    }
-
-    fn on_vring_announced(&self, index: u16) {
-        let mut frontend = self.frontend.lock();
-        frontend.pairs = frontend.pairs.max(index / 2 + 1);
-    }
-
-    fn set_err(&self, index: u16, err: Option<Arc<OwnedFd>>) {
-        if let Some((pair, role)) = self.vring(index) {
-            with_slot!(pair, role, slot => slot.set_err(err));
-        }
-    }
-
-    fn set_mtu(&self, mtu: u16) -> Result<(), BackendError> {
-        self.uplink
-            .set_mtu(mtu)
-            .map_err(|e| BackendError::new(e.to_string()))?;
-        self.frontend.lock().mtu = Some(mtu);
-        Ok(())
-    }
-
-    fn on_disconnect(&self) {
-        self.placer.disconnected();
-        self.pairs().for_each(|pair| pair.stop_worker());
-        self.pairs().for_each(|pair| pair.join_worker());
-        // A worker's last word about its uplink may have come after ours.
-        self.pairs().for_each(|pair| pair.reconcile_uplink());
-        self.pairs().for_each(|pair| pair.clear_memory_location());
-        self.interrupts.release();
-        self.adviser.reset();
-        let frontend = std::mem::take(&mut *self.frontend.lock());
-        if self.reported.lock().is_reported {
-            self.log_disconnect(&frontend);
-        }
-    }
-}
-
-/// What `work` allocates anew comes from `node`, where that is known: a ring's bookkeeping is made
-/// by the session thread, which may run anywhere.
-fn with_memory_node<T>(node: Option<u32>, work: impl FnOnce() -> T) -> T {
-    if node.is_none() {
-        return work();
-    }
-    virtionet_placement::prefer_node(node);
-    let done = work();
-    virtionet_placement::prefer_node(None);
-    done
-}
-
-fn start_vring<Q: DeviceQueue>(
-    slot: &VringSlot<Q>,
-    start: VringStart,
-) -> Result<(), crate::vring_slot::VringStartError> {
-    slot.set_enabled(start.enabled);
-    let config = QueueConfig {
-        layout: start.layout,
-        base: start.base,
-        features: Features(start.features),
-        memory: start.memory,
-        stats: Arc::clone(slot.stats()),
-    };
-    let fds = VringFds {
-        kick: start.kick,
-        call: start.call,
-        err: start.err,
-    };
-    slot.start(config, fds)
 }

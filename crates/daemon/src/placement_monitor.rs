@@ -1,8 +1,8 @@
-//! Following the guests: one thread for all devices that looks, while a front-end is connected,
-//! whether vCPUs were pinned elsewhere, CPUs went offline or came back, or the cpuset changed; and
-//! has the workers go after them. Without a front-end it sleeps.
+//! A thread for all devices that checks, while a front-end is connected, whether vCPUs were pinned
+//! elsewhere, CPUs went offline or came back, or the cpuset changed, and makes the workers follow.
+//! Without a front-end it sleeps.
 //!
-//! The kernel tells nobody when a thread's affinity changes, so there is nothing to wait for. A look
+//! The kernel has no notification of a change of a thread's affinity, so the thread polls. A check
 //! costs some microseconds: see [`virtionet_placement::VcpuWatch`].
 
 use std::io;
@@ -13,10 +13,10 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::net_device::NetDevice;
 use crate::host_cpus::HostCpus;
+use crate::net_device::NetDevice;
 
-/// Time between two looks: with it a worker follows its vCPU well within a second.
+/// Time between two checks, so that a worker follows its vCPU well within a second.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
 const STACK_SIZE: usize = 256 * 1024;
 
@@ -24,33 +24,37 @@ const STACK_SIZE: usize = 256 * 1024;
 ///
 /// # Errors
 /// When the kernel refuses a thread.
-pub fn start<T: Send + 'static>(
+pub fn start(
     net_devices: Vec<Arc<NetDevice>>,
     host: Arc<HostCpus>,
     stop: Arc<OwnedFd>,
-    ended: T,
-) -> io::Result<JoinHandle<T>> {
+) -> io::Result<JoinHandle<()>> {
     std::thread::Builder::new()
         .name("placer".into())
         .stack_size(STACK_SIZE)
         .spawn(move || {
             while wait(&net_devices, &host, stop.as_fd()) {
                 host.refresh();
-                net_devices.iter().for_each(|net_device| net_device.refresh_placement());
+                net_devices
+                    .iter()
+                    .for_each(|net_device| net_device.refresh_placement());
             }
-            ended
         })
 }
 
-/// Waits for the next look; false when there is to be none.
+/// Waits for the next check; false when the thread must end.
 fn wait(net_devices: &[Arc<NetDevice>], host: &HostCpus, stop: BorrowedFd<'_>) -> bool {
-    let busy = net_devices.iter().any(|net_device| net_device.has_frontend());
-    let timeout = busy.then(|| Timespec::try_from(POLL_INTERVAL).ok()).flatten();
+    let busy = net_devices
+        .iter()
+        .any(|net_device| net_device.has_frontend());
+    let timeout = busy
+        .then(|| Timespec::try_from(POLL_INTERVAL).ok())
+        .flatten();
     let mut fds = [
         PollFd::from_borrowed_fd(stop, PollFlags::IN),
         PollFd::from_borrowed_fd(host.wakeup_fd(), PollFlags::IN),
     ];
-    // Interrupted: one look more.
+    // If it is interrupted, one check more does no harm.
     let _ = poll(&mut fds, timeout.as_ref());
     if !fds[1].revents().is_empty() {
         host.clear_wakeup();

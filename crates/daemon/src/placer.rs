@@ -1,9 +1,9 @@
-//! Placement of one device's workers: what is known of the front-end's vCPUs, shared by them.
+//! Placement of one device's workers, from what is known of the front-end's vCPUs.
 //!
 //! The workers ask, never the session thread: QEMU serves no QMP while it waits for an answer on
-//! the vhost-user socket. While a front-end is connected, `placement_monitor.rs` has it look whether anything
-//! changed: the vCPU threads, their affinity, the CPUs of this process. If so the generation goes
-//! up, and workers that are woken ask again.
+//! the vhost-user socket. While a front-end is connected, the placement monitor calls
+//! [`Placer::refresh`], which checks whether anything changed: the vCPU threads, their affinity, the
+//! CPUs of this process. If so, the generation goes up, and workers that are woken ask again.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -12,19 +12,21 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use virtionet_placement::{CpuSet, Decision, PlacementPlanner, VcpuChange, VcpuSource, VcpuMap, Warning, VcpuWatch};
+use virtionet_placement::{
+    CpuSet, Decision, PlacementPlanner, VcpuChange, VcpuMap, VcpuSource, VcpuWatch, Warning,
+};
 
 use crate::host_cpus::HostCpus;
-use crate::warning_log::ReportOnce;
+use crate::warning_log::WarningLog;
 
-/// How soon vCPU threads may be looked for again, when their number changed or none was found.
-/// Without success twice as late each time.
+/// How soon vCPU threads may be searched for again when their number changed or none was found. The
+/// time doubles with each search without success.
 const MIN_SEARCH_INTERVAL: Duration = Duration::from_secs(1);
 const MAX_SEARCH_INTERVAL: Duration = Duration::from_secs(8);
 /// The same where QEMU's monitor had to be asked: it may have other uses.
 const QMP_SEARCH_INTERVAL: Duration = Duration::from_secs(5);
 
-/// See the module.
+/// Decides where the workers of one device run.
 #[derive(Debug)]
 pub struct Placer {
     /// The device's name, for the log.
@@ -41,10 +43,10 @@ pub struct Placer {
     generation: AtomicU32,
     /// Workers should ask again and have not been woken.
     wake_pending: AtomicBool,
-    /// NUMA nodes of the pairs' rings. Apart: the session thread tells them, and must not wait for a
-    /// monitor that is being asked.
+    /// NUMA nodes of the pairs' rings. They have a lock of their own: the session thread sets
+    /// them and must not wait for a monitor that is being asked.
     nodes: Mutex<BTreeMap<u32, Option<u32>>>,
-    reported: Mutex<ReportOnce>,
+    warning_log: Mutex<WarningLog>,
 }
 
 #[derive(Debug)]
@@ -65,13 +67,13 @@ struct PlacerState {
 struct DiscoveredVcpus {
     map: VcpuMap,
     watch: VcpuWatch,
-    /// They should be looked for again.
+    /// They should be searched for again.
     stale: bool,
-    /// A thread of its own is at it.
+    /// A thread of its own is searching for them.
     searching: bool,
-    /// Not before this.
+    /// The earliest time of the next search.
     search_at: Instant,
-    /// How long that is after the last time.
+    /// The time between the last two searches.
     pause: Duration,
 }
 
@@ -97,8 +99,14 @@ impl Placer {
             generation: AtomicU32::new(0),
             wake_pending: AtomicBool::new(false),
             nodes: Mutex::default(),
-            reported: Mutex::default(),
+            warning_log: Mutex::default(),
         }
+    }
+
+    /// The device's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// A front-end of this process id has connected.
@@ -116,7 +124,7 @@ impl Placer {
     /// The front-end is gone.
     pub fn disconnected(&self) {
         self.connected.store(false, Ordering::Release);
-        self.reported.lock().clear_current();
+        self.warning_log.lock().clear_current();
         self.host.set_pinned(self.device, CpuSet::default);
     }
 
@@ -126,7 +134,7 @@ impl Placer {
         self.connected.load(Ordering::Acquire)
     }
 
-    /// The driver now uses `pairs` pairs; true when that is news.
+    /// Sets the number of queue pairs that the driver uses; true when it changed.
     pub fn set_active_pairs(&self, pairs: u32) -> bool {
         let changed = self.pairs.swap(pairs.max(1), Ordering::Relaxed) != pairs.max(1);
         if changed {
@@ -163,14 +171,14 @@ impl Placer {
         self.generation.load(Ordering::Relaxed)
     }
 
-    /// Where the worker of `pair` stands. The first to ask looks for the vCPUs, which takes
+    /// Where the worker of `pair` should run. The first call searches for the vCPUs, which takes
     /// milliseconds, or up to 2 s when a monitor has to be asked and does not answer.
     #[must_use]
     pub fn decide(&self, pair: u16) -> Decision {
         let mut known = self.known.lock();
         let known = &mut *known;
         if known.apply_host_changes(&self.host, self.device) {
-            // This worker is the first to know: the others are yet to be woken.
+            // This worker is the first to notice, so the others must be woken.
             self.generation.fetch_add(1, Ordering::Relaxed);
             self.wake_pending.store(true, Ordering::Relaxed);
         }
@@ -199,9 +207,9 @@ impl Placer {
         decision.unwrap_or_else(|| known.planner.place(&found.map, u32::from(pair), pairs))
     }
 
-    /// Lets the placers of other devices know where this one's vCPUs are pinned.
+    /// Publishes where this device's vCPUs are pinned, for the placers of other devices.
     fn publish_pins(&self, planner: &PlacementPlanner, map: &VcpuMap) {
-        // Asked when nobody else can tell: a front-end that has gone meanwhile pins nothing.
+        // Checked under the lock: a front-end that has gone meanwhile pins nothing.
         self.host
             .set_pinned(self.device, || match self.is_connected() {
                 true => planner.pinned(map),
@@ -209,20 +217,20 @@ impl Placer {
             });
     }
 
-    /// The kernel refused what was decided: the host may have changed since it was last looked at.
+    /// The kernel refused what was decided: the host may have changed since the last refresh.
     pub fn invalidate(&self) {
         self.host.refresh();
         self.generation.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Looks whether anything changed that decisions depend on; true when workers should ask again.
+    /// Checks whether anything changed that decisions depend on; true when workers should ask again.
     pub fn refresh(self: &Arc<Self>) -> bool {
-        // Somebody who is at it has news of his own.
+        // Another thread holds the lock and will report any change.
         let Some(mut known) = self.known.try_lock() else {
             return false;
         };
-        let mut changed =
-            known.apply_host_changes(&self.host, self.device) | self.wake_pending.swap(false, Ordering::Relaxed);
+        let mut changed = known.apply_host_changes(&self.host, self.device)
+            | self.wake_pending.swap(false, Ordering::Relaxed);
         let (pid, session) = (known.pid, known.session);
         let PlacerState { planner, found, .. } = &mut *known;
         let Some(found) = found else {
@@ -233,7 +241,7 @@ impl Placer {
             VcpuChange::AffinityChanged => changed |= found.refresh(planner),
             VcpuChange::ThreadsChanged => {
                 found.stale = true;
-                // Some may have moved as well, and the search may have to wait.
+                // Others may have moved as well, and the search may come later.
                 changed |= found.refresh_alive(planner);
             }
         }
@@ -252,7 +260,7 @@ impl Placer {
         changed
     }
 
-    /// The same as [`Placer::search`] in a thread of its own: a monitor may take its time, and
+    /// Calls [`Placer::search`] in a thread of its own, because a monitor may answer late, and
     /// neither workers that ask nor other devices must wait for it.
     fn spawn_search(
         self: &Arc<Self>,
@@ -270,7 +278,7 @@ impl Placer {
         thread.spawn(search).map(|_| ())
     }
 
-    /// Looks for the vCPU threads again; true when they are others than before.
+    /// Searches for the vCPU threads again; true when they changed.
     fn search(&self, planner: &PlacementPlanner, pid: Option<i32>, session: u32) -> bool {
         let mut new = DiscoveredVcpus::search(planner, pid);
         let mut known = self.known.lock();
@@ -281,7 +289,7 @@ impl Placer {
         let mut map = old.map.clone();
         planner.refresh(&mut map);
         if new.stale && map.vcpus.iter().any(|vcpu| vcpu.cpus.is_some()) {
-            // A monitor that is busy just now takes nothing away from what is known.
+            // A monitor that does not answer now does not make the known threads invalid.
             new.watch = planner.watch(pid, &map);
             new.map = map;
         }
@@ -293,10 +301,10 @@ impl Placer {
         changed
     }
 
-    /// Says in the log what is wrong with how vCPUs and workers stand, each thing once.
+    /// Updates the warnings about the placement of vCPUs and workers, and logs those that are new.
     pub fn update_warnings(&self) {
         let state = (self.generation(), self.pairs.load(Ordering::Relaxed));
-        if self.reported.lock().is_current(state) {
+        if self.warning_log.lock().is_current(state) {
             return;
         }
         let (_, pairs) = state;
@@ -311,25 +319,25 @@ impl Placer {
             let in_use = usize::try_from(pairs).ok().and_then(|n| decisions.get(..n));
             let current = (*of, *with) == state;
             let Some(in_use) = in_use.filter(|_| current) else {
-                // Workers have yet to ask.
+                // The workers have not asked since the last change.
                 return;
             };
             known.planner.warnings(&found.map, in_use)
         };
-        let mut reported = self.reported.lock();
+        let mut log = self.warning_log.lock();
         if !self.is_connected() {
-            // It went meanwhile, and what was in force with it.
+            // The front-end has gone meanwhile, and its warnings with it.
             return;
         }
-        for warning in reported.update(state, warnings, Instant::now()) {
+        for warning in log.update(state, warnings, Instant::now()) {
             tracing::warn!("{}: {warning}", self.name);
         }
     }
 
-    /// What is wrong now.
+    /// The warnings in force.
     #[must_use]
     pub fn warnings(&self) -> Vec<Warning> {
-        self.reported.lock().current().to_vec()
+        self.warning_log.lock().current().to_vec()
     }
 }
 
@@ -341,7 +349,8 @@ impl PlacerState {
         if changed {
             self.host = version;
             self.planner.set_host(host.allowed(), host.topology());
-            self.planner.set_pinned_by_others(host.pinned_by_others(device));
+            self.planner
+                .set_pinned_by_others(host.pinned_by_others(device));
             self.decisions = None;
         }
         changed
@@ -566,7 +575,8 @@ mod tests {
         let host = Arc::new(HostCpus::read().unwrap());
         let path = std::env::temp_dir().join(format!("placer-{}.qmp", std::process::id()));
         let silent = std::os::unix::net::UnixListener::bind(&path).unwrap();
-        let planner = PlacementPlanner::new(Placement::Auto, host.allowed(), Some(path.clone())).unwrap();
+        let planner =
+            PlacementPlanner::new(Placement::Auto, host.allowed(), Some(path.clone())).unwrap();
         let planner = planner.with_qmp_timeout(Duration::from_millis(200));
         let placer = Arc::new(Placer::new("test", planner, host));
         placer.connected(None);

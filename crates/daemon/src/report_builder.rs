@@ -1,18 +1,18 @@
-//! From the running devices to a report of them.
+//! Builds the control API's report of the running devices.
 
 use std::sync::Arc;
 
+use virtionet_config::{DeviceConfig, Socket};
+use virtionet_control::v1 as report;
+use virtionet_vhost_user::VringState;
+use virtionet_vhost_user::protocol_features::names as protocol_names;
 use virtionet_virtio_net::DeviceQueue;
 use virtionet_virtio_net::stats::{VringStats, WorkerStats};
-use virtionet_vhost_user::protocol_features::names as protocol_names;
 
-use crate::net_device::NetDevice;
-use virtionet_config::{DeviceConfig, Socket};
-use crate::queue_pair::QueuePair;
-use virtionet_control::v1 as report;
-use crate::vring_slot::{VringState, VringSlot};
+use crate::net_device::{NetDevice, ServedPair};
+use crate::vring_slot::VringSlot;
 
-/// All devices of this process, with where their sockets are.
+/// All devices of this process, with their configurations.
 #[derive(Debug)]
 pub struct DeviceRegistry(pub Vec<(DeviceConfig, Arc<NetDevice>)>);
 
@@ -20,7 +20,11 @@ impl report::ReportSource for DeviceRegistry {
     fn report(&self) -> report::Report {
         report::Report {
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            devices: self.0.iter().map(|(c, net_device)| device(c, net_device)).collect(),
+            devices: self
+                .0
+                .iter()
+                .map(|(c, net_device)| device(c, net_device))
+                .collect(),
         }
     }
 }
@@ -56,22 +60,27 @@ fn device(config: &DeviceConfig, net_device: &NetDevice) -> report::DeviceReport
             name: net_device.uplink().name(),
         },
         mtu: frontend.mtu,
-        warnings: net_device.warnings().iter().map(ToString::to_string).collect(),
+        warnings: net_device
+            .warnings()
+            .iter()
+            .map(ToString::to_string)
+            .collect(),
         advice: net_device.advice(),
         interrupts: net_device.interrupts().report(),
-        pairs: net_device.pairs().map(|p| pair(p)).collect(),
+        pairs: net_device.pairs().map(queue_pair).collect(),
     }
 }
 
-fn pair(pair: &QueuePair) -> report::QueuePairReport {
-    let stats = pair.worker_stats();
-    let placement = pair.placement();
+fn queue_pair(served: &ServedPair) -> report::QueuePairReport {
+    let ServedPair { pair, worker, .. } = served;
+    let stats = worker.stats();
+    let placement = worker.placement();
     let decision = placement.as_ref().map(|placement| &placement.decision);
     report::QueuePairReport {
         pair: pair.index(),
         vcpu: decision.and_then(|d| d.vcpus.first().copied()),
         vcpus: decision.map_or_else(Vec::new, |d| d.vcpus.clone()),
-        worker: pair.worker_name(),
+        worker: worker.name().to_owned(),
         tid: placement.as_ref().map(|placement| placement.tid),
         cpus: decision.map_or_else(Vec::new, |d| d.cpus.iter().collect()),
         placement: decision.map_or_else(String::new, |d| d.why.clone()),
@@ -79,16 +88,16 @@ fn pair(pair: &QueuePair) -> report::QueuePairReport {
         memory_node: pair.memory_node(),
         worker_counters: report::Counters::new(WorkerStats::NAMES, stats.values()),
         worker_load: report::WorkerLoad::new(
-            pair.worker_cycles(),
+            worker.cycles(),
             stats.busy_cycles.get(),
             stats.busy_frames.get(),
         ),
-        rx: ring(pair.rx()),
-        tx: ring(pair.tx()),
+        rx: vring(pair.rx()),
+        tx: vring(pair.tx()),
     }
 }
 
-fn ring<Q: DeviceQueue>(slot: &VringSlot<Q>) -> report::VringReport {
+fn vring<Q: DeviceQueue>(slot: &VringSlot<Q>) -> report::VringReport {
     report::VringReport {
         state: match slot.state() {
             VringState::Stopped => report::VringStatus::Stopped,

@@ -1,8 +1,8 @@
 //! What needs `unsafe`: a setting of the C library's allocator, and the CPU's time-stamp counter.
 #![allow(unsafe_code)]
 
-/// The CPU's time-stamp counter: what work is measured by, at the price of a few dozen of the same
-/// cycles. It runs at a constant rate on every CPU that can run guests.
+/// Reads the CPU's time-stamp counter, by which work is measured. A read costs a few dozen cycles.
+/// The counter runs at a constant rate on every CPU that can run guests.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 #[must_use]
@@ -11,7 +11,7 @@ pub fn read_cycles() -> u64 {
     unsafe { core::arch::x86_64::_rdtsc() }
 }
 
-/// Nanoseconds, where there is no such counter to read.
+/// Reads the time in nanoseconds, on CPUs without such a counter.
 #[cfg(not(target_arch = "x86_64"))]
 #[must_use]
 pub fn read_cycles() -> u64 {
@@ -19,9 +19,9 @@ pub fn read_cycles() -> u64 {
     u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
 }
 
-/// Keeps the allocator to one arena. By default each thread that allocates gets one of its own, tens
-/// of KiB a worker; workers allocate next to nothing once they run. To be called before any thread
-/// is started.
+/// Limits the allocator to one arena. By default each thread that allocates gets one of its own,
+/// which costs tens of KiB a worker, and workers allocate next to nothing once they run. To be
+/// called before any thread is started.
 pub fn limit_malloc_arenas() {
     // SAFETY: mallopt takes two integers and is called while the process has one thread.
     #[cfg(target_env = "gnu")]

@@ -1,8 +1,11 @@
-//! The uplinks of this process: devices that name the same switch are ports of one, and a TAP has one
-//! owner.
+//! The uplinks of this process. Devices that name the same switch are ports of it, and a TAP has
+//! one owner.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+
+use rustix::net::netdevice::name_to_index;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
 use virtionet_config::uplink::{SwitchConfig, UplinkConfig};
 use virtionet_uplink::null::Null;
@@ -10,11 +13,58 @@ use virtionet_uplink::switch::{HostPortForwarder, Switch};
 use virtionet_uplink::tap::{Tap, TapConfig};
 use virtionet_virtio_net::uplink::{Uplink, UplinkError};
 
+/// An uplink that a device can use.
+#[derive(Debug)]
+pub struct OpenedUplink {
+    /// The uplink.
+    pub uplink: Arc<dyn Uplink>,
+    /// What was made or opened for it, for the log.
+    pub summary: String,
+}
+
+impl OpenedUplink {
+    fn new(uplink: impl Uplink + 'static, summary: String) -> Self {
+        Self {
+            uplink: Arc::new(uplink),
+            summary,
+        }
+    }
+}
+
+/// Why an uplink cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenUplinkError {
+    /// The uplink refused, in a sentence of its own.
+    #[error(transparent)]
+    Uplink(#[from] UplinkError),
+    /// A TAP has one owner, and this one has another already.
+    #[error("TAP {tap} belongs to {owner} already; name another one for {claimant}")]
+    TapClaimed {
+        /// The TAP's name.
+        tap: String,
+        /// Whose it is.
+        owner: String,
+        /// Who asked for it.
+        claimant: String,
+    },
+}
+
+impl OpenUplinkError {
+    /// A name of the error for programs. It does not change.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Uplink(_) => "uplink-not-opened",
+            Self::TapClaimed { .. } => "tap-claimed-twice",
+        }
+    }
+}
+
 /// The uplinks of a process.
 #[derive(Debug, Default)]
 pub struct Uplinks {
     switches: BTreeMap<String, Arc<Switch>>,
-    /// Who has which TAP.
+    /// The owner of each TAP.
     taps: BTreeMap<String, String>,
 }
 
@@ -22,22 +72,38 @@ impl Uplinks {
     /// Opens the uplink of one more device.
     ///
     /// # Errors
-    /// One sentence that says what is wrong and what to do.
-    pub fn open(&mut self, config: &UplinkConfig) -> Result<Arc<dyn Uplink>, UplinkError> {
+    /// When it cannot be opened.
+    pub fn open(&mut self, config: &UplinkConfig) -> Result<OpenedUplink, OpenUplinkError> {
         match config {
             UplinkConfig::Tap(tap) => {
                 self.claim(&tap.name, "a device".into())?;
-                Ok(Arc::new(Tap::open(&tap_config(tap))?))
+                let existed = interface_exists(&tap.name);
+                let uplink = Tap::open(&tap_config(tap))?;
+                let name = uplink.name();
+                let summary = match existed {
+                    true => format!("existing TAP {name} opened"),
+                    false => format!("TAP {name} created"),
+                };
+                Ok(OpenedUplink::new(uplink, summary))
             }
-            UplinkConfig::Switch(switch) => Ok(Arc::new(self.switch(switch)?.add_device_port()?)),
-            UplinkConfig::Null => Ok(Arc::new(Null)),
+            UplinkConfig::Switch(switch) => {
+                let port = self.switch(switch)?.add_device_port()?;
+                Ok(OpenedUplink::new(
+                    port,
+                    format!("port of switch {}", switch.name),
+                ))
+            }
+            UplinkConfig::Null => Ok(OpenedUplink::new(Null, "no uplink (null)".into())),
         }
     }
 
     /// What must run beside the devices' workers, each in a thread of its own.
     #[must_use]
     pub fn host_port_forwarders(&self) -> Vec<HostPortForwarder> {
-        self.switches.values().filter_map(Switch::host_port_forwarder).collect()
+        self.switches
+            .values()
+            .filter_map(Switch::host_port_forwarder)
+            .collect()
     }
 
     /// The switches, by name.
@@ -45,7 +111,7 @@ impl Uplinks {
         self.switches.values().map(|switch| &**switch)
     }
 
-    fn switch(&mut self, config: &SwitchConfig) -> Result<Arc<Switch>, UplinkError> {
+    fn switch(&mut self, config: &SwitchConfig) -> Result<Arc<Switch>, OpenUplinkError> {
         let name = &config.name;
         if let Some(tap) = &config.tap {
             self.claim(&tap.name, format!("switch {name}"))?;
@@ -60,14 +126,15 @@ impl Uplinks {
         Ok(Arc::clone(switch))
     }
 
-    /// A TAP has one owner. (The kernel would say only that it is held.) A pattern makes a new one.
-    fn claim(&mut self, name: &str, owner: String) -> Result<(), UplinkError> {
+    /// Gives a TAP its owner. (The kernel's error would not name the other owner.) A pattern always
+    /// makes a new TAP.
+    fn claim(&mut self, name: &str, owner: String) -> Result<(), OpenUplinkError> {
         if name.contains('%') {
             return Ok(());
         }
         match self.taps.get(name) {
-            Some(other) if *other != owner => Err(UplinkError::TapClaimed {
-                name: name.to_owned(),
+            Some(other) if *other != owner => Err(OpenUplinkError::TapClaimed {
+                tap: name.to_owned(),
                 owner: other.clone(),
                 claimant: owner,
             }),
@@ -77,6 +144,18 @@ impl Uplinks {
             }
         }
     }
+}
+
+/// Whether the host has an interface of this name. When that cannot be found out, it has none.
+// syscalls: socket ioctl
+fn interface_exists(name: &str) -> bool {
+    let socket = socket_with(
+        AddressFamily::UNIX,
+        SocketType::DGRAM,
+        SocketFlags::CLOEXEC,
+        None,
+    );
+    socket.is_ok_and(|socket| name_to_index(&socket, name).is_ok())
 }
 
 fn tap_config(tap: &virtionet_config::uplink::TapConfig) -> TapConfig {
@@ -95,7 +174,7 @@ mod tests {
         let mut uplinks = Uplinks::default();
         for (name, kind) in [("a", "switch"), ("b", "switch"), ("a", "switch")] {
             let spec = format!("switch:{name}").parse().unwrap();
-            let uplink = uplinks.open(&spec).unwrap();
+            let uplink = uplinks.open(&spec).unwrap().uplink;
             assert_eq!((uplink.kind(), uplink.name().as_str()), (kind, name));
         }
         assert_eq!(uplinks.switches.len(), 2);
@@ -107,13 +186,14 @@ mod tests {
         let mut uplinks = Uplinks::default();
         uplinks.claim("t0", "switch a".into()).unwrap();
         uplinks.claim("t0", "switch a".into()).unwrap();
-        let sentence = uplinks.claim("t0", "switch b".into()).unwrap_err();
-        assert!(sentence.to_string().contains("belongs to switch a"));
+        let error = uplinks.claim("t0", "switch b".into()).unwrap_err();
+        assert!(error.to_string().contains("belongs to switch a"));
     }
 
     #[test]
     fn null_opens() {
-        let uplink = Uplinks::default().open(&UplinkConfig::Null).unwrap();
+        let opened = Uplinks::default().open(&UplinkConfig::Null).unwrap();
+        let uplink = opened.uplink;
         assert_eq!((uplink.kind(), uplink.name().as_str()), ("null", "null"));
     }
 }

@@ -1,73 +1,61 @@
-//! Which warnings are in force, and which of them the log has told: each once, and again only when
-//! it has changed, a second later at the earliest.
+//! The placement warnings in force, and which of them are to be logged.
 
-use std::collections::HashMap;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
+use virtionet_base::ReportOnce;
 use virtionet_placement::{Warning, WarningKind};
 
-const REPEAT_INTERVAL: Duration = Duration::from_secs(1);
+/// What warnings follow from: the generation of decisions, and the number of queue pairs in use.
+pub type WarningBasis = (u32, u32);
 
-/// What warnings follow from: the generation of decisions, and the number of pairs in use.
-pub type WarningState = (u32, u32);
-
-/// See the module.
+/// The placement warnings of one device.
 #[derive(Debug, Default)]
-pub struct ReportOnce {
+pub struct WarningLog {
     current: Vec<Warning>,
-    /// The generation of decisions and the number of pairs that they are of; `None`: one of them
-    /// waits to be told.
-    of: Option<WarningState>,
-    /// What was said last of each kind (`None`: it has ceased since), and when.
-    last: HashMap<WarningKind, (Option<Warning>, Instant)>,
+    /// What `current` follows from; `None` while one of them waits to be logged.
+    basis: Option<WarningBasis>,
+    reports: ReportOnce<WarningKind, Warning>,
 }
 
-impl ReportOnce {
-    /// Whether there is nothing to be told beyond what was, as long as `state` is what it is.
+impl WarningLog {
+    /// Whether the warnings follow from `basis` and all of them have been logged.
     #[must_use]
-    pub fn is_current(&self, state: WarningState) -> bool {
-        self.of == Some(state)
+    pub fn is_current(&self, basis: WarningBasis) -> bool {
+        self.basis == Some(basis)
     }
 
-    /// `warnings` follow from `state` and are in force `now`; those to be told.
-    pub fn update(&mut self, state: WarningState, warnings: Vec<Warning>, now: Instant) -> Vec<Warning> {
-        for (kind, (said, _)) in &mut self.last {
-            if !warnings.iter().any(|warning| warning.kind() == *kind) {
-                *said = None;
-            }
-        }
-        let mut unreported = Vec::new();
-        self.of = Some(state);
-        for warning in &warnings {
-            match self.last.get(&warning.kind()) {
-                Some((Some(said), _)) if said == warning => {}
-                Some((_, when)) if now < *when + REPEAT_INTERVAL => self.of = None,
-                _ => {
-                    let said = (Some(warning.clone()), now);
-                    self.last.insert(warning.kind(), said);
-                    unreported.push(warning.clone());
-                }
-            }
-        }
+    /// Takes `warnings`, which follow from `basis` and are in force at `now`. The result is those
+    /// to be logged.
+    pub fn update(
+        &mut self,
+        basis: WarningBasis,
+        warnings: Vec<Warning>,
+        now: Instant,
+    ) -> Vec<Warning> {
+        let (due, is_pending) = self.reports.update(&warnings, Warning::kind, now);
+        self.basis = (!is_pending).then_some(basis);
         self.current = warnings;
-        unreported
+        due
     }
 
-    /// Those in force.
+    /// The warnings in force.
     #[must_use]
     pub fn current(&self) -> &[Warning] {
         &self.current
     }
 
-    /// None is in force while there is no guest; the next one is not told again what was told.
+    /// No warning is in force while there is no guest. For the next guest, those are not logged
+    /// again that have not changed.
     pub fn clear_current(&mut self) {
         self.current.clear();
-        self.of = None;
+        self.basis = None;
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use virtionet_placement::CpuSet;
 
@@ -76,40 +64,28 @@ mod tests {
         Warning::FewCpus { workers, on }
     }
 
-    fn unknown() -> Warning {
-        let why = String::from("why");
-        Warning::Unknown { why }
+    #[test]
+    fn a_warning_that_changed_too_soon_is_asked_about_again() {
+        let mut log = WarningLog::default();
+        let start = Instant::now();
+        let at = |milliseconds| start + Duration::from_millis(milliseconds);
+        assert_eq!(log.update((0, 1), vec![few(2)], at(0)), [few(2)]);
+        assert!(log.is_current((0, 1)) && !log.is_current((0, 2)));
+        assert_eq!(log.update((1, 1), vec![few(3)], at(700)), []);
+        assert_eq!(log.current(), [few(3)]);
+        assert!(!log.is_current((1, 1)), "it waits to be logged");
+        assert_eq!(log.update((1, 1), vec![few(3)], at(1_200)), [few(3)]);
+        assert!(log.is_current((1, 1)));
     }
 
     #[test]
-    fn each_is_told_once_and_again_when_it_changed() {
-        let mut reported = ReportOnce::default();
-        let began = Instant::now();
-        let steps = [
-            (0, vec![few(2), unknown()], vec![few(2), unknown()]),
-            (500, vec![few(2), unknown()], vec![]),
-            // Changed, but too soon; then it is told.
-            (700, vec![few(3), unknown()], vec![]),
-            (1_200, vec![few(3), unknown()], vec![few(3)]),
-            // One that ceased is told when it comes again.
-            (2_500, vec![unknown()], vec![]),
-            (2_600, vec![few(3), unknown()], vec![few(3)]),
-            (9_000, vec![few(3), unknown()], vec![]),
-        ];
-        for (at, warnings, unreported) in steps {
-            let now = began + Duration::from_millis(at.into());
-            assert_eq!(reported.update((at, 1), warnings.clone(), now), unreported, "{at}");
-            assert_eq!(reported.current(), warnings);
-            assert_eq!(reported.is_current((at, 1)), at != 700, "{at}: one waits");
-            assert!(!reported.is_current((at, 2)));
-        }
-        reported.clear_current();
-        assert_eq!(reported.current(), []);
-        let later = began + Duration::from_secs(20);
-        assert_eq!(
-            reported.update((0, 1), vec![few(3)], later),
-            [],
-            "another connection"
-        );
+    fn a_new_connection_does_not_log_unchanged_warnings_again() {
+        let mut log = WarningLog::default();
+        let start = Instant::now();
+        assert_eq!(log.update((0, 1), vec![few(3)], start), [few(3)]);
+        log.clear_current();
+        assert_eq!(log.current(), []);
+        let later = start + Duration::from_secs(20);
+        assert_eq!(log.update((0, 1), vec![few(3)], later), []);
     }
 }

@@ -1,119 +1,255 @@
-//! The thread of a queue pair: who wakes it, and what it does then.
+//! A worker: a thread that serves queue pairs, and what other threads see of it.
 //!
 //! ```text
-//!   transmitq kick ──┐                  ┌── TX turn: a few bursts from the ring to the uplink
-//!   receiveq kick ───┤                  │
-//!   uplink readable ─┼── epoll ── pass ─┤
-//!   wake-up ─────────┘                  └── RX turn: frames from the uplink into the ring
+//!   transmitq kick ────┐                  ┌── TX turn: a few bursts from the vring to the uplink
+//!   receiveq kick ─────┤                  │
+//!   uplink readable ───┼── epoll ── pass ─┤   (of each queue pair that is ready)
+//!   wake-up ───────────┘                  └── RX turn: frames from the uplink into the vring
 //! ```
 //!
-//! A pass gives TX and RX a turn each, with a budget of frames and bytes, so neither starves the
-//! other and none holds the worker. As long as one of them has more, passes follow each other with
-//! a look at epoll in between. Otherwise the worker polls for a while, if it is told to, asks for
-//! kicks, looks once more and sleeps. No error of a frame, a guest or the host ends it.
+//! A pass gives TX and RX of each queue pair a turn, with a budget of frames and bytes, so that
+//! none starves another. As long as one of them has more, passes follow each other with a check of
+//! epoll in between. Otherwise the worker polls for a while, if it is configured to, asks for kicks,
+//! polls the vrings once more and sleeps. No error of a frame, a guest or the host ends it.
 
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use virtionet_virtio_net::{DeviceQueue, RxEndReason};
-use vmm_sys_util::epoll::{Epoll, EpollEvent};
+use parking_lot::Mutex;
+use virtionet_config::Poll;
+use virtionet_virtio_net::stats::WorkerStats;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use crate::queue_pair::QueuePair;
 use crate::busy_poll::BusyPoll;
+use crate::pair_service::PairService;
+use crate::queue_pair::QueuePair;
 use crate::sys::read_cycles;
+use crate::waker::Waker;
+use crate::worker_event::{PairEvent, WorkerEvent};
+use crate::worker_placement::{PlacementState, WorkerPlacement};
 
-/// Why a worker wakes up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum WorkerEvent {
-    /// Something about the pair changed: a ring started, a placement, the end.
-    Wake,
-    /// The driver made chains available for TX.
-    TxKick,
-    /// The driver made buffers available for RX.
-    RxKick,
-    /// A frame waits in the uplink.
-    Uplink,
-}
+/// Stack of a worker: its deepest call keeps a few dozen KiB of frames and segments.
+const WORKER_STACK_SIZE: usize = 256 * 1024;
 
-impl WorkerEvent {
-    const ALL: [Self; 4] = [Self::Wake, Self::TxKick, Self::RxKick, Self::Uplink];
+/// Events taken from epoll at once.
+const MAX_EVENTS: usize = 4;
 
-    /// The number that epoll carries for it.
-    #[must_use]
-    pub fn token(self) -> u64 {
-        match self {
-            Self::Wake => 0,
-            Self::TxKick => 1,
-            Self::RxKick => 2,
-            Self::Uplink => 3,
-        }
-    }
-
-    fn of(token: u64) -> Option<Self> {
-        Self::ALL.into_iter().find(|event| event.token() == token)
-    }
-}
-
-/// What one turn of TX may take before RX has its own: about 1 ms at most, whatever is sent.
-const TX_CHAINS: usize = 256;
-const TX_BYTES: usize = 1 << 20;
-/// The same for RX.
-const RX_FRAMES: usize = 64;
-const RX_BYTES: usize = 1 << 20;
-
-/// Cycles that a yield takes at most when nobody else wants the CPU.
+/// Cycles that a yield takes at most when no other thread wants the CPU.
 const MAX_UNCONTENDED_YIELD_CYCLES: u64 = 1500;
 
-/// Looks at the rings while polling before it also looks at epoll.
+/// Polls of the vrings after which the worker also checks epoll.
 const POLLS_PER_EPOLL_WAIT: u32 = 64;
 
-/// A queue pair's thread, seen from within.
+/// A worker, as other threads see it.
 #[derive(Debug)]
 pub struct Worker {
-    pair: Arc<QueuePair>,
-    epoll: Arc<Epoll>,
+    name: String,
+    poll: Poll,
+    epoll: Epoll,
+    waker: Waker,
+    pairs: Mutex<Vec<Arc<QueuePair>>>,
+    stats: WorkerStats,
+    lifetime: WorkerLifetime,
+    placement: PlacementState,
+    thread: Mutex<Option<WorkerThread>>,
+}
+
+/// How long a worker's threads have run, in cycles of the time-stamp counter.
+#[derive(Debug, Default)]
+struct WorkerLifetime {
+    /// Those that have ended.
+    past: AtomicU64,
+    /// When the present one started; 0 while there is none.
+    started_at: AtomicU64,
+}
+
+#[derive(Debug)]
+struct WorkerThread {
     stop: Arc<AtomicBool>,
-    poll: BusyPoll,
-    /// Frames must be asked for at the uplink; a switch pushes them instead.
-    is_pull_uplink: bool,
-    /// Chains may be available for TX.
-    tx_ready: bool,
-    /// A frame may wait in the uplink.
-    uplink_ready: bool,
-    /// The guest has no RX buffers; a kick will tell when it has.
-    starved: bool,
-    /// Somebody else ran when it last yielded: it has its CPU not for itself.
-    shares_cpu: bool,
-    /// Since when what it does is to be told busy or not, by the time-stamp counter.
-    interval_start: u64,
+    handle: JoinHandle<()>,
 }
 
 impl Worker {
-    /// A worker for `pair`, which ends when `stop` is set and it is woken.
-    #[must_use]
-    pub fn new(pair: Arc<QueuePair>, stop: Arc<AtomicBool>, poll: BusyPoll) -> Self {
-        Self {
-            epoll: Arc::clone(pair.epoll()),
-            is_pull_uplink: pair
-                .uplink()
-                .is_some_and(|uplink| uplink.poll_fd().is_some()),
-            pair,
-            stop,
+    /// A worker without a thread or queue pairs yet. `name` is its thread's name.
+    ///
+    /// # Errors
+    /// When the kernel has no descriptors left.
+    pub fn new(name: String, poll: Poll, placement: PlacementState) -> io::Result<Self> {
+        let worker = Self {
+            name,
             poll,
-            tx_ready: true,
-            uplink_ready: true,
-            starved: false,
-            shares_cpu: false,
-            interval_start: 0,
+            epoll: Epoll::new()?,
+            waker: Waker::new()?,
+            pairs: Mutex::default(),
+            stats: WorkerStats::default(),
+            lifetime: WorkerLifetime::default(),
+            placement,
+            thread: Mutex::new(None),
+        };
+        worker.watch(worker.waker.as_raw_fd(), EventSet::IN, WorkerEvent::Wake)?;
+        Ok(worker)
+    }
+
+    /// The name of its thread.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What wakes it.
+    #[must_use]
+    pub fn waker(&self) -> &Waker {
+        &self.waker
+    }
+
+    /// Its counters.
+    #[must_use]
+    pub fn stats(&self) -> &WorkerStats {
+        &self.stats
+    }
+
+    /// Where it runs, while it does.
+    #[must_use]
+    pub fn placement(&self) -> Option<WorkerPlacement> {
+        self.placement.current()
+    }
+
+    /// Cycles of the time-stamp counter that its threads have run.
+    #[must_use]
+    pub fn cycles(&self) -> u64 {
+        let past = self.lifetime.past.load(Ordering::Relaxed);
+        match self.lifetime.started_at.load(Ordering::Relaxed) {
+            0 => past,
+            started_at => past + read_cycles().saturating_sub(started_at),
         }
     }
 
-    /// Serves the pair until it is told to stop.
-    pub fn run(mut self) {
-        self.pair.place_worker();
-        self.poll.set_permitted(self.pair.may_poll());
+    /// Lets it serve one more queue pair from its next start on. The result is the position by which
+    /// its events name the pair.
+    pub fn add_pair(&self, pair: Arc<QueuePair>) -> u16 {
+        let mut pairs = self.pairs.lock();
+        let position = u16::try_from(pairs.len()).unwrap_or(u16::MAX);
+        pairs.push(pair);
+        position
+    }
+
+    /// Waits for `event` of the queue pair at `position` whenever `fd` becomes readable.
+    ///
+    /// The worker never reads `fd` for that, so that a descriptor that blocks, or that another
+    /// process reads, cannot stop it.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn watch_pair(&self, position: u16, event: PairEvent, fd: &impl AsRawFd) -> io::Result<()> {
+        let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        let event = WorkerEvent::Pair { position, event };
+        self.watch(fd.as_raw_fd(), events, event)
+    }
+
+    fn watch(&self, fd: RawFd, events: EventSet, event: WorkerEvent) -> io::Result<()> {
+        let event = EpollEvent::new(events, event.to_token());
+        self.epoll.ctl(ControlOperation::Add, fd, event)
+    }
+
+    /// Waits no longer for a descriptor.
+    pub fn unwatch(&self, fd: &OwnedFd) {
+        let event = EpollEvent::default();
+        // Fails only when it was not watched.
+        let _ = self
+            .epoll
+            .ctl(ControlOperation::Delete, fd.as_raw_fd(), event);
+    }
+
+    /// Starts the thread, unless it runs.
+    ///
+    /// # Errors
+    /// When the kernel refuses a thread.
+    pub fn start(self: &Arc<Self>) -> io::Result<()> {
+        let mut thread = self.thread.lock();
+        if thread.is_some() {
+            return Ok(());
+        }
+        let stop = Arc::new(AtomicBool::new(false));
+        let event_loop = EventLoop::new(Arc::clone(self), Arc::clone(&stop));
+        let handle = std::thread::Builder::new()
+            .name(self.name.clone())
+            .stack_size(WORKER_STACK_SIZE)
+            .spawn(move || event_loop.run())?;
+        self.lifetime
+            .started_at
+            .store(read_cycles(), Ordering::Relaxed);
+        *thread = Some(WorkerThread { stop, handle });
+        Ok(())
+    }
+
+    /// Asks the thread to end, without waiting for it.
+    pub fn request_stop(&self) {
+        if let Some(thread) = &*self.thread.lock() {
+            thread.stop.store(true, Ordering::Release);
+            self.waker.wake();
+        }
+    }
+
+    /// Waits until the thread has ended; to be called after [`Worker::request_stop`].
+    pub fn join(&self) {
+        let Some(thread) = self.thread.lock().take() else {
+            return;
+        };
+        if thread.handle.join().is_err() {
+            tracing::error!(
+                "{}: the worker ended by a panic; please report this as a bug",
+                self.name
+            );
+        }
+        let cycles = self.cycles();
+        self.lifetime.started_at.store(0, Ordering::Relaxed);
+        self.lifetime.past.store(cycles, Ordering::Relaxed);
+        self.placement.clear();
+    }
+
+    /// Wakes it to be placed again if the kernel has moved it.
+    pub(crate) fn check_affinity(&self) {
+        if self.placement.has_moved() {
+            self.waker.wake();
+        }
+    }
+}
+
+/// A worker's thread.
+#[derive(Debug)]
+struct EventLoop {
+    worker: Arc<Worker>,
+    pairs: Vec<PairService>,
+    stop: Arc<AtomicBool>,
+    poll: BusyPoll,
+    /// Another thread ran when the worker last yielded, so it shares its CPU.
+    shares_cpu: bool,
+    /// Value of the time-stamp counter at the start of the interval being accounted.
+    interval_start: u64,
+}
+
+impl EventLoop {
+    /// The loop of `worker`, which ends when `stop` is set and the worker is woken.
+    fn new(worker: Arc<Worker>, stop: Arc<AtomicBool>) -> Self {
+        let pairs = worker.pairs.lock().clone();
+        Self {
+            pairs: pairs.into_iter().map(PairService::new).collect(),
+            stop,
+            poll: BusyPoll::new(worker.poll),
+            shares_cpu: false,
+            interval_start: 0,
+            worker,
+        }
+    }
+
+    /// Serves the queue pairs until it is asked to stop.
+    fn run(mut self) {
+        self.worker.placement.place_this_thread();
+        self.poll.set_permitted(self.worker.placement.may_poll());
         while !self.stop.load(Ordering::Acquire) {
             let timeout = if self.has_work() { 0 } else { -1 };
             self.wait(timeout);
@@ -123,11 +259,11 @@ impl Worker {
             }
             if found > 0 || self.poll.is_always() {
                 self.poll_or_yield();
-                // Kicks are not asked for yet: look before it sleeps.
-                self.tx_ready = true;
+                // Kicks are not asked for yet, so the vrings must be polled before a sleep.
+                self.pairs.iter_mut().for_each(PairService::poll_tx);
             } else {
-                // Kicks are asked for, and what came before that is found.
-                self.tx_ready = true;
+                // Ask for kicks, and poll for what the driver made available before that.
+                self.pairs.iter_mut().for_each(PairService::poll_tx);
                 self.run_pass(true);
             }
         }
@@ -136,9 +272,9 @@ impl Worker {
     /// Gives frames that follow the last ones a chance to be found without a kick.
     ///
     /// Without polling that is one yield. Where the driver's vCPU shares this CPU, as it does when
-    /// each pair stands beside its vCPU, the vCPU goes on and makes more frames meanwhile, instead
-    /// of being interrupted for each of them; where nobody waits for this CPU it costs a system
-    /// call.
+    /// each queue pair is placed beside its vCPU, the vCPU goes on and makes more frames meanwhile
+    /// instead of being interrupted for each of them. Where no other thread waits for this CPU it
+    /// costs a system call.
     fn poll_or_yield(&mut self) {
         if self.poll.is_on() {
             self.busy_poll();
@@ -147,67 +283,60 @@ impl Worker {
         }
     }
 
+    #[inline]
     fn has_work(&self) -> bool {
-        self.tx_ready || (self.uplink_ready && !self.starved)
+        self.pairs.iter().any(PairService::has_work)
     }
 
-    /// Waits for events (`timeout` in milliseconds, -1 for ever) and notes what they mean.
+    /// Waits for events (`timeout` in milliseconds, -1 without limit) and notes what they mean.
     fn wait(&mut self, timeout: i32) {
         if timeout != 0 {
-            self.pair.worker_stats().sleeps.add(1);
+            self.worker.stats.sleeps.add(1);
         }
-        let mut events = [EpollEvent::default(); WorkerEvent::ALL.len()];
-        let count = match self.epoll.wait(timeout, &mut events) {
+        let mut events = [EpollEvent::default(); MAX_EVENTS];
+        let count = match self.worker.epoll.wait(timeout, &mut events) {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
             Err(error) => {
-                // Cannot happen to a live epoll descriptor; never spin on it if it does.
-                tracing::error!("{}: waiting for events failed: {error}", self.pair);
+                // Cannot happen to an open epoll descriptor. If it does, do not spin on it.
+                tracing::error!("{}: waiting for events failed: {error}", self.worker.name);
                 std::thread::sleep(Duration::from_millis(100));
                 0
             }
         };
         for event in &events[..count] {
-            match WorkerEvent::of(event.data()) {
-                Some(WorkerEvent::Wake) => self.handle_wake_event(),
-                Some(WorkerEvent::TxKick) => {
-                    self.pair.tx().stats().kicks.add(1);
-                    self.tx_ready = true;
+            match WorkerEvent::from_token(event.data()) {
+                Some(WorkerEvent::Wake) => self.handle_wake(),
+                Some(WorkerEvent::Pair { position, event }) => {
+                    if let Some(pair) = self.pairs.get_mut(usize::from(position)) {
+                        pair.handle(event);
+                    }
                 }
-                Some(WorkerEvent::RxKick) => {
-                    self.pair.rx().stats().kicks.add(1);
-                    self.starved = false;
-                }
-                Some(WorkerEvent::Uplink) => self.uplink_ready = self.is_pull_uplink,
                 None => {}
             }
         }
         if count > 0 {
-            self.pair.worker_stats().wakeups.add(1);
+            self.worker.stats.wakeups.add(1);
         }
         self.interval_start = read_cycles();
     }
 
-    /// Something changed: look at everything once.
-    fn handle_wake_event(&mut self) {
-        self.pair.handle_wake();
-        self.poll.set_permitted(self.pair.may_poll());
-        self.tx_ready = true;
-        self.uplink_ready = self.is_pull_uplink;
-        self.starved = false;
+    /// Something changed: check everything once.
+    fn handle_wake(&mut self) {
+        self.worker.waker.clear();
+        self.pairs.iter_mut().for_each(PairService::handle_wake);
+        self.worker.placement.refresh();
+        self.poll.set_permitted(self.worker.placement.may_poll());
     }
 
-    /// A turn for TX and one for RX; says how many frames they found. `sleep_next`: where there are
-    /// none, kicks are asked for.
+    /// Gives each queue pair its turns; the result is how many frames they found. With
+    /// `sleep_next`, the turns ask for kicks where they found none.
     fn run_pass(&mut self, sleep_next: bool) -> usize {
         let mut found = 0;
-        if self.tx_ready {
-            found += self.process_tx(sleep_next);
+        for pair in &mut self.pairs {
+            found += pair.run_pass(sleep_next);
         }
-        if self.uplink_ready && !self.starved {
-            found += self.process_rx();
-        }
-        let stats = self.pair.worker_stats();
+        let stats = &self.worker.stats;
         let now = read_cycles();
         if found > 0 {
             stats.busy_cycles.add(now.wrapping_sub(self.interval_start));
@@ -220,75 +349,7 @@ impl Worker {
         found
     }
 
-    fn process_tx(&mut self, sleep_next: bool) -> usize {
-        let uplink = self.pair.uplink();
-        let outcome = self
-            .pair
-            .tx()
-            .process(&format_args!("{} tx", self.pair), |queue, enabled| {
-                let uplink = uplink.filter(|_| enabled).map(|uplink| &**uplink);
-                queue.disable_kicks();
-                let (mut chains, mut bytes, mut call) = (0, 0, false);
-                let more = loop {
-                    let sent = match queue.send(uplink) {
-                        Ok(sent) => sent,
-                        // What was done before is told first; the next turn meets the fault again.
-                        Err(_) if chains > 0 => break true,
-                        Err(fault) => return Err(fault),
-                    };
-                    chains += sent.chains;
-                    bytes += sent.bytes;
-                    call |= sent.should_call;
-                    if chains >= TX_CHAINS || bytes >= TX_BYTES {
-                        break true;
-                    }
-                    if sent.chains == 0 && !(sleep_next && queue.enable_kicks()) {
-                        break false;
-                    }
-                };
-                Ok(((chains, more), call))
-            });
-        let (found, more) = outcome.unwrap_or_default();
-        self.tx_ready = more;
-        found
-    }
-
-    fn process_rx(&mut self) -> usize {
-        let Some(uplink) = self.pair.uplink() else {
-            self.uplink_ready = false;
-            return 0;
-        };
-        let outcome = self
-            .pair
-            .rx()
-            .process(&format_args!("{} rx", self.pair), |queue, enabled| {
-                if !enabled {
-                    return Ok(((0, RxEndReason::UplinkEmpty), false));
-                }
-                let received = queue.receive(&**uplink, RX_FRAMES, RX_BYTES)?;
-                let end = match received.end {
-                    RxEndReason::Starved if queue.enable_kicks() => RxEndReason::Budget,
-                    end => end,
-                };
-                Ok(((received.frames, end), received.should_call))
-            });
-        let (found, end) = outcome.unwrap_or_else(|| {
-            // There is no ring, or it is quarantined: frames had better go to other pairs.
-            self.pair.reconcile_uplink();
-            (0, RxEndReason::UplinkEmpty)
-        });
-        match end {
-            RxEndReason::UplinkEmpty | RxEndReason::UplinkFailed => self.uplink_ready = false,
-            RxEndReason::Starved => {
-                self.starved = true;
-                self.pair.rx().stats().rx_starved.add(1);
-            }
-            RxEndReason::Budget => {}
-        }
-        found
-    }
-
-    /// Who shares this CPU goes first: the vCPU that makes frames, other workers.
+    /// Lets threads that share this CPU run first: the vCPU that makes frames, other workers.
     fn yield_cpu(&mut self) {
         std::thread::yield_now();
         let now = read_cycles();
@@ -296,32 +357,31 @@ impl Worker {
         self.interval_start = now;
     }
 
-    /// Looks for frames again and again, without kicks, for as long as that pays.
+    /// Polls for frames, without kicks, for as long as that pays.
     fn busy_poll(&mut self) {
         let mut deadline = self.poll.deadline();
         let mut polls_done = 0u32;
         while !self.stop.load(Ordering::Relaxed) {
-            // Also between looks that find frames: a busy ring must not hide a kick of the other,
-            // or a change of the pair.
+            // Also between polls that find frames: a busy vring must not hide a kick of another, or
+            // a wake-up.
             polls_done = polls_done.wrapping_add(1);
             if polls_done.is_multiple_of(POLLS_PER_EPOLL_WAIT) {
                 self.wait(0);
             }
-            self.tx_ready = true;
-            self.uplink_ready = self.is_pull_uplink;
+            self.pairs.iter_mut().for_each(PairService::poll_all);
             let found = self.run_pass(false);
             if found > 0 {
-                self.pair.worker_stats().busy_polls.add(1);
+                self.worker.stats.busy_polls.add(1);
                 self.poll.record_hit(found);
                 deadline = self.poll.deadline();
-                // To be preempted instead would cost as much, at a worse moment: others on this
-                // CPU have waited, and their frames too.
+                // Being preempted instead would cost as much, at a worse moment: other threads on
+                // this CPU have waited, and their frames too.
                 if self.shares_cpu {
                     self.yield_cpu();
                 }
                 continue;
             }
-            self.pair.worker_stats().polls.add(1);
+            self.worker.stats.polls.add(1);
             if deadline.is_none_or(|deadline| Instant::now() >= deadline) {
                 self.poll.record_miss();
                 return;

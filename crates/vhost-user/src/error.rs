@@ -1,22 +1,22 @@
-//! What goes wrong in a session, and whose fault it is.
+//! Errors of a session: protocol errors, refused requests, and errors of the host.
 
+use std::fmt;
 use std::io;
 
 use vhost::vhost_user::message::FrontendReq;
 use virtionet_virtqueue::memory::MemoryError;
 
-use crate::backend::BackendError;
-use crate::request::MAX_TABLE_REGIONS;
-use crate::wire::{MAX_FDS, MAX_PAYLOAD};
+use crate::backend_error::BackendError;
+use crate::limits::{MAX_FDS, MAX_PAYLOAD, MAX_TABLE_REGIONS};
 
-/// Why a session ended before its time.
+/// Why a session ended early.
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
     /// The front-end broke the protocol.
     #[error("{0}")]
     Protocol(#[from] ProtocolError),
     /// QEMU was started without shared memory: no device can work. It sends no region and starts
-    /// the rings all the same.
+    /// the vrings all the same.
     #[error(
         "the guest's memory is not shared with virtionetd (no region came with SET_MEM_TABLE); start QEMU with -object memory-backend-memfd,id=mem,size=SIZE,share=on -numa node,memdev=mem (or -machine memory-backend=mem)"
     )]
@@ -86,7 +86,7 @@ pub enum ProtocolError {
     NotEventFd {
         /// The request.
         request: FrontendReq,
-        /// The ring's index.
+        /// The vring's index.
         ring: u16,
         /// What the descriptor is.
         found: String,
@@ -97,6 +97,7 @@ pub enum ProtocolError {
         /// The request.
         request: FrontendReq,
         /// Why not.
+        #[source]
         refusal: RequestError,
     },
 }
@@ -104,29 +105,29 @@ pub enum ProtocolError {
 /// Why a well-formed request is not done. The session goes on.
 #[derive(Debug, thiserror::Error)]
 pub enum RequestError {
-    /// A ring index with more than 8 bits, or reserved bits set beside it.
+    /// A vring index with more than 8 bits, or reserved bits set beside it.
     #[error("{0:#x} is no ring index; the protocol counts rings in 8 bits")]
     VringIndex(u64),
-    /// A ring that this device does not have.
+    /// A vring that this device does not have.
     #[error(
         "the front-end configures ring {ring}, but this device has {queue_pairs} queue pairs (rings 0 to {last}); raise virtionetd's --queues or lower queues= of QEMU's -netdev vhost-user",
         last = 2 * u32::from(*queue_pairs) - 1
     )]
     NoSuchVring {
-        /// The ring's index.
+        /// The vring's index.
         ring: u16,
         /// Queue pairs of this device.
         queue_pairs: u16,
     },
-    /// A ring size that virtio does not allow.
+    /// A vring size that virtio does not allow.
     #[error(
         "ring size {0} is not allowed; it must be 1 to 32768, and a power of two unless the ring is packed"
     )]
     VringSize(u32),
-    /// A base that a split ring's index cannot have.
+    /// A base that a split vring's index cannot have.
     #[error("ring base {0} does not fit the 16-bit index of a split ring")]
     VringBase(u32),
-    /// A ring's area is not aligned as virtio asks.
+    /// A vring's area is not aligned as virtio asks.
     #[error("the ring's {area} at {addr:#x} is not aligned to {align} bytes")]
     Misaligned {
         /// Which area.
@@ -136,7 +137,7 @@ pub enum RequestError {
         /// Alignment in bytes (virtio 1.3 §2.7, §2.8).
         align: u64,
     },
-    /// Flags of SET_VRING_ADDR that were not offered (logging of the used ring).
+    /// Flags of SET_VRING_ADDR that were not offered (logging of the used vring).
     #[error("SET_VRING_ADDR has flags {0:#x}, which virtionetd does not offer")]
     VringAddrFlags(u32),
     /// Neither 0 nor 1.
@@ -154,7 +155,7 @@ pub enum RequestError {
     /// Protocol features that were not offered.
     #[error("the front-end takes protocol feature bits {0:#x}, which virtionetd does not offer")]
     ProtocolFeatures(u64),
-    /// The format of the rings would change under running ones.
+    /// The format of the vrings would change under running ones.
     #[error("split and packed rings cannot be exchanged while rings run; stop them first")]
     FormatWhileRunning,
     /// The memory table cannot be used.
@@ -169,6 +170,78 @@ pub enum RequestError {
     /// A request that this version of the protocol does not have.
     #[error("virtionetd does not know it")]
     Unknown,
+}
+
+/// A request of the front-end that was refused, and why.
+#[derive(Debug)]
+pub struct RefusedRequest {
+    /// The request's name in the protocol, or its number where it has no name.
+    pub request: String,
+    /// Why it was refused.
+    pub error: RequestError,
+}
+
+impl fmt::Display for RefusedRequest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} refused: {}", self.request, self.error)
+    }
+}
+
+impl SessionError {
+    /// A name of the error for programs. It does not change.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Protocol(error) => error.code(),
+            Self::NotShared => "memory-not-shared",
+            Self::FdLimit => "open-file-limit",
+            Self::Socket(_) => "vhost-user-socket-failed",
+        }
+    }
+}
+
+impl ProtocolError {
+    /// A name of the error for programs. It does not change.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Version(_) => "message-version",
+            Self::Reply(_) => "unexpected-reply",
+            Self::TooLong { .. } => "payload-too-long",
+            Self::Truncated => "message-truncated",
+            Self::TooManyFds => "too-many-descriptors",
+            Self::Size { .. } => "payload-size",
+            Self::FdCount { .. } => "descriptor-count",
+            Self::Regions(_) => "too-many-memory-regions",
+            Self::NotEventFd { .. } => "not-an-eventfd",
+            Self::Unanswerable { .. } => "request-unanswerable",
+        }
+    }
+}
+
+impl RequestError {
+    /// A name of the error for programs. It does not change.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::VringIndex(_) => "vring-index-invalid",
+            Self::NoSuchVring { .. } => "no-such-vring",
+            Self::VringSize(_) => "vring-size-invalid",
+            Self::VringBase(_) => "vring-base-invalid",
+            Self::Misaligned { .. } => "vring-area-misaligned",
+            Self::VringAddrFlags(_) => "vring-address-flags",
+            Self::Enable(_) => "vring-enable-invalid",
+            Self::Mtu(_) => "mtu-invalid",
+            Self::Status(_) => "device-status-invalid",
+            Self::Features(_) => "features-not-offered",
+            Self::ProtocolFeatures(_) => "protocol-features-not-offered",
+            Self::FormatWhileRunning => "vring-format-while-running",
+            Self::Memory(_) => "memory-table-invalid",
+            Self::Backend(error) => error.code(),
+            Self::NotOffered => "request-not-offered",
+            Self::Unknown => "request-unknown",
+        }
+    }
 }
 
 /// Why a message is no request.

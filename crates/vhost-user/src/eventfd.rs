@@ -1,4 +1,4 @@
-//! The eventfds that drivers and devices wake each other with.
+//! Checks of the eventfds by which driver and device notify each other.
 
 use std::fs::read_link;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -9,8 +9,8 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 /// What /proc calls an eventfd.
 const EVENTFD: &str = "anon_inode:[eventfd]";
 
-/// Takes `fd` if it is an eventfd, in non-blocking mode: else a peer that empties it between our
-/// poll and our read would stop the reader.
+/// Takes `fd` if it is an eventfd, and makes it non-blocking: a write to a full eventfd, or a read
+/// of an empty one, must not stop a thread.
 ///
 /// The error says what it is instead. Anything else is refused since reading it could block
 /// (a pipe, a terminal), never end (/dev/zero) or mean something else (a socket).

@@ -5,9 +5,9 @@
 //! bytes + fds --wire--> Message --request--> Request --session--> calls of a Backend, a Reply
 //! ```
 //!
-//! Each stage is used by the next and by nothing else: [`wire`] knows sockets and no request,
-//! [`request`] knows payloads and no state, [`session`] knows state and no socket. What a stage
-//! let through is never checked again.
+//! Each stage is used by the next and by nothing else: [`wire`] handles sockets but no requests,
+//! [`request`] handles payloads but no state, [`session`] handles state but no sockets. What a
+//! stage accepted is never checked again.
 //!
 //! # What an error does
 //! - The protocol itself is broken ([`ProtocolError`]: framing, payload sizes, descriptors): the
@@ -18,26 +18,31 @@
 //! - A request that needs an answer of its own (GET_VRING_BASE) cannot be refused: it ends the
 //!   session.
 //! - The guest's memory is not shared ([`SessionError::NotShared`]): the session ends when the
-//!   first ring is to start.
+//!   first vring is to start.
 //!
 //! # One front-end at a time
 //! A second client of a busy socket waits in the listen backlog: a front-end that reconnects may
 //! come before the end of its old connection has been seen, and must not be turned away.
 
 pub mod backend;
+mod backend_error;
 mod error;
 mod eventfd;
-pub mod protocol_features;
+mod limits;
 pub mod listen;
+pub mod protocol_features;
 pub mod request;
 pub mod session;
 mod sys;
 #[cfg(test)]
 mod testing;
 mod vring;
+pub mod vring_state;
 pub mod wire;
 
-pub use backend::{Backend, BackendError, VringStart};
-pub use error::{DecodeError, ProtocolError, RequestError, SessionError};
-pub use session::{SessionEnd, Session, serve};
-pub use sys::{peer_pid, take_fd};
+pub use backend::{Backend, UnmappedVring, VringStart};
+pub use backend_error::BackendError;
+pub use error::{DecodeError, ProtocolError, RefusedRequest, RequestError, SessionError};
+pub use session::{Session, SessionEnd, serve};
+pub use sys::{TakeFdError, peer_pid, take_fd};
+pub use vring_state::{InvalidTransition, VringEvent, VringState};

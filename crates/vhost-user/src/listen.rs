@@ -1,5 +1,5 @@
-//! How a front-end and this back-end come together: we listen, we connect, or we are started with
-//! a socket.
+//! How a front-end and this back-end connect: the back-end listens, it connects, or it is started
+//! with a socket.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -13,8 +13,10 @@ use rustix::net::{AddressFamily, SocketType, sockopt};
 use tracing::{info, warn};
 pub use virtionet_base::unix_socket::Access as SocketPermissions;
 use virtionet_base::unix_socket::{
-    SocketFile, UnixSocketError, connect_once, listen_at, address as to_socket_address,
+    SocketFile, UnixSocketError, address as to_socket_address, connect_once, listen_at,
 };
+
+use crate::sys::TakeFdError;
 
 /// Pause between two attempts to connect.
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
@@ -27,15 +29,44 @@ pub enum ListenError {
     /// The socket cannot be bound or connected to.
     #[error(transparent)]
     Socket(#[from] UnixSocketError),
-    /// An inherited descriptor of the wrong kind.
+    /// An inherited descriptor cannot be used.
     #[error("the inherited descriptor is {0}; pass a unix stream socket, connected or listening")]
-    WrongKind(String),
+    WrongKind(#[source] WrongDescriptor),
     /// The listening socket failed.
     #[error("accepting a front-end failed: {0}; start virtionetd again")]
-    Accept(io::Error),
+    Accept(#[source] io::Error),
 }
 
-/// A listening socket. The socket file that we made is removed with it.
+/// What an inherited descriptor is instead of a usable socket.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum WrongDescriptor {
+    /// It cannot be taken.
+    #[error("{0}")]
+    NotTaken(#[from] TakeFdError),
+    /// It is not a socket.
+    #[error("no socket")]
+    NoSocket,
+    /// It is a socket of another domain or type.
+    #[error("another kind of socket")]
+    OtherSocket,
+    /// It is a socket that nobody can send on or connect to.
+    #[error("a socket that is neither connected nor listening")]
+    Unconnected,
+}
+
+impl ListenError {
+    /// A name of the error for programs. It does not change.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Socket(_) => "vhost-user-socket-unavailable",
+            Self::WrongKind(_) => "inherited-descriptor-invalid",
+            Self::Accept(_) => "accept-failed",
+        }
+    }
+}
+
+/// A listening socket. The socket file that it made is removed with it.
 #[derive(Debug)]
 pub struct Listener {
     socket: UnixListener,
@@ -62,7 +93,7 @@ impl Listener {
         Ok(Self { socket, file })
     }
 
-    /// The path of the socket file, when we made it.
+    /// The path of the socket file, if this process made it.
     #[must_use]
     pub fn path(&self) -> Option<&Path> {
         self.file.as_ref().map(SocketFile::path)
@@ -111,10 +142,10 @@ impl InheritedSocket {
     /// When it is no unix stream socket, or one that is neither connected nor listening.
     // syscalls: getsockopt getpeername
     pub fn new(fd: OwnedFd) -> Result<Self, ListenError> {
-        let domain = sockopt::socket_domain(&fd).map_err(|_| wrong_kind("no socket"))?;
-        let kind = sockopt::socket_type(&fd).map_err(|_| wrong_kind("no socket"))?;
+        let domain = sockopt::socket_domain(&fd).map_err(|_| WrongDescriptor::NoSocket)?;
+        let kind = sockopt::socket_type(&fd).map_err(|_| WrongDescriptor::NoSocket)?;
         if domain != AddressFamily::UNIX || kind != SocketType::STREAM {
-            return Err(wrong_kind("another kind of socket"));
+            return Err(WrongDescriptor::OtherSocket.into());
         }
         if sockopt::socket_acceptconn(&fd).is_ok_and(|listening| listening) {
             return Listener::new(fd, None)
@@ -123,9 +154,7 @@ impl InheritedSocket {
         }
         let stream = UnixStream::from(fd);
         if stream.peer_addr().is_err() {
-            return Err(wrong_kind(
-                "a socket that is neither connected nor listening",
-            ));
+            return Err(WrongDescriptor::Unconnected.into());
         }
         Ok(Self::Connected(stream))
     }
@@ -153,7 +182,9 @@ pub fn connect(path: &Path, stop: BorrowedFd<'_>) -> Result<Option<UnixStream>, 
             }
             Err(_) => {}
         }
-        if wait(stop, None, Some(RETRY_INTERVAL)).map_err(|error| refused("wait for", path, error))? {
+        if wait(stop, None, Some(RETRY_INTERVAL))
+            .map_err(|error| refused("wait for", path, error))?
+        {
             return Ok(None);
         }
     }
@@ -207,8 +238,10 @@ fn refused(operation: &'static str, path: &Path, error: impl Into<io::Error>) ->
     UnixSocketError::refused(operation, path, error).into()
 }
 
-fn wrong_kind(what: &str) -> ListenError {
-    ListenError::WrongKind(what.into())
+impl From<WrongDescriptor> for ListenError {
+    fn from(error: WrongDescriptor) -> Self {
+        Self::WrongKind(error)
+    }
 }
 
 #[cfg(test)]

@@ -14,19 +14,17 @@ use vm_memory::ByteValued;
 
 use crate::error::{DecodeError, ProtocolError, RequestError};
 use crate::eventfd;
+use crate::limits::MAX_TABLE_REGIONS;
 
-/// Most regions of one SET_MEM_TABLE.
-pub const MAX_TABLE_REGIONS: usize = 8;
-
-/// Bits 0-7 of SET_VRING_KICK's payload, and of its like, are the ring's index.
+/// Bits 0-7 of SET_VRING_KICK's payload, and of its like, are the vring's index.
 const INDEX_MASK: u64 = 0xff;
 /// Bit 8 says that no descriptor comes along.
 const NO_FD: u64 = 1 << 8;
 /// The smallest MTU of IPv4 (RFC 791) and of virtio-net (virtio 1.3 §5.1.4.1).
 const MIN_MTU: u16 = 68;
 
-/// A front-end's request. Whether its ring exists and its bits were offered is for the session to
-/// say.
+/// A front-end's request. Whether its vring exists and its bits were offered is for the session to
+/// check.
 #[derive(Debug)]
 pub enum Request {
     /// Which virtio features there are.
@@ -35,7 +33,7 @@ pub enum Request {
     SetFeatures(u64),
     /// Begins a session.
     SetOwner,
-    /// Deprecated; stops all rings.
+    /// Deprecated; stops all vrings.
     ResetOwner,
     /// Replaces the memory table.
     SetMemTable(Vec<(RegionSpec, File)>),
@@ -45,41 +43,41 @@ pub enum Request {
     RemMemReg(RegionSpec),
     /// How many regions the memory table may have.
     GetMaxMemSlots,
-    /// Sets a ring's size: 1 to 32,768.
+    /// Sets a vring's size: 1 to 32,768.
     SetVringNum {
-        /// The ring's index.
+        /// The vring's index.
         ring: u16,
         /// Number of descriptors.
         size: u16,
     },
-    /// Sets a ring's addresses, aligned as virtio asks.
+    /// Sets a vring's addresses, aligned as virtio asks.
     SetVringAddr {
-        /// The ring's index.
+        /// The vring's index.
         ring: u16,
         /// Its areas.
         areas: VringAreas,
     },
-    /// Sets where a ring goes on.
+    /// Sets where a vring goes on.
     SetVringBase {
-        /// The ring's index.
+        /// The vring's index.
         ring: u16,
         /// See [`crate::VringStart::base`].
         base: u32,
     },
-    /// Stops a ring and asks where it would go on.
+    /// Stops a vring and asks where it would go on.
     GetVringBase {
-        /// The ring's index.
+        /// The vring's index.
         ring: u16,
     },
-    /// Sets what the driver signals, and lets the ring start.
+    /// Sets what the driver signals, and lets the vring start.
     SetVringKick(VringEventFd),
     /// Sets what signals the driver.
     SetVringCall(VringEventFd),
-    /// Sets what signals the front-end when the ring is at fault.
+    /// Sets what signals the front-end when the vring is at fault.
     SetVringErr(VringEventFd),
-    /// Enables or disables a ring.
+    /// Enables or disables a vring.
     SetVringEnable {
-        /// The ring's index.
+        /// The vring's index.
         ring: u16,
         /// Whether frames pass.
         enabled: bool,
@@ -106,21 +104,21 @@ pub enum Request {
     Unknown(u32),
 }
 
-/// A ring's areas, as front-end addresses.
+/// A vring's areas, as front-end addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct VringAreas {
-    /// Descriptor table or ring.
+    /// Descriptor table, or descriptor ring.
     pub desc: u64,
-    /// Available ring, or driver event suppression.
+    /// Available vring, or driver event suppression.
     pub avail: u64,
-    /// Used ring, or device event suppression.
+    /// Used vring, or device event suppression.
     pub used: u64,
 }
 
-/// An eventfd for a ring.
+/// An eventfd for a vring.
 #[derive(Debug)]
 pub struct VringEventFd {
-    /// The ring's index.
+    /// The vring's index.
     pub ring: u16,
     /// A non-blocking eventfd; `None`: polling is used instead.
     pub fd: Option<Arc<OwnedFd>>,
@@ -208,7 +206,9 @@ impl RequestBody<'_> {
             .ok_or(ProtocolError::Regions(announced))?;
         self.check_size(HEAD + regions * ENTRY)?;
         self.check_fd_count(regions)?;
-        let specs = entries.chunks(ENTRY).map(|entry| to_region_spec(&from_bytes(entry)));
+        let specs = entries
+            .chunks(ENTRY)
+            .map(|entry| to_region_spec(&from_bytes(entry)));
         Ok(Request::SetMemTable(
             specs.zip(self.fds.into_iter().map(File::from)).collect(),
         ))
@@ -320,7 +320,7 @@ impl RequestBody<'_> {
         Ok(Request::SetStatus(status))
     }
 
-    /// A ring's index and a number.
+    /// A vring's index and a number.
     fn decode_vring_state(&self) -> Result<(u16, u32), DecodeError> {
         self.check_fd_count(0)?;
         let state = self.read::<VhostUserVringState>()?;

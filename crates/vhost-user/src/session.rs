@@ -1,14 +1,14 @@
 //! The session's state and what each request does to it.
 //!
-//! # When a ring runs
+//! # When a vring runs
 //! It starts when its size, addresses and base are known and SET_VRING_KICK has come, in whatever
 //! order; it stops at GET_VRING_BASE, at a reset (RESET_DEVICE, RESET_OWNER, a device status of 0)
 //! and at the end of the connection. Stopping forgets the kick descriptor, so that a front-end can
-//! configure the ring anew, message by message, before its next SET_VRING_KICK starts it. Call and
-//! err descriptors are kept. A new size, address or base of a running ring stops it and starts it
+//! configure the vring anew, message by message, before its next SET_VRING_KICK starts it. Call and
+//! err descriptors are kept. A new size, address or base of a running vring stops it and starts it
 //! again.
 //!
-//! A ring that could not start is tried again when it or the memory table changes.
+//! A vring that could not start is tried again when it or the memory table changes.
 
 use std::fs::File;
 use std::os::fd::BorrowedFd;
@@ -21,13 +21,15 @@ use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
 use virtionet_base::{MAX_QUEUE_PAIRS, RateLimiter};
 use virtionet_virtqueue::memory::{GuestMemory, MAX_REGIONS, MappedRegion, RegionSpec};
 
-use crate::backend::{Backend, BackendError};
-use crate::error::{DecodeError, ProtocolError, RequestError, SessionError};
+use crate::backend::{Backend, UnmappedVring, VringStart};
+use crate::backend_error::BackendError;
+use crate::error::{DecodeError, ProtocolError, RefusedRequest, RequestError, SessionError};
 use crate::protocol_features::{self, VHOST_USER_F_PROTOCOL_FEATURES};
-use crate::request::{VringAreas, VringEventFd, Request};
+use crate::request::{Request, VringAreas, VringEventFd};
 use crate::sys::peer_pid;
 use crate::vring::{Kick, Vring};
-use crate::wire::{ReplyPayload, Channel, Header, Incoming, Message, Reply};
+use crate::vring_state::VringEvent;
+use crate::wire::{Channel, Header, Incoming, Message, Reply, ReplyPayload};
 
 const PACKED: u64 = 1 << VIRTIO_F_RING_PACKED;
 const REPLY_ACK: u64 = VhostUserProtocolFeatures::REPLY_ACK.bits();
@@ -42,7 +44,7 @@ pub enum SessionEnd {
 }
 
 /// Serves one front-end until it goes away, `stop` becomes readable (it is not read), or an error
-/// ends the session. In every case no ring runs afterwards.
+/// ends the session. In every case no vring runs afterwards.
 ///
 /// # Errors
 /// See [`SessionError`].
@@ -57,7 +59,7 @@ pub fn serve(
     backend.on_connect(pid);
     let result = run(&channel, &mut session);
     session.stop_all();
-    backend.on_disconnect();
+    backend.on_disconnect(session.first_refusal.as_ref());
     result
 }
 
@@ -68,7 +70,7 @@ fn run(channel: &Channel<'_>, session: &mut Session<'_>) -> Result<SessionEnd, S
             Incoming::Closed => return Ok(SessionEnd::Disconnected),
             Incoming::Stopped => return Ok(SessionEnd::Stopped),
         };
-        // When a reply cannot go out, the next receive says why.
+        // When a reply cannot be sent, the next receive returns the reason.
         if let Some(reply) = session.handle(message)? {
             channel.send(reply)?;
         }
@@ -78,14 +80,15 @@ fn run(channel: &Channel<'_>, session: &mut Session<'_>) -> Result<SessionEnd, S
 /// One front-end's session without its socket.
 pub struct Session<'b> {
     backend: &'b dyn Backend,
-    /// Queue pairs, each with two of the rings below.
+    /// Queue pairs, each with two of the vrings below.
     queue_pairs: u16,
     vrings: Vec<Vring>,
     memory: Arc<GuestMemory>,
-    /// What SET_FEATURES said, VHOST_USER_F_PROTOCOL_FEATURES included.
+    /// What SET_FEATURES set, VHOST_USER_F_PROTOCOL_FEATURES included.
     features: Option<u64>,
     protocol_features: u64,
     status: u8,
+    first_refusal: Option<RefusedRequest>,
     refusals: RateLimiter,
     failed_starts: RateLimiter,
 }
@@ -109,7 +112,7 @@ type RequestOutcome = Result<Option<ReplyPayload>, Failure>;
 const NO_REPLY_PAYLOAD: RequestOutcome = Ok(None);
 
 impl<'b> Session<'b> {
-    /// A session in which nothing has been said yet.
+    /// A session before its first message.
     pub fn new(backend: &'b dyn Backend) -> Self {
         let queue_pairs = backend.max_queue_pairs().min(MAX_QUEUE_PAIRS);
         Self {
@@ -120,6 +123,7 @@ impl<'b> Session<'b> {
             features: None,
             protocol_features: 0,
             status: 0,
+            first_refusal: None,
             refusals: RateLimiter::default(),
             failed_starts: RateLimiter::default(),
         }
@@ -147,14 +151,14 @@ impl<'b> Session<'b> {
             })),
             Ok(None) => Ok(self.acknowledge(header, 0)),
             Err(Failure::Refused(refusal)) => {
-                self.log_refusal(header.code, &refusal);
+                self.note_refusal(header.code, refusal);
                 Ok(self.acknowledge(header, 1))
             }
             Err(Failure::EndSession(error)) => Err(error),
         }
     }
 
-    /// Stops every ring that runs, as at the end of a connection.
+    /// Stops every vring that runs, as at the end of a connection.
     pub fn stop_all(&mut self) {
         for index in self.indices() {
             self.stop(index);
@@ -204,7 +208,7 @@ impl<'b> Session<'b> {
             return Err(RequestError::Features(surplus).into());
         }
         let changes = bits ^ self.features.unwrap_or(0);
-        if changes & PACKED != 0 && self.vrings.iter().any(|vring| vring.running) {
+        if changes & PACKED != 0 && self.vrings.iter().any(Vring::is_started) {
             return Err(RequestError::FormatWhileRunning.into());
         }
         if self.features == Some(bits) {
@@ -257,20 +261,41 @@ impl<'b> Session<'b> {
 
     fn apply_memory(&mut self, memory: GuestMemory) {
         self.memory = Arc::new(memory);
-        self.backend.set_memory(&self.memory);
-        // A ring whose addresses were not in memory before may start now; if not, that is no fault
-        // of the request that changed the table.
+        let unmapped = self.backend.set_memory(&self.memory);
+        for vring in &unmapped {
+            self.note_unmapped(vring);
+        }
+        // A vring whose addresses were not in memory before may start now. If it does not, that is
+        // no fault of the request that changed the table.
         for index in self.indices() {
+            let was_unmapped = unmapped.iter().any(|vring| vring.index == index);
             if !self.memory.is_empty()
+                && !was_unmapped
                 && let Err(error) = self.start(index)
                 && let Some(suppressed) = self.failed_starts.allow()
             {
-                warn!(suppressed, "ring {index} does not start: {error}");
+                warn!(suppressed, "vring {index} does not start: {error}");
             }
         }
     }
 
-    // --- rings ----------------------------------------------------------------------------------
+    /// Takes over what the device says of a vring that it stopped. The vring keeps its kick
+    /// descriptor, so that it starts again with a memory table that contains it.
+    fn note_unmapped(&mut self, unmapped: &UnmappedVring) {
+        let UnmappedVring { index, base, error } = unmapped;
+        if let Some(suppressed) = self.failed_starts.allow() {
+            warn!(
+                suppressed,
+                "vring {index} stopped at base {base:#x}: {error}"
+            );
+        }
+        self.change_state(*index, VringEvent::Unmap);
+        if let Some(vring) = self.vrings.get_mut(usize::from(*index)) {
+            vring.base = Some(*base);
+        }
+    }
+
+    // --- vrings ----------------------------------------------------------------------------------
 
     fn set_vring_num(&mut self, ring: u16, size: u16) -> RequestOutcome {
         if !size.is_power_of_two() && self.virtio_features() & PACKED == 0 {
@@ -304,7 +329,10 @@ impl<'b> Session<'b> {
     fn get_vring_base(&mut self, ring: u16) -> RequestOutcome {
         if let Err(refusal) = self.vring(ring) {
             let request = FrontendReq::GET_VRING_BASE;
-            return Err(end_session(ProtocolError::Unanswerable { request, refusal }));
+            return Err(end_session(ProtocolError::Unanswerable {
+                request,
+                refusal,
+            }));
         }
         self.stop(ring);
         Ok(Some(ReplyPayload::VringState {
@@ -314,10 +342,12 @@ impl<'b> Session<'b> {
     }
 
     fn set_vring_kick(&mut self, kick: VringEventFd) -> RequestOutcome {
-        let vring = self.vring(kick.ring)?;
-        vring.kick = Kick::new(kick.fd.clone());
-        if vring.running {
-            self.backend.set_kick(kick.ring, kick.fd)?;
+        let is_started = self.vring(kick.ring)?.is_started();
+        if is_started {
+            self.backend.set_kick(kick.ring, kick.fd.clone())?;
+        }
+        self.vring(kick.ring)?.kick = Kick::new(kick.fd);
+        if is_started {
             return NO_REPLY_PAYLOAD;
         }
         self.start_or_end_session(kick.ring)
@@ -326,7 +356,7 @@ impl<'b> Session<'b> {
     fn set_vring_call(&mut self, call: VringEventFd) -> RequestOutcome {
         let vring = self.vring(call.ring)?;
         vring.call.clone_from(&call.fd);
-        if vring.running {
+        if vring.is_started() {
             self.backend.set_call(call.ring, call.fd);
         }
         self.backend.on_vring_announced(call.ring);
@@ -336,7 +366,7 @@ impl<'b> Session<'b> {
     fn set_vring_err(&mut self, err: VringEventFd) -> RequestOutcome {
         let vring = self.vring(err.ring)?;
         vring.err.clone_from(&err.fd);
-        if vring.running {
+        if vring.is_started() {
             self.backend.set_err(err.ring, err.fd);
         }
         NO_REPLY_PAYLOAD
@@ -345,22 +375,22 @@ impl<'b> Session<'b> {
     fn set_vring_enable(&mut self, ring: u16, enabled: bool) -> RequestOutcome {
         let vring = self.vring(ring)?;
         vring.enabled = Some(enabled);
-        if vring.running {
+        if vring.is_started() {
             self.backend.set_enabled(ring, enabled);
         }
         NO_REPLY_PAYLOAD
     }
 
-    /// Whether frames pass: what SET_VRING_ENABLE said last, else what holds without it.
+    /// Whether frames pass: what SET_VRING_ENABLE set last, else the default without it.
     fn is_enabled(&self, vring: &Vring) -> bool {
         let negotiated = self.features.unwrap_or(0) & VHOST_USER_F_PROTOCOL_FEATURES != 0;
         vring.enabled.unwrap_or(!negotiated)
     }
 
-    /// Says so to the rings that run and go by the rule of no SET_VRING_ENABLE.
+    /// Enables or disables the started vrings for which no SET_VRING_ENABLE has come.
     fn update_enabled(&self) {
         for (index, vring) in (0..).zip(&self.vrings) {
-            if vring.running && vring.enabled.is_none() {
+            if vring.is_started() && vring.enabled.is_none() {
                 self.backend.set_enabled(index, self.is_enabled(vring));
             }
         }
@@ -373,14 +403,14 @@ impl<'b> Session<'b> {
         NO_REPLY_PAYLOAD
     }
 
-    /// Deprecated; the protocol's text recommends to stop all rings and to forget nothing else.
+    /// Deprecated; the protocol's text recommends to stop all vrings and to forget nothing else.
     fn reset_owner(&mut self) -> RequestOutcome {
         self.stop_all();
         NO_REPLY_PAYLOAD
     }
 
     /// The memory table outlives a reset: front-ends send only what changes in it. So do the
-    /// features: front-ends negotiate before they start rings, and not all of them after a reset.
+    /// features: front-ends negotiate before they start vrings, and not all of them after a reset.
     fn reset_device(&mut self) -> RequestOutcome {
         self.stop_all();
         self.vrings.iter_mut().for_each(Vring::reset);
@@ -399,7 +429,7 @@ impl<'b> Session<'b> {
 
     // --- starting and stopping ------------------------------------------------------------------
 
-    /// Starts a ring that is ready; a ring without any memory ends the session.
+    /// Starts a vring that is ready; a vring without any memory ends the session.
     fn start_or_end_session(&mut self, ring: u16) -> RequestOutcome {
         if self.memory.is_empty() && self.pending_start(ring).is_some() {
             return Err(end_session(SessionError::NotShared));
@@ -417,37 +447,49 @@ impl<'b> Session<'b> {
             size = start.layout.size,
             base = start.base,
             enabled = start.enabled,
-            "ring starts"
+            "vring starts"
         );
         self.backend.start_vring(ring, start)?;
-        self.vrings[usize::from(ring)].running = true;
+        self.change_state(ring, VringEvent::Start);
         Ok(())
     }
 
-    /// What a ring that is to start, and does not run, starts with.
-    fn pending_start(&self, ring: u16) -> Option<crate::VringStart> {
+    /// What a vring that is to start, and does not run, starts with.
+    fn pending_start(&self, ring: u16) -> Option<VringStart> {
         let vring = &self.vrings[usize::from(ring)];
-        if vring.running {
+        if vring.is_started() {
             return None;
         }
         vring.to_vring_start(self.is_enabled(vring), self.virtio_features(), &self.memory)
     }
 
-    /// Stops a ring for good: it starts again only at a new SET_VRING_KICK.
+    /// Stops a vring for good: it starts again only at a new SET_VRING_KICK.
     fn stop(&mut self, ring: u16) {
         self.pause(ring);
         self.vrings[usize::from(ring)].kick = Kick::Unset;
     }
 
-    /// Stops a ring, if it runs, and remembers where it stands.
+    /// Stops a vring, if it is started, and remembers its base.
     fn pause(&mut self, ring: u16) {
-        let vring = &mut self.vrings[usize::from(ring)];
-        if !std::mem::take(&mut vring.running) {
+        if !self.vrings[usize::from(ring)].is_started() {
             return;
         }
         let base = self.backend.stop_vring(ring);
+        self.change_state(ring, VringEvent::Stop);
+        let vring = &mut self.vrings[usize::from(ring)];
         vring.base = base.or(vring.base);
-        debug!(ring, base = vring.base, "ring stops");
+        debug!(ring, base = vring.base, "vring stopped");
+    }
+
+    /// Follows the device by the table of states.
+    fn change_state(&mut self, ring: u16, event: VringEvent) {
+        let Some(vring) = self.vrings.get_mut(usize::from(ring)) else {
+            return;
+        };
+        match vring.state.after(event) {
+            Ok(state) => vring.state = state,
+            Err(error) => tracing::error!("vring {ring}: {error}"),
+        }
     }
 
     fn vring(&mut self, ring: u16) -> Result<&mut Vring, RequestError> {
@@ -472,12 +514,14 @@ impl<'b> Session<'b> {
         })
     }
 
-    fn log_refusal(&mut self, code: u32, refusal: &RequestError) {
-        let name = FrontendReq::try_from(code)
+    fn note_refusal(&mut self, code: u32, error: RequestError) {
+        let request = FrontendReq::try_from(code)
             .map_or_else(|_| format!("request {code}"), |code| format!("{code:?}"));
+        let refused = RefusedRequest { request, error };
         if let Some(suppressed) = self.refusals.allow() {
-            warn!(suppressed, "{name} refused: {refusal}");
+            warn!(suppressed, "{refused}");
         }
+        self.first_refusal.get_or_insert(refused);
     }
 }
 

@@ -1,7 +1,6 @@
 //! The calls that need `unsafe`: whose process a socket's peer is, and descriptors given at start.
 #![allow(unsafe_code)]
 
-use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
@@ -33,33 +32,39 @@ pub fn peer_pid(stream: &UnixStream) -> Option<u32> {
     u32::try_from(peer.pid).ok().filter(|pid| *pid != 0)
 }
 
+/// Why a descriptor that this process should have inherited cannot be taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum TakeFdError {
+    /// It is stdin, stdout or stderr.
+    #[error("descriptor {0} cannot be a vhost-user socket; pass one above 2")]
+    StandardStream(RawFd),
+    /// Two devices name it.
+    #[error("descriptor {0} is given twice; each device needs its own")]
+    Twice(RawFd),
+    /// There is no such descriptor.
+    #[error("descriptor {0} is not open; the parent process must pass it on")]
+    NotOpen(RawFd),
+}
+
 /// Takes a descriptor that this process was started with (`--fd N`); from now on it is closed on
 /// exec. To be called before anything else is opened: a number that was not inherited would be
 /// somebody else's descriptor by then.
 ///
 /// # Errors
-/// One sentence when the number is taken already, is one of stdin, stdout and stderr, or is not
-/// open.
+/// When the number is taken already, is one of stdin, stdout and stderr, or is not open.
 // syscalls: fcntl
-pub fn take_fd(number: RawFd) -> io::Result<OwnedFd> {
+pub fn take_fd(number: RawFd) -> Result<OwnedFd, TakeFdError> {
     static TAKEN: Mutex<Vec<RawFd>> = Mutex::new(Vec::new());
-    let error = |text: String| Err(io::Error::new(io::ErrorKind::InvalidInput, text));
     if number <= libc::STDERR_FILENO {
-        return error(format!(
-            "descriptor {number} cannot be a vhost-user socket; pass one above 2"
-        ));
+        return Err(TakeFdError::StandardStream(number));
     }
     let mut taken = TAKEN.lock().unwrap_or_else(|poison| poison.into_inner());
     if taken.contains(&number) {
-        return error(format!(
-            "descriptor {number} is given twice; each device needs its own"
-        ));
+        return Err(TakeFdError::Twice(number));
     }
     // SAFETY: F_SETFD takes an integer; on a number that is not open it only fails.
     if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
-        return error(format!(
-            "descriptor {number} is not open; the parent process must pass it on"
-        ));
+        return Err(TakeFdError::NotOpen(number));
     }
     taken.push(number);
     // SAFETY: open (seen above), inherited rather than opened by this process (the caller's part),

@@ -1,7 +1,7 @@
-//! A front-end made of bytes, and a device that writes down what it is asked.
+//! A front-end made of bytes, and a device that records what it is asked.
 
 use std::fs::File;
-use std::io::{IoSlice, Read};
+use std::io::{self, IoSlice, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -10,9 +10,12 @@ use std::time::Duration;
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use virtionet_virtqueue::memory::GuestMemory;
+use virtionet_virtqueue::{VirtqueueError, VirtqueueLayout};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::backend::{Backend, BackendError, VringStart};
+use crate::backend::{Backend, UnmappedVring, VringStart};
+use crate::backend_error::BackendError;
+use crate::error::RefusedRequest;
 
 /// A raw eventfd.
 pub(crate) fn eventfd(flags: i32) -> OwnedFd {
@@ -115,19 +118,21 @@ impl RawFrontEnd {
     }
 }
 
-/// A device that does nothing but keep a diary.
+/// A device that only records what it is asked.
 #[derive(Debug, Default)]
 pub(crate) struct RecordingBackend {
     entries: Mutex<Vec<String>>,
     running: Mutex<std::collections::BTreeMap<u16, VringStart>>,
     stop_base: Option<u32>,
+    /// The code of the first refusal of a session that ended.
+    pub(crate) refused: Mutex<Option<&'static str>>,
 }
 
 pub(crate) const FEATURES: u64 = 1 << 32 | 1 << 34 | 1;
 pub(crate) const QUEUE_PAIRS: u16 = 2;
 
 impl RecordingBackend {
-    /// A device whose rings all stop at `base`.
+    /// A device whose vrings all stop at `base`.
     pub(crate) fn with_stop_base(base: u32) -> Self {
         Self {
             stop_base: Some(base),
@@ -144,14 +149,26 @@ impl RecordingBackend {
         std::mem::take(&mut self.entries.lock().unwrap())
     }
 
-    /// The rings that run.
+    /// The vrings that run.
     pub(crate) fn running(&self) -> Vec<u16> {
         self.running.lock().unwrap().keys().copied().collect()
     }
 
-    /// What a running ring was started with.
+    /// What a running vring was started with.
     pub(crate) fn started_with(&self, index: u16) -> VringStart {
         self.running.lock().unwrap()[&index].clone()
+    }
+}
+
+fn is_outside(memory: &GuestMemory, start: &VringStart) -> bool {
+    let layout = start.layout;
+    memory.user_array::<u16>(layout.desc, layout.size).is_none()
+}
+
+fn outside(layout: VirtqueueLayout) -> VirtqueueError {
+    VirtqueueError::Unmapped {
+        what: "descriptor area",
+        addr: layout.desc,
     }
 }
 
@@ -185,20 +202,35 @@ impl Backend for RecordingBackend {
         self.write(format!("features {acked:#x}"));
     }
 
-    fn set_memory(&self, memory: &Arc<GuestMemory>) {
+    fn set_memory(&self, memory: &Arc<GuestMemory>) -> Vec<UnmappedVring> {
         self.write(format!("memory {}", memory.regions().count()));
+        let mut running = self.running.lock().unwrap();
+        let is_lost = |start: &VringStart| is_outside(memory, start);
+        let lost: Vec<u16> = running
+            .iter()
+            .filter_map(|(index, start)| is_lost(start).then_some(*index))
+            .collect();
+        let unmapped = lost.into_iter().filter_map(|index| {
+            let start = running.remove(&index)?;
+            Some(UnmappedVring {
+                index,
+                base: self.stop_base.unwrap_or(start.base),
+                error: BackendError::VringUnmapped {
+                    index,
+                    source: outside(start.layout),
+                },
+            })
+        });
+        unmapped.collect()
     }
 
     fn start_vring(&self, index: u16, start: VringStart) -> Result<(), BackendError> {
         let layout = start.layout;
-        if start
-            .memory
-            .user_array::<u16>(layout.desc, layout.size)
-            .is_none()
-        {
-            return Err(BackendError::new(format!(
-                "ring {index} lies outside of memory"
-            )));
+        if is_outside(&start.memory, &start) {
+            return Err(BackendError::VringConfig {
+                index,
+                source: outside(layout),
+            });
         }
         self.write(format!(
             "start {index} size {} base {} enabled {} kick {} call {}",
@@ -238,12 +270,16 @@ impl Backend for RecordingBackend {
     fn set_mtu(&self, mtu: u16) -> Result<(), BackendError> {
         self.write(format!("mtu {mtu}"));
         if mtu > 9000 {
-            return Err(BackendError::new(format!("the uplink cannot carry {mtu}")));
+            let source = io::Error::other(format!("the uplink cannot carry {mtu}"));
+            return Err(BackendError::Mtu { mtu, source });
         }
         Ok(())
     }
 
-    fn on_disconnect(&self) {
+    fn on_disconnect(&self, refused: Option<&RefusedRequest>) {
+        if let Some(refused) = refused {
+            *self.refused.lock().unwrap() = Some(refused.error.code());
+        }
         self.write("disconnected".into());
     }
 }

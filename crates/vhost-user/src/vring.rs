@@ -1,4 +1,4 @@
-//! What the front-end has said about one ring.
+//! What the front-end has configured of one vring.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -8,8 +8,9 @@ use virtionet_virtqueue::memory::GuestMemory;
 
 use crate::backend::VringStart;
 use crate::request::VringAreas;
+use crate::vring_state::VringState;
 
-/// One ring as configured. Every message replaces what an earlier one said.
+/// One vring as configured. Every message replaces what an earlier one said.
 #[derive(Debug, Default)]
 pub(crate) struct Vring {
     pub(crate) size: Option<u16>,
@@ -21,16 +22,17 @@ pub(crate) struct Vring {
     /// What SET_VRING_ENABLE said, whenever it came: QEMU sends it before SET_FEATURES and does
     /// not repeat it.
     pub(crate) enabled: Option<bool>,
-    pub(crate) running: bool,
+    /// What the device last said of it, by the table of [`VringState`].
+    pub(crate) state: VringState,
 }
 
-/// Whether SET_VRING_KICK has come since the ring was last stopped, and with what.
+/// Whether SET_VRING_KICK has come since the vring was last stopped, and with what.
 #[derive(Debug, Default)]
 pub(crate) enum Kick {
-    /// It has not: the ring is not to start.
+    /// It has not: the vring is not to start.
     #[default]
     Unset,
-    /// Without a descriptor: the ring is to be polled.
+    /// Without a descriptor: the vring is to be polled.
     Poll,
     Fd(Arc<OwnedFd>),
 }
@@ -49,7 +51,7 @@ impl Kick {
 }
 
 impl Vring {
-    /// What the ring starts with, once all of it is known.
+    /// What the vring starts with, once all of it is known.
     pub(crate) fn to_vring_start(
         &self,
         enabled: bool,
@@ -77,8 +79,13 @@ impl Vring {
         })
     }
 
+    /// Whether the device holds the vring.
+    pub(crate) fn is_started(&self) -> bool {
+        self.state.is_started()
+    }
+
     /// Forgets what a reset of the device forgets: everything but the call and err descriptors,
-    /// which QEMU hands out once.
+    /// which QEMU hands out once. The vring has been stopped.
     pub(crate) fn reset(&mut self) {
         *self = Self {
             call: self.call.take(),

@@ -1,7 +1,7 @@
 //! Messages on the socket: a 12-byte header, up to 4 KiB of payload, up to 32 descriptors.
 //!
 //! Exactly one message is read at a time, so that descriptors stay with the message they came
-//! with however the peer cuts or joins its writes. No read or write blocks but in `poll`, which
+//! with, however the front-end cuts or joins its writes. No read or write blocks but in `poll`, which
 //! watches a stop descriptor as well.
 
 use std::io::{self, IoSliceMut};
@@ -15,16 +15,14 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, recvmsg, send,
     sockopt,
 };
-use vhost::vhost_user::message::{MAX_ATTACHED_FD_ENTRIES, MAX_MSG_SIZE, VhostUserHeaderFlag};
+use vhost::vhost_user::message::VhostUserHeaderFlag;
 
 use crate::error::{ProtocolError, SessionError};
+use crate::limits::MAX_FDS;
+pub use crate::limits::MAX_PAYLOAD;
 
 /// Bytes of a header.
 pub const HEADER_SIZE: usize = 12;
-/// Most bytes of a payload.
-pub const MAX_PAYLOAD: usize = MAX_MSG_SIZE;
-/// Most descriptors of a message.
-pub const MAX_FDS: usize = MAX_ATTACHED_FD_ENTRIES;
 
 /// The only version there is.
 const VERSION: u32 = 1;
@@ -70,7 +68,7 @@ fn words([a, b, c, d, e, f, g, h, i, j, k, l]: [u8; HEADER_SIZE]) -> [u32; 3] {
     [[a, b, c, d], [e, f, g, h], [i, j, k, l]].map(u32::from_ne_bytes)
 }
 
-/// A message as it came. Its descriptors are closed with it unless somebody takes them.
+/// A message as received. Its descriptors are closed with it unless they are taken out.
 #[derive(Debug)]
 pub struct Message {
     /// The header.
@@ -86,9 +84,9 @@ pub struct Message {
 pub enum ReplyPayload {
     /// A number; of an acknowledgement, 0 means done.
     U64(u64),
-    /// A ring and its base (GET_VRING_BASE).
+    /// A vring and its base (GET_VRING_BASE).
     VringState {
-        /// The ring's index.
+        /// The vring's index.
         index: u32,
         /// Where it would go on.
         num: u32,
@@ -130,11 +128,11 @@ fn join(words: [u32; 2]) -> [u8; 8] {
     bytes
 }
 
-/// What a wait for a message brought.
+/// The outcome of waiting for a message.
 #[derive(Debug)]
 pub(crate) enum Incoming {
     Message(Message),
-    /// The peer closed the connection between two messages.
+    /// The front-end closed the connection between two messages.
     Closed,
     /// The stop descriptor is readable.
     Stopped,
@@ -143,7 +141,7 @@ pub(crate) enum Incoming {
 /// How far a read of a number of bytes came.
 enum Filled {
     Complete,
-    /// The peer closed the connection after this many bytes.
+    /// The front-end closed the connection after this many bytes.
     Closed(usize),
     Stopped,
 }
@@ -157,7 +155,7 @@ pub(crate) struct Channel<'s> {
 
 impl<'s> Channel<'s> {
     pub(crate) fn new(stream: UnixStream, stop: BorrowedFd<'s>) -> io::Result<Self> {
-        // Credentials would take the descriptors' room; an inherited socket may ask for them.
+        // Credentials would take the space of descriptors; an inherited socket may ask for them.
         // syscalls: setsockopt
         sockopt::set_socket_passcred(&stream, false)?;
         Ok(Self { stream, stop })
@@ -186,7 +184,8 @@ impl<'s> Channel<'s> {
         }
     }
 
-    /// Sends a reply; false when the wait for room in the socket was stopped or the peer has gone.
+    /// Sends a reply; false when the session was stopped while the socket was full, or the front-end
+    /// has gone.
     pub(crate) fn send(&self, reply: Reply) -> io::Result<bool> {
         let bytes = reply.to_bytes();
         let mut rest = bytes.as_slice();
@@ -283,7 +282,7 @@ fn receive_some(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{RawFrontEnd, eventfd, encode_message, stop_pair};
+    use crate::testing::{RawFrontEnd, encode_message, eventfd, stop_pair};
     use std::os::fd::AsFd;
     use std::thread;
     use std::time::{Duration, Instant};
@@ -322,7 +321,12 @@ mod tests {
     #[test]
     fn dripped_and_joined_messages_are_the_same() {
         let (_stop, stopped) = stop_pair();
-        let bytes = [encode_message(1, 1, &[]), encode_message(8, 9, &[7; 8]), encode_message(3, 1, &[])].concat();
+        let bytes = [
+            encode_message(1, 1, &[]),
+            encode_message(8, 9, &[7; 8]),
+            encode_message(3, 1, &[]),
+        ]
+        .concat();
         for chunk_len in [1, 5, 12, 13, bytes.len()] {
             let (peer, stream) = RawFrontEnd::pair();
             let sender = {

@@ -15,7 +15,7 @@ use device::{Device, send, session};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use virtionet_vhost_user::SessionError;
-use virtionet_vhost_user::listen::{SocketPermissions, Listener};
+use virtionet_vhost_user::listen::{Listener, SocketPermissions};
 
 fn open_fds() -> usize {
     read_dir("/proc/self/fd").unwrap().count()

@@ -75,7 +75,7 @@ fn no_descriptor_stays_open() {
         send(&stream, &[12, 1, 8], &[0; 3], &[event.as_fd(); 3]);
     });
     assert_eq!(open_fds(), held);
-    // A descriptor replaced while its ring runs.
+    // A descriptor replaced while its vring runs.
     session(&device, |stream| {
         let front_end = bring_up(stream);
         for _ in 0..100 {

@@ -1,7 +1,7 @@
 //! Real sockets in a directory of their own.
 
-use std::io::{Read, Write};
 use std::fs;
+use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
@@ -90,7 +90,10 @@ fn stale_files_go_and_living_sockets_stay() {
     let clients: Vec<_> = (0..17)
         .map_while(|_| connect_once(&to_socket_address(&path).unwrap()).ok())
         .collect();
-    assert!(matches!(bind(&path), Err(ListenError::Socket(UnixSocketError::InUse(_)))));
+    assert!(matches!(
+        bind(&path),
+        Err(ListenError::Socket(UnixSocketError::InUse(_)))
+    ));
     drop(clients);
     // Another's socket under the same name outlives us.
     fs::remove_file(&path).unwrap();
@@ -177,7 +180,8 @@ fn inherited_sockets_are_told_apart() {
     let path = directory.socket();
     let (_stop, stopped) = stop_pair();
     let listening = UnixListener::bind(&path).unwrap();
-    let InheritedSocket::Listening(listener) = InheritedSocket::new(listening.into()).unwrap() else {
+    let InheritedSocket::Listening(listener) = InheritedSocket::new(listening.into()).unwrap()
+    else {
         panic!("not listening");
     };
     let _client = UnixStream::connect(&path).unwrap();
@@ -191,7 +195,8 @@ fn inherited_sockets_are_told_apart() {
         Ok(InheritedSocket::Connected(_))
     ));
     let flags = rustix::net::SocketFlags::CLOEXEC;
-    let idle = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
+    let idle =
+        rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
     let datagram = std::os::unix::net::UnixDatagram::unbound().unwrap();
     let network = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     for (fd, want) in [

@@ -1,4 +1,4 @@
-//! Whole sessions over a socket pair, with a device that keeps a diary.
+//! Whole sessions over a socket pair, with a device that records what it is asked.
 
 use std::os::fd::AsFd;
 use std::thread;
@@ -8,7 +8,8 @@ use vhost::vhost_user::message::FrontendReq as Code;
 
 use super::*;
 use crate::testing::{
-    RecordingBackend, FEATURES, QUEUE_PAIRS, RawFrontEnd, eventfd, encode_message, memory_file, payload, stop_pair,
+    FEATURES, QUEUE_PAIRS, RawFrontEnd, RecordingBackend, encode_message, eventfd, memory_file,
+    payload, stop_pair,
 };
 
 const GUEST_MEMORY: u64 = 1 << 20;
@@ -43,7 +44,8 @@ impl FrontEnd {
 
     fn event(&self, code: Code, ring: u64) {
         let bytes = ring.to_ne_bytes();
-        self.peer.send_request(code.into(), &bytes, &[self.event.as_fd()]);
+        self.peer
+            .send_request(code.into(), &bytes, &[self.event.as_fd()]);
     }
 
     fn add_memory(&self, guest_addr: u64) -> u64 {
@@ -80,7 +82,10 @@ impl FrontEnd {
 
     fn negotiate(&self) {
         self.send_u64(Code::SET_PROTOCOL_FEATURES, protocol_features::OFFERED);
-        self.send_u64(Code::SET_FEATURES, FEATURES | VHOST_USER_F_PROTOCOL_FEATURES);
+        self.send_u64(
+            Code::SET_FEATURES,
+            FEATURES | VHOST_USER_F_PROTOCOL_FEATURES,
+        );
     }
 }
 
@@ -97,7 +102,10 @@ fn addresses(ring: u32, start: u64) -> Vec<u8> {
 }
 
 /// Runs a session for as long as `front_end` runs; the result is the session's.
-fn session(backend: &RecordingBackend, front_end: impl FnOnce(&FrontEnd) + Send) -> Result<SessionEnd, SessionError> {
+fn session(
+    backend: &RecordingBackend,
+    front_end: impl FnOnce(&FrontEnd) + Send,
+) -> Result<SessionEnd, SessionError> {
     let (peer, stream) = RawFrontEnd::pair();
     let (_stop, stopped) = stop_pair();
     thread::scope(|scope| {
@@ -133,7 +141,10 @@ fn qemu(front_end: &FrontEnd, backend: &RecordingBackend) {
             protocol_features::OFFERED
         );
         front_end.send_u64(Code::SET_PROTOCOL_FEATURES, protocol_features::OFFERED);
-        assert_eq!(front_end.request_u64(Code::GET_QUEUE_NUM), u64::from(QUEUE_PAIRS));
+        assert_eq!(
+            front_end.request_u64(Code::GET_QUEUE_NUM),
+            u64::from(QUEUE_PAIRS)
+        );
         assert_eq!(front_end.request_u64(Code::GET_MAX_MEM_SLOTS), 509);
         front_end.send_request(Code::SET_OWNER, &[]);
         front_end.request_u64(Code::GET_FEATURES);
@@ -151,7 +162,10 @@ fn qemu(front_end: &FrontEnd, backend: &RecordingBackend) {
 
 fn start_as_qemu(front_end: &FrontEnd) {
     for pair in 0..2 {
-        front_end.send_u64(Code::SET_FEATURES, FEATURES | VHOST_USER_F_PROTOCOL_FEATURES);
+        front_end.send_u64(
+            Code::SET_FEATURES,
+            FEATURES | VHOST_USER_F_PROTOCOL_FEATURES,
+        );
         let status = front_end.request_u64(Code::GET_STATUS);
         front_end.send_u64(Code::SET_STATUS, status | 8);
         if pair == 0 {
@@ -289,7 +303,7 @@ fn without_protocol_features_rings_start_enabled() {
         let wants = encode_message(Code::SET_OWNER.into(), 9, &[]);
         front_end.peer.send(&wants, &[]);
         front_end.sync();
-        // Negotiated late, the ring waits for its enable.
+        // Negotiated late, the vring waits for its enable.
         backend.read();
         front_end.negotiate();
         front_end.sync();
@@ -329,7 +343,10 @@ fn refused_requests_change_nothing_and_the_session_goes_on() {
         for (code, bytes) in [
             (Code::SET_FEATURES, u64s(FEATURES | 1 << 26)),
             (Code::SET_FEATURES, u64s(VHOST_USER_F_PROTOCOL_FEATURES)),
-            (Code::SET_PROTOCOL_FEATURES, u64s(protocol_features::OFFERED | 2)),
+            (
+                Code::SET_PROTOCOL_FEATURES,
+                u64s(protocol_features::OFFERED | 2),
+            ),
             (Code::SET_VRING_BASE, payload(&[4, 0])),
             (Code::SET_VRING_NUM, payload(&[4, 256])),
             (Code::SET_VRING_NUM, payload(&[0, 0])),
@@ -353,7 +370,9 @@ fn refused_requests_change_nothing_and_the_session_goes_on() {
             front_end.send_request(code, &bytes);
         }
         assert_eq!(front_end.peer.send_with_ack(1000, &[1, 2, 3], &[]), 1);
-        front_end.peer.send_request(1000, &[], &[front_end.event.as_fd()]);
+        front_end
+            .peer
+            .send_request(1000, &[], &[front_end.event.as_fd()]);
         // Overlapping, short and unmappable regions; a directory as memory.
         let short = memory_file(4096);
         let directory = File::open("/").unwrap();
@@ -372,6 +391,9 @@ fn refused_requests_change_nothing_and_the_session_goes_on() {
         assert_eq!(backend.running(), [0, 1]);
     });
     assert_eq!(result.unwrap(), SessionEnd::Disconnected);
+    // The device learns the first of them.
+    let refused = *backend.refused.lock().unwrap();
+    assert_eq!(refused, Some("features-not-offered"));
 }
 
 #[test]
@@ -398,7 +420,11 @@ fn a_broken_protocol_ends_the_session_and_stops_the_rings() {
         (payload(&[1, 1, u32::MAX]), 0, "4294967295 bytes"),
         (encode_message(1, 1, &[0; 1]), 0, "payload of 1 bytes"),
         (encode_message(1, 1, &[]), 1, "carries 1 file descriptors"),
-        (encode_message(1, 1, &[]), 33, "more than 32 file descriptors"),
+        (
+            encode_message(1, 1, &[]),
+            33,
+            "more than 32 file descriptors",
+        ),
         (
             encode_message(code(Code::SET_VRING_KICK), 1, &u64s(0)),
             0,
@@ -463,8 +489,11 @@ fn a_kick_that_is_no_eventfd_ends_the_session() {
 }
 
 #[test]
-fn too_many_pairs_are_told_with_both_numbers() {
-    let refusal = RequestError::NoSuchVring { ring: 4, queue_pairs: 2 };
+fn the_error_of_too_many_pairs_names_both_numbers() {
+    let refusal = RequestError::NoSuchVring {
+        ring: 4,
+        queue_pairs: 2,
+    };
     assert_eq!(
         refusal.to_string(),
         "the front-end configures ring 4, but this device has 2 queue pairs (rings 0 to 3); raise virtionetd's --queues or lower queues= of QEMU's -netdev vhost-user"
@@ -513,7 +542,7 @@ fn a_running_ring_may_move() {
         let moved = "start 0 size 256 base 11 enabled true kick fd call none";
         assert_eq!(backend.read(), ["stop 0", moved]);
         assert_eq!(backend.started_with(0).layout.desc, 0x8000);
-        // Out of memory: the ring stands still until it has a place again.
+        // Outside of memory: the vring stays stopped until memory contains it.
         let bytes = addresses(0, GUEST_MEMORY);
         assert_eq!(front_end.send_with_ack(Code::SET_VRING_ADDR, &bytes), 1);
         assert_eq!(backend.read(), ["stop 0"]);
@@ -547,6 +576,41 @@ fn the_base_of_a_stopped_ring_is_the_last_known() {
         assert_eq!(
             backend.read(),
             ["start 0 size 64 base 50 enabled true kick fd call none"]
+        );
+    })
+    .unwrap();
+}
+
+#[test]
+fn a_vring_that_leaves_the_memory_table_stops_and_starts_again_with_its_memory() {
+    let backend = RecordingBackend::with_stop_base(9);
+    session(&backend, |front_end| {
+        one_pair(front_end);
+        backend.read();
+        let remove = || {
+            let code = Code::REM_MEM_REG;
+            assert_eq!(front_end.send_with_ack(code, &region(0)), 0);
+        };
+        remove();
+        assert_eq!(backend.read(), ["memory 0"]);
+        // It answers where the device stopped it, and is not stopped twice.
+        assert_eq!(front_end.base(1), 9);
+        assert_eq!(backend.read(), Vec::<String>::new());
+        // Vring 1 waits for a new kick, vring 0 for memory alone.
+        assert_eq!(front_end.add_memory(0), 0);
+        assert_eq!(
+            backend.read(),
+            [
+                "memory 1",
+                "start 0 size 256 base 9 enabled true kick fd call none"
+            ]
+        );
+        // A format may be exchanged while no vring is started.
+        remove();
+        let features = FEATURES & !PACKED | VHOST_USER_F_PROTOCOL_FEATURES;
+        assert_eq!(
+            front_end.send_with_ack(Code::SET_FEATURES, &features.to_ne_bytes()),
+            0
         );
     })
     .unwrap();
@@ -616,7 +680,7 @@ fn stop_ends_a_session_and_stops_its_rings() {
     assert!(backend.running().is_empty());
 }
 
-/// A message with a plausible code and ring, and with payloads of the sizes that requests have.
+/// A message with a plausible code and vring, and with payloads of the sizes that requests have.
 fn any_message() -> impl Strategy<Value = (u32, bool, Vec<u8>, usize)> {
     let words = prop_oneof![0..6u32, Just(256), Just(0x100), any::<u32>()];
     let payload = prop_oneof![Just(0), Just(2), Just(10), 0..12usize]
@@ -628,7 +692,7 @@ fn any_message() -> impl Strategy<Value = (u32, bool, Vec<u8>, usize)> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
-    /// Whatever comes: no panic, no start of a running ring (the diary asserts it), and nothing
+    /// Whatever comes: no panic, no start of a running vring (the device asserts it), and nothing
     /// runs in the end.
     #[test]
     fn any_messages_leave_a_coherent_session(

@@ -1,4 +1,4 @@
-//! A device that starts and stops rings, and sessions with it.
+//! A device that starts and stops vrings, and sessions with it.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -6,15 +6,17 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
 use rustix::event::{EventfdFlags, eventfd};
+use virtionet_vhost_user::{
+    Backend, BackendError, SessionEnd, SessionError, UnmappedVring, VringStart, serve,
+};
 use virtionet_virtqueue::memory::GuestMemory;
-use virtionet_vhost_user::{Backend, BackendError, SessionEnd, VringStart, SessionError, serve};
 
 /// VIRTIO_F_VERSION_1 and VIRTIO_NET_F_MQ.
 pub const FEATURES: u64 = 1 << 32 | 1 << 22;
-/// Where every ring of the device stops.
+/// Where every vring of the device stops.
 pub const BASE: u32 = 77;
 
-/// Rings that run, with what they were started with.
+/// Vrings that run, with what they were started with.
 #[derive(Debug, Default)]
 pub struct Device(pub Mutex<BTreeMap<u16, VringStart>>);
 
@@ -29,7 +31,9 @@ impl Backend for Device {
 
     fn set_features(&self, _acked: u64) {}
 
-    fn set_memory(&self, _memory: &Arc<GuestMemory>) {}
+    fn set_memory(&self, _memory: &Arc<GuestMemory>) -> Vec<UnmappedVring> {
+        Vec::new()
+    }
 
     fn start_vring(&self, index: u16, start: VringStart) -> Result<(), BackendError> {
         self.0.lock().unwrap().insert(index, start);

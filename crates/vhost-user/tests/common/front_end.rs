@@ -57,7 +57,7 @@ pub fn bring_up(stream: UnixStream) -> Frontend {
     front_end
 }
 
-/// Configures a ring, starts and enables it.
+/// Configures a vring, starts and enables it.
 pub fn start(front_end: &mut Frontend, ring: usize) {
     let event = EventFd::new(0).unwrap();
     let place = u64::try_from(ring).unwrap() * 0x4000;

@@ -1,0 +1,74 @@
+//! Where a device's front-ends come from.
+
+use std::fmt;
+use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+
+use virtionet_config::Socket;
+use virtionet_vhost_user::listen::{
+    InheritedSocket, ListenError, Listener, SocketPermissions, WrongDescriptor, connect,
+};
+use virtionet_vhost_user::take_fd;
+
+/// Where a device's front-ends come from. Its Display says what was opened, for the log.
+#[derive(Debug)]
+pub enum FrontendSource {
+    /// Front-ends connect to a socket.
+    Listener(Listener),
+    /// The device connects to a front-end that listens.
+    Connect(PathBuf),
+    /// One connection, made before the program started.
+    Once(Option<UnixStream>),
+}
+
+impl FrontendSource {
+    /// Opens the socket that `socket` describes.
+    ///
+    /// # Errors
+    /// When the path cannot be listened on, or the inherited descriptor cannot be used.
+    pub fn open(socket: &Socket) -> Result<Self, ListenError> {
+        Ok(match socket {
+            Socket::Listen { path, mode, group } => {
+                let access = SocketPermissions {
+                    mode: Some(*mode),
+                    group: group.clone(),
+                };
+                Self::Listener(Listener::bind(path, &access)?)
+            }
+            Socket::Connect { path } => Self::Connect(path.clone()),
+            Socket::Inherited(number) => {
+                let fd = take_fd(*number).map_err(WrongDescriptor::from)?;
+                match InheritedSocket::new(fd)? {
+                    InheritedSocket::Listening(listener) => Self::Listener(listener),
+                    InheritedSocket::Connected(stream) => Self::Once(Some(stream)),
+                }
+            }
+        })
+    }
+
+    /// The next front-end; `None` when there will be none, or `stop` is readable.
+    ///
+    /// # Errors
+    /// When no front-end can connect any more.
+    pub fn next(&mut self, stop: BorrowedFd<'_>) -> Result<Option<UnixStream>, ListenError> {
+        match self {
+            Self::Listener(listener) => listener.accept(stop),
+            Self::Connect(path) => connect(path, stop),
+            Self::Once(stream) => Ok(stream.take()),
+        }
+    }
+}
+
+impl fmt::Display for FrontendSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Listener(listener) => match listener.path() {
+                Some(path) => write!(f, "listening on {}", path.display()),
+                None => f.write_str("listening on an inherited socket"),
+            },
+            Self::Connect(path) => write!(f, "connecting to {}", path.display()),
+            Self::Once(_) => f.write_str("inherited connection"),
+        }
+    }
+}

@@ -1,0 +1,294 @@
+//! What a vhost-user session does to the device.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use virtionet_vhost_user::{Backend, BackendError, RefusedRequest, UnmappedVring, VringStart};
+use virtionet_virtio_net::features::Features;
+use virtionet_virtio_net::{DeviceQueue, QueueConfig};
+use virtionet_virtqueue::memory::GuestMemory;
+
+use super::{FrontendState, NetDevice, ServedPair};
+use crate::vring_slot::{StoppedVring, VringFds, VringSlot, VringStartError};
+use crate::worker_event::PairEvent;
+
+/// Which vring of a queue pair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum VringRole {
+    Rx,
+    Tx,
+}
+
+/// Evaluates `$body` with the slot of the vring that has role `$role`.
+macro_rules! with_slot {
+    ($served:expr, $role:expr, $slot:ident => $body:expr) => {
+        match $role {
+            VringRole::Rx => {
+                let $slot = $served.pair.rx();
+                $body
+            }
+            VringRole::Tx => {
+                let $slot = $served.pair.tx();
+                $body
+            }
+        }
+    };
+}
+
+impl VringRole {
+    /// Vring 2k is receiveq of queue pair k, vring 2k+1 its transmitq.
+    fn of(index: u16) -> Self {
+        match index % 2 {
+            0 => Self::Rx,
+            _ => Self::Tx,
+        }
+    }
+
+    fn vring_index(self, pair: u16) -> u16 {
+        2 * pair + u16::from(self == Self::Tx)
+    }
+
+    fn kick_event(self) -> PairEvent {
+        match self {
+            Self::Rx => PairEvent::RxKick,
+            Self::Tx => PairEvent::TxKick,
+        }
+    }
+}
+
+impl Backend for NetDevice {
+    fn features(&self) -> u64 {
+        Features::offered().0
+    }
+
+    fn max_queue_pairs(&self) -> u16 {
+        u16::try_from(self.pairs.len()).unwrap_or(u16::MAX)
+    }
+
+    fn on_connect(&self, pid: Option<u32>) {
+        self.placer
+            .connected(pid.and_then(|pid| i32::try_from(pid).ok()));
+        *self.frontend.lock() = FrontendState {
+            connected: true,
+            pid,
+            ..FrontendState::default()
+        };
+        self.connection_log
+            .report_connect(&self.name, pid, self.max_queue_pairs());
+    }
+
+    fn set_protocol_features(&self, protocol_features: u64) {
+        self.frontend.lock().protocol_features = protocol_features;
+    }
+
+    fn set_features(&self, acked: u64) {
+        let features = Features(acked);
+        self.frontend.lock().features = features;
+        if let Err(error) = self.uplink.set_format(features.format()) {
+            tracing::error!(
+                "{}: the uplink cannot be set to the offloads that the driver accepted: {error}",
+                self.name
+            );
+        }
+        tracing::debug!("{}: driver accepted {:?}", self.name, features.names());
+    }
+
+    fn set_memory(&self, memory: &Arc<GuestMemory>) -> Vec<UnmappedVring> {
+        self.frontend.lock().memory = Arc::clone(memory);
+        let mut unmapped = Vec::new();
+        for served in self.pairs() {
+            for role in [VringRole::Rx, VringRole::Tx] {
+                let stopped = with_slot!(served, role, slot => slot.rebind(memory));
+                let Some((stopped, source)) = stopped else {
+                    continue;
+                };
+                let index = role.vring_index(served.pair.index());
+                let error = BackendError::VringUnmapped { index, source };
+                tracing::error!("{}: {error}; it was stopped", self.name);
+                unmapped.push(UnmappedVring {
+                    index,
+                    base: self.after_stop(served, role, stopped),
+                    error,
+                });
+            }
+        }
+        unmapped
+    }
+
+    fn start_vring(&self, index: u16, start: VringStart) -> Result<(), BackendError> {
+        let role = VringRole::of(index);
+        let served = self.pair_or_create(index / 2, index)?;
+        if role == VringRole::Rx {
+            served.pair.set_rx_ring_address(start.layout.desc);
+            self.update_memory_node(&served.pair, &start.memory);
+        }
+        served
+            .worker
+            .start()
+            .map_err(|source| BackendError::Worker {
+                pair: served.pair.index(),
+                source,
+            })?;
+        let kick = start.kick.clone();
+        watch_kick(served, index, kick.as_deref())?;
+        let node = served
+            .pair
+            .memory_node()
+            .filter(|_| self.placer.has_several_nodes());
+        let started = with_memory_node(
+            node,
+            || with_slot!(served, role, slot => start_vring(slot, start)),
+        );
+        if let Err(error) = started {
+            if let Some(kick) = kick {
+                served.worker.unwatch(&kick);
+            }
+            return Err(match error {
+                VringStartError::Virtqueue(source) => BackendError::VringConfig { index, source },
+                VringStartError::State(source) => BackendError::VringState { index, source },
+            });
+        }
+        self.frontend.lock().has_started_vring = true;
+        self.apply_vring_state(served, role);
+        Ok(())
+    }
+
+    fn stop_vring(&self, index: u16) -> Option<u32> {
+        let (served, role) = self.vring(index)?;
+        let stopped = with_slot!(served, role, slot => slot.stop())?;
+        Some(self.after_stop(served, role, stopped))
+    }
+
+    fn set_enabled(&self, index: u16, enabled: bool) {
+        if let Some((served, role)) = self.vring(index) {
+            with_slot!(served, role, slot => slot.set_enabled(enabled));
+            self.apply_vring_state(served, role);
+        }
+    }
+
+    fn set_kick(&self, index: u16, kick: Option<Arc<OwnedFd>>) -> Result<(), BackendError> {
+        let Some((served, role)) = self.vring(index) else {
+            return Ok(());
+        };
+        watch_kick(served, index, kick.as_deref())?;
+        let old = with_slot!(served, role, slot => slot.replace_kick(kick));
+        if let Some(old) = old {
+            served.worker.unwatch(&old);
+        }
+        served.pair.wake();
+        Ok(())
+    }
+
+    fn set_call(&self, index: u16, call: Option<Arc<OwnedFd>>) {
+        if let Some((served, role)) = self.vring(index) {
+            with_slot!(served, role, slot => slot.set_call(call));
+        }
+    }
+
+    fn on_vring_announced(&self, index: u16) {
+        let mut frontend = self.frontend.lock();
+        frontend.pairs = frontend.pairs.max(index / 2 + 1);
+    }
+
+    fn set_err(&self, index: u16, err: Option<Arc<OwnedFd>>) {
+        if let Some((served, role)) = self.vring(index) {
+            with_slot!(served, role, slot => slot.set_err(err));
+        }
+    }
+
+    fn set_mtu(&self, mtu: u16) -> Result<(), BackendError> {
+        self.uplink
+            .set_mtu(mtu)
+            .map_err(|source| BackendError::Mtu { mtu, source })?;
+        self.frontend.lock().mtu = Some(mtu);
+        Ok(())
+    }
+
+    fn on_disconnect(&self, refused: Option<&RefusedRequest>) {
+        self.placer.disconnected();
+        self.pairs().for_each(|served| served.worker.request_stop());
+        self.pairs().for_each(|served| served.worker.join());
+        for served in self.pairs() {
+            // The worker's last attach or detach may have overtaken the session's, so repeat it.
+            served.pair.reconcile_uplink();
+            served.pair.clear_memory_location();
+            self.placer.set_memory_node(served.pair.index(), None);
+        }
+        self.interrupts.release();
+        self.adviser.reset();
+        let frontend = std::mem::take(&mut *self.frontend.lock());
+        self.connection_log.report_disconnect(
+            &self.name,
+            &frontend,
+            refused,
+            self.max_queue_pairs(),
+        );
+    }
+}
+
+impl NetDevice {
+    /// The queue pair and role of vring `index`, if that queue pair has been used.
+    fn vring(&self, index: u16) -> Option<(&ServedPair, VringRole)> {
+        let served = self.pairs.get(usize::from(index / 2))?.get()?;
+        Some((served, VringRole::of(index)))
+    }
+
+    /// Brings all that depends on whether a vring is live in line with it.
+    fn apply_vring_state(&self, served: &ServedPair, role: VringRole) {
+        if role == VringRole::Rx {
+            self.update_active_pairs();
+            served.pair.reconcile_uplink();
+        }
+        served.pair.wake();
+    }
+
+    /// Does what follows a vring's stop; the result is its base.
+    fn after_stop(&self, served: &ServedPair, role: VringRole, stopped: StoppedVring) -> u32 {
+        if let Some(kick) = &stopped.kick {
+            served.worker.unwatch(kick);
+        }
+        self.apply_vring_state(served, role);
+        stopped.base
+    }
+}
+
+/// Lets the worker wait for `kick`, the kick descriptor of vring `index`.
+fn watch_kick(served: &ServedPair, index: u16, kick: Option<&OwnedFd>) -> Result<(), BackendError> {
+    let Some(kick) = kick else { return Ok(()) };
+    served
+        .worker
+        .watch_pair(served.position, VringRole::of(index).kick_event(), kick)
+        .map_err(|source| BackendError::Kick { index, source })
+}
+
+/// Runs `work` so that the memory that it allocates comes from `node`, if that is known: the
+/// session's thread, which makes a virtqueue's bookkeeping, may run on any node.
+fn with_memory_node<T>(node: Option<u32>, work: impl FnOnce() -> T) -> T {
+    if node.is_none() {
+        return work();
+    }
+    virtionet_placement::prefer_node(node);
+    let done = work();
+    virtionet_placement::prefer_node(None);
+    done
+}
+
+fn start_vring<Q: DeviceQueue>(
+    slot: &VringSlot<Q>,
+    start: VringStart,
+) -> Result<(), VringStartError> {
+    slot.set_enabled(start.enabled);
+    let config = QueueConfig {
+        layout: start.layout,
+        base: start.base,
+        features: Features(start.features),
+        memory: start.memory,
+        stats: Arc::clone(slot.stats()),
+    };
+    let fds = VringFds {
+        kick: start.kick,
+        call: start.call,
+        err: start.err,
+    };
+    slot.start(config, fds)
+}
