@@ -15,14 +15,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 use virtionet_guest::frontend::FrontendConnection;
 use virtionet_guest::net::MODERN;
+use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 use virtionet_tests::cleanup::{Action, Entry, register};
 use virtionet_tests::paths::{RunDir, virtionetd};
 
+use crate::harness::{progress, run_in_netns};
 use crate::outcome::{Better, GroupResult, Row};
-use crate::harness::{run_in_netns, progress};
 use crate::sampling::{Effort, median};
 
 const PAIRS: [u16; 4] = [1, 8, 64, 128];
@@ -165,7 +165,10 @@ impl Daemon {
                 return Ok(stream);
             }
             if self.started_at.elapsed() > REPLY_TIMEOUT {
-                bail!("it does not listen after {REPLY_TIMEOUT:?}; {}", self.words());
+                bail!(
+                    "it does not listen after {REPLY_TIMEOUT:?}; {}",
+                    self.words()
+                );
             }
             sleep(Duration::from_micros(50));
         }

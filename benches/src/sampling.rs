@@ -27,17 +27,17 @@ impl Effort {
 
 /// Figures taken in turns: the n-th of each belong together.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub struct Pairs {
+pub struct PairedSamples {
     ours: Vec<f64>,
     peer: Vec<f64>,
 }
 
-impl Pairs {
+impl PairedSamples {
     /// Measures `count` pairs, after one that warms up and is not counted.
     ///
     /// # Errors
     /// The first error of either side.
-    pub fn take(
+    pub fn measure_in_turns(
         count: usize,
         mut ours: impl FnMut() -> Result<f64>,
         mut peer: impl FnMut() -> Result<f64>,
@@ -100,7 +100,7 @@ mod tests {
 
     #[test]
     fn a_disturbed_pair_does_not_move_the_ratio() {
-        let mut pairs = Pairs::default();
+        let mut pairs = PairedSamples::default();
         for slow in [1.0, 10.0, 1.0, 7.0, 1.0] {
             pairs.push(slow, 2.0 * slow);
         }

@@ -101,7 +101,10 @@ fn move_vcpu(libvirt: &Libvirt, qemu: u32, vcpu: usize, worker: i32, cpu: usize)
     let (thread, _) = thread.with_context(|| format!("no {name} in {threads:?}"))?;
     assert_eq!(sched::affinity(*thread)?, [cpu]);
     wait_for_cpu(worker, cpu, MAX_FOLLOW_TIME)?;
-    eprintln!("worker {vcpu} on CPU {cpu} after {:?}", started_at.elapsed());
+    eprintln!(
+        "worker {vcpu} on CPU {cpu} after {:?}",
+        started_at.elapsed()
+    );
     Ok(())
 }
 

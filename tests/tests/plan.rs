@@ -17,8 +17,8 @@ use virtionet_tests::http;
 use virtionet_tests::paths::{self, RunDir};
 use virtionet_tests::process::{Proc, output};
 use virtionet_tests::qemu::{Machine, Qemu};
-use virtionet_tests::testbed::BOOT;
 use virtionet_tests::sched;
+use virtionet_tests::testbed::BOOT;
 use virtionet_tests::topology::{GUEST, HostNetwork, configure_guest};
 
 /// Longer than it takes a worker to follow its vCPU.

@@ -10,12 +10,12 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use virtionet_tests::hugepages::HugePages;
 
-use crate::outcome::{Better, GroupResult, Row};
 use crate::harness::progress;
-use crate::sampling::{Effort, Pairs, median};
+use crate::outcome::{Better, GroupResult, Row};
+use crate::sampling::{Effort, PairedSamples, median};
 use back_end::{BackEndKind, WorkerPollMode};
 use load::{ForwardingLoad, TrafficPattern};
-use under_test::{ForwardingSample, BackEndUnderTest, FrameBalance, pages};
+use under_test::{BackEndUnderTest, ForwardingSample, FrameBalance, pages};
 
 pub mod back_end;
 pub mod load;
@@ -31,7 +31,7 @@ const NONE: f64 = 0.01;
 /// from guest to guest gives the sender's descriptors back after the receiver has its frames, and a
 /// front-end that is quicker than that would find its ring full and drop a burst.
 const BURSTS: u32 = 6;
-/// Pairs of the case that stands for "many on one CPU".
+/// Queue pairs of the case that stands for "many on one CPU".
 const MANY_PAIRS: u16 = 64;
 
 /// A load, whom it is compared with, and what is asked of it.
@@ -133,7 +133,8 @@ impl Case {
             packed,
             ..
         } = self.load;
-        (traffic, size, packed, self.peer) == (TrafficPattern::Forward, 64, false, BackEndKind::Dpdk)
+        (traffic, size, packed, self.peer)
+            == (TrafficPattern::Forward, 64, false, BackEndKind::Dpdk)
     }
 }
 
@@ -142,12 +143,13 @@ fn compare(case: Case, effort: Effort, outcome: &mut GroupResult) -> Result<f64>
     let words = case.words();
     progress(&format!("peers: {words}"));
     let start = |kind: BackEndKind| {
-        BackEndUnderTest::start(kind, case.load, WorkerPollMode::Always).with_context(|| kind.name().to_owned())
+        BackEndUnderTest::start(kind, case.load, WorkerPollMode::Always)
+            .with_context(|| kind.name().to_owned())
     };
     let mut ours = start(BackEndKind::Ours)?;
     let mut peer = start(case.peer)?;
     let interval = Duration::from_millis(effort.choose(1000, 300));
-    let (mut rates, mut cycles) = (Pairs::default(), Pairs::default());
+    let (mut rates, mut cycles) = (PairedSamples::default(), PairedSamples::default());
     let mut front = Vec::new();
     for _ in 0..effort.choose(5, 1) {
         let (a, b) = (ours.measure(interval)?, peer.measure(interval)?);

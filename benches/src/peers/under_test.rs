@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use virtionet_tests::paths::RunDir;
 use virtionet_tests::sched::threads;
-use virtionet_tests::testpmd::{TestpmdConfig, Testpmd, VirtioUser};
+use virtionet_tests::testpmd::{Testpmd, TestpmdConfig, VirtioUser};
 
 use super::back_end::{BackEnd, BackEndKind, WorkerPollMode};
 use super::load::{Cpus, ForwardingLoad, MEMORY_MIB, RING, TrafficPattern};
@@ -214,7 +214,12 @@ impl BackEndUnderTest {
     }
 }
 
-fn front_end(dir: &RunDir, sockets: &[PathBuf], load: ForwardingLoad, cpu: usize) -> Result<Testpmd> {
+fn front_end(
+    dir: &RunDir,
+    sockets: &[PathBuf],
+    load: ForwardingLoad,
+    cpu: usize,
+) -> Result<Testpmd> {
     let card = |(n, socket): (usize, &PathBuf)| VirtioUser {
         queues: load.queue_pairs_per_device(),
         queue_size: RING,

@@ -2,11 +2,11 @@
 
 use std::fmt::Write;
 
-use super::testbed::VcpuPlacement;
-use super::bulk::{TrafficKind, BulkSample, Traffic};
+use super::bulk::{BulkSample, Traffic, TrafficKind};
 use super::latency::{BackgroundLoad, LatencyPercentiles};
+use super::testbed::VcpuPlacement;
 use crate::outcome::{Better, GroupResult, Row};
-use crate::sampling::{Pairs, median};
+use crate::sampling::{PairedSamples, median};
 use crate::table::figure;
 use virtionet_tests::iperf::Direction;
 
@@ -141,7 +141,14 @@ fn each_pair<T>(columns: &[Column<T>], mut with: impl FnMut(&Column<T>, &Column<
 fn bulk_rows(cell: &BulkCell) -> Vec<Row> {
     let mut rows = Vec::new();
     each_pair(&cell.columns, |one, several| {
-        let name = |what: &str| case(&cell.traffic.name(), cell.vcpu_placement, several.pairs, what);
+        let name = |what: &str| {
+            case(
+                &cell.traffic.name(),
+                cell.vcpu_placement,
+                several.pairs,
+                what,
+            )
+        };
         let row = |what, unit, better, of: fn(&BulkSample) -> f64| {
             paired(several, one, of).row(&name(what), unit, better, "1 pair")
         };
@@ -181,8 +188,8 @@ fn is_bounded(traffic: Traffic) -> bool {
     traffic.direction == Direction::GuestToHost && traffic.kind != TrafficKind::Stream
 }
 
-fn paired<T>(ours: &Column<T>, peer: &Column<T>, of: impl Fn(&T) -> f64) -> Pairs {
-    let mut pairs = Pairs::default();
+fn paired<T>(ours: &Column<T>, peer: &Column<T>, of: impl Fn(&T) -> f64) -> PairedSamples {
+    let mut pairs = PairedSamples::default();
     for (ours, peer) in ours.samples.iter().zip(&peer.samples) {
         pairs.push(of(ours), of(peer));
     }
@@ -203,14 +210,20 @@ fn median_text<T>(column: &Column<T>, of: &dyn Fn(&T) -> f64) -> String {
     figure(median(&values))
 }
 
-fn bulk_line(page: &mut String, cell: &BulkCell, one: &Column<BulkSample>, several: &Column<BulkSample>) {
+fn bulk_line(
+    page: &mut String,
+    cell: &BulkCell,
+    one: &Column<BulkSample>,
+    several: &Column<BulkSample>,
+) {
     let (unit, rate) = rate(cell.traffic.kind);
     let cost = |seconds: f64| match cell.traffic.kind {
         TrafficKind::Datagrams => seconds * 1e3 / BulkSample::kpps(1.0),
         TrafficKind::Stream | TrafficKind::Writes => seconds,
     };
-    let both =
-        |of: &dyn Fn(&BulkSample) -> f64| format!("{} / {}", median_text(one, of), median_text(several, of));
+    let both = |of: &dyn Fn(&BulkSample) -> f64| {
+        format!("{} / {}", median_text(one, of), median_text(several, of))
+    };
     let ratio =
         |better, of: fn(&BulkSample) -> f64| paired(several, one, of).row("", "", better, "").ratio;
     // Writing to a String cannot fail.
@@ -236,7 +249,10 @@ fn latency_line(
     one: &Column<LatencyPercentiles>,
     several: &Column<LatencyPercentiles>,
 ) {
-    let [half, rare] = [|t: &LatencyPercentiles| t.median, |t: &LatencyPercentiles| t.p99];
+    let [half, rare] = [
+        |t: &LatencyPercentiles| t.median,
+        |t: &LatencyPercentiles| t.p99,
+    ];
     // Writing to a String cannot fail.
     _ = writeln!(
         page,
@@ -274,7 +290,8 @@ mod tests {
             kind: TrafficKind::Stream,
             ..small
         };
-        let mut figures = QueueFigures::new(vec![small, large], &[BackgroundLoad::Nothing], &[1, 4]);
+        let mut figures =
+            QueueFigures::new(vec![small, large], &[BackgroundLoad::Nothing], &[1, 4]);
         for cell in &mut figures.bulk {
             cell.columns[0].samples.extend([1.0, 2.0, 4.0].map(sample));
             cell.columns[1].samples.extend([0.9, 1.8, 40.0].map(sample));

@@ -5,21 +5,21 @@
 //! floating ([`bed::VcpuPlacement`]), of which one runs at a time. Every round measures each load with
 //! each number of pairs in turn.
 
-pub mod testbed;
 pub mod bulk;
 mod figures;
 pub mod latency;
+pub mod testbed;
 
 use anyhow::{Context, Result};
 use virtionet_tests::accel::Accel;
 use virtionet_tests::iperf::Direction;
 
-use self::testbed::{GuestTestbed, VcpuPlacement, VCPUS};
-use self::bulk::{TrafficKind, Traffic};
-use self::figures::{BulkCell, Column, QueueFigures, LatencyCell};
+use self::bulk::{Traffic, TrafficKind};
+use self::figures::{BulkCell, Column, LatencyCell, QueueFigures};
 use self::latency::BackgroundLoad;
-use crate::outcome::GroupResult;
+use self::testbed::{GuestTestbed, VCPUS, VcpuPlacement};
 use crate::harness::progress;
+use crate::outcome::GroupResult;
 use crate::sampling::Effort;
 
 const FLOWS: [u16; 2] = [1, 8];
@@ -39,7 +39,9 @@ pub fn run(effort: Effort, several: &[u16]) -> Result<GroupResult> {
     progress("queues: two guests boot");
     let beds = VcpuPlacement::ALL
         .into_iter()
-        .map(|vcpu_placement| GuestTestbed::boot(vcpu_placement, most).map(|testbed| (vcpu_placement, testbed)))
+        .map(|vcpu_placement| {
+            GuestTestbed::boot(vcpu_placement, most).map(|testbed| (vcpu_placement, testbed))
+        })
         .collect::<Result<Vec<_>>>()?;
     let mut columns = vec![1];
     columns.extend(several);
@@ -94,7 +96,11 @@ struct Round<'a> {
 
 impl Round<'_> {
     fn take(&self, figures: &mut QueueFigures, vcpu_placement: VcpuPlacement) -> Result<()> {
-        for cell in figures.bulk.iter_mut().filter(|c| c.vcpu_placement == vcpu_placement) {
+        for cell in figures
+            .bulk
+            .iter_mut()
+            .filter(|c| c.vcpu_placement == vcpu_placement)
+        {
             self.bulk(cell)?;
         }
         for cell in figures

@@ -5,14 +5,14 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use virtionet_virtio_net::features::Features;
-use virtionet_virtio_net::uplink::{Uplink, UplinkQueue, null_rx_sink};
-use virtionet_virtio_net::stats::VringStats;
-use virtionet_virtio_net::{DeviceQueue, QueueConfig};
 use virtionet_guest::memory::GuestRam;
 use virtionet_guest::net::{self, MODERN};
-use virtionet_virtqueue::VirtqueueLayout;
 use virtionet_uplink::tap::{Tap, TapConfig};
+use virtionet_virtio_net::features::Features;
+use virtionet_virtio_net::stats::VringStats;
+use virtionet_virtio_net::uplink::{Uplink, UplinkQueue, null_rx_sink};
+use virtionet_virtio_net::{DeviceQueue, QueueConfig};
+use virtionet_virtqueue::VirtqueueLayout;
 
 use crate::harness::ip;
 
@@ -87,7 +87,7 @@ impl TapEnd {
 }
 
 fn file(end: &TapEnd) -> Result<File> {
-    let fd: BorrowedFd<'_> = end.queue.readable().context("a TAP has a descriptor")?;
+    let fd: BorrowedFd<'_> = end.queue.poll_fd().context("a TAP has a descriptor")?;
     Ok(File::from(fd.try_clone_to_owned()?))
 }
 
