@@ -2,7 +2,7 @@
 //! same guest, vCPUs and queues, both at their defaults.
 //!
 //! Both guests are booted anew for each repetition and number of pairs. Only one of them runs at a
-//! time: the other is stopped over its monitor, so that it takes no CPU while its rival is measured.
+//! time: the other is stopped over its monitor, so that it takes no CPU while the other one is measured.
 
 use std::time::Duration;
 

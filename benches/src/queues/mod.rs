@@ -2,7 +2,7 @@
 //!
 //! The guest has as many pairs as the most of them; `ethtool -L` in it says how many it uses, so
 //! that both sides are one boot, one daemon and one TAP. There are two guests, one pinned and one
-//! floating ([`bed::VcpuPlacement`]), of which one runs at a time. Every round measures each load with
+//! floating ([`testbed::VcpuPlacement`]), of which one runs at a time. Every round measures each load with
 //! each number of pairs in turn.
 
 pub mod bulk;
@@ -37,7 +37,7 @@ const BACKGROUND_LOADS: [BackgroundLoad; 3] = [
 pub fn run(effort: Effort, several: &[u16]) -> Result<GroupResult> {
     let most = several.iter().copied().max().unwrap_or(1);
     progress("queues: two guests boot");
-    let beds = VcpuPlacement::ALL
+    let testbeds = VcpuPlacement::ALL
         .into_iter()
         .map(|vcpu_placement| {
             GuestTestbed::boot(vcpu_placement, most).map(|testbed| (vcpu_placement, testbed))
@@ -47,7 +47,7 @@ pub fn run(effort: Effort, several: &[u16]) -> Result<GroupResult> {
     columns.extend(several);
     let mut figures = QueueFigures::new(traffics(), &BACKGROUND_LOADS, &columns);
     for number in 1..=effort.choose(5_u32, 1) {
-        for (vcpu_placement, testbed) in &beds {
+        for (vcpu_placement, testbed) in &testbeds {
             let what = format!("queues: round {number}, {}", vcpu_placement.name());
             let round = Round {
                 testbed,

@@ -44,7 +44,7 @@ impl TapTestbed {
 
     /// What is written to the source comes out of the TAP, through a bridge.
     pub(super) fn with_source() -> Result<Self> {
-        // One of an earlier bed may be there.
+        // A bridge of an earlier testbed may still exist.
         _ = ip("link del benchbr");
         ip("link add benchbr type bridge stp_state 0 forward_delay 0 mcast_snooping 0")?;
         ip("link set benchbr up")?;
@@ -67,7 +67,7 @@ impl TapTestbed {
     /// The source's descriptor.
     pub(super) fn source(&self) -> Result<File> {
         let source = self.source.as_ref();
-        file(source.context("this bed has no source")?)
+        file(source.context("this testbed has no source")?)
     }
 }
 
