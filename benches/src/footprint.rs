@@ -81,7 +81,9 @@ fn memory(uplink: &str, pairs: u16, outcome: &mut GroupResult) -> Result<()> {
     ] {
         let case = format!("{kind}, {pairs} pair{plural}: {what}");
         let row = Row::new(&case, "KiB", Better::Lower, kib, ("aim", aim));
-        outcome.rows.push(row.bound(1.0));
+        outcome
+            .rows
+            .push(row.bound(1.0).headline(what == "resident"));
     }
     outcome.notes.push(format!(
         "{kind}, {pairs} pair{plural}: {} threads, {} file descriptors",
@@ -110,7 +112,8 @@ fn start(uplink: &str, effort: Effort) -> Result<Row> {
     }
     let case = format!("{}: start to first reply", kind(uplink));
     let aim = ("aim", MAX_START_MS);
-    Ok(Row::new(&case, "ms", Better::Lower, median(&times), aim).bound(1.0))
+    let row = Row::new(&case, "ms", Better::Lower, median(&times), aim);
+    Ok(row.bound(1.0).headline(true))
 }
 
 fn kind(uplink: &str) -> &str {

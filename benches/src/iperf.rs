@@ -45,7 +45,7 @@ pub fn run(effort: Effort) -> Result<GroupResult> {
             let case = load.case(pairs);
             outcome.notes.push(format!("{case}: {}", work[n]));
             let row = taken.row(&case, "Gbit/s", Better::Higher, "QEMU virtio-net");
-            outcome.rows.push(row);
+            outcome.rows.push(row.headline(pairs != 2));
         }
     }
     let accel = Accel::Auto.resolve()?;
