@@ -2,7 +2,8 @@
 
 use criterion::{BenchmarkId, Criterion, Throughput};
 use virtionet_benches::harness::pin_to_last_cpu;
-use virtionet_benches::ring::{CASES, our_side, peer_side};
+use virtionet_benches::ring::case::CASES;
+use virtionet_benches::ring::{our_side, peer_side};
 
 fn main() -> anyhow::Result<()> {
     pin_to_last_cpu()?;
@@ -17,19 +18,25 @@ fn rings(criterion: &mut Criterion) -> anyhow::Result<()> {
     for case in &CASES {
         group.throughput(Throughput::Elements(case.burst.into()));
         let (mut driver, mut ours) = our_side(case)?;
-        group.bench_function(BenchmarkId::new("virtionet-virtqueue", case.name()), |bencher| {
-            bencher.iter(|| {
-                driver.offer(case.burst);
-                ours.burst(case.burst)
-            });
-        });
+        group.bench_function(
+            BenchmarkId::new("virtionet-virtqueue", case.name()),
+            |bencher| {
+                bencher.iter(|| {
+                    driver.offer(case.burst);
+                    ours.burst(case.burst)
+                });
+            },
+        );
         let (mut driver, mut peer) = peer_side(case)?;
-        group.bench_function(BenchmarkId::new(case.way.name(), case.name()), |bencher| {
-            bencher.iter(|| {
-                driver.offer(case.burst);
-                peer.burst(case.burst)
-            });
-        });
+        group.bench_function(
+            BenchmarkId::new(case.method.name(), case.name()),
+            |bencher| {
+                bencher.iter(|| {
+                    driver.offer(case.burst);
+                    peer.burst(case.burst)
+                });
+            },
+        );
     }
     group.finish();
     Ok(())

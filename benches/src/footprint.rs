@@ -15,14 +15,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 use virtionet_guest::frontend::FrontendConnection;
 use virtionet_guest::net::MODERN;
+use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 use virtionet_tests::cleanup::{Action, Entry, register};
 use virtionet_tests::paths::{RunDir, virtionetd};
 
+use crate::harness::{progress, run_in_netns};
 use crate::outcome::{Better, GroupResult, Row};
-use crate::harness::{run_in_netns, progress};
 use crate::sampling::{Effort, median};
 
 const PAIRS: [u16; 4] = [1, 8, 64, 128];
@@ -81,7 +81,9 @@ fn memory(uplink: &str, pairs: u16, outcome: &mut GroupResult) -> Result<()> {
     ] {
         let case = format!("{kind}, {pairs} pair{plural}: {what}");
         let row = Row::new(&case, "KiB", Better::Lower, kib, ("aim", aim));
-        outcome.rows.push(row.bound(1.0));
+        outcome
+            .rows
+            .push(row.bound(1.0).headline(what == "resident"));
     }
     outcome.notes.push(format!(
         "{kind}, {pairs} pair{plural}: {} threads, {} file descriptors",
@@ -110,7 +112,8 @@ fn start(uplink: &str, effort: Effort) -> Result<Row> {
     }
     let case = format!("{}: start to first reply", kind(uplink));
     let aim = ("aim", MAX_START_MS);
-    Ok(Row::new(&case, "ms", Better::Lower, median(&times), aim).bound(1.0))
+    let row = Row::new(&case, "ms", Better::Lower, median(&times), aim);
+    Ok(row.bound(1.0).headline(true))
 }
 
 fn kind(uplink: &str) -> &str {
@@ -165,7 +168,10 @@ impl Daemon {
                 return Ok(stream);
             }
             if self.started_at.elapsed() > REPLY_TIMEOUT {
-                bail!("it does not listen after {REPLY_TIMEOUT:?}; {}", self.words());
+                bail!(
+                    "it does not listen after {REPLY_TIMEOUT:?}; {}",
+                    self.words()
+                );
             }
             sleep(Duration::from_micros(50));
         }

@@ -14,7 +14,7 @@ pub enum Group {
     Ring,
     /// A frame between a ring and a TAP, against bare system calls
     Tap,
-    /// Frames between two cards, against DPDK's vhost PMD and a device on the stock crates
+    /// Frames between two cards, against DPDK's vhost PMD and a device that uses vhost-user-backend and virtio-queue
     Peers,
     /// The idle daemon's memory and start, against their aims
     Footprint,
@@ -58,7 +58,7 @@ impl Group {
     /// Measures it; `pairs` are what [`Group::Queues`] compares with one pair.
     ///
     /// # Errors
-    /// When a part of the rig fails: with its words.
+    /// When a part of the testbed fails: with its message.
     pub fn run(self, effort: Effort, pairs: &[u16]) -> Result<GroupResult> {
         match self {
             Self::Ring => ring::run(effort),

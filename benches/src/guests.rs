@@ -10,12 +10,12 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
 use virtionet_tests::accel::Accel;
-use virtionet_tests::two_guests::{TwoGuestTestbed, TwoGuestConfig, GuestId};
-use virtionet_tests::iperf::Load;
+use virtionet_tests::iperf::IperfLoad;
+use virtionet_tests::two_guests::{GuestId, TwoGuestConfig, TwoGuestTestbed};
 
-use crate::outcome::{Better, GroupResult};
 use crate::harness::progress;
-use crate::sampling::{Effort, Pairs};
+use crate::outcome::{Better, GroupResult};
+use crate::sampling::{Effort, PairedSamples};
 
 /// Of queues and of vCPUs.
 const PAIRS: u16 = 2;
@@ -117,7 +117,7 @@ impl GuestsUnderTest {
         self.0.set_running(true)?;
         self.0.wait_for_ping()?;
         // The first second, in which the flows find their speed, does not count.
-        let load = Load::tcp(seconds).flows(flows).arg("-O").arg("1");
+        let load = IperfLoad::tcp(seconds).flows(flows).arg("-O").arg("1");
         let report = self.0.iperf(GuestId::A, &load, flows)?;
         self.0.set_running(false)?;
         Ok(report.gbps)

@@ -2,7 +2,7 @@
 //! same guest, vCPUs and queues, both at their defaults.
 //!
 //! Both guests are booted anew for each repetition and number of pairs. Only one of them runs at a
-//! time: the other is stopped over its monitor, so that it takes no CPU while its rival is measured.
+//! time: the other is stopped over its monitor, so that it takes no CPU while the other one is measured.
 
 use std::time::Duration;
 
@@ -10,15 +10,15 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 use virtionet_tests::accel::Accel;
 use virtionet_tests::daemon::{Daemon, Options};
-use virtionet_tests::evidence;
+use virtionet_tests::diagnostics;
 use virtionet_tests::iperf::{Clients, Direction, Iperf, IperfLoad};
 use virtionet_tests::paths::RunDir;
 use virtionet_tests::qemu::{Machine, Nic, Qemu};
 use virtionet_tests::topology::{HostNetwork, TAP, configure_guest};
 
-use crate::outcome::{Better, GroupResult};
 use crate::harness::progress;
-use crate::sampling::{Effort, Pairs};
+use crate::outcome::{Better, GroupResult};
+use crate::sampling::{Effort, PairedSamples};
 
 const PAIRS: [u16; 3] = [1, 2, 4];
 const FLOWS: [u16; 2] = [1, 4];
@@ -34,7 +34,7 @@ pub fn run(effort: Effort) -> Result<GroupResult> {
     let mut outcome = GroupResult::default();
     for pairs in PAIRS {
         let loads = loads();
-        let mut taken = vec![Pairs::default(); loads.len()];
+        let mut taken = vec![PairedSamples::default(); loads.len()];
         let mut work = vec![String::new(); loads.len()];
         for n in 1..=effort.choose(3, 1) {
             progress(&format!("iperf: pairs {pairs}, repetition {n}"));
@@ -45,7 +45,7 @@ pub fn run(effort: Effort) -> Result<GroupResult> {
             let case = load.case(pairs);
             outcome.notes.push(format!("{case}: {}", work[n]));
             let row = taken.row(&case, "Gbit/s", Better::Higher, "QEMU virtio-net");
-            outcome.rows.push(row);
+            outcome.rows.push(row.headline(pairs != 2));
         }
     }
     let accel = Accel::Auto.resolve()?;
@@ -80,7 +80,12 @@ impl IperfCase {
 }
 
 /// Boots both sides and takes one pair of every load; says what our rings did in each.
-fn repeat(pairs: u16, effort: Effort, loads: &[IperfCase], taken: &mut [Pairs]) -> Result<Vec<String>> {
+fn repeat(
+    pairs: u16,
+    effort: Effort,
+    loads: &[IperfCase],
+    taken: &mut [PairedSamples],
+) -> Result<Vec<String>> {
     let dir = RunDir::new()?;
     let ours = GuestUnderTest::ours(&dir, pairs).context("with virtionetd")?;
     let peer = GuestUnderTest::peer(&dir, pairs).context("with QEMU's own card")?;
@@ -140,14 +145,23 @@ impl GuestUnderTest {
     }
 
     /// Boots the guest and stops it again.
-    fn boot(mut qemu: Qemu, daemon: Option<Daemon>, network: HostNetwork, pairs: u16) -> Result<Self> {
+    fn boot(
+        mut qemu: Qemu,
+        daemon: Option<Daemon>,
+        network: HostNetwork,
+        pairs: u16,
+    ) -> Result<Self> {
         qemu.pin_vcpus()?;
         qemu.resume()?;
         qemu.boot(BOOT)?;
         configure_guest(qemu.guest(), pairs)?;
         diagnostics::wait_for_ping(&network, qemu.guest(), daemon.as_ref())?;
         stop(&qemu)?;
-        Ok(Self { qemu, daemon, network })
+        Ok(Self {
+            qemu,
+            daemon,
+            network,
+        })
     }
 
     /// Gbit/s at the receivers, while the guest runs for this.

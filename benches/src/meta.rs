@@ -31,7 +31,7 @@ pub struct Meta {
     pub memory_mib: u64,
     /// The kernel's release.
     pub kernel: String,
-    /// The load average over the minute before: a busy machine is a bad witness.
+    /// The load average over the minute before: figures of a busy machine are unreliable.
     pub load_before: String,
     /// What was measured, by name.
     pub versions: BTreeMap<&'static str, String>,

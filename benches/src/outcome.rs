@@ -22,12 +22,32 @@ impl Better {
     }
 }
 
+/// The quartiles of the ratios that a repeated measurement gave.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Spread {
+    /// A quarter of the ratios are at most this.
+    pub lower: f64,
+    /// A quarter of the ratios are at least this.
+    pub upper: f64,
+}
+
+/// How busy the front-end was on either side, in per cent of its CPU. At about 100, the front-end
+/// limits the rate.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct FrontEndBusy {
+    /// With our back-end.
+    pub ours: f64,
+    /// With the peer.
+    pub peer: f64,
+}
+
 /// One case, ours against the peer.
 #[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(into = "RowFile")]
 pub struct Row {
     /// What was measured.
     pub case: String,
-    /// Our figure.
+    /// Our figure; the median where the measurement was repeated.
     pub ours: f64,
     /// The peer's.
     pub peer: f64,
@@ -35,11 +55,46 @@ pub struct Row {
     pub peer_name: String,
     /// The unit of both.
     pub unit: String,
-    /// How many times better ours is, whatever the unit.
-    pub ratio: f64,
+    /// Which of both figures is the better one.
+    pub better: Better,
+    /// The quartiles of the ratios of all pairs of samples, where there were several.
+    pub spread: Option<Spread>,
+    /// The front-end's load, where it may limit both sides.
+    pub front_end_busy: Option<FrontEndBusy>,
     /// The ratio that this case is held to.
-    #[serde(skip)]
     pub bound: Option<f64>,
+    /// Whether the chart shows it although it does not show every row.
+    pub is_headline: bool,
+}
+
+/// A row as the result file has it.
+#[derive(Serialize)]
+struct RowFile {
+    case: String,
+    ours: f64,
+    peer: f64,
+    peer_name: String,
+    unit: String,
+    ratio: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ratio_quartiles: Option<Spread>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    front_end_busy_percent: Option<FrontEndBusy>,
+}
+
+impl From<Row> for RowFile {
+    fn from(row: Row) -> Self {
+        Self {
+            ratio: row.ratio(),
+            case: row.case,
+            ours: row.ours,
+            peer: row.peer,
+            peer_name: row.peer_name,
+            unit: row.unit,
+            ratio_quartiles: row.spread,
+            front_end_busy_percent: row.front_end_busy,
+        }
+    }
 }
 
 impl Row {
@@ -53,9 +108,19 @@ impl Row {
             peer,
             peer_name: peer_name.to_owned(),
             unit: unit.to_owned(),
-            ratio: better.ratio(ours, peer),
+            better,
+            spread: None,
+            front_end_busy: None,
             bound: None,
+            is_headline: false,
         }
+    }
+
+    /// How many times better ours is, whatever the unit. It is always computed from the two figures
+    /// of the row, so that it cannot contradict them.
+    #[must_use]
+    pub fn ratio(&self) -> f64 {
+        self.better.ratio(self.ours, self.peer)
     }
 
     /// The same, held to a ratio of at least `bound`.
@@ -65,10 +130,17 @@ impl Row {
         self
     }
 
+    /// The same, shown in the chart if `is_headline`.
+    #[must_use]
+    pub fn headline(mut self, is_headline: bool) -> Self {
+        self.is_headline = is_headline;
+        self
+    }
+
     /// Whether it keeps its bound; true where there is none.
     #[must_use]
     pub fn holds(&self) -> bool {
-        self.bound.is_none_or(|bound| self.ratio >= bound)
+        self.bound.is_none_or(|bound| self.ratio() >= bound)
     }
 }
 
@@ -77,9 +149,9 @@ impl Row {
 pub struct GroupResult {
     /// The cases.
     pub rows: Vec<Row>,
-    /// What else is worth knowing, a sentence each.
+    /// Further information, one sentence each.
     pub notes: Vec<String>,
-    /// What is better read otherwise than by rows: a page in Markdown.
+    /// A page in Markdown, for a group that rows alone do not show well.
     pub page: Option<String>,
 }
 
@@ -88,19 +160,42 @@ mod tests {
     use super::*;
 
     #[test]
-    fn above_one_is_better_in_either_unit() {
+    fn ratio_above_one_means_that_ours_is_better_in_times_and_in_rates() {
         let time = Row::new("a", "ns", Better::Lower, 2.0, ("x", 6.0));
         let rate = Row::new("b", "Gbit/s", Better::Higher, 6.0, ("x", 2.0));
-        assert_eq!((time.ratio, rate.ratio), (3.0, 3.0));
+        assert_eq!((time.ratio(), rate.ratio()), (3.0, 3.0));
         assert!(time.clone().bound(3.0).holds() && !time.bound(3.1).holds());
     }
 
     #[test]
+    fn ratio_of_a_row_whose_figure_changes_follows_the_figure() {
+        let mut row = Row::new("a", "ns", Better::Lower, 2.0, ("x", 6.0));
+        row.ours = 12.0;
+        assert_eq!(row.ratio(), 0.5);
+        let json = serde_json::to_value(&row).unwrap();
+        assert_eq!(json["ratio"], 0.5);
+    }
+
+    #[test]
     fn a_row_in_json_has_the_agreed_fields_and_no_other() {
-        let row = Row::new("a", "ns", Better::Lower, 2.0, ("x", 6.0)).bound(1.0);
+        let mut row = Row::new("a", "ns", Better::Lower, 2.0, ("x", 6.0)).bound(1.0);
         let json = serde_json::to_value(&row).unwrap();
         let want = serde_json::json!({"case": "a", "ours": 2.0, "peer": 6.0, "peer_name": "x",
             "unit": "ns", "ratio": 3.0});
+        assert_eq!(json, want);
+
+        row.spread = Some(Spread {
+            lower: 2.5,
+            upper: 3.5,
+        });
+        row.front_end_busy = Some(FrontEndBusy {
+            ours: 99.0,
+            peer: 40.0,
+        });
+        let json = serde_json::to_value(&row).unwrap();
+        let want = serde_json::json!({"case": "a", "ours": 2.0, "peer": 6.0, "peer_name": "x",
+            "unit": "ns", "ratio": 3.0, "ratio_quartiles": {"lower": 2.5, "upper": 3.5},
+            "front_end_busy_percent": {"ours": 99.0, "peer": 40.0}});
         assert_eq!(json, want);
     }
 }

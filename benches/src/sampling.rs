@@ -1,21 +1,22 @@
-//! Two sides measured in turns: A B A B. What disturbs the machine for a while disturbs both sides
-//! of a pair, so that the ratio of a pair says more than the ratio of two means.
+//! Two sides measured in turns: A B A B. A disturbance that lasts longer than a pair of samples
+//! affects both of them. So the spread of the pairs' ratios shows how far a difference between the
+//! two medians can be trusted.
 
 use anyhow::Result;
 
-use crate::outcome::{Better, Row};
+use crate::outcome::{Better, Row, Spread};
 
-/// How long to measure.
+/// How thoroughly to measure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Effort {
-    /// For figures that are to be believed.
+    /// Enough repetitions for reliable figures.
     Full,
-    /// To see that it runs.
+    /// Few repetitions, which show only that everything runs.
     Quick,
 }
 
 impl Effort {
-    /// One number or the other.
+    /// `full` or `quick`, for this effort.
     #[must_use]
     pub fn choose<T>(self, full: T, quick: T) -> T {
         match self {
@@ -25,19 +26,19 @@ impl Effort {
     }
 }
 
-/// Figures taken in turns: the n-th of each belong together.
+/// Samples of both sides, taken in turns: those with the same index belong together.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub struct Pairs {
+pub struct PairedSamples {
     ours: Vec<f64>,
     peer: Vec<f64>,
 }
 
-impl Pairs {
-    /// Measures `count` pairs, after one that warms up and is not counted.
+impl PairedSamples {
+    /// Measures `count` pairs, after one that warms the caches up and is not counted.
     ///
     /// # Errors
     /// The first error of either side.
-    pub fn take(
+    pub fn measure_in_turns(
         count: usize,
         mut ours: impl FnMut() -> Result<f64>,
         mut peer: impl FnMut() -> Result<f64>,
@@ -51,26 +52,42 @@ impl Pairs {
         Ok(pairs)
     }
 
-    /// One more pair.
+    /// Adds a pair.
     pub fn push(&mut self, ours: f64, peer: f64) {
         self.ours.push(ours);
         self.peer.push(peer);
     }
 
-    /// The medians of both sides, and as the ratio the median of the pairs' ratios.
+    /// The medians of both sides, with the quartiles of the pairs' ratios.
     #[must_use]
     pub fn row(&self, case: &str, unit: &str, better: Better, peer_name: &str) -> Row {
         let peer = (peer_name, median(&self.peer));
-        let ratios: Vec<f64> = self
-            .ours
-            .iter()
-            .zip(&self.peer)
-            .map(|(ours, peer)| better.ratio(*ours, *peer))
-            .collect();
         Row {
-            ratio: median(&ratios),
+            spread: self.spread(better),
             ..Row::new(case, unit, better, median(&self.ours), peer)
         }
+    }
+
+    /// The quartiles of the pairs' ratios; none where there are fewer than two pairs.
+    #[must_use]
+    pub fn spread(&self, better: Better) -> Option<Spread> {
+        let pairs = self.ours.iter().zip(&self.peer);
+        let ratios: Vec<f64> = pairs
+            .map(|(ours, peer)| better.ratio(*ours, *peer))
+            .collect();
+        (ratios.len() > 1).then(|| quartiles(&ratios))
+    }
+}
+
+/// The medians of the lower and of the upper half of `values`; the middle one of an odd number
+/// belongs to both halves.
+fn quartiles(values: &[f64]) -> Spread {
+    let mut sorted = values.to_vec();
+    sorted.sort_unstable_by(f64::total_cmp);
+    let half = sorted.len().div_ceil(2);
+    Spread {
+        lower: median(&sorted[..half]),
+        upper: median(&sorted[sorted.len() - half..]),
     }
 }
 
@@ -92,24 +109,55 @@ mod tests {
     use super::*;
 
     #[test]
-    fn medians_of_odd_even_and_nothing() {
+    fn median_of_odd_even_and_no_values_is_the_middle_or_nan() {
         assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
         assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
         assert!(median(&[]).is_nan());
     }
 
-    #[test]
-    fn a_disturbed_pair_does_not_move_the_ratio() {
-        let mut pairs = Pairs::default();
-        for slow in [1.0, 10.0, 1.0, 7.0, 1.0] {
-            pairs.push(slow, 2.0 * slow);
+    fn pairs(samples: &[(f64, f64)]) -> PairedSamples {
+        let mut pairs = PairedSamples::default();
+        for (ours, peer) in samples {
+            pairs.push(*ours, *peer);
         }
-        let row = pairs.row("c", "ns", Better::Lower, "p");
-        assert_eq!((row.ours, row.peer, row.ratio), (1.0, 2.0, 2.0));
+        pairs
     }
 
     #[test]
-    fn the_sides_take_turns_and_the_first_pair_is_not_counted() {
+    fn a_disturbed_pair_does_not_move_the_ratio() {
+        let disturbed = [1.0, 10.0, 1.0, 7.0, 1.0].map(|slow| (slow, 2.0 * slow));
+        let row = pairs(&disturbed).row("c", "ns", Better::Lower, "p");
+        assert_eq!((row.ours, row.peer, row.ratio()), (1.0, 2.0, 2.0));
+        let spread = row.spread.unwrap();
+        assert_eq!((spread.lower, spread.upper), (2.0, 2.0));
+    }
+
+    #[test]
+    fn ratio_of_pairs_that_differ_is_that_of_the_medians_shown() {
+        // The median of the pairs' ratios would be 2, and the medians say 1.
+        let samples = [(1.0, 2.0), (2.0, 4.0), (3.0, 1.0), (4.0, 3.0), (5.0, 10.0)];
+        let row = pairs(&samples).row("c", "Gbit/s", Better::Higher, "p");
+        assert_eq!((row.ours, row.peer, row.ratio()), (3.0, 3.0, 1.0));
+        let spread = row.spread.unwrap();
+        assert!(spread.lower == 0.5 && (spread.upper - 4.0 / 3.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn spread_of_one_pair_is_absent() {
+        assert_eq!(pairs(&[(1.0, 2.0)]).spread(Better::Lower), None);
+        assert_eq!(pairs(&[]).spread(Better::Lower), None);
+    }
+
+    #[test]
+    fn quartiles_of_even_and_odd_numbers_are_medians_of_the_halves() {
+        let even = quartiles(&[4.0, 1.0, 3.0, 2.0]);
+        assert_eq!((even.lower, even.upper), (1.5, 3.5));
+        let odd = quartiles(&[5.0, 1.0, 4.0, 2.0, 3.0]);
+        assert_eq!((odd.lower, odd.upper), (2.0, 4.0));
+    }
+
+    #[test]
+    fn sides_are_measured_in_turns_and_the_first_pair_is_not_counted() {
         let order = std::cell::RefCell::new(String::new());
         let call = |c: char| {
             order.borrow_mut().push(c);

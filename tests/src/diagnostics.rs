@@ -22,7 +22,8 @@ const GUEST_COMMANDS: [&str; 5] = [
 /// # Errors
 /// When it does not, after the daemon's, the host's and the guest's account of it are on stderr.
 pub fn wait_for_ping(network: &HostNetwork, guest: &Guest, daemon: Option<&Daemon>) -> Result<()> {
-    network.wait_for_ping(GUEST.v4)
+    network
+        .wait_for_ping(GUEST.v4)
         .inspect_err(|error| print_diagnostics(error, network, guest, daemon))
 }
 

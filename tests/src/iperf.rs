@@ -214,7 +214,13 @@ impl<'a> Iperf<'a> {
         })
     }
 
-    fn client_args(&self, load: &IperfLoad, direction: Direction, port: u16, flows: u16) -> Vec<String> {
+    fn client_args(
+        &self,
+        load: &IperfLoad,
+        direction: Direction,
+        port: u16,
+        flows: u16,
+    ) -> Vec<String> {
         // A client sends unless it is told to reverse.
         let (server, sends) = match self.clients {
             Clients::Host => (topology::GUEST, Direction::HostToGuest),

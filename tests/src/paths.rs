@@ -50,30 +50,55 @@ pub fn guest_image() -> Result<(PathBuf, PathBuf)> {
 /// The virtionetd to test: `$VIRTIONETD`, or the one beside this program.
 ///
 /// # Errors
-/// When it is not there.
+/// When it does not exist.
 pub fn virtionetd() -> Result<PathBuf> {
-    if let Some(path) = env::var_os("VIRTIONETD") {
-        let path = PathBuf::from(path);
-        ensure!(
-            path.exists(),
-            "VIRTIONETD names {}, which does not exist: build it or unset VIRTIONETD",
-            path.display()
-        );
+    if let Some(path) = from_environment("VIRTIONETD")? {
         return Ok(path);
     }
-    let me = env::current_exe().context("this program's own path is unknown")?;
+    let own = env::current_exe().context("this program's own path is unknown")?;
     // A test is in target/PROFILE/deps, a binary in target/PROFILE.
-    me.ancestors()
+    own.ancestors()
         .skip(1)
         .take(2)
         .map(|dir| dir.join("virtionetd"))
         .find(|path| path.is_file())
         .with_context(|| {
             format!(
-                "no virtionetd beside {}: build it with 'cargo build -p virtionetd' (add --release for a release run), or set VIRTIONETD",
-                me.display()
+                "there is no virtionetd beside {}: build it with 'cargo build -p virtionetd -p virtionetctl' (add --release for a release run), or set VIRTIONETD",
+                own.display()
             )
         })
+}
+
+/// The virtionetctl to test: `$VIRTIONETCTL`, or the one beside [`virtionetd`].
+///
+/// # Errors
+/// When it does not exist.
+pub fn virtionetctl() -> Result<PathBuf> {
+    if let Some(path) = from_environment("VIRTIONETCTL")? {
+        return Ok(path);
+    }
+    let daemon = virtionetd()?;
+    let path = daemon.with_file_name("virtionetctl");
+    ensure!(
+        path.is_file(),
+        "there is no virtionetctl beside {}: build it with 'cargo build -p virtionetctl' (add --release for a release run), or set VIRTIONETCTL",
+        daemon.display()
+    );
+    Ok(path)
+}
+
+/// The program that the environment variable `name` names, if it is set.
+fn from_environment(name: &str) -> Result<Option<PathBuf>> {
+    let Some(path) = env::var_os(name).map(PathBuf::from) else {
+        return Ok(None);
+    };
+    ensure!(
+        path.exists(),
+        "{name} names {}, which does not exist: build it or unset {name}",
+        path.display()
+    );
+    Ok(Some(path))
 }
 
 /// Checks for root, which namespaces and TAP devices need.

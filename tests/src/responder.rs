@@ -11,9 +11,9 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 use virtionet_guest::frame::Frame;
 use virtionet_guest::header::NetHeader;
+use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 
 const PAUSE: Duration = Duration::from_millis(1);
 const ARP: [u8; 2] = [0x08, 0x06];

@@ -212,7 +212,13 @@ impl Testbed {
     /// When a server does not start.
     pub fn iperf(&self) -> Result<Iperf<'_>> {
         let guest = self.qemu.guest();
-        Iperf::new(&self.network, guest, &self.dir, Clients::Host, self.config.pairs)
+        Iperf::new(
+            &self.network,
+            guest,
+            &self.dir,
+            Clients::Host,
+            self.config.pairs,
+        )
     }
 
     /// Moves data for a second each way, two flows a pair.

@@ -68,7 +68,8 @@ impl HostNetwork {
     pub fn with_tap(queues: u16) -> Result<Self> {
         let network = Self::bare()?;
         let multi = if queues > 1 { " multi_queue" } else { "" };
-        network.netns
+        network
+            .netns
             .ip(&format!("tuntap add dev {TAP} mode tap vnet_hdr{multi}"))
             .context("a TAP cannot be made: is /dev/net/tun there?")?;
         network.configure()?;

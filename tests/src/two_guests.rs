@@ -12,8 +12,8 @@ use crate::guest::Guest;
 use crate::iperf::{IperfLoad, IperfReport, between};
 use crate::paths::RunDir;
 use crate::qemu::{Machine, Nic, Qemu};
-use crate::testbed::BOOT;
 use crate::sched;
+use crate::testbed::BOOT;
 use crate::topology::{Bridge, GUESTS, configure_interface};
 
 /// The names of the guests, of their devices and of their TAPs.

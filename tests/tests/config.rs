@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use virtionet_tests::accel::Accel;
 use virtionet_tests::counters::pairs;
 use virtionet_tests::daemon::{Options, Stopped};
-use virtionet_tests::paths::RunDir;
+use virtionet_tests::paths::{self, RunDir};
 use virtionet_tests::qemu::{Machine, Nic};
 use virtionet_tests::testbed::BOOT;
 use virtionet_tests::topology::{GUEST, HostNetwork, TAP, configure_guest};
@@ -41,7 +41,7 @@ fn a_guest_is_served_by_one_of_two_devices_of_a_file() {
     );
     fs::write(&file, text).unwrap();
     let path = file.display().to_string();
-    let checked = run(&dir, &["check", &path]).unwrap();
+    let checked = virtionetctl(&dir, &["check", &path]).unwrap();
     assert!(checked.status.success(), "{checked:?}");
     assert!(!control.exists() && !guest.exists() && !spare.exists());
 
@@ -120,24 +120,46 @@ fn all_that_is_wrong_with_a_file_is_told_before_anything_is_opened() {
             socket.display()
         ),
     ];
-    let checked = run(&dir, &["check", &path]).unwrap();
+    let checked = virtionetctl(&dir, &["check", &path]).unwrap();
     assert_eq!(checked.status.code(), Some(2));
     assert_eq!(checked.stderr.lines().collect::<Vec<_>>(), lines);
 
-    let refused = run(&dir, &["--config", &path]).unwrap();
+    let refused = virtionetd(&dir, &["--config", &path]).unwrap();
     assert_eq!(refused.status.code(), Some(2));
     let said: Vec<&str> = refused.stderr.lines().collect();
     assert_eq!(said, lines.map(|line| format!("virtionetd: {line}")));
     assert!(!socket.exists());
 }
 
-/// Runs virtionetd with these words alone, to its end.
-fn run(dir: &RunDir, words: &[&str]) -> Result<Stopped> {
-    let words: Vec<String> = ["virtionetd"]
+#[test]
+fn a_command_that_moved_to_virtionetctl_is_refused_with_status_2_and_one_line() {
+    let dir = RunDir::new().unwrap();
+    for (words, command) in [(&["plan"][..], "plan"), (&["check", "x"], "check")] {
+        let refused = virtionetd(&dir, words).unwrap();
+        assert_eq!(refused.status.code(), Some(2), "{words:?}: {refused:?}");
+        assert_eq!(refused.stderr.lines().count(), 1, "{words:?}: {refused:?}");
+        let hint = format!("run 'virtionetctl {command}'");
+        assert!(refused.stderr.contains(&hint), "{words:?}: {refused:?}");
+    }
+}
+
+/// Runs virtionetd with these arguments alone until it ends.
+fn virtionetd(dir: &RunDir, arguments: &[&str]) -> Result<Stopped> {
+    command(dir, "virtionetd", arguments).run_to_end(dir, "virtionetd")
+}
+
+/// Runs virtionetctl with these arguments until it ends.
+fn virtionetctl(dir: &RunDir, arguments: &[&str]) -> Result<Stopped> {
+    command(dir, "virtionetctl", arguments)
+        .program(&paths::virtionetctl()?)
+        .run_to_end(dir, "virtionetctl")
+}
+
+fn command(dir: &RunDir, program: &str, arguments: &[&str]) -> Options {
+    let words: Vec<String> = [program]
         .iter()
-        .chain(words)
-        .map(|w| (*w).into())
+        .chain(arguments)
+        .map(|word| (*word).to_owned())
         .collect();
-    let options = Options::new().command(&words, &dir.join("control"));
-    options.run_to_end(dir, "check")
+    Options::new().command(&words, &dir.join("control"))
 }

@@ -6,12 +6,12 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use virtionet_guest::test_frontend::TestFrontendConfig;
 use virtionet_guest::net::MODERN;
+use virtionet_guest::test_frontend::TestFrontendConfig;
 use virtionet_tests::daemon::Options;
 use virtionet_tests::http;
 use virtionet_tests::paths::RunDir;
-use virtionet_tests::responder::{Identity, EchoResponder};
+use virtionet_tests::responder::{EchoResponder, Identity};
 use virtionet_tests::topology::HostNetwork;
 
 const PAIRS: [u16; 2] = [1, 2];
@@ -84,7 +84,8 @@ fn address(n: usize, host: u8) -> String {
 
 fn connect(network: &HostNetwork, socket: &Path, n: usize) -> Result<EchoResponder> {
     let host = address(n, 1);
-    network.netns()
+    network
+        .netns()
         .ip(&format!("addr replace {host}/24 dev tap{n}"))?;
     let config = TestFrontendConfig::new(PAIRS[n], 256, MODERN);
     EchoResponder::connect(socket, &config, Identity::at(&address(n, 2))?)

@@ -21,7 +21,7 @@ use virtionet_tests::hugepages::HugePages;
 use virtionet_tests::netns::Netns;
 use virtionet_tests::paths::RunDir;
 use virtionet_tests::sched::allowed_cpus;
-use virtionet_tests::testpmd::{TestpmdConfig, Testpmd, VirtioUser};
+use virtionet_tests::testpmd::{Testpmd, TestpmdConfig, VirtioUser};
 use virtionet_tests::topology::TAP;
 
 const HOST: &str = "10.77.0.1";
@@ -95,7 +95,10 @@ fn in_turn(packed: bool) -> Result<Vec<Run>> {
     {
         let started_at = Instant::now();
         match run.check() {
-            Ok(words) => eprintln!("{run:?}: {words} in {:.1} s", started_at.elapsed().as_secs_f64()),
+            Ok(words) => eprintln!(
+                "{run:?}: {words} in {:.1} s",
+                started_at.elapsed().as_secs_f64()
+            ),
             Err(error) => {
                 eprintln!("{run:?}: FAILED: {error:#}");
                 failed.push(run);

@@ -6,8 +6,8 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 use virtionet_guest::net::MODERN;
+use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 use virtionet_tests::accel::Accel;
 use virtionet_tests::daemon::{Options, Stopped};
 use virtionet_tests::paths::RunDir;
@@ -37,7 +37,8 @@ fn a_qemu_that_wants_more_pairs_is_told_of_once_a_second_and_the_next_is_served(
     assert!((1..=seconds + 1).contains(&times), "{seconds} s: {said}");
     assert!(said.lines().count() <= 2 * (seconds + 1), "{said}");
 
-    let frontend = TestFrontend::connect(daemon.socket(), &TestFrontendConfig::new(2, 256, MODERN)).unwrap();
+    let frontend =
+        TestFrontend::connect(daemon.socket(), &TestFrontendConfig::new(2, 256, MODERN)).unwrap();
     assert_eq!(frontend.pairs.len(), 2);
     drop(frontend);
     assert!(daemon.stop(Signal::SIGTERM).unwrap().status.success());
@@ -72,7 +73,8 @@ fn a_socket_that_cannot_be_had_is_named_with_the_remedy() {
     let refused = second.run_to_end(&dir, "second").unwrap();
     assert_one_error_line(&refused, "vnet.sock is in use by another process");
     assert!(socket.exists(), "the holder's socket must stay");
-    let frontend = TestFrontend::connect(&socket, &TestFrontendConfig::new(1, 256, MODERN)).unwrap();
+    let frontend =
+        TestFrontend::connect(&socket, &TestFrontendConfig::new(1, 256, MODERN)).unwrap();
     drop(frontend);
 
     // Left behind by a daemon that is gone: taken over.

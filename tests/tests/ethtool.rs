@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde_json::Value;
-use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 use virtionet_guest::frame::{Frame, FrameSpec, Transport};
 use virtionet_guest::net::MODERN;
+use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 use virtionet_tests::counters::{PairCounters, pairs};
 use virtionet_tests::daemon::Options;
 use virtionet_tests::guest::Guest;

@@ -5,9 +5,9 @@
 use std::time::Duration;
 
 use serde_json::Value;
-use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 use virtionet_guest::header::NetHeader;
 use virtionet_guest::net::{MODERN, PACKED};
+use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 use virtionet_tests::daemon::{Daemon, Options};
 use virtionet_tests::paths::RunDir;
 

@@ -1,4 +1,4 @@
-//! A domain of libvirt, by the XML that `virtionetd plan` prints: its guest has the planned pairs,
+//! A domain of libvirt, by the XML that `virtionetctl plan` prints: its guest has the planned pairs,
 //! traffic passes, and workers follow `virsh vcpupin`.
 
 use std::fs;
@@ -101,7 +101,10 @@ fn move_vcpu(libvirt: &Libvirt, qemu: u32, vcpu: usize, worker: i32, cpu: usize)
     let (thread, _) = thread.with_context(|| format!("no {name} in {threads:?}"))?;
     assert_eq!(sched::affinity(*thread)?, [cpu]);
     wait_for_cpu(worker, cpu, MAX_FOLLOW_TIME)?;
-    eprintln!("worker {vcpu} on CPU {cpu} after {:?}", started_at.elapsed());
+    eprintln!(
+        "worker {vcpu} on CPU {cpu} after {:?}",
+        started_at.elapsed()
+    );
     Ok(())
 }
 
@@ -141,7 +144,7 @@ fn plan(dir: &RunDir, cpus: [usize; 2]) -> Result<Value> {
     let card = format!("--nic=tap={TAP}");
     let words = "plan --vcpus=2 --name=planned --memory=512M --json".split(' ');
     let words = words.chain([accel.as_str(), &sockets, &cpus, &card]);
-    let text = output(&paths::virtionetd()?.display().to_string(), words)?;
+    let text = output(&paths::virtionetctl()?.display().to_string(), words)?;
     fs::write(dir.join("plan.json"), &text)?;
     Ok(serde_json::from_str(&text)?)
 }

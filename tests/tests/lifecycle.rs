@@ -10,8 +10,8 @@ use nix::unistd::Pid;
 use serde_json::Value;
 use virtionet_tests::iperf::{Direction, IperfLoad};
 use virtionet_tests::procfs::open_fds;
-use virtionet_tests::testbed::{BOOT, TestbedConfig, Testbed};
 use virtionet_tests::sched;
+use virtionet_tests::testbed::{BOOT, Testbed, TestbedConfig};
 
 const PAIRS: u16 = 2;
 const DRIVER: &str = "/sys/bus/virtio/drivers/virtio_net";

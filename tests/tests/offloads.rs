@@ -12,7 +12,7 @@ use virtionet_tests::ethtool;
 use virtionet_tests::guest::Guest;
 use virtionet_tests::iperf::{Direction, Iperf, IperfLoad};
 use virtionet_tests::process::{Proc, output};
-use virtionet_tests::testbed::{TestbedConfig, Testbed};
+use virtionet_tests::testbed::{Testbed, TestbedConfig};
 use virtionet_tests::topology::{CARD, GUEST, HOST, TAP};
 
 const PORT: u16 = 5000;
@@ -151,7 +151,12 @@ fn mtu_is_9000_at_both_ends(testbed: &Testbed) -> Result<()> {
 /// At most one datagram in a hundred is lost on the way. Those that the
 /// receiver's own socket had no room for do not count: on a busy machine iperf3
 /// sleeps for too long.
-fn datagrams_arrive(testbed: &Testbed, iperf: &Iperf<'_>, load: &IperfLoad, direction: Direction) -> Result<()> {
+fn datagrams_arrive(
+    testbed: &Testbed,
+    iperf: &Iperf<'_>,
+    load: &IperfLoad,
+    direction: Direction,
+) -> Result<()> {
     let before = socket_overruns(testbed, direction)?;
     let report = iperf.run(load, direction)?;
     let overruns = socket_overruns(testbed, direction)? - before;
@@ -167,7 +172,10 @@ fn datagrams_arrive(testbed: &Testbed, iperf: &Iperf<'_>, load: &IperfLoad, dire
 /// Datagrams that came and found their socket full, at the receiver.
 fn socket_overruns(testbed: &Testbed, direction: Direction) -> Result<u64> {
     let text = match direction {
-        Direction::HostToGuest => testbed.qemu.guest().ok("cat /proc/net/snmp /proc/net/snmp6")?,
+        Direction::HostToGuest => testbed
+            .qemu
+            .guest()
+            .ok("cat /proc/net/snmp /proc/net/snmp6")?,
         Direction::GuestToHost => {
             let files = ["/proc/net/snmp", "/proc/net/snmp6"];
             testbed.network.netns().run("cat", files)?
@@ -242,7 +250,13 @@ fn fetch_from_guest(testbed: &Testbed, file: &Path) -> Result<()> {
         file.display()
     );
     let netns = testbed.network.netns();
-    let mut receiver = Proc::spawn(&testbed.dir, "nc", Some(netns.name()), "bash", ["-c", &receive])?;
+    let mut receiver = Proc::spawn(
+        &testbed.dir,
+        "nc",
+        Some(netns.name()),
+        "bash",
+        ["-c", &receive],
+    )?;
     wait_for_listener(|| netns.run("ss", ["-ltn"]))?;
     let started_at = Instant::now();
     let send = format!("nc {} {PORT} </tmp/file", HOST.v4);
@@ -258,7 +272,10 @@ fn wait_for_listener(list: impl Fn() -> Result<String>) -> Result<()> {
     let port = format!(":{PORT}");
     let started_at = Instant::now();
     while !list()?.split_whitespace().any(|word| word.ends_with(&port)) {
-        ensure!(started_at.elapsed() < Duration::from_secs(10), "no listener");
+        ensure!(
+            started_at.elapsed() < Duration::from_secs(10),
+            "no listener"
+        );
         std::thread::sleep(Duration::from_millis(50));
     }
     Ok(())

@@ -8,8 +8,8 @@ use anyhow::{Context, Result};
 use virtionet_tests::counters::{PairCounters, pairs};
 use virtionet_tests::guest::Guest;
 use virtionet_tests::iperf::{Direction, IperfLoad};
-use virtionet_tests::testbed::{BOOT, TestbedConfig, Testbed};
 use virtionet_tests::sched;
+use virtionet_tests::testbed::{BOOT, Testbed, TestbedConfig};
 
 const PAIRS: u16 = 4;
 
@@ -68,7 +68,8 @@ fn a_guest_with_packed_rings_moves_data_both_ways_and_reboots() {
 /// The stated CPUs are those of vCPU k's thread, and the kernel says the same.
 fn workers_stand_on_their_vcpus_cpus(testbed: &Testbed, pairs: &[PairCounters]) -> Result<()> {
     let vcpus = testbed.qemu.vcpu_threads()?;
-    let threads: BTreeMap<i32, String> = sched::threads(testbed.daemon.pid())?.into_iter().collect();
+    let threads: BTreeMap<i32, String> =
+        sched::threads(testbed.daemon.pid())?.into_iter().collect();
     for (k, (pair, vcpu)) in pairs.iter().zip(vcpus).enumerate() {
         assert_eq!(pair.worker, format!("vnet-q{k}"));
         assert_eq!(threads.get(&pair.tid), Some(&pair.worker), "{threads:?}");

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 use virtionet_guest::net::MODERN;
+use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 use virtionet_tests::counters::{PairCounters, pairs};
 use virtionet_tests::cpus::{Cpuset, Offline};
 use virtionet_tests::daemon::{Daemon, Options};
@@ -20,8 +20,8 @@ use virtionet_tests::guest::Guest;
 use virtionet_tests::iperf::{Direction, IperfLoad};
 use virtionet_tests::paths::RunDir;
 use virtionet_tests::process::Proc;
-use virtionet_tests::testbed::{TestbedConfig, Testbed};
 use virtionet_tests::sched;
+use virtionet_tests::testbed::{Testbed, TestbedConfig};
 use virtionet_tests::topology::{CARD, GUEST};
 
 /// How soon a worker has to be where its vCPU went.
@@ -89,7 +89,10 @@ fn what_is_wrong_is_told_once_with_the_remedy() {
     assert_eq!(log.matches("virsh vcpupin").count(), 1, "{log}");
     testbed.qemu.pin_vcpus().unwrap();
     let without_warning = |device: &Value| !told(device);
-    testbed.daemon.wait_device("content", SOON, without_warning).unwrap();
+    testbed
+        .daemon
+        .wait_device("content", SOON, without_warning)
+        .unwrap();
 }
 
 #[test]
@@ -99,7 +102,9 @@ fn a_worker_polls_only_where_no_vcpu_is_pinned() {
         eprintln!("skipped: this test needs two CPUs");
         return;
     }
-    let plan = TestbedConfig::new(1).vcpus(2).daemon_flag("--poll", "always");
+    let plan = TestbedConfig::new(1)
+        .vcpus(2)
+        .daemon_flag("--poll", "always");
     let mut testbed = plan.start().unwrap();
     // Both CPUs have a vCPU: the worker sleeps beside its own.
     let asleep = |device: &Value| {
@@ -107,7 +112,8 @@ fn a_worker_polls_only_where_no_vcpu_is_pinned() {
             .to_string()
             .contains("instead of polling")
     };
-    testbed.daemon
+    testbed
+        .daemon
         .wait_device("told to sleep", SOON, asleep)
         .unwrap();
     assert_eq!(polls_a_second(&testbed.daemon), 0);
@@ -122,7 +128,8 @@ fn a_worker_polls_only_where_no_vcpu_is_pinned() {
         .wait_device("on the free CPU", SOON, free)
         .unwrap();
     assert!(!asleep(
-        &testbed.daemon
+        &testbed
+            .daemon
             .wait_device("content", SOON, |d| !asleep(d))
             .unwrap()
     ));
@@ -130,7 +137,8 @@ fn a_worker_polls_only_where_no_vcpu_is_pinned() {
     assert!(polls_a_second(&testbed.daemon) > 100);
     // And there is none again.
     testbed.qemu.pin_vcpus().unwrap();
-    testbed.daemon
+    testbed
+        .daemon
         .wait_device("told to sleep again", SOON, asleep)
         .unwrap();
     assert_eq!(polls_a_second(&testbed.daemon), 0);
@@ -253,7 +261,8 @@ fn a_cpu_that_goes_offline_and_comes_back_finds_its_workers_again() {
         .flag("--placement", &list)
         .start(&dir, "list")
         .unwrap();
-    let _card = TestFrontend::connect(listed.socket(), &TestFrontendConfig::new(2, 256, MODERN)).unwrap();
+    let _card =
+        TestFrontend::connect(listed.socket(), &TestFrontendConfig::new(2, 256, MODERN)).unwrap();
     wait_for_cpu(&mut listed, &[cpus[0], last]);
 
     let ping = pings(&testbed, 50).unwrap();

@@ -1,6 +1,6 @@
-//! `virtionetd plan` carried out: what it prints is taken by the real QEMU, by
-//! libvirt's own check and by virtionetd, and a guest started so has the pairs
-//! that were planned, with its workers where the plan put them.
+//! `virtionetctl plan` carried out: the real QEMU, libvirt's own check and virtionetd accept what it
+//! prints, and a guest that is started so has the planned queue pairs, with its workers on the
+//! planned CPUs.
 
 use std::fs;
 use std::path::Path;
@@ -17,8 +17,8 @@ use virtionet_tests::http;
 use virtionet_tests::paths::{self, RunDir};
 use virtionet_tests::process::{Proc, output};
 use virtionet_tests::qemu::{Machine, Qemu};
-use virtionet_tests::testbed::BOOT;
 use virtionet_tests::sched;
+use virtionet_tests::testbed::BOOT;
 use virtionet_tests::topology::{GUEST, HostNetwork, configure_guest};
 
 /// Longer than it takes a worker to follow its vCPU.
@@ -170,7 +170,7 @@ fn paste_into_a_shell(vcpus: u32) -> Result<()> {
 }
 
 #[test]
-fn libvirt_and_virtionetd_check_what_is_printed() {
+fn printed_domain_and_file_pass_the_checks_of_libvirt_and_virtionetctl() {
     let dir = RunDir::new().unwrap();
     for flags in [
         &["--vcpus=1"][..],
@@ -197,7 +197,7 @@ fn libvirt_and_virtionetd_check_what_is_printed() {
         assert!(said.contains("defined from"), "{flags:?}: {said}");
         let config = dir.join("virtionetd.toml");
         fs::write(&config, part(&dir, flags, "config").unwrap()).unwrap();
-        let program = paths::virtionetd().unwrap().display().to_string();
+        let program = paths::virtionetctl().unwrap().display().to_string();
         let said = output(&program, ["check", &config.display().to_string()]).unwrap();
         assert!(said.trim().ends_with(", ok"), "{flags:?}: {said}");
     }
@@ -250,7 +250,7 @@ fn run_plan(dir: &RunDir, flags: &[&str], more: &[&str]) -> Result<String> {
     }));
     words.extend_from_slice(flags);
     words.extend_from_slice(more);
-    output(&paths::virtionetd()?.display().to_string(), words)
+    output(&paths::virtionetctl()?.display().to_string(), words)
 }
 
 /// The vectors that QEMU gave its n-th card.

@@ -4,9 +4,9 @@
 use std::thread::sleep;
 use std::time::Duration;
 
-use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 use virtionet_guest::header::NetHeader;
 use virtionet_guest::net::MODERN;
+use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 use virtionet_tests::daemon::{Daemon, Options};
 use virtionet_tests::paths::RunDir;
 use virtionet_tests::procfs::cpu_ticks;

@@ -9,12 +9,12 @@ use std::time::Duration;
 use anyhow::Result;
 use nix::sys::signal::Signal;
 use rustix::io::{FdFlags, fcntl_setfd};
-use virtionet_guest::test_frontend::TestFrontendConfig;
 use virtionet_guest::net::MODERN;
+use virtionet_guest::test_frontend::TestFrontendConfig;
 use virtionet_tests::daemon::Options;
 use virtionet_tests::paths::RunDir;
+use virtionet_tests::responder::{EchoResponder, Identity};
 use virtionet_tests::testbed::TestbedConfig;
-use virtionet_tests::responder::{Identity, EchoResponder};
 use virtionet_tests::topology::{GUEST, HostNetwork, TAP};
 
 const LIMIT: Duration = Duration::from_secs(10);
@@ -73,7 +73,11 @@ fn an_inherited_connection_is_served_to_its_end_and_the_daemon_with_it() {
     let responder = EchoResponder::over(ours, &config, who).unwrap();
     network.wait_for_ping(GUEST.v4).unwrap();
     let card = responder.stop().unwrap();
-    card.connection.wire.socket().shutdown(Shutdown::Both).unwrap();
+    card.connection
+        .wire
+        .socket()
+        .shutdown(Shutdown::Both)
+        .unwrap();
     let status = daemon.proc().wait(LIMIT).unwrap();
     assert!(status.success(), "{status}: {}", daemon.stderr());
 }

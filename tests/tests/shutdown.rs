@@ -66,12 +66,17 @@ fn a_killed_daemon_is_followed_by_the_next_and_connections_live_on() {
     let mut testbed = plan.start().unwrap();
     for direction in [Direction::HostToGuest, Direction::GuestToHost] {
         let iperf = iperf(&testbed.network, testbed.qemu.guest(), &testbed.dir).unwrap();
-        let mut running = iperf.start(&IperfLoad::tcp(15).flows(4), direction).unwrap();
+        let mut running = iperf
+            .start(&IperfLoad::tcp(15).flows(4), direction)
+            .unwrap();
         for _ in 0..3 {
             sleep(Duration::from_millis(1500));
             testbed.daemon.proc().signal(Signal::SIGKILL).unwrap();
             testbed.daemon.proc().wait(Duration::from_secs(5)).unwrap();
-            assert!(testbed.daemon.socket().exists(), "nobody was left to remove it");
+            assert!(
+                testbed.daemon.socket().exists(),
+                "nobody was left to remove it"
+            );
             testbed.daemon = plan.start_daemon(&testbed.network, &testbed.dir).unwrap();
             testbed.network.wait_for_ping(GUEST.v4).unwrap();
         }

@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 use virtionet_guest::frame::{Checksum, Frame, FrameSpec, Transport, check, ethernet};
 use virtionet_guest::header::NetHeader;
 use virtionet_guest::net::{MODERN, OFFLOADS, PACKED};
+use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 use virtionet_tests::daemon::{Daemon, Options};
 use virtionet_tests::paths::RunDir;
-use virtionet_tests::responder::{Identity, EchoResponder};
+use virtionet_tests::responder::{EchoResponder, Identity};
 use virtionet_tests::topology::HostNetwork;
 
 const LIMIT: Duration = Duration::from_secs(5);
@@ -50,7 +50,10 @@ impl SwitchTestbed {
     }
 
     fn connect(&self, n: usize, config: &TestFrontendConfig) -> Result<TestFrontend> {
-        Ok(TestFrontend::connect(&self.dir.join(&format!("{n}.sock")), config)?)
+        Ok(TestFrontend::connect(
+            &self.dir.join(&format!("{n}.sock")),
+            config,
+        )?)
     }
 
     /// A counter of all rings of one direction of a device.
@@ -386,7 +389,10 @@ fn the_host_is_a_port_too() {
     let network = HostNetwork::bare().unwrap();
     let options = Options::new().netns(network.netns());
     let testbed = SwitchTestbed::start(options, &["switch:s,tap=tap0", "switch:s", "switch:s"]);
-    network.netns().ip("addr add 10.77.0.1/24 dev tap0").unwrap();
+    network
+        .netns()
+        .ip("addr add 10.77.0.1/24 dev tap0")
+        .unwrap();
     let config = TestFrontendConfig::new(2, 256, MODERN);
     let stations: Vec<EchoResponder> = [(0, "10.77.0.2"), (1, "10.77.0.3")]
         .iter()
@@ -423,7 +429,8 @@ fn the_host_is_a_port_too() {
 
     // A flood from the host: UDP to the guest that has no room for it all.
     let send = "exec 3<>/dev/udp/10.77.0.9/9; for i in $(seq 300); do echo $i >&3; done";
-    network.netns()
+    network
+        .netns()
         .ip("neigh replace 10.77.0.9 lladdr 02:00:00:00:00:09 dev tap0")
         .unwrap();
     network.netns().run("bash", ["-c", send]).unwrap();

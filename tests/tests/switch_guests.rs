@@ -7,10 +7,10 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use virtionet_tests::two_guests::{TwoGuestTestbed, TwoGuestConfig, GuestId, sums};
 use virtionet_tests::guest::Guest;
 use virtionet_tests::iperf::IperfLoad;
 use virtionet_tests::topology::{CARD, GUESTS};
+use virtionet_tests::two_guests::{GuestId, TwoGuestConfig, TwoGuestTestbed, sums};
 
 const PAIRS: u16 = 2;
 const FILE_MIB: u32 = 16;
@@ -50,7 +50,9 @@ fn two_guests_exchange_everything_and_large_segments_stay_whole() {
 #[test]
 fn a_guest_without_offloads_gets_frames_that_the_switch_cut_and_summed() {
     let plain = OFFLOADS.into_iter();
-    let plan = plain.fold(TwoGuestConfig::new(PAIRS), |plan, p| plan.prop(GuestId::B, p));
+    let plan = plain.fold(TwoGuestConfig::new(PAIRS), |plan, p| {
+        plan.prop(GuestId::B, p)
+    });
     let testbed = plan.on_switch().unwrap();
     offloads_are_off(testbed.guest(GuestId::B)).unwrap();
     let [cut, plain] = exchange(&testbed).unwrap();

@@ -5,12 +5,12 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::PathBuf;
 
 use anyhow::Result;
-use virtionet_guest::test_frontend::TestFrontendConfig;
 use virtionet_guest::net::MODERN;
+use virtionet_guest::test_frontend::TestFrontendConfig;
 use virtionet_tests::daemon::{Options, Stopped};
 use virtionet_tests::paths::{self, RunDir};
 use virtionet_tests::process::output;
-use virtionet_tests::responder::{Identity, EchoResponder};
+use virtionet_tests::responder::{EchoResponder, Identity};
 use virtionet_tests::topology::{GUEST, HostNetwork, TAP};
 
 const NOBODY: u32 = 65534;
@@ -31,7 +31,11 @@ fn an_unprivileged_user_serves_a_tap_of_its_own() {
     let who = Identity::at(GUEST.v4).unwrap();
     let responder = EchoResponder::connect(daemon.socket(), &config, who).unwrap();
     user.network.wait_for_ping(GUEST.v4).unwrap();
-    let link = user.network.netns().ip(&format!("-d link show {TAP}")).unwrap();
+    let link = user
+        .network
+        .netns()
+        .ip(&format!("-d link show {TAP}"))
+        .unwrap();
     assert!(link.contains("numqueues 2"), "{link}");
     drop(responder);
     drop(daemon);

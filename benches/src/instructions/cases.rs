@@ -4,20 +4,20 @@ use std::hint::black_box;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use anyhow::{Context, Result, ensure};
-use virtionet_virtio_net::features::Features;
-use virtionet_virtio_net::header::VnetHeader;
-use virtionet_virtio_net::uplink::{MAX_BURST, RxSink, TxFrame, Uplink, UplinkQueue, null_rx_sink};
-use virtionet_virtio_net::stats::VringStats;
-use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue, TxQueue};
 use virtionet_guest::driver::{Buf, DriverVirtqueue, DriverVirtqueueConfig};
 use virtionet_guest::frame::{Checksum, Frame, FrameSpec, Transport};
 use virtionet_guest::memory::GuestRam;
 use virtionet_guest::net::{self, MODERN, PACKED, TxLayout};
 use virtionet_guest::{rx, tx};
-use virtionet_virtqueue::memory::GuestSlice;
-use virtionet_virtqueue::{Burst, Direction, Virtqueue, VirtqueueConfig, VirtqueueLayout};
 use virtionet_uplink::null::Null;
 use virtionet_uplink::switch::Switch;
+use virtionet_virtio_net::features::Features;
+use virtionet_virtio_net::header::VnetHeader;
+use virtionet_virtio_net::stats::VringStats;
+use virtionet_virtio_net::uplink::{MAX_BURST, RxSink, TxFrame, Uplink, UplinkQueue, null_rx_sink};
+use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue, TxQueue};
+use virtionet_virtqueue::memory::GuestSlice;
+use virtionet_virtqueue::{Burst, Direction, Virtqueue, VirtqueueConfig, VirtqueueLayout};
 
 /// Descriptors of every ring.
 const SIZE: u16 = 256;
@@ -132,7 +132,9 @@ impl InstructionCase {
             false => MODERN,
         };
         Ok(match self.path {
-            Path::Ring { descriptors, table } => Box::new(RingOnly::new(features, descriptors, table)?),
+            Path::Ring { descriptors, table } => {
+                Box::new(RingOnly::new(features, descriptors, table)?)
+            }
             Path::Transmit(len) => {
                 let null = Null.open_queue(0, null_rx_sink())?;
                 Box::new(Transmit::sending(features, &frame(len)?, null)?)
@@ -312,7 +314,10 @@ impl Push {
         let burst = if len > LARGE { LARGE_BURST } else { BURST };
         // As a guest has them: by pages. They live until this short-lived process ends.
         let bytes = Box::leak(frame.bytes.into_boxed_slice());
-        let segment_list: Vec<_> = bytes.chunks_mut(4096).map(GuestSlice::from_private).collect();
+        let segment_list: Vec<_> = bytes
+            .chunks_mut(4096)
+            .map(GuestSlice::from_private)
+            .collect();
         let one = TxFrame {
             header: VnetHeader(frame.header.to_bytes()),
             payload: Box::leak(segment_list.into_boxed_slice()),

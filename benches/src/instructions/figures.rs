@@ -244,7 +244,9 @@ mod tests {
 
     #[test]
     fn the_limit_is_three_per_cent() {
-        for (now, is_within_tolerance) in [(100.0, true), (102.9, true), (103.1, false), (200.0, false)] {
+        for (now, is_within_tolerance) in
+            [(100.0, true), (102.9, true), (103.1, false), (200.0, false)]
+        {
             assert_eq!(
                 verdict(&[("a", 100.0)], &[("a", now)]).is_within_tolerance(),
                 is_within_tolerance,
@@ -303,7 +305,10 @@ mod tests {
         let dir = virtionet_tests::paths::RunDir::new().unwrap();
         let saved = figures(&[("ring, split: 1 descriptor", 12.3)]);
         saved.save(&dir.join("figures.json")).unwrap();
-        assert_eq!(InstructionCounts::load(&dir.join("figures.json")).unwrap(), saved);
+        assert_eq!(
+            InstructionCounts::load(&dir.join("figures.json")).unwrap(),
+            saved
+        );
         let error = InstructionCounts::load(&dir.join("none.json"))
             .unwrap_err()
             .to_string();

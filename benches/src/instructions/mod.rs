@@ -16,12 +16,12 @@
 //! the same each time.
 
 pub mod callgrind;
-pub mod figures;
 pub mod cases;
+pub mod figures;
 
 use anyhow::{Result, ensure};
 
-use self::cases::{InstructionCase, CaseRunner};
+use self::cases::{CaseRunner, InstructionCase};
 
 /// N, a multiple of every burst's packets.
 const PACKETS: usize = 4096;
@@ -114,7 +114,10 @@ mod tests {
 
     #[test]
     fn names_are_unlike_each_other() {
-        let mut names: Vec<_> = InstructionCase::all().iter().map(InstructionCase::name).collect();
+        let mut names: Vec<_> = InstructionCase::all()
+            .iter()
+            .map(InstructionCase::name)
+            .collect();
         let all = names.len();
         names.sort_unstable();
         names.dedup();

@@ -10,7 +10,7 @@ use serde_json::Value;
 use virtionet_tests::daemon::{Daemon, Options};
 use virtionet_tests::paths::RunDir;
 use virtionet_tests::process::Proc;
-use virtionet_tests::testpmd::{TestpmdConfig, Testpmd};
+use virtionet_tests::testpmd::{Testpmd, TestpmdConfig};
 
 use super::load::{Cpus, ForwardingLoad, MEMORY_MIB};
 
@@ -176,7 +176,13 @@ fn parse_drops(report: &Value) -> Result<BTreeMap<String, u64>> {
     Ok(lost)
 }
 
-fn ours(dir: &RunDir, sockets: &[PathBuf], load: ForwardingLoad, poll: WorkerPollMode, cpu: usize) -> Result<Daemon> {
+fn ours(
+    dir: &RunDir,
+    sockets: &[PathBuf],
+    load: ForwardingLoad,
+    poll: WorkerPollMode,
+    cpu: usize,
+) -> Result<Daemon> {
     let poll = match poll {
         WorkerPollMode::Always => "always",
         WorkerPollMode::Adaptive => "adaptive",
@@ -208,7 +214,10 @@ fn dpdk(dir: &RunDir, sockets: &[PathBuf], load: ForwardingLoad, cpus: Cpus) -> 
 fn plain(dir: &RunDir, sockets: &[PathBuf], load: ForwardingLoad, cpu: usize) -> Result<Proc> {
     let me = std::env::current_exe().context("this program's own path is unknown")?;
     let program = me.with_file_name("virtionet-plain");
-    let mut args = vec![cpu.to_string().into(), load.queue_pairs_per_device().to_string().into()];
+    let mut args = vec![
+        cpu.to_string().into(),
+        load.queue_pairs_per_device().to_string().into(),
+    ];
     args.extend(sockets.iter().map(|socket| socket.clone().into_os_string()));
     Proc::spawn(dir, "plain", None, program, args)
 }

@@ -109,7 +109,10 @@ mod tests {
                 packed: false,
                 bursts: 1,
             };
-            assert_eq!((load.device_pairs(), load.queue_pairs_per_device()), (device_pairs, each));
+            assert_eq!(
+                (load.device_pairs(), load.queue_pairs_per_device()),
+                (device_pairs, each)
+            );
         }
     }
 }

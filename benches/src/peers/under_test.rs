@@ -6,13 +6,13 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 use std::thread::sleep;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use virtionet_tests::paths::RunDir;
 use virtionet_tests::sched::threads;
-use virtionet_tests::testpmd::{TestpmdConfig, Testpmd, VirtioUser};
+use virtionet_tests::testpmd::{ForwardStats, Testpmd, TestpmdConfig, VirtioUser};
 
 use super::back_end::{BackEnd, BackEndKind, WorkerPollMode};
 use super::load::{Cpus, ForwardingLoad, MEMORY_MIB, RING, TrafficPattern};
@@ -31,6 +31,8 @@ pub struct ForwardingSample {
     pub cycles: Option<f64>,
     /// Busy cycles a frame in the front-end.
     pub front_cycles: f64,
+    /// The front-end's busy share of its CPU in per cent, where it reports its clock.
+    pub front_busy: Option<f64>,
 }
 
 /// What became of the frames in circulation.
@@ -121,11 +123,13 @@ impl BackEndUnderTest {
         sleep(SETTLE);
         let busy = self.back.busy()?;
         let front = self.front.forwarded()?;
+        let started_at = Instant::now();
         // The rates are testpmd's own, from one look to the next.
         self.front.port_stats()?;
         sleep(interval);
         let ports = self.front.port_stats()?;
         let front = self.front.forwarded()?.since(front);
+        let lasted = started_at.elapsed();
         let busy = match (busy, self.back.busy()?) {
             (Some(before), Some(after)) => Some(after.since(before)),
             _ => None,
@@ -159,6 +163,7 @@ impl BackEndUnderTest {
             rate: float(rate),
             cycles: busy.map(|busy| float(busy.cycles) / float(busy.frames)),
             front_cycles: float(front.busy_cycles) / float(frames),
+            front_busy: busy_percent(front, lasted),
         })
     }
 
@@ -214,7 +219,12 @@ impl BackEndUnderTest {
     }
 }
 
-fn front_end(dir: &RunDir, sockets: &[PathBuf], load: ForwardingLoad, cpu: usize) -> Result<Testpmd> {
+fn front_end(
+    dir: &RunDir,
+    sockets: &[PathBuf],
+    load: ForwardingLoad,
+    cpu: usize,
+) -> Result<Testpmd> {
     let card = |(n, socket): (usize, &PathBuf)| VirtioUser {
         queues: load.queue_pairs_per_device(),
         queue_size: RING,
@@ -230,6 +240,12 @@ fn front_end(dir: &RunDir, sockets: &[PathBuf], load: ForwardingLoad, cpu: usize
         config = config.arg(format!("--eth-peer={n},{}", mac(n ^ 1)));
     }
     config.start(dir, "front")
+}
+
+/// The share of the time in which a testpmd's CPU worked on frames.
+fn busy_percent(stats: ForwardStats, lasted: Duration) -> Option<f64> {
+    let cycles = float(stats.clock_mhz?) * 1e6 * lasted.as_secs_f64();
+    (cycles > 0.0).then(|| 100.0 * float(stats.busy_cycles) / cycles)
 }
 
 /// The MAC of card n.
@@ -258,7 +274,20 @@ fn float(count: u64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Instant;
+
+    #[test]
+    fn busy_share_is_busy_cycles_over_the_clock_or_absent_without_one() {
+        let mut stats = ForwardStats {
+            busy_cycles: 1_300_000_000,
+            clock_mhz: Some(2600),
+            ..ForwardStats::default()
+        };
+        let percent = busy_percent(stats, Duration::from_secs(1)).unwrap();
+        assert!((percent - 50.0).abs() < 1e-9, "{percent}");
+        assert_eq!(busy_percent(stats, Duration::ZERO), None);
+        stats.clock_mhz = None;
+        assert_eq!(busy_percent(stats, Duration::from_secs(1)), None);
+    }
 
     #[test]
     fn large_counts_keep_their_size() {

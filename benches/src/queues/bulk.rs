@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use virtionet_tests::iperf::{Clients, Direction, Iperf, IperfLoad};
 
-use super::testbed::{ResourceUsage, GuestTestbed, RingUsage, VCPUS};
+use super::testbed::{GuestTestbed, ResourceUsage, RingUsage, VCPUS};
 use crate::harness::progress;
 
 /// Payload of a small datagram and of a small write, in bytes.
@@ -123,21 +123,27 @@ impl BulkSample {
 ///
 /// # Errors
 /// When a part fails: with its words.
-pub fn measure(testbed: &GuestTestbed, traffic: Traffic, pairs: u16, seconds: u32) -> Result<BulkSample> {
+pub fn measure(
+    testbed: &GuestTestbed,
+    traffic: Traffic,
+    pairs: u16,
+    seconds: u32,
+) -> Result<BulkSample> {
     let mut tries = MAX_ATTEMPTS;
-    testbed.run_resumed(pairs, || {
-        loop {
-            tries -= 1;
-            match run(testbed, traffic, seconds) {
-                // The first datagram of a flow, which opens it, can be lost in what flows already.
-                Err(error) if tries > 0 && traffic.kind == TrafficKind::Datagrams => {
-                    progress(&format!("queues: {}, once more: {error:#}", traffic.name()));
+    testbed
+        .run_resumed(pairs, || {
+            loop {
+                tries -= 1;
+                match run(testbed, traffic, seconds) {
+                    // The first datagram of a flow, which opens it, can be lost in what flows already.
+                    Err(error) if tries > 0 && traffic.kind == TrafficKind::Datagrams => {
+                        progress(&format!("queues: {}, once more: {error:#}", traffic.name()));
+                    }
+                    outcome => return outcome,
                 }
-                outcome => return outcome,
             }
-        }
-    })
-    .with_context(|| format!("{}, {pairs} pair(s)", traffic.name()))
+        })
+        .with_context(|| format!("{}, {pairs} pair(s)", traffic.name()))
 }
 
 fn run(testbed: &GuestTestbed, traffic: Traffic, seconds: u32) -> Result<BulkSample> {

@@ -2,12 +2,12 @@
 
 use std::fmt::Write;
 
-use super::testbed::VcpuPlacement;
-use super::bulk::{TrafficKind, BulkSample, Traffic};
+use super::bulk::{BulkSample, Traffic, TrafficKind};
 use super::latency::{BackgroundLoad, LatencyPercentiles};
+use super::testbed::VcpuPlacement;
 use crate::outcome::{Better, GroupResult, Row};
-use crate::sampling::{Pairs, median};
-use crate::table::figure;
+use crate::sampling::{PairedSamples, median};
+use crate::table::{figure, quartiles};
 use virtionet_tests::iperf::Direction;
 
 /// Small outgoing packets: what many queues are known to slow down.
@@ -107,11 +107,12 @@ impl QueueFigures {
 }
 
 const BULK_HEAD: &str = "\
-Medians; the ratio is that of the rounds. CPU time is of all threads, in seconds a Gbit (TCP) or
-microseconds a datagram (UDP) that was received; `host` is workers and QEMU together.
+Medians. A ratio is that of the two medians beside it, better above 1; quartiles are those of the
+ratios of all rounds. CPU time is that of all threads, in seconds a Gbit (TCP) or microseconds a
+datagram (UDP) that was received; `host` is workers and QEMU together.
 
-| load | threads | pairs | one pair | several | ratio | workers | QEMU | host CPU ratio | frames a burst |
-|---|---|---|---|---|---|---|---|---|---|
+| load | threads | queue pairs | one pair | several | ratio | quartiles | workers | QEMU | host | host ratio | quartiles | frames a burst |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|
 ";
 
 const LATENCY_HEAD: &str = "
@@ -141,12 +142,20 @@ fn each_pair<T>(columns: &[Column<T>], mut with: impl FnMut(&Column<T>, &Column<
 fn bulk_rows(cell: &BulkCell) -> Vec<Row> {
     let mut rows = Vec::new();
     each_pair(&cell.columns, |one, several| {
-        let name = |what: &str| case(&cell.traffic.name(), cell.vcpu_placement, several.pairs, what);
+        let name = |what: &str| {
+            case(
+                &cell.traffic.name(),
+                cell.vcpu_placement,
+                several.pairs,
+                what,
+            )
+        };
         let row = |what, unit, better, of: fn(&BulkSample) -> f64| {
             paired(several, one, of).row(&name(what), unit, better, "1 pair")
         };
         let (unit, of) = rate(cell.traffic.kind);
         let rate = row("rate", unit, Better::Higher, of);
+        let rate = rate.headline(cell.vcpu_placement == VcpuPlacement::Pinned);
         rows.push(match is_bounded(cell.traffic) {
             true => rate.bound(BOUND),
             false => rate,
@@ -181,8 +190,8 @@ fn is_bounded(traffic: Traffic) -> bool {
     traffic.direction == Direction::GuestToHost && traffic.kind != TrafficKind::Stream
 }
 
-fn paired<T>(ours: &Column<T>, peer: &Column<T>, of: impl Fn(&T) -> f64) -> Pairs {
-    let mut pairs = Pairs::default();
+fn paired<T>(ours: &Column<T>, peer: &Column<T>, of: impl Fn(&T) -> f64) -> PairedSamples {
+    let mut pairs = PairedSamples::default();
     for (ours, peer) in ours.samples.iter().zip(&peer.samples) {
         pairs.push(of(ours), of(peer));
     }
@@ -203,20 +212,28 @@ fn median_text<T>(column: &Column<T>, of: &dyn Fn(&T) -> f64) -> String {
     figure(median(&values))
 }
 
-fn bulk_line(page: &mut String, cell: &BulkCell, one: &Column<BulkSample>, several: &Column<BulkSample>) {
+fn bulk_line(
+    page: &mut String,
+    cell: &BulkCell,
+    one: &Column<BulkSample>,
+    several: &Column<BulkSample>,
+) {
     let (unit, rate) = rate(cell.traffic.kind);
     let cost = |seconds: f64| match cell.traffic.kind {
         TrafficKind::Datagrams => seconds * 1e3 / BulkSample::kpps(1.0),
         TrafficKind::Stream | TrafficKind::Writes => seconds,
     };
-    let both =
-        |of: &dyn Fn(&BulkSample) -> f64| format!("{} / {}", median_text(one, of), median_text(several, of));
-    let ratio =
-        |better, of: fn(&BulkSample) -> f64| paired(several, one, of).row("", "", better, "").ratio;
+    let both = |of: &dyn Fn(&BulkSample) -> f64| {
+        format!("{} / {}", median_text(one, of), median_text(several, of))
+    };
+    let ratio = |better, of: fn(&BulkSample) -> f64| {
+        let row = paired(several, one, of).row("", "", better, "");
+        format!("{:.2} | {}", row.ratio(), quartiles(row.spread))
+    };
     // Writing to a String cannot fail.
     _ = writeln!(
         page,
-        "| {} | {} | {} | {} {unit} | {} {unit} | {:.2} | {} | {} | {:.2} | {} |",
+        "| {} | {} | {} | {} {unit} | {} {unit} | {} | {} | {} | {} | {} | {} |",
         cell.traffic.name(),
         cell.vcpu_placement.name(),
         several.pairs,
@@ -225,6 +242,7 @@ fn bulk_line(page: &mut String, cell: &BulkCell, one: &Column<BulkSample>, sever
         ratio(Better::Higher, rate),
         both(&|s| cost(s.workers)),
         both(&|s| cost(s.qemu)),
+        both(&|s| cost(s.workers + s.qemu)),
         ratio(Better::Lower, |s| s.workers + s.qemu),
         both(&|s| s.frames_per_burst),
     );
@@ -236,7 +254,10 @@ fn latency_line(
     one: &Column<LatencyPercentiles>,
     several: &Column<LatencyPercentiles>,
 ) {
-    let [half, rare] = [|t: &LatencyPercentiles| t.median, |t: &LatencyPercentiles| t.p99];
+    let [half, rare] = [
+        |t: &LatencyPercentiles| t.median,
+        |t: &LatencyPercentiles| t.p99,
+    ];
     // Writing to a String cannot fail.
     _ = writeln!(
         page,
@@ -274,7 +295,8 @@ mod tests {
             kind: TrafficKind::Stream,
             ..small
         };
-        let mut figures = QueueFigures::new(vec![small, large], &[BackgroundLoad::Nothing], &[1, 4]);
+        let mut figures =
+            QueueFigures::new(vec![small, large], &[BackgroundLoad::Nothing], &[1, 4]);
         for cell in &mut figures.bulk {
             cell.columns[0].samples.extend([1.0, 2.0, 4.0].map(sample));
             cell.columns[1].samples.extend([0.9, 1.8, 40.0].map(sample));
@@ -295,11 +317,14 @@ mod tests {
         let rate = row("UDP 64 B to host, 8 flows, pinned, 4: rate");
         // 2 Gbit/s of 64 B are 3.9 million datagrams a second.
         assert_eq!((rate.ours, rate.peer), (BulkSample::kpps(1.8), 3906.25));
-        assert!((rate.ratio - 0.9).abs() < 1e-9 && !rate.holds(), "{rate:?}");
+        assert!(
+            (rate.ratio() - 0.9).abs() < 1e-9 && !rate.holds(),
+            "{rate:?}"
+        );
         let cost = row("TCP to host, 8 flows, floating, 4: QEMU");
-        assert!((cost.ratio - 0.9).abs() < 1e-9, "{cost:?}");
+        assert!((cost.ratio() - 0.9).abs() < 1e-9, "{cost:?}");
         let times = row("ping idle, pinned, 4: p99");
-        assert_eq!((times.ours, times.peer, times.ratio), (100.0, 200.0, 2.0));
+        assert_eq!((times.ours, times.peer, times.ratio()), (100.0, 200.0, 2.0));
     }
 
     #[test]
@@ -318,7 +343,7 @@ mod tests {
         let line = |load: &str| page.lines().find(|line| line.starts_with(load)).unwrap();
         assert_eq!(
             line("| TCP to host, 8 flows | pinned"),
-            "| TCP to host, 8 flows | pinned | 4 | 2.00 Gbit/s | 1.80 Gbit/s | 0.90 | 0.25 / 0.28 | 0.50 / 0.56 | 0.90 | 8.00 / 8.00 |"
+            "| TCP to host, 8 flows | pinned | 4 | 2.00 Gbit/s | 1.80 Gbit/s | 0.90 | 0.90 to 5.45 | 0.25 / 0.28 | 0.50 / 0.56 | 0.75 / 0.83 | 0.90 | 0.90 to 5.45 | 8.00 / 8.00 |"
         );
         // 0.25 s a Gbit are 0.25 ns a bit, 128 ns a datagram.
         assert!(

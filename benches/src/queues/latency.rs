@@ -8,8 +8,8 @@ use virtionet_tests::iperf::Direction;
 use virtionet_tests::process::Proc;
 use virtionet_tests::topology::GUEST;
 
-use super::testbed::GuestTestbed;
 use super::bulk;
+use super::testbed::GuestTestbed;
 
 /// The server's vCPU is not the bulk flow's, but with one pair its queue is.
 const ON_VCPU_1: &str = "taskset 2";
@@ -51,12 +51,19 @@ pub struct LatencyPercentiles {
 ///
 /// # Errors
 /// When a part fails: with its words.
-pub fn measure(testbed: &GuestTestbed, beside: BackgroundLoad, pairs: u16, seconds: u32) -> Result<LatencyPercentiles> {
+pub fn measure(
+    testbed: &GuestTestbed,
+    beside: BackgroundLoad,
+    pairs: u16,
+    seconds: u32,
+) -> Result<LatencyPercentiles> {
     let times = testbed.run_resumed(pairs, || {
         serve(testbed)?;
         match beside {
             BackgroundLoad::Nothing => ping_pong(testbed, seconds),
-            BackgroundLoad::Flow(way) => bulk::beside(testbed, way, seconds, || ping_pong(testbed, seconds)),
+            BackgroundLoad::Flow(way) => {
+                bulk::background(testbed, way, seconds, || ping_pong(testbed, seconds))
+            }
         }
     });
     times.with_context(|| format!("requests, {}, {pairs} pair(s)", beside.name()))

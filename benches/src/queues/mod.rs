@@ -2,24 +2,24 @@
 //!
 //! The guest has as many pairs as the most of them; `ethtool -L` in it says how many it uses, so
 //! that both sides are one boot, one daemon and one TAP. There are two guests, one pinned and one
-//! floating ([`bed::VcpuPlacement`]), of which one runs at a time. Every round measures each load with
+//! floating ([`testbed::VcpuPlacement`]), of which one runs at a time. Every round measures each load with
 //! each number of pairs in turn.
 
-pub mod testbed;
 pub mod bulk;
 mod figures;
 pub mod latency;
+pub mod testbed;
 
 use anyhow::{Context, Result};
 use virtionet_tests::accel::Accel;
 use virtionet_tests::iperf::Direction;
 
-use self::testbed::{GuestTestbed, VcpuPlacement, VCPUS};
-use self::bulk::{TrafficKind, Traffic};
-use self::figures::{BulkCell, Column, QueueFigures, LatencyCell};
+use self::bulk::{Traffic, TrafficKind};
+use self::figures::{BulkCell, Column, LatencyCell, QueueFigures};
 use self::latency::BackgroundLoad;
-use crate::outcome::GroupResult;
+use self::testbed::{GuestTestbed, VCPUS, VcpuPlacement};
 use crate::harness::progress;
+use crate::outcome::GroupResult;
 use crate::sampling::Effort;
 
 const FLOWS: [u16; 2] = [1, 8];
@@ -37,15 +37,17 @@ const BACKGROUND_LOADS: [BackgroundLoad; 3] = [
 pub fn run(effort: Effort, several: &[u16]) -> Result<GroupResult> {
     let most = several.iter().copied().max().unwrap_or(1);
     progress("queues: two guests boot");
-    let beds = VcpuPlacement::ALL
+    let testbeds = VcpuPlacement::ALL
         .into_iter()
-        .map(|vcpu_placement| GuestTestbed::boot(vcpu_placement, most).map(|testbed| (vcpu_placement, testbed)))
+        .map(|vcpu_placement| {
+            GuestTestbed::boot(vcpu_placement, most).map(|testbed| (vcpu_placement, testbed))
+        })
         .collect::<Result<Vec<_>>>()?;
     let mut columns = vec![1];
     columns.extend(several);
     let mut figures = QueueFigures::new(traffics(), &BACKGROUND_LOADS, &columns);
     for number in 1..=effort.choose(5_u32, 1) {
-        for (vcpu_placement, testbed) in &beds {
+        for (vcpu_placement, testbed) in &testbeds {
             let what = format!("queues: round {number}, {}", vcpu_placement.name());
             let round = Round {
                 testbed,
@@ -94,7 +96,11 @@ struct Round<'a> {
 
 impl Round<'_> {
     fn take(&self, figures: &mut QueueFigures, vcpu_placement: VcpuPlacement) -> Result<()> {
-        for cell in figures.bulk.iter_mut().filter(|c| c.vcpu_placement == vcpu_placement) {
+        for cell in figures
+            .bulk
+            .iter_mut()
+            .filter(|c| c.vcpu_placement == vcpu_placement)
+        {
             self.bulk(cell)?;
         }
         for cell in figures

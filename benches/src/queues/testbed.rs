@@ -9,7 +9,7 @@ use serde_json::Value;
 use virtionet_tests::accel::Accel;
 use virtionet_tests::counters;
 use virtionet_tests::daemon::{Daemon, Options};
-use virtionet_tests::evidence;
+use virtionet_tests::diagnostics;
 use virtionet_tests::paths::RunDir;
 use virtionet_tests::qemu::{Machine, Nic, Qemu};
 use virtionet_tests::sched;
@@ -193,8 +193,7 @@ fn seconds(pid: u32) -> Result<f64> {
             continue;
         };
         let time_ns = text.split(' ').next().and_then(|n| n.parse::<f64>().ok());
-        sum +=
-            time_ns.with_context(|| format!("thread {tid} has no CPU time in {text:?}"))? / 1e9;
+        sum += time_ns.with_context(|| format!("thread {tid} has no CPU time in {text:?}"))? / 1e9;
     }
     Ok(sum)
 }

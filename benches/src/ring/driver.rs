@@ -2,9 +2,13 @@
 //! ring is written once, so that offering chains is one store of the available index.
 
 use anyhow::{Context, Result};
-use virtionet_guest::driver::{VirtqueueAddresses, DriverVirtqueueConfig};
+use virtionet_guest::driver::{DriverVirtqueueConfig, VirtqueueAddresses};
 use virtionet_guest::memory::GuestRam;
-use virtionet_guest::split::{SplitDescriptor, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, SplitDriverVirtqueue};
+use virtionet_guest::split::{
+    SplitDescriptor, SplitDriverVirtqueue, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT,
+};
+
+use super::case::Shape;
 
 /// Descriptors of the ring.
 pub const SIZE: u16 = 256;
@@ -15,17 +19,6 @@ const HEADER: u32 = 12;
 const FRAME: u32 = 1514;
 /// From one chain's buffer to the next.
 const STRIDE: u64 = 2048;
-
-/// How a chain is made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Shape {
-    /// One descriptor.
-    Single,
-    /// Two: the header's and the frame's.
-    Direct,
-    /// The same two in an indirect table.
-    Indirect,
-}
 
 /// A driver that has nothing to do but to offer.
 #[derive(Debug)]

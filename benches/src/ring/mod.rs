@@ -1,10 +1,12 @@
-//! What a chain costs the device on a split ring of 256 entries that lies in the caches: taken,
-//! every piece translated, given back, the driver asked once a burst whether it wants an interrupt.
+//! What a descriptor chain costs the device on a split virtqueue of 256 entries that lies in the
+//! CPU's caches: the chain is dequeued, each of its segments is translated and it is completed; once
+//! for each burst, the device checks whether the driver wants an interrupt.
 //!
-//! Both sides run against the same simulated driver ([`driver`]), on rings and in memory of the
-//! same layout: [`ours`] is virtionet-virtqueue, [`stock`] is virtio-queue. The driver's part, one store
-//! of the available index a burst, is within both sides' time.
+//! Both sides run against the same simulated driver ([`driver`]), on virtqueues and in memory of the
+//! same layout: [`ours`] is virtionet-virtqueue, [`virtio_queue`] is the crate virtio-queue. The
+//! driver's part, one store of the available index for each burst, is included in both times.
 
+pub mod case;
 pub mod driver;
 pub mod ours;
 pub mod virtio_queue;
@@ -13,88 +15,16 @@ use std::hint::black_box;
 
 use anyhow::{Result, ensure};
 
-use self::driver::{ChainDriver, Shape};
+use self::case::{BurstResult, CASES, RingCase};
+use self::driver::ChainDriver;
 use self::ours::VirtqueueDevice;
-use self::stock::{VirtioQueueDevice, DequeueMethod};
+use self::virtio_queue::VirtioQueueDevice;
+use crate::harness::{pin_to_last_cpu, run_in_thread, time_ns};
 use crate::outcome::{Better, GroupResult, Row};
-use crate::harness::{run_in_thread, time_ns, pin_to_last_cpu};
-use crate::sampling::{Effort, Pairs};
+use crate::sampling::{Effort, PairedSamples};
 
 /// The most that a chain of two descriptors may cost us, in ns.
 const BOUND: f64 = 5.0;
-
-/// What a device did with one burst.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Burst {
-    /// Chains taken and given back.
-    pub chains: u32,
-    /// Bytes in all their pieces.
-    pub bytes: usize,
-    /// The driver wants an interrupt.
-    pub call: bool,
-}
-
-/// What a case is about.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RingCase {
-    /// How a chain is made.
-    pub shape: Shape,
-    /// Chains a burst.
-    pub burst: u16,
-    /// VIRTIO_F_EVENT_IDX.
-    pub event_idx: bool,
-    /// How the peer takes chains.
-    pub method: DequeueMethod,
-}
-
-/// The cases: the plain one first, and last once more against another way of the peer's.
-pub const CASES: [RingCase; 7] = {
-    let plain = RingCase {
-        shape: Shape::Direct,
-        burst: 64,
-        event_idx: false,
-        method: DequeueMethod::Pop,
-    };
-    [
-        plain,
-        RingCase { burst: 32, ..plain },
-        RingCase {
-            event_idx: true,
-            ..plain
-        },
-        RingCase {
-            shape: Shape::Indirect,
-            ..plain
-        },
-        RingCase {
-            shape: Shape::Single,
-            ..plain
-        },
-        RingCase {
-            shape: Shape::Single,
-            event_idx: true,
-            ..plain
-        },
-        RingCase {
-            method: DequeueMethod::Iter,
-            ..plain
-        },
-    ]
-};
-
-impl RingCase {
-    /// Its name.
-    #[must_use]
-    pub fn name(&self) -> String {
-        let shape = match self.shape {
-            Shape::Single => "1 descriptor",
-            Shape::Direct => "2 descriptors",
-            Shape::Indirect => "2 indirect",
-        };
-        let event_idx = if self.event_idx { ", EVENT_IDX" } else { "" };
-        format!("{shape}, bursts of {}{event_idx}", self.burst)
-    }
-}
 
 /// Measures every case.
 ///
@@ -164,7 +94,7 @@ fn rounds(
     driver: &mut ChainDriver,
     size: u16,
     bursts: u32,
-    mut device: impl FnMut() -> Result<Burst>,
+    mut device: impl FnMut() -> Result<BurstResult>,
 ) -> Result<f64> {
     let mut chains = 0;
     let mut bytes = 0;

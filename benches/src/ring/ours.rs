@@ -3,17 +3,16 @@
 use std::sync::Arc;
 
 use anyhow::Result;
-use virtionet_virtqueue as ring;
-use virtionet_virtqueue::{Direction, Virtqueue, VirtqueueConfig, VirtqueueLayout};
+use virtionet_virtqueue::{Burst, Direction, Virtqueue, VirtqueueConfig, VirtqueueLayout};
 
-use super::driver::{ChainDriver, SIZE, Shape};
-use super::{Burst, RingCase};
+use super::case::{BurstResult, RingCase, Shape};
+use super::driver::{ChainDriver, SIZE};
 
 /// Our device's side of the ring.
 #[derive(Debug)]
 pub struct VirtqueueDevice {
     ring: Virtqueue,
-    burst: virtqueue::Burst,
+    burst: Burst,
 }
 
 impl VirtqueueDevice {
@@ -40,7 +39,7 @@ impl VirtqueueDevice {
         };
         Ok(Self {
             ring: Virtqueue::new(config, &memory)?,
-            burst: virtqueue::Burst::new(memory),
+            burst: Burst::new(memory),
         })
     }
 
@@ -49,8 +48,8 @@ impl VirtqueueDevice {
     /// # Errors
     /// When the ring is broken.
     #[inline]
-    pub fn burst(&mut self, most: u16) -> Result<Burst> {
-        let mut did = Burst::default();
+    pub fn burst(&mut self, most: u16) -> Result<BurstResult> {
+        let mut did = BurstResult::default();
         self.ring.dequeue(&mut self.burst, most.into())?;
         for chain in self.burst.chains() {
             for slice in self.burst.slices(chain) {

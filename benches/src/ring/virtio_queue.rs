@@ -7,28 +7,8 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use virtionet_guest::memory::GuestRam;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
+use super::case::{BurstResult, DequeueMethod, RingCase};
 use super::driver::{ChainDriver, SIZE};
-use super::{Burst, RingCase};
-
-/// How chains are taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum DequeueMethod {
-    /// One at a time, given back before the next.
-    Pop,
-    /// By an iterator that reads the available index once, all given back after it.
-    Iter,
-}
-
-impl DequeueMethod {
-    /// The peer's name in the results.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Pop => "virtio-queue pop",
-            Self::Iter => "virtio-queue iter",
-        }
-    }
-}
 
 /// The stock device's side of the ring.
 #[derive(Debug)]
@@ -66,7 +46,7 @@ impl VirtioQueueDevice {
     /// # Errors
     /// When the ring is broken.
     #[inline]
-    pub fn burst(&mut self, most: u16) -> Result<Burst> {
+    pub fn burst(&mut self, most: u16) -> Result<BurstResult> {
         let mut did = match self.method {
             DequeueMethod::Pop => self.pop(most)?,
             DequeueMethod::Iter => self.iterate(most)?,
@@ -77,8 +57,8 @@ impl VirtioQueueDevice {
         Ok(did)
     }
 
-    fn pop(&mut self, most: u16) -> Result<Burst> {
-        let mut did = Burst::default();
+    fn pop(&mut self, most: u16) -> Result<BurstResult> {
+        let mut did = BurstResult::default();
         while did.chains < most.into() {
             let Some(chain) = self.queue.pop_descriptor_chain(&self.memory) else {
                 break;
@@ -93,8 +73,8 @@ impl VirtioQueueDevice {
         Ok(did)
     }
 
-    fn iterate(&mut self, most: u16) -> Result<Burst> {
-        let mut did = Burst::default();
+    fn iterate(&mut self, most: u16) -> Result<BurstResult> {
+        let mut did = BurstResult::default();
         self.heads.clear();
         for chain in self.queue.iter(&self.memory)?.take(most.into()) {
             self.heads.push(chain.head_index());

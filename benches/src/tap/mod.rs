@@ -7,19 +7,19 @@
 //! that both find the caches alike. A sample is the median of its bursts: a burst in which another
 //! program had the CPU says nothing of ours.
 
-mod testbed;
 mod receive;
 mod send;
+mod testbed;
 
 use anyhow::Result;
 use virtionet_guest::frame::{Checksum, Frame, FrameSpec, Transport};
 
-use self::testbed::TapTestbed;
 use self::receive::{Call, Receive};
 use self::send::Send;
+use self::testbed::TapTestbed;
+use crate::harness::{pin_to_last_cpu, run_in_netns};
 use crate::outcome::{Better, GroupResult, Row};
-use crate::harness::{run_in_netns, pin_to_last_cpu};
-use crate::sampling::{Effort, Pairs};
+use crate::sampling::{Effort, PairedSamples};
 
 /// The least ratio that is good enough.
 const BOUND: f64 = 0.9;

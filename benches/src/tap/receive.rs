@@ -5,14 +5,14 @@ use std::io::{IoSlice, IoSliceMut, Read, Write};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use virtionet_virtio_net::RxQueue as DeviceRx;
-use virtionet_virtio_net::uplink::UplinkQueue;
-use virtionet_virtio_net::stats::VringStats;
 use virtionet_guest::frame::Frame;
-use virtionet_guest::net::{MERGEABLE_BUFFER, DriverQueueConfig};
+use virtionet_guest::net::{DriverQueueConfig, MERGEABLE_BUFFER};
 use virtionet_guest::rx::DriverRxQueue;
+use virtionet_virtio_net::RxQueue as DeviceRx;
+use virtionet_virtio_net::stats::VringStats;
+use virtionet_virtio_net::uplink::UplinkQueue;
 
-use super::testbed::{TapTestbed, FEATURES, device, guest_ram};
+use super::testbed::{FEATURES, TapTestbed, device, guest_ram};
 use crate::harness::time_ns;
 use crate::sampling::median;
 
@@ -179,7 +179,8 @@ impl Bare {
         {
             return Ok(self.tap.read(buffer)?);
         }
-        let mut list: [IoSliceMut<'_>; MAX_SEGMENTS] = std::array::from_fn(|_| IoSliceMut::new(&mut []));
+        let mut list: [IoSliceMut<'_>; MAX_SEGMENTS] =
+            std::array::from_fn(|_| IoSliceMut::new(&mut []));
         for (slot, buffer) in list.iter_mut().zip(buffers) {
             *slot = IoSliceMut::new(buffer);
         }

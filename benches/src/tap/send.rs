@@ -5,14 +5,14 @@ use std::io::{IoSlice, Write};
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
-use virtionet_virtio_net::TxQueue as DeviceTx;
-use virtionet_virtio_net::uplink::UplinkQueue;
-use virtionet_virtio_net::stats::VringStats;
 use virtionet_guest::frame::Frame;
 use virtionet_guest::net::{DriverQueueConfig, TxLayout};
 use virtionet_guest::tx::DriverTxQueue;
+use virtionet_virtio_net::TxQueue as DeviceTx;
+use virtionet_virtio_net::stats::VringStats;
+use virtionet_virtio_net::uplink::UplinkQueue;
 
-use super::testbed::{TapTestbed, FEATURES, device, guest_ram};
+use super::testbed::{FEATURES, TapTestbed, device, guest_ram};
 use crate::harness::time_ns;
 use crate::sampling::median;
 

@@ -5,14 +5,14 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use virtionet_virtio_net::features::Features;
-use virtionet_virtio_net::uplink::{Uplink, UplinkQueue, null_rx_sink};
-use virtionet_virtio_net::stats::VringStats;
-use virtionet_virtio_net::{DeviceQueue, QueueConfig};
 use virtionet_guest::memory::GuestRam;
 use virtionet_guest::net::{self, MODERN};
-use virtionet_virtqueue::VirtqueueLayout;
 use virtionet_uplink::tap::{Tap, TapConfig};
+use virtionet_virtio_net::features::Features;
+use virtionet_virtio_net::stats::VringStats;
+use virtionet_virtio_net::uplink::{Uplink, UplinkQueue, null_rx_sink};
+use virtionet_virtio_net::{DeviceQueue, QueueConfig};
+use virtionet_virtqueue::VirtqueueLayout;
 
 use crate::harness::ip;
 
@@ -44,7 +44,7 @@ impl TapTestbed {
 
     /// What is written to the source comes out of the TAP, through a bridge.
     pub(super) fn with_source() -> Result<Self> {
-        // One of an earlier bed may be there.
+        // A bridge of an earlier testbed may still exist.
         _ = ip("link del benchbr");
         ip("link add benchbr type bridge stp_state 0 forward_delay 0 mcast_snooping 0")?;
         ip("link set benchbr up")?;
@@ -67,7 +67,7 @@ impl TapTestbed {
     /// The source's descriptor.
     pub(super) fn source(&self) -> Result<File> {
         let source = self.source.as_ref();
-        file(source.context("this bed has no source")?)
+        file(source.context("this testbed has no source")?)
     }
 }
 
@@ -87,7 +87,7 @@ impl TapEnd {
 }
 
 fn file(end: &TapEnd) -> Result<File> {
-    let fd: BorrowedFd<'_> = end.queue.readable().context("a TAP has a descriptor")?;
+    let fd: BorrowedFd<'_> = end.queue.poll_fd().context("a TAP has a descriptor")?;
     Ok(File::from(fd.try_clone_to_owned()?))
 }
 

@@ -21,9 +21,9 @@ pub struct PortStats {
     pub tx_errors: u64,
     /// Bytes sent.
     pub tx_bytes: u64,
-    /// Frames received a second, since the last look.
+    /// Frames received a second, since the last answer.
     pub rx_pps: u64,
-    /// Frames sent a second, since the last look.
+    /// Frames sent a second, since the last answer.
     pub tx_pps: u64,
 }
 
@@ -34,10 +34,12 @@ pub struct ForwardStats {
     pub rx_packets: u64,
     /// Frames sent.
     pub tx_packets: u64,
-    /// Frames that found no room in a transmit queue.
+    /// Frames for which a transmit queue had no free space.
     pub tx_dropped: u64,
     /// Cycles of the time-stamp counter spent on bursts that found frames.
     pub busy_cycles: u64,
+    /// The rate of the time-stamp counter in MHz, known once a burst found frames.
+    pub clock_mhz: Option<u64>,
 }
 
 impl ForwardStats {
@@ -49,6 +51,7 @@ impl ForwardStats {
             tx_packets: self.tx_packets.saturating_sub(before.tx_packets),
             tx_dropped: self.tx_dropped.saturating_sub(before.tx_dropped),
             busy_cycles: self.busy_cycles.saturating_sub(before.busy_cycles),
+            clock_mhz: self.clock_mhz,
         }
     }
 }
@@ -90,6 +93,9 @@ fn sum(text: &str) -> Option<ForwardStats> {
         tx_dropped: number(text, "TX-dropped:")?,
         // There is no such line as long as no burst found a frame.
         busy_cycles: number(text, "total cycles=").unwrap_or(0),
+        clock_mhz: text
+            .split_once("total cycles=")
+            .and_then(|(_, rest)| number(rest, ") at ")),
     })
 }
 
@@ -152,8 +158,9 @@ mod tests {
         let all = forwarded(ALL).unwrap();
         assert_eq!((all.rx_packets, all.tx_packets), (8_756_832, 8_757_344));
         assert_eq!((all.tx_dropped, all.busy_cycles), (5, 5_323_090_622));
+        assert_eq!(all.clock_mhz, Some(2600));
         let idle = forwarded(ALL.split("CPU cycles").next().unwrap()).unwrap();
-        assert_eq!(idle.busy_cycles, 0);
+        assert_eq!((idle.busy_cycles, idle.clock_mhz), (0, None));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-use crate::sample::{FrameCount, CounterSample};
+use crate::sample::{CounterSample, FrameCount};
 
 const WIDTH: usize = 20;
 const PLAIN_EVERY: Duration = Duration::from_secs(2);

@@ -132,7 +132,10 @@ fn queue_irqs(table: &str) -> Vec<(u32, RingDirection, usize)> {
             let name = line.split_whitespace().last()?;
             let (way, pair) = match name.strip_prefix("virtio0-input.") {
                 Some(pair) => (RingDirection::Receive, pair),
-                None => (RingDirection::Transmit, name.strip_prefix("virtio0-output.")?),
+                None => (
+                    RingDirection::Transmit,
+                    name.strip_prefix("virtio0-output.")?,
+                ),
             };
             let irq = line.split(':').next()?.trim().parse().ok()?;
             Some((irq, way, pair.parse().ok()?))

@@ -14,7 +14,7 @@ use nix::sys::signal::Signal;
 use args::{Args, HELP};
 use bars::Bars;
 use interrupts::DriverSettings;
-use result::{PairTraffic, DemoResult, PairRow};
+use result::{DemoResult, PairRow, PairTraffic};
 use sample::CounterSample;
 use virtionet_tests::daemon::{Daemon, Options};
 use virtionet_tests::iperf::{Clients, Direction, Iperf, IperfLoad, IperfReport};
@@ -81,7 +81,8 @@ fn run(args: &Args) -> Result<()> {
 
     let pairs = args.queues.min(args.vcpus);
     configure_guest(qemu.guest(), pairs)?;
-    network.wait_for_ping(GUEST.v4)
+    network
+        .wait_for_ping(GUEST.v4)
         .with_context(|| format!("virtionetd's log:\n{}", daemon.stderr()))?;
     let outcome = measure(args, &dir, &network, &daemon, &qemu)
         .with_context(|| format!("virtionetd's log:\n{}", daemon.stderr()))?;
@@ -106,7 +107,13 @@ fn run(args: &Args) -> Result<()> {
 }
 
 /// Both directions, and what each pair moved in them.
-fn measure(args: &Args, dir: &RunDir, network: &HostNetwork, daemon: &Daemon, qemu: &Qemu) -> Result<DemoResult> {
+fn measure(
+    args: &Args,
+    dir: &RunDir,
+    network: &HostNetwork,
+    daemon: &Daemon,
+    qemu: &Qemu,
+) -> Result<DemoResult> {
     let guest = qemu.guest();
     let processes = args.queues.min(args.vcpus).min(FLOWS);
     let iperf = Iperf::new(network, guest, dir, Clients::Host, processes)?;
