@@ -1,8 +1,9 @@
 //! Advice on what a guest could do better with its queue pairs, with the command for it.
 //!
 //! A driver starts with few queue pairs and scripts raise their number later, so advice is given
-//! only on what has not changed for a while, and once. The number of interrupt vectors never reaches
-//! a back-end. If QEMU has a monitor for this daemon, a thread of its own asks it, once a connection.
+//! only on what has not changed for a while, and once. The number of interrupt vectors never
+//! reaches a back-end. If QEMU has a monitor for this daemon, a thread of its own asks it for that,
+//! once a connection.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -74,7 +75,7 @@ impl Adviser {
     /// Updates the advice by `observe`, which returns how the guest uses its queue pairs now, and
     /// `None` while it uses none.
     pub fn update(&self, observe: impl FnOnce() -> Option<QueueUsage>, now: Instant) {
-        // Observed under the lock, so that the reset of a front-end that goes meanwhile comes after.
+        // Observed under the lock, so that a front-end that goes meanwhile is forgotten after it.
         let mut state = self.state.lock();
         let Some(usage) = observe() else {
             // The guest may be booting again: advice that stays the same is not logged again.
@@ -174,14 +175,14 @@ fn idle_pairs_advice(usage: QueueUsage) -> Option<String> {
     })
 }
 
-/// What to do about vectors that are too few for one a virtqueue. The control queue needs none of its
-/// own with Linux's driver, so one less than is usually given serves as well.
+/// What to do about too few vectors for one a virtqueue. With Linux's driver the control queue
+/// needs none of its own, so one less than usual is enough.
 fn vectors_advice(usage: QueueUsage, net_device: &QemuNetDevice) -> Option<String> {
     let pairs = u32::from(usage.offered);
     let plenty = 2 * pairs + 2;
     (net_device.vectors.saturating_add(1) < plenty).then(|| {
         format!(
-            "the guest's card (netdev {}) has {} interrupt vectors for {pairs} queue pairs, so queues share one and their interrupts cannot be spread over vCPUs: use vectors={plenty} at QEMU's -device virtio-net-pci",
+            "the guest's network device (netdev {}) has {} interrupt vectors for {pairs} queue pairs, so queues share one and their interrupts cannot be spread over vCPUs: use vectors={plenty} at QEMU's -device virtio-net-pci",
             net_device.netdev, net_device.vectors
         )
     })

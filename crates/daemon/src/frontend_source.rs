@@ -11,7 +11,7 @@ use virtionet_vhost_user::listen::{
 };
 use virtionet_vhost_user::take_fd;
 
-/// Where a device's front-ends come from. Its Display says what was opened, for the log.
+/// Where a device's front-ends come from. Its Display is for the log, and names what was opened.
 #[derive(Debug)]
 pub enum FrontendSource {
     /// Front-ends connect to a socket.

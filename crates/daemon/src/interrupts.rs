@@ -16,7 +16,7 @@ use virtionet_placement::interrupts::{
 };
 use virtionet_virtio_net::uplink::HostInterface;
 
-/// A NIC may join the bridge at any time, so the interfaces beside the TAP are read again this often.
+/// A NIC may join the bridge at any time, so the bridge's interfaces are read again this often.
 const RESCAN_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Keeps the interrupts and steering masks of one device on its workers' CPUs.
@@ -97,8 +97,8 @@ impl Interrupts {
         }
     }
 
-    /// Brings the settings in line with what `observe` returns, which is `None` if no front-end uses
-    /// the device, or its uplink is no interface of the host.
+    /// Brings the settings in line with what `observe` returns, which is `None` if no front-end
+    /// uses the device, or its uplink is no interface of the host.
     pub fn reconcile(&self, observe: impl FnOnce() -> Option<AffinityInput>) {
         if self.mode == IrqAffinity::Off {
             return;
@@ -412,7 +412,7 @@ mod tests {
         let host = FakeHost::new("denied");
         let dir = host.0.join(xps(0));
         fs::remove_file(&dir).unwrap();
-        // A folder in the file's place cannot be written, whoever tries.
+        // A folder in the file's place cannot be written, even by root.
         fs::create_dir(&dir).unwrap();
         let it = host.interrupts(IrqAffinity::Apply);
         it.reconcile(|| input(&[0, 1], &["1", "2"]));

@@ -18,7 +18,7 @@ pub enum LogError {
         "RUST_LOG={text:?} is not a log filter ({source}): write one such as info or virtionetd=debug"
     )]
     Filter {
-        /// What it says.
+        /// Its text.
         text: String,
         /// What is wrong with it.
         source: ParseError,

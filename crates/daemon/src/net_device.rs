@@ -57,7 +57,7 @@ pub struct ServedPair {
 pub struct FrontendState {
     /// A front-end is connected.
     pub connected: bool,
-    /// Its process id, if the kernel tells it.
+    /// Its process id, if the kernel reports it.
     pub pid: Option<u32>,
     /// Virtio features in force.
     pub features: Features,

@@ -24,7 +24,7 @@ pub struct PairService {
     tx_ready: bool,
     /// A frame may wait in the uplink.
     uplink_ready: bool,
-    /// The guest has no RX buffers, and a kick will tell when it has.
+    /// The guest has no RX buffers, and a kick will come when it has.
     starved: bool,
 }
 
@@ -71,8 +71,8 @@ impl PairService {
         }
     }
 
-    /// Notes that anything may have changed. The worker's earlier attach or detach of the uplink may
-    /// have overtaken the session's, so it is repeated.
+    /// Notes that anything may have changed. The worker's earlier attach or detach of the uplink
+    /// may have overtaken the session's, so it is repeated.
     pub fn handle_wake(&mut self) {
         self.pair.reconcile_uplink();
         self.poll_all();

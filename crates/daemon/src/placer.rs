@@ -2,8 +2,8 @@
 //!
 //! The workers ask, never the session thread: QEMU serves no QMP while it waits for an answer on
 //! the vhost-user socket. While a front-end is connected, the placement monitor calls
-//! [`Placer::refresh`], which checks whether anything changed: the vCPU threads, their affinity, the
-//! CPUs of this process. If so, the generation goes up, and workers that are woken ask again.
+//! [`Placer::refresh`], which checks whether anything changed: the vCPU threads, their affinity,
+//! the CPUs of this process. If so, the generation goes up, and workers that are woken ask again.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -143,7 +143,8 @@ impl Placer {
         changed
     }
 
-    /// The rings of `pair` lie on this NUMA node; true when that may change where its worker belongs.
+    /// The receiveq of `pair` is on this NUMA node; true when that may change where its worker
+    /// belongs.
     pub fn set_memory_node(&self, pair: u16, node: Option<u32>) -> bool {
         let before = self.nodes.lock().insert(u32::from(pair), node);
         let changed = before.flatten() != node && self.has_several_nodes();
@@ -223,7 +224,8 @@ impl Placer {
         self.generation.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Checks whether anything changed that decisions depend on; true when workers should ask again.
+    /// Checks whether anything changed that decisions depend on; true when workers should ask
+    /// again.
     pub fn refresh(self: &Arc<Self>) -> bool {
         // Another thread holds the lock and will report any change.
         let Some(mut known) = self.known.try_lock() else {
@@ -384,7 +386,7 @@ impl DiscoveredVcpus {
         self.search_at = Instant::now() + self.pause;
     }
 
-    /// The same, but leaves threads that are gone where they were: the search will tell.
+    /// The same, but keeps the CPUs of threads that are gone: the next search replaces them.
     fn refresh_alive(&mut self, planner: &PlacementPlanner) -> bool {
         let before = self.map.vcpus.clone();
         planner.refresh(&mut self.map);
@@ -439,7 +441,7 @@ mod tests {
         }
     }
 
-    /// This process plays the front-end: vCPUs that appear late, move, become more and go.
+    /// This process acts as the front-end: vCPUs appear late, move, become more and go.
     #[test]
     fn decisions_follow_the_vcpus() {
         let _alone = ALONE.lock();
@@ -447,7 +449,7 @@ mod tests {
         let cpus = host.allowed();
         let planner = PlacementPlanner::new(Placement::Auto, cpus.clone(), None).unwrap();
         let placer = Arc::new(Placer::new("test", planner, host));
-        assert!(!placer.refresh(), "nobody is connected");
+        assert!(!placer.refresh(), "no front-end is connected");
         placer.connected(me());
         placer.set_active_pairs(2);
         let blind = placer.decide(1);
@@ -498,7 +500,7 @@ mod tests {
 
     /// A thread more or less must not hide that a vCPU moved until the next search.
     #[test]
-    fn a_vcpu_that_moves_while_threads_come_and_go_is_followed_at_the_next_look() {
+    fn a_vcpu_that_moves_while_threads_come_and_go_is_followed_at_the_next_refresh() {
         let _alone = ALONE.lock();
         let host = Arc::new(HostCpus::read().unwrap());
         let cpus = host.allowed();
@@ -525,14 +527,14 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_wrong_once_the_front_end_has_gone() {
+    fn no_warning_is_in_force_after_the_front_end_has_gone() {
         let host = Arc::new(HostCpus::read().unwrap());
         let planner = PlacementPlanner::new(Placement::Auto, host.allowed(), None).unwrap();
         let placer = Arc::new(Placer::new("test", planner, host));
         placer.connected(None);
         let _ = placer.decide(0);
         placer.disconnected();
-        // A look that began before.
+        // A refresh that began before.
         placer.update_warnings();
         assert_eq!(placer.warnings(), []);
     }
@@ -553,7 +555,11 @@ mod tests {
         virtionet_placement::set_thread_affinity(Some(tid), &cpus.nth_cyclic(0)).unwrap();
         one.connected(me());
         other.connected(None);
-        assert_eq!(other.decide(0).cpus, cpus, "nobody has looked for vCPUs");
+        assert_eq!(
+            other.decide(0).cpus,
+            cpus,
+            "no device has searched for vCPUs"
+        );
         let _ = one.decide(0);
         assert!(other.refresh(), "another guest came");
         let free = cpus.difference(&host.pinned_by_others(other.device));
@@ -569,7 +575,7 @@ mod tests {
         thread.join().unwrap();
     }
 
-    /// Whoever looks goes on at once, and who asks gets what is known.
+    /// A refresh does not wait for the monitor, and a worker that asks gets what is known.
     #[test]
     fn a_monitor_that_hangs_is_asked_by_a_thread_of_its_own() {
         let host = Arc::new(HostCpus::read().unwrap());

@@ -13,8 +13,7 @@ use virtionet_virtqueue::memory::GuestMemory;
 use crate::vring_slot::VringSlot;
 use crate::waker::Waker;
 
-/// What all threads share of a queue pair. What only its worker needs is in
-/// [`crate::pair_service`].
+/// What all threads share of a queue pair. Its worker adds the readiness, in a `PairService`.
 #[derive(Debug)]
 pub struct QueuePair {
     index: u16,
@@ -110,7 +109,7 @@ impl QueuePair {
         self.waker.wake();
     }
 
-    /// The NUMA node of its receiveq, while there is a front-end and as far as the kernel tells.
+    /// The NUMA node of its receiveq, while there is a front-end and if the kernel reports it.
     #[must_use]
     pub fn memory_node(&self) -> Option<u32> {
         *self.memory_node.lock()

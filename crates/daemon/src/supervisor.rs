@@ -66,16 +66,10 @@ pub fn run(config: Config) -> Result<(), RunError> {
             ))
         })
         .collect::<Result<Vec<_>, RunError>>()?;
-    let summaries = net_devices.iter().zip(&sources);
-    let summaries: Vec<String> = summaries
-        .map(|((_, created), source)| format!("{source}, {}", created.uplink_summary))
-        .collect();
-    let net_devices = net_devices.into_iter();
-    let devices = Arc::new(DeviceRegistry(
-        net_devices
-            .map(|(config, created)| (config, created.net_device))
-            .collect(),
-    ));
+    let devices = net_devices
+        .iter()
+        .map(|(config, created)| (config.clone(), Arc::clone(&created.net_device)));
+    let devices = Arc::new(DeviceRegistry(devices.collect()));
     let control = match &config.control {
         Some(path) => Some(ControlServer::start(path, Arc::clone(&devices) as _)?),
         None => None,
@@ -92,7 +86,8 @@ pub fn run(config: Config) -> Result<(), RunError> {
         "placer".into(),
         placer.map_err(host_error("start a thread"))?,
     ));
-    for ((device, _), summary) in devices.0.iter().zip(summaries) {
+    for ((device, created), source) in net_devices.iter().zip(&sources) {
+        let summary = format!("{source}, {}", created.uplink_summary);
         log_start(&device.name, &summary, control.as_ref());
     }
     let device_threads = start_devices(&devices, sources, &stop, &signals.handle())?;

@@ -2,7 +2,7 @@
 //!
 //! A vring's state changes by the table in [`virtionet_vhost_user::vring_state`], in one function
 //! here (`VringSlot::set_state`), under the slot's lock. The lock also holds the virtqueue, so the
-//! state and what it stands for cannot differ. The worker takes the lock for a turn, the session's
+//! state and the virtqueue cannot disagree. The worker takes the lock for a turn, the session's
 //! thread to start, stop or change the vring. The lock is handed over fairly, so that neither waits
 //! for longer than one turn of the other. What other threads read without waiting (state, size) is
 //! published in atomics at each change.
@@ -246,7 +246,7 @@ impl<Q: DeviceQueue> VringSlot<Q> {
             .as_ref()
             .and_then(|vring| vring.fds.err.as_ref())
         {
-            // If the front-end does not listen, the counters and the log still tell.
+            // If the front-end does not listen, the counters and the log still report it.
             let _ = signal(err);
         }
         tracing::warn!(

@@ -11,7 +11,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 pub struct Waker(Arc<EventFd>);
 
 impl Waker {
-    /// A waker that nobody waits on yet.
+    /// A waker that no worker waits on yet.
     ///
     /// # Errors
     /// When the kernel has no descriptors left.

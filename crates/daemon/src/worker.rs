@@ -9,8 +9,8 @@
 //!
 //! A pass gives TX and RX of each queue pair a turn, with a budget of frames and bytes, so that
 //! none starves another. As long as one of them has more, passes follow each other with a check of
-//! epoll in between. Otherwise the worker polls for a while, if it is configured to, asks for kicks,
-//! polls the vrings once more and sleeps. No error of a frame, a guest or the host ends it.
+//! epoll in between. Otherwise the worker polls for a while, if it is configured to, asks for
+//! kicks, polls the vrings once more and sleeps. No error of a frame, a guest or the host ends it.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -128,8 +128,8 @@ impl Worker {
         }
     }
 
-    /// Lets it serve one more queue pair from its next start on. The result is the position by which
-    /// its events name the pair.
+    /// Lets it serve one more queue pair from its next start on. The result is the position by
+    /// which its events name the pair.
     pub fn add_pair(&self, pair: Arc<QueuePair>) -> u16 {
         let mut pairs = self.pairs.lock();
         let position = u16::try_from(pairs.len()).unwrap_or(u16::MAX);

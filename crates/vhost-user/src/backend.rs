@@ -21,15 +21,15 @@ pub trait Backend {
     /// Queue pairs that a front-end may use: 1 to 128.
     fn max_queue_pairs(&self) -> u16;
 
-    /// A front-end is connected; `pid` is its process, where the kernel tells.
+    /// A front-end is connected; `pid` is its process, if the kernel reports it.
     fn on_connect(&self, _pid: Option<u32>) {}
 
-    /// The front-end took these protocol features (see [`crate::protocol_features`]). QEMU says so once a
-    /// queue pair.
+    /// The front-end accepted these protocol features (see [`crate::protocol_features`]). QEMU
+    /// repeats this for each queue pair.
     fn set_protocol_features(&self, _protocol_features: u64) {}
 
-    /// The front-end took these virtio features: a subset of [`Backend::features`]. May come while
-    /// vrings run; the format of the vrings (VIRTIO_F_RING_PACKED) does not change then.
+    /// The front-end accepted these virtio features: a subset of [`Backend::features`]. May come
+    /// while vrings run; the format of the vrings (VIRTIO_F_RING_PACKED) does not change then.
     fn set_features(&self, acked: u64);
 
     /// The guest's memory is now `memory`: rebinds every vring that runs to it. The result names
@@ -52,22 +52,22 @@ pub trait Backend {
     /// Enables or disables a running vring.
     fn set_enabled(&self, index: u16, enabled: bool);
 
-    /// Changes the kick descriptor of a running vring; `None`: the vring is to be polled. Look at
-    /// the vring once: the last kick may have gone to the old descriptor.
+    /// Changes the kick descriptor of a running vring; `None`: the vring is to be polled. The
+    /// device polls the vring once, because the last kick may have gone to the old descriptor.
     ///
     /// # Errors
     /// When the device cannot wait for it. The vring then goes on with the old descriptor.
     fn set_kick(&self, index: u16, kick: Option<Arc<OwnedFd>>) -> Result<(), BackendError>;
 
-    /// Changes the call descriptor of a running vring; `None`: the driver polls. Signal it once: the
-    /// last call may have gone to the old descriptor.
+    /// Changes the call descriptor of a running vring; `None`: the driver polls. The
+    /// device signals it once, because the last call may have gone to the old descriptor.
     fn set_call(&self, index: u16, call: Option<Arc<OwnedFd>>);
 
-    /// The front-end has a vring of this index, whether the driver uses it or not: it said what to
-    /// call. QEMU does that for all vrings of its netdev when it connects.
+    /// The front-end has a vring of this index, whether the driver uses it or not: it set the
+    /// call descriptor. QEMU does that for all vrings of its netdev when it connects.
     fn on_vring_announced(&self, _index: u16) {}
 
-    /// Changes the descriptor that tells the front-end of a running vring's faults.
+    /// Changes the descriptor by which the front-end learns of a running vring's faults.
     fn set_err(&self, index: u16, err: Option<Arc<OwnedFd>>);
 
     /// The guest sees this MTU (68 to 65,535 bytes).
@@ -92,9 +92,9 @@ pub struct VringStart {
     pub base: u32,
     /// What the driver signals; `None`: the vring is to be polled.
     pub kick: Option<Arc<OwnedFd>>,
-    /// What we signal; `None`: the driver polls.
+    /// What the device signals; `None`: the driver polls.
     pub call: Option<Arc<OwnedFd>>,
-    /// What we signal when the vring is at fault, if the front-end cares.
+    /// What the device signals when it quarantines the vring, if the front-end set one.
     pub err: Option<Arc<OwnedFd>>,
     /// Whether frames pass; a disabled vring discards TX and supplies no RX.
     pub enabled: bool,

@@ -39,7 +39,7 @@ pub enum ProtocolError {
         "a vhost-user message has version {0} where only version 1 exists; is the peer a vhost-user front-end?"
     )]
     Version(u32),
-    /// The header says that the message is a reply.
+    /// The header marks the message as a reply.
     #[error("request {0} is marked as a reply, but virtionetd asked for nothing")]
     Reply(u32),
     /// The payload is longer than any request's.

@@ -12,7 +12,7 @@ const EVENTFD: &str = "anon_inode:[eventfd]";
 /// Takes `fd` if it is an eventfd, and makes it non-blocking: a write to a full eventfd, or a read
 /// of an empty one, must not stop a thread.
 ///
-/// The error says what it is instead. Anything else is refused since reading it could block
+/// The error names what it is instead. Anything else is refused, because reading it could block
 /// (a pipe, a terminal), never end (/dev/zero) or mean something else (a socket).
 pub(crate) fn from_fd(fd: OwnedFd) -> Result<Arc<OwnedFd>, String> {
     // syscalls: readlink

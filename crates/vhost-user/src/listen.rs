@@ -49,7 +49,7 @@ pub enum WrongDescriptor {
     /// It is a socket of another domain or type.
     #[error("another kind of socket")]
     OtherSocket,
-    /// It is a socket that nobody can send on or connect to.
+    /// It is a socket that has no peer and does not listen.
     #[error("a socket that is neither connected nor listening")]
     Unconnected,
 }
@@ -160,7 +160,7 @@ impl InheritedSocket {
     }
 }
 
-/// Connects to a front-end that listens at `path`, trying again every 500 ms while nobody does;
+/// Connects to a front-end that listens at `path`, trying again every 500 ms until it does;
 /// `None` once `stop` is readable.
 ///
 /// # Errors
@@ -210,7 +210,7 @@ fn wait(
     }
 }
 
-/// Errors of connect that say that nobody listens yet, or that the backlog is full.
+/// Errors of connect that mean that no process listens yet, or that the backlog is full.
 fn is_absent(error: Errno) -> bool {
     matches!(
         error,

@@ -5,7 +5,7 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures as Bits;
 /// VHOST_USER_F_PROTOCOL_FEATURES: the virtio feature bit that announces protocol features.
 pub const VHOST_USER_F_PROTOCOL_FEATURES: u64 = 1 << 30;
 
-/// The protocol features offered. QEMU takes whatever is offered, so only what works stands here.
+/// The protocol features offered. QEMU accepts whatever is offered, so the list has only what works.
 pub const OFFERED: u64 = Bits::MQ.bits()
     | Bits::REPLY_ACK.bits()
     | Bits::MTU.bits()

@@ -18,7 +18,7 @@ use crate::limits::MAX_TABLE_REGIONS;
 
 /// Bits 0-7 of SET_VRING_KICK's payload, and of its like, are the vring's index.
 const INDEX_MASK: u64 = 0xff;
-/// Bit 8 says that no descriptor comes along.
+/// Bit 8 means that no descriptor comes with the message.
 const NO_FD: u64 = 1 << 8;
 /// The smallest MTU of IPv4 (RFC 791) and of virtio-net (virtio 1.3 §5.1.4.1).
 const MIN_MTU: u16 = 68;
@@ -128,8 +128,8 @@ impl Request {
     /// Decodes request `code`. Descriptors that the request does not keep are closed.
     ///
     /// # Errors
-    /// [`DecodeError::Protocol`] when the payload's size, the number of descriptors or their kind are
-    /// not the request's; [`DecodeError::Refused`] when a value is not allowed.
+    /// [`DecodeError::Protocol`] when the payload's size, the number of descriptors or their kind
+    /// are not the request's; [`DecodeError::Refused`] when a value is not allowed.
     pub fn decode(code: u32, payload: &[u8], fds: Vec<OwnedFd>) -> Result<Self, DecodeError> {
         let Ok(request) = FrontendReq::try_from(code) else {
             return Ok(Self::Unknown(code));

@@ -10,6 +10,8 @@
 //!
 //! A vring that could not start is tried again when it or the memory table changes.
 
+mod vrings;
+
 use std::fs::File;
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
@@ -21,13 +23,12 @@ use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
 use virtionet_base::{MAX_QUEUE_PAIRS, RateLimiter};
 use virtionet_virtqueue::memory::{GuestMemory, MAX_REGIONS, MappedRegion, RegionSpec};
 
-use crate::backend::{Backend, UnmappedVring, VringStart};
-use crate::backend_error::BackendError;
-use crate::error::{DecodeError, ProtocolError, RefusedRequest, RequestError, SessionError};
+use crate::backend::{Backend, UnmappedVring};
+use crate::error::{DecodeError, RefusedRequest, RequestError, SessionError};
 use crate::protocol_features::{self, VHOST_USER_F_PROTOCOL_FEATURES};
-use crate::request::{Request, VringAreas, VringEventFd};
+use crate::request::Request;
 use crate::sys::peer_pid;
-use crate::vring::{Kick, Vring};
+use crate::vring::Vring;
 use crate::vring_state::VringEvent;
 use crate::wire::{Channel, Header, Incoming, Message, Reply, ReplyPayload};
 
@@ -279,7 +280,7 @@ impl<'b> Session<'b> {
         }
     }
 
-    /// Takes over what the device says of a vring that it stopped. The vring keeps its kick
+    /// Takes over what the device returned for a vring that it stopped. The vring keeps its kick
     /// descriptor, so that it starts again with a memory table that contains it.
     fn note_unmapped(&mut self, unmapped: &UnmappedVring) {
         let UnmappedVring { index, base, error } = unmapped;
@@ -296,105 +297,6 @@ impl<'b> Session<'b> {
     }
 
     // --- vrings ----------------------------------------------------------------------------------
-
-    fn set_vring_num(&mut self, ring: u16, size: u16) -> RequestOutcome {
-        if !size.is_power_of_two() && self.virtio_features() & PACKED == 0 {
-            return Err(RequestError::VringSize(size.into()).into());
-        }
-        let vring = self.vring(ring)?;
-        if vring.size.replace(size) != Some(size) {
-            self.pause(ring);
-        }
-        self.start_or_end_session(ring)
-    }
-
-    fn set_vring_addr(&mut self, ring: u16, areas: VringAreas) -> RequestOutcome {
-        let vring = self.vring(ring)?;
-        if vring.areas.replace(areas) != Some(areas) {
-            self.pause(ring);
-        }
-        self.start_or_end_session(ring)
-    }
-
-    fn set_vring_base(&mut self, ring: u16, base: u32) -> RequestOutcome {
-        if base > u16::MAX.into() && self.virtio_features() & PACKED == 0 {
-            return Err(RequestError::VringBase(base).into());
-        }
-        self.vring(ring)?;
-        self.pause(ring);
-        self.vring(ring)?.base = Some(base);
-        self.start_or_end_session(ring)
-    }
-
-    fn get_vring_base(&mut self, ring: u16) -> RequestOutcome {
-        if let Err(refusal) = self.vring(ring) {
-            let request = FrontendReq::GET_VRING_BASE;
-            return Err(end_session(ProtocolError::Unanswerable {
-                request,
-                refusal,
-            }));
-        }
-        self.stop(ring);
-        Ok(Some(ReplyPayload::VringState {
-            index: ring.into(),
-            num: self.vring(ring)?.base.unwrap_or(0),
-        }))
-    }
-
-    fn set_vring_kick(&mut self, kick: VringEventFd) -> RequestOutcome {
-        let is_started = self.vring(kick.ring)?.is_started();
-        if is_started {
-            self.backend.set_kick(kick.ring, kick.fd.clone())?;
-        }
-        self.vring(kick.ring)?.kick = Kick::new(kick.fd);
-        if is_started {
-            return NO_REPLY_PAYLOAD;
-        }
-        self.start_or_end_session(kick.ring)
-    }
-
-    fn set_vring_call(&mut self, call: VringEventFd) -> RequestOutcome {
-        let vring = self.vring(call.ring)?;
-        vring.call.clone_from(&call.fd);
-        if vring.is_started() {
-            self.backend.set_call(call.ring, call.fd);
-        }
-        self.backend.on_vring_announced(call.ring);
-        NO_REPLY_PAYLOAD
-    }
-
-    fn set_vring_err(&mut self, err: VringEventFd) -> RequestOutcome {
-        let vring = self.vring(err.ring)?;
-        vring.err.clone_from(&err.fd);
-        if vring.is_started() {
-            self.backend.set_err(err.ring, err.fd);
-        }
-        NO_REPLY_PAYLOAD
-    }
-
-    fn set_vring_enable(&mut self, ring: u16, enabled: bool) -> RequestOutcome {
-        let vring = self.vring(ring)?;
-        vring.enabled = Some(enabled);
-        if vring.is_started() {
-            self.backend.set_enabled(ring, enabled);
-        }
-        NO_REPLY_PAYLOAD
-    }
-
-    /// Whether frames pass: what SET_VRING_ENABLE set last, else the default without it.
-    fn is_enabled(&self, vring: &Vring) -> bool {
-        let negotiated = self.features.unwrap_or(0) & VHOST_USER_F_PROTOCOL_FEATURES != 0;
-        vring.enabled.unwrap_or(!negotiated)
-    }
-
-    /// Enables or disables the started vrings for which no SET_VRING_ENABLE has come.
-    fn update_enabled(&self) {
-        for (index, vring) in (0..).zip(&self.vrings) {
-            if vring.is_started() && vring.enabled.is_none() {
-                self.backend.set_enabled(index, self.is_enabled(vring));
-            }
-        }
-    }
 
     // --- the device -----------------------------------------------------------------------------
 
@@ -427,70 +329,7 @@ impl<'b> Session<'b> {
         NO_REPLY_PAYLOAD
     }
 
-    // --- starting and stopping ------------------------------------------------------------------
-
-    /// Starts a vring that is ready; a vring without any memory ends the session.
-    fn start_or_end_session(&mut self, ring: u16) -> RequestOutcome {
-        if self.memory.is_empty() && self.pending_start(ring).is_some() {
-            return Err(end_session(SessionError::NotShared));
-        }
-        self.start(ring)?;
-        NO_REPLY_PAYLOAD
-    }
-
-    fn start(&mut self, ring: u16) -> Result<(), BackendError> {
-        let Some(start) = self.pending_start(ring) else {
-            return Ok(());
-        };
-        debug!(
-            ring,
-            size = start.layout.size,
-            base = start.base,
-            enabled = start.enabled,
-            "vring starts"
-        );
-        self.backend.start_vring(ring, start)?;
-        self.change_state(ring, VringEvent::Start);
-        Ok(())
-    }
-
-    /// What a vring that is to start, and does not run, starts with.
-    fn pending_start(&self, ring: u16) -> Option<VringStart> {
-        let vring = &self.vrings[usize::from(ring)];
-        if vring.is_started() {
-            return None;
-        }
-        vring.to_vring_start(self.is_enabled(vring), self.virtio_features(), &self.memory)
-    }
-
-    /// Stops a vring for good: it starts again only at a new SET_VRING_KICK.
-    fn stop(&mut self, ring: u16) {
-        self.pause(ring);
-        self.vrings[usize::from(ring)].kick = Kick::Unset;
-    }
-
-    /// Stops a vring, if it is started, and remembers its base.
-    fn pause(&mut self, ring: u16) {
-        if !self.vrings[usize::from(ring)].is_started() {
-            return;
-        }
-        let base = self.backend.stop_vring(ring);
-        self.change_state(ring, VringEvent::Stop);
-        let vring = &mut self.vrings[usize::from(ring)];
-        vring.base = base.or(vring.base);
-        debug!(ring, base = vring.base, "vring stopped");
-    }
-
-    /// Follows the device by the table of states.
-    fn change_state(&mut self, ring: u16, event: VringEvent) {
-        let Some(vring) = self.vrings.get_mut(usize::from(ring)) else {
-            return;
-        };
-        match vring.state.after(event) {
-            Ok(state) => vring.state = state,
-            Err(error) => tracing::error!("vring {ring}: {error}"),
-        }
-    }
+    // --- vrings --------------------------------------------------------------------------------
 
     fn vring(&mut self, ring: u16) -> Result<&mut Vring, RequestError> {
         let queue_pairs = self.queue_pairs;

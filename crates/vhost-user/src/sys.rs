@@ -1,4 +1,4 @@
-//! The calls that need `unsafe`: whose process a socket's peer is, and descriptors given at start.
+//! The calls that need `unsafe`: the process of a socket's peer, and inherited descriptors.
 #![allow(unsafe_code)]
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -48,7 +48,7 @@ pub enum TakeFdError {
 
 /// Takes a descriptor that this process was started with (`--fd N`); from now on it is closed on
 /// exec. To be called before anything else is opened: a number that was not inherited would be
-/// somebody else's descriptor by then.
+/// another descriptor by then.
 ///
 /// # Errors
 /// When the number is taken already, is one of stdin, stdout and stderr, or is not open.

@@ -10,7 +10,7 @@ use crate::backend::VringStart;
 use crate::request::VringAreas;
 use crate::vring_state::VringState;
 
-/// One vring as configured. Every message replaces what an earlier one said.
+/// One vring as configured. Every message replaces what an earlier one set.
 #[derive(Debug, Default)]
 pub(crate) struct Vring {
     pub(crate) size: Option<u16>,
@@ -19,10 +19,10 @@ pub(crate) struct Vring {
     pub(crate) kick: Kick,
     pub(crate) call: Option<Arc<OwnedFd>>,
     pub(crate) err: Option<Arc<OwnedFd>>,
-    /// What SET_VRING_ENABLE said, whenever it came: QEMU sends it before SET_FEATURES and does
+    /// What SET_VRING_ENABLE set, whenever it came: QEMU sends it before SET_FEATURES and does
     /// not repeat it.
     pub(crate) enabled: Option<bool>,
-    /// What the device last said of it, by the table of [`VringState`].
+    /// Its state by what the device last returned.
     pub(crate) state: VringState,
 }
 

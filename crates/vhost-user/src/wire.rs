@@ -1,7 +1,7 @@
 //! Messages on the socket: a 12-byte header, up to 4 KiB of payload, up to 32 descriptors.
 //!
-//! Exactly one message is read at a time, so that descriptors stay with the message they came
-//! with, however the front-end cuts or joins its writes. No read or write blocks but in `poll`, which
+//! Exactly one message is read at a time, so that descriptors stay with the message they came with,
+//! however the front-end cuts or joins its writes. No read or write blocks but in `poll`, which
 //! watches a stop descriptor as well.
 
 use std::io::{self, IoSliceMut};
@@ -184,8 +184,8 @@ impl<'s> Channel<'s> {
         }
     }
 
-    /// Sends a reply; false when the session was stopped while the socket was full, or the front-end
-    /// has gone.
+    /// Sends a reply; false when the session was stopped while the socket was full, or the
+    /// front-end has gone.
     pub(crate) fn send(&self, reply: Reply) -> io::Result<bool> {
         let bytes = reply.to_bytes();
         let mut rest = bytes.as_slice();
@@ -269,7 +269,7 @@ fn receive_some(
         return Err(ProtocolError::TooManyFds.into());
     }
     if got.flags.contains(ReturnFlags::CTRUNC) {
-        // Either the buffer was full, or the kernel could not give us a descriptor more.
+        // Either the buffer was full, or the process reached its limit of descriptors.
         return Err(if here >= MAX_FDS {
             ProtocolError::TooManyFds.into()
         } else {
@@ -407,7 +407,7 @@ mod tests {
 
     #[test]
     fn stop_ends_every_wait() {
-        // A silent peer, one that stops after a header, and one that reads no reply.
+        // A silent front-end, one that stops after a header, and one that reads no reply.
         for start in [vec![], encode_message(8, 1, &[7; 8])[..12].to_vec()] {
             let (stop, stopped) = stop_pair();
             let (peer, stream) = RawFrontEnd::pair();

@@ -41,7 +41,7 @@ fn exhaust() -> Vec<File> {
 fn the_limit_of_open_files_ends_a_session_and_delays_the_next() {
     let zero = File::open("/dev/zero").unwrap();
     let before = open_fds();
-    // Room for the session's own descriptors and a few of the twenty that come.
+    // Enough for the session's own descriptors and a few of the twenty that come.
     limit(before + 8);
     let ended = session(&Device::default(), |stream| {
         send(&stream, &[3, 1, 0], &[], &[zero.as_fd(); 20]);

@@ -1,4 +1,4 @@
-//! What the log says of a device's connections.
+//! The log lines about a device's connections.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 

@@ -95,7 +95,7 @@ fn stale_files_go_and_living_sockets_stay() {
         Err(ListenError::Socket(UnixSocketError::InUse(_)))
     ));
     drop(clients);
-    // Another's socket under the same name outlives us.
+    // Another process's socket under the same name stays.
     fs::remove_file(&path).unwrap();
     let other = UnixListener::bind(&path).unwrap();
     drop(first);
@@ -187,7 +187,7 @@ fn inherited_sockets_are_told_apart() {
     let _client = UnixStream::connect(&path).unwrap();
     assert!(listener.accept(stopped.as_fd()).unwrap().is_some());
     drop(listener);
-    // Not ours to remove.
+    // The listener did not make it, so it does not remove it.
     assert!(path.exists());
     let (one, _other) = UnixStream::pair().unwrap();
     assert!(matches!(

@@ -1,0 +1,180 @@
+//! The requests that configure, start and stop vrings.
+
+use tracing::debug;
+use vhost::vhost_user::message::FrontendReq;
+
+use super::{NO_REPLY_PAYLOAD, PACKED, RequestOutcome, Session, end_session};
+use crate::backend::VringStart;
+use crate::backend_error::BackendError;
+use crate::error::{ProtocolError, RequestError, SessionError};
+use crate::protocol_features::VHOST_USER_F_PROTOCOL_FEATURES;
+use crate::request::{VringAreas, VringEventFd};
+use crate::vring::{Kick, Vring};
+use crate::vring_state::VringEvent;
+use crate::wire::ReplyPayload;
+
+impl Session<'_> {
+    pub(super) fn set_vring_num(&mut self, ring: u16, size: u16) -> RequestOutcome {
+        if !size.is_power_of_two() && self.virtio_features() & PACKED == 0 {
+            return Err(RequestError::VringSize(size.into()).into());
+        }
+        let vring = self.vring(ring)?;
+        if vring.size.replace(size) != Some(size) {
+            self.pause(ring);
+        }
+        self.start_or_end_session(ring)
+    }
+
+    pub(super) fn set_vring_addr(&mut self, ring: u16, areas: VringAreas) -> RequestOutcome {
+        let vring = self.vring(ring)?;
+        if vring.areas.replace(areas) != Some(areas) {
+            self.pause(ring);
+        }
+        self.start_or_end_session(ring)
+    }
+
+    pub(super) fn set_vring_base(&mut self, ring: u16, base: u32) -> RequestOutcome {
+        if base > u16::MAX.into() && self.virtio_features() & PACKED == 0 {
+            return Err(RequestError::VringBase(base).into());
+        }
+        self.vring(ring)?;
+        self.pause(ring);
+        self.vring(ring)?.base = Some(base);
+        self.start_or_end_session(ring)
+    }
+
+    pub(super) fn get_vring_base(&mut self, ring: u16) -> RequestOutcome {
+        if let Err(refusal) = self.vring(ring) {
+            let request = FrontendReq::GET_VRING_BASE;
+            return Err(end_session(ProtocolError::Unanswerable {
+                request,
+                refusal,
+            }));
+        }
+        self.stop(ring);
+        Ok(Some(ReplyPayload::VringState {
+            index: ring.into(),
+            num: self.vring(ring)?.base.unwrap_or(0),
+        }))
+    }
+
+    pub(super) fn set_vring_kick(&mut self, kick: VringEventFd) -> RequestOutcome {
+        let is_started = self.vring(kick.ring)?.is_started();
+        if is_started {
+            self.backend.set_kick(kick.ring, kick.fd.clone())?;
+        }
+        self.vring(kick.ring)?.kick = Kick::new(kick.fd);
+        if is_started {
+            return NO_REPLY_PAYLOAD;
+        }
+        self.start_or_end_session(kick.ring)
+    }
+
+    pub(super) fn set_vring_call(&mut self, call: VringEventFd) -> RequestOutcome {
+        let vring = self.vring(call.ring)?;
+        vring.call.clone_from(&call.fd);
+        if vring.is_started() {
+            self.backend.set_call(call.ring, call.fd);
+        }
+        self.backend.on_vring_announced(call.ring);
+        NO_REPLY_PAYLOAD
+    }
+
+    pub(super) fn set_vring_err(&mut self, err: VringEventFd) -> RequestOutcome {
+        let vring = self.vring(err.ring)?;
+        vring.err.clone_from(&err.fd);
+        if vring.is_started() {
+            self.backend.set_err(err.ring, err.fd);
+        }
+        NO_REPLY_PAYLOAD
+    }
+
+    pub(super) fn set_vring_enable(&mut self, ring: u16, enabled: bool) -> RequestOutcome {
+        let vring = self.vring(ring)?;
+        vring.enabled = Some(enabled);
+        if vring.is_started() {
+            self.backend.set_enabled(ring, enabled);
+        }
+        NO_REPLY_PAYLOAD
+    }
+
+    /// Whether frames pass: what SET_VRING_ENABLE set last, else the default without it.
+    fn is_enabled(&self, vring: &Vring) -> bool {
+        let negotiated = self.features.unwrap_or(0) & VHOST_USER_F_PROTOCOL_FEATURES != 0;
+        vring.enabled.unwrap_or(!negotiated)
+    }
+
+    /// Enables or disables the started vrings for which no SET_VRING_ENABLE has come.
+    pub(super) fn update_enabled(&self) {
+        for (index, vring) in (0..).zip(&self.vrings) {
+            if vring.is_started() && vring.enabled.is_none() {
+                self.backend.set_enabled(index, self.is_enabled(vring));
+            }
+        }
+    }
+
+    // --- starting and stopping ------------------------------------------------------------------
+
+    /// Starts a vring that is ready; a vring without any memory ends the session.
+    fn start_or_end_session(&mut self, ring: u16) -> RequestOutcome {
+        if self.memory.is_empty() && self.pending_start(ring).is_some() {
+            return Err(end_session(SessionError::NotShared));
+        }
+        self.start(ring)?;
+        NO_REPLY_PAYLOAD
+    }
+
+    pub(super) fn start(&mut self, ring: u16) -> Result<(), BackendError> {
+        let Some(start) = self.pending_start(ring) else {
+            return Ok(());
+        };
+        debug!(
+            ring,
+            size = start.layout.size,
+            base = start.base,
+            enabled = start.enabled,
+            "vring starts"
+        );
+        self.backend.start_vring(ring, start)?;
+        self.change_state(ring, VringEvent::Start);
+        Ok(())
+    }
+
+    /// What a vring that is to start, and does not run, starts with.
+    fn pending_start(&self, ring: u16) -> Option<VringStart> {
+        let vring = &self.vrings[usize::from(ring)];
+        if vring.is_started() {
+            return None;
+        }
+        vring.to_vring_start(self.is_enabled(vring), self.virtio_features(), &self.memory)
+    }
+
+    /// Stops a vring for good: it starts again only at a new SET_VRING_KICK.
+    pub(super) fn stop(&mut self, ring: u16) {
+        self.pause(ring);
+        self.vrings[usize::from(ring)].kick = Kick::Unset;
+    }
+
+    /// Stops a vring, if it is started, and remembers its base.
+    pub(super) fn pause(&mut self, ring: u16) {
+        if !self.vrings[usize::from(ring)].is_started() {
+            return;
+        }
+        let base = self.backend.stop_vring(ring);
+        self.change_state(ring, VringEvent::Stop);
+        let vring = &mut self.vrings[usize::from(ring)];
+        vring.base = base.or(vring.base);
+        debug!(ring, base = vring.base, "vring stopped");
+    }
+
+    /// Follows the device by the table of states.
+    pub(super) fn change_state(&mut self, ring: u16, event: VringEvent) {
+        let Some(vring) = self.vrings.get_mut(usize::from(ring)) else {
+            return;
+        };
+        match vring.state.after(event) {
+            Ok(state) => vring.state = state,
+            Err(error) => tracing::error!("vring {ring}: {error}"),
+        }
+    }
+}
