@@ -258,7 +258,7 @@ fn wrong_kind_message(key: &str, kind: ValueKind, value: &DeValue<'_>) -> String
 
 fn unknown_key_message(name: &str) -> String {
     match find_nearest(name, KEYS.map(|key| key.name)) {
-        Some(near) => format!("the key {name:?} is not known: {near} is the find_nearest, write that"),
+        Some(near) => format!("the key {name:?} is not known: write {near}, which is the most similar one"),
         None => format!("the key {name:?} is not known: use {}", Key::names()),
     }
 }
@@ -269,7 +269,7 @@ fn unknown_top_level_message(name: &str) -> String {
             "{name} belongs to a device: write it below a [[device]], or below [defaults] where it is for all"
         ),
         (None, Some(near)) => {
-            format!("{name:?} is not known at the top: {near} is the find_nearest, write that")
+            format!("{name:?} is not known at the top: write {near}, which is the most similar one")
         }
         (None, None) => format!(
             "{name:?} is not known at the top: write control = \"PATH\", [defaults] or [[device]]"

@@ -74,9 +74,7 @@ fn summary(config: &Config) -> String {
         };
         let (name, uplink) = (&device.name, &device.uplink);
         let (placement, irq) = (&device.placement, &device.irq_affinity);
-        format!("{name}: {socket}, {queues} on {uplink}, {placement}, {poll} {irq}")
-            .trim_end()
-            .into()
+        format!("{name}: {socket}, {queues} on {uplink}, {placement}, {poll}, irq {irq}")
     };
     let lines: Vec<String> = config.devices.iter().map(line).collect();
     lines.join("\n")
@@ -88,8 +86,8 @@ fn devices_have_their_keys_and_the_defaults() {
     assert_eq!(config.control, Some("/c".into()));
     assert_eq!(
         summary(&config),
-        "a: listen /a 640 kvm, 4 on tap:t0,bridge=br0, list:0-3,8, 9us\n\
-         vnet1: fd 3, 3 on switch:lan,tap=t1, auto, off print"
+        "a: listen /a 640 kvm, 4 on tap:t0,bridge=br0, list:0,1,2,3,8, 9us, irq off\n\
+         vnet1: fd 3, 3 on switch:lan,tap=t1, auto, off, irq print"
     );
 }
 
@@ -98,36 +96,36 @@ fn the_command_line_wins_over_the_file() {
     for (line, expected) in [
         (
             "--poll always --queues 2 --control /d",
-            "a: listen /a 640 kvm, 2 on tap:t0,bridge=br0, list:0-3,8, always\n\
-             vnet1: fd 3, 2 on switch:lan,tap=t1, auto, always print",
+            "a: listen /a 640 kvm, 2 on tap:t0,bridge=br0, list:0,1,2,3,8, always, irq off\n\
+             vnet1: fd 3, 2 on switch:lan,tap=t1, auto, always, irq print",
         ),
         // What a flag says for all has no meaning for some, which is no fault.
         (
             "--poll-us 7 --client",
-            "a: connect /a, 4 on tap:t0,bridge=br0, list:0-3,8, 7us\n\
-             vnet1: fd 3, 3 on switch:lan,tap=t1, auto, off print",
+            "a: connect /a, 4 on tap:t0,bridge=br0, list:0,1,2,3,8, 7us, irq off\n\
+             vnet1: fd 3, 3 on switch:lan,tap=t1, auto, off, irq print",
         ),
         (
             "--vcpus 2",
-            "a: listen /a 640 kvm, 4 on tap:t0,bridge=br0, list:0-3,8, 9us\n\
-             vnet1: fd 3, 1 on switch:lan,tap=t1, auto, off print",
+            "a: listen /a 640 kvm, 4 on tap:t0,bridge=br0, list:0,1,2,3,8, 9us, irq off\n\
+             vnet1: fd 3, 1 on switch:lan,tap=t1, auto, off, irq print",
         ),
         // Of one device: stronger than the flags for all.
         (
             "--poll off --device name=a,uplink=null,poll=always",
-            "a: listen /a 640 kvm, 4 on null, list:0-3,8, always\n\
-             vnet1: fd 3, 3 on switch:lan,tap=t1, auto, off print",
+            "a: listen /a 640 kvm, 4 on null, list:0,1,2,3,8, always, irq off\n\
+             vnet1: fd 3, 3 on switch:lan,tap=t1, auto, off, irq print",
         ),
         (
             "--device name=vnet1,socket-path=/b,queues=1,socket-group=7",
-            "a: listen /a 640 kvm, 4 on tap:t0,bridge=br0, list:0-3,8, 9us\n\
-             vnet1: listen /b 660 7, 1 on switch:lan,tap=t1, auto, off print",
+            "a: listen /a 640 kvm, 4 on tap:t0,bridge=br0, list:0,1,2,3,8, 9us, irq off\n\
+             vnet1: listen /b 660 7, 1 on switch:lan,tap=t1, auto, off, irq print",
         ),
         (
             "--device name=a,fd=4 --device socket-path=/x,tap=t3,socket-mode=600",
-            "a: fd 4, 4 on tap:t0,bridge=br0, list:0-3,8, 9us\n\
-             vnet1: fd 3, 3 on switch:lan,tap=t1, auto, off print\n\
-             vnet2: listen /x 600 kvm, 4 on tap:t3, auto, 9us",
+            "a: fd 4, 4 on tap:t0,bridge=br0, list:0,1,2,3,8, 9us, irq off\n\
+             vnet1: fd 3, 3 on switch:lan,tap=t1, auto, off, irq print\n\
+             vnet2: listen /x 600 kvm, 4 on tap:t3, auto, 9us, irq off",
         ),
     ] {
         let config = command("wins", TWO, line).unwrap();
@@ -158,13 +156,13 @@ frobnicate = true
 [[devices]]
 --
 f.toml:1: queues belongs to a device: write it below a [[device]], or below [defaults] where it is for all
-f.toml:2: "contrl" is not known at the top: control is the nearest, write that
+f.toml:2: "contrl" is not known at the top: write control, which is the most similar one
 f.toml:3: "frob" is not known at the top: write control = "PATH", [defaults] or [[device]]
 f.toml:5: tap describes one device: write it below its [[device]]
-f.toml:6: the key "queue" is not known: queues is the nearest, write that
-f.toml:8: the key "socket_path" is not known: socket-path is the nearest, write that
+f.toml:6: the key "queue" is not known: write queues, which is the most similar one
+f.toml:8: the key "socket_path" is not known: write socket-path, which is the most similar one
 f.toml:11: the key "frobnicate" is not known: use name, socket-path, fd, client, queues, vcpus, tap, bridge, uplink, placement, irq-affinity, qmp, poll, poll-us, socket-mode, socket-group
-f.toml:12: "devices" is not known at the top: device is the nearest, write that
+f.toml:12: "devices" is not known at the top: write device, which is the most similar one
 ## wrong kinds
 control = 5
 defaults = "x"
@@ -274,7 +272,7 @@ quques = 4
 uplink "null"
 --
 f.toml:2: `tap = lan0` has a value that cannot be read: write a text in quotes, and a number, true or false without
-f.toml:4: the key "quques" is not known: queues is the nearest, write that
+f.toml:4: the key "quques" is not known: write queues, which is the most similar one
 f.toml:5: `uplink "null"` is not TOML (key with no value, expected `=`): write KEY = VALUE or [TABLE]
 ## nothing
 # only a comment
@@ -327,7 +325,7 @@ fn problems_of_both_sides_are_told_together() {
     assert_eq!(
         command("both", bad, "--poll busy").unwrap_err(),
         "--poll busy is not known: write off, adaptive or always\n\
-         f.toml:25: the key \"queus\" is not known: queues is the nearest, write that"
+         f.toml:25: the key \"queus\" is not known: write queues, which is the most similar one"
     );
 }
 
@@ -359,7 +357,7 @@ fn the_example_in_the_readme_is_right() {
     let (example, _) = example.split_once("```").unwrap();
     assert_eq!(
         summary(&command("readme", example, "").unwrap()),
-        "web: listen /run/web.sock 660 kvm, 4 on tap:web0,bridge=br0, list:0-3, 30us\n\
-         db: connect /run/db.sock, 4 on switch:lan,tap=lan0, auto, 30us"
+        "web: listen /run/web.sock 660 kvm, 4 on tap:web0,bridge=br0, list:0,1,2,3, 30us, irq off\n\
+         db: connect /run/db.sock, 4 on switch:lan,tap=lan0, auto, 30us, irq off"
     );
 }
