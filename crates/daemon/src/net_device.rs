@@ -14,7 +14,7 @@ use virtionet_vhost_user::{Backend, BackendError, VringStart};
 
 use crate::advice::{Adviser, QueueUsage};
 use virtionet_base::MAX_QUEUE_PAIRS;
-use virtionet_config::Poll;
+use virtionet_config::PollMode;
 use crate::interrupts::{Interrupts, AffinityInput};
 use crate::queue_pair::QueuePair;
 use crate::placer::Placer;
@@ -27,7 +27,7 @@ pub struct NetDevice {
     name: String,
     uplink: Arc<dyn Uplink>,
     placer: Arc<Placer>,
-    poll: Poll,
+    poll: PollMode,
     /// Made when their first ring starts: a front-end may use fewer than it might.
     pairs: Vec<OnceLock<Arc<QueuePair>>>,
     frontend: Mutex<FrontendState>,
@@ -98,7 +98,7 @@ impl NetDevice {
         max_queue_pairs: u16,
         uplink: Arc<dyn Uplink>,
         placer: Placer,
-        poll: Poll,
+        poll: PollMode,
     ) -> Self {
         Self {
             name: name.to_owned(),

@@ -25,7 +25,7 @@ use virtionet_uplink::switch::HostPortForwarder;
 
 use crate::advice::Adviser;
 use crate::net_device::NetDevice;
-use virtionet_config::{Config, DeviceConfig, Poll, Socket};
+use virtionet_config::{Config, DeviceConfig, PollMode, Socket};
 use virtionet_control::server::ControlServer;
 use crate::placement_monitor;
 use crate::host_cpus::{HostCpus, HostCpusError};
@@ -186,7 +186,7 @@ fn create_net_device(
         uplink,
         Placer::new(
             &device.name,
-            planner.with_polling(device.poll != Poll::Off),
+            planner.with_polling(device.poll != PollMode::Off),
             Arc::clone(cpus),
         ),
         device.poll,
