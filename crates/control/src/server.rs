@@ -25,7 +25,7 @@ use tokio::runtime::Runtime;
 use tokio::sync::watch;
 
 use crate::metrics;
-use crate::v1::{ReportSource, Report};
+use crate::v1::{Report, ReportSource};
 
 /// Who may use the socket: its owner.
 const SOCKET_MODE: u32 = 0o600;
@@ -169,7 +169,10 @@ fn serve(
         let server = tokio::spawn(server.into_future());
         let _ = stopped.wait_for(|stop| *stop).await;
         // A client that never ends its request must not keep the daemon.
-        if tokio::time::timeout(SHUTDOWN_TIMEOUT, server).await.is_err() {
+        if tokio::time::timeout(SHUTDOWN_TIMEOUT, server)
+            .await
+            .is_err()
+        {
             tracing::debug!("control server stopped with requests under way");
         }
     });
@@ -448,7 +451,11 @@ mod tests {
         );
         let start = Instant::now();
         server.stop();
-        assert!(start.elapsed() < SHUTDOWN_TIMEOUT * 5, "{:?}", start.elapsed());
+        assert!(
+            start.elapsed() < SHUTDOWN_TIMEOUT * 5,
+            "{:?}",
+            start.elapsed()
+        );
         drop((silent, halfway));
     }
 }
