@@ -4,15 +4,15 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
-use virtionet_sizing::QueuePlan;
 use virtionet_placement::{CpuSet, Decision, worker_name};
+use virtionet_sizing::QueuePlan;
 
 use super::request::{Request, Rings};
 use super::{daemon, libvirt, qemu};
 
 /// How many queue pairs, where the workers stand, and how it is started.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Plan {
+pub struct GuestPlan {
     /// The guest's name.
     pub guest: String,
     /// Its vCPUs.
@@ -118,7 +118,7 @@ pub struct Commands {
     pub config: String,
 }
 
-impl Plan {
+impl GuestPlan {
     pub(super) fn new(request: Request, queues: QueuePlan, workers: Vec<Vec<Decision>>) -> Self {
         let worker_cpus = WorkerCpus::of(&request, &workers);
         let answers = request.cards.iter().zip(queues.cards).zip(workers);
@@ -183,7 +183,7 @@ impl Plan {
         #[derive(Serialize)]
         struct PlanDocument<'a> {
             #[serde(flatten)]
-            plan: &'a Plan,
+            plan: &'a GuestPlan,
             commands: Commands,
         }
         let whole = PlanDocument {

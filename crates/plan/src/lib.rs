@@ -1,18 +1,18 @@
 //! `virtionetctl plan`: how many queue pairs, where the workers stand, and the command lines for it.
 //!
 //! ```text
-//! PlanArgs --request--> policy (virtionet_sizing) --workers--> Plan --> text | JSON
+//! PlanArgs --request--> policy (virtionet_sizing) --workers--> GuestPlan --> text | JSON
 //!                                                                          |-> qemu, libvirt, daemon
 //! ```
 //!
 //! A worker's CPU is what [`PlacementPlanner::place`](virtionet_placement::PlacementPlanner::place) says of the vCPU
 //! pins that the plan proposes: the daemon asks the same function.
 
-mod guest_plan;
 mod args;
-mod nic;
 mod daemon;
+mod guest_plan;
 mod libvirt;
+mod nic;
 mod qemu;
 mod request;
 mod shell;
@@ -22,13 +22,13 @@ mod workers;
 use std::io::{self, Write};
 use std::path::Path;
 
-use virtionet_sizing::{QueuesError, plan_queues};
 use virtionet_placement::{
     AffinityError, CpuListError, CpuSet, PlacementParseError, Topology, allowed_cpus,
 };
+use virtionet_sizing::{QueuesError, plan_queues};
 
-pub use guest_plan::{NetDevicePlan, Commands, Plan, Vectors, WorkerCpus, WorkerPlan};
 pub use args::{Accel, OutputPart, PlanArgs};
+pub use guest_plan::{Commands, GuestPlan, NetDevicePlan, Vectors, WorkerCpus, WorkerPlan};
 use request::Request;
 
 /// Why there is no plan: one sentence that says what to do.
@@ -114,11 +114,11 @@ impl TargetHost {
 ///
 /// # Errors
 /// When what is asked for contradicts itself or that host.
-pub fn plan(args: &PlanArgs, host: &TargetHost) -> Result<Plan, PlanError> {
+pub fn plan(args: &PlanArgs, host: &TargetHost) -> Result<GuestPlan, PlanError> {
     let mut request = Request::resolve(args, host)?;
     let queues = plan_queues(&request.queues)?;
     let workers = workers::place_workers(&mut request, &queues, host)?;
-    let plan = Plan::new(request, queues, workers);
+    let plan = GuestPlan::new(request, queues, workers);
     daemon::check(&plan)?;
     Ok(plan)
 }

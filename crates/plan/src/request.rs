@@ -3,12 +3,12 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use virtionet_sizing::{GuestRequest, MultiqueueDefault};
 use virtionet_placement::{CpuSet, Placement, parse_cpulist};
+use virtionet_sizing::{GuestRequest, MultiqueueDefault};
 
 use super::args::{Accel, PlanArgs};
 use super::nic::{NetDeviceSpec, is_name};
-use super::{TargetHost, PlanError};
+use super::{PlanError, TargetHost};
 
 /// Most vCPUs of a guest that are planned for; above QEMU's limit on any machine.
 const MAX_VCPUS: u32 = 4096;

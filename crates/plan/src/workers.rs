@@ -2,11 +2,11 @@
 
 use std::collections::BTreeSet;
 
+use virtionet_placement::{CpuSet, Decision, PlacementPlanner, Vcpu, VcpuMap, VcpuSource, Warning};
 use virtionet_sizing::QueuePlan;
-use virtionet_placement::{CpuSet, Decision, PlacementPlanner, VcpuSource, Vcpu, VcpuMap, Warning};
 
 use super::request::Request;
-use super::{TargetHost, PlanError};
+use super::{PlanError, TargetHost};
 
 /// The decisions for each card's pairs, by the daemon's own planner: on a map of the vCPUs as the
 /// plan would have them, all pairs in use. What it warns of is noted in `request`.
