@@ -48,7 +48,7 @@ pub(super) fn command(plan: &GuestPlan, role: SocketRole) -> Vec<Vec<String>> {
     lines
 }
 
-/// What all cards have in common and is not the daemon's default.
+/// The settings that all network devices have in common, without the daemon's defaults.
 fn common(plan: &GuestPlan) -> Vec<(&'static str, String)> {
     let placement = plan.request.placement.to_string();
     let poll = &plan.request.poll;
@@ -62,7 +62,7 @@ fn common(plan: &GuestPlan) -> Vec<(&'static str, String)> {
         .collect()
 }
 
-/// What is one card's own.
+/// The keys of one network device.
 fn keys(card: &NetDevicePlan) -> [(&'static str, String); 4] {
     [
         ("name", card.device.clone()),

@@ -109,7 +109,8 @@ fn remapping(xml: &mut Xml) -> io::Result<()> {
     Ok(())
 }
 
-/// A card whose socket QEMU makes: it runs as a user of its own, who could not reach virtionetd's.
+/// A network device whose socket QEMU creates: QEMU runs as another user, who cannot connect to a
+/// socket of virtionetd.
 fn interface(xml: &mut Xml, plan: &GuestPlan, card: &NetDevicePlan) -> io::Result<()> {
     xml.create_element("interface")
         .with_attribute(("type", "vhostuser"))
