@@ -1,4 +1,4 @@
-//! The configuration file (TOML): read as a whole, with the line of each value.
+//! The configuration file (TOML), read as a whole, with the line of each value.
 //!
 //! ```toml
 //! control = "/run/virtionetd.ctl"
@@ -21,34 +21,35 @@ use std::rc::Rc;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::settings::{SettingValue, Origin, Settings};
-use super::keys::{KeyScope, KEYS, Key, ValueKind, find_nearest};
-use super::problem::{Problem, Problems};
+use crate::keys::{Key, ValueKind, find_nearest};
+use crate::problem::{Problem, ProblemCode, Problems};
+use crate::settings::{Origin, SettingValue, Settings};
 
-/// Bytes of a file at most: hundreds of devices take a tenth of it.
+/// Maximum size of a file in bytes, ten times the size of a file with hundreds of devices.
 const MAX_FILE_SIZE: u64 = 1 << 20;
-/// Letters of a line that a problem shows of it.
+/// How many characters of a line a problem shows.
 const MAX_SHOWN_CHARS: usize = 80;
 
-/// What may stand at the top of a file.
-const TOP_LEVEL_KEYS: [&str; 3] = ["control", "defaults", "device"];
+/// The tables at the top level of a file.
+const TABLES: [&str; 2] = ["defaults", "device"];
 
-/// What a file says.
+/// The content of a file.
 #[derive(Debug, Default)]
-pub struct File {
-    /// Where the control server answers.
+pub(crate) struct ConfigFile {
+    /// The path of the control socket.
     pub control: Option<SettingValue>,
-    /// What devices have that do not say otherwise.
+    /// The settings of devices that do not set these keys themselves.
     pub defaults: Settings,
-    /// Each device, and where it begins.
+    /// The devices, each with the line where it begins.
     pub devices: Vec<(Origin, Settings)>,
-    /// Whether it can be read at all, so that what it lacks is worth a word.
+    /// Whether the file has no syntax errors. Otherwise devices and keys may be missing for that
+    /// reason alone.
     pub is_complete: bool,
 }
 
-/// Reads the file at `path`; what is wrong with it becomes `problems`.
+/// Reads the file at `path`, and adds what is wrong with it to `problems`.
 #[must_use]
-pub fn read(path: &Path, problems: &mut Problems) -> File {
+pub(crate) fn read(path: &Path, problems: &mut Problems) -> ConfigFile {
     match read_bounded(path).map(String::from_utf8) {
         Ok(Ok(text)) => parse(path, &text, problems),
         Ok(Err(error)) => {
@@ -57,21 +58,25 @@ pub fn read(path: &Path, problems: &mut Problems) -> File {
             problems.add(Problem::in_line(
                 &path.into(),
                 line,
-                "the file is no text in UTF-8: save it as one".into(),
+                ProblemCode::SyntaxInvalid,
+                "the file is not UTF-8 text: save it as UTF-8".into(),
             ));
-            File::default()
+            ConfigFile::default()
         }
         Err(error) => {
-            problems.add(Problem::new(format!(
-                "cannot read {}: {error}; name a configuration file that exists and that this user may read",
-                path.display()
-            )));
-            File::default()
+            problems.add(Problem::new(
+                ProblemCode::FileUnreadable,
+                format!(
+                    "cannot read {}: {error}; name a configuration file that exists and that this user may read",
+                    path.display()
+                ),
+            ));
+            ConfigFile::default()
         }
     }
 }
 
-/// The bytes of the file at `path`; an error where they have no end in sight.
+/// The bytes of the file at `path`; an error where it is too large, such as an endless device file.
 fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let file = fs::File::open(path)?;
@@ -82,16 +87,15 @@ fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
     }
 }
 
-/// Reads `text`, the content of the file at `path`; what is wrong with it becomes `problems`.
-#[must_use]
-pub fn parse(path: &Path, text: &str, problems: &mut Problems) -> File {
+/// Reads `text`, the content of the file at `path`, and adds what is wrong with it to `problems`.
+fn parse(path: &Path, text: &str, problems: &mut Problems) -> ConfigFile {
     let (table, errors) = DeTable::parse_recoverable(text);
     let mut reader = Reader {
         path: path.into(),
         text,
         unreadable_lines: Vec::new(),
         problems,
-        file: File::default(),
+        file: ConfigFile::default(),
     };
     reader.file.is_complete = errors.is_empty();
     for error in errors {
@@ -104,10 +108,10 @@ pub fn parse(path: &Path, text: &str, problems: &mut Problems) -> File {
 struct Reader<'a> {
     path: Rc<Path>,
     text: &'a str,
-    /// The lines that cannot be read, of which nothing more is to be said.
+    /// The lines with syntax errors, about which nothing more is reported.
     unreadable_lines: Vec<usize>,
     problems: &'a mut Problems,
-    file: File,
+    file: ConfigFile,
 }
 
 impl Reader<'_> {
@@ -118,20 +122,37 @@ impl Reader<'_> {
             return;
         }
         self.unreadable_lines.push(line);
-        let shown = |text: &str| text.trim().chars().take(MAX_SHOWN_CHARS).collect::<String>();
+        let shown = |text: &str| {
+            text.trim()
+                .chars()
+                .take(MAX_SHOWN_CHARS)
+                .collect::<String>()
+        };
         let what = shown(self.text.get(span).unwrap_or_default());
         let content = shown(self.text.lines().nth(line - 1).unwrap_or_default());
-        let sentence = match error.message() {
-            "duplicate key" => format!("{what} is given twice: keep one of them"),
+        let message = match error.message() {
+            "duplicate key" => {
+                self.problems.add(Problem::in_line(
+                    &self.path,
+                    line,
+                    ProblemCode::KeyRepeated,
+                    format!("{what} is given twice: keep one of them"),
+                ));
+                return;
+            }
             why if why.starts_with("string values") || why.starts_with("invalid boolean") => {
                 format!(
-                    "`{content}` has a value that cannot be read: write a text in quotes, and a number, true or false without"
+                    "`{content}` has a value that cannot be read: write a text in quotes, and a number, true or false without quotes"
                 )
             }
             why => format!("`{content}` is not TOML ({why}): write KEY = VALUE or [TABLE]"),
         };
-        self.problems
-            .add(Problem::in_line(&self.path, line, sentence));
+        self.problems.add(Problem::in_line(
+            &self.path,
+            line,
+            ProblemCode::SyntaxInvalid,
+            message,
+        ));
     }
 
     fn read_top_level(&mut self, table: DeTable<'_>) {
@@ -139,25 +160,47 @@ impl Reader<'_> {
             let origin = self.origin(&key.span());
             let line = self.readable_line(&key, &value);
             match (key.get_ref().as_ref(), value.into_inner()) {
-                ("control", value) => match flag_text(ValueKind::Text, &value) {
-                    Some(text) => self.file.control = Some(SettingValue::new(text, &origin)),
-                    None => self.add_problem(line, wrong_kind_message("control", ValueKind::Text, &value)),
-                },
                 ("defaults", DeValue::Table(table)) => {
                     self.file.defaults = self.read_settings(table, true);
                 }
-                ("defaults", _) => self.add_problem(line, "defaults is a table: write [defaults]".into()),
+                ("defaults", _) => {
+                    let message = "defaults is a table: write [defaults]".into();
+                    self.add_problem(line, ProblemCode::KeyMisplaced, message);
+                }
                 ("device", DeValue::Array(tables)) => {
                     for table in tables {
                         self.read_device(table);
                     }
                 }
-                ("device", _) => self.add_problem(
-                    line,
-                    "each device is a table of its own in a list: write [[device]]".into(),
-                ),
-                (name, _) => self.add_problem(line, unknown_top_level_message(name)),
+                ("device", _) => {
+                    let message = "each device is a table of its own in a list: write [[device]]";
+                    self.add_problem(line, ProblemCode::KeyMisplaced, message.into());
+                }
+                (name, value) => self.read_process_key(name, &value, line, &origin),
             }
+        }
+    }
+
+    /// Reads a key of the whole process, of which `control` is the only one.
+    fn read_process_key(
+        &mut self,
+        name: &str,
+        value: &DeValue<'_>,
+        line: Option<usize>,
+        origin: &Origin,
+    ) {
+        let Some(key) = Key::of_process().find(|key| key.name == name) else {
+            let (code, message) = unknown_top_level_message(name);
+            self.add_problem(line, code, message);
+            return;
+        };
+        match flag_text(key.kind, value) {
+            Some(text) => self.file.control = Some(SettingValue::new(text, origin)),
+            None => self.add_problem(
+                line,
+                ProblemCode::KindWrong,
+                wrong_kind_message(key.name, key.kind, value),
+            ),
         }
     }
 
@@ -168,48 +211,52 @@ impl Reader<'_> {
                 let settings = self.read_settings(table, false);
                 self.file.devices.push((origin, settings));
             }
-            _ => self.problems.add(origin.problem(format_args!(
-                "each device is a table of its own: write [[device]], and its keys below"
-            ))),
+            _ => self.problems.add(origin.problem(
+                ProblemCode::KeyMisplaced,
+                format_args!(
+                    "each device is a table of its own: write [[device]], and its keys below"
+                ),
+            )),
         }
     }
 
-    fn read_settings(&mut self, table: DeTable<'_>, common: bool) -> Settings {
+    fn read_settings(&mut self, table: DeTable<'_>, is_common: bool) -> Settings {
         let mut settings = Settings::default();
         for (name, value) in table {
             let origin = self.origin(&name.span());
             let line = self.readable_line(&name, &value);
             let name = name.get_ref().as_ref();
             let Some(key) = Key::find(name) else {
-                self.add_problem(line, unknown_key_message(name));
+                self.add_problem(line, ProblemCode::KeyUnknown, unknown_key_message(name));
                 continue;
             };
-            if common && key.scope == KeyScope::Device {
-                self.add_problem(
-                    line,
-                    format!("{name} describes one device: write it below its [[device]]"),
-                );
+            if is_common && !key.is_common() {
+                let message = format!("{name} describes one device: write it below its [[device]]");
+                self.add_problem(line, ProblemCode::KeyMisplaced, message);
             } else if let Some(text) = flag_text(key.kind, value.get_ref()) {
                 settings.insert(key, SettingValue::new(text, &origin));
             } else {
-                self.add_problem(line, wrong_kind_message(name, key.kind, value.get_ref()));
+                let message = wrong_kind_message(name, key.kind, value.get_ref());
+                self.add_problem(line, ProblemCode::KindWrong, message);
             }
         }
         settings
     }
 
-    /// The line of `key`, to be named in a problem; `None` where it or its value cannot be read,
-    /// which is known already.
+    /// The line of `key`, for a message about it; `None` where the line of the key or of its value
+    /// has a syntax error, which is reported already.
     fn readable_line<K, V>(&self, key: &Spanned<K>, value: &Spanned<V>) -> Option<usize> {
         let lines = [self.line(&key.span()), self.line(&value.span())];
-        let unreadable_lines = lines.iter().any(|line| self.unreadable_lines.contains(line));
-        (!unreadable_lines).then_some(lines[0])
+        let has_error = lines
+            .iter()
+            .any(|line| self.unreadable_lines.contains(line));
+        (!has_error).then_some(lines[0])
     }
 
-    fn add_problem(&mut self, line: Option<usize>, sentence: String) {
+    fn add_problem(&mut self, line: Option<usize>, code: ProblemCode, message: String) {
         if let Some(line) = line {
             self.problems
-                .add(Problem::in_line(&self.path, line, sentence));
+                .add(Problem::in_line(&self.path, line, code, message));
         }
     }
 
@@ -229,10 +276,13 @@ impl Reader<'_> {
 /// `value` as a flag spells it; `None` where it is of another kind.
 fn flag_text(kind: ValueKind, value: &DeValue<'_>) -> Option<String> {
     match (kind, value) {
-        (ValueKind::Text | ValueKind::NumberOrWord | ValueKind::Octal, DeValue::String(text)) => {
-            Some(text.to_string())
-        }
-        (ValueKind::Number | ValueKind::NumberOrWord, DeValue::Integer(number)) if number.radix() == 10 => {
+        (
+            ValueKind::Text | ValueKind::Path | ValueKind::NumberOrWord | ValueKind::Octal,
+            DeValue::String(text),
+        ) => Some(text.to_string()),
+        (ValueKind::Number | ValueKind::NumberOrWord, DeValue::Integer(number))
+            if number.radix() == 10 =>
+        {
             Some(number.as_str().into())
         }
         (ValueKind::Octal, DeValue::Integer(number)) if number.radix() == 8 => {
@@ -257,22 +307,29 @@ fn wrong_kind_message(key: &str, kind: ValueKind, value: &DeValue<'_>) -> String
 }
 
 fn unknown_key_message(name: &str) -> String {
-    match find_nearest(name, KEYS.map(|key| key.name)) {
-        Some(near) => format!("the key {name:?} is not known: {near} is the find_nearest, write that"),
+    match find_nearest(name, Key::of_devices().map(|key| key.name)) {
+        Some(nearest) => {
+            format!("the key {name:?} is not known: write {nearest}, which is the most similar one")
+        }
         None => format!("the key {name:?} is not known: use {}", Key::names()),
     }
 }
 
-fn unknown_top_level_message(name: &str) -> String {
-    match (Key::find(name), find_nearest(name, TOP_LEVEL_KEYS)) {
-        (Some(_), _) => format!(
+fn unknown_top_level_message(name: &str) -> (ProblemCode, String) {
+    if Key::find(name).is_some() {
+        let message = format!(
             "{name} belongs to a device: write it below a [[device]], or below [defaults] where it is for all"
+        );
+        return (ProblemCode::KeyMisplaced, message);
+    }
+    let known = Key::of_process().map(|key| key.name).chain(TABLES);
+    let message = match find_nearest(name, known) {
+        Some(nearest) => format!(
+            "{name:?} is not known at the top: write {nearest}, which is the most similar one"
         ),
-        (None, Some(near)) => {
-            format!("{name:?} is not known at the top: {near} is the find_nearest, write that")
-        }
-        (None, None) => format!(
+        None => format!(
             "{name:?} is not known at the top: write control = \"PATH\", [defaults] or [[device]]"
         ),
-    }
+    };
+    (ProblemCode::KeyUnknown, message)
 }

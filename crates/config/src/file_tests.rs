@@ -1,9 +1,9 @@
-//! The configuration file: what is read, what wins over it, and every sentence about it.
+//! The configuration file: what is read, what overrides it, and every problem with it.
 
 use std::path::PathBuf;
 
-use super::{Command, Config, Poll, Queues, Socket};
-use crate::cli::{self, CliError};
+use crate::cli::{self, CliError, Command};
+use crate::types::{Config, DeviceConfig, PollMode, QueuePairCount, Socket};
 
 /// Runs the command line `line` with `text` in the file `f.toml`, which errors name by that.
 fn command(name: &str, text: impl AsRef<[u8]>, line: &str) -> Result<Config, String> {
@@ -14,9 +14,9 @@ fn command(name: &str, text: impl AsRef<[u8]>, line: &str) -> Result<Config, Str
     let path = path.to_str().unwrap();
     let args = ["virtionetd", "--config", path].into_iter();
     let args = args.chain(line.split_whitespace()).map(Into::into);
-    let command = cli::parse(args).map_err(|refusal| match refusal {
-        CliError::Config(why) => why.to_string().replace(path, "f.toml"),
-        CliError::Flags(why) => panic!("{line}: {why}"),
+    let command = cli::parse(args).map_err(|error| match error {
+        CliError::Config(error) => error.to_string().replace(path, "f.toml"),
+        CliError::Flags(error) => panic!("{line}: {error}"),
         CliError::Moved(command) => panic!("{line}: {command}"),
     });
     std::fs::remove_dir_all(&dir).unwrap();
@@ -52,9 +52,9 @@ poll = "off"
 irq-affinity = "print"
 "#;
 
-/// What matters of a configuration, in a line for each device.
+/// A configuration in short, one line for each device.
 fn summary(config: &Config) -> String {
-    let line = |device: &super::DeviceConfig| {
+    let line = |device: &DeviceConfig| {
         let socket = match &device.socket {
             Socket::Listen { path, mode, group } => {
                 let group = group.as_deref().unwrap_or("-");
@@ -64,19 +64,17 @@ fn summary(config: &Config) -> String {
             Socket::Inherited(fd) => format!("fd {fd}"),
         };
         let queues = match device.queues {
-            Queues::Auto => "auto".into(),
-            Queues::AtMost(pairs) => pairs.to_string(),
+            QueuePairCount::Auto => "auto".into(),
+            QueuePairCount::AtMost(pairs) => pairs.to_string(),
         };
         let poll = match device.poll {
-            Poll::Off => "off".into(),
-            Poll::Adaptive(time) => format!("{}us", time.as_micros()),
-            Poll::Always => "always".into(),
+            PollMode::Off => "off".into(),
+            PollMode::Adaptive(time) => format!("{}us", time.as_micros()),
+            PollMode::Always => "always".into(),
         };
         let (name, uplink) = (&device.name, &device.uplink);
         let (placement, irq) = (&device.placement, &device.irq_affinity);
-        format!("{name}: {socket}, {queues} on {uplink}, {placement}, {poll} {irq}")
-            .trim_end()
-            .into()
+        format!("{name}: {socket}, {queues} on {uplink}, {placement}, {poll}, irq {irq}")
     };
     let lines: Vec<String> = config.devices.iter().map(line).collect();
     lines.join("\n")
@@ -88,46 +86,46 @@ fn devices_have_their_keys_and_the_defaults() {
     assert_eq!(config.control, Some("/c".into()));
     assert_eq!(
         summary(&config),
-        "a: listen /a 640 kvm, 4 on tap:t0,bridge=br0, list:0-3,8, 9us\n\
-         vnet1: fd 3, 3 on switch:lan,tap=t1, auto, off print"
+        "a: listen /a 640 kvm, 4 on tap:t0,bridge=br0, list:0,1,2,3,8, 9us, irq off\n\
+         vnet1: fd 3, 3 on switch:lan,tap=t1, auto, off, irq print"
     );
 }
 
 #[test]
-fn the_command_line_wins_over_the_file() {
+fn the_command_line_overrides_the_file() {
     for (line, expected) in [
         (
             "--poll always --queues 2 --control /d",
-            "a: listen /a 640 kvm, 2 on tap:t0,bridge=br0, list:0-3,8, always\n\
-             vnet1: fd 3, 2 on switch:lan,tap=t1, auto, always print",
+            "a: listen /a 640 kvm, 2 on tap:t0,bridge=br0, list:0,1,2,3,8, always, irq off\n\
+             vnet1: fd 3, 2 on switch:lan,tap=t1, auto, always, irq print",
         ),
-        // What a flag says for all has no meaning for some, which is no fault.
+        // A flag for all devices may have no effect on some of them, which is not an error.
         (
             "--poll-us 7 --client",
-            "a: connect /a, 4 on tap:t0,bridge=br0, list:0-3,8, 7us\n\
-             vnet1: fd 3, 3 on switch:lan,tap=t1, auto, off print",
+            "a: connect /a, 4 on tap:t0,bridge=br0, list:0,1,2,3,8, 7us, irq off\n\
+             vnet1: fd 3, 3 on switch:lan,tap=t1, auto, off, irq print",
         ),
         (
             "--vcpus 2",
-            "a: listen /a 640 kvm, 4 on tap:t0,bridge=br0, list:0-3,8, 9us\n\
-             vnet1: fd 3, 1 on switch:lan,tap=t1, auto, off print",
+            "a: listen /a 640 kvm, 4 on tap:t0,bridge=br0, list:0,1,2,3,8, 9us, irq off\n\
+             vnet1: fd 3, 1 on switch:lan,tap=t1, auto, off, irq print",
         ),
-        // Of one device: stronger than the flags for all.
+        // The --device of one device is stronger than the flags for all.
         (
             "--poll off --device name=a,uplink=null,poll=always",
-            "a: listen /a 640 kvm, 4 on null, list:0-3,8, always\n\
-             vnet1: fd 3, 3 on switch:lan,tap=t1, auto, off print",
+            "a: listen /a 640 kvm, 4 on null, list:0,1,2,3,8, always, irq off\n\
+             vnet1: fd 3, 3 on switch:lan,tap=t1, auto, off, irq print",
         ),
         (
             "--device name=vnet1,socket-path=/b,queues=1,socket-group=7",
-            "a: listen /a 640 kvm, 4 on tap:t0,bridge=br0, list:0-3,8, 9us\n\
-             vnet1: listen /b 660 7, 1 on switch:lan,tap=t1, auto, off print",
+            "a: listen /a 640 kvm, 4 on tap:t0,bridge=br0, list:0,1,2,3,8, 9us, irq off\n\
+             vnet1: listen /b 660 7, 1 on switch:lan,tap=t1, auto, off, irq print",
         ),
         (
             "--device name=a,fd=4 --device socket-path=/x,tap=t3,socket-mode=600",
-            "a: fd 4, 4 on tap:t0,bridge=br0, list:0-3,8, 9us\n\
-             vnet1: fd 3, 3 on switch:lan,tap=t1, auto, off print\n\
-             vnet2: listen /x 600 kvm, 4 on tap:t3, auto, 9us",
+            "a: fd 4, 4 on tap:t0,bridge=br0, list:0,1,2,3,8, 9us, irq off\n\
+             vnet1: fd 3, 3 on switch:lan,tap=t1, auto, off, irq print\n\
+             vnet2: listen /x 600 kvm, 4 on tap:t3, auto, 9us, irq off",
         ),
     ] {
         let config = command("wins", TWO, line).unwrap();
@@ -141,7 +139,7 @@ fn the_command_line_wins_over_the_file() {
     }
 }
 
-/// Files, each with its name first, and under it all that is wrong with it.
+/// Files, each with its name first, and below it all that is wrong with it.
 const REFUSED: &str = r#"
 ## unknown keys, in all places
 queues = 4
@@ -158,13 +156,13 @@ frobnicate = true
 [[devices]]
 --
 f.toml:1: queues belongs to a device: write it below a [[device]], or below [defaults] where it is for all
-f.toml:2: "contrl" is not known at the top: control is the nearest, write that
+f.toml:2: "contrl" is not known at the top: write control, which is the most similar one
 f.toml:3: "frob" is not known at the top: write control = "PATH", [defaults] or [[device]]
 f.toml:5: tap describes one device: write it below its [[device]]
-f.toml:6: the key "queue" is not known: queues is the nearest, write that
-f.toml:8: the key "socket_path" is not known: socket-path is the nearest, write that
-f.toml:11: the key "frobnicate" is not known: use name, socket-path, fd, client, queues, vcpus, tap, bridge, uplink, placement, irq-affinity, qmp, poll, poll-us, socket-mode, socket-group
-f.toml:12: "devices" is not known at the top: device is the nearest, write that
+f.toml:6: the key "queue" is not known: write queues, which is the most similar one
+f.toml:8: the key "socket_path" is not known: write socket-path, which is the most similar one
+f.toml:11: the key "frobnicate" is not known: use name, socket-path, fd, client, socket-mode, socket-group, queues, vcpus, tap, bridge, uplink, placement, irq-affinity, qmp, poll, poll-us
+f.toml:12: "devices" is not known at the top: write device, which is the most similar one
 ## wrong kinds
 control = 5
 defaults = "x"
@@ -205,7 +203,7 @@ device = [1]
 --
 f.toml:1: each device is a table of its own: write [[device]], and its keys below
 f.toml:1: no device is described: add [[device]], with socket-path and tap below it
-## values that mean nothing
+## values that cannot be used
 [defaults]
 poll = "busy"
 [[device]]
@@ -232,16 +230,16 @@ qmp = ""
 f.toml:2: poll = "busy" is not known: write off, adaptive or always
 f.toml:4: name "a b" cannot be used: write 1 to 64 letters, digits, '.', '_' or '-'
 f.toml:6: tap = "t0" and uplink = "null" are both given: keep one of them
-f.toml:8: queues = 129 cannot be had: write 1 to 128 queue pairs, auto for as many as the front-end asks for, or high, medium or low with vcpus = N
+f.toml:8: queues = 129 cannot be used: write 1 to 128 queue pairs, auto for as many as the front-end asks for, or high, medium or low with vcpus = N
 f.toml:11: tap: TAP name "abcdefghijklmnopq" has 17 bytes; an interface's name has 1 to 15
 f.toml:12: placement: placement "list:" names no CPU: write list:CPUS, such as list:0-3,8, or list for all allowed CPUs
 f.toml:13: client and fd = 2 are both given: leave client out, or name the socket with socket-path = "PATH"
-f.toml:17: bridge = "b" stands without tap: write tap = "NAME" instead of uplink = "null", or leave bridge out
-f.toml:19: poll-us = 3 has no meaning with poll = "off": add poll = "adaptive", or leave poll-us out
+f.toml:17: bridge = "b" needs tap: write tap = "NAME" instead of uplink = "null", or leave bridge out
+f.toml:19: poll-us = 3 has no effect with poll = "off": add poll = "adaptive", or leave poll-us out
 f.toml:20: queues = "high" is a share of the guest's vCPUs, which are not known: add vcpus = N, or write the number of queue pairs
 f.toml:21: irq-affinity: there is no interrupt affinity mode "on": use apply, print or off
 f.toml:22: qmp is empty: write a path, or leave it out
-## things given to two
+## resources given to two devices
 control = "/a"
 [[device]]
 socket-path = "/a"
@@ -266,15 +264,15 @@ fd = 3
 tap = "t1"
 --
 f.toml:4: tap is given twice: keep one of them
-## not toml, and what can be read all the same
+## syntax errors, and what can be read in spite of them
 [[device]]
 tap = lan0
 fd = 3
 quques = 4
 uplink "null"
 --
-f.toml:2: `tap = lan0` has a value that cannot be read: write a text in quotes, and a number, true or false without
-f.toml:4: the key "quques" is not known: queues is the nearest, write that
+f.toml:2: `tap = lan0` has a value that cannot be read: write a text in quotes, and a number, true or false without quotes
+f.toml:4: the key "quques" is not known: write queues, which is the most similar one
 f.toml:5: `uplink "null"` is not TOML (key with no value, expected `=`): write KEY = VALUE or [TABLE]
 ## nothing
 # only a comment
@@ -283,7 +281,7 @@ f.toml:1: no device is described: add [[device]], with socket-path and tap below
 "#;
 
 #[test]
-fn every_problem_is_told_with_its_line() {
+fn every_problem_is_reported_with_its_line() {
     for (at, case) in REFUSED.trim().split("## ").skip(1).enumerate() {
         let (name, case) = case.split_once('\n').unwrap();
         let (text, problems) = case.split_once("--\n").unwrap();
@@ -294,7 +292,7 @@ fn every_problem_is_told_with_its_line() {
 }
 
 #[test]
-fn problems_of_both_sides_are_told_together() {
+fn problems_of_the_command_line_and_the_file_are_reported_together() {
     for (line, problem) in [
         (
             "--poll busy",
@@ -302,7 +300,7 @@ fn problems_of_both_sides_are_told_together() {
         ),
         (
             "--tap t5",
-            "--tap stands beside --config: write it as tap=... into the --device that it belongs to",
+            "--tap cannot be used beside --config: write it as tap=... into the --device that it belongs to",
         ),
         (
             "--device name=b,fd=3,tap=t5",
@@ -310,7 +308,7 @@ fn problems_of_both_sides_are_told_together() {
         ),
         (
             "--device name=a,queues=1 --device name=a,poll=off",
-            "--device name=a,poll=off: another --device has this name already: write all that is said of it into one",
+            "--device name=a,poll=off: another --device has the same name: write all keys of a device into one --device",
         ),
         (
             "--device name=a,tap=t1",
@@ -327,7 +325,7 @@ fn problems_of_both_sides_are_told_together() {
     assert_eq!(
         command("both", bad, "--poll busy").unwrap_err(),
         "--poll busy is not known: write off, adaptive or always\n\
-         f.toml:25: the key \"queus\" is not known: queues is the nearest, write that"
+         f.toml:25: the key \"queus\" is not known: write queues, which is the most similar one"
     );
 }
 
@@ -335,7 +333,7 @@ fn problems_of_both_sides_are_told_together() {
 fn a_file_that_cannot_be_read_is_one_problem() {
     assert_eq!(
         command("binary", b"a = 1\nb = \xff", "").unwrap_err(),
-        "f.toml:2: the file is no text in UTF-8: save it as one"
+        "f.toml:2: the file is not UTF-8 text: save it as UTF-8"
     );
     let long = command("long", format!("a = [{}", "[".repeat(9_000)), "").unwrap_err();
     assert!(long.len() < 400, "{long}");
@@ -343,23 +341,23 @@ fn a_file_that_cannot_be_read_is_one_problem() {
     assert!(huge.contains("it is larger than 1 MiB; name a"), "{huge}");
     assert!(command("large", "#".repeat(1 << 20), "").is_err_and(|e| e.contains("no device")));
     let args = ["virtionetd", "--config", "/nowhere/f.toml"].map(Into::into);
-    let Err(CliError::Config(why)) = cli::parse(args) else {
+    let Err(CliError::Config(error)) = cli::parse(args) else {
         panic!("a file that is not there was read");
     };
     assert_eq!(
-        why.to_string(),
+        error.to_string(),
         "cannot read /nowhere/f.toml: No such file or directory (os error 2); name a configuration file that exists and that this user may read"
     );
 }
 
 #[test]
-fn the_example_in_the_documentation_is_right() {
-    let page = include_str!("../../../docs/configuration-file.md");
+fn the_example_in_the_documentation_is_valid() {
+    let page = include_str!("../../../docs/configuration.md");
     let (_, example) = page.split_once("```toml\n").unwrap();
     let (example, _) = example.split_once("```").unwrap();
     assert_eq!(
         summary(&command("page", example, "").unwrap()),
-        "web: listen /run/web.sock 660 kvm, 4 on tap:web0,bridge=br0, list:0-3, 30us\n\
-         db: connect /run/db.sock, 4 on switch:lan,tap=lan0, auto, 30us"
+        "web: listen /run/web.sock 660 kvm, 4 on tap:web0,bridge=br0, list:0,1,2,3, 30us, irq off\n\
+         db: connect /run/db.sock, 4 on switch:lan,tap=lan0, auto, 30us, irq off"
     );
 }

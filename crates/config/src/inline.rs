@@ -1,28 +1,36 @@
-//! One `--device`: its keys as `KEY=VALUE,...`.
+//! The text of one `--device`: its keys as `KEY=VALUE,...`.
 
 use virtionet_base::key_value::{split_at_commas, split_item};
 
-use crate::settings::{SettingValue, Origin, Settings};
-use crate::keys::Key;
-use crate::problem::Problem;
+use crate::keys::{Key, ValueKind};
+use crate::problem::{Problem, ProblemCode};
+use crate::settings::{Origin, SettingValue, Settings};
 
-/// Reads the text of one `--device`, which is `place`.
+/// Reads the text of one `--device`, which is at `origin`.
 ///
 /// # Errors
-/// A key that is unknown, lacks its value or comes twice.
-pub fn parse_device_keys(text: &str, origin: &Origin) -> Result<Settings, Problem> {
+/// When a key is unknown, has no value or comes twice.
+pub(crate) fn parse_device_keys(text: &str, origin: &Origin) -> Result<Settings, Problem> {
+    let switches: Vec<&str> = Key::of_devices()
+        .filter(|key| key.kind == ValueKind::Switch)
+        .map(|key| key.name)
+        .collect();
     let mut settings = Settings::default();
     for item in split_at_commas(text) {
-        let (name, value) = split_item(&item, &["client"])
-            .map_err(|error| origin.problem(format_args!("{error}")))?;
+        let (name, value) = split_item(&item, &switches)
+            .map_err(|error| origin.problem(ProblemCode::ValueMissing, format_args!("{error}")))?;
         let key = Key::find(name).ok_or_else(|| {
-            origin.problem(format_args!(
-                "the key {name:?} is not known: use {}",
-                Key::names()
-            ))
+            let names = Key::names();
+            origin.problem(
+                ProblemCode::KeyUnknown,
+                format_args!("the key {name:?} is not known: use {names}"),
+            )
         })?;
         if settings.insert(key, SettingValue::new(value, origin)) {
-            return Err(origin.problem(format_args!("{name} is given twice: keep one of them")));
+            return Err(origin.problem(
+                ProblemCode::KeyRepeated,
+                format_args!("{name} is given twice: keep one of them"),
+            ));
         }
     }
     Ok(settings)

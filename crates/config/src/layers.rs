@@ -1,29 +1,35 @@
-//! From command line and file to the devices that they describe together.
+//! The layers of settings, and the devices that they describe together.
 //!
-//! What is said of a device, the strongest first: its `--device` (in a file's case the one that
-//! names it), the flags beside `--device` or `--config`, its `[[device]]` in the file, the file's
-//! `[defaults]`. Without a file a device's own keys are stronger than the flags that stand beside
-//! them for all; the file as a whole is weaker than the command line as a whole.
+//! The layers of a device, the strongest first:
+//!
+//! 1. with a file: the `--device` that names the device, the flags, the device's `[[device]]`, the
+//!    file's `[defaults]`: the command line as a whole wins over the file as a whole;
+//! 2. without a file: the device's `--device`, the flags.
 
 use std::path::Path;
 use std::rc::Rc;
 
-use super::device::DeviceDescription;
-use super::file::File;
-use super::settings::{Origin, Settings};
-use super::keys::KeyScope;
-use super::problem::{Problem, Problems};
+use crate::device::DeviceDescription;
+use crate::file::ConfigFile;
 use crate::inline::parse_device_keys;
+use crate::problem::{Problem, ProblemCode, Problems};
+use crate::settings::{Origin, Settings};
 
-/// The devices that the flags of one and `--device`s describe.
+/// The devices that the flags and the `--device` texts describe.
 #[must_use]
-pub fn devices_of_command_line(flags: Settings, texts: &[String], problems: &mut Problems) -> Vec<DeviceDescription> {
+pub(crate) fn devices_of_command_line(
+    flags: Settings,
+    texts: &[String],
+    problems: &mut Problems,
+) -> Vec<DeviceDescription> {
     if texts.is_empty() {
-        let device = problems.record(refuse_no_device(&flags)).map(|()| DeviceDescription {
-            origin: Origin::Flag,
-            default_name: "vnet".into(),
-            settings: flags,
-        });
+        let device = problems
+            .record(refuse_no_device(&flags))
+            .map(|()| DeviceDescription {
+                origin: Origin::Flag,
+                default_name: "vnet".into(),
+                settings: flags,
+            });
         return device.into_iter().collect();
     }
     problems.record(refuse_beside(&flags, "--device"));
@@ -39,11 +45,11 @@ pub fn devices_of_command_line(flags: Settings, texts: &[String], problems: &mut
     devices
 }
 
-/// The devices of `file`, with what the command line says of them, and those that it adds.
+/// The devices of `file` with the settings of the command line, and those that the command line adds.
 #[must_use]
-pub fn devices_of_file(
+pub(crate) fn devices_of_file(
     path: &Path,
-    file: File,
+    file: ConfigFile,
     flags: Settings,
     texts: &[String],
     problems: &mut Problems,
@@ -67,9 +73,12 @@ pub fn devices_of_file(
         let same = |device: &DeviceDescription| named.as_deref() == Some(&*device.name());
         match devices.iter().take(in_file).position(same) {
             Some(at) if overrides[at].keys().next().is_none() => overrides[at] = own,
-            Some(_) => problems.add(origin.problem(format_args!(
-                "another --device has this name already: write all that is said of it into one"
-            ))),
+            Some(_) => problems.add(origin.problem(
+                ProblemCode::DeviceRepeated,
+                format_args!(
+                    "another --device has the same name: write all keys of a device into one --device"
+                ),
+            )),
             None => devices.push(DeviceDescription {
                 origin,
                 default_name: numbered_name(devices.len()),
@@ -85,6 +94,7 @@ pub fn devices_of_file(
         problems.add(Problem::in_line(
             &Rc::from(path),
             1,
+            ProblemCode::DeviceMissing,
             "no device is described: add [[device]], with socket-path and tap below it".into(),
         ));
     }
@@ -95,7 +105,7 @@ fn numbered_name(at: usize) -> String {
     format!("vnet{at}")
 }
 
-/// The keys of each `--device`.
+/// The settings of each `--device`.
 fn parse_device_flags(texts: &[String], problems: &mut Problems) -> Vec<(Origin, Settings)> {
     let parse = |text: &String| {
         let origin = Origin::Device(text.as_str().into());
@@ -106,27 +116,31 @@ fn parse_device_flags(texts: &[String], problems: &mut Problems) -> Vec<(Origin,
 }
 
 fn refuse_no_device(flags: &Settings) -> Result<(), Problem> {
-    let describes = |key| flags.get(key).is_some();
+    let is_set = |key| flags.get(key).is_some();
     if ["socket-path", "fd", "tap", "uplink"]
         .into_iter()
-        .any(describes)
+        .any(is_set)
     {
         return Ok(());
     }
     Err(Problem::new(
+        ProblemCode::DeviceMissing,
         "no device is described: give its socket and its uplink, such as --socket-path /run/vnet.sock --tap tap0, or a file that describes devices with --config FILE".into(),
     ))
 }
 
-/// Flags that describe one device cannot be common to several.
+/// Refuses flags that describe a single device, where there may be several.
 fn refuse_beside(flags: &Settings, beside: &str) -> Result<(), Problem> {
-    match flags.keys().find(|key| key.scope == KeyScope::Device) {
+    match flags.keys().find(|key| !key.is_common()) {
         None => Ok(()),
         Some(key) => {
             let key = key.name;
-            Err(Problem::new(format!(
-                "--{key} stands beside {beside}: write it as {key}=... into the --device that it belongs to"
-            )))
+            Err(Problem::new(
+                ProblemCode::KeyMisplaced,
+                format!(
+                    "--{key} cannot be used beside {beside}: write it as {key}=... into the --device that it belongs to"
+                ),
+            ))
         }
     }
 }

@@ -1,31 +1,31 @@
-//! What belongs to one device must not be given to two.
+//! Checks that no resource (name, socket, TAP) is given to two devices.
 
 use std::collections::HashMap;
 use std::path::Path;
 
-use super::device::DeviceDescription;
-use super::settings::{SettingValue, Origin};
-use super::problem::{Problem, Problems};
-use super::uplink::UplinkConfig;
-use super::{DeviceConfig, Socket};
+use crate::device::DeviceDescription;
+use crate::problem::{Problem, ProblemCode, Problems};
+use crate::settings::{Origin, SettingValue};
+use crate::types::{DeviceConfig, Socket};
+use crate::uplink::UplinkConfig;
 
-/// Who has what.
+/// The owner of each resource.
 #[derive(Debug, Default)]
-pub struct ResourceOwners<'a>(HashMap<String, ResourceOwner<'a>>);
+pub(crate) struct ResourceOwners<'a>(HashMap<String, ResourceOwner<'a>>);
 
 #[derive(Debug, PartialEq)]
 struct ResourceOwner<'a> {
     name: String,
     origin: &'a Origin,
-    /// A switch, which has its TAP from each device that names both.
+    /// Whether the owner is a switch, whose TAP several devices may name.
     is_switch: bool,
 }
 
 impl<'a> ResourceOwners<'a> {
-    /// The socket of the control server is taken.
-    pub fn add_control(&mut self, path: &Path, given: &'a SettingValue) {
-        let name = given.origin.key("control");
-        let origin = &given.origin;
+    /// Adds the socket of the control server.
+    pub(crate) fn add_control(&mut self, path: &Path, value: &'a SettingValue) {
+        let name = value.origin.key("control");
+        let origin = &value.origin;
         let owner = ResourceOwner {
             name,
             origin,
@@ -34,11 +34,16 @@ impl<'a> ResourceOwners<'a> {
         self.0.insert(socket_at(path), owner);
     }
 
-    /// Notes what `device` has, and as problems what others have already.
-    pub fn add(&mut self, described: &'a DeviceDescription, device: &DeviceConfig, problems: &mut Problems) {
+    /// Adds the resources of `device`, and a problem for each one that another owner has already.
+    pub(crate) fn add(
+        &mut self,
+        description: &'a DeviceDescription,
+        device: &DeviceConfig,
+        problems: &mut Problems,
+    ) {
         let owner = |keys| ResourceOwner {
             name: device.name.clone(),
-            origin: described.origin_of(keys),
+            origin: description.origin_of(keys),
             is_switch: false,
         };
         let resources = [
@@ -46,33 +51,34 @@ impl<'a> ResourceOwners<'a> {
             Some((socket(&device.socket), owner(&["socket-path", "fd"]))),
             tap(&device.uplink, owner(&["tap", "uplink"])),
         ];
-        for (thing, owner) in resources.into_iter().flatten() {
-            match self.0.get(&thing) {
+        for (resource, owner) in resources.into_iter().flatten() {
+            match self.0.get(&resource) {
                 Some(first) if owner.is_switch && first.name == owner.name => {}
-                Some(first) => problems.add(conflict(&thing, first, &owner)),
-                None => _ = self.0.insert(thing, owner),
+                Some(first) => problems.add(conflict(&resource, first, &owner)),
+                None => _ = self.0.insert(resource, owner),
             }
         }
     }
 }
 
-fn conflict(thing: &str, first: &ResourceOwner<'_>, second: &ResourceOwner<'_>) -> Problem {
+fn conflict(resource: &str, first: &ResourceOwner<'_>, second: &ResourceOwner<'_>) -> Problem {
     let also = match first.origin {
         Origin::File { path, line } => format!(" ({}:{line})", path.display()),
         _ => String::new(),
     };
-    let whom = match first.name == second.name {
+    let owners = match first.name == second.name {
         true => format!("two devices{also}"),
         false => format!("both {}{also} and {}", first.name, second.name),
     };
-    let sentence = format!("{thing} is given to {whom}: give each one of its own");
+    let message = format!("{resource} is given to {owners}: give each one of its own");
+    let code = ProblemCode::ResourceShared;
     match second.origin {
-        file @ Origin::File { .. } => file.problem(format_args!("{sentence}")),
-        _ => Problem::new(sentence),
+        file @ Origin::File { .. } => file.problem(code, format_args!("{message}")),
+        _ => Problem::new(code, message),
     }
 }
 
-/// The same text for the same socket.
+/// A text that is the same for the same socket.
 fn socket(socket: &Socket) -> String {
     match socket {
         Socket::Listen { path, .. } | Socket::Connect { path } => socket_at(path),
@@ -85,9 +91,12 @@ fn socket_at(path: &Path) -> String {
     format!("socket {}", absolute.display())
 }
 
-/// The TAP of an uplink and whose it is: the device's, or its switch's. None where its name is a
-/// pattern (`tap%d`) from which the kernel chooses.
-fn tap<'a>(uplink: &UplinkConfig, device: ResourceOwner<'a>) -> Option<(String, ResourceOwner<'a>)> {
+/// The TAP of an uplink and its owner, which is the device or its switch. `None` where the name is a
+/// pattern (`tap%d`) from which the kernel makes a name of its own.
+fn tap<'a>(
+    uplink: &UplinkConfig,
+    device: ResourceOwner<'a>,
+) -> Option<(String, ResourceOwner<'a>)> {
     let (tap, owner) = match uplink {
         UplinkConfig::Tap(tap) => (tap, device),
         UplinkConfig::Switch(switch) => {

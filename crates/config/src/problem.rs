@@ -1,30 +1,113 @@
-//! What is wrong with a configuration: every problem, each one sentence that says what to do.
+//! What is wrong with a configuration: every problem has a stable code, and is one sentence that says
+//! what to do.
 
 use std::fmt;
 use std::path::Path;
 use std::rc::Rc;
 
-/// One thing that is wrong.
+/// The kinds of problems. Their codes stay the same in later versions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ProblemCode {
+    /// The configuration file cannot be read.
+    FileUnreadable,
+    /// The configuration file is not TOML in UTF-8.
+    SyntaxInvalid,
+    /// A key does not exist.
+    KeyUnknown,
+    /// A key has no value.
+    ValueMissing,
+    /// A key is given twice.
+    KeyRepeated,
+    /// A key or a table stands where it cannot.
+    KeyMisplaced,
+    /// The value of a key has the wrong kind, such as a number for a text.
+    KindWrong,
+    /// The value of a key cannot be used.
+    ValueInvalid,
+    /// Keys that exclude each other are given.
+    KeysConflict,
+    /// A key has no effect beside the others.
+    KeyUnused,
+    /// No device is described.
+    DeviceMissing,
+    /// Two descriptions on the command line name the same device.
+    DeviceRepeated,
+    /// A device has no socket.
+    SocketMissing,
+    /// A device has no uplink.
+    UplinkMissing,
+    /// The number of queue pairs depends on the number of vCPUs, which is not given.
+    VcpusMissing,
+    /// A resource is given to two devices.
+    ResourceShared,
+}
+
+impl ProblemCode {
+    /// The code for programs.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::FileUnreadable => "file-unreadable",
+            Self::SyntaxInvalid => "syntax-invalid",
+            Self::KeyUnknown => "key-unknown",
+            Self::ValueMissing => "value-missing",
+            Self::KeyRepeated => "key-repeated",
+            Self::KeyMisplaced => "key-misplaced",
+            Self::KindWrong => "kind-wrong",
+            Self::ValueInvalid => "value-invalid",
+            Self::KeysConflict => "keys-conflict",
+            Self::KeyUnused => "key-unused",
+            Self::DeviceMissing => "device-missing",
+            Self::DeviceRepeated => "device-repeated",
+            Self::SocketMissing => "socket-missing",
+            Self::UplinkMissing => "uplink-missing",
+            Self::VcpusMissing => "vcpus-missing",
+            Self::ResourceShared => "resource-shared",
+        }
+    }
+}
+
+/// One problem.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Problem {
-    /// The file and its line, from 1, where it is one of a file.
+    /// The file and the line in it, from 1, of a problem of a file.
     line: Option<(Rc<Path>, usize)>,
-    sentence: String,
+    code: ProblemCode,
+    message: String,
 }
 
 impl Problem {
     /// A problem of the command line.
     #[must_use]
-    pub fn new(sentence: String) -> Self {
+    pub(crate) fn new(code: ProblemCode, message: String) -> Self {
         let line = None;
-        Self { line, sentence }
+        Self {
+            line,
+            code,
+            message,
+        }
     }
 
     /// A problem of a line of a file.
     #[must_use]
-    pub fn in_line(path: &Rc<Path>, line: usize, sentence: String) -> Self {
+    pub(crate) fn in_line(
+        path: &Rc<Path>,
+        line: usize,
+        code: ProblemCode,
+        message: String,
+    ) -> Self {
         let line = Some((Rc::clone(path), line));
-        Self { line, sentence }
+        Self {
+            line,
+            code,
+            message,
+        }
+    }
+
+    /// The kind of the problem, as a stable name for programs.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        self.code.as_str()
     }
 }
 
@@ -33,30 +116,30 @@ impl fmt::Display for Problem {
         if let Some((path, line)) = &self.line {
             write!(f, "{}:{line}: ", path.display())?;
         }
-        f.write_str(&self.sentence)
+        f.write_str(&self.message)
     }
 }
 
-/// Problems, as they are found.
+/// The problems found so far.
 #[derive(Debug, Default)]
-pub struct Problems(Vec<Problem>);
+pub(crate) struct Problems(Vec<Problem>);
 
 impl Problems {
-    /// One more.
-    pub fn add(&mut self, problem: Problem) {
+    /// Adds a problem.
+    pub(crate) fn add(&mut self, problem: Problem) {
         self.0.push(problem);
     }
 
-    /// What `result` holds, its problem noted where it holds none.
-    pub fn record<T>(&mut self, result: Result<T, Problem>) -> Option<T> {
+    /// The value of `result`; its problem is added where it has none.
+    pub(crate) fn record<T>(&mut self, result: Result<T, Problem>) -> Option<T> {
         result.map_err(|problem| self.add(problem)).ok()
     }
 
-    /// Nothing wrong, or what is: those of the command line first, then by line, none twice.
+    /// Succeeds where there is no problem.
     ///
     /// # Errors
-    /// When there is a problem.
-    pub fn into_result(mut self) -> Result<(), ConfigError> {
+    /// All problems: those of the command line first, then by line, each once.
+    pub(crate) fn into_result(mut self) -> Result<(), ConfigError> {
         self.0.sort_by(|a, b| a.line.cmp(&b.line));
         let mut found: Vec<Problem> = Vec::new();
         for problem in self.0 {
@@ -76,7 +159,7 @@ impl Problems {
 pub struct ConfigError(Vec<Problem>);
 
 impl ConfigError {
-    /// Each of the problems.
+    /// The problems.
     pub fn problems(&self) -> impl Iterator<Item = &Problem> {
         self.0.iter()
     }
@@ -98,17 +181,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn problems_are_told_in_order_and_once() {
+    fn problems_are_reported_in_order_and_once() {
         let path: Rc<Path> = Path::new("f").into();
+        let code = ProblemCode::KeyUnknown;
         let mut problems = Problems::default();
         for line in [12, 3, 12] {
-            problems.add(Problem::in_line(&path, line, format!("x{line}")));
+            problems.add(Problem::in_line(&path, line, code, format!("x{line}")));
         }
-        assert_eq!(problems.record(Err::<(), _>(Problem::new("y".into()))), None);
+        assert_eq!(
+            problems.record(Err::<(), _>(Problem::new(code, "y".into()))),
+            None
+        );
         assert_eq!(problems.record(Ok(1)), Some(1));
         let error = problems.into_result().unwrap_err();
         assert_eq!(error.to_string(), "y\nf:3: x3\nf:12: x12");
         assert_eq!(error.problems().count(), 3);
+        assert!(
+            error
+                .problems()
+                .all(|problem| problem.code() == "key-unknown")
+        );
         assert_eq!(Problems::default().into_result(), Ok(()));
     }
 }

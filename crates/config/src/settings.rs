@@ -1,5 +1,5 @@
-//! Values as they were given: each with the place where it stands, for the sentences about it, and
-//! the rules by which a stronger layer wins over a weaker one.
+//! The values of keys as they are written, each with its origin for the messages about it, and the
+//! rules by which a stronger layer of settings overrides a weaker one.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -8,12 +8,12 @@ use std::fmt;
 use std::path::Path;
 use std::rc::Rc;
 
-use super::keys::{KeyScope, KEYS, Key, ValueKind};
-use super::problem::Problem;
+use crate::keys::{Key, ValueKind};
+use crate::problem::{Problem, ProblemCode};
 
-/// Where something was said.
+/// Where a value is written.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Origin {
+pub(crate) enum Origin {
     /// In a flag of the command line.
     Flag,
     /// In a `--device` of this text.
@@ -28,13 +28,13 @@ pub enum Origin {
 }
 
 impl Origin {
-    /// What is wrong here.
+    /// A problem of what is written here.
     #[must_use]
-    pub fn problem(&self, sentence: fmt::Arguments<'_>) -> Problem {
+    pub fn problem(&self, code: ProblemCode, message: fmt::Arguments<'_>) -> Problem {
         match self {
-            Self::Flag => Problem::new(sentence.to_string()),
-            Self::Device(text) => Problem::new(format!("--device {text}: {sentence}")),
-            Self::File { path, line } => Problem::in_line(path, *line, sentence.to_string()),
+            Self::Flag => Problem::new(code, message.to_string()),
+            Self::Device(text) => Problem::new(code, format!("--device {text}: {message}")),
+            Self::File { path, line } => Problem::in_line(path, *line, code, message.to_string()),
         }
     }
 
@@ -47,7 +47,7 @@ impl Origin {
         }
     }
 
-    /// How `key` is given `value` here.
+    /// How `key` is set to `value` here.
     #[must_use]
     pub fn set(&self, key: &str, value: impl fmt::Display) -> String {
         match self {
@@ -61,20 +61,20 @@ impl Origin {
     }
 }
 
-/// A value, and where it was given.
+/// A value and its origin.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SettingValue {
+pub(crate) struct SettingValue {
     /// The value, as a flag spells it.
     pub value: OsString,
-    /// Where it stands.
+    /// Where it is written.
     pub origin: Origin,
-    /// Whether it may stand beside others that leave it without meaning: it was said for several
-    /// devices, or what it belonged to has been overridden.
+    /// Whether the value may have no effect: it was given for several devices, or a stronger layer
+    /// has overridden the key that it belongs to.
     pub may_be_unused: bool,
 }
 
 impl SettingValue {
-    /// A value that must make sense where it stands.
+    /// A value that must have an effect.
     #[must_use]
     pub fn new(value: impl Into<OsString>, origin: &Origin) -> Self {
         Self {
@@ -97,11 +97,12 @@ impl SettingValue {
     }
 }
 
-/// What was given of a device, by key.
+/// The settings of a device, by key.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Settings(BTreeMap<&'static str, SettingValue>);
+pub(crate) struct Settings(BTreeMap<&'static str, SettingValue>);
 
-/// Keys that say the same in two ways: the stronger layer's leave nothing of the weaker's.
+/// Groups of keys that express the same in several ways. Where a stronger layer sets one of the first
+/// list, none of the second list is taken from a weaker layer.
 const CONFLICTING_KEYS: [(&[&str], &[&str]); 3] = [
     (&["tap", "uplink"], &["tap", "bridge", "uplink"]),
     (
@@ -111,7 +112,7 @@ const CONFLICTING_KEYS: [(&[&str], &[&str]); 3] = [
     (&["socket-path"], &["fd"]),
 ];
 
-/// Keys that have a meaning only with some values of others.
+/// Keys of the second list have an effect only with some values of the keys of the first list.
 const DEPENDENT_KEYS: [(&[&str], &[&str]); 3] = [
     (&["poll"], &["poll-us"]),
     (&["queues"], &["vcpus"]),
@@ -119,48 +120,54 @@ const DEPENDENT_KEYS: [(&[&str], &[&str]); 3] = [
 ];
 
 impl Settings {
-    /// What was given as `key`.
+    /// The value of `key`, where it is set.
     #[must_use]
     pub fn get(&self, key: &str) -> Option<&SettingValue> {
+        debug_assert!(
+            Key::find(key).is_some(),
+            "{key} is not in the table of keys"
+        );
         self.0.get(key)
     }
 
     /// Sets `key`; true if it was set already.
-    pub fn insert(&mut self, key: Key, given: SettingValue) -> bool {
-        self.0.insert(key.name, given).is_some()
+    pub fn insert(&mut self, key: Key, value: SettingValue) -> bool {
+        self.0.insert(key.name, value).is_some()
     }
 
-    /// The keys that are set, in their usual order.
+    /// The keys that are set, in the order of the table.
     pub fn keys(&self) -> impl Iterator<Item = Key> {
-        KEYS.into_iter().filter(|key| self.0.contains_key(key.name))
+        Key::of_devices().filter(|key| self.0.contains_key(key.name))
     }
 
-    /// These, as what several devices have in common; without what describes one of them.
+    /// These settings for several devices: without the keys that describe a single one.
     #[must_use]
     pub fn into_common(mut self) -> Self {
-        let shared = |key: &str| Key::find(key).is_some_and(|key| key.scope == KeyScope::Any);
+        let shared = |key: &str| Key::find(key).is_some_and(Key::is_common);
         self.0.retain(|key, _| shared(key));
-        self.0.values_mut().for_each(|given| given.may_be_unused = true);
+        self.0
+            .values_mut()
+            .for_each(|value| value.may_be_unused = true);
         self
     }
 
-    /// These, and those of a `weaker` layer where they say nothing.
+    /// These settings, and those of a `weaker` layer for the keys that these do not set.
     #[must_use]
     pub fn merged_over(self, weaker: &Self) -> Self {
-        let says = |keys: &[&str]| keys.iter().any(|key| self.0.contains_key(key));
-        let touched = |rules: &[(&[&str], &[&str])], key: &str| {
+        let sets = |keys: &[&str]| keys.iter().any(|key| self.0.contains_key(key));
+        let is_affected = |rules: &[(&[&str], &[&str])], key: &str| {
             rules
                 .iter()
-                .any(|(ours, theirs)| theirs.contains(&key) && says(ours))
+                .any(|(stronger, weaker)| weaker.contains(&key) && sets(stronger))
         };
         let mut all = self.0.clone();
-        for (key, given) in &weaker.0 {
-            if touched(&CONFLICTING_KEYS, key) || self.0.contains_key(key) {
+        for (key, value) in &weaker.0 {
+            if is_affected(&CONFLICTING_KEYS, key) || self.0.contains_key(key) {
                 continue;
             }
-            let mut given = given.clone();
-            given.may_be_unused |= touched(&DEPENDENT_KEYS, key);
-            all.insert(key, given);
+            let mut value = value.clone();
+            value.may_be_unused |= is_affected(&DEPENDENT_KEYS, key);
+            all.insert(key, value);
         }
         Self(all)
     }
@@ -181,15 +188,15 @@ mod tests {
     }
 
     fn text(settings: &Settings) -> String {
-        let item = |(key, given): (&&str, &SettingValue)| {
-            let mark = if given.may_be_unused { "?" } else { "" };
-            format!("{key}={}{mark}", given.text())
+        let item = |(key, value): (&&str, &SettingValue)| {
+            let mark = if value.may_be_unused { "?" } else { "" };
+            format!("{key}={}{mark}", value.text())
         };
         settings.0.iter().map(item).collect::<Vec<_>>().join(" ")
     }
 
     #[test]
-    fn the_stronger_layer_wins_with_all_that_belongs_to_its_keys() {
+    fn a_stronger_layer_overrides_its_keys_and_those_that_belong_to_them() {
         for (strong, weak, both) in [
             ("", "queues=4", "queues=4"),
             ("queues=2", "queues=4 poll=off", "poll=off queues=2"),
@@ -220,12 +227,12 @@ mod tests {
     }
 
     #[test]
-    fn places_spell_keys_and_problems_in_their_own_way() {
+    fn keys_and_problems_are_spelt_as_at_their_origin() {
         let file = Origin::File {
             path: Path::new("f.toml").into(),
             line: 7,
         };
-        for (origin, said) in [
+        for (origin, expected) in [
             (Origin::Flag, "--queues 0|--queues|no"),
             (Origin::Device("a".into()), "queues=0|queues|--device a: no"),
             (file, "queues = 0|queues|f.toml:7: no"),
@@ -234,9 +241,9 @@ mod tests {
                 "{}|{}|{}",
                 origin.set("queues", 0),
                 origin.key("queues"),
-                origin.problem(format_args!("no"))
+                origin.problem(ProblemCode::KeyUnused, format_args!("no"))
             );
-            assert_eq!(found, said);
+            assert_eq!(found, expected);
         }
     }
 }

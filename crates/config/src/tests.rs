@@ -1,12 +1,19 @@
-use super::*;
-use crate::cli::{self, CliError};
+//! Command lines, and the configurations or problems that they result in.
+
+use std::time::Duration;
+
+use virtionet_placement::Placement;
+use virtionet_placement::interrupts::IrqAffinity;
+
+use crate::cli::{self, CliError, Command};
 use crate::keys::Key;
+use crate::types::{Config, DeviceConfig, PollMode, QueuePairCount, Socket};
 
 fn command(line: &str) -> Result<Command, String> {
     let args = ["virtionetd"].into_iter().chain(line.split_whitespace());
-    cli::parse(args.map(Into::into)).map_err(|refusal| match refusal {
-        CliError::Config(why) => why.to_string(),
-        CliError::Flags(why) => panic!("{line}: {why}"),
+    cli::parse(args.map(Into::into)).map_err(|error| match error {
+        CliError::Config(error) => error.to_string(),
+        CliError::Flags(error) => panic!("{line}: {error}"),
         CliError::Moved(command) => panic!("{line}: {command}"),
     })
 }
@@ -22,12 +29,12 @@ fn device(name: &str, path: &str, uplink: &str) -> DeviceConfig {
     DeviceConfig {
         name: name.into(),
         socket: listen(path, 0o600, None),
-        queues: Queues::Auto,
+        queues: QueuePairCount::Auto,
         uplink: uplink.parse().unwrap(),
         placement: Placement::Auto,
         irq_affinity: IrqAffinity::default(),
         qmp: None,
-        poll: Poll::Off,
+        poll: PollMode::Off,
     }
 }
 
@@ -52,9 +59,9 @@ fn defaults_are_complete() {
 }
 
 #[test]
-fn flags_of_one_device_are_taken() {
+fn flags_of_one_device_are_read() {
     let plain = || device("vnet", "/s", "null");
-    let us = |us| Poll::Adaptive(Duration::from_micros(us));
+    let us = |us| PollMode::Adaptive(Duration::from_micros(us));
     for (flags, expected) in [
         (
             "--name eth.0_a-b",
@@ -66,14 +73,14 @@ fn flags_of_one_device_are_taken() {
         (
             "--queues 1",
             DeviceConfig {
-                queues: Queues::AtMost(1),
+                queues: QueuePairCount::AtMost(1),
                 ..plain()
             },
         ),
         (
             "--queues 128",
             DeviceConfig {
-                queues: Queues::AtMost(128),
+                queues: QueuePairCount::AtMost(128),
                 ..plain()
             },
         ),
@@ -81,28 +88,28 @@ fn flags_of_one_device_are_taken() {
         (
             "--queues auto --vcpus 3",
             DeviceConfig {
-                queues: Queues::AtMost(3),
+                queues: QueuePairCount::AtMost(3),
                 ..plain()
             },
         ),
         (
             "--queues high --vcpus 200",
             DeviceConfig {
-                queues: Queues::AtMost(128),
+                queues: QueuePairCount::AtMost(128),
                 ..plain()
             },
         ),
         (
             "--queues medium --vcpus 3",
             DeviceConfig {
-                queues: Queues::AtMost(2),
+                queues: QueuePairCount::AtMost(2),
                 ..plain()
             },
         ),
         (
             "--queues low --vcpus 3",
             DeviceConfig {
-                queues: Queues::AtMost(1),
+                queues: QueuePairCount::AtMost(1),
                 ..plain()
             },
         ),
@@ -131,7 +138,7 @@ fn flags_of_one_device_are_taken() {
         (
             "--poll always",
             DeviceConfig {
-                poll: Poll::Always,
+                poll: PollMode::Always,
                 ..plain()
             },
         ),
@@ -187,7 +194,7 @@ fn flags_of_one_device_are_taken() {
 }
 
 #[test]
-fn flags_of_the_process_are_taken() {
+fn flags_of_the_process_are_read() {
     let config = config("--socket-path /s --uplink tap:t0 --control /c -vv --verbose");
     assert_eq!((config.control, config.verbosity), (Some("/c".into()), 3));
 }
@@ -201,9 +208,9 @@ fn several_devices_have_keys_of_their_own_and_common_flags() {
     );
     let first = DeviceConfig {
         socket: listen("/a", 0o660, Some("kvm")),
-        queues: Queues::AtMost(2),
+        queues: QueuePairCount::AtMost(2),
         placement: "list:0-3,8".parse().unwrap(),
-        poll: Poll::Adaptive(Duration::from_micros(9)),
+        poll: PollMode::Adaptive(Duration::from_micros(9)),
         ..device("vnet0", "/a", "tap:t0,bridge=br0")
     };
     let second = DeviceConfig {
@@ -212,12 +219,12 @@ fn several_devices_have_keys_of_their_own_and_common_flags() {
         ..device("b", "/b", "switch:e0,tap=t9")
     };
     assert_eq!(found.devices, [first, second]);
-    // A pattern lets the kernel choose: two of it are two TAPs.
+    // The kernel makes another name from a pattern each time: two of them are two TAPs.
     let patterns = config("--device fd=3,tap=t%d --device fd=4,tap=t%d");
     assert_eq!(patterns.devices.len(), 2);
 }
 
-/// Command lines, and under each the sentence that refuses it.
+/// Command lines, and below each the problem with it.
 const REFUSED: &str = r#"
 --queues 2
     no device is described: give its socket and its uplink, such as --socket-path /run/vnet.sock --tap tap0, or a file that describes devices with --config FILE
@@ -230,23 +237,23 @@ const REFUSED: &str = r#"
 --fd 3 --client --tap t0
     --client and --fd 3 are both given: leave --client out, or name the socket with --socket-path PATH
 --fd 2 --tap t0
-    --fd 2 is no descriptor for a socket: write the number, 3 or more, under which the parent process hands it over
+    --fd 2 cannot be a socket: write the number, 3 or more, of the file descriptor that the parent process passes on
 --fd x --tap t0
-    --fd x is no descriptor for a socket: write the number, 3 or more, under which the parent process hands it over
+    --fd x cannot be a socket: write the number, 3 or more, of the file descriptor that the parent process passes on
 --socket-path /s --tap t0 --uplink null
     --tap t0 and --uplink null are both given: keep one of them
 --socket-path /s --tap t0 --queues 0
-    --queues 0 cannot be had: write 1 to 128 queue pairs, auto for as many as the front-end asks for, or high, medium or low with --vcpus N
+    --queues 0 cannot be used: write 1 to 128 queue pairs, auto for as many as the front-end asks for, or high, medium or low with --vcpus N
 --socket-path /s --tap t0 --queues 129
-    --queues 129 cannot be had: write 1 to 128 queue pairs, auto for as many as the front-end asks for, or high, medium or low with --vcpus N
+    --queues 129 cannot be used: write 1 to 128 queue pairs, auto for as many as the front-end asks for, or high, medium or low with --vcpus N
 --socket-path /s --tap t0 --queues medium
     --queues medium is a share of the guest's vCPUs, which are not known: add --vcpus N, or write the number of queue pairs
 --socket-path /s --tap t0 --queues high --vcpus 0
-    --vcpus 0 cannot be: write the number of the guest's vCPUs, 1 or more
+    --vcpus 0 cannot be used: write the number of the guest's vCPUs, 1 or more
 --socket-path /s --tap t0 --vcpus many
-    --vcpus many cannot be: write the number of the guest's vCPUs, 1 or more
+    --vcpus many cannot be used: write the number of the guest's vCPUs, 1 or more
 --socket-path /s --tap t0 --queues 4 --vcpus 4
-    --vcpus 4 has no meaning with --queues 4: leave it out, or write --queues high for as many queue pairs as vCPUs
+    --vcpus 4 has no effect with --queues 4: leave it out, or write --queues high for as many queue pairs as vCPUs
 --socket-path /s --tap t0 --placement list:
     --placement: placement "list:" names no CPU: write list:CPUS, such as list:0-3,8, or list for all allowed CPUs
 --socket-path /s --tap a/b
@@ -254,13 +261,13 @@ const REFUSED: &str = r#"
 --socket-path /s --tap t0 --poll busy
     --poll busy is not known: write off, adaptive or always
 --socket-path /s --tap t0 --poll-us 5
-    --poll-us 5 has no meaning with --poll off: add --poll adaptive, or leave --poll-us out
+    --poll-us 5 has no effect with --poll off: add --poll adaptive, or leave --poll-us out
 --socket-path /s --tap t0 --poll adaptive --poll-us 0
     --poll-us 0 cannot be used: write 1 to 100000 microseconds
 --socket-path /s --tap t0 --socket-mode 888
-    --socket-mode 888 is no file mode: write it in octal, 0 to 777, such as 660
+    --socket-mode 888 is not a file mode: write it in octal, 0 to 777, such as 660
 --socket-path /s --tap t0 --socket-mode 1777
-    --socket-mode 1777 is no file mode: write it in octal, 0 to 777, such as 660
+    --socket-mode 1777 is not a file mode: write it in octal, 0 to 777, such as 660
 --socket-path /s --tap t0 --client --socket-mode 600
     --socket-mode is for a socket that virtionetd creates: leave it out, or use --socket-path without --client
 --fd 3 --tap t0 --socket-group kvm
@@ -272,7 +279,7 @@ const REFUSED: &str = r#"
 --socket-path /s --tap t0 --control /./s
     socket /s is given to both --control and vnet: give each one of its own
 --socket-path /s --device socket-path=/t,tap=t0
-    --socket-path stands beside --device: write it as socket-path=... into the --device that it belongs to
+    --socket-path cannot be used beside --device: write it as socket-path=... into the --device that it belongs to
 --device socket-path=/a,tap=t0 --device socket-path=/a,tap=t1
     socket /a is given to both vnet0 and vnet1: give each one of its own
 --device socket-path=/a,tap=t0 --device socket-path=/b,uplink=tap:t0,,bridge=b
@@ -298,9 +305,9 @@ const REFUSED: &str = r#"
 --device fd=3,tap=t0,client=yes
     --device fd=3,tap=t0,client=yes: client=yes is not known: write client=on or client=off
 --device fd=3,uplink=null,bridge=b
-    --device fd=3,uplink=null,bridge=b: bridge=b stands without tap: write tap=NAME instead of uplink=null, or leave bridge out
+    --device fd=3,uplink=null,bridge=b: bridge=b needs tap: write tap=NAME instead of uplink=null, or leave bridge out
 --poll adaptive --device fd=3,tap=t0,poll=off,poll-us=3
-    --device fd=3,tap=t0,poll=off,poll-us=3: poll-us=3 has no meaning with poll=off: add poll=adaptive, or leave poll-us out
+    --device fd=3,tap=t0,poll=off,poll-us=3: poll-us=3 has no effect with poll=off: add poll=adaptive, or leave poll-us out
 "#;
 
 #[test]
@@ -314,7 +321,7 @@ fn every_conflict_is_one_sentence_that_says_what_to_do() {
     assert_eq!(
         command(&format!("--socket-path {long} --tap t0")),
         Err(format!(
-            "--socket-path {long} is 108 bytes long: a unix socket's path has 107 at most, choose a shorter one"
+            "--socket-path {long} is 108 bytes long: the path of a unix socket has at most 107, choose a shorter one"
         ))
     );
     assert_eq!(

@@ -9,13 +9,13 @@ use crate::v1::Report;
 
 /// How long the daemon may take to answer.
 const TIMEOUT: Duration = Duration::from_secs(5);
-/// Bytes of the longest answer that is read: more than 128 devices of 128 queue pairs need.
+/// The most bytes of an answer that are read; 128 devices of 128 queue pairs need less.
 const MAX_ANSWER: u64 = 256 << 20;
 
-/// Why the daemon did not answer.
+/// Why there is no usable answer of the daemon.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nobody listens on the socket, or it cannot be reached.
+    /// No process listens on the socket, or this process may not connect to it.
     #[error("control socket {} cannot be reached ({source}): start virtionetd with --control, or name its socket", path.display())]
     Connect {
         /// The socket's path.
@@ -24,7 +24,7 @@ pub enum ClientError {
         source: io::Error,
     },
     /// The connection failed, or the answer took too long.
-    #[error("virtionetd did not answer on {} ({source}): see whether it still runs", path.display())]
+    #[error("virtionetd did not answer on {} ({source}): check whether it still runs", path.display())]
     Transfer {
         /// The socket's path.
         path: PathBuf,
@@ -41,12 +41,32 @@ pub enum ClientError {
     },
 }
 
-/// Asks the daemon at `path` for its devices.
+impl ClientError {
+    /// The kind of the error, as a stable name for programs.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Connect { .. } => "control-unreachable",
+            Self::Transfer { .. } => "control-transfer-failed",
+            Self::Answer { .. } => "control-answer-unreadable",
+        }
+    }
+}
+
+/// The answer of the daemon at `path` to `GET /v1/devices`, as it was sent.
 ///
 /// # Errors
-/// When it cannot be reached or its answer cannot be read.
+/// When the daemon cannot be reached or its answer cannot be read.
+pub fn devices_json(path: &Path) -> Result<String, ClientError> {
+    get(path, "/v1/devices")
+}
+
+/// The report of the daemon at `path`.
+///
+/// # Errors
+/// When the daemon cannot be reached or its answer cannot be read.
 pub fn devices(path: &Path) -> Result<Report, ClientError> {
-    let body = get(path, "/v1/devices")?;
+    let body = devices_json(path)?;
     serde_json::from_str(&body).map_err(|error| answer(path, error.to_string()))
 }
 
@@ -61,12 +81,12 @@ fn get(path: &Path, target: &str) -> Result<String, ClientError> {
     })?;
     let (head, body) = text
         .split_once("\r\n\r\n")
-        .ok_or_else(|| answer(path, "it is no HTTP answer".into()))?;
+        .ok_or_else(|| answer(path, "it is not HTTP".into()))?;
     match head.split(' ').nth(1) {
         Some("200") => Ok(body.into()),
         status => Err(answer(
             path,
-            format!("HTTP status {}", status.unwrap_or("missing")),
+            format!("its HTTP status is {}", status.unwrap_or("missing")),
         )),
     }
 }
@@ -85,5 +105,79 @@ fn answer(path: &Path, reason: String) -> ClientError {
     ClientError::Answer {
         path: path.into(),
         reason,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::io::BufRead;
+    use std::os::unix::net::UnixListener;
+    use std::thread;
+
+    use super::*;
+    use crate::v1::sample;
+
+    /// The client's result against a server that sends `answer`, and the request that it received.
+    fn exchange_with(name: &str, answer: &str) -> (Result<Report, ClientError>, String) {
+        let path = std::env::temp_dir().join(format!("vnet-client-{name}-{}", std::process::id()));
+        let _ = fs::remove_file(&path);
+        let listener = UnixListener::bind(&path).unwrap();
+        let answer = answer.to_owned();
+        let server = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut request = String::new();
+            let mut reader = io::BufReader::new(stream.try_clone().unwrap());
+            while !request.ends_with("\r\n\r\n") {
+                assert_ne!(reader.read_line(&mut request).unwrap(), 0);
+            }
+            stream.write_all(answer.as_bytes()).unwrap();
+            request
+        });
+        let result = devices(&path);
+        let request = server.join().unwrap();
+        fs::remove_file(&path).unwrap();
+        (result, request)
+    }
+
+    #[test]
+    fn a_report_is_read_from_the_answer() {
+        let body = serde_json::to_string(&sample()).unwrap();
+        let (report, request) =
+            exchange_with("ok", &format!("HTTP/1.0 200 OK\r\nx: y\r\n\r\n{body}"));
+        assert!(
+            request.starts_with("GET /v1/devices HTTP/1.0\r\n"),
+            "{request}"
+        );
+        assert_eq!(serde_json::to_string(&report.unwrap()).unwrap(), body);
+    }
+
+    #[test]
+    fn an_unusable_answer_is_an_error_that_names_the_reason() {
+        for (name, answer, reason) in [
+            ("empty", "", "it is not HTTP"),
+            (
+                "status",
+                "HTTP/1.0 404 Not Found\r\n\r\n{}",
+                "its HTTP status is 404",
+            ),
+            ("line", "HTTP/1.0\r\n\r\n{}", "its HTTP status is missing"),
+            ("json", "HTTP/1.0 200 OK\r\n\r\n{\"version\": ", "EOF"),
+        ] {
+            let error = exchange_with(name, answer).0.unwrap_err();
+            assert_eq!(error.code(), "control-answer-unreadable");
+            assert!(error.to_string().contains(reason), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_missing_socket_is_an_error_that_names_the_path() {
+        let error = devices(Path::new("/nowhere/ctl")).unwrap_err();
+        assert_eq!(error.code(), "control-unreachable");
+        assert!(
+            error
+                .to_string()
+                .starts_with("control socket /nowhere/ctl cannot be reached")
+        );
     }
 }

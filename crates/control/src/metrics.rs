@@ -11,7 +11,9 @@ use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, NoLabelSet,
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::v1::{Counter, Counters, DeviceReport, QueuePairReport, Report, VringReport, VringStatus};
+use crate::v1::{
+    Counter, Counters, DeviceReport, QueuePairReport, Report, VringReport, VringStatus,
+};
 
 /// The page's media type.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -146,8 +148,7 @@ fn encode_vrings(page: &mut Page<'_>, devices: &[DeviceReport]) -> fmt::Result {
         page.counter(
             (&family, bytes.then_some(&Unit::Bytes)),
             help,
-            vrings(devices)
-                .filter_map(|(labels, ring)| Some((labels, ring.counters.get(name)?))),
+            vrings(devices).filter_map(|(labels, ring)| Some((labels, ring.counters.get(name)?))),
         )?;
     }
     Ok(())

@@ -25,7 +25,7 @@ use tokio::sync::watch;
 use virtionet_base::unix_socket::{Access, SocketFile, UnixSocketError, listen_at};
 
 use crate::metrics;
-use crate::v1::{ReportSource, Report};
+use crate::v1::{Report, ReportSource};
 
 /// Who may use the socket: its owner.
 const SOCKET_MODE: u32 = 0o600;
@@ -186,7 +186,10 @@ fn serve(
         let server = tokio::spawn(server.into_future());
         let _ = stopped.wait_for(|stop| *stop).await;
         // A client that never ends its request must not keep the daemon.
-        if tokio::time::timeout(SHUTDOWN_TIMEOUT, server).await.is_err() {
+        if tokio::time::timeout(SHUTDOWN_TIMEOUT, server)
+            .await
+            .is_err()
+        {
             tracing::debug!("control server stopped with requests under way");
         }
     });
@@ -412,7 +415,11 @@ mod tests {
         );
         let start = Instant::now();
         server.stop();
-        assert!(start.elapsed() < SHUTDOWN_TIMEOUT * 5, "{:?}", start.elapsed());
+        assert!(
+            start.elapsed() < SHUTDOWN_TIMEOUT * 5,
+            "{:?}",
+            start.elapsed()
+        );
         drop((silent, halfway));
     }
 }

@@ -285,7 +285,11 @@ impl<'de> Visitor<'de> for CountersVisitor {
 /// A report with something in every field, for tests of what is made from it.
 #[cfg(test)]
 pub(crate) fn sample() -> Report {
-    const RING: &[(&str, &str)] = &[("frames", "Frames."), ("bytes", "Bytes."), ("kicks", "Kicks.")];
+    const RING: &[(&str, &str)] = &[
+        ("frames", "Frames."),
+        ("bytes", "Bytes."),
+        ("kicks", "Kicks."),
+    ];
     const WORKER: &[(&str, &str)] = &[("wakeups", "Wake-ups."), ("busy_cycles", "Cycles.")];
     let ring = |state, frames| VringReport {
         state,

@@ -5,16 +5,22 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand};
 use virtionet_plan::PlanArgs;
 
+const EXIT_STATUS: &str = "\
+Exit status:
+  0  the command succeeded
+  1  something failed, such as a virtionetd that does not answer
+  2  the command line, the request for a plan or a configuration file cannot be used";
+
 /// Plans for guests, checks of configuration files, and the status of a running virtionetd.
 #[derive(Debug, Parser)]
-#[command(name = "virtionetctl", version, disable_help_subcommand = true, max_term_width = 100)]
+#[command(name = "virtionetctl", version, disable_help_subcommand = true, max_term_width = 100, after_help = EXIT_STATUS)]
 pub struct Args {
-    /// What to do.
+    /// The command.
     #[command(subcommand)]
     pub command: Command,
 }
 
-/// What to do.
+/// A command.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Print how many queue pairs each network device of a guest should have, and why, with the
@@ -27,5 +33,18 @@ pub enum Command {
         /// The files
         #[arg(value_name = "FILE", required = true)]
         files: Vec<PathBuf>,
+    },
+
+    /// Print the devices of a running virtionetd: queue pairs with vCPU, worker, CPU and rates over
+    /// one second, drops with their reasons, warnings and advice
+    Status {
+        /// The control socket of virtionetd [default: the value of the environment variable
+        /// VIRTIONETD_CONTROL, or /run/virtionetd.ctl]
+        #[arg(long, value_name = "PATH")]
+        control: Option<PathBuf>,
+
+        /// Print the daemon's report as JSON, as GET /v1/devices answers it
+        #[arg(long)]
+        json: bool,
     },
 }

@@ -2,13 +2,13 @@
 //! virtionetd. It needs no privilege and links nothing of the data path.
 
 mod args;
+mod status;
 
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use virtionet_config::cli::Cli;
 use virtionet_config::Config;
 
 use crate::args::{Args, Command};
@@ -17,6 +17,13 @@ fn main() -> ExitCode {
     match Args::parse().command {
         Command::Plan(args) => plan(&args),
         Command::Check { files } => check(&files),
+        Command::Status { control, json } => match status::print(control, json) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                report(&error);
+                ExitCode::FAILURE
+            }
+        },
     }
 }
 
@@ -24,22 +31,18 @@ fn plan(args: &virtionet_plan::PlanArgs) -> ExitCode {
     match virtionet_plan::run(args, &mut io::stdout()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("virtionetctl: {error}");
+            report(&error);
             ExitCode::from(error.status())
         }
     }
 }
 
-/// Says for each file how many devices it describes, or all that is wrong with it.
+/// Prints for each file how many devices it describes, or everything that is wrong with it.
 fn check(files: &[PathBuf]) -> ExitCode {
     let mut status = ExitCode::SUCCESS;
     for file in files {
-        let cli = Cli {
-            config: Some(file.clone()),
-            ..Cli::default()
-        };
-        // Where standard output is closed, the exit status is all that is left.
-        match Config::resolve(cli) {
+        // An error of writing is ignored: the exit status is the result all the same.
+        match Config::from_file(file) {
             Ok(config) => {
                 let (count, file) = (config.devices.len(), file.display());
                 let plural = if count == 1 { "" } else { "s" };
@@ -52,4 +55,9 @@ fn check(files: &[PathBuf]) -> ExitCode {
         }
     }
     status
+}
+
+fn report(error: &dyn std::error::Error) {
+    // Where standard error is closed, the exit status still reports the failure.
+    let _ = writeln!(io::stderr(), "virtionetctl: {error}");
 }

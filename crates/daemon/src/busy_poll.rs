@@ -8,7 +8,7 @@
 
 use std::time::{Duration, Instant};
 
-use virtionet_config::Poll;
+use virtionet_config::PollMode;
 
 /// The score at which the whole limit is spent.
 const MAX_SCORE: u32 = 256;
@@ -20,7 +20,7 @@ const ALWAYS_INTERVAL: Duration = Duration::from_millis(100);
 /// A worker's polling mode and its score.
 #[derive(Debug, Clone, Copy)]
 pub struct BusyPoll {
-    mode: Poll,
+    mode: PollMode,
     /// The worker may poll on the CPUs where it runs; otherwise it sleeps, whatever the mode.
     permitted: bool,
     /// From 0 to [`MAX_SCORE`].
@@ -30,7 +30,7 @@ pub struct BusyPoll {
 impl BusyPoll {
     /// Polling as configured, with a score of 0.
     #[must_use]
-    pub fn new(mode: Poll) -> Self {
+    pub fn new(mode: PollMode) -> Self {
         Self {
             mode,
             permitted: true,
@@ -46,13 +46,13 @@ impl BusyPoll {
     /// Whether the worker polls at all before it sleeps.
     #[must_use]
     pub fn is_on(&self) -> bool {
-        self.permitted && self.mode != Poll::Off
+        self.permitted && self.mode != PollMode::Off
     }
 
     /// Whether the worker never sleeps.
     #[must_use]
     pub fn is_always(&self) -> bool {
-        self.permitted && self.mode == Poll::Always
+        self.permitted && self.mode == PollMode::Always
     }
 
     /// Until when the worker polls if it starts now; `None` if it must not poll.
@@ -60,9 +60,9 @@ impl BusyPoll {
     pub fn deadline(&self) -> Option<Instant> {
         match self.mode {
             _ if !self.permitted => None,
-            Poll::Off => None,
-            Poll::Adaptive(limit) => Some(Instant::now() + limit * self.score / MAX_SCORE),
-            Poll::Always => Some(Instant::now() + ALWAYS_INTERVAL),
+            PollMode::Off => None,
+            PollMode::Adaptive(limit) => Some(Instant::now() + limit * self.score / MAX_SCORE),
+            PollMode::Always => Some(Instant::now() + ALWAYS_INTERVAL),
         }
     }
 
@@ -94,7 +94,7 @@ mod tests {
 
     #[test]
     fn hits_raise_the_score_to_its_limit_and_a_few_misses_end_polling() {
-        let mut busy_poll = BusyPoll::new(Poll::Adaptive(LIMIT));
+        let mut busy_poll = BusyPoll::new(PollMode::Adaptive(LIMIT));
         assert_eq!(busy_poll.score, 0);
         (0..200).for_each(|_| busy_poll.record_hit(1));
         assert_eq!(busy_poll.score, MAX_SCORE);
@@ -106,19 +106,19 @@ mod tests {
 
     #[test]
     fn a_worker_that_may_not_poll_sleeps_at_once() {
-        for mode in [Poll::Always, Poll::Adaptive(LIMIT)] {
+        for mode in [PollMode::Always, PollMode::Adaptive(LIMIT)] {
             let mut busy_poll = BusyPoll::new(mode);
             assert!(busy_poll.is_on() && busy_poll.deadline().is_some());
             busy_poll.set_permitted(false);
             assert!(!busy_poll.is_on() && !busy_poll.is_always() && busy_poll.deadline().is_none());
             busy_poll.set_permitted(true);
-            assert_eq!(busy_poll.is_always(), mode == Poll::Always);
+            assert_eq!(busy_poll.is_always(), mode == PollMode::Always);
         }
     }
 
     #[test]
     fn many_frames_at_once_raise_the_score_faster_than_single_ones() {
-        let mut single = BusyPoll::new(Poll::Adaptive(LIMIT));
+        let mut single = BusyPoll::new(PollMode::Adaptive(LIMIT));
         let mut many = single;
         (0..4).for_each(|_| single.record_hit(1));
         (0..4).for_each(|_| many.record_hit(64));

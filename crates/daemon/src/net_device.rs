@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use parking_lot::Mutex;
-use virtionet_config::Poll;
+use virtionet_config::PollMode;
 use virtionet_placement::{CpuSet, Warning, worker_name};
 use virtionet_vhost_user::BackendError;
 use virtionet_virtio_net::features::Features;
@@ -32,7 +32,7 @@ pub struct NetDevice {
     uplink: Arc<dyn Uplink>,
     placer: Arc<Placer>,
     pool: Arc<WorkerPool>,
-    poll: Poll,
+    poll: PollMode,
     /// Each is made when its first vring starts: a front-end may use fewer than it may have.
     pairs: Vec<OnceLock<ServedPair>>,
     frontend: Mutex<FrontendState>,
@@ -82,7 +82,7 @@ impl NetDevice {
         max_queue_pairs: u16,
         uplink: Arc<dyn Uplink>,
         placer: Placer,
-        poll: Poll,
+        poll: PollMode,
         pool: Arc<WorkerPool>,
     ) -> Self {
         Self {

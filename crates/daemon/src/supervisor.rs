@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
-use virtionet_config::{Config, DeviceConfig, Poll, Socket};
+use virtionet_config::{Config, DeviceConfig, PollMode, Socket};
 use virtionet_control::server::ControlServer;
 use virtionet_placement::PlacementPlanner;
 use virtionet_placement::interrupts::IrqAffinityManager;
@@ -159,7 +159,7 @@ impl Host {
                 device: device.name.clone(),
                 source,
             })?
-            .with_polling(device.poll != Poll::Off);
+            .with_polling(device.poll != PollMode::Off);
         let opened = uplinks
             .open(&device.uplink)
             .map_err(|source| RunError::Uplink {

@@ -20,7 +20,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use virtionet_config::Poll;
+use virtionet_config::PollMode;
 use virtionet_virtio_net::stats::WorkerStats;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -48,7 +48,7 @@ const POLLS_PER_EPOLL_WAIT: u32 = 64;
 #[derive(Debug)]
 pub struct Worker {
     name: String,
-    poll: Poll,
+    poll: PollMode,
     epoll: Epoll,
     waker: Waker,
     pairs: Mutex<Vec<Arc<QueuePair>>>,
@@ -78,7 +78,7 @@ impl Worker {
     ///
     /// # Errors
     /// When the kernel has no descriptors left.
-    pub fn new(name: String, poll: Poll, placement: PlacementState) -> io::Result<Self> {
+    pub fn new(name: String, poll: PollMode, placement: PlacementState) -> io::Result<Self> {
         let worker = Self {
             name,
             poll,

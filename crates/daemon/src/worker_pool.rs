@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use virtionet_config::Poll;
+use virtionet_config::PollMode;
 
 use crate::worker::Worker;
 use crate::worker_placement::PlacementState;
@@ -24,7 +24,7 @@ impl WorkerPool {
     pub fn add_worker(
         &self,
         name: String,
-        poll: Poll,
+        poll: PollMode,
         placement: PlacementState,
     ) -> io::Result<Arc<Worker>> {
         let worker = Arc::new(Worker::new(name, poll, placement)?);

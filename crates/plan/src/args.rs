@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, ValueEnum};
 
 const RULES: &str = "\
-Nothing is started or changed: the command lines are printed, ready to join_lines.
+Nothing is started or changed: the command lines are printed, ready to paste.
 
 How many queue pairs a card gets:
   As many as the guest has vCPUs, which is what Linux's driver makes best use of: each vCPU then has \
@@ -31,7 +31,7 @@ Examples:
   virtionetctl plan --vcpus 4 --image-multiqueue true --nova --json
 
 Exit status:
-  0, or 2 when what is requested for contradicts itself.";
+  0, or 2 when the request contradicts itself.";
 
 /// How many queue pairs, and the command lines for them.
 #[derive(Debug, Clone, PartialEq, Eq, Args)]

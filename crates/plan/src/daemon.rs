@@ -1,7 +1,7 @@
 //! virtionetd's command line and configuration file.
 
 use super::PlanError;
-use super::guest_plan::{NetDevicePlan, Plan, path_text};
+use super::guest_plan::{GuestPlan, NetDevicePlan, path_text};
 use virtionet_config::cli::{self, CliError};
 
 /// Who makes the vhost-user sockets.
@@ -14,7 +14,7 @@ pub(super) enum SocketRole {
 }
 
 /// The command, by lines.
-pub(super) fn command(plan: &Plan, role: SocketRole) -> Vec<Vec<String>> {
+pub(super) fn command(plan: &GuestPlan, role: SocketRole) -> Vec<Vec<String>> {
     let mut first = vec!["virtionetd".to_owned(), "--control".into()];
     first.push(path_text(&plan.control));
     let mut lines = vec![first];
@@ -48,8 +48,8 @@ pub(super) fn command(plan: &Plan, role: SocketRole) -> Vec<Vec<String>> {
     lines
 }
 
-/// What all cards have in common and is not the daemon's default.
-fn common(plan: &Plan) -> Vec<(&'static str, String)> {
+/// The settings that all network devices have in common, without the daemon's defaults.
+fn common(plan: &GuestPlan) -> Vec<(&'static str, String)> {
     let placement = plan.request.placement.to_string();
     let poll = &plan.request.poll;
     let set = [
@@ -62,7 +62,7 @@ fn common(plan: &Plan) -> Vec<(&'static str, String)> {
         .collect()
 }
 
-/// What is one card's own.
+/// The keys of one network device.
 fn keys(card: &NetDevicePlan) -> [(&'static str, String); 4] {
     [
         ("name", card.device.clone()),
@@ -73,7 +73,7 @@ fn keys(card: &NetDevicePlan) -> [(&'static str, String); 4] {
 }
 
 /// The configuration file that says the same as the command where virtionetd listens.
-pub(super) fn config(plan: &Plan) -> String {
+pub(super) fn config(plan: &GuestPlan) -> String {
     let mut text = format!("control = {}\n", toml_string(&path_text(&plan.control)));
     for card in &plan.cards {
         text += "\n[[device]]\n";
@@ -93,9 +93,8 @@ fn toml_string(text: &str) -> String {
     serde_json::Value::from(text).to_string()
 }
 
-/// Lets the daemon's own reading of the command line have its say, so that what is printed is never
-/// refused.
-pub(super) fn check(plan: &Plan) -> Result<(), PlanError> {
+/// Reads the command lines as the daemon does, so that nothing is printed that the daemon refuses.
+pub(super) fn check(plan: &GuestPlan) -> Result<(), PlanError> {
     for role in [SocketRole::Listens, SocketRole::Connects] {
         let words = command(plan, role).into_iter().flatten();
         match cli::parse(words.map(Into::into)) {
@@ -111,7 +110,7 @@ pub(super) fn check(plan: &Plan) -> Result<(), PlanError> {
                 let why = why.to_string();
                 let first = why.lines().next().unwrap_or_default();
                 return Err(PlanError::Usage(format!(
-                    "virtionetd cannot be told this: {}; write values that begin with no dash",
+                    "virtionetd refuses a value: {}; write values that begin with no dash",
                     first.trim_start_matches("error: ")
                 )));
             }

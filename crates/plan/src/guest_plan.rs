@@ -4,15 +4,15 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
-use virtionet_sizing::QueuePlan;
 use virtionet_placement::{CpuSet, Decision, worker_name};
+use virtionet_sizing::QueuePlan;
 
 use super::request::{Request, Rings};
 use super::{daemon, libvirt, qemu};
 
-/// How many queue pairs, where the workers stand, and how it is started.
+/// How many queue pairs, the placement of the workers, and how it is started.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Plan {
+pub struct GuestPlan {
     /// The guest's name.
     pub guest: String,
     /// Its vCPUs.
@@ -23,13 +23,13 @@ pub struct Plan {
     pub pins: Option<Vec<u32>>,
     /// The NUMA node that its memory is bound to; `null` where it is not.
     pub memory_node: Option<u32>,
-    /// Its network cards.
+    /// Its network devices.
     pub cards: Vec<NetDevicePlan>,
     /// Its interrupt vectors.
     pub vectors: Vectors,
     /// What the workers cost.
     pub worker_cpus: WorkerCpus,
-    /// What should be known beside it.
+    /// Notes for the reader of the plan.
     pub notes: Vec<String>,
     /// Folder of the sockets.
     pub socket_dir: PathBuf,
@@ -39,7 +39,7 @@ pub struct Plan {
     pub(super) request: Request,
 }
 
-/// One network card.
+/// One network device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct NetDevicePlan {
     /// Its name.
@@ -75,16 +75,16 @@ pub struct WorkerPlan {
     pub vcpus: Vec<u32>,
     /// The host CPUs that it may run on.
     pub cpus: Vec<u32>,
-    /// Whether it may poll there, if it is told to.
+    /// Whether it may poll there, where polling is configured.
     pub may_poll: bool,
-    /// Why it stands there.
+    /// Why it is placed there.
     pub why: String,
 }
 
 /// Interrupt vectors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Vectors {
-    /// Those of the cards.
+    /// Those of the network devices.
     pub cards: u32,
     /// Those of other devices.
     pub other: u32,
@@ -118,7 +118,7 @@ pub struct Commands {
     pub config: String,
 }
 
-impl Plan {
+impl GuestPlan {
     pub(super) fn new(request: Request, queues: QueuePlan, workers: Vec<Vec<Decision>>) -> Self {
         let worker_cpus = WorkerCpus::of(&request, &workers);
         let answers = request.cards.iter().zip(queues.cards).zip(workers);
@@ -183,7 +183,7 @@ impl Plan {
         #[derive(Serialize)]
         struct PlanDocument<'a> {
             #[serde(flatten)]
-            plan: &'a Plan,
+            plan: &'a GuestPlan,
             commands: Commands,
         }
         let whole = PlanDocument {
@@ -235,7 +235,7 @@ impl WorkerCpus {
     }
 }
 
-/// One for each worker, but no more than the CPUs that they stand on.
+/// One for each worker, but no more than the CPUs that they run on.
 fn count_cpus<'a>(workers: impl Iterator<Item = &'a Decision>) -> u32 {
     let mut count = 0;
     let mut cpus = BTreeSet::new();

@@ -1,18 +1,18 @@
-//! `virtionetctl plan`: how many queue pairs, where the workers stand, and the command lines for it.
+//! `virtionetctl plan`: how many queue pairs, the placement of the workers, and the command lines for them.
 //!
 //! ```text
-//! PlanArgs --request--> policy (virtionet_sizing) --workers--> Plan --> text | JSON
+//! PlanArgs --request--> policy (virtionet_sizing) --workers--> GuestPlan --> text | JSON
 //!                                                                          |-> qemu, libvirt, daemon
 //! ```
 //!
 //! A worker's CPU is what [`PlacementPlanner::place`](virtionet_placement::PlacementPlanner::place) says of the vCPU
 //! pins that the plan proposes: the daemon asks the same function.
 
-mod guest_plan;
 mod args;
-mod nic;
 mod daemon;
+mod guest_plan;
 mod libvirt;
+mod nic;
 mod qemu;
 mod request;
 mod shell;
@@ -22,31 +22,31 @@ mod workers;
 use std::io::{self, Write};
 use std::path::Path;
 
-use virtionet_sizing::{QueuesError, plan_queues};
 use virtionet_placement::{
     AffinityError, CpuListError, CpuSet, PlacementParseError, Topology, allowed_cpus,
 };
+use virtionet_sizing::{QueuesError, plan_queues};
 
-pub use guest_plan::{NetDevicePlan, Commands, Plan, Vectors, WorkerCpus, WorkerPlan};
 pub use args::{Accel, OutputPart, PlanArgs};
+pub use guest_plan::{Commands, GuestPlan, NetDevicePlan, Vectors, WorkerCpus, WorkerPlan};
 use request::Request;
 
-/// Why there is no plan: one sentence that says what to do.
+/// Why there is no plan, as one sentence that says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum PlanError {
-    /// A flag or key whose value means nothing.
+    /// A flag or key whose value cannot be used.
     #[error("{0}")]
     Usage(String),
     /// The request contradicts itself or the budget.
     #[error(transparent)]
     Queues(#[from] QueuesError),
-    /// A list of CPUs that is none.
+    /// A text that is not a list of CPUs.
     #[error(transparent)]
     CpuList(#[from] CpuListError),
     /// A placement that does not exist.
     #[error(transparent)]
     Placement(#[from] PlacementParseError),
-    /// A placement that this host cannot carry out.
+    /// A placement that is impossible on this host.
     #[error(transparent)]
     PlacementPlanner(#[from] virtionet_placement::PlacementError),
     /// The CPUs of this process cannot be read.
@@ -58,7 +58,21 @@ pub enum PlanError {
 }
 
 impl PlanError {
-    /// The exit status that tells it: 2 for what cannot be used, 1 for what failed.
+    /// The kind of the error, as a stable name for programs.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Usage(_) => "request-invalid",
+            Self::Queues(_) => "queues-impossible",
+            Self::CpuList(_) => "cpu-list-invalid",
+            Self::Placement(_) => "placement-invalid",
+            Self::PlacementPlanner(_) => "placement-impossible",
+            Self::Affinity(_) => "affinity-unreadable",
+            Self::Write(_) => "output-failed",
+        }
+    }
+
+    /// The exit status: 2 for a request that cannot be used, 1 for a failure.
     #[must_use]
     pub fn status(&self) -> u8 {
         match self {
@@ -79,7 +93,7 @@ pub fn run(args: &PlanArgs, out: &mut dyn Write) -> Result<(), PlanError> {
         false => text::part(&plan, args.print),
     };
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        // Whoever read it has had enough, such as head.
+        // The reader, such as head, has closed the pipe because it needs no more.
         Err(why) if why.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         written => Ok(written?),
     }
@@ -95,7 +109,7 @@ pub struct TargetHost {
 }
 
 impl TargetHost {
-    /// The host of `--host-cpus`, of which no more is known, or this one.
+    /// The host with the CPUs of `--host-cpus` and an unknown topology, or this host.
     fn of(args: &PlanArgs) -> Result<Self, PlanError> {
         Ok(match &args.host_cpus {
             Some(list) => Self {
@@ -114,11 +128,11 @@ impl TargetHost {
 ///
 /// # Errors
 /// When what is asked for contradicts itself or that host.
-pub fn plan(args: &PlanArgs, host: &TargetHost) -> Result<Plan, PlanError> {
+pub fn plan(args: &PlanArgs, host: &TargetHost) -> Result<GuestPlan, PlanError> {
     let mut request = Request::resolve(args, host)?;
     let queues = plan_queues(&request.queues)?;
     let workers = workers::place_workers(&mut request, &queues, host)?;
-    let plan = Plan::new(request, queues, workers);
+    let plan = GuestPlan::new(request, queues, workers);
     daemon::check(&plan)?;
     Ok(plan)
 }

@@ -5,13 +5,13 @@ use std::io;
 use quick_xml::Writer;
 use quick_xml::events::BytesText;
 
-use super::guest_plan::{NetDevicePlan, Plan, path_text};
 use super::args::Accel;
+use super::guest_plan::{GuestPlan, NetDevicePlan, path_text};
 
 type Xml = Writer<Vec<u8>>;
 
 /// The domain's XML; it lacks disks, a display and the like.
-pub(super) fn domain(plan: &Plan) -> String {
+pub(super) fn domain(plan: &GuestPlan) -> String {
     let mut xml = Writer::new_with_indent(Vec::new(), b' ', 2);
     // A vector takes all that is written, and it is text.
     let written = write(&mut xml, plan);
@@ -21,7 +21,7 @@ pub(super) fn domain(plan: &Plan) -> String {
     text.map(|text| text + "\n").unwrap_or_default()
 }
 
-fn write(xml: &mut Xml, plan: &Plan) -> io::Result<()> {
+fn write(xml: &mut Xml, plan: &GuestPlan) -> io::Result<()> {
     let wide = plan.request.needs_x2apic();
     let kind = match plan.request.accel {
         Accel::Kvm => "kvm",
@@ -77,7 +77,7 @@ fn write(xml: &mut Xml, plan: &Plan) -> io::Result<()> {
 }
 
 /// Pins the vCPUs, and QEMU's other threads to the same CPUs, so that they disturb no other guest.
-fn cputune(xml: &mut Xml, plan: &Plan) -> io::Result<()> {
+fn cputune(xml: &mut Xml, plan: &GuestPlan) -> io::Result<()> {
     let (Some(pins), Some(all)) = (&plan.pins, plan.pinned()) else {
         return Ok(());
     };
@@ -109,8 +109,9 @@ fn remapping(xml: &mut Xml) -> io::Result<()> {
     Ok(())
 }
 
-/// A card whose socket QEMU makes: it runs as a user of its own, who could not reach virtionetd's.
-fn interface(xml: &mut Xml, plan: &Plan, card: &NetDevicePlan) -> io::Result<()> {
+/// A network device whose socket QEMU creates: QEMU runs as another user, who cannot connect to a
+/// socket of virtionetd.
+fn interface(xml: &mut Xml, plan: &GuestPlan, card: &NetDevicePlan) -> io::Result<()> {
     xml.create_element("interface")
         .with_attribute(("type", "vhostuser"))
         .write_inner_content(|xml| {

@@ -1,4 +1,4 @@
-//! One network card of the request: the keys of `--nic`.
+//! One network device of the request: the keys of `--nic`.
 
 use std::fmt;
 
@@ -7,12 +7,12 @@ use virtionet_sizing::{NetDeviceRequest, QueueRequest};
 use super::PlanError;
 use virtionet_base::key_value::split_at_commas;
 
-/// Longest name of a network device (`IFNAMSIZ` less the closing zero).
+/// Longest name of an interface (`IFNAMSIZ` without the closing zero).
 const MAX_INTERFACE: usize = 15;
 
 const KEYS: &str = "name, queues, throughput, mac, tap, bridge and uplink";
 
-/// What is wished of one card, complete.
+/// The request for one network device, complete.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct NetDeviceSpec {
     /// Its name within the guest's plan.

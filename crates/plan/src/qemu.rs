@@ -2,13 +2,13 @@
 
 use std::path::Path;
 
-use super::guest_plan::{NetDevicePlan, Plan, path_text};
 use super::args::Accel;
+use super::guest_plan::{GuestPlan, NetDevicePlan, path_text};
 use super::request::Rings;
 use super::shell::quote;
 
 /// The command, by lines; it lacks disks, a display and the like, which follow it.
-pub(super) fn command(plan: &Plan) -> Vec<Vec<String>> {
+pub(super) fn command(plan: &GuestPlan) -> Vec<Vec<String>> {
     let memory = plan.memory_mib;
     let wide = plan.request.needs_x2apic();
     let mut lines = vec![
@@ -47,7 +47,7 @@ pub(super) fn command(plan: &Plan) -> Vec<Vec<String>> {
 }
 
 /// Memory that virtionetd can map, near the vCPUs.
-fn memory_backend(plan: &Plan) -> String {
+fn memory_backend(plan: &GuestPlan) -> String {
     let size = plan.memory_mib;
     let node = plan
         .memory_node
@@ -103,7 +103,7 @@ fn words<const N: usize>(words: [&str; N]) -> Vec<String> {
 
 /// Shell lines that pin the vCPUs of the QEMU above, found by their threads' names; none where they
 /// float.
-pub(super) fn pin_commands(plan: &Plan) -> Option<String> {
+pub(super) fn pin_commands(plan: &GuestPlan) -> Option<String> {
     let pins = plan.pins.as_ref()?;
     let pidfile = quote(&path_text(&plan.pidfile()));
     let mut text =

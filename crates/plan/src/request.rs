@@ -3,17 +3,17 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use virtionet_sizing::{GuestRequest, MultiqueueDefault};
 use virtionet_placement::{CpuSet, Placement, parse_cpulist};
+use virtionet_sizing::{GuestRequest, MultiqueueDefault};
 
 use super::args::{Accel, PlanArgs};
 use super::nic::{NetDeviceSpec, is_name};
-use super::{TargetHost, PlanError};
+use super::{PlanError, TargetHost};
 
 /// Most vCPUs of a guest that are planned for; above QEMU's limit on any machine.
 const MAX_VCPUS: u32 = 4096;
 
-/// Most cards of a guest: those for which QEMU finds a slot on q35's root bus, beside a display.
+/// The most network devices of a guest: those for which QEMU finds a slot on q35's root bus, beside a display.
 const MAX_NET_DEVICES: usize = 28;
 
 /// The request behind a plan.
@@ -31,9 +31,9 @@ pub(super) struct Request {
     pub node: Option<u32>,
     /// What is asked of the policy.
     pub queues: GuestRequest,
-    /// The cards, in the policy's order.
+    /// The network devices, in the order of the request.
     pub cards: Vec<NetDeviceSpec>,
-    /// Sizes and kind of the rings.
+    /// Sizes and format of the virtqueues.
     pub rings: Rings,
     /// Folder of the sockets.
     pub dir: PathBuf,
@@ -41,11 +41,11 @@ pub(super) struct Request {
     pub placement: Placement,
     /// How workers wait, as the daemon's flags spell it.
     pub poll: PollFlags,
-    /// What should be told beside the plan.
+    /// Notes for the reader of the plan.
     pub notes: Vec<String>,
 }
 
-/// Sizes and kind of a card's rings.
+/// Sizes and format of a device's virtqueues.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Rings {
     pub rx: Option<u16>,
@@ -61,7 +61,7 @@ pub(super) struct PollFlags {
 }
 
 impl PollFlags {
-    /// Whether workers look for frames instead of sleeping.
+    /// Whether workers poll for frames instead of sleeping.
     pub(super) fn is_polling(&self) -> bool {
         matches!(self.mode.as_deref(), Some("adaptive" | "always"))
     }

@@ -32,7 +32,7 @@ fn host(cpus: &str) -> TargetHost {
     }
 }
 
-fn planned(line: &str) -> Plan {
+fn planned(line: &str) -> GuestPlan {
     plan(&args(line), &host("0-7")).unwrap_or_else(|why| panic!("{line}: {why}"))
 }
 
@@ -120,7 +120,7 @@ const REFUSED: &str = r#"
 --vcpus 4 --nic tap=t0,uplink=null
     --nic tap=t0,uplink=null: tap=t0 and uplink=null are both given: keep one of them
 --vcpus 4 --nic uplink=-x
-    virtionetd cannot be told this: unexpected argument '-x' found; write values that begin with no dash
+    virtionetd refuses a value: unexpected argument '-x' found; write values that begin with no dash
 --vcpus 4 --nic bridge=b,uplink=null
     --nic bridge=b,uplink=null: bridge=b and uplink=null are both given: write the bridge into the uplink
 --vcpus 4 --nic name=a --nic name=a
@@ -134,7 +134,7 @@ const REFUSED: &str = r#"
 --vcpus 4 --poll busy
     --poll busy is not known: write off, adaptive or always
 --vcpus 4 --poll-us 7
-    --poll-us 7 has no meaning with --poll off: add --poll adaptive, or leave --poll-us out
+    --poll-us 7 has no effect with --poll off: add --poll adaptive, or leave --poll-us out
 --vcpus 4 --image-multiqueue true --flavor-multiqueue false
     the image says hw_vif_multiqueue_enabled=true, the flavor hw:vif_multiqueue_enabled=false: set both alike, or leave one unset
 --vcpus 4 --hw_vif_multiqueue_enabled off --hw:vif_multiqueue_enabled on
@@ -167,7 +167,7 @@ fn what_cannot_be_planned_is_refused_in_one_sentence() {
     }
     let dir = format!("/{}", "x".repeat(100));
     let error = plan(&args(&format!("--vcpus 4 --socket-dir {dir}")), &host("0")).unwrap_err();
-    assert!(error.to_string().contains("107 at most"), "{error}");
+    assert!(error.to_string().contains("at most 107"), "{error}");
 }
 
 #[test]
@@ -595,7 +595,10 @@ fn qemus_line_says_what_the_plan_says() {
             "{pin}"
         );
     }
-    assert_eq!(text::part(&planned("--vcpus 4 --cpus none"), OutputPart::Pin), "");
+    assert_eq!(
+        text::part(&planned("--vcpus 4 --cpus none"), OutputPart::Pin),
+        ""
+    );
 }
 
 #[test]

@@ -2,14 +2,14 @@
 
 use virtionet_placement::CpuSet;
 
-use super::guest_plan::{NetDevicePlan, Plan, WorkerPlan, path_text};
 use super::args::OutputPart;
 use super::daemon::{self, SocketRole};
+use super::guest_plan::{GuestPlan, NetDevicePlan, WorkerPlan, path_text};
 use super::shell::{join_lines, quote};
 use super::{libvirt, qemu};
 
 /// One part of the plan, or all of it.
-pub(super) fn part(plan: &Plan, part: OutputPart) -> String {
+pub(super) fn part(plan: &GuestPlan, part: OutputPart) -> String {
     match part {
         OutputPart::All => all(plan),
         OutputPart::Queues => queues(plan),
@@ -22,7 +22,7 @@ pub(super) fn part(plan: &Plan, part: OutputPart) -> String {
     }
 }
 
-fn all(plan: &Plan) -> String {
+fn all(plan: &GuestPlan) -> String {
     let dir = quote(&path_text(&plan.socket_dir));
     let mut text = queues(plan);
     let mut section = |heading: &str, body: &str| {
@@ -53,7 +53,7 @@ fn all(plan: &Plan) -> String {
     text
 }
 
-fn queues(plan: &Plan) -> String {
+fn queues(plan: &GuestPlan) -> String {
     let mut text = format!(
         "guest {}: {}, {} MiB of memory{}, {}\n",
         plan.guest,
@@ -83,7 +83,7 @@ fn queues(plan: &Plan) -> String {
     text
 }
 
-fn pins(plan: &Plan) -> String {
+fn pins(plan: &GuestPlan) -> String {
     match &plan.pins {
         None => "vCPUs floating".into(),
         Some(pins) => {

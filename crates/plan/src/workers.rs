@@ -1,14 +1,14 @@
-//! Where the workers will stand.
+//! The placement of the workers.
 
 use std::collections::BTreeSet;
 
+use virtionet_placement::{CpuSet, Decision, PlacementPlanner, Vcpu, VcpuMap, VcpuSource, Warning};
 use virtionet_sizing::QueuePlan;
-use virtionet_placement::{CpuSet, Decision, PlacementPlanner, VcpuSource, Vcpu, VcpuMap, Warning};
 
 use super::request::Request;
-use super::{TargetHost, PlanError};
+use super::{PlanError, TargetHost};
 
-/// The decisions for each card's pairs, by the daemon's own planner: on a map of the vCPUs as the
+/// The decisions for each network device's queue pairs, by the daemon's own planner: on a map of the vCPUs as the
 /// plan would have them, all pairs in use. What it warns of is noted in `request`.
 pub(super) fn place_workers(
     request: &mut Request,
@@ -42,7 +42,7 @@ pub(super) fn place_workers(
     Ok(decisions)
 }
 
-/// The CPUs on which workers of several cards poll, for the cards know nothing of each other.
+/// The CPUs on which workers of several network devices poll: each device is placed by itself.
 fn contended_cpus(cards: &[Vec<Decision>]) -> CpuSet {
     let polled = |card: &Vec<Decision>| -> BTreeSet<u32> {
         let alone = card.iter().filter(|d| d.may_poll && d.cpus.len() == 1);
@@ -58,7 +58,7 @@ fn contended_cpus(cards: &[Vec<Decision>]) -> CpuSet {
     contended_cpus
 }
 
-/// The vCPU threads as they will be found.
+/// The vCPU threads as the daemon will find them.
 fn vcpus(request: &Request, host: &CpuSet) -> VcpuMap {
     let cpus = |index: u32| match (&request.pins, usize::try_from(index)) {
         (Some(pins), Ok(at)) => pins.get(at).copied().into_iter().collect(),

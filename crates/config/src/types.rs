@@ -1,0 +1,95 @@
+//! The configuration that all sources result in: complete, checked and typed.
+
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use virtionet_base::MAX_QUEUE_PAIRS;
+use virtionet_placement::Placement;
+use virtionet_placement::interrupts::IrqAffinity;
+
+use crate::uplink::UplinkConfig;
+
+/// The configuration of the daemon.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// The network devices, at least one.
+    pub devices: Vec<DeviceConfig>,
+    /// The path of the control socket; `None` for no control server.
+    pub control: Option<PathBuf>,
+    /// How often `-v` was given.
+    pub verbosity: u8,
+}
+
+/// The configuration of one network device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceConfig {
+    /// Its name, unique among the devices: letters, digits, `.`, `_` and `-`.
+    pub name: String,
+    /// The vhost-user socket.
+    pub socket: Socket,
+    /// The number of queue pairs.
+    pub queues: QueuePairCount,
+    /// The uplink.
+    pub uplink: UplinkConfig,
+    /// The placement of the workers.
+    pub placement: Placement,
+    /// Whether interrupts and steering masks follow the workers.
+    pub irq_affinity: IrqAffinity,
+    /// The front-end's QMP socket.
+    pub qmp: Option<PathBuf>,
+    /// How the workers wait for frames.
+    pub poll: PollMode,
+}
+
+/// How a device gets its connection to the front-end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Socket {
+    /// Create a socket and wait for the front-end.
+    Listen {
+        /// The path of the socket.
+        path: PathBuf,
+        /// The file mode of the socket.
+        mode: u32,
+        /// The group of the socket, by name or number; `None` for the group of the process.
+        group: Option<String>,
+    },
+    /// Connect to a front-end that listens, and retry until it does.
+    Connect {
+        /// The path of the socket.
+        path: PathBuf,
+    },
+    /// Use a file descriptor that the parent process passes on.
+    Inherited(RawFd),
+}
+
+/// How many queue pairs a device has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QueuePairCount {
+    /// As many as the front-end asks for, up to [`MAX_QUEUE_PAIRS`].
+    Auto,
+    /// At most this many, 1 to [`MAX_QUEUE_PAIRS`].
+    AtMost(u16),
+}
+
+impl QueuePairCount {
+    /// The most queue pairs that the front-end may ask for.
+    #[must_use]
+    pub fn max(self) -> u16 {
+        match self {
+            Self::Auto => MAX_QUEUE_PAIRS,
+            Self::AtMost(pairs) => pairs,
+        }
+    }
+}
+
+/// How a worker waits for frames.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PollMode {
+    /// It sleeps.
+    Off,
+    /// It polls for up to this long before it sleeps.
+    Adaptive(Duration),
+    /// It never sleeps.
+    Always,
+}
