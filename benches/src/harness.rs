@@ -1,4 +1,4 @@
-//! What several groups stand on.
+//! Functions that several groups use.
 
 use std::fs;
 use std::thread;
@@ -40,7 +40,7 @@ pub fn run_in_thread<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result
         .map_err(|_| anyhow!("the thread of the measurement panicked"))?
 }
 
-/// The kernel's own neighbour discovery would be frames that nobody counts on.
+/// The kernel's own neighbour discovery would send frames that the measurement does not expect.
 fn disable_ipv6() -> Result<()> {
     for which in ["all", "default"] {
         let path = format!("/proc/sys/net/ipv6/conf/{which}/disable_ipv6");

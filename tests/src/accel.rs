@@ -1,19 +1,15 @@
-//! Which accelerator a guest runs under. `/dev/kvm` may be there and yet not
-//! run an ordinary kernel, so that only a boot tells.
+//! Which accelerator a guest runs under. `/dev/kvm` may exist and yet not run an ordinary kernel, so
+//! that only a trial boot shows whether KVM can be used.
 
 use std::fmt;
 use std::fs;
 use std::path::Path;
 use std::str::FromStr;
-use std::time::Duration;
 
 use anyhow::{Result, bail};
 
-use crate::paths::{self, RunDir};
-use crate::qemu::{Machine, version};
-
-/// A trial boot that takes longer than this is a failure: KVM needs about 1 s.
-const TRIAL: Duration = Duration::from_secs(20);
+use crate::paths;
+use crate::qemu_version::version;
 
 /// What is asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -28,12 +24,8 @@ pub enum Accel {
 }
 
 impl Accel {
-    /// [`Accel::Kvm`] or [`Accel::Tcg`]: `Auto` boots the image once to see,
-    /// and remembers the answer in `ci/cache` until the host reboots.
-    ///
-    /// # Errors
-    /// When QEMU cannot be asked for its version.
-    pub fn resolve(self) -> Result<Self> {
+    /// [`Accel::Kvm`] or [`Accel::Tcg`]; `kvm_boots` tries a guest where the result is not known yet.
+    pub(crate) fn resolve_with(self, kvm_boots: fn() -> bool) -> Result<Self> {
         if self != Self::Auto {
             return Ok(self);
         }
@@ -50,7 +42,7 @@ impl Accel {
             return accel.parse();
         }
         let accel = if kvm_boots() { Self::Kvm } else { Self::Tcg };
-        // Not being able to remember costs only the next trial.
+        // If this cannot be written, only another trial is needed the next time.
         _ = fs::write(&file, format!("{accel} {key}"));
         Ok(accel)
     }
@@ -74,16 +66,7 @@ impl FromStr for Accel {
             "tcg" => Self::Tcg,
             "kvm" => Self::Kvm,
             "auto" => Self::Auto,
-            other => bail!("there is no accelerator '{other}': say tcg, kvm or auto"),
+            other => bail!("there is no accelerator '{other}': use tcg, kvm or auto"),
         })
     }
-}
-
-fn kvm_boots() -> bool {
-    let trial = || -> Result<()> {
-        let dir = RunDir::new()?;
-        let machine = Machine::new().accel(Accel::Kvm).start(&dir, "trial")?;
-        machine.guest().wait_boot(TRIAL)
-    };
-    trial().is_ok()
 }

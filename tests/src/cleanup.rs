@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio, exit};
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 use std::thread;
@@ -12,9 +12,6 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
-
-use crate::cpus;
-use crate::hugepages;
 
 static LIST: Mutex<List> = Mutex::new(List {
     next: 0,
@@ -35,12 +32,10 @@ pub enum Action {
     Netns(String),
     /// Remove this directory and all below it.
     Remove(PathBuf),
-    /// Give this many huge pages back to the kernel.
-    HugePages(u64),
-    /// Bring this CPU back online.
-    Online(usize),
-    /// Empty and remove this cpuset.
-    Cpuset(PathBuf),
+    /// Call this function with this number: of huge pages to give back, or of a CPU.
+    CallWithNumber(fn(u64), u64),
+    /// Call this function with this path: of a cpuset to remove.
+    CallWithPath(fn(&Path), PathBuf),
 }
 
 impl Action {
@@ -50,9 +45,8 @@ impl Action {
             Self::Kill(pid) => _ = kill(Pid::from_raw(*pid), Signal::SIGKILL),
             Self::Netns(name) => _ = delete_netns(name),
             Self::Remove(path) => _ = fs::remove_dir_all(path),
-            Self::HugePages(count) => _ = hugepages::release(*count),
-            Self::Online(cpu) => cpus::online(*cpu),
-            Self::Cpuset(dir) => cpus::remove_cpuset(dir),
+            Self::CallWithNumber(function, number) => function(*number),
+            Self::CallWithPath(function, path) => function(path),
         }
     }
 }

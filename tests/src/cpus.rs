@@ -15,7 +15,7 @@ use crate::paths::PREFIX;
 /// A CPU that is offline until this is dropped.
 #[derive(Debug)]
 pub struct Offline {
-    cpu: usize,
+    cpu: u64,
     _entry: Entry,
 }
 
@@ -25,7 +25,7 @@ impl Offline {
     /// # Errors
     /// Why it may not.
     pub fn check_possible(cpu: usize) -> Result<()> {
-        let file = switch(cpu);
+        let file = switch(u64::try_from(cpu)?);
         ensure!(file.exists(), "CPU {cpu} cannot go offline here");
         let open = fs::OpenOptions::new().write(true).open(&file);
         open.with_context(|| format!("{} is not for us to write", file.display()))?;
@@ -54,7 +54,8 @@ impl Offline {
     /// # Errors
     /// When the kernel refuses.
     pub fn set_offline(cpu: usize) -> Result<Self> {
-        let entry = cleanup::register(Action::Online(cpu));
+        let cpu = u64::try_from(cpu)?;
+        let entry = cleanup::register(Action::CallWithNumber(online, cpu));
         let taken = Self { cpu, _entry: entry };
         fs::write(switch(cpu), "0").with_context(|| format!("CPU {cpu} does not go offline"))?;
         Ok(taken)
@@ -68,7 +69,7 @@ impl Drop for Offline {
 }
 
 /// Brings `cpu` back; says so where that fails.
-pub(crate) fn online(cpu: usize) {
+fn online(cpu: u64) {
     if let Err(error) = fs::write(switch(cpu), "1") {
         eprintln!(
             "CPU {cpu} does not come back online: {error}; echo 1 to {}",
@@ -77,7 +78,7 @@ pub(crate) fn online(cpu: usize) {
     }
 }
 
-fn switch(cpu: usize) -> PathBuf {
+fn switch(cpu: u64) -> PathBuf {
     format!("/sys/devices/system/cpu/cpu{cpu}/online").into()
 }
 
@@ -101,7 +102,7 @@ impl Cpuset {
         let root = root()?;
         let dir = root.join(format!("{PREFIX}{}", process::id()));
         fs::create_dir(&dir).with_context(|| format!("no cpuset {}", dir.display()))?;
-        let entry = cleanup::register(Action::Cpuset(dir.clone()));
+        let entry = cleanup::register(Action::CallWithPath(remove_cpuset, dir.clone()));
         let set = Self { dir, _entry: entry };
         if root == Path::new(V1) {
             let mems = fs::read_to_string(root.join("cpuset.mems"))?;
@@ -131,7 +132,7 @@ impl Drop for Cpuset {
 
 /// Sends the processes of the cpuset `dir` to the one above, and removes it; says so where that
 /// fails.
-pub(crate) fn remove_cpuset(dir: &Path) {
+fn remove_cpuset(dir: &Path) {
     let above = dir.with_file_name("cgroup.procs");
     for _ in 0..50 {
         let inside = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();

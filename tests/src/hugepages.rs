@@ -53,7 +53,7 @@ impl HugePages {
         let added = now.saturating_sub(before);
         let pages = Self {
             added,
-            _entry: cleanup::register(Action::HugePages(added)),
+            _entry: cleanup::register(Action::CallWithNumber(give_back, added)),
         };
         ensure!(
             added >= missing,
@@ -65,16 +65,20 @@ impl HugePages {
 
 impl Drop for HugePages {
     fn drop(&mut self) {
-        // Nothing can be done about a failure on the way out.
-        _ = release(self.added);
+        give_back(self.added);
     }
+}
+
+/// As [`release`], at the end of this process, when a failure cannot be handled any more.
+fn give_back(count: u64) {
+    _ = release(count);
 }
 
 /// Takes `count` pages out of the pool again. Those that are in use leave it once they are free.
 ///
 /// # Errors
 /// When the kernel refuses.
-pub(crate) fn release(count: u64) -> Result<()> {
+fn release(count: u64) -> Result<()> {
     match count {
         0 => Ok(()),
         _ => write(read("nr_hugepages")?.saturating_sub(count)),

@@ -30,6 +30,7 @@ pub mod paths;
 pub mod process;
 pub mod procfs;
 pub mod qemu;
+pub mod qemu_version;
 pub mod qmp;
 pub mod responder;
 pub mod sched;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
-use crate::qemu::version;
+use crate::qemu_version::version;
 
 /// A network card of the guest.
 #[derive(Clone, Debug)]

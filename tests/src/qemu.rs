@@ -16,12 +16,15 @@ use crate::guest::Guest;
 use crate::netns::Netns;
 pub use crate::nic::Nic;
 use crate::paths::{RunDir, guest_image};
-use crate::process::{Proc, output};
+use crate::process::Proc;
+use crate::qemu_version::PROGRAM;
+pub use crate::qemu_version::version;
 use crate::qmp::Qmp;
 use crate::sched;
 
-const PROGRAM: &str = "qemu-system-x86_64";
 const START: Duration = Duration::from_secs(20);
+/// A trial boot that takes longer than this has failed: KVM needs about 1 s.
+const KVM_TRIAL: Duration = Duration::from_secs(20);
 
 /// Further arguments for vCPUs that are plugged in under software emulation. QEMU's ACPI tables have
 /// them as disabled processors, which newer kernels (6.12.117 and 7.2 do, 6.1 does not) ignore
@@ -443,19 +446,24 @@ impl Qemu {
     }
 }
 
-/// QEMU's version, such as `10.0.2`.
-///
-/// # Errors
-/// When QEMU is not installed.
-pub fn version() -> Result<String> {
-    let text = output(PROGRAM, ["--version"])?;
-    let mut words = text.split_whitespace();
-    words
-        .by_ref()
-        .find(|word| *word == "version")
-        .and_then(|_| words.next())
-        .map(str::to_owned)
-        .with_context(|| format!("no version in {text:?}"))
+impl Accel {
+    /// [`Accel::Kvm`] or [`Accel::Tcg`]. `Auto` boots the guest image once under KVM to find out, and
+    /// remembers the result in `ci/cache` until the host reboots.
+    ///
+    /// # Errors
+    /// When QEMU's version cannot be read.
+    pub fn resolve(self) -> Result<Self> {
+        self.resolve_with(kvm_boots)
+    }
+}
+
+fn kvm_boots() -> bool {
+    let trial = || -> Result<()> {
+        let dir = RunDir::new()?;
+        let machine = Machine::new().accel(Accel::Kvm).start(&dir, "trial")?;
+        machine.guest().wait_boot(KVM_TRIAL)
+    };
+    trial().is_ok()
 }
 
 fn socket(id: &str, path: &Path) -> String {

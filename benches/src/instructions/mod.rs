@@ -10,7 +10,7 @@
 //!               ◄── one file a run of packets, with the instructions inside `measured`
 //! ```
 //!
-//! [`work`] is what is measured, [`callgrind`] runs and reads valgrind, [`figures`] compares with
+//! [`cases`] is what is measured, [`callgrind`] runs and reads valgrind, [`figures`] compares with
 //! what is committed. The driver's part, setting up and warming up lie outside of `measured`, and
 //! the difference between both runs is what N packets cost. With the same compiler the figures are
 //! the same each time.

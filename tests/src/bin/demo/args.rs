@@ -8,7 +8,7 @@ use virtionet_tests::accel::Accel;
 /// What `--help` prints.
 pub const HELP: &str = "\
 Runs iperf3 between this machine and a QEMU guest through virtionetd, both ways,
-and shows which worker, on which CPU, traffic what.
+and shows which worker on which CPU carried how much of the traffic.
 
 Usage: ci/demo [--seconds N] [--queues N] [--vcpus N] [--accel tcg|kvm|auto] [--json FILE]
 

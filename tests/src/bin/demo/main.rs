@@ -1,5 +1,5 @@
 //! The demo behind `ci/demo`: a guest, the daemon, traffic both ways, and who
-//! moved what.
+//! carried how much.
 
 use std::env;
 use std::fs;
