@@ -111,7 +111,9 @@ fn all_that_is_wrong_with_a_file_is_told_before_anything_is_opened() {
     fs::write(&file, text).unwrap();
     let path = file.display().to_string();
     let lines = [
-        format!("{path}:6: the key \"uplnk\" is not known: write uplink, which is the most similar one"),
+        format!(
+            "{path}:6: the key \"uplnk\" is not known: write uplink, which is the most similar one"
+        ),
         format!(
             "{path}:8: queues = 0 cannot be used: write 1 to 128 queue pairs, auto for as many as the front-end asks for, or high, medium or low with vcpus = N"
         ),

@@ -88,7 +88,7 @@ pub enum BackendError {
         /// The MTU asked for, in bytes.
         mtu: u16,
         /// Why not, in a sentence of the uplink.
-        source: io::Error,
+        source: Box<dyn Error + Send + Sync>,
     },
 }
 

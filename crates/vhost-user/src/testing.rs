@@ -271,7 +271,10 @@ impl Backend for RecordingBackend {
         self.write(format!("mtu {mtu}"));
         if mtu > 9000 {
             let source = io::Error::other(format!("the uplink cannot carry {mtu}"));
-            return Err(BackendError::Mtu { mtu, source });
+            return Err(BackendError::Mtu {
+                mtu,
+                source: source.into(),
+            });
         }
         Ok(())
     }

@@ -199,7 +199,10 @@ impl Backend for NetDevice {
     fn set_mtu(&self, mtu: u16) -> Result<(), BackendError> {
         self.uplink
             .set_mtu(mtu)
-            .map_err(|source| BackendError::Mtu { mtu, source })?;
+            .map_err(|source| BackendError::Mtu {
+                mtu,
+                source: source.into(),
+            })?;
         self.frontend.lock().mtu = Some(mtu);
         Ok(())
     }
