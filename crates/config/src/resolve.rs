@@ -1,6 +1,6 @@
 //! From the command line, and the file that it names, to a [`Config`].
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::arguments::Arguments;
 use crate::device::{DeviceDescription, check_path};
@@ -67,7 +67,7 @@ pub(crate) fn resolve(arguments: Arguments) -> Result<Config, ConfigError> {
 
 /// The control socket in the file at `path`, and the devices of that file and the command line.
 fn devices_with_file(
-    path: &PathBuf,
+    path: &Path,
     flags: Settings,
     texts: &[String],
     problems: &mut Problems,
