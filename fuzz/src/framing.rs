@@ -263,19 +263,22 @@ impl Backend for FuzzDevice {
 
     fn set_memory(&self, memory: &Arc<GuestMemory>) -> Vec<UnmappedVring> {
         let mut unmapped = Vec::new();
-        self.vrings.lock().unwrap().retain(|index, (queue, uplink)| {
-            *uplink.mapped.lock().unwrap() = Mapped::new(memory);
-            let Err(source) = queue.rebind(memory) else {
-                return true;
-            };
-            let index = *index;
-            unmapped.push(UnmappedVring {
-                index,
-                base: queue.rewind(),
-                error: BackendError::VringUnmapped { index, source },
+        self.vrings
+            .lock()
+            .unwrap()
+            .retain(|index, (queue, uplink)| {
+                *uplink.mapped.lock().unwrap() = Mapped::new(memory);
+                let Err(source) = queue.rebind(memory) else {
+                    return true;
+                };
+                let index = *index;
+                unmapped.push(UnmappedVring {
+                    index,
+                    base: queue.rewind(),
+                    error: BackendError::VringUnmapped { index, source },
+                });
+                false
             });
-            false
-        });
         unmapped
     }
 
@@ -295,12 +298,12 @@ impl Backend for FuzzDevice {
         let queue = Queue::new(index, config)
             .map_err(|source| BackendError::VringConfig { index, source })?;
         let before = self.vrings.lock().unwrap().insert(index, (queue, uplink));
-        assert!(before.is_none(), "ring {index} runs already");
+        assert!(before.is_none(), "vring {index} runs already");
         Ok(())
     }
 
     fn stop_vring(&self, index: u16) -> Option<u32> {
-        self.known(index);
+        self.assert_known(index);
         let (mut queue, _) = self.vrings.lock().unwrap().remove(&index)?;
         Some(queue.rewind())
     }
