@@ -3,7 +3,7 @@
 //! The axis is logarithmic, so that twice as good and half as good are bars of the same length. A
 //! thin line on a bar shows the quartiles of the pairs' ratios.
 //!
-//! A picture shows at most [`MAX_ROWS`] rows. The columns are as wide as their longest text, so that
+//! A picture shows at most 12 rows. The columns are as wide as their longest text, so that
 //! no label is cut off; lines of the head that are longer than the picture are wrapped.
 
 use std::fmt::Write;

@@ -265,7 +265,7 @@ impl Testpmd {
         &mut self.proc
     }
 
-    /// Waits until it takes commands, after [`Config::spawn`].
+    /// Waits until it takes commands, after it was started.
     ///
     /// # Errors
     /// When it ends instead, or its back-ends do not come.

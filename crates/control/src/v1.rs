@@ -143,7 +143,7 @@ pub struct QueuePairReport {
     pub worker_node: Option<u32>,
     /// The NUMA node of the pair's receive ring, as far as the kernel tells.
     pub memory_node: Option<u32>,
-    /// What the worker did; names as in [`WorkerStats::NAMES`].
+    /// What the worker did; docs/monitoring.md lists the names.
     pub worker_counters: Counters,
     /// How busy the worker is.
     pub worker_load: WorkerLoad,
@@ -197,7 +197,7 @@ pub struct VringReport {
     pub enabled: bool,
     /// Descriptors; 0 until the front-end sets it.
     pub size: u16,
-    /// What happened on it; names as in [`VringStats::NAMES`].
+    /// What happened on it; docs/monitoring.md lists the names.
     pub counters: Counters,
 }
 
