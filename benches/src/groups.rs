@@ -1,11 +1,6 @@
 //! What can be measured.
 
-use anyhow::Result;
 use clap::ValueEnum;
-
-use crate::outcome::GroupResult;
-use crate::sampling::Effort;
-use crate::{footprint, guests, iperf, peers, queues, ring, tap};
 
 /// A group of cases, measured and shown together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -52,22 +47,6 @@ impl Group {
             Self::Iperf => "TCP between a QEMU guest (4 vCPUs) and its host, iperf3",
             Self::Guests => "TCP between two QEMU guests (2 vCPUs each), iperf3",
             Self::Queues => "Several queue pairs against one, a QEMU guest (4 vCPUs) and its host",
-        }
-    }
-
-    /// Measures it; `pairs` are what [`Group::Queues`] compares with one pair.
-    ///
-    /// # Errors
-    /// When a part of the testbed fails: with its message.
-    pub fn run(self, effort: Effort, pairs: &[u16]) -> Result<GroupResult> {
-        match self {
-            Self::Ring => ring::run(effort),
-            Self::Tap => tap::run(effort),
-            Self::Peers => peers::run(effort),
-            Self::Footprint => footprint::run(effort),
-            Self::Iperf => iperf::run(effort),
-            Self::Guests => guests::run(effort),
-            Self::Queues => queues::run(effort, pairs),
         }
     }
 }

@@ -14,6 +14,7 @@ pub mod guests;
 pub mod harness;
 pub mod instructions;
 pub mod iperf;
+pub mod measure;
 pub mod meta;
 pub mod outcome;
 pub mod peers;

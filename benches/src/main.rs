@@ -11,7 +11,7 @@ use virtionet_benches::groups::Group;
 use virtionet_benches::meta::Meta;
 use virtionet_benches::outcome::GroupResult;
 use virtionet_benches::sampling::Effort;
-use virtionet_benches::{chart, table};
+use virtionet_benches::{chart, measure, table};
 use virtionet_tests::paths::root;
 
 /// Measures virtionetd side by side with its peers.
@@ -64,8 +64,7 @@ fn measure(group: Group, effort: Effort, pairs: &[u16], results: &Path) -> Resul
         meta.command
             .push_str(&format!(" --pairs {}", list.join(",")));
     }
-    let outcome = group
-        .run(effort, pairs)
+    let outcome = measure::measure(group, effort, pairs)
         .with_context(|| format!("the group '{}' could not be measured", group.name()))?;
     let meta = meta.with_notes(&outcome.notes);
     io::stdout()

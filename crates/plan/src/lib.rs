@@ -9,6 +9,7 @@
 //! pins that the plan proposes: the daemon asks the same function.
 
 mod args;
+mod commands;
 mod daemon;
 mod guest_plan;
 mod libvirt;
@@ -28,7 +29,8 @@ use virtionet_placement::{
 use virtionet_sizing::{QueuesError, plan_queues};
 
 pub use args::{Accel, OutputPart, PlanArgs};
-pub use guest_plan::{Commands, GuestPlan, NetDevicePlan, Vectors, WorkerCpus, WorkerPlan};
+pub use commands::Commands;
+pub use guest_plan::{GuestPlan, NetDevicePlan, Vectors, WorkerCpus, WorkerPlan};
 use request::Request;
 
 /// Why there is no plan, as one sentence that says what to do.

@@ -1,0 +1,25 @@
+//! Measures a group of cases.
+
+use anyhow::Result;
+
+use crate::groups::Group;
+use crate::outcome::GroupResult;
+use crate::sampling::Effort;
+use crate::{footprint, guests, iperf, peers, queues, ring, tap};
+
+/// Measures `group`; `pairs` are the numbers of queue pairs that [`Group::Queues`] compares with one
+/// pair.
+///
+/// # Errors
+/// When a part of the testbed fails: with its message.
+pub fn measure(group: Group, effort: Effort, pairs: &[u16]) -> Result<GroupResult> {
+    match group {
+        Group::Ring => ring::run(effort),
+        Group::Tap => tap::run(effort),
+        Group::Peers => peers::run(effort),
+        Group::Footprint => footprint::run(effort),
+        Group::Iperf => iperf::run(effort),
+        Group::Guests => guests::run(effort),
+        Group::Queues => queues::run(effort, pairs),
+    }
+}
