@@ -72,7 +72,7 @@ fn workers_follow_their_vcpus_without_losing_a_frame() {
 }
 
 #[test]
-fn what_is_wrong_is_told_once_with_the_remedy() {
+fn a_wrong_placement_is_reported_once_with_the_remedy() {
     let mut testbed = TestbedConfig::new(2).start().unwrap();
     let cpus = sched::allowed_cpus().unwrap();
     for tid in testbed.qemu.vcpu_threads().unwrap() {
@@ -82,13 +82,16 @@ fn what_is_wrong_is_told_once_with_the_remedy() {
         eprintln!("skipped: on one CPU nothing floats");
         return;
     }
-    let told = |device: &Value| device["warnings"].to_string().contains("virsh vcpupin");
-    testbed.daemon.wait_device("warned of", SOON, told).unwrap();
+    let has_warning = |device: &Value| device["warnings"].to_string().contains("virsh vcpupin");
+    testbed
+        .daemon
+        .wait_device("warned of", SOON, has_warning)
+        .unwrap();
     sleep(Duration::from_secs(2));
     let log = testbed.daemon.stderr();
     assert_eq!(log.matches("virsh vcpupin").count(), 1, "{log}");
     testbed.qemu.pin_vcpus().unwrap();
-    let without_warning = |device: &Value| !told(device);
+    let without_warning = |device: &Value| !has_warning(device);
     testbed
         .daemon
         .wait_device("content", SOON, without_warning)
@@ -114,7 +117,7 @@ fn a_worker_polls_only_where_no_vcpu_is_pinned() {
     };
     testbed
         .daemon
-        .wait_device("told to sleep", SOON, asleep)
+        .wait_device("asked to sleep", SOON, asleep)
         .unwrap();
     assert_eq!(polls_a_second(&testbed.daemon), 0);
     // One CPU is free: it polls there.
@@ -139,7 +142,7 @@ fn a_worker_polls_only_where_no_vcpu_is_pinned() {
     testbed.qemu.pin_vcpus().unwrap();
     testbed
         .daemon
-        .wait_device("told to sleep again", SOON, asleep)
+        .wait_device("asked to sleep again", SOON, asleep)
         .unwrap();
     assert_eq!(polls_a_second(&testbed.daemon), 0);
     testbed.network.wait_for_ping(GUEST.v4).unwrap();
@@ -171,7 +174,8 @@ fn the_map_from_pairs_to_vcpus_is_the_guests_own() {
             let pairs = usize::try_from(*pairs).unwrap();
             let real = guest_map(guest, pairs).unwrap();
             eprintln!("{vcpus} vCPUs, {pairs} pairs: {real:?}");
-            let same = |device: &Value| reported_map(device, pairs).is_ok_and(|told| told == real);
+            let same =
+                |device: &Value| reported_map(device, pairs).is_ok_and(|reported| reported == real);
             let what = format!("serving {pairs} pairs as the guest does, {real:?}");
             let device = testbed.daemon.wait_device(&what, SOON, same).unwrap();
             assert_cpus_as_reported(&device).unwrap();
@@ -196,7 +200,7 @@ fn vcpus_that_are_plugged_in_are_served_as_the_guest_does() {
     }
     let real = guest_map(testbed.qemu.guest(), 2).unwrap();
     assert_eq!(real, [[0, 1], [2, 3]]);
-    let same = |device: &Value| reported_map(device, 2).is_ok_and(|told| told == real);
+    let same = |device: &Value| reported_map(device, 2).is_ok_and(|reported| reported == real);
     let device = testbed.daemon.wait_device("serving 4 vCPUs", SOON, same);
     assert_cpus_as_reported(&device.unwrap()).unwrap();
     testbed.network.wait_for_ping(GUEST.v4).unwrap();
@@ -224,13 +228,13 @@ fn a_shrinking_cpuset_takes_the_workers_along_and_a_growing_one_back() {
     let ping = pings(&testbed, 40).unwrap();
     for _ in 0..2 {
         set.change(&cpus[0].to_string()).unwrap();
-        let told = |device: &Value| {
+        let has_moved = |device: &Value| {
             let warnings = device["warnings"].to_string();
             warnings.contains("widen the daemon's cpuset") && all_on(device, cpus[0])
         };
         let device = testbed
             .daemon
-            .wait_device("on the CPU left", SOON, told)
+            .wait_device("on the CPU left", SOON, has_moved)
             .unwrap();
         assert_cpus_as_reported(&device).unwrap();
         set.change(&both).unwrap();
@@ -253,7 +257,7 @@ fn a_cpu_that_goes_offline_and_comes_back_finds_its_workers_again() {
     let testbed = TestbedConfig::new(2).start().unwrap();
     let vcpus = testbed.qemu.vcpu_threads().unwrap();
     time_to_follow(&testbed, &vcpus);
-    // Beside the guest's, one that was told where its workers stand.
+    // Beside the guest's, a daemon with a list of CPUs for its workers.
     let dir = RunDir::new().unwrap();
     let list = format!("list:{},{last}", cpus[0]);
     let options = Options::new().flag("--uplink", "null");
@@ -339,21 +343,21 @@ fn assert_cpus_as_reported(device: &Value) -> Result<()> {
         let is = sched::affinity(tid)?;
         ensure!(
             is == cpus,
-            "{worker} is on CPUs {is:?}, not on {cpus:?} as told"
+            "{worker} is on CPUs {is:?}, not on {cpus:?} as reported"
         );
     }
     Ok(())
 }
 
-/// Waits until worker k is on the k-th of `cpus`, as told and as the kernel says.
+/// Waits until worker k is on the k-th of `cpus`, as the daemon reports and as the kernel says.
 fn wait_for_cpu(daemon: &mut Daemon, cpus: &[usize]) {
     eventually(SOON, || {
         let device = daemon.device()?;
-        let told: Vec<_> = pairs(&device)?.into_iter().map(|pair| pair.cpus).collect();
+        let reported: Vec<_> = pairs(&device)?.into_iter().map(|pair| pair.cpus).collect();
         let goal: Vec<_> = cpus.iter().map(|cpu| vec![*cpu]).collect();
         ensure!(
-            told == goal,
-            "workers are on CPUs {told:?}, not on {goal:?}"
+            reported == goal,
+            "workers are on CPUs {reported:?}, not on {goal:?}"
         );
         assert_cpus_as_reported(&device)
     })

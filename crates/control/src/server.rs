@@ -47,7 +47,7 @@ impl ControlServer {
     /// inherits the caller's signal mask.
     ///
     /// # Errors
-    /// When somebody answers on that path, when the socket cannot be made, or the thread.
+    /// When another process listens on that path, when the socket cannot be made, or the thread.
     pub fn start(path: &Path, report_source: Arc<dyn ReportSource>) -> Result<Self, ControlError> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()

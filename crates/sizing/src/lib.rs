@@ -1,6 +1,6 @@
 //! How many queue pairs each network device of a guest gets, and why.
 //!
-//! This crate is pure arithmetic, for whoever launches the front-end: it reads no file, makes no
+//! This crate is pure arithmetic, for programs that launch the front-end: it reads no file, makes no
 //! system call and knows nothing of placement. Three things decide:
 //!
 //! 1. OpenStack Nova's rules for multiqueue. A guest with one vCPU has none; an image and a flavor

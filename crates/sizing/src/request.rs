@@ -51,7 +51,7 @@ pub enum QueueRequest {
 /// Whether a guest has multiqueue when neither its image nor its flavor sets it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum MultiqueueDefault {
-    /// A queue pair for each vCPU, which is what somebody who plans by hand expects.
+    /// A queue pair for each vCPU, which is what a user who plans by hand expects.
     #[default]
     On,
     /// One queue pair, as in Nova.

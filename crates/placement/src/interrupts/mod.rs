@@ -40,7 +40,7 @@
 //! back when a setting is no longer desired, when the front-end disconnects
 //! ([`IrqAffinityManager::release`]) and when the manager is dropped at the end of the process. A
 //! file whose content is neither the value nor what the kernel made of it has been changed by
-//! somebody else and stays as it is. A killed process restores nothing; the masks of a TAP then
+//! another program and stays as it is. A killed process restores nothing; the masks of a TAP then
 //! disappear with the TAP, the interrupts of a NIC stay where they are.
 //!
 //! irqbalance would move the interrupts again. [`IrqAffinityManager::with_irqbalance`] adds them to

@@ -134,7 +134,7 @@ impl GuestArray<u16> {
     }
 
     /// Writes the little-endian value `index` with release ordering: everything written before is
-    /// visible to whoever reads it.
+    /// visible to every thread that reads it.
     #[inline(always)]
     pub fn release(&self, index: u16, value: u16) {
         // SAFETY: as for `acquire`.
