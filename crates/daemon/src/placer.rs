@@ -336,9 +336,10 @@ impl Placer {
         }
     }
 
-    /// The warnings in force.
+    /// The warnings in force, about where the workers are now.
     #[must_use]
     pub fn warnings(&self) -> Vec<Warning> {
+        self.update_warnings();
         self.warning_log.lock().current().to_vec()
     }
 }
@@ -458,7 +459,6 @@ mod tests {
             (None, &cpus.nth_cyclic(1)),
             "{blind}"
         );
-        placer.update_warnings();
         assert!(matches!(
             placer.warnings()[..],
             [Warning::Unknown { .. }, ..]

@@ -31,6 +31,8 @@ impl report::ReportSource for DeviceRegistry {
 
 fn device(config: &DeviceConfig, net_device: &NetDevice) -> report::DeviceReport {
     let frontend = net_device.frontend();
+    // Before the warnings: these then are about the places shown, or about newer ones.
+    let pairs = net_device.pairs().map(queue_pair).collect();
     let (socket, role) = match &config.socket {
         Socket::Listen { path, .. } => (path.display().to_string(), report::SocketRole::Server),
         Socket::Connect { path } => (path.display().to_string(), report::SocketRole::Client),
@@ -67,7 +69,7 @@ fn device(config: &DeviceConfig, net_device: &NetDevice) -> report::DeviceReport
             .collect(),
         advice: net_device.advice(),
         interrupts: net_device.interrupts().report(),
-        pairs: net_device.pairs().map(queue_pair).collect(),
+        pairs,
     }
 }
 
