@@ -13,7 +13,7 @@ pub struct RateLimiter {
     created: Instant,
     /// When the next line is allowed, in milliseconds after `created`.
     next: AtomicU64,
-    /// Number of lines suppressed since the last allowed one.
+    /// The number of lines suppressed since the last allowed one.
     suppressed: AtomicU64,
 }
 

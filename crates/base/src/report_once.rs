@@ -42,7 +42,7 @@ impl<K: Eq + Hash, V: Clone + PartialEq> ReportOnce<K, V> {
                 *reported = None;
             }
         }
-        // One that ended longer ago is reported like one that never was, so forget it.
+        // A condition that ended longer ago is reported like one that never occurred, so remove it.
         self.last
             .retain(|_, (reported, when)| reported.is_some() || now < *when + INTERVAL);
         let mut due = Vec::new();

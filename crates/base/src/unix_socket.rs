@@ -15,7 +15,7 @@ use rustix::net::{
     socket_with,
 };
 
-/// Number of clients that can wait to be accepted.
+/// The number of clients that can wait to be accepted.
 const BACKLOG: i32 = 16;
 
 /// Why a socket cannot be bound or connected to.
@@ -38,7 +38,7 @@ pub enum UnixSocketError {
     Refused {
         /// The operation, as a verb in front of "socket".
         operation: &'static str,
-        /// Path of the socket.
+        /// The path of the socket.
         path: PathBuf,
         /// The kernel's error.
         source: io::Error,
@@ -56,8 +56,8 @@ impl UnixSocketError {
     }
 }
 
-/// Who may connect to a socket. Without a mode the umask decides, without a group that of the
-/// process.
+/// Who may connect to a socket. Without a mode the umask decides; without a group the socket file
+/// gets the group of the process.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Access {
     /// Permission bits, for example 0o660.
@@ -123,12 +123,12 @@ pub fn address(path: &Path) -> Result<SocketAddrUnix, UnixSocketError> {
     })
 }
 
-/// A socket file that this process made. Dropping this value removes the file, unless another file
-/// has replaced it.
+/// A socket file that this process created. Dropping this value removes the file, unless another
+/// file has replaced it.
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
-    /// Device and inode of the file.
+    /// The device and inode of the file.
     identity: (u64, u64),
 }
 
@@ -141,7 +141,7 @@ impl SocketFile {
         })
     }
 
-    /// Path of the file.
+    /// The path of the file.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
@@ -156,7 +156,7 @@ impl Drop for SocketFile {
     }
 }
 
-/// Device and inode of the file at `path`.
+/// The device and inode of the file at `path`.
 fn identity(path: &Path) -> io::Result<(u64, u64)> {
     let metadata = fs::symlink_metadata(path)?;
     Ok((metadata.dev(), metadata.ino()))
