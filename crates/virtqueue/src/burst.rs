@@ -23,20 +23,20 @@ pub struct Burst {
     store: Vec<Chain>,
     end: usize,
     segments: SegmentList,
-    /// Number of retired chains at the front. They are removed in batches.
+    /// The number of retired chains at the front. They are removed in batches.
     retired: usize,
-    /// Number of descriptors read since [`Burst::reset_descriptors_read`].
+    /// The number of descriptors read since [`Burst::reset_descriptors_read`].
     descriptors_read: usize,
 }
 
-/// Capacity for new chains and a writer for their segments. [`Burst::commit`] adds them to
+/// The capacity for new chains and a writer for their segments. [`Burst::commit`] adds them to
 /// the burst.
 pub(crate) struct Reservation<'b> {
     pub(crate) chains: &'b mut [Chain],
     pub(crate) segments: SegmentWriter<'b>,
 }
 
-/// Number of retired chains at which the chains behind them are moved to the front.
+/// The number of retired chains at which the chains behind them are moved to the front.
 const COMPACT_THRESHOLD: usize = 256;
 
 impl Burst {
@@ -52,8 +52,8 @@ impl Burst {
         }
     }
 
-    /// Number of descriptors read since the last [`Burst::reset_descriptors_read`], those of faulty
-    /// chains included. It measures the work that the guest caused.
+    /// The number of descriptors read since the last [`Burst::reset_descriptors_read`], those of
+    /// faulty chains included. It measures the work that the guest caused.
     #[inline(always)]
     #[must_use]
     pub fn descriptors_read(&self) -> usize {
@@ -72,7 +72,7 @@ impl Burst {
         self.store.get(self.retired..self.end).unwrap_or_default()
     }
 
-    /// Capacity for `count` more chains. Call [`Burst::commit`] afterwards.
+    /// The capacity for `count` more chains. Call [`Burst::commit`] afterwards.
     #[inline(always)]
     pub(crate) fn reserve(&mut self, count: usize) -> Reservation<'_> {
         let needed = self.end + count;

@@ -7,15 +7,15 @@ use crate::fault::ChainFault;
 pub struct Chain {
     /// The value that completes the chain: its head (split) or its buffer id (packed).
     pub(crate) id: u16,
-    /// Number of slots that the chain takes in the virtqueue: 1 entry of the available ring (split)
-    /// or its number of descriptors (packed).
+    /// The number of slots that the chain takes in the virtqueue: 1 entry of the available ring
+    /// (split) or its number of descriptors (packed).
     pub(crate) slots: u16,
-    /// Number of segments, at most [`crate::MAX_CHAIN_SEGMENTS`].
+    /// The number of segments, at most [`crate::MAX_CHAIN_SEGMENTS`].
     pub(crate) segments: u16,
     pub(crate) fault: Option<ChainFault>,
-    /// Index of the first segment in the burst's segment list.
+    /// The index of the first segment in the burst's segment list.
     pub(crate) from: u32,
-    /// Bytes in all segments.
+    /// The number of bytes in all segments.
     pub(crate) len: u32,
 }
 
@@ -48,7 +48,7 @@ impl Chain {
         }
     }
 
-    /// Bytes in all segments; 0 for a faulty chain.
+    /// The number of bytes in all segments; 0 for a faulty chain.
     #[inline(always)]
     #[must_use]
     pub fn len(&self) -> usize {
@@ -73,13 +73,13 @@ impl Chain {
 /// A chain that was followed to its end, before it has an id and a number of slots.
 pub(crate) struct WalkedChain {
     pub(crate) fault: Option<ChainFault>,
-    /// Index of the first segment in the burst's segment list.
+    /// The index of the first segment in the burst's segment list.
     pub(crate) from: u32,
-    /// Number of segments.
+    /// The number of segments.
     pub(crate) segments: u16,
-    /// Bytes in all segments.
+    /// The number of bytes in all segments.
     pub(crate) len: u32,
-    /// Number of descriptors read for the chain.
+    /// The number of descriptors read for the chain.
     pub(crate) descriptors_read: usize,
 }
 

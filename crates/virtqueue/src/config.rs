@@ -20,14 +20,14 @@ pub enum Direction {
 /// area of a packed virtqueue are the event suppression areas of the driver and of the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct VirtqueueLayout {
-    /// Number of descriptors.
+    /// The number of descriptors.
     pub size: u16,
-    /// Front-end address of the descriptor table (split) or descriptor ring (packed).
+    /// The front-end address of the descriptor table (split) or descriptor ring (packed).
     pub desc: u64,
-    /// Front-end address of the available ring (split) or of the driver's event suppression area
-    /// (packed).
+    /// The front-end address of the available ring (split) or of the driver's event suppression
+    /// area (packed).
     pub avail: u64,
-    /// Front-end address of the used ring (split) or of the device's event suppression area
+    /// The front-end address of the used ring (split) or of the device's event suppression area
     /// (packed).
     pub used: u64,
 }
@@ -67,9 +67,9 @@ pub enum VirtqueueError {
     /// An area is misaligned or does not lie in one memory region.
     #[error("the ring's {what} at {addr:#x} is misaligned or not in the guest's shared memory")]
     Unmapped {
-        /// Name of the area.
+        /// The name of the area.
         what: &'static str,
-        /// Front-end address of the area.
+        /// The front-end address of the area.
         addr: u64,
     },
 }

@@ -1,8 +1,8 @@
 //! The rules of virtio that a guest can break, one variant for each.
 //!
-//! A [`ChainFault`] costs the guest that chain: it is completed with length 0 and the virtqueue
+//! A [`ChainFault`] affects only that chain: it is completed with length 0 and the virtqueue
 //! continues. A [`VirtqueueFault`] means that the driver's indices cannot be relied on any more:
-//! the virtqueue is quarantined until it is configured anew.
+//! the virtqueue is quarantined until it is configured again.
 
 /// How a chain breaks the rules of virtio 1.3 §2.7.5 (split) or §2.8 (packed).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -60,14 +60,14 @@ pub enum VirtqueueFault {
         avail: u16,
         /// The device's index.
         next: u16,
-        /// Size of the virtqueue in descriptors.
+        /// The size of the virtqueue in descriptors.
         size: u16,
     },
     /// A chain continues through the whole packed ring, so that the start of the next chain is not
     /// known.
     #[error("a descriptor chain continues through a whole ring of {size}")]
     ChainWithoutEnd {
-        /// Size of the virtqueue in descriptors.
+        /// The size of the virtqueue in descriptors.
         size: u16,
     },
     /// The head of a chain is outside the descriptor table, so the chain cannot even be completed.
@@ -75,7 +75,7 @@ pub enum VirtqueueFault {
     HeadOutOfRange {
         /// The head in the available ring.
         head: u16,
-        /// Size of the virtqueue in descriptors.
+        /// The size of the virtqueue in descriptors.
         size: u16,
     },
 }

@@ -1,9 +1,9 @@
 //! Guest memory and the device side of virtqueues.
 //!
 //! The crate does no I/O and starts no threads: a virtqueue here is memory, indices and rules.
-//! Everything that the guest can write is read once and checked. What breaks the rules is answered
-//! with a [`ChainFault`], which costs the guest one chain, or with a [`VirtqueueFault`], after
-//! which the whole virtqueue must be configured anew.
+//! Everything that the guest can write is read once and checked. A violation of the rules is
+//! reported as a [`ChainFault`], which affects one chain, or as a [`VirtqueueFault`], after which
+//! the whole virtqueue must be configured again.
 //!
 //! Reading order: [`Virtqueue`] is the interface. `split` and `packed` implement it for the two
 //! formats of virtio 1.3; both follow a chain with `walk`. A [`Burst`] holds the dequeued

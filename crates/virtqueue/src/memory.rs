@@ -47,13 +47,13 @@ pub const MAX_REGIONS: usize = 509;
 /// Where one region of guest memory lies, as SET_MEM_TABLE and ADD_MEM_REG describe it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RegionSpec {
-    /// First guest physical address.
+    /// The first guest physical address.
     pub guest_addr: u64,
-    /// Size in bytes.
+    /// The size in bytes.
     pub size: u64,
-    /// First address in the front-end's address space. SET_VRING_ADDR uses that address space.
+    /// The first address in the front-end's address space. SET_VRING_ADDR uses that address space.
     pub user_addr: u64,
-    /// Offset of the region in its file in bytes.
+    /// The offset of the region in its file in bytes.
     pub file_offset: u64,
 }
 
@@ -73,11 +73,11 @@ pub enum MemoryError {
         "memory region at guest address {guest_addr:#x} needs {needed} bytes of its file, which has {actual}; the front-end must share the whole file"
     )]
     ShortFile {
-        /// First guest physical address of the region.
+        /// The first guest physical address of the region.
         guest_addr: u64,
         /// Offset plus size in bytes.
         needed: u64,
-        /// Size of the file in bytes.
+        /// The size of the file in bytes.
         actual: u64,
     },
     /// Two regions have guest addresses or front-end addresses in common.
@@ -86,25 +86,25 @@ pub enum MemoryError {
     )]
     Overlap(u64, u64),
     /// The table has more than [`MAX_REGIONS`] regions.
-    #[error("{0} memory regions are more than the {MAX_REGIONS} this back-end takes")]
+    #[error("{0} memory regions are too many; this back-end supports at most {MAX_REGIONS}")]
     TooMany(usize),
     /// The kernel refused the mapping.
     #[error(
         "cannot map {size} bytes of guest memory at offset {offset:#x} of its file: {reason}; the offset must be page aligned and the file shared"
     )]
     Map {
-        /// Size in bytes.
+        /// The size in bytes.
         size: u64,
-        /// Offset in the file in bytes.
+        /// The offset in the file in bytes.
         offset: u64,
-        /// Text of the mapping's error.
+        /// The text of the mapping's error.
         reason: String,
     },
     /// The file could not be examined.
     #[error("cannot read the size of a memory region's file: {0}")]
     Stat(#[from] std::io::Error),
     /// A region that is to be removed is not in the table.
-    #[error("no memory region at guest address {0:#x} with size {1:#x} to remove")]
+    #[error("there is no memory region at guest address {0:#x} with size {1:#x} to remove")]
     Unknown(u64, u64),
 }
 
@@ -159,8 +159,8 @@ impl MappedRegion {
         self.mapping.as_ptr()
     }
 
-    /// Offset of `addr` in the region if the region begins at `start` and holds all `len` bytes at
-    /// `addr`.
+    /// The offset of `addr` in the region if the region begins at `start` and holds all `len` bytes
+    /// at `addr`.
     fn offset(&self, start: u64, addr: u64, len: u64) -> Option<usize> {
         let offset = addr.checked_sub(start)?;
         let end = offset.checked_add(len)?;
@@ -174,7 +174,7 @@ impl MappedRegion {
 /// Prevents the file from shrinking, because an access to a page that is no longer in the file
 /// raises SIGBUS. A file that does not support seals (hugetlbfs, regular files) stays unchanged.
 fn seal_against_shrinking(file: &File) {
-    // SAFETY: F_ADD_SEALS reads only its integer argument; a file without seals answers an error.
+    // SAFETY: F_ADD_SEALS reads only its integer argument; for a file without seals it fails.
     unsafe {
         libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_SHRINK);
     }

@@ -141,7 +141,7 @@ impl Virtqueue {
         )
     }
 
-    /// Number of descriptors.
+    /// The number of descriptors.
     #[must_use]
     pub fn size(&self) -> u16 {
         dispatch!(self, ring => ring.size())

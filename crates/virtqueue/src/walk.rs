@@ -166,7 +166,7 @@ pub(crate) struct Walk<'w, 'p> {
     segments: &'w mut SegmentWriter<'p>,
     len: u64,
     descriptors: usize,
-    /// Number of segments in the burst in front of this chain.
+    /// The number of segments in the burst in front of this chain.
     from: usize,
 }
 
@@ -281,7 +281,7 @@ impl<'w, 'p> Walk<'w, 'p> {
             from: to_u32(self.from),
             segments: to_u16(self.segments.len() - self.from),
             len: len.ok().filter(|_| fault.is_none()).unwrap_or(0),
-            // A chain that is refused at its first descriptor still cost one read.
+            // A chain that is refused at its first descriptor costs one read as well.
             descriptors_read: self.descriptors.max(1),
         }
     }

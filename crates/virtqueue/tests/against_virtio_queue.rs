@@ -14,7 +14,7 @@ use virtionet_guest::split::{SplitDriverVirtqueue, VRING_AVAIL_F_NO_INTERRUPT};
 use virtionet_virtqueue::{Burst, Direction, Virtqueue, VirtqueueConfig, VirtqueueLayout};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
-/// Guest address of the buffers. Their initial content differs from byte to byte.
+/// The guest address of the buffers. Their initial content differs from byte to byte.
 const BUFFERS: u64 = 0x18_0000;
 const BUFFER_BYTES: usize = 0x1_0000;
 const RAM: u64 = 0x20_0000;
@@ -284,11 +284,11 @@ struct DevicePair {
     guests: [Guest; 2],
     ours: OurDevice,
     reference: ReferenceDevice,
-    /// Offset of the next buffer.
+    /// The offset of the next buffer.
     at: usize,
-    /// Number of chains added, which is the next token.
+    /// The number of chains added, which is the next token.
     added: u64,
-    /// Number of chains completed, which is the next fill byte.
+    /// The number of chains completed, which is the next fill byte.
     finished: u8,
 }
 

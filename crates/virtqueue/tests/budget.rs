@@ -16,7 +16,7 @@ const TABLE: u64 = 0x10_0000;
 const DATA: u64 = 0x40_0000;
 const RAM: u64 = 0x50_0000;
 const SIZE: u16 = 1024;
-/// Number of descriptors after which a call starts no further chain.
+/// The number of descriptors after which a call starts no further chain.
 const DESCRIPTOR_LIMIT: usize = 4 * MAX_CHAIN_SEGMENTS;
 
 struct Fixture {

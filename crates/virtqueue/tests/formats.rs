@@ -92,7 +92,7 @@ struct TestChain {
     token: u64,
     lens: Vec<u16>,
     descriptors: u16,
-    /// Number of bytes that the device reports as written.
+    /// The number of bytes that the device reports as written.
     written: usize,
 }
 

@@ -110,7 +110,8 @@ impl Endpoints {
         Self { driver, device }
     }
 
-    /// Passes one chain through both sides, so that the initial state of event suppression is gone.
+    /// Passes one chain through both sides, so that event suppression is no longer in its initial
+    /// state.
     fn first_lap(&mut self) {
         self.offer(0);
         self.driver.publish();
@@ -337,7 +338,7 @@ fn model_without_fences_loses_a_call() {
 }
 
 #[test]
-fn model_without_fences_deadlocks_two_that_wait() {
+fn model_without_fences_deadlocks_when_both_sides_wait() {
     assert_detected(DisabledOrdering::Fences, both_wait);
 }
 

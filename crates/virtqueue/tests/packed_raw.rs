@@ -163,7 +163,7 @@ fn valid_chains_in_front_of_a_fault_are_dequeued_first() {
     assert_eq!(fixture.burst.chains()[0].len(), 10);
     assert_eq!(fixture.burst.slices(&fixture.burst.chains()[0]).len(), 1);
     fixture.finish();
-    // The same behind used descriptors.
+    // The same holds behind used descriptors.
     fixture.put(DATA, 10, 7, VRING_DESC_F_NEXT);
     assert!(fixture.dequeue().is_err());
     assert_eq!(fixture.ring.base(), 0x8001_8001);

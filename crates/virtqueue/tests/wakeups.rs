@@ -1,5 +1,5 @@
 //! A driver and a device on two threads. Each waits for a notification when it has nothing to do,
-//! so a lost notification stops both, and the test fails by its time limit.
+//! so a lost notification stops both, and the test reaches its time limit.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -146,7 +146,8 @@ fn poll(mut ring: Virtqueue, mut burst: Burst, call: &WaitableEventFd, done: &At
     }
 }
 
-/// Each side publishes 60 chains at once, and the other side checks that it sees all or none.
+/// The driver and the device each publish 60 chains at once, and check that they see either all
+/// chains of the other or none.
 fn publish_batches(packed: bool) {
     let mut guest = Guest::new(setup(256, packed, false));
     let (ring, burst) = guest.device(guest.ring.base());

@@ -55,7 +55,7 @@ impl<T: ByteValued> GuestArray<T> {
         })
     }
 
-    /// Number of values.
+    /// The number of values.
     #[must_use]
     pub fn len(&self) -> u16 {
         self.len
@@ -162,13 +162,13 @@ impl_byte_valued!(Descriptor);
 const _: () = assert!(size_of::<Descriptor>() == 16);
 
 impl Descriptor {
-    /// Guest address of the buffer.
+    /// The guest address of the buffer.
     #[inline(always)]
     pub(crate) fn addr(self) -> u64 {
         u64::from_le(self.addr)
     }
 
-    /// Length of the buffer in bytes.
+    /// The length of the buffer in bytes.
     #[inline(always)]
     pub(crate) fn len(self) -> u32 {
         u32::try_from(u64::from_le(self.rest) & 0xffff_ffff).unwrap_or(0)
@@ -288,7 +288,7 @@ impl GuestArray<Descriptor> {
 }
 
 /// Orders earlier stores before later loads. Event suppression needs this between publishing an
-/// index and reading the driver's wish for notifications (virtio 1.3 §2.7.7 and §2.8.10).
+/// index and reading whether the driver wants a notification (virtio 1.3 §2.7.7 and §2.8.10).
 #[inline(always)]
 pub fn full_fence() {
     fence(Ordering::SeqCst);
@@ -309,8 +309,8 @@ pub(super) fn prefetch(_ptr: *const u8) {
 #[inline(always)]
 pub(super) fn prefetch_to_write(_ptr: *const u8) {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
-    // SAFETY: it never faults, whatever the address, and changes nothing; a CPU that does not know
-    // it does nothing.
+    // SAFETY: the instruction never faults, whatever the address, and changes nothing; a CPU that
+    // does not support it ignores it.
     unsafe {
         std::arch::asm!("prefetchw [{}]", in(reg) _ptr, options(nostack, preserves_flags, readonly));
     }

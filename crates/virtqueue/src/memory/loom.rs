@@ -6,9 +6,9 @@
 //! tries the orders in which two threads can run, and the old values that each load may still
 //! return under the C11 memory model.
 //!
-//! A cell holds what one side writes at once: a 16-bit index, a used element, or half of a
-//! descriptor. A volatile access of a normal build is a relaxed access here, because no order is
-//! needed of it.
+//! A cell holds what the driver or the device writes at once: a 16-bit index, a used element, or
+//! half of a descriptor. A volatile access of a normal build is a relaxed access here, because the
+//! virtqueue needs no order of it.
 #![allow(unsafe_code)]
 #![allow(
     clippy::panic,
@@ -41,7 +41,7 @@ pub enum DisabledOrdering {
 /// A word of the model.
 #[derive(Clone)]
 struct ModelCell {
-    /// Size in bytes, at most 8.
+    /// The size in bytes, at most 8.
     bytes: usize,
     value: Rc<AtomicU64Model>,
     /// Stored to before each access, and never loaded. loom tries other orders of two accesses only
@@ -110,7 +110,7 @@ pub fn clear_model() {
 /// A part of a cell, or all of it.
 struct ModelWord {
     cell: ModelCell,
-    /// Offset in the cell in bytes.
+    /// The offset in the cell in bytes.
     at: usize,
     bytes: usize,
 }

@@ -47,7 +47,7 @@ impl<'m> GuestSlice<'m> {
         }
     }
 
-    /// Length in bytes.
+    /// The length in bytes.
     #[inline(always)]
     #[must_use]
     pub fn len(&self) -> usize {
@@ -222,14 +222,14 @@ impl SegmentStart {
 /// dropped.
 pub(crate) struct SegmentWriter<'p> {
     segments: &'p mut SegmentList,
-    /// Number of segments, including those appended.
+    /// The number of segments, including those appended.
     len: usize,
     /// The region of the last translation.
     cached_region: CachedRegion,
 }
 
 impl SegmentWriter<'_> {
-    /// Number of segments.
+    /// The number of segments.
     #[inline(always)]
     pub(crate) fn len(&self) -> usize {
         self.len
@@ -301,7 +301,7 @@ struct CachedRegion {
 }
 
 impl CachedRegion {
-    /// Offset of `addr` in the region, if all `len` bytes at `addr` lie in it.
+    /// The offset of `addr` in the region, if all `len` bytes at `addr` lie in it.
     #[inline(always)]
     fn offset(&self, addr: u64, len: u64) -> Option<u64> {
         // An address below the start wraps to an offset beyond the size. `size - offset` cannot
@@ -336,7 +336,7 @@ impl SegmentList {
         &self.memory
     }
 
-    /// Number of segments.
+    /// The number of segments.
     #[inline(always)]
     #[must_use]
     pub fn len(&self) -> usize {

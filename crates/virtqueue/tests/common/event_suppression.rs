@@ -1,4 +1,4 @@
-//! The model of event suppression: when one side must be notified by the other.
+//! The model of event suppression: when the driver or the device must be notified.
 
 use super::setup::Setup;
 
@@ -54,7 +54,7 @@ impl EventSuppression {
             Self::Always => assert!(signalled, "no notification although all are wanted"),
             Self::Never => assert!(!signalled, "a notification that is not wanted"),
             Self::Next => {
-                assert!(signalled, "the other side waits and is not notified");
+                assert!(signalled, "the waiting driver or device is not notified");
                 *self = Self::Passed { ago: count };
             }
             Self::Passed { ago } => {

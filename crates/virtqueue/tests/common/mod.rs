@@ -15,13 +15,13 @@ use virtionet_virtqueue::{Burst, Virtqueue, VirtqueueConfig, VirtqueueLayout};
 
 pub use setup::Setup;
 
-/// Size of guest memory in bytes.
+/// The size of guest memory in bytes.
 pub const RAM: u64 = 0x60_0000;
-/// Guest address of the buffers. The buffers of each chain lie in a slot of their own.
+/// The guest address of the buffers. The buffers of each chain lie in a slot of their own.
 pub const DATA: u64 = 0x20_0000;
-/// Size of a slot in bytes.
+/// The size of a slot in bytes.
 pub const SLOT: u64 = 0x1000;
-/// Number of slots.
+/// The number of slots.
 pub const SLOTS: u64 = 1024;
 
 /// The driver, and what a device is made of.

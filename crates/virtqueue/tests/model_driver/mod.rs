@@ -12,7 +12,7 @@ use virtionet_virtqueue::constants::{
 use virtionet_virtqueue::memory::{GuestArray, GuestMemory};
 use virtionet_virtqueue::{Direction, VirtqueueConfig, VirtqueueLayout};
 
-/// Number of descriptors.
+/// The number of descriptors.
 const SIZE: u16 = 4;
 // Offsets of the parts from the base of the virtqueue. The used elements lie 4 bytes behind USED,
 // and so are aligned to 8 bytes.
@@ -67,17 +67,17 @@ pub struct Driver {
     device_event: GuestArray<u32>,
     /// The next descriptor to write, counted through all laps.
     next: u16,
-    /// Number of chains added (split: the next available index).
+    /// The number of chains added (split: the next available index).
     added: u16,
-    /// Number of chains published (split: the available index).
+    /// The number of chains published (split: the available index).
     published: u16,
     /// The position at the last call of `is_kick_needed`.
     kicked: u16,
     /// Packed: index and value of the flags of the first unpublished chain, which are written last.
     held: Option<(u16, u16)>,
-    /// Number of chains collected.
+    /// The number of chains collected.
     collected: u16,
-    /// Number of descriptors of each chain, by token.
+    /// The number of descriptors of each chain, by token.
     counts: [u16; 4],
     /// Packed: the descriptor that the device uses next, counted through all laps.
     used_at: u16,
@@ -212,7 +212,7 @@ impl Driver {
         }
     }
 
-    /// Number of chains (split) or descriptors (packed) published.
+    /// The number of chains (split) or descriptors (packed) published.
     fn position(&self) -> u16 {
         match self.format.packed {
             false => self.published,
