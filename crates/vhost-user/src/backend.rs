@@ -9,96 +9,104 @@ use virtionet_virtqueue::memory::GuestMemory;
 use crate::backend_error::BackendError;
 use crate::error::RefusedRequest;
 
-/// A device that a session drives. All calls come from the session's thread, one at a time; the
-/// device's own threads go on meanwhile.
+/// A device that a session drives. The session's thread makes all calls, one at a time, while the
+/// device's own threads keep running.
 ///
-/// Vring 2k is receiveq of queue pair k, vring 2k+1 its transmitq; indices are always below
-/// `2 * max_queue_pairs`.
+/// Vring 2k is the receiveq of queue pair k, and vring 2k+1 is its transmitq. Indices are always
+/// below `2 * max_queue_pairs`.
 pub trait Backend {
-    /// The virtio feature bits offered. The session adds VHOST_USER_F_PROTOCOL_FEATURES by itself.
+    /// The virtio feature bits that the device offers. The session adds
+    /// VHOST_USER_F_PROTOCOL_FEATURES.
     fn features(&self) -> u64;
 
-    /// Queue pairs that a front-end may use: 1 to 128.
+    /// The number of queue pairs that a front-end may use: 1 to 128.
     fn max_queue_pairs(&self) -> u16;
 
-    /// A front-end is connected; `pid` is its process, if the kernel reports it.
+    /// Called when a front-end has connected. `pid` is its process, if the kernel reports it.
     fn on_connect(&self, _pid: Option<u32>) {}
 
-    /// The front-end accepted these protocol features (see [`crate::protocol_features`]). QEMU
-    /// repeats this for each queue pair.
+    /// Called when the front-end has accepted these protocol features (see
+    /// [`crate::protocol_features`]). QEMU repeats the request for each queue pair.
     fn set_protocol_features(&self, _protocol_features: u64) {}
 
-    /// The front-end accepted these virtio features: a subset of [`Backend::features`]. May come
-    /// while vrings run; the format of the vrings (VIRTIO_F_RING_PACKED) does not change then.
+    /// Called when the front-end has accepted these virtio features: a subset of
+    /// [`Backend::features`]. This may happen while vrings run; the format of the vrings
+    /// (VIRTIO_F_RING_PACKED) does not change then.
     fn set_features(&self, acked: u64);
 
-    /// The guest's memory is now `memory`: rebinds every vring that runs to it. The result names
-    /// the vrings that had to be stopped because the new memory does not contain their areas.
+    /// Replaces the guest's memory by `memory`, and rebinds every running vring to it. Returns the
+    /// vrings that had to be stopped because the new memory does not contain their areas.
     #[must_use]
     fn set_memory(&self, memory: &Arc<GuestMemory>) -> Vec<UnmappedVring>;
 
-    /// Starts a vring that is stopped. The device looks for chains once even though no kick has
-    /// come, because the driver may have made them available before.
+    /// Starts a stopped vring. The device polls the vring once although no kick has come, because
+    /// the driver may have made chains available before.
     ///
     /// # Errors
-    /// When it cannot be started: wrong addresses or sizes, or the host lacks something. The vring
-    /// is then still stopped, and the session goes on without it.
+    /// When the vring cannot start: its addresses or sizes are wrong, or the host lacks a resource.
+    /// The vring then stays stopped, and the session continues without it.
     fn start_vring(&self, index: u16, start: VringStart) -> Result<(), BackendError>;
 
-    /// Stops a vring. Nothing is written to guest memory once this returns. The result is where the
-    /// vring would go on, as in [`VringStart::base`]; `None` when it was stopped already.
+    /// Stops a vring. The device writes nothing to guest memory after this returns. Returns the
+    /// base at which the vring would continue, as in [`VringStart::base`], or `None` when it was
+    /// stopped already.
     fn stop_vring(&self, index: u16) -> Option<u32>;
 
     /// Enables or disables a running vring.
     fn set_enabled(&self, index: u16, enabled: bool);
 
-    /// Changes the kick descriptor of a running vring; `None`: the vring is to be polled. The
-    /// device polls the vring once, because the last kick may have gone to the old descriptor.
+    /// Changes the kick descriptor of a running vring; with `None` the device polls the vring. In
+    /// either case the device polls it once, because the last kick may have gone to the old
+    /// descriptor.
     ///
     /// # Errors
-    /// When the device cannot wait for it. The vring then goes on with the old descriptor.
+    /// When the device cannot wait for the descriptor. The vring then keeps the old one.
     fn set_kick(&self, index: u16, kick: Option<Arc<OwnedFd>>) -> Result<(), BackendError>;
 
-    /// Changes the call descriptor of a running vring; `None`: the driver polls. The
-    /// device signals it once, because the last call may have gone to the old descriptor.
+    /// Changes the call descriptor of a running vring; with `None` the driver polls. The device
+    /// signals the new descriptor once, because the last call may have gone to the old one.
     fn set_call(&self, index: u16, call: Option<Arc<OwnedFd>>);
 
-    /// The front-end has a vring of this index, whether the driver uses it or not: it set the
-    /// call descriptor. QEMU does that for all vrings of its netdev when it connects.
+    /// Called when the front-end has set the call descriptor of a vring, which shows that it has
+    /// this vring, whether the driver uses it or not. QEMU sets the call descriptors of all vrings
+    /// of its netdev when it connects.
     fn on_vring_announced(&self, _index: u16) {}
 
-    /// Changes the descriptor by which the front-end learns of a running vring's faults.
+    /// Changes the err descriptor of a running vring, which reports the vring's faults to the
+    /// front-end.
     fn set_err(&self, index: u16, err: Option<Arc<OwnedFd>>);
 
-    /// The guest sees this MTU (68 to 65,535 bytes).
+    /// Sets the MTU that the guest sees (68 to 65,535 bytes).
     ///
     /// # Errors
     /// When the device cannot carry frames of that size.
     fn set_mtu(&self, mtu: u16) -> Result<(), BackendError>;
 
-    /// The connection has ended, and all vrings have been stopped. `refused` is the first request
-    /// of the front-end that was refused, if there was one.
+    /// Called when the connection has ended and all vrings have been stopped. `refused` is the
+    /// first request of the front-end that was refused, if there was one.
     fn on_disconnect(&self, _refused: Option<&RefusedRequest>) {}
 }
 
-/// All that a vring needs to start. The descriptors are eventfds in non-blocking mode.
+/// Everything that a vring needs to start. The descriptors are non-blocking eventfds.
 #[derive(Debug, Clone)]
 pub struct VringStart {
-    /// Size and areas, as front-end addresses.
+    /// The size and the areas, as front-end addresses.
     pub layout: VirtqueueLayout,
-    /// Where the vring goes on, as SET_VRING_BASE has it. Split: the next available index, 0 to
-    /// 65,535. Packed: bits 0-15 are the next available slot and its wrap counter (bit 15), bits
-    /// 16-31 the same of the next used slot; not every front-end fills the upper half.
+    /// The position at which the vring continues, in the form of SET_VRING_BASE. Split: the next
+    /// available index, 0 to 65,535. Packed: bits 0-15 are the next available descriptor and its
+    /// wrap counter (bit 15), and bits 16-31 are those of the next used descriptor. Not every
+    /// front-end fills the upper half.
     pub base: u32,
-    /// What the driver signals; `None`: the vring is to be polled.
+    /// The descriptor that the driver signals; with `None` the device polls the vring.
     pub kick: Option<Arc<OwnedFd>>,
-    /// What the device signals; `None`: the driver polls.
+    /// The descriptor that the device signals; with `None` the driver polls.
     pub call: Option<Arc<OwnedFd>>,
-    /// What the device signals when it quarantines the vring, if the front-end set one.
+    /// The descriptor that the device signals when it quarantines the vring, if the front-end set
+    /// one.
     pub err: Option<Arc<OwnedFd>>,
-    /// Whether frames pass; a disabled vring discards TX and supplies no RX.
+    /// Whether the vring carries frames. A disabled vring discards TX frames and receives none.
     pub enabled: bool,
-    /// The virtio feature bits in force.
+    /// The negotiated virtio feature bits.
     pub features: u64,
     /// The guest's memory.
     pub memory: Arc<GuestMemory>,
@@ -109,8 +117,8 @@ pub struct VringStart {
 pub struct UnmappedVring {
     /// The vring's index.
     pub index: u16,
-    /// Where it would go on, as in [`VringStart::base`].
+    /// The base at which it would continue, as in [`VringStart::base`].
     pub base: u32,
-    /// Which area is missing.
+    /// The area that is missing.
     pub error: BackendError,
 }

@@ -1,5 +1,5 @@
-//! Why a device cannot do what a request asks. These are errors of the host or of the device's
-//! configuration; the guest's faults and the front-end's errors have types of their own.
+//! Why a device cannot do what a request asks. The causes are errors of the host or of the device's
+//! configuration; faults of the guest and errors of the front-end have types of their own.
 
 use std::error::Error;
 use std::io;
@@ -18,7 +18,7 @@ pub enum BackendError {
     NoSuchQueuePair {
         /// The vring's index.
         index: u16,
-        /// Queue pairs of the device.
+        /// The number of queue pairs of the device.
         queue_pairs: usize,
         /// The device's name.
         device: String,
@@ -47,15 +47,15 @@ pub enum BackendError {
     VringConfig {
         /// The vring's index.
         index: u16,
-        /// What is wrong with it.
+        /// Why the configuration is not that of a virtqueue.
         source: VirtqueueError,
     },
-    /// The vring is in a state in which it cannot start.
+    /// The state of the vring does not allow a start.
     #[error("ring {index} cannot start: {source}")]
     VringState {
         /// The vring's index.
         index: u16,
-        /// The state and the event.
+        /// The state and the event that are not possible together.
         source: InvalidTransition,
     },
     /// The vring's areas are not in the new memory table.
@@ -63,7 +63,7 @@ pub enum BackendError {
     VringUnmapped {
         /// The vring's index.
         index: u16,
-        /// Which area is missing.
+        /// The area that is missing.
         source: VirtqueueError,
     },
     /// The worker cannot wait for the kick descriptor.
@@ -85,15 +85,15 @@ pub enum BackendError {
     /// The uplink cannot carry frames of this MTU.
     #[error("{source}")]
     Mtu {
-        /// The MTU asked for, in bytes.
+        /// The requested MTU in bytes.
         mtu: u16,
-        /// Why not, in a sentence of the uplink.
+        /// Why not, in the words of the uplink.
         source: Box<dyn Error + Send + Sync>,
     },
 }
 
 impl BackendError {
-    /// A name of the error for programs. It does not change.
+    /// A stable name of the error, for programs.
     #[must_use]
     pub fn code(&self) -> &'static str {
         match self {

@@ -15,100 +15,105 @@ pub enum SessionError {
     /// The front-end broke the protocol.
     #[error("{0}")]
     Protocol(#[from] ProtocolError),
-    /// QEMU was started without shared memory: no device can work. It sends no region and starts
-    /// the vrings all the same.
+    /// QEMU was started without shared memory, so no device can work. It then sends no region, but
+    /// starts the vrings nevertheless.
     #[error(
         "the guest's memory is not shared with virtionetd (no region came with SET_MEM_TABLE); start QEMU with -object memory-backend-memfd,id=mem,size=SIZE,share=on -numa node,memdev=mem (or -machine memory-backend=mem)"
     )]
     NotShared,
-    /// The host refused a descriptor that the front-end sent.
+    /// The host could not accept a descriptor that the front-end sent.
     #[error(
         "virtionetd has reached its limit of open files while it received descriptors; raise it (ulimit -n, or LimitNOFILE= of its service)"
     )]
     FdLimit,
     /// The socket failed.
-    #[error("the vhost-user socket failed: {0}; the front-end must connect anew")]
+    #[error("the vhost-user socket failed: {0}; the front-end must connect again")]
     Socket(#[from] io::Error),
 }
 
-/// How the front-end broke the protocol. Nothing that follows can be believed: the session ends.
+/// How the front-end broke the protocol. The session ends, because nothing that follows can be
+/// trusted.
 #[derive(Debug, thiserror::Error)]
 pub enum ProtocolError {
     /// The header's version is not 1.
     #[error(
-        "a vhost-user message has version {0} where only version 1 exists; is the peer a vhost-user front-end?"
+        "a vhost-user message has version {0}, but only version 1 exists; check that a vhost-user front-end is connected"
     )]
     Version(u32),
     /// The header marks the message as a reply.
-    #[error("request {0} is marked as a reply, but virtionetd asked for nothing")]
+    #[error(
+        "request {0} is marked as a reply, but virtionetd has sent no request; check the front-end"
+    )]
     Reply(u32),
-    /// The payload is longer than any request's.
-    #[error("request {code} announces a payload of {size} bytes where {MAX_PAYLOAD} are the most")]
+    /// The payload is longer than that of any request.
+    #[error(
+        "request {code} announces a payload of {size} bytes; at most {MAX_PAYLOAD} are allowed"
+    )]
     TooLong {
         /// The request's number.
         code: u32,
-        /// Bytes announced.
+        /// The number of bytes announced.
         size: u32,
     },
     /// The connection ended within a message.
     #[error("the front-end closed the connection in the middle of a message")]
     Truncated,
-    /// More descriptors than a message may carry.
+    /// The message carries too many descriptors.
     #[error("a message carries more than {MAX_FDS} file descriptors")]
     TooManyFds,
-    /// The payload's size is not the request's.
+    /// The size of the payload is not that of the request.
     #[error("{request:?} has a payload of {size} bytes instead of {wanted}")]
     Size {
         /// The request.
         request: FrontendReq,
-        /// Bytes received.
+        /// The number of bytes received.
         size: usize,
-        /// Bytes that the protocol asks for.
+        /// The number of bytes that the protocol requires.
         wanted: usize,
     },
-    /// Descriptors are missing or surplus.
+    /// The number of descriptors is not that of the request.
     #[error("{request:?} carries {got} file descriptors instead of {wanted}")]
     FdCount {
         /// The request.
         request: FrontendReq,
-        /// Descriptors received.
+        /// The number of descriptors received.
         got: usize,
-        /// Descriptors that the request asks for.
+        /// The number of descriptors that the request needs.
         wanted: usize,
     },
-    /// More regions than one table may have.
+    /// The table has more regions than one message may carry.
     #[error(
-        "SET_MEM_TABLE announces {0} memory regions where {MAX_TABLE_REGIONS} are the most; further ones come with ADD_MEM_REG"
+        "SET_MEM_TABLE announces {0} memory regions, but at most {MAX_TABLE_REGIONS} are allowed; add further ones with ADD_MEM_REG"
     )]
     Regions(u32),
-    /// A descriptor of the wrong kind.
-    #[error("{request:?} for ring {ring} carries {found} where an eventfd is needed")]
+    /// A descriptor is not an eventfd.
+    #[error("{request:?} for ring {ring} carries {found} instead of an eventfd")]
     NotEventFd {
         /// The request.
         request: FrontendReq,
         /// The vring's index.
         ring: u16,
-        /// What the descriptor is.
+        /// What the descriptor is instead.
         found: String,
     },
-    /// A request that must be answered cannot be.
+    /// A request that needs a reply cannot be answered.
     #[error("{request:?} cannot be answered: {refusal}")]
     Unanswerable {
         /// The request.
         request: FrontendReq,
-        /// Why not.
+        /// Why it cannot be answered.
         #[source]
         refusal: RequestError,
     },
 }
 
-/// Why a well-formed request is not done. The session goes on.
+/// Why a well-formed request is refused. The session continues.
 #[derive(Debug, thiserror::Error)]
 pub enum RequestError {
-    /// A vring index with more than 8 bits, or reserved bits set beside it.
-    #[error("{0:#x} is no ring index; the protocol counts rings in 8 bits")]
+    /// The vring index has more than 8 bits, or reserved bits beside it are set.
+    #[error("{0:#x} is not a ring index; a ring index has 8 bits")]
     VringIndex(u64),
-    /// A vring that this device does not have.
+    /// The device does not have this vring.
     #[error(
         "the front-end configures ring {ring}, but this device has {queue_pairs} queue pairs (rings 0 to {last}); raise virtionetd's --queues or lower queues= of QEMU's -netdev vhost-user",
         last = 2 * u32::from(*queue_pairs) - 1
@@ -116,58 +121,60 @@ pub enum RequestError {
     NoSuchVring {
         /// The vring's index.
         ring: u16,
-        /// Queue pairs of this device.
+        /// The number of queue pairs of this device.
         queue_pairs: u16,
     },
-    /// A vring size that virtio does not allow.
+    /// Virtio does not allow this vring size.
     #[error(
         "ring size {0} is not allowed; it must be 1 to 32768, and a power of two unless the ring is packed"
     )]
     VringSize(u32),
-    /// A base that a split vring's index cannot have.
+    /// The base does not fit the index of a split vring.
     #[error("ring base {0} does not fit the 16-bit index of a split ring")]
     VringBase(u32),
-    /// A vring's area is not aligned as virtio asks.
+    /// An area of a vring is not aligned as virtio requires.
     #[error("the ring's {area} at {addr:#x} is not aligned to {align} bytes")]
     Misaligned {
-        /// Which area.
+        /// The name of the area.
         area: &'static str,
-        /// Its front-end address.
+        /// The front-end address of the area.
         addr: u64,
-        /// Alignment in bytes (virtio 1.3 §2.7, §2.8).
+        /// The required alignment in bytes (virtio 1.3 §2.7, §2.8).
         align: u64,
     },
-    /// Flags of SET_VRING_ADDR that were not offered (logging of the used vring).
+    /// SET_VRING_ADDR has flags that were not offered (logging of writes to the used ring).
     #[error("SET_VRING_ADDR has flags {0:#x}, which virtionetd does not offer")]
     VringAddrFlags(u32),
-    /// Neither 0 nor 1.
+    /// The value of SET_VRING_ENABLE is neither 0 nor 1.
     #[error("a ring cannot be enabled with {0}; 1 enables and 0 disables it")]
     Enable(u32),
-    /// An MTU that IPv4 or virtio-net do not allow.
+    /// IPv4 or virtio-net does not allow this MTU.
     #[error("an MTU of {0} bytes is not allowed; it must be 68 to 65535")]
     Mtu(u64),
-    /// A device status with more than 8 bits.
-    #[error("{0:#x} is no device status; it has 8 bits")]
+    /// The device status has more than 8 bits.
+    #[error("{0:#x} is not a device status; a device status has 8 bits")]
     Status(u64),
-    /// Virtio features that were not offered.
-    #[error("the front-end takes feature bits {0:#x}, which virtionetd does not offer")]
+    /// The front-end accepts virtio features that were not offered.
+    #[error("the front-end accepts feature bits {0:#x}, which virtionetd does not offer")]
     Features(u64),
-    /// Protocol features that were not offered.
-    #[error("the front-end takes protocol feature bits {0:#x}, which virtionetd does not offer")]
+    /// The front-end accepts protocol features that were not offered.
+    #[error("the front-end accepts protocol feature bits {0:#x}, which virtionetd does not offer")]
     ProtocolFeatures(u64),
-    /// The format of the vrings would change under running ones.
-    #[error("split and packed rings cannot be exchanged while rings run; stop them first")]
+    /// The request would change the format of the vrings while some of them run.
+    #[error(
+        "the ring format cannot change between split and packed while rings run; stop them first"
+    )]
     FormatWhileRunning,
     /// The memory table cannot be used.
     #[error("{0}")]
     Memory(#[from] MemoryError),
-    /// The device cannot do it.
+    /// The device cannot do what the request asks.
     #[error("{0}")]
     Backend(#[from] BackendError),
-    /// A request of the protocol that belongs to a feature not offered.
+    /// The request belongs to a protocol feature that was not offered.
     #[error("virtionetd does not offer it")]
     NotOffered,
-    /// A request that this version of the protocol does not have.
+    /// This version of the protocol does not have the request.
     #[error("virtionetd does not know it")]
     Unknown,
 }
@@ -188,7 +195,7 @@ impl fmt::Display for RefusedRequest {
 }
 
 impl SessionError {
-    /// A name of the error for programs. It does not change.
+    /// A stable name of the error, for programs.
     #[must_use]
     pub fn code(&self) -> &'static str {
         match self {
@@ -201,7 +208,7 @@ impl SessionError {
 }
 
 impl ProtocolError {
-    /// A name of the error for programs. It does not change.
+    /// A stable name of the error, for programs.
     #[must_use]
     pub fn code(&self) -> &'static str {
         match self {
@@ -220,7 +227,7 @@ impl ProtocolError {
 }
 
 impl RequestError {
-    /// A name of the error for programs. It does not change.
+    /// A stable name of the error, for programs.
     #[must_use]
     pub fn code(&self) -> &'static str {
         match self {
@@ -244,13 +251,13 @@ impl RequestError {
     }
 }
 
-/// Why a message is no request.
+/// Why a message is not a valid request.
 #[derive(Debug, thiserror::Error)]
 pub enum DecodeError {
-    /// The session must end.
+    /// The front-end broke the protocol, and the session must end.
     #[error("{0}")]
     Protocol(#[from] ProtocolError),
-    /// The message is well formed, its values are not allowed.
+    /// The message is well formed, but its values are not allowed.
     #[error("{0}")]
     Refused(#[from] RequestError),
 }

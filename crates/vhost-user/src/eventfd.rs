@@ -1,4 +1,4 @@
-//! Checks of the eventfds by which driver and device notify each other.
+//! Checks of the eventfds with which driver and device notify each other.
 
 use std::fs::read_link;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -6,14 +6,14 @@ use std::sync::Arc;
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
-/// What /proc calls an eventfd.
+/// The name of an eventfd in /proc.
 const EVENTFD: &str = "anon_inode:[eventfd]";
 
-/// Takes `fd` if it is an eventfd, and makes it non-blocking: a write to a full eventfd, or a read
-/// of an empty one, must not stop a thread.
+/// Accepts `fd` if it is an eventfd, and makes it non-blocking, so that neither a write to a full
+/// eventfd nor a read of an empty one can block a thread.
 ///
-/// The error names what it is instead. Anything else is refused, because reading it could block
-/// (a pipe, a terminal), never end (/dev/zero) or mean something else (a socket).
+/// The error names what `fd` is instead. No other kind of file is accepted, because reading it
+/// could block (a pipe, a terminal), never end (/dev/zero) or have another meaning (a socket).
 pub(crate) fn from_fd(fd: OwnedFd) -> Result<Arc<OwnedFd>, String> {
     // syscalls: readlink
     match read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())) {
@@ -35,13 +35,13 @@ mod tests {
     use std::fs::File;
 
     #[test]
-    fn a_blocking_eventfd_becomes_non_blocking() {
+    fn blocking_eventfd_becomes_non_blocking() {
         let fd = from_fd(eventfd(0)).unwrap();
         assert!(fcntl_getfl(&fd).unwrap().contains(OFlags::NONBLOCK));
     }
 
     #[test]
-    fn other_descriptors_are_named() {
+    fn descriptor_that_is_not_an_eventfd_is_refused_with_its_name() {
         let (reader, _writer) = std::io::pipe().unwrap();
         let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
         for (fd, want) in [

@@ -1,28 +1,28 @@
-//! The vhost-user session: one front-end (QEMU, as a rule) on one unix socket, from its first byte
-//! to its last.
+//! The vhost-user session: one connection of a front-end (usually QEMU) on a unix socket, from its
+//! first byte to its last.
 //!
 //! ```text
 //! bytes + fds --wire--> Message --request--> Request --session--> calls of a Backend, a Reply
 //! ```
 //!
-//! Each stage is used by the next and by nothing else: [`wire`] handles sockets but no requests,
-//! [`request`] handles payloads but no state, [`session`] handles state but no sockets. What a
-//! stage accepted is never checked again.
+//! Only the next stage uses each stage: [`wire`] handles sockets but no requests, [`request`]
+//! handles payloads but no state, and [`session`] handles state but no sockets. What one stage has
+//! accepted is not checked again.
 //!
-//! # What an error does
-//! - The protocol itself is broken ([`ProtocolError`]: framing, payload sizes, descriptors): the
-//!   session ends, since nothing that follows can be believed.
+//! # Effects of errors
+//! - The front-end breaks the protocol itself ([`ProtocolError`]: framing, payload sizes,
+//!   descriptors): the session ends, because nothing that follows can be trusted.
 //! - A request is well formed but cannot be done ([`RequestError`]): nothing changes, one line is
 //!   logged (at most one a second), and the front-end gets a non-zero acknowledgement if it asked
-//!   for one. Requests that this back-end does not know or has not offered are refused alike.
-//! - A request that needs an answer of its own (GET_VRING_BASE) cannot be refused: it ends the
-//!   session.
+//!   for one. Requests that this back-end does not support or has not offered are refused in the
+//!   same way.
+//! - A request with a reply of its own (GET_VRING_BASE) cannot be refused, so it ends the session.
 //! - The guest's memory is not shared ([`SessionError::NotShared`]): the session ends when the
-//!   first vring is to start.
+//!   first vring must start.
 //!
 //! # One front-end at a time
-//! A second client of a busy socket waits in the listen backlog: a front-end that reconnects may
-//! come before the end of its old connection has been seen, and must not be turned away.
+//! A second client of a busy socket waits in the listen backlog. A front-end that reconnects may
+//! connect before the end of its old connection is detected, so it must not be refused.
 
 pub mod backend;
 mod backend_error;

@@ -1,10 +1,10 @@
-//! The protocol's limits.
+//! Limits of the protocol.
 
 use vhost::vhost_user::message::{MAX_ATTACHED_FD_ENTRIES, MAX_MSG_SIZE};
 
-/// Largest number of bytes of a message's payload.
+/// The largest payload of a message in bytes.
 pub const MAX_PAYLOAD: usize = MAX_MSG_SIZE;
-/// Largest number of descriptors of a message.
+/// The largest number of descriptors of a message.
 pub const MAX_FDS: usize = MAX_ATTACHED_FD_ENTRIES;
-/// Largest number of regions of one SET_MEM_TABLE.
+/// The largest number of regions of one SET_MEM_TABLE.
 pub const MAX_TABLE_REGIONS: usize = 8;

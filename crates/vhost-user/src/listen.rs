@@ -1,5 +1,5 @@
-//! How a front-end and this back-end connect: the back-end listens, it connects, or it is started
-//! with a socket.
+//! The ways in which a front-end and this back-end connect: the back-end listens, it connects, or
+//! it inherits a socket.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -18,12 +18,12 @@ use virtionet_base::unix_socket::{
 
 use crate::sys::TakeFdError;
 
-/// Pause between two attempts to connect.
+/// The pause between two attempts to connect.
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
-/// Pause after the process ran out of something that accepting needs.
+/// The pause after the process has run out of a resource that accepting a connection needs.
 const EXHAUSTED_PAUSE: Duration = Duration::from_secs(1);
 
-/// Why there is no connection.
+/// Why a connection with a front-end cannot be made.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
     /// The socket cannot be bound or connected to.
@@ -40,7 +40,7 @@ pub enum ListenError {
 /// What an inherited descriptor is instead of a usable socket.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum WrongDescriptor {
-    /// It cannot be taken.
+    /// The descriptor cannot be taken over.
     #[error("{0}")]
     NotTaken(#[from] TakeFdError),
     /// It is not a socket.
@@ -49,13 +49,13 @@ pub enum WrongDescriptor {
     /// It is a socket of another domain or type.
     #[error("another kind of socket")]
     OtherSocket,
-    /// It is a socket that has no peer and does not listen.
+    /// It is a socket that is neither connected nor listening.
     #[error("a socket that is neither connected nor listening")]
     Unconnected,
 }
 
 impl ListenError {
-    /// A name of the error for programs. It does not change.
+    /// A stable name of the error, for programs.
     #[must_use]
     pub fn code(&self) -> &'static str {
         match self {
@@ -66,7 +66,7 @@ impl ListenError {
     }
 }
 
-/// A listening socket. The socket file that it made is removed with it.
+/// A listening socket. Dropping it removes the socket file that it created.
 #[derive(Debug)]
 pub struct Listener {
     socket: UnixListener,
@@ -74,11 +74,11 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Listens at `path`. A socket file left behind by a process that is gone is replaced. Mode and
-    /// group are set before the first client can connect.
+    /// Listens at `path`. The socket file of a process that has ended is replaced. Mode and group
+    /// are set before the first client can connect.
     ///
     /// # Errors
-    /// When the path is in use or cannot be made a socket.
+    /// When the path is in use or a socket cannot be created there.
     pub fn bind(path: &Path, access: &SocketPermissions) -> Result<Self, ListenError> {
         let (socket, file) = listen_at(path, access)?;
         Ok(Self {
@@ -99,8 +99,8 @@ impl Listener {
         self.file.as_ref().map(SocketFile::path)
     }
 
-    /// Waits for a front-end; `None` once `stop` is readable. A process short of descriptors or
-    /// memory waits and tries again.
+    /// Waits for a front-end. Returns `None` once `stop` is readable. If the process runs out of
+    /// descriptors or memory, it waits and tries again.
     ///
     /// # Errors
     /// When the socket itself fails.
@@ -113,7 +113,7 @@ impl Listener {
             match self.socket.accept() {
                 Ok((stream, _)) => return Ok(Some(stream)),
                 Err(error) if is_exhausted(&error) => {
-                    warn!("cannot accept a front-end: {error}; will try again");
+                    warn!("cannot accept a front-end: {error}; virtionetd tries again");
                     if wait(stop, None, Some(EXHAUSTED_PAUSE)).map_err(ListenError::Accept)? {
                         return Ok(None);
                     }
@@ -125,21 +125,21 @@ impl Listener {
     }
 }
 
-/// A descriptor that the process was started with, as QEMU's back-end conventions have it
-/// (`--fd`).
+/// A socket that the process inherited from its parent, as QEMU's conventions for back-ends
+/// describe (`--fd`).
 #[derive(Debug)]
 pub enum InheritedSocket {
-    /// A socket that listens: front-ends are accepted from it, one after the other.
+    /// A listening socket, from which front-ends are accepted one after the other.
     Listening(Listener),
     /// A socket that is connected to its only front-end.
     Connected(UnixStream),
 }
 
 impl InheritedSocket {
-    /// Finds out what `fd` is (see [`crate::take_fd`]).
+    /// Determines the kind of socket that `fd` is (see [`crate::take_fd`]).
     ///
     /// # Errors
-    /// When it is no unix stream socket, or one that is neither connected nor listening.
+    /// When it is not a unix stream socket, or is neither connected nor listening.
     // syscalls: getsockopt getpeername
     pub fn new(fd: OwnedFd) -> Result<Self, ListenError> {
         let domain = sockopt::socket_domain(&fd).map_err(|_| WrongDescriptor::NoSocket)?;
@@ -160,11 +160,11 @@ impl InheritedSocket {
     }
 }
 
-/// Connects to a front-end that listens at `path`, trying again every 500 ms until it does;
-/// `None` once `stop` is readable.
+/// Connects to a front-end that listens at `path`, with an attempt every 500 ms until one succeeds.
+/// Returns `None` once `stop` is readable.
 ///
 /// # Errors
-/// When trying again cannot help.
+/// When another attempt cannot succeed.
 // syscalls: socket connect poll
 pub fn connect(path: &Path, stop: BorrowedFd<'_>) -> Result<Option<UnixStream>, ListenError> {
     let address = to_socket_address(path)?;
@@ -190,7 +190,7 @@ pub fn connect(path: &Path, stop: BorrowedFd<'_>) -> Result<Option<UnixStream>, 
     }
 }
 
-/// Sleeps until `stop` or `other` is readable or `timeout` has passed; true for `stop`.
+/// Sleeps until `stop` or `other` is readable or `timeout` has passed. Returns true for `stop`.
 fn wait(
     stop: BorrowedFd<'_>,
     other: Option<BorrowedFd<'_>>,
@@ -210,7 +210,7 @@ fn wait(
     }
 }
 
-/// Errors of connect that mean that no process listens yet, or that the backlog is full.
+/// Whether `connect` failed because no process listens yet, or because the backlog is full.
 fn is_absent(error: Errno) -> bool {
     matches!(
         error,
@@ -218,7 +218,7 @@ fn is_absent(error: Errno) -> bool {
     )
 }
 
-/// Errors of accept that pass when something has been freed.
+/// Whether `accept` failed for lack of a resource that may become available again.
 fn is_exhausted(error: &io::Error) -> bool {
     matches!(
         Errno::from_io_error(error),
@@ -226,7 +226,7 @@ fn is_exhausted(error: &io::Error) -> bool {
     )
 }
 
-/// Errors of accept that mean that this client is gone.
+/// Whether `accept` failed because this client has already disconnected.
 fn is_transient(error: &io::Error) -> bool {
     matches!(
         Errno::from_io_error(error),

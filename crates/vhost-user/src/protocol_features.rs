@@ -5,7 +5,8 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures as Bits;
 /// VHOST_USER_F_PROTOCOL_FEATURES: the virtio feature bit that announces protocol features.
 pub const VHOST_USER_F_PROTOCOL_FEATURES: u64 = 1 << 30;
 
-/// The protocol features offered. QEMU accepts whatever is offered, so the list has only what works.
+/// The protocol features that this back-end offers. QEMU accepts whatever is offered, so the list
+/// contains only features that work.
 pub const OFFERED: u64 = Bits::MQ.bits()
     | Bits::REPLY_ACK.bits()
     | Bits::MTU.bits()
@@ -13,7 +14,7 @@ pub const OFFERED: u64 = Bits::MQ.bits()
     | Bits::CONFIGURE_MEM_SLOTS.bits()
     | Bits::STATUS.bits();
 
-/// The protocol's names of the features offered, with their bits.
+/// The protocol's names of the offered features, with their bits.
 const NAMES: [(Bits, &str); 6] = [
     (Bits::MQ, "MQ"),
     (Bits::REPLY_ACK, "REPLY_ACK"),
@@ -23,8 +24,8 @@ const NAMES: [(Bits, &str); 6] = [
     (Bits::STATUS, "STATUS"),
 ];
 
-/// Names of the protocol features in `bits`, lowest bit first; bits that are not offered are left
-/// out.
+/// The names of the protocol features in `bits`, lowest bit first. Bits that are not offered are
+/// left out.
 pub fn names(bits: u64) -> impl Iterator<Item = &'static str> {
     NAMES
         .into_iter()
@@ -37,7 +38,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_feature_offered_has_a_name() {
+    fn every_offered_feature_has_a_name() {
         let named = NAMES.iter().fold(0, |sum, (bit, _)| sum | bit.bits());
         assert_eq!(named, OFFERED);
         assert_eq!(names(u64::MAX).count(), 6);

@@ -1,4 +1,4 @@
-//! Requests, decoded once from a message and checked as far as that goes without state.
+//! Requests, decoded from a message and checked as far as that is possible without state.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -16,77 +16,77 @@ use crate::error::{DecodeError, ProtocolError, RequestError};
 use crate::eventfd;
 use crate::limits::MAX_TABLE_REGIONS;
 
-/// Bits 0-7 of SET_VRING_KICK's payload, and of its like, are the vring's index.
+/// The vring's index in the payload of SET_VRING_KICK, SET_VRING_CALL and SET_VRING_ERR: bits 0-7.
 const INDEX_MASK: u64 = 0xff;
-/// Bit 8 means that no descriptor comes with the message.
+/// The bit of these payloads that means that no descriptor comes with the message: bit 8.
 const NO_FD: u64 = 1 << 8;
 /// The smallest MTU of IPv4 (RFC 791) and of virtio-net (virtio 1.3 §5.1.4.1).
 const MIN_MTU: u16 = 68;
 
-/// A front-end's request. Whether its vring exists and its bits were offered is for the session to
-/// check.
+/// A request of the front-end. The session checks whether its vring exists and whether its bits
+/// were offered.
 #[derive(Debug)]
 pub enum Request {
-    /// Which virtio features there are.
+    /// Asks for the virtio features that the device offers.
     GetFeatures,
-    /// Takes virtio features.
+    /// Accepts virtio features.
     SetFeatures(u64),
     /// Begins a session.
     SetOwner,
-    /// Deprecated; stops all vrings.
+    /// Stops all vrings (deprecated).
     ResetOwner,
     /// Replaces the memory table.
     SetMemTable(Vec<(RegionSpec, File)>),
     /// Adds a region to the memory table.
     AddMemReg(RegionSpec, File),
-    /// Removes a region from the memory table; its file offset means nothing.
+    /// Removes a region from the memory table; the file offset has no meaning.
     RemMemReg(RegionSpec),
-    /// How many regions the memory table may have.
+    /// Asks how many regions the memory table may have.
     GetMaxMemSlots,
-    /// Sets a vring's size: 1 to 32,768.
+    /// Sets the size of a vring: 1 to 32,768.
     SetVringNum {
         /// The vring's index.
         ring: u16,
-        /// Number of descriptors.
+        /// The number of descriptors.
         size: u16,
     },
-    /// Sets a vring's addresses, aligned as virtio asks.
+    /// Sets the addresses of a vring, aligned as virtio requires.
     SetVringAddr {
         /// The vring's index.
         ring: u16,
-        /// Its areas.
+        /// The areas of the vring.
         areas: VringAreas,
     },
-    /// Sets where a vring goes on.
+    /// Sets the position at which a vring continues.
     SetVringBase {
         /// The vring's index.
         ring: u16,
         /// See [`crate::VringStart::base`].
         base: u32,
     },
-    /// Stops a vring and asks where it would go on.
+    /// Stops a vring and asks for the position at which it would continue.
     GetVringBase {
         /// The vring's index.
         ring: u16,
     },
-    /// Sets what the driver signals, and lets the vring start.
+    /// Sets the descriptor that the driver signals, and allows the vring to start.
     SetVringKick(VringEventFd),
-    /// Sets what signals the driver.
+    /// Sets the descriptor with which the device signals the driver.
     SetVringCall(VringEventFd),
-    /// Sets what signals the front-end when the vring is at fault.
+    /// Sets the descriptor with which the device reports a fault of the vring to the front-end.
     SetVringErr(VringEventFd),
     /// Enables or disables a vring.
     SetVringEnable {
         /// The vring's index.
         ring: u16,
-        /// Whether frames pass.
+        /// Whether the vring carries frames.
         enabled: bool,
     },
-    /// Which protocol features there are.
+    /// Asks for the protocol features that the back-end offers.
     GetProtocolFeatures,
-    /// Takes protocol features.
+    /// Accepts protocol features.
     SetProtocolFeatures(u64),
-    /// How many queue pairs there are.
+    /// Asks for the number of queue pairs.
     GetQueueNum,
     /// Sets the MTU that the guest sees: 68 to 65,535.
     NetSetMtu(u16),
@@ -98,20 +98,20 @@ pub enum Request {
     GetStatus,
     /// Sets the device status.
     SetStatus(u8),
-    /// A request of the protocol that a net device without further features does not serve.
+    /// A request that belongs to a protocol feature that was not offered.
     NotOffered(FrontendReq),
     /// A request that this version of the protocol does not have.
     Unknown(u32),
 }
 
-/// A vring's areas, as front-end addresses.
+/// The areas of a vring, as front-end addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct VringAreas {
-    /// Descriptor table, or descriptor ring.
+    /// The descriptor table (split) or descriptor ring (packed).
     pub desc: u64,
-    /// Available vring, or driver event suppression.
+    /// The available ring (split) or the driver's event suppression area (packed).
     pub avail: u64,
-    /// Used vring, or device event suppression.
+    /// The used ring (split) or the device's event suppression area (packed).
     pub used: u64,
 }
 
@@ -120,16 +120,16 @@ pub struct VringAreas {
 pub struct VringEventFd {
     /// The vring's index.
     pub ring: u16,
-    /// A non-blocking eventfd; `None`: polling is used instead.
+    /// A non-blocking eventfd; with `None` polling is used instead.
     pub fd: Option<Arc<OwnedFd>>,
 }
 
 impl Request {
-    /// Decodes request `code`. Descriptors that the request does not keep are closed.
+    /// Decodes request `code`. Descriptors that the request does not need are closed.
     ///
     /// # Errors
-    /// [`DecodeError::Protocol`] when the payload's size, the number of descriptors or their kind
-    /// are not the request's; [`DecodeError::Refused`] when a value is not allowed.
+    /// [`DecodeError::Protocol`] when the size of the payload, the number of descriptors or their
+    /// kind does not match the request; [`DecodeError::Refused`] when a value is not allowed.
     pub fn decode(code: u32, payload: &[u8], fds: Vec<OwnedFd>) -> Result<Self, DecodeError> {
         let Ok(request) = FrontendReq::try_from(code) else {
             return Ok(Self::Unknown(code));
@@ -143,7 +143,7 @@ impl Request {
     }
 }
 
-/// The parts of a message whose code is known.
+/// The parts of a message with a known code.
 struct RequestBody<'p> {
     request: FrontendReq,
     payload: &'p [u8],
@@ -221,7 +221,7 @@ impl RequestBody<'_> {
         Ok(Request::AddMemReg(spec, File::from(fd)))
     }
 
-    /// A descriptor may come along, as older front-ends have it; it is closed unused.
+    /// Accepts a descriptor, which older front-ends send, and closes it without using it.
     fn decode_rem_mem_reg(self) -> Result<Request, DecodeError> {
         if self.fds.len() > 1 {
             self.check_fd_count(0)?;
@@ -308,7 +308,8 @@ impl RequestBody<'_> {
         Ok(Request::NetSetMtu(mtu))
     }
 
-    /// The address is the first six bytes of the payload as they lie in memory.
+    /// Reads the address from the first six bytes of the payload, in the order in which they lie in
+    /// memory.
     fn decode_rarp(&self) -> Result<Request, DecodeError> {
         let [a, b, c, d, e, f, _, _] = self.decode_u64()?.to_ne_bytes();
         Ok(Request::SendRarp([a, b, c, d, e, f]))
@@ -320,7 +321,7 @@ impl RequestBody<'_> {
         Ok(Request::SetStatus(status))
     }
 
-    /// A vring's index and a number.
+    /// Reads the index of a vring and a number.
     fn decode_vring_state(&self) -> Result<(u16, u32), DecodeError> {
         self.check_fd_count(0)?;
         let state = self.read::<VhostUserVringState>()?;
@@ -367,7 +368,7 @@ impl RequestBody<'_> {
     }
 }
 
-/// A value from bytes at any alignment; `bytes` has the value's size.
+/// Reads a value from bytes of any alignment; `bytes` must have the size of the value.
 fn from_bytes<T: ByteValued + Default>(bytes: &[u8]) -> T {
     let mut value = T::default();
     value.as_mut_slice().copy_from_slice(bytes);
@@ -404,13 +405,13 @@ mod tests {
     fn text(code: FrontendReq, payload: &[u8], fds: usize) -> Result<Request, String> {
         let fds = (0..fds).map(|_| eventfd(0)).collect();
         Request::decode(code.into(), payload, fds).map_err(|error| match error {
-            DecodeError::Protocol(peer) => format!("peer: {peer}"),
+            DecodeError::Protocol(error) => format!("protocol error: {error}"),
             DecodeError::Refused(refusal) => format!("refused: {refusal}"),
         })
     }
 
     #[test]
-    fn malformed_requests_are_told_apart() {
+    fn malformed_request_has_an_error_that_names_its_defect() {
         use FrontendReq as Code;
         let num = |index: u32, num: u32| payload(&[index, num]);
         let addr = |flags: u32, desc: u64, used: u64, avail: u64| {
@@ -427,32 +428,32 @@ mod tests {
                 Code::GET_FEATURES,
                 vec![0; 8],
                 0,
-                "peer: GET_FEATURES has a payload of 8 bytes",
+                "protocol error: GET_FEATURES has a payload of 8 bytes",
             ),
             (
                 Code::GET_FEATURES,
                 vec![],
                 1,
-                "peer: GET_FEATURES carries 1 file",
+                "protocol error: GET_FEATURES carries 1 file",
             ),
             (Code::SET_FEATURES, vec![0; 7], 0, "instead of 8"),
             (
                 Code::SET_FEATURES,
                 vec![],
                 0,
-                "peer: SET_FEATURES has a payload of 0",
+                "protocol error: SET_FEATURES has a payload of 0",
             ),
             (
                 Code::SET_FEATURES,
                 vec![0; 4096],
                 0,
-                "peer: SET_FEATURES has a payload of 4096",
+                "protocol error: SET_FEATURES has a payload of 4096",
             ),
             (
                 Code::SET_MEM_TABLE,
                 vec![0; 7],
                 0,
-                "peer: SET_MEM_TABLE has a payload of 7",
+                "protocol error: SET_MEM_TABLE has a payload of 7",
             ),
             (Code::SET_MEM_TABLE, table(1, 2), 1, "instead of 40"),
             (
@@ -471,7 +472,7 @@ mod tests {
                 Code::SET_MEM_TABLE,
                 table(9, 9),
                 9,
-                "peer: SET_MEM_TABLE announces 9",
+                "protocol error: SET_MEM_TABLE announces 9",
             ),
             (Code::SET_MEM_TABLE, table(33, 33), 8, "announces 33"),
             (
@@ -516,13 +517,13 @@ mod tests {
                 Code::SET_VRING_NUM,
                 num(256, 256),
                 0,
-                "refused: 0x100 is no ring index",
+                "refused: 0x100 is not a ring index",
             ),
             (
                 Code::SET_VRING_NUM,
                 num(u32::MAX, 256),
                 0,
-                "refused: 0xffffffff is no",
+                "refused: 0xffffffff is not",
             ),
             (
                 Code::SET_VRING_ADDR,
@@ -552,31 +553,31 @@ mod tests {
                 Code::GET_VRING_BASE,
                 num(256, 0),
                 0,
-                "peer: GET_VRING_BASE cannot be answered: 0x100",
+                "protocol error: GET_VRING_BASE cannot be answered: 0x100",
             ),
             (
                 Code::SET_VRING_KICK,
                 u64s(0),
                 0,
-                "peer: SET_VRING_KICK carries 0 file",
+                "protocol error: SET_VRING_KICK carries 0 file",
             ),
             (
                 Code::SET_VRING_KICK,
                 u64s(0),
                 2,
-                "peer: SET_VRING_KICK carries 2 file",
+                "protocol error: SET_VRING_KICK carries 2 file",
             ),
             (
                 Code::SET_VRING_CALL,
                 u64s(0x100),
                 1,
-                "peer: SET_VRING_CALL carries 1 file",
+                "protocol error: SET_VRING_CALL carries 1 file",
             ),
             (
                 Code::SET_VRING_ERR,
                 u64s(0x200),
                 1,
-                "refused: 0x200 is no ring index",
+                "refused: 0x200 is not a ring index",
             ),
             (
                 Code::SET_VRING_ENABLE,
@@ -595,7 +596,7 @@ mod tests {
                 Code::SET_STATUS,
                 u64s(256),
                 0,
-                "refused: 0x100 is no device status",
+                "refused: 0x100 is not a device status",
             ),
         ] {
             let got = text(code, &bytes, fds).unwrap_err();
@@ -604,20 +605,20 @@ mod tests {
     }
 
     #[test]
-    fn a_kick_must_be_an_eventfd() {
+    fn kick_descriptor_that_is_not_an_eventfd_is_refused() {
         for path in ["/dev/zero", "/"] {
             let fds = vec![OwnedFd::from(File::open(path).unwrap())];
             let code = FrontendReq::SET_VRING_KICK.into();
             let error = Request::decode(code, &3u64.to_ne_bytes(), fds).unwrap_err();
             assert_eq!(
                 error.to_string(),
-                format!("SET_VRING_KICK for ring 3 carries {path} where an eventfd is needed")
+                format!("SET_VRING_KICK for ring 3 carries {path} instead of an eventfd")
             );
         }
     }
 
     #[test]
-    fn values_arrive_as_sent() {
+    fn well_formed_request_is_decoded_with_its_values() {
         let region = |base: u64| {
             [base, base + 1, base + 2, base + 3]
                 .map(u64::to_ne_bytes)
@@ -656,7 +657,7 @@ mod tests {
     }
 
     #[test]
-    fn requests_of_others_are_named_and_their_descriptors_closed() {
+    fn request_that_is_not_offered_is_named_and_its_descriptor_closed() {
         assert!(matches!(
             text(FrontendReq::SET_LOG_BASE, &[0; 16], 1),
             Ok(Request::NotOffered(FrontendReq::SET_LOG_BASE))

@@ -1,14 +1,15 @@
-//! The session's state and what each request does to it.
+//! The state of a session, and the effect of each request on it.
 //!
 //! # When a vring runs
-//! It starts when its size, addresses and base are known and SET_VRING_KICK has come, in whatever
-//! order; it stops at GET_VRING_BASE, at a reset (RESET_DEVICE, RESET_OWNER, a device status of 0)
-//! and at the end of the connection. Stopping forgets the kick descriptor, so that a front-end can
-//! configure the vring anew, message by message, before its next SET_VRING_KICK starts it. Call and
-//! err descriptors are kept. A new size, address or base of a running vring stops it and starts it
-//! again.
+//! A vring starts when its size, addresses and base are known and SET_VRING_KICK has come, in any
+//! order. It stops at GET_VRING_BASE, at a reset (RESET_DEVICE, RESET_OWNER, a device status of 0)
+//! and at the end of the connection. The session then forgets the kick descriptor, so that a
+//! front-end can configure the vring again, message by message, before its next SET_VRING_KICK
+//! starts it. The session keeps the call and err descriptors. If a running vring gets a new size,
+//! address or base, the session stops it and starts it again.
 //!
-//! A vring that could not start is tried again when it or the memory table changes.
+//! If a vring could not start, the session tries again when the vring's configuration or the memory
+//! table changes.
 
 mod vrings;
 
@@ -35,7 +36,7 @@ use crate::wire::{Channel, Header, Incoming, Message, Reply, ReplyPayload};
 const PACKED: u64 = 1 << VIRTIO_F_RING_PACKED;
 const REPLY_ACK: u64 = VhostUserProtocolFeatures::REPLY_ACK.bits();
 
-/// How a session came to its end.
+/// How a session ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SessionEnd {
     /// The front-end closed the connection.
@@ -44,8 +45,8 @@ pub enum SessionEnd {
     Stopped,
 }
 
-/// Serves one front-end until it goes away, `stop` becomes readable (it is not read), or an error
-/// ends the session. In every case no vring runs afterwards.
+/// Serves one front-end until it disconnects, `stop` becomes readable (this function does not read
+/// it), or an error ends the session. In every case no vring runs afterwards.
 ///
 /// # Errors
 /// See [`SessionError`].
@@ -78,14 +79,14 @@ fn run(channel: &Channel<'_>, session: &mut Session<'_>) -> Result<SessionEnd, S
     }
 }
 
-/// One front-end's session without its socket.
+/// The state of one front-end's session, without its socket.
 pub struct Session<'b> {
     backend: &'b dyn Backend,
-    /// Queue pairs, each with two of the vrings below.
+    /// The number of queue pairs, each of which has two of the vrings below.
     queue_pairs: u16,
     vrings: Vec<Vring>,
     memory: Arc<GuestMemory>,
-    /// What SET_FEATURES set, VHOST_USER_F_PROTOCOL_FEATURES included.
+    /// The features that SET_FEATURES set, including VHOST_USER_F_PROTOCOL_FEATURES.
     features: Option<u64>,
     protocol_features: u64,
     status: u8,
@@ -106,14 +107,14 @@ impl<E: Into<RequestError>> From<E> for Failure {
     }
 }
 
-/// The answer of its own that a request has, if it has one.
+/// The payload of a request's own reply, if it has one.
 type RequestOutcome = Result<Option<ReplyPayload>, Failure>;
 
-/// The outcome of a request that is done and has no answer of its own.
+/// The outcome of a request that succeeded and has no reply of its own.
 const NO_REPLY_PAYLOAD: RequestOutcome = Ok(None);
 
 impl<'b> Session<'b> {
-    /// A session before its first message.
+    /// Creates the session before its first message.
     pub fn new(backend: &'b dyn Backend) -> Self {
         let queue_pairs = backend.max_queue_pairs().min(MAX_QUEUE_PAIRS);
         Self {
@@ -130,7 +131,7 @@ impl<'b> Session<'b> {
         }
     }
 
-    /// Does what a message asks; the reply, if there is one, goes back to the front-end.
+    /// Does what a message asks. Returns the reply that the front-end must get, if there is one.
     ///
     /// # Errors
     /// When the session must end.
@@ -159,7 +160,7 @@ impl<'b> Session<'b> {
         }
     }
 
-    /// Stops every vring that runs, as at the end of a connection.
+    /// Stops every running vring, as at the end of a connection.
     pub fn stop_all(&mut self) {
         for index in self.indices() {
             self.stop(index);
@@ -223,7 +224,7 @@ impl<'b> Session<'b> {
         NO_REPLY_PAYLOAD
     }
 
-    /// The virtio features in force, without the protocol's own bit.
+    /// The negotiated virtio features, without the bit of the vhost-user protocol.
     fn virtio_features(&self) -> u64 {
         self.features.unwrap_or(0) & !VHOST_USER_F_PROTOCOL_FEATURES
     }
@@ -266,8 +267,8 @@ impl<'b> Session<'b> {
         for vring in &unmapped {
             self.note_unmapped(vring);
         }
-        // A vring whose addresses were not in memory before may start now. If it does not, that is
-        // no fault of the request that changed the table.
+        // A vring whose addresses were not in memory before may start now. If it cannot, the
+        // request that changed the table is still valid.
         for index in self.indices() {
             let was_unmapped = unmapped.iter().any(|vring| vring.index == index);
             if !self.memory.is_empty()
@@ -280,8 +281,8 @@ impl<'b> Session<'b> {
         }
     }
 
-    /// Takes over what the device returned for a vring that it stopped. The vring keeps its kick
-    /// descriptor, so that it starts again with a memory table that contains it.
+    /// Records that the device stopped a vring. The vring keeps its kick descriptor, so that it
+    /// starts again with a memory table that contains it.
     fn note_unmapped(&mut self, unmapped: &UnmappedVring) {
         let UnmappedVring { index, base, error } = unmapped;
         if let Some(suppressed) = self.failed_starts.allow() {
@@ -305,14 +306,16 @@ impl<'b> Session<'b> {
         NO_REPLY_PAYLOAD
     }
 
-    /// Deprecated; the protocol's text recommends to stop all vrings and to forget nothing else.
+    /// Stops all vrings and keeps all other state, as the protocol recommends for this deprecated
+    /// request.
     fn reset_owner(&mut self) -> RequestOutcome {
         self.stop_all();
         NO_REPLY_PAYLOAD
     }
 
-    /// The memory table outlives a reset: front-ends send only what changes in it. So do the
-    /// features: front-ends negotiate before they start vrings, and not all of them after a reset.
+    /// Resets the vrings and the device status. The memory table stays, because front-ends send
+    /// only the changes of it. The features stay, because some front-ends negotiate only before
+    /// they start vrings for the first time.
     fn reset_device(&mut self) -> RequestOutcome {
         self.stop_all();
         self.vrings.iter_mut().for_each(Vring::reset);
@@ -320,7 +323,8 @@ impl<'b> Session<'b> {
         NO_REPLY_PAYLOAD
     }
 
-    /// A status of 0 is the driver's reset (virtio 1.3 §2.1.2): the device must leave memory alone.
+    /// Sets the device status. A status of 0 is the driver's reset (virtio 1.3 §2.1.2), after which
+    /// the device must not access memory.
     fn set_status(&mut self, status: u8) -> RequestOutcome {
         self.status = status;
         if status == 0 {
@@ -344,7 +348,7 @@ impl<'b> Session<'b> {
 
     // --- replies --------------------------------------------------------------------------------
 
-    /// The acknowledgement, once REPLY_ACK is negotiated and when this request wants one.
+    /// The acknowledgement, if REPLY_ACK is negotiated and the request asks for one.
     fn acknowledge(&self, header: Header, result: u64) -> Option<Reply> {
         let wanted = header.need_reply && self.protocol_features & REPLY_ACK != 0;
         wanted.then_some(Reply {

@@ -1,12 +1,13 @@
-//! The calls that need `unsafe`: the process of a socket's peer, and inherited descriptors.
+//! The functions that need `unsafe`: finding the process of a socket's peer, and taking inherited
+//! descriptors.
 #![allow(unsafe_code)]
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
 
-/// The process at the other end of `stream` (SO_PEERCRED); `None` when it lives in a process
-/// namespace that this process does not see.
+/// The process at the other end of `stream` (SO_PEERCRED), or `None` when it runs in a PID
+/// namespace that this process cannot see.
 // syscalls: getsockopt
 #[must_use]
 pub fn peer_pid(stream: &UnixStream) -> Option<u32> {
@@ -32,13 +33,13 @@ pub fn peer_pid(stream: &UnixStream) -> Option<u32> {
     u32::try_from(peer.pid).ok().filter(|pid| *pid != 0)
 }
 
-/// Why a descriptor that this process should have inherited cannot be taken.
+/// Why an inherited descriptor cannot be taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum TakeFdError {
     /// It is stdin, stdout or stderr.
     #[error("descriptor {0} cannot be a vhost-user socket; pass one above 2")]
     StandardStream(RawFd),
-    /// Two devices name it.
+    /// Two devices name the same descriptor.
     #[error("descriptor {0} is given twice; each device needs its own")]
     Twice(RawFd),
     /// There is no such descriptor.
@@ -46,12 +47,12 @@ pub enum TakeFdError {
     NotOpen(RawFd),
 }
 
-/// Takes a descriptor that this process was started with (`--fd N`); from now on it is closed on
-/// exec. To be called before anything else is opened: a number that was not inherited would be
-/// another descriptor by then.
+/// Takes a descriptor that this process inherited (`--fd N`), and makes the kernel close it on
+/// exec. Call this before anything else is opened: afterwards a number that was not inherited could
+/// be that of another descriptor.
 ///
 /// # Errors
-/// When the number is taken already, is one of stdin, stdout and stderr, or is not open.
+/// When the number was taken before, is that of stdin, stdout or stderr, or is not open.
 // syscalls: fcntl
 pub fn take_fd(number: RawFd) -> Result<OwnedFd, TakeFdError> {
     static TAKEN: Mutex<Vec<RawFd>> = Mutex::new(Vec::new());
@@ -67,8 +68,8 @@ pub fn take_fd(number: RawFd) -> Result<OwnedFd, TakeFdError> {
         return Err(TakeFdError::NotOpen(number));
     }
     taken.push(number);
-    // SAFETY: open (seen above), inherited rather than opened by this process (the caller's part),
-    // and taken once.
+    // SAFETY: the descriptor is open (checked above), inherited rather than opened by this process
+    // (by contract), and taken once.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
@@ -78,13 +79,13 @@ mod tests {
     use std::os::fd::IntoRawFd;
 
     #[test]
-    fn the_peer_of_a_pair_is_this_process() {
+    fn peer_of_a_socket_pair_is_this_process() {
         let (one, _other) = UnixStream::pair().unwrap();
         assert_eq!(peer_pid(&one), Some(std::process::id()));
     }
 
     #[test]
-    fn descriptors_are_taken_once() {
+    fn descriptor_is_taken_only_once() {
         let (one, _other) = UnixStream::pair().unwrap();
         let number = one.into_raw_fd();
         let taken = take_fd(number).unwrap();

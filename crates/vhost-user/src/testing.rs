@@ -1,4 +1,4 @@
-//! A front-end made of bytes, and a device that records what it is asked.
+//! A front-end that sends raw bytes, and a device that records its calls.
 
 use std::fs::File;
 use std::io::{self, IoSlice, Read};
@@ -27,7 +27,7 @@ pub(crate) fn eventfd(flags: i32) -> OwnedFd {
     }
 }
 
-/// A stop descriptor: what triggers it, and what is waited on.
+/// A stop descriptor: the end that triggers it, and the end to wait on.
 pub(crate) fn stop_pair() -> (EventFd, OwnedFd) {
     let stop = EventFd::new(EFD_NONBLOCK).unwrap();
     let waited = stop.try_clone().unwrap().into_raw_fd();
@@ -44,12 +44,12 @@ pub(crate) fn memory_file(size: u64) -> File {
     file
 }
 
-/// Words as bytes.
+/// Converts words to bytes.
 pub(crate) fn payload(words: &[u32]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_ne_bytes()).collect()
 }
 
-/// A whole message.
+/// A complete message.
 pub(crate) fn encode_message(code: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
     let size = u32::try_from(payload.len()).unwrap();
     let mut bytes: Vec<u8> = [code, flags, size]
@@ -65,15 +65,16 @@ pub(crate) fn encode_message(code: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
 pub(crate) struct RawFrontEnd(pub(crate) UnixStream);
 
 impl RawFrontEnd {
-    /// This end and the other.
+    /// This end of a new socket pair, and and the back-end's end.
     pub(crate) fn pair() -> (Self, UnixStream) {
-        let (peer, other) = UnixStream::pair().unwrap();
-        peer.set_read_timeout(Some(Duration::from_secs(10)))
+        let (front_end, back_end) = UnixStream::pair().unwrap();
+        front_end
+            .set_read_timeout(Some(Duration::from_secs(10)))
             .unwrap();
-        (Self(peer), other)
+        (Self(front_end), back_end)
     }
 
-    /// One write with its descriptors.
+    /// Sends bytes and descriptors with one write.
     pub(crate) fn send(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
         if bytes.is_empty() {
             return;
@@ -92,24 +93,24 @@ impl RawFrontEnd {
         assert_eq!(sent, Ok(bytes.len()));
     }
 
-    /// A request without an acknowledgement.
+    /// Sends a request without asking for an acknowledgement.
     pub(crate) fn send_request(&self, code: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) {
         self.send(&encode_message(code, 1, payload), fds);
     }
 
-    /// A request, and the payload of its reply.
+    /// Sends a request and returns the payload of its reply.
     pub(crate) fn request_reply(&self, code: u32, payload: &[u8]) -> [u8; 8] {
         self.send_request(code, payload, &[]);
         self.reply(code)
     }
 
-    /// A request that wants an acknowledgement, and that.
+    /// Sends a request that asks for an acknowledgement, and returns that.
     pub(crate) fn send_with_ack(&self, code: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -> u64 {
         self.send(&encode_message(code, 9, payload), fds);
         u64::from_ne_bytes(self.reply(code))
     }
 
-    /// The payload of the next reply, which must be to `code`.
+    /// Receives the next reply, which must be to `code`, and returns its payload.
     pub(crate) fn reply(&self, code: u32) -> [u8; 8] {
         let mut bytes = [0; 20];
         (&self.0).read_exact(&mut bytes).unwrap();
@@ -118,13 +119,13 @@ impl RawFrontEnd {
     }
 }
 
-/// A device that only records what it is asked.
+/// A device that only records its calls.
 #[derive(Debug, Default)]
 pub(crate) struct RecordingBackend {
     entries: Mutex<Vec<String>>,
     running: Mutex<std::collections::BTreeMap<u16, VringStart>>,
     stop_base: Option<u32>,
-    /// The code of the first refusal of a session that ended.
+    /// The code of the first refused request of a session that has ended.
     pub(crate) refused: Mutex<Option<&'static str>>,
 }
 
@@ -132,7 +133,7 @@ pub(crate) const FEATURES: u64 = 1 << 32 | 1 << 34 | 1;
 pub(crate) const QUEUE_PAIRS: u16 = 2;
 
 impl RecordingBackend {
-    /// A device whose vrings all stop at `base`.
+    /// Creates a device whose vrings all stop at `base`.
     pub(crate) fn with_stop_base(base: u32) -> Self {
         Self {
             stop_base: Some(base),
@@ -144,17 +145,17 @@ impl RecordingBackend {
         self.entries.lock().unwrap().push(entry);
     }
 
-    /// The entries since the last call.
+    /// Returns the entries recorded since the last call.
     pub(crate) fn read(&self) -> Vec<String> {
         std::mem::take(&mut self.entries.lock().unwrap())
     }
 
-    /// The vrings that run.
+    /// The indices of the running vrings.
     pub(crate) fn running(&self) -> Vec<u16> {
         self.running.lock().unwrap().keys().copied().collect()
     }
 
-    /// What a running vring was started with.
+    /// The configuration with which a running vring was started.
     pub(crate) fn started_with(&self, index: u16) -> VringStart {
         self.running.lock().unwrap()[&index].clone()
     }
@@ -172,7 +173,7 @@ fn outside(layout: VirtqueueLayout) -> VirtqueueError {
     }
 }
 
-/// Whether a descriptor is there, by its number.
+/// Whether there is a descriptor, as a word.
 fn fd_presence(fd: Option<&Arc<OwnedFd>>) -> &'static str {
     match fd {
         Some(fd) if fd.as_raw_fd() >= 0 => "fd",

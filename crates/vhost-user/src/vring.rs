@@ -1,4 +1,4 @@
-//! What the front-end has configured of one vring.
+//! The configuration of one vring.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use crate::backend::VringStart;
 use crate::request::VringAreas;
 use crate::vring_state::VringState;
 
-/// One vring as configured. Every message replaces what an earlier one set.
+/// The configuration of one vring. Every message replaces what an earlier one set.
 #[derive(Debug, Default)]
 pub(crate) struct Vring {
     pub(crate) size: Option<u16>,
@@ -19,20 +19,20 @@ pub(crate) struct Vring {
     pub(crate) kick: Kick,
     pub(crate) call: Option<Arc<OwnedFd>>,
     pub(crate) err: Option<Arc<OwnedFd>>,
-    /// What SET_VRING_ENABLE set, whenever it came: QEMU sends it before SET_FEATURES and does
-    /// not repeat it.
+    /// The value of the last SET_VRING_ENABLE. It is kept even before SET_FEATURES, because QEMU
+    /// sends it before and does not repeat it.
     pub(crate) enabled: Option<bool>,
-    /// Its state by what the device last returned.
+    /// The state, by what the device last returned.
     pub(crate) state: VringState,
 }
 
-/// Whether SET_VRING_KICK has come since the vring was last stopped, and with what.
+/// The value of SET_VRING_KICK since the vring was last stopped.
 #[derive(Debug, Default)]
 pub(crate) enum Kick {
-    /// It has not: the vring is not to start.
+    /// SET_VRING_KICK has not come, so the vring must not start.
     #[default]
     Unset,
-    /// Without a descriptor: the vring is to be polled.
+    /// It came without a descriptor, so the device polls the vring.
     Poll,
     Fd(Arc<OwnedFd>),
 }
@@ -51,7 +51,7 @@ impl Kick {
 }
 
 impl Vring {
-    /// What the vring starts with, once all of it is known.
+    /// The configuration with which the vring starts, or `None` while it is incomplete.
     pub(crate) fn to_vring_start(
         &self,
         enabled: bool,
@@ -79,13 +79,13 @@ impl Vring {
         })
     }
 
-    /// Whether the device holds the vring.
+    /// Whether the device holds the vring's virtqueue.
     pub(crate) fn is_started(&self) -> bool {
         self.state.is_started()
     }
 
-    /// Forgets what a reset of the device forgets: everything but the call and err descriptors,
-    /// which QEMU hands out once. The vring has been stopped.
+    /// Resets everything except the call and err descriptors, which QEMU sends only once. The vring
+    /// must be stopped.
     pub(crate) fn reset(&mut self) {
         *self = Self {
             call: self.call.take(),

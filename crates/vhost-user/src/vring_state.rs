@@ -1,4 +1,4 @@
-//! The life of a vring.
+//! The states of a vring.
 //!
 //! ```text
 //!              Start                    Fault
@@ -10,25 +10,25 @@
 //!                           Stop, Unmap
 //! ```
 //!
-//! Both sides go by this one table. The device holds the state together with the virtqueue, under
-//! one lock. The session follows it by what the device returns: a vring runs for the session when
-//! [`crate::Backend::start_vring`] succeeded, until [`crate::Backend::stop_vring`] or
-//! [`crate::Backend::set_memory`] returned where it stopped. [`VringEvent::Fault`] alone is not
-//! reported to the session, because a vring in quarantine needs the same requests as one that runs.
+//! Both the device and the session use this table. The device holds the state together with the
+//! virtqueue, under one lock. The session derives the state from what the device returns: a vring
+//! runs from the success of [`crate::Backend::start_vring`] until [`crate::Backend::stop_vring`] or
+//! [`crate::Backend::set_memory`] returns where it stopped. [`VringEvent::Fault`] is not reported
+//! to the session, because a quarantined vring needs the same requests as a running one.
 
-/// What a vring does.
+/// The state of a vring.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum VringState {
-    /// It was not started, or it was stopped. The device does not touch its memory.
+    /// It was not started, or it was stopped. The device does not access its memory.
     #[default]
     Stopped,
     /// The device serves it.
     Running,
-    /// The guest broke its indices. The device does not serve it until it is configured anew.
+    /// The guest broke its indices. The device does not serve it until it is configured again.
     Quarantined,
 }
 
-/// What changes a vring's state.
+/// An event that changes the state of a vring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum VringEvent {
     /// The session started it.
@@ -41,11 +41,11 @@ pub enum VringEvent {
     Fault,
 }
 
-/// An event that cannot happen in a state.
+/// The error of an event that is not possible in a state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{event:?} is not possible while the vring is {state:?}; please report this as a bug")]
 pub struct InvalidTransition {
-    /// The state, which stays as it is.
+    /// The state, which does not change.
     pub state: VringState,
     /// The event.
     pub event: VringEvent,
@@ -58,7 +58,7 @@ impl VringState {
     /// The state that follows `event`.
     ///
     /// # Errors
-    /// When the event cannot happen in this state.
+    /// When the event is not possible in this state.
     pub fn after(self, event: VringEvent) -> Result<Self, InvalidTransition> {
         use VringEvent::{Fault, Start, Stop, Unmap};
         match (self, event) {
@@ -71,7 +71,8 @@ impl VringState {
         }
     }
 
-    /// Whether the vring was started and not stopped since, so that the device holds its virtqueue.
+    /// Whether the vring was started and has not been stopped since, so that the device holds its
+    /// virtqueue.
     #[must_use]
     pub fn is_started(self) -> bool {
         match self {
@@ -90,7 +91,7 @@ impl VringState {
         }
     }
 
-    /// The state of which [`VringState::to_number`] is `number`; no other number exists.
+    /// The state of which [`VringState::to_number`] returns `number`; `Stopped` for other numbers.
     #[must_use]
     pub fn from_number(number: u8) -> Self {
         let state = Self::ALL.get(usize::from(number));
@@ -105,7 +106,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_event_in_every_state_has_its_outcome() {
+    fn event_in_each_state_leads_to_the_state_of_the_table() {
         let table = [
             (Stopped, Start, Some(Running)),
             (Stopped, Stop, None),
@@ -128,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn every_state_survives_the_way_through_a_number() {
+    fn state_converted_to_a_number_and_back_is_unchanged() {
         for state in VringState::ALL {
             assert_eq!(VringState::from_number(state.to_number()), state);
         }

@@ -1,8 +1,8 @@
-//! Messages on the socket: a 12-byte header, up to 4 KiB of payload, up to 32 descriptors.
+//! Messages on the socket: a 12-byte header, up to 4 KiB of payload, and up to 32 descriptors.
 //!
-//! Exactly one message is read at a time, so that descriptors stay with the message they came with,
-//! however the front-end cuts or joins its writes. No read or write blocks but in `poll`, which
-//! watches a stop descriptor as well.
+//! A read never crosses the end of a message, so that descriptors stay with the message with which
+//! they came, however the front-end splits or joins its writes. Only `poll` blocks, and it also
+//! watches a stop descriptor.
 
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -21,20 +21,20 @@ use crate::error::{ProtocolError, SessionError};
 use crate::limits::MAX_FDS;
 pub use crate::limits::MAX_PAYLOAD;
 
-/// Bytes of a header.
+/// The size of a header in bytes.
 pub const HEADER_SIZE: usize = 12;
 
-/// The only version there is.
+/// The only version of the protocol.
 const VERSION: u32 = 1;
 
-/// A request's header, checked.
+/// The header of a request, after all checks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Header {
     /// The request's number.
     pub code: u32,
-    /// The front-end wants an acknowledgement (valid once REPLY_ACK is negotiated).
+    /// Whether the front-end asks for an acknowledgement (valid once REPLY_ACK is negotiated).
     pub need_reply: bool,
-    /// Bytes of payload that follow: [`MAX_PAYLOAD`] at most.
+    /// The size of the payload in bytes, at most [`MAX_PAYLOAD`].
     pub size: usize,
 }
 
@@ -42,7 +42,7 @@ impl Header {
     /// Reads a header (host byte order). Flags that the protocol reserves are ignored.
     ///
     /// # Errors
-    /// When the version is wrong, the message is a reply, or its payload too long.
+    /// When the version is wrong, the message is a reply, or its payload is too long.
     pub fn parse(bytes: [u8; HEADER_SIZE]) -> Result<Self, ProtocolError> {
         let [code, flags, size] = words(bytes);
         let version = flags & VhostUserHeaderFlag::VERSION.bits();
@@ -68,27 +68,27 @@ fn words([a, b, c, d, e, f, g, h, i, j, k, l]: [u8; HEADER_SIZE]) -> [u32; 3] {
     [[a, b, c, d], [e, f, g, h], [i, j, k, l]].map(u32::from_ne_bytes)
 }
 
-/// A message as received. Its descriptors are closed with it unless they are taken out.
+/// A received message. Dropping it closes the descriptors that were not taken out of it.
 #[derive(Debug)]
 pub struct Message {
     /// The header.
     pub header: Header,
-    /// `header.size` bytes.
+    /// The payload of `header.size` bytes.
     pub payload: Vec<u8>,
-    /// The descriptors that came with it, in order.
+    /// The descriptors that came with the message, in order.
     pub fds: Vec<OwnedFd>,
 }
 
-/// What a reply carries.
+/// The payload of a reply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ReplyPayload {
-    /// A number; of an acknowledgement, 0 means done.
+    /// A number. In an acknowledgement, 0 means success.
     U64(u64),
     /// A vring and its base (GET_VRING_BASE).
     VringState {
         /// The vring's index.
         index: u32,
-        /// Where it would go on.
+        /// The base at which it would continue.
         num: u32,
     },
 }
@@ -98,12 +98,13 @@ pub enum ReplyPayload {
 pub struct Reply {
     /// The request's number.
     pub code: u32,
-    /// What it carries.
+    /// The payload of the reply.
     pub payload: ReplyPayload,
 }
 
 impl Reply {
-    /// The reply's bytes: a header and 8 bytes of payload, as all replies of a net device have.
+    /// Converts the reply to a header and 8 bytes of payload, as all replies of a network device
+    /// have.
     #[must_use]
     pub fn to_bytes(self) -> [u8; HEADER_SIZE + 8] {
         let payload: [u8; 8] = match self.payload {
@@ -138,7 +139,7 @@ pub(crate) enum Incoming {
     Stopped,
 }
 
-/// How far a read of a number of bytes came.
+/// The result of reading a number of bytes.
 enum Filled {
     Complete,
     /// The front-end closed the connection after this many bytes.
@@ -146,7 +147,7 @@ enum Filled {
     Stopped,
 }
 
-/// A connected socket and the descriptor that ends every wait on it.
+/// A connected socket, and the descriptor that ends every wait on it.
 #[derive(Debug)]
 pub(crate) struct Channel<'s> {
     stream: UnixStream,
@@ -155,7 +156,7 @@ pub(crate) struct Channel<'s> {
 
 impl<'s> Channel<'s> {
     pub(crate) fn new(stream: UnixStream, stop: BorrowedFd<'s>) -> io::Result<Self> {
-        // Credentials would take the space of descriptors; an inherited socket may ask for them.
+        // Credentials would take space that descriptors need; an inherited socket may ask for them.
         // syscalls: setsockopt
         sockopt::set_socket_passcred(&stream, false)?;
         Ok(Self { stream, stop })
@@ -184,8 +185,8 @@ impl<'s> Channel<'s> {
         }
     }
 
-    /// Sends a reply; false when the session was stopped while the socket was full, or the
-    /// front-end has gone.
+    /// Sends a reply. Returns false when the session was stopped while the socket was full, or the
+    /// front-end has disconnected.
     pub(crate) fn send(&self, reply: Reply) -> io::Result<bool> {
         let bytes = reply.to_bytes();
         let mut rest = bytes.as_slice();
@@ -208,7 +209,7 @@ impl<'s> Channel<'s> {
         Ok(true)
     }
 
-    /// Reads until `buffer` is full, and collects the descriptors that come along.
+    /// Reads until `buffer` is full, and collects the descriptors that come with the bytes.
     fn fill(&self, buffer: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<Filled, SessionError> {
         let mut filled = 0;
         while filled < buffer.len() {
@@ -224,7 +225,7 @@ impl<'s> Channel<'s> {
         Ok(Filled::Complete)
     }
 
-    /// Sleeps until the socket is ready; false when the session is to stop.
+    /// Sleeps until the socket is ready. Returns false when the session must stop.
     fn wait(&self, events: PollFlags) -> io::Result<bool> {
         let mut fds = [
             PollFd::from_borrowed_fd(self.stop, PollFlags::IN),
@@ -241,7 +242,8 @@ impl<'s> Channel<'s> {
     }
 }
 
-/// One read; 0 bytes at the end of the connection, `None` when there was nothing to read after all.
+/// Reads once. Returns 0 bytes at the end of the connection, and `None` when there was nothing to
+/// read.
 fn receive_some(
     stream: impl AsFd,
     buffer: &mut [u8],
@@ -269,7 +271,8 @@ fn receive_some(
         return Err(ProtocolError::TooManyFds.into());
     }
     if got.flags.contains(ReturnFlags::CTRUNC) {
-        // Either the buffer was full, or the process reached its limit of descriptors.
+        // Either the space for descriptors was too small, or the process reached its limit of
+        // descriptors.
         return Err(if here >= MAX_FDS {
             ProtocolError::TooManyFds.into()
         } else {
@@ -296,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn headers_are_checked() {
+    fn header_with_an_invalid_field_is_refused() {
         for (flags, size, want) in [
             (0, 0, "version 0"),
             (2, 0, "version 2"),
@@ -319,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn dripped_and_joined_messages_are_the_same() {
+    fn messages_are_equal_whether_bytes_come_one_by_one_or_together() {
         let (_stop, stopped) = stop_pair();
         let bytes = [
             encode_message(1, 1, &[]),
@@ -328,12 +331,12 @@ mod tests {
         ]
         .concat();
         for chunk_len in [1, 5, 12, 13, bytes.len()] {
-            let (peer, stream) = RawFrontEnd::pair();
+            let (front_end, stream) = RawFrontEnd::pair();
             let sender = {
                 let bytes = bytes.clone();
                 thread::spawn(move || {
                     for chunk in bytes.chunks(chunk_len) {
-                        peer.send(chunk, &[]);
+                        front_end.send(chunk, &[]);
                         thread::yield_now();
                     }
                 })
@@ -353,16 +356,16 @@ mod tests {
     #[test]
     fn descriptors_stay_with_their_message() {
         let (_stop, stopped) = stop_pair();
-        let (peer, stream) = RawFrontEnd::pair();
+        let (front_end, stream) = RawFrontEnd::pair();
         let fd = eventfd(0);
         let whole = encode_message(12, 1, &[0; 8]);
-        peer.send(&encode_message(1, 1, &[]), &[]);
-        peer.send(&whole[..1], &[fd.as_fd()]);
-        peer.send(&whole[1..], &[]);
-        // Descriptors on the payload's first byte belong to the message as well.
-        peer.send(&whole[..12], &[]);
-        peer.send(&whole[12..], &[fd.as_fd(), fd.as_fd()]);
-        peer.send(&encode_message(3, 1, &[]), &[]);
+        front_end.send(&encode_message(1, 1, &[]), &[]);
+        front_end.send(&whole[..1], &[fd.as_fd()]);
+        front_end.send(&whole[1..], &[]);
+        // Descriptors that come with the first byte of the payload belong to the message as well.
+        front_end.send(&whole[..12], &[]);
+        front_end.send(&whole[12..], &[fd.as_fd(), fd.as_fd()]);
+        front_end.send(&encode_message(3, 1, &[]), &[]);
         let channel = Channel::new(stream, stopped.as_fd()).unwrap();
         for want in [0, 1, 2, 0] {
             let Incoming::Message(message) = channel.receive().unwrap() else {
@@ -373,12 +376,12 @@ mod tests {
     }
 
     #[test]
-    fn thirty_two_descriptors_pass_and_more_end_the_session() {
+    fn message_with_more_than_32_descriptors_is_refused() {
         let (_stop, stopped) = stop_pair();
         let fd = eventfd(0);
         for (count, good) in [(32, true), (33, false), (200, false)] {
-            let (peer, stream) = RawFrontEnd::pair();
-            peer.send(&encode_message(3, 1, &[]), &vec![fd.as_fd(); count]);
+            let (front_end, stream) = RawFrontEnd::pair();
+            front_end.send(&encode_message(3, 1, &[]), &vec![fd.as_fd(); count]);
             let channel = Channel::new(stream, stopped.as_fd()).unwrap();
             match channel.receive() {
                 Ok(Incoming::Message(message)) => assert!(good && message.fds.len() == 32),
@@ -389,13 +392,13 @@ mod tests {
     }
 
     #[test]
-    fn an_end_within_a_message_is_an_error() {
+    fn connection_that_ends_within_a_message_is_an_error() {
         let (_stop, stopped) = stop_pair();
         let bytes = encode_message(8, 1, &[7; 8]);
         for len in 0..bytes.len() {
-            let (peer, stream) = RawFrontEnd::pair();
-            peer.send(&bytes[..len], &[]);
-            drop(peer);
+            let (front_end, stream) = RawFrontEnd::pair();
+            front_end.send(&bytes[..len], &[]);
+            drop(front_end);
             let channel = Channel::new(stream, stopped.as_fd()).unwrap();
             match channel.receive() {
                 Ok(Incoming::Closed) => assert_eq!(len, 0),
@@ -406,12 +409,13 @@ mod tests {
     }
 
     #[test]
-    fn stop_ends_every_wait() {
-        // A silent front-end, one that stops after a header, and one that reads no reply.
+    fn every_wait_ends_when_stop_is_readable() {
+        // A front-end that sends nothing, one that stops after a header, and one that reads no
+        // reply.
         for start in [vec![], encode_message(8, 1, &[7; 8])[..12].to_vec()] {
             let (stop, stopped) = stop_pair();
-            let (peer, stream) = RawFrontEnd::pair();
-            peer.send(&start, &[]);
+            let (front_end, stream) = RawFrontEnd::pair();
+            front_end.send(&start, &[]);
             let begin = Instant::now();
             let trigger = thread::spawn(move || {
                 thread::sleep(Duration::from_millis(50));
@@ -423,7 +427,7 @@ mod tests {
             trigger.join().unwrap();
         }
         let (stop, stopped) = stop_pair();
-        let (_peer, stream) = RawFrontEnd::pair();
+        let (_front_end, stream) = RawFrontEnd::pair();
         let trigger = thread::spawn(move || {
             thread::sleep(Duration::from_millis(200));
             stop.write(1).unwrap();
@@ -438,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn replies_have_the_protocol_s_layout() {
+    fn reply_has_the_layout_of_the_protocol() {
         let reply = Reply {
             code: 11,
             payload: ReplyPayload::VringState { index: 3, num: 9 },

@@ -1,5 +1,5 @@
-//! What happens at the limit of open files. The only test of its process: the limit is the
-//! process's.
+//! The limit of open files. The limit belongs to the whole process, so this is the only test of its
+//! process.
 #![cfg(test)]
 
 #[path = "common/device.rs"]
@@ -38,10 +38,11 @@ fn exhaust() -> Vec<File> {
 }
 
 #[test]
-fn the_limit_of_open_files_ends_a_session_and_delays_the_next() {
+fn session_at_the_limit_of_open_files_ends_and_the_next_one_waits() {
     let zero = File::open("/dev/zero").unwrap();
     let before = open_fds();
-    // Enough for the session's own descriptors and a few of the twenty that come.
+    // The limit suffices for the session's own descriptors and a few of the twenty that the message
+    // carries.
     limit(before + 8);
     let ended = session(&Device::default(), |stream| {
         send(&stream, &[3, 1, 0], &[], &[zero.as_fd(); 20]);
@@ -53,11 +54,11 @@ fn the_limit_of_open_files_ends_a_session_and_delays_the_next() {
     let listener = Listener::bind(&path, &SocketPermissions::default()).unwrap();
     let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
     let client = UnixStream::connect(&path).unwrap();
-    let hoard = exhaust();
+    let held_files = exhaust();
     let accepted = thread::scope(|scope| {
         scope.spawn(|| {
             thread::sleep(Duration::from_millis(200));
-            drop(hoard);
+            drop(held_files);
         });
         listener.accept(stop.as_fd())
     });
@@ -65,7 +66,7 @@ fn the_limit_of_open_files_ends_a_session_and_delays_the_next() {
     drop(client);
 
     let _client = UnixStream::connect(&path).unwrap();
-    let hoard = exhaust();
+    let held_files = exhaust();
     let accepted = thread::scope(|scope| {
         scope.spawn(|| {
             thread::sleep(Duration::from_millis(200));
@@ -74,5 +75,5 @@ fn the_limit_of_open_files_ends_a_session_and_delays_the_next() {
         listener.accept(stop.as_fd())
     });
     assert!(accepted.unwrap().is_none());
-    drop(hoard);
+    drop(held_files);
 }

@@ -1,5 +1,5 @@
-//! No descriptor stays open, whatever a connection did. The only test of its process: it counts
-//! the process's descriptors.
+//! No descriptor stays open after any connection. The test counts the descriptors of the whole
+//! process, so it is the only one of its process.
 #![cfg(test)]
 
 #[path = "common/device.rs"]
@@ -20,9 +20,9 @@ fn open_fds() -> usize {
 }
 
 #[test]
-fn no_descriptor_stays_open() {
+fn descriptors_of_every_connection_are_closed() {
     let device = Device::default();
-    // Once, so that what is opened for good is open.
+    // The first connection opens what stays open for the whole process.
     session(&device, |stream| drop(bring_up(stream))).unwrap();
     let before = open_fds();
 
@@ -39,7 +39,8 @@ fn no_descriptor_stays_open() {
     let zero = File::open("/dev/zero").unwrap();
     let region = [0, 0, 1 << 20, 0, 0].map(u64::to_ne_bytes).concat();
     let held = open_fds();
-    // Code, payload, descriptors: each repeated within a session, and many of them ending it.
+    // Code, payload and number of descriptors. Each message is repeated within a session, and many
+    // of them end it.
     for (code, payload, fds) in [
         (12, vec![0; 8], vec![event.as_fd()]),
         (13, vec![0; 8], vec![event.as_fd()]),
@@ -70,12 +71,12 @@ fn no_descriptor_stays_open() {
             fds.len()
         );
     }
-    // The message never becomes whole.
+    // The message is never complete.
     let _ = session(&device, |stream| {
         send(&stream, &[12, 1, 8], &[0; 3], &[event.as_fd(); 3]);
     });
     assert_eq!(open_fds(), held);
-    // A descriptor replaced while its vring runs.
+    // A descriptor is replaced while its vring runs.
     session(&device, |stream| {
         let front_end = bring_up(stream);
         for _ in 0..100 {
@@ -83,7 +84,7 @@ fn no_descriptor_stays_open() {
             vhost::VhostBackend::set_vring_call(&front_end, 0, &event).unwrap();
             vhost::VhostBackend::set_vring_kick(&front_end, 0, &event).unwrap();
         }
-        // The session holds one each.
+        // The session holds one descriptor of each kind.
         assert!(open_fds() < held + 20);
     })
     .unwrap();

@@ -1,5 +1,5 @@
-//! The `vhost` crate's front-end as a client: another implementation of the protocol reads it as
-//! this one does.
+//! The `vhost` crate's front-end as a client, which checks that another implementation interprets
+//! the protocol in the same way.
 #![cfg(test)]
 
 #[path = "common/device.rs"]
@@ -16,7 +16,7 @@ use vhost::vhost_user::VhostUserFrontend;
 use virtionet_vhost_user::SessionEnd;
 
 #[test]
-fn a_pair_comes_up_and_goes_down_twice() {
+fn queue_pair_can_be_started_and_stopped_twice() {
     let device = Device::default();
     let ended = session(&device, |stream| {
         let mut front_end = bring_up(stream);
@@ -55,7 +55,7 @@ fn a_pair_comes_up_and_goes_down_twice() {
             start(&mut front_end, ring);
         }
         assert_eq!(rings(&device), [0, 1]);
-        // Features that were not offered are refused, and that is heard.
+        // Features that were not offered are refused, and the front-end sees the refusal.
         assert!(front_end.set_features(u64::MAX).is_err());
     });
     assert_eq!(ended.unwrap(), SessionEnd::Disconnected);
@@ -63,7 +63,7 @@ fn a_pair_comes_up_and_goes_down_twice() {
 }
 
 #[test]
-fn requests_may_be_sent_ahead_of_their_replies() {
+fn requests_sent_before_earlier_replies_are_read_are_answered() {
     let device = Device::default();
     session(&device, |mut stream| {
         let words: Vec<u32> = (0..100).flat_map(|_| [17, 1, 0]).collect();

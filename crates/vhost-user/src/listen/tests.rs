@@ -1,4 +1,4 @@
-//! Real sockets in a directory of their own.
+//! Tests with real sockets in a directory of their own.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -12,7 +12,7 @@ use std::time::Instant;
 use super::*;
 use crate::testing::stop_pair;
 
-/// A directory that is removed at the end.
+/// A directory that is removed when the value is dropped.
 struct Directory(PathBuf);
 
 impl Directory {
@@ -41,7 +41,7 @@ fn bind(path: &Path) -> Result<Listener, ListenError> {
 }
 
 #[test]
-fn a_listener_accepts_and_cleans_up() {
+fn listener_accepts_a_client_and_removes_its_file() {
     let directory = Directory::new();
     let path = directory.socket();
     let (_stop, stopped) = stop_pair();
@@ -58,14 +58,14 @@ fn a_listener_accepts_and_cleans_up() {
         (0o620, own_group)
     );
     let mut client = UnixStream::connect(&path).unwrap();
-    // A second one waits its turn.
+    // A second client waits in the backlog.
     let mut second = UnixStream::connect(&path).unwrap();
     client.write_all(b"1").unwrap();
     second.write_all(b"2").unwrap();
     for want in [b"1", b"2"] {
         let mut stream = listener.accept(stopped.as_fd()).unwrap().unwrap();
         let mut byte = [0];
-        // Blocking, though the listener is not.
+        // The accepted socket is blocking, although the listening socket is not.
         stream.read_exact(&mut byte).unwrap();
         assert_eq!(&byte, want);
     }
@@ -74,7 +74,7 @@ fn a_listener_accepts_and_cleans_up() {
 }
 
 #[test]
-fn stale_files_go_and_living_sockets_stay() {
+fn stale_socket_file_is_replaced_and_one_in_use_is_kept() {
     let directory = Directory::new();
     let path = directory.socket();
     drop(UnixListener::bind(&path).unwrap());
@@ -86,7 +86,7 @@ fn stale_files_go_and_living_sockets_stay() {
         path.display()
     );
     assert_eq!(error.to_string(), text);
-    // A full backlog is in use as well.
+    // A socket with a full backlog is in use as well.
     let clients: Vec<_> = (0..17)
         .map_while(|_| connect_once(&to_socket_address(&path).unwrap()).ok())
         .collect();
@@ -95,7 +95,7 @@ fn stale_files_go_and_living_sockets_stay() {
         Err(ListenError::Socket(UnixSocketError::InUse(_)))
     ));
     drop(clients);
-    // Another process's socket under the same name stays.
+    // The socket file of another process under the same name is kept.
     fs::remove_file(&path).unwrap();
     let other = UnixListener::bind(&path).unwrap();
     drop(first);
@@ -104,7 +104,7 @@ fn stale_files_go_and_living_sockets_stay() {
 }
 
 #[test]
-fn what_cannot_be_a_socket_is_told() {
+fn path_or_access_that_is_not_possible_has_its_error() {
     let directory = Directory::new();
     let file = directory.0.join("file");
     fs::write(&file, "precious").unwrap();
@@ -134,7 +134,7 @@ fn what_cannot_be_a_socket_is_told() {
 }
 
 #[test]
-fn stop_ends_accept_and_connect() {
+fn accept_and_connect_end_when_stop_is_readable() {
     let directory = Directory::new();
     let listener = bind(&directory.socket()).unwrap();
     let (stop, stopped) = stop_pair();
@@ -144,14 +144,14 @@ fn stop_ends_accept_and_connect() {
         stop.write(1).unwrap();
     });
     assert!(listener.accept(stopped.as_fd()).unwrap().is_none());
-    let nobody = directory.0.join("nobody");
-    assert!(connect(&nobody, stopped.as_fd()).unwrap().is_none());
+    let unused_path = directory.0.join("unused");
+    assert!(connect(&unused_path, stopped.as_fd()).unwrap().is_none());
     assert!(begin.elapsed() < Duration::from_secs(5));
     trigger.join().unwrap();
 }
 
 #[test]
-fn a_client_waits_for_its_front_end() {
+fn connect_waits_until_the_front_end_listens() {
     let directory = Directory::new();
     let path = directory.socket();
     let (_stop, stopped) = stop_pair();
@@ -175,7 +175,7 @@ fn a_client_waits_for_its_front_end() {
 }
 
 #[test]
-fn inherited_sockets_are_told_apart() {
+fn inherited_socket_is_recognized_by_its_kind() {
     let directory = Directory::new();
     let path = directory.socket();
     let (_stop, stopped) = stop_pair();
@@ -187,7 +187,7 @@ fn inherited_sockets_are_told_apart() {
     let _client = UnixStream::connect(&path).unwrap();
     assert!(listener.accept(stopped.as_fd()).unwrap().is_some());
     drop(listener);
-    // The listener did not make it, so it does not remove it.
+    // The listener did not create the file, so it does not remove it.
     assert!(path.exists());
     let (one, _other) = UnixStream::pair().unwrap();
     assert!(matches!(

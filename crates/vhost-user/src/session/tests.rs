@@ -1,4 +1,4 @@
-//! Whole sessions over a socket pair, with a device that records what it is asked.
+//! Complete sessions over a socket pair, with a device that records its calls.
 
 use std::os::fd::AsFd;
 use std::thread;
@@ -14,20 +14,20 @@ use crate::testing::{
 
 const GUEST_MEMORY: u64 = 1 << 20;
 
-/// A front-end's side of a session.
+/// The front-end of a session.
 struct FrontEnd {
-    peer: RawFrontEnd,
-    /// What a call or kick descriptor is made of.
+    raw: RawFrontEnd,
+    /// The eventfd that serves as every call and kick descriptor.
     event: std::os::fd::OwnedFd,
 }
 
 impl FrontEnd {
     fn send_request(&self, code: Code, payload: &[u8]) {
-        self.peer.send_request(code.into(), payload, &[]);
+        self.raw.send_request(code.into(), payload, &[]);
     }
 
     fn request_u64(&self, code: Code) -> u64 {
-        u64::from_ne_bytes(self.peer.request_reply(code.into(), &[]))
+        u64::from_ne_bytes(self.raw.request_reply(code.into(), &[]))
     }
 
     fn send_u64(&self, code: Code, number: u64) {
@@ -35,7 +35,7 @@ impl FrontEnd {
     }
 
     fn send_with_ack(&self, code: Code, payload: &[u8]) -> u64 {
-        self.peer.send_with_ack(code.into(), payload, &[])
+        self.raw.send_with_ack(code.into(), payload, &[])
     }
 
     fn enable(&self, ring: u32, value: u32) -> u64 {
@@ -44,18 +44,18 @@ impl FrontEnd {
 
     fn event(&self, code: Code, ring: u64) {
         let bytes = ring.to_ne_bytes();
-        self.peer
+        self.raw
             .send_request(code.into(), &bytes, &[self.event.as_fd()]);
     }
 
     fn add_memory(&self, guest_addr: u64) -> u64 {
         let code = Code::ADD_MEM_REG.into();
         let file = memory_file(GUEST_MEMORY);
-        self.peer
+        self.raw
             .send_with_ack(code, &region(guest_addr), &[file.as_fd()])
     }
 
-    /// NUM, BASE, ADDR, KICK: the order of QEMU.
+    /// Sends NUM, BASE, ADDR and KICK, in the order of QEMU.
     fn configure(&self, ring: u32, size: u32, base: u32) {
         self.send_request(Code::SET_VRING_NUM, &payload(&[ring, size]));
         self.send_request(Code::SET_VRING_BASE, &payload(&[ring, base]));
@@ -68,14 +68,14 @@ impl FrontEnd {
 
     fn base(&self, ring: u32) -> u32 {
         let reply = self
-            .peer
+            .raw
             .request_reply(Code::GET_VRING_BASE.into(), &payload(&[ring, 0]));
         let [a, b, c, d, e, f, g, h] = reply;
         assert_eq!(u32::from_ne_bytes([a, b, c, d]), ring);
         u32::from_ne_bytes([e, f, g, h])
     }
 
-    /// Waits until everything sent so far has been done.
+    /// Waits until the session has handled everything sent so far.
     fn sync(&self) {
         self.request_u64(Code::GET_FEATURES);
     }
@@ -89,7 +89,7 @@ impl FrontEnd {
     }
 }
 
-/// ADD_MEM_REG's payload; front-end addresses are the guest's.
+/// The payload of ADD_MEM_REG for a region whose front-end addresses are the guest's.
 fn region(guest_addr: u64) -> Vec<u8> {
     [0, guest_addr, GUEST_MEMORY, guest_addr, 0]
         .map(u64::to_ne_bytes)
@@ -101,17 +101,17 @@ fn addresses(ring: u32, start: u64) -> Vec<u8> {
     [payload(&[ring, 0]), areas.map(u64::to_ne_bytes).concat()].concat()
 }
 
-/// Runs a session for as long as `front_end` runs; the result is the session's.
+/// Runs a session while `front_end` runs. Returns the result of the session.
 fn session(
     backend: &RecordingBackend,
     front_end: impl FnOnce(&FrontEnd) + Send,
 ) -> Result<SessionEnd, SessionError> {
-    let (peer, stream) = RawFrontEnd::pair();
+    let (raw, stream) = RawFrontEnd::pair();
     let (_stop, stopped) = stop_pair();
     thread::scope(|scope| {
         scope.spawn(move || {
             front_end(&FrontEnd {
-                peer,
+                raw,
                 event: eventfd(0),
             });
         });
@@ -129,7 +129,7 @@ fn one_pair(front_end: &FrontEnd) {
     front_end.sync();
 }
 
-/// What QEMU 10 sends for two pairs of which the guest's driver, for now, uses one.
+/// Sends what QEMU 10 sends for two queue pairs when the guest's driver uses one of them.
 fn qemu(front_end: &FrontEnd, backend: &RecordingBackend) {
     for pair in 0..2u64 {
         assert_eq!(
@@ -180,7 +180,7 @@ fn start_as_qemu(front_end: &FrontEnd) {
 }
 
 #[test]
-fn the_order_that_qemu_uses() {
+fn vrings_start_and_stop_in_the_order_that_qemu_uses() {
     let backend = RecordingBackend::with_stop_base(20);
     let ended = session(&backend, |front_end| {
         qemu(front_end, &backend);
@@ -193,7 +193,7 @@ fn the_order_that_qemu_uses() {
             [
                 features.as_str(),
                 "memory 1",
-                // Enabled before SET_FEATURES, and not again after it.
+                // SET_VRING_ENABLE comes before SET_FEATURES and is not repeated after it.
                 &start(0, true),
                 "call 0 fd",
                 &start(1, true),
@@ -204,11 +204,11 @@ fn the_order_that_qemu_uses() {
                 "call 3 fd",
             ]
         );
-        // ethtool -L in the guest.
+        // `ethtool -L` in the guest enables the second queue pair.
         assert_eq!(front_end.enable(2, 1), 0);
         assert_eq!(front_end.enable(3, 1), 0);
         assert_eq!(backend.read(), ["enabled 2 true", "enabled 3 true"]);
-        // The driver goes.
+        // The driver is unloaded.
         for ring in 0..4 {
             assert_eq!(front_end.base(ring), 20);
         }
@@ -217,7 +217,7 @@ fn the_order_that_qemu_uses() {
         let file = memory_file(GUEST_MEMORY);
         let code = Code::REM_MEM_REG.into();
         let removed = front_end
-            .peer
+            .raw
             .send_with_ack(code, &region(0), &[file.as_fd()]);
         assert_eq!(removed, 0);
         assert_eq!(
@@ -225,7 +225,8 @@ fn the_order_that_qemu_uses() {
             ["stop 0", "stop 1", "stop 2", "stop 3", "memory 0"]
         );
         assert_eq!(front_end.request_u64(Code::GET_STATUS), 0);
-        // It comes again: only the first pair is enabled, no call descriptor comes before.
+        // The driver is loaded again: QEMU enables only the first queue pair and sends no call
+        // descriptor.
         front_end.enable(0, 1);
         front_end.enable(1, 1);
         start_as_qemu(front_end);
@@ -243,7 +244,7 @@ fn the_order_that_qemu_uses() {
                 "call 3 fd",
             ]
         );
-        // Nor does the err descriptor.
+        // QEMU sends no err descriptor either.
         assert!(backend.started_with(0).err.is_some());
     });
     assert_eq!(ended.unwrap(), SessionEnd::Disconnected);
@@ -255,7 +256,7 @@ fn the_order_that_qemu_uses() {
 }
 
 #[test]
-fn a_ring_starts_whatever_the_order_of_its_messages() {
+fn vring_starts_whatever_the_order_of_its_messages() {
     let steps: [fn(&FrontEnd); 4] = [
         |front_end| front_end.send_request(Code::SET_VRING_NUM, &payload(&[0, 128])),
         |front_end| front_end.send_request(Code::SET_VRING_BASE, &payload(&[0, 3])),
@@ -283,7 +284,7 @@ fn a_ring_starts_whatever_the_order_of_its_messages() {
 }
 
 #[test]
-fn without_protocol_features_rings_start_enabled() {
+fn vrings_without_protocol_features_start_enabled() {
     let backend = RecordingBackend::default();
     session(&backend, |front_end| {
         front_end.send_u64(Code::SET_FEATURES, FEATURES);
@@ -294,16 +295,16 @@ fn without_protocol_features_rings_start_enabled() {
         .concat();
         let file = memory_file(GUEST_MEMORY);
         front_end
-            .peer
+            .raw
             .send_request(Code::SET_MEM_TABLE.into(), &table, &[file.as_fd()]);
         front_end.configure(0, 256, 0);
         front_end.sync();
         assert!(backend.started_with(0).enabled);
-        // A request for an acknowledgement that was not negotiated has none.
+        // A request for an acknowledgement gets none before REPLY_ACK is negotiated.
         let wants = encode_message(Code::SET_OWNER.into(), 9, &[]);
-        front_end.peer.send(&wants, &[]);
+        front_end.raw.send(&wants, &[]);
         front_end.sync();
-        // Negotiated late, the vring waits for its enable.
+        // When protocol features are negotiated late, the vring waits for SET_VRING_ENABLE.
         backend.read();
         front_end.negotiate();
         front_end.sync();
@@ -315,7 +316,7 @@ fn without_protocol_features_rings_start_enabled() {
 }
 
 #[test]
-fn memory_that_is_not_shared_ends_the_session() {
+fn vring_start_without_shared_memory_ends_the_session() {
     let empty_table = |front_end: &FrontEnd| {
         front_end.send_request(Code::SET_MEM_TABLE, &payload(&[0, 0]));
     };
@@ -334,7 +335,7 @@ fn memory_that_is_not_shared_ends_the_session() {
 }
 
 #[test]
-fn refused_requests_change_nothing_and_the_session_goes_on() {
+fn refused_request_changes_nothing_and_the_session_continues() {
     let backend = RecordingBackend::default();
     let result = session(&backend, |front_end| {
         one_pair(front_end);
@@ -366,14 +367,14 @@ fn refused_requests_change_nothing_and_the_session_goes_on() {
             (Code::GET_CONFIG, vec![0; 12]),
         ] {
             assert_eq!(front_end.send_with_ack(code, &bytes), 1, "{code:?}");
-            // Without the wish for an acknowledgement there is none.
+            // A request that asks for no acknowledgement gets none.
             front_end.send_request(code, &bytes);
         }
-        assert_eq!(front_end.peer.send_with_ack(1000, &[1, 2, 3], &[]), 1);
+        assert_eq!(front_end.raw.send_with_ack(1000, &[1, 2, 3], &[]), 1);
         front_end
-            .peer
+            .raw
             .send_request(1000, &[], &[front_end.event.as_fd()]);
-        // Overlapping, short and unmappable regions; a directory as memory.
+        // Regions that overlap, are too short or cannot be mapped, and a directory as memory.
         let short = memory_file(4096);
         let directory = File::open("/").unwrap();
         for (bytes, file) in [
@@ -384,20 +385,20 @@ fn refused_requests_change_nothing_and_the_session_goes_on() {
         ] {
             let code = Code::ADD_MEM_REG.into();
             let fds = [file.as_fd()];
-            assert_eq!(front_end.peer.send_with_ack(code, &bytes, &fds), 1);
+            assert_eq!(front_end.raw.send_with_ack(code, &bytes, &fds), 1);
         }
         front_end.sync();
         assert_eq!(backend.read(), Vec::<String>::new());
         assert_eq!(backend.running(), [0, 1]);
     });
     assert_eq!(result.unwrap(), SessionEnd::Disconnected);
-    // The device learns the first of them.
+    // The device learns the first refused request.
     let refused = *backend.refused.lock().unwrap();
     assert_eq!(refused, Some("features-not-offered"));
 }
 
 #[test]
-fn the_mtu_is_the_device_s_to_refuse() {
+fn mtu_that_the_device_cannot_carry_is_refused() {
     let backend = RecordingBackend::default();
     session(&backend, |front_end| {
         front_end.negotiate();
@@ -409,7 +410,7 @@ fn the_mtu_is_the_device_s_to_refuse() {
 }
 
 #[test]
-fn a_broken_protocol_ends_the_session_and_stops_the_rings() {
+fn protocol_error_ends_the_session_and_stops_its_vrings() {
     let u64s = |value: u64| value.to_ne_bytes().to_vec();
     let code = |code: Code| u32::from(code);
     for (bytes, fds, want) in [
@@ -457,7 +458,7 @@ fn a_broken_protocol_ends_the_session_and_stops_the_rings() {
         let error = session(&backend, |front_end| {
             one_pair(front_end);
             front_end
-                .peer
+                .raw
                 .send(&bytes, &vec![front_end.event.as_fd(); fds]);
         })
         .unwrap_err();
@@ -472,24 +473,24 @@ fn a_broken_protocol_ends_the_session_and_stops_the_rings() {
 }
 
 #[test]
-fn a_kick_that_is_no_eventfd_ends_the_session() {
+fn descriptor_that_is_not_an_eventfd_ends_the_session() {
     for path in ["/dev/zero", "/"] {
         let file = File::open(path).unwrap();
         let error = session(&RecordingBackend::default(), |front_end| {
             let code = Code::SET_VRING_CALL.into();
             let bytes = 1u64.to_ne_bytes();
-            front_end.peer.send_request(code, &bytes, &[file.as_fd()]);
+            front_end.raw.send_request(code, &bytes, &[file.as_fd()]);
         })
         .unwrap_err();
         assert_eq!(
             error.to_string(),
-            format!("SET_VRING_CALL for ring 1 carries {path} where an eventfd is needed")
+            format!("SET_VRING_CALL for ring 1 carries {path} instead of an eventfd")
         );
     }
 }
 
 #[test]
-fn the_error_of_too_many_pairs_names_both_numbers() {
+fn refusal_of_too_many_queue_pairs_names_both_numbers() {
     let refusal = RequestError::NoSuchVring {
         ring: 4,
         queue_pairs: 2,
@@ -501,7 +502,7 @@ fn the_error_of_too_many_pairs_names_both_numbers() {
 }
 
 #[test]
-fn descriptors_may_change_while_a_ring_runs() {
+fn descriptors_of_a_running_vring_can_change() {
     let backend = RecordingBackend::default();
     session(&backend, |front_end| {
         one_pair(front_end);
@@ -527,12 +528,12 @@ fn descriptors_may_change_while_a_ring_runs() {
 }
 
 #[test]
-fn a_running_ring_may_move() {
+fn running_vring_with_a_new_address_is_started_again() {
     let backend = RecordingBackend::with_stop_base(11);
     session(&backend, |front_end| {
         one_pair(front_end);
         backend.read();
-        // What it has already is no change.
+        // Setting the same address again changes nothing.
         front_end.send_request(Code::SET_VRING_NUM, &payload(&[0, 256]));
         front_end.send_request(Code::SET_VRING_ADDR, &addresses(0, 0));
         front_end.sync();
@@ -542,7 +543,7 @@ fn a_running_ring_may_move() {
         let moved = "start 0 size 256 base 11 enabled true kick fd call none";
         assert_eq!(backend.read(), ["stop 0", moved]);
         assert_eq!(backend.started_with(0).layout.desc, 0x8000);
-        // Outside of memory: the vring stays stopped until memory contains it.
+        // The address is outside of memory, so the vring stays stopped until memory contains it.
         let bytes = addresses(0, GUEST_MEMORY);
         assert_eq!(front_end.send_with_ack(Code::SET_VRING_ADDR, &bytes), 1);
         assert_eq!(backend.read(), ["stop 0"]);
@@ -557,7 +558,7 @@ fn a_running_ring_may_move() {
 }
 
 #[test]
-fn the_base_of_a_stopped_ring_is_the_last_known() {
+fn stopped_vring_keeps_its_last_base() {
     let backend = RecordingBackend::with_stop_base(42);
     session(&backend, |front_end| {
         assert_eq!(front_end.base(0), 0);
@@ -565,7 +566,7 @@ fn the_base_of_a_stopped_ring_is_the_last_known() {
         assert_eq!(front_end.base(0), 42);
         assert_eq!(front_end.base(0), 42);
         backend.read();
-        // New parameters alone do not start it: the kick is still to come.
+        // New parameters alone do not start the vring, because SET_VRING_KICK has not come.
         front_end.send_request(Code::SET_VRING_NUM, &payload(&[0, 64]));
         front_end.send_request(Code::SET_VRING_BASE, &payload(&[0, 50]));
         front_end.sync();
@@ -582,7 +583,7 @@ fn the_base_of_a_stopped_ring_is_the_last_known() {
 }
 
 #[test]
-fn a_vring_that_leaves_the_memory_table_stops_and_starts_again_with_its_memory() {
+fn vring_that_leaves_the_memory_table_stops_and_starts_again_with_its_memory() {
     let backend = RecordingBackend::with_stop_base(9);
     session(&backend, |front_end| {
         one_pair(front_end);
@@ -593,10 +594,11 @@ fn a_vring_that_leaves_the_memory_table_stops_and_starts_again_with_its_memory()
         };
         remove();
         assert_eq!(backend.read(), ["memory 0"]);
-        // It answers where the device stopped it, and is not stopped twice.
+        // GET_VRING_BASE returns the base at which the device stopped the vring, which is not
+        // stopped twice.
         assert_eq!(front_end.base(1), 9);
         assert_eq!(backend.read(), Vec::<String>::new());
-        // Vring 1 waits for a new kick, vring 0 for memory alone.
+        // Vring 1 waits for a new kick, and vring 0 only for memory.
         assert_eq!(front_end.add_memory(0), 0);
         assert_eq!(
             backend.read(),
@@ -605,7 +607,7 @@ fn a_vring_that_leaves_the_memory_table_stops_and_starts_again_with_its_memory()
                 "start 0 size 256 base 9 enabled true kick fd call none"
             ]
         );
-        // A format may be exchanged while no vring is started.
+        // The format may change while no vring is started.
         remove();
         let features = FEATURES & !PACKED | VHOST_USER_F_PROTOCOL_FEATURES;
         assert_eq!(
@@ -617,7 +619,7 @@ fn a_vring_that_leaves_the_memory_table_stops_and_starts_again_with_its_memory()
 }
 
 #[test]
-fn resets_stop_every_ring() {
+fn reset_stops_every_vring() {
     for (code, bytes) in [
         (Code::RESET_DEVICE, vec![]),
         (Code::RESET_OWNER, vec![]),
@@ -641,7 +643,7 @@ fn resets_stop_every_ring() {
 }
 
 #[test]
-fn packed_rings_have_other_sizes_and_bases() {
+fn packed_vring_accepts_sizes_and_bases_that_a_split_one_does_not() {
     let backend = RecordingBackend::default();
     session(&backend, |front_end| {
         let base = payload(&[0, 0x8000_8000]);
@@ -659,19 +661,19 @@ fn packed_rings_have_other_sizes_and_bases() {
 }
 
 #[test]
-fn stop_ends_a_session_and_stops_its_rings() {
+fn session_ends_and_stops_its_vrings_when_stop_is_readable() {
     let backend = RecordingBackend::default();
-    let (peer, stream) = RawFrontEnd::pair();
+    let (raw, stream) = RawFrontEnd::pair();
     let (stop, stopped) = stop_pair();
     let ended = thread::scope(|scope| {
         scope.spawn(|| {
             let event = eventfd(0);
-            let front_end = FrontEnd { peer, event };
+            let front_end = FrontEnd { raw, event };
             one_pair(&front_end);
             stop.write(1).unwrap();
-            // The connection stays open until the session is over.
+            // The connection stays open until the session has ended.
             let mut byte = [0];
-            let read = std::io::Read::read(&mut &front_end.peer.0, &mut byte);
+            let read = std::io::Read::read(&mut &front_end.raw.0, &mut byte);
             assert_eq!(read.unwrap(), 0);
         });
         serve(stream, &backend, stopped.as_fd())
@@ -680,7 +682,7 @@ fn stop_ends_a_session_and_stops_its_rings() {
     assert!(backend.running().is_empty());
 }
 
-/// A message with a plausible code and vring, and with payloads of the sizes that requests have.
+/// A message with a plausible code and vring, and a payload whose size is that of some request.
 fn any_message() -> impl Strategy<Value = (u32, bool, Vec<u8>, usize)> {
     let words = prop_oneof![0..6u32, Just(256), Just(0x100), any::<u32>()];
     let payload = prop_oneof![Just(0), Just(2), Just(10), 0..12usize]
@@ -692,10 +694,10 @@ fn any_message() -> impl Strategy<Value = (u32, bool, Vec<u8>, usize)> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
-    /// Whatever comes: no panic, no start of a running vring (the device asserts it), and nothing
-    /// runs in the end.
+    /// Whatever messages come, nothing panics, no running vring is started (the device asserts
+    /// that), and no vring runs at the end.
     #[test]
-    fn any_messages_leave_a_coherent_session(
+    fn session_stays_consistent_whatever_messages_come(
         messages in prop::collection::vec(any_message(), 1..40),
     ) {
         let backend = RecordingBackend::default();
@@ -703,7 +705,8 @@ proptest! {
         for (code, need_reply, payload, fds) in messages {
             let header = Header { code, need_reply, size: payload.len() };
             let fds = (0..fds).map(|_| eventfd(0)).collect();
-            // A broken protocol would end the session; here it goes on, to reach more states.
+            // An error of the protocol would end the session. The test continues it, to reach more
+            // states.
             let _ = session.handle(Message { header, payload, fds });
         }
         session.stop_all();

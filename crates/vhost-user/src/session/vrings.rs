@@ -98,7 +98,8 @@ impl Session<'_> {
         NO_REPLY_PAYLOAD
     }
 
-    /// Whether frames pass: what SET_VRING_ENABLE set last, else the default without it.
+    /// Whether the vring carries frames: the value of the last SET_VRING_ENABLE, or the default if
+    /// none has come.
     fn is_enabled(&self, vring: &Vring) -> bool {
         let negotiated = self.features.unwrap_or(0) & VHOST_USER_F_PROTOCOL_FEATURES != 0;
         vring.enabled.unwrap_or(!negotiated)
@@ -115,7 +116,7 @@ impl Session<'_> {
 
     // --- starting and stopping ------------------------------------------------------------------
 
-    /// Starts a vring that is ready; a vring without any memory ends the session.
+    /// Starts a vring that is ready, or ends the session if there is no guest memory at all.
     fn start_or_end_session(&mut self, ring: u16) -> RequestOutcome {
         if self.memory.is_empty() && self.pending_start(ring).is_some() {
             return Err(end_session(SessionError::NotShared));
@@ -140,7 +141,7 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// What a vring that is to start, and does not run, starts with.
+    /// The configuration with which a stopped vring starts, if it is complete.
     fn pending_start(&self, ring: u16) -> Option<VringStart> {
         let vring = &self.vrings[usize::from(ring)];
         if vring.is_started() {
@@ -149,13 +150,13 @@ impl Session<'_> {
         vring.to_vring_start(self.is_enabled(vring), self.virtio_features(), &self.memory)
     }
 
-    /// Stops a vring for good: it starts again only at a new SET_VRING_KICK.
+    /// Stops a vring until a new SET_VRING_KICK starts it again.
     pub(super) fn stop(&mut self, ring: u16) {
         self.pause(ring);
         self.vrings[usize::from(ring)].kick = Kick::Unset;
     }
 
-    /// Stops a vring, if it is started, and remembers its base.
+    /// Stops a vring, if it is started, and stores its base.
     pub(super) fn pause(&mut self, ring: u16) {
         if !self.vrings[usize::from(ring)].is_started() {
             return;
@@ -167,7 +168,7 @@ impl Session<'_> {
         debug!(ring, base = vring.base, "vring stopped");
     }
 
-    /// Follows the device by the table of states.
+    /// Changes the state of a vring by the same table that the device uses.
     pub(super) fn change_state(&mut self, ring: u16, event: VringEvent) {
         let Some(vring) = self.vrings.get_mut(usize::from(ring)) else {
             return;

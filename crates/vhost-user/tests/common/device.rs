@@ -13,10 +13,10 @@ use virtionet_virtqueue::memory::GuestMemory;
 
 /// VIRTIO_F_VERSION_1 and VIRTIO_NET_F_MQ.
 pub const FEATURES: u64 = 1 << 32 | 1 << 22;
-/// Where every vring of the device stops.
+/// The base at which every vring of the device stops.
 pub const BASE: u32 = 77;
 
-/// Vrings that run, with what they were started with.
+/// A device that stores the configuration of each running vring.
 #[derive(Debug, Default)]
 pub struct Device(pub Mutex<BTreeMap<u16, VringStart>>);
 
@@ -70,20 +70,20 @@ impl Backend for Device {
     }
 }
 
-/// Runs a session for as long as `peer` runs on the other end of its socket.
+/// Runs a session with a front-end. The session ends when `front_end` returns.
 pub fn session(
     device: &Device,
-    peer: impl FnOnce(UnixStream) + Send,
+    front_end: impl FnOnce(UnixStream) + Send,
 ) -> Result<SessionEnd, SessionError> {
-    let (near, far) = UnixStream::pair().unwrap();
+    let (front_end_socket, back_end_socket) = UnixStream::pair().unwrap();
     let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
     std::thread::scope(|scope| {
-        scope.spawn(move || peer(near));
-        serve(far, device, stop.as_fd())
+        scope.spawn(move || front_end(front_end_socket));
+        serve(back_end_socket, device, stop.as_fd())
     })
 }
 
-/// A message with `fds`, written at once.
+/// Sends a message and `fds` with one write.
 pub fn send(stream: &UnixStream, words: &[u32], payload: &[u8], fds: &[BorrowedFd<'_>]) {
     use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
     let mut bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();

@@ -33,7 +33,7 @@ pub fn region(guest_phys_addr: u64, file: &File) -> VhostUserMemoryRegionInfo {
     }
 }
 
-/// Brings the first pair up; every request is acknowledged.
+/// Starts the first queue pair, with an acknowledgement for every request.
 pub fn bring_up(stream: UnixStream) -> Frontend {
     let mut front_end = Frontend::from_stream(stream, 4);
     front_end.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
@@ -57,7 +57,7 @@ pub fn bring_up(stream: UnixStream) -> Frontend {
     front_end
 }
 
-/// Configures a vring, starts and enables it.
+/// Configures, starts and enables a vring.
 pub fn start(front_end: &mut Frontend, ring: usize) {
     let event = EventFd::new(0).unwrap();
     let place = u64::try_from(ring).unwrap() * 0x4000;
