@@ -55,7 +55,7 @@ impl Features {
         self.has(net::VIRTIO_NET_F_MRG_RXBUF)
     }
 
-    /// The names of the features in the set that this device knows.
+    /// The names of those features in the set that this device offers.
     #[must_use]
     pub fn names(self) -> Vec<&'static str> {
         OFFERED
@@ -65,7 +65,7 @@ impl Features {
             .collect()
     }
 
-    /// Bytes of the virtio-net header under these features (virtio 1.3 §5.1.6.1).
+    /// The number of bytes of the virtio-net header under these features (virtio 1.3 §5.1.6.1).
     #[must_use]
     pub fn header_len(self) -> usize {
         if self.has_mergeable_buffers() || self.has(config::VIRTIO_F_VERSION_1) {

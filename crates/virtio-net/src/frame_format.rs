@@ -1,14 +1,16 @@
 //! The form of the frames that a guest accepts: the header's length, and the offloads.
 
-/// Bytes of a virtio-net header with `num_buffers` (VERSION_1 or MRG_RXBUF negotiated).
+/// The number of bytes of a virtio-net header with `num_buffers` (VERSION_1 or MRG_RXBUF
+/// negotiated).
 pub const VNET_HEADER_LEN: usize = 12;
-/// Bytes of a legacy virtio-net header, without `num_buffers`.
+/// The number of bytes of a legacy virtio-net header, without `num_buffers`.
 pub const LEGACY_VNET_HEADER_LEN: usize = 10;
 
 /// What the driver negotiated about received frames, for the uplink.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FrameFormat {
-    /// Bytes of the virtio-net header: 12, or 10 for a legacy driver without MRG_RXBUF.
+    /// The number of bytes of the virtio-net header: 12, or 10 for a legacy driver without
+    /// MRG_RXBUF.
     pub header_len: usize,
     /// The guest accepts frames with a partial checksum (GUEST_CSUM).
     pub csum: bool,

@@ -13,12 +13,13 @@
 //! The sending guest can change its memory at any time, and its header can be wrong. So the frame
 //! is copied once, everything is read from the copy, `hdr_len` is ignored and the packet headers
 //! are parsed (headers.rs). The header's `csum_start` and `csum_offset` must name the checksum that
-//! the parser found, so that sender and receiver interpret the packet alike. Where header and
-//! packet contradict each other, the result is an [`OffloadFault`], before any frame has been
+//! the parser found, so that sender and receiver interpret the packet in the same way. Where header
+//! and packet contradict each other, the result is an [`OffloadFault`], before any frame has been
 //! emitted.
 //!
 //! A receiver that accepts partial checksums but not TSO gets segments with a partial checksum
-//! each. That saves a pass over the data here, and in the receiving guest, which trusts them.
+//! each. That saves a pass over the data here, and in the receiving guest, which does not verify
+//! them.
 //!
 //! The length fields of the IP header are not read but written: the packet extends to the end of
 //! the frame, as in the kernel. Checksums start from the pseudo header's sum that the guest left in
@@ -333,7 +334,7 @@ mod tests {
             FrameFormat::ALL,
         ];
         // Flags, gso_type, and which of the formats accept them.
-        for (flags, gso_type, takers) in [
+        for (flags, gso_type, accepting) in [
             (0, 0, [true; 7]),
             (1, 0, [false, true, true, true, true, true, true]),
             // DATA_VALID, on a frame from the host.
@@ -354,7 +355,7 @@ mod tests {
             let mut header = VnetHeader::default();
             header.0[..2].copy_from_slice(&[flags, gso_type]);
             let found = formats.map(|format| can_pass_unmodified(&header, &format));
-            assert_eq!(found, takers, "{flags} {gso_type:#x}");
+            assert_eq!(found, accepting, "{flags} {gso_type:#x}");
         }
     }
 }

@@ -19,13 +19,13 @@ pub const IPPROTO_ROUTING: u8 = 43;
 pub const IPPROTO_FRAGMENT: u8 = 44;
 /// The IPv6 extension header with options for the destination.
 pub const IPPROTO_DSTOPTS: u8 = 60;
-/// Bytes of an IPv4 header without options.
+/// The number of bytes of an IPv4 header without options.
 pub const MIN_IPV4_HEADER_LEN: usize = 20;
-/// Bytes of an IPv6 header without extension headers.
+/// The number of bytes of an IPv6 header without extension headers.
 pub const IPV6_HEADER_LEN: usize = 40;
 /// The most VLAN tags that a frame may have.
 pub const MAX_VLAN_TAGS: usize = 2;
-/// Bytes of a VLAN tag.
+/// The number of bytes of a VLAN tag.
 pub const VLAN_TAG_LEN: usize = 4;
 
 /// Where the EtherType is in a frame without VLAN tags.
@@ -60,8 +60,8 @@ pub struct IpHeader {
     pub version: IpVersion,
     /// Where in the frame the header begins.
     pub offset: usize,
-    /// Bytes of the header: with the options of IPv4, which may lie beyond the frame, without the
-    /// extension headers of IPv6.
+    /// The number of bytes of the header: with the options of IPv4, which may lie beyond the frame,
+    /// without the extension headers of IPv6.
     pub len: usize,
     /// The protocol of what follows the header; in IPv6 it may be an extension header.
     pub protocol: u8,

@@ -37,7 +37,7 @@ pub trait DeviceQueue: Sized {
     /// When the configuration does not describe a virtqueue.
     fn new(config: QueueConfig) -> Result<Self, VirtqueueError>;
 
-    /// Number of descriptors.
+    /// The number of descriptors.
     fn size(&self) -> u16;
 
     /// Rewinds the chains that are dequeued and unused; returns the index at which the virtqueue

@@ -19,9 +19,10 @@ use crate::queue::{DeviceQueue, Queue, QueueConfig, count_fault};
 use crate::stats::to_u64;
 use crate::uplink::{Received, UplinkQueue};
 
-/// The most segments for one frame: what one `readv` accepts, less a few for the uplink itself.
+/// The most segments of one frame: as many as one `readv` accepts, except for a few that the uplink
+/// itself needs.
 const MAX_SEGMENTS: usize = 1000;
-/// A longer frame is large: copying it costs more than it saves.
+/// The length above which a frame is large: copying it then costs more than it saves.
 const LARGE_FRAME_LEN: usize = 4096;
 /// The fewest chains that are dequeued at once, even where fewer are missing: reading the available
 /// index costs as much as several chains.
@@ -52,7 +53,7 @@ pub enum RxEndReason {
 pub struct RxOutcome {
     /// Frames that the uplink had, including those that were dropped.
     pub frames: usize,
-    /// Bytes of the frames that the guest received, without headers.
+    /// The number of bytes of the frames that the guest received, without headers.
     pub bytes: usize,
     /// The driver asks for an interrupt.
     pub should_call: bool,
@@ -113,7 +114,7 @@ pub struct RxQueue {
     queue: Queue,
     /// The total length of the reserved chains.
     capacity: usize,
-    /// Bytes to reserve for a frame.
+    /// The number of bytes to reserve for a frame.
     required: usize,
     /// The bounce buffer, for small frames and for the part of a frame that does not fit into the
     /// guest's buffers. It is a mapping, so that pages that were never used take no memory.
@@ -242,8 +243,8 @@ impl RxQueue {
         Ok(dequeued)
     }
 
-    /// Completes the faulty chains at the front, empty. Later ones wait for their turn, so that
-    /// chains are completed in order.
+    /// Completes the faulty chains at the front with length 0. Later ones stay in the burst until
+    /// they are at the front, so that chains are completed in order.
     fn complete_leading_faults(&mut self) {
         let queue = &mut self.queue;
         while let Some(chain) = queue.burst.chains().first().copied() {

@@ -100,7 +100,7 @@ counters! {
         head_out_of_range: "Rings quarantined for an available head outside the ring.",
         avail_index_jump: "Rings quarantined for an available index ahead by more than the ring's size.",
         chain_without_end: "Rings quarantined for a packed chain that spans the whole ring without an end.",
-        quarantines: "Times that the ring was stopped for a fault until it is configured anew.",
+        quarantines: "Times that the ring was stopped for a fault until it is configured again.",
     }
 }
 

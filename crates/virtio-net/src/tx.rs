@@ -18,7 +18,7 @@ use crate::uplink::{MAX_BURST, TxFrame, UplinkQueue};
 pub struct TxOutcome {
     /// Chains that were dequeued and completed, with and without a fault.
     pub chains: usize,
-    /// Bytes of the Ethernet frames that were handed to the uplink.
+    /// The number of bytes of the Ethernet frames that were handed to the uplink.
     pub bytes: usize,
     /// The driver asks for an interrupt.
     pub should_call: bool,
@@ -163,7 +163,8 @@ fn transmit_burst(queue: &mut Queue, uplink: &dyn UplinkQueue) -> usize {
     bytes
 }
 
-/// Strips the headers off the chains. The virtqueue has marked chains that are shorter as faulty.
+/// Strips the headers off the chains. The virtqueue has marked chains without a whole header as
+/// faulty.
 #[inline(always)]
 fn strip_headers(queue: &mut Queue, headers: &mut [VnetHeader; MAX_BURST]) {
     if queue.features.header_len() == VNET_HEADER_LEN {

@@ -23,7 +23,7 @@ pub struct TxFrame<'a> {
     pub header: VnetHeader,
     /// The Ethernet frame, without the header.
     pub payload: &'a [GuestSlice<'a>],
-    /// Bytes in `payload`: 14 to 65,557 ([`MAX_FRAME`](crate::header::MAX_FRAME)).
+    /// The number of bytes in `payload`: 14 to 65,557 ([`MAX_FRAME`](crate::header::MAX_FRAME)).
     pub len: usize,
 }
 

@@ -106,7 +106,7 @@ fn frames_pass_in_order_in_every_format_and_layout() {
             }
         }
     }
-    // The smallest ring: one descriptor that goes back and forth.
+    // The smallest ring has one descriptor, which the driver and the device use in turn.
     for layout in layouts {
         pass(1, FULL | PACKED, layout);
     }

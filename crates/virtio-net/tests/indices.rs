@@ -1,4 +1,5 @@
-//! Indices of a guest: an impossible one is a fault of the ring, an unusual one does no harm.
+//! Indices of a guest: an impossible one is a fault of the ring, and an unusual one has no effect
+//! on the device.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
@@ -76,7 +77,7 @@ fn chains_before_a_head_outside_the_ring_are_completed_first() {
         assert_eq!(fixture.used(), []);
         assert_eq!(fixture.uplink.sent().len(), 2);
 
-        // A ring that is configured anew behind the bad head works.
+        // A ring that is configured again behind the bad head works.
         let mut tx = TxQueue::new(fixture.config(3)).unwrap();
         assert_eq!(tx.step(&fixture), Ok(1));
         assert_eq!(fixture.used(), [(2, 0)]);
@@ -195,8 +196,8 @@ fn an_rx_buffer_over_the_ring_itself_affects_only_that_ring() {
                 .uplink
                 .feed([vec![0xff; 12], frame(seed, 244)].concat());
         }
-        // Whatever the ring contains now: a fault, or frames until the buffers are used up, but an
-        // end.
+        // Whatever the ring contains now, the loop ends: with a fault, or when the buffers are used
+        // up.
         for _ in 0..40 {
             match rx.receive(&fixture.uplink, 4, 1 << 20) {
                 Ok(received) => assert!(received.frames <= 4),

@@ -270,19 +270,19 @@ fn a_request_that_contradicts_the_content_is_refused() {
 
 #[test]
 fn a_frame_beyond_the_lengths_of_ip_is_refused() {
-    let longer = |maker: PacketBuilder, len: usize, size: u16| {
-        let mut packet = maker.gso(size).build();
+    let longer = |builder: PacketBuilder, len: usize, size: u16| {
+        let mut packet = builder.gso(size).build();
         packet.bytes.resize(len, 7);
         packet
     };
     // Without a tag, the longest frame is too long for one IP packet; its segments are not.
     let packet = longer(PacketBuilder::tcp(false, 0, 100), MAX_FRAME, 1460);
     assert_eq!(made(&packet, true).len(), 45);
-    for maker in [
+    for builder in [
         PacketBuilder::tcp(false, 0, 100),
         PacketBuilder::udp(false, 100),
     ] {
-        let packet = longer(maker, MAX_FRAME, 65_535);
+        let packet = longer(builder, MAX_FRAME, 65_535);
         assert_eq!(fault(&packet), OffloadFault::FrameTooLong);
     }
     let packet = longer(PacketBuilder::tcp(false, 0, 100), MAX_FRAME + 1, 1460);
@@ -313,26 +313,26 @@ fn any_packet() -> impl Strategy<Value = Packet> {
     (shape, rest).prop_map(|((udp, v6, options, payload), rest)| {
         let (size, tags, flags, before, gso) = rest;
         let payload = payload.min(64_000);
-        let mut maker = match udp {
+        let mut builder = match udp {
             true => PacketBuilder::udp(v6, payload),
             false => PacketBuilder::tcp(v6, options * 4, payload),
         };
         if gso {
             // Small sizes are the most frequent.
-            maker = maker.gso(28 + size % (1 << (size % 16)));
+            builder = builder.gso(28 + size % (1 << (size % 16)));
         }
         if !udp {
-            maker = maker.flags(flags);
+            builder = builder.flags(flags);
         }
         for _ in 0..tags {
-            maker = maker.tag(0x8100, 5);
+            builder = builder.tag(0x8100, 5);
         }
-        maker = match v6 {
-            true if before > 0 => maker.extension(60, before),
-            true => maker,
-            false => maker.ip_options(before),
+        builder = match v6 {
+            true if before > 0 => builder.extension(60, before),
+            true => builder,
+            false => builder.ip_options(before),
         };
-        maker.build()
+        builder.build()
     })
 }
 

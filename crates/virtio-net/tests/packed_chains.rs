@@ -20,7 +20,7 @@ const SIZE: u16 = 2047;
 const BAD: u16 = 9;
 /// The address and the size of a valid RX buffer.
 const BUFFER: u64 = DATA + 0x10_0000;
-const ROOM: u32 = 1526;
+const BUFFER_LEN: u32 = 1526;
 const MERGEABLE: u64 = PLAIN | 1 << VIRTIO_NET_F_MRG_RXBUF;
 const UNMERGED: u64 = FULL & !(1 << VIRTIO_NET_F_MRG_RXBUF);
 
@@ -194,7 +194,8 @@ fn an_invalid_chain_is_dropped_and_no_other() {
             let mut fixture = PackedRingFixture::new(start, SIZE, features);
             let mut tx: TxQueue = fixture.device();
             fixture.ram.write(DATA, &[0; 72]).unwrap();
-            // Between two valid frames of its burst, then one more in the next burst.
+            // The chain is between two valid frames of its burst; a third follows in the next
+            // burst.
             fixture.readable(7, &good());
             write(&mut fixture);
             fixture.readable(8, &good());
@@ -328,7 +329,7 @@ fn flipped_wrap_counters_do_not_make_reserved_buffers_available_again() {
         for id in 0..8 {
             fixture.put(
                 BUFFER + 0x1000 * u64::from(id),
-                ROOM,
+                BUFFER_LEN,
                 id,
                 VRING_DESC_F_WRITE,
             );
@@ -336,9 +337,9 @@ fn flipped_wrap_counters_do_not_make_reserved_buffers_available_again() {
         fixture.uplink.feed(with_header(1, 60));
         assert_eq!(rx.receive(&fixture.uplink, 1, 1 << 20).unwrap().frames, 1);
         assert_eq!(fixture.used(), [(0, 72)]);
-        // One buffer is the driver's again; it flips the flags of all buffers.
+        // The driver owns one buffer again; it flips the flags of all buffers.
         for id in 0..8 {
-            fixture.put(BUFFER, ROOM, id, VRING_DESC_F_WRITE);
+            fixture.put(BUFFER, BUFFER_LEN, id, VRING_DESC_F_WRITE);
         }
         for seed in 0..20 {
             fixture.uplink.feed(with_header(seed, 1000));
@@ -404,7 +405,7 @@ fn chains_before_one_without_end_are_completed_first() {
 }
 
 #[test]
-fn a_ring_that_is_configured_anew_after_a_fault_works() {
+fn a_ring_that_is_configured_again_after_a_fault_works() {
     let mut fixture = PackedRingFixture::new(3, 8, FULL);
     let mut tx: TxQueue = fixture.device();
     for _ in 0..8 {
@@ -435,20 +436,25 @@ const RX: &[Row] = &[
         },
     ),
     ("readable", "direction_wrong", |fixture| {
-        line(fixture, 1, ROOM)
+        line(fixture, 1, BUFFER_LEN)
     }),
     (
         "writable header, readable rest",
         "direction_wrong",
         |fixture| {
             fixture.put(DATA, 12, BAD, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT);
-            fixture.put(DATA, ROOM, BAD, 0);
+            fixture.put(DATA, BUFFER_LEN, BAD, 0);
         },
     ),
     ("bad address in the middle", "address_invalid", |fixture| {
         fixture.put(DATA, 12, BAD, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT);
-        fixture.put(HOLE - 1, ROOM, BAD, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT);
-        fixture.put(DATA, ROOM, BAD, VRING_DESC_F_WRITE);
+        fixture.put(
+            HOLE - 1,
+            BUFFER_LEN,
+            BAD,
+            VRING_DESC_F_WRITE | VRING_DESC_F_NEXT,
+        );
+        fixture.put(DATA, BUFFER_LEN, BAD, VRING_DESC_F_WRITE);
     }),
     ("nested table", "indirect_nested", |fixture| {
         refer(fixture, &[(TABLE, 16, VRING_DESC_F_INDIRECT)]);
@@ -457,7 +463,7 @@ const RX: &[Row] = &[
         fixture.put(TABLE, 17, BAD, VRING_DESC_F_INDIRECT);
     }),
     ("readable in a table", "direction_wrong", |fixture| {
-        refer(fixture, &[(DATA, ROOM, 0)]);
+        refer(fixture, &[(DATA, BUFFER_LEN, 0)]);
     }),
 ];
 
@@ -483,12 +489,12 @@ fn an_invalid_buffer_is_completed_empty_and_the_frame_uses_the_next() {
                 let mut fixture = PackedRingFixture::new(start, 50, features);
                 let mut rx: RxQueue = fixture.device();
                 write(&mut fixture);
-                fixture.put(BUFFER, ROOM, 4, VRING_DESC_F_WRITE);
+                fixture.put(BUFFER, BUFFER_LEN, 4, VRING_DESC_F_WRITE);
                 write(&mut fixture);
-                fixture.put(BUFFER + 0x1000, ROOM, 5, VRING_DESC_F_WRITE);
+                fixture.put(BUFFER + 0x1000, BUFFER_LEN, 5, VRING_DESC_F_WRITE);
                 // The ring is full, so the device does not wait for further buffers.
                 while fixture.free_descriptors() > 0 {
-                    fixture.put(BUFFER, ROOM, 6, VRING_DESC_F_WRITE);
+                    fixture.put(BUFFER, BUFFER_LEN, 6, VRING_DESC_F_WRITE);
                 }
                 fixture.uplink.feed(with_header(1, 1000));
                 fixture.uplink.feed(with_header(2, 60));
@@ -549,7 +555,7 @@ fn a_starved_ring_continues_when_buffers_are_added() {
                 let id = u16::try_from(given % 7).unwrap();
                 fixture.put(
                     BUFFER + 0x1000 * u64::from(id),
-                    ROOM,
+                    BUFFER_LEN,
                     id,
                     VRING_DESC_F_WRITE,
                 );

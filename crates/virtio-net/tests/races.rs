@@ -223,7 +223,7 @@ fn rx_descriptors_that_change_while_buffers_are_filled() {
     assert_eq!(back, canary);
 }
 
-/// A wrong index is a fault, a right one moves frames, and a ring that is configured anew works.
+/// A wrong index is a fault, a right one moves frames, and a ring that is configured again works.
 #[test]
 fn indices_and_heads_that_change_while_they_are_read() {
     let mut fixture = SplitRingFixture::new(SIZE, FULL);

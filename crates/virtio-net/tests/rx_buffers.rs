@@ -13,7 +13,7 @@ const MERGEABLE: u64 = PLAIN | 1 << VIRTIO_NET_F_MRG_RXBUF;
 const UNMERGED: u64 = FULL & !(1 << VIRTIO_NET_F_MRG_RXBUF);
 /// The address and the size of a valid buffer.
 const BUFFER: u64 = DATA + 0x10_0000;
-const ROOM: u32 = 1526;
+const BUFFER_LEN: u32 = 1526;
 
 /// An invalid chain with head 0, and its counter.
 type Row = (&'static str, &'static str, fn(&SplitRingFixture));
@@ -45,14 +45,14 @@ const ROWS: &[Row] = &[
         },
     ),
     ("readable", "direction_wrong", |fixture| {
-        fixture.desc(0, DATA, ROOM, 0, 0);
+        fixture.desc(0, DATA, BUFFER_LEN, 0, 0);
     }),
     (
         "readable header, writable rest",
         "direction_wrong",
         |fixture| {
             fixture.desc(0, DATA, 12, VRING_DESC_F_NEXT, 1);
-            fixture.desc(1, DATA, ROOM, VRING_DESC_F_WRITE, 0);
+            fixture.desc(1, DATA, BUFFER_LEN, VRING_DESC_F_WRITE, 0);
         },
     ),
     (
@@ -60,30 +60,48 @@ const ROWS: &[Row] = &[
         "direction_wrong",
         |fixture| {
             fixture.desc(0, DATA, 12, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT, 1);
-            fixture.desc(1, DATA, ROOM, 0, 0);
+            fixture.desc(1, DATA, BUFFER_LEN, 0, 0);
         },
     ),
     ("self-loop", "chain_loop", |fixture| {
-        fixture.desc(0, DATA, ROOM, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT, 0);
+        fixture.desc(
+            0,
+            DATA,
+            BUFFER_LEN,
+            VRING_DESC_F_WRITE | VRING_DESC_F_NEXT,
+            0,
+        );
     }),
     (
         "next outside the ring",
         "chain_next_out_of_range",
         |fixture| {
-            fixture.desc(0, DATA, ROOM, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT, 77);
+            fixture.desc(
+                0,
+                DATA,
+                BUFFER_LEN,
+                VRING_DESC_F_WRITE | VRING_DESC_F_NEXT,
+                77,
+            );
         },
     ),
     ("outside memory", "address_invalid", |fixture| {
-        fixture.desc(0, END, ROOM, VRING_DESC_F_WRITE, 0);
+        fixture.desc(0, END, BUFFER_LEN, VRING_DESC_F_WRITE, 0);
     }),
     ("ends in a hole", "address_invalid", |fixture| {
-        fixture.desc(0, HOLE - 1525, ROOM, VRING_DESC_F_WRITE, 0);
+        fixture.desc(0, HOLE - 1525, BUFFER_LEN, VRING_DESC_F_WRITE, 0);
     }),
     ("wraps", "address_invalid", |fixture| {
-        fixture.desc(0, u64::MAX - 9, ROOM, VRING_DESC_F_WRITE, 0);
+        fixture.desc(0, u64::MAX - 9, BUFFER_LEN, VRING_DESC_F_WRITE, 0);
     }),
     ("no bytes at a bad address", "address_invalid", |fixture| {
-        fixture.desc(0, DATA, ROOM, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT, 1);
+        fixture.desc(
+            0,
+            DATA,
+            BUFFER_LEN,
+            VRING_DESC_F_WRITE | VRING_DESC_F_NEXT,
+            1,
+        );
         fixture.desc(1, END, 0, VRING_DESC_F_WRITE, 0);
     }),
     ("nested table", "indirect_nested", |fixture| {
@@ -94,7 +112,7 @@ const ROWS: &[Row] = &[
         fixture.desc(0, TABLE, 17, VRING_DESC_F_INDIRECT, 0);
     }),
     ("readable in a table", "direction_wrong", |fixture| {
-        fixture.table(&[(DATA, ROOM, 0, 0)]);
+        fixture.table(&[(DATA, BUFFER_LEN, 0, 0)]);
         fixture.desc(0, TABLE, 16, VRING_DESC_F_INDIRECT, 0);
     }),
 ];
@@ -120,8 +138,8 @@ fn an_invalid_buffer_is_completed_empty_and_the_frame_uses_the_next() {
             let mut fixture = SplitRingFixture::new(16, features);
             let mut rx: RxQueue = fixture.device();
             write(&fixture);
-            fixture.desc(14, BUFFER, ROOM, VRING_DESC_F_WRITE, 0);
-            fixture.desc(15, BUFFER + 0x1000, ROOM, VRING_DESC_F_WRITE, 0);
+            fixture.desc(14, BUFFER, BUFFER_LEN, VRING_DESC_F_WRITE, 0);
+            fixture.desc(15, BUFFER + 0x1000, BUFFER_LEN, VRING_DESC_F_WRITE, 0);
             let mut heads = [0; 16];
             (heads[1], heads[3]) = (14, 15);
             fixture.offer(&heads);
@@ -215,11 +233,11 @@ fn a_buffer_across_two_regions_is_one_buffer() {
         for before in [1, 5, 11, 12, 13, 500] {
             let mut fixture = SplitRingFixture::new(2, features);
             let mut rx: RxQueue = fixture.device();
-            fixture.desc(0, JOINED - before, ROOM, VRING_DESC_F_WRITE, 0);
+            fixture.desc(0, JOINED - before, BUFFER_LEN, VRING_DESC_F_WRITE, 0);
             fixture.offer(&[0]);
             fixture.uplink.feed(with_header(9, 1514));
             assert_eq!(rx.receive(&fixture.uplink, 64, 1 << 20).unwrap().frames, 1);
-            assert_eq!(fixture.used(), [(0, ROOM)]);
+            assert_eq!(fixture.used(), [(0, BUFFER_LEN)]);
             assert_eq!(found(&fixture, JOINED - before, 1514), (1, frame(9, 1514)));
         }
     }
@@ -231,7 +249,7 @@ fn frames_wait_without_buffers_and_arrive_in_order_later() {
         let mut fixture = SplitRingFixture::new(8, features);
         let mut rx: RxQueue = fixture.device();
         for (index, addr) in (0..8).zip((BUFFER..).step_by(0x1000)) {
-            fixture.desc(index, addr, ROOM, VRING_DESC_F_WRITE, 0);
+            fixture.desc(index, addr, BUFFER_LEN, VRING_DESC_F_WRITE, 0);
         }
         for seed in 0..40 {
             fixture.uplink.feed(with_header(seed, 300));
@@ -281,7 +299,7 @@ fn a_table_of_65_535_entries_shared_by_1_024_heads_has_a_bounded_cost_per_call()
     while done < 1024 {
         let received = rx.receive(&fixture.uplink, 64, 1 << 20).unwrap();
         let back = fixture.used().len();
-        // At most 16,384 descriptors, and those of the last dequeue.
+        // A call reads at most 16,384 descriptors, and those of its last dequeue.
         assert!((1..=20).contains(&back), "{back} at once");
         assert_eq!(received.frames, 0);
         done += back;
@@ -331,7 +349,7 @@ fn frames_before_a_fault_are_published() {
     for features in [MERGEABLE, UNMERGED] {
         let mut fixture = SplitRingFixture::new(64, features);
         let mut rx: RxQueue = fixture.device();
-        fixture.desc(0, BUFFER, ROOM, VRING_DESC_F_WRITE, 0);
+        fixture.desc(0, BUFFER, BUFFER_LEN, VRING_DESC_F_WRITE, 0);
         let mut heads = vec![0; 60];
         heads.push(64);
         fixture.offer(&heads);

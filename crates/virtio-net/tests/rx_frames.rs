@@ -333,19 +333,19 @@ fn never_sees_part_of_a_frame(fixture: RxFixture) {
         });
         let finish = SetOnDrop(&done);
         let end = Instant::now() + Duration::from_millis(300);
-        let mut fed = 0;
+        let mut queued = 0;
         let mut given = 0;
-        // Even on a slow machine, enough frames must have passed for the test to mean something.
-        while !receiver.is_finished() && (Instant::now() < end || fed < 64 || given < fed) {
-            if given == fed {
+        // Enough frames must have passed for a meaningful test, even on a slow machine.
+        while !receiver.is_finished() && (Instant::now() < end || queued < 64 || given < queued) {
+            if given == queued {
                 for _ in 0..16 {
-                    uplink.feed([vec![0; 12], frame(fed, length(fed))].concat());
-                    fed += 1;
+                    uplink.feed([vec![0; 12], frame(queued, length(queued))].concat());
+                    queued += 1;
                 }
             }
             given += device.receive(&uplink, 5, 1 << 20).unwrap().frames;
         }
         drop(finish);
-        assert_eq!(receiver.join().unwrap(), fed);
+        assert_eq!(receiver.join().unwrap(), queued);
     });
 }

@@ -282,7 +282,7 @@ fn an_invalid_chain_is_dropped_and_no_other() {
         let mut fixture = SplitRingFixture::new(row.size, row.features);
         let mut tx: TxQueue = fixture.device();
         (row.write)(&fixture);
-        // Between two valid frames of its burst, then one more in the next burst.
+        // The chain is between two valid frames of its burst; a third follows in the next burst.
         let last = row.size - 2;
         fixture.readable(last, &good());
         fixture.offer(&[last, 0, last]);

@@ -150,7 +150,7 @@ mod tests {
         }
 
         #[test]
-        fn replacing_the_length_equals_summing_anew(bytes in prop::collection::vec(1u8.., 8), old: u16, new: u16) {
+        fn replacing_the_length_equals_summing_again(bytes in prop::collection::vec(1u8.., 8), old: u16, new: u16) {
             let with = |length: u16| Sum::of(&bytes).add_word(length).fold();
             prop_assert_eq!(replace_length(with(old), old, new) % 0xffff, with(new) % 0xffff);
         }

@@ -16,7 +16,7 @@ use crate::uplink::TxFrame;
 
 const UDP_HEADER_LEN: usize = 8;
 const UDP_CHECKSUM_OFFSET: usize = 6;
-/// Bytes of the fragment header of IPv6.
+/// The number of bytes of the fragment header of IPv6.
 const IPV6_FRAGMENT_HEADER_LEN: usize = 8;
 
 /// A datagram that has passed all checks and can be fragmented.
@@ -24,7 +24,7 @@ const IPV6_FRAGMENT_HEADER_LEN: usize = 8;
 pub(super) struct UdpFragmentation {
     layout: PacketLayout,
     field: CsumField,
-    /// Payload bytes of each fragment: a multiple of 8.
+    /// The number of payload bytes of each fragment: a multiple of 8.
     size: usize,
 }
 

@@ -24,11 +24,11 @@ const CWR: u8 = 0x80;
 pub(super) struct TcpSegmentation {
     layout: PacketLayout,
     field: CsumField,
-    /// Bytes of all headers together.
+    /// The number of bytes of all headers together.
     headers: usize,
-    /// Payload bytes of each segment.
+    /// The number of payload bytes of each segment.
     size: usize,
-    /// Bytes from the TCP header to the frame's end, as in the pseudo header.
+    /// The number of bytes from the TCP header to the frame's end, as in the pseudo header.
     len: u16,
 }
 

@@ -26,8 +26,8 @@ struct PushProgress {
     chains: usize,
     frames: usize,
     bytes: usize,
-    /// Frames of this length and more do not fit: one was dropped, and during a push the free space
-    /// only shrinks.
+    /// The length from which frames do not fit: one was dropped, and the free space only shrinks
+    /// during a push.
     too_large: Option<usize>,
 }
 
@@ -68,7 +68,7 @@ impl RxQueue {
             match self.copy_to_chains(frame, &mut progress) {
                 Ok(CopyOutcome::Continue) => rest = others,
                 Ok(CopyOutcome::NoBuffers) => {
-                    // Not one buffer is left, so the other frames do not fit either.
+                    // No buffer is left, so the other frames do not fit either.
                     self.queue.stats.dropped_no_buffer.add(to_u64(rest.len()));
                     break;
                 }
@@ -142,7 +142,8 @@ impl RxQueue {
     ) -> Result<CopyOutcome, VirtqueueFault> {
         let header_len = self.queue.features.header_len();
         let total = header_len + frame.len;
-        // A faulty chain is completed, empty, when its turn comes: chains are completed in order.
+        // A faulty chain is completed with length 0 when it is at the front: chains are completed
+        // in order.
         while let Some(chain) = self.chain_at(progress.chains)?
             && chain.fault().is_some()
         {

@@ -5,7 +5,8 @@ use std::io;
 
 use crate::header::FrameFormat;
 
-/// Why an uplink, or one of its queues, cannot be opened or set up: one variant a cause.
+/// Why an uplink, or one of its queues, cannot be opened or set up, with one variant for each
+/// cause.
 ///
 /// The text is one sentence for an operator, which says what to do; it contains the kernel's error
 /// already, so print [`Error::source`] only where the text is not printed.
@@ -236,9 +237,9 @@ pub enum UplinkError {
     TapClaimed {
         /// The interface's name.
         name: String,
-        /// Who has it: `a device`, `switch NAME`.
+        /// The owner: `a device`, `switch NAME`.
         owner: String,
-        /// Who names it as well.
+        /// The second owner that names it.
         claimant: String,
     },
     /// The switch has another TAP as its host port already.
@@ -250,7 +251,7 @@ pub enum UplinkError {
         switch: String,
         /// The TAP that it has.
         existing: String,
-        /// The TAP that it was to get.
+        /// The TAP that was requested.
         requested: String,
     },
     /// The switch cannot have a further port.
@@ -275,7 +276,7 @@ pub enum UplinkError {
         /// The kernel's error.
         source: io::Error,
     },
-    /// A cause that only an uplink outside of this workspace knows.
+    /// An error of an uplink that is not part of this workspace.
     #[error("{source}")]
     Other {
         /// A stable code in kebab case.

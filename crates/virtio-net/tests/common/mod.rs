@@ -125,7 +125,7 @@ impl SplitRingFixture {
         }
     }
 
-    /// A snapshot of the memory, mapped anew.
+    /// A snapshot of the memory with mappings of its own.
     pub fn memory(&self) -> Arc<GuestMemory> {
         Arc::new(self.ram.guest_memory().unwrap())
     }
@@ -178,7 +178,7 @@ impl SplitRingFixture {
         elements
     }
 
-    /// The counters that increased since the last call, and by how much, without those of success.
+    /// The counters of faults and losses that increased since the last call, and by how much.
     pub fn counted(&mut self) -> Vec<(&'static str, u64)> {
         counted(&self.stats, &mut self.counted)
     }
@@ -226,7 +226,7 @@ impl Receiveq {
     }
 }
 
-/// The counters that increased since `last`, without those of success. Updates `last`.
+/// The counters of faults and losses that increased since `last`. Updates `last`.
 fn counted(stats: &VringStats, last: &mut Vec<u64>) -> Vec<(&'static str, u64)> {
     let before = std::mem::replace(last, stats.values());
     let names = VringStats::NAMES.iter().map(|(name, _)| *name);

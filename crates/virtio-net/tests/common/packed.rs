@@ -98,7 +98,7 @@ impl PackedRingFixture {
         }
     }
 
-    /// Empties the ring, as a driver that is loaded anew does.
+    /// Empties the ring, as a driver does that is loaded again.
     pub fn reset(&mut self) {
         self.ring.reset();
         self.at = RingPosition::nth(0, self.ring.size());
@@ -107,7 +107,7 @@ impl PackedRingFixture {
         self.open = 0;
     }
 
-    /// The number of descriptors that are neither available nor used and unseen.
+    /// The number of descriptors that belong to no chain that is added and not collected.
     pub fn free_descriptors(&self) -> u16 {
         self.ring.size() - self.open - self.chains.iter().sum::<u16>()
     }
@@ -150,7 +150,7 @@ impl PackedRingFixture {
         base(self.next_used)
     }
 
-    /// The counters that increased since the last call, without those of success.
+    /// The counters of faults and losses that increased since the last call.
     pub fn counted(&mut self) -> Vec<(&'static str, u64)> {
         counted(&self.stats, &mut self.counted)
     }

@@ -268,11 +268,11 @@ fn verify_segments(sent: &Packet, made: &[Packet]) {
     for (n, packet) in made.iter().enumerate() {
         let segment = ParsedPacket::new(&packet.bytes);
         segment.check_packet(&packet.bytes);
-        let piece = &packet.bytes[segment.payload..];
-        assert!(piece.len() == size || n + 1 == made.len() && piece.len() <= size);
+        let part = &packet.bytes[segment.payload..];
+        assert!(part.len() == size || n + 1 == made.len() && part.len() <= size);
         original.check_segment_headers(sent, packet, n, n + 1 == made.len());
         original.check_transport_sum(sent, packet, &segment);
-        stream.extend_from_slice(piece);
+        stream.extend_from_slice(part);
     }
     assert!(stream == payload);
 }
@@ -314,7 +314,7 @@ struct ParsedPacket {
     /// The fragment's offset, 0 in a packet that is not a fragment.
     offset: usize,
     more: bool,
-    /// Bytes of the fragment header.
+    /// The number of bytes of the fragment header.
     extra: usize,
 }
 
@@ -385,11 +385,11 @@ impl ParsedPacket {
     /// Checks the length and the header's checksum of a packet that was made.
     fn check_packet(&self, bytes: &[u8]) {
         let len = bytes.len() - self.network;
-        let said = match self.v6 {
+        let stated_len = match self.v6 {
             false => usize::from(word(bytes, self.network + 2)),
             true => usize::from(word(bytes, self.network + 4)) + 40,
         };
-        assert_eq!(said, len);
+        assert_eq!(stated_len, len);
         if !self.v6 {
             assert_sum(&bytes[self.network..self.transport], 0);
         }
