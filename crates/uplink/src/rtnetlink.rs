@@ -33,9 +33,9 @@ const NLA_TYPE_MASK: u16 = 0x3fff;
 const IFF_UP: u32 = 1;
 /// IFLA_TUN_TYPE of a TAP.
 const IFF_TAP: u8 = 2;
-/// Bytes of `struct nlmsghdr`.
+/// The number of bytes of `struct nlmsghdr`.
 const NLMSGHDR_LEN: usize = 16;
-/// Bytes of `struct ifinfomsg`.
+/// The number of bytes of `struct ifinfomsg`.
 const IFINFOMSG_LEN: usize = 16;
 /// Enough for every reply about one interface.
 const REPLY_BUFFER_LEN: usize = 64 * 1024;

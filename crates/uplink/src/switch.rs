@@ -30,7 +30,7 @@
 //! ([`virtionet_virtio_net::offload`])
 //!
 //! **Trust.** As on any plain switch, a guest can use another guest's address as a source and so
-//! attract its frames. It cannot fill the tables at the expense of others: the tables have a fixed
+//! receive its frames. It cannot fill the tables at the expense of others: the tables have a fixed
 //! size, a port that floods the table of addresses mostly displaces its own entries, and each port
 //! has its own table of flows.
 //!

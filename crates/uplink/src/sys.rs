@@ -20,7 +20,7 @@ pub(crate) const IOV_MAX: usize = 1024;
 /// enough.
 const MAX_EINTR_RETRIES: usize = 8;
 
-/// Bytes of an interface's name, including the final zero.
+/// The number of bytes of an interface's name, including the final zero.
 const IFNAMSIZ: usize = 16;
 
 /// Opens the TUN driver, without an interface, for calls that never block.
@@ -220,7 +220,7 @@ pub(crate) fn read_into<const N: usize>(
     let count = c_int::try_from(list.len()).unwrap_or(c_int::MAX);
     retry_on_eintr(|| {
         // SAFETY: guest slices are mapped while they are borrowed, and no reference into them
-        // exists, so anybody may write them at any time; `overflow` is borrowed for the call.
+        // exists, so any process may write them at any time; `overflow` is borrowed for the call.
         unsafe { libc::readv(fd.as_raw_fd(), list.as_ptr(), count) }
     })
 }

@@ -1,5 +1,5 @@
-//! The conformance suite: checks the promises of the uplink traits' documentation for every uplink.
-//! A new uplink needs a [`Fixture`] here and a test that calls [`conforms`].
+//! The conformance suite: checks for every uplink what the documentation of the uplink traits
+//! requires. A new uplink needs a [`Fixture`] here and a test that calls [`conforms`].
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 mod host;
@@ -20,7 +20,7 @@ use virtionet_virtio_net::uplink::{
 };
 use virtionet_virtqueue::memory::GuestSlice;
 
-/// Far longer than all calls take if none blocks.
+/// A duration that is far longer than all calls take if none blocks.
 const LIMIT: Duration = Duration::from_secs(20);
 
 /// An uplink and its other end.
@@ -28,7 +28,7 @@ struct Fixture {
     uplink: Arc<dyn Uplink>,
     kind: &'static str,
     other_end: Box<dyn OtherEnd>,
-    /// The counter of the frames that are dropped once the other end is gone; `None` where the
+    /// The counter of the frames that are dropped once the other end has failed; `None` where the
     /// uplink never drops a frame.
     drop_counter: Option<&'static str>,
 }
@@ -233,7 +233,7 @@ fn burst() -> Vec<Vec<u8>> {
         .collect()
 }
 
-/// Checks everything that the traits promise.
+/// Checks everything that the traits require.
 fn conforms(mut fixture: Fixture) {
     assert_eq!(fixture.uplink.kind(), fixture.kind);
     assert!(!fixture.uplink.name().is_empty());

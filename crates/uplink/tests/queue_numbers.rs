@@ -93,15 +93,15 @@ fn the_reported_queue_numbers_are_those_of_the_kernel() {
                 queues.push(uplink.open_queue(number, null_rx_sink()).unwrap());
             }
             queues[pair].set_attached(attach).unwrap();
-            let told = uplink.host_interface().unwrap();
-            assert_eq!(told.name, "vt0");
-            for (number, pair) in told.queues.iter().enumerate() {
+            let reported = uplink.host_interface().unwrap();
+            assert_eq!(reported.name, "vt0");
+            for (number, pair) in reported.queues.iter().enumerate() {
                 let mark = u8::try_from(step * 16 + number).unwrap();
                 let queue = &queues[usize::from(*pair)];
                 assert_eq!(send(&**queue, PLAIN, &frame(60, mark), 60).frames.get(), 1);
-                assert_eq!(group.number_of(mark), Some(number), "{step}: {told:?}");
+                assert_eq!(group.number_of(mark), Some(number), "{step}: {reported:?}");
             }
-            for number in 0..told.queues.len() {
+            for number in 0..reported.queues.len() {
                 let dir = format!("/sys/class/net/vt0/queues/tx-{number}");
                 assert!(Path::new(&dir).exists(), "{dir}");
             }

@@ -220,7 +220,7 @@ fn frames_for_several_receivers_are_sorted_and_pushed_once_each() {
         guest.received(0);
         guest.pushes(0);
     }
-    // To each guest in turn, and sometimes to all.
+    // The frames go to each guest in turn, and sometimes to all.
     let to = |n: u8| match n % 8 {
         7 => ALL,
         n => 1 + n % 2,
@@ -249,8 +249,8 @@ fn frames_without_a_receiver_are_counted() {
     let [mut b] = guests(&mut switches, 1);
     b.send(0, &[frame(1, ALL, b"hello")]);
     assert_eq!(a.received(0).len(), 1);
-    // To the sender itself.
-    a.send(0, &[frame(0, 0, b"myself")]);
+    // This frame is addressed to the sender itself.
+    a.send(0, &[frame(0, 0, b"to the sender")]);
     assert_eq!(a.tx().dropped_no_port.get(), 3);
     assert!(a.received(0).is_empty());
     // A known port without attached pairs receives nothing, and no other port does instead.
@@ -358,10 +358,15 @@ fn a_flood_of_large_frames_costs_no_more_than_its_budget() {
 fn a_receiver_gets_only_offloads_that_it_negotiated() {
     let mut switches = Switches::default();
     let mut new = |features| Guest::new(&mut switches, "s", 1, features);
-    let [mut able, mut plain, mut rigid, mut packed] = [
+    let [
+        mut sender,
+        mut plain,
+        mut without_guest_offloads,
+        mut packed,
+    ] = [
         MODERN,
         MODERN & !OFFLOADS,
-        // VERSION_1 and CSUM alone.
+        // Only VERSION_1 and CSUM.
         1 << 32 | 1,
         MODERN | PACKED,
     ]
@@ -382,12 +387,12 @@ fn a_receiver_gets_only_offloads_that_it_negotiated() {
         checksum: Checksum::Partial,
         ..spec(0, ALL)
     };
-    let csum = csum.build(b"checksum me").unwrap();
+    let csum = csum.build(b"partial checksum").unwrap();
     // A guest that claims that its own checksum was verified (DATA_VALID).
-    let mut claimed = frame(0, ALL, b"believe me");
+    let mut claimed = frame(0, ALL, b"claimed");
     claimed.header.flags = virtionet_guest::header::VIRTIO_NET_HDR_F_DATA_VALID;
     let sent = [large(1), csum.clone(), large(2), claimed.clone()];
-    able.send(0, &sent);
+    sender.send(0, &sent);
 
     let got = packed.pairs[0].driver.rx.receive_frames().unwrap();
     for (got, sent) in got.iter().zip(&sent) {
@@ -399,9 +404,9 @@ fn a_receiver_gets_only_offloads_that_it_negotiated() {
         );
     }
     assert_eq!(got.len(), 4);
-    for guest in [&mut plain, &mut rigid] {
+    for guest in [&mut plain, &mut without_guest_offloads] {
         let got = guest.pairs[0].driver.rx.receive_frames().unwrap();
-        // 20,000 bytes in segments of 1,400 are 15.
+        // 20,000 bytes need 15 segments of 1,400.
         assert_eq!(got.len(), 15 + 1 + 15 + 1);
         for frame in &got {
             check(frame).unwrap();
@@ -415,20 +420,20 @@ fn a_receiver_gets_only_offloads_that_it_negotiated() {
         };
         assert_eq!(payload(&got[..15]), [1; 20_000]);
         assert_eq!(payload(&got[16..31]), [2; 20_000]);
-        assert_eq!(payload(&got[15..16]), b"checksum me");
+        assert_eq!(payload(&got[15..16]), b"partial checksum");
         assert_eq!(got[31].bytes, claimed.bytes);
     }
-    assert_eq!(able.tx().frames.get(), 4);
+    assert_eq!(sender.tx().frames.get(), 4);
 
     // An impossible request is dropped where it would have to be performed, and counted.
     let mut odd = csum;
     odd.header.csum_start = 0;
     odd.bytes[..6].copy_from_slice(&mac(9));
-    able.send(0, &[odd]);
+    sender.send(0, &[odd]);
     assert_eq!(packed.received(0).len(), 1);
     assert!(plain.received(0).is_empty());
     // A frame counts once, whatever the number of receivers.
-    assert_eq!(able.tx().offload_invalid.get(), 1);
+    assert_eq!(sender.tx().offload_invalid.get(), 1);
 }
 
 #[test]

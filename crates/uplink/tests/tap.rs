@@ -186,8 +186,8 @@ fn a_reply_arrives_at_the_queue_on_which_its_flow_was_transmitted() {
         let queues: Vec<_> = (0..4).map(|pair| attached(&*uplink, pair)).collect();
         let socket = PacketSocket::on("vt0");
         for port in 0..32_u16 {
-            let home = usize::from(port % 4);
-            send(&*queues[home], PLAIN, &datagram(port, 900 + port), WHOLE);
+            let queue = usize::from(port % 4);
+            send(&*queues[queue], PLAIN, &datagram(port, 900 + port), WHOLE);
         }
         for port in 0..32_u16 {
             socket.send(&datagram(900 + port, port));
@@ -216,11 +216,11 @@ fn offloads_follow_the_format_on_every_queue() {
         assert_eq!(segments(&*queue), small);
         uplink.set_format(format(12, true)).unwrap();
         assert_eq!(segments(&*queue), large);
-        let late = attached(&*uplink, 1);
+        let second = attached(&*uplink, 1);
         queue.set_attached(false).unwrap();
-        assert_eq!(segments(&*late), large);
+        assert_eq!(segments(&*second), large);
         uplink.set_format(format(12, false)).unwrap();
-        assert_eq!(segments(&*late), small);
+        assert_eq!(segments(&*second), small);
     });
 }
 

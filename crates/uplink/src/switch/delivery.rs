@@ -89,7 +89,7 @@ pub(super) struct BurstDelivery<'a> {
     stats: &'a VringStats,
     /// The mask of the frames that were dropped and counted.
     dropped: Cell<u64>,
-    /// What is left of [`COPY_BUDGET`]. The first copy of each frame is free.
+    /// The remaining part of [`COPY_BUDGET`]. The first copy of each frame is free.
     budget_left: Cell<usize>,
     /// The flow of each frame; empty until it is needed.
     flows: RefCell<ArrayVec<u64, MAX_BURST>>,
@@ -202,7 +202,7 @@ impl<'a> BurstDelivery<'a> {
         true
     }
 
-    /// The mask of those frames in `mask` that the budget allows to be copied once more.
+    /// The mask of those frames in `mask` that the budget allows to be copied again.
     pub(super) fn within_budget(&self, mask: u64) -> u64 {
         let can = iter_bits(mask)
             .filter(|&n| self.try_charge(self.frames[n].len))
@@ -293,8 +293,8 @@ impl<'a> BurstDelivery<'a> {
         delivered
     }
 
-    /// Frame `n`, without the guest-supplied flags except NEEDS_CSUM: a guest cannot vouch for a
-    /// checksum (DATA_VALID).
+    /// Frame `n`, without the guest-supplied flags except NEEDS_CSUM, because a guest's statement
+    /// that a checksum was verified (DATA_VALID) cannot be trusted.
     #[inline(always)]
     fn sanitized_frame(&self, n: usize) -> TxFrame<'_> {
         let mut frame = self.frames[n];

@@ -15,7 +15,7 @@ pub(super) const MAX_PAIRS: u16 = 128;
 
 /// The number of entries.
 pub(super) const FLOW_TABLE_SIZE: usize = 4096;
-/// Seconds after which a flow without frames is forgotten.
+/// The number of seconds after which a flow without frames is forgotten.
 pub(super) const FLOW_EXPIRY_SECS: u16 = 3;
 
 /// A set of queue pairs, with a bit for each.

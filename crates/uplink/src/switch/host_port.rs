@@ -14,7 +14,7 @@ use crate::tap::{Tap, TapConfig};
 /// A TAP that is a port of the switch.
 #[derive(Debug)]
 pub(super) struct HostPort {
-    /// Which TAP.
+    /// The name of the TAP and its bridge.
     pub(super) config: TapConfig,
     /// The only queue of the TAP that is in use.
     pub(super) queue: Arc<dyn UplinkQueue>,

@@ -10,7 +10,8 @@
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-/// Seconds after which an address that was not seen is forgotten: the default of IEEE 802.1Q.
+/// The number of seconds after which an address that was not seen is forgotten: the default of IEEE
+/// 802.1Q.
 pub(super) const AGEING_SECS: u32 = 300;
 const BUCKETS: usize = 1024;
 const WAYS: usize = 4;
@@ -183,7 +184,7 @@ mod tests {
         MacTable::new(0x1234_5678_9abc_def0)
     }
 
-    /// The address of station `n`, which is in the last bytes, as with addresses of one vendor.
+    /// The address of host `n`. The number is in the last bytes, as in addresses of one vendor.
     fn mac_of(n: u64) -> MacAddr {
         let [.., a, b, c, d] = n.to_be_bytes();
         MacAddr(u64::from_le_bytes([0x52, 0x54, a, b, c, d, 0, 0]))
@@ -227,7 +228,8 @@ mod tests {
         assert_eq!(table.find(mac_of(2), later), None);
         assert_eq!(table.find(mac_of(1), later), Some(1));
         assert_eq!(table.len(later), 1);
-        // Learning it anew is not a move, and a clock that is a tick behind expires nothing.
+        // Learning the address again is not a move, and an entry does not expire if the clock is
+        // one tick behind.
         table.learn(mac_of(2), 2, later);
         assert_eq!(table.find(mac_of(2), later - 1), Some(2));
         assert_eq!(table.moves(), 0);

@@ -76,8 +76,8 @@ impl DevicePort {
         self.format.store(pack(format), Ordering::Relaxed);
     }
 
-    /// The offloads that the driver negotiated. The header's length has no meaning here: the
-    /// receiveq knows it.
+    /// The offloads that the driver negotiated. The header's length has no meaning here, because
+    /// the receiveq stores it.
     #[inline(always)]
     pub(super) fn format(&self) -> FrameFormat {
         unpack(self.format.load(Ordering::Relaxed))

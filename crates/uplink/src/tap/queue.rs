@@ -25,7 +25,7 @@ const INLINE_IOVECS: usize = 48;
 pub(super) struct TapShared {
     /// The interface's name.
     pub(super) name: String,
-    /// Bytes of the virtio-net header, as negotiated.
+    /// The number of bytes of the virtio-net header, as negotiated.
     pub(super) header_len: AtomicUsize,
     /// The attached queues. Locked while a queue is attached or detached, so that their order here
     /// is the same as in the kernel.

@@ -65,7 +65,8 @@ pub fn share_tun() {
     run("mknod -m 666 /dev/net/tun c 10 200");
 }
 
-/// Drops the privileges of this thread only; the C library's functions would drop those of all.
+/// Drops the privileges of this thread only; the C library's functions would drop those of all
+/// threads.
 pub fn become_nobody() {
     let id = libc::c_long::from(NOBODY);
     // SAFETY: no pointer is read: the list of groups is empty.
@@ -279,7 +280,7 @@ impl PacketSocket {
         // SAFETY: takes no pointer.
         let fd = unsafe { libc::socket(libc::AF_PACKET, kind, c_int::from(protocol)) };
         assert!(fd >= 0, "{}", std::io::Error::last_os_error());
-        // SAFETY: opened just now; nobody else has it.
+        // SAFETY: the descriptor was opened just now and has no other owner.
         let socket = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
         let address = libc::sockaddr_ll {
             sll_family: u16::try_from(libc::AF_PACKET).unwrap(),
