@@ -9,7 +9,7 @@ use crate::queue_pairs::vcpus_of_queue_pair;
 use crate::topology::Topology;
 use crate::vcpus::{Vcpu, VcpuMap};
 
-/// What a placement depends on besides the guest.
+/// Everything that a placement depends on besides the guest.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct HostConstraints<'a> {
     pub(crate) mode: &'a Placement,
@@ -39,12 +39,12 @@ pub(crate) struct PlacementContext<'a> {
     pub(crate) pinned_siblings: CpuSet,
 }
 
-/// Which CPUs a vCPU's thread may run on, and which of them workers may use.
+/// The CPUs that a vCPU's thread may run on, and those of them that workers may use.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum VcpuAffinity<'a> {
-    /// Not known, for this reason.
+    /// The CPUs are not known, for this reason.
     Unknown(String),
-    /// These CPUs, of which workers may use none.
+    /// The thread may run on these CPUs, none of which workers may use.
     Unreachable(&'a CpuSet),
     /// The thread is not pinned and may run on the first set, of which workers may use the second.
     Floating(&'a CpuSet, CpuSet),
@@ -80,7 +80,7 @@ impl<'a> PlacementContext<'a> {
         pinned.flat_map(CpuSet::iter).collect()
     }
 
-    /// Which CPUs the thread of `vcpu` may run on.
+    /// The CPUs that the thread of `vcpu` may run on.
     pub(crate) fn vcpu_affinity(&self, vcpu: Option<&'a Vcpu>) -> VcpuAffinity<'a> {
         let Some(vcpu) = vcpu else {
             return VcpuAffinity::Unknown(self.map.failures());
@@ -93,11 +93,11 @@ impl<'a> PlacementContext<'a> {
             return VcpuAffinity::Unknown(why.trim_end_matches("; ").into());
         };
         let shared = cpus.intersection(&self.usable);
-        // A thread that may use every usable CPU was pinned by nobody.
-        let everywhere = cpus.len() > 1 && shared == self.usable;
+        // A thread that may use every usable CPU is not pinned.
+        let is_unrestricted = cpus.len() > 1 && shared == self.usable;
         match shared.is_empty() {
             true => VcpuAffinity::Unreachable(cpus),
-            false if everywhere || self.map.is_floating_together() => {
+            false if is_unrestricted || self.map.is_floating_together() => {
                 VcpuAffinity::Floating(cpus, shared)
             }
             false => VcpuAffinity::Pinned(cpus, shared),

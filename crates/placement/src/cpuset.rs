@@ -73,7 +73,7 @@ impl CpuSet {
         self.0.contains(&cpu)
     }
 
-    /// Number of CPUs.
+    /// The number of CPUs.
     #[must_use]
     pub fn len(&self) -> usize {
         self.0.len()

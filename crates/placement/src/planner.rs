@@ -206,8 +206,7 @@ impl PlacementPlanner {
     }
 
     /// A watch over the threads of `map`, which [`discover`](Self::discover) found in process
-    /// `pid`. Call [`refresh`](Self::refresh) once more after this, so that no change in between is
-    /// missed.
+    /// `pid`. Call [`refresh`](Self::refresh) after this, so that no change in between is missed.
     #[must_use]
     pub fn watch(&self, pid: Option<i32>, map: &VcpuMap) -> VcpuWatch {
         VcpuWatch::new(&self.proc, pid, map)

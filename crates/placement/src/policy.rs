@@ -11,21 +11,22 @@ use crate::cpuset::{CpuListError, parse_cpulist};
 /// same as `list:CPUS`), or `list` alone.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Placement {
-    /// Where the vCPU's thread is pinned, its CPU, or for a worker that polls a CPU near it; where
-    /// the thread floats, the CPUs that it may run on, in turn.
+    /// If the vCPU's thread is pinned, the worker gets its CPU, or a CPU near it if the worker
+    /// polls. If the thread floats, the workers get the CPUs that it may run on, in turn.
     #[default]
     Auto,
-    /// Exactly the CPUs that the vCPU's thread may run on, whether it is pinned or not.
+    /// The worker gets exactly the CPUs that the vCPU's thread may run on, whether it is pinned or
+    /// not.
     Same,
-    /// The SMT sibling of the CPU that the vCPU's thread is pinned to.
+    /// The worker gets the SMT sibling of the CPU that the vCPU's thread is pinned to.
     Sibling,
-    /// A CPU near the one that the vCPU's thread is pinned to: one that shares its L3 cache, else
-    /// one of its NUMA node, and none that a vCPU is pinned to.
+    /// The worker gets a CPU near the one that the vCPU's thread is pinned to: one that shares its
+    /// L3 cache, else one of its NUMA node, and none that a vCPU is pinned to.
     CoreNear,
-    /// For worker k the k-th CPU in the order written, starting again at the end. An empty list
+    /// Worker k gets the k-th CPU in the order written, starting again at the end. An empty list
     /// (written `list`) means all allowed CPUs.
     List(Vec<u32>),
-    /// All allowed CPUs; the scheduler moves the workers.
+    /// The workers get all allowed CPUs, and the scheduler moves them.
     None,
 }
 

@@ -28,9 +28,9 @@ pub(crate) enum VcpuThreads {
 /// The fields of `/proc/TID/status` that placement needs.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct ThreadStatus {
-    /// The process it belongs to.
+    /// The process that the thread belongs to.
     pub(crate) pid: i32,
-    /// The CPUs that it may run on.
+    /// The CPUs that the thread may run on.
     pub(crate) cpus: CpuSet,
 }
 
@@ -108,7 +108,7 @@ pub(crate) fn task_count(tasks: &Path) -> Option<u64> {
     Some(fs::metadata(tasks).ok()?.nlink())
 }
 
-/// Which vCPUs a thread runs, by its name.
+/// The vCPUs that a thread runs, by its name.
 #[derive(Debug, PartialEq, Eq)]
 enum VcpuName {
     /// The vCPU of this index.

@@ -272,7 +272,7 @@ impl Read for BoundedReader {
     }
 }
 
-/// Time left until the deadline, never zero.
+/// The time left until the deadline, never zero.
 fn remaining(deadline: Instant) -> io::Result<Duration> {
     match deadline.saturating_duration_since(Instant::now()) {
         Duration::ZERO => Err(io::ErrorKind::TimedOut.into()),

@@ -91,7 +91,7 @@ impl<'a> Rules<'a> {
         }
     }
 
-    /// As policy auto places a worker that does not poll.
+    /// Chooses as policy `auto` does for a worker that does not poll.
     fn colocate(&self, pair: u32) -> CpuChoice {
         match self.context.affinity_of(pair) {
             VcpuAffinity::Unknown(why) => self.place_in_turn(pair, &why),
@@ -111,7 +111,7 @@ impl<'a> Rules<'a> {
         }
     }
 
-    /// On the CPU of a pinned vCPU.
+    /// Chooses the CPU of a pinned vCPU.
     fn place_pinned(&self, to: &CpuSet, shared: CpuSet) -> CpuChoice {
         let polling = self.context.host.polling;
         let mut why = match shared == *to {
@@ -207,7 +207,8 @@ impl<'a> Rules<'a> {
         }
     }
 
-    /// For a listed CPU that cannot be used now, because it is offline or no longer allowed.
+    /// Chooses another CPU for a listed one that cannot be used now, because it is offline or no
+    /// longer allowed.
     fn substitute_listed(&self, cpus: &[u32], missing: Option<&u32>, pair: u32) -> CpuChoice {
         let name = missing.map_or_else(String::new, |cpu| format!("CPU {cpu} "));
         let others: CpuSet = cpus
@@ -235,11 +236,11 @@ impl<'a> Rules<'a> {
         )
     }
 
-    /// On the CPUs that a floating vCPU may run on, in turn.
+    /// Chooses from the CPUs that a floating vCPU may run on, in turn.
     ///
     /// A worker that floats too would leave the cache that holds its rings, and two workers could
-    /// run on one CPU. Pinned to one of the vCPU's CPUs, each to its own while there are enough,
-    /// neither happens.
+    /// run on one CPU. Pinning each worker to one of the vCPU's CPUs, to a different one while
+    /// there are enough, prevents both.
     fn place_floating(&self, pair: u32, over: &CpuSet, shared: &CpuSet) -> CpuChoice {
         let host = &self.context.host;
         let mut cpus = non_empty_or(self.context.not_isolated(shared), shared);
@@ -270,7 +271,8 @@ impl<'a> Rules<'a> {
         self.avoid_pinned_by(cpus, why, |cpus| cpus.nth_cyclic(pair))
     }
 
-    /// Keeps a worker that polls off the CPUs of pinned vCPUs, or from polling.
+    /// If workers poll, removes the CPUs of pinned vCPUs from `cpus`. If no CPU is left, the worker
+    /// keeps `cpus` and must not poll.
     fn avoid_pinned(&self, cpus: CpuSet, why: String) -> CpuChoice {
         self.avoid_pinned_by(cpus, why, |cpus| cpus)
     }

@@ -13,13 +13,14 @@ use std::ptr;
 
 use crate::cpuset::{CpuSet, MAX_CPU};
 
-/// Words of a mask for 1,024 CPUs, which is glibc's fixed size and is enough on nearly every host.
+/// The number of words of a mask for 1,024 CPUs, which is glibc's fixed size and is enough on
+/// nearly every host.
 const USUAL_WORDS: usize = 128 / size_of::<c_ulong>();
 const BITS: u32 = c_ulong::BITS;
-/// Highest NUMA node of any Linux build.
+/// The highest NUMA node of any Linux build.
 const MAX_NODE: u32 = 1023;
-/// Flags of get_mempolicy(2) from linux/mempolicy.h: return a node instead of a policy, and return
-/// that of the page at the address.
+/// The flags of get_mempolicy(2) from linux/mempolicy.h: return a node instead of a policy, and
+/// return that of the page at the address.
 const MPOL_F_NODE: c_ulong = 1 << 0;
 const MPOL_F_ADDR: c_ulong = 1 << 1;
 
@@ -53,8 +54,8 @@ pub(crate) fn get_mask(tid: i32) -> io::Result<AffinityMask> {
     let mut words = USUAL_WORDS;
     loop {
         let mut mask: Vec<c_ulong> = vec![0; words];
-        // SAFETY: the pointer and the length describe `mask`, which is alive,
-        // aligned as cpu_set_t and borrowed by nobody else during the call.
+        // SAFETY: the pointer and the length describe `mask`, which is alive, aligned as cpu_set_t
+        // and not borrowed elsewhere during the call.
         let rc = unsafe {
             libc::sched_getaffinity(tid, size_of_val(mask.as_slice()), mask.as_mut_ptr().cast())
         };
@@ -122,8 +123,8 @@ pub(crate) fn prefer_node(node: Option<u32>) -> io::Result<()> {
     Ok(())
 }
 
-/// Connects to the listening stream socket at `path`; `WouldBlock` when the socket's queue of
-/// waiting clients is full, where std's connect would wait without limit.
+/// Connects to the listening stream socket at `path`. Returns `WouldBlock` when the socket's queue
+/// of waiting clients is full, where std's connect would wait without limit.
 // syscalls: socket connect fcntl
 pub(crate) fn connect_unix(path: &Path) -> io::Result<UnixStream> {
     let (address, length) = unix_address(path)?;

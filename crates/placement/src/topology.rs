@@ -11,7 +11,7 @@ use std::path::Path;
 use crate::cpuset::CpuSet;
 use crate::kernel_files::{numbered_entries, read_cpulist, read_text};
 
-/// Level of the cache that makes CPUs count as near to each other.
+/// The level of the cache that makes CPUs count as near to each other.
 const NEAR_CACHE_LEVEL: &str = "3";
 
 /// The host's CPUs: which ones are online and isolated, and what they share.
@@ -126,7 +126,7 @@ impl Topology {
         self.node_of(cpu) == Some(node)
     }
 
-    /// Number of NUMA nodes, at least 1.
+    /// The number of NUMA nodes, at least 1.
     #[must_use]
     pub fn node_count(&self) -> usize {
         self.nodes.len().max(1)

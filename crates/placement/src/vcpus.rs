@@ -9,9 +9,9 @@ use crate::cpuset::CpuSet;
 /// One vCPU and the host thread that runs it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Vcpu {
-    /// Index in the front-end (QEMU's `cpu-index`).
+    /// The index in the front-end (QEMU's `cpu-index`).
     pub index: u32,
-    /// Host thread id.
+    /// The host thread id.
     pub tid: i32,
     /// The CPUs that the thread may run on; `None` where they cannot be read.
     pub cpus: Option<CpuSet>,

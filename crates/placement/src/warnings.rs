@@ -69,7 +69,7 @@ pub enum Warning {
     },
     /// Several workers have to share a CPU.
     FewCpus {
-        /// Number of workers.
+        /// The number of workers.
         workers: usize,
         /// The CPUs of these workers.
         on: CpuSet,

@@ -43,7 +43,7 @@ pub struct TapWorkers {
 pub struct DesiredSettings {
     /// The settings, at most one for each file.
     pub settings: Vec<AffinitySetting>,
-    /// Problems that a user should know, one sentence each.
+    /// Problems that the user should be informed of, one sentence each.
     pub notes: Vec<String>,
 }
 

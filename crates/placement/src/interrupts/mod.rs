@@ -10,13 +10,15 @@
 //! | `/sys/class/net/TAP/queues/rx-N/rps_cpus` | RPS of TAP queue N | the same mask, only where RPS is on |
 //! | `/proc/irq/I/smp_affinity_list` | the CPUs of interrupt I | list of the CPUs of worker k, if I is the interrupt of queue k of a NIC that shares a bridge with the TAP |
 //!
-//! - **XPS** says which CPUs' frames leave by a queue. A TAP selects its queue by flow (tun's
-//!   `ndo_select_queue`) and does not use XPS for that. The mask shows users and tools which worker
-//!   serves a queue, and tells the kernel on which NUMA node to allocate the queue's qdisc.
-//! - **RPS** says which CPU processes the frames that the guest sent. Where it is off, the kernel
-//!   processes a frame at once, on the CPU of the worker that wrote it, so nothing needs to be set;
-//!   a mask would send each frame through the backlog queue, which costs a fifth to a quarter of the
-//!   rate of small frames (measured). Where the host has it on, it is narrowed to the worker's CPU.
+//! - **XPS** decides through which queue a CPU transmits frames. A TAP selects its queue by flow
+//!   (tun's `ndo_select_queue`) and does not use XPS for that. The mask shows users and tools which
+//!   worker serves a queue, and determines on which NUMA node the kernel allocates the queue's
+//!   qdisc.
+//! - **RPS** decides which CPU processes the frames that the guest sent. Where it is off, the
+//!   kernel processes a frame at once, on the CPU of the worker that wrote it, so nothing needs to
+//!   be set; a mask would send each frame through the backlog queue, which costs a fifth to a
+//!   quarter of the rate of small frames (measured). Where the host has it on, it is narrowed to
+//!   the worker's CPU.
 //! - **Interrupts of a NIC**: with queue k's interrupt on worker k's CPU, the worker finds the
 //!   received frames in its caches. [`AffinitySetting`]s are made only for interrupts whose handler
 //!   name contains a queue number.

@@ -10,8 +10,8 @@ pub enum IrqAffinity {
     Apply,
     /// They are not set; the log says how they would be set.
     Print,
-    /// Nothing, because the administrator owns the host's masks and a NIC's interrupts serve other
-    /// interfaces too.
+    /// Nothing is set or logged, because the administrator owns the host's masks and a NIC's
+    /// interrupts serve other interfaces too.
     #[default]
     Off,
 }

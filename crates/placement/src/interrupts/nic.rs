@@ -2,8 +2,8 @@
 //!
 //! The folder `msi_irqs` of a NIC's device lists its interrupts, and `/proc/irq/N` has a folder
 //! named after each handler of interrupt N. Each driver forms these names in its own way;
-//! [`queue_of`] knows the forms that contain a queue's number. All other interrupts (link state,
-//! admin queues, flow director) are not touched.
+//! [`queue_of`] supports the forms that contain a queue's number. All other interrupts (link state,
+//! admin queues, flow director) are not changed.
 
 use std::fs;
 use std::path::Path;

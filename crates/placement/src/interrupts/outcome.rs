@@ -14,7 +14,7 @@ pub struct SettingOutcome {
     pub original: Option<String>,
     /// Whether this process has set the file.
     pub applied: bool,
-    /// Why it has not, where that was the intention.
+    /// Why this process has not set the file, if it should have.
     pub why: Option<SettingRefusal>,
 }
 

@@ -97,7 +97,7 @@ fn a_file_belongs_to_the_device_that_set_it_first() {
 }
 
 #[test]
-fn a_file_that_somebody_else_changed_is_not_restored() {
+fn a_file_that_another_program_changed_is_not_restored() {
     let host = host("manager-since");
     let manager = IrqAffinityManager::default();
     manager.reconcile("a", &[setting(&host, XPS, "2"), setting(&host, IRQ, "1")]);
@@ -120,7 +120,7 @@ fn a_value_that_the_kernel_changed_is_restored_too() {
     assert_eq!(
         host.get(RPS),
         "8",
-        "a value that the manager did not read back is somebody else's"
+        "a value that the manager did not read back was written by another program"
     );
     applied_settings.get_mut(&file).unwrap().read_back = "8".into();
     restore(&file, &applied_settings[&file]);
@@ -143,7 +143,7 @@ fn a_file_that_is_missing_or_a_folder_is_not_set() {
 /// Uses a rare interrupt of this machine: that of a virtio device's configuration changes.
 #[test]
 fn a_real_interrupt_is_set_and_restored() {
-    let quiet = |irq: &u32| {
+    let is_config_interrupt = |irq: &u32| {
         let handlers = fs::read_dir(format!("/proc/irq/{irq}")).ok();
         handlers
             .into_iter()
@@ -151,7 +151,7 @@ fn a_real_interrupt_is_set_and_restored() {
             .flatten()
             .any(|entry| entry.file_name().to_string_lossy().ends_with("-config"))
     };
-    let Some(irq) = (1..1000).find(quiet) else {
+    let Some(irq) = (1..1000).find(is_config_interrupt) else {
         eprintln!("skipped: this machine has no such interrupt");
         return;
     };
