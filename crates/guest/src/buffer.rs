@@ -5,9 +5,9 @@ use crate::fault::DriverVirtqueueError;
 /// One buffer of a chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Buf {
-    /// Guest physical address.
+    /// The guest physical address.
     pub addr: u64,
-    /// Length in bytes.
+    /// The length in bytes.
     pub len: u32,
     /// Whether the device writes the buffer; otherwise the device reads it.
     pub writable: bool,

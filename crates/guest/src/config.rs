@@ -6,7 +6,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 /// How a virtqueue is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DriverVirtqueueConfig {
-    /// Number of descriptors: a power of two from 2 to 32,768 for a split virtqueue, any number
+    /// The number of descriptors: a power of two from 2 to 32,768 for a split virtqueue, any number
     /// from 1 to 32,768 for a packed one.
     pub size: u16,
     /// Whether VIRTIO_F_EVENT_IDX is negotiated.
@@ -35,10 +35,10 @@ impl DriverVirtqueueConfig {
 /// Guest physical addresses of the three parts of a virtqueue (virtio 1.3 §2.6).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct VirtqueueAddresses {
-    /// Descriptor area: the descriptor table (split) or descriptor ring (packed).
+    /// The descriptor area: the descriptor table (split) or descriptor ring (packed).
     pub descriptors: u64,
-    /// Driver area: the available ring (split) or the driver's event suppression area (packed).
+    /// The driver area: the available ring (split) or the driver's event suppression area (packed).
     pub driver: u64,
-    /// Device area: the used ring (split) or the device's event suppression area (packed).
+    /// The device area: the used ring (split) or the device's event suppression area (packed).
     pub device: u64,
 }

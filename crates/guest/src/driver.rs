@@ -48,7 +48,7 @@ impl DriverVirtqueue {
         })
     }
 
-    /// Number of descriptors.
+    /// The number of descriptors.
     #[must_use]
     pub fn size(&self) -> u16 {
         dispatch!(self, ring => ring.size())
@@ -74,21 +74,21 @@ impl DriverVirtqueue {
         }
     }
 
-    /// Number of unused descriptors.
+    /// The number of unused descriptors.
     #[inline(always)]
     #[must_use]
     pub fn free(&self) -> u16 {
         dispatch!(self, ring => ring.free())
     }
 
-    /// Number of chains that are published and not collected.
+    /// The number of chains that are published and not collected.
     #[inline(always)]
     #[must_use]
     pub fn in_flight(&self) -> u16 {
         dispatch!(self, ring => ring.in_flight())
     }
 
-    /// Discards every chain and starts anew with zeroed memory, as a driver does that is loaded
+    /// Discards every chain and starts again with zeroed memory, as a driver does that is loaded
     /// again. The device must be stopped.
     pub fn reset(&mut self) {
         dispatch!(self, ring => ring.reset())

@@ -29,7 +29,7 @@ pub enum Error {
     /// Nothing listens on the socket.
     #[error("cannot connect to {}: {source}; start the back-end first", path.display())]
     Connect {
-        /// Path of the socket.
+        /// The path of the socket.
         path: PathBuf,
         /// The kernel's error.
         source: io::Error,
@@ -43,7 +43,7 @@ pub enum Error {
     /// A reply does not match its request.
     #[error("the back-end's reply to request {request} is wrong ({what}); read its log")]
     Reply {
-        /// Code of the request.
+        /// The code of the request.
         request: u32,
         /// What is wrong with the reply.
         what: String,
@@ -51,17 +51,17 @@ pub enum Error {
     /// The back-end acknowledged a request with an error.
     #[error("the back-end refused request {request} with {code}; read its log")]
     Refused {
-        /// Code of the request.
+        /// The code of the request.
         request: u32,
-        /// Value of the acknowledgement, which is not 0.
+        /// The value of the acknowledgement, which is not 0.
         code: u64,
     },
     /// The back-end has fewer queue pairs than requested.
     #[error("the back-end has {has} queue pairs and {wanted} are requested; request fewer")]
     Pairs {
-        /// Number of queue pairs requested.
+        /// The number of queue pairs requested.
         wanted: u16,
-        /// Number of queue pairs that the back-end has.
+        /// The number of queue pairs that the back-end has.
         has: u64,
     },
     /// The back-end does not offer required feature bits.
@@ -70,9 +70,9 @@ pub enum Error {
     /// A frame does not fit a TX slot.
     #[error("a frame of {len} bytes does not fit a TX slot of {slot}; make tx_slot larger")]
     FrameTooLong {
-        /// Size of the frame and its header in bytes.
+        /// The size of the frame and its header in bytes.
         len: usize,
-        /// Size of a slot in bytes.
+        /// The size of a slot in bytes.
         slot: usize,
     },
     /// A configuration or an argument is not possible.

@@ -13,9 +13,9 @@ pub enum DriverVirtqueueError {
     /// There are not enough unused descriptors.
     #[error("a chain needs {needed} descriptors and {free} are free; collect used ones first")]
     Full {
-        /// Number of descriptors that the chain needs.
+        /// The number of descriptors that the chain needs.
         needed: usize,
-        /// Number of unused descriptors.
+        /// The number of unused descriptors.
         free: u16,
     },
     /// A chain has no buffer.
@@ -39,7 +39,7 @@ pub enum DeviceFault {
         from: u16,
         /// The index in the used ring.
         to: u16,
-        /// Number of chains in flight.
+        /// The number of chains in flight.
         in_flight: u16,
     },
     /// The head or buffer id of a used element or used descriptor is not that of a chain in flight.
@@ -48,9 +48,9 @@ pub enum DeviceFault {
     /// The used length is larger than the buffer.
     #[error("the device reports {len} bytes written to a buffer of {capacity}")]
     UsedLength {
-        /// Number of bytes that the device reports.
+        /// The number of bytes that the device reports.
         len: u32,
-        /// Size of the buffer in bytes.
+        /// The size of the buffer in bytes.
         capacity: u32,
     },
     /// A frame is shorter than its virtio-net header.
@@ -64,7 +64,7 @@ pub enum DeviceFault {
     TornFrame {
         /// `num_buffers` of the frame.
         wanted: u16,
-        /// Number of used buffers.
+        /// The number of used buffers.
         got: u16,
     },
 }

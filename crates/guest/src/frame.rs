@@ -31,21 +31,21 @@ pub enum Checksum {
 /// The description of a frame to build.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FrameSpec {
-    /// Ethernet source.
+    /// The Ethernet source.
     pub source_mac: [u8; 6],
-    /// Ethernet destination.
+    /// The Ethernet destination.
     pub target_mac: [u8; 6],
     /// All 16 bits of the tag control information (802.1Q), for a tagged frame.
     pub vlan: Option<u16>,
-    /// IP source.
+    /// The IP source.
     pub source: IpAddr,
-    /// IP destination.
+    /// The IP destination.
     pub target: IpAddr,
     /// TCP or UDP.
     pub transport: Transport,
-    /// Source port.
+    /// The source port.
     pub source_port: u16,
-    /// Destination port.
+    /// The destination port.
     pub target_port: u16,
     /// TCP sequence number. Its lower 16 bits are the IPv4 identification, too.
     pub sequence: u32,

@@ -22,9 +22,9 @@ pub const VIRTIO_NET_HDR_GSO_TCPV6: u8 = net::VIRTIO_NET_HDR_GSO_TCPV6 as u8;
 /// `gso_type`, added to a TCP type: the TCP header has the CWR flag.
 pub const VIRTIO_NET_HDR_GSO_ECN: u8 = net::VIRTIO_NET_HDR_GSO_ECN as u8;
 
-/// Size of the header with `num_buffers` in bytes.
+/// The size of the header with `num_buffers` in bytes.
 pub const HEADER_LEN: usize = 12;
-/// Size in bytes of the header of a legacy driver without mergeable buffers, which ends before
+/// The size in bytes of the header of a legacy driver without mergeable buffers, which ends before
 /// `num_buffers`.
 pub const LEGACY_HEADER_LEN: usize = 10;
 
@@ -35,15 +35,15 @@ pub struct NetHeader {
     pub flags: u8,
     /// One of the `VIRTIO_NET_HDR_GSO_` types.
     pub gso_type: u8,
-    /// Size of all packet headers in bytes.
+    /// The size of all packet headers in bytes.
     pub hdr_len: u16,
-    /// Payload of each segment in bytes.
+    /// The payload of each segment in bytes.
     pub gso_size: u16,
-    /// Offset in the frame in bytes from which the checksum is computed.
+    /// The offset in the frame in bytes from which the checksum is computed.
     pub csum_start: u16,
-    /// Offset from `csum_start` in bytes at which the checksum is stored.
+    /// The offset from `csum_start` in bytes at which the checksum is stored.
     pub csum_offset: u16,
-    /// Number of buffers of a received frame.
+    /// The number of buffers of a received frame.
     pub num_buffers: u16,
 }
 
@@ -75,7 +75,7 @@ impl NetHeader {
     }
 }
 
-/// Size of the header in bytes with the given feature bits.
+/// The size of the header in bytes with the given feature bits.
 #[must_use]
 pub fn header_len(features: u64) -> usize {
     let has_feature = |bit: u32| features >> bit & 1 == 1;

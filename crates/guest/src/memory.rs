@@ -27,7 +27,7 @@ pub use error::RamError;
 pub(crate) use mapping::to_u64;
 use mapping::{MappedBlock, memfd};
 
-/// Size of the smallest page in bytes. Region addresses and sizes are multiples of it.
+/// The size of the smallest page in bytes. Region addresses and sizes are multiples of it.
 const PAGE: u64 = 4096;
 
 /// The guest's memory. A clone refers to the same memory.
@@ -99,7 +99,7 @@ impl GuestRam {
         self.0.blocks.iter().map(|b| b.spec).collect()
     }
 
-    /// Descriptor of the memfd that contains all regions.
+    /// The descriptor of the memfd that contains all regions.
     #[must_use]
     pub fn fd(&self) -> RawFd {
         self.0.file.as_raw_fd()
@@ -195,7 +195,7 @@ impl GuestRam {
         }
     }
 
-    /// Number of unallocated bytes, which may lie in several ranges.
+    /// The number of unallocated bytes, which may lie in several ranges.
     #[must_use]
     pub fn available(&self) -> u64 {
         self.0.free().iter().map(|&(_, size)| size).sum()

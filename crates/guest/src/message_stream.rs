@@ -11,7 +11,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::error::Error;
 
-/// Size of a message header in bytes: request, flags and size of 32 bits each.
+/// The size of a message header in bytes: request, flags and size of 32 bits each.
 pub const VHOST_USER_HDR_SIZE: usize = 12;
 /// `flags` of a message: protocol version 1.
 pub const VHOST_USER_VERSION: u32 = 1;
@@ -19,7 +19,7 @@ pub const VHOST_USER_VERSION: u32 = 1;
 pub const VHOST_USER_REPLY_MASK: u32 = 4;
 /// `flags` of a message: the front-end wants an acknowledgement (needs REPLY_ACK).
 pub const VHOST_USER_NEED_REPLY_MASK: u32 = 8;
-/// Size of the longest acceptable reply in bytes.
+/// The size of the longest acceptable reply in bytes.
 const MAX_REPLY_SIZE: usize = 4096;
 
 /// The front-end's end of a vhost-user connection.

@@ -10,10 +10,10 @@ use crate::error::Error;
 use crate::eventfd::WaitableEventFd;
 use crate::header::HEADER_LEN;
 
-/// Size in bytes of a mergeable RX buffer that holds a frame of the usual MTU.
+/// The size in bytes of a mergeable RX buffer that holds a frame of the usual MTU.
 pub const MERGEABLE_BUFFER: u32 = 1526;
-/// Size in bytes of an RX buffer for any frame without VLAN tags, header included: the minimum for
-/// a driver that accepts segmented frames without mergeable buffers (virtio 1.3 §5.1.6.3.1).
+/// The size in bytes of an RX buffer for any frame without VLAN tags, header included: the minimum
+/// for a driver that accepts segmented frames without mergeable buffers (virtio 1.3 §5.1.6.3.1).
 pub const BIG_BUFFER: u32 = 65_562;
 
 /// The features that a current Linux guest negotiates with this device.
@@ -40,7 +40,7 @@ pub const OFFLOADS: u64 = 1 << net::VIRTIO_NET_F_CSUM
 /// How a TX frame is divided into buffers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TxLayout {
-    /// Header and frame in one buffer (needs VIRTIO_F_VERSION_1 or VIRTIO_F_ANY_LAYOUT).
+    /// The header and frame in one buffer (needs VIRTIO_F_VERSION_1 or VIRTIO_F_ANY_LAYOUT).
     Single,
     /// The header in one buffer and the frame in another.
     SeparateHeader,
@@ -51,16 +51,16 @@ pub enum TxLayout {
 /// How the queues of a queue pair are made.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DriverQueueConfig {
-    /// Size of each virtqueue in descriptors.
+    /// The size of each virtqueue in descriptors.
     pub size: u16,
-    /// Negotiated feature bits.
+    /// The negotiated feature bits.
     pub features: u64,
     /// The position at which the virtqueues start; see
     /// [`crate::driver::DriverVirtqueueConfig::start`].
     pub start: u16,
-    /// Size in bytes of each segment of an RX buffer.
+    /// The size in bytes of each segment of an RX buffer.
     pub rx_buffer: Vec<u32>,
-    /// Size in bytes of a TX slot, which holds a frame and its header.
+    /// The size in bytes of a TX slot, which holds a frame and its header.
     pub tx_slot: u32,
     /// How TX frames are divided into buffers.
     pub tx_layout: TxLayout,
@@ -103,7 +103,7 @@ impl DriverQueueConfig {
         self.has_feature(ring::VIRTIO_RING_F_INDIRECT_DESC)
     }
 
-    /// Number of RX buffers that the virtqueue can hold.
+    /// The number of RX buffers that the virtqueue can hold.
     pub(crate) fn rx_buffers(&self) -> u16 {
         match u16::try_from(self.rx_buffer.len()) {
             Ok(1) => self.size,
@@ -113,18 +113,18 @@ impl DriverQueueConfig {
         }
     }
 
-    /// Distance between RX buffers in bytes. Each begins on a cache line.
+    /// The distance between RX buffers in bytes. Each begins on a cache line.
     pub(crate) fn rx_stride(&self) -> u64 {
         let bytes: u64 = self.rx_buffer.iter().map(|&len| u64::from(len)).sum();
         bytes.next_multiple_of(64)
     }
 
-    /// Distance between TX slots in bytes. Each begins on a cache line.
+    /// The distance between TX slots in bytes. Each begins on a cache line.
     pub(crate) fn tx_stride(&self) -> u64 {
         u64::from(self.tx_slot).next_multiple_of(64)
     }
 
-    /// Number of bytes of guest memory that suffice for a queue pair.
+    /// The number of bytes of guest memory that suffice for a queue pair.
     #[must_use]
     pub fn memory(&self) -> u64 {
         let n = u64::from(self.size);
@@ -134,7 +134,7 @@ impl DriverQueueConfig {
         2 * ring + tables + n * (self.rx_stride() + self.tx_stride())
     }
 
-    /// Number of buffers of the longest TX frame.
+    /// The number of buffers of the longest TX frame.
     fn tx_segments(&self) -> u64 {
         match self.tx_layout {
             TxLayout::Single => 1,
@@ -171,7 +171,7 @@ pub struct DriverQueue {
     pub call: WaitableEventFd,
     /// Signalled by a device that quarantined the virtqueue.
     pub err: WaitableEventFd,
-    /// Number of kicks sent.
+    /// The number of kicks sent.
     pub kicks: u64,
 }
 

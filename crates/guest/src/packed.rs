@@ -33,9 +33,9 @@ use layout::{DESCRIPTOR_SIZE, FLAGS_OFFSET, ID_OFFSET, LEN_OFFSET};
 
 pub use layout::{PackedDescriptor, RingPosition};
 
-/// Offset of `flags` in an event suppression area in bytes; `off_wrap` has offset 0.
+/// The offset of `flags` in an event suppression area in bytes; `off_wrap` has offset 0.
 const EVENT_FLAGS: usize = 2;
-/// Alignment of each part in bytes, so that no two parts share a cache line.
+/// The alignment of each part in bytes, so that no two parts share a cache line.
 const CACHE_LINE: u64 = 64;
 
 /// The driver's private state of one buffer id.
@@ -43,7 +43,7 @@ const CACHE_LINE: u64 = 64;
 struct Slot {
     /// The next id in the list of unused ids.
     next: u16,
-    /// Number of descriptors of the chain with this id; 0 when the id is unused.
+    /// The number of descriptors of the chain with this id; 0 when the id is unused.
     count: u16,
     token: u64,
 }
@@ -56,11 +56,11 @@ pub struct PackedDriverVirtqueue {
     device_event: Area,
     size: u16,
     event_idx: bool,
-    /// Private state, by buffer id.
+    /// The private state, by buffer id.
     slots: Box<[Slot]>,
     /// The first unused id.
     free_id: u16,
-    /// Number of unused descriptors.
+    /// The number of unused descriptors.
     free: u16,
     /// The next descriptor to write.
     next: RingPosition,
@@ -70,15 +70,16 @@ pub struct PackedDriverVirtqueue {
     head_flags: u16,
     /// Numbers of descriptors and of chains that are added and not published.
     hidden: (u16, u16),
-    /// Number of descriptors published since the last call of `is_kick_needed`, at most the size.
+    /// The number of descriptors published since the last call of `is_kick_needed`, at most the
+    /// size.
     added_since_kick: u16,
-    /// Number of chains that are published and not collected.
+    /// The number of chains that are published and not collected.
     in_flight: u16,
     /// The first descriptor that is not collected.
     collected: RingPosition,
     /// The first descriptor that the last `refresh` did not find used.
     last_used: RingPosition,
-    /// Number of used chains from `collected` to `last_used`.
+    /// The number of used chains from `collected` to `last_used`.
     pending: u16,
     /// Indirect tables, by buffer id.
     tables: IndirectTables,
@@ -122,7 +123,7 @@ impl PackedDriverVirtqueue {
         Ok(ring)
     }
 
-    /// Discards every chain and starts anew at descriptor 0 with zeroed memory.
+    /// Discards every chain and starts again at descriptor 0 with zeroed memory.
     pub fn reset(&mut self) {
         self.descriptors.zero();
         self.driver_event.zero();
@@ -153,7 +154,7 @@ impl PackedDriverVirtqueue {
         }
     }
 
-    /// Number of descriptors.
+    /// The number of descriptors.
     #[must_use]
     pub fn size(&self) -> u16 {
         self.size
@@ -169,14 +170,14 @@ impl PackedDriverVirtqueue {
         }
     }
 
-    /// Number of unused descriptors.
+    /// The number of unused descriptors.
     #[inline(always)]
     #[must_use]
     pub fn free(&self) -> u16 {
         self.free
     }
 
-    /// Number of chains that are published and not collected.
+    /// The number of chains that are published and not collected.
     #[inline(always)]
     #[must_use]
     pub fn in_flight(&self) -> u16 {

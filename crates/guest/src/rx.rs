@@ -27,17 +27,17 @@ pub struct DriverRxQueue {
     /// runs out of buffers when it has used those it has.
     pub refill: bool,
     store: BufferStore,
-    /// Size in bytes of each segment of a buffer.
+    /// The size in bytes of each segment of a buffer.
     segment_lens: Vec<u32>,
     indirect: bool,
     mergeable: bool,
     /// Buffers that the device does not have.
     idle: Vec<u16>,
-    /// Number of buffers.
+    /// The number of buffers.
     buffers: u16,
     /// The buffers of the current frame, and the number of bytes in each.
     parts: Vec<(u16, u32)>,
-    /// Storage for the chain that is being added, to avoid an allocation for each.
+    /// The storage for the chain that is being added, to avoid an allocation for each.
     chain: Vec<Buf>,
 }
 
@@ -45,11 +45,11 @@ pub struct DriverRxQueue {
 #[derive(Debug)]
 struct BufferStore {
     area: Area,
-    /// Distance between buffers in bytes.
+    /// The distance between buffers in bytes.
     stride: usize,
-    /// Size of a buffer in bytes.
+    /// The size of a buffer in bytes.
     capacity: u32,
-    /// Size of the virtio-net header in bytes.
+    /// The size of the virtio-net header in bytes.
     header_len: usize,
 }
 
@@ -58,7 +58,7 @@ struct BufferStore {
 pub struct RxFrame<'a> {
     /// The virtio-net header.
     pub header: NetHeader,
-    /// Size of the frame from the Ethernet header on in bytes.
+    /// The size of the frame from the Ethernet header on in bytes.
     pub len: usize,
     parts: &'a [(u16, u32)],
     store: &'a BufferStore,
@@ -101,7 +101,7 @@ impl RxFrame<'_> {
 }
 
 impl BufferStore {
-    /// Offset of a buffer in bytes.
+    /// The offset of a buffer in bytes.
     fn at(&self, buffer: u16) -> usize {
         usize::from(buffer) * self.stride
     }
@@ -151,7 +151,7 @@ impl DriverRxQueue {
         })
     }
 
-    /// Starts anew without chains, as a driver does that is loaded again. The device must be
+    /// Starts again without chains, as a driver does that is loaded again. The device must be
     /// stopped.
     pub fn reset(&mut self) {
         self.queue.ring.reset();

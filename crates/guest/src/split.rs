@@ -16,21 +16,21 @@ use crate::fault::{DeviceFault, DriverVirtqueueError};
 use crate::indirect::IndirectTables;
 use crate::memory::{Area, GuestRam};
 
-/// Size of a descriptor in bytes.
+/// The size of a descriptor in bytes.
 const DESCRIPTOR_SIZE: usize = 16;
-/// Offset of `idx` in the available and used rings in bytes.
+/// The offset of `idx` in the available and used rings in bytes.
 const IDX_OFFSET: usize = 2;
-/// Offset of the first entry in the available and used rings in bytes.
+/// The offset of the first entry in the available and used rings in bytes.
 const RING_OFFSET: usize = 4;
-/// Alignment of each part in bytes, so that no two parts share a cache line.
+/// The alignment of each part in bytes, so that no two parts share a cache line.
 const CACHE_LINE: u64 = 64;
 
 /// A split descriptor (virtio 1.3 §2.7.5).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct SplitDescriptor {
-    /// Guest physical address.
+    /// The guest physical address.
     pub addr: u64,
-    /// Length in bytes.
+    /// The length in bytes.
     pub len: u32,
     /// [`VRING_DESC_F_NEXT`], [`VRING_DESC_F_WRITE`], [`VRING_DESC_F_INDIRECT`].
     pub flags: u16,
@@ -93,9 +93,9 @@ pub struct SplitDriverVirtqueue {
     slots: Box<[Slot]>,
     /// The first unused descriptor.
     free_head: u16,
-    /// Number of unused descriptors.
+    /// The number of unused descriptors.
     free: u16,
-    /// Index of the next entry of the available ring to write.
+    /// The index of the next entry of the available ring to write.
     next: u16,
     /// The available index that the device can see.
     published: u16,
@@ -143,7 +143,7 @@ impl SplitDriverVirtqueue {
         Ok(ring)
     }
 
-    /// Discards every chain and starts anew at index 0 with zeroed memory.
+    /// Discards every chain and starts again at index 0 with zeroed memory.
     pub fn reset(&mut self) {
         self.descriptors.zero();
         self.avail.zero();
@@ -166,7 +166,7 @@ impl SplitDriverVirtqueue {
         self.set_used_event(index);
     }
 
-    /// Number of descriptors.
+    /// The number of descriptors.
     #[must_use]
     pub fn size(&self) -> u16 {
         self.size
@@ -182,14 +182,14 @@ impl SplitDriverVirtqueue {
         }
     }
 
-    /// Number of unused descriptors.
+    /// The number of unused descriptors.
     #[inline(always)]
     #[must_use]
     pub fn free(&self) -> u16 {
         self.free
     }
 
-    /// Number of chains that are published and not collected.
+    /// The number of chains that are published and not collected.
     #[inline(always)]
     #[must_use]
     pub fn in_flight(&self) -> u16 {
@@ -362,13 +362,13 @@ impl SplitDriverVirtqueue {
         &mut self.slots[usize::from(index)]
     }
 
-    /// Offset in bytes of the entry of the available ring for `index`, which wraps at the size.
+    /// The offset in bytes of the entry of the available ring for `index`, which wraps at the size.
     #[inline(always)]
     fn entry(&self, index: u16) -> usize {
         RING_OFFSET + 2 * usize::from(index & (self.size - 1))
     }
 
-    /// Offset in bytes of the element of the used ring for `index`, which wraps at the size.
+    /// The offset in bytes of the element of the used ring for `index`, which wraps at the size.
     fn used_entry(&self, index: u16) -> usize {
         RING_OFFSET + 8 * usize::from(index & (self.size - 1))
     }

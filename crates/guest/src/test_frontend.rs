@@ -38,23 +38,23 @@ pub enum StartOrder {
 /// How a front-end and its guest are made.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TestFrontendConfig {
-    /// Number of queue pairs, 1 to 128.
+    /// The number of queue pairs, 1 to 128.
     pub pairs: u16,
-    /// Number of queue pairs that are enabled at the start.
+    /// The number of queue pairs that are enabled at the start.
     pub enabled: u16,
     /// Feature bits that the back-end must offer.
     pub required: u64,
     /// How the queues of each queue pair are made. Of its `features`, those that the back-end
     /// offers are negotiated.
     pub queues: DriverQueueConfig,
-    /// Wanted protocol features. Those that the back-end offers are negotiated.
+    /// The protocol features to negotiate, as far as the back-end offers them.
     pub protocol: u64,
     /// The order of the messages at the start.
     pub order: StartOrder,
     /// Regions of guest memory (guest address, bytes). An empty list means one region that is large
     /// enough.
     pub layout: Vec<(u64, u64)>,
-    /// How long connecting is attempted.
+    /// The time for which connecting is attempted.
     pub connect_timeout: Duration,
 }
 

@@ -20,19 +20,19 @@ pub struct DriverTxQueue {
     /// The virtqueue and its eventfds.
     pub queue: DriverQueue,
     slots: Area,
-    /// Distance between slots in bytes.
+    /// The distance between slots in bytes.
     stride: usize,
-    /// Size of a slot in bytes.
+    /// The size of a slot in bytes.
     capacity: usize,
     /// Unused slots.
     free: Vec<u16>,
-    /// Size of the virtio-net header in bytes.
+    /// The size of the virtio-net header in bytes.
     header_len: usize,
     layout: TxLayout,
     indirect: bool,
-    /// Size in bytes of the header and frame in every slot since [`DriverTxQueue::prefill`].
+    /// The size in bytes of the header and frame in every slot since [`DriverTxQueue::prefill`].
     prefilled: usize,
-    /// Storage for the chain that is being added, to avoid an allocation for each.
+    /// The storage for the chain that is being added, to avoid an allocation for each.
     chain: Vec<Buf>,
 }
 
@@ -161,7 +161,7 @@ impl DriverTxQueue {
         }
     }
 
-    /// Starts anew without chains, as a driver does that is loaded again. The device must be
+    /// Starts again without chains, as a driver does that is loaded again. The device must be
     /// stopped.
     pub fn reset(&mut self) {
         self.queue.ring.reset();
@@ -225,7 +225,7 @@ impl DriverTxQueue {
         Ok(self.free.pop())
     }
 
-    /// Number of descriptors that a chain of `len` bytes needs.
+    /// The number of descriptors that a chain of `len` bytes needs.
     #[inline(always)]
     fn descriptors(&self, len: usize) -> usize {
         match self.layout {

@@ -283,7 +283,7 @@ fn enabled_calls_name_the_position_of_the_next_used_chain() {
 }
 
 #[test]
-fn virtqueue_after_reset_starts_anew() {
+fn virtqueue_after_reset_works_like_a_new_one() {
     let mut b = fixture(3, true, 7);
     b.ring.add(&chain(0, 2), false, 0).unwrap();
     b.ring.publish();

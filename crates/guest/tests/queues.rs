@@ -220,7 +220,7 @@ fn largest_frame_fits_one_big_buffer() {
     let features = VERSION_1 | 1 << VIRTIO_NET_F_GUEST_TSO4;
     let whole = DriverQueueConfig::new(8, features);
     assert_eq!(whole.rx_buffer, [BIG_BUFFER]);
-    // The layout of Linux: the header apart, then pages.
+    // Linux uses a buffer for the header and then pages.
     let mut pages = vec![12];
     pages.extend([4096; 16]);
     pages.push(BIG_BUFFER - 12 - 16 * 4096);

@@ -295,7 +295,7 @@ fn kicks_and_calls_with_event_idx_follow_the_event_indices() {
 }
 
 #[test]
-fn virtqueue_after_reset_starts_anew() {
+fn virtqueue_after_reset_works_like_a_new_one() {
     let mut b = fixture(4, true, 9);
     b.ring.add(&chain(0, 3), false, 1).unwrap();
     b.ring.publish();

@@ -13,23 +13,23 @@ use crate::header::{VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_NONE};
 /// The fields of a TCP or UDP frame.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ParsedFrame {
-    /// Tag control information, if the frame has a VLAN tag.
+    /// The tag control information, if the frame has a VLAN tag.
     pub vlan: Option<u16>,
-    /// IP source.
+    /// The IP source.
     pub source: IpAddr,
-    /// IP destination.
+    /// The IP destination.
     pub target: IpAddr,
     /// TCP or UDP.
     pub transport: Transport,
-    /// Source port.
+    /// The source port.
     pub source_port: u16,
-    /// Destination port.
+    /// The destination port.
     pub target_port: u16,
-    /// Offset of the IP header in bytes.
+    /// The offset of the IP header in bytes.
     ip_start: usize,
-    /// Position of the transport header and payload in the frame.
+    /// The position of the transport header and payload in the frame.
     pub segment: Range<usize>,
-    /// Position of the payload in the frame, without Ethernet padding.
+    /// The position of the payload in the frame, without Ethernet padding.
     pub payload: Range<usize>,
 }
 

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use crate::header::NetHeader;
 
-/// Size of an Ethernet header in bytes.
+/// The size of an Ethernet header in bytes.
 pub const ETHERNET_LEN: usize = 14;
 pub(super) const ETHERTYPE_IPV4: u16 = 0x0800;
 pub(super) const ETHERTYPE_IPV6: u16 = 0x86dd;
@@ -27,7 +27,7 @@ pub enum FrameError {
     /// The frame ends within its headers, or its lengths contradict each other.
     #[error("a frame of {len} bytes ends before its {header}; check its bytes")]
     Short {
-        /// Size of the frame in bytes.
+        /// The size of the frame in bytes.
         len: usize,
         /// The part that does not fit.
         header: &'static str,
@@ -59,7 +59,7 @@ pub enum Transport {
 }
 
 impl Transport {
-    /// Number of the protocol in an IP header.
+    /// The number of the protocol in an IP header.
     pub(super) fn protocol(self) -> u8 {
         match self {
             Self::Tcp => TCP,
@@ -67,7 +67,7 @@ impl Transport {
         }
     }
 
-    /// Size of the header without options in bytes.
+    /// The size of the header without options in bytes.
     pub(super) fn header_len(self) -> usize {
         match self {
             Self::Tcp => 20,
@@ -75,7 +75,7 @@ impl Transport {
         }
     }
 
-    /// Offset of the checksum in the transport header in bytes.
+    /// The offset of the checksum in the transport header in bytes.
     pub(super) fn checksum_offset(self) -> u16 {
         match self {
             Self::Tcp => 16,

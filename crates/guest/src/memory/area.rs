@@ -43,14 +43,14 @@ impl Area {
         })
     }
 
-    /// Guest physical address of the first byte.
+    /// The guest physical address of the first byte.
     #[inline(always)]
     #[must_use]
     pub fn addr(&self) -> u64 {
         self.addr
     }
 
-    /// Length in bytes.
+    /// The length in bytes.
     #[inline(always)]
     #[must_use]
     pub fn len(&self) -> usize {

@@ -8,7 +8,7 @@ pub enum RamError {
     /// memfd_create or its sizing failed.
     #[error("cannot make a memfd of {size} bytes for guest memory: {source}; lower the size")]
     Create {
-        /// Number of bytes requested.
+        /// The number of bytes requested.
         size: u64,
         /// The kernel's error.
         source: std::io::Error,
@@ -21,9 +21,9 @@ pub enum RamError {
     /// The kernel refused the mapping.
     #[error("cannot map {size} bytes of guest memory: {reason}; lower the size")]
     Map {
-        /// Number of bytes requested.
+        /// The number of bytes requested.
         size: u64,
-        /// Text of the mapping's error.
+        /// The text of the mapping's error.
         reason: String,
     },
     /// A range does not lie in one region.
@@ -31,9 +31,9 @@ pub enum RamError {
         "{len} bytes at guest address {addr:#x} are not in guest memory; check the address against the regions"
     )]
     OutOfRange {
-        /// First guest physical address.
+        /// The first guest physical address.
         addr: u64,
-        /// Number of bytes requested.
+        /// The number of bytes requested.
         len: u64,
     },
     /// There is no unallocated range of that size.

@@ -10,7 +10,7 @@ use virtionet_virtqueue::constants::{
 
 use crate::memory::Area;
 
-/// Size of a descriptor in bytes.
+/// The size of a descriptor in bytes.
 pub(super) const DESCRIPTOR_SIZE: usize = 16;
 // Offsets of the fields of a descriptor in bytes; `addr` has offset 0.
 pub(super) const LEN_OFFSET: usize = 8;
@@ -20,9 +20,9 @@ pub(super) const FLAGS_OFFSET: usize = 14;
 /// A position in the ring: a descriptor and the wrap counter that is valid there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RingPosition {
-    /// Index of the descriptor.
+    /// The index of the descriptor.
     pub index: u16,
-    /// Wrap counter.
+    /// The wrap counter.
     pub wrap: bool,
 }
 
@@ -92,11 +92,11 @@ impl RingPosition {
 /// A packed descriptor (virtio 1.3 §2.8.13).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct PackedDescriptor {
-    /// Guest physical address; without meaning in a used descriptor.
+    /// The guest physical address; without meaning in a used descriptor.
     pub addr: u64,
-    /// Length in bytes; in a used descriptor the number of bytes written.
+    /// The length in bytes; in a used descriptor the number of bytes written.
     pub len: u32,
-    /// Buffer id.
+    /// The buffer id.
     pub id: u16,
     /// [`VRING_DESC_F_NEXT`], [`VRING_DESC_F_WRITE`], [`VRING_DESC_F_INDIRECT`],
     /// [`VIRTQ_DESC_F_AVAIL`], [`VIRTQ_DESC_F_USED`].
