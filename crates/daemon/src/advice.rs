@@ -1,9 +1,9 @@
-//! Advice on what a guest could do better with its queue pairs, with the command for it.
+//! Advice about a better use of the guest's queue pairs, with the command that applies it.
 //!
-//! A driver starts with few queue pairs and scripts raise their number later, so advice is given
-//! only on what has not changed for a while, and once. The number of interrupt vectors never
-//! reaches a back-end. If QEMU has a monitor for this daemon, a thread of its own asks it for that,
-//! once a connection.
+//! A driver starts with few queue pairs, and scripts raise their number later. Advice is therefore
+//! given only once, and only about a state that has not changed for a while. A back-end does not
+//! learn the number of interrupt vectors. If QEMU has a monitor for this daemon, a separate thread
+//! asks QEMU for that number, once for each connection.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,19 +13,19 @@ use parking_lot::Mutex;
 use virtionet_base::ReportOnce;
 use virtionet_placement::{QemuNetDevice, query_net_device};
 
-/// How long the guest's choice must have stayed the same.
+/// The time for which the guest's choice must have stayed the same.
 const MIN_STABLE: Duration = Duration::from_secs(8);
 
-/// How long QEMU may take to answer, and how often it is tried.
+/// How long QEMU may take to answer, and how often it is asked.
 const QMP_TIMEOUT: Duration = Duration::from_secs(2);
 const MAX_QMP_ATTEMPTS: u32 = 3;
 
-/// What the guest does with its queue pairs.
+/// How the guest uses its queue pairs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct QueueUsage {
-    /// Queue pairs that the front-end has.
+    /// The number of queue pairs that the front-end has.
     pub offered: u16,
-    /// Queue pairs that the driver enabled.
+    /// The number of queue pairs that the driver enabled.
     pub enabled: u16,
     /// Whether the driver accepted VIRTIO_NET_F_MQ.
     pub multiqueue: bool,
@@ -33,7 +33,7 @@ pub struct QueueUsage {
     pub vcpus: Option<u16>,
 }
 
-/// Gives advice for one device's guest.
+/// The advice for the guest of one device.
 #[derive(Debug)]
 pub struct Adviser {
     device: String,
@@ -48,15 +48,15 @@ struct State {
     qmp_attempts: u32,
     /// What QEMU answered about its network device.
     net_device: Option<QemuNetDevice>,
-    /// A thread is asking QEMU's monitor.
+    /// Whether a thread is asking QEMU's monitor.
     is_querying: bool,
     current: Vec<String>,
     reports: ReportOnce<String, String>,
 }
 
 impl Adviser {
-    /// An adviser for `device`. `monitor` is its front-end's monitor and `socket` the vhost-user
-    /// socket, if those are known.
+    /// Creates the adviser for `device`. `monitor` is its front-end's monitor and `socket` is the
+    /// vhost-user socket, if they are known.
     #[must_use]
     pub fn new(device: &str, monitor: Option<PathBuf>, socket: Option<PathBuf>) -> Self {
         Self {
@@ -66,19 +66,20 @@ impl Adviser {
         }
     }
 
-    /// The advice now.
+    /// The current advice.
     #[must_use]
     pub fn current(&self) -> Vec<String> {
         self.state.lock().current.clone()
     }
 
-    /// Updates the advice by `observe`, which returns how the guest uses its queue pairs now, and
-    /// `None` while it uses none.
+    /// Updates the advice. `observe` returns how the guest uses its queue pairs now, or `None`
+    /// while it uses none.
     pub fn update(&self, observe: impl FnOnce() -> Option<QueueUsage>, now: Instant) {
-        // Observed under the lock, so that a front-end that goes meanwhile is forgotten after it.
+        // `observe` is called under the lock, so that the reset for a front-end that disconnects
+        // meanwhile comes after it.
         let mut state = self.state.lock();
         let Some(usage) = observe() else {
-            // The guest may be booting again: advice that stays the same is not logged again.
+            // The guest may be rebooting. Advice that stays the same is not logged again.
             let reports = std::mem::take(&mut state.reports);
             let is_querying = state.is_querying;
             *state = State {
@@ -111,13 +112,13 @@ impl Adviser {
         state.current = advice;
     }
 
-    /// Forgets the front-end, which has gone: the next one gets all advice anew.
+    /// Forgets the front-end that has disconnected, so that the next one gets all advice again.
     pub fn reset(&self) {
         self.update(|| None, Instant::now());
         self.state.lock().reports = ReportOnce::default();
     }
 
-    /// Asks QEMU for its network device, until it has answered.
+    /// Asks QEMU about its network device until it has answered.
     fn query_vectors(&self, state: &mut State) {
         let Some((monitor, socket)) = self.monitor.clone() else {
             return;
@@ -151,7 +152,7 @@ impl Adviser {
     }
 }
 
-/// What to do about idle queue pairs.
+/// The advice about idle queue pairs.
 fn idle_pairs_advice(usage: QueueUsage) -> Option<String> {
     let QueueUsage {
         offered, enabled, ..
@@ -162,7 +163,7 @@ fn idle_pairs_advice(usage: QueueUsage) -> Option<String> {
     let head = format!("the guest uses {enabled} of its {offered} queue pairs");
     Some(match usage.vcpus {
         _ if !usage.multiqueue => format!(
-            "{head}, because its driver was not offered several or does not know them: add mq=on to QEMU's -device virtio-net-pci"
+            "{head}, because its driver was not offered several or does not support them: add mq=on to QEMU's -device virtio-net-pci"
         ),
         Some(vcpus) if enabled >= vcpus => format!(
             "{head}, one for each of its {vcpus} vCPUs: queues={vcpus} at QEMU's -netdev would do; to use all, run `ethtool -L IFACE combined {offered}` in the guest"
@@ -175,14 +176,14 @@ fn idle_pairs_advice(usage: QueueUsage) -> Option<String> {
     })
 }
 
-/// What to do about too few vectors for one a virtqueue. With Linux's driver the control queue
-/// needs none of its own, so one less than usual is enough.
+/// The advice where there are too few vectors for each virtqueue to have one of its own. Linux's
+/// driver needs none for the control queue, so one less than usual is enough.
 fn vectors_advice(usage: QueueUsage, net_device: &QemuNetDevice) -> Option<String> {
     let pairs = u32::from(usage.offered);
-    let plenty = 2 * pairs + 2;
-    (net_device.vectors.saturating_add(1) < plenty).then(|| {
+    let recommended = 2 * pairs + 2;
+    (net_device.vectors.saturating_add(1) < recommended).then(|| {
         format!(
-            "the guest's network device (netdev {}) has {} interrupt vectors for {pairs} queue pairs, so queues share one and their interrupts cannot be spread over vCPUs: use vectors={plenty} at QEMU's -device virtio-net-pci",
+            "the guest's network device (netdev {}) has {} interrupt vectors for {pairs} queue pairs, so queues share one and their interrupts cannot be spread over vCPUs: use vectors={recommended} at QEMU's -device virtio-net-pci",
             net_device.netdev, net_device.vectors
         )
     })
@@ -275,7 +276,7 @@ mod tests {
         adviser.update(|| few, start);
         adviser.update(|| few, start + MIN_STABLE / 2);
         assert_eq!(adviser.current(), [""; 0]);
-        // Another choice starts the time anew.
+        // A different choice restarts the time.
         adviser.update(|| Some(usage(2, 4, Some(4))), start + MIN_STABLE / 2);
         adviser.update(|| Some(usage(2, 4, Some(4))), start + MIN_STABLE);
         assert_eq!(adviser.current(), [""; 0]);

@@ -1,27 +1,28 @@
 //! How long a worker polls for frames before it sleeps.
 //!
-//! Polling pays if frames come sooner than a sleep and a kick would take. The score of `adaptive`
-//! tracks how many frames recent polls found: a hit raises it (many frames at once more than one
-//! frame), and a miss halves it. The worker polls for the score's share of the limit. After a few
-//! misses that is a single poll, so an idle guest costs nothing, a slow one next to nothing, and
-//! the worker of a busy guest does not sleep.
+//! Polling is worthwhile if frames arrive sooner than a sleep and a kick would take. The score of
+//! `adaptive` tracks how many frames recent polls found: a hit raises it (more for many frames at
+//! once than for one), and a miss halves it. The worker polls for the score's share of the time
+//! limit. After a few misses that is a single poll, so polling costs nothing for an idle guest and
+//! little for a slow one, while the worker of a busy guest does not sleep.
 
 use std::time::{Duration, Instant};
 
 use virtionet_config::PollMode;
 
-/// The score at which the whole limit is spent.
+/// The score at which the worker polls for the whole time limit.
 const MAX_SCORE: u32 = 256;
-/// Frames found at once beyond which more of them do not raise the score further.
+/// The number of frames found at once above which more frames do not raise the score further.
 const MAX_COUNTED_FRAMES: usize = 16;
-/// Longest time that an `always` worker polls before it checks its events.
+/// The longest time that an `always` worker polls before it checks its events.
 const ALWAYS_INTERVAL: Duration = Duration::from_millis(100);
 
 /// A worker's polling mode and its score.
 #[derive(Debug, Clone, Copy)]
 pub struct BusyPoll {
     mode: PollMode,
-    /// The worker may poll on the CPUs where it runs; otherwise it sleeps, whatever the mode.
+    /// Whether the worker may poll on the CPUs where it runs; otherwise it sleeps, whatever the
+    /// mode.
     permitted: bool,
     /// From 0 to [`MAX_SCORE`].
     score: u32,
@@ -55,7 +56,7 @@ impl BusyPoll {
         self.permitted && self.mode == PollMode::Always
     }
 
-    /// Until when the worker polls if it starts now; `None` if it must not poll.
+    /// The time until which the worker polls if it starts now; `None` if it must not poll.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
         match self.mode {
@@ -66,15 +67,15 @@ impl BusyPoll {
         }
     }
 
-    /// Notes that a poll found `frames` frames.
+    /// Records that a poll found `frames` frames.
     pub fn record_hit(&mut self, frames: usize) {
-        // At most MAX_COUNTED_FRAMES, which fits.
+        // The value is at most MAX_COUNTED_FRAMES, so it fits.
         let frames = u32::try_from(frames.min(MAX_COUNTED_FRAMES)).unwrap_or(0);
-        // From 1/32 to 1/2 of what is missing.
+        // The score rises by 1/32 to 1/2 of its distance from the maximum.
         self.score += ((MAX_SCORE - self.score) * frames).div_ceil(32);
     }
 
-    /// Notes that the deadline passed without frames.
+    /// Records that the deadline passed without frames.
     pub fn record_miss(&mut self) {
         self.score /= 2;
     }
@@ -105,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_that_may_not_poll_sleeps_at_once() {
+    fn worker_that_may_not_poll_sleeps_at_once() {
         for mode in [PollMode::Always, PollMode::Adaptive(LIMIT)] {
             let mut busy_poll = BusyPoll::new(mode);
             assert!(busy_poll.is_on() && busy_poll.deadline().is_some());

@@ -1,4 +1,4 @@
-//! Where a device's front-ends come from.
+//! The source of a device's front-ends.
 
 use std::fmt;
 use std::os::fd::BorrowedFd;
@@ -11,14 +11,14 @@ use virtionet_vhost_user::listen::{
 };
 use virtionet_vhost_user::take_fd;
 
-/// Where a device's front-ends come from. Its Display is for the log, and names what was opened.
+/// The source of a device's front-ends. Its `Display` is for the log and names what was opened.
 #[derive(Debug)]
 pub enum FrontendSource {
     /// Front-ends connect to a socket.
     Listener(Listener),
     /// The device connects to a front-end that listens.
     Connect(PathBuf),
-    /// One connection, made before the program started.
+    /// One connection that was made before the program started.
     Once(Option<UnixStream>),
 }
 
@@ -47,7 +47,8 @@ impl FrontendSource {
         })
     }
 
-    /// The next front-end; `None` when there will be none, or `stop` is readable.
+    /// Waits for the next front-end. Returns `None` when no further one can come, or when `stop` is
+    /// readable.
     ///
     /// # Errors
     /// When no front-end can connect any more.

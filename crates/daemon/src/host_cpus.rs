@@ -15,7 +15,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use virtionet_placement::{AffinityError, CpuSet, Topology, process_cpus, thread_cpus};
 
 const SYS: &str = "/sys";
-/// The file that changes when a CPU goes offline or comes back.
+/// The file that changes when a CPU goes offline or online.
 const ONLINE: &str = "/sys/devices/system/cpu/online";
 
 /// The CPUs that this process may run on.
@@ -26,15 +26,15 @@ pub struct HostCpus {
     online: Option<File>,
     /// By device: the CPUs that its guest's vCPUs are pinned to.
     pinned: Mutex<BTreeMap<u32, CpuSet>>,
-    /// Number of devices registered so far.
+    /// The number of devices registered so far.
     devices: AtomicU32,
-    /// Goes up when the view or the pins change.
+    /// Increases when the view or the pins change.
     version: AtomicU32,
     /// Readable when a front-end has connected and the placement monitor may be asleep.
     wakeup: OwnedFd,
 }
 
-/// The CPUs of this process.
+/// A view of the CPUs of this process.
 #[derive(Debug, Clone)]
 struct CpuView {
     allowed: CpuSet,
@@ -42,7 +42,7 @@ struct CpuView {
     fingerprint: Fingerprint,
 }
 
-/// What is cheap to read and changes whenever the view does.
+/// Values that are cheap to read and change whenever the view changes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Fingerprint {
     online: Option<Vec<u8>>,
@@ -51,7 +51,7 @@ struct Fingerprint {
 }
 
 impl HostCpus {
-    /// Reads all of it. To be called before a thread of this process is pinned.
+    /// Reads the CPUs and their topology. Call this before any thread of this process is pinned.
     ///
     /// # Errors
     /// When the CPUs of this process cannot be read, or the kernel has no descriptor left.
@@ -80,7 +80,7 @@ impl HostCpus {
         Arc::clone(&self.view.lock().topology)
     }
 
-    /// A number for one more device.
+    /// Registers one more device and returns its number.
     #[must_use]
     pub fn register_device(&self) -> u32 {
         self.devices.fetch_add(1, Ordering::Relaxed)
@@ -107,14 +107,14 @@ impl HostCpus {
         others.flat_map(|(_, cpus)| cpus.iter()).collect()
     }
 
-    /// Changes when the CPUs did, or what is pinned to them.
+    /// A number that changes when the CPUs or the pins change.
     #[must_use]
     pub fn version(&self) -> u32 {
         self.version.load(Ordering::Acquire)
     }
 
-    /// Checks whether CPUs went offline or came back, or the cpuset changed. Costs two system calls
-    /// when nothing has.
+    /// Checks whether CPUs went offline or online, or the cpuset changed. It costs two system calls
+    /// when nothing has changed.
     pub fn refresh(&self) {
         let mut view = self.view.lock();
         let fingerprint = Fingerprint::read(self.online.as_ref());
@@ -131,14 +131,14 @@ impl HostCpus {
                 *view = new;
                 self.version.fetch_add(1, Ordering::Release);
             }
-            // The old view stays, and the next refresh tries again.
+            // The old view stays valid, and the next refresh tries again.
             Err(error) => tracing::debug!("{error}"),
         }
     }
 
     /// Wakes the thread that waits on [`HostCpus::wakeup_fd`].
     pub fn notify(&self) {
-        // Fails only when 2^64 are pending.
+        // The write fails only when 2^64 notifications are pending.
         let _ = rustix::io::write(&self.wakeup, &1u64.to_ne_bytes());
     }
 
@@ -151,12 +151,12 @@ impl HostCpus {
     /// Makes [`HostCpus::wakeup_fd`] unreadable again.
     pub fn clear_wakeup(&self) {
         let mut count = [0; 8];
-        // Fails only when it was not notified.
+        // The read fails only when no notification is pending.
         let _ = rustix::io::read(&self.wakeup, &mut count);
     }
 }
 
-/// Why the host cannot be read.
+/// Why the CPUs of the host cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum HostCpusError {
     /// The CPUs of this process are not known.
@@ -168,7 +168,7 @@ pub enum HostCpusError {
 }
 
 impl HostCpusError {
-    /// A name of the error for programs. It does not change.
+    /// A stable name of the error, for programs.
     #[must_use]
     pub fn code(&self) -> &'static str {
         match self {
@@ -198,7 +198,7 @@ impl Fingerprint {
     }
 }
 
-/// The start of a file of sysfs, which suffices to see whether it changed.
+/// The start of a file of sysfs, which suffices to detect whether the file changed.
 fn read_start(file: &File) -> Option<Vec<u8>> {
     let mut text = [0; 256];
     let length = file.read_at(&mut text, 0).ok()?;
@@ -218,7 +218,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_host_that_stays_the_same_keeps_its_version() {
+    fn host_that_stays_the_same_keeps_its_version() {
         let host = HostCpus::read().unwrap();
         let version = host.version();
         host.refresh();
@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn a_notification_is_seen_once() {
+    fn notification_is_pending_until_it_is_cleared() {
         use rustix::event::{PollFd, PollFlags, Timespec, poll};
         let host = HostCpus::read().unwrap();
         let is_notified = || {

@@ -1,7 +1,8 @@
-//! The host's interrupts and steering masks of one device, kept on its workers' CPUs.
+//! Keeps the host's interrupts and steering masks of one device on the CPUs of its workers.
 //!
-//! The data path does not depend on it. From time to time it compares where the workers run and
-//! which queues the kernel has attached with the last state, and writes only what changed.
+//! The data path does not depend on this module. From time to time the module compares the CPUs of
+//! the workers and the queues that the kernel has attached with their last state, and writes only
+//! what changed.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,10 +17,11 @@ use virtionet_placement::interrupts::{
 };
 use virtionet_virtio_net::uplink::HostInterface;
 
-/// A NIC may join the bridge at any time, so the bridge's interfaces are read again this often.
+/// The time after which the bridge's interfaces are read again, because a NIC may join the bridge
+/// at any time.
 const RESCAN_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Keeps the interrupts and steering masks of one device on its workers' CPUs.
+/// The host's interrupts and steering masks that belong to one device.
 #[derive(Debug)]
 pub struct Interrupts {
     device: String,
@@ -37,7 +39,7 @@ struct State {
     outcomes: Vec<SettingOutcome>,
     notes: Vec<String>,
     reports: ReportOnce<String, LogLine>,
-    /// A line changed too soon after the last, and is still to be logged.
+    /// Whether a line changed too soon after the last one and must still be logged.
     is_report_pending: bool,
 }
 
@@ -45,11 +47,11 @@ struct State {
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct LogLine {
     text: String,
-    /// It needs a person's attention.
+    /// Whether the line is a warning.
     is_warning: bool,
 }
 
-/// What the settings follow from.
+/// The values from which the settings are derived.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AffinityInput {
     /// The uplink's interface and its queues.
@@ -59,13 +61,13 @@ pub struct AffinityInput {
 }
 
 impl Interrupts {
-    /// Those of `device`; `irq_manager` is the process's.
+    /// The settings of `device`. All devices of the process share `irq_manager`.
     #[must_use]
     pub fn new(device: &str, mode: IrqAffinity, irq_manager: Arc<IrqAffinityManager>) -> Self {
         Self::with_roots(device, mode, irq_manager, KernelPaths::default())
     }
 
-    /// Those of a device that changes none of them.
+    /// The settings of a device that changes none.
     #[must_use]
     pub fn off(device: &str) -> Self {
         Self::new(device, IrqAffinity::Off, Arc::default())
@@ -90,20 +92,21 @@ impl Interrupts {
     pub fn warn_if_unsupported(&self, uplink: &str) {
         if self.mode != IrqAffinity::Off {
             tracing::warn!(
-                "{}: --irq-affinity {} does nothing with uplink {uplink}, whose queues the host does not know; give the device a TAP of its own, or leave the flag away",
+                "{}: --irq-affinity {} does nothing with uplink {uplink}, whose queues the host does not know; give the device a TAP of its own, or leave the flag out",
                 self.device,
                 self.mode
             );
         }
     }
 
-    /// Brings the settings in line with what `observe` returns, which is `None` if no front-end
-    /// uses the device, or its uplink is no interface of the host.
+    /// Reconciles the settings with what `observe` returns, which is `None` if no front-end uses
+    /// the device or its uplink is not an interface of the host.
     pub fn reconcile(&self, observe: impl FnOnce() -> Option<AffinityInput>) {
         if self.mode == IrqAffinity::Off {
             return;
         }
-        // Observed under the lock, so that the thread that observed first also writes first.
+        // `observe` is called under the lock, so that the thread that observed first also writes
+        // first.
         let mut state = self.state.lock();
         let input = observe();
         let fresh = state
@@ -115,7 +118,7 @@ impl Interrupts {
             }
             return;
         }
-        // What another device held may be free by now.
+        // A file that another device had set may be free now.
         let held = |outcome: &SettingOutcome| {
             matches!(outcome.why, Some(SettingRefusal::OwnedByDevice(_)))
         };
@@ -139,12 +142,12 @@ impl Interrupts {
         }
     }
 
-    /// Restores everything.
+    /// Restores all files that the device set.
     pub fn release(&self) {
         self.reconcile(|| None);
     }
 
-    /// The settings made, or those that would be.
+    /// The settings that were made, or that mode `print` would make.
     #[must_use]
     pub fn report(&self) -> report::InterruptReport {
         let state = self.state.lock();
@@ -163,7 +166,7 @@ impl Interrupts {
         }
     }
 
-    /// Notes on what a person should know or do.
+    /// Notes on what an administrator should know or do.
     fn notes(
         &self,
         desired_settings: &DesiredSettings,
@@ -194,7 +197,7 @@ impl Interrupts {
         let managed = irqs(|outcome| outcome.why == Some(SettingRefusal::Managed));
         if !managed.is_empty() {
             notes.push(format!(
-                "the NIC's driver keeps the affinity of interrupts {managed:?} to itself and they stay where they are; pin vCPUs to their CPUs instead"
+                "the NIC's driver manages the affinity of interrupts {managed:?}, so it cannot be changed; pin vCPUs to the CPUs of these interrupts instead"
             ));
         }
         let set = irqs(|outcome| outcome.why.is_none());
@@ -206,7 +209,7 @@ impl Interrupts {
 
     /// Logs the settings and notes that are new.
     fn log_new_lines(&self, state: &mut State) {
-        // Without a front-end nothing is set. For the next one, lines are logged that differ.
+        // Without a front-end nothing is set. For the next one, only lines that differ are logged.
         state.is_report_pending = false;
         if state.input.is_none() {
             return;
@@ -258,7 +261,8 @@ mod tests {
 
     use super::*;
 
-    /// A TAP of two queues and online CPUs 0-3, in a folder that goes with it.
+    /// A TAP of two queues and online CPUs 0-3, in a folder that is removed when the value is
+    /// dropped.
     struct FakeHost(PathBuf);
 
     impl FakeHost {
@@ -331,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn masks_follow_workers_and_queues_and_go_back() {
+    fn masks_match_workers_and_queues_and_are_restored() {
         let host = FakeHost::new("apply");
         let it = host.interrupts(IrqAffinity::Apply);
         let files = [xps(0), rps(0), xps(1), rps(1)];
@@ -369,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn a_setting_that_another_device_owned_is_made_once_it_is_free() {
+    fn setting_of_another_device_is_made_once_it_is_free() {
         let host = FakeHost::new("held");
         let irq_manager = Arc::new(IrqAffinityManager::default());
         let two = ["a", "b"];
@@ -388,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn printing_and_off_change_nothing() {
+    fn modes_print_and_off_change_nothing() {
         let host = FakeHost::new("print");
         for (mode, settings) in [(IrqAffinity::Print, 4), (IrqAffinity::Off, 0)] {
             let it = host.interrupts(mode);
@@ -408,11 +412,11 @@ mod tests {
     }
 
     #[test]
-    fn a_setting_that_cannot_be_made_is_noted_with_a_remedy() {
+    fn setting_that_cannot_be_made_is_noted_with_a_remedy() {
         let host = FakeHost::new("denied");
         let dir = host.0.join(xps(0));
         fs::remove_file(&dir).unwrap();
-        // A folder in the file's place cannot be written, even by root.
+        // A folder in place of the file cannot be written, even by root.
         fs::create_dir(&dir).unwrap();
         let it = host.interrupts(IrqAffinity::Apply);
         it.reconcile(|| input(&[0, 1], &["1", "2"]));

@@ -1,4 +1,5 @@
-//! One virtio-net device: what a vhost-user session drives, made of queue pairs and an uplink.
+//! A virtio-net device. It consists of queue pairs and an uplink, and a vhost-user session drives
+//! it.
 
 mod backend;
 mod connection_log;
@@ -33,7 +34,8 @@ pub struct NetDevice {
     placer: Arc<Placer>,
     pool: Arc<WorkerPool>,
     poll: PollMode,
-    /// Each is made when its first vring starts: a front-end may use fewer than it may have.
+    /// Each queue pair is created when its first vring starts, because a front-end may use fewer
+    /// than it may have.
     pairs: Vec<OnceLock<ServedPair>>,
     frontend: Mutex<FrontendState>,
     connection_log: ConnectionLog,
@@ -46,36 +48,37 @@ pub struct NetDevice {
 pub struct ServedPair {
     /// The queue pair.
     pub pair: Arc<QueuePair>,
-    /// Its worker.
+    /// The worker that serves it.
     pub worker: Arc<Worker>,
     /// The queue pair's position among those of the worker.
     position: u16,
 }
 
-/// What is known of the front-end.
+/// The state of the front-end, as far as it is known.
 #[derive(Debug, Clone, Default)]
 pub struct FrontendState {
-    /// A front-end is connected.
+    /// Whether a front-end is connected.
     pub connected: bool,
     /// Its process id, if the kernel reports it.
     pub pid: Option<u32>,
-    /// Virtio features in force.
+    /// The negotiated virtio features.
     pub features: Features,
-    /// vhost-user protocol features in force.
+    /// The negotiated vhost-user protocol features.
     pub protocol_features: u64,
     /// The guest's memory.
     pub memory: Arc<GuestMemory>,
     /// The MTU that the front-end set.
     pub mtu: Option<u16>,
-    /// Queue pairs that the front-end has for the driver, as far as it has named them.
+    /// The number of queue pairs that the front-end has for the driver, as far as it has announced
+    /// them.
     pub pairs: u16,
-    /// A vring was started since it connected.
+    /// Whether a vring was started since the front-end connected.
     pub has_started_vring: bool,
 }
 
 impl NetDevice {
-    /// A device called `name` with up to `max_queue_pairs` queue pairs, whose workers come from
-    /// `pool`.
+    /// Creates a device called `name` with up to `max_queue_pairs` queue pairs, whose workers come
+    /// from `pool`.
     #[must_use]
     pub fn new(
         name: &str,
@@ -99,7 +102,7 @@ impl NetDevice {
         }
     }
 
-    /// The same device with these to manage its interrupts and to advise its guest.
+    /// The same device with these objects, which manage its interrupts and advise its guest.
     #[must_use]
     pub fn with(mut self, interrupts: Interrupts, adviser: Adviser) -> Self {
         if self.uplink.host_interface().is_none() {
@@ -110,37 +113,37 @@ impl NetDevice {
         self
     }
 
-    /// Its name.
+    /// The device's name.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Where its frames go.
+    /// The uplink that carries the device's frames.
     #[must_use]
     pub fn uplink(&self) -> &dyn Uplink {
         &*self.uplink
     }
 
-    /// What is known of the front-end now.
+    /// The current state of the front-end.
     #[must_use]
     pub fn frontend(&self) -> FrontendState {
         self.frontend.lock().clone()
     }
 
-    /// The host's interrupts and steering masks that belong to it.
+    /// The host's interrupts and steering masks that belong to the device.
     #[must_use]
     pub fn interrupts(&self) -> &Interrupts {
         &self.interrupts
     }
 
-    /// What its guest could do better.
+    /// The current advice for the guest.
     #[must_use]
     pub fn advice(&self) -> Vec<String> {
         self.adviser.current()
     }
 
-    /// What is wrong with the placement of vCPUs and workers.
+    /// The current problems with the placement of vCPUs and workers.
     #[must_use]
     pub fn warnings(&self) -> Vec<Warning> {
         self.placer.warnings()
@@ -155,8 +158,8 @@ impl NetDevice {
         self.pairs().filter(|served| served.pair.is_in_use())
     }
 
-    /// Queue pair `index`, which is made now if it does not exist. `vring` is the vring that needs
-    /// it.
+    /// Returns queue pair `index`, and creates it if it does not exist. `vring` is the vring that
+    /// needs it.
     fn pair_or_create(&self, index: u16, vring: u16) -> Result<&ServedPair, BackendError> {
         let no_such_pair = || BackendError::NoSuchQueuePair {
             index: vring,
@@ -174,7 +177,7 @@ impl NetDevice {
         Ok(place.get_or_init(|| served))
     }
 
-    /// A queue pair with its queue of the uplink, and a worker that has not started.
+    /// Creates a queue pair with its queue of the uplink, and a worker that has not started.
     fn create_pair(&self, index: u16) -> Result<ServedPair, BackendError> {
         let name = worker_name(&self.name, u32::from(index));
         let placement = PlacementState::new(Arc::clone(&self.placer), index);
@@ -214,7 +217,8 @@ impl NetDevice {
         Ok(())
     }
 
-    /// The number of pairs that the driver uses decides which vCPUs each of them serves.
+    /// Updates the number of queue pairs in use, which determines the vCPUs that each of them
+    /// serves.
     fn update_active_pairs(&self) {
         let count = u32::try_from(self.pairs_in_use().count()).unwrap_or(u32::MAX);
         if self.placer.set_active_pairs(count) {
@@ -226,7 +230,7 @@ impl NetDevice {
         self.pairs().for_each(|served| served.pair.wake());
     }
 
-    /// Reads again where the receiveq's memory is.
+    /// Updates the NUMA node of the receiveq's memory.
     fn update_memory_node(&self, pair: &QueuePair, memory: &GuestMemory) -> bool {
         let node = pair.update_memory_node(memory);
         self.placer.set_memory_node(pair.index(), node)
@@ -237,7 +241,7 @@ impl NetDevice {
         self.placer.is_connected()
     }
 
-    /// Checks whether workers belong elsewhere, and moves those.
+    /// Checks whether workers must move to other CPUs, and wakes them so that they do.
     pub(crate) fn refresh_placement(&self) {
         if !self.has_frontend() {
             return;
@@ -259,7 +263,7 @@ impl NetDevice {
         self.reconcile_dependents();
     }
 
-    /// Brings in line what depends on the workers' placement and on the guest's use of queue pairs.
+    /// Reconciles what depends on the workers' placement and on the guest's use of queue pairs.
     fn reconcile_dependents(&self) {
         self.interrupts.reconcile(|| self.affinity_input());
         self.adviser.update(|| self.queue_usage(), Instant::now());
@@ -268,7 +272,7 @@ impl NetDevice {
     /// How the guest uses its queue pairs now; `None` while it uses none.
     fn queue_usage(&self) -> Option<QueueUsage> {
         let frontend = self.frontend();
-        // Between them, the queue pairs in use have all vCPUs.
+        // Together, the queue pairs in use serve all vCPUs.
         let vcpus: BTreeSet<u32> = self
             .pairs_in_use()
             .filter_map(|served| served.worker.placement())
@@ -283,8 +287,8 @@ impl NetDevice {
         })
     }
 
-    /// What the settings of interrupts follow from now; `None` while the guest uses no queue pair,
-    /// and where the uplink is no interface of the host.
+    /// The values from which the settings of interrupts are derived; `None` while the guest uses no
+    /// queue pair, or if the uplink is not an interface of the host.
     fn affinity_input(&self) -> Option<AffinityInput> {
         let mut workers = Vec::new();
         for served in self.pairs_in_use() {

@@ -1,4 +1,4 @@
-//! How a worker serves one queue pair: a turn for TX, a turn for RX, and what they depend on.
+//! How a worker serves one queue pair: a turn for TX, a turn for RX, and the state that they need.
 
 use std::sync::Arc;
 
@@ -7,29 +7,30 @@ use virtionet_virtio_net::{DeviceQueue, RxEndReason};
 use crate::queue_pair::QueuePair;
 use crate::worker_event::PairEvent;
 
-/// Budget of one TX turn, after which RX has its own: about 1 ms at most, whatever is sent.
+/// The budget of one TX turn. The turn takes about 1 ms at most, whatever is sent, and an RX turn
+/// follows it.
 const TX_CHAINS: usize = 256;
 const TX_BYTES: usize = 1 << 20;
-/// Budget of one RX turn.
+/// The budget of one RX turn.
 const RX_FRAMES: usize = 64;
 const RX_BYTES: usize = 1 << 20;
 
-/// A queue pair with what its worker knows of its readiness.
+/// A queue pair, and its readiness as its worker knows it.
 #[derive(Debug)]
 pub struct PairService {
     pair: Arc<QueuePair>,
-    /// The worker must ask the uplink for frames; a switch pushes them instead.
+    /// Whether the worker must poll the uplink for frames; a switch pushes them instead.
     is_pull_uplink: bool,
-    /// Chains may be available for TX.
+    /// Whether chains may be available for TX.
     tx_ready: bool,
-    /// A frame may wait in the uplink.
+    /// Whether a frame may wait in the uplink.
     uplink_ready: bool,
-    /// The guest has no RX buffers, and a kick will come when it has.
+    /// Whether the guest has no RX buffers. A kick comes when it adds some.
     starved: bool,
 }
 
 impl PairService {
-    /// The service of `pair`, whose uplink is open.
+    /// The service of `pair`, whose uplink must be open.
     #[must_use]
     pub fn new(pair: Arc<QueuePair>) -> Self {
         Self {
@@ -49,14 +50,14 @@ impl PairService {
         &self.pair
     }
 
-    /// Whether a pass has something to do.
+    /// Whether the next pass has work to do.
     #[inline]
     #[must_use]
     pub fn has_work(&self) -> bool {
         self.tx_ready || (self.uplink_ready && !self.starved)
     }
 
-    /// Notes what an event means.
+    /// Updates the readiness after an event.
     pub fn handle(&mut self, event: PairEvent) {
         match event {
             PairEvent::TxKick => {
@@ -71,7 +72,7 @@ impl PairService {
         }
     }
 
-    /// Notes that anything may have changed. The worker's earlier attach or detach of the uplink
+    /// Records that anything may have changed. The worker's earlier attach or detach of the uplink
     /// may have overtaken the session's, so it is repeated.
     pub fn handle_wake(&mut self) {
         self.pair.reconcile_uplink();
@@ -79,21 +80,21 @@ impl PairService {
         self.starved = false;
     }
 
-    /// Makes the next pass ask for TX chains.
+    /// Makes the next pass poll the transmitq.
     #[inline]
     pub fn poll_tx(&mut self) {
         self.tx_ready = true;
     }
 
-    /// Makes the next pass ask for TX chains and for frames of the uplink.
+    /// Makes the next pass poll the transmitq and the uplink.
     #[inline]
     pub fn poll_all(&mut self) {
         self.tx_ready = true;
         self.uplink_ready = self.is_pull_uplink;
     }
 
-    /// A turn for TX and one for RX; the result is how many frames they found. With `sleep_next`,
-    /// the turn asks the driver for kicks where it found none.
+    /// Runs a turn for TX and one for RX. Returns how many frames they found. With `sleep_next`, a
+    /// turn that finds no frame asks the driver for kicks.
     pub fn run_pass(&mut self, sleep_next: bool) -> usize {
         let mut found = 0;
         if self.tx_ready {
@@ -117,7 +118,8 @@ impl PairService {
                     let more = loop {
                         let sent = match queue.send(uplink) {
                             Ok(sent) => sent,
-                            // Report what was sent before; the next turn meets the fault again.
+                            // Report what was sent before the fault; the next turn finds the fault
+                            // again.
                             Err(_) if chains > 0 => break true,
                             Err(fault) => return Err(fault),
                         };
@@ -158,7 +160,7 @@ impl PairService {
                     Ok(((received.frames, end), received.should_call))
                 });
         let (found, end) = outcome.unwrap_or_else(|| {
-            // The receiveq does not run: frames should go to other queue pairs.
+            // The receiveq does not run, so frames should go to other queue pairs.
             self.pair.reconcile_uplink();
             (0, RxEndReason::UplinkEmpty)
         });

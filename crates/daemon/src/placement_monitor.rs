@@ -1,6 +1,6 @@
-//! A thread for all devices that checks, while a front-end is connected, whether vCPUs were pinned
-//! elsewhere, CPUs went offline or came back, or the cpuset changed, and makes the workers follow.
-//! Without a front-end it sleeps.
+//! A thread for all devices. While a front-end is connected, it checks whether vCPUs were pinned to
+//! other CPUs, CPUs went offline or online, or the cpuset changed, and wakes the workers that must
+//! move. Without a front-end it sleeps.
 //!
 //! The kernel has no notification of a change of a thread's affinity, so the thread polls. A check
 //! costs some microseconds: see [`virtionet_placement::VcpuWatch`].
@@ -16,7 +16,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use crate::host_cpus::HostCpus;
 use crate::net_device::NetDevice;
 
-/// Time between two checks, so that a worker follows its vCPU well within a second.
+/// The time between two checks, so that a worker follows its vCPU in less than a second.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
 const STACK_SIZE: usize = 256 * 1024;
 
@@ -42,7 +42,7 @@ pub fn start(
         })
 }
 
-/// Waits for the next check; false when the thread must end.
+/// Waits for the next check. Returns false when the thread must end.
 fn wait(net_devices: &[Arc<NetDevice>], host: &HostCpus, stop: BorrowedFd<'_>) -> bool {
     let busy = net_devices
         .iter()
@@ -54,7 +54,7 @@ fn wait(net_devices: &[Arc<NetDevice>], host: &HostCpus, stop: BorrowedFd<'_>) -
         PollFd::from_borrowed_fd(stop, PollFlags::IN),
         PollFd::from_borrowed_fd(host.wakeup_fd(), PollFlags::IN),
     ];
-    // If it is interrupted, one check more does no harm.
+    // An interrupted wait only causes one more check.
     let _ = poll(&mut fds, timeout.as_ref());
     if !fds[1].revents().is_empty() {
         host.clear_wakeup();

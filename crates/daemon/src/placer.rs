@@ -1,9 +1,10 @@
-//! Placement of one device's workers, from what is known of the front-end's vCPUs.
+//! Placement of one device's workers, derived from the front-end's vCPUs.
 //!
-//! The workers ask, never the session thread: QEMU serves no QMP while it waits for an answer on
-//! the vhost-user socket. While a front-end is connected, the placement monitor calls
-//! [`Placer::refresh`], which checks whether anything changed: the vCPU threads, their affinity,
-//! the CPUs of this process. If so, the generation goes up, and workers that are woken ask again.
+//! Workers ask the placer, and the session's thread never does, because QEMU answers no QMP request
+//! while it waits for a reply on the vhost-user socket. While a front-end is connected, the
+//! placement monitor calls [`Placer::refresh`], which checks whether the vCPU threads, their
+//! affinity or the CPUs of this process have changed. If so, the generation increases, and workers
+//! that are woken ask again.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -19,32 +20,32 @@ use virtionet_placement::{
 use crate::host_cpus::HostCpus;
 use crate::warning_log::WarningLog;
 
-/// How soon vCPU threads may be searched for again when their number changed or none was found. The
-/// time doubles with each search without success.
+/// The shortest time between two searches for vCPU threads when their number has changed or none
+/// was found. The time doubles with each search without success.
 const MIN_SEARCH_INTERVAL: Duration = Duration::from_secs(1);
 const MAX_SEARCH_INTERVAL: Duration = Duration::from_secs(8);
-/// The same where QEMU's monitor had to be asked: it may have other uses.
+/// The same where QEMU's monitor must be asked, which may have other uses.
 const QMP_SEARCH_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Decides where the workers of one device run.
+/// The placer of one device: it decides on which CPUs the device's workers run.
 #[derive(Debug)]
 pub struct Placer {
     /// The device's name, for the log.
     name: String,
     host: Arc<HostCpus>,
-    /// The device's number there.
+    /// The number of the device in `host`.
     device: u32,
     known: Mutex<PlacerState>,
-    /// A front-end is connected.
+    /// Whether a front-end is connected.
     connected: AtomicBool,
-    /// Pairs that the driver uses.
+    /// The number of queue pairs that the driver uses.
     pairs: AtomicU32,
-    /// Goes up when decisions may have changed.
+    /// Increases when decisions may have changed.
     generation: AtomicU32,
-    /// Workers should ask again and have not been woken.
+    /// Whether workers should ask again and have not been woken.
     wake_pending: AtomicBool,
-    /// NUMA nodes of the pairs' rings. They have a lock of their own: the session thread sets
-    /// them and must not wait for a monitor that is being asked.
+    /// The NUMA nodes of the pairs' rings. They have a lock of their own, because the session's
+    /// thread sets them and must not wait for a monitor that is being asked.
     nodes: Mutex<BTreeMap<u32, Option<u32>>>,
     warning_log: Mutex<WarningLog>,
 }
@@ -52,24 +53,24 @@ pub struct Placer {
 #[derive(Debug)]
 struct PlacerState {
     planner: PlacementPlanner,
-    /// The host's version that the planner knows.
+    /// The version of the host on which the planner's state is based.
     host: u32,
     pid: Option<i32>,
-    /// Counts front-ends.
+    /// The number of front-ends that have connected.
     session: u32,
     found: Option<DiscoveredVcpus>,
-    /// Of which generation they are, and with how many pairs in use.
+    /// The decisions, with the generation and the number of pairs in use for which they were made.
     decisions: Option<(u32, u32, Vec<Decision>)>,
 }
 
-/// The vCPU threads of the front-end.
+/// The vCPU threads of the front-end, and when to search for them again.
 #[derive(Debug)]
 struct DiscoveredVcpus {
     map: VcpuMap,
     watch: VcpuWatch,
-    /// They should be searched for again.
+    /// Whether they should be searched for again.
     stale: bool,
-    /// A thread of its own is searching for them.
+    /// Whether a separate thread is searching for them.
     searching: bool,
     /// The earliest time of the next search.
     search_at: Instant,
@@ -78,7 +79,7 @@ struct DiscoveredVcpus {
 }
 
 impl Placer {
-    /// A placer for the device of this name, which follows `planner` on `host`.
+    /// Creates the placer of the device of this name, which applies `planner` to `host`.
     #[must_use]
     pub fn new(name: &str, planner: PlacementPlanner, host: Arc<HostCpus>) -> Self {
         let version = host.version();
@@ -109,7 +110,7 @@ impl Placer {
         &self.name
     }
 
-    /// A front-end of this process id has connected.
+    /// Records that a front-end of this process id has connected.
     pub fn connected(&self, pid: Option<i32>) {
         let mut known = self.known.lock();
         known.pid = pid;
@@ -121,20 +122,20 @@ impl Placer {
         self.host.notify();
     }
 
-    /// The front-end is gone.
+    /// Records that the front-end has disconnected.
     pub fn disconnected(&self) {
         self.connected.store(false, Ordering::Release);
         self.warning_log.lock().clear_current();
         self.host.set_pinned(self.device, CpuSet::default);
     }
 
-    /// Whether there is a front-end to follow.
+    /// Whether a front-end is connected.
     #[must_use]
     pub fn is_connected(&self) -> bool {
         self.connected.load(Ordering::Acquire)
     }
 
-    /// Sets the number of queue pairs that the driver uses; true when it changed.
+    /// Sets the number of queue pairs that the driver uses. Returns whether it changed.
     pub fn set_active_pairs(&self, pairs: u32) -> bool {
         let changed = self.pairs.swap(pairs.max(1), Ordering::Relaxed) != pairs.max(1);
         if changed {
@@ -143,8 +144,8 @@ impl Placer {
         changed
     }
 
-    /// The receiveq of `pair` is on this NUMA node; true when that may change where its worker
-    /// belongs.
+    /// Sets the NUMA node of the receiveq of `pair`. Returns whether that may change the CPUs of
+    /// its worker.
     pub fn set_memory_node(&self, pair: u16, node: Option<u32>) -> bool {
         let before = self.nodes.lock().insert(u32::from(pair), node);
         let changed = before.flatten() != node && self.has_several_nodes();
@@ -160,26 +161,26 @@ impl Placer {
         self.host.topology().node_count() > 1
     }
 
-    /// The NUMA node of these CPUs, if it is one.
+    /// The NUMA node of these CPUs; `None` if they are on several.
     #[must_use]
     pub fn node_of(&self, decision: &Decision) -> Option<u32> {
         self.host.topology().node_of_all(&decision.cpus)
     }
 
-    /// Changes when a worker should ask again.
+    /// A number that changes when workers should ask again.
     #[must_use]
     pub fn generation(&self) -> u32 {
         self.generation.load(Ordering::Relaxed)
     }
 
-    /// Where the worker of `pair` should run. The first call searches for the vCPUs, which takes
-    /// milliseconds, or up to 2 s when a monitor has to be asked and does not answer.
+    /// The CPUs on which the worker of `pair` should run. The first call searches for the vCPUs,
+    /// which takes milliseconds, or up to 2 s when a monitor must be asked and does not answer.
     #[must_use]
     pub fn decide(&self, pair: u16) -> Decision {
         let mut known = self.known.lock();
         let known = &mut *known;
         if known.apply_host_changes(&self.host, self.device) {
-            // This worker is the first to notice, so the others must be woken.
+            // This worker is the first to notice the change, so the others must be woken.
             self.generation.fetch_add(1, Ordering::Relaxed);
             self.wake_pending.store(true, Ordering::Relaxed);
         }
@@ -208,9 +209,10 @@ impl Placer {
         decision.unwrap_or_else(|| known.planner.place(&found.map, u32::from(pair), pairs))
     }
 
-    /// Publishes where this device's vCPUs are pinned, for the placers of other devices.
+    /// Publishes the CPUs that this device's vCPUs are pinned to, for the placers of other devices.
     fn publish_pins(&self, planner: &PlacementPlanner, map: &VcpuMap) {
-        // Checked under the lock: a front-end that has gone meanwhile pins nothing.
+        // The connection is checked under the lock, so that the pins of a front-end that
+        // disconnects meanwhile are not published.
         self.host
             .set_pinned(self.device, || match self.is_connected() {
                 true => planner.pinned(map),
@@ -218,14 +220,15 @@ impl Placer {
             });
     }
 
-    /// The kernel refused what was decided: the host may have changed since the last refresh.
+    /// Invalidates all decisions after the kernel refused one, because the host may have changed
+    /// since the last refresh.
     pub fn invalidate(&self) {
         self.host.refresh();
         self.generation.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Checks whether anything changed that decisions depend on; true when workers should ask
-    /// again.
+    /// Checks whether anything has changed that decisions depend on. Returns true when workers
+    /// should ask again.
     pub fn refresh(self: &Arc<Self>) -> bool {
         // Another thread holds the lock and will report any change.
         let Some(mut known) = self.known.try_lock() else {
@@ -243,7 +246,7 @@ impl Placer {
             VcpuChange::AffinityChanged => changed |= found.refresh(planner),
             VcpuChange::ThreadsChanged => {
                 found.stale = true;
-                // Others may have moved as well, and the search may come later.
+                // Other vCPUs may have moved as well, and the search may come later.
                 changed |= found.refresh_alive(planner);
             }
         }
@@ -262,8 +265,8 @@ impl Placer {
         changed
     }
 
-    /// Calls [`Placer::search`] in a thread of its own, because a monitor may answer late, and
-    /// neither workers that ask nor other devices must wait for it.
+    /// Calls [`Placer::search`] in a separate thread, because a monitor may answer late, and
+    /// neither the workers that ask nor other devices may wait for it.
     fn spawn_search(
         self: &Arc<Self>,
         planner: PlacementPlanner,
@@ -280,7 +283,7 @@ impl Placer {
         thread.spawn(search).map(|_| ())
     }
 
-    /// Searches for the vCPU threads again; true when they changed.
+    /// Searches for the vCPU threads again. Returns whether they changed.
     fn search(&self, planner: &PlacementPlanner, pid: Option<i32>, session: u32) -> bool {
         let mut new = DiscoveredVcpus::search(planner, pid);
         let mut known = self.known.lock();
@@ -321,14 +324,15 @@ impl Placer {
             let in_use = usize::try_from(pairs).ok().and_then(|n| decisions.get(..n));
             let current = (*of, *with) == state;
             let Some(in_use) = in_use.filter(|_| current) else {
-                // The workers have not asked since the last change.
+                // The workers have not asked since the last change, so there are no decisions to
+                // check.
                 return;
             };
             known.planner.warnings(&found.map, in_use)
         };
         let mut log = self.warning_log.lock();
         if !self.is_connected() {
-            // The front-end has gone meanwhile, and its warnings with it.
+            // The front-end has disconnected meanwhile, so its warnings no longer apply.
             return;
         }
         for warning in log.update(state, warnings, Instant::now()) {
@@ -336,7 +340,7 @@ impl Placer {
         }
     }
 
-    /// The warnings in force, about where the workers are now.
+    /// The current warnings about the CPUs on which the workers run.
     #[must_use]
     pub fn warnings(&self) -> Vec<Warning> {
         self.update_warnings();
@@ -345,7 +349,7 @@ impl Placer {
 }
 
 impl PlacerState {
-    /// Takes the host as it is now into account; true when it changed.
+    /// Updates the planner after a change of the host. Returns whether there was one.
     fn apply_host_changes(&mut self, host: &HostCpus, device: u32) -> bool {
         let version = host.version();
         let changed = version != self.host;
@@ -364,7 +368,7 @@ impl DiscoveredVcpus {
     fn search(planner: &PlacementPlanner, pid: Option<i32>) -> Self {
         let mut map = planner.discover(pid);
         let watch = planner.watch(pid, &map);
-        // What changed between the two.
+        // The affinity may have changed between the discovery and the start of the watch.
         planner.refresh(&mut map);
         let pause = MIN_SEARCH_INTERVAL;
         Self {
@@ -377,7 +381,7 @@ impl DiscoveredVcpus {
         }
     }
 
-    /// The last search was `pause` after the one before.
+    /// Sets the time of the next search. `pause` is the time between the last two searches.
     fn back_off(&mut self, pause: Duration) {
         self.pause = match (self.stale, self.map.source) {
             (true, _) => (pause * 2).min(MAX_SEARCH_INTERVAL),
@@ -387,7 +391,8 @@ impl DiscoveredVcpus {
         self.search_at = Instant::now() + self.pause;
     }
 
-    /// The same, but keeps the CPUs of threads that are gone: the next search replaces them.
+    /// Reads the CPUs that the threads may run on now. A thread that has ended keeps its last CPUs
+    /// until the next search replaces it. Returns whether any thread's CPUs changed.
     fn refresh_alive(&mut self, planner: &PlacementPlanner) -> bool {
         let before = self.map.vcpus.clone();
         planner.refresh(&mut self.map);
@@ -399,7 +404,7 @@ impl DiscoveredVcpus {
         self.map.vcpus != before
     }
 
-    /// Reads where the threads may run now; true when that changed.
+    /// Reads the CPUs that the threads may run on now. Returns whether they changed.
     fn refresh(&mut self, planner: &PlacementPlanner) -> bool {
         let before = self.map.vcpus.clone();
         planner.refresh(&mut self.map);
@@ -413,24 +418,25 @@ mod tests {
     use std::sync::mpsc;
     use virtionet_placement::Placement;
 
-    /// The vCPU threads of one test are found by all: one at a time.
-    static ALONE: Mutex<()> = Mutex::new(());
+    /// The tests run one at a time, because each of them would find the vCPU threads of the others.
+    static ONE_TEST_AT_A_TIME: Mutex<()> = Mutex::new(());
 
     fn me() -> Option<i32> {
         i32::try_from(std::process::id()).ok()
     }
 
-    /// A thread called as QEMU calls that of a vCPU, until the sender is dropped.
+    /// Starts a thread with the name of a vCPU thread of QEMU. It runs until the sender is dropped.
     fn vcpu(index: u32) -> (i32, mpsc::Sender<()>, std::thread::JoinHandle<()>) {
-        let (tell, reported) = mpsc::channel();
+        let (tid_sender, tid) = mpsc::channel();
         let (end, ended) = mpsc::channel::<()>();
         let thread = std::thread::Builder::new().name(format!("CPU {index}/TCG"));
         let thread = thread.spawn(move || {
-            tell.send(rustix::thread::gettid().as_raw_nonzero().get())
+            tid_sender
+                .send(rustix::thread::gettid().as_raw_nonzero().get())
                 .unwrap();
             ended.recv().unwrap_err();
         });
-        (reported.recv().unwrap(), end, thread.unwrap())
+        (tid.recv().unwrap(), end, thread.unwrap())
     }
 
     fn refresh_until(placer: &Arc<Placer>, changed: impl Fn() -> bool) {
@@ -442,10 +448,10 @@ mod tests {
         }
     }
 
-    /// This process acts as the front-end: vCPUs appear late, move, become more and go.
+    /// This process acts as the front-end. Its vCPUs appear late, move, and are added and removed.
     #[test]
-    fn decisions_follow_the_vcpus() {
-        let _alone = ALONE.lock();
+    fn decisions_change_with_the_vcpus() {
+        let _guard = ONE_TEST_AT_A_TIME.lock();
         let host = Arc::new(HostCpus::read().unwrap());
         let cpus = host.allowed();
         let planner = PlacementPlanner::new(Placement::Auto, cpus.clone(), None).unwrap();
@@ -464,7 +470,7 @@ mod tests {
             [Warning::Unknown { .. }, ..]
         ));
 
-        // They get their names.
+        // The threads get their names.
         let (first, ends_first, thread) = vcpu(0);
         refresh_until(&placer, || placer.decide(0).vcpu_tid == Some(first));
         assert_eq!(
@@ -473,7 +479,7 @@ mod tests {
             "one vCPU for both pairs"
         );
 
-        // The first is pinned elsewhere.
+        // The first vCPU is pinned to another CPU.
         for turn in [1, 0] {
             let there = cpus.nth_cyclic(turn);
             virtionet_placement::set_thread_affinity(Some(first), &there).unwrap();
@@ -481,10 +487,14 @@ mod tests {
             assert!(placer.refresh() || cpus.len() == 1);
             assert!(placer.generation() != before || cpus.len() == 1);
             assert_eq!(placer.decide(0).cpus, there);
-            assert_eq!(placer.decide(7).cpus, there, "also of a pair not in use");
+            assert_eq!(
+                placer.decide(7).cpus,
+                there,
+                "also for a pair that is not in use"
+            );
         }
 
-        // Another is plugged in, and unplugged.
+        // Another vCPU is added and removed.
         let (second, ends_second, other) = vcpu(1);
         refresh_until(&placer, || placer.decide(1).vcpu_tid == Some(second));
         drop(ends_second);
@@ -498,10 +508,10 @@ mod tests {
         thread.join().unwrap();
     }
 
-    /// A thread more or less must not hide that a vCPU moved until the next search.
+    /// A changed number of threads must not hide until the next search that a vCPU moved.
     #[test]
-    fn a_vcpu_that_moves_while_threads_come_and_go_is_followed_at_the_next_refresh() {
-        let _alone = ALONE.lock();
+    fn vcpu_that_moves_while_threads_start_and_end_is_detected_at_the_next_refresh() {
+        let _guard = ONE_TEST_AT_A_TIME.lock();
         let host = Arc::new(HostCpus::read().unwrap());
         let cpus = host.allowed();
         let (tid, ends, thread) = vcpu(40);
@@ -527,21 +537,21 @@ mod tests {
     }
 
     #[test]
-    fn no_warning_is_in_force_after_the_front_end_has_gone() {
+    fn warnings_end_when_the_front_end_disconnects() {
         let host = Arc::new(HostCpus::read().unwrap());
         let planner = PlacementPlanner::new(Placement::Auto, host.allowed(), None).unwrap();
         let placer = Arc::new(Placer::new("test", planner, host));
         placer.connected(None);
         let _ = placer.decide(0);
         placer.disconnected();
-        // A refresh that began before.
+        // A refresh that began before the front-end disconnected.
         placer.update_warnings();
         assert_eq!(placer.warnings(), []);
     }
 
     #[test]
-    fn devices_know_of_each_others_vcpus() {
-        let _alone = ALONE.lock();
+    fn polling_workers_avoid_the_vcpus_of_another_device() {
+        let _guard = ONE_TEST_AT_A_TIME.lock();
         let host = Arc::new(HostCpus::read().unwrap());
         let cpus = host.allowed();
         let planner = || {
@@ -561,7 +571,7 @@ mod tests {
             "no device has searched for vCPUs"
         );
         let _ = one.decide(0);
-        assert!(other.refresh(), "another guest came");
+        assert!(other.refresh(), "another guest has connected");
         let free = cpus.difference(&host.pinned_by_others(other.device));
         assert_eq!(host.pinned_by_others(one.device), CpuSet::default());
         assert!(!free.contains(cpus.nth_cyclic(0).last().unwrap()));
@@ -569,7 +579,7 @@ mod tests {
         assert_eq!(decision.may_poll, !free.is_empty());
         assert!(free.is_empty() || decision.cpus == free, "{decision}");
         one.disconnected();
-        assert!(other.refresh(), "it went");
+        assert!(other.refresh(), "that guest has disconnected");
         assert_eq!(other.decide(0).cpus, cpus);
         drop(ends);
         thread.join().unwrap();
@@ -577,7 +587,7 @@ mod tests {
 
     /// A refresh does not wait for the monitor, and a worker that asks gets what is known.
     #[test]
-    fn a_monitor_that_hangs_is_asked_by_a_thread_of_its_own() {
+    fn monitor_that_hangs_blocks_neither_a_refresh_nor_a_worker() {
         let host = Arc::new(HostCpus::read().unwrap());
         let path = std::env::temp_dir().join(format!("placer-{}.qmp", std::process::id()));
         let silent = std::os::unix::net::UnixListener::bind(&path).unwrap();
@@ -595,8 +605,8 @@ mod tests {
         };
         assert!(!due(&placer));
         assert!(!placer.refresh());
-        assert!(due(&placer), "it is being asked");
-        assert!(!placer.refresh(), "and not twice");
+        assert!(due(&placer), "the monitor is being asked");
+        assert!(!placer.refresh(), "the monitor is not asked twice");
         assert_eq!(placer.decide(0), first);
         refresh_until(&placer, || Arc::strong_count(&placer) == 1);
         drop(silent);
@@ -604,7 +614,7 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_that_saw_the_host_change_has_the_others_woken() {
+    fn worker_that_detects_a_change_of_the_host_causes_a_wake_up_of_the_others() {
         let host = Arc::new(HostCpus::read().unwrap());
         let planner = PlacementPlanner::new(Placement::None, host.allowed(), None).unwrap();
         let placer = Arc::new(Placer::new("test", planner, host));

@@ -13,7 +13,7 @@ use virtionet_virtqueue::memory::GuestMemory;
 use crate::vring_slot::VringSlot;
 use crate::waker::Waker;
 
-/// What all threads share of a queue pair. Its worker adds the readiness, in a `PairService`.
+/// A queue pair, as all threads share it. Its worker adds the readiness in a `PairService`.
 #[derive(Debug)]
 pub struct QueuePair {
     index: u16,
@@ -56,13 +56,13 @@ impl QueuePair {
         &self.tx
     }
 
-    /// Its number, from 0.
+    /// The queue pair's number, from 0.
     #[must_use]
     pub fn index(&self) -> u16 {
         self.index
     }
 
-    /// Its queue of the uplink, once opened.
+    /// The queue pair's queue of the uplink, once it is open.
     #[must_use]
     pub fn uplink(&self) -> Option<&Arc<dyn UplinkQueue>> {
         self.uplink.get()
@@ -74,7 +74,7 @@ impl QueuePair {
         self.rx.is_enabled() && self.rx.size() > 0
     }
 
-    /// Opens the pair's queue of `uplink`. To be called once, by the session's thread.
+    /// Opens the pair's queue of `uplink`. The session's thread must call this once.
     ///
     /// # Errors
     /// When the uplink has no queue for it.
@@ -86,14 +86,14 @@ impl QueuePair {
         uplink.open_queue(self.index, rx)
     }
 
-    /// Keeps the queue that [`QueuePair::open_uplink`] opened.
+    /// Stores the queue that [`QueuePair::open_uplink`] opened.
     pub(crate) fn set_uplink(&self, queue: Arc<dyn UplinkQueue>) {
         // Only the session's thread opens queues, so none was set meanwhile.
         let _ = self.uplink.set(queue);
     }
 
-    /// Attaches the uplink's queue while the receiveq runs and is enabled, and else detaches it, so
-    /// that frames come to queue pairs that can take them.
+    /// Attaches the uplink's queue while the receiveq runs and is enabled, and detaches it
+    /// otherwise, so that the uplink steers frames only to queue pairs that can receive them.
     pub(crate) fn reconcile_uplink(&self) {
         let is_live = self.rx.is_enabled() && self.rx.state() == VringState::Running;
         if let Some(uplink) = self.uplink()
@@ -104,29 +104,29 @@ impl QueuePair {
         }
     }
 
-    /// Makes the worker check everything once.
+    /// Wakes the worker, which then checks everything once.
     pub fn wake(&self) {
         self.waker.wake();
     }
 
-    /// The NUMA node of its receiveq, while there is a front-end and if the kernel reports it.
+    /// The NUMA node of the receiveq while a front-end is connected, if the kernel reports it.
     #[must_use]
     pub fn memory_node(&self) -> Option<u32> {
         *self.memory_node.lock()
     }
 
-    /// Sets the front-end address of its receiveq.
+    /// Sets the front-end address of the receiveq.
     pub(crate) fn set_rx_ring_address(&self, address: u64) {
         self.rx_ring_address.store(address, Ordering::Relaxed);
     }
 
-    /// Forgets where its receiveq is: the front-end and its memory are gone.
+    /// Forgets the location of the receiveq after the front-end has disconnected.
     pub(crate) fn clear_memory_location(&self) {
         self.set_rx_ring_address(0);
         *self.memory_node.lock() = None;
     }
 
-    /// Asks the kernel for the NUMA node of its receiveq.
+    /// Asks the kernel for the NUMA node of the receiveq.
     pub(crate) fn update_memory_node(&self, memory: &GuestMemory) -> Option<u32> {
         let address = self.rx_ring_address.load(Ordering::Relaxed);
         let address = (address != 0).then(|| memory.host_address(address));
@@ -138,11 +138,11 @@ impl QueuePair {
     }
 }
 
-/// For uplinks that push frames, from threads of their own.
+/// For uplinks that push frames from threads of their own.
 impl RxSink for QueuePair {
     fn push(&self, frames: &[TxFrame<'_>]) {
         if !self.rx.push(&format_args!("{self} rx"), frames) {
-            // The vring does not run, perhaps since just now: the worker detaches the uplink.
+            // The vring does not run any more, so the worker must detach the uplink.
             self.wake();
         }
     }

@@ -31,7 +31,8 @@ impl report::ReportSource for DeviceRegistry {
 
 fn device(config: &DeviceConfig, net_device: &NetDevice) -> report::DeviceReport {
     let frontend = net_device.frontend();
-    // Before the warnings: these then are about the places shown, or about newer ones.
+    // Read the placement before the warnings, so that the warnings apply to the placement shown or
+    // to a newer one.
     let pairs = net_device.pairs().map(queue_pair).collect();
     let (socket, role) = match &config.socket {
         Socket::Listen { path, .. } => (path.display().to_string(), report::SocketRole::Server),

@@ -13,12 +13,12 @@ use crate::uplinks::OpenUplinkError;
 /// Why the program cannot start, or had to end.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
-    /// A device has no vhost-user socket.
+    /// The vhost-user socket of a device cannot be opened.
     #[error("{device}: {source}")]
     Socket {
         /// The device's name.
         device: String,
-        /// Why not.
+        /// The cause.
         source: ListenError,
     },
     /// A device's uplink cannot be opened.
@@ -26,24 +26,24 @@ pub enum RunError {
     Uplink {
         /// The device's name.
         device: String,
-        /// Why not.
+        /// The cause.
         source: OpenUplinkError,
     },
-    /// A device's placement is impossible: the command line is wrong.
+    /// A device's placement is not possible, because the command line is wrong.
     #[error("{device}: {source}")]
     Usage {
         /// The device's name.
         device: String,
-        /// What is wrong with it.
+        /// The cause.
         source: PlacementError,
     },
-    /// The control socket cannot be made.
+    /// The control socket cannot be created.
     #[error(transparent)]
     Control(#[from] ControlError),
-    /// The host lacks something that every process needs.
+    /// The host lacks a resource that every process needs.
     #[error("cannot {operation}: {source}; check the limits of this process")]
     Host {
-        /// What was tried.
+        /// The operation that failed, with its object.
         operation: &'static str,
         /// The kernel's error.
         source: io::Error,
@@ -51,12 +51,12 @@ pub enum RunError {
     /// The CPUs of this process cannot be read.
     #[error(transparent)]
     Cpus(#[from] HostCpusError),
-    /// A device cannot go on.
+    /// A device cannot continue.
     #[error("{device}: {source}")]
     DeviceFailed {
         /// The device's name.
         device: String,
-        /// Why not.
+        /// The cause.
         source: DeviceFailure,
     },
     /// A thread panicked.
@@ -67,19 +67,19 @@ pub enum RunError {
     },
 }
 
-/// Why a device cannot go on.
+/// Why a device cannot continue.
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceFailure {
     /// No front-end can connect any more.
     #[error(transparent)]
     Socket(#[from] ListenError),
-    /// The session failed in a way that no other front-end would mend.
+    /// The session failed for a reason that another front-end would not change.
     #[error(transparent)]
     Session(#[from] SessionError),
 }
 
 impl RunError {
-    /// A name of the error for programs. It does not change.
+    /// A stable name of the error, for programs.
     #[must_use]
     pub fn code(&self) -> &'static str {
         match self {
@@ -96,7 +96,7 @@ impl RunError {
 }
 
 impl DeviceFailure {
-    /// A name of the error for programs. It does not change.
+    /// A stable name of the error, for programs.
     #[must_use]
     pub fn code(&self) -> &'static str {
         match self {

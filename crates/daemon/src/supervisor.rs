@@ -1,5 +1,5 @@
-//! The program's run: devices are set up, each gets a thread for its vhost-user socket, and the
-//! main thread waits for a signal.
+//! The run of the program: it creates the devices and gives each a thread for its vhost-user
+//! socket, and the main thread waits for a signal.
 //!
 //! | thread | number | does |
 //! |---|---|---|
@@ -8,7 +8,7 @@
 //! | `NAME-qK` | one a queue pair | carries frames |
 //! | `sw-NAME` | one a switch with a TAP | carries the host's frames |
 //! | `control` | one, with `--control` | answers HTTP requests |
-//! | `placer` | one | checks, while a front-end is connected, whether workers belong elsewhere |
+//! | `placer` | one | checks, while a front-end is connected, whether workers must move |
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -41,14 +41,15 @@ use crate::worker_pool::WorkerPool;
 /// A session that ends sooner than this is followed by a pause of this length.
 const MIN_SESSION_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Serves the devices of `config` until a signal asks to end.
+/// Serves the devices of `config` until a signal ends the program.
 ///
 /// # Errors
-/// When something cannot be set up, or a device that is alone cannot go on.
+/// When something cannot be set up, or the only device cannot continue.
 pub fn run(config: Config) -> Result<(), RunError> {
     let mut signals =
         Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(host_error("handle signals"))?;
-    // Inherited descriptors are taken before anything else is opened in their place.
+    // Take inherited descriptors first, because anything that is opened before could get their
+    // numbers.
     let sources = config
         .devices
         .iter()
@@ -92,7 +93,7 @@ pub fn run(config: Config) -> Result<(), RunError> {
     }
     let device_threads = start_devices(&devices, sources, &stop, &signals.handle())?;
     wait_for_end(&mut signals);
-    // It is never read, so it stays readable for every thread.
+    // The eventfd is never read, so it stays readable for every thread.
     let _ = rustix::io::write(&*stop, &1u64.to_ne_bytes());
     let ended = join_devices(device_threads);
     host.pool.stop();
@@ -103,7 +104,7 @@ pub fn run(config: Config) -> Result<(), RunError> {
     ended.and(join_helpers(helper_threads))
 }
 
-/// Returns when a signal asks the program to end, or the signals' handle was closed.
+/// Returns when a signal requests the end of the program, or when the signals' handle was closed.
 fn wait_for_end(signals: &mut Signals) {
     for signal in signals.forever() {
         if signal == SIGHUP {
@@ -125,14 +126,14 @@ fn log_start(device: &str, summary: &str, control: Option<&ControlServer>) {
     tracing::info!("{device}: {summary}, {control}, waiting for a front-end");
 }
 
-/// What all devices of the process share.
+/// The state that all devices of the process share.
 struct Host {
     cpus: Arc<HostCpus>,
     irq_manager: Arc<IrqAffinityManager>,
     pool: Arc<WorkerPool>,
 }
 
-/// A device, and what was made for it.
+/// A device, and the objects that were created with it.
 struct CreatedDevice {
     net_device: Arc<NetDevice>,
     uplink_summary: String,
@@ -147,7 +148,7 @@ impl Host {
         })
     }
 
-    /// Sets one device up. Its uplink is opened now, so that what is wrong with it shows at start.
+    /// Creates a device. Its uplink is opened now, so that an error is reported at the start.
     fn create_net_device(
         &self,
         device: &DeviceConfig,
@@ -241,7 +242,7 @@ fn start_devices(
     Ok(threads)
 }
 
-/// Starts what switches need beside the devices' workers.
+/// Starts the threads that forward the host's frames to switches.
 fn start_host_port_forwarders(
     uplinks: &Uplinks,
     stop: &Arc<OwnedFd>,
@@ -262,7 +263,7 @@ fn start_host_port_forwarders(
         .collect()
 }
 
-/// Waits for all threads; the result is the last error.
+/// Waits for all threads. Returns the last error.
 fn join_devices(threads: Vec<DeviceThread>) -> Result<(), RunError> {
     let mut result = Ok(());
     for (name, thread) in threads {
@@ -288,20 +289,20 @@ fn join_helpers(threads: Vec<HelperThread>) -> Result<(), RunError> {
     result
 }
 
-/// A device's thread: serves one front-end after the other, until there will be none. A front-end
-/// that fails costs its own session. The program ends only if nothing can mend the failure and
-/// there is no other device.
+/// The main function of a device's thread: serves one front-end after the other, until no further
+/// one can come. A front-end that fails ends only its own session. The program ends only if no
+/// later front-end can succeed and there is no other device.
 ///
 /// # Errors
-/// Why the device cannot go on.
+/// When the device cannot continue.
 fn serve_device(
     net_device: &NetDevice,
     mut source: FrontendSource,
     stop: BorrowedFd<'_>,
     is_only_device: bool,
 ) -> Result<(), DeviceFailure> {
-    // A program that goes on with other devices must log the failure now; one that ends reports it
-    // as it ends.
+    // A program that continues with other devices must log the failure now; one that ends reports
+    // it at its end.
     let fail = |failure: DeviceFailure| {
         if !is_only_device {
             tracing::error!("{}: {failure}", net_device.name());
@@ -327,8 +328,9 @@ fn serve_device(
     }
 }
 
-/// Waits a moment before the next front-end: one that is refused may come again at once, and
-/// without end (QEMU does when it asks for too many queue pairs). True when `stop` is readable.
+/// Waits a moment before the next front-end, because one that is refused may connect again at once
+/// and repeatedly, as QEMU does when it needs too many queue pairs. Returns true when `stop` is
+/// readable.
 fn pause(stop: BorrowedFd<'_>) -> bool {
     let mut fds = [PollFd::from_borrowed_fd(stop, PollFlags::IN)];
     let timeout = Timespec::try_from(MIN_SESSION_INTERVAL).ok();

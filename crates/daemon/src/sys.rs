@@ -1,4 +1,5 @@
-//! What needs `unsafe`: a setting of the C library's allocator, and the CPU's time-stamp counter.
+//! The functions that need `unsafe`: a setting of the C library's allocator, and the CPU's
+//! time-stamp counter.
 #![allow(unsafe_code)]
 
 /// Reads the CPU's time-stamp counter, by which work is measured. A read costs a few dozen cycles.
@@ -19,9 +20,9 @@ pub fn read_cycles() -> u64 {
     u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
 }
 
-/// Limits the allocator to one arena. By default each thread that allocates gets one of its own,
-/// which costs tens of KiB a worker, and workers allocate next to nothing once they run. To be
-/// called before any thread is started.
+/// Limits the allocator to one arena. By default each thread that allocates gets an arena of its
+/// own, which costs tens of KiB for each worker, although a running worker allocates hardly any
+/// memory. Call this before any thread is started.
 pub fn limit_malloc_arenas() {
     // SAFETY: mallopt takes two integers and is called while the process has one thread.
     #[cfg(target_env = "gnu")]

@@ -18,7 +18,7 @@ use virtionet_virtio_net::uplink::{Uplink, UplinkError};
 pub struct OpenedUplink {
     /// The uplink.
     pub uplink: Arc<dyn Uplink>,
-    /// What was made or opened for it, for the log.
+    /// What was created or opened for it, for the log.
     pub summary: String,
 }
 
@@ -34,23 +34,23 @@ impl OpenedUplink {
 /// Why an uplink cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenUplinkError {
-    /// The uplink refused, in a sentence of its own.
+    /// The uplink itself reports why.
     #[error(transparent)]
     Uplink(#[from] UplinkError),
-    /// A TAP has one owner, and this one has another already.
+    /// The TAP has another owner already.
     #[error("TAP {tap} belongs to {owner} already; name another one for {claimant}")]
     TapClaimed {
         /// The TAP's name.
         tap: String,
-        /// Whose it is.
+        /// The owner of the TAP.
         owner: String,
-        /// Who asked for it.
+        /// The second owner that names it.
         claimant: String,
     },
 }
 
 impl OpenUplinkError {
-    /// A name of the error for programs. It does not change.
+    /// A stable name of the error, for programs.
     #[must_use]
     pub fn code(&self) -> &'static str {
         match self {
@@ -97,7 +97,7 @@ impl Uplinks {
         }
     }
 
-    /// What must run beside the devices' workers, each in a thread of its own.
+    /// The forwarders of the switches' host ports, each of which needs a thread of its own.
     #[must_use]
     pub fn host_port_forwarders(&self) -> Vec<HostPortForwarder> {
         self.switches
@@ -126,8 +126,8 @@ impl Uplinks {
         Ok(Arc::clone(switch))
     }
 
-    /// Gives a TAP its owner. (The kernel's error would not name the other owner.) A pattern always
-    /// makes a new TAP.
+    /// Records the owner of a TAP, because the kernel's error would not name the other owner. A
+    /// pattern always creates a new TAP.
     fn claim(&mut self, name: &str, owner: String) -> Result<(), OpenUplinkError> {
         if name.contains('%') {
             return Ok(());
@@ -146,7 +146,7 @@ impl Uplinks {
     }
 }
 
-/// Whether the host has an interface of this name. When that cannot be found out, it has none.
+/// Whether the host has an interface of this name. Returns false if that cannot be determined.
 // syscalls: socket ioctl
 fn interface_exists(name: &str) -> bool {
     let socket = socket_with(
@@ -170,7 +170,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn devices_that_name_one_switch_are_ports_of_one() {
+    fn devices_that_name_the_same_switch_share_it() {
         let mut uplinks = Uplinks::default();
         for (name, kind) in [("a", "switch"), ("b", "switch"), ("a", "switch")] {
             let spec = format!("switch:{name}").parse().unwrap();
@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tap_has_one_owner() {
+    fn tap_of_another_owner_is_refused() {
         let mut uplinks = Uplinks::default();
         uplinks.claim("t0", "switch a".into()).unwrap();
         uplinks.claim("t0", "switch a".into()).unwrap();
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn null_opens() {
+    fn null_uplink_is_opened() {
         let opened = Uplinks::default().open(&UplinkConfig::Null).unwrap();
         let uplink = opened.uplink;
         assert_eq!((uplink.kind(), uplink.name().as_str()), ("null", "null"));

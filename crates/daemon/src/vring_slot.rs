@@ -1,11 +1,11 @@
-//! The place of one vring of a queue pair.
+//! The slot of one vring of a queue pair.
 //!
 //! A vring's state changes by the table in [`virtionet_vhost_user::vring_state`], in one function
-//! here (`VringSlot::set_state`), under the slot's lock. The lock also holds the virtqueue, so the
-//! state and the virtqueue cannot disagree. The worker takes the lock for a turn, the session's
-//! thread to start, stop or change the vring. The lock is handed over fairly, so that neither waits
-//! for longer than one turn of the other. What other threads read without waiting (state, size) is
-//! published in atomics at each change.
+//! of this module (`VringSlot::set_state`), under the slot's lock. The lock also protects the
+//! virtqueue, so the state and the virtqueue cannot contradict each other. The worker takes the
+//! lock for a turn, and the session's thread takes it to start, stop or change the vring. The lock
+//! is handed over fairly, so that neither waits for longer than one turn of the other. The values
+//! that other threads read without waiting (state, size) are published in atomics at each change.
 
 use std::fmt::Display;
 use std::io;
@@ -24,22 +24,22 @@ use virtionet_virtqueue::{VirtqueueError, VirtqueueFault};
 /// The file descriptors of a vring.
 #[derive(Debug, Clone, Default)]
 pub struct VringFds {
-    /// The driver's side writes it when chains are available.
+    /// The kick descriptor: the driver signals it when chains are available.
     pub kick: Option<Arc<OwnedFd>>,
-    /// The device writes it when chains are used: the interrupt.
+    /// The call descriptor: the device signals it to interrupt the driver when chains are used.
     pub call: Option<Arc<OwnedFd>>,
-    /// The device writes it when it quarantines the vring.
+    /// The err descriptor: the device signals it when it quarantines the vring.
     pub err: Option<Arc<OwnedFd>>,
 }
 
-/// What a started vring is made of.
+/// The virtqueue and the file descriptors of a started vring.
 #[derive(Debug)]
 struct StartedVring<Q> {
     queue: Q,
     fds: VringFds,
 }
 
-/// What the lock protects.
+/// The state that the lock protects.
 #[derive(Debug)]
 struct Contents<Q> {
     state: VringState,
@@ -50,13 +50,13 @@ struct Contents<Q> {
 /// A vring that was stopped.
 #[derive(Debug)]
 pub struct StoppedVring {
-    /// Where it would go on.
+    /// The base at which it would continue.
     pub base: u32,
     /// Its kick descriptor, which the worker no longer needs to wait for.
     pub kick: Option<Arc<OwnedFd>>,
 }
 
-/// The place of one vring of a queue pair.
+/// The slot of one vring: its state, and while it is started, its virtqueue.
 #[derive(Debug)]
 pub struct VringSlot<Q> {
     contents: Mutex<Contents<Q>>,
@@ -101,17 +101,17 @@ impl<Q: DeviceQueue> VringSlot<Q> {
         self.enabled.load(Ordering::Relaxed)
     }
 
-    /// Number of descriptors of the started vring; 0 when it is stopped.
+    /// The number of descriptors of the started vring; 0 when it is stopped.
     #[must_use]
     pub fn size(&self) -> u16 {
         self.size.load(Ordering::Relaxed)
     }
 
     /// Starts the vring. It signals a call once, because a back-end that served this vring before
-    /// may have ended without one.
+    /// may have ended before it sent one.
     ///
     /// # Errors
-    /// When the configuration cannot be a virtqueue, or the vring is started already.
+    /// When the configuration is not that of a virtqueue, or the vring is started already.
     pub fn start(&self, config: QueueConfig, fds: VringFds) -> Result<(), VringStartError> {
         let mut contents = self.contents.lock();
         let state = contents.state.after(VringEvent::Start)?;
@@ -124,8 +124,8 @@ impl<Q: DeviceQueue> VringSlot<Q> {
         Ok(())
     }
 
-    /// Stops the vring. After this nothing is written to guest memory. `None` when it was stopped
-    /// already.
+    /// Stops the vring. The device writes nothing to guest memory after this returns. Returns
+    /// `None` when the vring was stopped already.
     pub fn stop(&self) -> Option<StoppedVring> {
         self.release(&mut self.contents.lock(), VringEvent::Stop)
     }
@@ -141,7 +141,7 @@ impl<Q: DeviceQueue> VringSlot<Q> {
         })
     }
 
-    /// Enters a state, and publishes what follows from it.
+    /// Changes the state, and publishes it together with the size.
     fn set_state(&self, contents: &mut Contents<Q>, state: VringState) {
         contents.state = state;
         let size = contents
@@ -152,15 +152,15 @@ impl<Q: DeviceQueue> VringSlot<Q> {
         self.state.store(state.to_number(), Ordering::Relaxed);
     }
 
-    /// Enables or disables the vring. The worker's next turn goes by it.
+    /// Enables or disables the vring, beginning with the worker's next turn.
     pub fn set_enabled(&self, enabled: bool) {
-        // Under the lock: no turn that read the old value is still going on when this returns.
+        // The lock ensures that no turn that read the old value still runs when this returns.
         let _contents = self.contents.lock();
         self.enabled.store(enabled, Ordering::Relaxed);
     }
 
-    /// Lets the vring go on in another snapshot of memory. A vring whose areas are not in it is
-    /// stopped, which is the result together with the reason.
+    /// Continues the vring in another snapshot of memory. A vring whose areas are not in it is
+    /// stopped and returned together with the reason.
     pub fn rebind(&self, memory: &Arc<GuestMemory>) -> Option<(StoppedVring, VirtqueueError)> {
         let mut contents = self.contents.lock();
         let error = contents.vring.as_mut()?.queue.rebind(memory).err()?;
@@ -168,7 +168,7 @@ impl<Q: DeviceQueue> VringSlot<Q> {
         Some((stopped, error))
     }
 
-    /// Replaces the kick descriptor of a started vring. The result is the old one.
+    /// Replaces the kick descriptor of a started vring. Returns the old one.
     pub fn replace_kick(&self, kick: Option<Arc<OwnedFd>>) -> Option<Arc<OwnedFd>> {
         let mut contents = self.contents.lock();
         let vring = contents.vring.as_mut()?;
@@ -191,9 +191,10 @@ impl<Q: DeviceQueue> VringSlot<Q> {
         }
     }
 
-    /// Gives the worker its turn: calls `work` on the virtqueue if the vring runs. `work` returns,
-    /// beside its result, whether the driver wants an interrupt. `None` when the vring does not
-    /// run, or no longer: the fault is then in the log and in the counters.
+    /// Runs a turn of the worker: calls `work` on the virtqueue if the vring runs. `work` returns,
+    /// beside its result, whether the driver wants an interrupt. Returns `None` when the vring does
+    /// not run, or was quarantined during the turn; the fault is then in the log and in the
+    /// counters.
     pub fn process<T>(
         &self,
         name: &dyn Display,
@@ -229,7 +230,8 @@ impl<Q: DeviceQueue> VringSlot<Q> {
         }
     }
 
-    /// Happens at most once a start, so it cannot flood the log.
+    /// Quarantines the vring. This happens at most once after each start, so its line cannot flood
+    /// the log.
     fn quarantine(&self, contents: &mut Contents<Q>, fault: VirtqueueFault, name: &dyn Display) {
         match contents.state.after(VringEvent::Fault) {
             Ok(state) => self.set_state(contents, state),
@@ -246,7 +248,8 @@ impl<Q: DeviceQueue> VringSlot<Q> {
             .as_ref()
             .and_then(|vring| vring.fds.err.as_ref())
         {
-            // If the front-end does not listen, the counters and the log still report it.
+            // If the front-end does not read the err descriptor, the counters and the log still
+            // report the fault.
             let _ = signal(err);
         }
         tracing::warn!(
@@ -256,7 +259,8 @@ impl<Q: DeviceQueue> VringSlot<Q> {
 }
 
 impl VringSlot<RxQueue> {
-    /// Gives `frames` to the guest, or drops and counts them; false when the vring does not run.
+    /// Pushes `frames` to the guest, or drops and counts them. Returns false when the vring does
+    /// not run.
     pub fn push(&self, name: &dyn Display, frames: &[TxFrame<'_>]) -> bool {
         let mut contents = self.contents.lock();
         let mut was_tried = false;
@@ -267,7 +271,7 @@ impl VringSlot<RxQueue> {
                 false => Ok(((), false)),
             }
         });
-        // The queue itself counts what it drops.
+        // The queue counts the frames that it drops.
         if !was_tried {
             let count = u64::try_from(frames.len()).unwrap_or(u64::MAX);
             self.stats.dropped_disabled.add(count);
@@ -278,7 +282,7 @@ impl VringSlot<RxQueue> {
 }
 
 impl<Q> StartedVring<Q> {
-    /// Interrupts the driver, if the front-end gave a descriptor for that.
+    /// Interrupts the driver, if the front-end sent a call descriptor.
     fn call(&self, stats: &VringStats) {
         let Some(call) = &self.fds.call else { return };
         match signal(call) {
@@ -297,10 +301,10 @@ fn signal(fd: &OwnedFd) -> io::Result<()> {
 /// Why a vring cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum VringStartError {
-    /// The configuration cannot be a virtqueue.
+    /// The configuration is not that of a virtqueue.
     #[error(transparent)]
     Virtqueue(#[from] VirtqueueError),
-    /// It is started already.
+    /// The vring is started already.
     #[error(transparent)]
     State(#[from] InvalidTransition),
 }

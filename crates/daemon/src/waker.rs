@@ -1,4 +1,4 @@
-//! How other threads wake a worker.
+//! Waking a worker from other threads.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -6,12 +6,13 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-/// Makes a worker check everything that it serves once. Clones wake the same worker.
+/// A handle that wakes a worker, which then checks everything that it serves once. Clones wake the
+/// same worker.
 #[derive(Debug, Clone)]
 pub struct Waker(Arc<EventFd>);
 
 impl Waker {
-    /// A waker that no worker waits on yet.
+    /// Creates a waker on which no worker waits yet.
     ///
     /// # Errors
     /// When the kernel has no descriptors left.
@@ -21,13 +22,13 @@ impl Waker {
 
     /// Wakes the worker.
     pub fn wake(&self) {
-        // Fails only when 2^64 wake-ups are pending.
+        // The write fails only when 2^64 wake-ups are pending.
         let _ = self.0.write(1);
     }
 
     /// Forgets the wake-ups so far. The worker calls this before it checks what changed.
     pub(crate) fn clear(&self) {
-        // Fails only when no wake-up is pending.
+        // The read fails only when no wake-up is pending.
         let _ = self.0.read();
     }
 

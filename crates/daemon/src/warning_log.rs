@@ -1,31 +1,32 @@
-//! The placement warnings in force, and which of them are to be logged.
+//! The current placement warnings of a device, and which of them must be logged.
 
 use std::time::Instant;
 
 use virtionet_base::ReportOnce;
 use virtionet_placement::{Warning, WarningKind};
 
-/// What warnings follow from: the generation of decisions, and the number of queue pairs in use.
+/// The values from which warnings are derived: the generation of the decisions, and the number of
+/// queue pairs in use.
 pub type WarningBasis = (u32, u32);
 
 /// The placement warnings of one device.
 #[derive(Debug, Default)]
 pub struct WarningLog {
     current: Vec<Warning>,
-    /// What `current` follows from; `None` while one of them waits to be logged.
+    /// The basis of `current`; `None` while one of the warnings waits to be logged.
     basis: Option<WarningBasis>,
     reports: ReportOnce<WarningKind, Warning>,
 }
 
 impl WarningLog {
-    /// Whether the warnings follow from `basis` and all of them have been logged.
+    /// Whether the current warnings are derived from `basis` and all of them have been logged.
     #[must_use]
     pub fn is_current(&self, basis: WarningBasis) -> bool {
         self.basis == Some(basis)
     }
 
-    /// Takes `warnings`, which follow from `basis` and are in force at `now`. The result is those
-    /// to be logged.
+    /// Stores `warnings`, which are derived from `basis` and apply at the time `now`. Returns those
+    /// that must be logged.
     pub fn update(
         &mut self,
         basis: WarningBasis,
@@ -38,14 +39,14 @@ impl WarningLog {
         due
     }
 
-    /// The warnings in force.
+    /// The current warnings.
     #[must_use]
     pub fn current(&self) -> &[Warning] {
         &self.current
     }
 
-    /// No warning is in force while there is no guest. For the next guest, those are not logged
-    /// again that have not changed.
+    /// Removes all warnings, because there is no guest. Those that have not changed are not logged
+    /// again for the next guest.
     pub fn clear_current(&mut self) {
         self.current.clear();
         self.basis = None;
@@ -65,7 +66,7 @@ mod tests {
     }
 
     #[test]
-    fn a_warning_that_changed_too_soon_is_asked_about_again() {
+    fn warning_that_changed_too_soon_is_logged_later() {
         let mut log = WarningLog::default();
         let start = Instant::now();
         let at = |milliseconds| start + Duration::from_millis(milliseconds);
@@ -79,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_connection_does_not_log_unchanged_warnings_again() {
+    fn unchanged_warning_is_not_logged_again_for_a_new_connection() {
         let mut log = WarningLog::default();
         let start = Instant::now();
         assert_eq!(log.update((0, 1), vec![few(3)], start), [few(3)]);

@@ -1,9 +1,9 @@
 //! The events that a worker waits for, and the numbers that epoll carries for them.
 
-/// Why a worker wakes up.
+/// An event that wakes a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WorkerEvent {
-    /// Something changed: a vring started, a placement, the end.
+    /// Something changed: a vring, the placement, or whether the worker must end.
     Wake,
     /// Something happened to one of the worker's queue pairs.
     Pair {
@@ -14,7 +14,7 @@ pub enum WorkerEvent {
     },
 }
 
-/// What happens to a queue pair.
+/// An event of a queue pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PairEvent {
     /// The driver made chains available for TX.
@@ -25,7 +25,7 @@ pub enum PairEvent {
     UplinkReadable,
 }
 
-/// Tokens of one queue pair, of which one is not used.
+/// The number of tokens of each queue pair. One of them is not used.
 const TOKENS_PER_PAIR: u64 = 4;
 const WAKE_TOKEN: u64 = 0;
 
@@ -55,7 +55,7 @@ impl WorkerEvent {
 }
 
 impl PairEvent {
-    /// From 1, so that no token of the first queue pair is that of a wake-up.
+    /// Numbers begin at 1, so that no token of the first queue pair is that of a wake-up.
     fn to_number(self) -> u64 {
         match self {
             Self::TxKick => 1,

@@ -1,4 +1,5 @@
-//! Where a worker's thread runs: the device's decision, and what the kernel made of it.
+//! The placement of a worker's thread: the decision of the device's placer, and its result in the
+//! kernel.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -8,30 +9,30 @@ use virtionet_placement::Decision;
 
 use crate::placer::Placer;
 
-/// Where a worker runs.
+/// The placement of a running worker.
 #[derive(Debug, Clone)]
 pub struct WorkerPlacement {
-    /// Its thread id.
+    /// The thread id of the worker.
     pub tid: i32,
-    /// What was decided. `cpus` is what the kernel then returned.
+    /// The decision. Its `cpus` are those that the kernel returned after it was applied.
     pub decision: Decision,
     /// The NUMA node of those CPUs, if it is one.
     pub node: Option<u32>,
-    /// The kernel refused what was decided.
+    /// Whether the kernel refused the decision.
     refused: bool,
 }
 
-/// Keeps a worker's thread on the CPUs that a placer decides. The worker's thread asks the placer
-/// and pins itself; other threads read where it is.
+/// The placement of one worker's thread. The thread asks the placer and pins itself to the CPUs
+/// that the placer decides; other threads read the result.
 #[derive(Debug)]
 pub struct PlacementState {
     placer: Arc<Placer>,
     /// The queue pair that the placer decides for.
     pair: u16,
     current: Mutex<Option<WorkerPlacement>>,
-    /// The placer's generation that `current` follows from.
+    /// The placer's generation from which `current` is derived.
     generation: AtomicU32,
-    /// Whether the worker may poll where it runs.
+    /// Whether the worker may poll on the CPUs where it runs.
     may_poll: AtomicBool,
 }
 
@@ -48,13 +49,13 @@ impl PlacementState {
         }
     }
 
-    /// Where the worker runs; `None` while it does not.
+    /// The current placement; `None` while the worker does not run.
     #[must_use]
     pub fn current(&self) -> Option<WorkerPlacement> {
         self.current.lock().clone()
     }
 
-    /// Whether a worker that is configured to poll may do so where it runs.
+    /// Whether a worker that is configured to poll may poll on the CPUs where it runs.
     #[must_use]
     pub fn may_poll(&self) -> bool {
         self.may_poll.load(Ordering::Relaxed)
@@ -67,7 +68,7 @@ impl PlacementState {
         }
     }
 
-    /// Moves the calling thread, which is the worker's, to where it belongs.
+    /// Places the calling thread, which must be that of the worker.
     pub(crate) fn place_this_thread(&self) {
         let mut placement = self.apply_decision();
         if placement.refused {
@@ -78,7 +79,8 @@ impl PlacementState {
         self.may_poll
             .store(placement.decision.may_poll, Ordering::Relaxed);
         if self.placer.has_several_nodes() {
-            // For the memory that the worker touches first from here on, such as its stack.
+            // This applies to the memory that the worker touches first from now on, such as its
+            // stack.
             virtionet_placement::prefer_node(placement.node);
         }
         *self.current.lock() = Some(placement);
@@ -95,7 +97,8 @@ impl PlacementState {
                 None
             }
             Err(error) => {
-                // Report where the thread runs, not where it should. That may be a CPU of a vCPU.
+                // Report the CPUs on which the thread runs instead of those that were decided. A
+                // vCPU may be pinned to them.
                 decision.may_poll = false;
                 if let Ok(cpus) = virtionet_placement::allowed_cpus() {
                     decision.cpus = cpus;
@@ -134,7 +137,7 @@ impl PlacementState {
         has_moved
     }
 
-    /// Notes that the worker has ended.
+    /// Records that the worker has ended.
     pub(crate) fn clear(&self) {
         *self.current.lock() = None;
     }

@@ -17,7 +17,7 @@ pub struct WorkerPool {
 }
 
 impl WorkerPool {
-    /// A worker for one more queue pair. `name` is its thread's name.
+    /// Creates a worker for one more queue pair. `name` is its thread's name.
     ///
     /// # Errors
     /// When the kernel has no descriptors left.

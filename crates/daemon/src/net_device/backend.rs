@@ -1,4 +1,4 @@
-//! What a vhost-user session does to the device.
+//! The calls of a vhost-user session to the device.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use super::{FrontendState, NetDevice, ServedPair};
 use crate::vring_slot::{StoppedVring, VringFds, VringSlot, VringStartError};
 use crate::worker_event::PairEvent;
 
-/// Which vring of a queue pair.
+/// The role of a vring in its queue pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum VringRole {
     Rx,
@@ -36,7 +36,7 @@ macro_rules! with_slot {
 }
 
 impl VringRole {
-    /// Vring 2k is receiveq of queue pair k, vring 2k+1 its transmitq.
+    /// Vring 2k is the receiveq of queue pair k, and vring 2k+1 is its transmitq.
     fn of(index: u16) -> Self {
         match index % 2 {
             0 => Self::Rx,
@@ -236,7 +236,7 @@ impl NetDevice {
         Some((served, VringRole::of(index)))
     }
 
-    /// Brings all that depends on whether a vring is live in line with it.
+    /// Reconciles what depends on whether a vring runs and is enabled, and wakes the worker.
     fn apply_vring_state(&self, served: &ServedPair, role: VringRole) {
         if role == VringRole::Rx {
             self.update_active_pairs();
@@ -245,7 +245,7 @@ impl NetDevice {
         served.pair.wake();
     }
 
-    /// Does what follows a vring's stop; the result is its base.
+    /// Updates what depends on a vring that was stopped. Returns the vring's base.
     fn after_stop(&self, served: &ServedPair, role: VringRole, stopped: StoppedVring) -> u32 {
         if let Some(kick) = &stopped.kick {
             served.worker.unwatch(kick);
@@ -255,7 +255,7 @@ impl NetDevice {
     }
 }
 
-/// Lets the worker wait for `kick`, the kick descriptor of vring `index`.
+/// Makes the worker wait for `kick`, the kick descriptor of vring `index`.
 fn watch_kick(served: &ServedPair, index: u16, kick: Option<&OwnedFd>) -> Result<(), BackendError> {
     let Some(kick) = kick else { return Ok(()) };
     served
@@ -264,8 +264,8 @@ fn watch_kick(served: &ServedPair, index: u16, kick: Option<&OwnedFd>) -> Result
         .map_err(|source| BackendError::Kick { index, source })
 }
 
-/// Runs `work` so that the memory that it allocates comes from `node`, if that is known: the
-/// session's thread, which makes a virtqueue's bookkeeping, may run on any node.
+/// Runs `work` so that the memory that it allocates comes from `node`, if the node is known. The
+/// session's thread, which allocates the private state of a virtqueue, may run on any node.
 fn with_memory_node<T>(node: Option<u32>, work: impl FnOnce() -> T) -> T {
     if node.is_none() {
         return work();

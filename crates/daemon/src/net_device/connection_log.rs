@@ -1,4 +1,4 @@
-//! The log lines about a device's connections.
+//! Log lines about a device's connections.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -8,7 +8,8 @@ use virtionet_virtio_net::features::Features;
 
 use super::FrontendState;
 
-/// Reports that front-ends came and went. One that connects again and again must not flood the log.
+/// The log lines about a device's connections. They are rate-limited, so that a front-end that
+/// connects repeatedly cannot flood the log.
 #[derive(Debug, Default)]
 pub(super) struct ConnectionLog {
     limiter: RateLimiter,
@@ -17,7 +18,7 @@ pub(super) struct ConnectionLog {
 }
 
 impl ConnectionLog {
-    /// A front-end of process `pid` has connected.
+    /// Reports that a front-end of process `pid` has connected.
     pub(super) fn report_connect(&self, device: &str, pid: Option<u32>, max_queue_pairs: u16) {
         let allowed = self.limiter.allow();
         self.is_reported.store(allowed.is_some(), Ordering::Relaxed);
@@ -32,7 +33,8 @@ impl ConnectionLog {
         );
     }
 
-    /// The front-end is gone. `refused` is the first of its requests that was refused.
+    /// Reports that the front-end has disconnected. `refused` is the first of its requests that was
+    /// refused, if there was one.
     pub(super) fn report_disconnect(
         &self,
         device: &str,
@@ -52,10 +54,11 @@ impl ConnectionLog {
     }
 }
 
-/// Why a front-end may have gone before it used the device, if it has.
+/// The likely reason why a front-end disconnected before it used the device; `None` if it used it.
 ///
-/// The protocol has no message for "more queue pairs than you have": a front-end that wants more
-/// closes the connection before the driver's features come. QEMU then connects again at once.
+/// The protocol has no message with which a front-end can say that it needs more queue pairs than
+/// the back-end has. Such a front-end closes the connection before it sends the driver's features.
+/// QEMU then connects again at once.
 fn early_disconnect_cause(
     frontend: &FrontendState,
     refused: Option<&RefusedRequest>,
@@ -92,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_front_end_that_was_refused_nothing_is_advised_to_change_its_queues() {
+    fn front_end_without_a_refused_request_is_advised_to_change_its_queues() {
         let refused = RefusedRequest {
             request: "SET_VRING_NUM".into(),
             error: RequestError::VringSize(3),
