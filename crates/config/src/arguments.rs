@@ -1,4 +1,4 @@
-//! The command line: clap's arguments, made from the table of keys, and the values that they give.
+//! The command line: clap's arguments, which are made from the table of keys, and their values.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -17,16 +17,16 @@ queue pairs and carries them to an uplink, such as a multiqueue TAP. Each queue 
 thread of its own, placed on the CPU of the vCPU that it serves.";
 
 const SEVERAL_DEVICES: &str = "\
-They mean what the flags of these names mean; client is written client or client=on|off, and \
-bridge=BR belongs to tap=NAME. A comma inside a value is written twice: placement=list:0-3,,8. \
-Flags beside --device hold for each device that does not set the key itself.
+The keys have the meaning of the flags of the same name. client is written client or \
+client=on|off, and bridge=BR belongs to tap=NAME. A comma inside a value is written twice: \
+placement=list:0-3,,8. Flags beside --device apply to each device that does not set the key itself.
 
 Devices in a file:
   --config FILE reads TOML with the same keys: each device in a [[device]] table, the values that \
-devices have in common in [defaults], and control = \"PATH\" at the top. The command line wins: a \
-flag beside --config holds for every device, whatever the file says of it; --device name=X,... \
-changes the file's device X, or adds one of another name. virtionetctl check FILE reports \
-everything that is wrong with a file.
+devices have in common in [defaults], and control = \"PATH\" at the top. The command line \
+overrides the file: a flag beside --config applies to every device, and --device name=X,... \
+changes the file's device X, or adds a device of another name. virtionetctl check FILE reports \
+every problem of a file.
 
 Examples:
   One device with four queue pairs on a TAP:
@@ -65,6 +65,12 @@ Exit status:
   0 at the end or on SIGTERM; 1 when something failed; 2 when the command line or the file cannot \
 be used.";
 
+/// The arguments that are no configuration keys: each constant is clap's id and the flag's name.
+const DEVICE: &str = "device";
+const CONFIG: &str = "config";
+const PRINT_CAPABILITIES: &str = "print-capabilities";
+const VERBOSE: &str = "verbose";
+
 /// The values of the command line, unchecked.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Arguments {
@@ -76,26 +82,28 @@ pub(crate) struct Arguments {
     pub config: Option<PathBuf>,
     /// The path of the control socket.
     pub control: Option<PathBuf>,
-    /// How often `-v` was given.
+    /// The number of `-v` flags.
     pub verbosity: u8,
 }
 
 impl Arguments {
-    /// Reads the command line, the program's name first.
+    /// Parses the command line, of which the first word is the program's name.
     ///
     /// # Errors
-    /// When clap refuses it; also for `--help` and `--version`.
+    /// When clap refuses the command line. `--help` and `--version` are errors too.
     pub(crate) fn parse(args: Vec<OsString>) -> Result<Self, clap::Error> {
         let mut matches = command().try_get_matches_from(args)?;
         Ok(Self {
-            settings: settings(&mut matches),
+            settings: take_settings(&mut matches),
             devices: matches
-                .remove_many("device")
+                .remove_many(DEVICE)
                 .map(Iterator::collect)
                 .unwrap_or_default(),
-            config: matches.remove_one("config"),
-            control: matches.remove_one::<OsString>("control").map(PathBuf::from),
-            verbosity: matches.get_count("verbose"),
+            config: matches.remove_one(CONFIG),
+            control: matches
+                .remove_one::<OsString>(Key::CONTROL.name)
+                .map(PathBuf::from),
+            verbosity: matches.get_count(VERBOSE),
         })
     }
 }
@@ -103,8 +111,8 @@ impl Arguments {
 /// clap's description of the command line.
 pub(crate) fn command() -> Command {
     let after_help = format!(
-        "Several devices in one process:\n  Each --device describes one device as KEY=VALUE,... with \
-         the keys {}. {SEVERAL_DEVICES}",
+        "Several devices in one process:\n  Each --device describes one device as KEY=VALUE,... \
+         with the keys {}. {SEVERAL_DEVICES}",
         Key::names()
     );
     Command::new("virtionetd")
@@ -116,26 +124,26 @@ pub(crate) fn command() -> Command {
         .args(Key::of_devices().filter_map(key_argument))
         .next_help_heading("Process")
         .arg(
-            Arg::new("device")
-                .long("device")
+            Arg::new(DEVICE)
+                .long(DEVICE)
                 .value_name("KEY=VALUE,...")
                 .action(ArgAction::Append)
                 .help("One of several devices, described as below; may be repeated"),
         )
         .arg(
-            Arg::new("config")
-                .long("config")
+            Arg::new(CONFIG)
+                .long(CONFIG)
                 .value_name("FILE")
                 .value_parser(value_parser!(PathBuf))
                 .help(
                     "Read devices, and the values that they have in common, from this file (TOML); \
-                     the command line wins over it",
+                     the command line overrides the file",
                 ),
         )
         .args(Key::of_process().filter_map(key_argument))
         .arg(
-            Arg::new("print-capabilities")
-                .long("print-capabilities")
+            Arg::new(PRINT_CAPABILITIES)
+                .long(PRINT_CAPABILITIES)
                 .action(ArgAction::SetTrue)
                 .help(
                     "Print the kind of this back-end, as JSON for QEMU's management tools, and \
@@ -143,15 +151,15 @@ pub(crate) fn command() -> Command {
                 ),
         )
         .arg(
-            Arg::new("verbose")
+            Arg::new(VERBOSE)
                 .short('v')
-                .long("verbose")
+                .long(VERBOSE)
                 .action(ArgAction::Count)
                 .help("Log more: -v for debugging, -vv for everything [default: informational]"),
         )
 }
 
-/// The flag of `key`; `None` where the flag of another key has it as a part.
+/// The flag of `key`; `None` where the key is a part of another key's flag.
 fn key_argument(key: Key) -> Option<Arg> {
     if matches!(key.scope, KeyScope::DevicePartOf(_)) {
         return None;
@@ -178,11 +186,11 @@ fn key_argument(key: Key) -> Option<Arg> {
     })
 }
 
-/// The values of the keys of devices.
-fn settings(matches: &mut ArgMatches) -> Settings {
+/// Takes the values of the keys of devices out of `matches`.
+fn take_settings(matches: &mut ArgMatches) -> Settings {
     let mut settings = Settings::default();
     for key in Key::of_devices() {
-        // A key without a flag is not known to clap, which is an error here and no value.
+        // clap reports an error for a key that has no flag, such as bridge.
         if let Ok(Some(value)) = matches.try_remove_one::<OsString>(key.name) {
             settings.insert(key, SettingValue::new(value, &Origin::Flag));
         }
@@ -206,7 +214,7 @@ mod tests {
         for key in Key::of_devices() {
             let is_flag = help.contains(&format!("--{} ", key.name))
                 || help.contains(&format!("--{}\n", key.name));
-            assert_eq!(is_flag, key.name != "bridge", "{}\n{help}", key.name);
+            assert_eq!(is_flag, key != Key::BRIDGE, "{}\n{help}", key.name);
         }
         for line in help.lines().chain(short.lines()) {
             assert!(line.chars().count() <= 100, "{line}");

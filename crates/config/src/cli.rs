@@ -1,4 +1,4 @@
-//! The entry points for a program: its command line, and the errors about it.
+//! The entry points for a program: the parser of its command line, and the errors of it.
 
 use std::ffi::OsString;
 use std::io::{self, Write};
@@ -11,31 +11,32 @@ use crate::types::Config;
 /// The answer to `--print-capabilities` (QEMU's docs/interop/vhost-user.rst).
 pub const CAPABILITIES: &str = "{\n  \"type\": \"net\"\n}\n";
 
-/// What the command line asks for.
+/// The command that the command line gives.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Command {
-    /// `--print-capabilities`.
+    /// Print the capabilities of this back-end (`--print-capabilities`).
     PrintCapabilities,
     /// Serve the devices of this configuration.
     Serve(Config),
 }
 
-/// Why a command line results in no [`Command`].
+/// The error of a command line that gives no [`Command`].
 #[derive(Debug)]
 pub enum CliError {
-    /// Flags that do not exist or lack their value; also `--help` and `--version`.
+    /// Flags that do not exist or that lack their value. `--help` and `--version` are errors too.
     Flags(clap::Error),
     /// Flags that cannot be used together, or values that cannot be used.
     Config(ConfigError),
-    /// A command of virtionetctl.
+    /// A command that belongs to virtionetctl, such as `plan`.
     Moved(String),
 }
 
 impl CliError {
-    /// Prints the error, and returns the exit status.
+    /// Prints the error on standard error, or the help text on standard output, and returns the
+    /// exit status.
     #[must_use]
     pub fn report(&self) -> u8 {
-        // An error of writing is ignored: the exit status reports the failure all the same.
+        // An error of writing is ignored, because the exit status reports the failure too.
         match self {
             Self::Flags(why) => {
                 let _ = why.print();
@@ -50,7 +51,8 @@ impl CliError {
             Self::Moved(command) => {
                 let _ = writeln!(
                     io::stderr(),
-                    "virtionetd: '{command}' is a command of virtionetctl: run 'virtionetctl {command}' with the same arguments"
+                    "virtionetd: '{command}' is a command of virtionetctl: run 'virtionetctl \
+                     {command}' with the same arguments"
                 );
                 2
             }
@@ -58,13 +60,13 @@ impl CliError {
     }
 }
 
-/// Reads the command line, the program's name first.
+/// Parses the command line `args`, of which the first word is the program's name.
 ///
 /// # Errors
-/// When it cannot be used; also for `--help` and `--version`.
+/// When the command line cannot be used. `--help` and `--version` are errors too.
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, CliError> {
     let args: Vec<OsString> = args.into_iter().collect();
-    // The specification requires it to win over all other arguments, even unusable ones.
+    // The specification requires that it overrides all other arguments, even unusable ones.
     if args.iter().any(|arg| arg == "--print-capabilities") {
         return Ok(Command::PrintCapabilities);
     }
@@ -79,10 +81,10 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, CliErr
         .map_err(CliError::Config)
 }
 
-/// Answers `--print-capabilities` on stdout.
+/// Prints [`CAPABILITIES`] on standard output.
 ///
 /// # Errors
-/// When stdout cannot be written.
+/// When standard output cannot be written.
 pub fn print_capabilities() -> io::Result<()> {
     io::stdout().write_all(CAPABILITIES.as_bytes())
 }
@@ -92,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn capabilities_win_over_all_else_and_are_json() {
+    fn capabilities_override_all_else_and_are_json() {
         for args in [
             &["--print-capabilities"][..],
             &["--nonsense", "--print-capabilities", "--fd"],
@@ -113,13 +115,13 @@ mod tests {
             ("--nonsense", 2),
             ("--poll", 2),
         ] {
-            let refusal = parse(["virtionetd", args].map(Into::into)).unwrap_err();
-            let CliError::Flags(why) = &refusal else {
-                panic!("{args}: {refusal:?}");
+            let error = parse(["virtionetd", args].map(Into::into)).unwrap_err();
+            let CliError::Flags(why) = &error else {
+                panic!("{args}: {error:?}");
             };
             assert_eq!(why.exit_code(), status, "{args}");
         }
-        let refusal = parse(["virtionetd".into()]).unwrap_err();
-        assert_eq!(refusal.report(), 2);
+        let error = parse(["virtionetd".into()]).unwrap_err();
+        assert_eq!(error.report(), 2);
     }
 }

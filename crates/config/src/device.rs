@@ -19,39 +19,42 @@ use crate::settings::{Origin, SettingValue, Settings};
 use crate::types::{DeviceConfig, PollMode, QueuePairCount, Socket};
 use crate::uplink::UplinkConfig;
 
-/// The longest value of `poll-us`.
+/// The largest value of `poll-us`, in microseconds.
 const MAX_POLL_US: u64 = 100_000;
 
-/// Longest path of a unix socket, in bytes (unix(7): 108 with the closing zero).
+/// The length of the longest path of a unix socket, in bytes (unix(7): 108 with the terminating
+/// zero).
 const MAX_SOCKET_PATH: usize = 107;
 
 /// The description of a device: its settings from all layers.
 #[derive(Debug, Clone)]
 pub(crate) struct DeviceDescription {
-    /// Where the description is written, or begins.
+    /// Where the description is written. In a file, that is the line where it begins.
     pub origin: Origin,
-    /// The name where none is set.
+    /// The name that applies where none is set.
     pub default_name: String,
-    /// The settings.
+    /// The settings from all layers.
     pub settings: Settings,
 }
 
 impl DeviceDescription {
-    /// The name, not checked yet.
+    /// The name, which is not checked yet.
     #[must_use]
     pub fn name(&self) -> String {
-        let name = self.settings.get("name").map(|name| name.text().into());
+        let name = self.settings.get(Key::NAME).map(|name| name.text().into());
         name.unwrap_or_else(|| self.default_name.clone())
     }
 
-    /// The origin of the first of `keys` that is set, otherwise of the description.
+    /// The origin of the first one of `keys` that is set; where none is set, the origin of the
+    /// description.
     #[must_use]
-    pub fn origin_of(&self, keys: &[&str]) -> &Origin {
-        let first = keys.iter().find_map(|key| self.settings.get(key));
+    pub fn origin_of(&self, keys: &[Key]) -> &Origin {
+        let first = keys.iter().find_map(|key| self.settings.get(*key));
         first.map_or(&self.origin, |value| &value.origin)
     }
 
-    /// Parses all settings. `None` where some cannot be used; `problems` then hold the reasons.
+    /// Parses all settings. Where some cannot be used, adds the reasons to `problems` and returns
+    /// `None`.
     pub fn resolve(&self, problems: &mut Problems) -> Option<DeviceConfig> {
         let name = problems.record(self.validate_name());
         let socket = problems.record(self.socket());
@@ -73,10 +76,10 @@ impl DeviceDescription {
         })
     }
 
-    /// The value of `key`, or its default.
-    fn text(&self, key: &str) -> Cow<'_, str> {
+    /// The value of `key`, or its fixed default.
+    fn text(&self, key: Key) -> Cow<'_, str> {
         let value = self.settings.get(key);
-        value.map_or(Cow::Borrowed(Key::default_of(key)), SettingValue::text)
+        value.map_or(Cow::Borrowed(key.fixed_default()), SettingValue::text)
     }
 
     fn validate_name(&self) -> Result<String, Problem> {
@@ -85,28 +88,33 @@ impl DeviceDescription {
         if !name.is_empty() && name.len() <= 64 && name.chars().all(plain) {
             return Ok(name);
         }
-        let origin = self.origin_of(&["name"]);
+        let origin = self.origin_of(&[Key::NAME]);
         Err(origin.problem(
             ProblemCode::ValueInvalid,
             format_args!(
                 "{} {name:?} cannot be used: write 1 to 64 letters, digits, '.', '_' or '-'",
-                origin.key("name")
+                origin.key(Key::NAME)
             ),
         ))
     }
 
     fn socket(&self) -> Result<Socket, Problem> {
         let client = self.client()?;
-        let (path, fd) = (self.settings.get("socket-path"), self.settings.get("fd"));
+        let (path, fd) = (
+            self.settings.get(Key::SOCKET_PATH),
+            self.settings.get(Key::FD),
+        );
         let socket = match (path, fd) {
-            (Some(path), Some(fd)) => return Err(both("socket-path", path, "fd", fd)),
-            (None, None) => return Err(self.no_socket()),
+            (Some(path), Some(fd)) => {
+                return Err(both_are_given(Key::SOCKET_PATH, path, Key::FD, fd));
+            }
+            (None, None) => return Err(self.missing_socket()),
             (None, Some(fd)) => self.inherited_socket(fd, client)?,
             (Some(path), None) if client.is_some() => Socket::Connect {
-                path: check_path("socket-path", path)?,
+                path: check_path(Key::SOCKET_PATH, path)?,
             },
             (Some(path), None) => Socket::Listen {
-                path: check_path("socket-path", path)?,
+                path: check_path(Key::SOCKET_PATH, path)?,
                 mode: self.mode()?,
                 group: self.group()?,
             },
@@ -118,9 +126,9 @@ impl DeviceDescription {
         Ok(socket)
     }
 
-    /// The setting that makes virtionetd the side that connects, if there is one.
+    /// The setting that makes virtionetd connect to the front-end; `None` where virtionetd listens.
     fn client(&self) -> Result<Option<&SettingValue>, Problem> {
-        let Some(value) = self.settings.get("client") else {
+        let Some(value) = self.settings.get(Key::CLIENT) else {
             return Ok(None);
         };
         match &*value.text() {
@@ -133,14 +141,14 @@ impl DeviceDescription {
         }
     }
 
-    fn no_socket(&self) -> Problem {
+    fn missing_socket(&self) -> Problem {
         let origin = &self.origin;
         origin.problem(
             ProblemCode::SocketMissing,
             format_args!(
                 "no socket is given: add {} or {}",
-                origin.set("socket-path", "PATH"),
-                origin.set("fd", "N")
+                origin.set(Key::SOCKET_PATH, "PATH"),
+                origin.set(Key::FD, "N")
             ),
         )
     }
@@ -152,28 +160,29 @@ impl DeviceDescription {
     ) -> Result<Socket, Problem> {
         let origin = &fd.origin;
         if let Some(client) = client.filter(|client| !client.may_be_unused) {
-            let key = client.origin.key("client");
+            let key = client.origin.key(Key::CLIENT);
             return Err(client.origin.problem(
                 ProblemCode::KeysConflict,
                 format_args!(
                     "{key} and {} are both given: leave {key} out, or name the socket with {}",
-                    origin.set("fd", fd.text()),
-                    origin.set("socket-path", "PATH"),
+                    origin.set(Key::FD, fd.text()),
+                    origin.set(Key::SOCKET_PATH, "PATH"),
                 ),
             ));
         }
         match fd.text().parse::<RawFd>() {
             Ok(fd) if fd > 2 => Ok(Socket::Inherited(fd)),
             _ => Err(origin.problem(ProblemCode::ValueInvalid, format_args!(
-                "{} cannot be a socket: write the number, 3 or more, of the file descriptor that the parent process passes on",
-                origin.set("fd", fd.text())
+                "{} cannot be a socket: write the number, 3 or more, of the file descriptor that \
+                     the parent process passes on",
+                origin.set(Key::FD, fd.text())
             ))),
         }
     }
 
     /// Refuses a mode or a group for a socket that virtionetd does not create.
     fn refuse_access(&self) -> Result<(), Problem> {
-        for key in ["socket-mode", "socket-group"] {
+        for key in [Key::SOCKET_MODE, Key::SOCKET_GROUP] {
             let Some(value) = self.settings.get(key).filter(|value| !value.may_be_unused) else {
                 continue;
             };
@@ -181,16 +190,16 @@ impl DeviceDescription {
             return Err(origin.problem(ProblemCode::KeyUnused, format_args!(
                 "{} is for a socket that virtionetd creates: leave it out, or use {} without {}",
                 origin.key(key),
-                origin.key("socket-path"),
-                origin.key("client"),
+                origin.key(Key::SOCKET_PATH),
+                origin.key(Key::CLIENT),
             )));
         }
         Ok(())
     }
 
     fn mode(&self) -> Result<u32, Problem> {
-        let Some(value) = self.settings.get("socket-mode") else {
-            return Ok(match self.settings.get("socket-group") {
+        let Some(value) = self.settings.get(Key::SOCKET_MODE) else {
+            return Ok(match self.settings.get(Key::SOCKET_GROUP) {
                 Some(_) => 0o660,
                 None => 0o600,
             });
@@ -201,14 +210,14 @@ impl DeviceDescription {
                 ProblemCode::ValueInvalid,
                 format_args!(
                     "{} is not a file mode: write it in octal, 0 to 777, such as 660",
-                    value.origin.set("socket-mode", value.text())
+                    value.origin.set(Key::SOCKET_MODE, value.text())
                 ),
             )),
         }
     }
 
     fn group(&self) -> Result<Option<String>, Problem> {
-        let Some(value) = self.settings.get("socket-group") else {
+        let Some(value) = self.settings.get(Key::SOCKET_GROUP) else {
             return Ok(None);
         };
         if value.value.is_empty() {
@@ -216,7 +225,7 @@ impl DeviceDescription {
                 ProblemCode::ValueInvalid,
                 format_args!(
                     "{} is empty: write a group's name or number",
-                    value.origin.key("socket-group")
+                    value.origin.key(Key::SOCKET_GROUP)
                 ),
             ));
         }
@@ -224,7 +233,7 @@ impl DeviceDescription {
     }
 
     fn queues(&self) -> Result<QueuePairCount, Problem> {
-        let text = self.text("queues");
+        let text = self.text(Key::QUEUES);
         let throughput = match &*text {
             "auto" => None,
             share => share.parse::<Throughput>().ok(),
@@ -239,53 +248,56 @@ impl DeviceDescription {
                 .map(|pairs| pairs.map_or(QueuePairCount::Auto, QueuePairCount::AtMost)),
             (Some(throughput), _) => match self.queue_pairs_of(throughput)? {
                 Some(pairs) => Ok(QueuePairCount::AtMost(pairs)),
-                None => Err(self.no_vcpus(&text)),
+                None => Err(self.missing_vcpus(&text)),
             },
             (None, _) => {
-                let origin = self.origin_of(&["queues"]);
+                let origin = self.origin_of(&[Key::QUEUES]);
                 Err(origin.problem(ProblemCode::ValueInvalid, format_args!(
-                    "{} cannot be used: write 1 to {MAX_QUEUE_PAIRS} queue pairs, auto for as many as the front-end asks for, or high, medium or low with {}",
-                    origin.set("queues", text),
-                    origin.set("vcpus", "N"),
+                    "{} cannot be used: write 1 to {MAX_QUEUE_PAIRS} queue pairs, auto for as many \
+                     as the front-end asks for, or high, medium or low with {}",
+                    origin.set(Key::QUEUES, text),
+                    origin.set(Key::VCPUS, "N"),
                 )))
             }
         }
     }
 
-    /// The queue pairs for `throughput`, where the guest's vCPUs are known.
+    /// The queue pairs for `throughput`; `None` where the number of the guest's vCPUs is not known.
     fn queue_pairs_of(&self, throughput: Throughput) -> Result<Option<u16>, Problem> {
-        let Some(value) = self.settings.get("vcpus") else {
+        let Some(value) = self.settings.get(Key::VCPUS) else {
             return Ok(None);
         };
         let origin = &value.origin;
-        let wrong = || {
+        let invalid = || {
             origin.problem(
                 ProblemCode::ValueInvalid,
                 format_args!(
                     "{} cannot be used: write the number of the guest's vCPUs, 1 or more",
-                    origin.set("vcpus", value.text())
+                    origin.set(Key::VCPUS, value.text())
                 ),
             )
         };
-        let vcpus = value.text().parse::<u32>().map_err(|_| wrong())?;
+        let vcpus = value.text().parse::<u32>().map_err(|_| invalid())?;
         let (pairs, _) =
-            queue_pairs_for(vcpus, throughput, MAX_QUEUE_PAIRS).map_err(|_| wrong())?;
+            queue_pairs_for(vcpus, throughput, MAX_QUEUE_PAIRS).map_err(|_| invalid())?;
         Ok(Some(pairs))
     }
 
-    fn no_vcpus(&self, queues: &str) -> Problem {
-        let origin = self.origin_of(&["queues"]);
+    fn missing_vcpus(&self, queues: &str) -> Problem {
+        let origin = self.origin_of(&[Key::QUEUES]);
         origin.problem(ProblemCode::VcpusMissing, format_args!(
-            "{} is a share of the guest's vCPUs, which are not known: add {}, or write the number of queue pairs",
-            origin.set("queues", queues),
-            origin.set("vcpus", "N"),
+            "{} is a share of the guest's vCPUs, which are not known: add {}, or write the number \
+             of queue pairs",
+            origin.set(Key::QUEUES, queues),
+            origin.set(Key::VCPUS, "N"),
         ))
     }
 
+    /// Refuses a number of vCPUs beside a number of queue pairs, which does not depend on it.
     fn refuse_vcpus(&self, queues: &str) -> Result<(), Problem> {
         let Some(value) = self
             .settings
-            .get("vcpus")
+            .get(Key::VCPUS)
             .filter(|value| !value.may_be_unused)
         else {
             return Ok(());
@@ -293,17 +305,19 @@ impl DeviceDescription {
         let origin = &value.origin;
         Err(origin.problem(ProblemCode::KeyUnused, format_args!(
             "{} has no effect with {}: leave it out, or write {} for as many queue pairs as vCPUs",
-            origin.set("vcpus", value.text()),
-            self.origin_of(&["queues"]).set("queues", queues),
-            origin.set("queues", "high"),
+            origin.set(Key::VCPUS, value.text()),
+            self.origin_of(&[Key::QUEUES]).set(Key::QUEUES, queues),
+            origin.set(Key::QUEUES, "high"),
         )))
     }
 
     fn uplink(&self) -> Result<UplinkConfig, Problem> {
         let get = |key| self.settings.get(key);
-        let spec = match (get("tap"), get("uplink"), get("bridge")) {
-            (Some(tap), Some(uplink), _) => return Err(both("tap", tap, "uplink", uplink)),
-            (None, None, _) => return Err(self.no_uplink()),
+        let spec = match (get(Key::TAP), get(Key::UPLINK), get(Key::BRIDGE)) {
+            (Some(tap), Some(uplink), _) => {
+                return Err(both_are_given(Key::TAP, tap, Key::UPLINK, uplink));
+            }
+            (None, None, _) => return Err(self.missing_uplink()),
             (Some(tap), None, Some(bridge)) => {
                 format!("tap:{},bridge={}", tap.text(), bridge.text())
             }
@@ -314,49 +328,49 @@ impl DeviceDescription {
                     ProblemCode::KeysConflict,
                     format_args!(
                         "{} needs tap: write {} instead of {}, or leave bridge out",
-                        origin.set("bridge", bridge.text()),
-                        origin.set("tap", "NAME"),
-                        uplink.origin.set("uplink", uplink.text()),
+                        origin.set(Key::BRIDGE, bridge.text()),
+                        origin.set(Key::TAP, "NAME"),
+                        uplink.origin.set(Key::UPLINK, uplink.text()),
                     ),
                 ));
             }
             (None, Some(uplink), None) => uplink.text().into(),
         };
-        self.parse(&["tap", "uplink"], &spec)
+        self.parse(&[Key::TAP, Key::UPLINK], &spec)
     }
 
-    fn no_uplink(&self) -> Problem {
+    fn missing_uplink(&self) -> Problem {
         let origin = &self.origin;
         origin.problem(
             ProblemCode::UplinkMissing,
             format_args!(
                 "no uplink is given: add {}, or {} to drop what the guest sends",
-                origin.set("tap", "NAME"),
-                origin.set("uplink", "null")
+                origin.set(Key::TAP, "NAME"),
+                origin.set(Key::UPLINK, "null")
             ),
         )
     }
 
     fn placement(&self) -> Result<Placement, Problem> {
-        self.parse(&["placement"], &self.text("placement"))
+        self.parse(&[Key::PLACEMENT], &self.text(Key::PLACEMENT))
     }
 
     fn irq_affinity(&self) -> Result<IrqAffinity, Problem> {
-        self.parse(&["irq-affinity"], &self.text("irq-affinity"))
+        self.parse(&[Key::IRQ_AFFINITY], &self.text(Key::IRQ_AFFINITY))
     }
 
     /// Parses `text`, the value of one of `keys`.
-    fn parse<T>(&self, keys: &[&str], text: &str) -> Result<T, Problem>
+    fn parse<T>(&self, keys: &[Key], text: &str) -> Result<T, Problem>
     where
         T: FromStr<Err: Display>,
     {
         let origin = self.origin_of(keys);
-        let key = keys.iter().find(|key| self.settings.get(key).is_some());
+        let key = keys.iter().find(|key| self.settings.get(**key).is_some());
         match (text.parse::<T>(), key) {
             (Ok(value), _) => Ok(value),
             (Err(error), Some(key)) => Err(origin.problem(
                 ProblemCode::ValueInvalid,
-                format_args!("{}: {error}", origin.key(key)),
+                format_args!("{}: {error}", origin.key(*key)),
             )),
             (Err(error), None) => {
                 Err(origin.problem(ProblemCode::ValueInvalid, format_args!("{error}")))
@@ -365,30 +379,30 @@ impl DeviceDescription {
     }
 
     fn qmp(&self) -> Result<Option<PathBuf>, Problem> {
-        let value = self.settings.get("qmp");
-        value.map(|value| check_path("qmp", value)).transpose()
+        let value = self.settings.get(Key::QMP);
+        value.map(|value| check_path(Key::QMP, value)).transpose()
     }
 
     fn poll(&self) -> Result<PollMode, Problem> {
-        let text = self.text("poll");
+        let text = self.text(Key::POLL);
         let poll = match &*text {
             "off" => PollMode::Off,
             "always" => PollMode::Always,
             "adaptive" => return self.poll_time().map(PollMode::Adaptive),
             _ => {
-                let origin = self.origin_of(&["poll"]);
+                let origin = self.origin_of(&[Key::POLL]);
                 return Err(origin.problem(
                     ProblemCode::ValueInvalid,
                     format_args!(
                         "{} is not known: write off, adaptive or always",
-                        origin.set("poll", text)
+                        origin.set(Key::POLL, text)
                     ),
                 ));
             }
         };
         match self
             .settings
-            .get("poll-us")
+            .get(Key::POLL_US)
             .filter(|value| !value.may_be_unused)
         {
             None => Ok(poll),
@@ -398,10 +412,10 @@ impl DeviceDescription {
                     ProblemCode::KeyUnused,
                     format_args!(
                         "{} has no effect with {}: add {}, or leave {} out",
-                        origin.set("poll-us", us.text()),
-                        origin.set("poll", text),
-                        origin.set("poll", "adaptive"),
-                        origin.key("poll-us"),
+                        origin.set(Key::POLL_US, us.text()),
+                        origin.set(Key::POLL, text),
+                        origin.set(Key::POLL, "adaptive"),
+                        origin.key(Key::POLL_US),
                     ),
                 ))
             }
@@ -409,16 +423,16 @@ impl DeviceDescription {
     }
 
     fn poll_time(&self) -> Result<Duration, Problem> {
-        let text = self.text("poll-us");
+        let text = self.text(Key::POLL_US);
         match text.parse() {
             Ok(us @ 1..=MAX_POLL_US) => Ok(Duration::from_micros(us)),
             _ => {
-                let origin = self.origin_of(&["poll-us"]);
+                let origin = self.origin_of(&[Key::POLL_US]);
                 Err(origin.problem(
                     ProblemCode::ValueInvalid,
                     format_args!(
                         "{} cannot be used: write 1 to {MAX_POLL_US} microseconds",
-                        origin.set("poll-us", text)
+                        origin.set(Key::POLL_US, text)
                     ),
                 ))
             }
@@ -426,22 +440,28 @@ impl DeviceDescription {
     }
 }
 
-fn both(a: &str, first: &SettingValue, b: &str, second: &SettingValue) -> Problem {
+/// The problem that two keys are set of which only one may be.
+fn both_are_given(
+    first_key: Key,
+    first: &SettingValue,
+    second_key: Key,
+    second: &SettingValue,
+) -> Problem {
     first.origin.problem(
         ProblemCode::KeysConflict,
         format_args!(
             "{} and {} are both given: keep one of them",
-            first.origin.set(a, first.text()),
-            second.origin.set(b, second.text())
+            first.origin.set(first_key, first.text()),
+            second.origin.set(second_key, second.text())
         ),
     )
 }
 
-/// The path of a socket.
+/// Checks the path of a socket, which is the value of `key`.
 ///
 /// # Errors
-/// When it is empty, or longer than the address of a socket can be.
-pub(crate) fn check_path(key: &str, value: &SettingValue) -> Result<PathBuf, Problem> {
+/// When the path is empty, or longer than the address of a unix socket can be.
+pub(crate) fn check_path(key: Key, value: &SettingValue) -> Result<PathBuf, Problem> {
     let path = value.path();
     let bytes = path.as_os_str().as_bytes();
     if bytes.is_empty() {
@@ -455,7 +475,8 @@ pub(crate) fn check_path(key: &str, value: &SettingValue) -> Result<PathBuf, Pro
     }
     if bytes.len() > MAX_SOCKET_PATH {
         return Err(value.origin.problem(ProblemCode::ValueInvalid, format_args!(
-            "{} is {} bytes long: the path of a unix socket has at most {MAX_SOCKET_PATH}, choose a shorter one",
+            "{} is {} bytes long: the path of a unix socket has at most {MAX_SOCKET_PATH}, choose \
+             a shorter one",
             value.origin.set(key, path.display()),
             bytes.len()
         )));

@@ -25,13 +25,17 @@ use crate::keys::{Key, ValueKind, find_nearest};
 use crate::problem::{Problem, ProblemCode, Problems};
 use crate::settings::{Origin, SettingValue, Settings};
 
-/// Maximum size of a file in bytes, ten times the size of a file with hundreds of devices.
+/// The maximum size of a file in bytes. A file with hundreds of devices has a tenth of it.
 const MAX_FILE_SIZE: u64 = 1 << 20;
-/// How many characters of a line a problem shows.
+/// The number of characters of a line that a problem shows.
 const MAX_SHOWN_CHARS: usize = 80;
 
 /// The tables at the top level of a file.
-const TABLES: [&str; 2] = ["defaults", "device"];
+const TABLES: [&str; 2] = [DEFAULTS, DEVICE];
+/// The table of the settings that devices have in common.
+const DEFAULTS: &str = "defaults";
+/// The list of tables of which each one describes a device.
+const DEVICE: &str = "device";
 
 /// The content of a file.
 #[derive(Debug, Default)]
@@ -42,12 +46,12 @@ pub(crate) struct ConfigFile {
     pub defaults: Settings,
     /// The devices, each with the line where it begins.
     pub devices: Vec<(Origin, Settings)>,
-    /// Whether the file has no syntax errors. Otherwise devices and keys may be missing for that
-    /// reason alone.
+    /// Whether the file has no syntax errors. Where it has some, devices and keys may be missing
+    /// because of them.
     pub is_complete: bool,
 }
 
-/// Reads the file at `path`, and adds what is wrong with it to `problems`.
+/// Reads the file at `path`, and adds its problems to `problems`.
 #[must_use]
 pub(crate) fn read(path: &Path, problems: &mut Problems) -> ConfigFile {
     match read_bounded(path).map(String::from_utf8) {
@@ -67,7 +71,8 @@ pub(crate) fn read(path: &Path, problems: &mut Problems) -> ConfigFile {
             problems.add(Problem::new(
                 ProblemCode::FileUnreadable,
                 format!(
-                    "cannot read {}: {error}; name a configuration file that exists and that this user may read",
+                    "cannot read {}: {error}; name a configuration file that exists and that this \
+                     user may read",
                     path.display()
                 ),
             ));
@@ -87,7 +92,7 @@ fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
     }
 }
 
-/// Reads `text`, the content of the file at `path`, and adds what is wrong with it to `problems`.
+/// Parses `text`, the content of the file at `path`, and adds its problems to `problems`.
 fn parse(path: &Path, text: &str, problems: &mut Problems) -> ConfigFile {
     let (table, errors) = DeTable::parse_recoverable(text);
     let mut reader = Reader {
@@ -108,7 +113,7 @@ fn parse(path: &Path, text: &str, problems: &mut Problems) -> ConfigFile {
 struct Reader<'a> {
     path: Rc<Path>,
     text: &'a str,
-    /// The lines with syntax errors, about which nothing more is reported.
+    /// The lines with syntax errors, for which no further problem is reported.
     unreadable_lines: Vec<usize>,
     problems: &'a mut Problems,
     file: ConfigFile,
@@ -142,7 +147,8 @@ impl Reader<'_> {
             }
             why if why.starts_with("string values") || why.starts_with("invalid boolean") => {
                 format!(
-                    "`{content}` has a value that cannot be read: write a text in quotes, and a number, true or false without quotes"
+                    "`{content}` has a value that cannot be read: write a text in quotes, and a \
+                     number, true or false without quotes"
                 )
             }
             why => format!("`{content}` is not TOML ({why}): write KEY = VALUE or [TABLE]"),
@@ -160,19 +166,19 @@ impl Reader<'_> {
             let origin = self.origin(&key.span());
             let line = self.readable_line(&key, &value);
             match (key.get_ref().as_ref(), value.into_inner()) {
-                ("defaults", DeValue::Table(table)) => {
+                (DEFAULTS, DeValue::Table(table)) => {
                     self.file.defaults = self.read_settings(table, true);
                 }
-                ("defaults", _) => {
+                (DEFAULTS, _) => {
                     let message = "defaults is a table: write [defaults]".into();
                     self.add_problem(line, ProblemCode::KeyMisplaced, message);
                 }
-                ("device", DeValue::Array(tables)) => {
+                (DEVICE, DeValue::Array(tables)) => {
                     for table in tables {
                         self.read_device(table);
                     }
                 }
-                ("device", _) => {
+                (DEVICE, _) => {
                     let message = "each device is a table of its own in a list: write [[device]]";
                     self.add_problem(line, ProblemCode::KeyMisplaced, message.into());
                 }
@@ -181,7 +187,7 @@ impl Reader<'_> {
         }
     }
 
-    /// Reads a key of the whole process, of which `control` is the only one.
+    /// Reads a key of the whole process. `control` is the only such key.
     fn read_process_key(
         &mut self,
         name: &str,
@@ -243,8 +249,8 @@ impl Reader<'_> {
         settings
     }
 
-    /// The line of `key`, for a message about it; `None` where the line of the key or of its value
-    /// has a syntax error, which is reported already.
+    /// The line of `key`, for a problem of the key. `None` where the line of the key or of its
+    /// value has a syntax error, which is reported already.
     fn readable_line<K, V>(&self, key: &Spanned<K>, value: &Spanned<V>) -> Option<usize> {
         let lines = [self.line(&key.span()), self.line(&value.span())];
         let has_error = lines
@@ -318,7 +324,8 @@ fn unknown_key_message(name: &str) -> String {
 fn unknown_top_level_message(name: &str) -> (ProblemCode, String) {
     if Key::find(name).is_some() {
         let message = format!(
-            "{name} belongs to a device: write it below a [[device]], or below [defaults] where it is for all"
+            "{name} belongs to a device: write it below a [[device]], or below [defaults] where it \
+             is for all"
         );
         return (ProblemCode::KeyMisplaced, message);
     }

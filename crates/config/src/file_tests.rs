@@ -1,11 +1,12 @@
-//! The configuration file: what is read, what overrides it, and every problem with it.
+//! Tests of the configuration file: its values, what overrides them, and every problem of a file.
 
 use std::path::PathBuf;
 
 use crate::cli::{self, CliError, Command};
 use crate::types::{Config, DeviceConfig, PollMode, QueuePairCount, Socket};
 
-/// Runs the command line `line` with `text` in the file `f.toml`, which errors name by that.
+/// Parses the command line `line` beside a file with the content `text`, which is called `f.toml` in
+/// the errors.
 fn command(name: &str, text: impl AsRef<[u8]>, line: &str) -> Result<Config, String> {
     let dir = std::env::temp_dir().join(format!("vnet-config-{}-{name}", std::process::id()));
     std::fs::create_dir_all(&dir).unwrap();
@@ -52,7 +53,7 @@ poll = "off"
 irq-affinity = "print"
 "#;
 
-/// A configuration in short, one line for each device.
+/// A summary of a configuration, with one line for each device.
 fn summary(config: &Config) -> String {
     let line = |device: &DeviceConfig| {
         let socket = match &device.socket {
@@ -110,7 +111,7 @@ fn the_command_line_overrides_the_file() {
             "a: listen /a 640 kvm, 4 on tap:t0,bridge=br0, list:0,1,2,3,8, 9us, irq off\n\
              vnet1: fd 3, 1 on switch:lan,tap=t1, auto, off, irq print",
         ),
-        // The --device of one device is stronger than the flags for all.
+        // The --device of one device overrides the flags for all devices.
         (
             "--poll off --device name=a,uplink=null,poll=always",
             "a: listen /a 640 kvm, 4 on null, list:0,1,2,3,8, always, irq off\n\
@@ -128,7 +129,7 @@ fn the_command_line_overrides_the_file() {
              vnet2: listen /x 600 kvm, 4 on tap:t3, auto, 9us, irq off",
         ),
     ] {
-        let config = command("wins", TWO, line).unwrap();
+        let config = command("overrides", TWO, line).unwrap();
         assert_eq!(summary(&config), expected, "{line}");
         let control = if line.contains("--control") {
             "/d"
@@ -139,7 +140,7 @@ fn the_command_line_overrides_the_file() {
     }
 }
 
-/// Files, each with its name first, and below it all that is wrong with it.
+/// Files, each with its name above it and all its problems below it.
 const REFUSED: &str = r#"
 ## unknown keys, in all places
 queues = 4

@@ -1,4 +1,4 @@
-//! The text of one `--device`: its keys as `KEY=VALUE,...`.
+//! Parser of the text of one `--device`, which has the form `KEY=VALUE,...`.
 
 use virtionet_base::key_value::{split_at_commas, split_item};
 
@@ -6,10 +6,10 @@ use crate::keys::{Key, ValueKind};
 use crate::problem::{Problem, ProblemCode};
 use crate::settings::{Origin, SettingValue, Settings};
 
-/// Reads the text of one `--device`, which is at `origin`.
+/// Parses the text of one `--device`, which is at `origin`.
 ///
 /// # Errors
-/// When a key is unknown, has no value or comes twice.
+/// When a key is unknown, has no value or is given twice.
 pub(crate) fn parse_device_keys(text: &str, origin: &Origin) -> Result<Settings, Problem> {
     let switches: Vec<&str> = Key::of_devices()
         .filter(|key| key.kind == ValueKind::Switch)

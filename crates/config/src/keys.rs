@@ -1,7 +1,7 @@
-//! The table of configuration keys. The flags, the keys of `--device`, the keys of a file and the
-//! table in docs/configuration.md are all made from it.
+//! The table of configuration keys, from which the flags, the keys of `--device`, the keys of a
+//! file and the table in docs/configuration.md are made.
 
-/// A key and everything that is known about it.
+/// A configuration key, with everything that the flags, the file and the documentation need of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Key {
     /// The name, which is also the name of the flag.
@@ -12,7 +12,7 @@ pub(crate) struct Key {
     pub scope: KeyScope,
     /// The placeholder for the value in the help text.
     pub value_name: &'static str,
-    /// The value where none is given.
+    /// The value that applies where the key is not set.
     pub default: DefaultValue,
     /// What the key does, for the help text and the documentation.
     pub help: &'static str,
@@ -42,34 +42,56 @@ pub(crate) enum KeyScope {
     Process,
     /// One device only.
     Device,
-    /// One device only, and the flag of this name has it as a part of its value.
+    /// One device only. It has no flag, because it is a part of the value of the named flag.
     DevicePartOf(&'static str),
-    /// One device, or all devices that do not set it themselves.
+    /// One device, or every device that does not set the key itself.
     Any,
 }
 
-/// The value of a key that nobody sets.
+/// The value of a key that is not set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum DefaultValue {
-    /// None: something else is used, or one of several keys is required.
+    /// No value: another key is used, or one of several keys is required.
     None,
     /// This value.
     Value(&'static str),
-    /// A value that depends on others, described for a reader.
+    /// A value that depends on other keys or on the host. The text describes it.
     Computed(&'static str),
 }
 
 /// All keys, in the order of the help text and the documentation.
 pub(crate) const KEYS: [Key; 17] = [
-    Key {
+    Key::NAME,
+    Key::SOCKET_PATH,
+    Key::FD,
+    Key::CLIENT,
+    Key::SOCKET_MODE,
+    Key::SOCKET_GROUP,
+    Key::QUEUES,
+    Key::VCPUS,
+    Key::TAP,
+    Key::BRIDGE,
+    Key::UPLINK,
+    Key::PLACEMENT,
+    Key::IRQ_AFFINITY,
+    Key::QMP,
+    Key::POLL,
+    Key::POLL_US,
+    Key::CONTROL,
+];
+
+/// The keys, by name. Code refers to a key by its constant, so that a misspelt key does not
+/// compile.
+impl Key {
+    pub(crate) const NAME: Self = Self {
         name: "name",
         kind: ValueKind::Text,
         scope: KeyScope::Device,
         value_name: "NAME",
         default: DefaultValue::Computed("vnet; vnet0, vnet1, ... with --device"),
         help: "The device's name in log and statistics",
-    },
-    Key {
+    };
+    pub(crate) const SOCKET_PATH: Self = Self {
         name: "socket-path",
         kind: ValueKind::Path,
         scope: KeyScope::Device,
@@ -77,8 +99,8 @@ pub(crate) const KEYS: [Key; 17] = [
         default: DefaultValue::None,
         help: "The vhost-user socket: virtionetd creates it and the front-end connects; with \
                --client the other way round",
-    },
-    Key {
+    };
+    pub(crate) const FD: Self = Self {
         name: "fd",
         kind: ValueKind::Number,
         scope: KeyScope::Device,
@@ -86,8 +108,8 @@ pub(crate) const KEYS: [Key; 17] = [
         default: DefaultValue::None,
         help: "The vhost-user socket as a file descriptor, inherited from the parent process, \
                instead of --socket-path",
-    },
-    Key {
+    };
+    pub(crate) const CLIENT: Self = Self {
         name: "client",
         kind: ValueKind::Switch,
         scope: KeyScope::Any,
@@ -95,16 +117,16 @@ pub(crate) const KEYS: [Key; 17] = [
         default: DefaultValue::Value("off"),
         help: "Connect to the socket of a front-end that listens (QEMU's server=on), and retry \
                until it does",
-    },
-    Key {
+    };
+    pub(crate) const SOCKET_MODE: Self = Self {
         name: "socket-mode",
         kind: ValueKind::Octal,
         scope: KeyScope::Any,
         value_name: "OCTAL",
         default: DefaultValue::Computed("600; 660 with --socket-group"),
         help: "Mode of the socket that virtionetd creates, in octal",
-    },
-    Key {
+    };
+    pub(crate) const SOCKET_GROUP: Self = Self {
         name: "socket-group",
         kind: ValueKind::NumberOrWord,
         scope: KeyScope::Any,
@@ -112,8 +134,8 @@ pub(crate) const KEYS: [Key; 17] = [
         default: DefaultValue::Computed("the group of virtionetd"),
         help: "Group of the socket that virtionetd creates, by name or number: the group of the \
                front-end, where that runs as another user",
-    },
-    Key {
+    };
+    pub(crate) const QUEUES: Self = Self {
         name: "queues",
         kind: ValueKind::NumberOrWord,
         scope: KeyScope::Any,
@@ -123,16 +145,16 @@ pub(crate) const KEYS: [Key; 17] = [
                --vcpus, a share of the guest's vCPUs: high (as auto then) for one pair for each \
                vCPU, medium for half as many, low for one. A front-end that asks for more is \
                refused",
-    },
-    Key {
+    };
+    pub(crate) const VCPUS: Self = Self {
         name: "vcpus",
         kind: ValueKind::Number,
         scope: KeyScope::Any,
         value_name: "N",
         default: DefaultValue::Computed("not known"),
         help: "The number of the guest's vCPUs, for --queues auto, high, medium and low",
-    },
-    Key {
+    };
+    pub(crate) const TAP: Self = Self {
         name: "tap",
         kind: ValueKind::Text,
         scope: KeyScope::Device,
@@ -142,16 +164,16 @@ pub(crate) const KEYS: [Key; 17] = [
                there is none. Short for --uplink tap:NAME[,bridge=BR]. A TAP that an \
                administrator creates must have several queues: ip tuntap add dev NAME mode tap \
                multi_queue vnet_hdr",
-    },
-    Key {
+    };
+    pub(crate) const BRIDGE: Self = Self {
         name: "bridge",
         kind: ValueKind::Text,
-        scope: KeyScope::DevicePartOf("tap"),
+        scope: KeyScope::DevicePartOf(Self::TAP.name),
         value_name: "BR",
         default: DefaultValue::None,
         help: "The bridge that the TAP of --tap becomes a port of",
-    },
-    Key {
+    };
+    pub(crate) const UPLINK: Self = Self {
         name: "uplink",
         kind: ValueKind::Text,
         scope: KeyScope::Device,
@@ -161,8 +183,8 @@ pub(crate) const KEYS: [Key; 17] = [
                switch:NAME[,tap=IF[,bridge=BR]], which connects the devices of this process that \
                name the same switch, and the host's TAP IF; or null, which drops what the guest \
                sends",
-    },
-    Key {
+    };
+    pub(crate) const PLACEMENT: Self = Self {
         name: "placement",
         kind: ValueKind::Text,
         scope: KeyScope::Any,
@@ -173,8 +195,8 @@ pub(crate) const KEYS: [Key; 17] = [
                turn. same: exactly the CPUs of the vCPU's thread. sibling: the other hardware \
                thread of its core. core-near: another CPU of its L3 cache or NUMA node. \
                list:CPUS: these CPUs in turn, such as list:0-3,8. none: the kernel chooses",
-    },
-    Key {
+    };
+    pub(crate) const IRQ_AFFINITY: Self = Self {
         name: "irq-affinity",
         kind: ValueKind::Text,
         scope: KeyScope::Any,
@@ -183,8 +205,8 @@ pub(crate) const KEYS: [Key; 17] = [
         help: "Whether the host's interrupts and steering masks follow the workers. apply: they \
                are set, and restored at the end. print: the log and /v1/devices show the commands \
                that would set them. off: they stay as they are",
-    },
-    Key {
+    };
+    pub(crate) const QMP: Self = Self {
         name: "qmp",
         kind: ValueKind::Path,
         scope: KeyScope::Any,
@@ -192,8 +214,8 @@ pub(crate) const KEYS: [Key; 17] = [
         default: DefaultValue::Computed("thread names only"),
         help: "QEMU's QMP socket, from which the vCPU threads are read where their names do not \
                identify them (QEMU names them with -name debug-threads=on)",
-    },
-    Key {
+    };
+    pub(crate) const POLL: Self = Self {
         name: "poll",
         kind: ValueKind::Text,
         scope: KeyScope::Any,
@@ -202,8 +224,8 @@ pub(crate) const KEYS: [Key; 17] = [
         help: "How a worker waits for frames. off: it sleeps, and uses no CPU time when idle. \
                adaptive: after work it polls for up to --poll-us before it sleeps. always: it \
                never sleeps, and uses its CPU completely",
-    },
-    Key {
+    };
+    pub(crate) const POLL_US: Self = Self {
         name: "poll-us",
         kind: ValueKind::Number,
         scope: KeyScope::Any,
@@ -211,8 +233,8 @@ pub(crate) const KEYS: [Key; 17] = [
         default: DefaultValue::Value("50"),
         help: "The longest time that --poll adaptive polls before the worker sleeps, in \
                microseconds",
-    },
-    Key {
+    };
+    pub(crate) const CONTROL: Self = Self {
         name: "control",
         kind: ValueKind::Path,
         scope: KeyScope::Process,
@@ -220,11 +242,11 @@ pub(crate) const KEYS: [Key; 17] = [
         default: DefaultValue::Computed("no such socket"),
         help: "Answer HTTP/1.1 on this unix socket, which only its owner may use: GET /v1/devices \
                (JSON) and GET /metrics (for Prometheus)",
-    },
-];
+    };
+}
 
 impl Key {
-    /// The key of a device that has this name.
+    /// The key of a device whose name is `name`; `None` where there is none.
     #[must_use]
     pub(crate) fn find(name: &str) -> Option<Self> {
         Self::of_devices().find(|key| key.name == name)
@@ -255,18 +277,18 @@ impl Key {
         self.scope == KeyScope::Any
     }
 
-    /// The default of the key `name` as a text, which is empty where it has no fixed one.
+    /// The default as a text, which is empty where the key has no fixed default.
     #[must_use]
-    pub(crate) fn default_of(name: &str) -> &'static str {
-        match Self::find(name).map(|key| key.default) {
-            Some(DefaultValue::Value(value)) => value,
-            _ => "",
+    pub(crate) fn fixed_default(self) -> &'static str {
+        match self.default {
+            DefaultValue::Value(value) => value,
+            DefaultValue::None | DefaultValue::Computed(_) => "",
         }
     }
 }
 
 impl ValueKind {
-    /// What may be written in a file, with an example.
+    /// What a file may have as the value, in words.
     #[must_use]
     pub(crate) fn expected(self) -> &'static str {
         match self {
@@ -292,7 +314,7 @@ impl ValueKind {
     }
 }
 
-/// The one of `names` that is most similar to `word`, if one is similar at all.
+/// The most similar one of `names` to `word`; `None` where no name is similar.
 #[must_use]
 pub(crate) fn find_nearest(
     word: &str,

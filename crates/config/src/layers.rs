@@ -1,10 +1,10 @@
 //! The layers of settings, and the devices that they describe together.
 //!
-//! The layers of a device, the strongest first:
+//! The layers of a device are, from the strongest to the weakest:
 //!
 //! 1. with a file: the `--device` that names the device, the flags, the device's `[[device]]`, the
-//!    file's `[defaults]`: the command line as a whole wins over the file as a whole;
-//! 2. without a file: the device's `--device`, the flags.
+//!    file's `[defaults]`. The command line as a whole overrides the file as a whole.
+//! 2. without a file: the `--device` of the device, the flags.
 
 use std::path::Path;
 use std::rc::Rc;
@@ -12,6 +12,7 @@ use std::rc::Rc;
 use crate::device::DeviceDescription;
 use crate::file::ConfigFile;
 use crate::inline::parse_device_keys;
+use crate::keys::Key;
 use crate::problem::{Problem, ProblemCode, Problems};
 use crate::settings::{Origin, Settings};
 
@@ -45,7 +46,8 @@ pub(crate) fn devices_of_command_line(
     devices
 }
 
-/// The devices of `file` with the settings of the command line, and those that the command line adds.
+/// The devices of `file`, with the settings of the command line, and the devices that the command
+/// line adds.
 #[must_use]
 pub(crate) fn devices_of_file(
     path: &Path,
@@ -69,14 +71,15 @@ pub(crate) fn devices_of_file(
     let in_file = devices.len();
     let mut overrides = vec![Settings::default(); in_file];
     for (origin, own) in parse_device_flags(texts, problems) {
-        let named = own.get("name").map(|name| name.text().into_owned());
+        let named = own.get(Key::NAME).map(|name| name.text().into_owned());
         let same = |device: &DeviceDescription| named.as_deref() == Some(&*device.name());
         match devices.iter().take(in_file).position(same) {
             Some(at) if overrides[at].keys().next().is_none() => overrides[at] = own,
             Some(_) => problems.add(origin.problem(
                 ProblemCode::DeviceRepeated,
                 format_args!(
-                    "another --device has the same name: write all keys of a device into one --device"
+                    "another --device has the same name: write all keys of a device into one \
+                     --device"
                 ),
             )),
             None => devices.push(DeviceDescription {
@@ -117,7 +120,7 @@ fn parse_device_flags(texts: &[String], problems: &mut Problems) -> Vec<(Origin,
 
 fn refuse_no_device(flags: &Settings) -> Result<(), Problem> {
     let is_set = |key| flags.get(key).is_some();
-    if ["socket-path", "fd", "tap", "uplink"]
+    if [Key::SOCKET_PATH, Key::FD, Key::TAP, Key::UPLINK]
         .into_iter()
         .any(is_set)
     {
@@ -125,7 +128,9 @@ fn refuse_no_device(flags: &Settings) -> Result<(), Problem> {
     }
     Err(Problem::new(
         ProblemCode::DeviceMissing,
-        "no device is described: give its socket and its uplink, such as --socket-path /run/vnet.sock --tap tap0, or a file that describes devices with --config FILE".into(),
+        "no device is described: give its socket and its uplink, such as --socket-path \
+         /run/vnet.sock --tap tap0, or a file that describes devices with --config FILE"
+            .into(),
     ))
 }
 
@@ -138,7 +143,8 @@ fn refuse_beside(flags: &Settings, beside: &str) -> Result<(), Problem> {
             Err(Problem::new(
                 ProblemCode::KeyMisplaced,
                 format!(
-                    "--{key} cannot be used beside {beside}: write it as {key}=... into the --device that it belongs to"
+                    "--{key} cannot be used beside {beside}: write it as {key}=... into the \
+                     --device that it belongs to"
                 ),
             ))
         }

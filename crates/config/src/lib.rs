@@ -4,14 +4,14 @@
 //! keys (the table) ──> arguments (flags), inline (--device), file (TOML)
 //!                               │ settings: each value with its origin
 //!                               v
-//!                      layers: which value wins, by device
+//!                      layers: which layer overrides which, by device
 //!                               v
-//!                      device: values become types; ownership: nothing is given to two devices
+//!                      device: values become types; ownership: no resource has two owners
 //!                               v
 //!                      Config
 //! ```
 //!
-//! Reading a configuration opens nothing except the configuration file itself.
+//! Reading a configuration opens no file except the configuration file itself.
 
 mod arguments;
 pub mod cli;

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use crate::device::DeviceDescription;
+use crate::keys::Key;
 use crate::problem::{Problem, ProblemCode, Problems};
 use crate::settings::{Origin, SettingValue};
 use crate::types::{DeviceConfig, Socket};
@@ -17,24 +18,25 @@ pub(crate) struct ResourceOwners<'a>(HashMap<String, ResourceOwner<'a>>);
 struct ResourceOwner<'a> {
     name: String,
     origin: &'a Origin,
-    /// Whether the owner is a switch, whose TAP several devices may name.
+    /// Whether the owner is a switch: several devices may name the TAP of one switch.
     is_switch: bool,
 }
 
 impl<'a> ResourceOwners<'a> {
     /// Adds the socket of the control server.
     pub(crate) fn add_control(&mut self, path: &Path, value: &'a SettingValue) {
-        let name = value.origin.key("control");
+        let name = value.origin.key(Key::CONTROL);
         let origin = &value.origin;
         let owner = ResourceOwner {
             name,
             origin,
             is_switch: false,
         };
-        self.0.insert(socket_at(path), owner);
+        self.0.insert(path_resource(path), owner);
     }
 
-    /// Adds the resources of `device`, and a problem for each one that another owner has already.
+    /// Adds the resources of `device`. Adds a problem for each resource that has another owner
+    /// already.
     pub(crate) fn add(
         &mut self,
         description: &'a DeviceDescription,
@@ -47,9 +49,12 @@ impl<'a> ResourceOwners<'a> {
             is_switch: false,
         };
         let resources = [
-            Some((format!("name {}", device.name), owner(&["name"]))),
-            Some((socket(&device.socket), owner(&["socket-path", "fd"]))),
-            tap(&device.uplink, owner(&["tap", "uplink"])),
+            Some((format!("name {}", device.name), owner(&[Key::NAME]))),
+            Some((
+                socket_resource(&device.socket),
+                owner(&[Key::SOCKET_PATH, Key::FD]),
+            )),
+            tap_resource(&device.uplink, owner(&[Key::TAP, Key::UPLINK])),
         ];
         for (resource, owner) in resources.into_iter().flatten() {
             match self.0.get(&resource) {
@@ -78,22 +83,23 @@ fn conflict(resource: &str, first: &ResourceOwner<'_>, second: &ResourceOwner<'_
     }
 }
 
-/// A text that is the same for the same socket.
-fn socket(socket: &Socket) -> String {
+/// A text that identifies a socket.
+fn socket_resource(socket: &Socket) -> String {
     match socket {
-        Socket::Listen { path, .. } | Socket::Connect { path } => socket_at(path),
+        Socket::Listen { path, .. } | Socket::Connect { path } => path_resource(path),
         Socket::Inherited(fd) => format!("descriptor {fd}"),
     }
 }
 
-fn socket_at(path: &Path) -> String {
+fn path_resource(path: &Path) -> String {
     let absolute = std::path::absolute(path).unwrap_or_else(|_| path.into());
     format!("socket {}", absolute.display())
 }
 
-/// The TAP of an uplink and its owner, which is the device or its switch. `None` where the name is a
-/// pattern (`tap%d`) from which the kernel makes a name of its own.
-fn tap<'a>(
+/// A text that identifies the TAP of an uplink, and the owner, which is the device or its switch.
+/// `None` where the uplink has no TAP, or where its name is a pattern (`tap%d`) from which the
+/// kernel makes a new name each time.
+fn tap_resource<'a>(
     uplink: &UplinkConfig,
     device: ResourceOwner<'a>,
 ) -> Option<(String, ResourceOwner<'a>)> {

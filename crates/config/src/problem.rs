@@ -1,11 +1,11 @@
-//! What is wrong with a configuration: every problem has a stable code, and is one sentence that says
-//! what to do.
+//! The problems of a configuration. Every problem has a stable code, and a message of one sentence
+//! that says what to do.
 
 use std::fmt;
 use std::path::Path;
 use std::rc::Rc;
 
-/// The kinds of problems. Their codes stay the same in later versions.
+/// The kind of a problem. The code of a kind stays the same in later versions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ProblemCode {
     /// The configuration file cannot be read.
@@ -18,15 +18,15 @@ pub enum ProblemCode {
     ValueMissing,
     /// A key is given twice.
     KeyRepeated,
-    /// A key or a table stands where it cannot.
+    /// A key or a table is in a place where it cannot be.
     KeyMisplaced,
     /// The value of a key has the wrong kind, such as a number for a text.
     KindWrong,
     /// The value of a key cannot be used.
     ValueInvalid,
-    /// Keys that exclude each other are given.
+    /// Keys are given that exclude each other.
     KeysConflict,
-    /// A key has no effect beside the others.
+    /// A key has no effect because of the other keys.
     KeyUnused,
     /// No device is described.
     DeviceMissing,
@@ -67,10 +67,10 @@ impl ProblemCode {
     }
 }
 
-/// One problem.
+/// One problem of a configuration.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Problem {
-    /// The file and the line in it, from 1, of a problem of a file.
+    /// The file and the line in it, counted from 1; `None` for a problem of the command line.
     line: Option<(Rc<Path>, usize)>,
     code: ProblemCode,
     message: String,
@@ -125,20 +125,20 @@ impl fmt::Display for Problem {
 pub(crate) struct Problems(Vec<Problem>);
 
 impl Problems {
-    /// Adds a problem.
+    /// Adds `problem`.
     pub(crate) fn add(&mut self, problem: Problem) {
         self.0.push(problem);
     }
 
-    /// The value of `result`; its problem is added where it has none.
+    /// Returns the value of `result`, or adds its problem and returns `None`.
     pub(crate) fn record<T>(&mut self, result: Result<T, Problem>) -> Option<T> {
         result.map_err(|problem| self.add(problem)).ok()
     }
 
-    /// Succeeds where there is no problem.
+    /// Succeeds when there is no problem.
     ///
     /// # Errors
-    /// All problems: those of the command line first, then by line, each once.
+    /// All problems, each one once: those of the command line first, then the others by line.
     pub(crate) fn into_result(mut self) -> Result<(), ConfigError> {
         self.0.sort_by(|a, b| a.line.cmp(&b.line));
         let mut found: Vec<Problem> = Vec::new();
@@ -154,12 +154,13 @@ impl Problems {
     }
 }
 
-/// Why a configuration cannot be used: at least one problem.
+/// The error of a configuration that cannot be used. It has at least one problem, and is displayed
+/// with one line for each problem.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigError(Vec<Problem>);
 
 impl ConfigError {
-    /// The problems.
+    /// The problems: those of the command line first, then the others by line.
     pub fn problems(&self) -> impl Iterator<Item = &Problem> {
         self.0.iter()
     }

@@ -5,6 +5,7 @@ use std::path::Path;
 use crate::arguments::Arguments;
 use crate::device::{DeviceDescription, check_path};
 use crate::file;
+use crate::keys::Key;
 use crate::layers;
 use crate::ownership::ResourceOwners;
 use crate::problem::{ConfigError, Problems};
@@ -16,7 +17,7 @@ impl Config {
     /// opened.
     ///
     /// # Errors
-    /// Everything that is wrong with the file.
+    /// All problems of the file.
     pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
         resolve(Arguments {
             config: Some(path.into()),
@@ -46,7 +47,7 @@ pub(crate) fn resolve(arguments: Arguments) -> Result<Config, ConfigError> {
     };
     let mut owners = ResourceOwners::default();
     let control_path = control.as_ref().and_then(|value| {
-        let path = problems.record(check_path("control", value))?;
+        let path = problems.record(check_path(Key::CONTROL, value))?;
         owners.add_control(&path, value);
         Some(path)
     });
@@ -74,8 +75,7 @@ fn devices_with_file(
 ) -> (Option<SettingValue>, Vec<DeviceDescription>) {
     let mut file = file::read(path, problems);
     let control = file.control.take();
-    // A file with syntax errors lacks devices and keys for that reason alone, so nothing more is
-    // reported about it.
+    // Syntax errors hide devices and keys, so that further problems would be misleading.
     let descriptions = match file.is_complete {
         true => layers::devices_of_file(path, file, flags, texts, problems),
         false => Vec::new(),

@@ -1,5 +1,5 @@
-//! The values of keys as they are written, each with its origin for the messages about it, and the
-//! rules by which a stronger layer of settings overrides a weaker one.
+//! The values of keys as they are written, each with its origin for the problems that concern it,
+//! and the rules by which a stronger layer of settings overrides a weaker one.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -8,7 +8,7 @@ use std::fmt;
 use std::path::Path;
 use std::rc::Rc;
 
-use crate::keys::{Key, ValueKind};
+use crate::keys::Key;
 use crate::problem::{Problem, ProblemCode};
 
 /// Where a value is written.
@@ -28,7 +28,7 @@ pub(crate) enum Origin {
 }
 
 impl Origin {
-    /// A problem of what is written here.
+    /// A problem of a setting that is written here.
     #[must_use]
     pub fn problem(&self, code: ProblemCode, message: fmt::Arguments<'_>) -> Problem {
         match self {
@@ -40,23 +40,21 @@ impl Origin {
 
     /// How `key` is written here.
     #[must_use]
-    pub fn key(&self, key: &str) -> String {
+    pub fn key(&self, key: Key) -> String {
         match self {
-            Self::Flag => format!("--{key}"),
-            Self::Device(_) | Self::File { .. } => key.into(),
+            Self::Flag => format!("--{}", key.name),
+            Self::Device(_) | Self::File { .. } => key.name.into(),
         }
     }
 
     /// How `key` is set to `value` here.
     #[must_use]
-    pub fn set(&self, key: &str, value: impl fmt::Display) -> String {
+    pub fn set(&self, key: Key, value: impl fmt::Display) -> String {
+        let Key { name, kind, .. } = key;
         match self {
-            Self::Flag => format!("--{key} {value}"),
-            Self::Device(_) => format!("{key}={value}"),
-            Self::File { .. } => {
-                let kind = Key::find(key).map_or(ValueKind::Text, |key| key.kind);
-                format!("{key} = {}", kind.to_toml(&value.to_string()))
-            }
+            Self::Flag => format!("--{name} {value}"),
+            Self::Device(_) => format!("{name}={value}"),
+            Self::File { .. } => format!("{name} = {}", kind.to_toml(&value.to_string())),
         }
     }
 }
@@ -68,13 +66,13 @@ pub(crate) struct SettingValue {
     pub value: OsString,
     /// Where it is written.
     pub origin: Origin,
-    /// Whether the value may have no effect: it was given for several devices, or a stronger layer
-    /// has overridden the key that it belongs to.
+    /// Whether it is no problem when the value has no effect, because it was given for several
+    /// devices or because a stronger layer has overridden the key that it depends on.
     pub may_be_unused: bool,
 }
 
 impl SettingValue {
-    /// A value that must have an effect.
+    /// A value that is reported as a problem when it has no effect.
     #[must_use]
     pub fn new(value: impl Into<OsString>, origin: &Origin) -> Self {
         Self {
@@ -97,40 +95,49 @@ impl SettingValue {
     }
 }
 
-/// The settings of a device, by key.
+/// The settings of a device, by the name of the key.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Settings(BTreeMap<&'static str, SettingValue>);
 
-/// Groups of keys that express the same in several ways. Where a stronger layer sets one of the first
-/// list, none of the second list is taken from a weaker layer.
-const CONFLICTING_KEYS: [(&[&str], &[&str]); 3] = [
-    (&["tap", "uplink"], &["tap", "bridge", "uplink"]),
+/// Two lists of keys: where a stronger layer sets a key of the first list, the rule applies to the
+/// keys of the second list in a weaker layer.
+type KeyRule = (&'static [Key], &'static [Key]);
+
+/// Keys that express the same in several ways. Where a stronger layer sets a key of the first list,
+/// no key of the second list is taken from a weaker layer.
+const CONFLICTING_KEYS: [KeyRule; 3] = [
     (
-        &["fd"],
-        &["socket-path", "client", "socket-mode", "socket-group"],
+        &[Key::TAP, Key::UPLINK],
+        &[Key::TAP, Key::BRIDGE, Key::UPLINK],
     ),
-    (&["socket-path"], &["fd"]),
+    (
+        &[Key::FD],
+        &[
+            Key::SOCKET_PATH,
+            Key::CLIENT,
+            Key::SOCKET_MODE,
+            Key::SOCKET_GROUP,
+        ],
+    ),
+    (&[Key::SOCKET_PATH], &[Key::FD]),
 ];
 
-/// Keys of the second list have an effect only with some values of the keys of the first list.
-const DEPENDENT_KEYS: [(&[&str], &[&str]); 3] = [
-    (&["poll"], &["poll-us"]),
-    (&["queues"], &["vcpus"]),
-    (&["client"], &["socket-mode", "socket-group"]),
+/// Keys of the second list have an effect only with some values of the keys of the first list, so
+/// that those of a weaker layer may be unused.
+const DEPENDENT_KEYS: [KeyRule; 3] = [
+    (&[Key::POLL], &[Key::POLL_US]),
+    (&[Key::QUEUES], &[Key::VCPUS]),
+    (&[Key::CLIENT], &[Key::SOCKET_MODE, Key::SOCKET_GROUP]),
 ];
 
 impl Settings {
     /// The value of `key`, where it is set.
     #[must_use]
-    pub fn get(&self, key: &str) -> Option<&SettingValue> {
-        debug_assert!(
-            Key::find(key).is_some(),
-            "{key} is not in the table of keys"
-        );
-        self.0.get(key)
+    pub fn get(&self, key: Key) -> Option<&SettingValue> {
+        self.0.get(key.name)
     }
 
-    /// Sets `key`; true if it was set already.
+    /// Sets `key`, and returns whether it was set already.
     pub fn insert(&mut self, key: Key, value: SettingValue) -> bool {
         self.0.insert(key.name, value).is_some()
     }
@@ -140,25 +147,26 @@ impl Settings {
         Key::of_devices().filter(|key| self.0.contains_key(key.name))
     }
 
-    /// These settings for several devices: without the keys that describe a single one.
+    /// Turns these settings into settings for several devices: removes the keys that describe a
+    /// single device.
     #[must_use]
     pub fn into_common(mut self) -> Self {
-        let shared = |key: &str| Key::find(key).is_some_and(Key::is_common);
-        self.0.retain(|key, _| shared(key));
+        self.0
+            .retain(|name, _| Key::find(name).is_some_and(Key::is_common));
         self.0
             .values_mut()
             .for_each(|value| value.may_be_unused = true);
         self
     }
 
-    /// These settings, and those of a `weaker` layer for the keys that these do not set.
+    /// Adds the settings of a `weaker` layer for the keys that these settings do not have.
     #[must_use]
     pub fn merged_over(self, weaker: &Self) -> Self {
-        let sets = |keys: &[&str]| keys.iter().any(|key| self.0.contains_key(key));
-        let is_affected = |rules: &[(&[&str], &[&str])], key: &str| {
-            rules
-                .iter()
-                .any(|(stronger, weaker)| weaker.contains(&key) && sets(stronger))
+        let has_any = |keys: &[Key]| keys.iter().any(|key| self.get(*key).is_some());
+        let is_affected = |rules: &[KeyRule], name: &str| {
+            rules.iter().any(|(stronger, weaker)| {
+                weaker.iter().any(|key| key.name == name) && has_any(stronger)
+            })
         };
         let mut all = self.0.clone();
         for (key, value) in &weaker.0 {
@@ -239,8 +247,8 @@ mod tests {
         ] {
             let found = format!(
                 "{}|{}|{}",
-                origin.set("queues", 0),
-                origin.key("queues"),
+                origin.set(Key::QUEUES, 0),
+                origin.key(Key::QUEUES),
                 origin.problem(ProblemCode::KeyUnused, format_args!("no"))
             );
             assert_eq!(found, expected);

@@ -1,4 +1,4 @@
-//! Command lines, and the configurations or problems that they result in.
+//! Tests of command lines: the configuration or the problem that each one results in.
 
 use std::time::Duration;
 
@@ -58,134 +58,59 @@ fn defaults_are_complete() {
     );
 }
 
+/// Flags, and how they change the configuration of a device.
+const FLAGS_OF_A_DEVICE: [(&str, fn(&mut DeviceConfig)); 19] = [
+    ("--name eth.0_a-b", |d| d.name = "eth.0_a-b".into()),
+    ("--queues 1", |d| d.queues = QueuePairCount::AtMost(1)),
+    ("--queues 128", |d| d.queues = QueuePairCount::AtMost(128)),
+    ("--queues auto", |_| {}),
+    ("--queues auto --vcpus 3", |d| {
+        d.queues = QueuePairCount::AtMost(3)
+    }),
+    ("--queues high --vcpus 200", |d| {
+        d.queues = QueuePairCount::AtMost(128)
+    }),
+    ("--queues medium --vcpus 3", |d| {
+        d.queues = QueuePairCount::AtMost(2)
+    }),
+    ("--queues low --vcpus 3", |d| {
+        d.queues = QueuePairCount::AtMost(1)
+    }),
+    ("--irq-affinity print", |d| {
+        d.irq_affinity = IrqAffinity::Print
+    }),
+    ("--placement list:0-3,8", |d| {
+        d.placement = "list:0-3,8".parse().unwrap()
+    }),
+    ("--qmp /q", |d| d.qmp = Some("/q".into())),
+    ("--poll off", |_| {}),
+    ("--poll always", |d| d.poll = PollMode::Always),
+    ("--poll adaptive", |d| d.poll = adaptive(50)),
+    ("--poll adaptive --poll-us 7", |d| d.poll = adaptive(7)),
+    ("--client", |d| {
+        d.socket = Socket::Connect { path: "/s".into() }
+    }),
+    ("--socket-mode 0640", |d| {
+        d.socket = listen("/s", 0o640, None)
+    }),
+    ("--socket-group kvm", |d| {
+        d.socket = listen("/s", 0o660, Some("kvm"))
+    }),
+    ("--socket-group 7 --socket-mode 620", |d| {
+        d.socket = listen("/s", 0o620, Some("7"))
+    }),
+];
+
+fn adaptive(microseconds: u64) -> PollMode {
+    PollMode::Adaptive(Duration::from_micros(microseconds))
+}
+
 #[test]
 fn flags_of_one_device_are_read() {
-    let plain = || device("vnet", "/s", "null");
-    let us = |us| PollMode::Adaptive(Duration::from_micros(us));
-    for (flags, expected) in [
-        (
-            "--name eth.0_a-b",
-            DeviceConfig {
-                name: "eth.0_a-b".into(),
-                ..plain()
-            },
-        ),
-        (
-            "--queues 1",
-            DeviceConfig {
-                queues: QueuePairCount::AtMost(1),
-                ..plain()
-            },
-        ),
-        (
-            "--queues 128",
-            DeviceConfig {
-                queues: QueuePairCount::AtMost(128),
-                ..plain()
-            },
-        ),
-        ("--queues auto", plain()),
-        (
-            "--queues auto --vcpus 3",
-            DeviceConfig {
-                queues: QueuePairCount::AtMost(3),
-                ..plain()
-            },
-        ),
-        (
-            "--queues high --vcpus 200",
-            DeviceConfig {
-                queues: QueuePairCount::AtMost(128),
-                ..plain()
-            },
-        ),
-        (
-            "--queues medium --vcpus 3",
-            DeviceConfig {
-                queues: QueuePairCount::AtMost(2),
-                ..plain()
-            },
-        ),
-        (
-            "--queues low --vcpus 3",
-            DeviceConfig {
-                queues: QueuePairCount::AtMost(1),
-                ..plain()
-            },
-        ),
-        (
-            "--irq-affinity print",
-            DeviceConfig {
-                irq_affinity: IrqAffinity::Print,
-                ..plain()
-            },
-        ),
-        (
-            "--placement list:0-3,8",
-            DeviceConfig {
-                placement: "list:0-3,8".parse().unwrap(),
-                ..plain()
-            },
-        ),
-        (
-            "--qmp /q",
-            DeviceConfig {
-                qmp: Some("/q".into()),
-                ..plain()
-            },
-        ),
-        ("--poll off", plain()),
-        (
-            "--poll always",
-            DeviceConfig {
-                poll: PollMode::Always,
-                ..plain()
-            },
-        ),
-        (
-            "--poll adaptive",
-            DeviceConfig {
-                poll: us(50),
-                ..plain()
-            },
-        ),
-        (
-            "--poll adaptive --poll-us 7",
-            DeviceConfig {
-                poll: us(7),
-                ..plain()
-            },
-        ),
-        (
-            "--client",
-            DeviceConfig {
-                socket: Socket::Connect { path: "/s".into() },
-                ..plain()
-            },
-        ),
-        (
-            "--socket-mode 0640",
-            DeviceConfig {
-                socket: listen("/s", 0o640, None),
-                ..plain()
-            },
-        ),
-        (
-            "--socket-group kvm",
-            DeviceConfig {
-                socket: listen("/s", 0o660, Some("kvm")),
-                ..plain()
-            },
-        ),
-        (
-            "--socket-group 7 --socket-mode 620",
-            DeviceConfig {
-                socket: listen("/s", 0o620, Some("7")),
-                ..plain()
-            },
-        ),
-    ] {
+    for (flags, change) in FLAGS_OF_A_DEVICE {
         let line = format!("--socket-path /s --uplink null {flags}");
+        let mut expected = device("vnet", "/s", "null");
+        change(&mut expected);
         assert_eq!(config(&line).devices, [expected], "{line}");
     }
     let inherited = &config("--fd 3 --tap t0,bridge=br0").devices[0];
@@ -219,12 +144,12 @@ fn several_devices_have_keys_of_their_own_and_common_flags() {
         ..device("b", "/b", "switch:e0,tap=t9")
     };
     assert_eq!(found.devices, [first, second]);
-    // The kernel makes another name from a pattern each time: two of them are two TAPs.
+    // The kernel makes a new name from a pattern each time, so two patterns are two TAPs.
     let patterns = config("--device fd=3,tap=t%d --device fd=4,tap=t%d");
     assert_eq!(patterns.devices.len(), 2);
 }
 
-/// Command lines, and below each the problem with it.
+/// Command lines, and below each its problem.
 const REFUSED: &str = r#"
 --queues 2
     no device is described: give its socket and its uplink, such as --socket-path /run/vnet.sock --tap tap0, or a file that describes devices with --config FILE
@@ -311,7 +236,7 @@ const REFUSED: &str = r#"
 "#;
 
 #[test]
-fn every_conflict_is_one_sentence_that_says_what_to_do() {
+fn every_problem_of_a_command_line_says_what_to_do() {
     let rows: Vec<&str> = REFUSED.trim().lines().collect();
     for row in rows.chunks(2) {
         assert_eq!(command(row[0]), Err(row[1].trim().into()), "{}", row[0]);

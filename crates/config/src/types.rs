@@ -1,4 +1,4 @@
-//! The configuration that all sources result in: complete, checked and typed.
+//! The types of the configuration that all sources result in. It is complete and checked.
 
 use std::os::fd::RawFd;
 use std::path::PathBuf;
@@ -17,18 +17,18 @@ pub struct Config {
     pub devices: Vec<DeviceConfig>,
     /// The path of the control socket; `None` for no control server.
     pub control: Option<PathBuf>,
-    /// How often `-v` was given.
+    /// The number of `-v` flags.
     pub verbosity: u8,
 }
 
 /// The configuration of one network device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceConfig {
-    /// Its name, unique among the devices: letters, digits, `.`, `_` and `-`.
+    /// The name, which is unique among the devices: 1 to 64 letters, digits, `.`, `_` and `-`.
     pub name: String,
     /// The vhost-user socket.
     pub socket: Socket,
-    /// The number of queue pairs.
+    /// The number of queue pairs that the front-end may ask for.
     pub queues: QueuePairCount,
     /// The uplink.
     pub uplink: UplinkConfig,
@@ -36,7 +36,7 @@ pub struct DeviceConfig {
     pub placement: Placement,
     /// Whether interrupts and steering masks follow the workers.
     pub irq_affinity: IrqAffinity,
-    /// The front-end's QMP socket.
+    /// The path of the front-end's QMP socket; `None` where only thread names identify the vCPUs.
     pub qmp: Option<PathBuf>,
     /// How the workers wait for frames.
     pub poll: PollMode,
@@ -49,7 +49,7 @@ pub enum Socket {
     Listen {
         /// The path of the socket.
         path: PathBuf,
-        /// The file mode of the socket.
+        /// The file mode of the socket, 0 to 0o777.
         mode: u32,
         /// The group of the socket, by name or number; `None` for the group of the process.
         group: Option<String>,
@@ -59,11 +59,12 @@ pub enum Socket {
         /// The path of the socket.
         path: PathBuf,
     },
-    /// Use a file descriptor that the parent process passes on.
+    /// Use the file descriptor of a socket, connected or listening, that the parent process passes
+    /// on.
     Inherited(RawFd),
 }
 
-/// How many queue pairs a device has.
+/// The number of queue pairs of a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum QueuePairCount {
     /// As many as the front-end asks for, up to [`MAX_QUEUE_PAIRS`].
@@ -73,7 +74,7 @@ pub enum QueuePairCount {
 }
 
 impl QueuePairCount {
-    /// The most queue pairs that the front-end may ask for.
+    /// The largest number of queue pairs that the front-end may ask for.
     #[must_use]
     pub fn max(self) -> u16 {
         match self {
@@ -88,7 +89,7 @@ impl QueuePairCount {
 pub enum PollMode {
     /// It sleeps.
     Off,
-    /// It polls for up to this long before it sleeps.
+    /// It polls for up to this time before it sleeps: 1 to 100,000 µs.
     Adaptive(Duration),
     /// It never sleeps.
     Always,

@@ -1,9 +1,9 @@
-//! Uplinks as the configuration names them.
+//! The texts by which a configuration names uplinks.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// An uplink as the command line names it: `tap:NAME[,bridge=BR]`,
+/// An uplink, which is parsed from and displayed as `tap:NAME[,bridge=BR]`,
 /// `switch:NAME[,tap=IF[,bridge=BR]]` or `null`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum UplinkConfig {
@@ -11,7 +11,7 @@ pub enum UplinkConfig {
     Tap(TapConfig),
     /// A port of a switch in this process.
     Switch(SwitchConfig),
-    /// Nowhere.
+    /// No uplink: frames from the guest are dropped.
     Null,
 }
 
@@ -25,20 +25,12 @@ impl FromStr for UplinkConfig {
         };
         match (kind, details) {
             ("tap", Some(details)) => Ok(Self::Tap(details.parse()?)),
-            ("tap", None) => Err(UplinkParseError(
-                "uplink \"tap\" lacks the TAP's name; write tap:NAME".into(),
-            )),
+            ("tap", None) => Err(UplinkParseError::MissingTapName),
             ("switch", Some(details)) => Ok(Self::Switch(details.parse()?)),
-            ("switch", None) => Err(UplinkParseError(
-                "uplink \"switch\" lacks the switch's name; write switch:NAME".into(),
-            )),
+            ("switch", None) => Err(UplinkParseError::MissingSwitchName),
             ("null", None) => Ok(Self::Null),
-            ("null", Some(details)) => Err(UplinkParseError(format!(
-                "uplink \"null\" takes no details, not {details:?}; write null"
-            ))),
-            _ => Err(UplinkParseError(format!(
-                "there is no uplink {text:?}; write tap:NAME[,bridge=BR], switch:NAME[,tap=IF] or null"
-            ))),
+            ("null", Some(details)) => Err(UplinkParseError::NullWithDetails(details.into())),
+            _ => Err(UplinkParseError::UnknownKind(text.into())),
         }
     }
 }
@@ -53,16 +45,17 @@ impl fmt::Display for UplinkConfig {
     }
 }
 
-/// Bytes of the longest interface name.
+/// The length of the longest interface name, in bytes (`IFNAMSIZ` without the terminating zero).
 const MAX_INTERFACE_NAME: usize = 15;
 
-/// `NAME[,bridge=BR]`: names that an interface can bear.
+/// A TAP, which is parsed from and displayed as `NAME[,bridge=BR]`. Both names are valid names of
+/// interfaces.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TapConfig {
-    /// The interface's name. With `%d` in it, a new TAP is made and the kernel puts in the first
-    /// free number.
+    /// The name of the TAP. Where it contains `%d`, a new TAP is created, and the kernel replaces
+    /// `%d` by the first free number.
     pub name: String,
-    /// The bridge that the interface is, or becomes, a port of.
+    /// The bridge that the TAP is made a port of; `None` where it is left as it is.
     pub bridge: Option<String>,
 }
 
@@ -72,23 +65,17 @@ impl FromStr for TapConfig {
     fn from_str(text: &str) -> Result<Self, UplinkParseError> {
         let mut parts = text.split(',');
         let name = parts.next().unwrap_or_default();
-        check_interface_name("TAP name", name, true)?;
+        check_interface_name(NameKind::Tap, name)?;
         let mut bridge = None;
         for part in parts {
             match part.split_once('=') {
                 Some(("bridge", value)) => {
-                    check_interface_name("bridge", value, false)?;
+                    check_interface_name(NameKind::Bridge, value)?;
                     if bridge.replace(value.to_owned()).is_some() {
-                        return Err(UplinkParseError(format!(
-                            "tap:{text} names a bridge twice; a TAP is a port of one bridge only"
-                        )));
+                        return Err(UplinkParseError::BridgeRepeated(text.into()));
                     }
                 }
-                _ => {
-                    return Err(UplinkParseError(format!(
-                        "a tap uplink has no option {part:?}; write tap:NAME[,bridge=BR]"
-                    )));
-                }
+                _ => return Err(UplinkParseError::UnknownTapOption(part.into())),
             }
         }
         Ok(Self {
@@ -108,43 +95,49 @@ impl fmt::Display for TapConfig {
     }
 }
 
-/// What the kernel takes for a name, checked here for a better sentence than "Invalid argument".
-fn check_interface_name(what: &str, name: &str, pattern: bool) -> Result<(), UplinkParseError> {
+/// Checks `name` as the kernel does, so that the error is clearer than the kernel's "Invalid
+/// argument".
+fn check_interface_name(kind: NameKind, name: &str) -> Result<(), UplinkParseError> {
     if name.is_empty() || name.len() > MAX_INTERFACE_NAME {
-        return Err(UplinkParseError(format!(
-            "{what} {name:?} has {} bytes; an interface's name has 1 to {MAX_INTERFACE_NAME}",
-            name.len()
-        )));
+        return Err(UplinkParseError::InterfaceNameLength {
+            kind,
+            name: name.into(),
+        });
     }
-    let bad = |c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control();
-    if let Some(c) = name.chars().find(|&c| bad(c)) {
-        return Err(UplinkParseError(format!(
-            "{what} {name:?} contains {c:?}; use letters, digits, '-', '_' and '.'"
-        )));
+    let is_forbidden = |c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control();
+    if let Some(character) = name.chars().find(|&c| is_forbidden(c)) {
+        return Err(UplinkParseError::NameCharacter {
+            kind,
+            name: name.into(),
+            character,
+        });
     }
     if name == "." || name == ".." {
-        return Err(UplinkParseError(format!(
-            "{what} {name:?} is not a name; use letters and digits"
-        )));
+        return Err(UplinkParseError::ReservedName {
+            kind,
+            name: name.into(),
+        });
     }
-    let numbered = pattern && name.matches("%d").count() == 1;
-    if name.matches('%').count() > usize::from(numbered) {
-        return Err(UplinkParseError(format!(
-            "{what} {name:?} contains '%'; only a TAP name may, as one \"%d\" for a free number"
-        )));
+    let is_pattern = kind == NameKind::Tap && name.matches("%d").count() == 1;
+    if name.matches('%').count() > usize::from(is_pattern) {
+        return Err(UplinkParseError::PercentSign {
+            kind,
+            name: name.into(),
+        });
     }
     Ok(())
 }
 
-/// Bytes of the longest switch name.
+/// The length of the longest switch name, in bytes.
 const MAX_SWITCH_NAME: usize = 32;
 
-/// `NAME[,tap=IF[,bridge=BR]]`.
+/// A switch, which is parsed from and displayed as `NAME[,tap=IF[,bridge=BR]]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SwitchConfig {
-    /// The switch's name, within this process.
+    /// The switch's name, which is unique within this process: 1 to 32 letters, digits, `-`, `_`
+    /// and `.`.
     pub name: String,
-    /// The TAP that is a port of it.
+    /// The TAP that is a port of the switch; `None` where the host has no port.
     pub tap: Option<TapConfig>,
 }
 
@@ -160,11 +153,7 @@ impl FromStr for SwitchConfig {
         let tap = match rest.map(|rest| rest.strip_prefix("tap=").ok_or(rest)) {
             None => None,
             Some(Ok(tap)) => Some(tap.parse()?),
-            Some(Err(other)) => {
-                return Err(UplinkParseError(format!(
-                    "a switch uplink has no option {other:?}; write switch:NAME[,tap=IF[,bridge=BR]]"
-                )));
-            }
+            Some(Err(other)) => return Err(UplinkParseError::UnknownSwitchOption(other.into())),
         };
         Ok(Self {
             name: name.to_owned(),
@@ -185,31 +174,136 @@ impl fmt::Display for SwitchConfig {
 
 fn check_switch_name(name: &str) -> Result<(), UplinkParseError> {
     if name.is_empty() || name.len() > MAX_SWITCH_NAME {
-        return Err(UplinkParseError(format!(
-            "switch name {name:?} has {} bytes; it may have 1 to {MAX_SWITCH_NAME}",
-            name.len()
-        )));
+        return Err(UplinkParseError::SwitchNameLength(name.into()));
     }
-    let good = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-    match name.chars().find(|&c| !good(c)) {
-        Some(c) => Err(UplinkParseError(format!(
-            "switch name {name:?} contains {c:?}; use letters, digits, '-', '_' and '.'"
-        ))),
+    let is_allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    match name.chars().find(|&c| !is_allowed(c)) {
+        Some(character) => Err(UplinkParseError::NameCharacter {
+            kind: NameKind::Switch,
+            name: name.into(),
+            character,
+        }),
         None => Ok(()),
     }
 }
 
-/// A text that names no uplink: one sentence that says what to write.
+/// Why a text is not an [`UplinkConfig`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct UplinkParseError(String);
+pub enum UplinkParseError {
+    /// The text, which the variant holds, begins with none of the kinds.
+    #[error("there is no uplink {0:?}; write tap:NAME[,bridge=BR], switch:NAME[,tap=IF] or null")]
+    UnknownKind(String),
+    /// `tap` without a name.
+    #[error("uplink \"tap\" lacks the TAP's name; write tap:NAME")]
+    MissingTapName,
+    /// `switch` without a name.
+    #[error("uplink \"switch\" lacks the switch's name; write switch:NAME")]
+    MissingSwitchName,
+    /// `null` with details, which the variant holds.
+    #[error("uplink \"null\" takes no details, not {0:?}; write null")]
+    NullWithDetails(String),
+    /// Two bridges for one TAP. The variant holds the text behind `tap:`.
+    #[error("tap:{0} names a bridge twice; a TAP is a port of one bridge only")]
+    BridgeRepeated(String),
+    /// An option, which the variant holds, that a TAP does not have.
+    #[error("a tap uplink has no option {0:?}; write tap:NAME[,bridge=BR]")]
+    UnknownTapOption(String),
+    /// An option, which the variant holds, that a switch does not have.
+    #[error("a switch uplink has no option {0:?}; write switch:NAME[,tap=IF[,bridge=BR]]")]
+    UnknownSwitchOption(String),
+    /// The name of an interface is empty or too long.
+    #[error(
+        "{kind} {name:?} has {} bytes; an interface's name has 1 to {MAX_INTERFACE_NAME}",
+        name.len()
+    )]
+    InterfaceNameLength {
+        /// What the name is for.
+        kind: NameKind,
+        /// The name.
+        name: String,
+    },
+    /// The name of a switch, which the variant holds, is empty or too long.
+    #[error(
+        "switch name {0:?} has {bytes} bytes; it may have 1 to {MAX_SWITCH_NAME}",
+        bytes = .0.len()
+    )]
+    SwitchNameLength(String),
+    /// A name contains a character that it must not contain.
+    #[error("{kind} {name:?} contains {character:?}; use letters, digits, '-', '_' and '.'")]
+    NameCharacter {
+        /// What the name is for.
+        kind: NameKind,
+        /// The name.
+        name: String,
+        /// The first character that is not allowed.
+        character: char,
+    },
+    /// The name of an interface is `.` or `..`.
+    #[error("{kind} {name:?} is not a name; use letters and digits")]
+    ReservedName {
+        /// What the name is for.
+        kind: NameKind,
+        /// The name.
+        name: String,
+    },
+    /// The name of an interface contains a percent sign other than one `%d` of a TAP.
+    #[error("{kind} {name:?} contains '%'; only a TAP name may, as one \"%d\" for a free number")]
+    PercentSign {
+        /// What the name is for.
+        kind: NameKind,
+        /// The name.
+        name: String,
+    },
+}
+
+impl UplinkParseError {
+    /// A stable name of the cause, for programs.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::UnknownKind(_) => "uplink-unknown",
+            Self::MissingTapName => "tap-name-missing",
+            Self::MissingSwitchName => "switch-name-missing",
+            Self::NullWithDetails(_) => "null-with-details",
+            Self::BridgeRepeated(_) => "bridge-repeated",
+            Self::UnknownTapOption(_) => "tap-option-unknown",
+            Self::UnknownSwitchOption(_) => "switch-option-unknown",
+            Self::InterfaceNameLength { .. } => "interface-name-length",
+            Self::SwitchNameLength(_) => "switch-name-length",
+            Self::NameCharacter { .. } => "name-character-invalid",
+            Self::ReservedName { .. } => "name-reserved",
+            Self::PercentSign { .. } => "name-percent-sign",
+        }
+    }
+}
+
+/// What a name in the text of an uplink is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NameKind {
+    /// A TAP.
+    Tap,
+    /// A bridge.
+    Bridge,
+    /// A switch in this process.
+    Switch,
+}
+
+impl fmt::Display for NameKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tap => "TAP name",
+            Self::Bridge => "bridge",
+            Self::Switch => "switch name",
+        })
+    }
+}
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn specs_are_read_and_written_alike() {
+    fn a_text_that_is_parsed_and_displayed_stays_the_same() {
         for text in [
             "null",
             "tap:tap0",
@@ -219,45 +313,77 @@ mod tests {
             "switch:Lan-1.a_b,tap=tap0",
             "switch:s,tap=vnet%d,bridge=br0",
         ] {
-            let spec: UplinkConfig = text.parse().unwrap();
-            assert_eq!(spec.to_string(), text);
+            let uplink: UplinkConfig = text.parse().unwrap();
+            assert_eq!(uplink.to_string(), text);
         }
     }
 
+    /// Invalid texts, with the code and a part of the text of their errors.
+    const INVALID: [(&str, &str, &str); 28] = [
+        ("", "uplink-unknown", "there is no uplink \"\"; write"),
+        ("tap", "tap-name-missing", "lacks the TAP's name"),
+        ("tap:", "interface-name-length", "has 0 bytes"),
+        ("tap:,bridge=br0", "interface-name-length", "has 0 bytes"),
+        (
+            "tap:abcdefghijklmnop",
+            "interface-name-length",
+            "has 16 bytes",
+        ),
+        ("tap:a/b", "name-character-invalid", "contains '/'"),
+        ("tap:a b", "name-character-invalid", "contains ' '"),
+        ("tap:a:b", "name-character-invalid", "contains ':'"),
+        ("tap:..", "name-reserved", "not a name"),
+        ("tap:a%s", "name-percent-sign", "\"%d\""),
+        ("tap:%d%d", "name-percent-sign", "\"%d\""),
+        (
+            "tap:a,bridge=",
+            "interface-name-length",
+            "bridge \"\" has 0 bytes",
+        ),
+        ("tap:a,bridge=b%d", "name-percent-sign", "\"%d\""),
+        ("tap:a,bridge=b,bridge=c", "bridge-repeated", "twice"),
+        ("tap:a,vlan=1", "tap-option-unknown", "no option \"vlan=1\""),
+        ("switch", "switch-name-missing", "lacks the switch's name"),
+        ("switch:", "switch-name-length", "has 0 bytes"),
+        ("switch:,tap=t", "switch-name-length", "has 0 bytes"),
+        ("switch:s,", "switch-option-unknown", "no option \"\""),
+        ("switch:s,tap", "switch-option-unknown", "no option \"tap\""),
+        (
+            "switch:s,bridge=b",
+            "switch-option-unknown",
+            "no option \"bridge=b\"",
+        ),
+        (
+            "switch:s,tap=",
+            "interface-name-length",
+            "TAP name \"\" has 0 bytes",
+        ),
+        (
+            "switch:s,tap=a,tap=b",
+            "tap-option-unknown",
+            "no option \"tap=b\"",
+        ),
+        ("switch:a b", "name-character-invalid", "contains ' '"),
+        ("switch:a/b", "name-character-invalid", "contains '/'"),
+        (
+            "switch:abcdefghijklmnopqrstuvwxyz0123456",
+            "switch-name-length",
+            "has 33 bytes",
+        ),
+        ("null:x", "null-with-details", "takes no details"),
+        (
+            "passt:x",
+            "uplink-unknown",
+            "there is no uplink \"passt:x\"",
+        ),
+    ];
+
     #[test]
-    fn bad_specs_are_told_apart() {
-        for (text, want) in [
-            ("", "there is no uplink \"\"; write"),
-            ("tap", "lacks the TAP's name"),
-            ("tap:", "has 0 bytes"),
-            ("tap:,bridge=br0", "has 0 bytes"),
-            ("tap:abcdefghijklmnop", "has 16 bytes"),
-            ("tap:a/b", "contains '/'"),
-            ("tap:a b", "contains ' '"),
-            ("tap:a:b", "contains ':'"),
-            ("tap:..", "not a name"),
-            ("tap:a%s", "\"%d\""),
-            ("tap:%d%d", "\"%d\""),
-            ("tap:a,bridge=", "bridge \"\" has 0 bytes"),
-            ("tap:a,bridge=b%d", "\"%d\""),
-            ("tap:a,bridge=b,bridge=c", "twice"),
-            ("tap:a,vlan=1", "no option \"vlan=1\""),
-            ("switch", "lacks the switch's name"),
-            ("switch:", "has 0 bytes"),
-            ("switch:,tap=t", "has 0 bytes"),
-            ("switch:s,", "no option \"\""),
-            ("switch:s,tap", "no option \"tap\""),
-            ("switch:s,bridge=b", "no option \"bridge=b\""),
-            ("switch:s,tap=", "TAP name \"\" has 0 bytes"),
-            ("switch:s,tap=a,tap=b", "no option \"tap=b\""),
-            ("switch:a b", "contains ' '"),
-            ("switch:a/b", "contains '/'"),
-            ("switch:abcdefghijklmnopqrstuvwxyz0123456", "has 33 bytes"),
-            ("null:x", "takes no details"),
-            ("passt:x", "there is no uplink \"passt:x\""),
-        ] {
-            let sentence = text.parse::<UplinkConfig>().unwrap_err().to_string();
-            assert!(sentence.contains(want), "{text}: {sentence}");
+    fn each_invalid_text_has_its_own_error() {
+        for (text, code, part) in INVALID {
+            let error = text.parse::<UplinkConfig>().unwrap_err();
+            assert_eq!(error.code(), code, "{text}: {error}");
+            assert!(error.to_string().contains(part), "{text}: {error}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! A blocking client of the control socket: one request, one connection.
+//! A blocking client of the control server, which opens a connection for each request.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -7,16 +7,20 @@ use std::time::Duration;
 
 use crate::v1::Report;
 
-/// How long the daemon may take to answer.
+/// The longest time that the daemon may take for each part of its answer.
 const TIMEOUT: Duration = Duration::from_secs(5);
-/// The most bytes of an answer that are read; 128 devices of 128 queue pairs need less.
+/// The largest answer that is read, in bytes. 128 devices with 128 queue pairs each need less.
 const MAX_ANSWER: u64 = 256 << 20;
 
-/// Why there is no usable answer of the daemon.
+/// Why the client has no usable answer of the daemon.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// No process listens on the socket, or this process may not connect to it.
-    #[error("control socket {} cannot be reached ({source}): start virtionetd with --control, or name its socket", path.display())]
+    #[error(
+        "control socket {} cannot be reached ({source}): start virtionetd with --control, or name \
+         its socket",
+        path.display()
+    )]
     Connect {
         /// The socket's path.
         path: PathBuf,
@@ -24,25 +28,31 @@ pub enum ClientError {
         source: io::Error,
     },
     /// The connection failed, or the answer took too long.
-    #[error("virtionetd did not answer on {} ({source}): check whether it still runs", path.display())]
+    #[error(
+        "virtionetd did not answer on {} ({source}): check whether it still runs",
+        path.display()
+    )]
     Transfer {
         /// The socket's path.
         path: PathBuf,
         /// The kernel's error.
         source: io::Error,
     },
-    /// The answer is not what this version understands.
-    #[error("the answer of {} cannot be read ({reason}): use the virtionetctl of the daemon's version", path.display())]
+    /// The answer is not a report in the format of this version.
+    #[error(
+        "the answer of {} cannot be read ({reason}): use the virtionetctl of the daemon's version",
+        path.display()
+    )]
     Answer {
         /// The socket's path.
         path: PathBuf,
-        /// What is wrong with it.
+        /// What is wrong with the answer.
         reason: String,
     },
 }
 
 impl ClientError {
-    /// The kind of the error, as a stable name for programs.
+    /// A stable name of the cause, for programs.
     #[must_use]
     pub fn code(&self) -> &'static str {
         match self {
@@ -53,7 +63,8 @@ impl ClientError {
     }
 }
 
-/// The answer of the daemon at `path` to `GET /v1/devices`, as it was sent.
+/// Requests `GET /v1/devices` from the daemon whose socket is at `path`, and returns the JSON as
+/// the daemon sends it.
 ///
 /// # Errors
 /// When the daemon cannot be reached or its answer cannot be read.
@@ -61,13 +72,13 @@ pub fn devices_json(path: &Path) -> Result<String, ClientError> {
     get(path, "/v1/devices")
 }
 
-/// The report of the daemon at `path`.
+/// Requests the report of the daemon whose socket is at `path`.
 ///
 /// # Errors
 /// When the daemon cannot be reached or its answer cannot be read.
 pub fn devices(path: &Path) -> Result<Report, ClientError> {
     let body = devices_json(path)?;
-    serde_json::from_str(&body).map_err(|error| answer(path, error.to_string()))
+    serde_json::from_str(&body).map_err(|error| answer_error(path, error.to_string()))
 }
 
 fn get(path: &Path, target: &str) -> Result<String, ClientError> {
@@ -81,17 +92,18 @@ fn get(path: &Path, target: &str) -> Result<String, ClientError> {
     })?;
     let (head, body) = text
         .split_once("\r\n\r\n")
-        .ok_or_else(|| answer(path, "it is not HTTP".into()))?;
+        .ok_or_else(|| answer_error(path, "it is not HTTP".into()))?;
     match head.split(' ').nth(1) {
         Some("200") => Ok(body.into()),
-        status => Err(answer(
+        status => Err(answer_error(
             path,
             format!("its HTTP status is {}", status.unwrap_or("missing")),
         )),
     }
 }
 
-/// HTTP/1.0 has neither chunks nor persistent connections: the answer ends with the connection.
+/// Sends one request and reads the whole answer. The version is HTTP/1.0, in which the answer ends
+/// with the connection.
 fn exchange(stream: &mut UnixStream, target: &str) -> io::Result<String> {
     stream.set_read_timeout(Some(TIMEOUT))?;
     stream.set_write_timeout(Some(TIMEOUT))?;
@@ -101,7 +113,7 @@ fn exchange(stream: &mut UnixStream, target: &str) -> io::Result<String> {
     Ok(text)
 }
 
-fn answer(path: &Path, reason: String) -> ClientError {
+fn answer_error(path: &Path, reason: String) -> ClientError {
     ClientError::Answer {
         path: path.into(),
         reason,
@@ -118,7 +130,8 @@ mod tests {
     use super::*;
     use crate::v1::sample;
 
-    /// The client's result against a server that sends `answer`, and the request that it received.
+    /// The result of a client whose server sends `answer`, and the request that the server
+    /// receives.
     fn exchange_with(name: &str, answer: &str) -> (Result<Report, ClientError>, String) {
         let path = std::env::temp_dir().join(format!("vnet-client-{name}-{}", std::process::id()));
         let _ = fs::remove_file(&path);

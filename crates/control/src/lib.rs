@@ -1,5 +1,5 @@
-//! The control API: its types ([`v1`]), the HTTP server on a unix socket (feature `server`) and a
-//! client of it (feature `client`).
+//! The control API of virtionetd: its types ([`v1`]), the HTTP server on a unix socket (feature
+//! `server`) and a client (feature `client`).
 
 #[cfg(feature = "client")]
 pub mod client;

@@ -1,8 +1,8 @@
 //! `GET /metrics`: a [`Report`] in the OpenMetrics text format, which Prometheus reads.
 //!
-//! The counters live in the rings, not in a registry of live metrics, so the page is made from a
-//! report at every scrape. One family a counter; a frame's way is told by the labels `device`,
-//! `pair` and `direction` (`rx` and `tx` as the guest sees them).
+//! The counters belong to the vrings and workers, and not to a registry of metrics, so each scrape
+//! makes the page from a report. Each counter is a metric family of its own. The labels `device`,
+//! `pair` and `direction` identify the vring; `rx` and `tx` are named from the guest's side.
 
 use std::fmt;
 
@@ -18,10 +18,10 @@ use crate::v1::{
 /// The page's media type.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// The page for `report`.
+/// Encodes `report` as a page of metrics.
 ///
 /// # Errors
-/// None that a [`String`] can raise; the encoder's signature has one.
+/// The encoder's signature has an error, but writing to a [`String`] does not fail.
 pub fn encode(report: Report) -> Result<String, fmt::Error> {
     let mut registry = Registry::with_prefix("virtionetd");
     registry.register_collector(Box::new(Snapshot(report)));
@@ -39,7 +39,7 @@ impl Collector for Snapshot {
         let Report { version, devices } = &self.0;
         page.info(
             "build",
-            "The daemon that answers.",
+            "The version of the daemon.",
             [[("version", version.as_str())]],
         )?;
         encode_devices(&mut page, devices)?;
@@ -63,14 +63,14 @@ fn encode_devices(page: &mut Page<'_>, devices: &[DeviceReport]) -> fmt::Result 
     )?;
     page.gauge(
         ("device_connected", None),
-        "Whether a front-end is connected.",
+        "Whether a front-end is connected to the device.",
         devices
             .iter()
             .map(|device| (device_label(device), u32::from(device.connected))),
     )?;
     page.gauge(
         ("device_mtu", Some(&Unit::Bytes)),
-        "The MTU that the front-end set.",
+        "The MTU that the front-end has set for the device.",
         devices
             .iter()
             .filter_map(|device| Some((device_label(device), u32::from(device.mtu?)))),
@@ -80,26 +80,28 @@ fn encode_devices(page: &mut Page<'_>, devices: &[DeviceReport]) -> fmt::Result 
 fn encode_workers(page: &mut Page<'_>, devices: &[DeviceReport]) -> fmt::Result {
     page.info(
         "worker",
-        "The worker thread of a queue pair, the CPUs it may run on and the vCPUs it serves.",
+        "The worker of a queue pair, the CPUs that it may run on and the vCPUs that it serves.",
         pairs(devices).map(|(device, pair)| {
             [
                 ("device", device.name.clone()),
                 ("pair", pair.pair.to_string()),
                 ("worker", pair.worker.clone()),
-                ("cpus", numbers(&pair.cpus)),
-                ("vcpus", numbers(&pair.vcpus)),
+                ("cpus", comma_separated(&pair.cpus)),
+                ("vcpus", comma_separated(&pair.vcpus)),
             ]
         }),
     )?;
     page.gauge(
         ("worker_cpu", None),
-        "The CPU that the worker is pinned to, where it is one.",
+        "The CPU that the worker is pinned to, if it is pinned to a single CPU.",
         pairs(devices).filter_map(|(device, pair)| match pair.cpus.as_slice() {
             [cpu] => Some((pair_labels(device, pair), *cpu)),
             _ => None,
         }),
     )?;
-    for Counter { name, help, .. } in names(pairs(devices).map(|(_, pair)| &pair.worker_counters)) {
+    for Counter { name, help, .. } in
+        families(pairs(devices).map(|(_, pair)| &pair.worker_counters))
+    {
         page.counter(
             (&format!("worker_{name}"), None),
             help,
@@ -112,53 +114,53 @@ fn encode_workers(page: &mut Page<'_>, devices: &[DeviceReport]) -> fmt::Result 
 }
 
 fn encode_vrings(page: &mut Page<'_>, devices: &[DeviceReport]) -> fmt::Result {
-    let is = |state: VringStatus| move |ring: &VringReport| u32::from(ring.state == state);
-    page.vrings(
+    let has_state = |state: VringStatus| move |vring: &VringReport| u32::from(vring.state == state);
+    page.vring_gauge(
         "ring_enabled",
-        "Whether the front-end enabled the ring.",
+        "Whether the front-end has enabled the vring.",
         devices,
-        |ring| u32::from(ring.enabled),
+        |vring| u32::from(vring.enabled),
     )?;
-    page.vrings(
+    page.vring_gauge(
         "ring_running",
-        "Whether the ring is served.",
+        "Whether the vring is served.",
         devices,
-        is(VringStatus::Running),
+        has_state(VringStatus::Running),
     )?;
-    page.vrings(
+    page.vring_gauge(
         "ring_quarantined",
-        "Whether the ring waits to be configured anew because the guest broke its rules.",
+        "Whether the vring is stopped for a fault of the guest until it is configured again.",
         devices,
-        is(VringStatus::Quarantined),
+        has_state(VringStatus::Quarantined),
     )?;
-    page.vrings(
+    page.vring_gauge(
         "ring_size",
-        "Descriptors in the ring; 0 until the front-end sets it.",
+        "The number of descriptors of the vring; 0 until the front-end sets it.",
         devices,
-        |ring| u32::from(ring.size),
+        |vring| u32::from(vring.size),
     )?;
-    for Counter { name, help, .. } in names(vrings(devices).map(|(_, ring)| &ring.counters)) {
-        // A unit belongs at the end of the name and in a line of its own; the encoder writes both.
-        let bytes = name == "bytes";
-        let family = if bytes {
+    for Counter { name, help, .. } in families(vrings(devices).map(|(_, vring)| &vring.counters)) {
+        // The encoder appends the unit to the family's name, and describes it in a line of its own.
+        let is_bytes = name == "bytes";
+        let family = if is_bytes {
             "ring".into()
         } else {
             format!("ring_{name}")
         };
         page.counter(
-            (&family, bytes.then_some(&Unit::Bytes)),
+            (&family, is_bytes.then_some(&Unit::Bytes)),
             help,
-            vrings(devices).filter_map(|(labels, ring)| Some((labels, ring.counters.get(name)?))),
+            vrings(devices).filter_map(|(labels, vring)| Some((labels, vring.counters.get(name)?))),
         )?;
     }
     Ok(())
 }
 
-/// Writes whole metric families.
+/// A page of metrics that is being encoded. Each method writes one metric family.
 struct Page<'a>(DescriptorEncoder<'a>);
 
-/// A family's name without prefix, unit and suffix, and its unit.
-type Name<'a> = (&'a str, Option<&'a Unit>);
+/// The name of a family, without prefix, unit and suffix, and its unit.
+type FamilyName<'a> = (&'a str, Option<&'a Unit>);
 
 impl Page<'_> {
     fn info<L: EncodeLabelSet>(
@@ -177,7 +179,7 @@ impl Page<'_> {
 
     fn gauge<L: EncodeLabelSet>(
         &mut self,
-        (name, unit): Name<'_>,
+        (name, unit): FamilyName<'_>,
         help: &str,
         mut samples: impl Iterator<Item = (L, u32)>,
     ) -> fmt::Result {
@@ -189,7 +191,7 @@ impl Page<'_> {
 
     fn counter<L: EncodeLabelSet>(
         &mut self,
-        (name, unit): Name<'_>,
+        (name, unit): FamilyName<'_>,
         help: &str,
         mut samples: impl Iterator<Item = (L, u64)>,
     ) -> fmt::Result {
@@ -203,7 +205,7 @@ impl Page<'_> {
         })
     }
 
-    fn vrings(
+    fn vring_gauge(
         &mut self,
         name: &str,
         help: &str,
@@ -213,7 +215,7 @@ impl Page<'_> {
         self.gauge(
             (name, None),
             help,
-            vrings(devices).map(|(labels, ring)| (labels, value(ring))),
+            vrings(devices).map(|(labels, vring)| (labels, value(vring))),
         )
     }
 }
@@ -226,9 +228,9 @@ fn pairs(devices: &[DeviceReport]) -> impl Iterator<Item = (&DeviceReport, &Queu
 
 fn vrings(devices: &[DeviceReport]) -> impl Iterator<Item = ([(&str, String); 3], &VringReport)> {
     pairs(devices).flat_map(|(device, pair)| {
-        [("rx", &pair.rx), ("tx", &pair.tx)].map(|(direction, ring)| {
+        [("rx", &pair.rx), ("tx", &pair.tx)].map(|(direction, vring)| {
             let [name, number] = pair_labels(device, pair);
-            ([name, number, ("direction", direction.into())], ring)
+            ([name, number, ("direction", direction.into())], vring)
         })
     })
 }
@@ -244,12 +246,15 @@ fn pair_labels<'a>(device: &'a DeviceReport, pair: &QueuePairReport) -> [(&'a st
     ]
 }
 
-/// The counters that have a family: all blocks of a kind have the same ones.
-fn names<'a>(mut blocks: impl Iterator<Item = &'a Counters>) -> impl Iterator<Item = &'a Counter> {
+/// The counters for which there is a family. All blocks of a kind have the same counters, so those
+/// of the first block are enough.
+fn families<'a>(
+    mut blocks: impl Iterator<Item = &'a Counters>,
+) -> impl Iterator<Item = &'a Counter> {
     blocks.next().into_iter().flat_map(|block| &block.0)
 }
 
-fn numbers(numbers: &[u32]) -> String {
+fn comma_separated(numbers: &[u32]) -> String {
     numbers
         .iter()
         .map(u32::to_string)
@@ -264,15 +269,16 @@ mod tests {
     use super::*;
     use crate::v1::sample;
 
-    /// Name, labels and value of a sample line, by the grammar of OpenMetrics 1.0 (§ABNF).
+    /// The name, the labels and the value of a sample line, by the grammar of OpenMetrics 1.0
+    /// (§ABNF).
     fn parse_sample(line: &str) -> Option<(&str, HashMap<&str, String>, u64)> {
         let (head, value) = line.rsplit_once(' ')?;
         let (name, labels) = match head.split_once('{') {
             Some((name, labels)) => (name, labels.strip_suffix('}')?),
             None => (head, ""),
         };
-        let letters = |c: char| c.is_ascii_alphanumeric() || c == '_';
-        (name.starts_with(|c: char| c.is_ascii_lowercase()) && name.chars().all(letters))
+        let is_word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        (name.starts_with(|c: char| c.is_ascii_lowercase()) && name.chars().all(is_word))
             .then_some((name, parse_labels(labels)?, value.parse().ok()?))
     }
 
@@ -297,9 +303,11 @@ mod tests {
     }
 
     #[test]
-    fn every_line_is_valid_and_stands_in_its_family() {
+    fn every_line_is_valid_and_belongs_to_its_family() {
         let page = encode(sample()).unwrap();
-        let body = page.strip_suffix("# EOF\n").expect("the end is marked");
+        let body = page
+            .strip_suffix("# EOF\n")
+            .expect("the page ends with the EOF marker");
         let (mut family, mut kind) = ("", "");
         let mut seen = std::collections::HashSet::new();
         for line in body.lines() {
@@ -335,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn every_counter_has_one_sample_a_ring_with_its_value() {
+    fn every_counter_has_one_sample_for_each_vring() {
         let page = encode(sample()).unwrap();
         for name in ["frames", "kicks"] {
             let start = format!("virtionetd_ring_{name}_total{{");
@@ -361,7 +369,7 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_on_several_cpus_names_them_without_a_single_cpu() {
+    fn a_worker_with_several_cpus_has_no_sample_of_a_single_cpu() {
         let mut report = sample();
         report.devices[0].pairs[0].cpus = vec![0, 1];
         report.devices[0].mtu = None;

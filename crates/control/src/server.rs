@@ -1,10 +1,11 @@
-//! The control socket: HTTP/1.1 over a unix socket.
+//! The control server: HTTP/1.1 on a unix socket.
 //!
-//! `curl --unix-socket PATH http://localhost/v1/devices` answers with the [`Report`] in JSON,
-//! `/metrics` with the same for Prometheus. Errors are JSON too: `{"error": "..."}`.
+//! `GET /v1/devices` answers with the [`Report`] in JSON, and `GET /metrics` with the same report
+//! for Prometheus: `curl --unix-socket PATH http://localhost/v1/devices`. The answer to a wrong
+//! request is JSON too: `{"error": "..."}`.
 //!
-//! The server has a thread of its own, named `control`; whatever its clients do, no worker waits
-//! for it.
+//! The server has a thread of its own, named `control`, so that its clients do not delay the
+//! workers.
 
 use std::fmt;
 use std::io;
@@ -27,13 +28,13 @@ use virtionet_base::unix_socket::{Access, SocketFile, UnixSocketError, listen_at
 use crate::metrics;
 use crate::v1::{Report, ReportSource};
 
-/// Who may use the socket: its owner.
+/// The mode of the socket, which only its owner may use.
 const SOCKET_MODE: u32 = 0o600;
 
-/// How long answers under way may take once the server is told to stop.
+/// The longest time that requests in progress may take after the server is stopped.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(200);
 
-/// A control server that runs. Dropping it stops it, as [`Self::stop`] does.
+/// A running control server. Dropping it stops it, as [`Self::stop`] does.
 #[derive(Debug)]
 pub struct ControlServer {
     socket: SocketFile,
@@ -42,12 +43,12 @@ pub struct ControlServer {
 }
 
 impl ControlServer {
-    /// Creates the socket at `path`, for its owner only (mode 0600), and answers on it from a
-    /// thread of its own. A socket left behind by a process that is gone is replaced. The thread
-    /// inherits the caller's signal mask.
+    /// Creates the socket at `path` with the mode 0600, and starts a thread that answers requests.
+    /// A socket that no process listens on is replaced. The thread inherits the caller's signal
+    /// mask.
     ///
     /// # Errors
-    /// When another process listens on that path, when the socket cannot be made, or the thread.
+    /// When another process listens on `path`, or when the socket or the thread cannot be created.
     pub fn start(path: &Path, report_source: Arc<dyn ReportSource>) -> Result<Self, ControlError> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -66,13 +67,13 @@ impl ControlServer {
         })
     }
 
-    /// The socket's path.
+    /// The path of the socket.
     #[must_use]
     pub fn path(&self) -> &Path {
         self.socket.path()
     }
 
-    /// Ends the answers under way, the thread, and removes the socket.
+    /// Waits for requests in progress for a short time, ends the thread and removes the socket.
     pub fn stop(self) {}
 }
 
@@ -82,32 +83,43 @@ impl Drop for ControlServer {
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
-            tracing::error!("the control server ended by itself: please report this as a bug");
+            tracing::error!("the control server has ended unexpectedly: report this as a bug");
         }
     }
 }
 
-/// Why there can be no control server.
+/// Why the control server cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
-    /// Somebody answers there.
-    #[error("control socket {} is in use by another process: choose another path for --control", .0.display())]
+    /// Another process listens on the socket, whose path the variant holds.
+    #[error(
+        "control socket {} is in use by another process: choose another path for --control",
+        .0.display()
+    )]
     InUse(PathBuf),
-    /// The path is taken by something that must not be removed.
-    #[error("{} is in the way of the control socket and is no socket: remove it or choose another path for --control", .0.display())]
+    /// The path, which the variant holds, exists and is not a socket.
+    #[error(
+        "{} is in the way of the control socket and is no socket: remove it or choose another path \
+         for --control",
+        .0.display()
+    )]
     NotSocket(PathBuf),
-    /// The socket cannot be made.
-    #[error("control socket {} cannot be created ({source}): choose for --control a path in a directory that this user may write to", path.display())]
+    /// The kernel refuses to create the socket.
+    #[error(
+        "control socket {} cannot be created ({source}): choose for --control a path in a \
+         directory that this user may write to",
+        path.display()
+    )]
     Create {
-        /// Where.
+        /// The path of the socket.
         path: PathBuf,
         /// The kernel's error.
         source: io::Error,
     },
-    /// The path cannot be that of a unix socket.
+    /// The path cannot be the path of a unix socket.
     #[error("{0}: choose another path for --control")]
     Path(#[source] UnixSocketError),
-    /// The thread cannot be made.
+    /// The thread or its event loop cannot be created.
     #[error(
         "the control server cannot start ({0}): raise this process's limits or leave --control out"
     )]
@@ -115,7 +127,7 @@ pub enum ControlError {
 }
 
 impl ControlError {
-    /// A name of the error for programs. It does not change.
+    /// A stable name of the cause, for programs.
     #[must_use]
     pub fn code(&self) -> &'static str {
         match self {
@@ -128,7 +140,7 @@ impl ControlError {
     }
 }
 
-/// What the server answers. Verbs that change something go here, beside the ones that read.
+/// The routes of the API.
 fn routes(report_source: Arc<dyn ReportSource>) -> Router {
     Router::new()
         .route("/v1/devices", get(devices))
@@ -147,7 +159,7 @@ async fn prometheus(
 ) -> Result<impl IntoResponse, Response> {
     metrics::encode(report_source.report())
         .map(|page| ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], page))
-        .map_err(|why| error(StatusCode::INTERNAL_SERVER_ERROR, format_args!("{why}")))
+        .map_err(|cause| error(StatusCode::INTERNAL_SERVER_ERROR, format_args!("{cause}")))
 }
 
 async fn not_found(uri: Uri) -> Response {
@@ -180,23 +192,23 @@ fn serve(
     runtime.block_on(async {
         let mut stop_requested = stopped.clone();
         let server = axum::serve(listener, routes).with_graceful_shutdown(async move {
-            // An error is a sender that is gone: stop as well.
+            // An error means that the sender is dropped, which stops the server too.
             let _ = stop_requested.wait_for(|stop| *stop).await;
         });
         let server = tokio::spawn(server.into_future());
         let _ = stopped.wait_for(|stop| *stop).await;
-        // A client that never ends its request must not keep the daemon.
+        // A client that never ends its request must not keep the daemon from stopping.
         if tokio::time::timeout(SHUTDOWN_TIMEOUT, server)
             .await
             .is_err()
         {
-            tracing::debug!("control server stopped with requests under way");
+            tracing::debug!("the control server stops while requests are in progress");
         }
     });
 }
 
-/// Listens at `path`, for the socket's owner only. Async because the listener belongs to the runtime
-/// that polls this.
+/// Listens at `path`, for the socket's owner only. The function is async because the listener
+/// registers with the runtime that polls it.
 async fn listen(path: &Path) -> Result<(UnixListener, SocketFile), ControlError> {
     let access = Access {
         mode: Some(SOCKET_MODE),
@@ -231,7 +243,7 @@ mod tests {
         }
     }
 
-    /// A directory that ends with the test.
+    /// A directory of one test, which is removed at the end of the test.
     struct Dir(PathBuf);
 
     impl Dir {
@@ -254,10 +266,10 @@ mod tests {
     }
 
     fn start(path: &Path) -> Result<ControlServer, String> {
-        ControlServer::start(path, Arc::new(Sample)).map_err(|why| why.to_string())
+        ControlServer::start(path, Arc::new(Sample)).map_err(|error| error.to_string())
     }
 
-    /// A client that has sent one request.
+    /// Connects a client that sends one request.
     fn send(path: &Path, request: &str) -> net::UnixStream {
         let mut client = net::UnixStream::connect(path).unwrap();
         let request = format!("{request} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
@@ -265,7 +277,7 @@ mod tests {
         client
     }
 
-    /// Head and body of the answer to one request.
+    /// The head, in lower case, and the body of the answer to one request.
     fn ask(path: &Path, request: &str) -> (String, String) {
         let mut answer = String::new();
         send(path, request).read_to_string(&mut answer).unwrap();
@@ -325,7 +337,7 @@ mod tests {
             assert_eq!(body, json!({ "error": message }).to_string(), "{request}");
         }
 
-        // Refused at the first line and closed on the rest: no read to the end.
+        // The server closes the connection after the first line, so only the status can be read.
         let mut status = [0; 12];
         send(server.path(), "what is this")
             .read_exact(&mut status)
@@ -334,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn the_socket_is_its_owners_and_goes_with_the_server() {
+    fn the_socket_is_for_its_owner_and_is_removed_with_the_server() {
         let dir = Dir::new("socket");
         let server = start(&dir.socket()).unwrap();
         let mode = fs::metadata(server.path()).unwrap().permissions().mode();
@@ -344,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stale_socket_is_replaced_and_a_living_one_is_not() {
+    fn a_stale_socket_is_replaced_and_one_in_use_is_not() {
         let dir = Dir::new("stale");
         drop(net::UnixListener::bind(dir.socket()).unwrap());
         assert!(dir.socket().exists());
@@ -365,13 +377,14 @@ mod tests {
     }
 
     #[test]
-    fn a_file_in_the_way_is_left_alone() {
+    fn a_file_at_the_path_is_not_replaced() {
         let dir = Dir::new("file");
         fs::write(dir.socket(), "mine").unwrap();
         assert_eq!(
             start(&dir.socket()).unwrap_err(),
             format!(
-                "{} is in the way of the control socket and is no socket: remove it or choose another path for --control",
+                "{} is in the way of the control socket and is no socket: remove it or choose \
+                 another path for --control",
                 dir.socket().display()
             )
         );
@@ -389,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn anothers_socket_at_the_same_path_stays() {
+    fn a_socket_of_another_process_at_the_same_path_is_kept() {
         let dir = Dir::new("another");
         let server = start(&dir.socket()).unwrap();
         fs::remove_file(dir.socket()).unwrap();
@@ -399,15 +412,15 @@ mod tests {
     }
 
     #[test]
-    fn clients_that_hang_on_do_not_delay_the_end() {
+    fn clients_that_stay_connected_do_not_delay_the_end() {
         let dir = Dir::new("hang");
         let server = start(&dir.socket()).unwrap();
         let silent = net::UnixStream::connect(dir.socket()).unwrap();
-        let mut halfway = net::UnixStream::connect(dir.socket()).unwrap();
-        halfway
+        let mut unfinished = net::UnixStream::connect(dir.socket()).unwrap();
+        unfinished
             .write_all(b"GET /v1/devices HTTP/1.1\r\nHost")
             .unwrap();
-        // Answered behind the two: the server has met them.
+        // This answer shows that the server has accepted the two earlier connections.
         assert!(
             ask(server.path(), "GET /metrics")
                 .0
@@ -420,6 +433,6 @@ mod tests {
             "{:?}",
             start.elapsed()
         );
-        drop((silent, halfway));
+        drop((silent, unfinished));
     }
 }

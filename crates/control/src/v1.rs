@@ -1,5 +1,6 @@
-//! Version 1 of the API: the answer to `GET /v1/devices`. Data only, so that a client links nothing
-//! of the daemon. Fields are added in later versions of the daemon and never removed.
+//! Version 1 of the API: the types of the answer to `GET /v1/devices`. They are plain data, so that
+//! a client does not link the daemon. Later versions of the daemon can add fields, but never remove
+//! one. The names of the fields are the keys of the JSON.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -7,167 +8,167 @@ use std::fmt;
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// Who can say how the devices are.
+/// A source of reports about the devices.
 pub trait ReportSource: Send + Sync {
-    /// The state of every device now.
+    /// The present state of every device.
     fn report(&self) -> Report;
 }
 
-/// The whole daemon.
+/// The state of the daemon.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Report {
     /// The daemon's version.
     pub version: String,
-    /// Its devices, in the order of the command line.
+    /// The devices, in the order of the configuration.
     pub devices: Vec<DeviceReport>,
 }
 
-/// One device.
+/// The state of one device.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DeviceReport {
-    /// Its name.
+    /// The device's name.
     pub name: String,
-    /// The vhost-user socket: its path, or `fd:N` for an inherited one.
+    /// The vhost-user socket: its path, or `fd:N` for an inherited socket.
     pub socket: String,
-    /// Who connects to whom.
+    /// Whether the daemon listens on the socket, connects to it or inherits it.
     pub role: SocketRole,
     /// Whether a front-end is connected.
     pub connected: bool,
-    /// The front-end, while it is connected.
+    /// The front-end; `None` while none is connected.
     pub frontend: Option<FrontendReport>,
-    /// The guest's memory as the front-end described it.
+    /// The regions of the guest's memory, as the front-end describes them.
     pub memory: Vec<MemoryRegionReport>,
-    /// Where the frames go.
+    /// The uplink.
     pub uplink: UplinkReport,
-    /// The MTU that the front-end set, in bytes.
+    /// The MTU that the front-end sets, in bytes; `None` where it sets none.
     pub mtu: Option<u16>,
-    /// What is wrong with where vCPUs and workers stand, one sentence each with the remedy.
+    /// Warnings about the placement of vCPUs and workers. Each one says what to do.
     pub warnings: Vec<String>,
-    /// What the guest could do better, one sentence each with the command that mends it.
+    /// Recommendations for the guest's configuration. Each one names the command that applies it.
     pub advice: Vec<String>,
     /// The host's interrupts and steering masks that follow the workers.
     pub interrupts: InterruptReport,
-    /// The queue pairs, by number.
+    /// The queue pairs, by index.
     pub pairs: Vec<QueuePairReport>,
 }
 
-/// The host's interrupts and steering masks of a device.
+/// The host's interrupts and steering masks that follow the workers of a device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InterruptReport {
-    /// As `--irq-affinity` spells it.
+    /// The mode, as `--irq-affinity` spells it.
     pub mode: String,
-    /// The files that are set, or would be.
+    /// The settings of the kernel that the daemon applies, or that it only prints.
     pub settings: Vec<SettingReport>,
-    /// What a person should know or do.
+    /// Notes for the administrator.
     pub notes: Vec<String>,
 }
 
-/// A file that says on which CPUs the kernel works.
+/// A setting of the kernel, in a file: the CPUs that handle an interrupt or steer frames.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SettingReport {
-    /// The file.
+    /// The path of the file.
     pub file: String,
-    /// What it should hold.
+    /// The value that the file should have.
     pub value: String,
-    /// What it held before; `None` where it cannot be read.
+    /// The value that the file had before; `None` where it cannot be read.
     pub original: Option<String>,
-    /// Whether it was set, and is put back at the end.
+    /// Whether the daemon has set the value, and restores the original value at the end.
     pub applied: bool,
-    /// The command that sets it.
+    /// The shell command that sets the value.
     pub command: String,
-    /// Why it was not set, where that was tried.
+    /// Why the daemon failed to set the value; `None` where it did not fail or did not try.
     pub refused: Option<String>,
 }
 
-/// Who connects on the vhost-user socket.
+/// How the daemon gets its connection on the vhost-user socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SocketRole {
-    /// The daemon listens, the front-end connects.
+    /// The daemon listens, and the front-end connects.
     Server,
-    /// The front-end listens, the daemon connects.
+    /// The front-end listens, and the daemon connects.
     Client,
-    /// The socket came from the parent process.
+    /// The daemon inherits the socket from its parent process.
     Inherited,
 }
 
-/// What is known of the front-end.
+/// The front-end that is connected.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FrontendReport {
-    /// Its process, where the kernel tells.
+    /// The process id; `None` where the kernel does not report it.
     pub pid: Option<i32>,
-    /// The virtio features that the driver took, by name without prefix.
+    /// The names, without prefix, of the virtio features that the driver has acknowledged.
     pub features: Vec<String>,
-    /// The vhost-user protocol features in use, by name without prefix.
+    /// The names, without prefix, of the vhost-user protocol features in use.
     pub protocol_features: Vec<String>,
 }
 
-/// One region of guest memory.
+/// One region of the guest's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryRegionReport {
-    /// Guest physical address.
+    /// The guest physical address.
     pub guest_addr: u64,
-    /// Bytes.
+    /// The size in bytes.
     pub size: u64,
-    /// Address in the front-end's process.
+    /// The address in the front-end's process.
     pub user_addr: u64,
 }
 
-/// Where the frames of a device go.
+/// The uplink of a device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UplinkReport {
     /// The kind, as `--uplink` spells it.
     pub kind: String,
-    /// The name; the interface's for a TAP.
+    /// The name: that of the interface for a TAP, that of the switch for a switch, otherwise empty.
     pub name: String,
 }
 
-/// One queue pair and its worker.
+/// The state of one queue pair and of its worker.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct QueuePairReport {
-    /// Its number, from 0.
+    /// The index of the queue pair, from 0.
     pub pair: u16,
-    /// The vCPU that the worker follows.
+    /// The vCPU that the placement of the worker follows; `None` where it follows none.
     pub vcpu: Option<u32>,
-    /// All vCPUs that the driver gives to the pair.
+    /// All vCPUs that the driver assigns to the queue pair.
     pub vcpus: Vec<u32>,
     /// The worker thread's name.
     pub worker: String,
-    /// The worker thread's id, while it runs.
+    /// The worker's thread id; `None` while the worker does not run.
     pub tid: Option<i32>,
-    /// The CPUs the worker may run on.
+    /// The host CPUs that the worker may run on.
     pub cpus: Vec<u32>,
-    /// Why it stands there.
+    /// Why the worker may run on these CPUs, in words.
     pub placement: String,
-    /// The NUMA node of those CPUs, if it is one.
+    /// The NUMA node of these CPUs; `None` where they are on several nodes.
     pub worker_node: Option<u32>,
-    /// The NUMA node of the pair's receive ring, as far as the kernel tells.
+    /// The NUMA node of the memory of the receiveq; `None` where the kernel does not report it.
     pub memory_node: Option<u32>,
-    /// What the worker did; docs/monitoring.md lists the names.
+    /// The counters of the worker, whose names docs/monitoring.md lists.
     pub worker_counters: Counters,
-    /// How busy the worker is.
+    /// The load of the worker.
     pub worker_load: WorkerLoad,
-    /// The receive ring: frames to the guest.
+    /// The vring of the receiveq, which carries frames to the guest.
     pub rx: VringReport,
-    /// The transmit ring: frames from the guest.
+    /// The vring of the transmitq, which carries frames from the guest.
     pub tx: VringReport,
 }
 
-/// What a worker's time went into, since it first ran. For a shorter while, read twice: the busy
-/// share is the growth of `busy_cycles` over that of `cycles`.
+/// The load of a worker since it started. For the load over a period, read the report at its start
+/// and at its end, and divide the growth of the counter `busy_cycles` by the growth of `cycles`.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct WorkerLoad {
-    /// Time-stamp counter cycles that it has lived.
+    /// Cycles of the time-stamp counter since the worker started.
     pub cycles: u64,
-    /// The share of those that turns took which found frames, from 0 to 1.
+    /// The share of these cycles that was spent in iterations that found frames, from 0 to 1.
     pub busy_share: f64,
-    /// Cycles that a frame took in those turns.
+    /// Cycles for each frame in these iterations.
     pub cycles_per_frame: f64,
 }
 
 impl WorkerLoad {
-    /// The load of a worker that has lived for `cycles`, of which `busy_cycles` went into turns that
-    /// found `busy_frames` frames.
+    /// The load of a worker that started `cycles` ago, and that spent `busy_cycles` of them in
+    /// iterations that found `busy_frames` frames.
     #[must_use]
     pub fn new(cycles: u64, busy_cycles: u64, busy_frames: u64) -> Self {
         let share = |part: u64, whole: u64| match whole {
@@ -182,54 +183,56 @@ impl WorkerLoad {
     }
 }
 
-/// Precise up to 2^53; beyond that a ratio does not need it.
+/// Converts `n`, which is exact up to 2^53. Above that the error does not matter for a ratio.
 #[allow(clippy::cast_precision_loss, clippy::as_conversions)]
 fn float(n: u64) -> f64 {
     n as f64
 }
 
-/// One ring.
+/// The state of one vring.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VringReport {
-    /// Whether it is served.
+    /// Whether the vring is served.
     pub state: VringStatus,
-    /// Whether the front-end enabled it.
+    /// Whether the front-end has enabled the vring.
     pub enabled: bool,
-    /// Descriptors; 0 until the front-end sets it.
+    /// The number of descriptors; 0 until the front-end sets it.
     pub size: u16,
-    /// What happened on it; docs/monitoring.md lists the names.
+    /// The counters of the vring, whose names docs/monitoring.md lists.
     pub counters: Counters,
 }
 
-/// Whether a ring is served.
+/// Whether a vring is served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum VringStatus {
-    /// The front-end has not started it, or has stopped it.
+    /// The front-end has not started the vring, or has stopped it.
     Stopped,
-    /// It is served.
+    /// The vring is served.
     Running,
-    /// The guest broke the ring's rules; it waits to be configured anew.
+    /// The vring is stopped because of a fault of the guest, until the front-end configures it
+    /// again.
     Quarantined,
 }
 
-/// One counter of a ring or a worker.
+/// One counter of a vring or a worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Counter {
-    /// Its name.
+    /// The name.
     pub name: Cow<'static, str>,
-    /// What it counts; empty in an answer that a client has read.
+    /// What the counter counts. It is empty in an answer that a client has read.
     pub help: &'static str,
-    /// The count so far.
+    /// The present count.
     pub value: u64,
 }
 
-/// The counters of a ring or a worker: a map from names to counts in JSON, in the daemon's order.
+/// The counters of a vring or a worker, in the daemon's order. In JSON they are a map from names to
+/// counts.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Counters(pub Vec<Counter>);
 
 impl Counters {
-    /// The counters of a block whose names and meanings are `names`.
+    /// Counters with these names and meanings, and with these counts in the same order.
     #[must_use]
     pub fn new(names: &[(&'static str, &'static str)], values: Vec<u64>) -> Self {
         let counter = |(&(name, help), value)| Counter {
@@ -240,7 +243,7 @@ impl Counters {
         Self(names.iter().zip(values).map(counter).collect())
     }
 
-    /// The count of this name; `None` where the daemon has no such counter.
+    /// The count of the counter `name`; `None` where the daemon has no such counter.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<u64> {
         let counter = self.0.iter().find(|counter| counter.name == name)?;
@@ -282,21 +285,9 @@ impl<'de> Visitor<'de> for CountersVisitor {
     }
 }
 
-/// A report with something in every field, for tests of what is made from it.
+/// A report for tests, with a value in every field.
 #[cfg(test)]
 pub(crate) fn sample() -> Report {
-    const RING: &[(&str, &str)] = &[
-        ("frames", "Frames."),
-        ("bytes", "Bytes."),
-        ("kicks", "Kicks."),
-    ];
-    const WORKER: &[(&str, &str)] = &[("wakeups", "Wake-ups."), ("busy_cycles", "Cycles.")];
-    let ring = |state, frames| VringReport {
-        state,
-        enabled: true,
-        size: 256,
-        counters: Counters::new(RING, vec![frames, frames * 60, 0]),
-    };
     Report {
         version: "0.1.0".into(),
         devices: vec![DeviceReport {
@@ -333,22 +324,39 @@ pub(crate) fn sample() -> Report {
                 }],
                 notes: vec!["note".into()],
             },
-            pairs: vec![QueuePairReport {
-                pair: 0,
-                vcpu: Some(0),
-                vcpus: vec![0],
-                worker: "vnet-q0".into(),
-                tid: Some(1),
-                cpus: vec![2],
-                placement: "why".into(),
-                worker_node: Some(0),
-                memory_node: Some(1),
-                worker_counters: Counters::new(WORKER, vec![3, 100]),
-                worker_load: WorkerLoad::new(400, 100, 2),
-                rx: ring(VringStatus::Running, 5),
-                tx: ring(VringStatus::Quarantined, 7),
-            }],
+            pairs: vec![sample_pair()],
         }],
+    }
+}
+
+#[cfg(test)]
+fn sample_pair() -> QueuePairReport {
+    const VRING: &[(&str, &str)] = &[
+        ("frames", "Frames."),
+        ("bytes", "Bytes."),
+        ("kicks", "Kicks."),
+    ];
+    const WORKER: &[(&str, &str)] = &[("wakeups", "Wake-ups."), ("busy_cycles", "Cycles.")];
+    let vring = |state, frames| VringReport {
+        state,
+        enabled: true,
+        size: 256,
+        counters: Counters::new(VRING, vec![frames, frames * 60, 0]),
+    };
+    QueuePairReport {
+        pair: 0,
+        vcpu: Some(0),
+        vcpus: vec![0],
+        worker: "vnet-q0".into(),
+        tid: Some(1),
+        cpus: vec![2],
+        placement: "why".into(),
+        worker_node: Some(0),
+        memory_node: Some(1),
+        worker_counters: Counters::new(WORKER, vec![3, 100]),
+        worker_load: WorkerLoad::new(400, 100, 2),
+        rx: vring(VringStatus::Running, 5),
+        tx: vring(VringStatus::Quarantined, 7),
     }
 }
 
@@ -357,7 +365,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn has_the_documented_shape() {
+    fn a_report_has_the_documented_shape() {
         let mut report = serde_json::to_value(sample()).unwrap();
         let pair = &mut report["devices"][0]["pairs"][0];
         let rx = pair["rx"]["counters"].take();
@@ -391,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_client_reads_is_what_the_daemon_wrote_without_the_help() {
+    fn a_client_reads_the_report_of_the_daemon_without_the_help() {
         let json = serde_json::to_string(&sample()).unwrap();
         let read: Report = serde_json::from_str(&json).unwrap();
         assert_eq!(serde_json::to_string(&read).unwrap(), json);

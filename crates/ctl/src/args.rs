@@ -11,11 +11,17 @@ Exit status:
   1  something failed, such as a virtionetd that does not answer
   2  the command line, the request for a plan or a configuration file cannot be used";
 
-/// Plans for guests, checks of configuration files, and the status of a running virtionetd.
+/// Plan guests, check configuration files, and show the status of a running virtionetd.
 #[derive(Debug, Parser)]
-#[command(name = "virtionetctl", version, disable_help_subcommand = true, max_term_width = 100, after_help = EXIT_STATUS)]
+#[command(
+    name = "virtionetctl",
+    version,
+    disable_help_subcommand = true,
+    max_term_width = 100,
+    after_help = EXIT_STATUS
+)]
 pub struct Args {
-    /// The command.
+    /// The command that is executed.
     #[command(subcommand)]
     pub command: Command,
 }
@@ -27,18 +33,17 @@ pub enum Command {
     /// command lines of QEMU, libvirt and virtionetd for it
     Plan(Box<PlanArgs>),
 
-    /// Report what is wrong with configuration files, each problem with its line; nothing that they
-    /// name is opened
+    /// Report all problems of configuration files, each one with its line. No other file is opened
     Check {
-        /// The files
+        /// The configuration files
         #[arg(value_name = "FILE", required = true)]
         files: Vec<PathBuf>,
     },
 
-    /// Print the devices of a running virtionetd: queue pairs with vCPU, worker, CPU and rates over
-    /// one second, drops with their reasons, warnings and advice
+    /// Print the devices of a running virtionetd: the queue pairs with vCPU, worker, CPU and rates
+    /// over one second, the drops with their reasons, warnings and recommendations
     Status {
-        /// The control socket of virtionetd [default: the value of the environment variable
+        /// The path of virtionetd's control socket [default: the value of the environment variable
         /// VIRTIONETD_CONTROL, or /run/virtionetd.ctl]
         #[arg(long, value_name = "PATH")]
         control: Option<PathBuf>,

@@ -1,5 +1,5 @@
 //! virtionetctl: plans for guests, checks of configuration files, and the status of a running
-//! virtionetd. It needs no privilege and links nothing of the data path.
+//! virtionetd. It needs no privileges, and does not link the data path.
 
 mod args;
 mod status;
@@ -37,11 +37,11 @@ fn plan(args: &virtionet_plan::PlanArgs) -> ExitCode {
     }
 }
 
-/// Prints for each file how many devices it describes, or everything that is wrong with it.
+/// Prints for each file the number of devices that it describes, or all its problems.
 fn check(files: &[PathBuf]) -> ExitCode {
     let mut status = ExitCode::SUCCESS;
     for file in files {
-        // An error of writing is ignored: the exit status is the result all the same.
+        // An error of writing is ignored, because the exit status reports the result too.
         match Config::from_file(file) {
             Ok(config) => {
                 let (count, file) = (config.devices.len(), file.display());
@@ -58,6 +58,6 @@ fn check(files: &[PathBuf]) -> ExitCode {
 }
 
 fn report(error: &dyn std::error::Error) {
-    // Where standard error is closed, the exit status still reports the failure.
+    // An error of writing is ignored, because the exit status reports the failure too.
     let _ = writeln!(io::stderr(), "virtionetctl: {error}");
 }

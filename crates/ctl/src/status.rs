@@ -1,5 +1,5 @@
-//! `virtionetctl status`: the state of a running virtionetd, with rates from two reports that are one
-//! second apart.
+//! `virtionetctl status`: the state of a running virtionetd. The rates come from two reports that
+//! are one second apart.
 
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
@@ -12,15 +12,15 @@ use virtionet_control::v1::{Counters, DeviceReport, QueuePairReport, Report, Soc
 
 /// The time between the two reports.
 const INTERVAL: Duration = Duration::from_secs(1);
-/// The width of the terminal that the text fits.
+/// The largest width of a line, in characters.
 const WIDTH: usize = 80;
 /// The environment variable that names the control socket.
 const CONTROL_VARIABLE: &str = "VIRTIONETD_CONTROL";
-/// The control socket where neither a flag nor the environment names one.
+/// The path of the control socket where neither a flag nor the environment names one.
 const DEFAULT_CONTROL: &str = "/run/virtionetd.ctl";
 
-/// The counters of a vring that count no drop and no fault. Every other one is shown when it is not
-/// zero, so that the reasons of a later daemon are shown too.
+/// The counters of a vring that count neither drops nor faults. Every other counter is shown when
+/// it is not zero, so that the counters of a later daemon are shown too.
 const TRAFFIC_COUNTERS: [&str; 7] = [
     "frames",
     "bytes",
@@ -31,10 +31,10 @@ const TRAFFIC_COUNTERS: [&str; 7] = [
     "rx_starved",
 ];
 
-/// Why there is no status.
+/// Why the status cannot be printed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StatusError {
-    /// The daemon did not answer.
+    /// The daemon does not answer.
     #[error(transparent)]
     Client(#[from] ClientError),
     /// The status cannot be written.
@@ -42,7 +42,8 @@ pub(crate) enum StatusError {
     Write(#[source] io::Error),
 }
 
-/// Prints the status of the daemon behind `control`, or of the default socket.
+/// Prints the status of the daemon whose control socket is `control`, or the default socket. The
+/// status is the daemon's JSON if `is_json`, otherwise text.
 ///
 /// # Errors
 /// When the daemon does not answer or the output cannot be written.
@@ -52,7 +53,7 @@ pub(crate) fn print(control: Option<PathBuf>, is_json: bool) -> Result<(), Statu
         .unwrap_or_else(|| DEFAULT_CONTROL.into());
     let text = match is_json {
         true => client::devices_json(&control)?,
-        false => measured(&control)?,
+        false => measure(&control)?,
     };
     match writeln!(io::stdout(), "{}", text.trim_end()) {
         // The reader, such as head, has closed the pipe because it needs no more.
@@ -61,7 +62,8 @@ pub(crate) fn print(control: Option<PathBuf>, is_json: bool) -> Result<(), Statu
     }
 }
 
-fn measured(control: &Path) -> Result<String, ClientError> {
+/// The text of the status, for which the daemon is asked twice.
+fn measure(control: &Path) -> Result<String, ClientError> {
     let first = client::devices(control)?;
     let started_at = Instant::now();
     thread::sleep(INTERVAL);
@@ -69,7 +71,8 @@ fn measured(control: &Path) -> Result<String, ClientError> {
     Ok(render(&first, &second, started_at.elapsed()))
 }
 
-/// The text for the report `now`, with rates since the report `before`, which is `elapsed` older.
+/// The text for the report `now`, with the rates since the report `before`, which is older by
+/// `elapsed`.
 fn render(before: &Report, now: &Report, elapsed: Duration) -> String {
     let plural = if now.devices.len() == 1 { "" } else { "s" };
     let mut text = format!(
@@ -147,20 +150,20 @@ fn pair_text(before: Option<&QueuePairReport>, now: &QueuePairReport, elapsed: D
         Some(block(now).get(name)?.saturating_sub(old))
     };
     let per_second = |count: Option<u64>| match count {
-        Some(count) => scaled(rate(count, elapsed)),
+        Some(count) => with_prefix(rate(count, elapsed)),
         None => "-".into(),
     };
     let bits = |bytes: Option<u64>| per_second(bytes.map(|bytes| bytes.saturating_mul(8)));
     let cycles = before.map(|old| {
-        let lived = now
+        let total = now
             .worker_load
             .cycles
             .saturating_sub(old.worker_load.cycles);
-        (growth(|pair| &pair.worker_counters, "busy_cycles"), lived)
+        (growth(|pair| &pair.worker_counters, "busy_cycles"), total)
     });
     let busy = match cycles {
-        Some((Some(busy), lived)) if lived > 0 => {
-            let percent = u128::from(busy) * 100 / u128::from(lived);
+        Some((Some(busy), total)) if total > 0 => {
+            let percent = u128::from(busy) * 100 / u128::from(total);
             format!("{}%", percent.min(100))
         }
         _ => "-".into(),
@@ -169,7 +172,7 @@ fn pair_text(before: Option<&QueuePairReport>, now: &QueuePairReport, elapsed: D
         &now.pair.to_string(),
         &now.vcpu.map_or_else(|| "-".into(), |vcpu| vcpu.to_string()),
         &now.worker,
-        &shortened(&cpu_list(&now.cpus), 10),
+        &shorten(&cpu_list(&now.cpus), 10),
         &busy,
         &per_second(growth(|pair| &pair.rx.counters, "frames")),
         &bits(growth(|pair| &pair.rx.counters, "bytes")),
@@ -178,22 +181,24 @@ fn pair_text(before: Option<&QueuePairReport>, now: &QueuePairReport, elapsed: D
     ])
 }
 
-/// One line of the table of queue pairs, 79 columns wide.
+/// One line of the table of queue pairs, which is 79 characters long.
 fn row(columns: [&str; 9]) -> String {
     let [pair, vcpu, worker, cpus, busy, rx, rx_bits, tx, tx_bits] = columns;
     format!(
-        "  {pair:>4} {vcpu:>5} {worker:<16} {cpus:<10} {busy:>4} {rx:>7} {rx_bits:>8} {tx:>7} {tx_bits:>8}\n"
+        "  {pair:>4} {vcpu:>5} {worker:<16} {cpus:<10} {busy:>4} \
+         {rx:>7} {rx_bits:>8} {tx:>7} {tx_bits:>8}\n"
     )
 }
 
+/// The rate per second of `count` events in `elapsed`.
 fn rate(count: u64, elapsed: Duration) -> u64 {
     let micros = elapsed.as_micros().max(1);
     let rate = u128::from(count) * 1_000_000 / micros;
     u64::try_from(rate).unwrap_or(u64::MAX)
 }
 
-/// `number` with a decimal prefix from 10,000 on.
-fn scaled(number: u64) -> String {
+/// `number`, with a decimal prefix (k, M, G or T) from 10,000 on.
+fn with_prefix(number: u64) -> String {
     const PREFIXES: [&str; 5] = ["", "k", "M", "G", "T"];
     let mut scaled = number;
     let mut prefixes = PREFIXES.into_iter().peekable();
@@ -229,7 +234,8 @@ fn cpu_list(cpus: &[u32]) -> String {
     text
 }
 
-fn shortened(text: &str, width: usize) -> String {
+/// `text`, cut off with a `+` where it has more than `width` characters.
+fn shorten(text: &str, width: usize) -> String {
     if text.chars().count() <= width {
         return text.into();
     }
@@ -237,7 +243,8 @@ fn shortened(text: &str, width: usize) -> String {
     start + "+"
 }
 
-/// `text` after `prefix`, broken between words so that the lines fit the width where words allow it.
+/// `prefix` and `text`, broken into lines of at most [`WIDTH`] characters, unless a single word is
+/// longer.
 fn wrap(prefix: &str, text: &str) -> String {
     let indent = " ".repeat(prefix.len().max(2));
     let mut lines = String::new();
@@ -326,7 +333,7 @@ web: uplink tap tap0; listens on /run/web.sock; front-end connected (process 7)
             (10_000_000, "10M"),
             (u64::MAX, "18446744T"),
         ] {
-            assert_eq!(scaled(number), text);
+            assert_eq!(with_prefix(number), text);
         }
     }
 }

@@ -1,27 +1,27 @@
-//! The command lines and files of a plan, and the plan as JSON with them.
+//! The command lines and files of a plan, and the JSON of the plan with them.
 
 use serde::Serialize;
 
 use super::guest_plan::GuestPlan;
 use super::{daemon, libvirt, qemu};
 
-/// The command lines, word by word, and the files.
+/// The command lines of a plan as lists of words, and its files as text.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Commands {
-    /// QEMU's command line.
+    /// The words of QEMU's command line.
     pub qemu: Vec<String>,
-    /// virtionetd's beside it.
+    /// The words of virtionetd's command line where virtionetd listens and QEMU connects.
     pub virtionetd: Vec<String>,
-    /// The domain for libvirt.
+    /// The XML of the domain for libvirt.
     pub libvirt: String,
-    /// virtionetd's command line beside that.
+    /// The words of virtionetd's command line where it connects to the QEMU of that domain.
     pub virtionetd_client: Vec<String>,
-    /// virtionetd's configuration file, for the first of the two.
+    /// virtionetd's configuration file, with the settings of the first of the two command lines.
     pub config: String,
 }
 
 impl GuestPlan {
-    /// The command lines for it.
+    /// The command lines and files of the plan.
     #[must_use]
     pub fn commands(&self) -> Commands {
         let words = |lines: Vec<Vec<String>>| lines.into_iter().flatten().collect();
@@ -34,21 +34,22 @@ impl GuestPlan {
         }
     }
 
-    /// All of it as JSON, with a line's end.
+    /// The plan and its commands as JSON, with a newline at the end.
     #[must_use]
-    pub fn json(&self) -> String {
+    pub fn to_json(&self) -> String {
         #[derive(Serialize)]
         struct PlanDocument<'a> {
             #[serde(flatten)]
             plan: &'a GuestPlan,
             commands: Commands,
         }
-        let whole = PlanDocument {
+        let document = PlanDocument {
             plan: self,
             commands: self.commands(),
         };
-        // Plain numbers and text, checked to be UTF-8: there is nothing that JSON cannot hold.
-        let json = serde_json::to_string_pretty(&whole);
+        // Serialization cannot fail: the plan has only numbers and text, and its paths are checked
+        // to be UTF-8.
+        let json = serde_json::to_string_pretty(&document);
         json.map(|json| json + "\n").unwrap_or_default()
     }
 }

@@ -1,24 +1,26 @@
-//! virtionetd's command line and configuration file.
+//! virtionetd's command line and configuration file for a plan.
 
-use super::PlanError;
-use super::guest_plan::{GuestPlan, NetDevicePlan, path_text};
 use virtionet_config::cli::{self, CliError};
 
-/// Who makes the vhost-user sockets.
+use super::error::PlanError;
+use super::guest_plan::{GuestPlan, NetDevicePlan, path_text};
+
+/// Virtionetd's part in the connection to the front-end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum SocketRole {
-    /// virtionetd: QEMU connects, and again when virtionetd was restarted.
+    /// virtionetd creates the sockets. QEMU connects, and connects again when virtionetd is
+    /// restarted.
     Listens,
-    /// QEMU, as libvirt starts it.
+    /// virtionetd connects to the sockets of QEMU, as libvirt starts it.
     Connects,
 }
 
-/// The command, by lines.
+/// The words of virtionetd's command line, in lines.
 pub(super) fn command(plan: &GuestPlan, role: SocketRole) -> Vec<Vec<String>> {
     let mut first = vec!["virtionetd".to_owned(), "--control".into()];
     first.push(path_text(&plan.control));
     let mut lines = vec![first];
-    let common: Vec<String> = common(plan)
+    let common: Vec<String> = common_settings(plan)
         .into_iter()
         .flat_map(|(key, value)| [format!("--{key}"), value])
         .collect();
@@ -28,28 +30,28 @@ pub(super) fn command(plan: &GuestPlan, role: SocketRole) -> Vec<Vec<String>> {
     if role == SocketRole::Connects {
         lines.push(vec!["--client".into()]);
     }
-    let one = plan.cards.len() == 1;
-    for card in &plan.cards {
-        let keys = keys(card);
-        lines.push(match one {
-            true => keys
+    let is_single = plan.net_devices.len() == 1;
+    for device in &plan.net_devices {
+        let settings = device_settings(device);
+        lines.push(match is_single {
+            true => settings
                 .into_iter()
                 .flat_map(|(key, value)| [format!("--{key}"), value])
                 .collect(),
             false => {
-                let keys: Vec<String> = keys
+                let items: Vec<String> = settings
                     .into_iter()
                     .map(|(key, value)| format!("{key}={}", value.replace(',', ",,")))
                     .collect();
-                vec!["--device".into(), keys.join(",")]
+                vec!["--device".into(), items.join(",")]
             }
         });
     }
     lines
 }
 
-/// The settings that all network devices have in common, without the daemon's defaults.
-fn common(plan: &GuestPlan) -> Vec<(&'static str, String)> {
+/// The settings that all network devices have in common, except those with the daemon's defaults.
+fn common_settings(plan: &GuestPlan) -> Vec<(&'static str, String)> {
     let placement = plan.request.placement.to_string();
     let poll = &plan.request.poll;
     let set = [
@@ -62,22 +64,23 @@ fn common(plan: &GuestPlan) -> Vec<(&'static str, String)> {
         .collect()
 }
 
-/// The keys of one network device.
-fn keys(card: &NetDevicePlan) -> [(&'static str, String); 4] {
+/// The settings of one network device.
+fn device_settings(device: &NetDevicePlan) -> [(&'static str, String); 4] {
     [
-        ("name", card.device.clone()),
-        ("socket-path", path_text(&card.socket)),
-        ("queues", card.pairs.to_string()),
-        ("uplink", card.uplink.clone()),
+        ("name", device.device.clone()),
+        ("socket-path", path_text(&device.socket)),
+        ("queues", device.pairs.to_string()),
+        ("uplink", device.uplink.clone()),
     ]
 }
 
-/// The configuration file that says the same as the command where virtionetd listens.
+/// The configuration file with the same settings as the command line where virtionetd listens.
 pub(super) fn config(plan: &GuestPlan) -> String {
     let mut text = format!("control = {}\n", toml_string(&path_text(&plan.control)));
-    for card in &plan.cards {
+    for device in &plan.net_devices {
         text += "\n[[device]]\n";
-        for (key, value) in keys(card).into_iter().chain(common(plan)) {
+        let settings = device_settings(device).into_iter();
+        for (key, value) in settings.chain(common_settings(plan)) {
             let value = match key {
                 "queues" | "poll-us" => value,
                 _ => toml_string(&value),
@@ -88,31 +91,26 @@ pub(super) fn config(plan: &GuestPlan) -> String {
     text
 }
 
-/// A basic string of TOML, whose escapes are JSON's.
+/// A basic string of TOML, which has the same escapes as a string of JSON.
 fn toml_string(text: &str) -> String {
     serde_json::Value::from(text).to_string()
 }
 
-/// Reads the command lines as the daemon does, so that nothing is printed that the daemon refuses.
+/// Parses the command lines with the daemon's parser, so that no plan is printed that the daemon
+/// refuses.
 pub(super) fn check(plan: &GuestPlan) -> Result<(), PlanError> {
     for role in [SocketRole::Listens, SocketRole::Connects] {
         let words = command(plan, role).into_iter().flatten();
         match cli::parse(words.map(Into::into)) {
             Ok(_) => {}
-            Err(CliError::Moved(command)) => {
-                return Err(PlanError::Usage(format!(
-                    "virtionetd takes {command:?} for a command: choose other values"
-                )));
-            }
-            Err(CliError::Config(why)) => return Err(PlanError::Usage(why.to_string())),
-            // A value that looks like a flag; the other lines are about the daemon's own usage.
-            Err(CliError::Flags(why)) => {
-                let why = why.to_string();
-                let first = why.lines().next().unwrap_or_default();
-                return Err(PlanError::Usage(format!(
-                    "virtionetd refuses a value: {}; write values that begin with no dash",
-                    first.trim_start_matches("error: ")
-                )));
+            Err(CliError::Moved(command)) => return Err(PlanError::ValueIsCommand(command)),
+            Err(CliError::Config(error)) => return Err(error.into()),
+            Err(CliError::Flags(error)) => {
+                // The further lines describe the usage of virtionetd.
+                let text = error.to_string();
+                let first = text.lines().next().unwrap_or_default();
+                let reason = first.trim_start_matches("error: ");
+                return Err(PlanError::ValueIsFlag(reason.into()));
             }
         }
     }

@@ -1,4 +1,4 @@
-//! The plan: all numbers and names, from which every text is made.
+//! The plan: all numbers and names, from which the texts and the JSON are made.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -9,108 +9,122 @@ use virtionet_sizing::QueuePlan;
 
 use super::request::{Request, Rings};
 
-/// How many queue pairs, the placement of the workers, and how it is started.
+/// The plan of a guest: its queue pairs, the placement of its workers, and the resources with which
+/// it is started. It is serialized as the JSON of `virtionetctl plan --json`, whose keys do not
+/// change.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct GuestPlan {
     /// The guest's name.
     pub guest: String,
-    /// Its vCPUs.
+    /// The number of the guest's vCPUs.
     pub vcpus: u32,
-    /// Its memory in MiB.
+    /// The guest's memory in MiB.
     pub memory_mib: u64,
-    /// The host CPU of each vCPU; `null` where they float.
+    /// The host CPU of each vCPU, by vCPU; `None` where the vCPUs float.
     pub pins: Option<Vec<u32>>,
-    /// The NUMA node that its memory is bound to; `null` where it is not.
+    /// The NUMA node that the guest's memory is bound to; `None` where it is not bound.
     pub memory_node: Option<u32>,
-    /// Its network devices.
-    pub cards: Vec<NetDevicePlan>,
-    /// Its interrupt vectors.
+    /// The network devices, in the order of the request.
+    #[serde(rename = "cards")]
+    pub net_devices: Vec<NetDevicePlan>,
+    /// The interrupt vectors of all devices.
     pub vectors: Vectors,
-    /// What the workers cost.
+    /// The CPU time of the workers.
     pub worker_cpus: WorkerCpus,
     /// Notes for the reader of the plan.
     pub notes: Vec<String>,
-    /// Folder of the sockets.
+    /// The directory of the sockets.
     pub socket_dir: PathBuf,
-    /// The control socket of virtionetd.
+    /// The path of virtionetd's control socket.
     pub control: PathBuf,
     #[serde(skip)]
     pub(super) request: Request,
 }
 
-/// One network device.
+/// The plan of one network device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct NetDevicePlan {
-    /// Its name.
+    /// The name, which is unique in the guest.
     pub name: String,
-    /// Queue pairs.
+    /// The number of queue pairs, 1 to [`MAX_QUEUE_PAIRS`](virtionet_sizing::MAX_QUEUE_PAIRS).
     pub pairs: u16,
-    /// Why so many.
+    /// The reason for this number of queue pairs, in words.
     pub why: String,
-    /// Interrupt vectors.
+    /// The number of interrupt vectors.
     pub vectors: u32,
-    /// The Ethernet address.
+    /// The Ethernet address, such as `52:54:00:12:34:56`.
     pub mac: String,
     /// The device's name in virtionetd.
     pub device: String,
-    /// The vhost-user socket.
+    /// The path of the vhost-user socket.
     pub socket: PathBuf,
     /// The uplink, as virtionetd's `--uplink` spells it.
     pub uplink: String,
-    /// The workers, by pair.
+    /// The workers, by queue pair.
     pub workers: Vec<WorkerPlan>,
-    /// What makes a driver use all pairs that does not by itself; `null` for a single pair.
+    /// The command that makes Linux in the guest use all queue pairs, where it does not do so by
+    /// itself; `None` for a single queue pair.
     pub guest_command: Option<String>,
 }
 
-/// One worker.
+/// The plan of one worker.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct WorkerPlan {
     /// The thread's name.
     pub name: String,
-    /// The pair that it serves.
+    /// The index of the queue pair that the worker serves.
     pub pair: u32,
-    /// The vCPUs that the driver gives to the pair.
+    /// The vCPUs that the driver assigns to the queue pair.
     pub vcpus: Vec<u32>,
-    /// The host CPUs that it may run on.
+    /// The host CPUs that the worker may run on.
     pub cpus: Vec<u32>,
-    /// Whether it may poll there, where polling is configured.
+    /// Whether the worker may poll on these CPUs when polling is configured.
     pub may_poll: bool,
-    /// Why it is placed there.
+    /// The reason for these CPUs, in words.
     pub why: String,
 }
 
-/// Interrupt vectors.
+/// The interrupt vectors of a guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Vectors {
-    /// Those of the network devices.
-    pub cards: u32,
-    /// Those of other devices.
+    /// Vectors of the network devices.
+    #[serde(rename = "cards")]
+    pub net_devices: u32,
+    /// Vectors of the other devices.
     pub other: u32,
-    /// All of them.
+    /// Vectors of all devices together.
     pub total: u32,
-    /// What there may be.
+    /// Vectors that all devices may use together.
     pub budget: u32,
 }
 
-/// What the workers cost, in whole CPUs.
+/// The CPU time that the workers of a guest use, in CPUs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct WorkerCpus {
-    /// While no frame comes.
+    /// While no frame arrives.
     pub idle: u32,
-    /// At most, under load.
+    /// Under load, at most.
     pub busy: u32,
 }
 
 impl GuestPlan {
-    pub(super) fn new(request: Request, queues: QueuePlan, workers: Vec<Vec<Decision>>) -> Self {
-        let worker_cpus = WorkerCpus::of(&request, &workers);
-        let answers = request.cards.iter().zip(queues.cards).zip(workers);
-        let cards: Vec<NetDevicePlan> = answers
+    /// Puts the parts of a plan together.
+    pub(super) fn assemble(
+        request: Request,
+        queues: QueuePlan,
+        workers: Vec<Vec<Decision>>,
+    ) -> Self {
+        let worker_cpus = WorkerCpus::compute(&request, &workers);
+        let parts = request
+            .net_devices
+            .iter()
+            .zip(queues.net_devices)
+            .zip(workers);
+        let net_devices: Vec<NetDevicePlan> = parts
             .enumerate()
             .map(|(at, ((requested, queues), decisions))| {
                 let device = format!("{}-{}", request.name, requested.name);
-                let worker = |decision| WorkerPlan::of(&device, decision);
+                let worker = |decision| WorkerPlan::from_decision(&device, decision);
                 let workers = decisions.into_iter().map(worker).collect();
                 NetDevicePlan {
                     name: requested.name.clone(),
@@ -118,7 +132,7 @@ impl GuestPlan {
                     why: queues.why,
                     vectors: queues.vectors,
                     mac: requested.mac.to_string(),
-                    socket: request.dir.join(format!("{device}.sock")),
+                    socket: request.socket_dir.join(format!("{device}.sock")),
                     device,
                     uplink: requested.uplink.clone(),
                     workers,
@@ -134,37 +148,39 @@ impl GuestPlan {
             pins: request.pins.clone(),
             memory_node: request.node,
             vectors: Vectors {
-                cards: queues.total_vectors - queues.other_vectors,
+                net_devices: queues.total_vectors - queues.other_vectors,
                 other: queues.other_vectors,
                 total: queues.total_vectors,
                 budget: queues.budget,
             },
-            cards,
+            net_devices,
             worker_cpus,
             notes: request.notes.clone(),
-            socket_dir: request.dir.clone(),
-            control: request.dir.join(format!("{}.ctl", request.name)),
+            socket_dir: request.socket_dir.clone(),
+            control: request.socket_dir.join(format!("{}.ctl", request.name)),
             request,
         }
     }
 
-    /// All host CPUs of the vCPUs, where they are pinned.
-    pub(super) fn pinned(&self) -> Option<CpuSet> {
+    /// The host CPUs of all vCPUs; `None` where the vCPUs float.
+    pub(super) fn pinned_cpus(&self) -> Option<CpuSet> {
         let pins = self.pins.as_ref()?;
         Some(pins.iter().copied().collect())
     }
 
+    /// Sizes and format of each network device's virtqueues.
     pub(super) fn rings(&self) -> Rings {
         self.request.rings
     }
 
-    pub(super) fn pidfile(&self) -> PathBuf {
+    /// The path of QEMU's PID file.
+    pub(super) fn pid_file(&self) -> PathBuf {
         self.socket_dir.join(format!("{}.pid", self.guest))
     }
 }
 
 impl WorkerPlan {
-    fn of(device: &str, decision: Decision) -> Self {
+    fn from_decision(device: &str, decision: Decision) -> Self {
         Self {
             name: worker_name(device, decision.pair),
             pair: decision.pair,
@@ -177,18 +193,22 @@ impl WorkerPlan {
 }
 
 impl WorkerCpus {
-    fn of(request: &Request, workers: &[Vec<Decision>]) -> Self {
+    fn compute(request: &Request, workers: &[Vec<Decision>]) -> Self {
         let all: Vec<&Decision> = workers.iter().flatten().collect();
-        let spins = request.poll.mode.as_deref() == Some("always");
-        let spinning = all.iter().copied().filter(|d| spins && d.may_poll);
+        let is_always = request.poll.mode.as_deref() == Some("always");
+        let polling = all
+            .iter()
+            .copied()
+            .filter(|decision| is_always && decision.may_poll);
         Self {
-            idle: count_cpus(spinning),
+            idle: count_cpus(polling),
             busy: count_cpus(all.iter().copied()),
         }
     }
 }
 
-/// One for each worker, but no more than the CPUs that they run on.
+/// The number of CPUs that `workers` can use: one for each worker, but at most the CPUs that they
+/// may run on.
 fn count_cpus<'a>(workers: impl Iterator<Item = &'a Decision>) -> u32 {
     let mut count = 0;
     let mut cpus = BTreeSet::new();
@@ -199,7 +219,7 @@ fn count_cpus<'a>(workers: impl Iterator<Item = &'a Decision>) -> u32 {
     u32::try_from(cpus.len().min(count)).unwrap_or(u32::MAX)
 }
 
-/// The text of a path that was checked to be text.
+/// The text of `path`, which the request has checked to be UTF-8.
 pub(super) fn path_text(path: &Path) -> String {
     path.display().to_string()
 }

@@ -1,4 +1,4 @@
-//! The domain for libvirt.
+//! The domain of a plan for libvirt.
 
 use std::io;
 
@@ -10,19 +10,19 @@ use super::guest_plan::{GuestPlan, NetDevicePlan, path_text};
 
 type Xml = Writer<Vec<u8>>;
 
-/// The domain's XML; it lacks disks, a display and the like.
+/// The XML of the domain. The user adds disks, a display and the like.
 pub(super) fn domain(plan: &GuestPlan) -> String {
     let mut xml = Writer::new_with_indent(Vec::new(), b' ', 2);
-    // A vector takes all that is written, and it is text.
-    let written = write(&mut xml, plan);
+    // Writing to a vector cannot fail, and the writer produces UTF-8.
+    let written = write_domain(&mut xml, plan);
     let text = written
         .ok()
         .and_then(|()| String::from_utf8(xml.into_inner()).ok());
     text.map(|text| text + "\n").unwrap_or_default()
 }
 
-fn write(xml: &mut Xml, plan: &GuestPlan) -> io::Result<()> {
-    let wide = plan.request.needs_x2apic();
+fn write_domain(xml: &mut Xml, plan: &GuestPlan) -> io::Result<()> {
+    let needs_x2apic = plan.request.needs_x2apic();
     let kind = match plan.request.accel {
         Accel::Kvm => "kvm",
         Accel::Tcg => "qemu",
@@ -30,99 +30,105 @@ fn write(xml: &mut Xml, plan: &GuestPlan) -> io::Result<()> {
     xml.create_element("domain")
         .with_attribute(("type", kind))
         .write_inner_content(|xml| {
-            text(xml, "name", &[], &plan.guest)?;
+            write_text(xml, "name", &[], &plan.guest)?;
             let memory = plan.memory_mib.to_string();
-            text(xml, "memory", &[("unit", "MiB")], &memory)?;
-            // Memory that virtionetd can map, as vhost-user wants it.
-            group(xml, "memoryBacking", |xml| {
-                empty(xml, "source", &[("type", "memfd")])?;
-                empty(xml, "access", &[("mode", "shared")])
+            write_text(xml, "memory", &[("unit", "MiB")], &memory)?;
+            // vhost-user requires memory that virtionetd can map.
+            write_group(xml, "memoryBacking", |xml| {
+                write_empty(xml, "source", &[("type", "memfd")])?;
+                write_empty(xml, "access", &[("mode", "shared")])
             })?;
             let vcpus = plan.vcpus.to_string();
-            text(xml, "vcpu", &[("placement", "static")], &vcpus)?;
-            cputune(xml, plan)?;
+            write_text(xml, "vcpu", &[("placement", "static")], &vcpus)?;
+            write_cputune(xml, plan)?;
             if let Some(node) = plan.memory_node {
                 let node = node.to_string();
                 let memory = [("mode", "strict"), ("nodeset", node.as_str())];
-                group(xml, "numatune", |xml| empty(xml, "memory", &memory))?;
+                write_group(xml, "numatune", |xml| write_empty(xml, "memory", &memory))?;
             }
-            group(xml, "os", |xml| {
+            write_group(xml, "os", |xml| {
                 let machine = [("arch", "x86_64"), ("machine", "q35")];
-                text(xml, "type", &machine, "hvm")
+                write_text(xml, "type", &machine, "hvm")
             })?;
-            group(xml, "features", |xml| {
-                empty(xml, "acpi", &[])?;
-                empty(xml, "apic", &[])?;
-                match wide {
-                    true => empty(xml, "ioapic", &[("driver", "qemu")]),
+            write_group(xml, "features", |xml| {
+                write_empty(xml, "acpi", &[])?;
+                write_empty(xml, "apic", &[])?;
+                match needs_x2apic {
+                    true => write_empty(xml, "ioapic", &[("driver", "qemu")]),
                     false => Ok(()),
                 }
             })?;
-            match (plan.request.accel, wide) {
-                (Accel::Kvm, _) => empty(xml, "cpu", &[("mode", "host-passthrough")])?,
-                (Accel::Tcg, true) => x2apic(xml)?,
+            match (plan.request.accel, needs_x2apic) {
+                (Accel::Kvm, _) => write_empty(xml, "cpu", &[("mode", "host-passthrough")])?,
+                (Accel::Tcg, true) => write_x2apic_cpu(xml)?,
                 (Accel::Tcg, false) => {}
             }
-            group(xml, "devices", |xml| {
-                if wide {
-                    remapping(xml)?;
+            write_group(xml, "devices", |xml| {
+                if needs_x2apic {
+                    write_iommu(xml)?;
                 }
-                for card in &plan.cards {
-                    interface(xml, plan, card)?;
+                for device in &plan.net_devices {
+                    write_interface(xml, plan, device)?;
                 }
-                empty(xml, "console", &[("type", "pty")])
+                write_empty(xml, "console", &[("type", "pty")])
             })
         })?;
     Ok(())
 }
 
-/// Pins the vCPUs, and QEMU's other threads to the same CPUs, so that they disturb no other guest.
-fn cputune(xml: &mut Xml, plan: &GuestPlan) -> io::Result<()> {
-    let (Some(pins), Some(all)) = (&plan.pins, plan.pinned()) else {
+/// Pins each vCPU to its CPU, and QEMU's other threads to the CPUs of all vCPUs, so that they
+/// disturb no other guest.
+fn write_cputune(xml: &mut Xml, plan: &GuestPlan) -> io::Result<()> {
+    let (Some(pins), Some(all)) = (&plan.pins, plan.pinned_cpus()) else {
         return Ok(());
     };
-    group(xml, "cputune", |xml| {
+    write_group(xml, "cputune", |xml| {
         for (vcpu, cpu) in pins.iter().enumerate() {
             let (vcpu, cpu) = (vcpu.to_string(), cpu.to_string());
-            empty(xml, "vcpupin", &[("vcpu", &vcpu), ("cpuset", &cpu)])?;
+            write_empty(xml, "vcpupin", &[("vcpu", &vcpu), ("cpuset", &cpu)])?;
         }
-        empty(xml, "emulatorpin", &[("cpuset", &all.to_string())])
+        write_empty(xml, "emulatorpin", &[("cpuset", &all.to_string())])
     })
 }
 
-/// Software emulation's usual CPU, with numbers wide enough for all of its vCPUs.
-fn x2apic(xml: &mut Xml) -> io::Result<()> {
+/// The default CPU model of software emulation, with APIC IDs that are wide enough for all vCPUs.
+fn write_x2apic_cpu(xml: &mut Xml) -> io::Result<()> {
     xml.create_element("cpu")
         .with_attributes([("mode", "custom"), ("match", "exact")])
         .write_inner_content(|xml| {
-            text(xml, "model", &[], "qemu64")?;
-            empty(xml, "feature", &[("policy", "require"), ("name", "x2apic")])
+            write_text(xml, "model", &[], "qemu64")?;
+            write_empty(xml, "feature", &[("policy", "require"), ("name", "x2apic")])
         })?;
     Ok(())
 }
 
-/// What lets interrupts reach the vCPUs beyond the first 255.
-fn remapping(xml: &mut Xml) -> io::Result<()> {
+/// An IOMMU with interrupt remapping, which more than 255 vCPUs require.
+fn write_iommu(xml: &mut Xml) -> io::Result<()> {
     xml.create_element("iommu")
         .with_attribute(("model", "intel"))
-        .write_inner_content(|xml| empty(xml, "driver", &[("intremap", "on"), ("eim", "on")]))?;
+        .write_inner_content(|xml| {
+            write_empty(xml, "driver", &[("intremap", "on"), ("eim", "on")])
+        })?;
     Ok(())
 }
 
-/// A network device whose socket QEMU creates: QEMU runs as another user, who cannot connect to a
-/// socket of virtionetd.
-fn interface(xml: &mut Xml, plan: &GuestPlan, card: &NetDevicePlan) -> io::Result<()> {
+/// A network device whose socket QEMU creates, because libvirt runs QEMU as another user, who
+/// cannot connect to a socket of virtionetd.
+fn write_interface(xml: &mut Xml, plan: &GuestPlan, device: &NetDevicePlan) -> io::Result<()> {
     xml.create_element("interface")
         .with_attribute(("type", "vhostuser"))
         .write_inner_content(|xml| {
-            empty(xml, "mac", &[("address", &card.mac)])?;
-            let path = path_text(&card.socket);
+            write_empty(xml, "mac", &[("address", &device.mac)])?;
+            let path = path_text(&device.socket);
             let source = [("type", "unix"), ("path", &path), ("mode", "server")];
-            empty(xml, "source", &source)?;
-            empty(xml, "model", &[("type", "virtio")])?;
+            write_empty(xml, "source", &source)?;
+            write_empty(xml, "model", &[("type", "virtio")])?;
             let rings = plan.rings();
             let driver = [
-                ("queues", (card.pairs > 1).then(|| card.pairs.to_string())),
+                (
+                    "queues",
+                    (device.pairs > 1).then(|| device.pairs.to_string()),
+                ),
                 ("rx_queue_size", rings.rx.map(|size| size.to_string())),
                 ("tx_queue_size", rings.tx.map(|size| size.to_string())),
                 ("packed", rings.packed.then(|| "on".into())),
@@ -133,13 +139,13 @@ fn interface(xml: &mut Xml, plan: &GuestPlan, card: &NetDevicePlan) -> io::Resul
                 .collect();
             match driver.is_empty() {
                 true => Ok(()),
-                false => empty(xml, "driver", &driver),
+                false => write_empty(xml, "driver", &driver),
             }
         })?;
     Ok(())
 }
 
-fn group(
+fn write_group(
     xml: &mut Xml,
     name: &str,
     inner: impl FnOnce(&mut Xml) -> io::Result<()>,
@@ -148,7 +154,7 @@ fn group(
     Ok(())
 }
 
-fn empty(xml: &mut Xml, name: &str, attributes: &[(&str, &str)]) -> io::Result<()> {
+fn write_empty(xml: &mut Xml, name: &str, attributes: &[(&str, &str)]) -> io::Result<()> {
     let element = xml.create_element(name);
     element
         .with_attributes(attributes.iter().copied())
@@ -156,7 +162,12 @@ fn empty(xml: &mut Xml, name: &str, attributes: &[(&str, &str)]) -> io::Result<(
     Ok(())
 }
 
-fn text(xml: &mut Xml, name: &str, attributes: &[(&str, &str)], text: &str) -> io::Result<()> {
+fn write_text(
+    xml: &mut Xml,
+    name: &str,
+    attributes: &[(&str, &str)],
+    text: &str,
+) -> io::Result<()> {
     let element = xml.create_element(name);
     element
         .with_attributes(attributes.iter().copied())

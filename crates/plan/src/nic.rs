@@ -1,35 +1,36 @@
-//! One network device of the request: the keys of `--nic`.
+//! One network device of the request, and the parser of its `--nic`.
 
 use std::fmt;
 
+use virtionet_base::key_value::{split_at_commas, split_item};
 use virtionet_sizing::{NetDeviceRequest, QueueRequest};
 
-use super::PlanError;
-use virtionet_base::key_value::split_at_commas;
+use super::error::{NicError, PlanError};
 
-/// Longest name of an interface (`IFNAMSIZ` without the closing zero).
-const MAX_INTERFACE: usize = 15;
+/// The length of the longest interface name, in bytes (`IFNAMSIZ` without the terminating zero).
+const MAX_INTERFACE_NAME: usize = 15;
 
+/// The keys of `--nic`, in words.
 const KEYS: &str = "name, queues, throughput, mac, tap, bridge and uplink";
 
-/// The request for one network device, complete.
+/// The request for one network device, with its defaults.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct NetDeviceSpec {
-    /// Its name within the guest's plan.
+    /// The device's name, which is unique in the guest.
     pub name: String,
-    /// How many pairs.
+    /// The request for queue pairs.
     pub queue_request: QueueRequest,
-    /// Its address.
+    /// The Ethernet address.
     pub mac: Mac,
-    /// Its uplink, as `--uplink` spells it.
+    /// The uplink, as virtionetd's `--uplink` spells it.
     pub uplink: String,
 }
 
-/// An Ethernet address.
+/// An Ethernet address of one device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Mac([u8; 6]);
 
-/// The keys of one `--nic` as they are written.
+/// The values of one `--nic` as they are written, by key.
 #[derive(Debug, Default)]
 struct NicKeys {
     name: Option<String>,
@@ -42,33 +43,28 @@ struct NicKeys {
 }
 
 impl NetDeviceSpec {
-    /// The `at`-th card of `guest`, from the text of its `--nic`, which may be empty.
+    /// Parses `text`, the value of a `--nic`, for the network device of `guest` with the index
+    /// `at`. An empty text gives a device with defaults only.
     pub(super) fn parse(guest: &str, at: usize, text: &str) -> Result<Self, PlanError> {
-        let error = |sentence: fmt::Arguments<'_>| match text {
-            "" => PlanError::Usage(sentence.to_string()),
-            _ => PlanError::Usage(format!("--nic {text}: {sentence}")),
-        };
-        let keys = NicKeys::parse(text).map_err(|sentence| error(format_args!("{sentence}")))?;
+        Self::parse_keys(guest, at, text).map_err(|error| PlanError::Nic {
+            text: text.into(),
+            error,
+        })
+    }
+
+    fn parse_keys(guest: &str, at: usize, text: &str) -> Result<Self, NicError> {
+        let keys = NicKeys::parse(text)?;
         let name = keys.name.unwrap_or_else(|| format!("net{at}"));
         if !is_name(&name) {
-            return Err(error(format_args!(
-                "name={name} cannot be used: write a letter and up to 31 letters, digits, '.', '_' or '-'"
-            )));
+            return Err(NicError::Name(name));
         }
-        let queue_request = queue_request(keys.queues.as_deref(), keys.throughput.as_deref())
-            .map_err(|sentence| error(format_args!("{sentence}")))?;
-        let mac = match &keys.mac {
+        let queue_request = parse_queue_request(keys.queues, keys.throughput)?;
+        let mac = match keys.mac {
             None => Mac::generate(guest, &name),
-            Some(text) => Mac::parse(text).ok_or_else(|| {
-                error(format_args!(
-                    "mac={text} is no address of a card: write one such as 52:54:00:12:34:56"
-                ))
-            })?,
+            Some(text) => Mac::parse(&text).ok_or(NicError::Mac(text))?,
         };
-        let uplink = uplink(keys.tap, keys.bridge, keys.uplink, || {
-            default_tap_name(guest, &name, at)
-        })
-        .map_err(|sentence| error(format_args!("{sentence}")))?;
+        let default_tap = || default_tap_name(guest, &name, at);
+        let uplink = resolve_uplink(keys.tap, keys.bridge, keys.uplink, default_tap)?;
         Ok(Self {
             name,
             queue_request,
@@ -77,8 +73,8 @@ impl NetDeviceSpec {
         })
     }
 
-    /// What the policy asks about it.
-    pub(super) fn request(&self) -> NetDeviceRequest {
+    /// The request in the form that the policy takes.
+    pub(super) fn to_queue_request(&self) -> NetDeviceRequest {
         NetDeviceRequest {
             name: self.name.clone(),
             queue_request: self.queue_request,
@@ -87,23 +83,19 @@ impl NetDeviceSpec {
 }
 
 impl NicKeys {
-    fn parse(text: &str) -> Result<Self, String> {
+    fn parse(text: &str) -> Result<Self, NicError> {
         let mut keys = Self::default();
         if text.is_empty() {
             return Ok(keys);
         }
         for item in split_at_commas(text) {
-            let Some((key, value)) = item.split_once('=').filter(|(_, value)| !value.is_empty())
-            else {
-                return Err(format!(
-                    "{item:?} is not KEY=VALUE: write a value behind =, and a comma inside a value twice"
-                ));
-            };
-            let slot = keys
-                .slot(key)
-                .ok_or_else(|| format!("the key {key:?} is not known: use {KEYS}"))?;
+            let (key, value) = split_item(&item, &[])?;
+            let slot = keys.slot(key).ok_or_else(|| NicError::UnknownKey {
+                key: key.into(),
+                known: KEYS,
+            })?;
             if slot.replace(value.into()).is_some() {
-                return Err(format!("{key} is given twice: keep one of them"));
+                return Err(NicError::KeyRepeated(key.into()));
             }
         }
         Ok(keys)
@@ -123,67 +115,68 @@ impl NicKeys {
     }
 }
 
-fn queue_request(queues: Option<&str>, throughput: Option<&str>) -> Result<QueueRequest, String> {
+fn parse_queue_request(
+    queues: Option<String>,
+    throughput: Option<String>,
+) -> Result<QueueRequest, NicError> {
     match (queues, throughput) {
         (None, None) => Ok(QueueRequest::Unspecified),
-        (Some(queues), Some(throughput)) => Err(format!(
-            "queues={queues} and throughput={throughput} are both given: keep one of them"
-        )),
-        (Some(queues), None) => queues
-            .parse()
-            .map(QueueRequest::Queues)
-            .map_err(|_| format!("queues={queues} is no number of queue pairs: write 1 to 128")),
-        (None, Some(throughput)) => throughput
-            .parse()
-            .map(QueueRequest::Throughput)
-            .map_err(|why: virtionet_sizing::ThroughputParseError| why.to_string()),
+        (Some(queues), Some(throughput)) => Err(NicError::KeysConflict {
+            first: ("queues", queues),
+            second: ("throughput", throughput),
+        }),
+        (Some(queues), None) => match queues.parse() {
+            Ok(pairs) => Ok(QueueRequest::Queues(pairs)),
+            Err(_) => Err(NicError::Queues(queues)),
+        },
+        (None, Some(throughput)) => Ok(QueueRequest::Throughput(throughput.parse()?)),
     }
 }
 
-fn uplink(
+fn resolve_uplink(
     tap: Option<String>,
     bridge: Option<String>,
     uplink: Option<String>,
-    generate: impl FnOnce() -> String,
-) -> Result<String, String> {
+    default_tap: impl FnOnce() -> String,
+) -> Result<String, NicError> {
     match (tap, bridge, uplink) {
-        (Some(tap), _, Some(uplink)) => Err(format!(
-            "tap={tap} and uplink={uplink} are both given: keep one of them"
-        )),
-        (None, Some(bridge), Some(uplink)) => Err(format!(
-            "bridge={bridge} and uplink={uplink} are both given: write the bridge into the uplink"
-        )),
+        (Some(tap), _, Some(uplink)) => Err(NicError::KeysConflict {
+            first: ("tap", tap),
+            second: ("uplink", uplink),
+        }),
+        (None, Some(bridge), Some(uplink)) => Err(NicError::BridgeBesideUplink { bridge, uplink }),
         (None, None, Some(uplink)) => Ok(uplink),
         (tap, bridge, None) => {
-            let tap = tap.unwrap_or_else(generate);
+            let tap = tap.unwrap_or_else(default_tap);
             let bridge = bridge.map(|bridge| format!(",bridge={bridge}"));
             Ok(format!("tap:{tap}{}", bridge.unwrap_or_default()))
         }
     }
 }
 
-/// `GUEST-CARD` where a network device can be called so.
-fn default_tap_name(guest: &str, card: &str, at: usize) -> String {
-    let name = format!("{guest}-{card}");
-    match name.len() <= MAX_INTERFACE {
+/// `GUEST-DEVICE`, or `tapN` where that is too long for an interface.
+fn default_tap_name(guest: &str, device: &str, at: usize) -> String {
+    let name = format!("{guest}-{device}");
+    match name.len() <= MAX_INTERFACE_NAME {
         true => name,
         false => format!("tap{at}"),
     }
 }
 
-/// Whether guests and cards can be called `name`: it goes into ids of QEMU, paths and XML.
+/// Whether `name` can be the name of a guest or of a network device. It becomes a part of QEMU's
+/// ids, of paths and of XML.
 pub(super) fn is_name(name: &str) -> bool {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    let is_allowed = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
     name.starts_with(|c: char| c.is_ascii_alphabetic())
         && name.len() <= 32
-        && name.chars().all(plain)
+        && name.chars().all(is_allowed)
 }
 
 impl Mac {
-    /// An address with QEMU's prefix, the same each time for a card of a guest.
-    fn generate(guest: &str, card: &str) -> Self {
-        // FNV-1a: no secret is kept and no table filled, only equal names must give equal numbers.
-        let bytes = guest.bytes().chain([0]).chain(card.bytes());
+    /// An address with QEMU's prefix, which is always the same for the same `guest` and `device`.
+    fn generate(guest: &str, device: &str) -> Self {
+        // FNV-1a is enough, because the address has to be reproducible and not secret.
+        let bytes = guest.bytes().chain([0]).chain(device.bytes());
         let hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
             (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
         });
@@ -191,19 +184,20 @@ impl Mac {
         Self([0x52, 0x54, 0x00, a ^ d, b ^ e, c ^ f])
     }
 
-    /// Reads six pairs of hexadecimal digits; not a group's address, nor one of zeros.
+    /// Parses six pairs of hexadecimal digits. `None` for other text, for a group address and for
+    /// the zero address.
     fn parse(text: &str) -> Option<Self> {
         let mut parts = text.split(':');
         let mut mac = [0; 6];
         for byte in &mut mac {
             let part = parts.next()?;
-            let digits = part.len() == 2 && part.bytes().all(|digit| digit.is_ascii_hexdigit());
-            *byte = digits
+            let is_byte = part.len() == 2 && part.bytes().all(|digit| digit.is_ascii_hexdigit());
+            *byte = is_byte
                 .then(|| u8::from_str_radix(part, 16).ok())
                 .flatten()?;
         }
-        let group = mac[0] & 1 == 1;
-        (parts.next().is_none() && !group && mac != [0; 6]).then_some(Self(mac))
+        let is_group = mac[0] & 1 == 1;
+        (parts.next().is_none() && !is_group && mac != [0; 6]).then_some(Self(mac))
     }
 }
 

@@ -1,4 +1,4 @@
-//! QEMU's command line.
+//! QEMU's command line for a plan, and the commands that pin its vCPUs.
 
 use std::path::Path;
 
@@ -7,24 +7,24 @@ use super::guest_plan::{GuestPlan, NetDevicePlan, path_text};
 use super::request::Rings;
 use super::shell::quote;
 
-/// The command, by lines; it lacks disks, a display and the like, which follow it.
+/// The words of QEMU's command line, in lines. The user adds disks, a display and the like.
 pub(super) fn command(plan: &GuestPlan) -> Vec<Vec<String>> {
     let memory = plan.memory_mib;
-    let wide = plan.request.needs_x2apic();
+    let x2apic = plan.request.needs_x2apic();
     let mut lines = vec![
         words([
             "qemu-system-x86_64",
             "-name",
             &format!("guest={},debug-threads=on", plan.guest),
         ]),
-        match (plan.request.accel, wide) {
+        match (plan.request.accel, x2apic) {
             (Accel::Kvm, _) => words(["-accel", "kvm", "-cpu", "host"]),
             (Accel::Tcg, false) => words(["-accel", "tcg,thread=multi"]),
             (Accel::Tcg, true) => words(["-accel", "tcg,thread=multi", "-cpu", "qemu64,x2apic=on"]),
         },
         words([
             "-machine",
-            match wide {
+            match x2apic {
                 true => "q35,kernel-irqchip=split,memory-backend=mem",
                 false => "q35,memory-backend=mem",
             },
@@ -34,19 +34,19 @@ pub(super) fn command(plan: &GuestPlan) -> Vec<Vec<String>> {
             &format!("{memory}M"),
         ]),
         words(["-object", &memory_backend(plan)]),
-        words(["-pidfile", &path_text(&plan.pidfile())]),
+        words(["-pidfile", &path_text(&plan.pid_file())]),
     ];
-    if wide {
-        // Before the devices whose interrupts it remaps.
+    if x2apic {
+        // The IOMMU must precede the devices whose interrupts it remaps.
         lines.push(words(["-device", "intel-iommu,intremap=on,eim=on"]));
     }
-    for card in &plan.cards {
-        lines.extend(device_lines(card, plan.rings()));
+    for device in &plan.net_devices {
+        lines.extend(device_lines(device, plan.rings()));
     }
     lines
 }
 
-/// Memory that virtionetd can map, near the vCPUs.
+/// Memory that virtionetd can map, on the NUMA node of the vCPUs.
 fn memory_backend(plan: &GuestPlan) -> String {
     let size = plan.memory_mib;
     let node = plan
@@ -58,15 +58,15 @@ fn memory_backend(plan: &GuestPlan) -> String {
     )
 }
 
-fn device_lines(card: &NetDevicePlan, rings: Rings) -> [Vec<String>; 3] {
+fn device_lines(net_device: &NetDevicePlan, rings: Rings) -> [Vec<String>; 3] {
     let NetDevicePlan {
         name,
         pairs,
         vectors,
         mac,
         ..
-    } = card;
-    let socket = value(&card.socket);
+    } = net_device;
+    let socket = option_value(&net_device.socket);
     let mut device = format!("virtio-net-pci,netdev={name},mac={mac},vectors={vectors}");
     if *pairs > 1 {
         device += ",mq=on";
@@ -92,8 +92,8 @@ fn device_lines(card: &NetDevicePlan, rings: Rings) -> [Vec<String>; 3] {
     ]
 }
 
-/// A path inside an option of QEMU, where commas are doubled.
-fn value(path: &Path) -> String {
+/// A path as a value in an option of QEMU, where commas are doubled.
+fn option_value(path: &Path) -> String {
     path_text(path).replace(',', ",,")
 }
 
@@ -101,13 +101,14 @@ fn words<const N: usize>(words: [&str; N]) -> Vec<String> {
     words.map(str::to_owned).into()
 }
 
-/// Shell lines that pin the vCPUs of the QEMU above, found by their threads' names; none where they
-/// float.
+/// Shell commands that pin the vCPU threads of QEMU, which they find by the threads' names. `None`
+/// where the vCPUs float.
 pub(super) fn pin_commands(plan: &GuestPlan) -> Option<String> {
     let pins = plan.pins.as_ref()?;
-    let pidfile = quote(&path_text(&plan.pidfile()));
-    let mut text =
-        format!("for task in /proc/$(cat {pidfile})/task/*; do\n  case $(cat \"$task/comm\") in\n");
+    let pid_file = quote(&path_text(&plan.pid_file()));
+    let mut text = format!(
+        "for task in /proc/$(cat {pid_file})/task/*; do\n  case $(cat \"$task/comm\") in\n"
+    );
     for (vcpu, cpu) in pins.iter().enumerate() {
         text += &format!("    \"CPU {vcpu}/\"*) taskset -pc {cpu} \"${{task##*/}}\" ;;\n");
     }

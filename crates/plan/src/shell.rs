@@ -1,6 +1,7 @@
-//! Words for a shell.
+//! Quoting for a shell.
 
-/// A command whose words come in lines, quoted where it needs to be, one line below the other.
+/// The text of a command whose words are given in lines. Words are quoted where necessary, and
+/// lines are continued with a backslash.
 pub(super) fn join_lines(lines: &[Vec<String>]) -> String {
     let lines: Vec<String> = lines
         .iter()
@@ -12,12 +13,12 @@ pub(super) fn join_lines(lines: &[Vec<String>]) -> String {
     lines.join(" \\\n  ") + "\n"
 }
 
-/// `word` as a shell reads it back.
+/// Quotes `word` where a shell would otherwise change it.
 pub(super) fn quote(word: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "_@%+=:,./-".contains(c);
-    if word.starts_with(|c: char| c != '=' && plain(c)) && word.chars().all(plain) {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "_@%+=:,./-".contains(c);
+    if word.starts_with(|c: char| c != '=' && is_plain(c)) && word.chars().all(is_plain) {
         return word.into();
     }
-    // Only a zero byte cannot be quoted, and no word has one.
+    // Quoting fails only for a zero byte, which no word has.
     shlex::try_quote(word).map_or_else(|_| String::new(), |quoted| quoted.into_owned())
 }

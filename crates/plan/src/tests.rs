@@ -1,4 +1,4 @@
-//! Tests of the whole: flags in, texts out.
+//! Tests of the whole crate, from the flags to the texts.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -24,7 +24,7 @@ fn args(line: &str) -> PlanArgs {
     Line::try_parse_from(words).unwrap().plan
 }
 
-/// A host with these CPUs of which no more is known.
+/// A host with these CPUs and an unknown topology.
 fn host(cpus: &str) -> TargetHost {
     TargetHost {
         cpus: cpus.parse().unwrap(),
@@ -33,10 +33,10 @@ fn host(cpus: &str) -> TargetHost {
 }
 
 fn planned(line: &str) -> GuestPlan {
-    plan(&args(line), &host("0-7")).unwrap_or_else(|why| panic!("{line}: {why}"))
+    plan(&args(line), &host("0-7")).unwrap_or_else(|error| panic!("{line}: {error}"))
 }
 
-/// A folder of the test's own, gone with it.
+/// A directory of one test, which is removed at the end of the test.
 struct Dir(PathBuf);
 
 impl Dir {
@@ -59,101 +59,103 @@ impl Drop for Dir {
     }
 }
 
-/// Lines of flags, and under each the sentence that refuses it on a host with CPUs 0-7.
+/// Command lines, and below each the code and the text of its error on a host with CPUs 0-7.
 const REFUSED: &str = r#"
 --vcpus 0
-    a guest has at least one vCPU: give the number of its vCPUs
+    queues-impossible a guest has at least one vCPU: give the number of its vCPUs
 --vcpus 5000
-    --vcpus 5000 is more than QEMU can run: write 1 to 4096
+    vcpus-too-many --vcpus 5000 is more than QEMU can run: write 1 to 4096
 --vcpus 4 --name a,b
-    --name "a,b" cannot be used: write a letter and up to 31 letters, digits, '.', '_' or '-'
+    guest-name-invalid --name "a,b" cannot be used: write a letter and up to 31 letters, digits, '.', '_' or '-'
 --vcpus 4 --name 4ever
-    --name "4ever" cannot be used: write a letter and up to 31 letters, digits, '.', '_' or '-'
+    guest-name-invalid --name "4ever" cannot be used: write a letter and up to 31 letters, digits, '.', '_' or '-'
 --vcpus 4 --memory 4X
-    --memory 4X is no size: write MiB, or a number with M, G or T, such as 4G
+    memory-invalid --memory 4X is no size: write MiB, or a number with M, G or T, such as 4G
 --vcpus 4 --memory 0
-    --memory 0 is no size: write MiB, or a number with M, G or T, such as 4G
+    memory-invalid --memory 0 is no size: write MiB, or a number with M, G or T, such as 4G
 --vcpus 4 --memory G
-    --memory G is no size: write MiB, or a number with M, G or T, such as 4G
+    memory-invalid --memory G is no size: write MiB, or a number with M, G or T, such as 4G
 --vcpus 4 --memory 99999999999999999999T
-    --memory 99999999999999999999T is no size: write MiB, or a number with M, G or T, such as 4G
+    memory-invalid --memory 99999999999999999999T is no size: write MiB, or a number with M, G or T, such as 4G
 --vcpus 4 --memory +4G
-    --memory +4G is no size: write MiB, or a number with M, G or T, such as 4G
+    memory-invalid --memory +4G is no size: write MiB, or a number with M, G or T, such as 4G
 --vcpus 4 --rx-queue-size 300
-    --rx-queue-size 300 is no size that QEMU takes: write 256, 512 or 1024
+    ring-size-invalid --rx-queue-size 300 is no size that QEMU takes: write 256, 512 or 1024
 --vcpus 4 --tx-queue-size 2048
-    --tx-queue-size 2048 is no size that QEMU takes: write 256, 512 or 1024
+    ring-size-invalid --tx-queue-size 2048 is no size that QEMU takes: write 256, 512 or 1024
 --vcpus 4 --socket-dir run
-    --socket-dir run cannot be used: write an absolute path of printable characters
+    socket-dir-invalid --socket-dir run cannot be used: write an absolute path of printable characters
 --vcpus 4 --cpus 6-9
-    --cpus 6-9 names CPUs 8-9, but virtionetd may run on CPUs 0-7 only: choose among those, or say with --host-cpus what the host has
+    cpus-not-allowed --cpus 6-9 names CPUs 8-9, but virtionetd may run on CPUs 0-7 only: choose among those, or say with --host-cpus what the host has
 --vcpus 4 --cpus x
-    "x" in the CPU list "x" is not a CPU or a range: write a list such as 0-3,8
+    cpu-list-invalid "x" in the CPU list "x" is not a CPU or a range: write a list such as 0-3,8
 --vcpus 4 --cpus=
-    --cpus names no CPU: write a list such as 2-5, auto or none
+    cpus-empty --cpus names no CPU: write a list such as 2-5, auto or none
 --vcpus 4 --nics 0
-    a guest cannot have 0 cards: ask for 1 to 28, for which its PCI root bus has room
+    net-device-count-invalid a guest cannot have 0 network devices: ask for 1 to 28, for which its PCI root bus has slots
 --vcpus 4 --nics 29
-    a guest cannot have 29 cards: ask for 1 to 28, for which its PCI root bus has room
+    net-device-count-invalid a guest cannot have 29 network devices: ask for 1 to 28, for which its PCI root bus has slots
 --vcpus 4 --nic queues
-    --nic queues: "queues" is not KEY=VALUE: write a value behind =, and a comma inside a value twice
+    nic-item-invalid --nic queues: "queues" is not KEY=VALUE: write a value behind =, and a comma inside a value twice
 --vcpus 4 --nic queues=
-    --nic queues=: "queues=" is not KEY=VALUE: write a value behind =, and a comma inside a value twice
+    nic-item-invalid --nic queues=: "queues=" is not KEY=VALUE: write a value behind =, and a comma inside a value twice
 --vcpus 4 --nic pairs=4
-    --nic pairs=4: the key "pairs" is not known: use name, queues, throughput, mac, tap, bridge and uplink
+    nic-key-unknown --nic pairs=4: the key "pairs" is not known: use name, queues, throughput, mac, tap, bridge and uplink
 --vcpus 4 --nic queues=2,queues=3
-    --nic queues=2,queues=3: queues is given twice: keep one of them
+    nic-key-repeated --nic queues=2,queues=3: queues is given twice: keep one of them
 --vcpus 4 --nic queues=two
-    --nic queues=two: queues=two is no number of queue pairs: write 1 to 128
+    nic-queues-invalid --nic queues=two: queues=two is no number of queue pairs: write 1 to 128
 --vcpus 4 --nic queues=0
-    network device net0 asks for queues=0: write 1 to 128, which is what vhost-user can address
+    queues-impossible network device net0 asks for queues=0: write 1 to 128, which is what vhost-user can address
 --vcpus 4 --nic throughput=full
-    --nic throughput=full: throughput "full" is not known: write high, medium or low
+    throughput-unknown --nic throughput=full: throughput "full" is not known: write high, medium or low
 --vcpus 4 --nic queues=2,throughput=low
-    --nic queues=2,throughput=low: queues=2 and throughput=low are both given: keep one of them
+    nic-keys-conflict --nic queues=2,throughput=low: queues=2 and throughput=low are both given: keep one of them
 --vcpus 4 --nic name=a/b
-    --nic name=a/b: name=a/b cannot be used: write a letter and up to 31 letters, digits, '.', '_' or '-'
+    nic-name-invalid --nic name=a/b: name=a/b cannot be used: write a letter and up to 31 letters, digits, '.', '_' or '-'
 --vcpus 4 --nic mac=52:54:00:12:34
-    --nic mac=52:54:00:12:34: mac=52:54:00:12:34 is no address of a card: write one such as 52:54:00:12:34:56
+    nic-mac-invalid --nic mac=52:54:00:12:34: mac=52:54:00:12:34 is no address of a network device: write one such as 52:54:00:12:34:56
 --vcpus 4 --nic mac=01:00:5e:00:00:01
-    --nic mac=01:00:5e:00:00:01: mac=01:00:5e:00:00:01 is no address of a card: write one such as 52:54:00:12:34:56
+    nic-mac-invalid --nic mac=01:00:5e:00:00:01: mac=01:00:5e:00:00:01 is no address of a network device: write one such as 52:54:00:12:34:56
 --vcpus 4 --nic tap=t0,uplink=null
-    --nic tap=t0,uplink=null: tap=t0 and uplink=null are both given: keep one of them
+    nic-keys-conflict --nic tap=t0,uplink=null: tap=t0 and uplink=null are both given: keep one of them
 --vcpus 4 --nic uplink=-x
-    virtionetd refuses a value: unexpected argument '-x' found; write values that begin with no dash
+    value-is-flag virtionetd refuses a value: unexpected argument '-x' found; write values that begin with no dash
 --vcpus 4 --nic bridge=b,uplink=null
-    --nic bridge=b,uplink=null: bridge=b and uplink=null are both given: write the bridge into the uplink
+    nic-bridge-beside-uplink --nic bridge=b,uplink=null: bridge=b and uplink=null are both given: write the bridge into the uplink
 --vcpus 4 --nic name=a --nic name=a
-    two cards are called a: give each a name of its own
+    net-device-name-repeated two network devices are called a: give each a name of its own
 --vcpus 4 --nic mac=52:54:00:00:00:01 --nic mac=52:54:00:00:00:01
-    cards net0 and net1 both have the address 52:54:00:00:00:01: give each one of its own with mac=
+    mac-repeated network devices net0 and net1 both have the address 52:54:00:00:00:01: give each one of its own with mac=
 --vcpus 4 --nic tap=t0 --nic tap=t0
-    TAP t0 is given to both guest-net0 and guest-net1: give each one of its own
+    config-invalid TAP t0 is given to both guest-net0 and guest-net1: give each one of its own
 --vcpus 4 --placement list:8
-    placement list:8 names CPU 8, but this daemon may run on CPUs 0-7 only: choose among those or widen its cpuset
+    placement-impossible placement list:8 names CPU 8, but this daemon may run on CPUs 0-7 only: choose among those or widen its cpuset
 --vcpus 4 --poll busy
-    --poll busy is not known: write off, adaptive or always
+    config-invalid --poll busy is not known: write off, adaptive or always
 --vcpus 4 --poll-us 7
-    --poll-us 7 has no effect with --poll off: add --poll adaptive, or leave --poll-us out
+    config-invalid --poll-us 7 has no effect with --poll off: add --poll adaptive, or leave --poll-us out
 --vcpus 4 --image-multiqueue true --flavor-multiqueue false
-    the image says hw_vif_multiqueue_enabled=true, the flavor hw:vif_multiqueue_enabled=false: set both alike, or leave one unset
+    queues-impossible the image says hw_vif_multiqueue_enabled=true, the flavor hw:vif_multiqueue_enabled=false: set both alike, or leave one unset
 --vcpus 4 --hw_vif_multiqueue_enabled off --hw:vif_multiqueue_enabled on
-    the image says hw_vif_multiqueue_enabled=false, the flavor hw:vif_multiqueue_enabled=true: set both alike, or leave one unset
+    queues-impossible the image says hw_vif_multiqueue_enabled=false, the flavor hw:vif_multiqueue_enabled=true: set both alike, or leave one unset
 --vcpus 4 --image-multiqueue false --nic queues=2
-    network device net0 asks for queues=2, but multiqueue is off by hw_vif_multiqueue_enabled=false (image): leave one of them out
+    queues-impossible network device net0 asks for queues=2, but multiqueue is off by hw_vif_multiqueue_enabled=false (image): leave one of them out
 --vcpus 4 --max-queues 0
-    max_queues is 0, but a network device has at least one queue pair: give 1 or more, or no limit
+    queues-impossible max_queues is 0, but a network device has at least one queue pair: give 1 or more, or no limit
 --vcpus 4 --msix-budget 8 --other-vectors 5
-    the guest needs 9 interrupt vectors (4 for its network devices, 5 for other devices), but has 8: ask for fewer queues or network devices, or raise the budget
+    queues-impossible the guest needs 9 interrupt vectors (4 for its network devices, 5 for other devices), but has 8: ask for fewer queues or network devices, or raise the budget
 "#;
 
 #[test]
-fn what_cannot_be_planned_is_refused_in_one_sentence() {
+fn a_request_that_cannot_be_planned_is_refused_with_a_code_and_one_sentence() {
     let rows: Vec<&str> = REFUSED.trim().lines().collect();
     for row in rows.chunks(2) {
         let refused = plan(&args(row[0]), &host("0-7"));
         let error = refused.map(|_| ()).unwrap_err();
-        assert_eq!(error.to_string(), row[1].trim(), "{}", row[0]);
+        let (code, text) = row[1].trim().split_once(' ').unwrap();
+        assert_eq!(error.to_string(), text, "{}", row[0]);
+        assert_eq!(error.code(), code, "{}", row[0]);
         assert_eq!(error.status(), 2);
     }
     for unwritable in ["/tmp/a\u{fffe}b", "/tmp/a\u{7f}b", "/tmp/a\nb"] {
@@ -171,7 +173,7 @@ fn what_cannot_be_planned_is_refused_in_one_sentence() {
 }
 
 #[test]
-fn clap_finds_no_fault_and_refuses_what_excludes_another() {
+fn clap_accepts_the_description_and_refuses_flags_that_exclude_each_other() {
     Line::command().debug_assert();
     for line in [
         "",
@@ -186,7 +188,7 @@ fn clap_finds_no_fault_and_refuses_what_excludes_another() {
 }
 
 #[test]
-fn the_policy_decides_the_pairs() {
+fn the_policy_decides_the_queue_pairs() {
     for (line, pairs, total) in [
         ("--vcpus 1", vec![1], 6),
         ("--vcpus 4", vec![4], 15),
@@ -206,23 +208,23 @@ fn the_policy_decides_the_pairs() {
         ("--vcpus 4 --nics 2 --msix-budget 21", vec![3, 3], 21),
     ] {
         let plan = planned(line);
-        let found: Vec<u16> = plan.cards.iter().map(|card| card.pairs).collect();
+        let found: Vec<u16> = plan.net_devices.iter().map(|device| device.pairs).collect();
         assert_eq!(found, pairs, "{line}");
         assert_eq!(plan.vectors.total, total, "{line}");
-        for card in &plan.cards {
-            assert_eq!(card.vectors, u32::from(card.pairs) * 2 + 2);
-            assert_eq!(card.workers.len(), usize::from(card.pairs));
-            let said = card.guest_command.as_deref().unwrap_or(" combined 1");
+        for device in &plan.net_devices {
+            assert_eq!(device.vectors, u32::from(device.pairs) * 2 + 2);
+            assert_eq!(device.workers.len(), usize::from(device.pairs));
+            let command = device.guest_command.as_deref().unwrap_or(" combined 1");
             assert!(
-                said.ends_with(&format!(" combined {}", card.pairs)),
-                "{said}"
+                command.ends_with(&format!(" combined {}", device.pairs)),
+                "{command}"
             );
         }
     }
 }
 
 #[test]
-fn memory_has_units() {
+fn the_size_of_the_memory_can_have_a_unit() {
     for (text, mib) in [
         ("512", 512),
         ("512M", 512),
@@ -236,111 +238,77 @@ fn memory_has_units() {
 }
 
 #[test]
-fn names_and_addresses_are_made_up_alike_each_time() {
+fn generated_names_and_addresses_are_reproducible() {
     let first = planned("--vcpus 2 --nics 3 --name web");
     assert_eq!(first, planned("--vcpus 2 --nics 3 --name web"));
     let other = planned("--vcpus 2 --nics 3 --name mail");
-    let cards = || first.cards.iter().chain(&other.cards);
-    let macs: BTreeSet<&str> = cards().map(|card| card.mac.as_str()).collect();
+    let devices = || first.net_devices.iter().chain(&other.net_devices);
+    let macs: BTreeSet<&str> = devices().map(|device| device.mac.as_str()).collect();
     assert_eq!(macs.len(), 6, "{macs:?}");
     assert!(macs.iter().all(|mac| mac.starts_with("52:54:00:")));
-    let uplinks: Vec<&str> = cards().map(|card| card.uplink.as_str()).collect();
+    let uplinks: Vec<&str> = devices().map(|device| device.uplink.as_str()).collect();
     assert_eq!(uplinks[0], "tap:web-net0");
     assert_eq!(uplinks[5], "tap:mail-net2");
     assert_eq!(
-        first.cards[1].socket,
+        first.net_devices[1].socket,
         PathBuf::from("/run/virtionetd/web-net1.sock")
     );
-    // A TAP's name has 15 bytes at most.
+    // The name of a TAP has at most 15 bytes.
     let long =
         planned("--vcpus 2 --name a-guest-with-a-name --nic bridge=br0 --nic name=lan,tap=t");
-    assert_eq!(long.cards[0].uplink, "tap:tap0,bridge=br0");
-    assert_eq!(long.cards[1].uplink, "tap:t");
+    assert_eq!(long.net_devices[0].uplink, "tap:tap0,bridge=br0");
+    assert_eq!(long.net_devices[1].uplink, "tap:t");
 }
 
+/// Flags, the CPUs that the vCPUs are pinned to, the CPUs of each worker, and the numbers of CPUs that
+/// the workers use when idle and under load, on a host with CPUs 0-7.
+const PLACEMENTS: [(&str, &str, &str, u32, u32); 12] = [
+    ("--vcpus 4", "0,1,2,3", "0 1 2 3", 0, 4),
+    ("--vcpus 4 --cpus 7,3-5", "7,3,4,5", "7 3 4 5", 0, 4),
+    ("--vcpus 4 --cpus 2,5", "2,5,2,5", "2 5 2 5", 0, 2),
+    (
+        "--vcpus 4 --cpus 4-7 --nic queues=2",
+        "4,5,6,7",
+        "4 6",
+        0,
+        2,
+    ),
+    ("--vcpus 2 --cpus none", "", "0 1", 0, 2),
+    ("--vcpus 9", "", "0 1 2 3 4 5 6 7 0", 0, 8),
+    ("--vcpus 2 --placement list:6-7", "0,1", "6 7", 0, 2),
+    ("--vcpus 2 --placement none", "0,1", "0-7 0-7", 0, 2),
+    // A worker that polls does not run on the CPUs of vCPUs.
+    ("--vcpus 2 --poll always", "0,1", "2 3", 2, 2),
+    ("--vcpus 2 --poll adaptive", "0,1", "2 3", 0, 2),
+    (
+        "--vcpus 8 --poll always --nic queues=2",
+        "0,1,2,3,4,5,6,7",
+        "0 4",
+        0,
+        2,
+    ),
+    (
+        "--vcpus 2 --poll always --placement same",
+        "0,1",
+        "0 1",
+        2,
+        2,
+    ),
+];
+
 #[test]
-fn workers_stand_where_the_daemons_planner_puts_them() {
-    // Flags, pins, CPUs of the workers, CPUs that they use idle and busy.
-    type Case = (&'static str, Option<Vec<u32>>, Vec<Vec<u32>>, (u32, u32));
-    let each = |cpus: &[u32]| cpus.iter().map(|cpu| vec![*cpu]).collect::<Vec<_>>();
-    let table: Vec<Case> = vec![
-        (
-            "--vcpus 4",
-            Some(vec![0, 1, 2, 3]),
-            each(&[0, 1, 2, 3]),
-            (0, 4),
-        ),
-        (
-            "--vcpus 4 --cpus 7,3-5",
-            Some(vec![7, 3, 4, 5]),
-            each(&[7, 3, 4, 5]),
-            (0, 4),
-        ),
-        (
-            "--vcpus 4 --cpus 2,5",
-            Some(vec![2, 5, 2, 5]),
-            each(&[2, 5, 2, 5]),
-            (0, 2),
-        ),
-        (
-            "--vcpus 4 --cpus 4-7 --nic queues=2",
-            Some(vec![4, 5, 6, 7]),
-            each(&[4, 6]),
-            (0, 2),
-        ),
-        ("--vcpus 2 --cpus none", None, each(&[0, 1]), (0, 2)),
-        (
-            "--vcpus 9",
-            None,
-            each(&[0, 1, 2, 3, 4, 5, 6, 7, 0]),
-            (0, 8),
-        ),
-        (
-            "--vcpus 2 --placement list:6-7",
-            Some(vec![0, 1]),
-            each(&[6, 7]),
-            (0, 2),
-        ),
-        (
-            "--vcpus 2 --placement none",
-            Some(vec![0, 1]),
-            vec![(0..8).collect(), (0..8).collect()],
-            (0, 2),
-        ),
-        // A worker that polls keeps off the vCPUs' CPUs.
-        (
-            "--vcpus 2 --poll always",
-            Some(vec![0, 1]),
-            each(&[2, 3]),
-            (2, 2),
-        ),
-        (
-            "--vcpus 2 --poll adaptive",
-            Some(vec![0, 1]),
-            each(&[2, 3]),
-            (0, 2),
-        ),
-        (
-            "--vcpus 8 --poll always --nic queues=2",
-            Some((0..8).collect()),
-            each(&[0, 4]),
-            (0, 2),
-        ),
-        (
-            "--vcpus 2 --poll always --placement same",
-            Some(vec![0, 1]),
-            each(&[0, 1]),
-            (2, 2),
-        ),
-    ];
-    for (line, pins, workers, (idle, busy)) in table {
+fn workers_have_the_placement_of_the_daemons_planner() {
+    for (line, pins, workers, idle, busy) in PLACEMENTS {
         let plan = planned(line);
-        assert_eq!(plan.pins, pins, "{line}");
-        let card = &plan.cards[0];
-        let found: Vec<_> = card.workers.iter().map(|w| w.cpus.clone()).collect();
-        assert_eq!(found, workers, "{line}");
+        let found: Vec<String> = plan.pins.iter().flatten().map(u32::to_string).collect();
+        assert_eq!(found.join(","), pins, "{line}");
+        assert_eq!(plan.pins.is_none(), pins.is_empty(), "{line}");
+        let device = &plan.net_devices[0];
+        let cpus = |worker: &WorkerPlan| worker.cpus.iter().copied().collect::<CpuSet>();
+        let found: Vec<String> = device.workers.iter().map(|w| cpus(w).to_string()).collect();
+        assert_eq!(found.join(" "), workers, "{line}");
         assert_eq!(plan.worker_cpus, WorkerCpus { idle, busy }, "{line}");
-        for (pair, worker) in (0..).zip(&card.workers) {
+        for (pair, worker) in (0..).zip(&device.workers) {
             assert_eq!(worker.pair, pair);
             assert!(
                 !worker.vcpus.is_empty() && !worker.why.is_empty(),
@@ -348,29 +316,33 @@ fn workers_stand_where_the_daemons_planner_puts_them() {
             );
         }
     }
-    let notes = planned("--vcpus 4 --cpus 2,5").notes;
-    assert!(notes[0].starts_with("4 vCPUs share CPUs 2,5"), "{notes:?}");
-    let notes = planned("--vcpus 2 --cpus 5,5").notes;
-    assert!(notes[0].starts_with("2 vCPUs share CPU 5"), "{notes:?}");
-    let notes = planned("--vcpus 2 --cpus 3-6").notes;
-    assert!(
-        notes[0].starts_with("no vCPU is pinned to CPUs 5-6"),
-        "{notes:?}"
-    );
-    let notes = planned("--vcpus 9").notes;
-    assert!(notes[0].starts_with("the vCPUs float"), "{notes:?}");
-    let notes = planned("--vcpus 4").notes;
-    assert!(notes[0].contains("a guest beside this one"), "{notes:?}");
-    assert!(planned("--vcpus 4 --cpus 0-3").notes.is_empty());
-    let notes = planned("--vcpus 2 --cpus 0-1 --nics 2 --poll always").notes;
-    assert!(
-        notes[0].starts_with("workers of several cards poll on CPUs 2-3"),
-        "{notes:?}"
-    );
-    assert!(planned("--vcpus 2 --cpus 0-1 --nics 2").notes.is_empty());
 }
 
-/// Two nodes of four CPUs, CPU 1 isolated, CPU 7 offline.
+#[test]
+fn notes_report_cpus_that_are_shared_unused_or_contended() {
+    for (line, expected) in [
+        ("--vcpus 4 --cpus 2,5", "4 vCPUs share CPUs 2,5"),
+        ("--vcpus 2 --cpus 5,5", "2 vCPUs share CPU 5"),
+        ("--vcpus 2 --cpus 3-6", "no vCPU is pinned to CPUs 5-6"),
+        ("--vcpus 9", "the vCPUs float"),
+        (
+            "--vcpus 4",
+            "the vCPUs take the first CPUs that the host has, 0-3:",
+        ),
+        (
+            "--vcpus 2 --cpus 0-1 --nics 2 --poll always",
+            "workers of several network devices poll on CPUs 2-3",
+        ),
+    ] {
+        let notes = planned(line).notes;
+        assert!(notes[0].starts_with(expected), "{line}: {notes:?}");
+    }
+    for line in ["--vcpus 4 --cpus 0-3", "--vcpus 2 --cpus 0-1 --nics 2"] {
+        assert_eq!(planned(line).notes, [""; 0], "{line}");
+    }
+}
+
+/// A host with two NUMA nodes of four CPUs. CPU 1 is isolated and CPU 7 is offline.
 fn two_nodes(dir: &Dir) -> TargetHost {
     dir.file("devices/system/cpu/online", "0-6\n");
     dir.file("devices/system/cpu/isolated", "1\n");
@@ -385,7 +357,7 @@ fn two_nodes(dir: &Dir) -> TargetHost {
 }
 
 #[test]
-fn vcpus_and_memory_keep_to_one_node() {
+fn vcpus_and_memory_are_on_one_node_where_it_has_enough_cpus() {
     let dir = Dir::new("nodes");
     let host = two_nodes(&dir);
     for (line, pins, node) in [
@@ -412,7 +384,7 @@ fn vcpus_and_memory_keep_to_one_node() {
     }
 }
 
-/// The words that a shell makes of `text`, a command that is called `program`.
+/// The words that a shell passes to `program`, which the command `text` runs.
 fn shell_words(program: &str, text: &str) -> Vec<String> {
     let script = format!("{program}() {{ printf '%s\\0' {program} \"$@\"; }}\n{text}");
     let out = Process::new("bash").args(["-c", &script]).output().unwrap();
@@ -421,14 +393,14 @@ fn shell_words(program: &str, text: &str) -> Vec<String> {
     text.split_terminator('\0').map(str::to_owned).collect()
 }
 
-/// A folder's name with all that shells, XML, QEMU and `--device` take for more than a letter.
-const NASTY: &str = "/tmp/a b,'c'$d&<e>\"f\"=;*\\g";
+/// A directory whose name has the special characters of shells, XML, QEMU and `--device`.
+const SPECIAL_DIR: &str = "/tmp/a b,'c'$d&<e>\"f\"=;*\\g";
 
 #[test]
-fn what_is_pasted_into_a_shell_gives_the_words() {
+fn a_command_that_is_pasted_into_a_shell_has_the_planned_words() {
     for nics in 1..=2 {
         let mut args = args(&format!("--vcpus 2 --nics {nics} --packed --poll always"));
-        args.socket_dir = NASTY.into();
+        args.socket_dir = SPECIAL_DIR.into();
         let plan = plan(&args, &host("0-7")).unwrap();
         let commands = plan.commands();
         for (part, program, words) in [
@@ -441,7 +413,7 @@ fn what_is_pasted_into_a_shell_gives_the_words() {
             ),
         ] {
             assert_eq!(
-                shell_words(program, &text::part(&plan, part)),
+                shell_words(program, &text::render(&plan, part)),
                 words,
                 "{part:?}"
             );
@@ -466,7 +438,7 @@ fn config(words: &[String]) -> Config {
 }
 
 #[test]
-fn the_daemon_reads_its_command_line_and_file_as_planned() {
+fn the_daemon_parses_its_command_line_and_file_as_planned() {
     let dir = Dir::new("config");
     for line in [
         "--vcpus 4",
@@ -474,34 +446,37 @@ fn the_daemon_reads_its_command_line_and_file_as_planned() {
         "--vcpus 4 --nic bridge=br0,throughput=medium --nic uplink=switch:lan,,tap=t9 --placement none",
     ] {
         let mut args = args(line);
-        args.socket_dir = NASTY.into();
+        args.socket_dir = SPECIAL_DIR.into();
         let plan = plan(&args, &host("0-7")).unwrap();
         let commands = plan.commands();
         let listens = config(&commands.virtionetd);
         let connects = config(&commands.virtionetd_client);
         assert_eq!(listens.control.as_ref(), Some(&plan.control));
-        assert_eq!(listens.devices.len(), plan.cards.len());
-        for (card, (here, there)) in plan
-            .cards
+        assert_eq!(listens.devices.len(), plan.net_devices.len());
+        for (device, (listening, connecting)) in plan
+            .net_devices
             .iter()
             .zip(listens.devices.iter().zip(&connects.devices))
         {
             assert_eq!(
-                (&here.name, &here.uplink.to_string()),
-                (&card.device, &card.uplink)
+                (&listening.name, &listening.uplink.to_string()),
+                (&device.device, &device.uplink)
             );
-            assert_eq!(here.queues.max(), card.pairs);
-            let Socket::Listen { path, .. } = &here.socket else {
-                panic!("{here:?}")
+            assert_eq!(listening.queues.max(), device.pairs);
+            let Socket::Listen { path, .. } = &listening.socket else {
+                panic!("{listening:?}")
             };
-            assert_eq!(path, &card.socket);
+            assert_eq!(path, &device.socket);
             assert_eq!(
-                there.socket,
+                connecting.socket,
                 Socket::Connect {
-                    path: card.socket.clone()
+                    path: device.socket.clone()
                 }
             );
-            assert_eq!((&here.placement, here.poll), (&there.placement, there.poll));
+            assert_eq!(
+                (&listening.placement, listening.poll),
+                (&connecting.placement, connecting.poll)
+            );
         }
         dir.file("virtionetd.toml", &commands.config);
         let file = dir.0.join("virtionetd.toml").display().to_string();
@@ -510,7 +485,7 @@ fn the_daemon_reads_its_command_line_and_file_as_planned() {
     }
 }
 
-/// `ELEMENT ATTRIBUTE=VALUE ...` of each element, and `=TEXT` of texts.
+/// Each element of `xml` as `ELEMENT ATTRIBUTE=VALUE ...`.
 fn elements(xml: &str) -> Vec<String> {
     let mut reader = Reader::from_str(xml);
     let mut found = Vec::new();
@@ -532,9 +507,9 @@ fn elements(xml: &str) -> Vec<String> {
 }
 
 #[test]
-fn the_domain_says_what_the_plan_says() {
+fn the_domain_has_the_values_of_the_plan() {
     let mut args = args("--vcpus 2 --cpus 3,5 --nic queues=2 --nic queues=1,mac=52:54:00:00:00:07");
-    args.socket_dir = NASTY.into();
+    args.socket_dir = SPECIAL_DIR.into();
     (args.packed, args.rx_queue_size) = (true, Some(1024));
     let xml = plan(&args, &host("0-7")).unwrap().commands().libvirt;
     let found = elements(&xml);
@@ -546,8 +521,8 @@ fn the_domain_says_what_the_plan_says() {
         "vcpupin vcpu=0 cpuset=3",
         "vcpupin vcpu=1 cpuset=5",
         "emulatorpin cpuset=3,5",
-        &format!("source type=unix path={NASTY}/guest-net0.sock mode=server"),
-        &format!("source type=unix path={NASTY}/guest-net1.sock mode=server"),
+        &format!("source type=unix path={SPECIAL_DIR}/guest-net0.sock mode=server"),
+        &format!("source type=unix path={SPECIAL_DIR}/guest-net1.sock mode=server"),
         "driver queues=2 rx_queue_size=1024 packed=on",
         "driver rx_queue_size=1024 packed=on",
         "mac address=52:54:00:00:00:07",
@@ -569,11 +544,11 @@ fn the_domain_says_what_the_plan_says() {
 }
 
 #[test]
-fn qemus_line_says_what_the_plan_says() {
+fn the_command_line_of_qemu_has_the_values_of_the_plan() {
     let line = "--vcpus 4 --name web --memory 2G --tx-queue-size 512 --nic queues=3 --nic name=mgmt,throughput=low";
     let plan = planned(line);
     let words = plan.commands().qemu;
-    let (lan, mgmt) = (&plan.cards[0].mac, &plan.cards[1].mac);
+    let (lan, mgmt) = (&plan.net_devices[0].mac, &plan.net_devices[1].mac);
     for expected in [
         "guest=web,debug-threads=on",
         "memory-backend-memfd,id=mem,size=2048M,share=on",
@@ -588,7 +563,7 @@ fn qemus_line_says_what_the_plan_says() {
             "{expected} is not in {words:#?}"
         );
     }
-    let pin = text::part(&plan, OutputPart::Pin);
+    let pin = text::render(&plan, OutputPart::Pin);
     for (vcpu, cpu) in plan.pins.unwrap().iter().enumerate() {
         assert!(
             pin.contains(&format!("\"CPU {vcpu}/\"*) taskset -pc {cpu} ")),
@@ -596,32 +571,42 @@ fn qemus_line_says_what_the_plan_says() {
         );
     }
     assert_eq!(
-        text::part(&planned("--vcpus 4 --cpus none"), OutputPart::Pin),
+        text::render(&planned("--vcpus 4 --cpus none"), OutputPart::Pin),
         ""
     );
 }
 
 #[test]
 fn interrupts_reach_more_than_255_vcpus() {
-    for (vcpus, accel, wide) in [(255, "tcg", false), (256, "tcg", true), (300, "kvm", true)] {
+    for (vcpus, accel, needs_x2apic) in
+        [(255, "tcg", false), (256, "tcg", true), (300, "kvm", true)]
+    {
         let line = format!("--vcpus {vcpus} --accel {accel} --cpus none");
         let commands = planned(&line).commands();
         let qemu = commands.qemu.join(" ");
         assert_eq!(
             qemu.contains(" -device intel-iommu,intremap=on,eim=on"),
-            wide,
+            needs_x2apic,
             "{qemu}"
         );
-        assert_eq!(qemu.contains("kernel-irqchip=split"), wide, "{qemu}");
-        assert_eq!(qemu.contains("x2apic=on"), wide && accel == "tcg", "{qemu}");
+        assert_eq!(
+            qemu.contains("kernel-irqchip=split"),
+            needs_x2apic,
+            "{qemu}"
+        );
+        assert_eq!(
+            qemu.contains("x2apic=on"),
+            needs_x2apic && accel == "tcg",
+            "{qemu}"
+        );
         let found = elements(&commands.libvirt);
         let has = |line: &str| found.iter().any(|found| found == line);
-        assert_eq!(has("iommu model=intel"), wide, "{found:?}");
-        assert_eq!(has("driver intremap=on eim=on"), wide, "{found:?}");
-        assert_eq!(has("ioapic driver=qemu"), wide, "{found:?}");
+        assert_eq!(has("iommu model=intel"), needs_x2apic, "{found:?}");
+        assert_eq!(has("driver intremap=on eim=on"), needs_x2apic, "{found:?}");
+        assert_eq!(has("ioapic driver=qemu"), needs_x2apic, "{found:?}");
         assert_eq!(
             has("feature policy=require name=x2apic"),
-            wide && accel == "tcg"
+            needs_x2apic && accel == "tcg"
         );
     }
 }
@@ -629,16 +614,18 @@ fn interrupts_reach_more_than_255_vcpus() {
 #[test]
 fn json_and_text_give_the_same_numbers() {
     let plan = planned("--vcpus 4 --nic queues=3 --nic throughput=low --poll always");
-    let json: serde_json::Value = serde_json::from_str(&plan.json()).unwrap();
-    let text = text::part(&plan, OutputPart::All);
+    let json: serde_json::Value = serde_json::from_str(&plan.to_json()).unwrap();
+    let text = text::render(&plan, OutputPart::All);
     let number = |value: &serde_json::Value| value.as_u64().unwrap();
-    for card in json["cards"].as_array().unwrap() {
-        let (pairs, vectors) = (number(&card["pairs"]), number(&card["vectors"]));
+    for device in json["cards"].as_array().unwrap() {
+        let (pairs, vectors) = (number(&device["pairs"]), number(&device["vectors"]));
         let plural = if pairs == 1 { "" } else { "s" };
-        let name = card["name"].as_str().unwrap();
-        let line = format!("card {name}: {pairs} queue pair{plural}, {vectors} interrupt vectors;");
+        let name = device["name"].as_str().unwrap();
+        let line = format!(
+            "network device {name}: {pairs} queue pair{plural}, {vectors} interrupt vectors;"
+        );
         assert!(text.contains(&line), "{line}\n{text}");
-        for worker in card["workers"].as_array().unwrap() {
+        for worker in device["workers"].as_array().unwrap() {
             let line = format!(
                 "pair {} -> vCPU {} -> worker {} on CPU {}: ",
                 worker["pair"],
@@ -655,7 +642,7 @@ fn json_and_text_give_the_same_numbers() {
     }
     let vectors = &json["vectors"];
     let line = format!(
-        "interrupt vectors: {} of {} ({} for network cards, {} for other devices)",
+        "interrupt vectors: {} of {} ({} for network devices, {} for other devices)",
         vectors["total"], vectors["budget"], vectors["cards"], vectors["other"]
     );
     assert!(text.contains(&line), "{line}\n{text}");
@@ -675,7 +662,7 @@ fn cpu_list(list: &serde_json::Value) -> String {
 }
 
 #[test]
-fn parts_are_printed_alone() {
+fn each_part_can_be_printed_alone() {
     let mut out = Vec::new();
     for (part, start) in [
         ("queues", "guest guest: 2 vCPUs"),

@@ -1,4 +1,4 @@
-//! The plan as a person reads it.
+//! The plan as text for a person.
 
 use virtionet_placement::CpuSet;
 
@@ -8,11 +8,11 @@ use super::guest_plan::{GuestPlan, NetDevicePlan, WorkerPlan, path_text};
 use super::shell::{join_lines, quote};
 use super::{libvirt, qemu};
 
-/// One part of the plan, or all of it.
-pub(super) fn part(plan: &GuestPlan, part: OutputPart) -> String {
+/// The text of one part of the plan, or of all parts.
+pub(super) fn render(plan: &GuestPlan, part: OutputPart) -> String {
     match part {
-        OutputPart::All => all(plan),
-        OutputPart::Queues => queues(plan),
+        OutputPart::All => all_text(plan),
+        OutputPart::Queues => queues_text(plan),
         OutputPart::Qemu => join_lines(&qemu::command(plan)),
         OutputPart::Pin => qemu::pin_commands(plan).unwrap_or_default(),
         OutputPart::Libvirt => libvirt::domain(plan),
@@ -22,38 +22,38 @@ pub(super) fn part(plan: &GuestPlan, part: OutputPart) -> String {
     }
 }
 
-fn all(plan: &GuestPlan) -> String {
+fn all_text(plan: &GuestPlan) -> String {
     let dir = quote(&path_text(&plan.socket_dir));
-    let mut text = queues(plan);
+    let mut text = queues_text(plan);
     let mut section = |heading: &str, body: &str| {
         text += &format!("\n== {heading}\n\n{body}");
     };
     section(
         "virtionetd beside QEMU (start it first)",
-        &format!("install -d {dir}\n{}", part(plan, OutputPart::Virtionetd)),
+        &format!("install -d {dir}\n{}", render(plan, OutputPart::Virtionetd)),
     );
     section(
         "QEMU (add disks and the like; before QEMU 9.2 write reconnect=1 for reconnect-ms=1000)",
-        &part(plan, OutputPart::Qemu),
+        &render(plan, OutputPart::Qemu),
     );
     if let Some(pin) = qemu::pin_commands(plan) {
         section("Pins for that QEMU's vCPUs, once it runs", &pin);
     }
     section(
         "A domain for libvirt (virsh define; add disks and the like)",
-        &part(plan, OutputPart::Libvirt),
+        &render(plan, OutputPart::Libvirt),
     );
     section(
         "virtionetd beside that domain (its QEMU makes the sockets, as a user of the group kvm)",
         &format!(
             "install -d -g kvm -m 2770 {dir}\n{}",
-            part(plan, OutputPart::VirtionetdClient)
+            render(plan, OutputPart::VirtionetdClient)
         ),
     );
     text
 }
 
-fn queues(plan: &GuestPlan) -> String {
+fn queues_text(plan: &GuestPlan) -> String {
     let mut text = format!(
         "guest {}: {}, {} MiB of memory{}, {}\n",
         plan.guest,
@@ -62,15 +62,15 @@ fn queues(plan: &GuestPlan) -> String {
         plan.memory_node
             .map(|node| format!(" on NUMA node {node}"))
             .unwrap_or_default(),
-        pins(plan)
+        pins_text(plan)
     );
-    for card in &plan.cards {
-        text += &device_text(card);
+    for device in &plan.net_devices {
+        text += &device_text(device);
     }
     let vectors = &plan.vectors;
     text += &format!(
-        "\ninterrupt vectors: {} of {} ({} for network cards, {} for other devices)\n",
-        vectors.total, vectors.budget, vectors.cards, vectors.other
+        "\ninterrupt vectors: {} of {} ({} for network devices, {} for other devices)\n",
+        vectors.total, vectors.budget, vectors.net_devices, vectors.other
     );
     text += &format!(
         "workers' CPU time: {} when idle, up to {} under load\n",
@@ -83,7 +83,7 @@ fn queues(plan: &GuestPlan) -> String {
     text
 }
 
-fn pins(plan: &GuestPlan) -> String {
+fn pins_text(plan: &GuestPlan) -> String {
     match &plan.pins {
         None => "vCPUs floating".into(),
         Some(pins) => {
@@ -93,19 +93,19 @@ fn pins(plan: &GuestPlan) -> String {
     }
 }
 
-fn device_text(card: &NetDevicePlan) -> String {
+fn device_text(device: &NetDevicePlan) -> String {
     let mut text = format!(
-        "\ncard {}: {}, {}; on {}\n  why: {}\n",
-        card.name,
-        count(card.pairs.into(), "queue pair"),
-        count(card.vectors, "interrupt vector"),
-        card.uplink,
-        card.why
+        "\nnetwork device {}: {}, {}; on {}\n  why: {}\n",
+        device.name,
+        count(device.pairs.into(), "queue pair"),
+        count(device.vectors, "interrupt vector"),
+        device.uplink,
+        device.why
     );
-    for worker in &card.workers {
+    for worker in &device.workers {
         text += &worker_text(worker);
     }
-    if let Some(command) = &card.guest_command {
+    if let Some(command) = &device.guest_command {
         text += &format!(
             "  Linux in the guest uses all pairs by itself; where it does not: {command}\n"
         );

@@ -5,11 +5,13 @@ use std::collections::BTreeSet;
 use virtionet_placement::{CpuSet, Decision, PlacementPlanner, Vcpu, VcpuMap, VcpuSource, Warning};
 use virtionet_sizing::QueuePlan;
 
+use super::TargetHost;
+use super::error::PlanError;
 use super::request::Request;
-use super::{PlanError, TargetHost};
 
-/// The decisions for each network device's queue pairs, by the daemon's own planner: on a map of the vCPUs as the
-/// plan would have them, all pairs in use. What it warns of is noted in `request`.
+/// Places the workers with the daemon's planner, as if the vCPUs had the pins of the plan and the
+/// driver used all queue pairs. Returns the decisions for the queue pairs of each network device,
+/// and adds the planner's warnings to the notes of `request`.
 pub(super) fn place_workers(
     request: &mut Request,
     queues: &QueuePlan,
@@ -18,39 +20,44 @@ pub(super) fn place_workers(
     let planner = PlacementPlanner::new(request.placement.clone(), host.cpus.clone(), None)?
         .with_topology(host.topology.clone())
         .with_polling(request.poll.is_polling());
-    let map = vcpus(request, &host.cpus);
+    let map = planned_vcpus(request, &host.cpus);
     let decisions: Vec<Vec<Decision>> = queues
-        .cards
+        .net_devices
         .iter()
-        .map(|card| planner.place_all(&map, card.pairs.into(), card.pairs.into()))
+        .map(|device| planner.place_all(&map, device.pairs.into(), device.pairs.into()))
         .collect();
-    for (card, decisions) in queues.cards.iter().zip(&decisions) {
+    for (device, decisions) in queues.net_devices.iter().zip(&decisions) {
         for warning in planner.warnings(&map, decisions) {
-            // There is no thread yet to be pinned.
+            // The vCPU threads do not exist yet, so they cannot be pinned now.
             if !matches!(warning, Warning::Floating { .. }) {
-                request.notes.push(format!("card {}: {warning}", card.name));
+                let note = format!("network device {}: {warning}", device.name);
+                request.notes.push(note);
             }
         }
     }
     let contended_cpus = contended_cpus(&decisions);
     if request.poll.is_polling() && !contended_cpus.is_empty() {
         request.notes.push(format!(
-            "workers of several cards poll on {}: give each card CPUs of its own, with placement=list:CPUS in its --device",
+            "workers of several network devices poll on {}: give each network device CPUs of its \
+             own, with placement=list:CPUS in its --device",
             contended_cpus.describe()
         ));
     }
     Ok(decisions)
 }
 
-/// The CPUs on which workers of several network devices poll: each device is placed by itself.
-fn contended_cpus(cards: &[Vec<Decision>]) -> CpuSet {
-    let polled = |card: &Vec<Decision>| -> BTreeSet<u32> {
-        let alone = card.iter().filter(|d| d.may_poll && d.cpus.len() == 1);
-        alone.flat_map(|d| d.cpus.iter()).collect()
+/// The CPUs on which workers of several network devices poll. There can be some, because the
+/// planner places the workers of each device without regard to the other devices.
+fn contended_cpus(decisions: &[Vec<Decision>]) -> CpuSet {
+    let polled = |of_device: &Vec<Decision>| -> BTreeSet<u32> {
+        let pinned = of_device
+            .iter()
+            .filter(|decision| decision.may_poll && decision.cpus.len() == 1);
+        pinned.flat_map(|decision| decision.cpus.iter()).collect()
     };
     let mut seen = BTreeSet::new();
     let mut contended_cpus = CpuSet::default();
-    for cpu in cards.iter().flat_map(polled) {
+    for cpu in decisions.iter().flat_map(polled) {
         if !seen.insert(cpu) {
             contended_cpus.insert(cpu);
         }
@@ -58,8 +65,8 @@ fn contended_cpus(cards: &[Vec<Decision>]) -> CpuSet {
     contended_cpus
 }
 
-/// The vCPU threads as the daemon will find them.
-fn vcpus(request: &Request, host: &CpuSet) -> VcpuMap {
+/// The vCPU threads as the daemon finds them when the guest is started as planned.
+fn planned_vcpus(request: &Request, host: &CpuSet) -> VcpuMap {
     let cpus = |index: u32| match (&request.pins, usize::try_from(index)) {
         (Some(pins), Ok(at)) => pins.get(at).copied().into_iter().collect(),
         _ => host.clone(),

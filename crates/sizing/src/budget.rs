@@ -9,25 +9,27 @@
 /// one.
 pub const MSIX_BUDGET: u32 = 200;
 
-/// Interrupt vectors of a network device with `pairs` queue pairs: two for each, one for the
-/// control queue and one for changes of the configuration.
+/// Interrupt vectors of a network device with `pairs` queue pairs: two for each pair, one for the
+/// control virtqueue and one for changes of the configuration.
 #[must_use]
 pub fn vectors_of(pairs: u16) -> u32 {
     u32::from(pairs) * 2 + 2
 }
 
-/// Takes queue pairs from the network devices that `can_shrink` until the vectors of all fit into
-/// `available`, and leaves each device at least one; false when they do not fit even so.
+/// Reduces the queue pairs of the network devices that `can_shrink` until the vectors of all
+/// devices fit into `available`. Each device keeps at least one queue pair. Returns whether the
+/// vectors fit.
 ///
-/// The device with the most queue pairs loses one first; of several with as many, the last.
-pub(crate) fn fit(pairs: &mut [u16], can_shrink: &[bool], available: u32) -> bool {
-    while total(pairs) > u64::from(available) {
-        let widest = pairs
+/// Each step takes one queue pair from the device that has the most; of several that have the most,
+/// from the last.
+pub(crate) fn reduce_to_fit(pairs: &mut [u16], can_shrink: &[bool], available: u32) -> bool {
+    while total_vectors(pairs) > u64::from(available) {
+        let largest = pairs
             .iter_mut()
             .zip(can_shrink)
             .filter(|(pairs, can_shrink)| **can_shrink && **pairs > 1)
             .max_by_key(|(pairs, _)| **pairs);
-        match widest {
+        match largest {
             Some((pairs, _)) => *pairs -= 1,
             None => return false,
         }
@@ -35,8 +37,8 @@ pub(crate) fn fit(pairs: &mut [u16], can_shrink: &[bool], available: u32) -> boo
     true
 }
 
-/// Interrupt vectors of network devices with these numbers of queue pairs.
-pub(crate) fn total(pairs: &[u16]) -> u64 {
+/// Interrupt vectors of all network devices together, whose numbers of queue pairs are `pairs`.
+pub(crate) fn total_vectors(pairs: &[u16]) -> u64 {
     pairs
         .iter()
         .map(|&pairs| u64::from(vectors_of(pairs)))
@@ -75,7 +77,7 @@ mod tests {
         ];
         for (pairs, can_shrink, available, expected) in table {
             let mut fitted = pairs.to_vec();
-            let fits = fit(&mut fitted, can_shrink, available);
+            let fits = reduce_to_fit(&mut fitted, can_shrink, available);
             assert_eq!(
                 fits.then_some(fitted.as_slice()),
                 expected,
@@ -83,7 +85,7 @@ mod tests {
             );
         }
         assert!(
-            fit(&mut [], &[], 0),
+            reduce_to_fit(&mut [], &[], 0),
             "a guest without network devices needs no vector"
         );
     }

@@ -1,4 +1,4 @@
-//! Why there is no number of queue pairs for a request.
+//! The error for a request that cannot be fulfilled.
 
 use virtionet_base::MAX_QUEUE_PAIRS;
 
@@ -12,12 +12,14 @@ pub enum QueuesError {
     NoVcpu,
     /// The limit allows no queue pair.
     #[error(
-        "max_queues is 0, but a network device has at least one queue pair: give 1 or more, or no limit"
+        "max_queues is 0, but a network device has at least one queue pair: give 1 or more, or no \
+         limit"
     )]
     NoQueue,
     /// Image and flavor contradict each other (Nova's `FlavorImageConflict`).
     #[error(
-        "the image says hw_vif_multiqueue_enabled={image}, the flavor hw:vif_multiqueue_enabled={flavor}: set both alike, or leave one unset"
+        "the image says hw_vif_multiqueue_enabled={image}, the flavor \
+         hw:vif_multiqueue_enabled={flavor}: set both alike, or leave one unset"
     )]
     Conflict {
         /// The image's property.
@@ -27,10 +29,12 @@ pub enum QueuesError {
     },
     /// Several queue pairs are requested for a network device where multiqueue is turned off.
     #[error(
-        "network device {net_device} asks for {queue_request}, but multiqueue is off by {}: leave one of them out", describe_multiqueue(*.image, *.flavor)
+        "network device {net_device} asks for {queue_request}, but multiqueue is off by {}: leave \
+         one of them out",
+        describe_multiqueue(*.image, *.flavor)
     )]
     MultiqueueOff {
-        /// The network device.
+        /// The name of the network device.
         net_device: String,
         /// The request, as a user writes it.
         queue_request: String,
@@ -41,23 +45,26 @@ pub enum QueuesError {
     },
     /// No network device can have the requested number of queue pairs.
     #[error(
-        "network device {net_device} asks for queues={queues}: write 1 to {MAX_QUEUE_PAIRS}, which is what vhost-user can address"
+        "network device {net_device} asks for queues={queues}: write 1 to {MAX_QUEUE_PAIRS}, which \
+         is what vhost-user can address"
     )]
     Queues {
-        /// The network device.
+        /// The name of the network device.
         net_device: String,
-        /// The number.
+        /// The requested number of queue pairs.
         queues: u16,
     },
     /// The interrupt vectors do not suffice, even with one queue pair for each network device for
     /// which no number is requested.
     #[error(
-        "the guest needs {needed} interrupt vectors ({net_devices} for its network devices, {others} for other devices), but has {budget}: ask for fewer queues or network devices, or raise the budget"
+        "the guest needs {needed} interrupt vectors ({net_devices} for its network devices, \
+         {others} for other devices), but has {budget}: ask for fewer queues or network devices, \
+         or raise the budget"
     )]
     OverBudget {
         /// Vectors of all devices.
         needed: u64,
-        /// Vectors of the network devices, with as few queue pairs as possible.
+        /// Vectors of the network devices alone, with as few queue pairs as possible.
         net_devices: u64,
         /// Vectors of the other devices.
         others: u32,

@@ -1,19 +1,19 @@
 //! How many queue pairs each network device of a guest gets, and why.
 //!
-//! This crate is pure arithmetic, for programs that launch the front-end: it reads no file, makes no
-//! system call and knows nothing of placement. Three things decide:
+//! This crate is pure arithmetic, for programs that launch the front-end. It reads no file, makes
+//! no system call and does not depend on the placement of the workers. Three inputs decide:
 //!
-//! 1. OpenStack Nova's rules for multiqueue. A guest with one vCPU has none; an image and a flavor
-//!    that contradict each other are refused; a network device gets as many queue pairs as the
-//!    guest has vCPUs, up to a limit.
+//! 1. OpenStack Nova's rules for multiqueue. A guest with one vCPU has no multiqueue. An image and
+//!    a flavor that contradict each other are refused. A network device gets as many queue pairs as
+//!    the guest has vCPUs, up to a limit.
 //! 2. What is requested of each network device: `queues=N`, or a [`Throughput`].
-//! 3. The number of interrupt vectors that all devices of the guest may use together.
+//! 3. The number of MSI-X interrupt vectors that all devices of the guest may use together.
 //!
 //! ```text
 //! vCPUs, image, flavor -> on or off -> request of each device -> limits -> pairs -> MSI-X budget
 //! ```
 //!
-//! [`plan_queues`] answers for a whole guest, [`queue_pairs_for`] for one network device alone.
+//! [`plan_queues`] plans a whole guest, [`queue_pairs_for`] one network device alone.
 //!
 //! # Map
 //!
@@ -43,8 +43,8 @@ pub use throughput::{Throughput, ThroughputParseError};
 
 pub use virtionet_base::MAX_QUEUE_PAIRS;
 
-/// The largest number of queues of a TAP since Linux 4.0 (`MAX_TAP_QUEUES`; 8 before, and 1 before
-/// 3.8).
+/// The largest number of queues of a TAP since Linux 4.0 (`MAX_TAP_QUEUES`). It was 8 before, and 1
+/// before Linux 3.8.
 pub const MAX_TAP_QUEUES: u16 = 256;
 
 // A TAP has a queue for each pair that vhost-user can address, so one limit is enough.

@@ -2,7 +2,7 @@
 
 use virtionet_base::MAX_QUEUE_PAIRS;
 
-use crate::budget::{fit, total, vectors_of};
+use crate::budget::{reduce_to_fit, total_vectors, vectors_of};
 use crate::error::QueuesError;
 use crate::request::{
     GuestRequest, MultiqueueDefault, NetDeviceQueues, NetDeviceRequest, QueuePlan, QueueRequest,
@@ -10,35 +10,34 @@ use crate::request::{
 };
 use crate::throughput::Throughput;
 
-/// The queue pairs of each network device of a guest.
+/// Plans the queue pairs of each network device of a guest.
 ///
-/// Nova's rules decide whether there is more than one pair: multiqueue is off for a guest with one
-/// vCPU; image and flavor, when both are set, must agree; the one that is set decides. Where
-/// neither is set the request for the network device decides; where it contradicts them it is
-/// refused.
+/// Nova's rules decide whether a device can have more than one queue pair. Multiqueue is off for a
+/// guest with one vCPU. The image and the flavor, when both are set, must agree, and the one that
+/// is set decides. Where neither is set, the request for the network device decides. A request that
+/// contradicts the image or the flavor is refused.
 ///
-/// The request then gives a number of queue pairs. It is limited to the number of vCPUs, to
-/// `max_queues` and to what vhost-user can address. When the guest has too few interrupt vectors,
-/// the network devices for which no number is requested get fewer.
+/// The request then gives a number of queue pairs, which is limited to the number of vCPUs, to
+/// `max_queues` and to [`MAX_QUEUE_PAIRS`]. When the guest has too few interrupt vectors, the
+/// network devices for which no number is requested get fewer queue pairs.
 ///
 /// # Errors
-///
 /// [`QueuesError`] when the request contradicts itself or exceeds the budget.
 pub fn plan_queues(guest: &GuestRequest) -> Result<QueuePlan, QueuesError> {
-    let multiqueue = Multiqueue::of(guest)?;
+    let multiqueue = Multiqueue::resolve(guest)?;
     let mut sizings = guest
-        .cards
+        .net_devices
         .iter()
-        .map(|request| DeviceSizing::of(guest, &multiqueue, request))
+        .map(|request| DeviceSizing::compute(guest, &multiqueue, request))
         .collect::<Result<Vec<_>, _>>()?;
     fit_budget(guest, &mut sizings)?;
-    let total_vectors = sizings
+    let total = sizings
         .iter()
         .map(|sizing| vectors_of(sizing.pairs))
         .fold(guest.other_vectors, u32::saturating_add);
-    let net_devices = guest.cards.iter().zip(sizings);
+    let sized = guest.net_devices.iter().zip(sizings);
     Ok(QueuePlan {
-        cards: net_devices
+        net_devices: sized
             .map(|(request, sizing)| NetDeviceQueues {
                 name: request.name.clone(),
                 pairs: sizing.pairs,
@@ -47,17 +46,17 @@ pub fn plan_queues(guest: &GuestRequest) -> Result<QueuePlan, QueuesError> {
             })
             .collect(),
         other_vectors: guest.other_vectors,
-        total_vectors,
+        total_vectors: total,
         budget: guest.budget,
     })
 }
 
-/// The queue pairs of one network device alone, for which `throughput` is requested in a guest with
-/// `vcpus` vCPUs, at most `cap` of them; and the reason in words.
+/// The number of queue pairs of one network device alone, for which `throughput` is requested in a
+/// guest with `vcpus` vCPUs, and the reason for it in words. The number is 1 to `cap`, and at most
+/// [`MAX_QUEUE_PAIRS`].
 ///
 /// # Errors
-///
-/// [`QueuesError::NoVcpu`] and [`QueuesError::NoQueue`] where either number is 0.
+/// [`QueuesError::NoVcpu`] when `vcpus` is 0, and [`QueuesError::NoQueue`] when `cap` is 0.
 pub fn queue_pairs_for(
     vcpus: u32,
     throughput: Throughput,
@@ -72,14 +71,14 @@ pub fn queue_pairs_for(
         name: String::new(),
         queue_request: QueueRequest::Throughput(throughput),
     };
-    let sizing = DeviceSizing::of(&guest, &Multiqueue::of(&guest)?, &request)?;
+    let sizing = DeviceSizing::compute(&guest, &Multiqueue::resolve(&guest)?, &request)?;
     Ok((sizing.pairs, sizing.why))
 }
 
-/// Whether a guest has multiqueue.
+/// Whether multiqueue is on for a guest, and what turns it on or off.
 #[derive(Debug, PartialEq, Eq)]
 enum Multiqueue {
-    /// Off for every network device, because there is one vCPU.
+    /// Off for every network device, because the guest has one vCPU.
     OneVcpu,
     /// Turned off by these settings of image and flavor.
     Off(String),
@@ -90,7 +89,8 @@ enum Multiqueue {
 }
 
 impl Multiqueue {
-    fn of(guest: &GuestRequest) -> Result<Self, QueuesError> {
+    /// The setting for `guest`.
+    fn resolve(guest: &GuestRequest) -> Result<Self, QueuesError> {
         if guest.max_queues == Some(0) {
             return Err(QueuesError::NoQueue);
         }
@@ -123,7 +123,8 @@ struct DeviceSizing {
 }
 
 impl DeviceSizing {
-    fn of(
+    /// The queue pairs for `request`, before the budget is applied.
+    fn compute(
         guest: &GuestRequest,
         multiqueue: &Multiqueue,
         request: &NetDeviceRequest,
@@ -146,7 +147,7 @@ impl DeviceSizing {
                 });
             }
         };
-        let (pairs, limited_by) = limit(guest, wanted);
+        let (pairs, limited_by) = limit_pairs(guest, wanted);
         if pairs > 1 && matches!(multiqueue, Multiqueue::Off(_)) {
             return Err(QueuesError::MultiqueueOff {
                 net_device: request.name.clone(),
@@ -163,11 +164,11 @@ impl DeviceSizing {
     }
 }
 
-/// How many queue pairs a request gives before any limit, and the reason in words.
+/// How many queue pairs a request gives before any limit, with the reason in words.
 enum Wanted {
     /// This many.
     Pairs(u32, String),
-    /// One, because there is no multiqueue.
+    /// One, because multiqueue is off.
     OnlyOne(String),
 }
 
@@ -194,7 +195,7 @@ fn wanted_pairs(guest: &GuestRequest, multiqueue: &Multiqueue, request: QueueReq
             guest.vcpus,
             format!("one for each vCPU, as multiqueue is on by {settings}"),
         ),
-        (Multiqueue::Unset, QueueRequest::Unspecified) => match guest.unset {
+        (Multiqueue::Unset, QueueRequest::Unspecified) => match guest.multiqueue_default {
             MultiqueueDefault::On => Wanted::Pairs(guest.vcpus, "one for each vCPU".into()),
             MultiqueueDefault::Off => Wanted::OnlyOne(
                 "neither image nor flavor turns multiqueue on, so it is off, as in Nova".into(),
@@ -203,8 +204,9 @@ fn wanted_pairs(guest: &GuestRequest, multiqueue: &Multiqueue, request: QueueReq
     }
 }
 
-/// `wanted` queue pairs within the limits, and words for the limit that reduced them.
-fn limit(guest: &GuestRequest, wanted: u32) -> (u16, String) {
+/// Limits `wanted` queue pairs. Returns the number, and words for the limit that reduced it, which
+/// are empty where none did.
+fn limit_pairs(guest: &GuestRequest, wanted: u32) -> (u16, String) {
     let limits = [
         (
             guest.vcpus,
@@ -235,10 +237,10 @@ fn fit_budget(guest: &GuestRequest, sizings: &mut [DeviceSizing]) -> Result<(), 
     let can_shrink: Vec<bool> = sizings.iter().map(|sizing| sizing.can_shrink).collect();
     let mut pairs = wanted.clone();
     let available = guest.budget.checked_sub(guest.other_vectors);
-    if !available.is_some_and(|available| fit(&mut pairs, &can_shrink, available)) {
+    if !available.is_some_and(|available| reduce_to_fit(&mut pairs, &can_shrink, available)) {
         // The error reports the smallest budget that would be enough.
-        fit(&mut pairs, &can_shrink, 0);
-        let net_devices = total(&pairs);
+        reduce_to_fit(&mut pairs, &can_shrink, 0);
+        let net_devices = total_vectors(&pairs);
         return Err(QueuesError::OverBudget {
             needed: net_devices + u64::from(guest.other_vectors),
             net_devices,
@@ -250,7 +252,8 @@ fn fit_budget(guest: &GuestRequest, sizings: &mut [DeviceSizing]) -> Result<(), 
         if pairs < wanted {
             sizing.pairs = pairs;
             sizing.why += &format!(
-                "; reduced from {wanted} to {pairs}, so that all devices together need at most {} interrupt vectors",
+                "; reduced from {wanted} to {pairs}, so that all devices together need at most {} \
+                 interrupt vectors",
                 guest.budget
             );
         }

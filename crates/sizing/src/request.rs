@@ -1,11 +1,11 @@
-//! What is requested for a guest's network devices, and the answer.
+//! The types of a request for the queue pairs of a guest, and of the resulting plan.
 
 use serde::Serialize;
 
 use crate::budget::MSIX_BUDGET;
 use crate::throughput::Throughput;
 
-/// A guest, and what is requested for its network devices.
+/// A guest, its limits, and the requests for its network devices.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GuestRequest {
     /// Number of vCPUs, at least 1.
@@ -14,23 +14,23 @@ pub struct GuestRequest {
     pub image: Option<bool>,
     /// The flavor's extra spec `hw:vif_multiqueue_enabled`.
     pub flavor: Option<bool>,
-    /// Whether multiqueue is on when neither of the two is set.
-    pub unset: MultiqueueDefault,
+    /// Whether multiqueue is on when neither the image nor the flavor sets it.
+    pub multiqueue_default: MultiqueueDefault,
     /// The largest number of queue pairs of a network device (Nova's `[libvirt] max_queues`), at
     /// least 1.
     pub max_queues: Option<u16>,
-    /// The network devices.
-    pub cards: Vec<NetDeviceRequest>,
+    /// The requests for the network devices, one for each device.
+    pub net_devices: Vec<NetDeviceRequest>,
     /// Interrupt vectors of the guest's other devices.
     pub other_vectors: u32,
     /// Interrupt vectors that all devices may use together.
     pub budget: u32,
 }
 
-/// What is requested for one network device.
+/// The request for one network device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NetDeviceRequest {
-    /// The device's name, for messages.
+    /// The device's name, which errors show.
     pub name: String,
     /// The number of queue pairs.
     pub queue_request: QueueRequest,
@@ -39,7 +39,7 @@ pub struct NetDeviceRequest {
 /// How many queue pairs are requested for a network device.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum QueueRequest {
-    /// As many as the guest's other settings give.
+    /// As many as the rules for the whole guest give.
     #[default]
     Unspecified,
     /// Exactly this many, at least 1; the budget never reduces them.
@@ -51,18 +51,19 @@ pub enum QueueRequest {
 /// Whether a guest has multiqueue when neither its image nor its flavor sets it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum MultiqueueDefault {
-    /// A queue pair for each vCPU, which is what a user who plans by hand expects.
+    /// On: a queue pair for each vCPU, which a user who plans by hand expects.
     #[default]
     On,
-    /// One queue pair, as in Nova.
+    /// Off: one queue pair, as in Nova.
     Off,
 }
 
 /// The queue pairs of all network devices of a guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct QueuePlan {
-    /// The network devices, in the order of the request.
-    pub cards: Vec<NetDeviceQueues>,
+    /// The queue pairs of each network device, in the order of the request.
+    #[serde(rename = "cards")]
+    pub net_devices: Vec<NetDeviceQueues>,
     /// Interrupt vectors of the guest's other devices.
     pub other_vectors: u32,
     /// Interrupt vectors of all devices together.
@@ -80,7 +81,7 @@ pub struct NetDeviceQueues {
     pub pairs: u16,
     /// Interrupt vectors: 2 for each queue pair, and 2 more.
     pub vectors: u32,
-    /// The reason for this number, in words.
+    /// The reason for this number of queue pairs, in words.
     pub why: String,
 }
 
@@ -91,9 +92,9 @@ impl Default for GuestRequest {
             vcpus: 1,
             image: None,
             flavor: None,
-            unset: MultiqueueDefault::On,
+            multiqueue_default: MultiqueueDefault::On,
             max_queues: None,
-            cards: Vec::new(),
+            net_devices: Vec::new(),
             other_vectors: 0,
             budget: MSIX_BUDGET,
         }

@@ -1,11 +1,12 @@
-//! The throughput requested for a network device, as a share of the guest's vCPUs.
+//! The throughput that is requested for a network device, as a share of the guest's vCPUs.
 
 use std::fmt;
 use std::str::FromStr;
 
 use serde::Serialize;
 
-/// The throughput requested for a network device: how many queue pairs for how many vCPUs.
+/// The throughput that is requested for a network device. It says how many queue pairs the device
+/// gets for the guest's vCPUs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Throughput {
@@ -36,7 +37,7 @@ impl ThroughputParseError {
 }
 
 impl Throughput {
-    /// Queue pairs for this many vCPUs, before any limit; at least 1.
+    /// The number of queue pairs for `vcpus` vCPUs, before any limit. It is at least 1.
     #[must_use]
     pub fn share_of(self, vcpus: u32) -> u32 {
         match self {

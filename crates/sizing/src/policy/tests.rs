@@ -1,4 +1,4 @@
-//! Each rule of the policy, with its limits, refusals and reasons.
+//! Tests of each rule of the policy, with its limits, errors and reasons.
 
 use super::*;
 
@@ -15,15 +15,15 @@ fn guest(vcpus: u32, queue_requests: &[QueueRequest]) -> GuestRequest {
     };
     GuestRequest {
         vcpus,
-        cards: queue_requests.iter().enumerate().map(net_device).collect(),
+        net_devices: queue_requests.iter().enumerate().map(net_device).collect(),
         ..GuestRequest::default()
     }
 }
 
-/// Queue pairs and reason of the only network device, or the refusal.
-fn one(guest: &GuestRequest) -> Result<(u16, String), String> {
+/// The queue pairs of the only network device and their reason, or the text of the error.
+fn plan_one(guest: &GuestRequest) -> Result<(u16, String), String> {
     let mut plan = plan_queues(guest).map_err(|why| why.to_string())?;
-    let net_device = plan.cards.pop().unwrap();
+    let net_device = plan.net_devices.pop().unwrap();
     assert_eq!(net_device.vectors, vectors_of(net_device.pairs));
     assert_eq!(plan.total_vectors, net_device.vectors + guest.other_vectors);
     Ok((net_device.pairs, net_device.why))
@@ -34,7 +34,6 @@ fn image_and_flavor_turn_multiqueue_on_and_off_as_nova_does() {
     let each = "one for each vCPU, as multiqueue is on by ";
     let off = "multiqueue is off by ";
     let unset = "neither image nor flavor turns multiqueue on, so it is off, as in Nova";
-    let single = "a guest with one vCPU has no use for more";
     let (image_on, flavor_on) = (
         "hw_vif_multiqueue_enabled=true (image)",
         "hw:vif_multiqueue_enabled=true (flavor)",
@@ -70,30 +69,40 @@ fn image_and_flavor_turn_multiqueue_on_and_off_as_nova_does() {
         (4, ON, OFF, conflict(true, false)),
         (4, OFF, ON, conflict(false, true)),
         (2, OFF, ON, conflict(false, true)),
-        // One vCPU: off, and not even a contradiction matters.
-        (1, None, None, Ok((1, single.into()))),
-        (1, ON, None, Ok((1, single.into()))),
-        (1, None, ON, Ok((1, single.into()))),
-        (1, ON, ON, Ok((1, single.into()))),
-        (1, OFF, OFF, Ok((1, single.into()))),
-        (1, ON, OFF, Ok((1, single.into()))),
-        (1, OFF, ON, Ok((1, single.into()))),
     ] {
         let guest = GuestRequest {
             image,
             flavor,
-            unset: MultiqueueDefault::Off,
+            multiqueue_default: MultiqueueDefault::Off,
             ..guest(vcpus, &[Unspecified])
         };
-        assert_eq!(one(&guest), expected, "{guest:?}");
-        // The default for what is unset matters only where both are.
-        let by_hand = one(&GuestRequest {
-            unset: MultiqueueDefault::On,
+        assert_eq!(plan_one(&guest), expected, "{guest:?}");
+        // The default matters only where neither image nor flavor is set.
+        let without_nova = plan_one(&GuestRequest {
+            multiqueue_default: MultiqueueDefault::On,
             ..guest.clone()
         });
         match (vcpus, image, flavor) {
-            (4, None, None) => assert_eq!(by_hand, Ok((4, "one for each vCPU".into()))),
-            _ => assert_eq!(by_hand, expected, "{guest:?}"),
+            (4, None, None) => assert_eq!(without_nova, Ok((4, "one for each vCPU".into()))),
+            _ => assert_eq!(without_nova, expected, "{guest:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_guest_with_one_vcpu_has_one_queue_pair_even_where_image_and_flavor_conflict() {
+    for image in [None, ON, OFF] {
+        for flavor in [None, ON, OFF] {
+            for multiqueue_default in [MultiqueueDefault::On, MultiqueueDefault::Off] {
+                let guest = GuestRequest {
+                    image,
+                    flavor,
+                    multiqueue_default,
+                    ..guest(1, &[Unspecified])
+                };
+                let expected = (1, "a guest with one vCPU has no use for more".into());
+                assert_eq!(plan_one(&guest), Ok(expected), "{guest:?}");
+            }
         }
     }
 }
@@ -132,16 +141,18 @@ fn the_request_for_a_device_counts_within_the_limits() {
             budget: 1000,
             ..guest(vcpus, &[queue_request])
         };
-        assert_eq!(one(&guest), Ok((pairs, why)), "{guest:?}");
+        assert_eq!(plan_one(&guest), Ok((pairs, why)), "{guest:?}");
         // Neither multiqueue turned on nor Nova's default changes what a request gives.
-        for (image, unset) in [(ON, MultiqueueDefault::Off), (None, MultiqueueDefault::Off)] {
+        for (image, multiqueue_default) in
+            [(ON, MultiqueueDefault::Off), (None, MultiqueueDefault::Off)]
+        {
             let guest = GuestRequest {
                 image,
-                unset,
+                multiqueue_default,
                 ..guest.clone()
             };
             if queue_request != Unspecified {
-                assert_eq!(one(&guest).unwrap().0, pairs, "{guest:?}");
+                assert_eq!(plan_one(&guest).unwrap().0, pairs, "{guest:?}");
             }
         }
     }
@@ -152,47 +163,38 @@ fn a_request_that_contradicts_image_or_flavor_is_refused() {
     let off = "multiqueue is off by";
     let image = "hw_vif_multiqueue_enabled=false (image)";
     let flavor = "hw:vif_multiqueue_enabled=false (flavor)";
-    for (queue_request, properties, expected) in [
-        (
-            Queues(2),
-            (OFF, None),
-            Err(format!("queues=2, but {off} {image}")),
-        ),
-        (
-            Queues(2),
-            (None, OFF),
-            Err(format!("queues=2, but {off} {flavor}")),
-        ),
-        (
-            Queues(2),
-            (OFF, OFF),
-            Err(format!("queues=2, but {off} {image} and {flavor}")),
-        ),
-        (
-            QueueRequest::Throughput(High),
-            (OFF, None),
-            Err(format!("throughput=high, but {off} {image}")),
-        ),
-        (
-            QueueRequest::Throughput(Medium),
-            (None, OFF),
-            Err(format!("throughput=medium, but {off} {flavor}")),
-        ),
+    let both = format!("{image} and {flavor}");
+    let (high, medium, low) = (
+        QueueRequest::Throughput(High),
+        QueueRequest::Throughput(Medium),
+        QueueRequest::Throughput(Low),
+    );
+    for (queue_request, (image, flavor), expected) in [
+        (Queues(2), (OFF, None), Err(("queues=2", image))),
+        (Queues(2), (None, OFF), Err(("queues=2", flavor))),
+        (Queues(2), (OFF, OFF), Err(("queues=2", both.as_str()))),
+        (high, (OFF, None), Err(("throughput=high", image))),
+        (medium, (None, OFF), Err(("throughput=medium", flavor))),
         (Queues(1), (OFF, None), Ok(1)),
-        (QueueRequest::Throughput(Low), (OFF, None), Ok(1)),
+        (low, (OFF, None), Ok(1)),
     ] {
-        let (image, flavor) = properties;
         let guest = GuestRequest {
             image,
             flavor,
             ..guest(4, &[queue_request])
         };
-        let expected = expected.map_err(|middle| {
-            format!("network device net0 asks for {middle}: leave one of them out")
+        let expected = expected.map_err(|(request, settings)| {
+            format!(
+                "network device net0 asks for {request}, but {off} {settings}: leave one of them out"
+            )
         });
-        assert_eq!(one(&guest).map(|(pairs, _)| pairs), expected, "{guest:?}");
-        // A request that gives one pair contradicts nothing.
-        for alike in [
+        assert_eq!(
+            plan_one(&guest).map(|(pairs, _)| pairs),
+            expected,
+            "{guest:?}"
+        );
+        // A request that gives one queue pair contradicts neither image nor flavor.
+        for single in [
             GuestRequest {
                 vcpus: 1,
                 ..guest.clone()
@@ -202,7 +204,11 @@ fn a_request_that_contradicts_image_or_flavor_is_refused() {
                 ..guest.clone()
             },
         ] {
-            assert_eq!(one(&alike).map(|(pairs, _)| pairs), Ok(1), "{alike:?}");
+            assert_eq!(
+                plan_one(&single).map(|(pairs, _)| pairs),
+                Ok(1),
+                "{single:?}"
+            );
         }
     }
 }
@@ -224,77 +230,74 @@ fn numbers_out_of_range_are_refused() {
         (guest(4, &[Queues(129)]), queues(129)),
         (guest(1, &[Queues(0)]), queues(0)),
     ] {
-        assert_eq!(one(&guest), Err(expected), "{guest:?}");
+        assert_eq!(plan_one(&guest), Err(expected), "{guest:?}");
     }
 }
 
+/// vCPUs, requests, other vectors and budget; the queue pairs of the devices, or the vectors that the
+/// error reports.
+type BudgetCase = (
+    u32,
+    &'static [QueueRequest],
+    u32,
+    u32,
+    Result<&'static [u16], &'static str>,
+);
+
+const BUDGETS: [BudgetCase; 14] = [
+    (4, &[], 0, 0, Ok(&[])),
+    (4, &[Unspecified, Unspecified], 5, 200, Ok(&[4, 4])),
+    (4, &[Unspecified, Unspecified], 5, 25, Ok(&[4, 4])),
+    (4, &[Unspecified, Unspecified], 5, 24, Ok(&[4, 3])),
+    (4, &[Unspecified, Unspecified], 5, 23, Ok(&[4, 3])),
+    (4, &[Unspecified, Unspecified], 5, 22, Ok(&[3, 3])),
+    (4, &[Unspecified, Unspecified], 5, 13, Ok(&[1, 1])),
+    (
+        4,
+        &[Unspecified, Unspecified],
+        5,
+        12,
+        Err("13 interrupt vectors (8 for its network devices, 5 for other devices), but has 12"),
+    ),
+    (
+        4,
+        &[Unspecified],
+        5,
+        4,
+        Err("9 interrupt vectors (4 for its network devices, 5 for other devices), but has 4"),
+    ),
+    (4, &[Queues(4), Unspecified], 0, 14, Ok(&[4, 1])),
+    (
+        4,
+        &[Queues(4), Unspecified],
+        0,
+        13,
+        Err("14 interrupt vectors (14 for its network devices, 0 for other devices), but has 13"),
+    ),
+    (
+        4,
+        &[Queues(4), Queues(4)],
+        0,
+        19,
+        Err("20 interrupt vectors (20 for its network devices, 0 for other devices), but has 19"),
+    ),
+    (
+        32,
+        &[
+            Unspecified,
+            QueueRequest::Throughput(Medium),
+            QueueRequest::Throughput(Low),
+        ],
+        33,
+        126,
+        Ok(&[26, 16, 1]),
+    ),
+    (128, &[Unspecified], 129, 200, Ok(&[34])),
+];
+
 #[test]
 fn the_budget_takes_pairs_from_devices_without_a_requested_number() {
-    // vCPUs, requests, other vectors, budget; queue pairs of the devices, or the vectors needed.
-    type Case = (
-        u32,
-        &'static [QueueRequest],
-        u32,
-        u32,
-        Result<&'static [u16], &'static str>,
-    );
-    let table: [Case; 14] = [
-        (4, &[], 0, 0, Ok(&[])),
-        (4, &[Unspecified, Unspecified], 5, 200, Ok(&[4, 4])),
-        (4, &[Unspecified, Unspecified], 5, 25, Ok(&[4, 4])),
-        (4, &[Unspecified, Unspecified], 5, 24, Ok(&[4, 3])),
-        (4, &[Unspecified, Unspecified], 5, 23, Ok(&[4, 3])),
-        (4, &[Unspecified, Unspecified], 5, 22, Ok(&[3, 3])),
-        (4, &[Unspecified, Unspecified], 5, 13, Ok(&[1, 1])),
-        (
-            4,
-            &[Unspecified, Unspecified],
-            5,
-            12,
-            Err(
-                "13 interrupt vectors (8 for its network devices, 5 for other devices), but has 12",
-            ),
-        ),
-        (
-            4,
-            &[Unspecified],
-            5,
-            4,
-            Err("9 interrupt vectors (4 for its network devices, 5 for other devices), but has 4"),
-        ),
-        (4, &[Queues(4), Unspecified], 0, 14, Ok(&[4, 1])),
-        (
-            4,
-            &[Queues(4), Unspecified],
-            0,
-            13,
-            Err(
-                "14 interrupt vectors (14 for its network devices, 0 for other devices), but has 13",
-            ),
-        ),
-        (
-            4,
-            &[Queues(4), Queues(4)],
-            0,
-            19,
-            Err(
-                "20 interrupt vectors (20 for its network devices, 0 for other devices), but has 19",
-            ),
-        ),
-        (
-            32,
-            &[
-                Unspecified,
-                QueueRequest::Throughput(Medium),
-                QueueRequest::Throughput(Low),
-            ],
-            33,
-            126,
-            Ok(&[26, 16, 1]),
-        ),
-        (128, &[Unspecified], 129, 200, Ok(&[34])),
-    ];
-    for (vcpus, queue_requests, other_vectors, budget, expected) in table {
+    for (vcpus, queue_requests, other_vectors, budget, expected) in BUDGETS {
         let guest = GuestRequest {
             other_vectors,
             budget,
@@ -302,9 +305,9 @@ fn the_budget_takes_pairs_from_devices_without_a_requested_number() {
         };
         match (plan_queues(&guest), expected) {
             (Ok(plan), Ok(pairs)) => {
-                let found: Vec<u16> = plan.cards.iter().map(|of| of.pairs).collect();
+                let found: Vec<u16> = plan.net_devices.iter().map(|device| device.pairs).collect();
                 assert_eq!(found, pairs, "{guest:?}");
-                let vectors: u32 = plan.cards.iter().map(|of| of.vectors).sum();
+                let vectors: u32 = plan.net_devices.iter().map(|device| device.vectors).sum();
                 assert_eq!(plan.total_vectors, vectors + other_vectors);
                 assert!(plan.total_vectors <= budget);
             }
@@ -319,13 +322,17 @@ fn the_budget_takes_pairs_from_devices_without_a_requested_number() {
             (found, _) => panic!("{guest:?}: {found:?}, not {expected:?}"),
         }
     }
+}
+
+#[test]
+fn the_reason_names_a_reduction_and_a_budget_below_the_other_vectors_is_an_error() {
     let reduced = plan_queues(&GuestRequest {
         budget: 9,
         ..guest(4, &[Unspecified])
     })
     .unwrap();
     assert_eq!(
-        reduced.cards[0].why,
+        reduced.net_devices[0].why,
         "one for each vCPU; reduced from 4 to 3, so that all devices together need at most 9 interrupt vectors"
     );
     let most = GuestRequest {
