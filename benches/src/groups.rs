@@ -1,28 +1,29 @@
-//! What can be measured.
+//! The groups of cases that can be measured.
 
 use clap::ValueEnum;
 
 /// A group of cases, measured and shown together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Group {
-    /// A chain through a split ring, against virtio-queue
+    /// A descriptor chain through a split virtqueue, against virtio-queue
     Ring,
-    /// A frame between a ring and a TAP, against bare system calls
+    /// A frame between a virtqueue and a TAP, against bare system calls
     Tap,
-    /// Frames between two cards, against DPDK's vhost PMD and a device that uses vhost-user-backend and virtio-queue
+    /// Frames between two network devices, against DPDK's vhost PMD and a device that uses
+    /// vhost-user-backend and virtio-queue
     Peers,
-    /// The idle daemon's memory and start, against their aims
+    /// The memory and the start time of the idle daemon, against their aims
     Footprint,
-    /// A guest's TCP through the daemon, against QEMU's own virtio-net
+    /// TCP between a guest and its host through the daemon, against QEMU's own virtio-net
     Iperf,
-    /// TCP between two guests through the switch, against QEMU's own cards and a bridge
+    /// TCP between two guests through the switch, against QEMU's own virtio-net and a bridge
     Guests,
     /// One queue pair against several: throughput, CPU time and latency
     Queues,
 }
 
 impl Group {
-    /// Its name, on the command line and of its result files.
+    /// The name on the command line and of the result files.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -36,17 +37,23 @@ impl Group {
         }
     }
 
-    /// What is measured, as a headline.
+    /// The title of the table and of the chart.
     #[must_use]
     pub fn title(self) -> &'static str {
         match self {
-            Self::Ring => "A chain through a 256-entry split ring, device's side",
-            Self::Tap => "A frame between a guest's ring and a TAP, one thread",
-            Self::Peers => "Frames between two cards on one CPU, driven by DPDK's virtio-user",
+            Self::Ring => {
+                "A descriptor chain through a split virtqueue of 256 entries, on the device side"
+            }
+            Self::Tap => "A frame between a guest's virtqueue and a TAP, in one thread",
+            Self::Peers => {
+                "Frames between two network devices, with a back-end on one CPU and DPDK's virtio-user"
+            }
             Self::Footprint => "The idle daemon: memory, and time to its first reply",
             Self::Iperf => "TCP between a QEMU guest (4 vCPUs) and its host, iperf3",
             Self::Guests => "TCP between two QEMU guests (2 vCPUs each), iperf3",
-            Self::Queues => "Several queue pairs against one, a QEMU guest (4 vCPUs) and its host",
+            Self::Queues => {
+                "Several queue pairs against one, between a QEMU guest (4 vCPUs) and its host"
+            }
         }
     }
 }

@@ -1,10 +1,11 @@
-//! TCP between two Linux guests through virtionetd's switch, against QEMU's own virtio-net
-//! (vhost=off) of each on TAPs of a kernel bridge.
+//! Measures TCP between two Linux guests through virtionetd's switch, against two guests with
+//! QEMU's own virtio-net (vhost=off) on TAPs of a kernel bridge.
 //!
-//! Both pairs of guests are there all the time, but only one runs: the other is stopped over its
-//! monitors. A guest's vCPUs have one CPU together, the other guest's the next one, on both sides.
-//! QEMU's other threads are where the kernel puts them, and so are virtionetd's workers with
-//! placement none; by default these are on their vCPU's CPU, which here runs two vCPUs already.
+//! Both testbeds exist all the time, but only one runs; the guests of the other one are stopped
+//! through QMP. On both sides, all vCPUs of the first guest are pinned to one CPU, and those of the
+//! second guest to the next one. The kernel places QEMU's other threads, and with `placement=none`
+//! also virtionetd's workers. By default, a worker runs on the CPU of its vCPU, which already runs
+//! two vCPUs here.
 
 use std::collections::BTreeMap;
 
@@ -17,51 +18,53 @@ use crate::harness::progress;
 use crate::outcome::{Better, GroupResult};
 use crate::sampling::{Effort, PairedSamples};
 
-/// Of queues and of vCPUs.
-const PAIRS: u16 = 2;
+/// Queue pairs, and also vCPUs, of each guest.
+const QUEUE_PAIRS: u16 = 2;
 const FLOWS: [u16; 2] = [1, 4];
 const SETUPS: [Setup; 3] = [
     Setup {
         name: "defaults",
-        rx_size: 256,
+        rx_queue_size: 256,
         placement: "auto",
     },
     Setup {
         name: "rx_queue_size 1024",
-        rx_size: 1024,
+        rx_queue_size: 1024,
         placement: "auto",
     },
     Setup {
         name: "rx_queue_size 1024, placement none",
-        rx_size: 1024,
+        rx_queue_size: 1024,
         placement: "none",
     },
 ];
 const BOUND: f64 = 1.0;
 
-/// How both sides' cards are, and where our workers stand.
+/// The configuration of the network devices of both sides, and the placement of our workers.
 struct Setup {
     name: &'static str,
-    /// Buffers of a receiveq: QEMU's default and least, or its most.
-    rx_size: u16,
+    /// Size of a receiveq. QEMU allows 256 (its default) to 1024.
+    rx_queue_size: u16,
     placement: &'static str,
 }
 
 /// Measures each set-up with each number of flows.
 ///
 /// # Errors
-/// When this process is not root, or a part fails: with its words.
+/// When this process is not root, or a part of the testbed fails. The error contains its
+/// message.
 pub fn run(effort: Effort) -> Result<GroupResult> {
     let mut outcome = GroupResult::default();
     for setup in &SETUPS {
-        progress(&format!("guests: {}: four of them boot", setup.name));
-        let prop = format!("rx_queue_size={}", setup.rx_size);
-        let plan = TwoGuestConfig::new(PAIRS)
+        progress(&format!("guests: {}: four guests boot", setup.name));
+        let prop = format!("rx_queue_size={}", setup.rx_queue_size);
+        let config = TwoGuestConfig::new(QUEUE_PAIRS)
             .device("placement", setup.placement)
             .prop(GuestId::A, &prop)
             .prop(GuestId::B, &prop);
-        let ours = GuestsUnderTest::boot(plan.on_switch()).context("with virtionetd")?;
-        let peer = GuestsUnderTest::boot(plan.on_bridge()).context("with QEMU's own cards")?;
+        let ours = GuestsUnderTest::boot(config.on_switch()).context("with virtionetd")?;
+        let peer =
+            GuestsUnderTest::boot(config.on_bridge()).context("with QEMU's own virtio-net")?;
         for flows in FLOWS {
             let plural = if flows == 1 { "" } else { "s" };
             let name = format!("{flows} flow{plural}, {}", setup.name);
@@ -70,7 +73,7 @@ pub fn run(effort: Effort) -> Result<GroupResult> {
     }
     let accel = Accel::Auto.resolve()?;
     outcome.notes.push(format!(
-        "{PAIRS} vCPUs and pairs a guest under {accel}; each guest's vCPUs on a CPU of their own; one iperf3 process a flow; medians of the runs"
+        "each guest has {QUEUE_PAIRS} vCPUs and {QUEUE_PAIRS} queue pairs, under {accel}; the vCPUs of each guest have a CPU of their own; one iperf3 process for each flow; medians of the runs"
     ));
     Ok(outcome)
 }
@@ -83,61 +86,61 @@ fn measure(
     outcome: &mut GroupResult,
 ) -> Result<()> {
     let seconds = effort.choose(3, 1);
-    let before = ours.ring_counters()?;
-    let told = |who: &str, rate: Result<f64>| -> Result<f64> {
+    let before = ours.rx_counters()?;
+    let report = |who: &str, rate: Result<f64>| -> Result<f64> {
         let rate = rate.with_context(|| format!("with {who}: {name}"))?;
         progress(&format!("guests: {name}: {rate:.2} Gbit/s with {who}"));
         Ok(rate)
     };
-    let taken = PairedSamples::measure_in_turns(
+    let samples = PairedSamples::measure_in_turns(
         effort.choose(5, 1),
-        || told("virtionetd", ours.measure(flows, seconds)),
-        || told("QEMU's own cards", peer.measure(flows, seconds)),
+        || report("virtionetd", ours.measure(flows, seconds)),
+        || report("QEMU's own virtio-net", peer.measure(flows, seconds)),
     )?;
-    let work = words(&before, &ours.ring_counters()?);
-    outcome.notes.push(format!("{name}: {work}"));
-    let row = taken.row(name, "Gbit/s", Better::Higher, "QEMU, bridge");
-    outcome.rows.push(row.bound(BOUND));
+    let counters = describe_counters(&before, &ours.rx_counters()?);
+    outcome.notes.push(format!("{name}: {counters}"));
+    let row = samples.row(name, "Gbit/s", Better::Higher, "QEMU, bridge");
+    outcome.rows.push(row.with_bound(BOUND));
     Ok(())
 }
 
-/// Two guests and what is between them.
+/// Two guests and the network between them.
 struct GuestsUnderTest(TwoGuestTestbed);
 
 impl GuestsUnderTest {
-    /// They stand still until they are measured.
+    /// Stops the booted guests until they are measured.
     fn boot(testbed: Result<TwoGuestTestbed>) -> Result<Self> {
         let testbed = testbed?;
         testbed.set_running(false)?;
         Ok(Self(testbed))
     }
 
-    /// Gbit/s at the receiver, while the guests run for this.
+    /// Resumes the guests, measures, and stops them again. Returns Gbit/s at the receiver.
     fn measure(&self, flows: u16, seconds: u32) -> Result<f64> {
         self.0.set_running(true)?;
         self.0.wait_for_ping()?;
-        // The first second, in which the flows find their speed, does not count.
+        // The first second is omitted, because the flows have not reached their full rate yet.
         let load = IperfLoad::tcp(seconds).flows(flows).arg("-O").arg("1");
         let report = self.0.iperf(GuestId::A, &load, flows)?;
         self.0.set_running(false)?;
         Ok(report.gbps)
     }
 
-    /// What the receiver's rings counted.
-    fn ring_counters(&self) -> Result<BTreeMap<String, u64>> {
+    /// The counters of all receiveqs of the receiving guest.
+    fn rx_counters(&self) -> Result<BTreeMap<String, u64>> {
         self.0.counters(GuestId::B, "rx")
     }
 }
 
-/// What the receiver's rings did in between.
-fn words(before: &BTreeMap<String, u64>, after: &BTreeMap<String, u64>) -> String {
-    let came = |name: &str| after[name] - before[name];
-    let ratio = |one: u64, other: u64| one.checked_div(other).unwrap_or(0);
+/// Describes by how much the receiver's counters have increased.
+fn describe_counters(before: &BTreeMap<String, u64>, after: &BTreeMap<String, u64>) -> String {
+    let increase = |name: &str| after[name] - before[name];
+    let ratio = |dividend: u64, divisor: u64| dividend.checked_div(divisor).unwrap_or(0);
     let dropped = after.keys().filter(|name| name.starts_with("dropped_"));
-    let dropped: u64 = dropped.map(|name| came(name)).sum();
-    let (frames, bytes, calls) = (came("frames"), came("bytes"), came("calls"));
+    let dropped: u64 = dropped.map(|name| increase(name)).sum();
+    let (frames, bytes, calls) = (increase("frames"), increase("bytes"), increase("calls"));
     format!(
-        "{frames} frames of {} bytes, {} an interrupt, {dropped} dropped",
+        "{frames} frames of {} bytes, {} frames per interrupt, {dropped} dropped",
         ratio(bytes, frames),
         ratio(frames, calls)
     )
@@ -148,7 +151,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_came_in_between_is_told() {
+    fn increases_of_the_counters_are_described() {
         let counters = |list: &[(&str, u64)]| -> BTreeMap<String, u64> {
             list.iter().map(|(n, v)| ((*n).to_owned(), *v)).collect()
         };
@@ -160,8 +163,8 @@ mod tests {
             ("dropped_x", 7),
         ];
         assert_eq!(
-            words(&counters(&before), &counters(&after)),
-            "8 frames of 100 bytes, 4 an interrupt, 2 dropped"
+            describe_counters(&counters(&before), &counters(&after)),
+            "8 frames of 100 bytes, 4 frames per interrupt, 2 dropped"
         );
     }
 }

@@ -1,4 +1,4 @@
-//! Functions that several groups use.
+//! Functions that several groups share.
 
 use std::fs;
 use std::thread;
@@ -10,40 +10,42 @@ use virtionet_tests::paths::require_root;
 use virtionet_tests::process::output;
 use virtionet_tests::sched;
 
-/// Says on stderr how far a long run is.
+/// Prints a line about the progress of a run to stderr.
 pub fn progress(text: &str) {
     eprintln!("bench: {text}");
 }
 
-/// Runs `work` in a thread with a network namespace of its own, which is gone with the thread and
-/// what it started.
+/// Runs `work` in a thread with a network namespace of its own. The namespace ends with the thread
+/// and the processes that it started.
 ///
 /// # Errors
-/// When this process is not root, or as `work`.
+/// When this process is not root, or when `work` fails.
 pub fn run_in_netns<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     require_root()?;
     let inside = || {
-        unshare(CloneFlags::CLONE_NEWNET).context("a network namespace cannot be made")?;
-        ip("link set lo up")?;
+        unshare(CloneFlags::CLONE_NEWNET).context("a network namespace cannot be created")?;
+        run_ip("link set lo up")?;
         disable_ipv6()?;
         work()
     };
     run_in_thread(inside)
 }
 
-/// Runs `work` in a thread of its own: what it does to its thread (CPU, namespace) ends with it.
+/// Runs `work` in a thread of its own, so that changes to the thread (CPU affinity, namespace) end
+/// with it.
 ///
 /// # Errors
-/// As `work`.
+/// When `work` fails.
 pub fn run_in_thread<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     thread::scope(|scope| scope.spawn(work).join())
         .map_err(|_| anyhow!("the thread of the measurement panicked"))?
 }
 
-/// The kernel's own neighbour discovery would send frames that the measurement does not expect.
+/// Disables IPv6, because the kernel's neighbour discovery sends frames that a measurement does not
+/// expect.
 fn disable_ipv6() -> Result<()> {
-    for which in ["all", "default"] {
-        let path = format!("/proc/sys/net/ipv6/conf/{which}/disable_ipv6");
+    for scope in ["all", "default"] {
+        let path = format!("/proc/sys/net/ipv6/conf/{scope}/disable_ipv6");
         if fs::exists(&path)? {
             fs::write(&path, "1").with_context(|| format!("{path} cannot be written"))?;
         }
@@ -51,28 +53,28 @@ fn disable_ipv6() -> Result<()> {
     Ok(())
 }
 
-/// `ip ARGS`, split at spaces, in the namespace of this thread.
+/// Runs `ip ARGS` in the network namespace of this thread. The arguments are split at spaces.
 ///
 /// # Errors
-/// When `ip` fails: with its words.
-pub fn ip(args: &str) -> Result<()> {
+/// When `ip` fails. The error contains its stderr.
+pub fn run_ip(args: &str) -> Result<()> {
     output("ip", args.split(' ')).map(drop)
 }
 
-/// Keeps this thread on the last CPU that it may use: the first ones take most interrupts.
+/// Pins this thread to the last CPU that it may use, because the first CPUs serve most interrupts.
 ///
 /// # Errors
-/// When the kernel refuses.
+/// When the kernel refuses the affinity.
 pub fn pin_to_last_cpu() -> Result<()> {
     let cpus = sched::allowed_cpus()?;
     let last = cpus.last().context("this process has no CPU")?;
     sched::pin(0, *last)
 }
 
-/// Nanoseconds that `work` takes.
+/// Returns how many nanoseconds `work` takes.
 ///
 /// # Errors
-/// As `work`.
+/// When `work` fails.
 #[inline(always)]
 pub fn time_ns(work: impl FnOnce() -> Result<()>) -> Result<f64> {
     let started_at = Instant::now();

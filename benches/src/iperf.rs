@@ -1,8 +1,9 @@
-//! A Linux guest's TCP through virtionetd against QEMU's own virtio-net on a TAP (vhost=off): the
-//! same guest, vCPUs and queues, both at their defaults.
+//! Measures TCP between a Linux guest and its host through virtionetd, against QEMU's own
+//! virtio-net on a TAP (vhost=off). Both sides have the same guest, vCPUs and queue pairs, and
+//! default settings.
 //!
-//! Both guests are booted anew for each repetition and number of pairs. Only one of them runs at a
-//! time: the other is stopped over its monitor, so that it takes no CPU while the other one is measured.
+//! Both guests are booted again for each repetition and for each number of queue pairs. Only one of
+//! them runs at a time. The other one is stopped through QMP, so that it does not use any CPU.
 
 use std::time::Duration;
 
@@ -20,101 +21,108 @@ use crate::harness::progress;
 use crate::outcome::{Better, GroupResult};
 use crate::sampling::{Effort, PairedSamples};
 
-const PAIRS: [u16; 3] = [1, 2, 4];
+const QUEUE_PAIRS: [u16; 3] = [1, 2, 4];
 const FLOWS: [u16; 2] = [1, 4];
 const DIRECTIONS: [Direction; 2] = [Direction::HostToGuest, Direction::GuestToHost];
 const VCPUS: u16 = 4;
-const BOOT: Duration = Duration::from_secs(120);
+const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// Measures every number of pairs and flows, both ways.
+/// Measures every number of queue pairs and flows in both directions.
 ///
 /// # Errors
-/// When this process is not root, or a part fails: with its words.
+/// When this process is not root, or a part of the testbed fails. The error contains its
+/// message.
 pub fn run(effort: Effort) -> Result<GroupResult> {
     let mut outcome = GroupResult::default();
-    for pairs in PAIRS {
-        let loads = loads();
-        let mut taken = vec![PairedSamples::default(); loads.len()];
-        let mut work = vec![String::new(); loads.len()];
+    for queue_pairs in QUEUE_PAIRS {
+        let cases = cases();
+        let mut samples = vec![PairedSamples::default(); cases.len()];
+        let mut counters = vec![String::new(); cases.len()];
         for n in 1..=effort.choose(3, 1) {
-            progress(&format!("iperf: pairs {pairs}, repetition {n}"));
-            work = repeat(pairs, effort, &loads, &mut taken)
-                .with_context(|| format!("with {pairs} pair(s), in repetition {n}"))?;
+            progress(&format!("iperf: queue pairs {queue_pairs}, repetition {n}"));
+            counters = measure_repetition(queue_pairs, effort, &cases, &mut samples)
+                .with_context(|| format!("with {queue_pairs} queue pair(s), in repetition {n}"))?;
         }
-        for (n, (load, taken)) in loads.iter().zip(&taken).enumerate() {
-            let case = load.case(pairs);
-            outcome.notes.push(format!("{case}: {}", work[n]));
-            let row = taken.row(&case, "Gbit/s", Better::Higher, "QEMU virtio-net");
-            outcome.rows.push(row.headline(pairs != 2));
+        for (n, (case, samples)) in cases.iter().zip(&samples).enumerate() {
+            let name = case.name(queue_pairs);
+            outcome.notes.push(format!("{name}: {}", counters[n]));
+            let row = samples.row(&name, "Gbit/s", Better::Higher, "QEMU virtio-net");
+            outcome.rows.push(row.with_headline(queue_pairs != 2));
         }
     }
     let accel = Accel::Auto.resolve()?;
     outcome.notes.push(format!(
-        "{VCPUS} vCPUs under {accel}, vCPU i pinned to CPU i mod n; one iperf3 process a flow; medians of the runs"
+        "{VCPUS} vCPUs under {accel}, vCPU i pinned to CPU i mod n; one iperf3 process for each flow; medians of the runs"
     ));
     Ok(outcome)
 }
 
-/// What iperf3 is to do.
+/// The direction and the number of flows of one case.
 #[derive(Debug, Clone, Copy)]
 struct IperfCase {
     direction: Direction,
     flows: u16,
 }
 
-fn loads() -> Vec<IperfCase> {
-    let both = |direction| FLOWS.map(|flows| IperfCase { direction, flows });
-    DIRECTIONS.into_iter().flat_map(both).collect()
+fn cases() -> Vec<IperfCase> {
+    let of_direction = |direction| FLOWS.map(|flows| IperfCase { direction, flows });
+    DIRECTIONS.into_iter().flat_map(of_direction).collect()
 }
 
 impl IperfCase {
-    fn case(self, pairs: u16) -> String {
-        let way = match self.direction {
+    fn name(self, queue_pairs: u16) -> String {
+        let direction = match self.direction {
             Direction::HostToGuest => "host to guest",
             Direction::GuestToHost => "guest to host",
         };
         let plural = |n: u16| if n == 1 { "" } else { "s" };
-        let (flows, of) = (self.flows, plural(self.flows));
-        format!("{way}, {flows} flow{of}, {pairs} pair{}", plural(pairs))
+        format!(
+            "{direction}, {} flow{}, {queue_pairs} queue pair{}",
+            self.flows,
+            plural(self.flows),
+            plural(queue_pairs)
+        )
     }
 }
 
-/// Boots both sides and takes one pair of every load; says what our rings did in each.
-fn repeat(
-    pairs: u16,
+/// Boots both sides and adds one pair of samples to each case. Returns a description of the
+/// counters of our vrings for each case.
+fn measure_repetition(
+    queue_pairs: u16,
     effort: Effort,
-    loads: &[IperfCase],
-    taken: &mut [PairedSamples],
+    cases: &[IperfCase],
+    samples: &mut [PairedSamples],
 ) -> Result<Vec<String>> {
     let dir = RunDir::new()?;
-    let ours = GuestUnderTest::ours(&dir, pairs).context("with virtionetd")?;
-    let peer = GuestUnderTest::peer(&dir, pairs).context("with QEMU's own card")?;
+    let ours = GuestUnderTest::ours(&dir, queue_pairs).context("with virtionetd")?;
+    let peer = GuestUnderTest::peer(&dir, queue_pairs).context("with QEMU's own virtio-net")?;
     let seconds = effort.choose(4, 2);
-    let mut work = Vec::new();
-    for (load, taken) in loads.iter().zip(taken) {
-        let before = ours.ring_counters(load.direction)?;
-        let our_rate = ours.measure(&dir, *load, seconds);
-        work.push(ours.ring_counters(load.direction)?.since(before).words());
+    let mut descriptions = Vec::new();
+    for (case, samples) in cases.iter().zip(samples) {
+        let before = ours.counters(case.direction)?;
+        let our_rate = ours.measure(&dir, *case, seconds);
+        descriptions.push(ours.counters(case.direction)?.since(before).describe());
         let our_rate = our_rate.context("with virtionetd")?;
-        let peer_rate = peer.measure(&dir, *load, seconds);
-        let peer_rate = peer_rate.context("with QEMU's own card")?;
+        let peer_rate = peer.measure(&dir, *case, seconds);
+        let peer_rate = peer_rate.context("with QEMU's own virtio-net")?;
         progress(&format!(
             "iperf: {}: {our_rate:.2} against {peer_rate:.2} Gbit/s",
-            load.case(pairs)
+            case.name(queue_pairs)
         ));
-        taken.push(our_rate, peer_rate);
+        samples.push(our_rate, peer_rate);
     }
-    Ok(work)
+    Ok(descriptions)
 }
 
-/// A guest and what its card is connected to. QEMU goes first, the network last.
+/// A guest, its back-end and its network. They are dropped in this order: QEMU first, the network
+/// last.
 struct GuestUnderTest {
     qemu: Qemu,
     daemon: Option<Daemon>,
     network: HostNetwork,
 }
 
-/// What the rings of one direction counted, all pairs together.
+/// The counters of all vrings of one direction.
 #[derive(Debug, Clone, Copy, Default)]
 struct DirectionCounters {
     frames: f64,
@@ -124,24 +132,24 @@ struct DirectionCounters {
 }
 
 impl GuestUnderTest {
-    fn ours(dir: &RunDir, pairs: u16) -> Result<Self> {
+    fn ours(dir: &RunDir, queue_pairs: u16) -> Result<Self> {
         let network = HostNetwork::bare()?;
         let daemon = Options::new()
             .netns(network.netns())
             .flag("--tap", TAP)
             .start(dir, "ours")?;
         network.configure()?;
-        let nic = Nic::vhost_user(daemon.socket()).queues(pairs);
+        let nic = Nic::vhost_user(daemon.socket()).queues(queue_pairs);
         let qemu = machine().nic(nic).start(dir, "ours-guest")?;
-        Self::boot(qemu, Some(daemon), network, pairs)
+        Self::boot(qemu, Some(daemon), network, queue_pairs)
     }
 
-    fn peer(dir: &RunDir, pairs: u16) -> Result<Self> {
-        let network = HostNetwork::with_tap(pairs)?;
-        let nic = Nic::tap(TAP).queues(pairs);
+    fn peer(dir: &RunDir, queue_pairs: u16) -> Result<Self> {
+        let network = HostNetwork::with_tap(queue_pairs)?;
+        let nic = Nic::tap(TAP).queues(queue_pairs);
         let machine = machine().netns(network.netns()).nic(nic);
         let qemu = machine.start(dir, "peer-guest")?;
-        Self::boot(qemu, None, network, pairs)
+        Self::boot(qemu, None, network, queue_pairs)
     }
 
     /// Boots the guest and stops it again.
@@ -149,12 +157,12 @@ impl GuestUnderTest {
         mut qemu: Qemu,
         daemon: Option<Daemon>,
         network: HostNetwork,
-        pairs: u16,
+        queue_pairs: u16,
     ) -> Result<Self> {
         qemu.pin_vcpus()?;
         qemu.resume()?;
-        qemu.boot(BOOT)?;
-        configure_guest(qemu.guest(), pairs)?;
+        qemu.boot(BOOT_TIMEOUT)?;
+        configure_guest(qemu.guest(), queue_pairs)?;
         diagnostics::wait_for_ping(&network, qemu.guest(), daemon.as_ref())?;
         stop(&qemu)?;
         Ok(Self {
@@ -164,22 +172,23 @@ impl GuestUnderTest {
         })
     }
 
-    /// Gbit/s at the receivers, while the guest runs for this.
-    fn measure(&self, dir: &RunDir, load: IperfCase, seconds: u32) -> Result<f64> {
+    /// Resumes the guest, measures, and stops it again. Returns Gbit/s at the receivers.
+    fn measure(&self, dir: &RunDir, case: IperfCase, seconds: u32) -> Result<f64> {
         self.qemu.resume()?;
         let guest = self.qemu.guest();
         diagnostics::wait_for_ping(&self.network, guest, self.daemon.as_ref())?;
-        let iperf = Iperf::new(&self.network, guest, dir, Clients::Host, load.flows)?;
-        // The first second, in which the flows find their speed, does not count.
-        let what = IperfLoad::tcp(seconds).flows(load.flows).arg("-O").arg("1");
-        let report = iperf.run(&what, load.direction)?;
+        let iperf = Iperf::new(&self.network, guest, dir, Clients::Host, case.flows)?;
+        // The first second is omitted, because the flows have not reached their full rate yet.
+        let load = IperfLoad::tcp(seconds).flows(case.flows).arg("-O").arg("1");
+        let report = iperf.run(&load, case.direction)?;
         stop(&self.qemu)?;
         Ok(report.gbps)
     }
 
-    /// Zeros for QEMU's own card, which tells nothing.
-    fn ring_counters(&self, direction: Direction) -> Result<DirectionCounters> {
-        let ring = match direction {
+    /// Reads the counters of virtionetd's vrings. They are 0 for QEMU's own virtio-net, which has
+    /// none.
+    fn counters(&self, direction: Direction) -> Result<DirectionCounters> {
+        let vring = match direction {
             Direction::HostToGuest => "rx",
             Direction::GuestToHost => "tx",
         };
@@ -189,7 +198,7 @@ impl GuestUnderTest {
         };
         let device = daemon.device()?;
         for pair in device["pairs"].as_array().into_iter().flatten() {
-            let counters = pair[ring]["counters"].as_object();
+            let counters = pair[vring]["counters"].as_object();
             for (name, value) in counters.into_iter().flatten() {
                 let value = value.as_f64().unwrap_or(0.0);
                 match name.as_str() {
@@ -215,9 +224,9 @@ impl DirectionCounters {
         }
     }
 
-    fn words(self) -> String {
+    fn describe(self) -> String {
         format!(
-            "{:.1} frames a burst, {:.0} bytes a frame, {} dropped",
+            "{:.1} frames per burst, {:.0} bytes per frame, {} dropped",
             self.frames / self.bursts.max(1.0),
             self.bytes / self.frames.max(1.0),
             self.dropped

@@ -1,11 +1,12 @@
-//! Side-by-side measurements: virtionetd and its parts against a peer, both in one run.
+//! Measures virtionetd and its parts side by side with other implementations, in one run.
 //!
-//! [`groups`] lists what can be measured. Each group ([`ring`], [`tap`], [`peers`], [`footprint`],
-//! [`iperf`], [`guests`], [`queues`]) gives an [`outcome`]: rows of ours against the peer's, taken in turns
-//! ([`sampling`]). [`meta`] says on what machine and with which versions; [`table`] and [`chart`]
-//! show it to people.
-//! [`instructions`] counts what the data path takes, instead of timing it, and has no peer but the
-//! figures that are committed.
+//! [`groups`] lists the groups of cases. Each group ([`ring`], [`tap`], [`peers`], [`footprint`],
+//! [`iperf`], [`guests`], [`queues`]) returns an [`outcome`]: rows of our figures and of those of
+//! the other implementation, the peer, measured in turns ([`sampling`]). [`meta`] describes the
+//! machine and the versions. [`table`] and [`chart`] present the results.
+//!
+//! [`instructions`] counts the instructions of the data path instead of measuring time. It compares
+//! them with committed figures instead of a peer.
 
 pub mod chart;
 pub mod footprint;

@@ -1,5 +1,5 @@
-//! Runs the named groups, shows each as a table, and writes NAME.json, NAME.meta.json and NAME.svg,
-//! and NAME.md where a group has a page.
+//! Measures the named groups, prints a table of each, and writes NAME.json, NAME.meta.json,
+//! NAME.svg and, for a group with a page, NAME.md.
 
 use std::fs;
 use std::io::{self, Write};
@@ -14,26 +14,26 @@ use virtionet_benches::sampling::Effort;
 use virtionet_benches::{chart, measure, table};
 use virtionet_tests::paths::root;
 
-/// Measures virtionetd side by side with its peers.
+/// Measures virtionetd side by side with other implementations.
 #[derive(Debug, Parser)]
 #[command(name = "ci/bench")]
 struct Cli {
-    /// What to measure [default: everything]
+    /// The groups to measure [default: all]
     #[arg(value_name = "NAME")]
     groups: Vec<Group>,
 
-    /// Few repetitions: shows that everything runs, not how fast
+    /// Makes few repetitions, which only show that everything runs
     #[arg(long)]
     quick: bool,
 
-    /// Where the results go [default: benches/results]
+    /// The directory of the results [default: benches/results]
     #[arg(long, value_name = "DIR")]
     results: Option<PathBuf>,
 
     /// The numbers of queue pairs that the group 'queues' compares with one
-    #[arg(long, value_name = "N,N", default_value = "4", value_delimiter = ',',
+    #[arg(long = "pairs", value_name = "N,N", default_value = "4", value_delimiter = ',',
           value_parser = clap::value_parser!(u16).range(2..=8))]
-    pairs: Vec<u16>,
+    queue_pairs: Vec<u16>,
 }
 
 fn main() -> Result<()> {
@@ -50,21 +50,21 @@ fn main() -> Result<()> {
         .results
         .unwrap_or_else(|| root().join("benches/results"));
     fs::create_dir_all(&results)
-        .with_context(|| format!("the folder {} cannot be made", results.display()))?;
+        .with_context(|| format!("the directory {} cannot be created", results.display()))?;
     for group in groups {
-        measure(group, effort, &cli.pairs, &results)?;
+        measure(group, effort, &cli.queue_pairs, &results)?;
     }
     Ok(())
 }
 
-fn measure(group: Group, effort: Effort, pairs: &[u16], results: &Path) -> Result<()> {
+fn measure(group: Group, effort: Effort, queue_pairs: &[u16], results: &Path) -> Result<()> {
     let mut meta = Meta::gather(group, effort)?;
     if group == Group::Queues {
-        let list: Vec<String> = pairs.iter().map(u16::to_string).collect();
+        let list: Vec<String> = queue_pairs.iter().map(u16::to_string).collect();
         meta.command
             .push_str(&format!(" --pairs {}", list.join(",")));
     }
-    let outcome = measure::measure(group, effort, pairs)
+    let outcome = measure::measure(group, effort, queue_pairs)
         .with_context(|| format!("the group '{}' could not be measured", group.name()))?;
     let meta = meta.with_notes(&outcome.notes);
     io::stdout()
@@ -75,17 +75,18 @@ fn measure(group: Group, effort: Effort, pairs: &[u16], results: &Path) -> Resul
 
 fn write(results: &Path, group: Group, meta: &Meta, outcome: &GroupResult) -> Result<()> {
     let rows = serde_json::to_string_pretty(&outcome.rows)?;
-    let side = serde_json::to_string_pretty(meta)?;
+    let meta_text = serde_json::to_string_pretty(meta)?;
     let page = outcome.page.as_ref();
     let page = page.map(|page| ("md", format!("# {}\n\n{page}", meta.title)));
     let files = [
         ("json", rows + "\n"),
-        ("meta.json", side + "\n"),
+        ("meta.json", meta_text + "\n"),
         ("svg", chart::render(meta, outcome)),
     ];
-    for (ending, text) in files.into_iter().chain(page) {
-        let path = results.join(format!("{}.{ending}", group.name()));
-        // Written whole or not at all: a result that was cut off would still look like one.
+    for (extension, text) in files.into_iter().chain(page) {
+        let path = results.join(format!("{}.{extension}", group.name()));
+        // A partly written file could be mistaken for a result, so the file is renamed when it is
+        // complete.
         let unfinished = path.with_extension("tmp");
         fs::write(&unfinished, text)
             .and_then(|()| fs::rename(&unfinished, &path))

@@ -7,12 +7,12 @@ use crate::outcome::GroupResult;
 use crate::sampling::Effort;
 use crate::{footprint, guests, iperf, peers, queues, ring, tap};
 
-/// Measures `group`; `pairs` are the numbers of queue pairs that [`Group::Queues`] compares with one
-/// pair.
+/// Measures `group`. `queue_pairs` are the numbers of queue pairs that [`Group::Queues`] compares
+/// with one queue pair.
 ///
 /// # Errors
-/// When a part of the testbed fails: with its message.
-pub fn measure(group: Group, effort: Effort, pairs: &[u16]) -> Result<GroupResult> {
+/// When a part of the testbed fails. The error contains its message.
+pub fn measure(group: Group, effort: Effort, queue_pairs: &[u16]) -> Result<GroupResult> {
     match group {
         Group::Ring => ring::run(effort),
         Group::Tap => tap::run(effort),
@@ -20,6 +20,6 @@ pub fn measure(group: Group, effort: Effort, pairs: &[u16]) -> Result<GroupResul
         Group::Footprint => footprint::run(effort),
         Group::Iperf => iperf::run(effort),
         Group::Guests => guests::run(effort),
-        Group::Queues => queues::run(effort, pairs),
+        Group::Queues => queues::run(effort, queue_pairs),
     }
 }

@@ -1,4 +1,4 @@
-//! On what machine, with which versions and by which command something was measured.
+//! The machine, the versions and the command of a measurement.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,38 +12,39 @@ use virtionet_tests::{qemu, sched, testpmd};
 use crate::groups::Group;
 use crate::sampling::Effort;
 
-/// What stands beside a group's figures.
+/// The conditions under which the figures of a group were measured.
 #[derive(Debug, Clone, Serialize)]
 pub struct Meta {
-    /// The group's name.
+    /// The name of the group.
     pub group: &'static str,
-    /// Its headline.
+    /// The title of the group.
     pub title: &'static str,
-    /// What to type for the same again.
+    /// The command that repeats the measurement.
     pub command: String,
-    /// When, as year, month and day.
+    /// The date: year, month and day, in UTC.
     pub date: String,
-    /// The processor's model.
+    /// The model of the CPU.
     pub cpu: String,
-    /// CPUs that could be used.
+    /// Number of CPUs that this process may use.
     pub cores: usize,
-    /// Memory in MiB.
+    /// Memory of the machine in MiB.
     pub memory_mib: u64,
-    /// The kernel's release.
+    /// The release of the kernel.
     pub kernel: String,
-    /// The load average over the minute before: figures of a busy machine are unreliable.
+    /// The load average of the minute before the measurement. Figures of a busy machine are
+    /// unreliable.
     pub load_before: String,
-    /// What was measured, by name.
+    /// The versions of the measured programs and of the tools, by name.
     pub versions: BTreeMap<&'static str, String>,
-    /// What else is worth knowing.
+    /// Further information, one sentence each.
     pub notes: Vec<String>,
 }
 
 impl Meta {
-    /// Of this machine, now.
+    /// Collects the data of this machine and of the installed programs.
     ///
     /// # Errors
-    /// When the machine does not tell.
+    /// When a file of the kernel cannot be read, or a program cannot be run.
     pub fn gather(group: Group, effort: Effort) -> Result<Self> {
         let load = fs::read_to_string("/proc/loadavg")?;
         Ok(Self {
@@ -51,9 +52,9 @@ impl Meta {
             title: group.title(),
             command: format!("ci/bench {}{}", group.name(), effort.choose("", " --quick")),
             date: output("date", ["-u", "+%Y-%m-%d"])?.trim().to_owned(),
-            cpu: field("/proc/cpuinfo", "model name")?,
+            cpu: read_field("/proc/cpuinfo", "model name")?,
             cores: sched::allowed_cpus()?.len(),
-            memory_mib: field("/proc/meminfo", "MemTotal")?
+            memory_mib: read_field("/proc/meminfo", "MemTotal")?
                 .trim_end_matches(" kB")
                 .parse::<u64>()?
                 / 1024,
@@ -66,14 +67,14 @@ impl Meta {
         })
     }
 
-    /// With a group's notes.
+    /// Returns the same data with the notes of a group.
     #[must_use]
     pub fn with_notes(mut self, notes: &[String]) -> Self {
         self.notes = notes.to_vec();
         self
     }
 
-    /// For the head of a table or a chart.
+    /// Returns the lines for the head of a table or a chart.
     #[must_use]
     pub fn lines(&self) -> Vec<String> {
         let versions: Vec<String> = self
@@ -95,11 +96,11 @@ impl Meta {
 fn versions(group: Group) -> Result<BTreeMap<&'static str, String>> {
     let mut versions = BTreeMap::from([("virtionetd", own_version()), ("rustc", rustc())]);
     match group {
-        Group::Ring => _ = versions.insert("virtio-queue", locked("virtio-queue")?),
+        Group::Ring => _ = versions.insert("virtio-queue", locked_version("virtio-queue")?),
         Group::Peers => {
             versions.insert("DPDK", testpmd::version()?);
-            for stock in ["vhost-user-backend", "virtio-queue"] {
-                versions.insert(stock, locked(stock)?);
+            for package in ["vhost-user-backend", "virtio-queue"] {
+                versions.insert(package, locked_version(package)?);
             }
         }
         Group::Iperf | Group::Guests | Group::Queues => {
@@ -118,19 +119,19 @@ fn versions(group: Group) -> Result<BTreeMap<&'static str, String>> {
     Ok(versions)
 }
 
-/// The version and, in a git checkout, the commit; `+` where files differ from it.
+/// Returns the version and, in a git checkout, the commit, with a `+` if files differ from it.
 fn own_version() -> String {
     let root = root();
     let git = |args: &[&str]| {
-        let place = ["-C".as_ref(), root.as_os_str()];
+        let directory = ["-C".as_ref(), root.as_os_str()];
         let args = args.iter().map(|arg| arg.as_ref());
-        output("git", place.into_iter().chain(args)).ok()
+        output("git", directory.into_iter().chain(args)).ok()
     };
     let version = env!("CARGO_PKG_VERSION");
     let Some(commit) = git(&["rev-parse", "--short", "HEAD"]) else {
         return version.to_owned();
     };
-    // Results are files too, but not what is measured.
+    // Only files that affect the measured program count. New results, for example, do not.
     let changed = git(&["status", "--porcelain", "--", "crates", "Cargo.lock"]);
     let mark = match changed.is_some_and(|list| !list.trim().is_empty()) {
         true => "+",
@@ -139,15 +140,15 @@ fn own_version() -> String {
     format!("{version} ({}{mark})", commit.trim())
 }
 
-/// The compiler's version.
+/// Returns the version of the compiler.
 #[must_use]
 pub fn rustc() -> String {
     let text = output("rustc", ["--version"]).unwrap_or_default();
     text.split_whitespace().nth(1).unwrap_or("unknown").into()
 }
 
-/// The version of a package as Cargo.lock has it.
-fn locked(package: &str) -> Result<String> {
+/// Returns the version of a package in Cargo.lock.
+fn locked_version(package: &str) -> Result<String> {
     let lock = fs::read_to_string(root().join("Cargo.lock"))?;
     let head = format!("name = \"{package}\"\nversion = \"");
     lock.split_once(&head)
@@ -156,14 +157,14 @@ fn locked(package: &str) -> Result<String> {
         .with_context(|| format!("Cargo.lock has no package {package}"))
 }
 
-/// The first `NAME : VALUE` of a file in /proc.
-fn field(path: &str, name: &str) -> Result<String> {
+/// Returns the value of the first line `NAME : VALUE` of a file in /proc.
+fn read_field(path: &str, name: &str) -> Result<String> {
     let text = fs::read_to_string(path)?;
     text.lines()
         .filter_map(|line| line.split_once(':'))
         .find(|(key, _)| key.trim() == name)
         .map(|(_, value)| value.trim().to_owned())
-        .with_context(|| format!("{path} does not say '{name}'"))
+        .with_context(|| format!("{path} has no field '{name}'"))
 }
 
 #[cfg(test)]
@@ -171,7 +172,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_machine_is_told_and_no_path_of_it() {
+    fn meta_has_the_data_of_the_machine_and_no_path() {
         let meta = Meta::gather(Group::Ring, Effort::Quick).unwrap();
         assert_eq!(meta.command, "ci/bench ring --quick");
         assert!(meta.cores > 0 && meta.memory_mib > 0 && !meta.cpu.is_empty());

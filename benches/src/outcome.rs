@@ -1,18 +1,18 @@
-//! What a group measured.
+//! The results of a group.
 
 use serde::Serialize;
 
 /// Which of two figures is the better one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Better {
-    /// Times and sizes.
+    /// The lower one, for times and sizes.
     Lower,
-    /// Rates.
+    /// The higher one, for rates.
     Higher,
 }
 
 impl Better {
-    /// How many times better `ours` is than `peer`: above 1 ours is the better one.
+    /// Returns how many times better `ours` is than `peer`. Above 1, `ours` is the better one.
     #[must_use]
     pub fn ratio(self, ours: f64, peer: f64) -> f64 {
         match self {
@@ -22,7 +22,7 @@ impl Better {
     }
 }
 
-/// The quartiles of the ratios that a repeated measurement gave.
+/// The quartiles of the ratios of a repeated measurement.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Spread {
     /// A quarter of the ratios are at most this.
@@ -31,7 +31,7 @@ pub struct Spread {
     pub upper: f64,
 }
 
-/// How busy the front-end was on either side, in per cent of its CPU. At about 100, the front-end
+/// How busy the front-end was on each side, in per cent of its CPU. At about 100, the front-end
 /// limits the rate.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct FrontEndBusy {
@@ -41,33 +41,33 @@ pub struct FrontEndBusy {
     pub peer: f64,
 }
 
-/// One case, ours against the peer.
+/// The figures of one case, ours and the peer's.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(into = "RowFile")]
 pub struct Row {
-    /// What was measured.
+    /// The name of the case.
     pub case: String,
     /// Our figure; the median where the measurement was repeated.
     pub ours: f64,
-    /// The peer's.
+    /// The peer's figure.
     pub peer: f64,
-    /// Who the peer is.
+    /// The name of the peer.
     pub peer_name: String,
-    /// The unit of both.
+    /// The unit of both figures.
     pub unit: String,
     /// Which of both figures is the better one.
     pub better: Better,
     /// The quartiles of the ratios of all pairs of samples, where there were several.
     pub spread: Option<Spread>,
-    /// The front-end's load, where it may limit both sides.
+    /// The load of the front-end, where it may limit both sides.
     pub front_end_busy: Option<FrontEndBusy>,
-    /// The ratio that this case is held to.
+    /// The lowest acceptable ratio.
     pub bound: Option<f64>,
-    /// Whether the chart shows it although it does not show every row.
+    /// Whether the chart shows this row even if it does not show every row.
     pub is_headline: bool,
 }
 
-/// A row as the result file has it.
+/// A row in the format of the result file.
 #[derive(Serialize)]
 struct RowFile {
     case: String,
@@ -98,7 +98,7 @@ impl From<Row> for RowFile {
 }
 
 impl Row {
-    /// A row of two figures.
+    /// Creates a row of two figures.
     #[must_use]
     pub fn new(case: &str, unit: &str, better: Better, ours: f64, peer: (&str, f64)) -> Self {
         let (peer_name, peer) = peer;
@@ -116,42 +116,42 @@ impl Row {
         }
     }
 
-    /// How many times better ours is, whatever the unit. It is always computed from the two figures
-    /// of the row, so that it cannot contradict them.
+    /// Returns how many times better our figure is, whatever the unit. The ratio is always computed
+    /// from the two figures of the row, so that it cannot contradict them.
     #[must_use]
     pub fn ratio(&self) -> f64 {
         self.better.ratio(self.ours, self.peer)
     }
 
-    /// The same, held to a ratio of at least `bound`.
+    /// Returns the same row with `bound` as the lowest acceptable ratio.
     #[must_use]
-    pub fn bound(mut self, bound: f64) -> Self {
+    pub fn with_bound(mut self, bound: f64) -> Self {
         self.bound = Some(bound);
         self
     }
 
-    /// The same, shown in the chart if `is_headline`.
+    /// Returns the same row, which the chart shows if `is_headline`.
     #[must_use]
-    pub fn headline(mut self, is_headline: bool) -> Self {
+    pub fn with_headline(mut self, is_headline: bool) -> Self {
         self.is_headline = is_headline;
         self
     }
 
-    /// Whether it keeps its bound; true where there is none.
+    /// Whether the ratio is at least the bound. This is true for a row without a bound.
     #[must_use]
-    pub fn holds(&self) -> bool {
+    pub fn is_within_bound(&self) -> bool {
         self.bound.is_none_or(|bound| self.ratio() >= bound)
     }
 }
 
-/// All that a group measured.
+/// All results of a group.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct GroupResult {
     /// The cases.
     pub rows: Vec<Row>,
     /// Further information, one sentence each.
     pub notes: Vec<String>,
-    /// A page in Markdown, for a group that rows alone do not show well.
+    /// A page in Markdown, for a group whose results need more than rows.
     pub page: Option<String>,
 }
 
@@ -164,7 +164,10 @@ mod tests {
         let time = Row::new("a", "ns", Better::Lower, 2.0, ("x", 6.0));
         let rate = Row::new("b", "Gbit/s", Better::Higher, 6.0, ("x", 2.0));
         assert_eq!((time.ratio(), rate.ratio()), (3.0, 3.0));
-        assert!(time.clone().bound(3.0).holds() && !time.bound(3.1).holds());
+        assert!(
+            time.clone().with_bound(3.0).is_within_bound()
+                && !time.with_bound(3.1).is_within_bound()
+        );
     }
 
     #[test]
@@ -177,8 +180,8 @@ mod tests {
     }
 
     #[test]
-    fn a_row_in_json_has_the_agreed_fields_and_no_other() {
-        let mut row = Row::new("a", "ns", Better::Lower, 2.0, ("x", 6.0)).bound(1.0);
+    fn a_row_in_json_has_only_the_documented_fields() {
+        let mut row = Row::new("a", "ns", Better::Lower, 2.0, ("x", 6.0)).with_bound(1.0);
         let json = serde_json::to_value(&row).unwrap();
         let want = serde_json::json!({"case": "a", "ours": 2.0, "peer": 6.0, "peer_name": "x",
             "unit": "ns", "ratio": 3.0});

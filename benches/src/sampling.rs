@@ -1,6 +1,6 @@
-//! Two sides measured in turns: A B A B. A disturbance that lasts longer than a pair of samples
-//! affects both of them. So the spread of the pairs' ratios shows how far a difference between the
-//! two medians can be trusted.
+//! Measures two sides in turns: A B A B. A disturbance that lasts longer than a pair of samples
+//! affects both of them. Therefore the spread of the ratios of the pairs shows how reliable a
+//! difference between the two medians is.
 
 use anyhow::Result;
 
@@ -16,7 +16,7 @@ pub enum Effort {
 }
 
 impl Effort {
-    /// `full` or `quick`, for this effort.
+    /// Returns `full` or `quick`, depending on the effort.
     #[must_use]
     pub fn choose<T>(self, full: T, quick: T) -> T {
         match self {
@@ -26,7 +26,7 @@ impl Effort {
     }
 }
 
-/// Samples of both sides, taken in turns: those with the same index belong together.
+/// Samples of both sides, measured in turns. Samples with the same index form a pair.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct PairedSamples {
     ours: Vec<f64>,
@@ -34,7 +34,7 @@ pub struct PairedSamples {
 }
 
 impl PairedSamples {
-    /// Measures `count` pairs, after one that warms the caches up and is not counted.
+    /// Measures `count` pairs, after a first pair that warms up the caches and is not counted.
     ///
     /// # Errors
     /// The first error of either side.
@@ -52,13 +52,13 @@ impl PairedSamples {
         Ok(pairs)
     }
 
-    /// Adds a pair.
+    /// Adds a pair of samples.
     pub fn push(&mut self, ours: f64, peer: f64) {
         self.ours.push(ours);
         self.peer.push(peer);
     }
 
-    /// The medians of both sides, with the quartiles of the pairs' ratios.
+    /// Returns a row of the medians of both sides, with the quartiles of the ratios of the pairs.
     #[must_use]
     pub fn row(&self, case: &str, unit: &str, better: Better, peer_name: &str) -> Row {
         let peer = (peer_name, median(&self.peer));
@@ -68,7 +68,8 @@ impl PairedSamples {
         }
     }
 
-    /// The quartiles of the pairs' ratios; none where there are fewer than two pairs.
+    /// Returns the quartiles of the ratios of the pairs, or `None` if there are fewer than two
+    /// pairs.
     #[must_use]
     pub fn spread(&self, better: Better) -> Option<Spread> {
         let pairs = self.ours.iter().zip(&self.peer);
@@ -79,8 +80,8 @@ impl PairedSamples {
     }
 }
 
-/// The medians of the lower and of the upper half of `values`; the middle one of an odd number
-/// belongs to both halves.
+/// Returns the medians of the lower and of the upper half of `values`. The middle one of an odd
+/// number of values belongs to both halves.
 fn quartiles(values: &[f64]) -> Spread {
     let mut sorted = values.to_vec();
     sorted.sort_unstable_by(f64::total_cmp);
@@ -91,7 +92,7 @@ fn quartiles(values: &[f64]) -> Spread {
     }
 }
 
-/// The middle of `values`; not a number when there is none.
+/// Returns the median of `values`, or NaN if there are none.
 #[must_use]
 pub fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
@@ -124,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disturbed_pair_does_not_move_the_ratio() {
+    fn a_disturbed_pair_does_not_change_the_ratio() {
         let disturbed = [1.0, 10.0, 1.0, 7.0, 1.0].map(|slow| (slow, 2.0 * slow));
         let row = pairs(&disturbed).row("c", "ns", Better::Lower, "p");
         assert_eq!((row.ours, row.peer, row.ratio()), (1.0, 2.0, 2.0));
@@ -134,7 +135,7 @@ mod tests {
 
     #[test]
     fn ratio_of_pairs_that_differ_is_that_of_the_medians_shown() {
-        // The median of the pairs' ratios would be 2, and the medians say 1.
+        // The median of the ratios is 2, but the ratio of the medians is 1.
         let samples = [(1.0, 2.0), (2.0, 4.0), (3.0, 1.0), (4.0, 3.0), (5.0, 10.0)];
         let row = pairs(&samples).row("c", "Gbit/s", Better::Higher, "p");
         assert_eq!((row.ours, row.peer, row.ratio()), (3.0, 3.0, 1.0));

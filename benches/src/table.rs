@@ -1,11 +1,11 @@
-//! The result of a group as text.
+//! Formats the result of a group as text.
 
 use std::fmt::Write;
 
 use crate::meta::Meta;
 use crate::outcome::{FrontEndBusy, GroupResult, Row, Spread};
 
-/// The machine, the rows in columns, the notes.
+/// Returns the conditions, the rows as a table, and the notes.
 #[must_use]
 pub fn render(meta: &Meta, outcome: &GroupResult) -> String {
     let mut text = format!("\n== {}: {}\n", meta.group, meta.title);
@@ -14,9 +14,9 @@ pub fn render(meta: &Meta, outcome: &GroupResult) -> String {
         text.push('\n');
     }
     text.push('\n');
-    let case = width(outcome, "case", |row| &row.case);
-    let peer = width(outcome, "peer", |row| &row.peer_name);
-    let unit = width(outcome, "unit", |row| &row.unit);
+    let case = column_width(outcome, "case", |row| &row.case);
+    let peer = column_width(outcome, "peer", |row| &row.peer_name);
+    let unit = column_width(outcome, "unit", |row| &row.unit);
     let shows_front_end = outcome.rows.iter().any(|row| row.front_end_busy.is_some());
     let mut line = |columns: [&str; 8], front_end: &str| {
         let [c, ours, peers, u, ratio, quartiles, p, bound] = columns;
@@ -44,15 +44,15 @@ pub fn render(meta: &Meta, outcome: &GroupResult) -> String {
     for row in &outcome.rows {
         let columns = [
             &*row.case,
-            &figure(row.ours),
-            &figure(row.peer),
+            &format_figure(row.ours),
+            &format_figure(row.peer),
             &*row.unit,
             &format!("{:.2}", row.ratio()),
-            &quartiles(row.spread),
+            &format_quartiles(row.spread),
             &*row.peer_name,
-            &verdict(row),
+            &format_bound(row),
         ];
-        line(columns, &front_end_busy(row.front_end_busy));
+        line(columns, &format_front_end_busy(row.front_end_busy));
     }
     for note in &outcome.notes {
         _ = writeln!(text, "note: {note}");
@@ -60,9 +60,9 @@ pub fn render(meta: &Meta, outcome: &GroupResult) -> String {
     text
 }
 
-/// A figure with about three significant digits.
+/// Formats a figure with about three significant digits.
 #[must_use]
-pub fn figure(value: f64) -> String {
+pub fn format_figure(value: f64) -> String {
     match value.abs() {
         x if x >= 100.0 => format!("{value:.0}"),
         x if x >= 10.0 => format!("{value:.1}"),
@@ -70,30 +70,30 @@ pub fn figure(value: f64) -> String {
     }
 }
 
-/// The spread of a ratio in a column of its own.
+/// Formats the quartiles of a ratio, for a column of a table.
 #[must_use]
-pub fn quartiles(spread: Option<Spread>) -> String {
+pub fn format_quartiles(spread: Option<Spread>) -> String {
     spread.map_or("-".to_owned(), |Spread { lower, upper }| {
         format!("{lower:.2} to {upper:.2}")
     })
 }
 
-/// Ours and the peer's.
-fn front_end_busy(busy: Option<FrontEndBusy>) -> String {
+/// Formats the load of the front-end with our back-end and with the peer.
+fn format_front_end_busy(busy: Option<FrontEndBusy>) -> String {
     busy.map_or("-".to_owned(), |FrontEndBusy { ours, peer }| {
         format!("{ours:.0} % / {peer:.0} %")
     })
 }
 
-fn verdict(row: &Row) -> String {
+fn format_bound(row: &Row) -> String {
     match row.bound {
         None => "-".to_owned(),
-        Some(bound) if row.holds() => format!("ok (>= {bound})"),
+        Some(bound) if row.is_within_bound() => format!("ok (>= {bound})"),
         Some(bound) => format!("MISSED (>= {bound})"),
     }
 }
 
-fn width(outcome: &GroupResult, head: &str, of: impl Fn(&Row) -> &String) -> usize {
+fn column_width(outcome: &GroupResult, head: &str, of: impl Fn(&Row) -> &String) -> usize {
     let longest = outcome.rows.iter().map(|row| of(row).chars().count()).max();
     longest.unwrap_or(0).max(head.len())
 }
@@ -108,7 +108,7 @@ mod tests {
     #[test]
     fn ratio_in_a_table_is_that_of_the_figures_beside_it_with_its_quartiles() {
         let meta = Meta::gather(Group::Ring, Effort::Quick).unwrap();
-        let mut row = Row::new("c", "ns", Better::Lower, 2.0, ("other", 5.0)).bound(3.0);
+        let mut row = Row::new("c", "ns", Better::Lower, 2.0, ("other", 5.0)).with_bound(3.0);
         row.spread = Some(Spread {
             lower: 2.25,
             upper: 2.75,
@@ -117,16 +117,16 @@ mod tests {
             rows: vec![row, Row::new("d", "ns", Better::Lower, 1.0, ("aim", 1.0))],
             ..GroupResult::default()
         };
-        let words = |outcome: &GroupResult, case: &str| -> Vec<String> {
+        let cells = |outcome: &GroupResult, case: &str| -> Vec<String> {
             let text = render(&meta, outcome);
             let line = text.lines().find(|line| line.starts_with(case)).unwrap();
             line.split("  ")
-                .map(|word| word.trim().to_owned())
-                .filter(|word| !word.is_empty())
+                .map(|cell| cell.trim().to_owned())
+                .filter(|cell| !cell.is_empty())
                 .collect()
         };
         assert_eq!(
-            words(&outcome, "c "),
+            cells(&outcome, "c "),
             [
                 "c",
                 "2.00",
@@ -139,7 +139,7 @@ mod tests {
             ]
         );
         assert_eq!(
-            words(&outcome, "d "),
+            cells(&outcome, "d "),
             ["d", "1.00", "1.00", "ns", "1.00", "-", "aim", "-"]
         );
 
@@ -147,7 +147,7 @@ mod tests {
             ours: 99.6,
             peer: 40.0,
         });
-        assert_eq!(words(&outcome, "case")[6], "front-end busy");
-        assert_eq!(words(&outcome, "c ")[6], "100 % / 40 %");
+        assert_eq!(cells(&outcome, "case")[6], "front-end busy");
+        assert_eq!(cells(&outcome, "c ")[6], "100 % / 40 %");
     }
 }

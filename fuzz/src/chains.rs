@@ -1,5 +1,5 @@
-//! What the targets for chains of both formats have in common: guest memory, the device side, and
-//! how an input describes a descriptor.
+//! The common parts of the targets for chains of both formats: guest memory, the device side, and
+//! the encoding of a descriptor in an input.
 
 use std::sync::Arc;
 
@@ -34,7 +34,7 @@ const GAP_START: u64 = 0x80_0000;
 pub const DATA: u64 = 0x2_0000;
 /// Guest address of indirect tables. Inputs can write the first 256 descriptors.
 pub const TABLE: u64 = 0x1_0000;
-/// The largest number of frames in one turn of an RX queue.
+/// The largest number of frames that an RX queue receives in one turn.
 const MAX_FRAMES_PER_CALL: usize = 16;
 
 /// The first bytes of an input.
@@ -101,7 +101,7 @@ pub fn ram() -> GuestRam {
     GuestRam::with_layout(&LAYOUT).unwrap()
 }
 
-/// A queue that takes turns.
+/// A queue that a fuzz target serves. One call of `turn` is a turn.
 pub trait Turn: DeviceQueue {
     /// Serves the queue once.
     fn turn(&mut self, uplink: &CheckingUplink) -> Result<(), VirtqueueFault>;
@@ -191,12 +191,12 @@ impl<Q: Turn> DeviceUnderTest<Q> {
         let _fault = self.queue.turn(&self.uplink);
     }
 
-    /// Gives unused chains back. Returns the base.
+    /// Rewinds the queue, so that unused chains are available again. Returns the base.
     pub fn rewind(&mut self) -> u32 {
         self.queue.rewind()
     }
 
-    /// Continues with another snapshot of memory.
+    /// Rebinds the queue to another snapshot of guest memory.
     pub fn rebind(&mut self) {
         let memory = Arc::new(self.ram.guest_memory().unwrap());
         self.queue.rebind(&memory).unwrap();

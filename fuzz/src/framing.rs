@@ -51,7 +51,7 @@ pub fn run(data: &[u8]) {
     }
     assert!(
         device.vrings.lock().unwrap().is_empty(),
-        "a vring still runs"
+        "a vring still runs after the end of the session"
     );
 }
 
@@ -112,7 +112,8 @@ fn run_in_process(data: &[u8], device: &FuzzDevice, files: &Files) {
     session.stop_all();
 }
 
-/// Everything is written before the session reads it: a socket's buffer is larger than any input.
+/// Writes the whole input before the session reads it. The buffer of the socket is larger than any
+/// input.
 fn run_over_socket(data: &[u8], device: &FuzzDevice, files: &Files) {
     let (front, back) = UnixStream::pair().unwrap();
     for input_message in input_messages(data) {
@@ -139,7 +140,7 @@ pub enum FdKind {
     EventFd,
     /// The file of guest memory.
     Memory,
-    /// A file that is neither of them.
+    /// Another file.
     Null,
 }
 
@@ -298,7 +299,7 @@ impl Backend for FuzzDevice {
         let queue = Queue::new(index, config)
             .map_err(|source| BackendError::VringConfig { index, source })?;
         let before = self.vrings.lock().unwrap().insert(index, (queue, uplink));
-        assert!(before.is_none(), "vring {index} runs already");
+        assert!(before.is_none(), "vring {index} already runs");
         Ok(())
     }
 

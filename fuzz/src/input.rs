@@ -1,4 +1,4 @@
-//! Reads values from a fuzzer's input. Behind its end, every byte is 0.
+//! Reads values from an input of the fuzzer. Bytes after the end of the input are 0.
 
 /// The remaining bytes of the input.
 pub struct Input<'d>(pub &'d [u8]);

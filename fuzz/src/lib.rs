@@ -1,5 +1,5 @@
-//! The fuzz targets without the fuzzer: each module's `run` takes one input. The committed seeds
-//! are made by [`seeds`] and run as a test, which needs no fuzzer.
+//! The fuzz targets without the fuzzer: the function `run` of each module runs one input. [`seeds`]
+//! generates the committed seeds. A test runs them without the fuzzer.
 //!
 //! Run a target from the root of the repository (the sanitizer's flags need `RUSTC_BOOTSTRAP=1`):
 //! `RUSTC_BOOTSTRAP=1 cargo fuzz run split_chains fuzz/corpus/split_chains fuzz/seeds/split_chains`

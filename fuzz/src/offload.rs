@@ -5,8 +5,8 @@
 //! bounded; their payloads together are the original one byte for byte, with correct lengths and
 //! checksums.
 //!
-//! Input: what the receiver accepts (1 byte), the length of the frame's segments (2 bytes), the
-//! header (12 bytes), how many bytes to append to the frame (2 bytes), and the frame.
+//! Input: the offloads that the receiver accepts (1 byte), the length of the frame's segments (2
+//! bytes), the header (12 bytes), how many bytes to append to the frame (2 bytes), and the frame.
 
 use virtionet_virtio_net::features::Features;
 use virtionet_virtio_net::header::{FrameFormat, MIN_FRAME, VNET_HEADER_LEN, VnetHeader};
@@ -43,7 +43,7 @@ pub fn run(data: &[u8]) {
     }
 }
 
-/// What the receiver accepts, in the bits csum, tso4, tso6, ecn and ufo.
+/// Converts the bits of the offloads that the receiver accepts: csum, tso4, tso6, ecn and ufo.
 fn format(bits: u8) -> FrameFormat {
     let csum = bits & 1 != 0;
     let also = |n: u8| csum && bits >> n & 1 != 0;

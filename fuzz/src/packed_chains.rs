@@ -1,5 +1,6 @@
-//! A hostile driver of a packed virtqueue: it writes descriptors with any flags, in order or
-//! anywhere, and tables, and inverts its wrap counter, between the turns of a TX or RX queue.
+//! A hostile driver of a packed virtqueue. Between the turns of a TX or RX queue, it writes
+//! descriptors with any flags at the next or at any position, writes tables, and inverts its wrap
+//! counter.
 //!
 //! Invariants: there is no panic; every slice that the uplink gets lies in guest memory; every
 //! frame has passed the checks; the work of a turn is bounded; and while the driver follows the
@@ -183,7 +184,7 @@ impl<Q: Turn> ChainFuzzer<Q> {
 
     /// Makes a descriptor available at the next position.
     fn put(&mut self, fields: &DescriptorFields) {
-        // After a violation the chains are not tracked any more.
+        // After a violation, the chains are not tracked any more.
         self.is_valid = self.is_valid && fields.is_outside_ring && self.free_descriptors() > 0;
         let flags = fields.flags & !(VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED) | self.at.available();
         let descriptor = descriptor(fields, flags);
@@ -226,7 +227,10 @@ impl<Q: Turn> ChainFuzzer<Q> {
             if found.flags & (VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED) != self.next_used.used() {
                 break;
             }
-            assert_eq!(found.id, chain.id, "another chain's id");
+            assert_eq!(
+                found.id, chain.id,
+                "a used descriptor has the id of another chain"
+            );
             self.next_used = self.next_used.after(chain.descriptors, self.driver.size());
             self.chains.pop_front();
         }

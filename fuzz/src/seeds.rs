@@ -1,5 +1,5 @@
-//! Initial inputs of the fuzz targets: what correct front-ends and guests do, so that the fuzzer
-//! does not have to discover it, and one example of each violation.
+//! Initial inputs of the fuzz targets. They contain the actions of correct front-ends and guests,
+//! so that the fuzzer does not have to discover them, and one example of each violation.
 
 mod framing;
 mod offload;

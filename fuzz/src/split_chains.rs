@@ -1,5 +1,5 @@
-//! A hostile driver of a split virtqueue: it writes any descriptors, tables, indices and heads in
-//! any order between the turns of a TX or RX queue.
+//! A hostile driver of a split virtqueue. Between the turns of a TX or RX queue, it writes any
+//! descriptors, tables, indices and heads in any order.
 //!
 //! Invariants: there is no panic; every slice that the uplink gets lies in guest memory; every
 //! frame has passed the checks; the work of a turn is bounded; and the base equals the used index
@@ -160,7 +160,8 @@ impl<Q: Turn> ChainFuzzer<Q> {
         }
     }
 
-    /// Reads a descriptor. Its buffer may overlap the virtqueue, so that the device writes to that.
+    /// Reads a descriptor. Its buffer may overlap the virtqueue, so that the device may write to
+    /// the virtqueue.
     fn descriptor(&mut self, input: &mut Input<'_>) -> SplitDescriptor {
         let fields = fields(input);
         self.is_valid &= fields.is_outside_ring;

@@ -1,4 +1,4 @@
-//! An uplink that checks every header, length and address that it gets.
+//! An uplink that checks every header, length and address that a queue passes to it.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -11,7 +11,7 @@ use virtionet_virtio_net::stats::VringStats;
 use virtionet_virtio_net::uplink::{MAX_BURST, Received, TxFrame, UplinkError, UplinkQueue};
 use virtionet_virtqueue::memory::{GuestMemory, GuestSlice, SegmentList};
 
-/// Where a snapshot of guest memory is mapped in this process.
+/// The mappings of a snapshot of guest memory in this process.
 #[derive(Debug, Default)]
 pub struct Mapped(Vec<Range<usize>>);
 
@@ -32,12 +32,15 @@ impl Mapped {
         let start = slice.as_iovec().iov_base.addr();
         let end = start + slice.len();
         let within = |r: &Range<usize>| r.start <= start && end <= r.end;
-        assert!(self.0.iter().any(within), "a slice leaves guest memory");
+        assert!(
+            self.0.iter().any(within),
+            "a slice is not inside guest memory"
+        );
         assert!(!slice.is_empty(), "a slice has no bytes");
     }
 }
 
-/// An uplink that checks what it gets and receives frames of given lengths.
+/// An uplink that checks its arguments, and that receives frames of given lengths.
 #[derive(Debug)]
 pub struct CheckingUplink {
     pub features: Features,

@@ -1,7 +1,8 @@
-//! Counts the instructions that the data path takes a packet, and compares them with the committed
-//! figures.
+//! Counts the instructions that the data path executes for each packet, and compares them with the
+//! committed figures.
 
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -12,27 +13,27 @@ use virtionet_benches::{instructions, meta};
 use virtionet_tests::paths::root;
 use virtionet_tests::process::output;
 
-/// Instructions a packet on the data path, counted by callgrind.
+/// Counts the instructions per packet on the data path, with callgrind.
 #[derive(Debug, Parser)]
 #[command(name = "virtionet-instructions")]
 struct Cli {
-    /// What to do
-    what: CliCommand,
+    /// The command
+    command: CliCommand,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum CliCommand {
-    /// Counts, and fails when a case takes more than 3 % more than its committed figure
+    /// Counts the instructions, and fails when a case exceeds its committed figure by more than 3 %
     Check,
-    /// Counts, and writes the figures to be committed
+    /// Counts the instructions, and writes the figures that are to be committed
     Accept,
-    /// What callgrind runs: every case, once
+    /// Runs every case; this is the program that callgrind runs
     #[value(hide = true)]
     Count,
 }
 
 fn main() -> Result<ExitCode> {
-    match Cli::parse().what {
+    match Cli::parse().command {
         CliCommand::Check => check(),
         CliCommand::Accept => accept(),
         CliCommand::Count => instructions::count().map(|()| ExitCode::SUCCESS),
@@ -40,30 +41,33 @@ fn main() -> Result<ExitCode> {
 }
 
 fn check() -> Result<ExitCode> {
-    let (figures, tools) = paths();
-    let then = InstructionCounts::load(&figures)?;
-    let with = Tools::load(&tools)?;
-    let (now, today) = measure()?;
-    let verdict = then.compare(&now, (&with, &today));
-    say(&format!("{}\n{verdict}", now.table()))?;
-    Ok(match verdict.is_within_tolerance() {
+    let (figures_path, tools_path) = result_paths();
+    let committed = InstructionCounts::load(&figures_path)?;
+    let committed_tools = Tools::load(&tools_path)?;
+    let (measured, tools) = measure()?;
+    let comparison = committed.compare(&measured, (&committed_tools, &tools));
+    print(&format!("{}\n{comparison}", measured.table()))?;
+    Ok(match comparison.is_within_tolerance() {
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,
     })
 }
 
 fn accept() -> Result<ExitCode> {
-    let (figures, tools) = paths();
-    let (now, today) = measure()?;
-    say(&now.table())?;
-    if let (Ok(then), Ok(with)) = (InstructionCounts::load(&figures), Tools::load(&tools)) {
-        say(&format!(
-            "\nBefore this:\n{}",
-            then.compare(&now, (&with, &today))
+    let (figures_path, tools_path) = result_paths();
+    let (measured, tools) = measure()?;
+    print(&measured.table())?;
+    if let (Ok(committed), Ok(committed_tools)) = (
+        InstructionCounts::load(&figures_path),
+        Tools::load(&tools_path),
+    ) {
+        print(&format!(
+            "\nCompared with the figures that this run replaces:\n{}",
+            committed.compare(&measured, (&committed_tools, &tools))
         ))?;
     }
-    now.save(&figures)?;
-    today.save(&tools)?;
+    measured.save(&figures_path)?;
+    tools.save(&tools_path)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -77,8 +81,8 @@ fn measure() -> Result<(InstructionCounts, Tools)> {
     Ok((figures, tools))
 }
 
-/// The committed figures, and what they were counted with.
-fn paths() -> (std::path::PathBuf, std::path::PathBuf) {
+/// The files of the committed figures and of the tools' versions.
+fn result_paths() -> (PathBuf, PathBuf) {
     let results = root().join("benches/results");
     (
         results.join("instructions.json"),
@@ -86,6 +90,6 @@ fn paths() -> (std::path::PathBuf, std::path::PathBuf) {
     )
 }
 
-fn say(text: &str) -> io::Result<()> {
+fn print(text: &str) -> io::Result<()> {
     io::stdout().lock().write_all(text.as_bytes())
 }

@@ -1,9 +1,10 @@
-//! Two ports with a wire between them, on vhost-user-backend and virtio-queue used the plain way:
-//! what a virtio-net device is without rings and a session of its own. Only a peer to measure
-//! against.
+//! A pair of connected virtio-net ports on the crates vhost-user-backend and virtio-queue, used as
+//! their documentation suggests. The benchmarks compare virtionetd with this program; it has no
+//! other purpose.
 //!
-//! A kick wakes the pair's thread; it takes the chains that are available, reads each frame into a
-//! buffer, writes it to a chain of the other port's receiveq, and gives both back.
+//! A kick wakes the thread of the queue pair. The thread dequeues the available chains, reads each
+//! frame into a buffer, writes it to a chain of the other port's receiveq, and marks both chains as
+//! used.
 
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
@@ -28,45 +29,50 @@ type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 type Vring = VringRwLock<Memory>;
 
 const QUEUE_SIZE: usize = 1024;
-/// Where num_buffers is in the virtio-net header (virtio 1.3 §5.1.6).
-const NUM_BUFFERS: std::ops::Range<usize> = 10..12;
-/// The event of a pair's receiveq, numbered within the pair.
-const RX: u16 = 0;
+/// Byte range of num_buffers in the virtio-net header (virtio 1.3 §5.1.6).
+const NUM_BUFFERS_RANGE: std::ops::Range<usize> = 10..12;
+/// The event number of the receiveq within a queue pair.
+const RX_EVENT: u16 = 0;
 
-/// Two virtio-net ports, joined, on the stock crates.
+/// Forwards frames between two virtio-net ports, on vhost-user-backend and virtio-queue.
 #[derive(Debug, Parser)]
 struct Cli {
-    /// The CPU of all its threads
+    /// The CPU that all threads run on
     cpu: usize,
-    /// Queue pairs of each port, 32 at most
-    pairs: usize,
-    /// The first port's socket
+    /// Number of queue pairs of each port, at most 32
+    queue_pairs: usize,
+    /// The socket of the first port
     first: PathBuf,
-    /// The second port's socket
+    /// The socket of the second port
     second: PathBuf,
 }
 
 fn main() -> Result<()> {
     let cli = Cli::parse();
     sched::pin(0, cli.cpu)?;
-    let table = Arc::new(Table::default());
-    let serve = |number, socket: PathBuf| {
+    let table = Arc::new(ReceiveqTable::default());
+    let spawn = |number, socket: PathBuf| {
         let table = Arc::clone(&table);
-        thread::spawn(move || serve(number, cli.pairs, table, &socket))
+        thread::spawn(move || serve(number, cli.queue_pairs, table, &socket))
     };
-    let ports = [serve(0, cli.first), serve(1, cli.second)];
+    let ports = [spawn(0, cli.first), spawn(1, cli.second)];
     for port in ports {
         port.join().map_err(|_| anyhow!("a port panicked"))??;
     }
     Ok(())
 }
 
-/// Serves one front-end on `socket` until it hangs up.
-fn serve(number: usize, pairs: usize, table: Arc<Table>, socket: &Path) -> Result<()> {
+/// Serves one front-end on `socket` until the front-end disconnects.
+fn serve(
+    number: usize,
+    queue_pairs: usize,
+    table: Arc<ReceiveqTable>,
+    socket: &Path,
+) -> Result<()> {
     let memory = Memory::new(GuestMemoryMmap::new());
     let port = Arc::new(Port {
         number,
-        pairs,
+        queue_pairs,
         memory: memory.clone(),
         event_idx: AtomicBool::new(false),
         table,
@@ -79,35 +85,35 @@ fn serve(number: usize, pairs: usize, table: Arc<Table>, socket: &Path) -> Resul
         .with_context(|| format!("port {number}"))
 }
 
-/// The receiveqs that were seen, by port and pair.
+/// The receiveqs that the ports have registered, by port and queue pair.
 #[derive(Default)]
-struct Table(Mutex<HashMap<(usize, usize), PeerReceiveq>>);
+struct ReceiveqTable(Mutex<HashMap<(usize, usize), PeerReceiveq>>);
 
-/// A receiveq and the memory that it is in.
+/// A receiveq and the guest memory that contains it.
 #[derive(Clone)]
 struct PeerReceiveq {
     vring: Vring,
     memory: Memory,
 }
 
-impl Table {
-    fn set(&self, at: (usize, usize), target: PeerReceiveq) {
+impl ReceiveqTable {
+    fn set(&self, key: (usize, usize), receiveq: PeerReceiveq) {
         let mut map = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        map.insert(at, target);
+        map.insert(key, receiveq);
     }
 
-    fn get(&self, at: (usize, usize)) -> Option<PeerReceiveq> {
+    fn get(&self, key: (usize, usize)) -> Option<PeerReceiveq> {
         let map = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        map.get(&at).cloned()
+        map.get(&key).cloned()
     }
 }
 
 struct Port {
     number: usize,
-    pairs: usize,
+    queue_pairs: usize,
     memory: Memory,
     event_idx: AtomicBool,
-    table: Arc<Table>,
+    table: Arc<ReceiveqTable>,
 }
 
 impl VhostUserBackend for Port {
@@ -115,7 +121,7 @@ impl VhostUserBackend for Port {
     type Vring = Vring;
 
     fn num_queues(&self) -> usize {
-        self.pairs * 2
+        self.queue_pairs * 2
     }
 
     fn max_queue_size(&self) -> usize {
@@ -142,9 +148,11 @@ impl VhostUserBackend for Port {
         Ok(())
     }
 
-    /// A thread a pair.
+    /// One thread for each queue pair.
     fn queues_per_thread(&self) -> Vec<u64> {
-        (0..self.pairs).map(|pair| 0b11 << (2 * pair)).collect()
+        (0..self.queue_pairs)
+            .map(|pair| 0b11 << (2 * pair))
+            .collect()
     }
 
     fn handle_event(
@@ -155,40 +163,40 @@ impl VhostUserBackend for Port {
         pair: usize,
     ) -> io::Result<()> {
         let [rx, tx] = vrings else {
-            return Err(io::Error::other("a pair has two rings"));
+            return Err(io::Error::other("a queue pair must have two vrings"));
         };
-        let target = PeerReceiveq {
+        let receiveq = PeerReceiveq {
             vring: rx.clone(),
             memory: self.memory.clone(),
         };
-        self.table.set((self.number, pair), target);
-        if event == RX {
+        self.table.set((self.number, pair), receiveq);
+        if event == RX_EVENT {
             return Ok(());
         }
         match self.table.get((1 - self.number, pair)) {
-            Some(target) => self.forward(tx, &target),
-            // The other port has no ring yet; a later kick finds these chains.
+            Some(receiveq) => self.forward(tx, &receiveq),
+            // The other port has not started its vrings yet. A later kick finds these chains.
             None => Ok(()),
         }
     }
 }
 
 impl Port {
-    /// Forwards what is available, until there is nothing more.
+    /// Forwards the available frames until the transmitq is empty.
     fn forward(&self, tx: &Vring, to: &PeerReceiveq) -> io::Result<()> {
         if !self.event_idx.load(Ordering::Relaxed) {
-            return self.burst(tx, to);
+            return self.forward_burst(tx, to);
         }
         loop {
             tx.disable_notification().map_err(io::Error::other)?;
-            self.burst(tx, to)?;
+            self.forward_burst(tx, to)?;
             if !tx.enable_notification().map_err(io::Error::other)? {
                 return Ok(());
             }
         }
     }
 
-    fn burst(&self, tx: &Vring, to: &PeerReceiveq) -> io::Result<()> {
+    fn forward_burst(&self, tx: &Vring, to: &PeerReceiveq) -> io::Result<()> {
         let memory = self.memory.memory();
         let chains: Vec<_> = tx
             .get_mut()
@@ -205,14 +213,14 @@ impl Port {
             deliver(&mut frame, to)?;
             tx.add_used(head, 0).map_err(io::Error::other)?;
         }
-        signal(tx)?;
-        signal(&to.vring)
+        call_if_needed(tx)?;
+        call_if_needed(&to.vring)
     }
 }
 
-/// Writes a frame to a chain of the receiveq; it is lost when there is none.
+/// Writes a frame to a chain of the receiveq. Without an available chain, the frame is lost.
 fn deliver(frame: &mut [u8], to: &PeerReceiveq) -> io::Result<()> {
-    if let Some(num_buffers) = frame.get_mut(NUM_BUFFERS) {
+    if let Some(num_buffers) = frame.get_mut(NUM_BUFFERS_RANGE) {
         num_buffers.copy_from_slice(&1_u16.to_le_bytes());
     }
     let memory = to.memory.memory();
@@ -231,7 +239,7 @@ fn deliver(frame: &mut [u8], to: &PeerReceiveq) -> io::Result<()> {
     to.vring.add_used(head, written).map_err(io::Error::other)
 }
 
-fn signal(vring: &Vring) -> io::Result<()> {
+fn call_if_needed(vring: &Vring) -> io::Result<()> {
     match vring.needs_notification().map_err(io::Error::other)? {
         true => vring.signal_used_queue(),
         false => Ok(()),

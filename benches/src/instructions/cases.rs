@@ -1,4 +1,4 @@
-//! The cases: a guest's driver on one side, the device's part, which is counted, on the other.
+//! The cases. In each of them, only the instructions of the device's part are counted.
 
 use std::hint::black_box;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -19,75 +19,75 @@ use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue, TxQueue};
 use virtionet_virtqueue::memory::GuestSlice;
 use virtionet_virtqueue::{Burst, Direction, Virtqueue, VirtqueueConfig, VirtqueueLayout};
 
-/// Descriptors of every ring.
-const SIZE: u16 = 256;
-/// Packets a burst.
+/// Size of every virtqueue.
+const QUEUE_SIZE: u16 = 256;
+/// Packets in a burst.
 const BURST: u16 = 32;
-/// Packets a burst where each fills dozens of buffers.
+/// Packets in a burst of large frames, each of which fills dozens of buffers.
 const LARGE_BURST: u16 = 4;
-/// From this size on a frame has segments.
+/// Frames that are longer than this request segmentation offload.
 const LARGE: usize = 4096;
-/// Bytes of a chain where only the ring is looked at.
-const CHAIN: u32 = 128;
+/// Bytes of a buffer in the cases of a virtqueue alone.
+const BUFFER_LEN: u32 = 128;
 
-/// What is counted.
+/// The part of the data path that is counted. Lengths are in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Path {
-    /// A ring alone: chains of so many descriptors, or in a table, are taken, completed, published.
-    Ring { descriptors: usize, table: bool },
-    /// Frames of so many bytes that the guest sends to nowhere.
+enum DataPath {
+    /// A virtqueue alone: chains of `len` descriptors are dequeued, completed and published.
+    Virtqueue { len: usize, indirect: bool },
+    /// Frames of this length from the guest to the uplink `null`.
     Transmit(usize),
-    /// Frames of so many bytes, pushed to the guest.
+    /// Frames of this length that an uplink pushes to the guest.
     Push(usize),
-    /// Frames of so many bytes from one guest to another, of so many pairs, through a switch.
+    /// Frames from one guest to another through a switch. Each device has `pairs` queue pairs.
     Forward { len: usize, pairs: u16 },
-    /// Headers only: without offloads, or of a frame with segments.
-    Header { segments: bool },
+    /// The check of a header, which may request TSO.
+    HeaderCheck { has_tso: bool },
 }
 
 /// One case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct InstructionCase {
-    path: Path,
+    path: DataPath,
     packed: bool,
 }
 
-/// A case made ready.
+/// A case that is ready to run.
 pub trait CaseRunner {
-    /// The driver's part before: offers a burst.
+    /// The driver's part before the device's part: makes a burst available.
     ///
     /// # Errors
-    /// When the driver cannot.
+    /// When the burst does not fit the virtqueue.
     fn offer(&mut self) -> Result<()>;
 
-    /// The device's part, which is counted; the packets that it did.
+    /// Runs the device's part, which is counted. Returns the number of processed packets.
     ///
     /// # Errors
     /// When the device fails.
-    fn device(&mut self) -> Result<usize>;
+    fn run_device(&mut self) -> Result<usize>;
 
-    /// The driver's part after: takes back what was used, and looks whether it is right.
+    /// The driver's part after the device's part: collects the used buffers and checks them.
     ///
     /// # Errors
-    /// When it is not.
+    /// When the used buffers are not as expected.
     fn collect(&mut self) -> Result<()>;
 }
 
 impl InstructionCase {
-    /// Every case.
+    /// Returns every case.
     #[must_use]
     pub fn all() -> Vec<Self> {
-        let ring = |descriptors, table| Path::Ring { descriptors, table };
-        let forward = |len, pairs| Path::Forward { len, pairs };
+        let virtqueue = |len, indirect| DataPath::Virtqueue { len, indirect };
+        let forward = |len, pairs| DataPath::Forward { len, pairs };
         let paths = [
-            ring(1, false),
-            ring(2, false),
-            ring(2, true),
-            Path::Transmit(64),
-            Path::Transmit(1514),
-            Path::Push(64),
-            Path::Push(1514),
-            Path::Push(65_000),
+            virtqueue(1, false),
+            virtqueue(2, false),
+            virtqueue(2, true),
+            DataPath::Transmit(64),
+            DataPath::Transmit(1514),
+            DataPath::Push(64),
+            DataPath::Push(1514),
+            DataPath::Push(65_000),
             forward(64, 1),
             forward(1514, 1),
             forward(64, 4),
@@ -96,74 +96,74 @@ impl InstructionCase {
         for path in paths {
             cases.extend([false, true].map(|packed| Self { path, packed }));
         }
-        for segments in [false, true] {
+        for has_tso in [false, true] {
             cases.push(Self {
-                path: Path::Header { segments },
+                path: DataPath::HeaderCheck { has_tso },
                 packed: false,
             });
         }
         cases
     }
 
-    /// Its name.
+    /// Returns the name, which is the key of the committed figure.
     #[must_use]
     pub fn name(&self) -> String {
         let format = if self.packed { "packed" } else { "split" };
         match self.path {
-            Path::Ring { table: true, .. } => format!("ring, {format}: indirect"),
-            Path::Ring { descriptors: 1, .. } => format!("ring, {format}: 1 descriptor"),
-            Path::Ring { descriptors, .. } => format!("ring, {format}: {descriptors} descriptors"),
-            Path::Transmit(len) => format!("TX to null, {format}: {len} B"),
-            Path::Push(len) => format!("RX push, {format}: {len} B"),
-            Path::Forward { len, pairs: 1 } => format!("switch, {format}: {len} B"),
-            Path::Forward { len, pairs } => format!("switch, {format}: {len} B, {pairs} pairs"),
-            Path::Header { segments: false } => "header check: plain".into(),
-            Path::Header { segments: true } => "header check: TSO".into(),
+            DataPath::Virtqueue { indirect: true, .. } => format!("ring, {format}: indirect"),
+            DataPath::Virtqueue { len: 1, .. } => format!("ring, {format}: 1 descriptor"),
+            DataPath::Virtqueue { len, .. } => format!("ring, {format}: {len} descriptors"),
+            DataPath::Transmit(len) => format!("TX to null, {format}: {len} B"),
+            DataPath::Push(len) => format!("RX push, {format}: {len} B"),
+            DataPath::Forward { len, pairs: 1 } => format!("switch, {format}: {len} B"),
+            DataPath::Forward { len, pairs } => format!("switch, {format}: {len} B, {pairs} pairs"),
+            DataPath::HeaderCheck { has_tso: false } => "header check: plain".into(),
+            DataPath::HeaderCheck { has_tso: true } => "header check: TSO".into(),
         }
     }
 
-    /// The case made ready to run.
+    /// Creates the guests and the device's part of this case.
     ///
     /// # Errors
-    /// When memory or rings cannot be had.
+    /// When guest memory or a virtqueue cannot be created.
     pub fn prepare(&self) -> Result<Box<dyn CaseRunner>> {
         let features = match self.packed {
             true => MODERN | PACKED,
             false => MODERN,
         };
         Ok(match self.path {
-            Path::Ring { descriptors, table } => {
-                Box::new(RingOnly::new(features, descriptors, table)?)
+            DataPath::Virtqueue { len, indirect } => {
+                Box::new(VirtqueueRunner::new(features, len, indirect)?)
             }
-            Path::Transmit(len) => {
+            DataPath::Transmit(len) => {
                 let null = Null.open_queue(0, null_rx_sink())?;
-                Box::new(Transmit::sending(features, &frame(len)?, null)?)
+                Box::new(TransmitRunner::new(features, &build_frame(len)?, null)?)
             }
-            Path::Push(len) => Box::new(Push::new(features, len)?),
-            Path::Forward { len, pairs } => Box::new(Forward::new(features, len, pairs)?),
-            Path::Header { segments } => Box::new(Headers::new(segments)?),
+            DataPath::Push(len) => Box::new(PushRunner::new(features, len)?),
+            DataPath::Forward { len, pairs } => Box::new(ForwardRunner::new(features, len, pairs)?),
+            DataPath::HeaderCheck { has_tso } => Box::new(HeaderCheckRunner::new(has_tso)?),
         })
     }
 }
 
-/// A ring without a device on it.
-struct RingOnly {
+/// A virtqueue without a queue of a device.
+struct VirtqueueRunner {
     driver: DriverVirtqueue,
     chain: Vec<Buf>,
-    table: bool,
-    ring: Virtqueue,
+    indirect: bool,
+    virtqueue: Virtqueue,
     burst: Burst,
     _ram: GuestRam,
 }
 
-impl RingOnly {
-    fn new(features: u64, descriptors: usize, table: bool) -> Result<Self> {
+impl VirtqueueRunner {
+    fn new(features: u64, descriptors: usize, indirect: bool) -> Result<Self> {
         let ram = GuestRam::new(1 << 20)?;
-        let driver = DriverVirtqueue::new(&ram, DriverVirtqueueConfig::new(SIZE, features))?;
+        let driver = DriverVirtqueue::new(&ram, DriverVirtqueueConfig::new(QUEUE_SIZE, features))?;
         let buffer = ram.alloc(4096, 4096)?;
         let memory = Arc::new(ram.guest_memory()?);
         let config = VirtqueueConfig {
-            layout: layout(&ram, &driver)?,
+            layout: virtqueue_layout(&ram, &driver)?,
             base: driver.base(),
             direction: Direction::Readable,
             packed: features & PACKED != 0,
@@ -173,97 +173,97 @@ impl RingOnly {
         };
         Ok(Self {
             driver,
-            chain: vec![Buf::readable(buffer, CHAIN); descriptors],
-            table,
-            ring: Virtqueue::new(config, &memory)?,
+            chain: vec![Buf::readable(buffer, BUFFER_LEN); descriptors],
+            indirect,
+            virtqueue: Virtqueue::new(config, &memory)?,
             burst: Burst::new(memory),
             _ram: ram,
         })
     }
 }
 
-impl CaseRunner for RingOnly {
+impl CaseRunner for VirtqueueRunner {
     fn offer(&mut self) -> Result<()> {
         for token in 0..BURST {
-            self.driver.add(&self.chain, self.table, token.into())?;
+            self.driver.add(&self.chain, self.indirect, token.into())?;
         }
         self.driver.publish();
         Ok(())
     }
 
-    fn device(&mut self) -> Result<usize> {
-        let taken = self.ring.dequeue(&mut self.burst, MAX_BURST)?;
-        self.ring.complete_all(self.burst.chains());
+    fn run_device(&mut self) -> Result<usize> {
+        let dequeued = self.virtqueue.dequeue(&mut self.burst, MAX_BURST)?;
+        self.virtqueue.complete_all(self.burst.chains());
         self.burst.clear();
-        black_box(self.ring.publish());
-        Ok(taken)
+        black_box(self.virtqueue.publish());
+        Ok(dequeued)
     }
 
     fn collect(&mut self) -> Result<()> {
-        let back = self.driver.collect(|_, _| ())?;
-        ensure!(back == BURST, "{back} of {BURST} chains came back");
+        let used = self.driver.collect(|_, _| ())?;
+        ensure!(used == BURST, "{used} of {BURST} chains were used");
         Ok(())
     }
 }
 
 /// A transmitq and an uplink.
-struct Transmit {
+struct TransmitRunner {
     driver: tx::DriverTxQueue,
     device: TxQueue,
     uplink: Arc<dyn UplinkQueue>,
     stats: Arc<VringStats>,
 }
 
-impl Transmit {
-    fn sending(features: u64, frame: &Frame, uplink: Arc<dyn UplinkQueue>) -> Result<Self> {
-        let mut config = net::DriverQueueConfig::new(SIZE, features);
+impl TransmitRunner {
+    fn new(features: u64, frame: &Frame, uplink: Arc<dyn UplinkQueue>) -> Result<Self> {
+        let mut config = net::DriverQueueConfig::new(QUEUE_SIZE, features);
         config.tx_layout = TxLayout::Single;
-        let ram = ram(&config)?;
+        let ram = create_ram(&config)?;
         let mut driver = tx::DriverTxQueue::new(&ram, &config)?;
         driver.prefill(frame)?;
         let stats = Arc::new(VringStats::default());
         Ok(Self {
-            device: device(&ram, &driver.queue.ring, features, &stats)?,
+            device: create_device_queue(&ram, &driver.queue.ring, features, &stats)?,
             driver,
-            // Not to be seen through: in the daemon it may be any.
+            // In the daemon, the compiler does not know the type of the uplink either.
             uplink: black_box(uplink),
             stats,
         })
     }
 }
 
-impl CaseRunner for Transmit {
+impl CaseRunner for TransmitRunner {
     fn offer(&mut self) -> Result<()> {
         let queued = self.driver.queue_prefilled(BURST)?;
-        ensure!(queued == BURST, "{queued} of {BURST} frames fit the ring");
+        ensure!(queued == BURST, "{queued} of {BURST} frames were queued");
         self.driver.queue.ring.publish();
         Ok(())
     }
 
-    fn device(&mut self) -> Result<usize> {
+    fn run_device(&mut self) -> Result<usize> {
         Ok(black_box(self.device.send(Some(&*self.uplink))?).chains)
     }
 
     fn collect(&mut self) -> Result<()> {
-        let back = self.driver.reclaim()?;
-        ensure!(back == BURST, "{back} of {BURST} frames were used");
+        let used = self.driver.reclaim()?;
+        ensure!(used == BURST, "{used} of {BURST} frames were used");
         let sent = self.stats.frames.get();
         ensure!(
             sent.is_multiple_of(BURST.into()) && sent > 0,
-            "a frame was refused"
+            "the device dropped a frame"
         );
         Ok(())
     }
 }
 
-/// A receiveq to which frames are pushed, as a pair has it for a switch.
+/// A receiveq to which a switch pushes frames.
 #[derive(Debug)]
-struct Port(Mutex<RxQueue>);
+struct ReceiveqSink(Mutex<RxQueue>);
 
-impl RxSink for Port {
+impl RxSink for ReceiveqSink {
     fn push(&self, frames: &[TxFrame<'_>]) {
         let mut queue = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        // A broken ring gives no frames to the driver, which looks for them.
+        // After a fault, frames are missing at the driver, which checks that.
         _ = black_box(queue.push(frames));
     }
 }
@@ -271,121 +271,123 @@ impl RxSink for Port {
 /// A guest that receives.
 struct Receiver {
     driver: rx::DriverRxQueue,
-    port: Arc<Port>,
+    sink: Arc<ReceiveqSink>,
 }
 
 impl Receiver {
     fn new(features: u64) -> Result<Self> {
-        let config = net::DriverQueueConfig::new(SIZE, features);
-        let ram = ram(&config)?;
+        let config = net::DriverQueueConfig::new(QUEUE_SIZE, features);
+        let ram = create_ram(&config)?;
         let mut driver = rx::DriverRxQueue::new(&ram, &config)?;
         driver.fill()?;
         let stats = Arc::new(VringStats::default());
-        let queue = device(&ram, &driver.queue.ring, features, &stats)?;
+        let queue = create_device_queue(&ram, &driver.queue.ring, features, &stats)?;
         Ok(Self {
             driver,
-            port: Arc::new(Port(Mutex::new(queue))),
+            sink: Arc::new(ReceiveqSink(Mutex::new(queue))),
         })
     }
 
-    fn receive(&mut self, want: u16, len: usize) -> Result<()> {
-        let mut whole = 0;
-        let got = self.driver.receive(usize::MAX, |frame| {
-            whole += u16::from(frame.len == len);
+    /// Checks that the driver receives `expected` frames of `len` bytes, and no others.
+    fn receive(&mut self, expected: u16, len: usize) -> Result<()> {
+        let mut matching = 0;
+        let received = self.driver.receive(usize::MAX, |frame| {
+            matching += u16::from(frame.len == len);
         })?;
         ensure!(
-            got == usize::from(want) && whole == want,
-            "{whole} of {want} frames of {len} bytes came, and {got} in all"
+            received == usize::from(expected) && matching == expected,
+            "the driver received {received} frames, of which {matching} have {len} bytes, instead of {expected}"
         );
         Ok(())
     }
 }
 
-/// Frames from nowhere, pushed.
-struct Push {
+/// Frames that are pushed to a receiveq without an uplink.
+struct PushRunner {
     receiver: Receiver,
     frames: Vec<TxFrame<'static>>,
     len: usize,
 }
 
-impl Push {
+impl PushRunner {
     fn new(features: u64, len: usize) -> Result<Self> {
-        let frame = frame(len)?;
+        let frame = build_frame(len)?;
         let burst = if len > LARGE { LARGE_BURST } else { BURST };
-        // As a guest has them: by pages. They live until this short-lived process ends.
+        // One segment for each page, as in a guest. The segments live until this short process
+        // ends.
         let bytes = Box::leak(frame.bytes.into_boxed_slice());
-        let segment_list: Vec<_> = bytes
+        let segments: Vec<_> = bytes
             .chunks_mut(4096)
             .map(GuestSlice::from_private)
             .collect();
-        let one = TxFrame {
+        let tx_frame = TxFrame {
             header: VnetHeader(frame.header.to_bytes()),
-            payload: Box::leak(segment_list.into_boxed_slice()),
+            payload: Box::leak(segments.into_boxed_slice()),
             len,
         };
         Ok(Self {
             receiver: Receiver::new(features)?,
-            frames: vec![one; burst.into()],
+            frames: vec![tx_frame; burst.into()],
             len,
         })
     }
 }
 
-impl CaseRunner for Push {
+impl CaseRunner for PushRunner {
     fn offer(&mut self) -> Result<()> {
         Ok(())
     }
 
-    fn device(&mut self) -> Result<usize> {
-        self.receiver.port.push(&self.frames);
+    fn run_device(&mut self) -> Result<usize> {
+        self.receiver.sink.push(&self.frames);
         Ok(self.frames.len())
     }
 
     fn collect(&mut self) -> Result<()> {
-        let want = u16::try_from(self.frames.len())?;
-        self.receiver.receive(want, self.len)
+        let expected = u16::try_from(self.frames.len())?;
+        self.receiver.receive(expected, self.len)
     }
 }
 
-/// One guest's transmitq, a switch, another guest's receiveq.
-struct Forward {
-    sender: Transmit,
+/// The transmitq of one guest, a switch, and the receiveq of another guest.
+struct ForwardRunner {
+    sender: TransmitRunner,
     receiver: Receiver,
     len: usize,
 }
 
-impl Forward {
-    /// Both devices have so many pairs; the frames are of one flow, on the first.
+impl ForwardRunner {
+    /// All frames belong to one flow, which uses the first queue pair of both devices.
     fn new(features: u64, len: usize, pairs: u16) -> Result<Self> {
         let mut receiver = Receiver::new(features)?;
-        let there = Arc::clone(&receiver.port) as Arc<dyn RxSink>;
+        let sink = Arc::clone(&receiver.sink) as Arc<dyn RxSink>;
         let switch = Switch::new("count");
-        let from = attach_port(&switch, features, pairs, &null_rx_sink())?;
-        let to = attach_port(&switch, features, pairs, &Arc::downgrade(&there))?;
-        // A frame the other way, so that the switch knows the receiver.
-        let mut answer = frame(64)?;
-        let (target, source) = answer.bytes[..12].split_at_mut(6);
-        target.swap_with_slice(source);
-        let mut back = Transmit::sending(features, &answer, to)?;
-        back.offer()?;
-        back.device()?;
-        back.collect()?;
+        let sender_uplink = attach_port(&switch, features, pairs, &null_rx_sink())?;
+        let receiver_uplink = attach_port(&switch, features, pairs, &Arc::downgrade(&sink))?;
+        // A frame in the other direction, from which the switch learns the receiver's MAC address.
+        let mut reply = build_frame(64)?;
+        let (destination, source) = reply.bytes[..12].split_at_mut(6);
+        destination.swap_with_slice(source);
+        let mut reply_runner = TransmitRunner::new(features, &reply, receiver_uplink)?;
+        reply_runner.offer()?;
+        reply_runner.run_device()?;
+        reply_runner.collect()?;
         receiver.receive(0, 64)?;
         Ok(Self {
-            sender: Transmit::sending(features, &frame(len)?, from)?,
+            sender: TransmitRunner::new(features, &build_frame(len)?, sender_uplink)?,
             receiver,
             len,
         })
     }
 }
 
-impl CaseRunner for Forward {
+impl CaseRunner for ForwardRunner {
     fn offer(&mut self) -> Result<()> {
         self.sender.offer()
     }
 
-    fn device(&mut self) -> Result<usize> {
-        self.sender.device()
+    fn run_device(&mut self) -> Result<usize> {
+        self.sender.run_device()
     }
 
     fn collect(&mut self) -> Result<()> {
@@ -394,8 +396,8 @@ impl CaseRunner for Forward {
     }
 }
 
-/// A device's port with its pairs, all of which take frames; `rx` is the first one's receiveq. The
-/// first one's way to the switch.
+/// Adds a device's port with attached queue pairs to the switch. Returns the uplink queue of the
+/// first queue pair, whose receiveq is `rx`.
 fn attach_port(
     switch: &Arc<Switch>,
     features: u64,
@@ -412,15 +414,15 @@ fn attach_port(
     Ok(first)
 }
 
-/// Headers to be checked.
-struct Headers {
+/// A header that is checked.
+struct HeaderCheckRunner {
     header: VnetHeader,
     len: usize,
 }
 
-impl Headers {
-    fn new(segments: bool) -> Result<Self> {
-        let frame = frame(if segments { 65_000 } else { 64 })?;
+impl HeaderCheckRunner {
+    fn new(has_tso: bool) -> Result<Self> {
+        let frame = build_frame(if has_tso { 65_000 } else { 64 })?;
         Ok(Self {
             header: VnetHeader(frame.header.to_bytes()),
             len: frame.bytes.len(),
@@ -428,19 +430,19 @@ impl Headers {
     }
 }
 
-impl CaseRunner for Headers {
+impl CaseRunner for HeaderCheckRunner {
     fn offer(&mut self) -> Result<()> {
         Ok(())
     }
 
-    fn device(&mut self) -> Result<usize> {
-        let mut good = 0;
+    fn run_device(&mut self) -> Result<usize> {
+        let mut valid = 0;
         for _ in 0..BURST {
             let header = black_box(&self.header);
             let checked = header.check(black_box(self.len), black_box(Features(MODERN)));
-            good += usize::from(checked.is_ok());
+            valid += usize::from(checked.is_ok());
         }
-        Ok(good)
+        Ok(valid)
     }
 
     fn collect(&mut self) -> Result<()> {
@@ -448,8 +450,8 @@ impl CaseRunner for Headers {
     }
 }
 
-/// A frame of `len` bytes; a large one asks for segments.
-fn frame(len: usize) -> Result<Frame> {
+/// Builds a frame of `len` bytes. A large one requests TSO.
+fn build_frame(len: usize) -> Result<Frame> {
     let (transport, headers) = match len > LARGE {
         true => (Transport::Tcp, 54),
         false => (Transport::Udp, 42),
@@ -462,21 +464,21 @@ fn frame(len: usize) -> Result<Frame> {
     Ok(spec.build(&vec![0x5a; len - headers])?)
 }
 
-/// Guest memory for the queues of this configuration.
-fn ram(config: &net::DriverQueueConfig) -> Result<GuestRam> {
+/// Creates guest memory for a queue with this configuration.
+fn create_ram(config: &net::DriverQueueConfig) -> Result<GuestRam> {
     let bytes = config.memory().next_multiple_of(4096);
     Ok(GuestRam::new(bytes + (1 << 16))?)
 }
 
-/// A device's queue on a driver's ring.
-fn device<Q: DeviceQueue>(
+/// Creates a device's queue on a driver's virtqueue.
+fn create_device_queue<Q: DeviceQueue>(
     ram: &GuestRam,
     driver: &DriverVirtqueue,
     features: u64,
     stats: &Arc<VringStats>,
 ) -> Result<Q> {
     Ok(Q::new(QueueConfig {
-        layout: layout(ram, driver)?,
+        layout: virtqueue_layout(ram, driver)?,
         base: driver.base(),
         features: Features(features),
         memory: Arc::new(ram.guest_memory()?),
@@ -484,13 +486,13 @@ fn device<Q: DeviceQueue>(
     })?)
 }
 
-fn layout(ram: &GuestRam, driver: &DriverVirtqueue) -> Result<VirtqueueLayout> {
-    let at = driver.addresses();
-    let user = |addr| ram.user_addr(addr).context("a ring is not in guest memory");
+fn virtqueue_layout(ram: &GuestRam, driver: &DriverVirtqueue) -> Result<VirtqueueLayout> {
+    let addresses = driver.addresses();
+    let user_addr = |addr| ram.user_addr(addr).context("the guest has no such address");
     Ok(VirtqueueLayout {
         size: driver.size(),
-        desc: user(at.descriptors)?,
-        avail: user(at.driver)?,
-        used: user(at.device)?,
+        desc: user_addr(addresses.descriptors)?,
+        avail: user_addr(addresses.driver)?,
+        used: user_addr(addresses.device)?,
     })
 }

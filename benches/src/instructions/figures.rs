@@ -1,4 +1,4 @@
-//! Figures as they are committed, and whether the ones of now are worse.
+//! The committed figures, and their comparison with measured figures.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
@@ -8,69 +8,71 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-/// The share by which a case may grow before it is reported.
+/// The fraction by which a figure may differ from the committed one without being reported.
 const TOLERANCE: f64 = 0.03;
 
-/// Instructions a packet by case, in the file that is committed.
+/// Instructions per packet, by name of the case.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct InstructionCounts(pub BTreeMap<String, f64>);
 
-/// What they were counted with.
+/// The versions of the tools with which the instructions were counted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tools {
-    /// The compiler's version.
+    /// The version of the compiler.
     pub rustc: String,
-    /// valgrind's.
+    /// The version of valgrind.
     pub valgrind: String,
 }
 
-/// How a case differs from its committed figure.
+/// How a measured figure differs from the committed one. Pairs are the committed and the measured
+/// figure.
 #[derive(Debug, Clone, PartialEq)]
 enum Change {
-    /// It grew by more than is tolerated.
+    /// It is larger by more than [`TOLERANCE`].
     Worse(f64, f64),
-    /// It shrank by more than that.
+    /// It is smaller by more than [`TOLERANCE`].
     Better(f64, f64),
     /// There is no committed figure.
     New(f64),
-    /// There is no such case any more.
+    /// The case does not exist any more.
     Removed(f64),
 }
 
-/// All that differs.
+/// The differences between measured and committed figures.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Verdict {
+pub struct Comparison {
     changes: Vec<(String, Change)>,
     cases: usize,
-    /// The compilers of the committed figures and of these, where they differ.
+    /// The compilers of the committed and of the measured figures, if they differ.
     compilers: Option<(String, String)>,
 }
 
 impl InstructionCounts {
-    /// From the committed file.
+    /// Reads the committed figures.
     ///
     /// # Errors
-    /// When it cannot be read or is none.
+    /// When the file cannot be read or parsed.
     pub fn load(path: &Path) -> Result<Self> {
         read(path)
     }
 
-    /// To the committed file.
+    /// Writes the figures to the file that is committed.
     ///
     /// # Errors
-    /// When it cannot be written.
+    /// When the file cannot be written.
     pub fn save(&self, path: &Path) -> Result<()> {
         write(path, self)
     }
 
-    /// Compares the figures of now with these.
+    /// Compares the measured figures with these committed ones. `tools` are those of the committed
+    /// and of the measured figures.
     #[must_use]
-    pub fn compare(&self, now: &Self, tools: (&Tools, &Tools)) -> Verdict {
-        let (then, today) = tools;
-        let same = then.rustc == today.rustc;
+    pub fn compare(&self, measured: &Self, tools: (&Tools, &Tools)) -> Comparison {
+        let (committed_tools, tools) = tools;
+        let has_same_compiler = committed_tools.rustc == tools.rustc;
         let mut changes = Vec::new();
-        for (case, &figure) in &now.0 {
+        for (case, &figure) in &measured.0 {
             let change = match self.0.get(case) {
                 None => Some(Change::New(figure)),
                 Some(&old) if figure > old * (1.0 + TOLERANCE) => Some(Change::Worse(old, figure)),
@@ -80,22 +82,23 @@ impl InstructionCounts {
             changes.extend(change.map(|change| (case.clone(), change)));
         }
         for (case, &old) in &self.0 {
-            if !now.0.contains_key(case) {
+            if !measured.0.contains_key(case) {
                 changes.push((case.clone(), Change::Removed(old)));
             }
         }
-        Verdict {
+        Comparison {
             changes,
-            cases: now.0.len(),
-            compilers: (!same).then(|| (then.rustc.clone(), today.rustc.clone())),
+            cases: measured.0.len(),
+            compilers: (!has_same_compiler)
+                .then(|| (committed_tools.rustc.clone(), tools.rustc.clone())),
         }
     }
 
-    /// A table for people.
+    /// Formats the figures as a table.
     #[must_use]
     pub fn table(&self) -> String {
         let width = self.0.keys().map(String::len).max().unwrap_or(0);
-        let mut text = String::from("instructions a packet\n");
+        let mut text = String::from("instructions per packet\n");
         for (case, figure) in &self.0 {
             // Writing to a String cannot fail.
             _ = writeln!(text, "{case:width$}  {figure:>9.1}");
@@ -105,65 +108,66 @@ impl InstructionCounts {
 }
 
 impl Tools {
-    /// From the file beside the figures.
+    /// Reads the versions of the tools from the file beside the figures.
     ///
     /// # Errors
-    /// When it cannot be read or is none.
+    /// When the file cannot be read or parsed.
     pub fn load(path: &Path) -> Result<Self> {
         read(path)
     }
 
-    /// To the file beside the figures.
+    /// Writes the versions of the tools to the file beside the figures.
     ///
     /// # Errors
-    /// When it cannot be written.
+    /// When the file cannot be written.
     pub fn save(&self, path: &Path) -> Result<()> {
         write(path, self)
     }
 }
 
-impl Verdict {
-    /// Whether no case got worse, and every case has its figure and every figure its case. Another
-    /// compiler makes other code of the same source, so its figures are reported and judge nothing.
+impl Comparison {
+    /// Whether no figure is worse, every case has a committed figure, and every committed figure
+    /// has a case. Another compiler generates different code from the same source, so worse figures
+    /// are only reported if the compilers differ.
     #[must_use]
     pub fn is_within_tolerance(&self) -> bool {
-        let same_compiler = self.compilers.is_none();
+        let has_same_compiler = self.compilers.is_none();
         self.changes.iter().all(|(_, change)| match change {
             Change::Better(..) => true,
-            Change::Worse(..) => !same_compiler,
+            Change::Worse(..) => !has_same_compiler,
             Change::New(_) | Change::Removed(_) => false,
         })
     }
 }
 
-impl fmt::Display for Verdict {
+impl fmt::Display for Comparison {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let tolerance = 100.0 * TOLERANCE;
-        if let Some((then, now)) = &self.compilers {
+        if let Some((committed, measured)) = &self.compilers {
             writeln!(
                 f,
-                "The committed figures are of rustc {then} and these of {now}: differences are reported and do not fail."
+                "The committed figures are those of rustc {committed} and these are those of {measured}, so differences are reported but do not fail."
             )?;
         }
         for (case, change) in &self.changes {
             match change {
                 Change::Worse(old, new) => writeln!(
                     f,
-                    "WORSE: '{case}' takes {new:.1} instructions a packet, {} than the committed {old:.1}.",
-                    percent(*old, *new)
+                    "WORSE: '{case}' needs {new:.1} instructions per packet, {} than the committed {old:.1}.",
+                    format_change(*old, *new)
                 )?,
                 Change::Better(old, new) => writeln!(
                     f,
-                    "better: '{case}' takes {new:.1} instructions a packet, {} than the committed {old:.1}.",
-                    percent(*old, *new)
+                    "better: '{case}' needs {new:.1} instructions per packet, {} than the committed {old:.1}.",
+                    format_change(*old, *new)
                 )?,
                 Change::New(new) => writeln!(
                     f,
-                    "NEW: '{case}' takes {new:.1} instructions a packet and has no committed figure."
+                    "NEW: '{case}' needs {new:.1} instructions per packet and has no committed figure."
                 )?,
                 Change::Removed(old) => writeln!(
                     f,
-                    "GONE: '{case}' has a committed figure, {old:.1}, and is no case any more."
+                    "REMOVED: '{case}' has a committed figure, {old:.1}, but the case does not exist any more."
                 )?,
             }
         }
@@ -175,13 +179,13 @@ impl fmt::Display for Verdict {
             ),
             false => writeln!(
                 f,
-                "To accept: 'ci/bench instructions' writes these figures; commit them with the change that they come from."
+                "To accept these figures, run 'ci/bench instructions' and commit them together with the change that causes them."
             ),
         }
     }
 }
 
-fn percent(old: f64, new: f64) -> String {
+fn format_change(old: f64, new: f64) -> String {
     let by = 100.0 * (new - old) / old;
     match by > 0.0 {
         true => format!("{by:.1} % more"),
@@ -190,14 +194,14 @@ fn percent(old: f64, new: f64) -> String {
 }
 
 fn read<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<T> {
-    let what = || {
+    let message = || {
         format!(
-            "the committed figures in {} cannot be read: 'ci/bench instructions' makes them",
+            "the committed figures in {} cannot be read: run 'ci/bench instructions' to write them",
             path.display()
         )
     };
-    let text = fs::read_to_string(path).with_context(what)?;
-    serde_json::from_str(&text).with_context(what)
+    let text = fs::read_to_string(path).with_context(message)?;
+    serde_json::from_str(&text).with_context(message)
 }
 
 fn write<T: Serialize>(path: &Path, value: &T) -> Result<()> {
@@ -210,8 +214,8 @@ mod tests {
     use super::*;
 
     fn figures(list: &[(&str, f64)]) -> InstructionCounts {
-        let own = |&(case, figure): &(&str, f64)| (case.to_owned(), figure);
-        InstructionCounts(list.iter().map(own).collect())
+        let to_owned = |&(case, figure): &(&str, f64)| (case.to_owned(), figure);
+        InstructionCounts(list.iter().map(to_owned).collect())
     }
 
     fn tools(rustc: &str) -> Tools {
@@ -221,15 +225,15 @@ mod tests {
         }
     }
 
-    fn verdict(then: &[(&str, f64)], now: &[(&str, f64)]) -> Verdict {
-        figures(then).compare(&figures(now), (&tools("1.95.0"), &tools("1.95.0")))
+    fn compare(committed: &[(&str, f64)], measured: &[(&str, f64)]) -> Comparison {
+        figures(committed).compare(&figures(measured), (&tools("1.95.0"), &tools("1.95.0")))
     }
 
     #[test]
-    fn a_case_that_grows_fails_and_says_which_by_how_much_and_what_to_do() {
-        let verdict = verdict(&[("a", 100.0), ("b", 50.0)], &[("a", 104.0), ("b", 51.4)]);
-        assert!(!verdict.is_within_tolerance());
-        let text = verdict.to_string();
+    fn message_of_a_worse_case_has_its_name_both_figures_and_the_remedy() {
+        let comparison = compare(&[("a", 100.0), ("b", 50.0)], &[("a", 104.0), ("b", 51.4)]);
+        assert!(!comparison.is_within_tolerance());
+        let text = comparison.to_string();
         for want in [
             "WORSE: 'a'",
             "104.0",
@@ -244,22 +248,22 @@ mod tests {
 
     #[test]
     fn the_limit_is_three_per_cent() {
-        for (now, is_within_tolerance) in
+        for (measured, is_within_tolerance) in
             [(100.0, true), (102.9, true), (103.1, false), (200.0, false)]
         {
             assert_eq!(
-                verdict(&[("a", 100.0)], &[("a", now)]).is_within_tolerance(),
+                compare(&[("a", 100.0)], &[("a", measured)]).is_within_tolerance(),
                 is_within_tolerance,
-                "{now}"
+                "{measured}"
             );
         }
     }
 
     #[test]
-    fn less_is_said_and_does_not_fail() {
-        let verdict = verdict(&[("a", 100.0)], &[("a", 90.0)]);
-        assert!(verdict.is_within_tolerance());
-        let text = verdict.to_string();
+    fn a_better_case_is_reported_and_does_not_fail() {
+        let comparison = compare(&[("a", 100.0)], &[("a", 90.0)]);
+        assert!(comparison.is_within_tolerance());
+        let text = comparison.to_string();
         assert!(
             text.contains("better: 'a'") && text.contains("10.0 % less"),
             "{text}"
@@ -267,8 +271,8 @@ mod tests {
     }
 
     #[test]
-    fn nothing_changed_is_said_in_one_line() {
-        let text = verdict(&[("a", 100.0)], &[("a", 101.0)]).to_string();
+    fn message_without_changes_is_one_line() {
+        let text = compare(&[("a", 100.0)], &[("a", 101.0)]).to_string();
         assert_eq!(
             text,
             "All 1 cases are within 3 % of their committed figures.\n"
@@ -277,31 +281,36 @@ mod tests {
 
     #[test]
     fn a_case_without_figure_and_a_figure_without_case_fail() {
-        let new = verdict(&[], &[("a", 1.0)]);
-        assert!(!new.is_within_tolerance() && new.to_string().contains("NEW: 'a'"));
-        let gone = verdict(&[("a", 1.0)], &[]);
-        assert!(!gone.is_within_tolerance() && gone.to_string().contains("GONE: 'a'"));
+        let added = compare(&[], &[("a", 1.0)]);
+        assert!(!added.is_within_tolerance() && added.to_string().contains("NEW: 'a'"));
+        let removed = compare(&[("a", 1.0)], &[]);
+        assert!(!removed.is_within_tolerance() && removed.to_string().contains("REMOVED: 'a'"));
     }
 
     #[test]
     fn figures_of_another_compiler_are_reported_and_do_not_fail() {
-        let then = figures(&[("a", 100.0)]);
-        let compare = |now| {
-            let now = figures(&[("a", now)]);
-            then.compare(&now, (&tools("1.95.0"), &tools("1.96.0")))
+        let committed = figures(&[("a", 100.0)]);
+        let compare = |measured| {
+            let measured = figures(&[("a", measured)]);
+            committed.compare(&measured, (&tools("1.95.0"), &tools("1.96.0")))
         };
         assert!(compare(116.0).is_within_tolerance());
         let text = compare(116.0).to_string();
-        for want in ["rustc 1.95.0", "of 1.96.0", "WORSE: 'a'", "16.0 % more"] {
+        for want in [
+            "rustc 1.95.0",
+            "those of 1.96.0",
+            "WORSE: 'a'",
+            "16.0 % more",
+        ] {
             assert!(text.contains(want), "{text}");
         }
         let other = figures(&[("b", 1.0)]);
-        let verdict = then.compare(&other, (&tools("1.95.0"), &tools("1.96.0")));
-        assert!(!verdict.is_within_tolerance(), "{verdict}");
+        let comparison = committed.compare(&other, (&tools("1.95.0"), &tools("1.96.0")));
+        assert!(!comparison.is_within_tolerance(), "{comparison}");
     }
 
     #[test]
-    fn what_is_saved_is_loaded() {
+    fn saved_figures_are_loaded() {
         let dir = virtionet_tests::paths::RunDir::new().unwrap();
         let saved = figures(&[("ring, split: 1 descriptor", 12.3)]);
         saved.save(&dir.join("figures.json")).unwrap();

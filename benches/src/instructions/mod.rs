@@ -1,19 +1,19 @@
-//! How many instructions the data path takes a packet, counted by callgrind (valgrind).
+//! Counts the instructions per packet on the data path, with callgrind (valgrind).
 //!
-//! A count does not change with the load, the clock or the caches of a machine, so a few per cent
-//! more are seen where a measured time would only be noise. What it does not tell is how long an
-//! instruction takes: the other groups do.
+//! A count does not depend on the load, the clock or the caches of the machine. Therefore it shows
+//! an increase of a few per cent, which would be within the noise of a measured time. It does not
+//! show how long an instruction takes; the other groups measure time.
 //!
 //! ```text
 //! check, accept ──► callgrind ──► count: each case N packets, then 2 N   (a process of its own)
-//!                                    offer | measured | collect, burst by burst
-//!               ◄── one file a run of packets, with the instructions inside `measured`
+//!                                    offer | run_measured | collect, burst by burst
+//!               ◄── one file for each run, with the instructions inside `run_measured`
 //! ```
 //!
-//! [`cases`] is what is measured, [`callgrind`] runs and reads valgrind, [`figures`] compares with
-//! what is committed. The driver's part, setting up and warming up lie outside of `measured`, and
-//! the difference between both runs is what N packets cost. With the same compiler the figures are
-//! the same each time.
+//! [`cases`] contains the cases, [`callgrind`] runs valgrind and reads its files, and [`figures`]
+//! compares the counts with the committed ones. The driver's part, the setup and the warm-up are
+//! outside `run_measured`. The difference between both runs is the cost of N packets. With the same
+//! compiler, the figures are the same in each run.
 
 pub mod callgrind;
 pub mod cases;
@@ -23,78 +23,84 @@ use anyhow::{Result, ensure};
 
 use self::cases::{CaseRunner, InstructionCase};
 
-/// N, a multiple of every burst's packets.
+/// N, which is a multiple of the burst size of every case.
 const PACKETS: usize = 4096;
-/// Packets of the warm-up: indices, lists and memos are in their steady state after it.
+/// Number of packets of the warm-up, after which indices, lists and caches are in their steady
+/// state.
 const WARM_UP_PACKETS: usize = 512;
 
-/// Runs every case for callgrind, which makes a file of each call of `counted`.
+/// Runs every case for callgrind, which writes a file after each call of `dump_counts`.
 ///
 /// # Errors
-/// When a case does not do its work.
+/// When a case fails or processes a wrong number of packets.
 pub fn count() -> Result<()> {
     for case in InstructionCase::all() {
-        let mut work = case.prepare()?;
-        run(&mut *work, WARM_UP_PACKETS, |work| work.device())?;
+        let mut runner = case.prepare()?;
+        run(&mut *runner, WARM_UP_PACKETS, |runner| runner.run_device())?;
         for packets in [PACKETS, 2 * PACKETS] {
-            run(&mut *work, packets, measured)?;
-            counted();
+            run(&mut *runner, packets, run_measured)?;
+            dump_counts();
         }
     }
     Ok(())
 }
 
-/// Instructions a packet in every case, from those of both runs of each.
+/// Computes the instructions per packet of every case from the counts of its two runs.
 ///
 /// # Errors
-/// When there are not two counts a case, or they cannot be right.
+/// When there are not two counts for each case, or when they do not differ.
 fn per_packet(counts: &[u64]) -> Result<Vec<(String, f64)>> {
     let cases = InstructionCase::all();
     ensure!(
         counts.len() == 2 * cases.len(),
-        "callgrind counted {} runs where {} cases have two each: was this program built for release, with its symbols?",
+        "callgrind counted {} runs instead of two for each of {} cases: build this program with --release and with symbols",
         counts.len(),
         cases.len()
     );
     let packets = f64::from(u32::try_from(PACKETS)?);
-    let each = |(case, runs): (&InstructionCase, &[u64])| {
-        let more = runs[1].saturating_sub(runs[0]);
-        ensure!(more > 0, "the case '{}' was not counted", case.name());
-        let figure = f64::from(u32::try_from(more)?) / packets;
-        Ok((case.name(), (figure * 10.0).round() / 10.0))
+    let figure = |(case, runs): (&InstructionCase, &[u64])| {
+        let increase = runs[1].saturating_sub(runs[0]);
+        ensure!(increase > 0, "the case '{}' was not counted", case.name());
+        let instructions = f64::from(u32::try_from(increase)?) / packets;
+        Ok((case.name(), (instructions * 10.0).round() / 10.0))
     };
-    cases.iter().zip(counts.chunks_exact(2)).map(each).collect()
+    cases
+        .iter()
+        .zip(counts.chunks_exact(2))
+        .map(figure)
+        .collect()
 }
 
-/// Offers and collects around the device's part until so many packets have passed.
+/// Runs offer, device and collect until `packets` packets are processed.
 fn run(
-    work: &mut dyn CaseRunner,
+    runner: &mut dyn CaseRunner,
     packets: usize,
     mut device: impl FnMut(&mut dyn CaseRunner) -> Result<usize>,
 ) -> Result<()> {
     let mut done = 0;
     while done < packets {
-        work.offer()?;
-        done += device(work)?;
-        work.collect()?;
+        runner.offer()?;
+        done += device(runner)?;
+        runner.collect()?;
     }
     ensure!(
         done == packets,
-        "the device did {done} packets where {packets} were offered"
+        "the device processed {done} packets instead of {packets}"
     );
     Ok(())
 }
 
-/// What is inside this is counted.
+/// Runs the device's part. callgrind counts the instructions inside this function, by its name.
 #[inline(never)]
-fn measured(work: &mut dyn CaseRunner) -> Result<usize> {
-    // Not the last call: as a jump it would not be inside any more.
-    std::hint::black_box(work.device())
+fn run_measured(runner: &mut dyn CaseRunner) -> Result<usize> {
+    // Without the black box, the compiler could make a tail call, which callgrind would not count.
+    std::hint::black_box(runner.run_device())
 }
 
-/// Ends a run of packets: callgrind writes down what it has counted, and counts anew.
+/// Ends a run. callgrind recognizes this function by its name, writes its counts to a file and
+/// resets them.
 #[inline(never)]
-fn counted() {
+fn dump_counts() {
     std::hint::black_box(());
 }
 
@@ -103,17 +109,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_case_does_its_work() {
+    fn every_case_processes_its_packets() {
         for case in InstructionCase::all() {
-            let mut work = case.prepare().unwrap();
-            run(&mut *work, 2 * WARM_UP_PACKETS, |work| work.device()).unwrap_or_else(|error| {
+            let mut runner = case.prepare().unwrap();
+            run(&mut *runner, 2 * WARM_UP_PACKETS, |runner| {
+                runner.run_device()
+            })
+            .unwrap_or_else(|error| {
                 panic!("{}: {error}", case.name());
             });
         }
     }
 
     #[test]
-    fn names_are_unlike_each_other() {
+    fn names_of_cases_are_unique() {
         let mut names: Vec<_> = InstructionCase::all()
             .iter()
             .map(InstructionCase::name)
@@ -125,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn what_both_runs_have_in_common_is_left_out() {
+    fn instructions_that_both_runs_share_are_left_out() {
         let cases = InstructionCase::all().len();
         let n = u64::try_from(PACKETS).unwrap();
         let counts = [1000 + 40 * n, 1000 + 80 * n].repeat(cases);

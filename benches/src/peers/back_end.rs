@@ -1,4 +1,4 @@
-//! The back-ends: started on one CPU, and asked what they did.
+//! Starts the back-ends on one CPU and reads their counters.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -14,9 +14,9 @@ use virtionet_tests::testpmd::{Testpmd, TestpmdConfig};
 
 use super::load::{Cpus, ForwardingLoad, MEMORY_MIB};
 
-const START: Duration = Duration::from_secs(10);
+const START_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Which back-end.
+/// The kind of a back-end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BackEndKind {
     /// virtionetd with the switch uplink.
@@ -28,7 +28,7 @@ pub enum BackEndKind {
 }
 
 impl BackEndKind {
-    /// Its name in the results.
+    /// Returns the name in the results.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -42,9 +42,9 @@ impl BackEndKind {
 /// How our workers wait for frames.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WorkerPollMode {
-    /// They never sleep, as the peer's do.
+    /// They always busy-poll, as the peer does.
     Always,
-    /// They sleep when there is nothing for a while.
+    /// They busy-poll, and sleep after some time without frames.
     Adaptive,
 }
 
@@ -56,7 +56,7 @@ pub(super) enum BackEnd {
     Plain(Proc),
 }
 
-/// What a back-end says of its own work.
+/// The counters that a back-end reports about its work.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct BusyCycles {
     pub(super) cycles: u64,
@@ -73,7 +73,7 @@ impl BusyCycles {
 }
 
 impl BackEnd {
-    /// Starts one on sockets of its own and waits until it listens.
+    /// Starts a back-end and waits until its sockets exist.
     pub(super) fn start(
         kind: BackEndKind,
         dir: &RunDir,
@@ -82,13 +82,13 @@ impl BackEnd {
         poll: WorkerPollMode,
         cpus: Cpus,
     ) -> Result<Self> {
-        let mut back = match kind {
-            BackEndKind::Ours => Self::Ours(ours(dir, sockets, load, poll, cpus.back)?),
-            BackEndKind::Dpdk => Self::Dpdk(dpdk(dir, sockets, load, cpus)?),
-            BackEndKind::Plain => Self::Plain(plain(dir, sockets, load, cpus.back)?),
+        let mut back_end = match kind {
+            BackEndKind::Ours => Self::Ours(start_ours(dir, sockets, load, poll, cpus.back_end)?),
+            BackEndKind::Dpdk => Self::Dpdk(start_dpdk(dir, sockets, load, cpus)?),
+            BackEndKind::Plain => Self::Plain(start_plain(dir, sockets, load, cpus.back_end)?),
         };
-        back.wait_for(sockets)?;
-        Ok(back)
+        back_end.wait_for_sockets(sockets)?;
+        Ok(back_end)
     }
 
     pub(super) fn proc(&mut self) -> &mut Proc {
@@ -99,23 +99,23 @@ impl BackEnd {
         }
     }
 
-    /// Its work so far, where it tells.
-    pub(super) fn busy(&mut self) -> Result<Option<BusyCycles>> {
+    /// Returns the work so far, if the back-end reports it.
+    pub(super) fn busy_cycles(&mut self) -> Result<Option<BusyCycles>> {
         match self {
             Self::Ours(daemon) => parse_busy_cycles(&daemon.get("/v1/devices")?),
             Self::Dpdk(testpmd) => {
-                let all = testpmd.forwarded()?;
+                let stats = testpmd.forwarded()?;
                 Ok(Some(BusyCycles {
-                    cycles: all.busy_cycles,
-                    frames: all.rx_packets,
+                    cycles: stats.busy_cycles,
+                    frames: stats.rx_packets,
                 }))
             }
             Self::Plain(_) => Ok(None),
         }
     }
 
-    /// Frames that it dropped, by counter.
-    pub(super) fn lost(&mut self) -> Result<BTreeMap<String, u64>> {
+    /// Returns the counters of dropped frames that are not 0.
+    pub(super) fn drops(&mut self) -> Result<BTreeMap<String, u64>> {
         match self {
             Self::Ours(daemon) => parse_drops(&daemon.get("/v1/devices")?),
             Self::Dpdk(testpmd) => {
@@ -124,59 +124,76 @@ impl BackEnd {
             }
             Self::Plain(_) => Ok(BTreeMap::new()),
         }
-        .map(|mut lost| {
-            lost.retain(|_, count| *count > 0);
-            lost
+        .map(|mut drops| {
+            drops.retain(|_, count| *count > 0);
+            drops
         })
     }
 
-    fn wait_for(&mut self, sockets: &[PathBuf]) -> Result<()> {
-        let until = Instant::now() + START;
+    fn wait_for_sockets(&mut self, sockets: &[PathBuf]) -> Result<()> {
+        let deadline = Instant::now() + START_TIMEOUT;
         while !sockets.iter().all(|socket| socket.exists()) {
             self.proc().check_alive()?;
-            ensure!(Instant::now() < until, "the back-end opens no sockets");
+            ensure!(
+                Instant::now() < deadline,
+                "the back-end has not created its sockets after {START_TIMEOUT:?}"
+            );
             sleep(Duration::from_millis(5));
         }
         Ok(())
     }
 }
 
-/// The sums over all pairs of all devices.
+/// Sums the counters of all queue pairs of all devices.
 fn parse_busy_cycles(report: &Value) -> Result<Option<BusyCycles>> {
     let mut busy = BusyCycles {
         cycles: 0,
         frames: 0,
     };
-    for device in report["devices"].as_array().context("no devices")? {
-        for pair in device["pairs"].as_array().context("no pairs")? {
+    for device in report["devices"]
+        .as_array()
+        .context("the report has no devices")?
+    {
+        for pair in device["pairs"]
+            .as_array()
+            .context("a device has no queue pairs")?
+        {
             let cycles = pair["worker_counters"]["busy_cycles"].as_u64();
             let frames = pair["tx"]["counters"]["frames"].as_u64();
-            busy.cycles += cycles.with_context(|| format!("no busy_cycles in {pair}"))?;
-            busy.frames += frames.with_context(|| format!("no frames in {pair}"))?;
+            busy.cycles +=
+                cycles.with_context(|| format!("the counter busy_cycles is missing in {pair}"))?;
+            busy.frames +=
+                frames.with_context(|| format!("the counter frames is missing in {pair}"))?;
         }
     }
     Ok(Some(busy))
 }
 
-/// The sums of all counters of dropped frames.
+/// Sums each counter of dropped frames over all vrings of all devices.
 fn parse_drops(report: &Value) -> Result<BTreeMap<String, u64>> {
-    let mut lost = BTreeMap::new();
-    for device in report["devices"].as_array().context("no devices")? {
-        for pair in device["pairs"].as_array().context("no pairs")? {
-            for ring in ["rx", "tx"] {
-                let counters = pair[ring]["counters"].as_object();
-                for (name, value) in counters.context("no counters")? {
+    let mut drops = BTreeMap::new();
+    for device in report["devices"]
+        .as_array()
+        .context("the report has no devices")?
+    {
+        for pair in device["pairs"]
+            .as_array()
+            .context("a device has no queue pairs")?
+        {
+            for vring in ["rx", "tx"] {
+                let counters = pair[vring]["counters"].as_object();
+                for (name, value) in counters.context("a vring has no counters")? {
                     if name.starts_with("dropped_") {
-                        *lost.entry(name.clone()).or_default() += value.as_u64().unwrap_or(0);
+                        *drops.entry(name.clone()).or_default() += value.as_u64().unwrap_or(0);
                     }
                 }
             }
         }
     }
-    Ok(lost)
+    Ok(drops)
 }
 
-fn ours(
+fn start_ours(
     dir: &RunDir,
     sockets: &[PathBuf],
     load: ForwardingLoad,
@@ -190,7 +207,7 @@ fn ours(
     let mut options = Options::new().no_socket();
     for (n, socket) in sockets.iter().enumerate() {
         let device = format!(
-            "name=card{n},socket-path={},queues={},uplink=switch:couple{},placement=list:{cpu},poll={poll}",
+            "name=device{n},socket-path={},queues={},uplink=switch:pair{},placement=list:{cpu},poll={poll}",
             socket.display(),
             load.queue_pairs_per_device(),
             n / 2
@@ -200,20 +217,31 @@ fn ours(
     options.start(dir, "virtionetd").context("virtionetd")
 }
 
-fn dpdk(dir: &RunDir, sockets: &[PathBuf], load: ForwardingLoad, cpus: Cpus) -> Result<Testpmd> {
-    let mut testpmd = TestpmdConfig::back_end(sockets, load.queue_pairs_per_device(), cpus.back)
-        .main_cpu(cpus.front)
-        .memory(MEMORY_MIB, load.mbufs())
-        .start(dir, "back")
-        .context("DPDK's back-end")?;
+fn start_dpdk(
+    dir: &RunDir,
+    sockets: &[PathBuf],
+    load: ForwardingLoad,
+    cpus: Cpus,
+) -> Result<Testpmd> {
+    let mut testpmd =
+        TestpmdConfig::back_end(sockets, load.queue_pairs_per_device(), cpus.back_end)
+            .main_cpu(cpus.front_end)
+            .memory(MEMORY_MIB, load.mbufs())
+            .start(dir, "back")
+            .context("the back-end of DPDK")?;
     testpmd.command("set fwd io")?;
     testpmd.forward(0)?;
     Ok(testpmd)
 }
 
-fn plain(dir: &RunDir, sockets: &[PathBuf], load: ForwardingLoad, cpu: usize) -> Result<Proc> {
-    let me = std::env::current_exe().context("this program's own path is unknown")?;
-    let program = me.with_file_name("virtionet-plain");
+fn start_plain(
+    dir: &RunDir,
+    sockets: &[PathBuf],
+    load: ForwardingLoad,
+    cpu: usize,
+) -> Result<Proc> {
+    let this_program = std::env::current_exe().context("the path of this program is unknown")?;
+    let program = this_program.with_file_name("virtionet-plain");
     let mut args = vec![
         cpu.to_string().into(),
         load.queue_pairs_per_device().to_string().into(),
@@ -228,25 +256,25 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn work_is_summed_over_devices_and_pairs() {
+    fn busy_cycles_are_summed_over_devices_and_queue_pairs() {
         let pair = |cycles: u64, frames: u64| json!({"worker_counters": {"busy_cycles": cycles}, "tx": {"counters": {"frames": frames}}});
         let report =
             json!({"devices": [{"pairs": [pair(1, 10), pair(2, 20)]}, {"pairs": [pair(4, 40)]}]});
         let busy = parse_busy_cycles(&report).unwrap().unwrap();
         assert_eq!((busy.cycles, busy.frames), (7, 70));
-        let old = json!({"devices": [{"pairs": [{"worker_counters": {}}]}]});
-        let words = format!("{:#}", parse_busy_cycles(&old).unwrap_err());
-        assert!(words.contains("busy_cycles"), "{words}");
+        let without_cycles = json!({"devices": [{"pairs": [{"worker_counters": {}}]}]});
+        let message = format!("{:#}", parse_busy_cycles(&without_cycles).unwrap_err());
+        assert!(message.contains("busy_cycles"), "{message}");
     }
 
     #[test]
-    fn losses_are_summed_by_counter() {
+    fn drops_are_summed_by_counter() {
         let pair = json!({
             "rx": {"counters": {"frames": 9, "dropped_no_buffer": 2}},
             "tx": {"counters": {"frames": 9, "dropped_disabled": 1}}
         });
-        let lost = parse_drops(&json!({"devices": [{"pairs": [pair, pair]}]})).unwrap();
-        assert_eq!(lost["dropped_no_buffer"], 4);
-        assert_eq!((lost["dropped_disabled"], lost.len()), (2, 2));
+        let drops = parse_drops(&json!({"devices": [{"pairs": [pair, pair]}]})).unwrap();
+        assert_eq!(drops["dropped_no_buffer"], 4);
+        assert_eq!((drops["dropped_disabled"], drops.len()), (2, 2));
     }
 }

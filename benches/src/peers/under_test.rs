@@ -1,6 +1,7 @@
-//! One side of a comparison: a back-end on one CPU, and DPDK's testpmd on another, which drives two
-//! cards that the back-end joins, or several such couples. Both sides stand at once; the one that is
-//! not measured is halted.
+//! One side of a comparison: a back-end on one CPU, and DPDK's testpmd as its front-end on another.
+//! The back-end forwards frames between the two network devices of a pair; there may be several
+//! such pairs. Both sides of a comparison exist at the same time, and the one that is not measured
+//! is halted by a signal.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,245 +16,252 @@ use virtionet_tests::sched::threads;
 use virtionet_tests::testpmd::{ForwardStats, Testpmd, TestpmdConfig, VirtioUser};
 
 use super::back_end::{BackEnd, BackEndKind, WorkerPollMode};
-use super::load::{Cpus, ForwardingLoad, MEMORY_MIB, RING, TrafficPattern};
+use super::load::{Cpus, ForwardingLoad, MEMORY_MIB, QUEUE_SIZE, TrafficPattern};
 
-/// Frames in a burst of testpmd's.
+/// Frames in a burst of testpmd.
 const BURST: u32 = 32;
-/// After a halt, until both programs run as before.
-const SETTLE: Duration = Duration::from_millis(100);
+/// Time after a change until both programs are in their steady state.
+const STABILIZATION_TIME: Duration = Duration::from_millis(100);
 
-/// What an interval showed.
+/// The figures of one interval.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct ForwardingSample {
-    /// Frames a second through the back-end, both directions together, as the front-end counts.
+    /// Frames per second through the back-end in both directions together, counted by the
+    /// front-end.
     pub rate: f64,
-    /// Busy cycles a frame in the back-end, where it tells.
+    /// Busy cycles per frame in the back-end, if it reports them.
     pub cycles: Option<f64>,
-    /// Busy cycles a frame in the front-end.
-    pub front_cycles: f64,
-    /// The front-end's busy share of its CPU in per cent, where it reports its clock.
-    pub front_busy: Option<f64>,
+    /// Busy cycles per frame in the front-end.
+    pub front_end_cycles: f64,
+    /// The load of the front-end in per cent of its CPU, if it reports the clock of the CPU.
+    pub front_end_busy: Option<f64>,
 }
 
-/// What became of the frames in circulation.
+/// The number of frames that circulated at the start and at the end.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FrameBalance {
-    /// Frames put into circulation.
+    /// Frames that were put into circulation.
     pub sent: u64,
     /// Frames that still circulated at the end.
-    pub left: u64,
-    /// Where others were lost, as far as a program says: the counter and its value.
-    pub lost: BTreeMap<String, u64>,
+    pub remaining: u64,
+    /// The counters of dropped frames that the programs report.
+    pub drops: BTreeMap<String, u64>,
 }
 
-/// A back-end and its front-end.
+/// A back-end with its front-end.
 #[derive(Debug)]
 pub struct BackEndUnderTest {
     load: ForwardingLoad,
-    front: Testpmd,
-    back: BackEnd,
+    front_end: Testpmd,
+    back_end: BackEnd,
     dir: RunDir,
 }
 
-/// Huge pages that two sides take together, and no more than one of them with testpmd as its
+/// Number of huge pages that two sides need together. At most one of them has testpmd as its
 /// back-end.
 #[must_use]
-pub fn pages() -> u64 {
+pub fn required_huge_pages() -> u64 {
     let config = TestpmdConfig::front_end(&[], 0).memory(MEMORY_MIB, 0);
     config.pages() * 3
 }
 
 impl BackEndUnderTest {
-    /// Starts both, and the load, and halts them.
+    /// Starts the back-end, the front-end and the load, and then halts both programs.
     ///
     /// # Errors
-    /// When a program is missing or the two do not get on: with their words.
+    /// When a program is missing, or the connection fails. The error contains the messages of the
+    /// programs.
     pub fn start(kind: BackEndKind, load: ForwardingLoad, poll: WorkerPollMode) -> Result<Self> {
         let cpus = Cpus::get()?;
         let dir = RunDir::new()?;
         let sockets = load.sockets(&dir);
-        let back = BackEnd::start(kind, &dir, &sockets, load, poll, cpus)?;
-        let front = front_end(&dir, &sockets, load, cpus.front)
+        let back_end = BackEnd::start(kind, &dir, &sockets, load, poll, cpus)?;
+        let front_end = start_front_end(&dir, &sockets, load, cpus.front_end)
             .with_context(|| format!("the front-end of {}", kind.name()))?;
         let mut side = Self {
             load,
-            front,
-            back,
+            front_end,
+            back_end,
             dir,
         };
-        side.begin()?;
-        side.halt(true)?;
+        side.start_traffic()?;
+        side.set_halted(true)?;
         Ok(side)
     }
 
-    fn begin(&mut self) -> Result<()> {
-        self.front
-            .command(&format!("set txpkts {}", self.load.size))?;
+    fn start_traffic(&mut self) -> Result<()> {
+        self.front_end
+            .command(&format!("set txpkts {}", self.load.frame_len))?;
         match self.load.traffic {
             TrafficPattern::Forward => {
-                self.front.command("set fwd io")?;
-                self.front.forward(self.load.bursts)
+                self.front_end.command("set fwd io")?;
+                self.front_end.forward(self.load.bursts)
             }
             TrafficPattern::OneWay => {
-                self.front.command("set fwd txonly")?;
-                self.front.forward(0)
+                self.front_end.command("set fwd txonly")?;
+                self.front_end.forward(0)
             }
         }
     }
 
-    /// Halts both programs, or lets them go on.
+    /// Halts both programs, or lets them continue.
     ///
     /// # Errors
-    /// When one has ended.
-    pub fn halt(&mut self, halted: bool) -> Result<()> {
-        self.front.halt(halted)?;
-        let signal = match halted {
+    /// When a program has ended.
+    pub fn set_halted(&mut self, is_halted: bool) -> Result<()> {
+        self.front_end.halt(is_halted)?;
+        let signal = match is_halted {
             true => Signal::SIGSTOP,
             false => Signal::SIGCONT,
         };
-        self.back.proc().signal(signal)
+        self.back_end.proc().signal(signal)
     }
 
-    /// Lets the side run for `interval` and says what it did.
+    /// Lets both programs run for `interval` and returns its figures.
     ///
     /// # Errors
     /// When a program ends or does not answer.
     pub fn measure(&mut self, interval: Duration) -> Result<ForwardingSample> {
-        self.halt(false)?;
-        sleep(SETTLE);
-        let busy = self.back.busy()?;
-        let front = self.front.forwarded()?;
+        self.set_halted(false)?;
+        sleep(STABILIZATION_TIME);
+        let busy_before = self.back_end.busy_cycles()?;
+        let front_end_before = self.front_end.forwarded()?;
         let started_at = Instant::now();
-        // The rates are testpmd's own, from one look to the next.
-        self.front.port_stats()?;
+        // testpmd computes the rates itself, over the time since the previous call.
+        self.front_end.port_stats()?;
         sleep(interval);
-        let ports = self.front.port_stats()?;
-        let front = self.front.forwarded()?.since(front);
-        let lasted = started_at.elapsed();
-        let busy = match (busy, self.back.busy()?) {
+        let ports = self.front_end.port_stats()?;
+        let front_end = self.front_end.forwarded()?.since(front_end_before);
+        let duration = started_at.elapsed();
+        let busy = match (busy_before, self.back_end.busy_cycles()?) {
             (Some(before), Some(after)) => Some(after.since(before)),
             _ => None,
         };
-        self.halt(true)?;
-        let one_way = self.load.traffic == TrafficPattern::OneWay;
-        let rate: u64 = match one_way {
+        self.set_halted(true)?;
+        let is_one_way = self.load.traffic == TrafficPattern::OneWay;
+        let rate: u64 = match is_one_way {
             true => ports.iter().map(|port| port.tx_pps).sum(),
             false => ports.iter().map(|port| port.rx_pps).sum(),
         };
-        let frames = match one_way {
-            true => front.tx_packets,
-            false => front.rx_packets,
+        let frames = match is_one_way {
+            true => front_end.tx_packets,
+            false => front_end.rx_packets,
         };
         ensure!(
             rate > 0 && frames > 0,
-            "no frames pass ({:?}); the front-end's ports: {ports:?}; its stderr: {}",
+            "no frames are forwarded ({:?}); ports of the front-end: {ports:?}; its stderr: {}",
             self.load,
-            self.front.proc().stderr().trim()
+            self.front_end.proc().stderr().trim()
         );
         if let Some(busy) = busy {
-            // Its interval is around the front-end's, and the rings hold some at either end.
-            let with_bound = u64::from(self.load.pairs) * u64::from(RING) * 4;
+            // The two counts do not start and end at the same time, and the virtqueues hold frames.
+            let in_flight = u64::from(self.load.queue_pairs) * u64::from(QUEUE_SIZE) * 4;
             ensure!(
-                busy.frames + with_bound >= frames,
+                busy.frames + in_flight >= frames,
                 "the back-end counts {} frames where the front-end counts {frames}",
                 busy.frames
             );
         }
         Ok(ForwardingSample {
-            rate: float(rate),
-            cycles: busy.map(|busy| float(busy.cycles) / float(busy.frames)),
-            front_cycles: float(front.busy_cycles) / float(frames),
-            front_busy: busy_percent(front, lasted),
+            rate: to_f64(rate),
+            cycles: busy.map(|busy| to_f64(busy.cycles) / to_f64(busy.frames)),
+            front_end_cycles: to_f64(front_end.busy_cycles) / to_f64(frames),
+            front_end_busy: busy_percent(front_end, duration),
         })
     }
 
-    /// Ends the circulation and counts what is left of it: the front-end takes everything in and
-    /// sends nothing more.
+    /// Ends the circulation and counts the remaining frames: the front-end receives all frames and
+    /// does not send any more.
     ///
     /// # Errors
     /// When a program ends or does not answer.
     pub fn frame_balance(mut self) -> Result<FrameBalance> {
-        self.halt(false)?;
-        self.front.command("stop")?;
-        sleep(SETTLE);
-        self.front.command("set fwd rxonly")?;
-        let taken = |front: &mut Testpmd| -> Result<u64> {
-            Ok(front.port_stats()?.iter().map(|port| port.rx_packets).sum())
+        self.set_halted(false)?;
+        self.front_end.command("stop")?;
+        sleep(STABILIZATION_TIME);
+        self.front_end.command("set fwd rxonly")?;
+        let received = |front_end: &mut Testpmd| -> Result<u64> {
+            Ok(front_end
+                .port_stats()?
+                .iter()
+                .map(|port| port.rx_packets)
+                .sum())
         };
-        let mut lost = self.back.lost()?;
-        let dropped = self.front.forwarded()?.tx_dropped;
+        let mut drops = self.back_end.drops()?;
+        let dropped = self.front_end.forwarded()?.tx_dropped;
         if dropped > 0 {
-            lost.insert("front-end's tx_dropped".to_owned(), dropped);
+            drops.insert("front-end's tx_dropped".to_owned(), dropped);
         }
-        let before = taken(&mut self.front)?;
-        self.front.forward(0)?;
-        sleep(SETTLE);
-        let left = taken(&mut self.front)? - before;
-        let queues = 2 * u64::from(self.load.pairs);
+        let before = received(&mut self.front_end)?;
+        self.front_end.forward(0)?;
+        sleep(STABILIZATION_TIME);
+        let remaining = received(&mut self.front_end)? - before;
+        let queues = 2 * u64::from(self.load.queue_pairs);
         Ok(FrameBalance {
             sent: queues * u64::from(self.load.bursts * BURST),
-            left,
-            lost,
+            remaining,
+            drops,
         })
     }
 
-    /// CPU time of the back-end over `interval`, which begins 100 ms after the last frame.
+    /// Returns the CPU time of the back-end in an interval that begins 100 ms after the last frame.
     ///
     /// # Errors
     /// When a program ends or does not answer.
-    pub fn idle(mut self, interval: Duration) -> Result<Duration> {
-        self.halt(false)?;
-        sleep(SETTLE);
-        self.front.command("stop")?;
+    pub fn idle_cpu_time(mut self, interval: Duration) -> Result<Duration> {
+        self.set_halted(false)?;
+        sleep(STABILIZATION_TIME);
+        self.front_end.command("stop")?;
         sleep(Duration::from_millis(100));
-        let pid = self.back.proc().pid();
+        let pid = self.back_end.proc().pid();
         let before = cpu_time(pid)?;
         sleep(interval);
         Ok(cpu_time(pid)?.saturating_sub(before))
     }
 
-    /// Where its sockets and logs are.
+    /// The directory of the sockets and logs.
     #[must_use]
     pub fn dir(&self) -> &RunDir {
         &self.dir
     }
 }
 
-fn front_end(
+fn start_front_end(
     dir: &RunDir,
     sockets: &[PathBuf],
     load: ForwardingLoad,
     cpu: usize,
 ) -> Result<Testpmd> {
-    let card = |(n, socket): (usize, &PathBuf)| VirtioUser {
+    let device = |(n, socket): (usize, &PathBuf)| VirtioUser {
         queues: load.queue_pairs_per_device(),
-        queue_size: RING,
-        packed: load.packed,
+        queue_size: QUEUE_SIZE,
+        packed: load.is_packed,
         ..VirtioUser::new(socket, &mac(n))
     };
-    let cards: Vec<VirtioUser> = sockets.iter().enumerate().map(card).collect();
-    let mut config = TestpmdConfig::front_end(&cards, cpu)
+    let devices: Vec<VirtioUser> = sockets.iter().enumerate().map(device).collect();
+    let mut config = TestpmdConfig::front_end(&devices, cpu)
         .memory(MEMORY_MIB, load.mbufs())
         .arg("--txonly-multi-flow");
-    for n in 0..cards.len() {
-        // A switch knows where each frame is to go.
+    for n in 0..devices.len() {
+        // A switch forwards each frame by its destination address.
         config = config.arg(format!("--eth-peer={n},{}", mac(n ^ 1)));
     }
     config.start(dir, "front")
 }
 
-/// The share of the time in which a testpmd's CPU worked on frames.
-fn busy_percent(stats: ForwardStats, lasted: Duration) -> Option<f64> {
-    let cycles = float(stats.clock_mhz?) * 1e6 * lasted.as_secs_f64();
-    (cycles > 0.0).then(|| 100.0 * float(stats.busy_cycles) / cycles)
+/// Returns the percentage of the time in which a testpmd processed frames.
+fn busy_percent(stats: ForwardStats, duration: Duration) -> Option<f64> {
+    let cycles = to_f64(stats.clock_mhz?) * 1e6 * duration.as_secs_f64();
+    (cycles > 0.0).then(|| 100.0 * to_f64(stats.busy_cycles) / cycles)
 }
 
-/// The MAC of card n.
+/// Returns the MAC address of network device n.
 fn mac(n: usize) -> String {
     format!("02:00:00:00:00:{n:02x}")
 }
 
-/// CPU time of all threads of a process that live (proc_pid_schedstat: nanoseconds on a CPU).
+/// Returns the CPU time of all running threads of a process (proc_pid_schedstat: nanoseconds on a
+/// CPU).
 fn cpu_time(pid: u32) -> Result<Duration> {
     let mut sum = 0;
     for (tid, _) in threads(pid)? {
@@ -264,8 +272,8 @@ fn cpu_time(pid: u32) -> Result<Duration> {
     Ok(Duration::from_nanos(sum))
 }
 
-/// Counters stay far below 2^53.
-fn float(count: u64) -> f64 {
+/// Converts a counter. The result is exact, because counters are far below 2^53.
+fn to_f64(count: u64) -> f64 {
     let [high, low] = [count >> 32, count & 0xffff_ffff];
     let part = |part: u64| u32::try_from(part).map_or(0.0, f64::from);
     part(high) * 4_294_967_296.0 + part(low)
@@ -276,7 +284,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn busy_share_is_busy_cycles_over_the_clock_or_absent_without_one() {
+    fn load_is_busy_cycles_over_the_clock_or_absent_without_a_clock() {
         let mut stats = ForwardStats {
             busy_cycles: 1_300_000_000,
             clock_mhz: Some(2600),
@@ -290,18 +298,18 @@ mod tests {
     }
 
     #[test]
-    fn large_counts_keep_their_size() {
-        assert_eq!(float(3), 3.0);
-        assert_eq!(float(5_323_090_622), 5_323_090_622.0);
+    fn large_counters_are_converted_exactly() {
+        assert_eq!(to_f64(3), 3.0);
+        assert_eq!(to_f64(5_323_090_622), 5_323_090_622.0);
     }
 
     #[test]
-    fn the_time_of_this_process_grows() {
-        let me = std::process::id();
-        let before = cpu_time(me).unwrap();
-        let until = Instant::now() + Duration::from_secs(10);
-        while cpu_time(me).unwrap() < before + Duration::from_millis(1) {
-            assert!(Instant::now() < until);
+    fn cpu_time_of_this_process_increases() {
+        let pid = std::process::id();
+        let before = cpu_time(pid).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while cpu_time(pid).unwrap() < before + Duration::from_millis(1) {
+            assert!(Instant::now() < deadline);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! iperf3's streams and floods of datagrams.
+//! Measures throughput and CPU time of TCP and UDP flows of iperf3.
 
 use std::thread::sleep;
 use std::time::Duration;
@@ -6,50 +6,54 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use virtionet_tests::iperf::{Clients, Direction, Iperf, IperfLoad};
 
-use super::testbed::{GuestTestbed, ResourceUsage, RingUsage, VCPUS};
+use super::testbed::{GuestTestbed, ResourceUsage, VCPUS, VringUsage};
 use crate::harness::progress;
 
 /// Payload of a small datagram and of a small write, in bytes.
-pub const SMALL: u32 = 64;
-/// Datagrams a second that are sent to the guest, all flows together: more than it takes, but not
-/// so many that their sender takes the CPUs from the guest.
-const OFFERED: u32 = 80_000;
-/// In which the flows find their speed; it does not count.
-const OMIT: u32 = 1;
-/// The account ends so much before the load.
+pub const SMALL_PAYLOAD: u32 = 64;
+/// Datagrams per second that all flows together send to the guest. The guest cannot receive all of
+/// them, but their sender leaves enough CPU time to the guest.
+const OFFERED_RATE: u32 = 80_000;
+/// Seconds at the start that are not counted, because the flows have not reached their full rate
+/// yet.
+const OMITTED_SECONDS: u32 = 1;
+/// Time between the end of the measured interval and the end of the load.
 const END_MARGIN: Duration = Duration::from_millis(200);
-/// More frames than the connections alone make.
-const FLOWS: f64 = 50.0;
-/// Of a load whose datagrams are lost.
+/// Number of frames that shows that the load has started. Opening the connections needs fewer
+/// frames.
+const MIN_FRAMES: f64 = 50.0;
+/// Number of attempts for a load of datagrams, which can fail if a datagram is lost.
 const MAX_ATTEMPTS: u32 = 4;
 
-/// What flows.
+/// The flows of one case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Traffic {
-    /// Which way.
+    /// The direction.
     pub direction: Direction,
-    /// How many flows.
+    /// The number of flows.
     pub flows: u16,
-    /// In which pieces.
+    /// The protocol and the size of the writes.
     pub kind: TrafficKind,
 }
 
-/// How data is handed to the kernel that sends it.
+/// How the sender passes data to its kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TrafficKind {
-    /// TCP, 128 KiB at a time: frames of up to 64 KiB.
+    /// TCP with writes of 128 KiB, which results in frames of up to 64 KiB.
     Stream,
-    /// TCP without delay, [`SMALL`] bytes at a time; the sender's kernel joins what waits.
+    /// TCP with TCP_NODELAY and writes of [`SMALL_PAYLOAD`] bytes. The kernel of the sender merges
+    /// waiting writes.
     Writes,
-    /// UDP datagrams of [`SMALL`] bytes, as many as the guest can send or more than it can take.
+    /// UDP datagrams of [`SMALL_PAYLOAD`] bytes, as many as the guest can send, or more than it can
+    /// receive.
     Datagrams,
 }
 
 impl TrafficKind {
-    /// All of them.
+    /// Every kind.
     pub const ALL: [Self; 3] = [Self::Stream, Self::Writes, Self::Datagrams];
 
-    /// In a table.
+    /// Returns the name in a table.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -61,89 +65,103 @@ impl TrafficKind {
 }
 
 impl Traffic {
-    /// In a table.
+    /// Returns the name in a table.
     #[must_use]
     pub fn name(self) -> String {
-        let way = match self.direction {
+        let direction = match self.direction {
             Direction::HostToGuest => "to guest",
             Direction::GuestToHost => "to host",
         };
         let plural = if self.flows == 1 { "" } else { "s" };
-        format!("{} {way}, {} flow{plural}", self.kind.name(), self.flows)
+        format!(
+            "{} {direction}, {} flow{plural}",
+            self.kind.name(),
+            self.flows
+        )
     }
 
-    fn load(self, seconds: u32) -> IperfLoad {
-        let size = SMALL.to_string();
+    fn iperf_load(self, seconds: u32) -> IperfLoad {
+        let size = SMALL_PAYLOAD.to_string();
         let load = match self.kind {
             TrafficKind::Stream => IperfLoad::tcp(seconds),
             TrafficKind::Writes => IperfLoad::tcp(seconds).arg("-N").arg("-l").arg(&size),
-            TrafficKind::Datagrams => IperfLoad::udp(seconds, &self.rate()).arg("-l").arg(&size),
+            TrafficKind::Datagrams => IperfLoad::udp(seconds, &self.bits_per_second())
+                .arg("-l")
+                .arg(&size),
         };
-        // iperf3's -O makes the whole longer, not the rest shorter.
-        load.flows(self.flows).arg("-O").arg(&OMIT.to_string())
+        // The omitted time of iperf3's -O is in addition to the given seconds.
+        load.flows(self.flows)
+            .arg("-O")
+            .arg(&OMITTED_SECONDS.to_string())
     }
 
-    /// Bits a second of each flow of datagrams, 0 for no limit.
-    fn rate(self) -> String {
+    /// Returns the bits per second of each flow of datagrams, where 0 means no limit.
+    fn bits_per_second(self) -> String {
         let rate = match self.direction {
-            Direction::HostToGuest => OFFERED * SMALL * 8 / u32::from(self.flows),
+            Direction::HostToGuest => OFFERED_RATE * SMALL_PAYLOAD * 8 / u32::from(self.flows),
             Direction::GuestToHost => 0,
         };
         rate.to_string()
     }
 
-    /// One process for each vCPU at most.
+    /// Returns the number of iperf3 processes, at most one for each vCPU.
     fn processes(self) -> u16 {
         self.flows.min(VCPUS)
     }
 }
 
-/// What one run gave.
+/// The figures of one run.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct BulkSample {
-    /// Gbit/s of payload at the receivers.
+    /// Payload at the receivers in Gbit/s.
     pub gbps: f64,
-    /// CPU seconds of virtionetd for each Gbit that was received.
+    /// CPU seconds of virtionetd per received Gbit.
     pub workers: f64,
-    /// The same of QEMU.
+    /// CPU seconds of QEMU per received Gbit.
     pub qemu: f64,
-    /// Frames that a burst of the loaded rings carried.
+    /// Frames per burst of the vrings that carry the load.
     pub frames_per_burst: f64,
 }
 
 impl BulkSample {
-    /// Thousands of small datagrams a second.
+    /// Converts a rate in Gbit/s to thousands of small datagrams per second.
     #[must_use]
     pub fn kpps(gbps: f64) -> f64 {
-        gbps * 1e6 / f64::from(8 * SMALL)
+        gbps * 1e6 / f64::from(8 * SMALL_PAYLOAD)
     }
 }
 
-/// Runs `traffic` for `seconds` with `pairs` of the guest's pairs in use.
+/// Runs `traffic` for `seconds` while the guest uses `queue_pairs` queue pairs.
 ///
 /// # Errors
-/// When a part fails: with its words.
+/// When a part of the testbed fails. The error contains its message.
 pub fn measure(
     testbed: &GuestTestbed,
     traffic: Traffic,
-    pairs: u16,
+    queue_pairs: u16,
     seconds: u32,
 ) -> Result<BulkSample> {
-    let mut tries = MAX_ATTEMPTS;
+    let mut remaining_attempts = MAX_ATTEMPTS;
     testbed
-        .run_resumed(pairs, || {
+        .run_resumed(queue_pairs, || {
             loop {
-                tries -= 1;
+                remaining_attempts -= 1;
                 match run(testbed, traffic, seconds) {
-                    // The first datagram of a flow, which opens it, can be lost in what flows already.
-                    Err(error) if tries > 0 && traffic.kind == TrafficKind::Datagrams => {
-                        progress(&format!("queues: {}, once more: {error:#}", traffic.name()));
+                    // The first datagram, which opens a flow, can be lost if other flows already
+                    // run.
+                    Err(error)
+                        if remaining_attempts > 0 && traffic.kind == TrafficKind::Datagrams =>
+                    {
+                        progress(&format!(
+                            "queues: {}, trying again: {error:#}",
+                            traffic.name()
+                        ));
                     }
                     outcome => return outcome,
                 }
             }
         })
-        .with_context(|| format!("{}, {pairs} pair(s)", traffic.name()))
+        .with_context(|| format!("{}, {queue_pairs} queue pair(s)", traffic.name()))
 }
 
 fn run(testbed: &GuestTestbed, traffic: Traffic, seconds: u32) -> Result<BulkSample> {
@@ -155,31 +173,31 @@ fn run(testbed: &GuestTestbed, traffic: Traffic, seconds: u32) -> Result<BulkSam
         Clients::Host,
         traffic.processes(),
     )?;
-    let running = iperf.start(&traffic.load(seconds), traffic.direction)?;
-    // What the guest spends on iperf3's start and report is not the card's cost.
-    wait_for_flow(testbed, traffic.direction)?;
-    sleep(Duration::from_secs(OMIT.into()));
+    let running = iperf.start(&traffic.iperf_load(seconds), traffic.direction)?;
+    // The CPU time of the start and of the report of iperf3 is not a cost of the network device.
+    wait_for_load(testbed, traffic.direction)?;
+    sleep(Duration::from_secs(OMITTED_SECONDS.into()));
     let before = testbed.usage()?;
     sleep(Duration::from_secs(seconds.into()).saturating_sub(END_MARGIN));
-    let (spent, lasted) = testbed.usage()?.since(&before);
+    let (usage, duration) = testbed.usage()?.since(&before);
     let report = running.finish()?;
-    ensure!(report.gbps > 0.0, "nothing arrived: {report:?}");
-    let gbit = report.gbps * lasted;
-    let ring = loaded(&spent, traffic.direction);
+    ensure!(report.gbps > 0.0, "iperf3 received no data: {report:?}");
+    let gbit = report.gbps * duration;
+    let vrings = loaded_vrings(&usage, traffic.direction);
     Ok(BulkSample {
         gbps: report.gbps,
-        workers: spent.workers / gbit,
-        qemu: spent.qemu / gbit,
-        frames_per_burst: ring.frames_per_burst(),
+        workers: usage.workers / gbit,
+        qemu: usage.qemu / gbit,
+        frames_per_burst: vrings.frames_per_burst(),
     })
 }
 
-/// Waits until the load flows, or for as long as its start may take at most.
-fn wait_for_flow(testbed: &GuestTestbed, direction: Direction) -> Result<()> {
-    let frames = || Ok::<_, anyhow::Error>(loaded(&testbed.usage()?, direction).frames);
+/// Waits until the load has started, at most for a second.
+fn wait_for_load(testbed: &GuestTestbed, direction: Direction) -> Result<()> {
+    let frames = || Ok::<_, anyhow::Error>(loaded_vrings(&testbed.usage()?, direction).frames);
     let before = frames()?;
     for _ in 0..40 {
-        if frames()? - before > FLOWS {
+        if frames()? - before > MIN_FRAMES {
             break;
         }
         sleep(Duration::from_millis(25));
@@ -187,18 +205,18 @@ fn wait_for_flow(testbed: &GuestTestbed, direction: Direction) -> Result<()> {
     Ok(())
 }
 
-fn loaded(usage: &ResourceUsage, direction: Direction) -> RingUsage {
+fn loaded_vrings(usage: &ResourceUsage, direction: Direction) -> VringUsage {
     match direction {
         Direction::HostToGuest => usage.rx,
         Direction::GuestToHost => usage.tx,
     }
 }
 
-/// Runs `work` beside a TCP flow on vCPU 0, which is more than `seconds` long.
+/// Runs `work` beside a TCP flow on vCPU 0, which takes longer than `seconds`.
 ///
 /// # Errors
-/// As `work`, or when the flow fails.
-pub fn background<T>(
+/// When `work` or the flow fails.
+pub fn run_with_background_flow<T>(
     testbed: &GuestTestbed,
     direction: Direction,
     seconds: u32,
@@ -206,9 +224,9 @@ pub fn background<T>(
 ) -> Result<T> {
     let guest = testbed.qemu().guest();
     let iperf = Iperf::new(testbed.network(), guest, testbed.dir(), Clients::Host, 1)?;
-    let running = iperf.start(&IperfLoad::tcp(seconds + OMIT), direction)?;
+    let running = iperf.start(&IperfLoad::tcp(seconds + OMITTED_SECONDS), direction)?;
     sleep(Duration::from_millis(500));
-    let done = work()?;
+    let result = work()?;
     running.finish()?;
-    Ok(done)
+    Ok(result)
 }

@@ -1,4 +1,4 @@
-//! The samples of all rounds, as rows against one pair and as a page for people.
+//! The samples of all rounds, and the rows and the page that present them.
 
 use std::fmt::Write;
 
@@ -7,62 +7,63 @@ use super::latency::{BackgroundLoad, LatencyPercentiles};
 use super::testbed::VcpuPlacement;
 use crate::outcome::{Better, GroupResult, Row};
 use crate::sampling::{PairedSamples, median};
-use crate::table::{figure, quartiles};
+use crate::table::{format_figure, format_quartiles};
 use virtionet_tests::iperf::Direction;
 
-/// Small outgoing packets: what many queues are known to slow down.
+/// Lowest acceptable ratio for small packets from the guest, which several queue pairs can slow
+/// down.
 const BOUND: f64 = 0.95;
 
-/// The samples of one number of pairs, by round.
+/// The samples for one number of queue pairs.
 #[derive(Debug, Clone)]
 pub struct Column<T> {
-    /// How many are in use.
-    pub pairs: u16,
-    /// One of each round.
+    /// The number of queue pairs in use.
+    pub queue_pairs: u16,
+    /// One sample for each round.
     pub samples: Vec<T>,
 }
 
-/// One load on one of the guests; the first column is one pair's.
+/// One load on one of the guests. The first column is for one queue pair.
 #[derive(Debug, Clone)]
 pub struct BulkCell {
     /// The load.
     pub traffic: Traffic,
-    /// The guest.
+    /// The placement, which identifies the guest.
     pub vcpu_placement: VcpuPlacement,
-    /// By number of pairs.
+    /// One column for each number of queue pairs.
     pub columns: Vec<Column<BulkSample>>,
 }
 
-/// Requests to one of the guests; the first column is one pair's.
+/// Requests to one of the guests. The first column is for one queue pair.
 #[derive(Debug, Clone)]
 pub struct LatencyCell {
-    /// What goes on beside them.
+    /// The load beside the requests.
     pub background: BackgroundLoad,
-    /// The guest.
+    /// The placement, which identifies the guest.
     pub vcpu_placement: VcpuPlacement,
-    /// By number of pairs.
+    /// One column for each number of queue pairs.
     pub columns: Vec<Column<LatencyPercentiles>>,
 }
 
-/// All that is measured.
+/// All samples of the group.
 #[derive(Debug, Clone)]
 pub struct QueueFigures {
     /// Throughput and CPU time.
     pub bulk: Vec<BulkCell>,
-    /// Request and response.
+    /// Latency of requests.
     pub latency: Vec<LatencyCell>,
 }
 
 impl QueueFigures {
-    /// Without samples yet, for each of `pairs`.
+    /// Creates the cells without samples, with a column for each of `queue_pairs`.
     #[must_use]
-    pub fn new(traffics: Vec<Traffic>, background: &[BackgroundLoad], pairs: &[u16]) -> Self {
+    pub fn new(traffics: Vec<Traffic>, background: &[BackgroundLoad], queue_pairs: &[u16]) -> Self {
         let mut bulk = Vec::new();
         for traffic in traffics {
             bulk.extend(VcpuPlacement::ALL.map(|vcpu_placement| BulkCell {
                 traffic,
                 vcpu_placement,
-                columns: empty(pairs),
+                columns: empty_columns(queue_pairs),
             }));
         }
         let mut latency = Vec::new();
@@ -70,13 +71,13 @@ impl QueueFigures {
             latency.extend(VcpuPlacement::ALL.map(|vcpu_placement| LatencyCell {
                 background: *background,
                 vcpu_placement,
-                columns: empty(pairs),
+                columns: empty_columns(queue_pairs),
             }));
         }
         Self { bulk, latency }
     }
 
-    /// Rows with the ratios to one pair, and the page.
+    /// Returns the rows, which compare with one queue pair, and the page.
     #[must_use]
     pub fn outcome(&self) -> GroupResult {
         let bulk = self.bulk.iter().flat_map(bulk_rows);
@@ -88,18 +89,18 @@ impl QueueFigures {
         }
     }
 
-    /// Two tables in Markdown.
+    /// Returns two tables in Markdown.
     fn page(&self) -> String {
         let mut page = String::from(BULK_HEAD);
         for cell in &self.bulk {
-            each_pair(&cell.columns, |one, several| {
-                bulk_line(&mut page, cell, one, several);
+            for_each_comparison(&cell.columns, |one, several| {
+                write_bulk_line(&mut page, cell, one, several);
             });
         }
         page.push_str(LATENCY_HEAD);
         for cell in &self.latency {
-            each_pair(&cell.columns, |one, several| {
-                latency_line(&mut page, cell, one, several);
+            for_each_comparison(&cell.columns, |one, several| {
+                write_latency_line(&mut page, cell, one, several);
             });
         }
         page
@@ -107,31 +108,32 @@ impl QueueFigures {
 }
 
 const BULK_HEAD: &str = "\
-Medians. A ratio is that of the two medians beside it, better above 1; quartiles are those of the
-ratios of all rounds. CPU time is that of all threads, in seconds a Gbit (TCP) or microseconds a
-datagram (UDP) that was received; `host` is workers and QEMU together.
+The figures are medians. A ratio is that of the two medians beside it, and several queue pairs are
+better where it is above 1. The quartiles are those of the ratios of all rounds. CPU time is that of
+all threads, in seconds per received Gbit (TCP) or microseconds per received datagram (UDP). The host
+column is the sum of workers and QEMU.
 
-| load | threads | queue pairs | one pair | several | ratio | quartiles | workers | QEMU | host | host ratio | quartiles | frames a burst |
+| load | placement | queue pairs | one queue pair | several | ratio | quartiles | workers | QEMU | host | host ratio | quartiles | frames per burst |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|
 ";
 
 const LATENCY_HEAD: &str = "
-Request and response of 64 B from the host to the guest, there and back, in microseconds.
+Time from a request of 64 B from the host to the guest until its response of 64 B, in microseconds.
 
-| background | threads | pairs | median, one pair | several | p99, one pair | several |
+| background load | placement | queue pairs | median, one queue pair | median, several | p99, one queue pair | p99, several |
 |---|---|---|---|---|---|---|
 ";
 
-fn empty<T>(pairs: &[u16]) -> Vec<Column<T>> {
-    let column = |pairs: &u16| Column {
-        pairs: *pairs,
+fn empty_columns<T>(queue_pairs: &[u16]) -> Vec<Column<T>> {
+    let column = |queue_pairs: &u16| Column {
+        queue_pairs: *queue_pairs,
         samples: Vec::new(),
     };
-    pairs.iter().map(column).collect()
+    queue_pairs.iter().map(column).collect()
 }
 
-/// One pair's column with each other one.
-fn each_pair<T>(columns: &[Column<T>], mut with: impl FnMut(&Column<T>, &Column<T>)) {
+/// Calls `with` for the column of one queue pair and each of the others.
+fn for_each_comparison<T>(columns: &[Column<T>], mut with: impl FnMut(&Column<T>, &Column<T>)) {
     if let Some((one, several)) = columns.split_first() {
         for several in several {
             with(one, several);
@@ -141,23 +143,23 @@ fn each_pair<T>(columns: &[Column<T>], mut with: impl FnMut(&Column<T>, &Column<
 
 fn bulk_rows(cell: &BulkCell) -> Vec<Row> {
     let mut rows = Vec::new();
-    each_pair(&cell.columns, |one, several| {
-        let name = |what: &str| {
-            case(
+    for_each_comparison(&cell.columns, |one, several| {
+        let name = |metric: &str| {
+            case_name(
                 &cell.traffic.name(),
                 cell.vcpu_placement,
-                several.pairs,
-                what,
+                several.queue_pairs,
+                metric,
             )
         };
-        let row = |what, unit, better, of: fn(&BulkSample) -> f64| {
-            paired(several, one, of).row(&name(what), unit, better, "1 pair")
+        let row = |metric, unit, better, of: fn(&BulkSample) -> f64| {
+            pair_samples(several, one, of).row(&name(metric), unit, better, "1 queue pair")
         };
-        let (unit, of) = rate(cell.traffic.kind);
+        let (unit, of) = rate_of(cell.traffic.kind);
         let rate = row("rate", unit, Better::Higher, of);
-        let rate = rate.headline(cell.vcpu_placement == VcpuPlacement::Pinned);
+        let rate = rate.with_headline(cell.vcpu_placement == VcpuPlacement::Pinned);
         rows.push(match is_bounded(cell.traffic) {
-            true => rate.bound(BOUND),
+            true => rate.with_bound(BOUND),
             false => rate,
         });
         let unit = "s/Gbit";
@@ -169,11 +171,12 @@ fn bulk_rows(cell: &BulkCell) -> Vec<Row> {
 
 fn latency_rows(cell: &LatencyCell) -> Vec<Row> {
     let mut rows = Vec::new();
-    each_pair(&cell.columns, |one, several| {
+    for_each_comparison(&cell.columns, |one, several| {
         let load = format!("ping {}", cell.background.name());
-        let name = |what: &str| case(&load, cell.vcpu_placement, several.pairs, what);
-        let row = |what, of: fn(&LatencyPercentiles) -> f64| {
-            paired(several, one, of).row(&name(what), "us", Better::Lower, "1 pair")
+        let name =
+            |metric: &str| case_name(&load, cell.vcpu_placement, several.queue_pairs, metric);
+        let row = |metric, of: fn(&LatencyPercentiles) -> f64| {
+            pair_samples(several, one, of).row(&name(metric), "us", Better::Lower, "1 queue pair")
         };
         rows.push(row("median", |t| t.median));
         rows.push(row("p99", |t| t.p99));
@@ -181,25 +184,25 @@ fn latency_rows(cell: &LatencyCell) -> Vec<Row> {
     rows
 }
 
-fn case(load: &str, vcpu_placement: VcpuPlacement, pairs: u16, what: &str) -> String {
-    format!("{load}, {}, {pairs}: {what}", vcpu_placement.name())
+fn case_name(load: &str, vcpu_placement: VcpuPlacement, queue_pairs: u16, metric: &str) -> String {
+    format!("{load}, {}, {queue_pairs}: {metric}", vcpu_placement.name())
 }
 
-/// Small packets that the guest sends.
+/// Whether [`BOUND`] applies: to small packets that the guest sends.
 fn is_bounded(traffic: Traffic) -> bool {
     traffic.direction == Direction::GuestToHost && traffic.kind != TrafficKind::Stream
 }
 
-fn paired<T>(ours: &Column<T>, peer: &Column<T>, of: impl Fn(&T) -> f64) -> PairedSamples {
-    let mut pairs = PairedSamples::default();
+fn pair_samples<T>(ours: &Column<T>, peer: &Column<T>, of: impl Fn(&T) -> f64) -> PairedSamples {
+    let mut samples = PairedSamples::default();
     for (ours, peer) in ours.samples.iter().zip(&peer.samples) {
-        pairs.push(of(ours), of(peer));
+        samples.push(of(ours), of(peer));
     }
-    pairs
+    samples
 }
 
-/// A load's throughput: its unit, and how it is read from a sample.
-fn rate(kind: TrafficKind) -> (&'static str, fn(&BulkSample) -> f64) {
+/// Returns the unit of a load's throughput, and the function that reads it from a sample.
+fn rate_of(kind: TrafficKind) -> (&'static str, fn(&BulkSample) -> f64) {
     match kind {
         TrafficKind::Stream => ("Gbit/s", |s| s.gbps),
         TrafficKind::Writes => ("Mbit/s", |s| s.gbps * 1e3),
@@ -209,17 +212,17 @@ fn rate(kind: TrafficKind) -> (&'static str, fn(&BulkSample) -> f64) {
 
 fn median_text<T>(column: &Column<T>, of: &dyn Fn(&T) -> f64) -> String {
     let values: Vec<f64> = column.samples.iter().map(of).collect();
-    figure(median(&values))
+    format_figure(median(&values))
 }
 
-fn bulk_line(
+fn write_bulk_line(
     page: &mut String,
     cell: &BulkCell,
     one: &Column<BulkSample>,
     several: &Column<BulkSample>,
 ) {
-    let (unit, rate) = rate(cell.traffic.kind);
-    let cost = |seconds: f64| match cell.traffic.kind {
+    let (unit, rate) = rate_of(cell.traffic.kind);
+    let cpu_time = |seconds: f64| match cell.traffic.kind {
         TrafficKind::Datagrams => seconds * 1e3 / BulkSample::kpps(1.0),
         TrafficKind::Stream | TrafficKind::Writes => seconds,
     };
@@ -227,8 +230,8 @@ fn bulk_line(
         format!("{} / {}", median_text(one, of), median_text(several, of))
     };
     let ratio = |better, of: fn(&BulkSample) -> f64| {
-        let row = paired(several, one, of).row("", "", better, "");
-        format!("{:.2} | {}", row.ratio(), quartiles(row.spread))
+        let row = pair_samples(several, one, of).row("", "", better, "");
+        format!("{:.2} | {}", row.ratio(), format_quartiles(row.spread))
     };
     // Writing to a String cannot fail.
     _ = writeln!(
@@ -236,25 +239,25 @@ fn bulk_line(
         "| {} | {} | {} | {} {unit} | {} {unit} | {} | {} | {} | {} | {} | {} |",
         cell.traffic.name(),
         cell.vcpu_placement.name(),
-        several.pairs,
+        several.queue_pairs,
         median_text(one, &rate),
         median_text(several, &rate),
         ratio(Better::Higher, rate),
-        both(&|s| cost(s.workers)),
-        both(&|s| cost(s.qemu)),
-        both(&|s| cost(s.workers + s.qemu)),
+        both(&|s| cpu_time(s.workers)),
+        both(&|s| cpu_time(s.qemu)),
+        both(&|s| cpu_time(s.workers + s.qemu)),
         ratio(Better::Lower, |s| s.workers + s.qemu),
         both(&|s| s.frames_per_burst),
     );
 }
 
-fn latency_line(
+fn write_latency_line(
     page: &mut String,
     cell: &LatencyCell,
     one: &Column<LatencyPercentiles>,
     several: &Column<LatencyPercentiles>,
 ) {
-    let [half, rare] = [
+    let [median, p99] = [
         |t: &LatencyPercentiles| t.median,
         |t: &LatencyPercentiles| t.p99,
     ];
@@ -264,11 +267,11 @@ fn latency_line(
         "| {} | {} | {} | {} | {} | {} | {} |",
         cell.background.name(),
         cell.vcpu_placement.name(),
-        several.pairs,
-        median_text(one, &half),
-        median_text(several, &half),
-        median_text(one, &rare),
-        median_text(several, &rare),
+        several.queue_pairs,
+        median_text(one, &median),
+        median_text(several, &median),
+        median_text(one, &p99),
+        median_text(several, &p99),
     );
 }
 
@@ -311,24 +314,27 @@ mod tests {
     }
 
     #[test]
-    fn several_pairs_are_ours_and_one_pair_the_peer() {
+    fn several_queue_pairs_are_ours_and_one_is_the_peer() {
         let rows = figures().outcome().rows;
         let row = |case: &str| rows.iter().find(|row| row.case == case).unwrap();
         let rate = row("UDP 64 B to host, 8 flows, pinned, 4: rate");
         // 2 Gbit/s of 64 B are 3.9 million datagrams a second.
         assert_eq!((rate.ours, rate.peer), (BulkSample::kpps(1.8), 3906.25));
         assert!(
-            (rate.ratio() - 0.9).abs() < 1e-9 && !rate.holds(),
+            (rate.ratio() - 0.9).abs() < 1e-9 && !rate.is_within_bound(),
             "{rate:?}"
         );
         let cost = row("TCP to host, 8 flows, floating, 4: QEMU");
         assert!((cost.ratio() - 0.9).abs() < 1e-9, "{cost:?}");
-        let times = row("ping idle, pinned, 4: p99");
-        assert_eq!((times.ours, times.peer, times.ratio()), (100.0, 200.0, 2.0));
+        let latency = row("ping idle, pinned, 4: p99");
+        assert_eq!(
+            (latency.ours, latency.peer, latency.ratio()),
+            (100.0, 200.0, 2.0)
+        );
     }
 
     #[test]
-    fn only_small_packets_from_the_guest_are_held_to_the_bound() {
+    fn only_small_packets_from_the_guest_have_a_bound() {
         let rows = figures().outcome().rows;
         let bounded = rows.iter().filter(|row| row.bound.is_some());
         let cases: Vec<&str> = bounded.map(|row| &*row.case).collect();
@@ -338,14 +344,14 @@ mod tests {
     }
 
     #[test]
-    fn the_page_has_a_line_a_load_with_both_sides() {
+    fn page_has_a_line_with_both_sides_for_each_load() {
         let page = figures().page();
         let line = |load: &str| page.lines().find(|line| line.starts_with(load)).unwrap();
         assert_eq!(
             line("| TCP to host, 8 flows | pinned"),
             "| TCP to host, 8 flows | pinned | 4 | 2.00 Gbit/s | 1.80 Gbit/s | 0.90 | 0.90 to 5.45 | 0.25 / 0.28 | 0.50 / 0.56 | 0.75 / 0.83 | 0.90 | 0.90 to 5.45 | 8.00 / 8.00 |"
         );
-        // 0.25 s a Gbit are 0.25 ns a bit, 128 ns a datagram.
+        // 0.25 s per Gbit are 0.25 ns per bit or 128 ns per datagram.
         assert!(
             line("| UDP 64 B to host").contains("| 0.13 / 0.14 |"),
             "{page}"

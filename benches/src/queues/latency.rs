@@ -1,5 +1,5 @@
-//! Request and response: sockperf's ping-pong from the host to the guest, on no load and beside a
-//! bulk flow.
+//! Measures the latency of requests from the host to the guest with sockperf's ping-pong, without
+//! other load and beside a TCP flow.
 
 use std::time::Duration;
 
@@ -11,23 +11,23 @@ use virtionet_tests::topology::GUEST;
 use super::bulk;
 use super::testbed::GuestTestbed;
 
-/// The server's vCPU is not the bulk flow's, but with one pair its queue is.
-const ON_VCPU_1: &str = "taskset 2";
+/// Runs the server on another vCPU than the TCP flow. With one queue pair, both use the same queue.
+const RUN_ON_VCPU_1: &str = "taskset 2";
 /// Payload of a request and of a response, in bytes.
-const SIZE: &str = "64";
+const PAYLOAD: &str = "64";
 const TIMEOUT_MARGIN: Duration = Duration::from_secs(30);
 
-/// What goes on beside the requests.
+/// The load beside the requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BackgroundLoad {
-    /// Nothing.
+    /// No other load.
     Nothing,
     /// One TCP flow.
     Flow(Direction),
 }
 
 impl BackgroundLoad {
-    /// In a table.
+    /// Returns the name in a table.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -38,44 +38,52 @@ impl BackgroundLoad {
     }
 }
 
-/// Times from a request to its response, in microseconds.
+/// Percentiles of the time from a request to its response, in microseconds.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LatencyPercentiles {
-    /// The middle one.
+    /// The median.
     pub median: f64,
-    /// The one that 99 of 100 keep.
+    /// The 99th percentile.
     pub p99: f64,
 }
 
-/// Sends requests for `seconds`, one after the other, with `pairs` of the guest's pairs in use.
+/// Sends requests one after the other for `seconds`, while the guest uses `queue_pairs` queue
+/// pairs.
 ///
 /// # Errors
-/// When a part fails: with its words.
+/// When a part of the testbed fails. The error contains its message.
 pub fn measure(
     testbed: &GuestTestbed,
-    beside: BackgroundLoad,
-    pairs: u16,
+    background: BackgroundLoad,
+    queue_pairs: u16,
     seconds: u32,
 ) -> Result<LatencyPercentiles> {
-    let times = testbed.run_resumed(pairs, || {
-        serve(testbed)?;
-        match beside {
+    let percentiles = testbed.run_resumed(queue_pairs, || {
+        start_server(testbed)?;
+        match background {
             BackgroundLoad::Nothing => ping_pong(testbed, seconds),
-            BackgroundLoad::Flow(way) => {
-                bulk::background(testbed, way, seconds, || ping_pong(testbed, seconds))
+            BackgroundLoad::Flow(direction) => {
+                bulk::run_with_background_flow(testbed, direction, seconds, || {
+                    ping_pong(testbed, seconds)
+                })
             }
         }
     });
-    times.with_context(|| format!("requests, {}, {pairs} pair(s)", beside.name()))
+    percentiles.with_context(|| {
+        format!(
+            "requests, {}, {queue_pairs} queue pair(s)",
+            background.name()
+        )
+    })
 }
 
-/// Starts a server in the guest, where none runs.
-fn serve(testbed: &GuestTestbed) -> Result<()> {
-    let start = format!(
-        "pidof sockperf >/dev/null || {{ setsid {ON_VCPU_1} sockperf server -i {} >/tmp/sockperf 2>&1 & }}; for i in $(seq 100); do netstat -lnu | grep -q :11111 && exit 0; sleep 0.05; done; cat /tmp/sockperf; exit 1",
+/// Starts a server in the guest if none runs.
+fn start_server(testbed: &GuestTestbed) -> Result<()> {
+    let command = format!(
+        "pidof sockperf >/dev/null || {{ setsid {RUN_ON_VCPU_1} sockperf server -i {} >/tmp/sockperf 2>&1 & }}; for i in $(seq 100); do netstat -lnu | grep -q :11111 && exit 0; sleep 0.05; done; cat /tmp/sockperf; exit 1",
         GUEST.v4
     );
-    testbed.qemu().guest().ok(&start).map(drop)
+    testbed.qemu().guest().ok(&command).map(drop)
 }
 
 fn ping_pong(testbed: &GuestTestbed, seconds: u32) -> Result<LatencyPercentiles> {
@@ -85,7 +93,7 @@ fn ping_pong(testbed: &GuestTestbed, seconds: u32) -> Result<LatencyPercentiles>
         "-i",
         GUEST.v4,
         "-m",
-        SIZE,
+        PAYLOAD,
         "--full-rtt",
         "-t",
         &seconds_text,
@@ -93,22 +101,22 @@ fn ping_pong(testbed: &GuestTestbed, seconds: u32) -> Result<LatencyPercentiles>
     let netns = testbed.network().netns().name();
     let mut client = Proc::spawn(testbed.dir(), "sockperf", Some(netns), "sockperf", args)?;
     let status = client.wait(Duration::from_secs(seconds.into()) + TIMEOUT_MARGIN)?;
-    let said = client.stdout();
+    let output = client.stdout();
     ensure!(
         status.success(),
-        "sockperf ended with {status}: {said} {}",
+        "sockperf ended with {status}: {output} {}",
         client.stderr()
     );
-    read(&said)
+    parse_percentiles(&output)
 }
 
-/// From what sockperf prints.
-fn read(text: &str) -> Result<LatencyPercentiles> {
+/// Parses the output of sockperf.
+fn parse_percentiles(text: &str) -> Result<LatencyPercentiles> {
     let value = |name: &str| -> Result<f64> {
         text.lines()
             .find_map(|line| line.split_once(name)?.1.split_once('='))
             .and_then(|(_, value)| value.trim().parse().ok())
-            .with_context(|| format!("sockperf did not say '{name}': {text}"))
+            .with_context(|| format!("the output of sockperf has no '{name}': {text}"))
     };
     Ok(LatencyPercentiles {
         median: value("percentile 50.000")?,
@@ -129,9 +137,9 @@ sockperf: ---> <MIN> observation =   98.114
 ";
 
     #[test]
-    fn percentiles_are_read_from_sockperfs_words() {
-        let times = read(SOCKPERF_OUTPUT).unwrap();
-        assert_eq!((times.median, times.p99), (187.5, 412.334));
-        assert!(read("sockperf: ERROR").is_err());
+    fn percentiles_are_parsed_from_the_output_of_sockperf() {
+        let percentiles = parse_percentiles(SOCKPERF_OUTPUT).unwrap();
+        assert_eq!((percentiles.median, percentiles.p99), (187.5, 412.334));
+        assert!(parse_percentiles("sockperf: ERROR").is_err());
     }
 }

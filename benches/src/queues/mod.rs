@@ -1,9 +1,9 @@
-//! What several queue pairs cost and bring against one, in the same guest.
+//! Compares several queue pairs with one queue pair in the same guest.
 //!
-//! The guest has as many pairs as the most of them; `ethtool -L` in it says how many it uses, so
-//! that both sides are one boot, one daemon and one TAP. There are two guests, one pinned and one
-//! floating ([`testbed::VcpuPlacement`]), of which one runs at a time. Every round measures each load with
-//! each number of pairs in turn.
+//! The guest has the largest of the numbers of queue pairs, and `ethtool -L` in the guest sets how
+//! many it uses. Therefore both sides have the same boot, the same daemon and the same TAP. There
+//! are two guests, one pinned and one floating ([`testbed::VcpuPlacement`]), of which one runs at a
+//! time. Every round measures each load with each number of queue pairs in turn.
 
 pub mod bulk;
 mod figures;
@@ -30,17 +30,19 @@ const BACKGROUND_LOADS: [BackgroundLoad; 3] = [
     BackgroundLoad::Flow(Direction::GuestToHost),
 ];
 
-/// Measures one pair against each of `several`.
+/// Measures each number of queue pairs in `several` against one queue pair.
 ///
 /// # Errors
-/// When this process is not root, or a part fails: with its words.
+/// When this process is not root, or a part of the testbed fails. The error contains its
+/// message.
 pub fn run(effort: Effort, several: &[u16]) -> Result<GroupResult> {
-    let most = several.iter().copied().max().unwrap_or(1);
+    let max_queue_pairs = several.iter().copied().max().unwrap_or(1);
     progress("queues: two guests boot");
     let testbeds = VcpuPlacement::ALL
         .into_iter()
         .map(|vcpu_placement| {
-            GuestTestbed::boot(vcpu_placement, most).map(|testbed| (vcpu_placement, testbed))
+            GuestTestbed::boot(vcpu_placement, max_queue_pairs)
+                .map(|testbed| (vcpu_placement, testbed))
         })
         .collect::<Result<Vec<_>>>()?;
     let mut columns = vec![1];
@@ -48,73 +50,75 @@ pub fn run(effort: Effort, several: &[u16]) -> Result<GroupResult> {
     let mut figures = QueueFigures::new(traffics(), &BACKGROUND_LOADS, &columns);
     for number in 1..=effort.choose(5_u32, 1) {
         for (vcpu_placement, testbed) in &testbeds {
-            let what = format!("queues: round {number}, {}", vcpu_placement.name());
+            let label = format!("queues: round {number}, {}", vcpu_placement.name());
             let round = Round {
                 testbed,
                 number,
                 seconds: effort.choose(2, 1),
-                what,
+                label,
             };
             round
-                .take(&mut figures, *vcpu_placement)
+                .measure(&mut figures, *vcpu_placement)
                 .with_context(|| format!("in round {number}, {}", vcpu_placement.name()))?;
         }
     }
     let accel = Accel::Auto.resolve()?;
     let mut outcome = figures.outcome();
     outcome.notes.push(format!(
-        "{VCPUS} vCPUs under {accel}; ethtool -L in the guest switches between the numbers of pairs; one iperf3 process a vCPU at most"
+        "{VCPUS} vCPUs under {accel}; ethtool -L in the guest switches between the numbers of queue pairs; at most one iperf3 process for each vCPU"
     ));
     Ok(outcome)
 }
 
 fn traffics() -> Vec<Traffic> {
-    let mut all = Vec::new();
+    let mut traffics = Vec::new();
     for direction in DIRECTIONS {
         for kind in TrafficKind::ALL {
-            // The host would make large frames of them before they reach the card.
+            // The host merges small writes into large frames before the network device receives
+            // them.
             if kind == TrafficKind::Writes && direction == Direction::HostToGuest {
                 continue;
             }
-            all.extend(FLOWS.map(|flows| Traffic {
+            traffics.extend(FLOWS.map(|flows| Traffic {
                 direction,
                 flows,
                 kind,
             }));
         }
     }
-    all
+    traffics
 }
 
-/// One guest's turn.
+/// The measurement of one guest in one round.
 struct Round<'a> {
     testbed: &'a GuestTestbed,
     number: u32,
     seconds: u32,
-    what: String,
+    label: String,
 }
 
 impl Round<'_> {
-    fn take(&self, figures: &mut QueueFigures, vcpu_placement: VcpuPlacement) -> Result<()> {
+    fn measure(&self, figures: &mut QueueFigures, vcpu_placement: VcpuPlacement) -> Result<()> {
         for cell in figures
             .bulk
             .iter_mut()
             .filter(|c| c.vcpu_placement == vcpu_placement)
         {
-            self.bulk(cell)?;
+            self.measure_bulk(cell)?;
         }
         for cell in figures
             .latency
             .iter_mut()
             .filter(|c| c.vcpu_placement == vcpu_placement)
         {
-            self.latency(cell)?;
+            self.measure_latency(cell)?;
         }
         Ok(())
     }
 
-    /// Every other round backwards: what only comes first or last is nobody's gain.
-    fn alternate<'a, T>(
+    /// Returns the columns in reverse order in every other round, so that the order does not favour
+    /// a side.
+    fn in_alternating_order<'a, T>(
         &self,
         columns: &'a mut [Column<T>],
     ) -> Box<dyn Iterator<Item = &'a mut Column<T>> + 'a> {
@@ -124,28 +128,37 @@ impl Round<'_> {
         }
     }
 
-    fn bulk(&self, cell: &mut BulkCell) -> Result<()> {
-        for Column { pairs, samples } in self.alternate(&mut cell.columns) {
-            let sample = bulk::measure(self.testbed, cell.traffic, *pairs, self.seconds)?;
+    fn measure_bulk(&self, cell: &mut BulkCell) -> Result<()> {
+        for Column {
+            queue_pairs,
+            samples,
+        } in self.in_alternating_order(&mut cell.columns)
+        {
+            let sample = bulk::measure(self.testbed, cell.traffic, *queue_pairs, self.seconds)?;
             let name = cell.traffic.name();
             progress(&format!(
-                "{}: {name}, {pairs} pair(s): {:.3} Gbit/s",
-                self.what, sample.gbps
+                "{}: {name}, {queue_pairs} queue pair(s): {:.3} Gbit/s",
+                self.label, sample.gbps
             ));
             samples.push(sample);
         }
         Ok(())
     }
 
-    fn latency(&self, cell: &mut LatencyCell) -> Result<()> {
-        for Column { pairs, samples } in self.alternate(&mut cell.columns) {
-            let times = latency::measure(self.testbed, cell.background, *pairs, self.seconds)?;
+    fn measure_latency(&self, cell: &mut LatencyCell) -> Result<()> {
+        for Column {
+            queue_pairs,
+            samples,
+        } in self.in_alternating_order(&mut cell.columns)
+        {
+            let percentiles =
+                latency::measure(self.testbed, cell.background, *queue_pairs, self.seconds)?;
             let name = cell.background.name();
             progress(&format!(
-                "{}: {name}, {pairs} pair(s): {:.0} us, p99 {:.0} us",
-                self.what, times.median, times.p99
+                "{}: {name}, {queue_pairs} queue pair(s): {:.0} us, p99 {:.0} us",
+                self.label, percentiles.median, percentiles.p99
             ));
-            samples.push(times);
+            samples.push(percentiles);
         }
         Ok(())
     }

@@ -1,4 +1,5 @@
-//! The two guests of this group, which differ in where their threads stand, and what they cost.
+//! The two guests of this group, which differ in the placement of their threads, and the resources
+//! that they use.
 
 use std::fs;
 use std::thread::sleep;
@@ -15,25 +16,25 @@ use virtionet_tests::qemu::{Machine, Nic, Qemu};
 use virtionet_tests::sched;
 use virtionet_tests::topology::{CARD, HostNetwork, TAP, configure_guest};
 
-/// Of each guest.
+/// Number of vCPUs of each guest.
 pub const VCPUS: u16 = 4;
-const BOOT: Duration = Duration::from_secs(120);
-const SWITCH: Duration = Duration::from_secs(10);
+const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
+const SWITCH_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Where a guest's vCPUs and its workers stand.
+/// The placement of a guest's vCPUs and of the workers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum VcpuPlacement {
-    /// vCPU i on CPU i mod n, the workers where `placement=auto` puts them.
+    /// vCPU i is pinned to CPU i mod n. The workers have `placement=auto`.
     Pinned,
-    /// All of them where the kernel likes, with `placement=none`.
+    /// The kernel places the vCPUs and the workers, which have `placement=none`.
     Floating,
 }
 
 impl VcpuPlacement {
-    /// Both.
+    /// Both placements.
     pub const ALL: [Self; 2] = [Self::Pinned, Self::Floating];
 
-    /// In a table.
+    /// Returns the name in a table.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -50,8 +51,8 @@ impl VcpuPlacement {
     }
 }
 
-/// A guest, its card and its network, stopped except while it is measured. QEMU goes first, the
-/// network last.
+/// A guest, its back-end and its network. They are dropped in this order: QEMU first, the network
+/// last. The guest is stopped except while it is measured.
 #[derive(Debug)]
 pub struct GuestTestbed {
     qemu: Qemu,
@@ -61,11 +62,12 @@ pub struct GuestTestbed {
 }
 
 impl GuestTestbed {
-    /// Boots a guest with `pairs` queue pairs and stops it again.
+    /// Boots a guest with `queue_pairs` queue pairs and stops it again.
     ///
     /// # Errors
-    /// When this process is not root, or a part does not come up: with its words.
-    pub fn boot(vcpu_placement: VcpuPlacement, pairs: u16) -> Result<Self> {
+    /// When this process is not root, or a part of the testbed fails. The error contains its
+    /// message.
+    pub fn boot(vcpu_placement: VcpuPlacement, queue_pairs: u16) -> Result<Self> {
         let dir = RunDir::new()?;
         let network = HostNetwork::bare()?;
         let daemon = Options::new()
@@ -74,7 +76,7 @@ impl GuestTestbed {
             .flag("--placement", vcpu_placement.placement())
             .start(&dir, "vnet")?;
         network.configure()?;
-        let nic = Nic::vhost_user(daemon.socket()).queues(pairs);
+        let nic = Nic::vhost_user(daemon.socket()).queues(queue_pairs);
         let mut machine = Machine::new()
             .vcpus(VCPUS.into())
             .accel(Accel::Auto)
@@ -82,8 +84,8 @@ impl GuestTestbed {
         if vcpu_placement == VcpuPlacement::Pinned {
             machine = machine.pinned();
         }
-        let (qemu, _) = machine.boot(&dir, "guest", BOOT)?;
-        configure_guest(qemu.guest(), pairs)?;
+        let (qemu, _) = machine.boot(&dir, "guest", BOOT_TIMEOUT)?;
+        configure_guest(qemu.guest(), queue_pairs)?;
         diagnostics::wait_for_ping(&network, qemu.guest(), Some(&daemon))?;
         let testbed = Self {
             qemu,
@@ -95,37 +97,37 @@ impl GuestTestbed {
         Ok(testbed)
     }
 
-    /// Runs `work` while the guest runs, with `pairs` of its queue pairs in use.
+    /// Runs `work` while the guest runs and uses `queue_pairs` queue pairs.
     ///
     /// # Errors
-    /// When the guest does not answer, or as `work`.
-    pub fn run_resumed<T>(&self, pairs: u16, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    /// When the guest does not answer, or `work` fails.
+    pub fn run_resumed<T>(&self, queue_pairs: u16, work: impl FnOnce() -> Result<T>) -> Result<T> {
         self.qmp("cont")?;
-        self.use_pairs(pairs)?;
+        self.set_queue_pairs(queue_pairs)?;
         diagnostics::wait_for_ping(&self.network, self.qemu.guest(), Some(&self.daemon))?;
-        let done = work();
+        let result = work();
         self.qmp("stop")?;
-        done
+        result
     }
 
-    fn use_pairs(&self, pairs: u16) -> Result<()> {
-        if self.enabled()? == usize::from(pairs) {
+    fn set_queue_pairs(&self, queue_pairs: u16) -> Result<()> {
+        if self.enabled_queue_pairs()? == usize::from(queue_pairs) {
             return Ok(());
         }
-        let command = format!("ethtool -L {CARD} combined {pairs}");
+        let command = format!("ethtool -L {CARD} combined {queue_pairs}");
         self.qemu.guest().ok(&command)?;
-        let until = Instant::now() + SWITCH;
-        while self.enabled()? != usize::from(pairs) {
+        let deadline = Instant::now() + SWITCH_TIMEOUT;
+        while self.enabled_queue_pairs()? != usize::from(queue_pairs) {
             ensure!(
-                Instant::now() < until,
-                "'{command}' in the guest has not reached the card after {SWITCH:?}"
+                Instant::now() < deadline,
+                "'{command}' in the guest has not changed the enabled queue pairs after {SWITCH_TIMEOUT:?}"
             );
             sleep(Duration::from_millis(20));
         }
         Ok(())
     }
 
-    fn enabled(&self) -> Result<usize> {
+    fn enabled_queue_pairs(&self) -> Result<usize> {
         let pairs = counters::pairs(&self.daemon.device()?)?;
         Ok(pairs.iter().filter(|pair| pair.tx.enabled).count())
     }
@@ -134,40 +136,41 @@ impl GuestTestbed {
         self.qemu.qmp(command, &Value::Null).map(drop)
     }
 
-    /// The machine.
+    /// The virtual machine.
     #[must_use]
     pub fn qemu(&self) -> &Qemu {
         &self.qemu
     }
 
-    /// The host's side.
+    /// The network namespace of the host side.
     #[must_use]
     pub fn network(&self) -> &HostNetwork {
         &self.network
     }
 
-    /// For sockets and logs.
+    /// The directory of the sockets and logs.
     #[must_use]
     pub fn dir(&self) -> &RunDir {
         &self.dir
     }
 
-    /// What it has cost and done so far.
+    /// Returns the resources that the guest and its back-end have used so far, and the counters of
+    /// the vrings.
     ///
     /// # Errors
-    /// When a process is gone.
+    /// When a process has ended.
     pub fn usage(&self) -> Result<ResourceUsage> {
         let device = self.daemon.device()?;
-        let sum = |ring: &str, counter: &str| -> Result<f64> {
+        let sum = |vring: &str, counter: &str| -> Result<f64> {
             let pairs = device["pairs"]
                 .as_array()
-                .context("a device without pairs")?;
-            let values = pairs.iter().map(|pair| &pair[ring]["counters"][counter]);
+                .context("the device has no queue pairs")?;
+            let values = pairs.iter().map(|pair| &pair[vring]["counters"][counter]);
             let values = values.map(|value| value.as_f64().context("a counter is missing"));
             values.sum()
         };
-        let ring = |name: &str| -> Result<RingUsage> {
-            Ok(RingUsage {
+        let vrings = |name: &str| -> Result<VringUsage> {
+            Ok(VringUsage {
                 frames: sum(name, "frames")?,
                 bursts: sum(name, "bursts")?,
                 kicks: sum(name, "kicks")?,
@@ -176,19 +179,20 @@ impl GuestTestbed {
         };
         Ok(ResourceUsage {
             at: Instant::now(),
-            workers: seconds(self.daemon.pid())?,
-            qemu: seconds(self.qemu.pid())?,
-            rx: ring("rx")?,
-            tx: ring("tx")?,
+            workers: cpu_seconds(self.daemon.pid())?,
+            qemu: cpu_seconds(self.qemu.pid())?,
+            rx: vrings("rx")?,
+            tx: vrings("tx")?,
         })
     }
 }
 
-/// CPU time of the threads that `pid` has: in a short run, clock ticks would be too coarse.
-fn seconds(pid: u32) -> Result<f64> {
+/// Returns the CPU time of the threads of process `pid`. It is read in nanoseconds, because clock
+/// ticks are too coarse for a short run.
+fn cpu_seconds(pid: u32) -> Result<f64> {
     let mut sum = 0.0;
     for (tid, _) in sched::threads(pid)? {
-        // One that ended in between has no more to tell.
+        // The thread may have ended since the list was read.
         let Ok(text) = fs::read_to_string(format!("/proc/{pid}/task/{tid}/schedstat")) else {
             continue;
         };
@@ -198,49 +202,49 @@ fn seconds(pid: u32) -> Result<f64> {
     Ok(sum)
 }
 
-/// What a guest and its card have cost and done, up to a moment or in between.
+/// CPU time and counters of a guest and its back-end, since their start or over an interval.
 #[derive(Debug, Clone, Copy)]
 pub struct ResourceUsage {
     at: Instant,
     /// CPU seconds of virtionetd.
     pub workers: f64,
-    /// CPU seconds of QEMU: vCPUs and all else.
+    /// CPU seconds of QEMU, including the vCPUs.
     pub qemu: f64,
-    /// To the guest.
-    pub rx: RingUsage,
-    /// From the guest.
-    pub tx: RingUsage,
+    /// Counters of the receiveqs.
+    pub rx: VringUsage,
+    /// Counters of the transmitqs.
+    pub tx: VringUsage,
 }
 
-/// The part of one direction's rings.
+/// The sums of the counters of the vrings of one direction.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct RingUsage {
-    /// Frames carried.
+pub struct VringUsage {
+    /// Frames.
     pub frames: f64,
-    /// Bursts in which they were carried.
+    /// Bursts of frames.
     pub bursts: f64,
-    /// Times the guest told of more.
+    /// Kicks of the driver.
     pub kicks: f64,
-    /// Interrupts that the guest got.
+    /// Calls to the driver.
     pub calls: f64,
 }
 
 impl ResourceUsage {
-    /// What came since `before`, and in how many seconds.
+    /// Returns the difference to `before`, and the seconds in between.
     #[must_use]
     pub fn since(&self, before: &Self) -> (Self, f64) {
-        let came = Self {
+        let difference = Self {
             at: self.at,
             workers: self.workers - before.workers,
             qemu: self.qemu - before.qemu,
             rx: self.rx.since(&before.rx),
             tx: self.tx.since(&before.tx),
         };
-        (came, self.at.duration_since(before.at).as_secs_f64())
+        (difference, self.at.duration_since(before.at).as_secs_f64())
     }
 }
 
-impl RingUsage {
+impl VringUsage {
     fn since(&self, before: &Self) -> Self {
         Self {
             frames: self.frames - before.frames,
@@ -250,7 +254,7 @@ impl RingUsage {
         }
     }
 
-    /// Frames a burst; 0 where there was none.
+    /// Frames per burst, or 0 if there was no burst.
     #[must_use]
     pub fn frames_per_burst(&self) -> f64 {
         self.frames / self.bursts.max(1.0)

@@ -1,27 +1,28 @@
-//! The cases of this group, and what a device reports of a burst.
+//! The cases of this group, and the result of a burst.
 
-/// How a chain is made.
+/// The descriptors of a chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Shape {
+pub enum ChainShape {
     /// One descriptor.
     Single,
-    /// Two: the header's and the frame's.
+    /// Two descriptors: one for the header and one for the frame.
     Direct,
-    /// The same two in an indirect table.
+    /// The same two descriptors in an indirect table.
     Indirect,
 }
 
-/// How chains are taken.
+/// How virtio-queue dequeues chains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DequeueMethod {
-    /// One at a time, given back before the next.
+    /// One chain at a time, which is marked as used before the next one.
     Pop,
-    /// By an iterator that reads the available index once, all given back after it.
+    /// With an iterator that reads the available index once. The chains are marked as used after
+    /// it.
     Iter,
 }
 
 impl DequeueMethod {
-    /// The peer's name in the results.
+    /// Returns the name of the peer in the results.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -31,34 +32,34 @@ impl DequeueMethod {
     }
 }
 
-/// What a device did with one burst.
+/// The work of a device in one burst.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct BurstResult {
-    /// Chains taken and given back.
+    /// Chains that were dequeued and marked as used.
     pub chains: u32,
-    /// Bytes in all their pieces.
+    /// Bytes in all segments of the chains.
     pub bytes: usize,
-    /// The driver wants an interrupt.
-    pub call: bool,
+    /// Whether the driver wants an interrupt.
+    pub needs_call: bool,
 }
 
-/// What a case is about.
+/// One case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RingCase {
-    /// How a chain is made.
-    pub shape: Shape,
-    /// Chains a burst.
+    /// The descriptors of each chain.
+    pub shape: ChainShape,
+    /// Number of chains in a burst.
     pub burst: u16,
-    /// VIRTIO_F_EVENT_IDX.
+    /// Whether VIRTIO_F_EVENT_IDX is negotiated.
     pub event_idx: bool,
-    /// How the peer takes chains.
+    /// How the peer dequeues chains.
     pub method: DequeueMethod,
 }
 
-/// The cases: the plain one first, and last once more against another way of the peer's.
+/// The cases. The last one is the first one with the other method of the peer.
 pub const CASES: [RingCase; 7] = {
     let plain = RingCase {
-        shape: Shape::Direct,
+        shape: ChainShape::Direct,
         burst: 64,
         event_idx: false,
         method: DequeueMethod::Pop,
@@ -71,15 +72,15 @@ pub const CASES: [RingCase; 7] = {
             ..plain
         },
         RingCase {
-            shape: Shape::Indirect,
+            shape: ChainShape::Indirect,
             ..plain
         },
         RingCase {
-            shape: Shape::Single,
+            shape: ChainShape::Single,
             ..plain
         },
         RingCase {
-            shape: Shape::Single,
+            shape: ChainShape::Single,
             event_idx: true,
             ..plain
         },
@@ -91,13 +92,13 @@ pub const CASES: [RingCase; 7] = {
 };
 
 impl RingCase {
-    /// Its name.
+    /// Returns the name in the results.
     #[must_use]
     pub fn name(&self) -> String {
         let shape = match self.shape {
-            Shape::Single => "1 descriptor",
-            Shape::Direct => "2 descriptors",
-            Shape::Indirect => "2 indirect",
+            ChainShape::Single => "1 descriptor",
+            ChainShape::Direct => "2 descriptors",
+            ChainShape::Indirect => "2 indirect",
         };
         let event_idx = if self.event_idx { ", EVENT_IDX" } else { "" };
         format!("{shape}, bursts of {}{event_idx}", self.burst)

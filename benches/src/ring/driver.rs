@@ -1,5 +1,6 @@
-//! The driver's side, the same for both devices: every descriptor and every entry of the available
-//! ring is written once, so that offering chains is one store of the available index.
+//! The driver, which is the same for both devices. It writes every descriptor and every entry of
+//! the available ring in advance, so that it makes chains available with one store of the available
+//! index.
 
 use anyhow::{Context, Result};
 use virtionet_guest::driver::{DriverVirtqueueConfig, VirtqueueAddresses};
@@ -8,79 +9,85 @@ use virtionet_guest::split::{
     SplitDescriptor, SplitDriverVirtqueue, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT,
 };
 
-use super::case::Shape;
+use super::case::ChainShape;
 
-/// Descriptors of the ring.
-pub const SIZE: u16 = 256;
-/// Bytes of each chain: a header and a frame.
+/// Size of the virtqueue.
+pub const QUEUE_SIZE: u16 = 256;
+/// Bytes of each chain, which has a header and a frame.
 pub const CHAIN_BYTES: usize = 12 + 1514;
 
-const HEADER: u32 = 12;
-const FRAME: u32 = 1514;
-/// From one chain's buffer to the next.
+const HEADER_LEN: u32 = 12;
+const FRAME_LEN: u32 = 1514;
+/// Bytes from the buffer of one chain to that of the next.
 const STRIDE: u64 = 2048;
 
-/// A driver that has nothing to do but to offer.
+/// A driver that only makes chains available.
 #[derive(Debug)]
 pub struct ChainDriver {
-    ring: SplitDriverVirtqueue,
+    virtqueue: SplitDriverVirtqueue,
     ram: GuestRam,
     next: u16,
 }
 
 impl ChainDriver {
-    /// A ring whose entries are all written.
+    /// Creates a virtqueue with all descriptors and entries.
     ///
     /// # Errors
-    /// When the memory cannot be had.
-    pub fn new(shape: Shape, event_idx: bool) -> Result<Self> {
+    /// When the guest memory cannot be created.
+    pub fn new(shape: ChainShape, event_idx: bool) -> Result<Self> {
         let ram = GuestRam::new(2 << 20)?;
         let config = DriverVirtqueueConfig {
-            size: SIZE,
+            size: QUEUE_SIZE,
             event_idx,
             packed: false,
             start: 0,
         };
-        let ring = SplitDriverVirtqueue::new(&ram, config)?;
-        let driver = Self { ring, ram, next: 0 };
-        driver.write(shape)?;
+        let virtqueue = SplitDriverVirtqueue::new(&ram, config)?;
+        let driver = Self {
+            virtqueue,
+            ram,
+            next: 0,
+        };
+        driver.write_chains(shape)?;
         Ok(driver)
     }
 
-    fn write(&self, shape: Shape) -> Result<()> {
-        let buffers = self.ram.alloc(STRIDE * u64::from(SIZE), 4096)?;
-        let heads = match shape {
-            Shape::Direct => SIZE / 2,
-            Shape::Single | Shape::Indirect => SIZE,
+    fn write_chains(&self, shape: ChainShape) -> Result<()> {
+        let buffers = self.ram.alloc(STRIDE * u64::from(QUEUE_SIZE), 4096)?;
+        let chains = match shape {
+            ChainShape::Direct => QUEUE_SIZE / 2,
+            ChainShape::Single | ChainShape::Indirect => QUEUE_SIZE,
         };
-        for n in 0..heads {
-            let at = buffers + STRIDE * u64::from(n);
+        for n in 0..chains {
+            let buffer = buffers + STRIDE * u64::from(n);
             match shape {
-                Shape::Single => {
-                    let whole = SplitDescriptor::new(at, HEADER + FRAME, 0, 0);
-                    self.ring.set_descriptor(n, whole);
+                ChainShape::Single => {
+                    let descriptor = SplitDescriptor::new(buffer, HEADER_LEN + FRAME_LEN, 0, 0);
+                    self.virtqueue.set_descriptor(n, descriptor);
                 }
-                Shape::Direct => {
-                    for (i, part) in two(at, 2 * n).into_iter().enumerate() {
-                        self.ring.set_descriptor(2 * n + u16::try_from(i)?, part);
+                ChainShape::Direct => {
+                    for (i, descriptor) in header_and_frame(buffer, 2 * n).into_iter().enumerate() {
+                        self.virtqueue
+                            .set_descriptor(2 * n + u16::try_from(i)?, descriptor);
                     }
                 }
-                Shape::Indirect => {
+                ChainShape::Indirect => {
                     let table = self.ram.alloc_area(32, 64)?;
-                    for (i, part) in two(at, 0).into_iter().enumerate() {
-                        part.store(&table, 16 * i);
+                    for (i, descriptor) in header_and_frame(buffer, 0).into_iter().enumerate() {
+                        descriptor.store(&table, 16 * i);
                     }
-                    let outer = SplitDescriptor::new(table.addr(), 32, VRING_DESC_F_INDIRECT, 0);
-                    self.ring.set_descriptor(n, outer);
+                    let descriptor =
+                        SplitDescriptor::new(table.addr(), 32, VRING_DESC_F_INDIRECT, 0);
+                    self.virtqueue.set_descriptor(n, descriptor);
                 }
             }
         }
-        for entry in 0..SIZE {
+        for entry in 0..QUEUE_SIZE {
             let head = match shape {
-                Shape::Direct => entry % heads * 2,
-                Shape::Single | Shape::Indirect => entry,
+                ChainShape::Direct => entry % chains * 2,
+                ChainShape::Single | ChainShape::Indirect => entry,
             };
-            self.ring.set_avail_entry(entry, head);
+            self.virtqueue.set_avail_entry(entry, head);
         }
         Ok(())
     }
@@ -89,32 +96,32 @@ impl ChainDriver {
     #[inline(always)]
     pub fn offer(&mut self, count: u16) {
         self.next = self.next.wrapping_add(count);
-        self.ring.set_avail_index(self.next);
+        self.virtqueue.set_avail_index(self.next);
     }
 
-    /// The used index and its last element, as the driver sees them.
+    /// Returns the used index and the last used element.
     #[must_use]
     pub fn used(&self) -> (u16, (u32, u32)) {
-        let index = self.ring.used_index();
-        (index, self.ring.used_element(index.wrapping_sub(1)))
+        let index = self.virtqueue.used_index();
+        (index, self.virtqueue.used_element(index.wrapping_sub(1)))
     }
 
-    /// The guest's memory.
+    /// The guest memory.
     #[must_use]
     pub fn ram(&self) -> &GuestRam {
         &self.ram
     }
 
-    /// Where the ring's parts lie, as the guest's addresses.
+    /// The guest addresses of the parts of the virtqueue.
     #[must_use]
     pub fn addresses(&self) -> VirtqueueAddresses {
-        self.ring.addresses()
+        self.virtqueue.addresses()
     }
 
-    /// The front-end's address of a guest's address.
+    /// Converts a guest address to an address of the front-end.
     ///
     /// # Errors
-    /// When it is not in guest memory.
+    /// When the address is not in guest memory.
     pub fn user_addr(&self, addr: u64) -> Result<u64> {
         self.ram
             .user_addr(addr)
@@ -122,10 +129,11 @@ impl ChainDriver {
     }
 }
 
-/// Header and frame; the header's descriptor has index `first` in its table.
-fn two(at: u64, first: u16) -> [SplitDescriptor; 2] {
+/// Returns the descriptors of a header and a frame at guest address `buffer`. `first` is the index
+/// of the header's descriptor in its table.
+fn header_and_frame(buffer: u64, first: u16) -> [SplitDescriptor; 2] {
     [
-        SplitDescriptor::new(at, HEADER, VRING_DESC_F_NEXT, first + 1),
-        SplitDescriptor::new(at + u64::from(HEADER), FRAME, 0, 0),
+        SplitDescriptor::new(buffer, HEADER_LEN, VRING_DESC_F_NEXT, first + 1),
+        SplitDescriptor::new(buffer + u64::from(HEADER_LEN), FRAME_LEN, 0, 0),
     ]
 }

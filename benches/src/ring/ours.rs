@@ -5,61 +5,62 @@ use std::sync::Arc;
 use anyhow::Result;
 use virtionet_virtqueue::{Burst, Direction, Virtqueue, VirtqueueConfig, VirtqueueLayout};
 
-use super::case::{BurstResult, RingCase, Shape};
-use super::driver::{ChainDriver, SIZE};
+use super::case::{BurstResult, ChainShape, RingCase};
+use super::driver::{ChainDriver, QUEUE_SIZE};
 
-/// Our device's side of the ring.
+/// The device side of a virtqueue, with virtionet-virtqueue.
 #[derive(Debug)]
 pub struct VirtqueueDevice {
-    ring: Virtqueue,
+    virtqueue: Virtqueue,
     burst: Burst,
 }
 
 impl VirtqueueDevice {
-    /// On the driver's ring.
+    /// Creates the device side of the driver's virtqueue.
     ///
     /// # Errors
-    /// When the ring cannot be had.
+    /// When the virtqueue cannot be created.
     pub fn new(driver: &ChainDriver, case: &RingCase) -> Result<Self> {
         let memory = Arc::new(driver.ram().guest_memory()?);
-        let at = driver.addresses();
+        let addresses = driver.addresses();
         let config = VirtqueueConfig {
             layout: VirtqueueLayout {
-                size: SIZE,
-                desc: driver.user_addr(at.descriptors)?,
-                avail: driver.user_addr(at.driver)?,
-                used: driver.user_addr(at.device)?,
+                size: QUEUE_SIZE,
+                desc: driver.user_addr(addresses.descriptors)?,
+                avail: driver.user_addr(addresses.driver)?,
+                used: driver.user_addr(addresses.device)?,
             },
             base: 0,
             direction: Direction::Readable,
             packed: false,
             event_idx: case.event_idx,
-            indirect: case.shape == Shape::Indirect,
+            indirect: case.shape == ChainShape::Indirect,
             min_len: 12,
         };
         Ok(Self {
-            ring: Virtqueue::new(config, &memory)?,
+            virtqueue: Virtqueue::new(config, &memory)?,
             burst: Burst::new(memory),
         })
     }
 
-    /// Takes up to `most` chains, looks at every piece, gives them back and publishes that.
+    /// Dequeues up to `max_chains` chains, reads the length of every segment, and marks the chains
+    /// as used.
     ///
     /// # Errors
-    /// When the ring is broken.
+    /// When the virtqueue has a fault.
     #[inline]
-    pub fn burst(&mut self, most: u16) -> Result<BurstResult> {
-        let mut did = BurstResult::default();
-        self.ring.dequeue(&mut self.burst, most.into())?;
+    pub fn process_burst(&mut self, max_chains: u16) -> Result<BurstResult> {
+        let mut result = BurstResult::default();
+        self.virtqueue.dequeue(&mut self.burst, max_chains.into())?;
         for chain in self.burst.chains() {
             for slice in self.burst.slices(chain) {
-                did.bytes += slice.len();
+                result.bytes += slice.len();
             }
-            did.chains += 1;
+            result.chains += 1;
         }
-        self.ring.complete_all(self.burst.chains());
+        self.virtqueue.complete_all(self.burst.chains());
         self.burst.clear();
-        did.call = self.ring.publish();
-        Ok(did)
+        result.needs_call = self.virtqueue.publish();
+        Ok(result)
     }
 }

@@ -1,6 +1,7 @@
-//! virtio-queue, used as its documentation shows: chains by `pop_descriptor_chain` or by `iter`,
-//! each piece translated by `get_slice`, `add_used` a chain, `needs_notification` a burst. The
-//! memory is borrowed: what its users do with an `Arc` a chain costs more.
+//! virtio-queue, used as its documentation shows: `pop_descriptor_chain` or `iter` dequeue chains,
+//! `get_slice` translates each segment, `add_used` is called for each chain, and
+//! `needs_notification` for each burst. The memory is borrowed, because an `Arc` for each chain,
+//! which other users have, costs more.
 
 use anyhow::{Context, Result};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -8,9 +9,9 @@ use virtionet_guest::memory::GuestRam;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use super::case::{BurstResult, DequeueMethod, RingCase};
-use super::driver::{ChainDriver, SIZE};
+use super::driver::{ChainDriver, QUEUE_SIZE};
 
-/// The stock device's side of the ring.
+/// The device side of a virtqueue, with virtio-queue.
 #[derive(Debug)]
 pub struct VirtioQueueDevice {
     queue: Queue,
@@ -20,17 +21,17 @@ pub struct VirtioQueueDevice {
 }
 
 impl VirtioQueueDevice {
-    /// On the driver's ring.
+    /// Creates the device side of the driver's virtqueue.
     ///
     /// # Errors
-    /// When the ring cannot be had.
+    /// When the virtqueue cannot be created.
     pub fn new(driver: &ChainDriver, case: &RingCase) -> Result<Self> {
-        let memory = map(driver.ram())?;
-        let at = driver.addresses();
-        let mut queue = Queue::new(SIZE)?;
-        queue.try_set_desc_table_address(GuestAddress(at.descriptors))?;
-        queue.try_set_avail_ring_address(GuestAddress(at.driver))?;
-        queue.try_set_used_ring_address(GuestAddress(at.device))?;
+        let memory = map_memory(driver.ram())?;
+        let addresses = driver.addresses();
+        let mut queue = Queue::new(QUEUE_SIZE)?;
+        queue.try_set_desc_table_address(GuestAddress(addresses.descriptors))?;
+        queue.try_set_avail_ring_address(GuestAddress(addresses.driver))?;
+        queue.try_set_used_ring_address(GuestAddress(addresses.device))?;
         queue.set_event_idx(case.event_idx);
         queue.set_ready(true);
         Ok(Self {
@@ -41,69 +42,73 @@ impl VirtioQueueDevice {
         })
     }
 
-    /// Takes up to `most` chains, looks at every piece and gives them back.
+    /// Dequeues up to `max_chains` chains, reads the length of every segment, and marks the chains
+    /// as used.
     ///
     /// # Errors
-    /// When the ring is broken.
+    /// When the virtqueue has a fault.
     #[inline]
-    pub fn burst(&mut self, most: u16) -> Result<BurstResult> {
-        let mut did = match self.method {
-            DequeueMethod::Pop => self.pop(most)?,
-            DequeueMethod::Iter => self.iterate(most)?,
+    pub fn process_burst(&mut self, max_chains: u16) -> Result<BurstResult> {
+        let mut result = match self.method {
+            DequeueMethod::Pop => self.pop(max_chains)?,
+            DequeueMethod::Iter => self.iterate(max_chains)?,
         };
-        if did.chains > 0 {
-            did.call = self.queue.needs_notification(&self.memory)?;
+        if result.chains > 0 {
+            result.needs_call = self.queue.needs_notification(&self.memory)?;
         }
-        Ok(did)
+        Ok(result)
     }
 
-    fn pop(&mut self, most: u16) -> Result<BurstResult> {
-        let mut did = BurstResult::default();
-        while did.chains < most.into() {
+    fn pop(&mut self, max_chains: u16) -> Result<BurstResult> {
+        let mut result = BurstResult::default();
+        while result.chains < max_chains.into() {
             let Some(chain) = self.queue.pop_descriptor_chain(&self.memory) else {
                 break;
             };
             let head = chain.head_index();
             for desc in chain {
-                did.bytes += length(&self.memory, desc.addr(), desc.len())?;
+                result.bytes += translate(&self.memory, desc.addr(), desc.len())?;
             }
             self.queue.add_used(&self.memory, head, 0)?;
-            did.chains += 1;
+            result.chains += 1;
         }
-        Ok(did)
+        Ok(result)
     }
 
-    fn iterate(&mut self, most: u16) -> Result<BurstResult> {
-        let mut did = BurstResult::default();
+    fn iterate(&mut self, max_chains: u16) -> Result<BurstResult> {
+        let mut result = BurstResult::default();
         self.heads.clear();
-        for chain in self.queue.iter(&self.memory)?.take(most.into()) {
+        for chain in self.queue.iter(&self.memory)?.take(max_chains.into()) {
             self.heads.push(chain.head_index());
             for desc in chain {
-                did.bytes += length(&self.memory, desc.addr(), desc.len())?;
+                result.bytes += translate(&self.memory, desc.addr(), desc.len())?;
             }
         }
         for head in &self.heads {
             self.queue.add_used(&self.memory, *head, 0)?;
-            did.chains += 1;
+            result.chains += 1;
         }
-        Ok(did)
+        Ok(result)
     }
 }
 
-/// Translates a piece; its length.
+/// Translates a segment and returns its length.
 #[inline]
-fn length(memory: &GuestMemoryMmap, addr: GuestAddress, len: u32) -> Result<usize> {
+fn translate(memory: &GuestMemoryMmap, addr: GuestAddress, len: u32) -> Result<usize> {
     Ok(memory.get_slice(addr, usize::try_from(len)?)?.len())
 }
 
-/// The guest's memory as vm-memory maps it.
-fn map(ram: &GuestRam) -> Result<GuestMemoryMmap> {
+/// Maps the guest memory with vm-memory.
+fn map_memory(ram: &GuestRam) -> Result<GuestMemoryMmap> {
     let mut ranges = Vec::new();
     for region in ram.regions() {
-        let file = ram.file().try_clone().context("no descriptor is left")?;
-        let part = FileOffset::new(file, region.file_offset);
+        let file = ram
+            .file()
+            .try_clone()
+            .context("the file descriptor of guest memory cannot be duplicated")?;
+        let file_offset = FileOffset::new(file, region.file_offset);
         let size = usize::try_from(region.size)?;
-        ranges.push((GuestAddress(region.guest_addr), size, Some(part)));
+        ranges.push((GuestAddress(region.guest_addr), size, Some(file_offset)));
     }
     Ok(GuestMemoryMmap::from_ranges_with_files(ranges)?)
 }

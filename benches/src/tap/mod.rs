@@ -1,11 +1,11 @@
-//! What a frame costs between a guest's ring and a TAP, against bare system calls on the same queue
-//! of the same TAP: how much of a frame's time is ours.
+//! Measures the cost of a frame between a guest's virtqueue and a TAP, against bare system calls on
+//! the same queue of the same TAP. The difference is the cost of virtionetd.
 //!
 //! Everything is in one thread and one network namespace: the guest (crate `virtionet-guest`), the
-//! device's queue, the real TAP. Only the device's part is timed, one call a burst; the driver's
-//! part is not. The bare side moves the same frames through buffers of the same number and size, so
-//! that both find the caches alike. A sample is the median of its bursts: a burst in which another
-//! program had the CPU says nothing of ours.
+//! device's queue, and a real TAP. Only the device's part is timed, with one call for each burst.
+//! The bare side uses buffers of the same number and size for the same frames, so that both sides
+//! use the caches in the same way. A sample is the median of its bursts, because a burst during
+//! which another program uses the CPU does not show the cost of virtionetd.
 
 mod receive;
 mod send;
@@ -14,32 +14,32 @@ mod testbed;
 use anyhow::Result;
 use virtionet_guest::frame::{Checksum, Frame, FrameSpec, Transport};
 
-use self::receive::{Call, Receive};
-use self::send::Send;
+use self::receive::{ReadCall, Receiver};
+use self::send::Sender;
 use self::testbed::TapTestbed;
 use crate::harness::{pin_to_last_cpu, run_in_netns};
 use crate::outcome::{Better, GroupResult, Row};
 use crate::sampling::{Effort, PairedSamples};
 
-/// The least ratio that is good enough.
+/// The lowest acceptable ratio.
 const BOUND: f64 = 0.9;
 /// Bytes of Ethernet, IPv4 and TCP headers.
-const TCP: usize = 14 + 20 + 20;
+const TCP_HEADERS_LEN: usize = 14 + 20 + 20;
 /// Bytes of Ethernet, IPv4 and UDP headers.
-const UDP: usize = 14 + 20 + 8;
+const UDP_HEADERS_LEN: usize = 14 + 20 + 8;
 
-/// A size of frames.
+/// The size of the frames of a case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Size {
+enum FrameSize {
     /// 64 bytes.
     Small,
-    /// 1514 bytes: a full one of Ethernet.
+    /// 1514 bytes, which is the largest Ethernet frame with an MTU of 1500.
     Full,
-    /// 65,000 bytes of TCP, to be cut into segments of 1448.
+    /// 65,000 bytes of TCP with GSO, to be cut into segments of 1448 bytes.
     Segments,
 }
 
-impl Size {
+impl FrameSize {
     const ALL: [Self; 3] = [Self::Small, Self::Full, Self::Segments];
 
     fn name(self) -> &'static str {
@@ -50,25 +50,26 @@ impl Size {
         }
     }
 
-    fn frame(self) -> Result<Frame> {
+    fn build_frame(self) -> Result<Frame> {
         let tcp = FrameSpec::v4(Transport::Tcp);
         let frame = match self {
-            Self::Small => FrameSpec::v4(Transport::Udp).build(&[1; 64 - UDP]),
-            Self::Full => tcp.build(&[1; 1514 - TCP]),
+            Self::Small => FrameSpec::v4(Transport::Udp).build(&[1; 64 - UDP_HEADERS_LEN]),
+            Self::Full => tcp.build(&[1; 1514 - TCP_HEADERS_LEN]),
             Self::Segments => {
                 let spec = FrameSpec {
                     checksum: Checksum::Partial,
                     gso_size: Some(1448),
                     ..tcp
                 };
-                spec.build(&[1; 65_000 - TCP])
+                spec.build(&[1; 65_000 - TCP_HEADERS_LEN])
             }
         };
         Ok(frame?)
     }
 
-    /// Frames a sample: a few milliseconds of them, so that a pair of samples is soon taken.
-    fn frames(self) -> usize {
+    /// Returns the number of frames of a sample. A sample takes a few milliseconds, so that the
+    /// conditions are the same for both samples of a pair.
+    fn frames_per_sample(self) -> usize {
         match self {
             Self::Small | Self::Full => 2048,
             Self::Segments => 512,
@@ -76,7 +77,7 @@ impl Size {
     }
 }
 
-/// Measures every size, both ways.
+/// Measures every size in both directions.
 ///
 /// # Errors
 /// When this process is not root, or a frame is lost.
@@ -84,48 +85,51 @@ pub fn run(effort: Effort) -> Result<GroupResult> {
     run_in_netns(|| {
         pin_to_last_cpu()?;
         let mut outcome = GroupResult::default();
-        for size in Size::ALL {
-            outcome.rows.push(sending(size, effort)?);
+        for size in FrameSize::ALL {
+            outcome.rows.push(measure_sending(size, effort)?);
         }
-        for size in Size::ALL {
-            let row = receiving(size, Call::Readv, effort)?;
-            outcome.rows.push(row.bound(BOUND));
+        for size in FrameSize::ALL {
+            let row = measure_receiving(size, ReadCall::Readv, effort)?;
+            outcome.rows.push(row.with_bound(BOUND));
         }
-        // Out of reach where a frame may have several buffers; it shows what that costs.
-        for size in [Size::Small, Size::Full] {
-            outcome.rows.push(receiving(size, Call::Read, effort)?);
+        // `read` requires that each frame fits one buffer, which a device cannot assume. These
+        // cases show the cost of that and have no bound.
+        for size in [FrameSize::Small, FrameSize::Full] {
+            outcome
+                .rows
+                .push(measure_receiving(size, ReadCall::Read, effort)?);
         }
         Ok(outcome)
     })
 }
 
-fn sending(size: Size, effort: Effort) -> Result<Row> {
-    let testbed = TapTestbed::alone()?;
-    let mut ours = Send::ours(&testbed, &size.frame()?)?;
-    let mut bare = Send::bare(&testbed, &size.frame()?)?;
-    let frames = size.frames();
-    let pairs = PairedSamples::measure_in_turns(
+fn measure_sending(size: FrameSize, effort: Effort) -> Result<Row> {
+    let testbed = TapTestbed::without_source()?;
+    let mut ours = Sender::ours(&testbed, &size.build_frame()?)?;
+    let mut bare = Sender::bare(&testbed, &size.build_frame()?)?;
+    let frames = size.frames_per_sample();
+    let samples = PairedSamples::measure_in_turns(
         effort.choose(101, 11),
         || ours.measure(frames),
         || bare.measure(frames),
     )?;
     let case = format!("guest to TAP, {}", size.name());
-    let row = pairs.row(&case, "ns/frame", Better::Lower, "bare writev");
-    Ok(row.bound(BOUND))
+    let row = samples.row(&case, "ns/frame", Better::Lower, "bare writev");
+    Ok(row.with_bound(BOUND))
 }
 
-fn receiving(size: Size, call: Call, effort: Effort) -> Result<Row> {
+fn measure_receiving(size: FrameSize, call: ReadCall, effort: Effort) -> Result<Row> {
     let testbed = TapTestbed::with_source()?;
-    let mut ours = Receive::ours(&testbed, &size.frame()?)?;
-    let mut bare = Receive::bare(&testbed, &size.frame()?, call)?;
-    let frames = size.frames() / 2;
-    let pairs = PairedSamples::measure_in_turns(
+    let mut ours = Receiver::ours(&testbed, &size.build_frame()?)?;
+    let mut bare = Receiver::bare(&testbed, &size.build_frame()?, call)?;
+    let frames = size.frames_per_sample() / 2;
+    let samples = PairedSamples::measure_in_turns(
         effort.choose(101, 11),
         || ours.measure(frames),
         || bare.measure(frames),
     )?;
     let case = format!("TAP to guest, {}", size.name());
-    Ok(pairs.row(&case, "ns/frame", Better::Lower, call.name()))
+    Ok(samples.row(&case, "ns/frame", Better::Lower, call.name()))
 }
 
 #[cfg(test)]
@@ -134,9 +138,9 @@ mod tests {
 
     #[test]
     fn frames_have_the_sizes_that_the_cases_name() {
-        let lens = Size::ALL.map(|size| size.frame().unwrap().bytes.len());
+        let lens = FrameSize::ALL.map(|size| size.build_frame().unwrap().bytes.len());
         assert_eq!(lens, [64, 1514, 65_000]);
-        let header = Size::Segments.frame().unwrap().header;
+        let header = FrameSize::Segments.build_frame().unwrap().header;
         assert_eq!((header.gso_type, header.gso_size), (1, 1448));
     }
 }

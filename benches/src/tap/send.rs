@@ -1,4 +1,4 @@
-//! From the guest to the TAP.
+//! Frames from the guest to the TAP.
 
 use std::fs::File;
 use std::io::{IoSlice, Write};
@@ -12,22 +12,22 @@ use virtionet_virtio_net::TxQueue as DeviceTx;
 use virtionet_virtio_net::stats::VringStats;
 use virtionet_virtio_net::uplink::UplinkQueue;
 
-use super::testbed::{FEATURES, TapTestbed, device, guest_ram};
+use super::testbed::{FEATURES, TapTestbed, create_device_queue, create_guest_ram};
 use crate::harness::time_ns;
 use crate::sampling::median;
 
-/// Frames a burst: what a device takes at once.
-const BURST: u16 = 64;
-/// How a Linux guest cuts a frame of many segments: by pages.
+/// Number of frames in a burst, which is the largest burst of a device.
+const BURST_LEN: u16 = 64;
+/// Size of a segment: a Linux guest has one for each page of a large frame.
 const SEGMENT_SIZE: usize = 4096;
-/// Pieces of the largest frame, and its header.
+/// The largest number of segments of a frame, including the header.
 const MAX_SEGMENTS: usize = 18;
 
-/// One way to send.
-pub(super) enum Send {
-    /// A ring, a device's TX queue, the TAP's uplink queue.
+/// One side of the comparison.
+pub(super) enum Sender {
+    /// A transmitq, the TX queue of a device, and the uplink queue of the TAP.
     Ours(Box<Ours>),
-    /// `writev` on the TAP's descriptor, of pieces like the guest's.
+    /// `writev` on the file descriptor of the TAP, with segments like those of the guest.
     Bare(Bare),
 }
 
@@ -41,23 +41,23 @@ pub(super) struct Ours {
 pub(super) struct Bare {
     tap: File,
     header: Vec<u8>,
-    /// As many as the driver has in use.
+    /// One buffer for each frame of a burst, as in the driver.
     frames: Vec<Vec<u8>>,
 }
 
-impl Send {
+impl Sender {
     pub(super) fn ours(testbed: &TapTestbed, frame: &Frame) -> Result<Self> {
         let mut config = DriverQueueConfig::new(256, FEATURES);
         if frame.header.gso_size != 0 {
             config = config.with_big_tx();
             config.tx_layout = TxLayout::Segments(u32::try_from(SEGMENT_SIZE)?);
         }
-        let ram = guest_ram(&config)?;
+        let ram = create_guest_ram(&config)?;
         let mut driver = DriverTxQueue::new(&ram, &config)?;
         driver.prefill(frame)?;
         let stats = Arc::new(VringStats::default());
         Ok(Self::Ours(Box::new(Ours {
-            device: device(&ram, &driver.queue, &stats)?,
+            device: create_device_queue(&ram, &driver.queue, &stats)?,
             driver,
             uplink: testbed.queue(),
             stats,
@@ -66,49 +66,49 @@ impl Send {
 
     pub(super) fn bare(testbed: &TapTestbed, frame: &Frame) -> Result<Self> {
         Ok(Self::Bare(Bare {
-            tap: testbed.bare()?,
+            tap: testbed.queue_file()?,
             header: frame.header.to_bytes().to_vec(),
-            frames: vec![frame.bytes.clone(); BURST.into()],
+            frames: vec![frame.bytes.clone(); BURST_LEN.into()],
         }))
     }
 
-    /// Nanoseconds a frame over some `frames`, in the median burst.
+    /// Sends at least `frames` frames. Returns the nanoseconds per frame of the median burst.
     pub(super) fn measure(&mut self, frames: usize) -> Result<f64> {
-        let mut took = Vec::new();
-        for _ in 0..frames.div_ceil(BURST.into()) {
-            took.push(match self {
-                Self::Ours(ours) => ours.burst()?,
-                Self::Bare(bare) => bare.burst()?,
+        let mut times = Vec::new();
+        for _ in 0..frames.div_ceil(BURST_LEN.into()) {
+            times.push(match self {
+                Self::Ours(ours) => ours.send_burst()?,
+                Self::Bare(bare) => bare.send_burst()?,
             });
         }
-        Ok(median(&took) / f64::from(BURST))
+        Ok(median(&times) / f64::from(BURST_LEN))
     }
 }
 
 impl Ours {
-    fn burst(&mut self) -> Result<f64> {
+    fn send_burst(&mut self) -> Result<f64> {
         ensure!(
-            self.driver.queue_prefilled(BURST)? == BURST,
-            "the driver's ring is full although every burst is taken back"
+            self.driver.queue_prefilled(BURST_LEN)? == BURST_LEN,
+            "the transmitq is full although the driver reclaims every burst"
         );
         self.driver.flush()?;
         let before = self.stats.frames.get();
-        let took = time_ns(|| {
+        let time = time_ns(|| {
             self.device.send(Some(&*self.uplink))?;
             Ok(())
         })?;
         let sent = self.stats.frames.get() - before;
         ensure!(
-            sent == u64::from(BURST),
-            "the TAP took {sent} of {BURST} frames"
+            sent == u64::from(BURST_LEN),
+            "the TAP accepted {sent} of {BURST_LEN} frames"
         );
         self.driver.reclaim()?;
-        Ok(took)
+        Ok(time)
     }
 }
 
 impl Bare {
-    fn burst(&mut self) -> Result<f64> {
+    fn send_burst(&mut self) -> Result<f64> {
         let Self {
             tap,
             header,
@@ -116,15 +116,18 @@ impl Bare {
         } = self;
         time_ns(|| {
             for frame in &*frames {
-                let mut list = [IoSlice::new(&[]); MAX_SEGMENTS];
+                let mut iovecs = [IoSlice::new(&[]); MAX_SEGMENTS];
                 let segments = frame.chunks(SEGMENT_SIZE);
                 let count = 1 + segments.len();
-                list[0] = IoSlice::new(header);
-                for (slot, segment) in list[1..].iter_mut().zip(segments) {
-                    *slot = IoSlice::new(segment);
+                iovecs[0] = IoSlice::new(header);
+                for (iovec, segment) in iovecs[1..].iter_mut().zip(segments) {
+                    *iovec = IoSlice::new(segment);
                 }
-                let len = tap.write_vectored(&list[..count])?;
-                ensure!(len == header.len() + frame.len(), "the TAP cut a frame");
+                let len = tap.write_vectored(&iovecs[..count])?;
+                ensure!(
+                    len == header.len() + frame.len(),
+                    "the TAP accepted {len} bytes of a frame"
+                );
             }
             Ok(())
         })

@@ -1,4 +1,4 @@
-//! The TAP, and where its frames come from.
+//! The TAP, and the source of the frames that it receives.
 
 use std::fs::File;
 use std::os::fd::BorrowedFd;
@@ -14,12 +14,12 @@ use virtionet_virtio_net::uplink::{Uplink, UplinkQueue, null_rx_sink};
 use virtionet_virtio_net::{DeviceQueue, QueueConfig};
 use virtionet_virtqueue::VirtqueueLayout;
 
-use crate::harness::ip;
+use crate::harness::run_ip;
 
-/// What the guest negotiated.
+/// The features that the guest negotiates.
 pub(super) const FEATURES: u64 = MODERN;
 
-/// A TAP with one queue, and for frames towards it a second TAP on the same bridge.
+/// A TAP with one queue, and optionally a second TAP on the same bridge as the source of frames.
 #[derive(Debug)]
 pub(super) struct TapTestbed {
     tap: TapEnd,
@@ -29,45 +29,46 @@ pub(super) struct TapTestbed {
 #[derive(Debug)]
 struct TapEnd {
     queue: Arc<dyn UplinkQueue>,
-    // Held: a TAP that is closed is gone.
+    // The kernel removes a TAP when it is closed.
     _tap: Tap,
 }
 
 impl TapTestbed {
-    /// Nobody takes the TAP's frames: the host's stack drops them at once.
-    pub(super) fn alone() -> Result<Self> {
+    /// Creates a TAP without a source. The network stack of the host drops the frames that are sent
+    /// to the TAP.
+    pub(super) fn without_source() -> Result<Self> {
         Ok(Self {
             tap: TapEnd::new("bench0", None)?,
             source: None,
         })
     }
 
-    /// What is written to the source comes out of the TAP, through a bridge.
+    /// Creates a TAP and a source on a bridge, which forwards frames from the source to the TAP.
     pub(super) fn with_source() -> Result<Self> {
         // A bridge of an earlier testbed may still exist.
-        _ = ip("link del benchbr");
-        ip("link add benchbr type bridge stp_state 0 forward_delay 0 mcast_snooping 0")?;
-        ip("link set benchbr up")?;
+        _ = run_ip("link del benchbr");
+        run_ip("link add benchbr type bridge stp_state 0 forward_delay 0 mcast_snooping 0")?;
+        run_ip("link set benchbr up")?;
         Ok(Self {
             tap: TapEnd::new("bench0", Some("benchbr"))?,
             source: Some(TapEnd::new("bench1", Some("benchbr"))?),
         })
     }
 
-    /// The TAP's queue, as a device uses it.
+    /// The queue of the TAP, as a device uses it.
     pub(super) fn queue(&self) -> Arc<dyn UplinkQueue> {
         Arc::clone(&self.tap.queue)
     }
 
-    /// The same queue's descriptor, for bare system calls.
-    pub(super) fn bare(&self) -> Result<File> {
-        file(&self.tap)
+    /// Duplicates the file descriptor of the same queue, for bare system calls.
+    pub(super) fn queue_file(&self) -> Result<File> {
+        duplicate_file(&self.tap)
     }
 
-    /// The source's descriptor.
-    pub(super) fn source(&self) -> Result<File> {
+    /// Duplicates the file descriptor of the source.
+    pub(super) fn source_file(&self) -> Result<File> {
         let source = self.source.as_ref();
-        file(source.context("this testbed has no source")?)
+        duplicate_file(source.context("this testbed has no source")?)
     }
 }
 
@@ -78,7 +79,10 @@ impl TapEnd {
             bridge: bridge.map(str::to_owned),
         };
         let tap = Tap::open(&config)?;
-        ensure!(tap.is_created_by_us(), "the TAP {name} was there already");
+        ensure!(
+            tap.is_created_by_us(),
+            "the TAP {name} already exists: delete it and try again"
+        );
         tap.set_format(Features(FEATURES).format())?;
         let queue = tap.open_queue(0, null_rx_sink())?;
         queue.set_attached(true)?;
@@ -86,25 +90,31 @@ impl TapEnd {
     }
 }
 
-fn file(end: &TapEnd) -> Result<File> {
-    let fd: BorrowedFd<'_> = end.queue.poll_fd().context("a TAP has a descriptor")?;
+fn duplicate_file(end: &TapEnd) -> Result<File> {
+    let fd: BorrowedFd<'_> = end
+        .queue
+        .poll_fd()
+        .context("the TAP has no file descriptor")?;
     Ok(File::from(fd.try_clone_to_owned()?))
 }
 
-/// A device's queue on the ring of a driver in this process.
-pub(super) fn device<Q: DeviceQueue>(
+/// Creates a device's queue on the virtqueue of a driver in this process.
+pub(super) fn create_device_queue<Q: DeviceQueue>(
     ram: &GuestRam,
     driver: &net::DriverQueue,
     stats: &Arc<VringStats>,
 ) -> Result<Q> {
-    let at = driver.ring.addresses();
-    let user = |addr| ram.user_addr(addr).context("a ring is not in guest memory");
+    let addresses = driver.ring.addresses();
+    let user_addr = |addr| {
+        ram.user_addr(addr)
+            .context("a virtqueue is not in guest memory")
+    };
     let config = QueueConfig {
         layout: VirtqueueLayout {
             size: driver.ring.size(),
-            desc: user(at.descriptors)?,
-            avail: user(at.driver)?,
-            used: user(at.device)?,
+            desc: user_addr(addresses.descriptors)?,
+            avail: user_addr(addresses.driver)?,
+            used: user_addr(addresses.device)?,
         },
         base: driver.ring.base(),
         features: Features(FEATURES),
@@ -114,8 +124,8 @@ pub(super) fn device<Q: DeviceQueue>(
     Ok(Q::new(config)?)
 }
 
-/// Guest memory for one queue of this configuration.
-pub(super) fn guest_ram(config: &net::DriverQueueConfig) -> Result<GuestRam> {
+/// Creates guest memory for a queue with this configuration.
+pub(super) fn create_guest_ram(config: &net::DriverQueueConfig) -> Result<GuestRam> {
     Ok(GuestRam::new(
         config.memory().next_multiple_of(4096) + (1 << 16),
     )?)

@@ -68,7 +68,7 @@ impl Stream {
         self.message(code, 0, &[])
     }
 
-    /// Appends a request with a number that asks for an acknowledgement.
+    /// Appends a request with a number and NEED_REPLY.
     fn number(self, code: u32, value: u64) -> Self {
         self.message(code, VHOST_USER_NEED_REPLY_MASK, &value.to_ne_bytes())
     }
@@ -146,7 +146,7 @@ impl Stream {
             .eventfd(SET_VRING_CALL, kick)
     }
 
-    /// Appends what QEMU sends to start one queue pair.
+    /// Appends the messages with which QEMU starts one queue pair.
     fn start(self) -> Self {
         self.negotiate()
             .eventfd(SET_VRING_CALL, 0)

@@ -1,9 +1,9 @@
-//! Seeds for `offload`: frames that ask for offloads.
+//! Seeds for `offload`: frames that request offloads.
 
 use super::Seeds;
 use crate::packets::{ACK, CWR, ECE, FIN, PSH, Packet, PacketBuilder};
 
-// What the receiver accepts, in the bits of `offload::format`.
+// The offloads that the receiver accepts, in the bits of `offload::format`.
 const NOTHING: u8 = 0;
 const CSUM: u8 = 1;
 const ALL: u8 = 31;

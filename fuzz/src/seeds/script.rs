@@ -21,7 +21,7 @@ pub const ANYWHERE: u8 = 7;
 
 /// An operation of either format.
 pub trait Code {
-    /// The byte that stands for the operation.
+    /// The byte that encodes the operation.
     fn code(self) -> usize;
 }
 

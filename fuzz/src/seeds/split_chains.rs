@@ -171,8 +171,8 @@ fn bad_index() -> Script {
     tx().op(Op::AvailIndex, &[9, 9]).turn()
 }
 
-/// Indirect tables of 2,047 and 2,046 entries that loop: one through a buffer of 1 byte, and one through
-/// a buffer of 6 MiB.
+/// Indirect tables of 2,047 and 2,046 entries that loop: one through a buffer of 1 byte, and one
+/// through a buffer of 6 MiB.
 fn long_chains() -> Script {
     tx().table(0, (IN_DATA, 0), 1, VRING_DESC_F_NEXT, 0)
         .table(
