@@ -1,5 +1,5 @@
-//! Which accelerator a guest runs under. `/dev/kvm` may exist and yet not run an ordinary kernel, so
-//! that only a trial boot shows whether KVM can be used.
+//! The accelerator of a guest. `/dev/kvm` can exist on a machine where an ordinary kernel does not
+//! boot under KVM, so only a trial boot shows whether KVM can be used.
 
 use std::fmt;
 use std::fs;
@@ -11,20 +11,21 @@ use anyhow::{Result, bail};
 use crate::paths;
 use crate::qemu_version::version;
 
-/// What is asked for.
+/// The accelerator that a caller asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Accel {
     /// QEMU's software emulation.
     Tcg,
     /// Hardware virtualization.
     Kvm,
-    /// KVM where the guest image boots under it, else TCG.
+    /// KVM if the guest image boots under it, otherwise TCG.
     #[default]
     Auto,
 }
 
 impl Accel {
-    /// [`Accel::Kvm`] or [`Accel::Tcg`]; `kvm_boots` tries a guest where the result is not known yet.
+    /// Returns [`Accel::Kvm`] or [`Accel::Tcg`]. Calls `kvm_boots`, which boots a guest, only if no
+    /// earlier result is stored for this boot of the host and this version of QEMU.
     pub(crate) fn resolve_with(self, kvm_boots: fn() -> bool) -> Result<Self> {
         if self != Self::Auto {
             return Ok(self);
@@ -34,7 +35,7 @@ impl Accel {
         }
         let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
         let key = format!("{} {}", boot.trim(), version()?);
-        let file = paths::cache().join("accel");
+        let file = paths::cache_dir().join("accel");
         let known = fs::read_to_string(&file).unwrap_or_default();
         if let Some((accel, of)) = known.split_once(' ')
             && of == key
@@ -42,7 +43,7 @@ impl Accel {
             return accel.parse();
         }
         let accel = if kvm_boots() { Self::Kvm } else { Self::Tcg };
-        // If this cannot be written, only another trial is needed the next time.
+        // A failed write is harmless: the next process repeats the trial.
         _ = fs::write(&file, format!("{accel} {key}"));
         Ok(accel)
     }

@@ -1,5 +1,5 @@
-//! A list of what must not outlive this process, worked off when a signal
-//! ends it. `Drop` covers the ordinary end and a panic.
+//! The cleanup actions that a signal handler runs when a signal ends this process. `Drop` covers
+//! the ordinary exit and a panic.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -23,24 +23,24 @@ struct List {
     actions: BTreeMap<u64, Action>,
 }
 
-/// Something to undo.
+/// An action that undoes a change to the host.
 #[derive(Clone, Debug)]
 pub enum Action {
     /// Kill this child process.
     Kill(i32),
     /// Delete this named network namespace.
     Netns(String),
-    /// Remove this directory and all below it.
+    /// Remove this directory and everything in it.
     Remove(PathBuf),
-    /// Call this function with this number: of huge pages to give back, or of a CPU.
+    /// Call this function with this number, which is a number of huge pages or the number of a CPU.
     CallWithNumber(fn(u64), u64),
-    /// Call this function with this path: of a cpuset to remove.
+    /// Call this function with this path, which is that of a cpuset.
     CallWithPath(fn(&Path), PathBuf),
 }
 
 impl Action {
     fn run(&self) {
-        // Nothing can be done about a failure on the way out.
+        // The process is about to exit, so a failure cannot be handled.
         match self {
             Self::Kill(pid) => _ = kill(Pid::from_raw(*pid), Signal::SIGKILL),
             Self::Netns(name) => _ = delete_netns(name),
@@ -51,8 +51,7 @@ impl Action {
     }
 }
 
-/// Keeps an [`Action`] listed; dropping it takes the action off the list
-/// without running it.
+/// Keeps an [`Action`] registered. Dropping it removes the action without running it.
 #[derive(Debug)]
 pub struct Entry(u64);
 
@@ -62,7 +61,7 @@ impl Drop for Entry {
     }
 }
 
-/// Lists `action`, to be run if SIGINT, SIGTERM or SIGHUP ends this process.
+/// Registers `action`, which runs if SIGINT, SIGTERM or SIGHUP ends this process.
 pub fn register(action: Action) -> Entry {
     static WATCH: Once = Once::new();
     WATCH.call_once(watch_signals);
@@ -73,7 +72,8 @@ pub fn register(action: Action) -> Entry {
     Entry(id)
 }
 
-/// Deletes a named network namespace with what is in it.
+/// Deletes a named network namespace and the interfaces in it. Returns whether it existed and was
+/// deleted.
 pub(crate) fn delete_netns(name: &str) -> std::io::Result<bool> {
     let status = Command::new("ip")
         .args(["netns", "delete", name])
@@ -87,14 +87,15 @@ fn list() -> MutexGuard<'static, List> {
 }
 
 fn watch_signals() {
-    // Without a handler the default action ends us, and the kernel our children.
+    // Without a handler, the default action ends this process, and the kernel kills its children.
     let Ok(mut signals) = Signals::new([SIGINT, SIGTERM, SIGHUP]) else {
         return;
     };
     thread::spawn(move || {
         if let Some(signal) = signals.forever().next() {
             let list = list();
-            // The youngest first: processes before the namespace they are in.
+            // The newest action runs first, so that processes end before their namespace is
+            // deleted.
             for action in list.actions.values().rev() {
                 action.run();
             }

@@ -1,4 +1,4 @@
-//! virtionetd as a process: started, asked over its control socket, stopped.
+//! virtionetd as a process: starting it, querying it over its control socket, and stopping it.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::net::UnixStream;
@@ -16,17 +16,17 @@ use crate::netns::Netns;
 use crate::paths::{self, RunDir};
 use crate::process::Proc;
 
-const START: Duration = Duration::from_secs(10);
-const STOP: Duration = Duration::from_secs(10);
+const START_TIMEOUT: Duration = Duration::from_secs(10);
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How the daemon is to be started.
+/// The options with which a daemon is started.
 #[derive(Clone, Debug)]
 pub struct Options {
     netns: Option<String>,
     program: Option<PathBuf>,
     wrapper: Vec<OsString>,
-    own_socket: bool,
-    listens: bool,
+    has_socket: bool,
+    is_listening: bool,
     control: Option<PathBuf>,
     args: Vec<OsString>,
 }
@@ -38,45 +38,46 @@ impl Default for Options {
 }
 
 impl Options {
-    /// With `--socket-path` and `--control` in the run's directory and nothing
-    /// else.
+    /// Starts the daemon with `--socket-path` and `--control` in the run's directory, and without
+    /// further arguments.
     pub fn new() -> Self {
         Self {
             netns: None,
             program: None,
             wrapper: Vec::new(),
-            own_socket: true,
-            listens: true,
+            has_socket: true,
+            is_listening: true,
             control: None,
             args: Vec::new(),
         }
     }
 
-    /// It runs in this network namespace, where its TAP then is. Its unix
-    /// sockets are not affected.
+    /// Runs the daemon in this network namespace, so that it opens its TAP there. The namespace
+    /// does not affect its Unix sockets.
     #[must_use]
     pub fn netns(mut self, netns: &Netns) -> Self {
         self.netns = Some(netns.name().to_owned());
         self
     }
 
-    /// It connects to a QEMU that listens.
+    /// Adds `--client`: QEMU listens on the socket, and the daemon connects to it.
     #[must_use]
     pub fn client(mut self) -> Self {
-        self.listens = false;
+        self.is_listening = false;
         self.arg("--client")
     }
 
-    /// Without `--socket-path`: for `--fd` and `--device`, which say where front-ends come from.
+    /// Omits `--socket-path`, for a daemon whose `--fd` or `--device` says where front-ends
+    /// connect.
     #[must_use]
     pub fn no_socket(mut self) -> Self {
-        self.own_socket = false;
-        self.listens = false;
+        self.has_socket = false;
+        self.is_listening = false;
         self
     }
 
-    /// With the words of this command line, the program's name first, and nothing else; they name
-    /// `control` as the control socket.
+    /// Uses the arguments of this command line, whose first word is the program's name. The command
+    /// line must name `control` as the control socket.
     #[must_use]
     pub fn command(mut self, words: &[String], control: &Path) -> Self {
         let words = words.iter().skip(1).map(OsString::from);
@@ -85,41 +86,43 @@ impl Options {
         self.no_socket()
     }
 
-    /// It is started through these words, such as `setpriv` with its flags, in its namespace.
+    /// Starts the daemon through this command, such as `setpriv` with its flags. The command runs
+    /// in the daemon's namespace.
     #[must_use]
     pub fn wrapped_in<'a>(mut self, words: impl IntoIterator<Item = &'a str>) -> Self {
         self.wrapper.extend(words.into_iter().map(OsString::from));
         self
     }
 
-    /// Another copy of the program than [`paths::virtionetd`]'s.
+    /// Starts this program instead of [`paths::virtionetd`].
     #[must_use]
     pub fn program(mut self, path: &Path) -> Self {
         self.program = Some(path.to_owned());
         self
     }
 
-    /// A further flag or value.
+    /// Adds one argument.
     #[must_use]
     pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
         self.args.push(arg.as_ref().to_owned());
         self
     }
 
-    /// A further flag and its value.
+    /// Adds a flag and its value.
     #[must_use]
     pub fn flag(self, flag: &str, value: impl AsRef<OsStr>) -> Self {
         self.arg(flag).arg(value)
     }
 
-    /// Starts it and waits until its sockets take connections.
+    /// Starts the daemon and waits, for at most 10 s, until its sockets accept connections. Its
+    /// sockets and its log are files in `dir` whose names begin with `name`.
     ///
     /// # Errors
-    /// When it ends at once or its sockets do not come: with its words.
+    /// When the daemon exits, or does not create its sockets in time. The error contains its log.
     pub fn start(&self, dir: &RunDir, name: &str) -> Result<Daemon> {
         let mut daemon = self.spawn(dir, name)?;
-        // Connecting to the vhost-user socket would be taken for a front-end.
-        if self.listens {
+        // The daemon would take a connection to the vhost-user socket for a front-end.
+        if self.is_listening {
             daemon.wait_for("its vhost-user socket", |d| d.socket.exists())?;
         }
         daemon.wait_for("its control socket", |d| {
@@ -128,17 +131,17 @@ impl Options {
         Ok(daemon)
     }
 
-    /// Starts it, where it is to refuse, and waits for its end, 10 s at most.
+    /// Starts a daemon that is expected to exit, and waits for its exit for at most 10 s.
     ///
     /// # Errors
-    /// When it does not end.
-    pub fn run_to_end(&self, dir: &RunDir, name: &str) -> Result<Stopped> {
+    /// When it does not exit in time.
+    pub fn run_to_end(&self, dir: &RunDir, name: &str) -> Result<DaemonExit> {
         let started_at = Instant::now();
         let mut proc = self.spawn(dir, name)?.proc;
-        let status = proc.wait(STOP)?;
-        Ok(Stopped {
+        let status = proc.wait(STOP_TIMEOUT)?;
+        Ok(DaemonExit {
             status,
-            took: started_at.elapsed(),
+            duration: started_at.elapsed(),
             stderr: proc.stderr(),
         })
     }
@@ -158,11 +161,11 @@ impl Options {
         if self.control.is_none() {
             words.extend(["--control".into(), control.clone().into()]);
         }
-        if self.own_socket {
+        if self.has_socket {
             words.extend(["--socket-path".into(), socket.clone().into()]);
         }
         words.extend(self.args.iter().cloned());
-        let (program, args) = words.split_first().context("an empty command")?;
+        let (program, args) = words.split_first().context("the command is empty")?;
         Ok(Daemon {
             proc: Proc::spawn(dir, name, self.netns.as_deref(), program, args)?,
             socket,
@@ -171,7 +174,7 @@ impl Options {
     }
 }
 
-/// A running daemon; dropping it kills it.
+/// A running daemon. Dropping this value kills it.
 #[derive(Debug)]
 pub struct Daemon {
     proc: Proc,
@@ -179,29 +182,29 @@ pub struct Daemon {
     control: PathBuf,
 }
 
-/// How the daemon ended.
+/// The exit of a daemon.
 #[derive(Debug)]
-pub struct Stopped {
-    /// Its exit status.
+pub struct DaemonExit {
+    /// The exit status.
     pub status: ExitStatus,
-    /// How long it took from the signal.
-    pub took: Duration,
-    /// All that it wrote to its standard error.
+    /// The time from the signal to the exit, or from the start if no signal was sent.
+    pub duration: Duration,
+    /// Everything that the daemon wrote to its standard error.
     pub stderr: String,
 }
 
 impl Daemon {
-    /// The vhost-user socket; nothing is there after [`Options::no_socket`].
+    /// The path of the vhost-user socket, which does not exist after [`Options::no_socket`].
     pub fn socket(&self) -> &Path {
         &self.socket
     }
 
-    /// The control socket.
+    /// The path of the control socket.
     pub fn control(&self) -> &Path {
         &self.control
     }
 
-    /// Its process id.
+    /// The process id.
     pub fn pid(&self) -> u32 {
         self.proc.pid()
     }
@@ -211,101 +214,105 @@ impl Daemon {
         &mut self.proc
     }
 
-    /// What it has written to its standard error so far.
+    /// Everything that the daemon has written to its standard error so far.
     pub fn stderr(&self) -> String {
         self.proc.stderr()
     }
 
-    /// GETs `target` from the control socket.
+    /// Sends `GET target` to the control socket and parses the response as JSON.
     ///
     /// # Errors
-    /// When the answer is not 200, or its body is no JSON.
+    /// When the status is not 200, or the body is not JSON.
     pub fn get(&self, target: &str) -> Result<Value> {
         let text = self.get_text(target)?;
-        serde_json::from_str(&text).with_context(|| format!("GET {target} gave no JSON: {text}"))
+        serde_json::from_str(&text)
+            .with_context(|| format!("the response to GET {target} is not JSON: {text}"))
     }
 
-    /// GETs `target` as text, such as the metrics.
+    /// Sends `GET target` to the control socket and returns the response as text.
     ///
     /// # Errors
-    /// When the answer is not 200.
+    /// When the status is not 200.
     pub fn get_text(&self, target: &str) -> Result<String> {
-        let answer = http::request(&self.control, "GET", target, "")?;
+        let response = http::request(&self.control, "GET", target, "")?;
         ensure!(
-            answer.status == 200,
-            "GET {target} gave {}: {}",
-            answer.status,
-            answer.body
+            response.status == 200,
+            "GET {target} returned status {}: {}",
+            response.status,
+            response.body
         );
-        Ok(answer.body)
+        Ok(response.body)
     }
 
-    /// The first device, as `GET /v1/devices` shows it.
+    /// Returns the first device of `GET /v1/devices`.
     ///
     /// # Errors
-    /// When there is none.
+    /// When there is no device.
     pub fn device(&self) -> Result<Value> {
         let mut all = self.get("/v1/devices")?;
         let device = all["devices"][0].take();
-        ensure!(device.is_object(), "the daemon shows no device: {all}");
+        ensure!(device.is_object(), "the daemon reports no device: {all}");
         Ok(device)
     }
 
-    /// Polls the first device until `done` holds.
+    /// Reads the first device until `is_done` returns true, and returns the device. `state`
+    /// describes the expected state for the error, as in "the device is not `state`".
     ///
     /// # Errors
-    /// When it does not within `timeout`: with the device as it was last.
-    pub fn wait_device(
+    /// When the daemon exits, or the state is not reached within `timeout`. The error contains the
+    /// last state of the device.
+    pub fn wait_for_device(
         &mut self,
-        what: &str,
+        state: &str,
         timeout: Duration,
-        done: impl Fn(&Value) -> bool,
+        is_done: impl Fn(&Value) -> bool,
     ) -> Result<Value> {
         let until = Instant::now() + timeout;
         loop {
             self.proc.check_alive()?;
             let device = self.device()?;
-            if done(&device) {
+            if is_done(&device) {
                 return Ok(device);
             }
             ensure!(
                 Instant::now() < until,
-                "the device is not {what} after {timeout:?}: {device}"
+                "the device is not {state} after {timeout:?}: {device}"
             );
             sleep(Duration::from_millis(20));
         }
     }
 
-    /// Sends `signal` and waits for its end, 10 s at most.
+    /// Sends `signal` and waits for the exit for at most 10 s.
     ///
     /// # Errors
-    /// When it had ended before, or does not end.
-    pub fn stop(mut self, signal: Signal) -> Result<Stopped> {
-        self.end(signal)
+    /// When the daemon has exited before the signal, or does not exit in time.
+    pub fn stop(mut self, signal: Signal) -> Result<DaemonExit> {
+        self.stop_in_place(signal)
     }
 
-    /// The same for a daemon that another is to follow.
+    /// Does the same as [`Daemon::stop`], but keeps the value, so that the caller can still read
+    /// the daemon's paths.
     ///
     /// # Errors
-    /// When it had ended before, or does not end.
-    pub fn end(&mut self, signal: Signal) -> Result<Stopped> {
+    /// When the daemon has exited before the signal, or does not exit in time.
+    pub fn stop_in_place(&mut self, signal: Signal) -> Result<DaemonExit> {
         let started_at = Instant::now();
         self.proc.signal(signal)?;
-        let status = self.proc.wait(STOP)?;
-        Ok(Stopped {
+        let status = self.proc.wait(STOP_TIMEOUT)?;
+        Ok(DaemonExit {
             status,
-            took: started_at.elapsed(),
+            duration: started_at.elapsed(),
             stderr: self.proc.stderr(),
         })
     }
 
-    fn wait_for(&mut self, what: &str, is_ready: impl Fn(&Self) -> bool) -> Result<()> {
-        let until = Instant::now() + START;
+    fn wait_for(&mut self, socket: &str, is_ready: impl Fn(&Self) -> bool) -> Result<()> {
+        let until = Instant::now() + START_TIMEOUT;
         while !is_ready(self) {
             self.proc.check_alive()?;
             ensure!(
                 Instant::now() < until,
-                "virtionetd did not open {what} in {START:?}; its stderr: {}",
+                "virtionetd did not open {socket} within {START_TIMEOUT:?}; its stderr: {}",
                 self.proc.stderr().trim()
             );
             sleep(Duration::from_millis(5));

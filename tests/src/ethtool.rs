@@ -1,11 +1,12 @@
-//! What `ethtool` in the guest says about a network device, as typed values.
+//! The output of `ethtool` in the guest, as typed values.
 //!
-//! The values are looked up by the names that ethtool prints, under the heading that they belong to:
-//! newer versions print further lines and use other columns. ethtool 6.1 has no JSON form of `-g`,
-//! and neither 6.1 nor 6.14 has one of `-l`, but both versions use the same names in their text.
+//! Values are found by the name that ethtool prints and the heading above it, because newer
+//! versions print more lines and use other columns. ethtool 6.1 cannot print `-g` as JSON, and
+//! neither 6.1 nor 6.14 can print `-l` as JSON, but both versions use the same names in their text.
 //!
-//! Per-queue statistics (`ethtool -S`) are not here: virtio_net of Linux 6.12 has no packets among
-//! them, so tests read `/sys/class/net/DEVICE/statistics`, which all kernels have.
+//! This module does not read per-queue statistics (`ethtool -S`), because those of virtio_net in
+//! Linux 6.12 contain no packet counters. Tests read `/sys/class/net/DEVICE/statistics` instead,
+//! which every kernel provides.
 
 use std::collections::BTreeMap;
 
@@ -17,7 +18,7 @@ use crate::guest::Guest;
 const MAXIMUM: &str = "Pre-set maximums";
 const CURRENT: &str = "Current hardware settings";
 
-/// A number that the driver may change up to a maximum.
+/// A setting that the driver can change up to a maximum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EthtoolSetting {
     /// The value in use.
@@ -26,35 +27,35 @@ pub struct EthtoolSetting {
     pub maximum: u32,
 }
 
-/// The sizes of a network device's rings.
+/// The ring sizes of a network device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingSizes {
-    /// Descriptors of each receive ring.
+    /// The number of descriptors of each receiveq.
     pub rx: EthtoolSetting,
-    /// Descriptors of each transmit ring.
+    /// The number of descriptors of each transmitq.
     pub tx: EthtoolSetting,
 }
 
-/// The features of a network device: whether each is on, by name.
+/// The features of a network device by name; the value says whether the feature is on.
 pub type EthtoolFeatures = BTreeMap<String, bool>;
 
 /// Reads the ring sizes of `device`.
 ///
 /// # Errors
-/// When ethtool fails, or does not print them.
+/// When ethtool fails, or does not print the sizes.
 pub fn rings(guest: &Guest, device: &str) -> Result<RingSizes> {
     parse_rings(&guest.ok(&format!("ethtool -g {device}"))?)
 }
 
-/// Reads how many queue pairs of `device` the driver uses (ethtool's combined channels).
+/// Reads the number of queue pairs of `device` that the driver uses (ethtool's combined channels).
 ///
 /// # Errors
-/// When ethtool fails, or does not print it.
+/// When ethtool fails, or does not print the number.
 pub fn combined(guest: &Guest, device: &str) -> Result<EthtoolSetting> {
     parse_combined(&guest.ok(&format!("ethtool -l {device}"))?)
 }
 
-/// Has the driver use `pairs` queue pairs of `device`, unless it uses so many already.
+/// Sets the number of queue pairs of `device` that the driver uses, if it differs from `pairs`.
 ///
 /// # Errors
 /// When ethtool fails.
@@ -76,24 +77,24 @@ pub fn features(guest: &Guest, device: &str) -> Result<EthtoolFeatures> {
 
 fn parse_rings(text: &str) -> Result<RingSizes> {
     Ok(RingSizes {
-        rx: setting(text, "RX")?,
-        tx: setting(text, "TX")?,
+        rx: parse_setting(text, "RX")?,
+        tx: parse_setting(text, "TX")?,
     })
 }
 
 fn parse_combined(text: &str) -> Result<EthtoolSetting> {
-    setting(text, "Combined")
+    parse_setting(text, "Combined")
 }
 
-fn setting(text: &str, name: &str) -> Result<EthtoolSetting> {
+fn parse_setting(text: &str, name: &str) -> Result<EthtoolSetting> {
     Ok(EthtoolSetting {
-        current: number(text, CURRENT, name)?,
-        maximum: number(text, MAXIMUM, name)?,
+        current: parse_number(text, CURRENT, name)?,
+        maximum: parse_number(text, MAXIMUM, name)?,
     })
 }
 
-/// The number called `name` under `heading`: a heading is a line without a value.
-fn number(text: &str, heading: &str, name: &str) -> Result<u32> {
+/// Parses the number called `name` under `heading`. A heading is a line without a value.
+fn parse_number(text: &str, heading: &str, name: &str) -> Result<u32> {
     let lines = text.lines().filter_map(|line| line.split_once(':'));
     let (_, value) = lines
         .map(|(key, value)| (key.trim(), value.trim()))
@@ -107,7 +108,8 @@ fn number(text: &str, heading: &str, name: &str) -> Result<u32> {
         .with_context(|| format!("{name} under '{heading}' is '{value}', not a number: {text}"))
 }
 
-/// A feature's line is `NAME: on` or `NAME: off`, perhaps with `[fixed]` or `[requested on]`.
+/// Parses lines of the form `NAME: on` or `NAME: off`, to which ethtool may append `[fixed]` or
+/// `[requested on]`.
 fn parse_features(text: &str) -> EthtoolFeatures {
     let lines = text.lines().filter_map(|line| line.split_once(':'));
     lines
@@ -126,7 +128,7 @@ fn parse_features(text: &str) -> EthtoolFeatures {
 mod tests {
     use super::*;
 
-    /// Of ethtool 6.1 (Debian 12).
+    /// The output of ethtool 6.1 (Debian 12).
     const RINGS_6_1: &str = "Ring parameters for eth0:
 Pre-set maximums:
 RX:\t\t1024
@@ -143,7 +145,7 @@ CQE Size:\t\tn/a
 TX Push:\toff
 TCP data split:\tn/a
 ";
-    /// Of ethtool 6.14 (Debian 13).
+    /// The output of ethtool 6.14 (Debian 13).
     const RINGS_6_14: &str = "Ring parameters for eth0:
 Pre-set maximums:
 RX:\t\t\t1024
@@ -163,7 +165,7 @@ RX Push:\t\toff
 TX push buff len:\t1024
 TCP data split:\t\tn/a
 ";
-    /// Of both versions.
+    /// The output of both versions.
     const CHANNELS: &str = "Channel parameters for eth0:
 Pre-set maximums:
 RX:\t\tn/a
@@ -185,7 +187,7 @@ large-receive-offload: off [requested on]
 ";
 
     #[test]
-    fn rings_are_read_from_old_and_new_text() {
+    fn ring_sizes_are_parsed_from_the_output_of_both_ethtool_versions() {
         let setting = |current, maximum| EthtoolSetting { current, maximum };
         let rings = RingSizes {
             rx: setting(256, 1024),
@@ -197,7 +199,7 @@ large-receive-offload: off [requested on]
     }
 
     #[test]
-    fn channels_are_read() {
+    fn combined_channels_are_parsed_from_the_output_of_ethtool() {
         let combined = EthtoolSetting {
             current: 2,
             maximum: 4,
@@ -206,20 +208,20 @@ large-receive-offload: off [requested on]
     }
 
     #[test]
-    fn a_value_that_is_missing_or_no_number_is_an_error() {
+    fn a_value_that_is_missing_or_not_a_number_is_an_error() {
         let error = |text: &str| format!("{:#}", parse_combined(text).unwrap_err());
-        let shortened = CHANNELS.replace("Combined:\t2\n", "");
+        let incomplete = CHANNELS.replace("Combined:\t2\n", "");
         let expected = "no Combined under 'Current hardware settings'";
-        assert!(error(&shortened).contains(expected));
-        let shortened = CHANNELS.replace("Combined:\t4\n", "");
+        assert!(error(&incomplete).contains(expected));
+        let incomplete = CHANNELS.replace("Combined:\t4\n", "");
         let expected = "no Combined under 'Pre-set maximums'";
-        assert!(error(&shortened).contains(expected));
+        assert!(error(&incomplete).contains(expected));
         let unsupported = CHANNELS.replace("Combined:\t2", "Combined:\tn/a");
         assert!(error(&unsupported).contains("is 'n/a', not a number"));
     }
 
     #[test]
-    fn features_are_read() {
+    fn features_are_parsed_from_the_output_of_ethtool() {
         let features = parse_features(FEATURES);
         let expected = [
             ("large-receive-offload", false),

@@ -1,6 +1,5 @@
-//! The guest's root shell on its serial line, as `ci/guest-init` serves it:
-//! a line `NONCE COMMAND` goes in, the command's output and a line
-//! `@@RC NONCE EXITCODE` come back.
+//! The root shell of a guest, which `ci/guest-init` provides on the serial line. This side writes a
+//! line `NONCE COMMAND`; the guest writes the command's output and a line `@@RC NONCE EXITCODE`.
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -13,20 +12,20 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::process::tail;
 
-/// How long [`Guest::ok`] waits for a command.
+/// The time that [`Guest::ok`] allows for a command.
 pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How a command in the guest ended.
+/// The output and the exit code of a command in the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Output {
-    /// Standard output and standard error, as they came.
+pub struct CommandOutput {
+    /// Standard output and standard error, in the order in which they arrived.
     pub text: String,
     /// The exit code.
-    pub code: i32,
+    pub exit_code: i32,
 }
 
-/// A guest's shell. Commands run one at a time; [`Guest::spawn`] puts one in
-/// the background.
+/// The shell of a guest. It runs one command at a time; [`Guest::spawn`] starts a command in the
+/// background.
 #[derive(Debug)]
 pub struct Guest {
     line: Mutex<UnixStream>,
@@ -35,17 +34,17 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// Takes over the connected serial line and starts to read it.
+    /// Takes the connected serial line and starts a thread that reads it.
     ///
     /// # Errors
-    /// When the socket cannot be shared with the reading thread.
+    /// When the socket cannot be duplicated, or the thread cannot be started.
     pub fn new(line: UnixStream) -> Result<Self> {
         let serial = Arc::new(Serial::default());
         let reader = line.try_clone()?;
-        let end = Arc::clone(&serial);
+        let reader_serial = Arc::clone(&serial);
         thread::Builder::new()
             .name("guest-serial".into())
-            .spawn(move || end.fill(reader))?;
+            .spawn(move || reader_serial.read_all(reader))?;
         Ok(Self {
             line: Mutex::new(line),
             serial,
@@ -53,10 +52,11 @@ impl Guest {
         })
     }
 
-    /// Waits until the guest says that it is up, once for each boot.
+    /// Waits until the guest reports that it has booted. Call this once for each boot.
     ///
     /// # Errors
-    /// When it does not within `timeout`: with the last lines of its console.
+    /// When the guest does not report within `timeout`. The error contains the last lines of its
+    /// console.
     pub fn wait_boot(&self, timeout: Duration) -> Result<()> {
         self.serial
             .read_past("@@READY ", timeout)
@@ -64,66 +64,65 @@ impl Guest {
         Ok(())
     }
 
-    /// Runs `command` with `sh -c` and returns how it ended.
+    /// Runs `command` with `sh -c` and returns its output and its exit code.
     ///
     /// # Errors
-    /// When it has not ended in `timeout`, or the guest is gone.
-    pub fn run(&self, command: &str, timeout: Duration) -> Result<Output> {
+    /// When the command does not exit within `timeout`, or the serial line is closed.
+    pub fn run(&self, command: &str, timeout: Duration) -> Result<CommandOutput> {
         let mut line = self.line.lock().unwrap_or_else(PoisonError::into_inner);
         let nonce = self.send(&mut line, command)?;
         let marker = format!("\n@@RC {nonce} ");
-        let (text, code) = self
+        let (text, exit_code) = self
             .serial
             .read_past(&marker, timeout)
             .with_context(|| format!("the guest did not finish '{command}'"))?;
-        Ok(Output {
+        Ok(CommandOutput {
             text,
-            code: code
-                .trim()
-                .parse()
-                .with_context(|| format!("'{command}' ended with no number: {code:?}"))?,
+            exit_code: exit_code.trim().parse().with_context(|| {
+                format!("the exit code of '{command}' is not a number: {exit_code:?}")
+            })?,
         })
     }
 
-    /// Runs `command`, which has to succeed in a minute; returns its output.
+    /// Runs `command`, which must succeed within [`COMMAND_TIMEOUT`], and returns its output.
     ///
     /// # Errors
-    /// When it fails: with its words.
+    /// When the command fails or does not exit in time. The error contains the end of its output.
     pub fn ok(&self, command: &str) -> Result<String> {
-        let out = self.run(command, COMMAND_TIMEOUT)?;
+        let output = self.run(command, COMMAND_TIMEOUT)?;
         ensure!(
-            out.code == 0,
+            output.exit_code == 0,
             "'{command}' failed in the guest with code {}: {}",
-            out.code,
-            tail(&out.text)
+            output.exit_code,
+            tail(&output.text)
         );
-        Ok(out.text)
+        Ok(output.text)
     }
 
-    /// Starts `command` in the background; its output goes to a file.
+    /// Starts `command` in the background. Its output is written to a file in the guest.
     ///
     /// # Errors
     /// When the guest's shell does not answer.
-    pub fn spawn(&self, command: &str) -> Result<Background<'_>> {
+    pub fn spawn(&self, command: &str) -> Result<BackgroundCommand<'_>> {
         let n = self.next.fetch_add(1, Ordering::Relaxed);
         let file = format!("/tmp/job.{n}");
         let script = format!("({command}) >{file} 2>&1; echo $? >{file}.code");
-        // A session of its own, so that all of it can be killed.
+        // In a session of its own, the command can be killed with all processes that it started.
         let pid = self.ok(&format!("setsid sh -c {} & echo $!", quote(&script)))?;
         let pid = pid.trim();
-        Ok(Background {
+        Ok(BackgroundCommand {
             guest: self,
             pid: pid
                 .parse()
-                .with_context(|| format!("the guest gave '{pid}' as a process id"))?,
+                .with_context(|| format!("the process id in the guest is '{pid}', not a number"))?,
             file,
         })
     }
 
-    /// Reboots the guest and waits until it is up again.
+    /// Reboots the guest and waits until it has booted.
     ///
     /// # Errors
-    /// When it is not up within `timeout`.
+    /// When the guest does not boot within `timeout`.
     pub fn reboot(&self, timeout: Duration) -> Result<()> {
         let mut line = self.line.lock().unwrap_or_else(PoisonError::into_inner);
         self.send(&mut line, "reboot -f")?;
@@ -131,7 +130,7 @@ impl Guest {
         self.wait_boot(timeout)
     }
 
-    /// All that the console has shown since the machine was started.
+    /// Returns everything that the guest has written to its console since the machine was started.
     pub fn console(&self) -> String {
         String::from_utf8_lossy(&self.serial.state().bytes).into_owned()
     }
@@ -139,7 +138,7 @@ impl Guest {
     fn send(&self, line: &mut UnixStream, command: &str) -> Result<u64> {
         ensure!(
             !command.contains('\n') && !command.trim().is_empty(),
-            "a guest command is one line that is not empty, but this was {command:?}: join the lines with ';'"
+            "a guest command must be one line that is not empty, but this is {command:?}: join the lines with ';'"
         );
         let nonce = self.next.fetch_add(1, Ordering::Relaxed);
         writeln!(line, "{nonce} {command}").context("the guest's serial line is closed")?;
@@ -147,21 +146,21 @@ impl Guest {
     }
 }
 
-/// A command in the guest's background.
+/// A command that runs in the background of the guest.
 #[derive(Debug)]
-pub struct Background<'a> {
+pub struct BackgroundCommand<'a> {
     guest: &'a Guest,
     pid: u32,
     file: String,
 }
 
-impl Background<'_> {
-    /// Its process id in the guest, which is that of its session.
+impl BackgroundCommand<'_> {
+    /// The process id of the command in the guest, which is also the id of its session.
     pub fn pid(&self) -> u32 {
         self.pid
     }
 
-    /// What it has written so far.
+    /// Returns what the command has written so far.
     ///
     /// # Errors
     /// When the guest's shell does not answer.
@@ -169,21 +168,21 @@ impl Background<'_> {
         self.guest.ok(&format!("cat {}", self.file))
     }
 
-    /// Waits for its end.
+    /// Waits until the command exits.
     ///
     /// # Errors
-    /// When it has not ended in `timeout`.
-    pub fn wait(&self, timeout: Duration) -> Result<Output> {
+    /// When the command does not exit within `timeout`.
+    pub fn wait(&self, timeout: Duration) -> Result<CommandOutput> {
         let file = &self.file;
         let wait = format!("until [ -s {file}.code ]; do sleep 0.1; done; cat {file}.code");
-        let code = self.guest.run(&wait, timeout)?;
-        Ok(Output {
+        let exit_code = self.guest.run(&wait, timeout)?;
+        Ok(CommandOutput {
             text: self.text()?,
-            code: code.text.trim().parse()?,
+            exit_code: exit_code.text.trim().parse()?,
         })
     }
 
-    /// Kills it and all that it started.
+    /// Kills the command and all processes that it started.
     ///
     /// # Errors
     /// When the guest's shell does not answer.
@@ -194,12 +193,12 @@ impl Background<'_> {
     }
 }
 
-/// `text` as one word of a shell.
+/// Quotes `text` as one word for a shell.
 fn quote(text: &str) -> String {
     format!("'{}'", text.replace('\'', r"'\''"))
 }
 
-/// What came over the line, and up to where it has been taken.
+/// The bytes that were received on the serial line.
 #[derive(Debug, Default)]
 struct Serial {
     state: Mutex<State>,
@@ -209,8 +208,9 @@ struct Serial {
 #[derive(Debug, Default)]
 struct State {
     bytes: Vec<u8>,
+    /// The number of bytes that have been returned to callers.
     consumed: usize,
-    closed: bool,
+    is_closed: bool,
 }
 
 impl Serial {
@@ -218,31 +218,31 @@ impl Serial {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reads until the line is closed. A guest whose line nobody reads would
-    /// stall in its writes.
-    fn fill(&self, mut line: UnixStream) {
+    /// Reads until the line is closed. The guest would block in its writes if nothing read the
+    /// line.
+    fn read_all(&self, mut line: UnixStream) {
         let mut chunk = [0; 16384];
         loop {
             let read = line.read(&mut chunk);
             let mut state = self.state();
             match read {
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Ok(0) | Err(_) => state.closed = true,
+                Ok(0) | Err(_) => state.is_closed = true,
                 Ok(n) => state
                     .bytes
                     .extend_from_slice(chunk.get(..n).unwrap_or_default()),
             }
-            let closed = state.closed;
+            let is_closed = state.is_closed;
             drop(state);
             self.changed.notify_all();
-            if closed {
+            if is_closed {
                 return;
             }
         }
     }
 
-    /// Waits for `marker` with the rest of its line; returns what stood before
-    /// it and that rest.
+    /// Waits for a complete line with `marker`. Returns the text before the marker and the rest of
+    /// its line.
     fn read_past(&self, marker: &str, timeout: Duration) -> Result<(String, String)> {
         let until = Instant::now() + timeout;
         let mut state = self.state();
@@ -252,24 +252,24 @@ impl Serial {
                 if let Some(found) = state.take_line(at, marker.len()) {
                     return Ok(found);
                 }
-                // The rest of the marker's line is still on its way.
+                // The rest of the marker's line has not arrived yet.
                 scanned = at;
             } else {
-                // The marker itself may have come in part.
+                // The buffer may end with a part of the marker.
                 let len = state.bytes.len();
                 scanned = scanned.max(len.saturating_sub(marker.len()));
             }
             let left = until.saturating_duration_since(Instant::now());
-            if state.closed || left.is_zero() {
-                let why = if state.closed {
+            if state.is_closed || left.is_zero() {
+                let reason = if state.is_closed {
                     "its serial line was closed".to_owned()
                 } else {
-                    format!("{timeout:?} went by")
+                    format!("it did not answer within {timeout:?}")
                 };
-                let seen = state.bytes.get(state.consumed..).unwrap_or_default();
+                let unread = state.bytes.get(state.consumed..).unwrap_or_default();
                 bail!(
-                    "{why}; it had said: {}",
-                    tail(&String::from_utf8_lossy(seen))
+                    "{reason}; its last output was: {}",
+                    tail(&String::from_utf8_lossy(unread))
                 );
             }
             state = self
@@ -283,22 +283,22 @@ impl Serial {
 
 impl State {
     fn position(&self, marker: &[u8], from: usize) -> Option<usize> {
-        let fresh = self.bytes.get(from..)?;
-        let at = fresh.windows(marker.len()).position(|w| w == marker)?;
+        let unscanned = self.bytes.get(from..)?;
+        let at = unscanned.windows(marker.len()).position(|w| w == marker)?;
         Some(from + at)
     }
 
-    /// What stands before the marker at `at`, and the rest of its line, once
-    /// that is there.
-    fn take_line(&mut self, at: usize, marker: usize) -> Option<(String, String)> {
-        let rest = self.bytes.get(at + marker..)?;
+    /// Returns the text before the marker at `at`, and the rest of the marker's line. Returns
+    /// `None` until the line is complete.
+    fn take_line(&mut self, at: usize, marker_len: usize) -> Option<(String, String)> {
+        let rest = self.bytes.get(at + marker_len..)?;
         let end = rest.iter().position(|b| *b == b'\n')?;
         let before = self.bytes.get(self.consumed..at)?;
         let found = (
             String::from_utf8_lossy(before).into_owned(),
             String::from_utf8_lossy(rest.get(..end)?).into_owned(),
         );
-        self.consumed = at + marker + end + 1;
+        self.consumed = at + marker_len + end + 1;
         Some(found)
     }
 }
@@ -307,18 +307,19 @@ impl State {
 mod tests {
     use super::*;
 
-    const SOON: Duration = Duration::from_secs(5);
+    const TIMEOUT: Duration = Duration::from_secs(5);
 
-    fn pair() -> (Guest, UnixStream) {
+    /// Returns a guest and the other end of its serial line.
+    fn guest_with_line() -> (Guest, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         (Guest::new(ours).unwrap(), theirs)
     }
 
     #[test]
-    fn an_answer_in_pieces_is_put_together() {
-        let (guest, mut far) = pair();
-        let end = thread::spawn(move || {
-            for piece in [
+    fn output_that_arrives_in_several_reads_is_joined() {
+        let (guest, mut line) = guest_with_line();
+        let writer = thread::spawn(move || {
+            for part in [
                 "boot\n@@REA",
                 "DY 3.0 6.1.0-56-cloud-",
                 "amd64\none\nt",
@@ -327,24 +328,24 @@ mod tests {
                 "7",
                 "\n",
             ] {
-                far.write_all(piece.as_bytes()).unwrap();
+                line.write_all(part.as_bytes()).unwrap();
                 thread::sleep(Duration::from_millis(10));
             }
-            far
+            line
         });
-        guest.wait_boot(SOON).unwrap();
-        let out = guest.run("x", SOON).unwrap();
-        assert_eq!(out.text, "one\ntwo");
-        assert_eq!(out.code, 7);
-        end.join().unwrap();
+        guest.wait_boot(TIMEOUT).unwrap();
+        let output = guest.run("x", TIMEOUT).unwrap();
+        assert_eq!(output.text, "one\ntwo");
+        assert_eq!(output.exit_code, 7);
+        writer.join().unwrap();
     }
 
     #[test]
-    fn a_closed_line_says_what_was_last_seen() {
-        let (guest, mut far) = pair();
-        far.write_all(b"Kernel panic\n").unwrap();
-        drop(far);
-        let error = format!("{:#}", guest.wait_boot(SOON).unwrap_err());
+    fn the_error_of_a_closed_line_contains_the_last_output() {
+        let (guest, mut line) = guest_with_line();
+        line.write_all(b"Kernel panic\n").unwrap();
+        drop(line);
+        let error = format!("{:#}", guest.wait_boot(TIMEOUT).unwrap_err());
         assert!(
             error.contains("closed") && error.contains("Kernel panic"),
             "{error}"
@@ -352,14 +353,14 @@ mod tests {
     }
 
     #[test]
-    fn a_command_of_two_lines_is_refused() {
-        let (guest, _far) = pair();
-        assert!(guest.run("a\nb", SOON).is_err());
-        assert!(guest.run(" ", SOON).is_err());
+    fn a_command_with_two_lines_or_no_words_is_rejected() {
+        let (guest, _line) = guest_with_line();
+        assert!(guest.run("a\nb", TIMEOUT).is_err());
+        assert!(guest.run(" ", TIMEOUT).is_err());
     }
 
     #[test]
-    fn quotes_survive_quoting() {
+    fn quote_escapes_single_quotes() {
         assert_eq!(quote("a'b"), r"'a'\''b'");
     }
 }

@@ -1,4 +1,4 @@
-//! Huge pages of 2 MiB, taken from the kernel's free memory while somebody needs them.
+//! Huge pages of 2 MiB, which are added to the kernel's pool for the duration of a test.
 
 use std::fs;
 use std::thread::sleep;
@@ -10,12 +10,13 @@ use crate::cleanup::{self, Action, Entry};
 use crate::paths::require_root;
 
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
-/// Free memory may lie in pieces: the kernel is asked to put it together and asked again.
-const TRIES: u32 = 5;
+/// The number of attempts to enlarge the pool. Free memory may be fragmented, so the kernel
+/// compacts it before each further attempt.
+const ATTEMPTS: u32 = 5;
 const PAUSE: Duration = Duration::from_millis(100);
 const PAGE_KIB: u64 = 2048;
 
-/// Pages that were added to the kernel's pool; they are given back when this is dropped.
+/// Pages that were added to the kernel's pool. They are released when this value is dropped.
 #[derive(Debug)]
 pub struct HugePages {
     added: u64,
@@ -23,12 +24,12 @@ pub struct HugePages {
 }
 
 impl HugePages {
-    /// Makes sure that `count` pages are free, and adds those that are missing.
+    /// Ensures that `count` pages are free: adds the missing pages to the pool.
     ///
     /// # Errors
-    /// When this process is not root, or the machine has too little memory.
+    /// When this process is not root, or the machine has too little free memory.
     pub fn reserve(count: u64) -> Result<Self> {
-        let missing = count.saturating_sub(free()?);
+        let missing = count.saturating_sub(free_pages()?);
         let available = available_kib()? / PAGE_KIB;
         ensure!(
             missing <= available,
@@ -38,9 +39,9 @@ impl HugePages {
         let before = read("nr_hugepages")?;
         let wanted = before.saturating_add(missing);
         let mut now = before;
-        for n in 0..TRIES {
-            if n > 0 {
-                // Only a hint to the kernel; what matters is what the pool has afterwards.
+        for attempt in 0..ATTEMPTS {
+            if attempt > 0 {
+                // A failed write is ignored, because the size of the pool is checked below.
                 _ = fs::write("/proc/sys/vm/compact_memory", "1");
                 sleep(PAUSE);
             }
@@ -53,11 +54,11 @@ impl HugePages {
         let added = now.saturating_sub(before);
         let pages = Self {
             added,
-            _entry: cleanup::register(Action::CallWithNumber(give_back, added)),
+            _entry: cleanup::register(Action::CallWithNumber(release_ignoring_errors, added)),
         };
         ensure!(
             added >= missing,
-            "{missing} more huge pages of 2 MiB are needed, and the kernel found {added}: free some memory, or reserve them at boot (hugepages={count})"
+            "{missing} more huge pages of 2 MiB are needed, and the kernel provided {added}: free some memory, or reserve them at boot (hugepages={count})"
         );
         Ok(pages)
     }
@@ -65,19 +66,19 @@ impl HugePages {
 
 impl Drop for HugePages {
     fn drop(&mut self) {
-        give_back(self.added);
+        release_ignoring_errors(self.added);
     }
 }
 
-/// As [`release`], at the end of this process, when a failure cannot be handled any more.
-fn give_back(count: u64) {
+/// Does the same as [`release`] where a failure cannot be handled: in `Drop` and on exit.
+fn release_ignoring_errors(count: u64) {
     _ = release(count);
 }
 
-/// Takes `count` pages out of the pool again. Those that are in use leave it once they are free.
+/// Removes `count` pages from the pool. Pages in use leave the pool as soon as they are free.
 ///
 /// # Errors
-/// When the kernel refuses.
+/// When the size of the pool cannot be read or written.
 fn release(count: u64) -> Result<()> {
     match count {
         0 => Ok(()),
@@ -85,12 +86,12 @@ fn release(count: u64) -> Result<()> {
     }
 }
 
-/// Free pages that nobody has reserved.
-fn free() -> Result<u64> {
+/// Returns the number of free pages that are not reserved.
+fn free_pages() -> Result<u64> {
     Ok(read("free_hugepages")?.saturating_sub(read("resv_hugepages")?))
 }
 
-/// What the kernel could free without swapping.
+/// Returns the memory, in KiB, that the kernel can provide without swapping.
 fn available_kib() -> Result<u64> {
     let text = fs::read_to_string("/proc/meminfo")?;
     text.lines()
@@ -101,17 +102,18 @@ fn available_kib() -> Result<u64> {
 
 fn read(name: &str) -> Result<u64> {
     let path = format!("{POOL}/{name}");
-    let text = fs::read_to_string(&path)
-        .with_context(|| format!("{path} cannot be read: this kernel has no 2 MiB pages"))?;
+    let text = fs::read_to_string(&path).with_context(|| {
+        format!("{path} cannot be read: this kernel has no huge pages of 2 MiB")
+    })?;
     text.trim()
         .parse()
-        .with_context(|| format!("{path} holds no number: {text:?}"))
+        .with_context(|| format!("{path} does not contain a number: {text:?}"))
 }
 
 fn write(count: u64) -> Result<()> {
     let path = format!("{POOL}/nr_hugepages");
     fs::write(&path, count.to_string())
-        .with_context(|| format!("{count} huge pages cannot be asked for at {path}"))
+        .with_context(|| format!("{path} cannot be set to {count} huge pages"))
 }
 
 #[cfg(test)]
@@ -119,10 +121,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn more_pages_than_there_is_memory_are_refused_and_not_tried() {
+    fn reserving_more_pages_than_fit_into_memory_is_an_error_and_leaves_the_pool_unchanged() {
         // 2^30 pages are 2 PiB.
-        let words = HugePages::reserve(1 << 30).unwrap_err().to_string();
-        assert!(words.contains("there is memory for"), "{words}");
+        let error = HugePages::reserve(1 << 30).unwrap_err().to_string();
+        assert!(error.contains("there is memory for"), "{error}");
         assert!(read("nr_hugepages").unwrap() < 1 << 30);
     }
 }

@@ -1,8 +1,8 @@
-//! iperf3 between the host side and the guest, or between two guests.
+//! iperf3 between the host and the guest, or between two guests.
 //!
-//! iperf3 before 3.16 runs all of its flows in one thread, which the guest
-//! would send from one vCPU: several processes, one for each vCPU, load
-//! several queues.
+//! Before version 3.16, iperf3 runs all of its flows in one thread, so one process loads only the
+//! queues of one vCPU. This module starts several processes on different vCPUs to load several
+//! queues.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::sleep;
@@ -11,16 +11,16 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::Value;
 
-use crate::guest::{Background, Guest};
+use crate::guest::{BackgroundCommand, Guest};
 use crate::paths::RunDir;
 use crate::process::Proc;
 use crate::topology::{self, Addresses, HostNetwork};
 
 const FIRST_PORT: u16 = 5201;
-/// On top of the run's own time.
-const SLACK: Duration = Duration::from_secs(60);
+/// The time that a run may take in addition to the duration of its load.
+const TIMEOUT_MARGIN: Duration = Duration::from_secs(60);
 
-/// Which way the data goes.
+/// The direction of the data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
     /// The guest receives.
@@ -29,71 +29,71 @@ pub enum Direction {
     GuestToHost,
 }
 
-/// The end where the clients run; the servers run at the other one.
+/// The end at which the clients run. The servers run at the other end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Clients {
-    /// In the host side's namespace.
+    /// In the host's namespace.
     Host,
     /// In the guest.
     Guest,
 }
 
-/// What to send.
+/// The traffic that iperf3 generates.
 #[derive(Clone, Debug)]
 pub struct IperfLoad {
     flows: u16,
     seconds: u32,
-    ipv6: bool,
-    udp: Option<String>,
+    is_ipv6: bool,
+    udp_rate: Option<String>,
     args: Vec<String>,
 }
 
 impl IperfLoad {
-    /// TCP over IPv4, one flow, for `seconds`.
+    /// Creates a load of one TCP flow over IPv4 for `seconds`.
     pub fn tcp(seconds: u32) -> Self {
         Self {
             flows: 1,
             seconds,
-            ipv6: false,
-            udp: None,
+            is_ipv6: false,
+            udp_rate: None,
             args: Vec::new(),
         }
     }
 
-    /// UDP over IPv4, one flow, for `seconds`, each flow at `rate` as iperf3
-    /// writes it (`100M`; `0` for no limit).
+    /// Creates a load of one UDP flow over IPv4 for `seconds`. Each flow sends at `rate`, in bit/s
+    /// as iperf3 writes it (`100M`, or `0` for no limit).
     pub fn udp(seconds: u32, rate: &str) -> Self {
         Self {
-            udp: Some(rate.to_owned()),
+            udp_rate: Some(rate.to_owned()),
             ..Self::tcp(seconds)
         }
     }
 
-    /// The number of flows of all processes together.
+    /// Sets the total number of flows of all processes.
     #[must_use]
     pub fn flows(mut self, flows: u16) -> Self {
         self.flows = flows;
         self
     }
 
-    /// Over IPv6.
+    /// Uses IPv6.
     #[must_use]
     pub fn ipv6(mut self) -> Self {
-        self.ipv6 = true;
+        self.is_ipv6 = true;
         self
     }
 
-    /// A further argument of the client, such as `-l` and `1400`.
+    /// Adds an argument of the client, such as `-l` or `1400`.
     #[must_use]
     pub fn arg(mut self, arg: &str) -> Self {
         self.args.push(arg.to_owned());
         self
     }
 
-    /// A client's command: `flows` of this to the `server` on `port`.
-    fn client(&self, server: Addresses, port: u16, flows: u16) -> Vec<String> {
+    /// Returns the command of a client that runs `flows` flows of this load to `server` on `port`.
+    fn client_command(&self, server: Addresses, port: u16, flows: u16) -> Vec<String> {
         let Addresses { v4, v6 } = server;
-        let server = if self.ipv6 { v6 } else { v4 };
+        let server = if self.is_ipv6 { v6 } else { v4 };
         let (seconds, flows, port) = (
             self.seconds.to_string(),
             flows.to_string(),
@@ -101,45 +101,46 @@ impl IperfLoad {
         );
         let mut args = vec!["iperf3", "-J", "-c", server, "-p", &port];
         args.extend(["-t", &seconds, "-P", &flows]);
-        if let Some(rate) = &self.udp {
+        if let Some(rate) = &self.udp_rate {
             args.extend(["-u", "-b", rate]);
         }
-        let own = self.args.iter().cloned();
-        args.into_iter().map(str::to_owned).chain(own).collect()
+        let extra = self.args.iter().cloned();
+        args.into_iter().map(str::to_owned).chain(extra).collect()
     }
 
-    /// What each of `processes` carries; the first ones take what does not divide evenly.
-    fn shares(&self, processes: u16) -> Result<Vec<u16>> {
+    /// Divides the flows among `processes`. If the number does not divide evenly, the first
+    /// processes get one flow more.
+    fn flows_by_process(&self, processes: u16) -> Result<Vec<u16>> {
         ensure!(
             self.flows >= processes && processes > 0,
-            "{} flows are too few for {processes} iperf3 processes: ask for {processes} at least",
+            "{} flows are too few for {processes} iperf3 processes: use at least {processes} flows",
             self.flows
         );
-        let share = |i| self.flows / processes + u16::from(i < self.flows % processes);
-        Ok((0..processes).map(share).collect())
+        let flows = |i| self.flows / processes + u16::from(i < self.flows % processes);
+        Ok((0..processes).map(flows).collect())
     }
 
-    fn limit(&self) -> Duration {
-        Duration::from_secs(self.seconds.into()) + SLACK
+    fn timeout(&self) -> Duration {
+        Duration::from_secs(self.seconds.into()) + TIMEOUT_MARGIN
     }
 }
 
-/// What came over.
+/// The result of a load.
 #[derive(Clone, Debug, Default)]
 pub struct IperfReport {
-    /// Gbit/s at the receivers, all processes together.
+    /// The rate at the receivers in Gbit/s, summed over all processes.
     pub gbps: f64,
-    /// Gbit/s of each process.
-    pub each: Vec<f64>,
-    /// TCP segments sent again.
+    /// The rate at the receiver of each process in Gbit/s.
+    pub gbps_by_process: Vec<f64>,
+    /// The number of TCP segments that were retransmitted.
     pub retransmits: u64,
-    /// UDP datagrams sent.
+    /// The number of UDP datagrams that were sent.
     pub packets: u64,
-    /// UDP datagrams lost.
+    /// The number of UDP datagrams that were lost.
     pub lost: u64,
 }
 
-/// What runs loads, one after the other.
+/// Runs loads between the host and a guest, one after the other.
 #[derive(Debug)]
 pub struct Iperf<'a> {
     network: &'a HostNetwork,
@@ -151,8 +152,8 @@ pub struct Iperf<'a> {
 }
 
 impl<'a> Iperf<'a> {
-    /// Loads of so many `processes`. The guest's end of process i runs on a
-    /// vCPU of queue pair i, where there are as many pairs.
+    /// Prepares loads of `processes` processes. If the driver uses as many queue pairs, the guest's
+    /// end of process i runs on a vCPU of queue pair i.
     ///
     /// # Errors
     /// When the guest does not answer.
@@ -169,38 +170,40 @@ impl<'a> Iperf<'a> {
             dir,
             clients,
             ports: (FIRST_PORT..).take(usize::from(processes)).collect(),
-            vcpus: nproc(guest)?,
+            vcpus: count_vcpus(guest)?,
         })
     }
 
-    /// Runs `load` to its end.
+    /// Runs `load` and waits for its end.
     ///
     /// # Errors
-    /// When a client fails: with its words.
+    /// When a client fails. The error contains its message.
     pub fn run(&self, load: &IperfLoad, direction: Direction) -> Result<IperfReport> {
         self.start(load, direction)?.finish()
     }
 
-    /// Starts `load` with servers of its own: one that has served a load refuses
-    /// connections for a moment, while it prepares for the next.
+    /// Starts `load` with new servers, because a server that has served a load refuses connections
+    /// for a short time afterwards.
     ///
     /// # Errors
     /// When a server or a client does not start.
     pub fn start(&self, load: &IperfLoad, direction: Direction) -> Result<RunningIperf<'a>> {
         let servers = match self.clients {
-            Clients::Host => serve_in(self.guest, &self.ports, self.vcpus).map(|()| Vec::new()),
-            Clients::Guest => self.serve_on_host(),
+            Clients::Host => {
+                start_guest_servers(self.guest, &self.ports, self.vcpus).map(|()| Vec::new())
+            }
+            Clients::Guest => self.start_host_servers(),
         }?;
         let mut clients = Vec::new();
-        let shares = load.shares(u16::try_from(self.ports.len())?)?;
-        for ((i, port), flows) in (0..).zip(&self.ports).zip(shares) {
+        let flows = load.flows_by_process(u16::try_from(self.ports.len())?)?;
+        for ((i, port), flows) in (0..).zip(&self.ports).zip(flows) {
             let args = self.client_args(load, direction, *port, flows);
             clients.push(match self.clients {
-                Clients::Host => Client::Host(self.on_host(&args)?),
+                Clients::Host => Client::Host(self.spawn_on_host(&args)?),
                 Clients::Guest => {
                     let command = format!(
                         "{} {}",
-                        on_vcpu(i, self.vcpus, self.processes()),
+                        taskset_command(i, self.vcpus, self.processes()),
                         args.join(" ")
                     );
                     Client::Guest(self.guest.spawn(&command)?)
@@ -210,7 +213,7 @@ impl<'a> Iperf<'a> {
         Ok(RunningIperf {
             clients,
             _servers: servers,
-            limit: load.limit(),
+            timeout: load.timeout(),
         })
     }
 
@@ -221,20 +224,20 @@ impl<'a> Iperf<'a> {
         port: u16,
         flows: u16,
     ) -> Vec<String> {
-        // A client sends unless it is told to reverse.
-        let (server, sends) = match self.clients {
+        // A client sends by default; -R makes it receive.
+        let (server, default_direction) = match self.clients {
             Clients::Host => (topology::GUEST, Direction::HostToGuest),
             Clients::Guest => (topology::HOST, Direction::GuestToHost),
         };
-        let mut args = load.client(server, port, flows);
-        args.extend((direction != sends).then(|| "-R".to_owned()));
+        let mut args = load.client_command(server, port, flows);
+        args.extend((direction != default_direction).then(|| "-R".to_owned()));
         args
     }
 
-    fn on_host(&self, args: &[String]) -> Result<Proc> {
+    fn spawn_on_host(&self, args: &[String]) -> Result<Proc> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("iperf{}", NEXT.fetch_add(1, Ordering::Relaxed));
-        let (program, args) = args.split_first().context("an empty command")?;
+        let (program, args) = args.split_first().context("the command is empty")?;
         Proc::spawn(
             self.dir,
             &name,
@@ -244,13 +247,13 @@ impl<'a> Iperf<'a> {
         )
     }
 
-    fn serve_on_host(&self) -> Result<Vec<Proc>> {
-        let serve = |port: &u16| {
-            self.on_host(&["iperf3".into(), "-s".into(), "-p".into(), port.to_string()])
+    fn start_host_servers(&self) -> Result<Vec<Proc>> {
+        let start = |port: &u16| {
+            self.spawn_on_host(&["iperf3".into(), "-s".into(), "-p".into(), port.to_string()])
         };
-        let servers = self.ports.iter().map(serve).collect::<Result<Vec<_>>>()?;
+        let servers = self.ports.iter().map(start).collect::<Result<Vec<_>>>()?;
         for port in &self.ports {
-            wait(&format!(":{port}"), &|| {
+            wait_for_listener(&format!(":{port}"), &|| {
                 self.network.netns().run("ss", ["-ltn"])
             })?;
         }
@@ -262,58 +265,64 @@ impl<'a> Iperf<'a> {
     }
 }
 
-/// Runs `load` from one guest to another, which has servers of its own for
-/// it; `processes` at each end, each on the vCPUs in turn as with [`Iperf`].
+/// Runs `load` from one guest to another with `processes` processes at each end, which are
+/// distributed over the vCPUs as by [`Iperf`].
 ///
 /// # Errors
-/// When a server does not start or a client fails: with its words.
-pub fn between(
+/// When a server does not start or a client fails. The error contains its message.
+pub fn run_between_guests(
     (from, to): (&Guest, &Guest),
     server: Addresses,
     load: &IperfLoad,
     processes: u16,
 ) -> Result<IperfReport> {
-    let vcpus = nproc(from)?;
+    let vcpus = count_vcpus(from)?;
     let ports: Vec<u16> = (FIRST_PORT..).take(usize::from(processes)).collect();
-    serve_in(to, &ports, nproc(to)?)?;
+    start_guest_servers(to, &ports, count_vcpus(to)?)?;
     let mut clients = Vec::new();
-    for ((i, port), flows) in (0..).zip(ports).zip(load.shares(processes)?) {
-        let cpu = on_vcpu(i, vcpus, processes.into());
-        // Without intervals: all of the report comes over the serial line.
-        let command = load.client(server, port, flows).join(" ");
-        clients.push(Client::Guest(from.spawn(&format!("{cpu} {command} -i 0"))?));
+    let flows = load.flows_by_process(processes)?;
+    for ((i, port), flows) in (0..).zip(ports).zip(flows) {
+        let taskset = taskset_command(i, vcpus, processes.into());
+        let command = load.client_command(server, port, flows).join(" ");
+        // The report is read over the slow serial line, so -i 0 omits the interval reports.
+        clients.push(Client::Guest(
+            from.spawn(&format!("{taskset} {command} -i 0"))?,
+        ));
     }
     let running = RunningIperf {
         clients,
         _servers: Vec::new(),
-        limit: load.limit(),
+        timeout: load.timeout(),
     };
     running.finish()
 }
 
-fn nproc(guest: &Guest) -> Result<u32> {
+fn count_vcpus(guest: &Guest) -> Result<u32> {
     let vcpus = guest.ok("nproc")?;
-    vcpus.trim().parse().context("the guest has no nproc")
+    vcpus
+        .trim()
+        .parse()
+        .with_context(|| format!("nproc in the guest printed {vcpus:?}, not a number"))
 }
 
-/// Starts a server for each of `ports`, each on its vCPU.
-fn serve_in(guest: &Guest, ports: &[u16], vcpus: u32) -> Result<()> {
-    // What an earlier one left is in the way of the ports until it is gone.
+/// Starts a server for each of `ports`, each on its own vCPU.
+fn start_guest_servers(guest: &Guest, ports: &[u16], vcpus: u32) -> Result<()> {
+    // Servers of an earlier load occupy the ports until they have exited.
     guest.ok(
         "killall iperf3 2>/dev/null; for i in $(seq 100); do pidof iperf3 >/dev/null || exit 0; sleep 0.05; done; exit 1",
     )?;
     let processes = u32::try_from(ports.len())?;
     for (i, port) in (0..).zip(ports) {
-        let cpu = on_vcpu(i, vcpus, processes);
-        guest.ok(&format!("{cpu} iperf3 -s -D -p {port}"))?;
-        wait(&format!(":{port}"), &|| guest.ok("netstat -ltn"))?;
+        let taskset = taskset_command(i, vcpus, processes);
+        guest.ok(&format!("{taskset} iperf3 -s -D -p {port}"))?;
+        wait_for_listener(&format!(":{port}"), &|| guest.ok("netstat -ltn"))?;
     }
     Ok(())
 }
 
-fn wait(port: &str, listening: &dyn Fn() -> Result<String>) -> Result<()> {
+fn wait_for_listener(port: &str, list_listeners: &dyn Fn() -> Result<String>) -> Result<()> {
     for _ in 0..100 {
-        let list = listening()?;
+        let list = list_listeners()?;
         if list.split_whitespace().any(|word| word.ends_with(port)) {
             return Ok(());
         }
@@ -322,66 +331,67 @@ fn wait(port: &str, listening: &dyn Fn() -> Result<String>) -> Result<()> {
     Err(anyhow!("no iperf3 server listens on {port} after 5 s"))
 }
 
-/// Runs what follows on process i's vCPU: the first one of queue pair i's
-/// share, as Linux's virtio-net shares vCPUs out to as many pairs.
-fn on_vcpu(i: u16, vcpus: u32, processes: u32) -> String {
+/// Returns the beginning of a command that runs on the vCPU of process i. That is the first of the
+/// vCPUs that the virtio-net driver of Linux assigns to queue pair i of `processes` pairs.
+fn taskset_command(i: u16, vcpus: u32, processes: u32) -> String {
     let mask = 1_u128 << first_vcpu(i.into(), vcpus, processes).min(127);
     format!("taskset {mask:x}")
 }
 
-/// The first `cpus % shares` shares have one CPU more than the others; with
-/// fewer CPUs than shares they go round.
-fn first_vcpu(share: u32, cpus: u32, shares: u32) -> u32 {
-    let (cpus, shares) = (cpus.max(1), shares.max(1));
-    if shares >= cpus {
-        return share % cpus;
+/// Returns the first vCPU of queue pair `pair`. Consecutive vCPUs belong to the same pair, and the
+/// first `vcpus % pairs` pairs have one vCPU more than the others. If there are fewer vCPUs than
+/// pairs, several pairs share one vCPU.
+fn first_vcpu(pair: u32, vcpus: u32, pairs: u32) -> u32 {
+    let (vcpus, pairs) = (vcpus.max(1), pairs.max(1));
+    if pairs >= vcpus {
+        return pair % vcpus;
     }
-    share * (cpus / shares) + share.min(cpus % shares)
+    pair * (vcpus / pairs) + pair.min(vcpus % pairs)
 }
 
-/// A load that runs.
+/// A running load.
 #[derive(Debug)]
 pub struct RunningIperf<'a> {
     clients: Vec<Client<'a>>,
-    /// Those on the host side.
+    /// The servers on the host.
     _servers: Vec<Proc>,
-    limit: Duration,
+    timeout: Duration,
 }
 
 #[derive(Debug)]
 enum Client<'a> {
     Host(Proc),
-    Guest(Background<'a>),
+    Guest(BackgroundCommand<'a>),
 }
 
 impl RunningIperf<'_> {
-    /// Whether no client on the host side runs any more.
+    /// Returns whether all clients on the host have exited.
     ///
     /// # Errors
-    /// When the kernel does not say.
-    pub fn is_over(&mut self) -> Result<bool> {
-        let mut over = true;
+    /// When the state of a client cannot be read.
+    pub fn is_finished(&mut self) -> Result<bool> {
+        let mut is_finished = true;
         for client in &mut self.clients {
             if let Client::Host(proc) = client {
-                over &= proc.try_wait()?.is_some();
+                is_finished &= proc.try_wait()?.is_some();
             }
         }
-        Ok(over)
+        Ok(is_finished)
     }
 
-    /// Waits for its end.
+    /// Waits for the end of the load.
     ///
     /// # Errors
-    /// When a client fails or hangs: with its words.
+    /// When a client fails or does not exit. The error contains its message.
     pub fn finish(self) -> Result<IperfReport> {
         let mut report = IperfReport::default();
         for client in self.clients {
             let text = match client {
                 Client::Host(mut proc) => {
-                    proc.wait(self.limit)?;
+                    proc.wait(self.timeout)?;
                     proc.stdout()
                 }
-                Client::Guest(job) => job.wait(self.limit)?.text,
+                Client::Guest(job) => job.wait(self.timeout)?.text,
             };
             report.add(&text)?;
         }
@@ -390,22 +400,22 @@ impl RunningIperf<'_> {
 }
 
 impl IperfReport {
-    /// Adds what one client wrote with `-J`.
+    /// Adds the output of one client, which ran with `-J`.
     fn add(&mut self, text: &str) -> Result<()> {
-        // It may warn before its JSON.
+        // iperf3 may print warnings before the JSON.
         let json = text.find('{').and_then(|at| text.get(at..)).unwrap_or("");
         let value: Value = serde_json::from_str(json)
-            .with_context(|| format!("iperf3 wrote no JSON: {text:?}"))?;
+            .with_context(|| format!("the output of iperf3 is not JSON: {text:?}"))?;
         if let Some(error) = value["error"].as_str() {
-            return Err(anyhow!("iperf3: {error}"));
+            return Err(anyhow!("iperf3 failed: {error}"));
         }
         let end = &value["end"];
         let bits = end["sum_received"]["bits_per_second"]
             .as_f64()
             .or(end["sum"]["bits_per_second"].as_f64())
-            .context("iperf3's JSON has no sum of what was received")?;
+            .context("the JSON of iperf3 has no sum of received bits")?;
         self.gbps += bits / 1e9;
-        self.each.push(bits / 1e9);
+        self.gbps_by_process.push(bits / 1e9);
         self.retransmits += end["sum_sent"]["retransmits"].as_u64().unwrap_or(0);
         self.packets += end["sum"]["packets"].as_u64().unwrap_or(0);
         self.lost += end["sum"]["lost_packets"].as_u64().unwrap_or(0);
@@ -418,7 +428,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reports_of_several_processes_add_up() {
+    fn the_reports_of_several_processes_are_summed() {
         let mut report = IperfReport::default();
         let tcp = r#"{"end": {"sum_sent": {"bits_per_second": 3e9, "retransmits": 4},
                       "sum_received": {"bits_per_second": 2.5e9}}}"#;
@@ -427,23 +437,25 @@ mod tests {
         report.add(tcp).unwrap();
         report.add(udp).unwrap();
         assert!((report.gbps - 3.5).abs() < 1e-9);
-        assert_eq!(report.each.len(), 2);
+        assert_eq!(report.gbps_by_process.len(), 2);
         assert_eq!((report.retransmits, report.packets, report.lost), (4, 9, 2));
     }
 
     #[test]
-    fn each_process_is_on_a_vcpu_of_its_pair() {
-        let all = |cpus, shares| -> Vec<u32> {
-            (0..shares).map(|i| first_vcpu(i, cpus, shares)).collect()
+    fn each_process_runs_on_the_first_vcpu_of_its_queue_pair() {
+        let first_vcpus = |vcpus, pairs| -> Vec<u32> {
+            (0..pairs)
+                .map(|pair| first_vcpu(pair, vcpus, pairs))
+                .collect()
         };
-        assert_eq!(all(4, 4), [0, 1, 2, 3]);
-        assert_eq!(all(4, 2), [0, 2]);
-        assert_eq!(all(4, 3), [0, 2, 3]);
-        assert_eq!(all(2, 5), [0, 1, 0, 1, 0]);
+        assert_eq!(first_vcpus(4, 4), [0, 1, 2, 3]);
+        assert_eq!(first_vcpus(4, 2), [0, 2]);
+        assert_eq!(first_vcpus(4, 3), [0, 2, 3]);
+        assert_eq!(first_vcpus(2, 5), [0, 1, 0, 1, 0]);
     }
 
     #[test]
-    fn iperf3s_own_error_is_the_error() {
+    fn an_error_from_iperf3_or_incomplete_output_is_an_error() {
         let mut report = IperfReport::default();
         let error = report.add(r#"{"error": "unable to connect"}"#).unwrap_err();
         assert!(error.to_string().contains("unable to connect"));

@@ -1,16 +1,19 @@
-//! What the end-to-end tests, the demo and the benchmarks share: network namespaces, QEMU guests
-//! driven over their serial line, the daemon as a process, iperf3 between the two.
+//! The library that the end-to-end tests, the demo and the benchmarks share: network namespaces,
+//! QEMU guests that are controlled over their serial line, the daemon as a process, and iperf3
+//! between the guest and the host.
 //!
-//! Reading order: [`topology`] builds the host's side from a [`netns`]; [`qemu`] starts a machine,
-//! whose [`guest`] runs commands ([`ethtool`] parses the output of one of them) and whose [`qmp`]
-//! monitor answers; [`daemon`] starts virtionetd; [`iperf`] sends traffic. [`testbed`] is all of that
-//! at once, [`two_guests`] the same with a second guest in the host's place, and [`libvirt`] has
-//! libvirt domains as guests. A [`responder`] is a network device without a guest around it;
-//! [`diagnostics`] collects what explains a guest that does not answer. [`testpmd`] is DPDK's driver
-//! and back-end, which need [`hugepages`].
+//! Reading order: [`topology`] builds the host's side from a [`netns`]. [`qemu`] starts a machine,
+//! whose [`guest`] runs commands ([`ethtool`] parses the output of one of them) and whose monitor
+//! is used through [`qmp`]. [`daemon`] starts virtionetd, and [`iperf`] sends traffic. [`testbed`]
+//! combines all of these; [`two_guests`] does the same with a second guest instead of the host, and
+//! [`libvirt`] starts libvirt domains as guests. A [`responder`] is a driver that answers pings
+//! without a guest; [`diagnostics`] prints the state of a guest that does not answer. [`testpmd`]
+//! runs DPDK's driver and back-end, which need [`hugepages`].
 //!
-//! Each process, namespace, directory and setting is removed by its `Drop`, by a signal handler
-//! ([`cleanup`]) or, when this process is killed with SIGKILL, by the kernel.
+//! Each process, namespace, directory and setting is removed by its `Drop` or, when a signal ends
+//! this process, by a signal handler ([`cleanup`]). When SIGKILL ends this process, the kernel
+//! kills its children, and the next run removes the namespaces and directories that were left
+//! behind.
 
 pub mod accel;
 pub mod cleanup;

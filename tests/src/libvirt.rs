@@ -1,9 +1,9 @@
-//! A libvirt of the test's own: libvirtd with its QEMU driver, apart from one that the machine may
-//! have.
+//! A private libvirtd with its QEMU driver, separate from a libvirtd that the machine may run.
 //!
-//! Where libvirtd keeps its state is compiled in, so it gets a mount namespace in which those
-//! places are empty memory; and a process namespace, since the QEMU that it starts is no child of
-//! ours: when the namespace's first process ends, the kernel ends all that is in it.
+//! libvirtd stores its state in directories that are compiled in, so it runs in a mount namespace
+//! in which these directories are empty tmpfs mounts. It also runs in a PID namespace, because the
+//! QEMU process that it starts is not a child of this process: when the first process of the
+//! namespace exits, the kernel kills all other processes in it.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -17,11 +17,12 @@ use crate::guest::Guest;
 use crate::paths::{RunDir, guest_image};
 use crate::process::{Proc, output};
 
-const START: Duration = Duration::from_secs(30);
+const START_TIMEOUT: Duration = Duration::from_secs(30);
 const SERIAL: &str = "domain.serial";
 
-/// The first process of the namespaces, with the directory for libvirtd's sockets as its argument.
-/// It stays, to reap what libvirtd does not know. No cgroups: they are the machine's.
+/// The script of the first process in the namespaces. Its argument is the directory for libvirtd's
+/// sockets. It waits, because the first process of a PID namespace must reap orphaned processes.
+/// libvirtd does not use cgroups, because those belong to the machine.
 const INIT: &str = r#"
 set -e
 mount -t tmpfs -o mode=755 none /run
@@ -44,7 +45,7 @@ libvirtd -f /etc/libvirt/libvirtd.conf &
 wait
 "#;
 
-/// A running libvirtd. Dropping it ends it, with its domains.
+/// A running libvirtd. Dropping this value kills it and its domains.
 #[derive(Debug)]
 pub struct Libvirt {
     proc: Proc,
@@ -52,32 +53,35 @@ pub struct Libvirt {
 }
 
 impl Libvirt {
-    /// Starts it; its sockets and log go to `dir`, which is opened to all users, as libvirt's QEMU
-    /// is one of its own.
+    /// Starts libvirtd with its sockets and its log in `dir`. All users get access to `dir`,
+    /// because libvirt runs QEMU as a different user.
     ///
     /// # Errors
-    /// When libvirt is not installed, or does not answer: with its words.
+    /// When libvirt is not installed, or libvirtd does not answer within 30 s. The error contains
+    /// its output.
     pub fn start(dir: &RunDir) -> Result<Self> {
         output("virsh", ["--version"]).context("libvirt is missing: run ci/setup test")?;
-        let here = dir.join("");
-        fs::set_permissions(&here, Permissions::from_mode(0o777))?;
-        let here = here.display().to_string();
+        let run_dir = dir.join("");
+        fs::set_permissions(&run_dir, Permissions::from_mode(0o777))?;
+        let run_dir = run_dir.display().to_string();
         let socket = dir.join("libvirt-sock");
-        let apart = "--mount --propagation private --pid --fork --kill-child --mount-proc bash -c";
-        let args = apart
+        let namespaces =
+            "--mount --propagation private --pid --fork --kill-child --mount-proc bash -c";
+        let args = namespaces
             .split(' ')
-            .chain([INIT, "bash", here.trim_end_matches('/')]);
+            .chain([INIT, "bash", run_dir.trim_end_matches('/')]);
         let mut libvirt = Self {
             proc: Proc::spawn(dir, "libvirtd", None, "unshare", args)?,
             uri: format!("qemu:///system?socket={}", socket.display()),
         };
-        let until = Instant::now() + START;
-        // The version is that of its QEMU, which it has then found and asked.
+        let until = Instant::now() + START_TIMEOUT;
+        // `virsh version` includes the version of QEMU, so it succeeds only after libvirtd has
+        // probed QEMU.
         while let Err(error) = libvirt.virsh(&["version"]) {
             libvirt.proc.check_alive()?;
             ensure!(
                 Instant::now() < until,
-                "libvirtd does not answer: {error:#}; its words: {}",
+                "libvirtd does not answer: {error:#}; its stderr: {}",
                 libvirt.proc.stderr().trim()
             );
             sleep(Duration::from_millis(50));
@@ -85,52 +89,53 @@ impl Libvirt {
         Ok(libvirt)
     }
 
-    /// Runs virsh with these words and returns what it says.
+    /// Runs virsh with these arguments and returns its output.
     ///
     /// # Errors
-    /// When it fails: with its words.
-    pub fn virsh(&self, words: &[&str]) -> Result<String> {
-        output("virsh", [&["-q", "-c", &self.uri], words].concat())
+    /// When virsh fails. The error contains its message.
+    pub fn virsh(&self, args: &[&str]) -> Result<String> {
+        output("virsh", [&["-q", "-c", &self.uri], args].concat())
     }
 
-    /// Defines the domain `name` by `xml` and starts it, with what a guest of the tests has and
-    /// `xml` lacks: its kernel and a serial line. Returns it once it is up.
+    /// Defines the domain `name` by `xml`, starts it, and returns its guest when it has booted.
+    /// Adds the kernel of the test guest and a serial line to `xml`.
     ///
-    /// A QEMU that dies of itself in the guest's boot is started anew, as in
-    /// [`crate::qemu::Machine::booted`].
+    /// Starts the domain again if QEMU crashes while the guest boots, as
+    /// [`crate::qemu::Machine::wait_boot_or_restart`] does.
     ///
     /// # Errors
-    /// When libvirt's own check or libvirtd refuses it, or it is not up within `timeout`: with
-    /// their words.
+    /// When virt-xml-validate or libvirtd rejects the domain, or the guest does not boot within
+    /// `timeout`. The error contains the message.
     pub fn boot(&self, dir: &RunDir, name: &str, xml: &str, timeout: Duration) -> Result<Guest> {
         let path = dir.join(&format!("{name}.xml"));
-        fs::write(&path, complete(dir, xml)?)?;
+        fs::write(&path, add_kernel_and_serial(dir, xml)?)?;
         let path = path.display().to_string();
         output("virt-xml-validate", [&path, "domain"])?;
         self.virsh(&["define", &path])?;
         let serial = UnixListener::bind(dir.join(SERIAL))?;
         serial.set_nonblocking(true)?;
         fs::set_permissions(dir.join(SERIAL), Permissions::from_mode(0o666))?;
-        let mut again = 2;
+        let mut restarts_left = 2;
         loop {
             self.virsh(&["start", name])?;
             let guest = Guest::new(accept(&serial)?)?;
             let Err(error) = guest.wait_boot(timeout) else {
                 return Ok(guest);
             };
-            let died = self.virsh(&["domstate", name])?.trim() == "shut off";
-            if !died || again == 0 {
+            let has_crashed = self.virsh(&["domstate", name])?.trim() == "shut off";
+            if !has_crashed || restarts_left == 0 {
                 return Err(error);
             }
-            again -= 1;
-            eprintln!("QEMU itself died in the guest's boot and is started anew: {error:#}");
+            restarts_left -= 1;
+            eprintln!("QEMU crashed while the guest booted and is started again: {error:#}");
         }
     }
 }
 
-/// `xml` with the test guest's kernel, of which libvirt's QEMU gets a copy, as libvirtd makes it
-/// the owner; and with a serial line that the test answers.
-fn complete(dir: &RunDir, xml: &str) -> Result<String> {
+/// Adds the kernel of the test guest and a serial line, on which the test listens, to `xml`. The
+/// domain gets copies of the kernel files, because libvirtd changes their owner to the user of
+/// QEMU.
+fn add_kernel_and_serial(dir: &RunDir, xml: &str) -> Result<String> {
     let (kernel, initrd) = guest_image()?;
     let copies = [("kernel", kernel), ("initrd", initrd)].map(|(tag, path)| {
         let copy = dir.join(tag);
@@ -147,18 +152,18 @@ fn complete(dir: &RunDir, xml: &str) -> Result<String> {
         dir.join(SERIAL).display()
     );
     let mut xml = xml.replace(r#"<console type="pty"/>"#, "");
-    for (end, with) in [("</os>", boot), ("</devices>", serial)] {
+    for (tag, replacement) in [("</os>", boot), ("</devices>", serial)] {
         ensure!(
-            xml.matches(end).count() == 1,
-            "the domain has no single {end}: {xml}"
+            xml.matches(tag).count() == 1,
+            "the domain must contain {tag} exactly once: {xml}"
         );
-        xml = xml.replace(end, &with);
+        xml = xml.replace(tag, &replacement);
     }
     Ok(xml)
 }
 
 fn accept(listener: &UnixListener) -> Result<UnixStream> {
-    let until = Instant::now() + START;
+    let until = Instant::now() + START_TIMEOUT;
     loop {
         match listener.accept() {
             Ok((stream, _)) => {
@@ -167,7 +172,7 @@ fn accept(listener: &UnixListener) -> Result<UnixStream> {
             }
             Err(error) => ensure!(
                 Instant::now() < until,
-                "the domain's QEMU did not connect in {START:?}: {error}"
+                "QEMU did not connect to the domain's serial line within {START_TIMEOUT:?}: {error}"
             ),
         }
         sleep(Duration::from_millis(5));

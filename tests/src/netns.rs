@@ -1,4 +1,4 @@
-//! Named network namespaces, each with this process's id in its name.
+//! Named network namespaces. Each name contains the id of this process.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -12,7 +12,7 @@ use crate::cleanup::{self, Action, Entry, delete_netns};
 use crate::paths::{PREFIX, is_orphan, require_root};
 use crate::process::output;
 
-/// A network namespace of its own, deleted when dropped.
+/// A network namespace, which is deleted when this value is dropped.
 #[derive(Debug)]
 pub struct Netns {
     name: String,
@@ -20,19 +20,19 @@ pub struct Netns {
 }
 
 impl Netns {
-    /// Makes one, with its loopback interface up. Namespaces that a killed
-    /// run left behind are deleted first.
+    /// Creates a namespace and sets its loopback interface up. The first call deletes the
+    /// namespaces of processes that have ended.
     ///
     /// # Errors
-    /// When this process is not root, or the kernel refuses.
+    /// When this process is not root, or the namespace cannot be created.
     pub fn new() -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        static SWEEP: Once = Once::new();
+        static CLEAN_UP: Once = Once::new();
         require_root()?;
-        SWEEP.call_once(sweep);
+        CLEAN_UP.call_once(delete_orphans);
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = format!("{PREFIX}{}-{n}", process::id());
-        output("ip", ["netns", "add", &name]).context("a network namespace cannot be made")?;
+        output("ip", ["netns", "add", &name]).context("a network namespace cannot be created")?;
         let netns = Self {
             _entry: cleanup::register(Action::Netns(name.clone())),
             name,
@@ -41,33 +41,33 @@ impl Netns {
         Ok(netns)
     }
 
-    /// Its name, as `ip netns` knows it.
+    /// The name for `ip netns`.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Runs `ip ARGS` in it; the arguments are split at spaces.
+    /// Runs `ip ARGS` in the namespace and returns its output. `args` is split at spaces.
     ///
     /// # Errors
-    /// When `ip` fails: with its words.
+    /// When `ip` fails. The error contains its message.
     pub fn ip(&self, args: &str) -> Result<String> {
         output("ip", ["-n", &self.name].into_iter().chain(args.split(' ')))
     }
 
-    /// Runs a short command in it and returns its standard output.
+    /// Runs a command in the namespace, waits for it and returns its standard output.
     ///
     /// # Errors
-    /// When the command fails: with its words.
+    /// When the command fails. The error contains its standard error.
     pub fn run<S: AsRef<OsStr>>(
         &self,
         program: &str,
         args: impl IntoIterator<Item = S>,
     ) -> Result<String> {
         let args: Vec<S> = args.into_iter().collect();
-        let front = ["netns", "exec", &self.name, program].map(OsStr::new);
+        let prefix = ["netns", "exec", &self.name, program].map(OsStr::new);
         output(
             "ip",
-            front.into_iter().chain(args.iter().map(AsRef::as_ref)),
+            prefix.into_iter().chain(args.iter().map(AsRef::as_ref)),
         )
     }
 }
@@ -78,8 +78,8 @@ impl Drop for Netns {
     }
 }
 
-/// Deletes the namespaces of processes that are gone.
-fn sweep() {
+/// Deletes the namespaces of processes that have ended.
+fn delete_orphans() {
     let Ok(entries) = fs::read_dir("/run/netns") else {
         return;
     };

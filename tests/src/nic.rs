@@ -1,4 +1,4 @@
-//! A guest's network card: what serves it, and how QEMU is told.
+//! A network device of the guest: its back-end, and the arguments that configure it in QEMU.
 
 use std::path::{Path, PathBuf};
 
@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use crate::qemu_version::version;
 
-/// A network card of the guest.
+/// A network device of the guest.
 #[derive(Clone, Debug)]
 pub struct Nic {
     backend: Backend,
@@ -18,7 +18,7 @@ pub struct Nic {
 enum Backend {
     VhostUser {
         socket: PathBuf,
-        listen: bool,
+        is_qemu_listening: bool,
         reconnect_ms: Option<u32>,
     },
     Tap {
@@ -27,26 +27,26 @@ enum Backend {
 }
 
 impl Nic {
-    /// A card that a vhost-user back-end serves on `socket`; QEMU connects.
+    /// Creates a device that a vhost-user back-end serves on `socket`. QEMU connects to the socket.
     pub fn vhost_user(socket: &Path) -> Self {
         Self::new(Backend::VhostUser {
             socket: socket.to_owned(),
-            listen: false,
+            is_qemu_listening: false,
             reconnect_ms: None,
         })
     }
 
-    /// The same, but QEMU listens and waits for the back-end.
+    /// Does the same, but QEMU listens on the socket and waits for the back-end.
     pub fn vhost_user_listen(socket: &Path) -> Self {
         Self::new(Backend::VhostUser {
             socket: socket.to_owned(),
-            listen: true,
+            is_qemu_listening: true,
             reconnect_ms: None,
         })
     }
 
-    /// QEMU's own virtio-net on the TAP device `ifname`, without vhost. The
-    /// machine has to be in the TAP's namespace ([`crate::qemu::Machine::netns`]).
+    /// Creates a device that QEMU serves itself, without vhost, on the TAP `ifname`. The machine
+    /// must run in the TAP's namespace ([`crate::qemu::Machine::netns`]).
     pub fn tap(ifname: &str) -> Self {
         Self::new(Backend::Tap {
             ifname: ifname.to_owned(),
@@ -61,15 +61,15 @@ impl Nic {
         }
     }
 
-    /// The number of queue pairs.
+    /// Sets the number of queue pairs.
     #[must_use]
     pub fn queues(mut self, pairs: u16) -> Self {
         self.queues = pairs;
         self
     }
 
-    /// QEMU tries to connect anew after `ms` milliseconds, whole seconds with
-    /// a QEMU before 9.2. Only for a card that connects.
+    /// Makes QEMU reconnect `ms` milliseconds after a disconnection. A QEMU before 9.2 rounds this
+    /// up to seconds. Has an effect only if QEMU connects to the back-end.
     #[must_use]
     pub fn reconnect_ms(mut self, ms: u32) -> Self {
         if let Backend::VhostUser { reconnect_ms, .. } = &mut self.backend {
@@ -78,30 +78,30 @@ impl Nic {
         self
     }
 
-    /// A further property of the device, such as `packed=on`, `host_mtu=9000`,
-    /// `rx_queue_size=1024` or `mac=52:54:00:00:00:01`.
+    /// Adds a property of the device, such as `packed=on`, `host_mtu=9000`, `rx_queue_size=1024` or
+    /// `mac=52:54:00:00:00:01`.
     #[must_use]
     pub fn prop(mut self, prop: &str) -> Self {
         self.props.push(prop.to_owned());
         self
     }
 
-    /// The arguments of QEMU's n-th card.
+    /// Returns QEMU's arguments for this device, which is the n-th device of its machine.
     pub(crate) fn args(&self, n: usize) -> Result<Vec<String>> {
         let queues = self.queues;
         let mut args = Vec::new();
         match &self.backend {
             Backend::VhostUser {
                 socket,
-                listen,
+                is_qemu_listening,
                 reconnect_ms,
             } => {
                 let mut chardev = format!("socket,id=net{n}c,path={}", socket.display());
-                if *listen {
+                if *is_qemu_listening {
                     chardev.push_str(",server=on");
                 }
                 if let Some(ms) = reconnect_ms {
-                    chardev.push_str(&reconnect(*ms)?);
+                    chardev.push_str(&reconnect_property(*ms)?);
                 }
                 let netdev = format!("vhost-user,id=net{n},chardev=net{n}c,queues={queues}");
                 args.extend(["-chardev".into(), chardev, "-netdev".into(), netdev]);
@@ -113,7 +113,7 @@ impl Nic {
                 args.extend(["-netdev".into(), netdev]);
             }
         }
-        // One vector a ring, one for the control queue, one for configuration.
+        // One vector for each vring, one for the control queue, and one for configuration changes.
         let vectors = 2 * u32::from(queues) + 2;
         let mut device = format!("virtio-net-pci,netdev=net{n},romfile=,vectors={vectors}");
         if queues > 1 {
@@ -128,8 +128,8 @@ impl Nic {
     }
 }
 
-/// The chardev property that makes QEMU reconnect.
-fn reconnect(ms: u32) -> Result<String> {
+/// Returns the chardev property that makes QEMU reconnect.
+fn reconnect_property(ms: u32) -> Result<String> {
     let version = version()?;
     let mut numbers = version.split('.').map(|part| part.parse().unwrap_or(0));
     let number: (u32, u32) = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));

@@ -1,5 +1,5 @@
-//! Where things are: the checkout, the guest image, the binaries, a directory
-//! for the files of one run.
+//! The paths of the checkout, the guest image and the programs, and a directory for the files of
+//! one run.
 
 use std::env;
 use std::fs;
@@ -13,29 +13,29 @@ use nix::unistd::Uid;
 
 use crate::cleanup::{self, Action, Entry};
 
-/// Namespaces and directories are called `virtionet-PID-NUMBER`.
+/// The beginning of the names of namespaces and directories, which are `virtionet-PID-NUMBER`.
 pub(crate) const PREFIX: &str = "virtionet-";
 
-/// The root of the checkout.
+/// The root directory of the checkout.
 pub fn root() -> PathBuf {
     let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
     tests.parent().unwrap_or(tests).to_owned()
 }
 
-/// `ci/cache`, where the guest image is kept.
-pub fn cache() -> PathBuf {
+/// The directory `ci/cache`, which contains the guest image.
+pub fn cache_dir() -> PathBuf {
     root().join("ci/cache")
 }
 
-/// The guest's kernel and initramfs, as `ci/guest-image` built them: with this machine's kernel,
-/// or with that of the Debian suite that `$GUEST` names.
+/// The guest's kernel and initramfs, which `ci/guest-image` has built with the kernel of this
+/// machine or, if `$GUEST` is set, with that of the Debian suite that it names.
 ///
 /// # Errors
-/// When one is not there yet.
+/// When one of the files does not exist.
 pub fn guest_image() -> Result<(PathBuf, PathBuf)> {
     let suite = env::var("GUEST").ok().filter(|suite| !suite.is_empty());
     let suite = suite.as_deref().unwrap_or("own");
-    let dir = cache().join(format!("guest-{suite}"));
+    let dir = cache_dir().join(format!("guest-{suite}"));
     let pair = (dir.join("vmlinuz"), dir.join("initramfs.cpio.gz"));
     for path in [&pair.0, &pair.1] {
         ensure!(
@@ -47,17 +47,18 @@ pub fn guest_image() -> Result<(PathBuf, PathBuf)> {
     Ok(pair)
 }
 
-/// The virtionetd to test: `$VIRTIONETD`, or the one beside this program.
+/// The virtionetd under test: `$VIRTIONETD`, or the one in the target directory of this program.
 ///
 /// # Errors
-/// When it does not exist.
+/// When the program does not exist.
 pub fn virtionetd() -> Result<PathBuf> {
     if let Some(path) = from_environment("VIRTIONETD")? {
         return Ok(path);
     }
-    let own = env::current_exe().context("this program's own path is unknown")?;
-    // A test is in target/PROFILE/deps, a binary in target/PROFILE.
-    own.ancestors()
+    let this_program = env::current_exe().context("the path of this program is unknown")?;
+    // A test is in target/PROFILE/deps, and a binary is in target/PROFILE.
+    this_program
+        .ancestors()
         .skip(1)
         .take(2)
         .map(|dir| dir.join("virtionetd"))
@@ -65,15 +66,15 @@ pub fn virtionetd() -> Result<PathBuf> {
         .with_context(|| {
             format!(
                 "there is no virtionetd beside {}: build it with 'cargo build -p virtionetd -p virtionetctl' (add --release for a release run), or set VIRTIONETD",
-                own.display()
+                this_program.display()
             )
         })
 }
 
-/// The virtionetctl to test: `$VIRTIONETCTL`, or the one beside [`virtionetd`].
+/// The virtionetctl under test: `$VIRTIONETCTL`, or the one in the directory of [`virtionetd`].
 ///
 /// # Errors
-/// When it does not exist.
+/// When the program does not exist.
 pub fn virtionetctl() -> Result<PathBuf> {
     if let Some(path) = from_environment("VIRTIONETCTL")? {
         return Ok(path);
@@ -88,7 +89,7 @@ pub fn virtionetctl() -> Result<PathBuf> {
     Ok(path)
 }
 
-/// The program that the environment variable `name` names, if it is set.
+/// Returns the path in the environment variable `name`, if it is set.
 fn from_environment(name: &str) -> Result<Option<PathBuf>> {
     let Some(path) = env::var_os(name).map(PathBuf::from) else {
         return Ok(None);
@@ -101,21 +102,21 @@ fn from_environment(name: &str) -> Result<Option<PathBuf>> {
     Ok(Some(path))
 }
 
-/// Checks for root, which namespaces and TAP devices need.
+/// Checks that this process runs as root, which is needed to create namespaces and TAPs.
 ///
 /// # Errors
-/// When this process is another user's.
+/// When this process runs as another user.
 pub fn require_root() -> Result<()> {
     ensure!(
         Uid::effective().is_root(),
-        "uid {} may not make network namespaces and TAP devices: run this as root (CAP_NET_ADMIN, CAP_SYS_ADMIN and /dev/net/tun are used)",
+        "uid {} may not create network namespaces and TAPs: run this as root (CAP_NET_ADMIN, CAP_SYS_ADMIN and /dev/net/tun are used)",
         Uid::effective()
     );
     Ok(())
 }
 
-/// A directory of its own for sockets and logs, removed at the end. After a
-/// panic it stays, for the logs in it.
+/// A directory for the sockets and logs of one run. It is removed when this value is dropped,
+/// except during a panic, so that the logs of a failed test remain.
 #[derive(Debug)]
 pub struct RunDir {
     path: PathBuf,
@@ -123,20 +124,21 @@ pub struct RunDir {
 }
 
 impl RunDir {
-    /// Makes one below the system's temporary directory; its path is short
-    /// enough for unix sockets.
+    /// Creates a directory in the system's temporary directory. Its path is short enough for Unix
+    /// sockets.
     ///
     /// # Errors
-    /// When it cannot be made.
+    /// When the directory cannot be created.
     pub fn new() -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        static SWEEP: Once = Once::new();
-        SWEEP.call_once(sweep);
+        static CLEAN_UP: Once = Once::new();
+        CLEAN_UP.call_once(delete_orphans);
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
         let path = env::temp_dir().join(format!("{PREFIX}{}-{n}", process::id()));
-        // A number that came round again: what is there is a dead run's.
+        // The kernel reuses process ids, so a process that has ended may have left this directory.
         _ = fs::remove_dir_all(&path);
-        fs::create_dir_all(&path).with_context(|| format!("{} cannot be made", path.display()))?;
+        fs::create_dir_all(&path)
+            .with_context(|| format!("{} cannot be created", path.display()))?;
         let entry = cleanup::register(Action::Remove(path.clone()));
         Ok(Self {
             path,
@@ -144,7 +146,7 @@ impl RunDir {
         })
     }
 
-    /// The path of `name` in it.
+    /// Returns the path of the file `name` in the directory.
     pub fn join(&self, name: &str) -> PathBuf {
         self.path.join(name)
     }
@@ -158,19 +160,19 @@ impl Drop for RunDir {
     }
 }
 
-/// Whether `name` is one that a process made which is gone.
+/// Returns whether `name` is a name that a process gave which has ended.
 pub(crate) fn is_orphan(name: &str) -> bool {
-    owner(name).is_some_and(|pid| !Path::new("/proc").join(pid).exists())
+    owner_pid(name).is_some_and(|pid| !Path::new("/proc").join(pid).exists())
 }
 
-/// The process id in one of our names.
-fn owner(name: &str) -> Option<&str> {
+/// Returns the process id in a name of the form `virtionet-PID-NUMBER`.
+fn owner_pid(name: &str) -> Option<&str> {
     let (pid, _) = name.strip_prefix(PREFIX)?.split_once('-')?;
     pid.bytes().all(|b| b.is_ascii_digit()).then_some(pid)
 }
 
-/// Removes the directories of processes that are gone.
-fn sweep() {
+/// Removes the directories of processes that have ended.
+fn delete_orphans() {
     let Ok(entries) = fs::read_dir(env::temp_dir()) else {
         return;
     };
@@ -186,17 +188,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_our_own_names_have_an_owner() {
-        assert_eq!(owner("virtionet-17-0"), Some("17"));
+    fn only_a_complete_name_has_an_owner_pid() {
+        assert_eq!(owner_pid("virtionet-17-0"), Some("17"));
         for other in ["virtionet-", "virtionet-x-0", "blue", "virtionet-17"] {
-            assert_eq!(owner(other), None, "{other}");
+            assert_eq!(owner_pid(other), None, "{other}");
         }
     }
 
     #[test]
-    fn a_living_process_has_no_orphans() {
+    fn a_name_is_an_orphan_only_after_its_process_has_ended() {
         assert!(!is_orphan(&format!("{PREFIX}{}-0", process::id())));
-        // Beyond the kernel's highest process id.
+        // This process id is above the kernel's maximum.
         assert!(is_orphan(&format!("{PREFIX}4194305-0")));
     }
 }

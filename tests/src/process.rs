@@ -1,4 +1,4 @@
-//! A child process that cannot be left behind, with its output in files.
+//! Child processes that end with this process, and whose output goes to files.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
@@ -14,10 +14,11 @@ use nix::unistd::Pid;
 use crate::cleanup::{self, Action, Entry};
 use crate::paths::RunDir;
 
-const POLL: Duration = Duration::from_millis(5);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// A running child. It is killed when dropped, on SIGINT, and by the kernel
-/// when *the thread that started it* ends: start it from a thread that stays.
+/// A running child process. It is killed when this value is dropped, when a signal ends this
+/// process, and by the kernel when the thread that started it exits. Start it from a thread that
+/// outlives it.
 #[derive(Debug)]
 pub struct Proc {
     child: Child,
@@ -28,11 +29,11 @@ pub struct Proc {
 }
 
 impl Proc {
-    /// Starts `program`, in the namespace called `netns` if given; its output goes to `NAME.stdout`
-    /// and `NAME.stderr` in `dir`.
+    /// Starts `program`, in the network namespace `netns` if that is given. The output goes to the
+    /// files `NAME.stdout` and `NAME.stderr` in `dir`.
     ///
     /// # Errors
-    /// When the process or its files cannot be made.
+    /// When the process or its files cannot be created.
     pub fn spawn<S: AsRef<OsStr>>(
         dir: &RunDir,
         name: &str,
@@ -56,7 +57,7 @@ impl Proc {
             .stderr(File::create(&stderr)?);
         let child = command
             .spawn()
-            .with_context(|| format!("{name} cannot be started: is setpriv (util-linux) there?"))?;
+            .with_context(|| format!("{name} cannot be started: install setpriv (util-linux)"))?;
         let pid = i32::try_from(child.id())?;
         Ok(Self {
             child,
@@ -67,25 +68,26 @@ impl Proc {
         })
     }
 
-    /// The process id; also that of the program itself, as all wrappers exec.
+    /// The process id. It is also that of the program, because setpriv and ip replace themselves by
+    /// it (exec).
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// What it has written to its standard output so far.
+    /// Returns everything that the process has written to its standard output so far.
     pub fn stdout(&self) -> String {
         read(&self.stdout)
     }
 
-    /// What it has written to its standard error so far.
+    /// Returns everything that the process has written to its standard error so far.
     pub fn stderr(&self) -> String {
         read(&self.stderr)
     }
 
-    /// Its exit status, if it has ended.
+    /// Returns the exit status if the process has exited.
     ///
     /// # Errors
-    /// When the kernel does not say.
+    /// When the state of the process cannot be read.
     pub fn try_wait(&mut self) -> Result<Option<ExitStatus>> {
         let status = self.child.try_wait()?;
         if status.is_some() {
@@ -94,10 +96,11 @@ impl Proc {
         Ok(status)
     }
 
-    /// Waits for its end.
+    /// Waits until the process exits.
     ///
     /// # Errors
-    /// When it has not ended in `timeout`.
+    /// When the process does not exit within `timeout`. The error contains the end of its standard
+    /// error.
     pub fn wait(&mut self, timeout: Duration) -> Result<ExitStatus> {
         let started_at = Instant::now();
         loop {
@@ -106,37 +109,38 @@ impl Proc {
             }
             if started_at.elapsed() > timeout {
                 bail!(
-                    "{} (pid {}) did not end in {timeout:?}; its stderr: {}",
+                    "{} (pid {}) did not exit within {timeout:?}; its stderr: {}",
                     self.name,
                     self.pid(),
                     tail(&self.stderr())
                 );
             }
-            sleep(POLL);
+            sleep(POLL_INTERVAL);
         }
     }
 
     /// Sends `signal`.
     ///
     /// # Errors
-    /// When it has ended already.
+    /// When the process has exited already.
     pub fn signal(&mut self, signal: Signal) -> Result<()> {
         if let Some(status) = self.try_wait()? {
-            bail!("{} has ended ({status}) before {signal}", self.name);
+            bail!("{} exited ({status}) before {signal}", self.name);
         }
         kill(Pid::from_raw(i32::try_from(self.child.id())?), signal)?;
         Ok(())
     }
 
-    /// An error that says how it ended, if it did.
+    /// Checks that the process still runs.
     ///
     /// # Errors
-    /// When it is no longer running: with its status and the end of its stderr.
+    /// When the process has exited. The error contains its status and the end of its standard
+    /// error.
     pub fn check_alive(&mut self) -> Result<()> {
         match self.try_wait()? {
             None => Ok(()),
             Some(status) => bail!(
-                "{} ended early ({status}): {}",
+                "{} exited unexpectedly ({status}): {}",
                 self.name,
                 tail(&self.stderr())
             ),
@@ -146,16 +150,16 @@ impl Proc {
 
 impl Drop for Proc {
     fn drop(&mut self) {
-        // An error here means that it is gone, which is what is wanted.
+        // An error means that the process has exited already.
         _ = self.child.kill();
         _ = self.child.wait();
     }
 }
 
-/// Runs a short command to its end and returns its standard output.
+/// Runs a command, waits for it and returns its standard output.
 ///
 /// # Errors
-/// When it cannot be started or exits with another code than 0: with its words.
+/// When the command cannot be started or fails. The error contains its standard error.
 pub fn output<S: AsRef<OsStr>>(program: &str, args: impl IntoIterator<Item = S>) -> Result<String> {
     let args: Vec<OsString> = args.into_iter().map(|a| a.as_ref().to_owned()).collect();
     let out = Command::new(program)
@@ -181,14 +185,14 @@ fn read(path: &PathBuf) -> String {
         .unwrap_or_default()
 }
 
-/// The last lines of `text`, short enough for an error.
+/// Returns the last 8 lines of `text`, joined for an error message.
 pub(crate) fn tail(text: &str) -> String {
     let lines: Vec<&str> = text.lines().collect();
     let from = lines.len().saturating_sub(8);
-    let short = lines.get(from..).unwrap_or_default().join(" | ");
-    if short.is_empty() {
+    let joined = lines.get(from..).unwrap_or_default().join(" | ");
+    if joined.is_empty() {
         "(nothing)".to_owned()
     } else {
-        short
+        joined
     }
 }

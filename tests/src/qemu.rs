@@ -1,4 +1,4 @@
-//! A QEMU machine: how it is put together, started, and looked at.
+//! QEMU machines: configuring, starting and controlling them.
 
 use std::fs;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -22,15 +22,15 @@ pub use crate::qemu_version::version;
 use crate::qmp::Qmp;
 use crate::sched;
 
-const START: Duration = Duration::from_secs(20);
-/// A trial boot that takes longer than this has failed: KVM needs about 1 s.
-const KVM_TRIAL: Duration = Duration::from_secs(20);
+const START_TIMEOUT: Duration = Duration::from_secs(20);
+/// The time that a trial boot under KVM may take. A working KVM needs about 1 s.
+const KVM_TRIAL_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Further arguments for vCPUs that are plugged in under software emulation. QEMU's ACPI tables have
-/// them as disabled processors, which newer kernels (6.12.117 and 7.2 do, 6.1 does not) ignore
-/// unless they detect a hypervisor that they know. They do not know QEMU's software emulation, but
-/// they detect VMware by the serial number and by QEMU's emulation of VMware's I/O port. This `-cpu`
-/// overrides the one before it; this `-machine` adds to the one before it.
+/// Additional arguments for vCPU hotplug under software emulation. QEMU's ACPI tables describe
+/// vCPUs that are not plugged in as disabled processors. Newer kernels (6.12.117 and 7.2, but not
+/// 6.1) ignore disabled processors unless they detect a known hypervisor. QEMU's software emulation
+/// is not one, but VMware is detected by the serial number and by QEMU's emulation of its I/O port.
+/// This `-cpu` overrides the earlier one; this `-machine` adds to the earlier one.
 const PLUGGABLE_WITHOUT_KVM: [&str; 6] = [
     "-machine",
     "vmport=on",
@@ -40,17 +40,18 @@ const PLUGGABLE_WITHOUT_KVM: [&str; 6] = [
     "type=1,serial=VMware-test",
 ];
 
-/// How a machine is to be. The guest's image is `ci/guest-image`'s.
+/// The configuration of a machine, which boots the image that `ci/guest-image` has built.
 #[derive(Clone, Debug)]
 pub struct Machine {
     vcpus: u32,
     max_vcpus: Option<u32>,
     memory_mib: u32,
     accel: Accel,
-    shared: bool,
-    no_reboot: bool,
-    paused: bool,
-    pinned: Option<Vec<usize>>,
+    is_memory_shared: bool,
+    is_reboot_disabled: bool,
+    is_paused: bool,
+    /// The CPUs for the vCPUs; if empty, all that this process may use.
+    pinned_cpus: Option<Vec<usize>>,
     monitor: Option<PathBuf>,
     netns: Option<String>,
     nics: Vec<Nic>,
@@ -65,17 +66,17 @@ impl Default for Machine {
 }
 
 impl Machine {
-    /// One vCPU, 512 MiB of shareable memory, software emulation, no card.
+    /// Creates a machine with one vCPU, 512 MiB of shared memory, TCG and no network device.
     pub fn new() -> Self {
         Self {
             vcpus: 1,
             max_vcpus: None,
             memory_mib: 512,
             accel: Accel::Tcg,
-            shared: true,
-            no_reboot: false,
-            paused: false,
-            pinned: None,
+            is_memory_shared: true,
+            is_reboot_disabled: false,
+            is_paused: false,
+            pinned_cpus: None,
             monitor: None,
             netns: None,
             nics: Vec::new(),
@@ -84,112 +85,111 @@ impl Machine {
         }
     }
 
-    /// The number of vCPUs.
+    /// Sets the number of vCPUs.
     #[must_use]
     pub fn vcpus(mut self, n: u32) -> Self {
         self.vcpus = n;
         self
     }
 
-    /// The largest number of vCPUs: those beyond [`Machine::vcpus`] are plugged in later.
+    /// Sets the maximum number of vCPUs. Those above [`Machine::vcpus`] can be plugged in later.
     #[must_use]
     pub fn max_vcpus(mut self, n: u32) -> Self {
         self.max_vcpus = Some(n);
         self
     }
 
-    /// The guest's memory in MiB.
+    /// Sets the guest's memory in MiB.
     #[must_use]
     pub fn memory_mib(mut self, mib: u32) -> Self {
         self.memory_mib = mib;
         self
     }
 
-    /// The accelerator.
+    /// Sets the accelerator.
     #[must_use]
     pub fn accel(mut self, accel: Accel) -> Self {
         self.accel = accel;
         self
     }
 
-    /// Guest memory that QEMU does not share: a vhost-user back-end gets none.
+    /// Uses private guest memory, which a vhost-user back-end cannot map.
     #[must_use]
     pub fn private_memory(mut self) -> Self {
-        self.shared = false;
+        self.is_memory_shared = false;
         self
     }
 
-    /// A reboot in the guest ends QEMU.
+    /// Makes QEMU exit when the guest reboots.
     #[must_use]
     pub fn no_reboot(mut self) -> Self {
-        self.no_reboot = true;
+        self.is_reboot_disabled = true;
         self
     }
 
-    /// The vCPUs stand still until [`Qemu::resume`].
+    /// Starts the machine with its vCPUs stopped until [`Qemu::resume`].
     #[must_use]
     pub fn paused(mut self) -> Self {
-        self.paused = true;
+        self.is_paused = true;
         self
     }
 
-    /// Each vCPU is pinned ([`Qemu::pin_vcpus`]) before its first instruction:
-    /// a back-end reads where they stand when the driver starts its rings.
+    /// Pins each vCPU as [`Qemu::pin_vcpus`] does before the guest boots, because a back-end reads
+    /// the affinity of the vCPUs when the driver starts its vrings.
     #[must_use]
     pub fn pinned(mut self) -> Self {
-        self.pinned = Some(Vec::new());
+        self.pinned_cpus = Some(Vec::new());
         self
     }
 
-    /// The same, to these CPUs in turn instead of all that this process has.
+    /// Does the same as [`Machine::pinned`], but uses only `cpus`.
     #[must_use]
     pub fn pinned_to(mut self, cpus: &[usize]) -> Self {
-        self.pinned = Some(cpus.to_vec());
+        self.pinned_cpus = Some(cpus.to_vec());
         self
     }
 
-    /// A second QMP monitor on which QEMU listens at `path`, for virtionetd.
+    /// Adds a second QMP monitor, which listens on `path`, for virtionetd.
     #[must_use]
     pub fn monitor(mut self, path: &Path) -> Self {
         self.monitor = Some(path.to_owned());
         self
     }
 
-    /// QEMU runs in this network namespace.
+    /// Runs QEMU in this network namespace.
     #[must_use]
     pub fn netns(mut self, netns: &Netns) -> Self {
         self.netns = Some(netns.name().to_owned());
         self
     }
 
-    /// One more network card.
+    /// Adds a network device.
     #[must_use]
     pub fn nic(mut self, nic: Nic) -> Self {
         self.nics.push(nic);
         self
     }
 
-    /// The machine that the words of this command line make, the program's name
-    /// first, instead of one with the vCPUs, memory, accelerator and cards told
-    /// here.
+    /// Uses the arguments of this command line, whose first word is the program's name. They
+    /// replace the configured vCPUs, memory, accelerator and network devices.
     #[must_use]
     pub fn command(mut self, words: &[String]) -> Self {
         self.command = Some(words.get(1..).unwrap_or_default().to_owned());
         self
     }
 
-    /// Further arguments for QEMU, as they are.
+    /// Adds arguments for QEMU.
     #[must_use]
     pub fn args<'a>(mut self, args: impl IntoIterator<Item = &'a str>) -> Self {
         self.args.extend(args.into_iter().map(str::to_owned));
         self
     }
 
-    /// Starts it; its sockets and logs go to `dir` under `name`. The guest is
-    /// not waited for: see [`Guest::wait_boot`].
+    /// Starts the machine without waiting for the guest (see [`Guest::wait_boot`]). Its sockets and
+    /// logs are files in `dir` whose names begin with `name`.
     ///
     /// # Errors
-    /// When QEMU is missing or ends at once: with its words.
+    /// When QEMU is not installed, or exits. The error contains its standard error.
     pub fn start(&self, dir: &RunDir, name: &str) -> Result<Qemu> {
         let serial = listen(&dir.join(&format!("{name}.serial")))?;
         let monitor = listen(&dir.join(&format!("{name}.qmp")))?;
@@ -204,56 +204,56 @@ impl Machine {
             proc,
             started_at,
         };
-        if let Some(cpus) = &self.pinned {
+        if let Some(cpus) = &self.pinned_cpus {
             match cpus.is_empty() {
                 true => qemu.pin_vcpus()?,
                 false => qemu.pin_vcpus_to(cpus)?,
             };
-            if !self.paused {
+            if !self.is_paused {
                 qemu.resume()?;
             }
         }
         Ok(qemu)
     }
 
-    /// Starts it and waits until the guest is up; returns the time that took.
+    /// Starts the machine and waits until the guest has booted. Returns the time that this took.
     ///
     /// # Errors
-    /// As [`Machine::booted`].
+    /// The same as those of [`Machine::wait_boot_or_restart`].
     pub fn boot(&self, dir: &RunDir, name: &str, timeout: Duration) -> Result<(Qemu, Duration)> {
-        self.booted(self.start(dir, name)?, dir, name, timeout)
+        self.wait_boot_or_restart(self.start(dir, name)?, dir, name, timeout)
     }
 
-    /// Waits until `qemu`, which this has started under `name`, is up: several
-    /// machines may boot at once. Returns the time that took.
+    /// Waits until the guest of `qemu` has booted, which [`Machine::start`] has started as `name`.
+    /// This allows several machines to boot at the same time. Returns the time from QEMU's start.
     ///
-    /// QEMU 10.0.2 under software emulation dies now and then of an assertion
-    /// of its own while several vCPUs set up PCI (`msix_table_mmio_write`), with
-    /// any card. Such a death by signal is said on stderr, and the machine is
-    /// started anew, twice at most.
+    /// Under software emulation, an assertion in QEMU 10.0.2 sometimes fails while several vCPUs
+    /// set up PCI (`msix_table_mmio_write`), with any network device. If a signal ends QEMU, this
+    /// function prints a message and starts the machine again, at most twice.
     ///
     /// # Errors
-    /// When it is not up within `timeout`: with QEMU's words and the console's.
-    pub fn booted(
+    /// When the guest does not boot within `timeout`. The error contains QEMU's standard error and
+    /// the end of the console.
+    pub fn wait_boot_or_restart(
         &self,
         mut qemu: Qemu,
         dir: &RunDir,
         name: &str,
         timeout: Duration,
     ) -> Result<(Qemu, Duration)> {
-        let mut again = 2;
+        let mut restarts_left = 2;
         loop {
             let error = match qemu.boot(timeout) {
-                Ok(took) => return Ok((qemu, took)),
+                Ok(boot_time) => return Ok((qemu, boot_time)),
                 Err(error) => error,
             };
             let status = qemu.proc.try_wait()?;
-            let died = status.is_some_and(|s| s.signal().is_some());
-            if !died || again == 0 || self.accel == Accel::Kvm {
+            let has_crashed = status.is_some_and(|s| s.signal().is_some());
+            if !has_crashed || restarts_left == 0 || self.accel == Accel::Kvm {
                 return Err(error);
             }
-            again -= 1;
-            eprintln!("QEMU itself died in the guest's boot and is started anew: {error:#}");
+            restarts_left -= 1;
+            eprintln!("QEMU crashed while the guest booted and is started again: {error:#}");
             qemu = self.start(dir, name)?;
         }
     }
@@ -262,9 +262,9 @@ impl Machine {
         let (kernel, initrd) = guest_image()?;
         let mut args = match &self.command {
             Some(words) => words.clone(),
-            None => self.hardware(name)?,
+            None => self.hardware_args(name)?,
         };
-        let harness = [
+        let common = [
             "-nodefaults",
             "-no-user-config",
             "-display",
@@ -284,21 +284,21 @@ impl Machine {
             "-mon",
             "chardev=qmp,mode=control",
         ];
-        args.extend(harness.map(str::to_owned));
+        args.extend(common.map(str::to_owned));
         if let Some(path) = &self.monitor {
             let value = format!("unix:{},server=on,wait=off", path.display());
             args.extend(["-qmp".into(), value]);
         }
-        let paused = self.paused || self.pinned.is_some();
-        for (wanted, flag) in [(self.no_reboot, "-no-reboot"), (paused, "-S")] {
-            args.extend(wanted.then(|| flag.to_owned()));
+        let is_paused = self.is_paused || self.pinned_cpus.is_some();
+        for (is_set, flag) in [(self.is_reboot_disabled, "-no-reboot"), (is_paused, "-S")] {
+            args.extend(is_set.then(|| flag.to_owned()));
         }
         args.extend(self.args.iter().cloned());
         Ok(args)
     }
 
-    /// Memory, vCPUs and cards.
-    fn hardware(&self, name: &str) -> Result<Vec<String>> {
+    /// Returns the arguments for the memory, the vCPUs and the network devices.
+    fn hardware_args(&self, name: &str) -> Result<Vec<String>> {
         let (accel, cpu) = match self.accel.resolve()? {
             Accel::Kvm => ("kvm", "host"),
             _ => ("tcg,thread=multi", "qemu64"),
@@ -308,7 +308,7 @@ impl Machine {
             Some(max) => format!("{},maxcpus={max}", self.vcpus),
             None => self.vcpus.to_string(),
         };
-        let ram = if self.shared {
+        let ram = if self.is_memory_shared {
             format!("memory-backend-memfd,id=ram,size={memory}M,share=on")
         } else {
             format!("memory-backend-ram,id=ram,size={memory}M,share=off")
@@ -341,7 +341,7 @@ impl Machine {
     }
 }
 
-/// A running machine; dropping it kills QEMU.
+/// A running machine. Dropping this value kills QEMU.
 #[derive(Debug)]
 pub struct Qemu {
     guest: Guest,
@@ -351,54 +351,55 @@ pub struct Qemu {
 }
 
 impl Qemu {
-    /// The guest's shell.
+    /// The shell of the guest.
     pub fn guest(&self) -> &Guest {
         &self.guest
     }
 
-    /// The process.
+    /// The QEMU process.
     pub fn proc(&mut self) -> &mut Proc {
         &mut self.proc
     }
 
-    /// QEMU's process id.
+    /// The process id of QEMU.
     pub fn pid(&self) -> u32 {
         self.proc.pid()
     }
 
-    /// Waits until the guest is up; returns the time since QEMU was started.
+    /// Waits until the guest has booted. Returns the time from the start of QEMU.
     ///
     /// # Errors
-    /// When it is not within `timeout`: with QEMU's words and the console's.
+    /// When the guest does not boot within `timeout`. The error contains QEMU's standard error and
+    /// the end of the console.
     pub fn boot(&mut self, timeout: Duration) -> Result<Duration> {
-        let up = self.guest.wait_boot(timeout);
-        if up.is_err() {
+        let booted = self.guest.wait_boot(timeout);
+        if booted.is_err() {
             self.proc.check_alive()?;
         }
-        up.with_context(|| format!("QEMU's stderr: {}", self.proc.stderr().trim()))?;
+        booted.with_context(|| format!("QEMU's stderr: {}", self.proc.stderr().trim()))?;
         Ok(self.started_at.elapsed())
     }
 
-    /// Runs a QMP command.
+    /// Runs a QMP command and returns its result.
     ///
     /// # Errors
-    /// When QEMU answers with an error, or not at all.
+    /// When QEMU returns an error or does not answer.
     pub fn qmp(&self, command: &str, arguments: &Value) -> Result<Value> {
         let mut qmp = self.qmp.lock().unwrap_or_else(PoisonError::into_inner);
         qmp.execute(command, arguments)
             .with_context(|| format!("QEMU's stderr: {}", self.proc.stderr().trim()))
     }
 
-    /// Waits for a QMP event.
+    /// Waits for the QMP event `name` and returns its data.
     ///
     /// # Errors
-    /// When none comes within `timeout`.
+    /// When the event does not arrive within `timeout`.
     pub fn wait_event(&self, name: &str, timeout: Duration) -> Result<Value> {
         let mut qmp = self.qmp.lock().unwrap_or_else(PoisonError::into_inner);
         qmp.wait_event(name, timeout)
     }
 
-    /// Lets the vCPUs of a paused machine run.
+    /// Starts the vCPUs of a paused machine.
     ///
     /// # Errors
     /// When QEMU does not answer.
@@ -406,25 +407,25 @@ impl Qemu {
         self.qmp("cont", &Value::Null).map(drop)
     }
 
-    /// The thread ids of the vCPUs, by index.
+    /// Returns the thread ids of the vCPUs, in the order of the vCPUs' indices.
     ///
     /// # Errors
     /// When QEMU does not answer.
     pub fn vcpu_threads(&self) -> Result<Vec<i32>> {
         let cpus = self.qmp("query-cpus-fast", &json!({}))?;
-        let cpus = cpus.as_array().context("query-cpus-fast gave no list")?;
+        let cpus = cpus.as_array().context("query-cpus-fast sent no list")?;
         let mut threads = Vec::new();
         for cpu in cpus {
-            let index = cpu["cpu-index"].as_i64().context("a vCPU without index")?;
-            let tid = cpu["thread-id"].as_i64().context("a vCPU without thread")?;
+            let index = cpu["cpu-index"].as_i64().context("a vCPU has no index")?;
+            let tid = cpu["thread-id"].as_i64().context("a vCPU has no thread")?;
             threads.push((index, i32::try_from(tid)?));
         }
         threads.sort_unstable();
         Ok(threads.into_iter().map(|(_, tid)| tid).collect())
     }
 
-    /// Pins vCPU i to the i-th of this process's CPUs, round and round, as
-    /// libvirt's vcpupin would; returns the CPU of each vCPU.
+    /// Pins vCPU i to the i-th CPU that this process may use, modulo the number of these CPUs, as
+    /// libvirt's vcpupin does. Returns the CPU of each vCPU.
     ///
     /// # Errors
     /// When QEMU does not answer or a thread cannot be pinned.
@@ -432,7 +433,7 @@ impl Qemu {
         self.pin_vcpus_to(&sched::allowed_cpus()?)
     }
 
-    /// The same, to `cpus`.
+    /// Does the same as [`Qemu::pin_vcpus`], but uses only `cpus`.
     ///
     /// # Errors
     /// When QEMU does not answer or a thread cannot be pinned.
@@ -447,8 +448,8 @@ impl Qemu {
 }
 
 impl Accel {
-    /// [`Accel::Kvm`] or [`Accel::Tcg`]. `Auto` boots the guest image once under KVM to find out, and
-    /// remembers the result in `ci/cache` until the host reboots.
+    /// Returns [`Accel::Kvm`] or [`Accel::Tcg`]. For `Auto`, boots the guest image under KVM once,
+    /// and stores the result in `ci/cache` until the host reboots or QEMU's version changes.
     ///
     /// # Errors
     /// When QEMU's version cannot be read.
@@ -461,7 +462,7 @@ fn kvm_boots() -> bool {
     let trial = || -> Result<()> {
         let dir = RunDir::new()?;
         let machine = Machine::new().accel(Accel::Kvm).start(&dir, "trial")?;
-        machine.guest().wait_boot(KVM_TRIAL)
+        machine.guest().wait_boot(KVM_TRIAL_TIMEOUT)
     };
     trial().is_ok()
 }
@@ -470,18 +471,18 @@ fn socket(id: &str, path: &Path) -> String {
     format!("socket,id={id},path={}", path.display())
 }
 
-/// We listen and QEMU connects, so that not a byte of its boot is missed.
+/// Listens on `path`. The test listens and QEMU connects, so that no output of the boot is lost.
 fn listen(path: &Path) -> Result<UnixListener> {
-    // A machine of this name that is gone may have left its own.
+    // An earlier machine of this name may have left its socket.
     _ = fs::remove_file(path);
     let listener = UnixListener::bind(path)
-        .with_context(|| format!("{} cannot be listened on", path.display()))?;
+        .with_context(|| format!("the socket {} cannot be created", path.display()))?;
     listener.set_nonblocking(true)?;
     Ok(listener)
 }
 
 fn accept(listener: &UnixListener, proc: &mut Proc) -> Result<UnixStream> {
-    let until = Instant::now() + START;
+    let until = Instant::now() + START_TIMEOUT;
     loop {
         if let Ok((stream, _)) = listener.accept() {
             stream.set_nonblocking(false)?;
@@ -490,7 +491,7 @@ fn accept(listener: &UnixListener, proc: &mut Proc) -> Result<UnixStream> {
         proc.check_alive()?;
         anyhow::ensure!(
             Instant::now() < until,
-            "QEMU did not connect in {START:?}; its stderr: {}",
+            "QEMU did not connect within {START_TIMEOUT:?}; its stderr: {}",
             proc.stderr().trim()
         );
         sleep(Duration::from_millis(5));

@@ -1,4 +1,4 @@
-//! Which QEMU is installed.
+//! The program and the version of the installed QEMU.
 
 use anyhow::{Context, Result};
 
@@ -6,7 +6,7 @@ use crate::process::output;
 
 pub(crate) const PROGRAM: &str = "qemu-system-x86_64";
 
-/// QEMU's version, such as `10.0.2`.
+/// Returns QEMU's version, such as `10.0.2`.
 ///
 /// # Errors
 /// When QEMU is not installed.
@@ -18,5 +18,5 @@ pub fn version() -> Result<String> {
         .find(|word| *word == "version")
         .and_then(|_| words.next())
         .map(str::to_owned)
-        .with_context(|| format!("no version in {text:?}"))
+        .with_context(|| format!("{PROGRAM} --version prints no version: {text:?}"))
 }

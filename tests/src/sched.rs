@@ -1,4 +1,4 @@
-//! Threads and the CPUs that they may run on.
+//! Threads and their CPU affinity.
 
 use std::fs;
 
@@ -6,18 +6,18 @@ use anyhow::{Context, Result};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 
-/// Pins thread `tid` to `cpu` alone.
+/// Pins thread `tid` to `cpu`. A `tid` of 0 means the calling thread.
 ///
 /// # Errors
-/// When the thread is gone, or the CPU is not in its cpuset.
+/// When the thread does not exist, or the CPU is not in its cpuset.
 pub fn pin(tid: i32, cpu: usize) -> Result<()> {
     pin_to(tid, &[cpu])
 }
 
-/// Lets thread `tid` run on `cpus` alone.
+/// Sets the affinity of thread `tid` to `cpus`.
 ///
 /// # Errors
-/// When the thread is gone, or no CPU of them is in its cpuset.
+/// When the thread does not exist, or none of the CPUs is in its cpuset.
 pub fn pin_to(tid: i32, cpus: &[usize]) -> Result<()> {
     let mut set = CpuSet::new();
     cpus.iter()
@@ -26,10 +26,10 @@ pub fn pin_to(tid: i32, cpus: &[usize]) -> Result<()> {
         .with_context(|| format!("thread {tid} cannot be pinned to CPUs {cpus:?}"))
 }
 
-/// The CPUs that thread `tid` may run on, ascending.
+/// Returns the CPUs that thread `tid` may run on, in ascending order.
 ///
 /// # Errors
-/// When the thread is gone.
+/// When the thread does not exist.
 pub fn affinity(tid: i32) -> Result<Vec<usize>> {
     let set = sched_getaffinity(Pid::from_raw(tid))
         .with_context(|| format!("the affinity of thread {tid} cannot be read"))?;
@@ -38,41 +38,41 @@ pub fn affinity(tid: i32) -> Result<Vec<usize>> {
         .collect())
 }
 
-/// The CPUs that this process may run on, ascending.
+/// Returns the CPUs that the calling thread may run on, in ascending order.
 ///
 /// # Errors
-/// When the kernel does not say.
+/// When the kernel does not return the affinity.
 pub fn allowed_cpus() -> Result<Vec<usize>> {
     affinity(0)
 }
 
-/// The CPU that thread `tid` was last seen on.
+/// Returns the CPU on which thread `tid` last ran.
 ///
 /// # Errors
-/// When the thread is gone.
+/// When the thread does not exist.
 pub fn last_cpu(tid: i32) -> Result<usize> {
     let path = format!("/proc/{tid}/stat");
-    let stat = fs::read_to_string(&path).with_context(|| format!("thread {tid} is gone"))?;
-    // proc(5): "processor" is field 39, and the name in field 2 may hold spaces.
+    let stat = fs::read_to_string(&path).with_context(|| format!("thread {tid} does not exist"))?;
+    // proc(5): "processor" is field 39, and the name in field 2 may contain spaces.
     stat.rsplit_once(") ")
         .and_then(|(_, rest)| rest.split(' ').nth(36))
         .and_then(|cpu| cpu.parse().ok())
         .with_context(|| format!("{path} has no processor field"))
 }
 
-/// The threads of process `pid`: their ids and names, by id.
+/// Returns the ids and names of the threads of process `pid`, sorted by id.
 ///
 /// # Errors
-/// When the process is gone.
+/// When the process does not exist.
 pub fn threads(pid: u32) -> Result<Vec<(i32, String)>> {
     let dir = format!("/proc/{pid}/task");
     let mut threads = Vec::new();
-    for entry in fs::read_dir(&dir).with_context(|| format!("process {pid} is gone"))? {
+    for entry in fs::read_dir(&dir).with_context(|| format!("process {pid} does not exist"))? {
         let entry = entry?;
         let Some(tid) = entry.file_name().to_str().and_then(|s| s.parse().ok()) else {
             continue;
         };
-        // A thread that ended in between is no longer one of them.
+        // A thread may exit between the two reads, and is then left out.
         if let Ok(name) = fs::read_to_string(entry.path().join("comm")) {
             threads.push((tid, name.trim_end().to_owned()));
         }
@@ -87,26 +87,26 @@ mod tests {
     use nix::unistd::gettid;
 
     #[test]
-    fn a_pinned_thread_reads_back_as_pinned() {
+    fn a_pinned_thread_runs_on_its_cpu_and_has_that_affinity() {
         let cpu = allowed_cpus().unwrap()[0];
-        let seen = std::thread::Builder::new()
+        let cpus = std::thread::Builder::new()
             .name("pinned".into())
             .spawn(move || {
                 let tid = gettid().as_raw();
                 pin(tid, cpu).unwrap();
-                let named = threads(std::process::id()).unwrap();
-                assert!(named.contains(&(tid, "pinned".into())), "{named:?}");
+                let threads = threads(std::process::id()).unwrap();
+                assert!(threads.contains(&(tid, "pinned".into())), "{threads:?}");
                 assert_eq!(last_cpu(tid).unwrap(), cpu);
                 affinity(tid).unwrap()
             })
             .unwrap()
             .join()
             .unwrap();
-        assert_eq!(seen, [cpu]);
+        assert_eq!(cpus, [cpu]);
     }
 
     #[test]
-    fn a_cpu_beyond_the_mask_is_an_error() {
+    fn pinning_to_a_cpu_number_beyond_the_mask_is_an_error() {
         assert!(pin(0, usize::MAX).is_err());
     }
 }

@@ -1,5 +1,5 @@
-//! A whole set-up: the host side, the daemon on a TAP, a guest whose card it
-//! serves, up and reached.
+//! A complete testbed: the host's network, the daemon on a TAP, and a guest whose network device
+//! the daemon serves and which answers pings.
 
 use std::time::Duration;
 
@@ -13,16 +13,16 @@ use crate::paths::RunDir;
 use crate::qemu::{Machine, Nic, Qemu};
 use crate::topology::{HostNetwork, TAP, configure_guest};
 
-/// A guest that takes longer to boot does not boot.
-pub const BOOT: Duration = Duration::from_secs(60);
+/// The time that a guest may take to boot.
+pub const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// What is to be set up.
+/// The configuration of a testbed.
 #[derive(Clone, Debug)]
 pub struct TestbedConfig {
     pairs: u16,
     memory_mib: u32,
-    persistent_tap: bool,
-    qemu_listens: bool,
+    is_tap_persistent: bool,
+    is_qemu_listening: bool,
     reconnect_ms: Option<u32>,
     props: Vec<String>,
     vcpus: Option<u32>,
@@ -31,13 +31,14 @@ pub struct TestbedConfig {
 }
 
 impl TestbedConfig {
-    /// As many vCPUs as queue pairs, all of them in use; a TAP that the daemon makes.
+    /// Configures a guest with as many vCPUs as queue pairs, which uses all pairs, and a TAP that
+    /// the daemon creates.
     pub fn new(pairs: u16) -> Self {
         Self {
             pairs,
             memory_mib: 512,
-            persistent_tap: false,
-            qemu_listens: false,
+            is_tap_persistent: false,
+            is_qemu_listening: false,
             reconnect_ms: None,
             props: Vec::new(),
             vcpus: None,
@@ -46,70 +47,71 @@ impl TestbedConfig {
         }
     }
 
-    /// Another number of vCPUs than of queue pairs.
+    /// Sets the number of vCPUs, if it differs from the number of queue pairs.
     #[must_use]
     pub fn vcpus(mut self, vcpus: u32) -> Self {
         self.vcpus = Some(vcpus);
         self
     }
 
-    /// Room for so many vCPUs, plugged in later.
+    /// Sets the maximum number of vCPUs, which can be plugged in later.
     #[must_use]
     pub fn max_vcpus(mut self, vcpus: u32) -> Self {
         self.max_vcpus = Some(vcpus);
         self
     }
 
-    /// A further flag of the daemon, with its value.
+    /// Adds a flag of the daemon and its value.
     #[must_use]
     pub fn daemon_flag(mut self, flag: &str, value: &str) -> Self {
         self.daemon_flags.push((flag.to_owned(), value.to_owned()));
         self
     }
 
-    /// The guest's memory in MiB.
+    /// Sets the guest's memory in MiB.
     #[must_use]
     pub fn memory_mib(mut self, mib: u32) -> Self {
         self.memory_mib = mib;
         self
     }
 
-    /// The TAP is there before the daemon and outlives it, and with it the host side's connections.
+    /// Creates the TAP before the daemon starts. The TAP and the host's connections then continue
+    /// to exist when the daemon exits.
     #[must_use]
     pub fn persistent_tap(mut self) -> Self {
-        self.persistent_tap = true;
+        self.is_tap_persistent = true;
         self
     }
 
-    /// QEMU listens and the daemon connects.
+    /// Makes QEMU listen on the vhost-user socket, so that the daemon connects to it.
     #[must_use]
     pub fn qemu_listens(mut self) -> Self {
-        self.qemu_listens = true;
+        self.is_qemu_listening = true;
         self
     }
 
-    /// QEMU looks for a new daemon this often, in milliseconds.
+    /// Makes QEMU reconnect `ms` milliseconds after a disconnection.
     #[must_use]
     pub fn reconnect_ms(mut self, ms: u32) -> Self {
         self.reconnect_ms = Some(ms);
         self
     }
 
-    /// A further property of the card.
+    /// Adds a property of the network device.
     #[must_use]
     pub fn prop(mut self, prop: &str) -> Self {
         self.props.push(prop.to_owned());
         self
     }
 
-    /// Sets it all up and waits until the guest answers a ping. vCPU i is
-    /// pinned to the i-th CPU, round and round.
+    /// Starts the testbed and waits until the guest answers a ping. vCPU i is pinned to the i-th
+    /// CPU, modulo the number of CPUs.
     ///
     /// # Errors
-    /// When a part does not come up: with its words.
+    /// When a part of the testbed does not start. The error contains its output.
     pub fn start(&self) -> Result<Testbed> {
         let dir = RunDir::new()?;
-        let network = if self.persistent_tap {
+        let network = if self.is_tap_persistent {
             HostNetwork::with_tap(self.pairs)?
         } else {
             HostNetwork::bare()?
@@ -126,16 +128,16 @@ impl TestbedConfig {
         Ok(testbed)
     }
 
-    /// Starts a daemon on the TAP; also in the place of one that has ended.
+    /// Starts a daemon on the TAP, either the first one or a replacement for one that has exited.
     ///
     /// # Errors
-    /// When it does not start.
+    /// When the daemon does not start.
     pub fn start_daemon(&self, network: &HostNetwork, dir: &RunDir) -> Result<Daemon> {
         let mut options = Options::new().netns(network.netns()).flag("--tap", TAP);
         for (flag, value) in &self.daemon_flags {
             options = options.flag(flag, value);
         }
-        if self.qemu_listens {
+        if self.is_qemu_listening {
             options = options.client();
         }
         let daemon = options.start(dir, "vnet")?;
@@ -144,7 +146,7 @@ impl TestbedConfig {
     }
 
     fn boot(&self, dir: &RunDir, daemon: &Daemon, name: &str) -> Result<Qemu> {
-        let mut nic = if self.qemu_listens {
+        let mut nic = if self.is_qemu_listening {
             Nic::vhost_user_listen(daemon.socket())
         } else {
             Nic::vhost_user(daemon.socket())
@@ -166,50 +168,50 @@ impl TestbedConfig {
             .accel(Accel::Auto)
             .nic(nic)
             .pinned()
-            .boot(dir, name, BOOT)?;
+            .boot(dir, name, BOOT_TIMEOUT)?;
         Ok(qemu)
     }
 }
 
-/// A set-up that runs.
+/// A running testbed.
 #[derive(Debug)]
 pub struct Testbed {
-    /// The machine.
+    /// The machine of the guest.
     pub qemu: Qemu,
     /// The daemon.
     pub daemon: Daemon,
-    /// The host side.
+    /// The host's network.
     pub network: HostNetwork,
-    /// Where sockets and logs are.
+    /// The directory of the sockets and logs.
     pub dir: RunDir,
     config: TestbedConfig,
 }
 
 impl Testbed {
-    /// Gives the guest's card its addresses and waits until it answers: after a
-    /// boot, or when its driver was loaded anew.
+    /// Configures the addresses of the guest's interface and waits until the guest answers a ping.
+    /// Call this after each boot and whenever the driver has been bound again.
     ///
     /// # Errors
-    /// When it does not.
+    /// When the guest does not answer.
     pub fn configure_guest(&mut self) -> Result<()> {
         configure_guest(self.qemu.guest(), self.config.pairs)?;
         diagnostics::wait_for_ping(&self.network, self.qemu.guest(), Some(&self.daemon))
     }
 
-    /// Boots another machine in the place of the last one, which must have
-    /// ended; [`Testbed::configure_guest`] comes next.
+    /// Boots a new machine in place of the previous one, which must have exited. Call
+    /// [`Testbed::configure_guest`] afterwards.
     ///
     /// # Errors
-    /// When it does not come up.
+    /// When the guest does not boot.
     pub fn start_qemu(&mut self, name: &str) -> Result<()> {
         self.qemu = self.config.boot(&self.dir, &self.daemon, name)?;
         Ok(())
     }
 
-    /// iperf3 with clients on the host side, one process for each queue pair.
+    /// Prepares iperf3 with its clients on the host and one process for each queue pair.
     ///
     /// # Errors
-    /// When a server does not start.
+    /// When the guest does not answer.
     pub fn iperf(&self) -> Result<Iperf<'_>> {
         let guest = self.qemu.guest();
         Iperf::new(
@@ -221,10 +223,10 @@ impl Testbed {
         )
     }
 
-    /// Moves data for a second each way, two flows a pair.
+    /// Sends TCP data for one second in each direction, with two flows for each queue pair.
     ///
     /// # Errors
-    /// When nothing to speak of arrives.
+    /// When iperf3 fails, or the rate in one direction is 20 Mbit/s or less.
     pub fn move_data_both_ways(&self) -> Result<()> {
         let iperf = self.iperf()?;
         for direction in [Direction::HostToGuest, Direction::GuestToHost] {
@@ -233,7 +235,7 @@ impl Testbed {
             eprintln!("{direction:?}: {:.2} Gbit/s", report.gbps);
             ensure!(
                 report.gbps > 0.02,
-                "{direction:?} carried next to nothing: {report:?}"
+                "the rate {direction:?} is too low: {report:?}"
             );
         }
         Ok(())

@@ -1,6 +1,6 @@
-//! DPDK's testpmd: as a front-end it drives virtio-net cards (virtio-user), as a back-end it is
-//! the card (the vhost PMD). It forwards frames on one CPU and takes commands on its standard
-//! input.
+//! DPDK's testpmd. As a front-end, it drives virtio-net devices (virtio-user); as a back-end, it
+//! provides them (the vhost PMD). It forwards frames on one CPU and reads commands from its
+//! standard input.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -20,60 +20,61 @@ pub use stats::{ForwardStats, PortStats};
 
 const PROGRAM: &str = "dpdk-testpmd";
 const PROMPT: &str = "testpmd> ";
-const POLL: Duration = Duration::from_millis(2);
-const ANSWER: Duration = Duration::from_secs(20);
-const END: Duration = Duration::from_secs(10);
-/// A huge page.
+const POLL_INTERVAL: Duration = Duration::from_millis(2);
+const REPLY_TIMEOUT: Duration = Duration::from_secs(20);
+const QUIT_TIMEOUT: Duration = Duration::from_secs(10);
+/// The size of a huge page in MiB.
 const PAGE_MIB: u32 = 2;
 
-/// The version of the installed DPDK, such as `22.11.11`.
+/// Returns the version of the installed DPDK, such as `22.11.11`.
 ///
 /// # Errors
-/// When there is none.
+/// When DPDK is not installed, or prints no version.
 pub fn version() -> Result<String> {
-    installed()?;
+    check_installed()?;
     let dir = RunDir::new()?;
-    let ask = format!("{PROGRAM} --in-memory -v -h 2>&1");
+    let command = format!("{PROGRAM} --in-memory -v -h 2>&1");
     let runtime = format!("RUNTIME_DIRECTORY={}", dir.join("").display());
-    let text = output("env", [&runtime, "sh", "-c", &ask])?;
+    let text = output("env", [&runtime, "sh", "-c", &command])?;
     text.split_once("'DPDK ")
         .and_then(|(_, rest)| rest.split_once('\''))
         .map(|(version, _)| version.to_owned())
-        .with_context(|| format!("{PROGRAM} does not tell its version: {text}"))
+        .with_context(|| format!("{PROGRAM} does not print its version: {text}"))
 }
 
-fn installed() -> Result<()> {
-    let look = format!("command -v {PROGRAM}");
-    output("sh", ["-c", &look])
-        .map(drop)
-        .with_context(|| format!("there is no {PROGRAM}: run ci/setup, which installs dpdk-dev"))
+fn check_installed() -> Result<()> {
+    let command = format!("command -v {PROGRAM}");
+    output("sh", ["-c", &command]).map(drop).with_context(|| {
+        format!("{PROGRAM} is not installed: run ci/setup, which installs dpdk-dev")
+    })
 }
 
-/// A card driven by virtio-user, as words of its `--vdev`.
+/// A network device that virtio-user drives: the options of its `--vdev`.
 #[derive(Clone, Debug)]
 pub struct VirtioUser {
     /// The vhost-user socket.
     pub socket: PathBuf,
-    /// The card's MAC address.
+    /// The MAC address.
     pub mac: String,
-    /// Queue pairs.
+    /// The number of queue pairs.
     pub queues: u16,
-    /// Descriptors a ring.
+    /// The number of descriptors of each vring.
     pub queue_size: u16,
-    /// Packed rings instead of split ones.
+    /// Whether it uses packed virtqueues instead of split ones.
     pub packed: bool,
-    /// Mergeable RX buffers.
+    /// Whether it uses mergeable RX buffers.
     pub mergeable: bool,
-    /// VIRTIO_F_IN_ORDER.
+    /// Whether it negotiates VIRTIO_F_IN_ORDER.
     pub in_order: bool,
-    /// The vectorized paths, where the other words allow them.
+    /// Whether it uses the vectorized data paths, if the other options allow them.
     pub vectorized: bool,
-    /// It listens on the socket and the back-end connects.
+    /// Whether it listens on the socket, so that the back-end connects.
     pub server: bool,
 }
 
 impl VirtioUser {
-    /// A card with one pair of split rings of 256 and mergeable buffers that connects.
+    /// Creates a device that connects to `socket`. It has one queue pair, split virtqueues of 256
+    /// descriptors, and mergeable buffers.
     #[must_use]
     pub fn new(socket: &Path, mac: &str) -> Self {
         Self {
@@ -90,33 +91,33 @@ impl VirtioUser {
     }
 
     fn vdev(&self, number: usize) -> String {
-        let on = u8::from;
+        let flag = u8::from;
         format!(
             "net_virtio_user{number},path={},mac={},queues={},queue_size={},packed_vq={},mrg_rxbuf={},in_order={},vectorized={},server={}",
             self.socket.display(),
             self.mac,
             self.queues,
             self.queue_size,
-            on(self.packed),
-            on(self.mergeable),
-            on(self.in_order),
-            on(self.vectorized),
-            on(self.server)
+            flag(self.packed),
+            flag(self.mergeable),
+            flag(self.in_order),
+            flag(self.vectorized),
+            flag(self.server)
         )
     }
 }
 
-/// How a testpmd is to be started.
+/// The configuration of a testpmd.
 #[derive(Clone, Debug)]
 pub struct TestpmdConfig {
     vdevs: Vec<String>,
-    /// EAL's words.
-    eal: Vec<String>,
-    /// testpmd's own words.
+    /// The arguments of DPDK's environment abstraction layer (EAL).
+    eal_args: Vec<String>,
+    /// The arguments of testpmd itself.
     args: Vec<String>,
-    /// Where commands are read.
+    /// The CPU of the thread that reads commands.
     main_cpu: usize,
-    /// Where frames are forwarded.
+    /// The CPU of the thread that forwards frames.
     cpu: usize,
     queues: u16,
     memory_mib: u32,
@@ -124,19 +125,24 @@ pub struct TestpmdConfig {
 }
 
 impl TestpmdConfig {
-    /// A front-end that drives `cards`, all with as many queues as the first, on `cpu`.
+    /// Configures a front-end that drives `devices` on `cpu`. All devices must have as many queue
+    /// pairs as the first one.
     #[must_use]
-    pub fn front_end(cards: &[VirtioUser], cpu: usize) -> Self {
-        let vdevs = cards.iter().enumerate().map(|(n, card)| card.vdev(n));
-        let queues = cards.first().map_or(1, |card| card.queues);
+    pub fn front_end(devices: &[VirtioUser], cpu: usize) -> Self {
+        let vdevs = devices.iter().enumerate().map(|(n, device)| device.vdev(n));
+        let queues = devices.first().map_or(1, |device| device.queues);
         let mut config = Self::new(vdevs.collect(), queues, cpu);
-        // Back-ends take few memory regions; the vectorized packed path wants AVX-512.
-        config.eal.push("--single-file-segments".to_owned());
-        config.eal.push("--force-max-simd-bitwidth=512".to_owned());
+        // A back-end accepts only a few memory regions, so all segments share one file. The
+        // vectorized path for packed virtqueues requires AVX-512.
+        config.eal_args.push("--single-file-segments".to_owned());
+        config
+            .eal_args
+            .push("--force-max-simd-bitwidth=512".to_owned());
         config
     }
 
-    /// A back-end that listens on `sockets` with `queues` pairs each, on `cpu`.
+    /// Configures a back-end on `cpu` that listens on `sockets` and has `queues` queue pairs on
+    /// each.
     #[must_use]
     pub fn back_end(sockets: &[PathBuf], queues: u16, cpu: usize) -> Self {
         let vdev = |(n, socket): (usize, &PathBuf)| {
@@ -148,7 +154,7 @@ impl TestpmdConfig {
     fn new(vdevs: Vec<String>, queues: u16, cpu: usize) -> Self {
         Self {
             vdevs,
-            eal: Vec::new(),
+            eal_args: Vec::new(),
             args: Vec::new(),
             main_cpu: cpu,
             cpu,
@@ -158,14 +164,14 @@ impl TestpmdConfig {
         }
     }
 
-    /// Commands are read on another CPU than the one that forwards.
+    /// Sets the CPU on which commands are read, if it differs from the one that forwards.
     #[must_use]
     pub fn main_cpu(mut self, cpu: usize) -> Self {
         self.main_cpu = cpu;
         self
     }
 
-    /// This much memory, and this many packet buffers in it (some 2.4 KiB each).
+    /// Sets the memory in MiB, and the number of packet buffers in it (about 2.4 KiB each).
     #[must_use]
     pub fn memory(mut self, mib: u32, mbufs: u32) -> Self {
         self.memory_mib = mib;
@@ -173,42 +179,43 @@ impl TestpmdConfig {
         self
     }
 
-    /// A further word of testpmd's own, such as `--txonly-multi-flow`.
+    /// Adds an argument of testpmd itself, such as `--txonly-multi-flow`.
     #[must_use]
     pub fn arg(mut self, arg: impl Into<String>) -> Self {
         self.args.push(arg.into());
         self
     }
 
-    /// Huge pages of 2 MiB that it takes.
+    /// Returns the number of huge pages of 2 MiB that the testpmd needs.
     #[must_use]
     pub fn pages(&self) -> u64 {
         u64::from(self.memory_mib.div_ceil(PAGE_MIB))
     }
 
-    /// Starts it and waits until its ports are set up and it takes commands. It does not forward
-    /// yet. A front-end whose cards listen waits for its back-ends.
+    /// Starts the testpmd and waits until its ports are configured and it accepts commands. It does
+    /// not forward frames yet. A front-end whose devices listen waits for its back-ends.
     ///
     /// # Errors
-    /// When DPDK is not installed, or it ends at once: with its words.
+    /// When DPDK is not installed, or testpmd exits. The error contains its standard error.
     pub fn start(&self, dir: &RunDir, name: &str) -> Result<Testpmd> {
         let mut testpmd = self.spawn(dir, name)?;
-        testpmd.answer(0)?;
+        testpmd.read_reply(0)?;
         Ok(testpmd)
     }
 
-    /// The same without waiting: call [`Testpmd::ready`] once its back-ends are there.
+    /// Starts the testpmd without waiting. Call [`Testpmd::wait_ready`] when its back-ends run.
     ///
     /// # Errors
-    /// When it cannot be started.
+    /// When testpmd cannot be started.
     pub fn spawn(&self, dir: &RunDir, name: &str) -> Result<Testpmd> {
-        installed()?;
+        check_installed()?;
         let commands = dir.join(&format!("{name}.commands"));
         output("mkfifo", [&commands])?;
-        // Open for both, so that neither side waits for the other, and that it never ends.
+        // A FIFO that is open for reading and writing does not block when it is opened, and its
+        // reader never sees an end of file.
         let stdin = OpenOptions::new().read(true).write(true).open(&commands)?;
-        // Its output goes to a file line by line; what it leaves in the file system, to the run's
-        // directory.
+        // stdbuf makes testpmd write its output line by line. RUNTIME_DIRECTORY puts the files that
+        // testpmd creates into the run's directory.
         let mut words: Vec<String> = ["-oL", "sh", "-c", "exec \"$@\" <\"$0\""]
             .map(str::to_owned)
             .into();
@@ -238,7 +245,7 @@ impl TestpmdConfig {
             "-m".to_owned(),
             self.memory_mib.to_string(),
         ];
-        words.extend(self.eal.iter().cloned());
+        words.extend(self.eal_args.iter().cloned());
         for vdev in &self.vdevs {
             words.extend(["--vdev".to_owned(), vdev.clone()]);
         }
@@ -251,7 +258,7 @@ impl TestpmdConfig {
     }
 }
 
-/// A running testpmd; it is killed when dropped.
+/// A running testpmd. Dropping this value kills it.
 #[derive(Debug)]
 pub struct Testpmd {
     proc: Proc,
@@ -260,45 +267,45 @@ pub struct Testpmd {
 }
 
 impl Testpmd {
-    /// Its process.
+    /// The process.
     pub fn proc(&mut self) -> &mut Proc {
         &mut self.proc
     }
 
-    /// Waits until it takes commands, after it was started.
+    /// Waits until a testpmd that was started with [`TestpmdConfig::spawn`] accepts commands.
     ///
     /// # Errors
-    /// When it ends instead, or its back-ends do not come.
-    pub fn ready(&mut self) -> Result<()> {
-        self.answer(0).map(drop)
+    /// When testpmd exits, or does not accept commands within 20 s.
+    pub fn wait_ready(&mut self) -> Result<()> {
+        self.read_reply(0).map(drop)
     }
 
-    /// Gives it one command and returns what it says.
+    /// Runs one command and returns its output.
     ///
     /// # Errors
-    /// When it does not answer, or does not know the command.
+    /// When testpmd does not answer within 20 s, or rejects the command.
     pub fn command(&mut self, command: &str) -> Result<String> {
         let from = self.proc.stdout().len();
         writeln!(self.stdin, "{command}")
-            .with_context(|| format!("{} takes no commands", self.name))?;
-        let answer = self
-            .answer(from)
-            .with_context(|| format!("in reply to '{command}'"))?;
-        for complaint in ["Bad arguments", "Command not found", "Ambiguous command"] {
+            .with_context(|| format!("'{command}' cannot be sent to {}", self.name))?;
+        let reply = self
+            .read_reply(from)
+            .with_context(|| format!("the command '{command}' has no reply"))?;
+        for message in ["Bad arguments", "Command not found", "Ambiguous command"] {
             ensure!(
-                !answer.contains(complaint),
-                "{} does not understand '{command}': {}",
+                !reply.contains(message),
+                "{} rejects '{command}': {}",
                 self.name,
-                answer.trim()
+                reply.trim()
             );
         }
-        Ok(answer)
+        Ok(reply)
     }
 
-    /// Starts forwarding; with `bursts` bursts of 32 frames of its own sent on each queue first.
+    /// Starts to forward frames. Sends `bursts` bursts of 32 generated frames on each queue first.
     ///
     /// # Errors
-    /// As [`Testpmd::command`].
+    /// The same as those of [`Testpmd::command`].
     pub fn forward(&mut self, bursts: u32) -> Result<()> {
         match bursts {
             0 => self.command("start"),
@@ -307,67 +314,69 @@ impl Testpmd {
         .map(drop)
     }
 
-    /// The ports' counters since they were cleared, and rates since the last call.
+    /// Returns the counters of each port since they were cleared, and the rates since the previous
+    /// call.
     ///
     /// # Errors
-    /// When it does not answer as DPDK 22.11 does.
+    /// When the reply does not have the format of DPDK 22.11.
     pub fn port_stats(&mut self) -> Result<Vec<PortStats>> {
         let text = self.command("show port stats all")?;
-        stats::ports(&text)
+        stats::parse_ports(&text)
     }
 
-    /// What all its ports together have forwarded since it started to.
+    /// Returns the counters of all ports together since forwarding was started.
     ///
     /// # Errors
-    /// When it does not answer as DPDK 22.11 does, or does not forward.
+    /// When the reply does not have the format of DPDK 22.11, or forwarding is not started.
     pub fn forwarded(&mut self) -> Result<ForwardStats> {
         let text = self.command("show fwd stats all")?;
-        stats::forwarded(&text)
+        stats::parse_forwarded(&text)
     }
 
-    /// Halts the whole process where it stands, or lets it go on: nothing it uses is given up, and
-    /// it uses no CPU meanwhile.
+    /// Stops the process with SIGSTOP if `should_halt` is true, or continues it with SIGCONT. A
+    /// halted process keeps its resources and uses no CPU time.
     ///
     /// # Errors
-    /// When it has ended.
-    pub fn halt(&mut self, halted: bool) -> Result<()> {
-        let signal = match halted {
+    /// When the process has exited.
+    pub fn halt(&mut self, should_halt: bool) -> Result<()> {
+        let signal = match should_halt {
             true => Signal::SIGSTOP,
             false => Signal::SIGCONT,
         };
         self.proc.signal(signal)
     }
 
-    /// Ends it in an orderly way: the ports are closed, front-end and back-end part.
+    /// Makes testpmd close its ports, which disconnects front-end and back-end, and waits for its
+    /// exit.
     ///
     /// # Errors
-    /// When it does not end within 10 s, or fails.
+    /// When testpmd does not exit within 10 s, or fails.
     pub fn quit(mut self) -> Result<()> {
         writeln!(self.stdin, "quit")?;
-        let status = self.proc.wait(END)?;
-        ensure!(status.success(), "{} ended with {status}", self.name);
+        let status = self.proc.wait(QUIT_TIMEOUT)?;
+        ensure!(status.success(), "{} failed ({status})", self.name);
         Ok(())
     }
 
-    /// What it printed from `from` on, once it asks for the next command.
-    fn answer(&mut self, from: usize) -> Result<String> {
-        let until = Instant::now() + ANSWER;
+    /// Waits for the next prompt, and returns the output between byte `from` and the prompt.
+    fn read_reply(&mut self, from: usize) -> Result<String> {
+        let until = Instant::now() + REPLY_TIMEOUT;
         loop {
             let text = self.proc.stdout();
             let new = text.get(from..).unwrap_or_default();
-            if let Some((answer, _)) = new.rsplit_once(PROMPT) {
-                return Ok(answer.to_owned());
+            if let Some((reply, _)) = new.rsplit_once(PROMPT) {
+                return Ok(reply.to_owned());
             }
             self.proc.check_alive()?;
             if Instant::now() >= until {
-                let said = self.proc.stderr();
+                let stderr = self.proc.stderr();
                 bail!(
-                    "{} did not answer within {ANSWER:?}; its stderr: {}",
+                    "{} did not answer within {REPLY_TIMEOUT:?}; its stderr: {}",
                     self.name,
-                    crate::process::tail(&said)
+                    crate::process::tail(&stderr)
                 );
             }
-            sleep(POLL);
+            sleep(POLL_INTERVAL);
         }
     }
 }

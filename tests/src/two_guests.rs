@@ -1,5 +1,5 @@
-//! Two guests on one network: a switch of virtionetd, or a bridge of the
-//! kernel on which QEMU's own cards are.
+//! Two guests on one network, which is a switch of virtionetd, or a kernel bridge whose TAPs QEMU's
+//! own virtio-net uses.
 
 use std::collections::BTreeMap;
 
@@ -9,27 +9,27 @@ use serde_json::Value;
 use crate::accel::Accel;
 use crate::daemon::{Daemon, Options};
 use crate::guest::Guest;
-use crate::iperf::{IperfLoad, IperfReport, between};
+use crate::iperf::{IperfLoad, IperfReport, run_between_guests};
 use crate::paths::RunDir;
 use crate::qemu::{Machine, Nic, Qemu};
 use crate::sched;
-use crate::testbed::BOOT;
+use crate::testbed::BOOT_TIMEOUT;
 use crate::topology::{Bridge, GUESTS, configure_interface};
 
-/// The names of the guests, of their devices and of their TAPs.
+/// The names of the guests, of the daemon's devices and of the TAPs.
 const NAMES: [&str; 2] = ["a", "b"];
 
-/// Which guest.
+/// One of the two guests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GuestId {
-    /// The first one.
+    /// The first guest.
     A,
-    /// The second one.
+    /// The second guest.
     B,
 }
 
 impl GuestId {
-    /// The other one.
+    /// Returns the other guest.
     #[must_use]
     pub fn other(self) -> Self {
         match self {
@@ -46,7 +46,7 @@ impl GuestId {
     }
 }
 
-/// What is to be set up.
+/// The configuration of a testbed with two guests.
 #[derive(Clone, Debug)]
 pub struct TwoGuestConfig {
     pairs: u16,
@@ -56,7 +56,7 @@ pub struct TwoGuestConfig {
 }
 
 impl TwoGuestConfig {
-    /// Guests with as many vCPUs as queue pairs, all of them in use, and 256 MiB each.
+    /// Configures guests with 256 MiB each and as many vCPUs as queue pairs, which use all pairs.
     pub fn new(pairs: u16) -> Self {
         Self {
             pairs,
@@ -66,32 +66,33 @@ impl TwoGuestConfig {
         }
     }
 
-    /// A flag and its value for both devices of the daemon, such as `placement` and `none`.
+    /// Adds a key and its value to `--device` of both devices, such as `placement` and `none`.
     #[must_use]
     pub fn device(mut self, key: &str, value: &str) -> Self {
         self.flags.push(format!(",{key}={value}"));
         self
     }
 
-    /// A further property of one guest's card.
+    /// Adds a property of one guest's network device.
     #[must_use]
     pub fn prop(mut self, which: GuestId, prop: &str) -> Self {
         self.props[which.index()].push(prop.to_owned());
         self
     }
 
-    /// Sets it up on a switch of virtionetd, up to the guests' first ping.
+    /// Starts the testbed with a switch of virtionetd, and waits until the first guest can ping the
+    /// second.
     ///
     /// # Errors
-    /// When a part does not come up: with its words.
+    /// When a part of the testbed does not start. The error contains its output.
     pub fn on_switch(&self) -> Result<TwoGuestTestbed> {
         let dir = RunDir::new()?;
         let socket = |name: &str| dir.join(&format!("{name}.sock"));
-        let more = self.flags.concat();
+        let flags = self.flags.concat();
         let options = NAMES.iter().fold(Options::new().no_socket(), |o, name| {
             let path = socket(name);
             let device = format!(
-                "name={name},socket-path={},uplink=switch:s{more}",
+                "name={name},socket-path={},uplink=switch:s{flags}",
                 path.display()
             );
             o.flag("--device", device)
@@ -106,11 +107,11 @@ impl TwoGuestConfig {
         })
     }
 
-    /// Sets it up with QEMU's own cards (vhost=off) on TAPs of a bridge, up to
-    /// the guests' first ping.
+    /// Starts the testbed with QEMU's own virtio-net (vhost=off) on the TAPs of a bridge, and waits
+    /// until the first guest can ping the second.
     ///
     /// # Errors
-    /// When a part does not come up: with its words.
+    /// When a part of the testbed does not start. The error contains its output.
     pub fn on_bridge(&self) -> Result<TwoGuestTestbed> {
         let dir = RunDir::new()?;
         let bridge = Bridge::with_taps(&NAMES, self.pairs)?;
@@ -123,7 +124,8 @@ impl TwoGuestConfig {
         })
     }
 
-    /// Both boot at once. All vCPUs of guest n are on the n-th CPU, round and round.
+    /// Boots both guests at the same time. Pins all vCPUs of guest n to the n-th CPU, modulo the
+    /// number of CPUs.
     fn boot(
         &self,
         dir: &RunDir,
@@ -134,7 +136,7 @@ impl TwoGuestConfig {
         let cpus = sched::allowed_cpus()?;
         let mut started = Vec::new();
         for (n, (nic, cpu)) in nics.into_iter().zip(cpus.iter().cycle()).enumerate() {
-            // QEMU gives each guest's first card the same address.
+            // By default, QEMU gives the first network device of every guest the same MAC address.
             let mac = format!("mac=52:54:00:77:00:{n:02x}");
             let props = self.props[n].iter();
             let nic = props.fold(nic.queues(self.pairs).prop(&mac), |nic, p| nic.prop(p));
@@ -148,12 +150,13 @@ impl TwoGuestConfig {
                 .nic(nic);
             started.push((machine.start(dir, &name)?, machine, name));
         }
-        let mut up = Vec::new();
+        let mut booted = Vec::new();
         for (qemu, machine, name) in started {
-            up.push(machine.booted(qemu, dir, &name, BOOT)?.0);
+            let (qemu, _) = machine.wait_boot_or_restart(qemu, dir, &name, BOOT_TIMEOUT)?;
+            booted.push(qemu);
         }
-        let up = <[Qemu; 2]>::try_from(up);
-        up.ok().context("there are two guests")
+        let booted = <[Qemu; 2]>::try_from(booted);
+        booted.ok().context("the number of guests is not 2")
     }
 
     fn wait_until_reachable(&self, testbed: TwoGuestTestbed) -> Result<TwoGuestTestbed> {
@@ -165,15 +168,14 @@ impl TwoGuestConfig {
     }
 }
 
-/// What is between the guests.
+/// The network between the guests.
 #[derive(Debug)]
 enum Interconnect {
     Switch(Daemon),
-    /// Only to be there.
     Bridge(#[expect(dead_code, reason = "dropped with the guests")] Bridge),
 }
 
-/// Two guests that reach each other. QEMU goes first, the network last.
+/// Two running guests that can reach each other. Dropping this value stops QEMU before the network.
 #[derive(Debug)]
 pub struct TwoGuestTestbed {
     guests: [Qemu; 2],
@@ -182,17 +184,17 @@ pub struct TwoGuestTestbed {
 }
 
 impl TwoGuestTestbed {
-    /// A machine.
+    /// The machine of a guest.
     pub fn qemu(&self, which: GuestId) -> &Qemu {
         &self.guests[which.index()]
     }
 
-    /// Its shell.
+    /// The shell of a guest.
     pub fn guest(&self, which: GuestId) -> &Guest {
         self.qemu(which).guest()
     }
 
-    /// The daemon, where there is one.
+    /// The daemon, if the guests are on a switch.
     pub fn daemon(&self) -> Option<&Daemon> {
         match &self.interconnect {
             Interconnect::Switch(daemon) => Some(daemon),
@@ -200,67 +202,80 @@ impl TwoGuestTestbed {
         }
     }
 
-    /// Pings the second guest from the first until an answer comes, 30 s at most.
+    /// Pings the second guest from the first until an answer arrives, for at most 30 s.
     ///
     /// # Errors
-    /// When none comes.
+    /// When no answer arrives.
     pub fn wait_for_ping(&self) -> Result<()> {
         let address = GUESTS[1].v4;
         let wait = format!("for i in $(seq 30); do ping -c 1 -W 1 {address} && exit; done; exit 1");
-        let answered = self.guest(GuestId::A).ok(&wait);
-        answered
-            .context("one guest does not reach the other")
+        let pinged = self.guest(GuestId::A).ok(&wait);
+        pinged
+            .context("the first guest cannot ping the second")
             .map(drop)
     }
 
-    /// Lets both guests run on, or stand still so that they take no CPU.
+    /// Starts or stops the vCPUs of both guests. Stopped vCPUs use no CPU time.
     ///
     /// # Errors
     /// When QEMU does not answer.
-    pub fn set_running(&self, running: bool) -> Result<()> {
-        let command = if running { "cont" } else { "stop" };
+    pub fn set_running(&self, should_run: bool) -> Result<()> {
+        let command = if should_run { "cont" } else { "stop" };
         for qemu in &self.guests {
             qemu.qmp(command, &Value::Null)?;
         }
         Ok(())
     }
 
-    /// iperf3 from one guest to the other, so many processes at each end.
+    /// Runs `load` from guest `from` to the other guest, with `processes` iperf3 processes at each
+    /// end.
     ///
     /// # Errors
-    /// When a server does not start or a client fails: with its words.
+    /// When a server does not start or a client fails. The error contains its message.
     pub fn iperf(&self, from: GuestId, load: &IperfLoad, processes: u16) -> Result<IperfReport> {
         let to = from.other();
         let guests = (self.guest(from), self.guest(to));
-        between(guests, GUESTS[to.index()], load, processes)
+        run_between_guests(guests, GUESTS[to.index()], load, processes)
     }
 
-    /// All counters of a guest's rings of one direction (`rx`, `tx`), summed
-    /// over its pairs; none without a daemon.
+    /// Returns all counters of a guest's vrings of one direction (`rx` or `tx`), summed over its
+    /// queue pairs. The map is empty if the guests are on a bridge.
     ///
     /// # Errors
-    /// When the daemon does not answer as documented.
+    /// When the daemon's response does not have the documented format.
     pub fn counters(&self, which: GuestId, direction: &str) -> Result<BTreeMap<String, u64>> {
         match self.daemon() {
-            Some(daemon) => Ok(sums(&daemon.get("/v1/devices")?, which, direction)?),
+            Some(daemon) => sum_counters(&daemon.get("/v1/devices")?, which, direction),
             None => Ok(BTreeMap::new()),
         }
     }
 }
 
-/// The counters in what `GET /v1/devices` gave, as [`TwoGuestTestbed::counters`].
+/// Sums the counters in `devices`, the response to `GET /v1/devices`, as
+/// [`TwoGuestTestbed::counters`] does.
 ///
 /// # Errors
-/// When it has another shape than documented.
-pub fn sums(devices: &Value, which: GuestId, direction: &str) -> Result<BTreeMap<String, u64>> {
+/// When the response does not have the documented format.
+pub fn sum_counters(
+    devices: &Value,
+    which: GuestId,
+    direction: &str,
+) -> Result<BTreeMap<String, u64>> {
     let device = &devices["devices"][which.index()];
     let name = NAMES[which.index()];
-    ensure!(device["name"] == name, "no device {name} in {devices}");
+    ensure!(
+        device["name"] == name,
+        "the response contains no device {name}: {devices}"
+    );
     let mut sums = BTreeMap::new();
     for pair in device["pairs"].as_array().into_iter().flatten() {
         let counters = pair[direction]["counters"].as_object();
-        for (name, value) in counters.with_context(|| format!("no counters in {pair}"))? {
-            let value = value.as_u64().context("a counter that is no number")?;
+        for (name, value) in
+            counters.with_context(|| format!("this queue pair has no counters: {pair}"))?
+        {
+            let value = value
+                .as_u64()
+                .with_context(|| format!("the counter {name} is not a number: {value}"))?;
             *sums.entry(name.clone()).or_default() += value;
         }
     }

@@ -1,4 +1,5 @@
-//! A daemon by a configuration file: checked, started, and overridden from the command line.
+//! The configuration file: checking it, starting the daemon with it, and overriding it on the
+//! command line.
 
 use std::fs;
 use std::time::Duration;
@@ -8,16 +9,16 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use virtionet_tests::accel::Accel;
 use virtionet_tests::counters::pairs;
-use virtionet_tests::daemon::{Options, Stopped};
+use virtionet_tests::daemon::{DaemonExit, Options};
 use virtionet_tests::paths::{self, RunDir};
 use virtionet_tests::qemu::{Machine, Nic};
-use virtionet_tests::testbed::BOOT;
+use virtionet_tests::testbed::BOOT_TIMEOUT;
 use virtionet_tests::topology::{GUEST, HostNetwork, TAP, configure_guest};
 
-const SOON: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 #[test]
-fn a_guest_is_served_by_one_of_two_devices_of_a_file() {
+fn a_guest_is_served_by_a_device_of_the_file_and_command_line_keys_override_the_file() {
     let dir = RunDir::new().unwrap();
     let network = HostNetwork::bare().unwrap();
     let file = dir.join("virtionetd.toml");
@@ -45,8 +46,9 @@ fn a_guest_is_served_by_one_of_two_devices_of_a_file() {
     assert!(checked.status.success(), "{checked:?}");
     assert!(!control.exists() && !guest.exists() && !spare.exists());
 
-    // The command line wins: over a key of one device, and over a key of all.
-    let words = [
+    // The command line overrides the uplink of one device, and the default placement of all
+    // devices.
+    let command_line = [
         "virtionetd",
         "--config",
         &path,
@@ -56,12 +58,12 @@ fn a_guest_is_served_by_one_of_two_devices_of_a_file() {
     ];
     let mut daemon = Options::new()
         .netns(network.netns())
-        .command(&words.map(str::to_owned), &control)
+        .command(&command_line.map(str::to_owned), &control)
         .start(&dir, "vnet")
         .unwrap();
     network.configure().unwrap();
     let all = daemon.get("/v1/devices").unwrap();
-    let seen = |n: usize| {
+    let identity = |n: usize| {
         let device = &all["devices"][n];
         [
             &device["name"],
@@ -70,26 +72,28 @@ fn a_guest_is_served_by_one_of_two_devices_of_a_file() {
         ]
         .map(Value::clone)
     };
-    assert_eq!(seen(0), [json!("guest"), json!("tap"), json!(guest)]);
-    assert_eq!(seen(1), [json!("spare"), json!("null"), json!(spare)]);
+    assert_eq!(identity(0), [json!("guest"), json!("tap"), json!(guest)]);
+    assert_eq!(identity(1), [json!("spare"), json!("null"), json!(spare)]);
     assert_eq!(all["devices"].as_array().unwrap().len(), 2);
 
-    // Half as many pairs as the 4 vCPUs that the file tells of.
+    // `medium` means half as many queue pairs as the 4 vCPUs in the file.
     let nic = Nic::vhost_user(&guest).queues(2);
     let machine = Machine::new().vcpus(2).accel(Accel::Auto).nic(nic);
-    let (qemu, _) = machine.pinned().boot(&dir, "guest", BOOT).unwrap();
+    let (qemu, _) = machine.pinned().boot(&dir, "guest", BOOT_TIMEOUT).unwrap();
     configure_guest(qemu.guest(), 2).unwrap();
     network.wait_for_ping(GUEST.v4).unwrap();
-    let used = |device: &Value| {
+    let uses_both_pairs = |device: &Value| {
         let pairs = pairs(device).unwrap_or_default();
         pairs.len() == 2 && pairs.iter().all(|pair| pair.rx.enabled)
     };
-    let device = daemon.wait_device("using 2 pairs", SOON, used).unwrap();
+    let device = daemon
+        .wait_for_device("using 2 queue pairs", TIMEOUT, uses_both_pairs)
+        .unwrap();
     assert_eq!(device["name"], "guest");
     let log = daemon.stderr();
     assert!(log.contains("up to 2 queue pairs"), "{log}");
     for pair in device["pairs"].as_array().unwrap() {
-        // Placement none would have left them everywhere.
+        // With the placement `none` of the file, a worker could run on all CPUs.
         assert_eq!(pair["cpus"].as_array().unwrap().len(), 1, "{pair}");
     }
     drop(qemu);
@@ -99,7 +103,7 @@ fn a_guest_is_served_by_one_of_two_devices_of_a_file() {
 }
 
 #[test]
-fn all_that_is_wrong_with_a_file_is_told_before_anything_is_opened() {
+fn a_file_with_errors_is_refused_with_all_errors_before_a_socket_is_created() {
     let dir = RunDir::new().unwrap();
     let file = dir.join("f.toml");
     let socket = dir.join("a.sock");
@@ -128,36 +132,40 @@ fn all_that_is_wrong_with_a_file_is_told_before_anything_is_opened() {
 
     let refused = virtionetd(&dir, &["--config", &path]).unwrap();
     assert_eq!(refused.status.code(), Some(2));
-    let said: Vec<&str> = refused.stderr.lines().collect();
-    assert_eq!(said, lines.map(|line| format!("virtionetd: {line}")));
+    let errors: Vec<&str> = refused.stderr.lines().collect();
+    assert_eq!(errors, lines.map(|line| format!("virtionetd: {line}")));
     assert!(!socket.exists());
 }
 
 #[test]
 fn a_command_that_moved_to_virtionetctl_is_refused_with_status_2_and_one_line() {
     let dir = RunDir::new().unwrap();
-    for (words, command) in [(&["plan"][..], "plan"), (&["check", "x"], "check")] {
-        let refused = virtionetd(&dir, words).unwrap();
-        assert_eq!(refused.status.code(), Some(2), "{words:?}: {refused:?}");
-        assert_eq!(refused.stderr.lines().count(), 1, "{words:?}: {refused:?}");
+    for (arguments, command) in [(&["plan"][..], "plan"), (&["check", "x"], "check")] {
+        let refused = virtionetd(&dir, arguments).unwrap();
+        assert_eq!(refused.status.code(), Some(2), "{arguments:?}: {refused:?}");
+        assert_eq!(
+            refused.stderr.lines().count(),
+            1,
+            "{arguments:?}: {refused:?}"
+        );
         let hint = format!("run 'virtionetctl {command}'");
-        assert!(refused.stderr.contains(&hint), "{words:?}: {refused:?}");
+        assert!(refused.stderr.contains(&hint), "{arguments:?}: {refused:?}");
     }
 }
 
-/// Runs virtionetd with these arguments alone until it ends.
-fn virtionetd(dir: &RunDir, arguments: &[&str]) -> Result<Stopped> {
-    command(dir, "virtionetd", arguments).run_to_end(dir, "virtionetd")
+/// Runs virtionetd with only these arguments until it exits.
+fn virtionetd(dir: &RunDir, arguments: &[&str]) -> Result<DaemonExit> {
+    options(dir, "virtionetd", arguments).run_to_end(dir, "virtionetd")
 }
 
-/// Runs virtionetctl with these arguments until it ends.
-fn virtionetctl(dir: &RunDir, arguments: &[&str]) -> Result<Stopped> {
-    command(dir, "virtionetctl", arguments)
+/// Runs virtionetctl with these arguments until it exits.
+fn virtionetctl(dir: &RunDir, arguments: &[&str]) -> Result<DaemonExit> {
+    options(dir, "virtionetctl", arguments)
         .program(&paths::virtionetctl()?)
         .run_to_end(dir, "virtionetctl")
 }
 
-fn command(dir: &RunDir, program: &str, arguments: &[&str]) -> Options {
+fn options(dir: &RunDir, program: &str, arguments: &[&str]) -> Options {
     let words: Vec<String> = [program]
         .iter()
         .chain(arguments)

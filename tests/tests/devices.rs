@@ -1,4 +1,4 @@
-//! Two devices in one process, and what the control socket tells of them.
+//! Two devices in one process, and their state and metrics on the control socket.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -11,18 +11,19 @@ use virtionet_guest::test_frontend::TestFrontendConfig;
 use virtionet_tests::daemon::Options;
 use virtionet_tests::http;
 use virtionet_tests::paths::RunDir;
-use virtionet_tests::responder::{EchoResponder, Identity};
+use virtionet_tests::responder::{EchoResponder, ResponderAddresses};
 use virtionet_tests::topology::HostNetwork;
 
+/// The number of queue pairs of each device.
 const PAIRS: [u16; 2] = [1, 2];
 
 #[test]
-fn two_devices_carry_frames_side_by_side_and_are_told_apart() {
+fn two_devices_carry_frames_independently_and_have_separate_state_and_metrics() {
     let dir = RunDir::new().unwrap();
     let network = HostNetwork::bare().unwrap();
     let sockets = ["a.sock", "b.sock"].map(|name| dir.join(name));
     let device =
-        |n: usize, more: &str| format!("socket-path={},tap=tap{n}{more}", sockets[n].display());
+        |n: usize, keys: &str| format!("socket-path={},tap=tap{n}{keys}", sockets[n].display());
     let daemon = Options::new()
         .no_socket()
         .netns(network.netns())
@@ -30,7 +31,7 @@ fn two_devices_carry_frames_side_by_side_and_are_told_apart() {
         .flag("--device", device(1, ",name=other,queues=2"))
         .start(&dir, "vnet")
         .unwrap();
-    let stations: Vec<EchoResponder> = (0..2)
+    let responders: Vec<EchoResponder> = (0..2)
         .map(|n| connect(&network, &sockets[n], n).unwrap())
         .collect();
     for n in 0..2 {
@@ -48,17 +49,17 @@ fn two_devices_carry_frames_side_by_side_and_are_told_apart() {
         let pairs = device["pairs"].as_array().unwrap();
         assert_eq!(pairs.len(), usize::from(PAIRS[n]));
         let carried = |ring: &str| -> u64 {
-            let of = |pair: &Value| pair[ring]["counters"]["frames"].as_u64().unwrap();
-            pairs.iter().map(of).sum()
+            let frames = |pair: &Value| pair[ring]["counters"]["frames"].as_u64().unwrap();
+            pairs.iter().map(frames).sum()
         };
         assert!(carried("rx") > 1 && carried("tx") > 1, "{device}");
     }
     let page = daemon.get_text("/metrics").unwrap();
-    metrics_agree(&page, list).unwrap();
+    assert_metrics_contain_counters(&page, list).unwrap();
 
-    // The end of one does not touch the other.
-    let mut stations = stations.into_iter();
-    drop(stations.next());
+    // Disconnecting one device does not affect the other.
+    let mut responders = responders.into_iter();
+    drop(responders.next());
     network.wait_for_ping(&address(1, 2)).unwrap();
     let all = daemon.get("/v1/devices").unwrap();
     assert_eq!(all["devices"][0]["connected"], false);
@@ -67,9 +68,9 @@ fn two_devices_carry_frames_side_by_side_and_are_told_apart() {
     network.wait_for_ping(&address(0, 2)).unwrap();
     drop(first);
 
-    let answer = http::request(daemon.control(), "GET", "/nothing", "").unwrap();
-    assert_eq!(answer.status, 404);
-    let error: Value = serde_json::from_str(&answer.body).unwrap();
+    let response = http::request(daemon.control(), "GET", "/nothing", "").unwrap();
+    assert_eq!(response.status, 404);
+    let error: Value = serde_json::from_str(&response.body).unwrap();
     assert!(error["error"].as_str().unwrap().contains("/v1/devices"));
 
     let stopped = daemon.stop(Signal::SIGTERM).unwrap();
@@ -77,7 +78,7 @@ fn two_devices_carry_frames_side_by_side_and_are_told_apart() {
     assert!(sockets.iter().all(|socket| !socket.exists()));
 }
 
-/// The address of `host` on network n: 1 is the host side, 2 the station.
+/// Returns an address on network n. The `host` number is 1 for the host and 2 for the responder.
 fn address(n: usize, host: u8) -> String {
     format!("10.77.{n}.{host}")
 }
@@ -88,70 +89,84 @@ fn connect(network: &HostNetwork, socket: &Path, n: usize) -> Result<EchoRespond
         .netns()
         .ip(&format!("addr replace {host}/24 dev tap{n}"))?;
     let config = TestFrontendConfig::new(PAIRS[n], 256, MODERN);
-    EchoResponder::connect(socket, &config, Identity::at(&address(n, 2))?)
+    EchoResponder::connect(
+        socket,
+        &config,
+        ResponderAddresses::from_ipv4(&address(n, 2))?,
+    )
 }
 
-/// Every counter of every ring and worker in `devices` is on the page, with
-/// labels that name it, and no smaller: the page is the younger one.
-fn metrics_agree(page: &str, devices: &[Value]) -> Result<()> {
+/// Checks that the metrics page contains every counter of every ring and worker in `devices`, with
+/// the labels of its device and queue pair. The values on the page may be larger, because the page
+/// was read later.
+fn assert_metrics_contain_counters(page: &str, devices: &[Value]) -> Result<()> {
     let samples = parse(page)?;
     let mut found = 0;
     for device in devices {
         let name = &device["name"];
         let connected = format!("virtionetd_device_connected{{device={name}}}");
         ensure!(samples.get(&connected) == Some(&1), "{connected}: {page}");
-        for pair in device["pairs"].as_array().context("no pairs")? {
+        for pair in device["pairs"]
+            .as_array()
+            .context("a device has no list of pairs")?
+        {
             let labels = format!("device={name},pair=\"{}\"", pair["pair"]);
-            found += block(&samples, "worker", &labels, &pair["worker_counters"])?;
+            found += check_samples(&samples, "worker", &labels, &pair["worker_counters"])?;
             for direction in ["rx", "tx"] {
                 let labels = format!("{labels},direction=\"{direction}\"");
-                found += block(&samples, "ring", &labels, &pair[direction]["counters"])?;
+                found += check_samples(&samples, "ring", &labels, &pair[direction]["counters"])?;
             }
         }
     }
     eprintln!("{found} counters in {} samples", samples.len());
-    ensure!(found > 3 * 2 * 30, "only {found} counters");
+    ensure!(found > 3 * 2 * 30, "the page has only {found} counters");
     Ok(())
 }
 
-fn block(
+/// Checks the samples of one object with counters, and returns their number.
+fn check_samples(
     samples: &BTreeMap<String, u64>,
     family: &str,
     labels: &str,
     counters: &Value,
 ) -> Result<usize> {
-    let counters = counters.as_object().context("no counters")?;
+    let counters = counters
+        .as_object()
+        .context("a ring or worker has no counters")?;
     for (counter, value) in counters {
         let sample = format!("virtionetd_{family}_{counter}_total{{{labels}}}");
-        let shown = samples.get(&sample);
+        let found = samples.get(&sample);
         ensure!(
-            shown.is_some() && shown.copied() >= value.as_u64(),
-            "{sample} is {shown:?} where the device says {value}"
+            found.is_some() && found.copied() >= value.as_u64(),
+            "{sample} is {found:?} on the page and {value} in the device"
         );
     }
     Ok(counters.len())
 }
 
-/// The samples of a page in the OpenMetrics text format, by name with labels.
+/// Parses a page in the OpenMetrics text format. Returns the samples by name and labels.
 fn parse(page: &str) -> Result<BTreeMap<String, u64>> {
     let body = page
         .strip_suffix("# EOF\n")
-        .context("the page has no end")?;
+        .context("the page does not end with # EOF")?;
     let mut samples = BTreeMap::new();
     for line in body.lines() {
         if let Some(comment) = line.strip_prefix("# ") {
             let word = comment.split(' ').next().unwrap_or("");
-            ensure!(["HELP", "TYPE", "UNIT"].contains(&word), "{line}");
+            ensure!(
+                ["HELP", "TYPE", "UNIT"].contains(&word),
+                "a comment is invalid: {line}"
+            );
             continue;
         }
         let sample = line.rsplit_once(' ');
-        let (name, value) = sample.with_context(|| format!("no sample: {line}"))?;
+        let (name, value) = sample.with_context(|| format!("a sample has no value: {line}"))?;
         let value = value
             .parse()
-            .with_context(|| format!("no number: {line}"))?;
+            .with_context(|| format!("the value of a sample is not a number: {line}"))?;
         ensure!(
             samples.insert(name.to_owned(), value).is_none(),
-            "twice: {line}"
+            "a sample occurs twice: {line}"
         );
     }
     Ok(samples)

@@ -1,5 +1,5 @@
-//! The number of pairs in use, as `ethtool -L` in the guest changes it: no
-//! connection suffers, and a pair out of use gets and sends nothing.
+//! Changes of the number of queue pairs in use, by `ethtool -L` in the guest. Connections must
+//! continue, and an unused pair must neither receive nor transmit frames.
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -15,66 +15,73 @@ use virtionet_tests::guest::Guest;
 use virtionet_tests::iperf::{Direction, IperfLoad};
 use virtionet_tests::paths::RunDir;
 use virtionet_tests::testbed::TestbedConfig;
-use virtionet_tests::topology::{CARD, HostNetwork, TAP};
+use virtionet_tests::topology::{GUEST_INTERFACE, HostNetwork, TAP};
 
 const PAIRS: u16 = 4;
-/// For what was on its way when the number changed.
-const SETTLE: Duration = Duration::from_millis(700);
+/// The time for frames in flight, after the number of pairs has changed.
+const SETTLE_TIME: Duration = Duration::from_millis(700);
 const OBSERVATION_TIME: Duration = Duration::from_millis(1500);
 
 #[test]
-fn connections_live_through_changes_and_unused_pairs_stay_silent() {
+fn connections_continue_through_pair_changes_and_unused_pairs_carry_no_frames() {
     let testbed = TestbedConfig::new(PAIRS).start().unwrap();
     let guest = testbed.qemu.guest();
     let iperf = testbed.iperf().unwrap();
-    // It has to outlast the changes below, which took 25 s to 29 s with emulated guests on 2 CPUs.
+    // The load must outlast the changes below, which took 25 s to 29 s with emulated guests on 2
+    // CPUs.
     let load = IperfLoad::tcp(40).flows(8).arg("--bidir");
-    let began = Instant::now();
+    let started_at = Instant::now();
     let mut running = iperf.start(&load, Direction::HostToGuest).unwrap();
     sleep(Duration::from_secs(2));
     for used in [1, 2, 4, 2, 1, 4_usize] {
         guest
-            .ok(&format!("ethtool -L {CARD} combined {used}"))
+            .ok(&format!("ethtool -L {GUEST_INTERFACE} combined {used}"))
             .unwrap();
-        sleep(SETTLE);
+        sleep(SETTLE_TIME);
         let before = pairs(&testbed.daemon.device().unwrap()).unwrap();
         sleep(OBSERVATION_TIME);
         let after = pairs(&testbed.daemon.device().unwrap()).unwrap();
-        let moved = changes(&before, &after);
-        eprintln!("{used} in use: (rx, tx) frames {moved:?}");
+        let carried = frames_between(&before, &after);
+        eprintln!("{used} pairs in use: (rx, tx) frames {carried:?}");
         for (k, pair) in after.iter().enumerate() {
             assert_eq!(pair.rx.enabled, k < used, "pair {k} of {used}");
             assert_eq!(pair.tx.enabled, k < used, "pair {k} of {used}");
         }
         assert!(
-            moved[used..].iter().all(|m| *m == (0, 0)),
-            "{used}: {moved:?}"
+            carried[used..].iter().all(|frames| *frames == (0, 0)),
+            "{used}: {carried:?}"
         );
-        let (rx, tx) = moved
+        let (rx, tx) = carried
             .iter()
-            .fold((0, 0), |sum, m| (sum.0 + m.0, sum.1 + m.1));
-        assert!(rx > 100 && tx > 100, "{used}: {moved:?}");
+            .fold((0, 0), |sum, frames| (sum.0 + frames.0, sum.1 + frames.1));
+        assert!(rx > 100 && tx > 100, "{used}: {carried:?}");
         assert_eq!(
-            vcpus_of_interrupts(guest, used).unwrap(),
+            read_interrupt_vcpus(guest, used).unwrap(),
             after[..used]
                 .iter()
                 .map(|pair| pair.vcpus.clone())
                 .collect::<Vec<_>>(),
-            "{used} in use"
+            "{used} pairs in use"
         );
     }
-    eprintln!("the changes took {:?}", began.elapsed());
-    assert!(!running.is_over().unwrap(), "the load ended too early");
+    eprintln!("the changes took {:?}", started_at.elapsed());
+    assert!(
+        !running.is_finished().unwrap(),
+        "the load ended before the changes"
+    );
     let report = running.finish().unwrap();
     eprintln!("{report:?}");
-    assert_eq!(report.each.len(), usize::from(PAIRS));
-    assert!(report.each.iter().all(|gbps| *gbps > 0.0), "{report:?}");
+    assert_eq!(report.gbps_by_process.len(), usize::from(PAIRS));
+    assert!(
+        report.gbps_by_process.iter().all(|gbps| *gbps > 0.0),
+        "{report:?}"
+    );
 }
 
 #[test]
-fn a_disabled_pairs_frames_are_drained_counted_and_reach_nobody() {
+fn tx_frames_of_a_disabled_pair_are_drained_and_counted_and_do_not_reach_the_host() {
     const SENT: u64 = 1000;
-    let limit = Duration::from_secs(10);
+    let timeout = Duration::from_secs(10);
     let dir = RunDir::new().unwrap();
     let network = HostNetwork::bare().unwrap();
     let options = Options::new().netns(network.netns()).flag("--tap", TAP);
@@ -84,49 +91,51 @@ fn a_disabled_pairs_frames_are_drained_counted_and_reach_nobody() {
     let frame = FrameSpec::v4(Transport::Udp).build(b"to nobody").unwrap();
     let frames: Vec<Frame> = (0..SENT).map(|_| frame.clone()).collect();
 
-    let mut handed_over = 0;
-    for enabled in [false, true, false] {
-        frontend.enable(1, enabled).unwrap();
+    let mut total_received = 0;
+    for is_enabled in [false, true, false] {
+        frontend.enable(1, is_enabled).unwrap();
         let old = pairs(&daemon.device().unwrap()).unwrap().remove(1).tx;
-        let seen = received_by_host(&network).unwrap();
-        frontend.pairs[1].tx.send_all(&frames, limit).unwrap();
-        frontend.pairs[1].tx.drain(limit).unwrap();
+        let received_before = count_received_by_host(&network).unwrap();
+        frontend.pairs[1].tx.send_all(&frames, timeout).unwrap();
+        frontend.pairs[1].tx.drain(timeout).unwrap();
         let new = pairs(&daemon.device().unwrap()).unwrap().remove(1).tx;
-        let host = received_by_host(&network).unwrap() - seen;
+        let received = count_received_by_host(&network).unwrap() - received_before;
         let dropped = new.dropped_disabled - old.dropped_disabled;
-        assert_eq!(new.enabled, enabled);
-        if enabled {
-            assert_eq!((host, dropped), (SENT, 0));
+        assert_eq!(new.enabled, is_enabled);
+        if is_enabled {
+            assert_eq!((received, dropped), (SENT, 0));
             assert_eq!(new.frames - old.frames, SENT);
         } else {
-            assert_eq!((host, dropped), (0, SENT));
+            assert_eq!((received, dropped), (0, SENT));
         }
-        handed_over += host;
+        total_received += received;
     }
-    assert_eq!(handed_over, SENT);
+    assert_eq!(total_received, SENT);
 }
 
-/// Frames to and from the guest in between, by pair.
-fn changes(before: &[PairCounters], after: &[PairCounters]) -> Vec<(u64, u64)> {
-    let change = |(old, new): (&PairCounters, &PairCounters)| {
+/// Returns the RX and TX frames of each queue pair between two samples. Dropped TX frames are
+/// included.
+fn frames_between(before: &[PairCounters], after: &[PairCounters]) -> Vec<(u64, u64)> {
+    let frames = |(old, new): (&PairCounters, &PairCounters)| {
         let tx = new.tx.frames + new.tx.dropped_disabled;
         let old_tx = old.tx.frames + old.tx.dropped_disabled;
         (new.rx.frames - old.rx.frames, tx - old_tx)
     };
-    before.iter().zip(after).map(change).collect()
+    before.iter().zip(after).map(frames).collect()
 }
 
-/// The vCPUs that the driver gave to the receive interrupts of the first pairs.
-fn vcpus_of_interrupts(guest: &Guest, pairs: usize) -> Result<Vec<Vec<usize>>> {
-    let one = |k| {
+/// Reads the vCPUs to which the driver has assigned the receive interrupts of the first `pairs`
+/// queue pairs.
+fn read_interrupt_vcpus(guest: &Guest, pairs: usize) -> Result<Vec<Vec<usize>>> {
+    let read = |k| {
         let irq = format!("grep 'virtio0-input.{k}$' /proc/interrupts | cut -d: -f1 | tr -d ' '");
         let list = guest.ok(&format!("cat /proc/irq/$({irq})/smp_affinity_list"))?;
-        parse_list(list.trim()).with_context(|| format!("{list:?} is no list of CPUs"))
+        parse_list(list.trim()).with_context(|| format!("{list:?} is not a list of CPUs"))
     };
-    (0..pairs).map(one).collect()
+    (0..pairs).map(read).collect()
 }
 
-/// `0-2,5` as numbers.
+/// Parses a list such as `0-2,5`.
 fn parse_list(text: &str) -> Option<Vec<usize>> {
     let mut numbers = Vec::new();
     for part in text.split(',') {
@@ -136,11 +145,11 @@ fn parse_list(text: &str) -> Option<Vec<usize>> {
     Some(numbers)
 }
 
-/// Frames that the host's network stack got from the TAP.
-fn received_by_host(network: &HostNetwork) -> Result<u64> {
+/// Returns the number of frames that the host's network stack has received from the TAP.
+fn count_received_by_host(network: &HostNetwork) -> Result<u64> {
     let text = network.netns().ip(&format!("-j -s link show {TAP}"))?;
     let links: Value = serde_json::from_str(&text)?;
     links[0]["stats64"]["rx"]["packets"]
         .as_u64()
-        .with_context(|| format!("no count in {text}"))
+        .with_context(|| format!("ip prints no number of received packets: {text}"))
 }

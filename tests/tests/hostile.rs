@@ -1,5 +1,5 @@
-//! A guest that breaks its rings, seen from outside: the ring at fault stops and is told of, all
-//! others go on, and a driver that starts anew is served again.
+//! Guests that violate the virtqueue protocol. The daemon must quarantine and report the faulty
+//! ring, keep serving all other rings, and serve the ring again when the driver starts it again.
 #![allow(clippy::unwrap_used)]
 
 use std::time::Duration;
@@ -11,13 +11,13 @@ use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 use virtionet_tests::daemon::{Daemon, Options};
 use virtionet_tests::paths::RunDir;
 
-const LIMIT: Duration = Duration::from_secs(5);
-/// Flags of a packed ring's descriptor.
+const TIMEOUT: Duration = Duration::from_secs(5);
 const VRING_DESC_F_NEXT: u16 = 1;
+/// The available flag of a descriptor in a packed ring.
 const VIRTQ_DESC_F_AVAIL: u16 = 1 << 7;
 const FRAME: [u8; 60] = [0x55; 60];
 
-/// Sends `count` frames on a pair and waits until the daemon has counted them.
+/// Sends `count` frames on a queue pair and waits until the daemon has counted them.
 fn send_and_wait(daemon: &mut Daemon, frontend: &mut TestFrontend, pair: usize, count: u64) {
     let frames = |device: &Value| device["pairs"][pair]["tx"]["counters"]["frames"].as_u64();
     let before = frames(&daemon.device().unwrap()).unwrap();
@@ -27,14 +27,19 @@ fn send_and_wait(daemon: &mut Daemon, frontend: &mut TestFrontend, pair: usize, 
         tx.flush().unwrap();
     }
     daemon
-        .wait_device("the frames", LIMIT, |device| {
+        .wait_for_device("counting all frames", TIMEOUT, |device| {
             frames(device) == Some(before + count)
         })
         .unwrap();
 }
 
-/// Breaks pair 0's transmitq with `breakage`, and sees what that leads to.
-fn a_broken_ring_stops_alone(features: u64, counter: &str, breakage: impl Fn(&mut TestFrontend)) {
+/// Causes a fault of the transmitq of queue pair 0, and checks that the daemon quarantines only
+/// this ring and counts the fault in `counter`.
+fn assert_only_faulty_ring_stops(
+    features: u64,
+    counter: &str,
+    cause_fault: impl Fn(&mut TestFrontend),
+) {
     let dir = RunDir::new().unwrap();
     let mut daemon = Options::new()
         .flag("--uplink", "null")
@@ -44,9 +49,9 @@ fn a_broken_ring_stops_alone(features: u64, counter: &str, breakage: impl Fn(&mu
     let mut frontend = TestFrontend::connect(daemon.socket(), &config).unwrap();
     send_and_wait(&mut daemon, &mut frontend, 0, 10);
 
-    breakage(&mut frontend);
+    cause_fault(&mut frontend);
     frontend.pairs[0].tx.queue.kick.signal().unwrap();
-    assert_eq!(frontend.pairs[0].tx.queue.err.wait(LIMIT).unwrap(), 1);
+    assert_eq!(frontend.pairs[0].tx.queue.err.wait(TIMEOUT).unwrap(), 1);
     let device = daemon.device().unwrap();
     let ring = &device["pairs"][0]["tx"];
     assert_eq!(ring["state"], "quarantined");
@@ -54,16 +59,16 @@ fn a_broken_ring_stops_alone(features: u64, counter: &str, breakage: impl Fn(&mu
     assert_eq!(ring["counters"][counter], 1);
     assert_eq!(device["pairs"][0]["rx"]["state"], "running");
 
-    // However often it kicks, nothing more comes of it; the other pair goes on.
+    // Further kicks have no effect, and the other queue pair still carries frames.
     for _ in 0..100 {
         frontend.pairs[0].tx.queue.kick.signal().unwrap();
     }
     send_and_wait(&mut daemon, &mut frontend, 1, 10);
     let device = daemon.device().unwrap();
     assert_eq!(device["pairs"][0]["tx"]["counters"]["quarantines"], 1);
-    let told = daemon.stderr();
-    let lines = told.lines().filter(|line| line.contains("broke the ring"));
-    assert_eq!(lines.count(), 1, "{told}");
+    let log = daemon.stderr();
+    let lines = log.lines().filter(|line| line.contains("broke the ring"));
+    assert_eq!(lines.count(), 1, "{log}");
 
     frontend.reset().unwrap();
     frontend.start().unwrap();
@@ -71,16 +76,16 @@ fn a_broken_ring_stops_alone(features: u64, counter: &str, breakage: impl Fn(&mu
 }
 
 #[test]
-fn a_jump_of_the_available_index_stops_that_ring_alone() {
-    a_broken_ring_stops_alone(MODERN, "avail_index_jump", |frontend| {
+fn a_jump_of_the_available_index_stops_only_that_ring() {
+    assert_only_faulty_ring_stops(MODERN, "avail_index_jump", |frontend| {
         let ring = frontend.pairs[0].tx.queue.ring.as_split().unwrap();
         ring.set_avail_index(ring.avail_index().wrapping_add(1000));
     });
 }
 
 #[test]
-fn a_head_outside_the_ring_stops_that_ring_alone() {
-    a_broken_ring_stops_alone(MODERN, "head_out_of_range", |frontend| {
+fn a_head_outside_the_ring_stops_only_that_ring() {
+    assert_only_faulty_ring_stops(MODERN, "head_out_of_range", |frontend| {
         let ring = frontend.pairs[0].tx.queue.ring.as_split().unwrap();
         let index = ring.avail_index();
         ring.set_avail_entry(index % 256, 256);
@@ -89,8 +94,8 @@ fn a_head_outside_the_ring_stops_that_ring_alone() {
 }
 
 #[test]
-fn a_packed_chain_without_end_stops_that_ring_alone() {
-    a_broken_ring_stops_alone(MODERN | PACKED, "chain_without_end", |frontend| {
+fn a_packed_descriptor_chain_without_end_stops_only_that_ring() {
+    assert_only_faulty_ring_stops(MODERN | PACKED, "chain_without_end", |frontend| {
         let ring = frontend.pairs[0].tx.queue.ring.as_packed().unwrap();
         for index in (0..256).rev() {
             ring.set_flags(index, VRING_DESC_F_NEXT | VIRTQ_DESC_F_AVAIL);

@@ -1,5 +1,5 @@
-//! A domain of libvirt, by the XML that `virtionetctl plan` prints: its guest has the planned pairs,
-//! traffic passes, and workers follow `virsh vcpupin`.
+//! A libvirt domain with the XML that `virtionetctl plan` prints. Its guest has the planned queue
+//! pairs, traffic passes, and the workers move to the CPUs that `virsh vcpupin` gives the vCPUs.
 
 use std::fs;
 use std::path::Path;
@@ -19,46 +19,49 @@ use virtionet_tests::process::output;
 use virtionet_tests::sched;
 use virtionet_tests::topology::{GUEST, HostNetwork, TAP, configure_guest};
 
-/// The guest's boot, beside libvirtd's own work.
-const BOOT: Duration = Duration::from_secs(90);
-/// Longer than anything here takes that has no bound of its own.
-const SOON: Duration = Duration::from_secs(10);
-/// The time in which a worker must have followed its vCPU.
+/// The time for the guest's boot, which includes the work of libvirtd.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(90);
+/// The timeout for steps that have no specified limit.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// The time within which a worker must move to the CPU of its vCPU.
 const MAX_FOLLOW_TIME: Duration = Duration::from_secs(1);
 
 #[test]
-fn a_planned_domain_runs_and_workers_follow_vcpupin() {
+fn a_planned_domain_carries_traffic_and_its_workers_move_after_vcpupin() {
     let cpus = sched::allowed_cpus().unwrap();
     let [first, second, ..] = cpus[..] else {
-        eprintln!("skipped: on one CPU no vCPU can be moved");
+        eprintln!("skipped: this test needs two CPUs");
         return;
     };
-    planned([first, second]).unwrap();
+    run_planned_domain([first, second]).unwrap();
 }
 
-fn planned(cpus: [usize; 2]) -> Result<()> {
+fn run_planned_domain(cpus: [usize; 2]) -> Result<()> {
     let dir = RunDir::new()?;
     let network = HostNetwork::bare()?;
     let plan = plan(&dir, cpus)?;
-    let mut daemon = start(&plan, &dir, &network)?;
+    let mut daemon = start_daemon(&plan, &dir, &network)?;
     let libvirt = Libvirt::start(&dir)?;
-    let xml = plan["commands"]["libvirt"].as_str().context("no XML")?;
-    let guest = libvirt.boot(&dir, "planned", xml, BOOT)?;
+    let xml = plan["commands"]["libvirt"]
+        .as_str()
+        .context("the plan has no libvirt XML")?;
+    let guest = libvirt.boot(&dir, "planned", xml, BOOT_TIMEOUT)?;
     configure_guest(&guest, 2)?;
     network.wait_for_ping(GUEST.v4)?;
 
-    let both = |device: &Value| {
+    let uses_both_pairs = |device: &Value| {
         let pairs = pairs(device).unwrap_or_default();
         pairs.len() == 2 && pairs.iter().all(|pair| pair.rx.enabled && pair.tx.enabled)
     };
-    let device = daemon.wait_device("using both pairs", SOON, both)?;
-    let qemu = u32::try_from(device["frontend"]["pid"].as_u64().context("no QEMU")?)?;
+    let device = daemon.wait_for_device("using both queue pairs", TIMEOUT, uses_both_pairs)?;
+    let qemu = device["frontend"]["pid"].as_u64();
+    let qemu = u32::try_from(qemu.context("the front-end has no process id")?)?;
     let workers = pairs(&device)?
         .iter()
         .map(|pair| pair.tid)
         .collect::<Vec<_>>();
     for (tid, cpu) in workers.iter().zip(cpus) {
-        wait_for_cpu(*tid, cpu, SOON)?;
+        wait_for_cpu(*tid, cpu, TIMEOUT)?;
     }
     let iperf = Iperf::new(&network, &guest, &dir, Clients::Host, 2)?;
     for direction in [Direction::HostToGuest, Direction::GuestToHost] {
@@ -67,7 +70,7 @@ fn planned(cpus: [usize; 2]) -> Result<()> {
         assert!(report.gbps > 0.02, "{report:?}");
     }
 
-    // Each vCPU to the other's CPU, under load, and back without.
+    // The vCPUs exchange their CPUs under load, and exchange them again without load.
     let running = iperf.start(&IperfLoad::tcp(4).flows(2), Direction::HostToGuest)?;
     for (pair, cpu) in [(0, cpus[1]), (1, cpus[0])] {
         move_vcpu(&libvirt, qemu, pair, workers[pair], cpu)?;
@@ -80,7 +83,9 @@ fn planned(cpus: [usize; 2]) -> Result<()> {
 
     libvirt.virsh(&["destroy", "planned"])?;
     libvirt.virsh(&["undefine", "planned"])?;
-    daemon.wait_device("alone again", SOON, |device| device["connected"] == false)?;
+    daemon.wait_for_device("disconnected", TIMEOUT, |device| {
+        device["connected"] == false
+    })?;
     wait_for_exit(qemu)?;
     drop(libvirt);
     let stopped = daemon.stop(Signal::SIGTERM)?;
@@ -90,34 +95,37 @@ fn planned(cpus: [usize; 2]) -> Result<()> {
     Ok(())
 }
 
-/// `virsh vcpupin` moves the thread of a vCPU, and the worker stands there in a second.
+/// Moves a vCPU with `virsh vcpupin`, and checks that its worker moves to the same CPU within
+/// [`MAX_FOLLOW_TIME`].
 fn move_vcpu(libvirt: &Libvirt, qemu: u32, vcpu: usize, worker: i32, cpu: usize) -> Result<()> {
-    let words = [vcpu.to_string(), cpu.to_string()];
-    libvirt.virsh(&["vcpupin", "planned", &words[0], &words[1], "--live"])?;
+    let args = [vcpu.to_string(), cpu.to_string()];
+    libvirt.virsh(&["vcpupin", "planned", &args[0], &args[1], "--live"])?;
     let started_at = Instant::now();
     let name = format!("CPU {vcpu}/");
     let threads = sched::threads(qemu)?;
     let thread = threads.iter().find(|(_, comm)| comm.starts_with(&name));
-    let (thread, _) = thread.with_context(|| format!("no {name} in {threads:?}"))?;
+    let (thread, _) = thread.with_context(|| format!("QEMU has no thread {name}: {threads:?}"))?;
     assert_eq!(sched::affinity(*thread)?, [cpu]);
     wait_for_cpu(worker, cpu, MAX_FOLLOW_TIME)?;
     eprintln!(
-        "worker {vcpu} on CPU {cpu} after {:?}",
+        "worker {vcpu} runs on CPU {cpu} after {:?}",
         started_at.elapsed()
     );
     Ok(())
 }
 
-/// Waits until the kernel lets thread `tid` run on `cpu` alone.
-fn wait_for_cpu(tid: i32, cpu: usize, limit: Duration) -> Result<()> {
-    let until = Instant::now() + limit;
+/// Waits until the affinity of thread `tid` is `cpu`.
+fn wait_for_cpu(tid: i32, cpu: usize, timeout: Duration) -> Result<()> {
+    let until = Instant::now() + timeout;
     loop {
-        let now = sched::affinity(tid)?;
-        if now == [cpu] {
+        let cpus = sched::affinity(tid)?;
+        if cpus == [cpu] {
             return Ok(());
         }
         if Instant::now() > until {
-            bail!("thread {tid} may run on {now:?} after {limit:?}, not on CPU {cpu} alone");
+            bail!(
+                "the affinity of thread {tid} is {cpus:?} after {timeout:?}, but should be CPU {cpu}"
+            );
         }
         sleep(Duration::from_millis(5));
     }
@@ -125,38 +133,41 @@ fn wait_for_cpu(tid: i32, cpu: usize, limit: Duration) -> Result<()> {
 
 fn wait_for_exit(pid: u32) -> Result<()> {
     let path = format!("/proc/{pid}");
-    let until = Instant::now() + SOON;
+    let until = Instant::now() + TIMEOUT;
     while Path::new(&path).exists() {
         if Instant::now() > until {
-            bail!("the domain's QEMU {pid} is still there");
+            bail!("the domain's QEMU (pid {pid}) has not exited after {TIMEOUT:?}");
         }
         sleep(Duration::from_millis(20));
     }
     Ok(())
 }
 
-/// The plan of a guest with two vCPUs, with sockets in `dir`.
+/// Returns the plan of a guest with two vCPUs, whose sockets are in `dir`.
 fn plan(dir: &RunDir, cpus: [usize; 2]) -> Result<Value> {
-    // libvirtd looks for KVM by itself; what runs must be what was tried.
+    // libvirtd would use KVM if /dev/kvm exists, but only `resolve` tests whether the guest boots
+    // then.
     let accel = format!("--accel={}", Accel::Auto.resolve()?);
     let sockets = format!("--socket-dir={}", dir.join("").display());
     let cpus = format!("--cpus={},{}", cpus[0], cpus[1]);
-    let card = format!("--nic=tap={TAP}");
-    let words = "plan --vcpus=2 --name=planned --memory=512M --json".split(' ');
-    let words = words.chain([accel.as_str(), &sockets, &cpus, &card]);
-    let text = output(&paths::virtionetctl()?.display().to_string(), words)?;
+    let nic = format!("--nic=tap={TAP}");
+    let args = "plan --vcpus=2 --name=planned --memory=512M --json".split(' ');
+    let args = args.chain([accel.as_str(), &sockets, &cpus, &nic]);
+    let text = output(&paths::virtionetctl()?.display().to_string(), args)?;
     fs::write(dir.join("plan.json"), &text)?;
     Ok(serde_json::from_str(&text)?)
 }
 
-/// Starts virtionetd as the plan says, to wait for the domain.
-fn start(plan: &Value, dir: &RunDir, network: &HostNetwork) -> Result<Daemon> {
-    let words = plan["commands"]["virtionetd_client"].clone();
-    let words: Vec<String> = serde_json::from_value(words)?;
-    let control = plan["control"].as_str().context("no control socket")?;
+/// Starts virtionetd with the planned command, before the domain exists.
+fn start_daemon(plan: &Value, dir: &RunDir, network: &HostNetwork) -> Result<Daemon> {
+    let command = plan["commands"]["virtionetd_client"].clone();
+    let command: Vec<String> = serde_json::from_value(command)?;
+    let control = plan["control"]
+        .as_str()
+        .context("the plan has no control socket")?;
     let daemon = Options::new()
         .netns(network.netns())
-        .command(&words, Path::new(control))
+        .command(&command, Path::new(control))
         .start(dir, "vnet")?;
     network.configure()?;
     Ok(daemon)

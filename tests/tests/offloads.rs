@@ -1,5 +1,5 @@
-//! What the guest sees of the card and what passes through it: offloads, large
-//! frames, IPv4 and IPv6, TCP and UDP, and every byte as it was sent.
+//! The features that the guest negotiates, and the traffic that passes: offloads, large frames,
+//! IPv4 and IPv6, TCP and UDP, and file transfers whose contents are compared.
 
 use std::fs::File;
 use std::io::{Read, copy};
@@ -13,37 +13,37 @@ use virtionet_tests::guest::Guest;
 use virtionet_tests::iperf::{Direction, Iperf, IperfLoad};
 use virtionet_tests::process::{Proc, output};
 use virtionet_tests::testbed::{Testbed, TestbedConfig};
-use virtionet_tests::topology::{CARD, GUEST, HOST, TAP};
+use virtionet_tests::topology::{GUEST, GUEST_INTERFACE, HOST, TAP};
 
 const PORT: u16 = 5000;
 const FILE_BYTES: u64 = 256 << 20;
-const TRANSFER: Duration = Duration::from_secs(120);
+const TRANSFER_TIMEOUT: Duration = Duration::from_secs(120);
 
 #[test]
-fn offloads_are_offered_and_large_segments_pass_whole() {
+fn the_guest_negotiates_offloads_and_large_segments_pass_unsegmented() {
     let testbed = TestbedConfig::new(2).start().unwrap();
     let guest = testbed.qemu.guest();
-    guest_has_its_offloads(guest).unwrap();
+    assert_offloads_negotiated(guest).unwrap();
 
     let iperf = testbed.iperf().unwrap();
-    for six in [false, true] {
-        let family = |load: IperfLoad| if six { load.ipv6() } else { load };
+    for is_ipv6 in [false, true] {
+        let with_family = |load: IperfLoad| if is_ipv6 { load.ipv6() } else { load };
         for direction in [Direction::HostToGuest, Direction::GuestToHost] {
-            eprintln!("IPv{}, {direction:?}:", if six { 6 } else { 4 });
-            let load = family(IperfLoad::tcp(2).flows(2));
-            segments_pass_whole(&testbed, &iperf, &load, direction).unwrap();
-            let load = family(IperfLoad::udp(2, "20M").flows(2).arg("-l").arg("1400"));
-            datagrams_arrive(&testbed, &iperf, &load, direction).unwrap();
+            eprintln!("IPv{}, {direction:?}:", if is_ipv6 { 6 } else { 4 });
+            let load = with_family(IperfLoad::tcp(2).flows(2));
+            assert_segments_pass_whole(&testbed, &iperf, &load, direction).unwrap();
+            let load = with_family(IperfLoad::udp(2, "20M").flows(2).arg("-l").arg("1400"));
+            assert_datagrams_arrive(&testbed, &iperf, &load, direction).unwrap();
         }
     }
 }
 
 #[test]
-fn a_jumbo_link_carries_large_frames_and_every_byte_arrives() {
-    let plan = TestbedConfig::new(2).memory_mib(1024).prop("host_mtu=9000");
-    let testbed = plan.start().unwrap();
-    mtu_is_9000_at_both_ends(&testbed).unwrap();
-    unfragmented(&testbed, || {
+fn a_link_with_mtu_9000_carries_large_frames_unfragmented_and_files_unchanged() {
+    let config = TestbedConfig::new(2).memory_mib(1024).prop("host_mtu=9000");
+    let testbed = config.start().unwrap();
+    assert_mtu_is_9000(&testbed).unwrap();
+    assert_no_fragments(&testbed, || {
         let ping = format!("ping -c 3 -s 8900 {}", HOST.v4);
         eprintln!("{}", testbed.qemu.guest().ok(&ping)?);
         let ping = ["ping", "-c", "3", "-s", "8900", GUEST.v4];
@@ -51,29 +51,35 @@ fn a_jumbo_link_carries_large_frames_and_every_byte_arrives() {
         let iperf = testbed.iperf()?;
         for direction in [Direction::HostToGuest, Direction::GuestToHost] {
             let load = IperfLoad::udp(2, "50M").flows(2).arg("-l").arg("8900");
-            datagrams_arrive(&testbed, &iperf, &load, direction)?;
+            assert_datagrams_arrive(&testbed, &iperf, &load, direction)?;
         }
         Ok(())
     })
     .unwrap();
 
     let file = testbed.dir.join("file");
-    let back = testbed.dir.join("back");
+    let returned = testbed.dir.join("returned");
     let mut random = File::open("/dev/urandom").unwrap().take(FILE_BYTES);
     copy(&mut random, &mut File::create(&file).unwrap()).unwrap();
     let sent = sha256(&file).unwrap();
     send_to_guest(&testbed, &file).unwrap();
     let started_at = Instant::now();
-    let arrived = testbed.qemu.guest().run("sha256sum /tmp/file", TRANSFER);
+    let arrived = testbed
+        .qemu
+        .guest()
+        .run("sha256sum /tmp/file", TRANSFER_TIMEOUT);
     eprintln!("hashed in the guest in {:.1?}", started_at.elapsed());
     assert_eq!(first_word(&arrived.unwrap().text), sent);
-    fetch_from_guest(&testbed, &back).unwrap();
-    assert_eq!(sha256(&back).unwrap(), sent);
+    fetch_from_guest(&testbed, &returned).unwrap();
+    assert_eq!(sha256(&returned).unwrap(), sent);
 }
 
-/// Feature bits as virtio 1.3 §5.1.3 and §6 number them, and what ethtool makes of them.
-fn guest_has_its_offloads(guest: &Guest) -> Result<()> {
-    let bits = guest.ok(&format!("cat /sys/class/net/{CARD}/device/features"))?;
+/// Checks the negotiated feature bits (virtio 1.3 §5.1.3 and §6), and the features that ethtool
+/// shows.
+fn assert_offloads_negotiated(guest: &Guest) -> Result<()> {
+    let bits = guest.ok(&format!(
+        "cat /sys/class/net/{GUEST_INTERFACE}/device/features"
+    ))?;
     for (bit, name) in [
         (0, "CSUM"),
         (1, "GUEST_CSUM"),
@@ -87,9 +93,12 @@ fn guest_has_its_offloads(guest: &Guest) -> Result<()> {
         (29, "EVENT_IDX"),
         (32, "VERSION_1"),
     ] {
-        ensure!(bits.as_bytes().get(bit) == Some(&b'1'), "{name} in {bits}");
+        ensure!(
+            bits.as_bytes().get(bit) == Some(&b'1'),
+            "{name} (bit {bit}) is not negotiated: {bits}"
+        );
     }
-    let features = ethtool::features(guest, CARD)?;
+    let features = ethtool::features(guest, GUEST_INTERFACE)?;
     for feature in [
         "rx-checksumming",
         "tx-checksumming",
@@ -101,32 +110,32 @@ fn guest_has_its_offloads(guest: &Guest) -> Result<()> {
     ] {
         ensure!(
             features.get(feature) == Some(&true),
-            "{feature} is not on in {features:?}"
+            "{feature} is not on: {features:?}"
         );
     }
     Ok(())
 }
 
-/// The link carries 1,514 bytes: frames that are larger on average are segments
-/// left for the other end to cut, or not to.
-fn segments_pass_whole(
+/// Checks that the mean size of a frame exceeds the 1,514 bytes of a frame on the link, which shows
+/// that large segments pass without segmentation.
+fn assert_segments_pass_whole(
     testbed: &Testbed,
     iperf: &Iperf<'_>,
     load: &IperfLoad,
     direction: Direction,
 ) -> Result<()> {
-    let before = carried(testbed, direction)?;
+    let before = read_carried(testbed, direction)?;
     let report = iperf.run(load, direction)?;
-    let after = carried(testbed, direction)?;
+    let after = read_carried(testbed, direction)?;
     let mean = (after.1 - before.1) / (after.0 - before.0).max(1);
-    eprintln!("TCP: {:.2} Gbit/s, {mean} bytes a frame", report.gbps);
+    eprintln!("TCP: {:.2} Gbit/s, {mean} bytes per frame", report.gbps);
     ensure!(report.gbps > 0.05, "{report:?}");
-    ensure!(mean > 3000, "{mean} bytes a frame");
+    ensure!(mean > 3000, "the mean size of a frame is only {mean} bytes");
     Ok(())
 }
 
-/// Frames and bytes of all pairs so far, in the direction of the data.
-fn carried(testbed: &Testbed, direction: Direction) -> Result<(u64, u64)> {
+/// Returns the frames and bytes that all queue pairs have carried in the direction of the data.
+fn read_carried(testbed: &Testbed, direction: Direction) -> Result<(u64, u64)> {
     let pairs = pairs(&testbed.daemon.device()?)?;
     let rings = pairs.iter().map(|pair| match direction {
         Direction::HostToGuest => pair.rx,
@@ -137,31 +146,37 @@ fn carried(testbed: &Testbed, direction: Direction) -> Result<(u64, u64)> {
     }))
 }
 
-fn mtu_is_9000_at_both_ends(testbed: &Testbed) -> Result<()> {
+fn assert_mtu_is_9000(testbed: &Testbed) -> Result<()> {
     let guest = testbed.qemu.guest();
-    let mtu = guest.ok(&format!("cat /sys/class/net/{CARD}/mtu"))?;
-    ensure!(mtu.trim() == "9000", "the guest's MTU is {mtu}");
+    let mtu = guest.ok(&format!("cat /sys/class/net/{GUEST_INTERFACE}/mtu"))?;
+    ensure!(mtu.trim() == "9000", "the MTU of the guest is {mtu}");
     let link = testbed.network.netns().ip(&format!("-o link show {TAP}"))?;
-    ensure!(link.contains(" mtu 9000 "), "the TAP: {link}");
+    ensure!(
+        link.contains(" mtu 9000 "),
+        "the MTU of the TAP is not 9000: {link}"
+    );
     let device = testbed.daemon.device()?;
-    ensure!(device["mtu"] == 9000, "{device}");
+    ensure!(
+        device["mtu"] == 9000,
+        "the MTU of the device is not 9000: {device}"
+    );
     Ok(())
 }
 
-/// At most one datagram in a hundred is lost on the way. Those that the
-/// receiver's own socket had no room for do not count: on a busy machine iperf3
-/// sleeps for too long.
-fn datagrams_arrive(
+/// Checks that at most one datagram in a hundred is lost on the way. Datagrams for which the
+/// receiver's socket had no free space are not counted, because on a busy machine iperf3 may read
+/// them too late.
+fn assert_datagrams_arrive(
     testbed: &Testbed,
     iperf: &Iperf<'_>,
     load: &IperfLoad,
     direction: Direction,
 ) -> Result<()> {
-    let before = socket_overruns(testbed, direction)?;
+    let before = count_socket_overruns(testbed, direction)?;
     let report = iperf.run(load, direction)?;
-    let overruns = socket_overruns(testbed, direction)? - before;
+    let overruns = count_socket_overruns(testbed, direction)? - before;
     eprintln!(
-        "UDP: {} of {} lost, {overruns} of them at the socket",
+        "UDP: {} of {} datagrams lost, {overruns} of them at the socket",
         report.lost, report.packets
     );
     ensure!(report.packets > 1000, "{report:?}");
@@ -169,8 +184,9 @@ fn datagrams_arrive(
     Ok(())
 }
 
-/// Datagrams that came and found their socket full, at the receiver.
-fn socket_overruns(testbed: &Testbed, direction: Direction) -> Result<u64> {
+/// Returns the number of datagrams that the receiver dropped because the buffer of their socket was
+/// full.
+fn count_socket_overruns(testbed: &Testbed, direction: Direction) -> Result<u64> {
     let text = match direction {
         Direction::HostToGuest => testbed
             .qemu
@@ -181,52 +197,61 @@ fn socket_overruns(testbed: &Testbed, direction: Direction) -> Result<u64> {
             testbed.network.netns().run("cat", files)?
         }
     };
-    let six = text
+    let ipv6 = text
         .lines()
         .find_map(|line| line.strip_prefix("Udp6RcvbufErrors"));
-    let six: u64 = six.context("no Udp6RcvbufErrors")?.trim().parse()?;
-    let four = snmp(&text, "Udp", "RcvbufErrors").context("no RcvbufErrors")?;
-    Ok(four + six)
+    let ipv6: u64 = ipv6
+        .context("snmp6 has no Udp6RcvbufErrors")?
+        .trim()
+        .parse()?;
+    let ipv4 =
+        parse_snmp(&text, "Udp", "RcvbufErrors").context("snmp has no RcvbufErrors of UDP")?;
+    Ok(ipv4 + ipv6)
 }
 
-/// Does `work` and checks that neither end cut a packet in pieces.
-fn unfragmented(testbed: &Testbed, work: impl FnOnce() -> Result<()>) -> Result<()> {
-    let before = fragments(testbed)?;
+/// Runs `work`, and checks that neither end has fragmented or reassembled a packet.
+fn assert_no_fragments(testbed: &Testbed, work: impl FnOnce() -> Result<()>) -> Result<()> {
+    let before = read_fragment_counters(testbed)?;
     work()?;
-    let after = fragments(testbed)?;
-    ensure!(before == after, "fragments: {before:?}, then {after:?}");
+    let after = read_fragment_counters(testbed)?;
+    ensure!(
+        before == after,
+        "the fragment counters were {before:?} and are now {after:?}"
+    );
     Ok(())
 }
 
-/// FragCreates and ReasmReqds of IPv4 at both ends.
-fn fragments(testbed: &Testbed) -> Result<[u64; 4]> {
+/// Returns FragCreates and ReasmReqds of IPv4 at both ends.
+fn read_fragment_counters(testbed: &Testbed) -> Result<[u64; 4]> {
     let guest = testbed.qemu.guest().ok("cat /proc/net/snmp")?;
     let host = testbed.network.netns().run("cat", ["/proc/net/snmp"])?;
-    let of =
-        |text: &str, name| snmp(text, "Ip", name).with_context(|| format!("no {name} in {text}"));
+    let counter = |text: &str, name| {
+        parse_snmp(text, "Ip", name).with_context(|| format!("snmp has no {name} of IPv4: {text}"))
+    };
     Ok([
-        of(&guest, "FragCreates")?,
-        of(&guest, "ReasmReqds")?,
-        of(&host, "FragCreates")?,
-        of(&host, "ReasmReqds")?,
+        counter(&guest, "FragCreates")?,
+        counter(&guest, "ReasmReqds")?,
+        counter(&host, "FragCreates")?,
+        counter(&host, "ReasmReqds")?,
     ])
 }
 
-/// A value of /proc/net/snmp: a line of names, then one of numbers.
-fn snmp(text: &str, protocol: &str, name: &str) -> Option<u64> {
-    let of = |line: &'_ str| {
+/// Parses a value of /proc/net/snmp, which contains a line of names and a line of numbers for each
+/// protocol.
+fn parse_snmp(text: &str, protocol: &str, name: &str) -> Option<u64> {
+    let fields = |line: &'_ str| {
         line.strip_prefix(protocol)?
             .strip_prefix(": ")
             .map(str::to_owned)
     };
-    let mut lines = text.lines().filter_map(of);
+    let mut lines = text.lines().filter_map(fields);
     let (names, values) = (lines.next()?, lines.next()?);
     let at = names.split(' ').position(|word| word == name)?;
     values.split(' ').nth(at)?.parse().ok()
 }
 
-// busybox's nc ends when the other end closes; its standard input must stay
-// open, which a FIFO opened for both ways does.
+// nc of busybox must exit when the other end closes the connection, and not when its standard input
+// ends. Its standard input is a FIFO that is open for reading and writing, which never ends.
 
 fn send_to_guest(testbed: &Testbed, file: &Path) -> Result<()> {
     let guest = testbed.qemu.guest();
@@ -236,9 +261,9 @@ fn send_to_guest(testbed: &Testbed, file: &Path) -> Result<()> {
     let send = format!("busybox nc {} {PORT} <{}", GUEST.v4, file.display());
     let started_at = Instant::now();
     testbed.network.netns().run("bash", ["-c", &send])?;
-    let done = job.wait(TRANSFER)?;
-    ensure!(done.code == 0, "nc in the guest: {done:?}");
-    eprintln!("to the guest in {:.1?}", started_at.elapsed());
+    let done = job.wait(TRANSFER_TIMEOUT)?;
+    ensure!(done.exit_code == 0, "nc in the guest failed: {done:?}");
+    eprintln!("sent to the guest in {:.1?}", started_at.elapsed());
     Ok(())
 }
 
@@ -260,21 +285,24 @@ fn fetch_from_guest(testbed: &Testbed, file: &Path) -> Result<()> {
     wait_for_listener(|| netns.run("ss", ["-ltn"]))?;
     let started_at = Instant::now();
     let send = format!("nc {} {PORT} </tmp/file", HOST.v4);
-    let sent = testbed.qemu.guest().run(&send, TRANSFER)?;
-    ensure!(sent.code == 0, "nc in the guest: {sent:?}");
-    let status = receiver.wait(TRANSFER)?;
-    ensure!(status.success(), "nc on the host side: {status}");
-    eprintln!("from the guest in {:.1?}", started_at.elapsed());
+    let sent = testbed.qemu.guest().run(&send, TRANSFER_TIMEOUT)?;
+    ensure!(sent.exit_code == 0, "nc in the guest failed: {sent:?}");
+    let status = receiver.wait(TRANSFER_TIMEOUT)?;
+    ensure!(status.success(), "nc on the host failed: {status}");
+    eprintln!("received from the guest in {:.1?}", started_at.elapsed());
     Ok(())
 }
 
-fn wait_for_listener(list: impl Fn() -> Result<String>) -> Result<()> {
+fn wait_for_listener(list_listeners: impl Fn() -> Result<String>) -> Result<()> {
     let port = format!(":{PORT}");
     let started_at = Instant::now();
-    while !list()?.split_whitespace().any(|word| word.ends_with(&port)) {
+    while !list_listeners()?
+        .split_whitespace()
+        .any(|word| word.ends_with(&port))
+    {
         ensure!(
             started_at.elapsed() < Duration::from_secs(10),
-            "no listener"
+            "no process listens on port {PORT} after 10 s"
         );
         std::thread::sleep(Duration::from_millis(50));
     }

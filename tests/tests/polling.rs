@@ -1,4 +1,4 @@
-//! Workers that look on for frames instead of sleeping at once.
+//! Workers that busy-poll for frames before they sleep.
 #![allow(clippy::unwrap_used)]
 
 use std::thread::sleep;
@@ -11,10 +11,10 @@ use virtionet_tests::daemon::{Daemon, Options};
 use virtionet_tests::paths::RunDir;
 use virtionet_tests::procfs::cpu_ticks;
 
-const LIMIT: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 const FRAMES: u64 = 500;
 
-/// Sends frames one by one and waits until all are counted.
+/// Sends [`FRAMES`] frames one by one, and waits until the daemon has counted `total` frames.
 fn send_and_wait(daemon: &mut Daemon, frontend: &mut TestFrontend, total: u64) {
     for _ in 0..FRAMES {
         let tx = &mut frontend.pairs[0].tx;
@@ -24,14 +24,14 @@ fn send_and_wait(daemon: &mut Daemon, frontend: &mut TestFrontend, total: u64) {
         tx.flush().unwrap();
     }
     daemon
-        .wait_device("the frames", LIMIT, |device| {
+        .wait_for_device("counting all frames", TIMEOUT, |device| {
             device["pairs"][0]["tx"]["counters"]["frames"] == total
         })
         .unwrap();
 }
 
 #[test]
-fn a_polling_worker_carries_every_frame_also_after_a_rest_and_a_change() {
+fn a_polling_worker_carries_every_frame_also_after_a_pause_and_a_disabled_pair() {
     for mode in ["adaptive", "always"] {
         let dir = RunDir::new().unwrap();
         let mut daemon = Options::new()

@@ -1,6 +1,6 @@
-//! Two Linux guests on a switch: TCP over IPv4 and IPv6 both ways, every byte
-//! and every checksum as it should be, every frame accounted for; also where one
-//! of them leaves segmentation and checksums to the switch.
+//! Two Linux guests on a switch: TCP over IPv4 and IPv6 in both directions. All data and checksums
+//! must be correct, and every frame must arrive or be counted as dropped. In a second test, one
+//! guest has no offloads, so that the switch computes checksums and segments frames for it.
 
 use std::collections::BTreeMap;
 use std::thread::sleep;
@@ -9,19 +9,19 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use virtionet_tests::guest::Guest;
 use virtionet_tests::iperf::IperfLoad;
-use virtionet_tests::topology::{CARD, GUESTS};
-use virtionet_tests::two_guests::{GuestId, TwoGuestConfig, TwoGuestTestbed, sums};
+use virtionet_tests::topology::{GUEST_INTERFACE, GUESTS};
+use virtionet_tests::two_guests::{GuestId, TwoGuestConfig, TwoGuestTestbed, sum_counters};
 
 const PAIRS: u16 = 2;
 const FILE_MIB: u32 = 16;
 const PORT: u16 = 5000;
-/// How long frames that are on their way may take to be counted.
-const SETTLE: Duration = Duration::from_secs(5);
-const TRANSFER: Duration = Duration::from_secs(60);
-/// What a frame of a link with MTU 1500 has at most.
-const WHOLE_FRAME: u64 = 1514;
-/// All that a card can leave to the device or take over from it.
-const OFFLOADS: [&str; 10] = [
+/// The time after which frames in flight must be counted.
+const COUNT_TIMEOUT: Duration = Duration::from_secs(5);
+const TRANSFER_TIMEOUT: Duration = Duration::from_secs(60);
+/// The maximum size of a frame in bytes on a link with MTU 1500.
+const MAX_FRAME_SIZE: u64 = 1514;
+/// The properties of QEMU's virtio-net that turn all offloads off.
+const OFFLOADS_OFF: [&str; 10] = [
     "csum=off",
     "guest_csum=off",
     "guest_tso4=off",
@@ -35,64 +35,73 @@ const OFFLOADS: [&str; 10] = [
 ];
 
 #[test]
-fn two_guests_exchange_everything_and_large_segments_stay_whole() {
+fn two_guests_exchange_correct_data_and_large_segments_pass_unsegmented() {
     let testbed = TwoGuestConfig::new(PAIRS).on_switch().unwrap();
     for carried in exchange(&testbed).unwrap() {
-        assert!(carried.sent.mean() > 2 * WHOLE_FRAME, "{carried:?}");
-        assert!(carried.got.mean() > 2 * WHOLE_FRAME, "{carried:?}");
+        assert!(carried.sent.mean() > 2 * MAX_FRAME_SIZE, "{carried:?}");
+        assert!(carried.received.mean() > 2 * MAX_FRAME_SIZE, "{carried:?}");
     }
-    for from in [GuestId::A, GuestId::B] {
-        every_frame_arrived_or_is_named(&testbed, from).unwrap();
-        the_driver_saw_what_was_carried(&testbed, from).unwrap();
+    for guest in [GuestId::A, GuestId::B] {
+        assert_every_frame_counted(&testbed, guest).unwrap();
+        assert_driver_received_all(&testbed, guest).unwrap();
     }
 }
 
 #[test]
-fn a_guest_without_offloads_gets_frames_that_the_switch_cut_and_summed() {
-    let plain = OFFLOADS.into_iter();
-    let plan = plain.fold(TwoGuestConfig::new(PAIRS), |plan, p| {
-        plan.prop(GuestId::B, p)
-    });
-    let testbed = plan.on_switch().unwrap();
-    offloads_are_off(testbed.guest(GuestId::B)).unwrap();
-    let [cut, plain] = exchange(&testbed).unwrap();
-    assert!(cut.sent.mean() > 2 * WHOLE_FRAME, "{cut:?}");
-    assert!(cut.got.mean() <= WHOLE_FRAME, "{cut:?}");
-    assert!(cut.got.frames > 2 * cut.sent.frames, "{cut:?}");
-    assert!(plain.sent.mean() <= WHOLE_FRAME, "{plain:?}");
+fn a_guest_without_offloads_receives_segmented_frames_with_complete_checksums() {
+    let config = OFFLOADS_OFF
+        .into_iter()
+        .fold(TwoGuestConfig::new(PAIRS), |config, prop| {
+            config.prop(GuestId::B, prop)
+        });
+    let testbed = config.on_switch().unwrap();
+    assert_offloads_are_off(testbed.guest(GuestId::B)).unwrap();
+    let [segmented, unchanged] = exchange(&testbed).unwrap();
+    assert!(segmented.sent.mean() > 2 * MAX_FRAME_SIZE, "{segmented:?}");
+    assert!(segmented.received.mean() <= MAX_FRAME_SIZE, "{segmented:?}");
+    assert!(
+        segmented.received.frames > 2 * segmented.sent.frames,
+        "{segmented:?}"
+    );
+    assert!(unchanged.sent.mean() <= MAX_FRAME_SIZE, "{unchanged:?}");
     let sent = testbed.counters(GuestId::A, "tx").unwrap();
     assert_eq!(sent["offload_invalid"], 0, "{sent:?}");
-    // What has no need of segmenting is carried as it is.
-    every_frame_arrived_or_is_named(&testbed, GuestId::B).unwrap();
-    for from in [GuestId::A, GuestId::B] {
-        the_driver_saw_what_was_carried(&testbed, from).unwrap();
+    // The switch does not segment the frames from B, so each of them must arrive or be counted.
+    assert_every_frame_counted(&testbed, GuestId::B).unwrap();
+    for guest in [GuestId::A, GuestId::B] {
+        assert_driver_received_all(&testbed, guest).unwrap();
     }
 }
 
-/// By the feature bits of virtio 1.3 §5.1.3.
-fn offloads_are_off(guest: &Guest) -> Result<()> {
-    let bits = guest.ok(&format!("cat /sys/class/net/{CARD}/device/features"))?;
+/// Checks the feature bits of virtio 1.3 §5.1.3.
+fn assert_offloads_are_off(guest: &Guest) -> Result<()> {
+    let bits = guest.ok(&format!(
+        "cat /sys/class/net/{GUEST_INTERFACE}/device/features"
+    ))?;
     for bit in [0, 1, 7, 8, 9, 10, 11, 12, 13, 14] {
-        ensure!(bits.as_bytes().get(bit) == Some(&b'0'), "{bit} in {bits}");
+        ensure!(
+            bits.as_bytes().get(bit) == Some(&b'0'),
+            "feature bit {bit} is set: {bits}"
+        );
     }
     Ok(())
 }
 
-/// What loads in one direction made the rings carry: the sender's and the receiver's.
+/// The traffic of the loads in one direction, counted at the sender's and at the receiver's rings.
 #[derive(Debug)]
 struct Carried {
-    sent: Work,
-    got: Work,
+    sent: Traffic,
+    received: Traffic,
 }
 
 #[derive(Debug)]
-struct Work {
+struct Traffic {
     frames: u64,
     bytes: u64,
 }
 
-impl Work {
-    fn so_far(testbed: &TwoGuestTestbed, which: GuestId, direction: &str) -> Result<Self> {
+impl Traffic {
+    fn read(testbed: &TwoGuestTestbed, which: GuestId, direction: &str) -> Result<Self> {
         let counters = testbed.counters(which, direction)?;
         Ok(Self {
             frames: counters["frames"],
@@ -107,90 +116,107 @@ impl Work {
         }
     }
 
-    /// Bytes a frame.
+    /// Returns the mean size of a frame in bytes.
     fn mean(&self) -> u64 {
         self.bytes / self.frames.max(1)
     }
 }
 
-/// Pings, loads and files both ways, from the first guest at first; neither may
-/// find anything wrong with them.
+/// Exchanges pings, loads and files in both directions, and checks that both guests have received
+/// them without errors. Returns the traffic of the loads, first from guest A and then from guest B.
 fn exchange(testbed: &TwoGuestTestbed) -> Result<[Carried; 2]> {
     for from in [GuestId::A, GuestId::B] {
         let to = &GUESTS[usize::from(from == GuestId::A)];
         for address in [to.v4, to.v6] {
             let ping = format!("ping -c 3 -i 0.2 -s 3000 {address}");
-            let said = testbed.guest(from).ok(&ping)?;
-            ensure!(said.contains(" 0% packet loss"), "{said}");
+            let output = testbed.guest(from).ok(&ping)?;
+            ensure!(output.contains(" 0% packet loss"), "{output}");
         }
     }
-    let carried = [load(testbed, GuestId::A)?, load(testbed, GuestId::B)?];
-    files_arrive_as_they_were(testbed)?;
+    let carried = [
+        run_loads(testbed, GuestId::A)?,
+        run_loads(testbed, GuestId::B)?,
+    ];
+    assert_files_arrive_unchanged(testbed)?;
     for which in [GuestId::A, GuestId::B] {
         let guest = testbed.guest(which);
-        nothing_was_wrong(guest).with_context(|| format!("in guest {which:?}"))?;
-        both_pairs_are_used(testbed, which)?;
+        assert_no_errors(guest).with_context(|| format!("guest {which:?} has counted errors"))?;
+        assert_all_pairs_used(testbed, which)?;
     }
     Ok(carried)
 }
 
-/// TCP over IPv4 and IPv6, two flows a pair.
-fn load(testbed: &TwoGuestTestbed, from: GuestId) -> Result<Carried> {
-    let so_far = || -> Result<[Work; 2]> {
-        let got = Work::so_far(testbed, from.other(), "rx")?;
-        Ok([Work::so_far(testbed, from, "tx")?, got])
+/// Runs TCP over IPv4 and then over IPv6, with two flows for each queue pair.
+fn run_loads(testbed: &TwoGuestTestbed, from: GuestId) -> Result<Carried> {
+    let read_traffic = || -> Result<[Traffic; 2]> {
+        let received = Traffic::read(testbed, from.other(), "rx")?;
+        Ok([Traffic::read(testbed, from, "tx")?, received])
     };
-    let before = so_far()?;
+    let before = read_traffic()?;
     for load in [IperfLoad::tcp(1), IperfLoad::tcp(1).ipv6()] {
         let report = testbed.iperf(from, &load.flows(2 * PAIRS), PAIRS)?;
         eprintln!(
-            "from {from:?}: {:.2} Gbit/s, {} segments sent again",
+            "from {from:?}: {:.2} Gbit/s, {} segments retransmitted",
             report.gbps, report.retransmits
         );
-        ensure!(report.each.len() == usize::from(PAIRS), "{report:?}");
-        ensure!(report.each.iter().all(|gbps| *gbps > 0.0), "{report:?}");
+        ensure!(
+            report.gbps_by_process.len() == usize::from(PAIRS),
+            "{report:?}"
+        );
+        ensure!(
+            report.gbps_by_process.iter().all(|gbps| *gbps > 0.0),
+            "{report:?}"
+        );
     }
-    let [sent, got] = so_far()?;
+    let [sent, received] = read_traffic()?;
     let carried = Carried {
         sent: sent.since(&before[0]),
-        got: got.since(&before[1]),
+        received: received.since(&before[1]),
     };
     eprintln!("from {from:?}: {carried:?}");
     Ok(carried)
 }
 
-fn files_arrive_as_they_were(testbed: &TwoGuestTestbed) -> Result<()> {
-    let make = format!(
+/// Sends a file from guest A to guest B and back, and compares the hashes.
+fn assert_files_arrive_unchanged(testbed: &TwoGuestTestbed) -> Result<()> {
+    let create = format!(
         "dd if=/dev/urandom of=/tmp/file bs=1M count={FILE_MIB} 2>/dev/null && sha256sum </tmp/file"
     );
-    let sent = testbed.guest(GuestId::A).ok(&make)?;
-    for (from, name) in [(GuestId::A, "/tmp/file"), (GuestId::B, "/tmp/back")] {
-        let arrived = send(testbed, from, "/tmp/file", name)?;
-        ensure!(arrived == sent, "{arrived}arrived for {sent}");
+    let sent = testbed.guest(GuestId::A).ok(&create)?;
+    for (from, name) in [(GuestId::A, "/tmp/file"), (GuestId::B, "/tmp/returned")] {
+        let received = send_file(testbed, from, "/tmp/file", name)?;
+        ensure!(
+            received == sent,
+            "the hash of the file changed from {sent} to {received}"
+        );
     }
     Ok(())
 }
 
-/// Sends a file; gives the SHA-256 of what arrived.
-fn send(testbed: &TwoGuestTestbed, from: GuestId, file: &str, name: &str) -> Result<String> {
+/// Sends a file to the other guest, and returns the SHA-256 of the received file.
+fn send_file(testbed: &TwoGuestTestbed, from: GuestId, file: &str, name: &str) -> Result<String> {
     let receiver = testbed.guest(from.other());
-    // nc ends when the other end closes; its standard input must stay open,
-    // which a FIFO opened for both ways does.
+    // nc must exit when the other end closes the connection, and not when its standard input ends.
+    // Its standard input is a FIFO that is open for reading and writing, which never ends.
     receiver.ok("[ -p /tmp/hold ] || mkfifo /tmp/hold")?;
     let job = receiver.spawn(&format!("nc -l -p {PORT} <>/tmp/hold >{name}"))?;
-    let listens = format!(
+    let wait_for_listener = format!(
         "for i in $(seq 100); do netstat -ltn | grep -q :{PORT} && exit; sleep 0.1; done; exit 1"
     );
-    receiver.ok(&listens)?;
+    receiver.ok(&wait_for_listener)?;
     let to = GUESTS[usize::from(from == GuestId::A)].v4;
     testbed.guest(from).ok(&format!("nc {to} {PORT} <{file}"))?;
-    let done = job.wait(TRANSFER)?;
-    ensure!(done.code == 0, "nc: {done:?}");
+    let done = job.wait(TRANSFER_TIMEOUT)?;
+    ensure!(
+        done.exit_code == 0,
+        "nc in the receiving guest failed: {done:?}"
+    );
     receiver.ok(&format!("sha256sum <{name}"))
 }
 
-/// The counters that every kernel has. Linux 6.12 also has UDP-Lite's, and 7.2 no longer has them.
-const COUNTED: [&str; 7] = [
+/// The error counters that every supported kernel has. Linux 6.12 also has counters of UDP-Lite,
+/// which Linux 7.2 has no longer.
+const ERROR_COUNTERS: [&str; 7] = [
     "Ip:InHdrErrors",
     "Icmp:InCsumErrors",
     "Tcp:InCsumErrors",
@@ -200,22 +226,28 @@ const COUNTED: [&str; 7] = [
     "Udp6InCsumErrors",
 ];
 
-/// No checksum and no header was wrong, and nothing was lost within the guest.
-fn nothing_was_wrong(guest: &Guest) -> Result<()> {
+/// Checks that the guest has counted no checksum errors, no header errors and no receive errors.
+fn assert_no_errors(guest: &Guest) -> Result<()> {
     let text = guest.ok("cat /proc/net/snmp /proc/net/snmp6")?;
-    let found = errors(&text);
-    for name in COUNTED {
-        ensure!(found.contains_key(name), "no {name} in {text}");
+    let found = parse_error_counters(&text);
+    for name in ERROR_COUNTERS {
+        ensure!(
+            found.contains_key(name),
+            "the guest has no counter {name}: {text}"
+        );
     }
     ensure!(found.values().all(|count| *count == 0), "{found:?}");
-    let dir = format!("/sys/class/net/{CARD}/statistics");
+    let dir = format!("/sys/class/net/{GUEST_INTERFACE}/statistics");
     let counts = guest.ok(&format!("cat {dir}/rx_errors {dir}/rx_frame_errors"))?;
-    ensure!(counts == "0\n0\n", "rx_errors, rx_frame_errors: {counts}");
+    ensure!(
+        counts == "0\n0\n",
+        "rx_errors and rx_frame_errors are: {counts}"
+    );
     Ok(())
 }
 
-/// What the stack counts of packets that are not as they should be, by name.
-fn errors(snmp: &str) -> BTreeMap<String, u64> {
+/// Parses the counters of checksum errors and header errors, by name.
+fn parse_error_counters(snmp: &str) -> BTreeMap<String, u64> {
     const ENDINGS: [&str; 2] = ["InCsumErrors", "InHdrErrors"];
     let lines: Vec<Vec<&str>> = snmp
         .lines()
@@ -231,77 +263,90 @@ fn errors(snmp: &str) -> BTreeMap<String, u64> {
         }
     };
     for (line, next) in lines.iter().zip(lines.iter().skip(1)) {
-        // IPv4 has a line of names, then one of numbers.
+        // For IPv4, a line of names is followed by a line of numbers.
         for (name, value) in line.iter().zip(next) {
             add(format!("{}{name}", line[0]), Some(value));
         }
     }
     for line in &lines {
-        // IPv6 has a line each.
+        // For IPv6, each counter has its own line.
         add(line[0].to_owned(), line.get(1));
     }
     found
 }
 
-fn both_pairs_are_used(testbed: &TwoGuestTestbed, which: GuestId) -> Result<()> {
-    let devices = testbed.daemon().context("no daemon")?.get("/v1/devices")?;
+fn assert_all_pairs_used(testbed: &TwoGuestTestbed, which: GuestId) -> Result<()> {
+    let daemon = testbed.daemon().context("the testbed has no daemon")?;
+    let devices = daemon.get("/v1/devices")?;
     let pairs = devices["devices"][usize::from(which == GuestId::B)]["pairs"].as_array();
-    let pairs = pairs.context("no pairs")?;
+    let pairs = pairs.context("the device has no list of pairs")?;
     ensure!(pairs.len() >= usize::from(PAIRS), "{pairs:?}");
     for pair in pairs.iter().take(usize::from(PAIRS)) {
         for direction in ["rx", "tx"] {
             let frames = pair[direction]["counters"]["frames"].as_u64();
-            ensure!(frames > Some(100), "{direction} of {which:?}: {pair}");
+            ensure!(
+                frames > Some(100),
+                "a pair of guest {which:?} has carried too few {direction} frames: {pair}"
+            );
         }
     }
     Ok(())
 }
 
-/// All frames of one guest are the other's, or in a counter that says why not.
-fn every_frame_arrived_or_is_named(testbed: &TwoGuestTestbed, from: GuestId) -> Result<()> {
-    let daemon = testbed.daemon().context("no daemon")?;
-    wait_until_equal("sent, received, dropped", || {
+/// Checks that every frame of one guest has been received by the other, or is in a drop counter.
+fn assert_every_frame_counted(testbed: &TwoGuestTestbed, from: GuestId) -> Result<()> {
+    let daemon = testbed.daemon().context("the testbed has no daemon")?;
+    wait_until_equal("sent frames, received and dropped frames", || {
         let devices = daemon.get("/v1/devices")?;
-        let sent = sums(&devices, from, "tx")?;
-        let got = sums(&devices, from.other(), "rx")?;
-        let drops = got.iter().filter(|(name, _)| name.starts_with("dropped_"));
+        let sent = sum_counters(&devices, from, "tx")?;
+        let received = sum_counters(&devices, from.other(), "rx")?;
+        let drops = received
+            .iter()
+            .filter(|(name, _)| name.starts_with("dropped_"));
         let dropped: u64 = drops.map(|(_, count)| count).sum();
-        let (sent, got) = (sent["frames"], got["frames"]);
-        eprintln!("from {from:?}: {sent} sent, {got} received, {dropped} dropped");
-        Ok((sent, got + dropped))
+        let (sent, received) = (sent["frames"], received["frames"]);
+        eprintln!("from {from:?}: {sent} sent, {received} received, {dropped} dropped");
+        Ok((sent, received + dropped))
     })
 }
 
-/// What the daemon put into a guest's rings is what its driver took from them.
-fn the_driver_saw_what_was_carried(testbed: &TwoGuestTestbed, which: GuestId) -> Result<()> {
-    wait_until_equal("carried, seen by the driver", || {
+/// Checks that the guest's driver has received as many frames as the daemon has put into the
+/// receiveqs.
+fn assert_driver_received_all(testbed: &TwoGuestTestbed, which: GuestId) -> Result<()> {
+    wait_until_equal("frames of the daemon, frames of the driver", || {
         let guest = testbed.guest(which);
-        // Both are the driver's sums over its receive queues in every kernel, while `ethtool -S` of
-        // newer kernels has no packets. The network stack adds frames of protocols that it does not
-        // have to the drops, so zero says no less than the driver's own counter does.
-        let dropped = statistic(guest, "rx_dropped")?;
-        ensure!(dropped == 0, "{which:?} dropped {dropped} frames");
-        let seen = statistic(guest, "rx_packets")?;
-        Ok((testbed.counters(which, "rx")?["frames"], seen))
+        // In every kernel, both statistics contain the driver's sums over its receive queues, while
+        // `ethtool -S` of newer kernels has no packet counter. The network stack adds frames of
+        // unknown protocols to rx_dropped, so a value of zero shows that the driver has dropped
+        // none.
+        let dropped = read_statistic(guest, "rx_dropped")?;
+        ensure!(dropped == 0, "guest {which:?} has dropped {dropped} frames");
+        let received = read_statistic(guest, "rx_packets")?;
+        Ok((testbed.counters(which, "rx")?["frames"], received))
     })
 }
 
-/// One of the kernel's counters of the guest's network device.
-fn statistic(guest: &Guest, name: &str) -> Result<u64> {
-    let text = guest.ok(&format!("cat /sys/class/net/{CARD}/statistics/{name}"))?;
+/// Reads one of the kernel's counters of the guest's network device.
+fn read_statistic(guest: &Guest, name: &str) -> Result<u64> {
+    let text = guest.ok(&format!(
+        "cat /sys/class/net/{GUEST_INTERFACE}/statistics/{name}"
+    ))?;
     let count = text.trim().parse();
     count.with_context(|| format!("{name} is {text:?}, not a number"))
 }
 
-/// The two figures are equal once nothing is on its way.
-fn wait_until_equal(what: &str, figures: impl Fn() -> Result<(u64, u64)>) -> Result<()> {
-    let until = Instant::now() + SETTLE;
+/// Waits until the two counts are equal, which they must be when no frame is in flight.
+fn wait_until_equal(names: &str, read_counts: impl Fn() -> Result<(u64, u64)>) -> Result<()> {
+    let until = Instant::now() + COUNT_TIMEOUT;
     loop {
-        let (one, other) = figures()?;
-        if one == other {
+        let (first, second) = read_counts()?;
+        if first == second {
             return Ok(());
         }
-        ensure!(Instant::now() < until, "{what}: {one} and {other}");
+        ensure!(
+            Instant::now() < until,
+            "the counts differ ({names}): {first} and {second}"
+        );
         sleep(Duration::from_millis(100));
     }
 }

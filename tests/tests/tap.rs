@@ -1,4 +1,4 @@
-//! A TAP that somebody else made, and what a daemon without privileges may do.
+//! TAPs that other programs have created, and daemons without privileges.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -7,18 +7,18 @@ use std::path::PathBuf;
 use anyhow::Result;
 use virtionet_guest::net::MODERN;
 use virtionet_guest::test_frontend::TestFrontendConfig;
-use virtionet_tests::daemon::{Options, Stopped};
+use virtionet_tests::daemon::{DaemonExit, Options};
 use virtionet_tests::paths::{self, RunDir};
 use virtionet_tests::process::output;
-use virtionet_tests::responder::{EchoResponder, Identity};
+use virtionet_tests::responder::{EchoResponder, ResponderAddresses};
 use virtionet_tests::topology::{GUEST, HostNetwork, TAP};
 
-const NOBODY: u32 = 65534;
+const NOBODY_UID: u32 = 65534;
 
 #[test]
-fn an_unprivileged_user_serves_a_tap_of_its_own() {
-    let user = User::new().unwrap();
-    let add = format!("tuntap add dev {TAP} mode tap user {NOBODY} multi_queue vnet_hdr");
+fn an_unprivileged_daemon_serves_a_tap_that_belongs_to_its_user() {
+    let user = UnprivilegedUser::new().unwrap();
+    let add = format!("tuntap add dev {TAP} mode tap user {NOBODY_UID} multi_queue vnet_hdr");
     user.network.netns().ip(&add).unwrap();
     user.network.configure().unwrap();
     let daemon = user.options().start(&user.dir, "vnet").unwrap();
@@ -28,8 +28,8 @@ fn an_unprivileged_user_serves_a_tap_of_its_own() {
     }
 
     let config = TestFrontendConfig::new(2, 256, MODERN);
-    let who = Identity::at(GUEST.v4).unwrap();
-    let responder = EchoResponder::connect(daemon.socket(), &config, who).unwrap();
+    let addresses = ResponderAddresses::from_ipv4(GUEST.v4).unwrap();
+    let responder = EchoResponder::connect(daemon.socket(), &config, addresses).unwrap();
     user.network.wait_for_ping(GUEST.v4).unwrap();
     let link = user
         .network
@@ -42,12 +42,12 @@ fn an_unprivileged_user_serves_a_tap_of_its_own() {
     user.network
         .netns()
         .ip(&format!("link show {TAP}"))
-        .expect("the TAP outlives its users");
+        .expect("the daemon must not remove a TAP that it has not created");
 }
 
 #[test]
-fn an_unprivileged_user_is_told_what_to_ask_for() {
-    let user = User::new().unwrap();
+fn an_unprivileged_daemon_without_access_to_its_tap_is_refused_with_the_remedy() {
+    let user = UnprivilegedUser::new().unwrap();
     let refused = user.options().run_to_end(&user.dir, "none").unwrap();
     assert_one_error_line(
         &refused,
@@ -55,11 +55,13 @@ fn an_unprivileged_user_is_told_what_to_ask_for() {
     );
 
     let netns = user.network.netns();
-    let add = "mode tap multi_queue vnet_hdr user 1";
-    netns.ip(&format!("tuntap add dev {TAP} {add}")).unwrap();
+    let tap_options = "mode tap multi_queue vnet_hdr user 1";
+    netns
+        .ip(&format!("tuntap add dev {TAP} {tap_options}"))
+        .unwrap();
     let refused = user.options().run_to_end(&user.dir, "other").unwrap();
-    let wanted = "does not belong to user 65534";
-    assert_one_error_line(&refused, &[wanted, "user 65534 multi_queue vnet_hdr"]);
+    let cause = "does not belong to user 65534";
+    assert_one_error_line(&refused, &[cause, "user 65534 multi_queue vnet_hdr"]);
 
     fs::set_permissions(&user.tun, fs::Permissions::from_mode(0o600)).unwrap();
     let refused = user.options().run_to_end(&user.dir, "closed").unwrap();
@@ -70,7 +72,7 @@ fn an_unprivileged_user_is_told_what_to_ask_for() {
 }
 
 #[test]
-fn a_tap_that_cannot_be_used_is_named_with_the_remedy() {
+fn an_unusable_tap_or_bridge_is_refused_with_the_remedy() {
     let dir = RunDir::new().unwrap();
     let network = HostNetwork::bare().unwrap();
     let options = Options::new().netns(network.netns()).flag("--tap", TAP);
@@ -79,8 +81,8 @@ fn a_tap_that_cannot_be_used_is_named_with_the_remedy() {
     assert_one_error_line(&refused, &["TAP tap0 is held by another process", "stop"]);
     drop(holder);
 
-    let single = format!("tuntap add dev {TAP} mode tap vnet_hdr");
-    network.netns().ip(&single).unwrap();
+    let add_single_queue = format!("tuntap add dev {TAP} mode tap vnet_hdr");
+    network.netns().ip(&add_single_queue).unwrap();
     let refused = options.run_to_end(&dir, "single").unwrap();
     assert_one_error_line(
         &refused,
@@ -97,8 +99,8 @@ fn a_tap_that_cannot_be_used_is_named_with_the_remedy() {
     assert_one_error_line(&refused, &["no bridge br7", "ip link add br7 type bridge"]);
 }
 
-/// All that it said is one sentence with these parts, and it failed.
-fn assert_one_error_line(stopped: &Stopped, parts: &[&str]) {
+/// Checks that the daemon has failed, and has printed one line that contains these parts.
+fn assert_one_error_line(stopped: &DaemonExit, parts: &[&str]) {
     assert_eq!(stopped.status.code(), Some(1), "{stopped:?}");
     let text = stopped.stderr.trim();
     assert!(text.starts_with("virtionetd: vnet: "), "{text}");
@@ -108,17 +110,17 @@ fn assert_one_error_line(stopped: &Stopped, parts: &[&str]) {
     }
 }
 
-/// A user without privileges in a namespace, with a directory of its own.
-struct User {
+/// An unprivileged user with a network namespace and a directory.
+struct UnprivilegedUser {
     network: HostNetwork,
     dir: RunDir,
-    /// Where it may read the program: the checkout may be closed to it.
+    /// A copy of the program, because the user may not have access to the checkout.
     program: PathBuf,
-    /// A /dev/net/tun that everybody may open, as it is on most hosts.
+    /// A device node that replaces /dev/net/tun. Every user may open it, as on most hosts.
     tun: PathBuf,
 }
 
-impl User {
+impl UnprivilegedUser {
     fn new() -> Result<Self> {
         let dir = RunDir::new()?;
         let program = dir.join("virtionetd");
@@ -129,7 +131,7 @@ impl User {
             [tun.as_os_str(), "c".as_ref(), "10".as_ref(), "200".as_ref()],
         )?;
         fs::set_permissions(&tun, fs::Permissions::from_mode(0o666))?;
-        chown(dir.join("."), Some(NOBODY), Some(NOBODY))?;
+        chown(dir.join("."), Some(NOBODY_UID), Some(NOBODY_UID))?;
         Ok(Self {
             network: HostNetwork::bare()?,
             dir,
@@ -138,10 +140,11 @@ impl User {
         })
     }
 
-    /// `ip netns exec` gives each program a mount namespace of its own.
+    /// Returns the options of a daemon that runs as this user. The bind mount does not affect other
+    /// programs, because `ip netns exec` creates a mount namespace for each program.
     fn options(&self) -> Options {
         let bind = format!(
-            "mount --bind {} /dev/net/tun && exec setpriv --pdeathsig KILL --reuid {NOBODY} --regid {NOBODY} --clear-groups --inh-caps=-all --bounding-set=-all \"$@\"",
+            "mount --bind {} /dev/net/tun && exec setpriv --pdeathsig KILL --reuid {NOBODY_UID} --regid {NOBODY_UID} --clear-groups --inh-caps=-all --bounding-set=-all \"$@\"",
             self.tun.display()
         );
         Options::new()

@@ -14,7 +14,7 @@ use virtionet_tests::diagnostics;
 use virtionet_tests::paths::RunDir;
 use virtionet_tests::qemu::{Machine, Nic, Qemu};
 use virtionet_tests::sched;
-use virtionet_tests::topology::{CARD, HostNetwork, TAP, configure_guest};
+use virtionet_tests::topology::{GUEST_INTERFACE, HostNetwork, TAP, configure_guest};
 
 /// Number of vCPUs of each guest.
 pub const VCPUS: u16 = 4;
@@ -114,7 +114,7 @@ impl GuestTestbed {
         if self.enabled_queue_pairs()? == usize::from(queue_pairs) {
             return Ok(());
         }
-        let command = format!("ethtool -L {CARD} combined {queue_pairs}");
+        let command = format!("ethtool -L {GUEST_INTERFACE} combined {queue_pairs}");
         self.qemu.guest().ok(&command)?;
         let deadline = Instant::now() + SWITCH_TIMEOUT;
         while self.enabled_queue_pairs()? != usize::from(queue_pairs) {

@@ -1,49 +1,50 @@
-//! testpmd's counters, read from what it prints.
+//! The counters of testpmd, parsed from its output.
 
 use anyhow::{Context, Result};
 
 /// The counters of one port.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PortStats {
-    /// Frames received.
+    /// The number of received frames.
     pub rx_packets: u64,
-    /// Frames lost because the program was too slow.
+    /// The number of frames that were lost because the receive queue was full.
     pub rx_missed: u64,
-    /// Broken frames.
+    /// The number of received frames with errors.
     pub rx_errors: u64,
-    /// Times that there was no packet buffer for a frame.
+    /// The number of failed attempts to allocate a packet buffer.
     pub rx_nombuf: u64,
-    /// Bytes received.
+    /// The number of received bytes.
     pub rx_bytes: u64,
-    /// Frames sent.
+    /// The number of transmitted frames.
     pub tx_packets: u64,
-    /// Frames that could not be sent.
+    /// The number of frames that could not be transmitted.
     pub tx_errors: u64,
-    /// Bytes sent.
+    /// The number of transmitted bytes.
     pub tx_bytes: u64,
-    /// Frames received a second, since the last answer.
+    /// Received frames per second, since the previous reply.
     pub rx_pps: u64,
-    /// Frames sent a second, since the last answer.
+    /// Transmitted frames per second, since the previous reply.
     pub tx_pps: u64,
 }
 
-/// What was forwarded on all ports together.
+/// The forwarding counters of all ports together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ForwardStats {
-    /// Frames received.
+    /// The number of received frames.
     pub rx_packets: u64,
-    /// Frames sent.
+    /// The number of transmitted frames.
     pub tx_packets: u64,
-    /// Frames for which a transmit queue had no free space.
+    /// The number of frames that were dropped because a transmit queue had no free space.
     pub tx_dropped: u64,
-    /// Cycles of the time-stamp counter spent on bursts that found frames.
+    /// The cycles of the time-stamp counter during bursts that contained frames.
     pub busy_cycles: u64,
-    /// The rate of the time-stamp counter in MHz, known once a burst found frames.
+    /// The frequency of the time-stamp counter in MHz, or `None` until a burst has contained
+    /// frames.
     pub clock_mhz: Option<u64>,
 }
 
 impl ForwardStats {
-    /// What came after `before`.
+    /// Returns the difference between these counters and the earlier counters `before`.
     #[must_use]
     pub fn since(self, before: Self) -> Self {
         Self {
@@ -56,15 +57,18 @@ impl ForwardStats {
     }
 }
 
-/// The answer to `show port stats all`.
-pub(super) fn ports(text: &str) -> Result<Vec<PortStats>> {
+/// Parses the reply to `show port stats all`.
+pub(super) fn parse_ports(text: &str) -> Result<Vec<PortStats>> {
     text.split("NIC statistics for port")
         .skip(1)
-        .map(|part| port(part).with_context(|| format!("a port without all its counters: {part}")))
+        .map(|part| {
+            parse_port(part)
+                .with_context(|| format!("a counter of this port is missing or invalid: {part}"))
+        })
         .collect()
 }
 
-fn port(text: &str) -> Option<PortStats> {
+fn parse_port(text: &str) -> Option<PortStats> {
     Some(PortStats {
         rx_packets: number(text, "RX-packets:")?,
         rx_missed: number(text, "RX-missed:")?,
@@ -79,19 +83,19 @@ fn port(text: &str) -> Option<PortStats> {
     })
 }
 
-/// The answer to `show fwd stats all`.
-pub(super) fn forwarded(text: &str) -> Result<ForwardStats> {
+/// Parses the reply to `show fwd stats all`.
+pub(super) fn parse_forwarded(text: &str) -> Result<ForwardStats> {
     let all = text.split_once("for all ports").map(|(_, rest)| rest);
-    all.and_then(sum)
-        .with_context(|| format!("no accumulated forward statistics in: {text}"))
+    all.and_then(parse_sums)
+        .with_context(|| format!("the reply has no accumulated forward statistics: {text}"))
 }
 
-fn sum(text: &str) -> Option<ForwardStats> {
+fn parse_sums(text: &str) -> Option<ForwardStats> {
     Some(ForwardStats {
         rx_packets: number(text, "RX-packets:")?,
         tx_packets: number(text, "TX-packets:")?,
         tx_dropped: number(text, "TX-dropped:")?,
-        // There is no such line as long as no burst found a frame.
+        // testpmd prints this line only after a burst has contained frames.
         busy_cycles: number(text, "total cycles=").unwrap_or(0),
         clock_mhz: text
             .split_once("total cycles=")
@@ -99,7 +103,7 @@ fn sum(text: &str) -> Option<ForwardStats> {
     })
 }
 
-/// The number behind the first `key`.
+/// Returns the number after the first occurrence of `key`.
 fn number(text: &str, key: &str) -> Option<u64> {
     let (_, rest) = text.split_once(key)?;
     let rest = rest.trim_start();
@@ -138,9 +142,9 @@ mod tests {
 ";
 
     #[test]
-    fn every_port_is_read() {
+    fn the_counters_of_every_port_are_parsed() {
         let two = PORTS.repeat(2).replacen("977067", "5", 1);
-        let ports = ports(&two).unwrap();
+        let ports = parse_ports(&two).unwrap();
         let first = ports[0];
         assert_eq!(
             (ports.len(), first.rx_pps, ports[1].rx_pps),
@@ -154,18 +158,18 @@ mod tests {
     }
 
     #[test]
-    fn the_sum_of_all_ports_is_read_and_not_the_first_port() {
-        let all = forwarded(ALL).unwrap();
+    fn the_sums_of_all_ports_are_parsed_instead_of_the_first_port() {
+        let all = parse_forwarded(ALL).unwrap();
         assert_eq!((all.rx_packets, all.tx_packets), (8_756_832, 8_757_344));
         assert_eq!((all.tx_dropped, all.busy_cycles), (5, 5_323_090_622));
         assert_eq!(all.clock_mhz, Some(2600));
-        let idle = forwarded(ALL.split("CPU cycles").next().unwrap()).unwrap();
+        let idle = parse_forwarded(ALL.split("CPU cycles").next().unwrap()).unwrap();
         assert_eq!((idle.busy_cycles, idle.clock_mhz), (0, None));
     }
 
     #[test]
     fn a_missing_counter_is_an_error() {
-        assert!(ports(&PORTS.replace("RX-missed", "RX-other")).is_err());
-        assert!(forwarded("nothing of that").is_err());
+        assert!(parse_ports(&PORTS.replace("RX-missed", "RX-other")).is_err());
+        assert!(parse_forwarded("nothing of that").is_err());
     }
 }

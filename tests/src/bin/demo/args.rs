@@ -7,39 +7,40 @@ use virtionet_tests::accel::Accel;
 
 /// What `--help` prints.
 pub const HELP: &str = "\
-Runs iperf3 between this machine and a QEMU guest through virtionetd, both ways,
-and shows which worker on which CPU carried how much of the traffic.
+Runs iperf3 between this machine and a QEMU guest through virtionetd, in both
+directions, and prints how much traffic each worker carried and on which CPU.
 
 Usage: ci/demo [--seconds N] [--queues N] [--vcpus N] [--accel tcg|kvm|auto] [--json FILE]
 
-  --seconds N   How long each direction runs [default: 10]
-  --queues N    Queue pairs, 1 to 64 [default: 4]
-  --vcpus N     The guest's vCPUs [default: 4, or as many as queue pairs]
-  --accel WHAT  How QEMU runs the guest: tcg (software), kvm, or auto, which
-                takes kvm where the guest boots under it [default: auto]
+  --seconds N   Seconds for which each direction runs [default: 10]
+  --queues N    Number of queue pairs, 1 to 64 [default: 4]
+  --vcpus N     Number of vCPUs of the guest [default: 4, or as many as queue
+                pairs if these are more]
+  --accel NAME  Accelerator of QEMU: tcg (software), kvm, or auto, which uses
+                kvm if the guest boots under it [default: auto]
   --json FILE   Write the result to FILE as JSON too
 ";
 
-/// The command line, with its defaults filled in.
+/// The parsed command line, in which missing options have their defaults.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Args {
-    /// Seconds of each direction.
+    /// The duration of each direction in seconds.
     pub seconds: u32,
-    /// Queue pairs.
+    /// The number of queue pairs.
     pub queues: u16,
-    /// The guest's vCPUs.
+    /// The number of vCPUs of the guest.
     pub vcpus: u16,
-    /// How QEMU runs the guest.
+    /// The accelerator of QEMU.
     pub accel: Accel,
-    /// Where the result goes as JSON.
+    /// The file for the result as JSON.
     pub json: Option<PathBuf>,
 }
 
 impl Args {
-    /// Reads the command line; `None` when only help is wanted.
+    /// Parses the command line. Returns `None` if it asks for help.
     ///
     /// # Errors
-    /// When an option is unknown, or its value cannot be used.
+    /// When an option is unknown, or its value is missing or invalid.
     pub fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Self>> {
         let mut args = Self {
             seconds: 10,
@@ -63,32 +64,32 @@ impl Args {
         }
         ensure!(
             args.seconds > 0,
-            "--seconds 0 measures nothing: give 1 or more"
+            "--seconds 0 measures nothing: write 1 or more"
         );
         Ok(Some(args))
     }
 
     fn set(&mut self, name: &str, value: Option<&str>) -> Result<()> {
-        let given = || value.with_context(|| format!("{name} needs a value: see --help"));
+        let required = || value.with_context(|| format!("{name} needs a value: see --help"));
         match name {
-            "--seconds" => self.seconds = number(name, given()?, 3600)?,
-            "--queues" => self.queues = number(name, given()?, 64)?,
-            "--vcpus" => self.vcpus = number(name, given()?, 64)?,
-            "--accel" => self.accel = given()?.parse()?,
-            "--json" => self.json = Some(given()?.into()),
+            "--seconds" => self.seconds = parse_number(name, required()?, 3600)?,
+            "--queues" => self.queues = parse_number(name, required()?, 64)?,
+            "--vcpus" => self.vcpus = parse_number(name, required()?, 64)?,
+            "--accel" => self.accel = required()?.parse()?,
+            "--json" => self.json = Some(required()?.into()),
             other => bail!("there is no option '{other}': see --help"),
         }
         Ok(())
     }
 }
 
-/// A number from 1 to `most`.
-fn number<N: TryFrom<u32>>(name: &str, text: &str, most: u32) -> Result<N> {
+/// Parses a number from 1 to `max`.
+fn parse_number<N: TryFrom<u32>>(name: &str, text: &str, max: u32) -> Result<N> {
     text.parse::<u32>()
         .ok()
-        .filter(|n| (1..=most).contains(n))
+        .filter(|n| (1..=max).contains(n))
         .and_then(|n| N::try_from(n).ok())
-        .with_context(|| format!("{name} is '{text}': give a number from 1 to {most}"))
+        .with_context(|| format!("{name} is '{text}': write a number from 1 to {max}"))
 }
 
 #[cfg(test)]
@@ -100,20 +101,23 @@ mod tests {
     }
 
     #[test]
-    fn defaults_follow_the_queues() {
-        let plain = parse("").unwrap().unwrap();
-        assert_eq!((plain.seconds, plain.queues, plain.vcpus), (10, 4, 4));
+    fn missing_options_have_defaults_and_vcpus_depend_on_queues() {
+        let defaults = parse("").unwrap().unwrap();
+        assert_eq!(
+            (defaults.seconds, defaults.queues, defaults.vcpus),
+            (10, 4, 4)
+        );
         assert_eq!(parse("--queues 2").unwrap().unwrap().vcpus, 4);
         assert_eq!(parse("--queues=8").unwrap().unwrap().vcpus, 8);
-        let own = parse("--vcpus 2 --accel tcg --json x").unwrap().unwrap();
-        assert_eq!((own.vcpus, own.accel), (2, Accel::Tcg));
-        assert_eq!(own.json.unwrap().to_str(), Some("x"));
+        let args = parse("--vcpus 2 --accel tcg --json x").unwrap().unwrap();
+        assert_eq!((args.vcpus, args.accel), (2, Accel::Tcg));
+        assert_eq!(args.json.unwrap().to_str(), Some("x"));
         assert_eq!(parse("--seconds 3 --help").unwrap(), None);
     }
 
     #[test]
-    fn what_cannot_be_meant_is_refused() {
-        for bad in [
+    fn an_unknown_option_or_an_invalid_value_is_an_error() {
+        for line in [
             "--queues 0",
             "--queues 65",
             "--queues",
@@ -122,7 +126,7 @@ mod tests {
             "--fast 1",
             "fast",
         ] {
-            assert!(parse(bad).is_err(), "{bad}");
+            assert!(parse(line).is_err(), "{line}");
         }
     }
 }

@@ -1,5 +1,5 @@
-//! The bars that move while traffic runs: one line for each queue pair, drawn
-//! over themselves on a terminal; elsewhere one plain line every 2 seconds.
+//! The progress of a load. On a terminal, it is one bar for each queue pair and direction, which is
+//! redrawn in place; otherwise, it is one line of text every 2 seconds.
 
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
@@ -8,37 +8,38 @@ use std::time::{Duration, Instant};
 use crate::sample::{CounterSample, FrameCount};
 
 const WIDTH: usize = 20;
-const PLAIN_EVERY: Duration = Duration::from_secs(2);
+const PLAIN_INTERVAL: Duration = Duration::from_secs(2);
 
-/// Draws the rates between one sample and the next.
+/// Draws the rates of each queue pair between two samples.
 pub struct Bars {
     last: CounterSample,
     started_at: Instant,
-    /// The highest rate so far: a full bar.
+    /// The highest rate so far in Gbit/s, which is the rate of a full bar.
     full: f64,
+    /// The number of lines that the last call has drawn.
     lines: usize,
-    terminal: bool,
+    is_terminal: bool,
 }
 
 impl Bars {
-    /// Starts from `first`.
+    /// Creates bars whose first rates are relative to `first`.
     pub fn new(first: CounterSample) -> Self {
         Self {
             started_at: first.at,
             last: first,
             full: 0.1,
             lines: 0,
-            terminal: io::stdout().is_terminal(),
+            is_terminal: io::stdout().is_terminal(),
         }
     }
 
-    /// Draws what was added since the last call.
+    /// Draws the rates since the previous drawing.
     ///
     /// # Errors
     /// When standard output is closed.
     pub fn draw(&mut self, now: CounterSample) -> io::Result<()> {
         let time = now.at.duration_since(self.last.at);
-        if !self.terminal && time < PLAIN_EVERY {
+        if !self.is_terminal && time < PLAIN_INTERVAL {
             return Ok(());
         }
         let rates: Vec<(f64, f64)> = now
@@ -48,10 +49,10 @@ impl Bars {
             .map(|(new, old)| (rate(new.rx, old.rx, time), rate(new.tx, old.tx, time)))
             .collect();
         let seconds = now.at.duration_since(self.started_at).as_secs();
-        let text = if self.terminal {
-            self.bars(&rates)
+        let text = if self.is_terminal {
+            self.bar_lines(&rates)
         } else {
-            plain(seconds, &rates)
+            plain_line(seconds, &rates)
         };
         self.last = now;
         let mut out = io::stdout().lock();
@@ -59,12 +60,12 @@ impl Bars {
         out.flush()
     }
 
-    fn bars(&mut self, rates: &[(f64, f64)]) -> String {
-        let high = rates.iter().map(|(rx, tx)| rx.max(*tx));
-        self.full = high.fold(self.full, f64::max);
+    fn bar_lines(&mut self, rates: &[(f64, f64)]) -> String {
+        let highest = rates.iter().map(|(rx, tx)| rx.max(*tx));
+        self.full = highest.fold(self.full, f64::max);
         let mut text = String::new();
         if self.lines > 0 {
-            // Back to the first of our lines.
+            // Moves the cursor up to the first of the lines that were drawn last.
             _ = write!(text, "\x1b[{}A", self.lines);
         }
         for (pair, (rx, tx)) in rates.iter().enumerate() {
@@ -84,7 +85,7 @@ fn rate(new: FrameCount, old: FrameCount, time: Duration) -> f64 {
     new.since(old).gbps(time)
 }
 
-fn plain(seconds: u64, rates: &[(f64, f64)]) -> String {
+fn plain_line(seconds: u64, rates: &[(f64, f64)]) -> String {
     let mut text = format!("  {seconds:>3} s ");
     for (pair, (rx, tx)) in rates.iter().enumerate() {
         _ = write!(text, "  pair {pair}: {rx:.2} in {tx:.2} out");
@@ -93,13 +94,13 @@ fn plain(seconds: u64, rates: &[(f64, f64)]) -> String {
     text
 }
 
-/// `part` of `full` in eighths of a character.
+/// Draws `part` of `full` as a bar, with a resolution of one eighth of a character.
 fn bar(part: f64, full: f64) -> String {
     const EIGHTHS: [char; 8] = [' ', '▏', '▎', '▍', '▌', '▋', '▊', '▉'];
     let share = (part / full).clamp(0.0, 1.0);
     (0..WIDTH)
         .map(|i| {
-            // How much of character i is covered.
+            // The covered part of character i.
             let covered = (share * WIDTH as f64 - i as f64).clamp(0.0, 1.0);
             if covered >= 1.0 {
                 return '█';
@@ -115,7 +116,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bars_keep_their_width() {
+    fn a_bar_has_the_same_width_for_every_rate() {
         for share in [0.0, 0.01, 0.5, 0.999, 1.0, 7.0] {
             assert_eq!(bar(share, 1.0).chars().count(), WIDTH, "{share}");
         }
@@ -126,8 +127,8 @@ mod tests {
     }
 
     #[test]
-    fn the_plain_line_has_each_pair() {
-        let line = plain(4, &[(1.0, 0.25), (0.5, 0.0)]);
+    fn the_plain_line_contains_the_rates_of_each_pair() {
+        let line = plain_line(4, &[(1.0, 0.25), (0.5, 0.0)]);
         assert_eq!(
             line,
             "    4 s   pair 0: 1.00 in 0.25 out  pair 1: 0.50 in 0.00 out  Gbit/s\n"

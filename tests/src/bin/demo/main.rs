@@ -1,5 +1,5 @@
-//! The demo behind `ci/demo`: a guest, the daemon, traffic both ways, and who
-//! carried how much.
+//! The demo that `ci/demo` runs: it starts the daemon and a guest, sends traffic in both
+//! directions, and prints how much each queue pair and worker carried.
 
 use std::env;
 use std::fs;
@@ -29,8 +29,8 @@ mod interrupts;
 mod result;
 mod sample;
 
-const BOOT: Duration = Duration::from_secs(120);
-const FRAME: Duration = Duration::from_millis(250);
+const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
+const REFRESH_INTERVAL: Duration = Duration::from_millis(250);
 const FLOWS: u16 = 8;
 
 fn main() -> ExitCode {
@@ -68,16 +68,19 @@ fn run(args: &Args) -> Result<()> {
         "booting a guest with {} vCPUs and {} queue pairs ({accel})\n",
         args.vcpus, args.queues
     ))?;
-    let (qemu, boot) = Machine::new()
+    let (qemu, boot_time) = Machine::new()
         .vcpus(args.vcpus.into())
         .memory_mib(1024)
         .accel(accel)
         .monitor(&monitor)
         .nic(Nic::vhost_user(daemon.socket()).queues(args.queues))
         .pinned()
-        .boot(&dir, "guest", BOOT)
+        .boot(&dir, "guest", BOOT_TIMEOUT)
         .with_context(|| format!("virtionetd's log:\n{}", daemon.stderr()))?;
-    print(&format!("it is up after {:.1} s\n", boot.as_secs_f64()))?;
+    print(&format!(
+        "the guest has booted after {:.1} s\n",
+        boot_time.as_secs_f64()
+    ))?;
 
     let pairs = args.queues.min(args.vcpus);
     configure_guest(qemu.guest(), pairs)?;
@@ -88,7 +91,7 @@ fn run(args: &Args) -> Result<()> {
         .with_context(|| format!("virtionetd's log:\n{}", daemon.stderr()))?;
     let outcome = DemoResult {
         accel: accel.to_string(),
-        boot_seconds: boot.as_secs_f64(),
+        boot_seconds: boot_time.as_secs_f64(),
         ..outcome
     };
     print(&format!("\n{}", outcome.table()))?;
@@ -99,14 +102,14 @@ fn run(args: &Args) -> Result<()> {
     let stopped = daemon.stop(Signal::SIGTERM)?;
     ensure!(
         stopped.status.success(),
-        "virtionetd ended with {}; its log:\n{}",
+        "virtionetd failed ({}); its log:\n{}",
         stopped.status,
         stopped.stderr
     );
     Ok(())
 }
 
-/// Both directions, and what each pair moved in them.
+/// Runs iperf3 in both directions and returns the traffic of each queue pair.
 fn measure(
     args: &Args,
     dir: &RunDir,
@@ -122,24 +125,27 @@ fn measure(
         "\nhost to guest, {FLOWS} flows, {} s\n",
         args.seconds
     ))?;
-    let time = Duration::from_secs(args.seconds.into());
-    let (there, to_guest) = show(&iperf, &load, Direction::HostToGuest, daemon, time)?;
+    let duration = Duration::from_secs(args.seconds.into());
+    let (to_guest, to_guest_report) =
+        run_with_bars(&iperf, &load, Direction::HostToGuest, daemon, duration)?;
     print(&format!(
         "guest to host, {FLOWS} flows, {} s\n",
         args.seconds
     ))?;
-    let (back, to_host) = show(&iperf, &load, Direction::GuestToHost, daemon, time)?;
+    let (from_guest, from_guest_report) =
+        run_with_bars(&iperf, &load, Direction::GuestToHost, daemon, duration)?;
 
-    let choice = interrupts::choice(guest, args.queues, args.vcpus)?;
-    let mut pairs = rows(&choice, daemon)?;
-    for (row, (there, back)) in pairs.iter_mut().zip(there.into_iter().zip(back)) {
-        row.traffic(there, back);
+    let settings = interrupts::read_settings(guest, args.queues, args.vcpus)?;
+    let mut pairs = pair_rows(&settings, daemon)?;
+    let traffic = to_guest.into_iter().zip(from_guest);
+    for (row, (to_guest, from_guest)) in pairs.iter_mut().zip(traffic) {
+        row.set_traffic(to_guest, from_guest);
     }
     Ok(DemoResult {
         pairs,
-        guest: choice,
-        host_to_guest_gbps: to_guest.gbps,
-        guest_to_host_gbps: to_host.gbps,
+        guest: settings,
+        host_to_guest_gbps: to_guest_report.gbps,
+        guest_to_host_gbps: from_guest_report.gbps,
         accel: String::new(),
         qemu: version()?,
         vcpus: args.vcpus,
@@ -149,20 +155,21 @@ fn measure(
     })
 }
 
-/// Runs `load` with the bars moving; returns what each pair moved meanwhile.
-fn show(
+/// Runs `load` while the bars are drawn, and returns the traffic of each queue pair during the
+/// load.
+fn run_with_bars(
     iperf: &Iperf<'_>,
     load: &IperfLoad,
     direction: Direction,
     daemon: &Daemon,
-    time: Duration,
+    duration: Duration,
 ) -> Result<(Vec<PairTraffic>, IperfReport)> {
     let before = CounterSample::read(daemon)?;
     let mut bars = Bars::new(before.clone());
     let mut running = iperf.start(load, direction)?;
     let mut last = before.clone();
-    while !running.is_over()? {
-        sleep(FRAME);
+    while !running.is_finished()? {
+        sleep(REFRESH_INTERVAL);
         last = CounterSample::read(daemon)?;
         bars.draw(last.clone())?;
     }
@@ -174,34 +181,34 @@ fn show(
         .map(|(new, old)| PairTraffic {
             rx: new.rx.since(old.rx),
             tx: new.tx.since(old.tx),
-            time,
+            duration,
         })
         .collect();
     Ok((traffic, report))
 }
 
-/// Who serves each pair, and from where. The CPUs are the kernel's word, not
-/// the daemon's.
-fn rows(choice: &DriverSettings, daemon: &Daemon) -> Result<Vec<PairRow>> {
+/// Returns a row for each queue pair, without traffic. The CPUs of the workers come from the
+/// kernel, not from the daemon.
+fn pair_rows(settings: &DriverSettings, daemon: &Daemon) -> Result<Vec<PairRow>> {
     let sample = CounterSample::read(daemon)?;
     sample
         .pairs
         .into_iter()
         .enumerate()
-        .map(|(pair, it)| {
-            let cpus = sched::affinity(it.tid)?;
+        .map(|(number, pair)| {
+            let cpus = sched::affinity(pair.tid)?;
             let (host_cpu, pinned) = match cpus.as_slice() {
-                [one] => (*one, true),
-                _ => (sched::last_cpu(it.tid)?, false),
+                [cpu] => (*cpu, true),
+                _ => (sched::last_cpu(pair.tid)?, false),
             };
             Ok(PairRow {
-                pair,
-                guest_cpu: choice.receive_cpu(pair),
-                worker: it.worker,
-                tid: it.tid,
+                pair: number,
+                guest_cpu: settings.receive_cpu(number),
+                worker: pair.worker,
+                tid: pair.tid,
                 host_cpu,
                 pinned,
-                placement: it.placement,
+                placement: pair.placement,
                 tx_frames: 0,
                 tx_bytes: 0,
                 rx_frames: 0,

@@ -1,4 +1,4 @@
-//! The demo's end: a table for people, JSON for programs.
+//! The result of the demo, as a table for people and as JSON for programs.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -8,100 +8,100 @@ use serde::Serialize;
 use crate::interrupts::DriverSettings;
 use crate::sample::FrameCount;
 
-/// One row: a queue pair.
+/// The row of a queue pair.
 #[derive(Debug, Serialize)]
 pub struct PairRow {
-    /// Its number.
+    /// The number of the queue pair.
     pub pair: usize,
-    /// The vCPU that its receive interrupt goes to; none while the guest does
-    /// not use the pair.
+    /// The vCPU that receives the receiveq's interrupt, or `None` if the guest does not use the
+    /// pair.
     pub guest_cpu: Option<u32>,
-    /// The worker thread's name.
+    /// The name of the worker thread.
     pub worker: String,
-    /// The worker thread's id.
+    /// The id of the worker thread.
     pub tid: i32,
-    /// The host CPU that the worker is pinned to, or was last seen on.
+    /// The host CPU to which the worker is pinned, or on which it last ran.
     pub host_cpu: usize,
-    /// Whether it may run on that one alone.
+    /// Whether the worker is pinned to one host CPU.
     pub pinned: bool,
-    /// Why the worker stands there, in the daemon's words.
+    /// The daemon's reason for the worker's placement.
     pub placement: String,
-    /// Frames from the guest, over both directions' runs.
+    /// The number of frames from the guest during the loads of both directions.
     pub tx_frames: u64,
-    /// Bytes from the guest.
+    /// The number of bytes from the guest during the loads of both directions.
     pub tx_bytes: u64,
-    /// Frames to the guest.
+    /// The number of frames to the guest during the loads of both directions.
     pub rx_frames: u64,
-    /// Bytes to the guest.
+    /// The number of bytes to the guest during the loads of both directions.
     pub rx_bytes: u64,
-    /// Gbit/s to the guest while that was the direction.
+    /// The rate to the guest in Gbit/s during the load in this direction.
     pub rx_gbps: f64,
-    /// Gbit/s from the guest while that was the direction.
+    /// The rate from the guest in Gbit/s during the load in this direction.
     pub tx_gbps: f64,
 }
 
-/// All of it.
+/// The result of the demo.
 #[derive(Debug, Serialize)]
 pub struct DemoResult {
-    /// The queue pairs, by number.
+    /// The queue pairs, in the order of their numbers.
     pub pairs: Vec<PairRow>,
-    /// What the guest's driver chose.
+    /// The interrupt settings of the guest's driver.
     pub guest: DriverSettings,
-    /// What iperf3's receivers saw.
+    /// The rate at iperf3's receivers in the guest in Gbit/s.
     pub host_to_guest_gbps: f64,
-    /// What iperf3's receivers saw.
+    /// The rate at iperf3's receivers on the host in Gbit/s.
     pub guest_to_host_gbps: f64,
-    /// How QEMU ran the guest.
+    /// The accelerator of QEMU.
     pub accel: String,
-    /// QEMU's version.
+    /// The version of QEMU.
     pub qemu: String,
-    /// The guest's vCPUs.
+    /// The number of vCPUs of the guest.
     pub vcpus: u16,
-    /// iperf3's flows.
+    /// The number of iperf3's flows.
     pub flows: u16,
-    /// Seconds of each direction.
+    /// The duration of each direction in seconds.
     pub seconds: u32,
-    /// Seconds from QEMU's start until the guest was up.
+    /// The time from the start of QEMU until the guest had booted, in seconds.
     pub boot_seconds: f64,
 }
 
-/// What one pair moved in one direction's run, and how long iperf3 sent.
+/// The traffic of a queue pair during the load in one direction.
 #[derive(Clone, Copy, Debug)]
 pub struct PairTraffic {
-    /// To the guest.
+    /// The frames to the guest.
     pub rx: FrameCount,
-    /// From the guest.
+    /// The frames from the guest.
     pub tx: FrameCount,
-    /// The time that iperf3 sent; connecting takes longer and moves nothing.
-    pub time: Duration,
+    /// The time for which iperf3 sent data, which excludes the time to connect.
+    pub duration: Duration,
 }
 
 impl PairRow {
-    /// Fills in what the pair moved: `there` with the guest receiving, `back`
-    /// with the guest sending.
-    pub fn traffic(&mut self, there: PairTraffic, back: PairTraffic) {
-        self.rx_frames = there.rx.frames + back.rx.frames;
-        self.rx_bytes = there.rx.bytes + back.rx.bytes;
-        self.tx_frames = there.tx.frames + back.tx.frames;
-        self.tx_bytes = there.tx.bytes + back.tx.bytes;
-        self.rx_gbps = there.rx.gbps(there.time);
-        self.tx_gbps = back.tx.gbps(back.time);
+    /// Sets the traffic of the queue pair. The guest received data during `to_guest`, and sent data
+    /// during `from_guest`.
+    pub fn set_traffic(&mut self, to_guest: PairTraffic, from_guest: PairTraffic) {
+        self.rx_frames = to_guest.rx.frames + from_guest.rx.frames;
+        self.rx_bytes = to_guest.rx.bytes + from_guest.rx.bytes;
+        self.tx_frames = to_guest.tx.frames + from_guest.tx.frames;
+        self.tx_bytes = to_guest.tx.bytes + from_guest.tx.bytes;
+        self.rx_gbps = to_guest.rx.gbps(to_guest.duration);
+        self.tx_gbps = from_guest.tx.gbps(from_guest.duration);
     }
 }
 
-const HEAD: [&str; 2] = [
+const HEADER: [&str; 2] = [
     "     | guest |                          | host |            to guest            |           from guest",
     "pair |  vCPU | worker (thread)          |  CPU |     frames      bytes   Gbit/s |     frames      bytes   Gbit/s",
 ];
 
 impl DemoResult {
-    /// The table with its totals.
+    /// Returns the table with its totals, the guest's settings and the rates.
     pub fn table(&self) -> String {
-        let rule: String = HEAD[1]
+        let rule: String = HEADER[1]
             .chars()
             .map(|c| if c == '|' { '+' } else { '-' })
             .collect();
-        let mut text = format!("{}\n{}\n{rule}\n", HEAD[0], HEAD[1]);
+        let mut text = format!("{}\n{}\n{rule}\n", HEADER[0], HEADER[1]);
         for row in &self.pairs {
             let vcpu = row.guest_cpu.map_or("-".to_owned(), |cpu| cpu.to_string());
             let worker = format!("{} ({})", row.worker, row.tid);
@@ -113,11 +113,11 @@ impl DemoResult {
             write_direction(&mut text, row.tx_frames, row.tx_bytes, row.tx_gbps);
             text.push('\n');
         }
-        self.totals(&mut text, &rule);
+        self.write_totals(&mut text, &rule);
         text
     }
 
-    fn totals(&self, text: &mut String, rule: &str) {
+    fn write_totals(&self, text: &mut String, rule: &str) {
         let sum = |f: fn(&PairRow) -> u64| self.pairs.iter().map(f).sum::<u64>();
         let rate = |f: fn(&PairRow) -> f64| self.pairs.iter().map(f).sum::<f64>();
         let empty = "";
@@ -140,9 +140,9 @@ impl DemoResult {
         );
         text.push('\n');
         if self.pairs.iter().any(|row| !row.pinned) {
-            text.push_str("* not pinned: where it was last seen\n");
+            text.push_str("* the worker is not pinned; this is the CPU on which it last ran\n");
         }
-        _ = write!(text, "\n{}", self.guest.lines());
+        _ = write!(text, "\n{}", self.guest.to_text());
         _ = write!(
             text,
             "\niperf3, {} flows: host to guest {:.2} Gbit/s, guest to host {:.2} Gbit/s (QEMU {}, {}, {} vCPUs)\n",
@@ -157,12 +157,12 @@ impl DemoResult {
 }
 
 fn write_direction(text: &mut String, frames: u64, bytes: u64, gbps: f64) {
-    let bytes = human(bytes);
+    let bytes = format_bytes(bytes);
     _ = write!(text, " {frames:>10} {bytes:>10} {gbps:>8.2}");
 }
 
-/// Bytes in the unit that leaves up to four digits before the point.
-fn human(bytes: u64) -> String {
+/// Formats a number of bytes in the unit in which it is below 1000, or in PB if it is larger.
+fn format_bytes(bytes: u64) -> String {
     let units = ["B", "kB", "MB", "GB", "TB", "PB"];
     let mut value = bytes as f64;
     let mut unit = "";
@@ -186,7 +186,7 @@ fn human(bytes: u64) -> String {
 mod tests {
     use super::*;
 
-    fn outcome() -> DemoResult {
+    fn example_result() -> DemoResult {
         let mut row = PairRow {
             pair: 0,
             guest_cpu: Some(3),
@@ -203,9 +203,9 @@ mod tests {
             tx_gbps: 0.0,
         };
         let count = |frames, bytes| FrameCount { frames, bytes };
-        let time = Duration::from_secs(2);
-        let traffic = |rx, tx| PairTraffic { rx, tx, time };
-        row.traffic(
+        let duration = Duration::from_secs(2);
+        let traffic = |rx, tx| PairTraffic { rx, tx, duration };
+        row.set_traffic(
             traffic(count(10, 500_000_000), count(5, 300)),
             traffic(count(7, 400), count(20, 250_000_000)),
         );
@@ -224,35 +224,35 @@ mod tests {
     }
 
     #[test]
-    fn rates_are_of_the_direction_that_ran() {
-        let row = &outcome().pairs[0];
+    fn the_rate_of_a_direction_is_that_of_its_own_load() {
+        let row = &example_result().pairs[0];
         assert_eq!((row.rx_frames, row.tx_frames), (17, 25));
         assert!((row.rx_gbps - 2.0).abs() < 1e-6);
         assert!((row.tx_gbps - 1.0).abs() < 1e-6);
     }
 
     #[test]
-    fn the_tables_columns_stand_below_each_other() {
-        let table = outcome().table();
+    fn the_columns_of_the_table_are_aligned() {
+        let table = example_result().table();
         let columns = |line: &str| -> Vec<usize> {
             let bar = |(i, c)| (c == '|' || c == '+').then_some(i);
             line.char_indices().filter_map(bar).collect()
         };
         let lines: Vec<_> = table.lines().take(6).collect();
         for line in &lines {
-            assert_eq!(columns(line), columns(HEAD[1]), "{line}");
+            assert_eq!(columns(line), columns(HEADER[1]), "{line}");
         }
         for line in &lines[1..] {
-            assert_eq!(line.len(), HEAD[1].len(), "{line}");
+            assert_eq!(line.len(), HEADER[1].len(), "{line}");
         }
         assert!(lines[3].contains("vnet-q0 (4711)") && lines[3].contains("500.00 MB"));
     }
 
     #[test]
-    fn bytes_take_the_unit_that_fits() {
-        assert_eq!(human(999), "999 B");
-        assert_eq!(human(1_500), "1.50 kB");
-        assert_eq!(human(12_345_678_901), "12.35 GB");
-        assert_eq!(human(u64::MAX), "18446.74 PB");
+    fn bytes_are_formatted_in_the_unit_below_1000() {
+        assert_eq!(format_bytes(999), "999 B");
+        assert_eq!(format_bytes(1_500), "1.50 kB");
+        assert_eq!(format_bytes(12_345_678_901), "12.35 GB");
+        assert_eq!(format_bytes(u64::MAX), "18446.74 PB");
     }
 }

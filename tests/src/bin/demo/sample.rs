@@ -1,4 +1,4 @@
-//! What the control socket says about the queue pairs, read once.
+//! A sample of the queue pairs' counters, read from the control socket.
 
 use std::time::{Duration, Instant};
 
@@ -6,17 +6,17 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 use virtionet_tests::daemon::Daemon;
 
-/// Frames and bytes of one ring.
+/// The number of frames and bytes of one ring.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FrameCount {
-    /// Ethernet frames.
+    /// The number of Ethernet frames.
     pub frames: u64,
-    /// Their bytes.
+    /// The number of bytes of these frames.
     pub bytes: u64,
 }
 
 impl FrameCount {
-    /// What was added since `before`.
+    /// Returns the difference between these counters and the earlier counters `before`.
     pub fn since(self, before: Self) -> Self {
         Self {
             frames: self.frames.saturating_sub(before.frames),
@@ -24,52 +24,52 @@ impl FrameCount {
         }
     }
 
-    /// The rate over `time`, in Gbit/s.
+    /// Returns the rate during `time` in Gbit/s.
     pub fn gbps(self, time: Duration) -> f64 {
         if time.is_zero() {
             return 0.0;
         }
-        // Exact up to 2^53 bytes, which is 9 petabytes.
+        // The conversion is exact up to 2^53 bytes, which is 9 petabytes.
         self.bytes as f64 * 8.0 / 1e9 / time.as_secs_f64()
     }
 }
 
-/// One queue pair.
+/// A queue pair at the time of a sample.
 #[derive(Clone, Debug)]
 pub struct PairSample {
-    /// Its worker's name.
+    /// The name of the worker.
     pub worker: String,
-    /// Its worker's thread.
+    /// The thread id of the worker.
     pub tid: i32,
-    /// Why the worker stands where it does.
+    /// The daemon's reason for the worker's placement.
     pub placement: String,
-    /// To the guest.
+    /// The frames to the guest.
     pub rx: FrameCount,
-    /// From the guest.
+    /// The frames from the guest.
     pub tx: FrameCount,
 }
 
-/// All pairs at one moment.
+/// All queue pairs at one moment.
 #[derive(Clone, Debug)]
 pub struct CounterSample {
-    /// When.
+    /// The time of the sample.
     pub at: Instant,
-    /// By number.
+    /// The queue pairs, in the order of their numbers.
     pub pairs: Vec<PairSample>,
 }
 
 impl CounterSample {
-    /// Asks the daemon.
+    /// Reads the counters from the daemon.
     ///
     /// # Errors
-    /// When it does not answer, or not in the known shape.
+    /// When the daemon does not answer, or its response lacks a documented field.
     pub fn read(daemon: &Daemon) -> Result<Self> {
         let device = daemon.device()?;
         let pairs = device["pairs"]
             .as_array()
-            .context("the daemon's device has no pairs")?
+            .context("the daemon's device has no list of pairs")?
             .iter()
-            .map(pair)
+            .map(parse_pair)
             .collect::<Result<_>>()?;
         Ok(Self {
             at: Instant::now(),
@@ -78,30 +78,30 @@ impl CounterSample {
     }
 }
 
-fn pair(value: &Value) -> Result<PairSample> {
+fn parse_pair(value: &Value) -> Result<PairSample> {
     let tid = value["tid"].as_i64().unwrap_or(0);
     Ok(PairSample {
-        worker: text(&value["worker"]),
+        worker: to_text(&value["worker"]),
         tid: i32::try_from(tid)?,
-        placement: text(&value["placement"]),
-        rx: count(&value["rx"]["counters"])?,
-        tx: count(&value["tx"]["counters"])?,
+        placement: to_text(&value["placement"]),
+        rx: parse_counters(&value["rx"]["counters"])?,
+        tx: parse_counters(&value["tx"]["counters"])?,
     })
 }
 
-fn text(value: &Value) -> String {
+fn to_text(value: &Value) -> String {
     value.as_str().unwrap_or_default().to_owned()
 }
 
-fn count(value: &Value) -> Result<FrameCount> {
-    let one = |name: &str| {
+fn parse_counters(value: &Value) -> Result<FrameCount> {
+    let counter = |name: &str| {
         value[name]
             .as_u64()
             .with_context(|| format!("a ring has no counter '{name}'"))
     };
     Ok(FrameCount {
-        frames: one("frames")?,
-        bytes: one("bytes")?,
+        frames: counter("frames")?,
+        bytes: counter("bytes")?,
     })
 }
 
@@ -110,7 +110,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_rate_is_bits_over_time() {
+    fn the_rate_is_bits_divided_by_time_and_zero_without_time() {
         let (before, after) = (
             FrameCount {
                 frames: 1,
@@ -121,9 +121,9 @@ mod tests {
                 bytes: 250_001_000,
             },
         );
-        let added = after.since(before);
-        assert_eq!(added.frames, 2);
-        assert!((added.gbps(Duration::from_secs(2)) - 1.0).abs() < 1e-9);
-        assert!(added.gbps(Duration::ZERO) < 1e-9);
+        let difference = after.since(before);
+        assert_eq!(difference.frames, 2);
+        assert!((difference.gbps(Duration::from_secs(2)) - 1.0).abs() < 1e-9);
+        assert!(difference.gbps(Duration::ZERO) < 1e-9);
     }
 }

@@ -1,5 +1,5 @@
-//! The ground that the other tests stand on, without the daemon: a guest with
-//! QEMU's own virtio-net on a multiqueue TAP, and traffic both ways.
+//! The testbed without the daemon: a guest with QEMU's own virtio-net on a multiqueue TAP, traffic
+//! in both directions, and the shell on the serial line. The other tests rely on these parts.
 
 use std::time::Duration;
 
@@ -11,19 +11,19 @@ use virtionet_tests::sched;
 use virtionet_tests::topology::{GUEST, HostNetwork, TAP, configure_guest};
 
 const PAIRS: u16 = 4;
-const BOOT: Duration = Duration::from_secs(60);
+const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
 
 #[test]
-fn a_guest_on_qemus_own_card_moves_data_both_ways() {
+fn a_guest_with_qemus_own_virtio_net_moves_data_both_ways() {
     let dir = RunDir::new().unwrap();
     let network = HostNetwork::with_tap(PAIRS).unwrap();
-    let (qemu, boot) = Machine::new()
+    let (qemu, boot_time) = Machine::new()
         .vcpus(PAIRS.into())
         .accel(Accel::Auto)
         .netns(network.netns())
         .nic(Nic::tap(TAP).queues(PAIRS))
         .pinned()
-        .boot(&dir, "peer", BOOT)
+        .boot(&dir, "guest", BOOT_TIMEOUT)
         .unwrap();
     let cpus = sched::allowed_cpus().unwrap();
     for (tid, cpu) in qemu
@@ -34,7 +34,7 @@ fn a_guest_on_qemus_own_card_moves_data_both_ways() {
     {
         assert_eq!(sched::affinity(tid).unwrap(), [*cpu], "vCPU thread {tid}");
     }
-    eprintln!("booted in {:.1} s", boot.as_secs_f64());
+    eprintln!("booted in {:.1} s", boot_time.as_secs_f64());
 
     let guest = qemu.guest();
     configure_guest(guest, PAIRS).unwrap();
@@ -46,12 +46,15 @@ fn a_guest_on_qemus_own_card_moves_data_both_ways() {
     let iperf = Iperf::new(&network, guest, &dir, Clients::Host, PAIRS).unwrap();
     for direction in [Direction::HostToGuest, Direction::GuestToHost] {
         let report = iperf.run(&IperfLoad::tcp(2).flows(8), direction).unwrap();
-        eprintln!("{direction:?}: {:.2} Gbit/s {:?}", report.gbps, report.each);
-        assert_eq!(report.each.len(), usize::from(PAIRS));
+        eprintln!(
+            "{direction:?}: {:.2} Gbit/s {:?}",
+            report.gbps, report.gbps_by_process
+        );
+        assert_eq!(report.gbps_by_process.len(), usize::from(PAIRS));
         assert!(report.gbps > 0.05, "{direction:?}: {report:?}");
     }
-    let six = iperf.run(&IperfLoad::tcp(1).ipv6().flows(4), Direction::HostToGuest);
-    assert!(six.unwrap().gbps > 0.05);
+    let report = iperf.run(&IperfLoad::tcp(1).ipv6().flows(4), Direction::HostToGuest);
+    assert!(report.unwrap().gbps > 0.05);
     let udp = IperfLoad::udp(1, "10M").flows(4).arg("-l").arg("1400");
     let report = iperf.run(&udp, Direction::GuestToHost).unwrap();
     assert!(
@@ -59,7 +62,7 @@ fn a_guest_on_qemus_own_card_moves_data_both_ways() {
         "{report:?}"
     );
 
-    // The servers change ends: only one of the two may hold the ports' names.
+    // Now the clients run in the guest, and the servers run on the host.
     drop(iperf);
     let iperf = Iperf::new(&network, guest, &dir, Clients::Guest, 2).unwrap();
     let report = iperf.run(&IperfLoad::tcp(1).flows(2), Direction::GuestToHost);
@@ -67,34 +70,42 @@ fn a_guest_on_qemus_own_card_moves_data_both_ways() {
 }
 
 #[test]
-fn the_shell_keeps_order_through_long_output_failures_and_a_reboot() {
+fn the_guest_shell_returns_each_commands_own_result_across_failures_and_a_reboot() {
     let dir = RunDir::new().unwrap();
-    let (qemu, _) = Machine::new().vcpus(2).boot(&dir, "shell", BOOT).unwrap();
+    let (qemu, _) = Machine::new()
+        .vcpus(2)
+        .boot(&dir, "shell", BOOT_TIMEOUT)
+        .unwrap();
     let guest = qemu.guest();
 
     let long = guest.ok("seq 1 50000").unwrap();
     assert_eq!(long.lines().count(), 50000);
     assert!(long.ends_with("\n50000\n"));
-    let failed = guest.run("echo out; echo err >&2; exit 9", BOOT).unwrap();
-    assert_eq!((failed.text.as_str(), failed.code), ("out\nerr\n", 9));
+    let failed = guest
+        .run("echo out; echo err >&2; exit 9", BOOT_TIMEOUT)
+        .unwrap();
+    assert_eq!((failed.text.as_str(), failed.exit_code), ("out\nerr\n", 9));
     assert!(
         guest.ok("cat; read x").is_err(),
-        "standard input must be empty"
+        "the standard input of a command must be empty"
     );
 
     let job = guest
         .spawn("echo 'it'\"'\"'s on'; sleep 1; exit 4")
         .unwrap();
     assert_eq!(guest.ok("echo meanwhile").unwrap(), "meanwhile\n");
-    let done = job.wait(BOOT).unwrap();
-    assert_eq!((done.text.as_str(), done.code), ("it's on\n", 4));
+    let done = job.wait(BOOT_TIMEOUT).unwrap();
+    assert_eq!((done.text.as_str(), done.exit_code), ("it's on\n", 4));
     let endless = guest.spawn("sleep 1000").unwrap();
     endless.kill().unwrap();
-    assert_eq!(guest.run("pidof sleep", BOOT).unwrap().code, 1);
+    assert_eq!(guest.run("pidof sleep", BOOT_TIMEOUT).unwrap().exit_code, 1);
 
     guest.ok("touch /tmp/before").unwrap();
-    guest.reboot(BOOT).unwrap();
-    assert_eq!(guest.run("ls /tmp/before", BOOT).unwrap().code, 1);
+    guest.reboot(BOOT_TIMEOUT).unwrap();
+    assert_eq!(
+        guest.run("ls /tmp/before", BOOT_TIMEOUT).unwrap().exit_code,
+        1
+    );
     assert!(guest.run("sleep 5", Duration::from_millis(200)).is_err());
 
     let status = qemu.qmp("query-status", &serde_json::Value::Null).unwrap();
