@@ -26,7 +26,7 @@
 //! with the second one, and makes all of them visible by writing the first one last.
 
 use crate::burst::{Burst, Reservation};
-use crate::chain::{Chain, to_used_len};
+use crate::chain::Chain;
 use crate::config::{MAX_QUEUE_SIZE, VirtqueueConfig, VirtqueueError};
 use crate::constants::{
     VIRTQ_DESC_F_AVAIL, VIRTQ_DESC_F_USED, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT,
@@ -377,23 +377,6 @@ impl PackedVirtqueue {
     pub(crate) fn complete_each(&mut self, completions: impl Iterator<Item = (u16, u16, u32)>) {
         self.completed
             .extend(completions.map(|(id, slots, written)| CompletedChain { id, slots, written }));
-    }
-
-    /// Records the chains that `len` bytes fill one after the other. Returns how many those are.
-    #[inline(always)]
-    pub(crate) fn complete_filled(&mut self, chains: &[Chain], len: usize) -> usize {
-        let mut remaining = len;
-        let mut used = 0;
-        for chain in chains {
-            if remaining == 0 {
-                break;
-            }
-            let here = remaining.min(chain.len());
-            remaining -= here;
-            self.complete_each(std::iter::once((chain.id, chain.slots, to_used_len(here))));
-            used += 1;
-        }
-        used
     }
 
     /// Writes the used descriptors of all completed chains, the first one last: the driver reads

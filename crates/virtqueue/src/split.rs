@@ -19,7 +19,7 @@
 //! makes all of them visible with one store of `idx`.
 
 use crate::burst::{Burst, Reservation};
-use crate::chain::{Chain, WalkedChain, to_used_len};
+use crate::chain::{Chain, WalkedChain};
 use crate::config::{MAX_QUEUE_SIZE, VirtqueueConfig, VirtqueueError};
 use crate::constants::{
     VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_USED_F_NO_NOTIFY,
@@ -130,16 +130,7 @@ impl SplitVirtqueue {
         burst: &mut Burst,
         max: usize,
     ) -> Result<usize, VirtqueueFault> {
-        let avail = self.avail.acquire(IDX);
-        let pending = avail.wrapping_sub(self.next_avail);
-        if pending > self.size {
-            return Err(VirtqueueFault::AvailIndexJump {
-                avail,
-                next: self.next_avail,
-                size: self.size,
-            });
-        }
-        let count = usize::from(pending).min(max).min(MAX_CHAINS_PER_DEQUEUE);
+        let count = self.pending()?.min(max).min(MAX_CHAINS_PER_DEQUEUE);
         let mut heads = [0u16; MAX_CHAINS_PER_DEQUEUE];
         self.prefetch_heads(&mut heads[..count]);
         let Reservation {
@@ -156,17 +147,7 @@ impl SplitVirtqueue {
             let Some(desc) = self.desc.descriptor(head) else {
                 break;
             };
-            let buffer = (desc.addr(), desc.len());
-            let short = match desc.has(VRING_DESC_F_NEXT) {
-                false => self
-                    .rules
-                    .walk_single(head, buffer, desc.flags(), &mut segments),
-                true => self
-                    .desc
-                    .descriptor(desc.next())
-                    .and_then(|second| self.rules.walk_double(head, desc, second, &mut segments)),
-            };
-            if let Some(chain) = short {
+            if let Some(chain) = self.walk_short(head, desc, &mut segments) {
                 *slot = chain;
                 taken += 1;
                 continue;
@@ -198,6 +179,21 @@ impl SplitVirtqueue {
         }
     }
 
+    /// Reads the available index. Returns how many chains are available.
+    #[inline(always)]
+    fn pending(&self) -> Result<usize, VirtqueueFault> {
+        let avail = self.avail.acquire(IDX);
+        let pending = avail.wrapping_sub(self.next_avail);
+        if pending > self.size {
+            return Err(VirtqueueFault::AvailIndexJump {
+                avail,
+                next: self.next_avail,
+                size: self.size,
+            });
+        }
+        Ok(usize::from(pending))
+    }
+
     /// Reads the next heads and prefetches their descriptors and the used elements to come.
     #[inline(always)]
     fn prefetch_heads(&self, heads: &mut [u16]) {
@@ -214,6 +210,24 @@ impl SplitVirtqueue {
                 self.used.prefetch_to_write(used & (self.size - 1));
             }
             used = used.wrapping_add(1);
+        }
+    }
+
+    /// Follows a direct chain of one or two descriptors in the memory region that was translated
+    /// last.
+    #[inline(always)]
+    fn walk_short(
+        &self,
+        head: u16,
+        desc: Descriptor,
+        segments: &mut SegmentWriter<'_>,
+    ) -> Option<Chain> {
+        if desc.has(VRING_DESC_F_NEXT) {
+            let second = self.desc.descriptor(desc.next())?;
+            self.rules.walk_double(head, desc, second, segments)
+        } else {
+            let buffer = (desc.addr(), desc.len());
+            self.rules.walk_single(head, buffer, desc.flags(), segments)
         }
     }
 
@@ -258,30 +272,6 @@ impl SplitVirtqueue {
     /// Gives back the `slots` entries that were dequeued last.
     pub(crate) fn rewind(&mut self, slots: u16) {
         self.next_avail = self.next_avail.wrapping_sub(slots);
-    }
-
-    /// Completes the chains that `len` bytes fill one after the other. Returns how many those are.
-    #[inline(always)]
-    pub(crate) fn complete_filled(&mut self, chains: &[Chain], len: usize) -> usize {
-        let mut at = self.next_used;
-        let mut remaining = len;
-        let mut used = 0;
-        for chain in chains {
-            if remaining == 0 {
-                break;
-            }
-            let here = remaining.min(chain.len());
-            remaining -= here;
-            let element = UsedElement {
-                id: u32::from(chain.id).to_le(),
-                len: to_used_len(here).to_le(),
-            };
-            self.used.set(at & (self.size - 1), element);
-            at = at.wrapping_add(1);
-            used += 1;
-        }
-        self.next_used = at;
-        used
     }
 
     /// Completes chains, each given as head, slots and number of bytes written.

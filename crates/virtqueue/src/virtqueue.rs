@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::burst::Burst;
-use crate::chain::Chain;
+use crate::chain::{Chain, to_used_len};
 use crate::config::{VirtqueueConfig, VirtqueueError};
 use crate::fault::VirtqueueFault;
 use crate::memory::GuestMemory;
@@ -202,7 +202,17 @@ impl Virtqueue {
     /// each with its share of the bytes. Returns how many chains those are.
     #[inline(always)]
     pub fn complete_filled(&mut self, chains: &[Chain], len: usize) -> usize {
-        dispatch!(mut self, ring => ring.complete_filled(chains, len))
+        let mut remaining = len;
+        let mut filled = 0;
+        self.complete_each(chains.iter().map_while(|chain| {
+            let here = remaining.min(chain.len());
+            (remaining > 0).then(|| {
+                remaining -= here;
+                filled += 1;
+                (chain, to_used_len(here))
+            })
+        }));
+        filled
     }
 
     /// Makes all completed chains visible to the driver at once. Returns whether the driver wants
