@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::time::Duration;
 
 use vhost::vhost_user::message::FrontendReq;
 use virtionet_virtqueue::memory::MemoryError;
@@ -26,6 +27,17 @@ pub enum SessionError {
         "virtionetd has reached its limit of open files while it received descriptors; raise it (ulimit -n, or LimitNOFILE= of its service)"
     )]
     FdLimit,
+    /// The kernel did not hand over a descriptor that the front-end sent, for another reason.
+    #[error(
+        "the kernel withheld a descriptor that the front-end sent, though virtionetd may open more; a security module (SELinux, AppArmor) may have refused it: look at its audit log"
+    )]
+    FdWithheld,
+    /// The front-end began a message and did not complete it in time.
+    #[error("the front-end began a message and did not complete it within {0:?}; restart it")]
+    MessageIncomplete(Duration),
+    /// The front-end did not read a reply in time.
+    #[error("the front-end did not take a reply within {0:?}; restart it")]
+    ReplyNotTaken(Duration),
     /// The socket failed.
     #[error("the vhost-user socket failed: {0}; the front-end must connect again")]
     Socket(#[from] io::Error),
@@ -168,7 +180,12 @@ pub enum RequestError {
     /// The memory table cannot be used.
     #[error("{0}")]
     Memory(#[from] MemoryError),
-    /// The device cannot do what the request asks.
+    /// Guest memory in a file that another machine or process provides.
+    #[error(
+        "guest memory lies in a file on {0}, where reading it can block for ever; use memory-backend-memfd, or a file on tmpfs or hugetlbfs"
+    )]
+    RemoteMemory(&'static str),
+    /// The device cannot do it.
     #[error("{0}")]
     Backend(#[from] BackendError),
     /// The request belongs to a protocol feature that was not offered.
@@ -202,6 +219,9 @@ impl SessionError {
             Self::Protocol(error) => error.code(),
             Self::NotShared => "memory-not-shared",
             Self::FdLimit => "open-file-limit",
+            Self::FdWithheld => "descriptor-withheld",
+            Self::MessageIncomplete(_) => "message-incomplete",
+            Self::ReplyNotTaken(_) => "reply-not-taken",
             Self::Socket(_) => "vhost-user-socket-failed",
         }
     }
@@ -244,6 +264,7 @@ impl RequestError {
             Self::ProtocolFeatures(_) => "protocol-features-not-offered",
             Self::FormatWhileRunning => "vring-format-while-running",
             Self::Memory(_) => "memory-table-invalid",
+            Self::RemoteMemory(_) => "memory-on-remote-file-system",
             Self::Backend(error) => error.code(),
             Self::NotOffered => "request-not-offered",
             Self::Unknown => "request-unknown",

@@ -6,15 +6,18 @@ use std::sync::Arc;
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
-/// The name of an eventfd in /proc.
+use crate::foreign_fd::ForeignFd;
+
+/// What /proc calls an eventfd.
 const EVENTFD: &str = "anon_inode:[eventfd]";
 
 /// Accepts `fd` if it is an eventfd, and makes it non-blocking, so that neither a write to a full
 /// eventfd nor a read of an empty one can block a thread.
 ///
-/// The error names what `fd` is instead. No other kind of file is accepted, because reading it
-/// could block (a pipe, a terminal), never end (/dev/zero) or have another meaning (a socket).
-pub(crate) fn from_fd(fd: OwnedFd) -> Result<Arc<OwnedFd>, String> {
+/// The error names what it is instead. Anything else is refused, because reading it could block
+/// (a pipe, a terminal), never end (/dev/zero) or mean something else (a socket).
+pub(crate) fn from_fd(foreign: ForeignFd) -> Result<Arc<OwnedFd>, String> {
+    let fd = foreign.as_fd().ok_or("no descriptor")?;
     // syscalls: readlink
     match read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())) {
         Ok(target) if target.as_os_str() == EVENTFD => {}
@@ -22,9 +25,11 @@ pub(crate) fn from_fd(fd: OwnedFd) -> Result<Arc<OwnedFd>, String> {
         Err(error) => return Err(format!("a descriptor that /proc does not show ({error})")),
     }
     // syscalls: fcntl
-    fcntl_getfl(&fd)
-        .and_then(|flags| fcntl_setfl(&fd, flags | OFlags::NONBLOCK))
+    fcntl_getfl(fd)
+        .and_then(|flags| fcntl_setfl(fd, flags | OFlags::NONBLOCK))
         .map_err(|error| format!("a descriptor that cannot be made non-blocking ({error})"))?;
+    // Closing an eventfd never blocks.
+    let fd = foreign.into_known().ok_or("no descriptor")?;
     Ok(Arc::new(fd))
 }
 
@@ -35,8 +40,8 @@ mod tests {
     use std::fs::File;
 
     #[test]
-    fn blocking_eventfd_becomes_non_blocking() {
-        let fd = from_fd(eventfd(0)).unwrap();
+    fn a_blocking_eventfd_becomes_non_blocking() {
+        let fd = from_fd(ForeignFd::new(eventfd(0))).unwrap();
         assert!(fcntl_getfl(&fd).unwrap().contains(OFlags::NONBLOCK));
     }
 
@@ -50,7 +55,7 @@ mod tests {
             (OwnedFd::from(reader), "pipe:"),
             (OwnedFd::from(socket), "socket:"),
         ] {
-            let found = from_fd(fd).unwrap_err();
+            let found = from_fd(ForeignFd::new(fd)).unwrap_err();
             assert!(found.starts_with(want), "{found}");
         }
     }

@@ -10,20 +10,28 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType, sockopt};
-use tracing::{info, warn};
+use tracing::warn;
+use virtionet_base::RateLimiter;
 pub use virtionet_base::unix_socket::Access as SocketPermissions;
 use virtionet_base::unix_socket::{
     SocketFile, UnixSocketError, address as to_socket_address, connect_once, listen_at,
 };
 
-use crate::sys::TakeFdError;
+use crate::foreign_fd::ForeignFd;
+use crate::sys::{TakeFdError, peer_pid};
+use crate::wire::PendingConnections;
 
-/// The pause between two attempts to connect.
-const RETRY_INTERVAL: Duration = Duration::from_millis(500);
-/// The pause after the process has run out of a resource that accepting a connection needs.
+/// Pause before the second attempt to connect; each further one is longer, up to the other limit.
+const MIN_RETRY_INTERVAL: Duration = Duration::from_millis(500);
+/// Longest pause between two attempts to connect.
+const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(5);
+/// Pause after the process ran out of something that accepting needs.
 const EXHAUSTED_PAUSE: Duration = Duration::from_secs(1);
 
-/// Why a connection with a front-end cannot be made.
+/// Connections refused in one go.
+const MAX_REFUSED_AT_ONCE: u32 = 16;
+
+/// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
     /// The socket cannot be bound or connected to.
@@ -71,6 +79,10 @@ impl ListenError {
 pub struct Listener {
     socket: UnixListener,
     file: Option<SocketFile>,
+    /// Of log lines about second front-ends.
+    refusals: RateLimiter,
+    /// Of log lines about a process that has run out of what accepting needs.
+    exhaustions: RateLimiter,
 }
 
 impl Listener {
@@ -81,16 +93,18 @@ impl Listener {
     /// When the path is in use or a socket cannot be created there.
     pub fn bind(path: &Path, access: &SocketPermissions) -> Result<Self, ListenError> {
         let (socket, file) = listen_at(path, access)?;
-        Ok(Self {
-            socket,
-            file: Some(file),
-        })
+        Self::new(socket.into(), Some(file)).map_err(ListenError::Accept)
     }
 
     fn new(socket: OwnedFd, file: Option<SocketFile>) -> io::Result<Self> {
         let socket = UnixListener::from(socket);
         socket.set_nonblocking(true)?;
-        Ok(Self { socket, file })
+        Ok(Self {
+            socket,
+            file,
+            refusals: RateLimiter::new(),
+            exhaustions: RateLimiter::new(),
+        })
     }
 
     /// The path of the socket file, if this process made it.
@@ -113,7 +127,12 @@ impl Listener {
             match self.socket.accept() {
                 Ok((stream, _)) => return Ok(Some(stream)),
                 Err(error) if is_exhausted(&error) => {
-                    warn!("cannot accept a front-end: {error}; virtionetd tries again");
+                    if let Some(suppressed) = self.exhaustions.allow() {
+                        warn!(
+                            suppressed,
+                            "cannot accept a front-end: {error}; will try again"
+                        );
+                    }
                     if wait(stop, None, Some(EXHAUSTED_PAUSE)).map_err(ListenError::Accept)? {
                         return Ok(None);
                     }
@@ -125,8 +144,32 @@ impl Listener {
     }
 }
 
-/// A socket that the process inherited from its parent, as QEMU's conventions for back-ends
-/// describe (`--fd`).
+impl PendingConnections for Listener {
+    fn poll_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    fn refuse(&self) {
+        for _ in 0..MAX_REFUSED_AT_ONCE {
+            let Ok((stream, _)) = self.socket.accept() else {
+                return;
+            };
+            if let Some(suppressed) = self.refusals.allow() {
+                let process = peer_pid(&stream)
+                    .map_or_else(|| "another process".into(), |pid| format!("process {pid}"));
+                warn!(
+                    suppressed,
+                    "{process} connected while a front-end is being served and was refused; a device serves one front-end at a time"
+                );
+            }
+            // Closed together with whatever it has sent already.
+            drop(ForeignFd::new(stream.into()));
+        }
+    }
+}
+
+/// A descriptor that the process was started with, as QEMU's back-end conventions have it
+/// (`--fd`).
 #[derive(Debug)]
 pub enum InheritedSocket {
     /// A listening socket, from which front-ends are accepted one after the other.
@@ -160,37 +203,61 @@ impl InheritedSocket {
     }
 }
 
-/// Connects to a front-end that listens at `path`, with an attempt every 500 ms until one succeeds.
-/// Returns `None` once `stop` is readable.
+/// Connects to a front-end that listens at `path`. It tries again until it succeeds, every 500 ms
+/// while nobody listens and else with pauses that grow to 5 s; `None` once `stop` is readable.
+/// `report` is called with the reason whenever it changes why there is no connection yet.
+///
+/// No error of the kernel is final: the socket may be made, given its mode or labelled (SELinux)
+/// only after this process starts, and descriptors may become free.
 ///
 /// # Errors
-/// When another attempt cannot succeed.
-// syscalls: socket connect poll
-pub fn connect(path: &Path, stop: BorrowedFd<'_>) -> Result<Option<UnixStream>, ListenError> {
+/// When `path` cannot be that of a unix socket.
+// syscalls: socket connect ppoll
+pub fn connect(
+    path: &Path,
+    stop: BorrowedFd<'_>,
+    mut report: impl FnMut(&str),
+) -> Result<Option<UnixStream>, ListenError> {
     let address = to_socket_address(path)?;
-    let mut waiting = false;
+    let mut reported = None;
+    let mut pause = MIN_RETRY_INTERVAL;
     loop {
         match connect_once(&address) {
             Ok(stream) => return Ok(Some(stream)),
-            Err(error) if !is_absent(error) => return Err(refused("connect to", path, error)),
-            Err(error) if !waiting => {
-                waiting = true;
-                info!(
-                    "waiting for a front-end to listen on {} ({error})",
-                    path.display()
-                );
+            Err(Errno::INTR) => continue,
+            Err(error) => {
+                if reported.replace(error) != Some(error) {
+                    report(&explain_failed_connect(path, error));
+                }
+                pause = match error {
+                    Errno::NOENT | Errno::CONNREFUSED => MIN_RETRY_INTERVAL,
+                    _ => (pause * 3 / 2).min(MAX_RETRY_INTERVAL),
+                };
             }
-            Err(_) => {}
         }
-        if wait(stop, None, Some(RETRY_INTERVAL))
-            .map_err(|error| refused("wait for", path, error))?
-        {
+        if wait(stop, None, Some(pause)).map_err(|error| refused("wait for", path, error))? {
             return Ok(None);
         }
     }
 }
 
-/// Sleeps until `stop` or `other` is readable or `timeout` has passed. Returns true for `stop`.
+/// Why a connection failed, as one sentence.
+fn explain_failed_connect(path: &Path, error: Errno) -> String {
+    let cause = match error {
+        Errno::NOENT => "the socket does not exist yet; start the front-end, or correct the path",
+        Errno::CONNREFUSED => "no front-end listens on it; start the front-end",
+        Errno::AGAIN => "its front-end does not accept connections; see whether it is stopped",
+        Errno::ACCESS | Errno::PERM => {
+            "this user may not connect to it; correct its mode, owner or security label"
+        }
+        Errno::PROTOTYPE => "it is no stream socket; correct the path",
+        Errno::MFILE | Errno::NFILE => "there are too many open files; raise the limit (ulimit -n)",
+        _ => "see whether the front-end runs",
+    };
+    format!("cannot connect to {} ({error}): {cause}", path.display())
+}
+
+/// Sleeps until `stop` or `other` is readable or `timeout` has passed; true for `stop`.
 fn wait(
     stop: BorrowedFd<'_>,
     other: Option<BorrowedFd<'_>>,
@@ -210,15 +277,7 @@ fn wait(
     }
 }
 
-/// Whether `connect` failed because no process listens yet, or because the backlog is full.
-fn is_absent(error: Errno) -> bool {
-    matches!(
-        error,
-        Errno::NOENT | Errno::CONNREFUSED | Errno::AGAIN | Errno::INTR
-    )
-}
-
-/// Whether `accept` failed for lack of a resource that may become available again.
+/// Errors of accept that pass when something has been freed.
 fn is_exhausted(error: &io::Error) -> bool {
     matches!(
         Errno::from_io_error(error),

@@ -1,6 +1,5 @@
 //! Requests, decoded from a message and checked as far as that is possible without state.
 
-use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -14,6 +13,7 @@ use vm_memory::ByteValued;
 
 use crate::error::{DecodeError, ProtocolError, RequestError};
 use crate::eventfd;
+use crate::foreign_fd::ForeignFd;
 use crate::limits::MAX_TABLE_REGIONS;
 
 /// The vring's index in the payload of SET_VRING_KICK, SET_VRING_CALL and SET_VRING_ERR: bits 0-7.
@@ -36,10 +36,10 @@ pub enum Request {
     /// Stops all vrings (deprecated).
     ResetOwner,
     /// Replaces the memory table.
-    SetMemTable(Vec<(RegionSpec, File)>),
+    SetMemTable(Vec<(RegionSpec, ForeignFd)>),
     /// Adds a region to the memory table.
-    AddMemReg(RegionSpec, File),
-    /// Removes a region from the memory table; the file offset has no meaning.
+    AddMemReg(RegionSpec, ForeignFd),
+    /// Removes a region from the memory table; its file offset means nothing.
     RemMemReg(RegionSpec),
     /// Asks how many regions the memory table may have.
     GetMaxMemSlots,
@@ -104,7 +104,26 @@ pub enum Request {
     Unknown(u32),
 }
 
-/// The areas of a vring, as front-end addresses.
+/// Whether a front-end waits for an answer of its own to `request`, which an acknowledgement is not.
+#[must_use]
+pub fn has_own_reply(request: FrontendReq) -> bool {
+    use FrontendReq as Code;
+    matches!(
+        request,
+        Code::GET_CONFIG
+            | Code::GET_INFLIGHT_FD
+            | Code::SET_LOG_BASE
+            | Code::IOTLB_MSG
+            | Code::CREATE_CRYPTO_SESSION
+            | Code::POSTCOPY_ADVISE
+            | Code::POSTCOPY_END
+            | Code::GET_SHARED_OBJECT
+            | Code::SET_DEVICE_STATE_FD
+            | Code::CHECK_DEVICE_STATE
+    )
+}
+
+/// A vring's areas, as front-end addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct VringAreas {
     /// The descriptor table (split) or descriptor ring (packed).
@@ -128,9 +147,9 @@ impl Request {
     /// Decodes request `code`. Descriptors that the request does not need are closed.
     ///
     /// # Errors
-    /// [`DecodeError::Protocol`] when the size of the payload, the number of descriptors or their
-    /// kind does not match the request; [`DecodeError::Refused`] when a value is not allowed.
-    pub fn decode(code: u32, payload: &[u8], fds: Vec<OwnedFd>) -> Result<Self, DecodeError> {
+    /// [`DecodeError::Protocol`] when the payload's size, the number of descriptors or their kind
+    /// are not the request's; [`DecodeError::Refused`] when a value is not allowed.
+    pub fn decode(code: u32, payload: &[u8], fds: Vec<ForeignFd>) -> Result<Self, DecodeError> {
         let Ok(request) = FrontendReq::try_from(code) else {
             return Ok(Self::Unknown(code));
         };
@@ -147,7 +166,7 @@ impl Request {
 struct RequestBody<'p> {
     request: FrontendReq,
     payload: &'p [u8],
-    fds: Vec<OwnedFd>,
+    fds: Vec<ForeignFd>,
 }
 
 impl RequestBody<'_> {
@@ -209,16 +228,14 @@ impl RequestBody<'_> {
         let specs = entries
             .chunks(ENTRY)
             .map(|entry| to_region_spec(&from_bytes(entry)));
-        Ok(Request::SetMemTable(
-            specs.zip(self.fds.into_iter().map(File::from)).collect(),
-        ))
+        Ok(Request::SetMemTable(specs.zip(self.fds).collect()))
     }
 
     fn decode_add_mem_reg(mut self) -> Result<Request, DecodeError> {
         self.check_fd_count(1)?;
         let spec = to_region_spec(&*self.read::<VhostUserSingleMemoryRegion>()?);
         let fd = self.take_fd()?;
-        Ok(Request::AddMemReg(spec, File::from(fd)))
+        Ok(Request::AddMemReg(spec, fd))
     }
 
     /// Accepts a descriptor, which older front-ends send, and closes it without using it.
@@ -333,7 +350,7 @@ impl RequestBody<'_> {
         Ok(from_bytes(self.payload))
     }
 
-    fn take_fd(&mut self) -> Result<OwnedFd, ProtocolError> {
+    fn take_fd(&mut self) -> Result<ForeignFd, ProtocolError> {
         self.fds.pop().ok_or(ProtocolError::FdCount {
             request: self.request,
             got: 0,
@@ -401,9 +418,10 @@ fn check_aligned(area: &'static str, addr: u64, align: u64) -> Result<u64, Reque
 mod tests {
     use super::*;
     use crate::testing::{eventfd, payload};
+    use std::fs::File;
 
     fn text(code: FrontendReq, payload: &[u8], fds: usize) -> Result<Request, String> {
-        let fds = (0..fds).map(|_| eventfd(0)).collect();
+        let fds = (0..fds).map(|_| ForeignFd::new(eventfd(0))).collect();
         Request::decode(code.into(), payload, fds).map_err(|error| match error {
             DecodeError::Protocol(error) => format!("protocol error: {error}"),
             DecodeError::Refused(refusal) => format!("refused: {refusal}"),
@@ -607,7 +625,7 @@ mod tests {
     #[test]
     fn kick_descriptor_that_is_not_an_eventfd_is_refused() {
         for path in ["/dev/zero", "/"] {
-            let fds = vec![OwnedFd::from(File::open(path).unwrap())];
+            let fds = vec![ForeignFd::new(File::open(path).unwrap().into())];
             let code = FrontendReq::SET_VRING_KICK.into();
             let error = Request::decode(code, &3u64.to_ne_bytes(), fds).unwrap_err();
             assert_eq!(
@@ -663,7 +681,7 @@ mod tests {
             Ok(Request::NotOffered(FrontendReq::SET_LOG_BASE))
         ));
         assert!(matches!(
-            Request::decode(1000, &[0; 100], vec![eventfd(0)]),
+            Request::decode(1000, &[0; 100], vec![ForeignFd::new(eventfd(0))]),
             Ok(Request::Unknown(1000))
         ));
     }

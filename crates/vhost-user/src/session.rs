@@ -13,7 +13,6 @@
 
 mod vrings;
 
-use std::fs::File;
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -25,13 +24,15 @@ use virtionet_base::{MAX_QUEUE_PAIRS, RateLimiter};
 use virtionet_virtqueue::memory::{GuestMemory, MAX_REGIONS, MappedRegion, RegionSpec};
 
 use crate::backend::{Backend, UnmappedVring};
-use crate::error::{DecodeError, RefusedRequest, RequestError, SessionError};
+use crate::error::{DecodeError, ProtocolError, RefusedRequest, RequestError, SessionError};
+use crate::foreign_fd::ForeignFd;
+use crate::memory_file;
 use crate::protocol_features::{self, VHOST_USER_F_PROTOCOL_FEATURES};
-use crate::request::Request;
+use crate::request::{Request, has_own_reply};
 use crate::sys::peer_pid;
 use crate::vring::Vring;
 use crate::vring_state::VringEvent;
-use crate::wire::{Channel, Header, Incoming, Message, Reply, ReplyPayload};
+use crate::wire::{Channel, Header, Incoming, Message, PendingConnections, Reply, ReplyPayload};
 
 const PACKED: u64 = 1 << VIRTIO_F_RING_PACKED;
 const REPLY_ACK: u64 = VhostUserProtocolFeatures::REPLY_ACK.bits();
@@ -45,8 +46,9 @@ pub enum SessionEnd {
     Stopped,
 }
 
-/// Serves one front-end until it disconnects, `stop` becomes readable (this function does not read
-/// it), or an error ends the session. In every case no vring runs afterwards.
+/// Serves one front-end until it goes away, `stop` becomes readable (it is not read), or an error
+/// ends the session. In every case, a panic included, no vring runs afterwards. Meanwhile `others`
+/// are refused.
 ///
 /// # Errors
 /// See [`SessionError`].
@@ -54,15 +56,26 @@ pub fn serve(
     stream: UnixStream,
     backend: &dyn Backend,
     stop: BorrowedFd<'_>,
+    others: Option<&dyn PendingConnections>,
 ) -> Result<SessionEnd, SessionError> {
     let pid = peer_pid(&stream);
-    let channel = Channel::new(stream, stop)?;
-    let mut session = Session::new(backend);
+    let channel = Channel::new(stream, stop, others)?;
     backend.on_connect(pid);
-    let result = run(&channel, &mut session);
-    session.stop_all();
-    backend.on_disconnect(session.first_refusal.as_ref());
-    result
+    let mut session = EndedOnDrop(Session::new(backend));
+    run(&channel, &mut session.0)
+}
+
+/// Ends a session however it ends.
+struct EndedOnDrop<'b>(Session<'b>);
+
+impl Drop for EndedOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.stop_all();
+        let session = &self.0;
+        session
+            .backend
+            .on_disconnect(session.first_refusal.as_ref());
+    }
 }
 
 fn run(channel: &Channel<'_>, session: &mut Session<'_>) -> Result<SessionEnd, SessionError> {
@@ -152,15 +165,32 @@ impl<'b> Session<'b> {
                 payload,
             })),
             Ok(None) => Ok(self.acknowledge(header, 0)),
-            Err(Failure::Refused(refusal)) => {
-                self.note_refusal(header.code, refusal);
-                Ok(self.acknowledge(header, 1))
-            }
+            Err(Failure::Refused(refusal)) => self.refuse(header, refusal),
             Err(Failure::EndSession(error)) => Err(error),
         }
     }
 
-    /// Stops every running vring, as at the end of a connection.
+    /// Refuses a request. One whose answer the front-end waits for, and for which it does not take
+    /// an acknowledgement instead, ends the session: the front-end would wait for ever.
+    fn refuse(
+        &mut self,
+        header: Header,
+        refusal: RequestError,
+    ) -> Result<Option<Reply>, SessionError> {
+        let acknowledgement = self.acknowledge(header, 1);
+        let request = FrontendReq::try_from(header.code).ok();
+        match request.filter(|request| has_own_reply(*request)) {
+            Some(request) if acknowledgement.is_none() => {
+                Err(ProtocolError::Unanswerable { request, refusal }.into())
+            }
+            _ => {
+                self.note_refusal(header.code, refusal);
+                Ok(acknowledgement)
+            }
+        }
+    }
+
+    /// Stops every vring that runs, as at the end of a connection.
     pub fn stop_all(&mut self) {
         for index in self.indices() {
             self.stop(index);
@@ -241,17 +271,17 @@ impl<'b> Session<'b> {
 
     // --- memory ---------------------------------------------------------------------------------
 
-    fn set_mem_table(&mut self, regions: Vec<(RegionSpec, File)>) -> RequestOutcome {
+    fn set_mem_table(&mut self, regions: Vec<(RegionSpec, ForeignFd)>) -> RequestOutcome {
         let regions = regions
             .into_iter()
-            .map(|(spec, file)| MappedRegion::map(spec, file).map(Arc::new))
+            .map(|(spec, fd)| map_region(spec, fd).map(Arc::new))
             .collect::<Result<Vec<_>, _>>()?;
         self.apply_memory(GuestMemory::new(regions)?);
         NO_REPLY_PAYLOAD
     }
 
-    fn add_mem_reg(&mut self, spec: RegionSpec, file: File) -> RequestOutcome {
-        let region = MappedRegion::map(spec, file)?;
+    fn add_mem_reg(&mut self, spec: RegionSpec, fd: ForeignFd) -> RequestOutcome {
+        let region = map_region(spec, fd)?;
         self.apply_memory(self.memory.with_region(region)?);
         NO_REPLY_PAYLOAD
     }
@@ -366,6 +396,10 @@ impl<'b> Session<'b> {
         }
         self.first_refusal.get_or_insert(refused);
     }
+}
+
+fn map_region(spec: RegionSpec, fd: ForeignFd) -> Result<MappedRegion, RequestError> {
+    Ok(MappedRegion::map(spec, memory_file::from_fd(fd)?)?)
 }
 
 fn reply_u64(value: u64) -> RequestOutcome {

@@ -1,15 +1,17 @@
 //! Messages on the socket: a 12-byte header, up to 4 KiB of payload, and up to 32 descriptors.
 //!
-//! A read never crosses the end of a message, so that descriptors stay with the message with which
-//! they came, however the front-end splits or joins its writes. Only `poll` blocks, and it also
-//! watches a stop descriptor.
+//! Exactly one message is read at a time, so that descriptors stay with the message they came with,
+//! however the front-end cuts or joins its writes. No read or write blocks but in `poll`, which
+//! watches a stop descriptor as well. An idle front-end is waited for without limit; one that has
+//! begun a message, or has a reply to take, has 5 s.
 
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, recvmsg, send,
@@ -18,6 +20,7 @@ use rustix::net::{
 use vhost::vhost_user::message::VhostUserHeaderFlag;
 
 use crate::error::{ProtocolError, SessionError};
+use crate::foreign_fd::ForeignFd;
 use crate::limits::MAX_FDS;
 pub use crate::limits::MAX_PAYLOAD;
 
@@ -27,7 +30,14 @@ pub const HEADER_SIZE: usize = 12;
 /// The only version of the protocol.
 const VERSION: u32 = 1;
 
-/// The header of a request, after all checks.
+/// How long a front-end may take to complete a message that it has begun, or to take a reply.
+const MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The most descriptors that the kernel passes with one message (SCM_MAX_FD). There is space for
+/// all of them, because the kernel would itself close those that do not fit, which may block.
+const MAX_PASSED_FDS: usize = 253;
+
+/// A request's header, checked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Header {
     /// The request's number.
@@ -68,15 +78,16 @@ fn words([a, b, c, d, e, f, g, h, i, j, k, l]: [u8; HEADER_SIZE]) -> [u32; 3] {
     [[a, b, c, d], [e, f, g, h], [i, j, k, l]].map(u32::from_ne_bytes)
 }
 
-/// A received message. Dropping it closes the descriptors that were not taken out of it.
+/// A message as received. Its descriptors are closed with it, without blocking, unless they are
+/// taken out.
 #[derive(Debug)]
 pub struct Message {
     /// The header.
     pub header: Header,
     /// The payload of `header.size` bytes.
     pub payload: Vec<u8>,
-    /// The descriptors that came with the message, in order.
-    pub fds: Vec<OwnedFd>,
+    /// The descriptors that came with it, in order.
+    pub fds: Vec<ForeignFd>,
 }
 
 /// The payload of a reply.
@@ -147,26 +158,57 @@ enum Filled {
     Stopped,
 }
 
-/// A connected socket, and the descriptor that ends every wait on it.
-#[derive(Debug)]
+/// Connections that nobody has accepted yet: other front-ends that want to be served.
+pub trait PendingConnections: Sync {
+    /// The descriptor that is readable while one waits.
+    fn poll_fd(&self) -> BorrowedFd<'_>;
+
+    /// Refuses those that wait.
+    fn refuse(&self);
+}
+
+/// The outcome of waiting for the socket.
+enum Wait {
+    Ready,
+    Stopped,
+    TimedOut,
+}
+
+/// A connected socket and the descriptor that ends every wait on it.
 pub(crate) struct Channel<'s> {
-    stream: UnixStream,
+    /// `ForeignFd` closes it together with what the front-end sent and nobody has received.
+    stream: ForeignFd,
     stop: BorrowedFd<'s>,
+    others: Option<&'s dyn PendingConnections>,
 }
 
 impl<'s> Channel<'s> {
-    pub(crate) fn new(stream: UnixStream, stop: BorrowedFd<'s>) -> io::Result<Self> {
-        // Credentials would take space that descriptors need; an inherited socket may ask for them.
+    /// While the front-end is connected, `others` are refused.
+    pub(crate) fn new(
+        stream: UnixStream,
+        stop: BorrowedFd<'s>,
+        others: Option<&'s dyn PendingConnections>,
+    ) -> io::Result<Self> {
+        // Credentials would take the space of descriptors; an inherited socket may ask for them.
         // syscalls: setsockopt
         sockopt::set_socket_passcred(&stream, false)?;
-        Ok(Self { stream, stop })
+        Ok(Self {
+            stream: ForeignFd::new(stream.into()),
+            stop,
+            others,
+        })
+    }
+
+    fn stream(&self) -> io::Result<BorrowedFd<'_>> {
+        self.stream.as_fd().ok_or_else(|| Errno::BADF.into())
     }
 
     /// Waits for the next message.
     pub(crate) fn receive(&self) -> Result<Incoming, SessionError> {
         let mut fds = Vec::new();
         let mut header = [0; HEADER_SIZE];
-        match self.fill(&mut header, &mut fds)? {
+        let mut deadline = None;
+        match self.fill(&mut header, &mut fds, &mut deadline)? {
             Filled::Complete => {}
             Filled::Closed(0) => return Ok(Incoming::Closed),
             Filled::Closed(_) => return Err(ProtocolError::Truncated.into()),
@@ -174,7 +216,7 @@ impl<'s> Channel<'s> {
         }
         let header = Header::parse(header)?;
         let mut payload = vec![0; header.size];
-        match self.fill(&mut payload, &mut fds)? {
+        match self.fill(&mut payload, &mut fds, &mut deadline)? {
             Filled::Complete => Ok(Incoming::Message(Message {
                 header,
                 payload,
@@ -185,58 +227,93 @@ impl<'s> Channel<'s> {
         }
     }
 
-    /// Sends a reply. Returns false when the session was stopped while the socket was full, or the
-    /// front-end has disconnected.
-    pub(crate) fn send(&self, reply: Reply) -> io::Result<bool> {
+    /// Sends a reply; false when the session was stopped while the socket was full, or the
+    /// front-end has gone.
+    pub(crate) fn send(&self, reply: Reply) -> Result<bool, SessionError> {
         let bytes = reply.to_bytes();
         let mut rest = bytes.as_slice();
+        let deadline = Instant::now() + MESSAGE_TIMEOUT;
         while !rest.is_empty() {
-            if !self.wait(PollFlags::OUT)? {
-                return Ok(false);
+            match self.wait(PollFlags::OUT, Some(deadline))? {
+                Wait::Ready => {}
+                Wait::Stopped => return Ok(false),
+                Wait::TimedOut => return Err(SessionError::ReplyNotTaken(MESSAGE_TIMEOUT)),
             }
             // syscalls: sendto
             match send(
-                &self.stream,
+                self.stream()?,
                 rest,
                 SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
             ) {
                 Ok(sent) => rest = &rest[sent..],
                 Err(Errno::AGAIN | Errno::INTR) => {}
                 Err(Errno::PIPE | Errno::CONNRESET) => return Ok(false),
-                Err(error) => return Err(error.into()),
+                Err(error) => return Err(io::Error::from(error).into()),
             }
         }
         Ok(true)
     }
 
-    /// Reads until `buffer` is full, and collects the descriptors that come with the bytes.
-    fn fill(&self, buffer: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<Filled, SessionError> {
+    /// Reads until `buffer` is full, and collects the descriptors that come along. The first byte
+    /// of a message sets its `deadline`.
+    fn fill(
+        &self,
+        buffer: &mut [u8],
+        fds: &mut Vec<ForeignFd>,
+        deadline: &mut Option<Instant>,
+    ) -> Result<Filled, SessionError> {
         let mut filled = 0;
         while filled < buffer.len() {
-            if !self.wait(PollFlags::IN)? {
-                return Ok(Filled::Stopped);
+            match self.wait(PollFlags::IN, *deadline)? {
+                Wait::Ready => {}
+                Wait::Stopped => return Ok(Filled::Stopped),
+                Wait::TimedOut => return Err(SessionError::MessageIncomplete(MESSAGE_TIMEOUT)),
             }
-            match receive_some(&self.stream, &mut buffer[filled..], fds)? {
+            match receive_some(self.stream()?, &mut buffer[filled..], fds)? {
                 Some(0) => return Ok(Filled::Closed(filled)),
                 Some(n) => filled += n,
-                None => {}
+                None => continue,
             }
+            deadline.get_or_insert_with(|| Instant::now() + MESSAGE_TIMEOUT);
         }
         Ok(Filled::Complete)
     }
 
-    /// Sleeps until the socket is ready. Returns false when the session must stop.
-    fn wait(&self, events: PollFlags) -> io::Result<bool> {
-        let mut fds = [
-            PollFd::from_borrowed_fd(self.stop, PollFlags::IN),
-            PollFd::new(&self.stream, events),
-        ];
+    /// Sleeps until the socket is ready, the session is to stop or `deadline` has passed. Other
+    /// front-ends that connect meanwhile are refused, unless this one has hung up.
+    fn wait(&self, events: PollFlags, deadline: Option<Instant>) -> io::Result<Wait> {
+        let stream = self.stream()?;
         loop {
-            // syscalls: poll
-            match poll(&mut fds, None) {
-                Ok(_) => return Ok(fds[0].revents().is_empty()),
-                Err(Errno::INTR) => {}
+            let mut fds = vec![
+                PollFd::from_borrowed_fd(self.stop, PollFlags::IN),
+                PollFd::from_borrowed_fd(stream, events),
+            ];
+            fds.extend(
+                self.others
+                    .map(|others| PollFd::from_borrowed_fd(others.poll_fd(), PollFlags::IN)),
+            );
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            let timeout = left.and_then(|left| Timespec::try_from(left).ok());
+            // syscalls: ppoll
+            match poll(&mut fds, timeout.as_ref()) {
+                Ok(0) => return Ok(Wait::TimedOut),
+                Ok(_) => {}
+                Err(Errno::INTR) => continue,
                 Err(error) => return Err(error.into()),
+            }
+            let is_ready = |at: usize| fds.get(at).is_some_and(|fd| !fd.revents().is_empty());
+            if is_ready(0) {
+                return Ok(Wait::Stopped);
+            }
+            let has_hung_up = fds[1].revents().contains(PollFlags::HUP);
+            if let Some(others) = self.others
+                && is_ready(2)
+                && !has_hung_up
+            {
+                others.refuse();
+            }
+            if is_ready(1) {
+                return Ok(Wait::Ready);
             }
         }
     }
@@ -245,11 +322,11 @@ impl<'s> Channel<'s> {
 /// Reads once. Returns 0 bytes at the end of the connection, and `None` when there was nothing to
 /// read.
 fn receive_some(
-    stream: impl AsFd,
+    stream: impl AsFd + Copy,
     buffer: &mut [u8],
-    fds: &mut Vec<OwnedFd>,
+    fds: &mut Vec<ForeignFd>,
 ) -> Result<Option<usize>, SessionError> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_PASSED_FDS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
     // syscalls: recvmsg
@@ -259,24 +336,19 @@ fn receive_some(
         Err(Errno::CONNRESET) => return Ok(Some(0)),
         Err(error) => return Err(io::Error::from(error).into()),
     };
-    let mut here = 0;
     for message in control.drain() {
         if let RecvAncillaryMessage::ScmRights(received) = message {
-            let before = fds.len();
-            fds.extend(received);
-            here += fds.len() - before;
+            fds.extend(received.map(ForeignFd::new));
         }
     }
     if fds.len() > MAX_FDS {
         return Err(ProtocolError::TooManyFds.into());
     }
     if got.flags.contains(ReturnFlags::CTRUNC) {
-        // Either the space for descriptors was too small, or the process reached its limit of
-        // descriptors.
-        return Err(if here >= MAX_FDS {
-            ProtocolError::TooManyFds.into()
-        } else {
-            SessionError::FdLimit
+        // The space was enough, so the kernel could not, or was not allowed to, hand one over.
+        return Err(match rustix::io::fcntl_dupfd_cloexec(stream, 0) {
+            Err(Errno::MFILE | Errno::NFILE) => SessionError::FdLimit,
+            _ => SessionError::FdWithheld,
         });
     }
     Ok(Some(got.bytes))
@@ -341,7 +413,7 @@ mod tests {
                     }
                 })
             };
-            let channel = Channel::new(stream, stopped.as_fd()).unwrap();
+            let channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
             for want in [(1, vec![]), (8, vec![7; 8]), (3, vec![])] {
                 let Incoming::Message(message) = channel.receive().unwrap() else {
                     panic!("no message");
@@ -359,14 +431,14 @@ mod tests {
         let (front_end, stream) = RawFrontEnd::pair();
         let fd = eventfd(0);
         let whole = encode_message(12, 1, &[0; 8]);
-        front_end.send(&encode_message(1, 1, &[]), &[]);
-        front_end.send(&whole[..1], &[fd.as_fd()]);
-        front_end.send(&whole[1..], &[]);
-        // Descriptors that come with the first byte of the payload belong to the message as well.
-        front_end.send(&whole[..12], &[]);
-        front_end.send(&whole[12..], &[fd.as_fd(), fd.as_fd()]);
-        front_end.send(&encode_message(3, 1, &[]), &[]);
-        let channel = Channel::new(stream, stopped.as_fd()).unwrap();
+        peer.send(&encode_message(1, 1, &[]), &[]);
+        peer.send(&whole[..1], &[fd.as_fd()]);
+        peer.send(&whole[1..], &[]);
+        // Descriptors on the payload's first byte belong to the message as well.
+        peer.send(&whole[..12], &[]);
+        peer.send(&whole[12..], &[fd.as_fd(), fd.as_fd()]);
+        peer.send(&encode_message(3, 1, &[]), &[]);
+        let channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
         for want in [0, 1, 2, 0] {
             let Incoming::Message(message) = channel.receive().unwrap() else {
                 panic!("no message");
@@ -380,9 +452,9 @@ mod tests {
         let (_stop, stopped) = stop_pair();
         let fd = eventfd(0);
         for (count, good) in [(32, true), (33, false), (200, false)] {
-            let (front_end, stream) = RawFrontEnd::pair();
-            front_end.send(&encode_message(3, 1, &[]), &vec![fd.as_fd(); count]);
-            let channel = Channel::new(stream, stopped.as_fd()).unwrap();
+            let (peer, stream) = RawFrontEnd::pair();
+            peer.send(&encode_message(3, 1, &[]), &vec![fd.as_fd(); count]);
+            let channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
             match channel.receive() {
                 Ok(Incoming::Message(message)) => assert!(good && message.fds.len() == 32),
                 Err(SessionError::Protocol(ProtocolError::TooManyFds)) => assert!(!good),
@@ -396,10 +468,10 @@ mod tests {
         let (_stop, stopped) = stop_pair();
         let bytes = encode_message(8, 1, &[7; 8]);
         for len in 0..bytes.len() {
-            let (front_end, stream) = RawFrontEnd::pair();
-            front_end.send(&bytes[..len], &[]);
-            drop(front_end);
-            let channel = Channel::new(stream, stopped.as_fd()).unwrap();
+            let (peer, stream) = RawFrontEnd::pair();
+            peer.send(&bytes[..len], &[]);
+            drop(peer);
+            let channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
             match channel.receive() {
                 Ok(Incoming::Closed) => assert_eq!(len, 0),
                 Err(SessionError::Protocol(ProtocolError::Truncated)) => assert_ne!(len, 0),
@@ -421,7 +493,7 @@ mod tests {
                 thread::sleep(Duration::from_millis(50));
                 stop.write(1).unwrap();
             });
-            let channel = Channel::new(stream, stopped.as_fd()).unwrap();
+            let channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
             assert!(matches!(channel.receive().unwrap(), Incoming::Stopped));
             assert!(begin.elapsed() < Duration::from_secs(5));
             trigger.join().unwrap();
@@ -432,7 +504,7 @@ mod tests {
             thread::sleep(Duration::from_millis(200));
             stop.write(1).unwrap();
         });
-        let channel = Channel::new(stream, stopped.as_fd()).unwrap();
+        let channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
         let reply = Reply {
             code: 1,
             payload: ReplyPayload::U64(0),
@@ -442,7 +514,69 @@ mod tests {
     }
 
     #[test]
-    fn reply_has_the_layout_of_the_protocol() {
+    fn a_message_that_is_begun_and_not_completed_times_out() {
+        let (_stop, stopped) = stop_pair();
+        let (peer, stream) = RawFrontEnd::pair();
+        peer.send(&encode_message(8, 1, &[7; 8])[..12], &[]);
+        let channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
+        let begin = Instant::now();
+        let error = channel.receive().unwrap_err();
+        assert!(
+            matches!(error, SessionError::MessageIncomplete(_)),
+            "{error}"
+        );
+        assert!(begin.elapsed() >= MESSAGE_TIMEOUT);
+    }
+
+    #[test]
+    fn a_reply_that_is_not_taken_times_out() {
+        let (_stop, stopped) = stop_pair();
+        let (_peer, stream) = RawFrontEnd::pair();
+        let channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
+        let reply = Reply {
+            code: 1,
+            payload: ReplyPayload::U64(0),
+        };
+        let error = loop {
+            if let Err(error) = channel.send(reply) {
+                break error;
+            }
+        };
+        assert!(matches!(error, SessionError::ReplyNotTaken(_)), "{error}");
+    }
+
+    #[test]
+    fn others_are_refused_while_a_front_end_is_connected_and_kept_once_it_has_hung_up() {
+        #[derive(Debug)]
+        struct Others(std::os::fd::OwnedFd, std::sync::atomic::AtomicUsize);
+        impl PendingConnections for Others {
+            fn poll_fd(&self) -> BorrowedFd<'_> {
+                self.0.as_fd()
+            }
+            fn refuse(&self) {
+                rustix::io::read(&self.0, &mut [0; 8]).unwrap();
+                self.1.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            }
+        }
+        let (_stop, stopped) = stop_pair();
+        // One waits from the beginning.
+        let others = Others(eventfd(0), Default::default());
+        rustix::io::write(&others.0, &1u64.to_ne_bytes()).unwrap();
+        let refused = |others: &Others| others.1.load(std::sync::atomic::Ordering::Relaxed);
+        let (peer, stream) = RawFrontEnd::pair();
+        peer.send(&encode_message(1, 1, &[]), &[]);
+        let channel = Channel::new(stream, stopped.as_fd(), Some(&others)).unwrap();
+        assert!(matches!(channel.receive().unwrap(), Incoming::Message(_)));
+        assert_eq!(refused(&others), 1);
+        // Another comes after the first has gone.
+        drop(peer);
+        rustix::io::write(&others.0, &1u64.to_ne_bytes()).unwrap();
+        assert!(matches!(channel.receive().unwrap(), Incoming::Closed));
+        assert_eq!(refused(&others), 1);
+    }
+
+    #[test]
+    fn replies_have_the_protocol_s_layout() {
         let reply = Reply {
             code: 11,
             payload: ReplyPayload::VringState { index: 3, num: 9 },

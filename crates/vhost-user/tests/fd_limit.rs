@@ -9,7 +9,7 @@ use std::fs::{File, read_dir};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use device::{Device, send, session};
 use rustix::event::{EventfdFlags, eventfd};
@@ -19,6 +19,16 @@ use virtionet_vhost_user::listen::{Listener, SocketPermissions};
 
 fn open_fds() -> usize {
     read_dir("/proc/self/fd").unwrap().count()
+}
+
+/// Waits until `count` descriptors are open: those that a front-end sent are closed by a thread of
+/// their own.
+fn assert_open_fds(count: usize) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while open_fds() != count && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(open_fds(), count);
 }
 
 /// Allows `count` open files.
@@ -48,7 +58,7 @@ fn session_at_the_limit_of_open_files_ends_and_the_next_one_waits() {
         send(&stream, &[3, 1, 0], &[], &[zero.as_fd(); 20]);
     });
     assert!(matches!(ended, Err(SessionError::FdLimit)), "{ended:?}");
-    assert_eq!(open_fds(), before);
+    assert_open_fds(before);
 
     let path = std::env::temp_dir().join(format!("virtionet-limit-{}", std::process::id()));
     let listener = Listener::bind(&path, &SocketPermissions::default()).unwrap();

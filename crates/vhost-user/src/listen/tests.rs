@@ -144,8 +144,8 @@ fn accept_and_connect_end_when_stop_is_readable() {
         stop.write(1).unwrap();
     });
     assert!(listener.accept(stopped.as_fd()).unwrap().is_none());
-    let unused_path = directory.0.join("unused");
-    assert!(connect(&unused_path, stopped.as_fd()).unwrap().is_none());
+    let nobody = directory.0.join("nobody");
+    assert!(connect(&nobody, stopped.as_fd(), |_| {}).unwrap().is_none());
     assert!(begin.elapsed() < Duration::from_secs(5));
     trigger.join().unwrap();
 }
@@ -164,12 +164,12 @@ fn connect_waits_until_the_front_end_listens() {
             stream.write_all(b"x").unwrap();
         })
     };
-    let stream = connect(&path, stopped.as_fd()).unwrap().unwrap();
+    let stream = connect(&path, stopped.as_fd(), |_| {}).unwrap().unwrap();
     server.join().unwrap();
     let mut byte = [0];
     (&stream).read_exact(&mut byte).unwrap();
     assert!(matches!(
-        connect(&directory.0.join("x".repeat(200)), stopped.as_fd()),
+        connect(&directory.0.join("x".repeat(200)), stopped.as_fd(), |_| {}),
         Err(ListenError::Socket(UnixSocketError::TooLong(_)))
     ));
 }
@@ -208,4 +208,49 @@ fn inherited_socket_is_recognized_by_its_kind() {
         let error = InheritedSocket::new(fd).unwrap_err();
         assert!(error.to_string().contains(want), "{error}");
     }
+}
+
+#[test]
+fn connect_goes_on_after_an_error_that_looks_final_and_says_why_it_waits() {
+    let directory = Directory::new();
+    let path = directory.socket();
+    // A datagram socket is in the way (EPROTOTYPE); the front-end replaces it later.
+    let wrong = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+    let (_stop, stopped) = stop_pair();
+    let front_end = thread::spawn({
+        let path = path.clone();
+        move || {
+            thread::sleep(Duration::from_millis(200));
+            drop(wrong);
+            fs::remove_file(&path).unwrap();
+            UnixListener::bind(&path).unwrap().accept().unwrap()
+        }
+    });
+    let mut reasons = Vec::new();
+    let stream = connect(&path, stopped.as_fd(), |reason| {
+        reasons.push(reason.to_owned())
+    });
+    assert!(stream.unwrap().is_some());
+    assert!(reasons[0].contains("it is no stream socket"), "{reasons:?}");
+    front_end.join().unwrap();
+}
+
+#[test]
+fn connections_beside_the_one_served_are_refused() {
+    let directory = Directory::new();
+    let listener = bind(&directory.socket()).unwrap();
+    let mut second = UnixStream::connect(directory.socket()).unwrap();
+    second
+        .set_read_timeout(Some(Duration::from_secs(5)))
+        .unwrap();
+    listener.refuse();
+    assert_eq!(
+        second.read(&mut [0]).unwrap(),
+        0,
+        "the connection is closed"
+    );
+    // The socket still takes the next one.
+    let (_stop, stopped) = stop_pair();
+    let _third = UnixStream::connect(directory.socket()).unwrap();
+    assert!(listener.accept(stopped.as_fd()).unwrap().is_some());
 }

@@ -1,0 +1,90 @@
+//! Descriptors that a front-end sent and of which nothing is known yet.
+//!
+//! Closing one may block: a socket with SO_LINGER waits for its peer, a file on FUSE for the file
+//! system's process. So a descriptor that is not kept is closed by a thread of its own, for which
+//! neither a session nor the end of the process waits.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::LazyLock;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::thread;
+
+use rustix::net::sockopt;
+
+/// Number of descriptors that may wait to be closed. Beyond it a session closes its own, and it
+/// alone waits.
+const MAX_WAITING: usize = 256;
+
+/// The thread `closer`; `None` when the kernel refused it.
+static CLOSER: LazyLock<Option<SyncSender<OwnedFd>>> = LazyLock::new(|| {
+    let (queue, fds) = sync_channel(MAX_WAITING);
+    let closer = move || fds.into_iter().for_each(drop);
+    let thread = thread::Builder::new().name("closer".into()).spawn(closer);
+    thread.ok().map(|_| queue)
+});
+
+/// A descriptor from a front-end. Dropping it never blocks.
+#[derive(Debug)]
+pub struct ForeignFd(Option<OwnedFd>);
+
+impl ForeignFd {
+    /// Takes `fd`, which a front-end sent.
+    #[must_use]
+    pub fn new(fd: OwnedFd) -> Self {
+        Self(Some(fd))
+    }
+
+    /// The descriptor itself, for a caller that has found out what it is and that closing it does
+    /// not block. `None` is never returned: only a dropped value has none.
+    #[must_use]
+    pub fn into_known(mut self) -> Option<OwnedFd> {
+        self.0.take()
+    }
+
+    /// The descriptor, to find out what it is.
+    #[must_use]
+    pub fn as_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.0.as_ref().map(AsFd::as_fd)
+    }
+}
+
+impl Drop for ForeignFd {
+    fn drop(&mut self) {
+        let Some(fd) = self.0.take() else { return };
+        // Fails for what is no socket. The front-end may set it again, hence the thread.
+        let _ = sockopt::set_socket_linger(&fd, None);
+        if let Some(closer) = &*CLOSER {
+            // A descriptor that does not fit in the queue comes back in the error and is closed.
+            let _ = closer.try_send(fd);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::net::{TcpListener, TcpStream};
+    use std::time::{Duration, Instant};
+
+    /// A connection whose close waits for 20 s, because its peer does not read.
+    fn lingering_socket() -> (TcpListener, TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (peer, _) = listener.accept().unwrap();
+        socket.set_nonblocking(true).unwrap();
+        let data = vec![0; 1 << 20];
+        while socket.write(&data).is_ok() {}
+        socket.set_nonblocking(false).unwrap();
+        sockopt::set_socket_linger(&socket, Some(Duration::from_secs(20))).unwrap();
+        (listener, peer, socket)
+    }
+
+    #[test]
+    fn dropping_a_socket_that_lingers_does_not_block() {
+        let (_listener, _peer, socket) = lingering_socket();
+        let begin = Instant::now();
+        drop(ForeignFd::new(socket.into()));
+        assert!(begin.elapsed() < Duration::from_secs(2));
+    }
+}
