@@ -50,6 +50,9 @@ pub trait DeviceQueue: Sized {
     /// When the virtqueue is not within it.
     fn rebind(&mut self, memory: &Arc<GuestMemory>) -> Result<(), VirtqueueError>;
 
+    /// The guest's memory.
+    fn memory(&self) -> &GuestMemory;
+
     /// Asks the driver for kicks. Returns true when chains became available meanwhile, for which
     /// there may be no kick.
     #[must_use]

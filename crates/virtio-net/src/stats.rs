@@ -64,7 +64,8 @@ counters! {
         bursts: "Bursts with at least one frame.",
         kicks: "Wake-ups by a kick of the driver.",
         calls: "Interrupts of the guest (writes to the call eventfd).",
-        calls_failed: "Writes to the call eventfd that failed.",
+        calls_failed: "Interrupts of the guest that failed, or were not tried because the call eventfd is cut off.",
+        calls_cut_off: "Call eventfds that were cut off because a write to them blocked.",
         dropped_disabled: "Frames dropped because the ring was disabled (TX), or disabled or stopped when a switch pushed them (RX).",
         dropped_uplink_full: "Frames dropped because the uplink was full (ENOBUFS, EAGAIN).",
         dropped_uplink_error: "Frames dropped because of another error of the uplink (EINVAL, EFAULT, ...).",
@@ -100,6 +101,8 @@ counters! {
         head_out_of_range: "Rings quarantined for an available head outside the ring.",
         avail_index_jump: "Rings quarantined for an available index ahead by more than the ring's size.",
         chain_without_end: "Rings quarantined for a packed chain that spans the whole ring without an end.",
+        memory_lost: "Rings quarantined because pages of the guest's memory have vanished (its file shrank, or its file system is full).",
+        panics: "Rings quarantined for a panic in their code, each a bug of virtionetd.",
         quarantines: "Times that the ring was stopped for a fault until it is configured again.",
     }
 }

@@ -24,6 +24,7 @@
 #![allow(unsafe_code)]
 
 mod array;
+mod fault;
 #[cfg(loom)]
 mod loom;
 mod segments;
@@ -34,8 +35,11 @@ use std::sync::Arc;
 
 use vm_memory::{ByteValued, FileOffset, MmapRegion};
 
+use fault::TrackedRegion;
+
 pub(crate) use array::{Descriptor, impl_byte_valued};
 pub use array::{GuestArray, GuestArrayRef, full_fence};
+pub use fault::{LossWatch, survive_lost_memory};
 #[cfg(loom)]
 pub use loom::{DisabledOrdering, clear_model, disable_ordering};
 pub(crate) use segments::SegmentWriter;
@@ -112,6 +116,8 @@ pub enum MemoryError {
 #[derive(Debug)]
 pub struct MappedRegion {
     spec: RegionSpec,
+    /// Before the mapping, because fields are dropped in their order.
+    tracked: TrackedRegion,
     mapping: MmapRegion,
 }
 
@@ -119,9 +125,16 @@ impl MappedRegion {
     /// Maps `spec` from `file`.
     ///
     /// # Errors
-    /// When the region is empty, wraps, cannot be mapped, or ends behind the end of its file, where
-    /// an access would raise SIGBUS.
+    /// When the region is empty, wraps, cannot be mapped, or ends behind the end of its file.
     pub fn map(spec: RegionSpec, file: File) -> Result<Self, MemoryError> {
+        // Before the size is read: it cannot become less after that.
+        seal_against_shrinking(&file);
+        Self::map_unsealed(spec, file)
+    }
+
+    /// The same without a seal, for files that have none. If they shrink, the region is lost (see
+    /// [`survive_lost_memory`]).
+    fn map_unsealed(spec: RegionSpec, file: File) -> Result<Self, MemoryError> {
         let wraps = || MemoryError::Wraps(spec.guest_addr, spec.size);
         if spec.size == 0 {
             return Err(MemoryError::Empty(spec.guest_addr));
@@ -137,7 +150,6 @@ impl MappedRegion {
                 actual,
             });
         }
-        seal_against_shrinking(&file);
         let refused = |reason: String| MemoryError::Map {
             size: spec.size,
             offset: spec.file_offset,
@@ -146,7 +158,12 @@ impl MappedRegion {
         let size = usize::try_from(spec.size).map_err(|e| refused(e.to_string()))?;
         let mapping = MmapRegion::from_file(FileOffset::new(file, spec.file_offset), size)
             .map_err(|e| refused(e.to_string()))?;
-        Ok(Self { spec, mapping })
+        let tracked = TrackedRegion::new(mapping.as_ptr(), size);
+        Ok(Self {
+            spec,
+            tracked,
+            mapping,
+        })
     }
 
     /// Where the region lies.
@@ -171,8 +188,9 @@ impl MappedRegion {
     }
 }
 
-/// Prevents the file from shrinking, because an access to a page that is no longer in the file
-/// raises SIGBUS. A file that does not support seals (hugetlbfs, regular files) stays unchanged.
+/// Prevents the file from shrinking, because a region whose file shrinks is lost. A file that does
+/// not support seals (hugetlbfs before Linux 4.16, regular files, a memfd whose maker forbids them)
+/// stays unchanged.
 fn seal_against_shrinking(file: &File) {
     // SAFETY: F_ADD_SEALS reads only its integer argument; for a file without seals it fails.
     unsafe {
@@ -239,6 +257,12 @@ impl GuestMemory {
     /// The regions in order of guest address.
     pub fn regions(&self) -> impl Iterator<Item = RegionSpec> + '_ {
         self.regions.iter().map(|r| r.spec)
+    }
+
+    /// Whether pages of a region have vanished, so that it was replaced with zeros.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        self.regions.iter().any(|region| region.tracked.is_lost())
     }
 
     /// Whether there is no region.

@@ -233,6 +233,14 @@ fn read_long_list(
     sys::read_into::<IOV_MAX>(tun, buffers, bounce)
 }
 
+/// The kernel reports pages of guest memory that have vanished with EFAULT, and raises no signal.
+#[cold]
+fn find_lost_memory(error: &io::Error, slices: &[GuestSlice<'_>]) {
+    if error.raw_os_error() == Some(libc::EFAULT) {
+        slices.iter().for_each(GuestSlice::probe);
+    }
+}
+
 fn gather(slices: &[GuestSlice<'_>]) -> Vec<u8> {
     let mut bytes = vec![0; total_len(slices)];
     let mut at = 0;
@@ -259,7 +267,10 @@ impl UplinkQueue for TapQueue {
                     sent += 1;
                     bytes += u64::try_from(frame.len).unwrap_or(0);
                 }
-                Err(error) => self.shared.count_drop(&error, stats),
+                Err(error) => {
+                    find_lost_memory(&error, frame.payload);
+                    self.shared.count_drop(&error, stats);
+                }
             }
         }
         stats.frames.add(sent);
@@ -278,6 +289,7 @@ impl UplinkQueue for TapQueue {
             Ok(len) => Received::Frame(len),
             Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => Received::Empty,
             Err(error) => {
+                find_lost_memory(&error, buffers);
                 self.shared.log_read_error(&error);
                 match error.raw_os_error() {
                     // This frame is lost (the kernel cannot build a header for it, or the guest's

@@ -15,6 +15,9 @@ use super::array::{GuestArrayRef, prefetch, prefetch_to_write};
 use super::{GuestMemory, array_bytes, copy_in, copy_out};
 use crate::config::Direction;
 
+/// The smallest page.
+const PAGE_SIZE: usize = 4096;
+
 /// A segment of a guest's buffer with the layout of an `iovec`. The guest may write the memory at
 /// any time, so bytes that must be checked are copied first.
 #[derive(Debug, Clone, Copy)]
@@ -52,6 +55,20 @@ impl<'m> GuestSlice<'m> {
     #[must_use]
     pub fn len(&self) -> usize {
         self.vec.iov_len
+    }
+
+    /// Reads one byte of each page. To be called when a system call could not access the slice
+    /// (EFAULT): unlike that, this finds lost memory (see [`super::survive_lost_memory`]).
+    pub fn probe(&self) {
+        let mut byte = [0];
+        let mut at = 0;
+        while at < self.len() {
+            self.skip(at).copy_to(&mut byte);
+            std::hint::black_box(byte);
+            at += PAGE_SIZE;
+        }
+        self.skip(self.len().saturating_sub(1)).copy_to(&mut byte);
+        std::hint::black_box(byte);
     }
 
     /// Whether the slice holds no byte.
