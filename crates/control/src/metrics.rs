@@ -18,7 +18,10 @@ use crate::v1::{
 /// The page's media type.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// Encodes `report` as a page of metrics.
+/// The labels of what concerns the whole process.
+const NO_LABELS: [(&str, &str); 0] = [];
+
+/// The page for `report`.
 ///
 /// # Errors
 /// The encoder's signature has an error, but writing to a [`String`] does not fail.
@@ -36,11 +39,26 @@ struct Snapshot(Report);
 impl Collector for Snapshot {
     fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let mut page = Page(encoder);
-        let Report { version, devices } = &self.0;
+        let Report {
+            version,
+            log_lines_dropped,
+            panics,
+            devices,
+        } = &self.0;
         page.info(
             "build",
             "The version of the daemon.",
             [[("version", version.as_str())]],
+        )?;
+        page.counter(
+            ("log_lines_dropped", None),
+            "Log lines that were lost because standard error did not take them.",
+            [(NO_LABELS, *log_lines_dropped)].into_iter(),
+        )?;
+        page.counter(
+            ("panics", None),
+            "Panics that were caught, each a bug of the daemon.",
+            [(NO_LABELS, *panics)].into_iter(),
         )?;
         encode_devices(&mut page, devices)?;
         encode_workers(&mut page, devices)?;
@@ -337,7 +355,13 @@ mod tests {
             assert_eq!(name, format!("{family}{suffix}"));
             assert!(name.starts_with("virtionetd_"));
             assert!(kind != "info" || value == 1);
-            assert!(family == "virtionetd_build" || labels["device"] == "vnet");
+            let is_of_the_process = [
+                "virtionetd_build",
+                "virtionetd_log_lines_dropped",
+                "virtionetd_panics",
+            ]
+            .contains(&family);
+            assert!(is_of_the_process || labels["device"] == "vnet", "{line}");
         }
         assert!(seen.len() > 10, "{seen:?}");
     }

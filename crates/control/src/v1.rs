@@ -19,7 +19,13 @@ pub trait ReportSource: Send + Sync {
 pub struct Report {
     /// The daemon's version.
     pub version: String,
-    /// The devices, in the order of the configuration.
+    /// Log lines that were lost because standard error did not take them.
+    #[serde(default)]
+    pub log_lines_dropped: u64,
+    /// Panics that were caught, each a bug of the daemon.
+    #[serde(default)]
+    pub panics: u64,
+    /// Its devices, in the order of the command line.
     pub devices: Vec<DeviceReport>,
 }
 
@@ -290,6 +296,8 @@ impl<'de> Visitor<'de> for CountersVisitor {
 pub(crate) fn sample() -> Report {
     Report {
         version: "0.1.0".into(),
+        log_lines_dropped: 1,
+        panics: 2,
         devices: vec![DeviceReport {
             name: "vnet".into(),
             socket: "/run/a \"b\".sock".into(),
@@ -376,7 +384,7 @@ mod tests {
         assert_eq!(rx.as_object().unwrap().len(), 3);
         assert_eq!(
             report,
-            serde_json::json!({"version": "0.1.0", "devices": [{
+            serde_json::json!({"version": "0.1.0", "log_lines_dropped": 1, "panics": 2, "devices": [{
                 "name": "vnet", "socket": "/run/a \"b\".sock", "role": "server", "connected": true,
                 "frontend": {"pid": 1, "features": ["MQ"], "protocol_features": ["MQ"]},
                 "memory": [{"guest_addr": 0, "size": 4096, "user_addr": 1_u64 << 40}],

@@ -9,7 +9,7 @@ use virtionet_config::Socket;
 use virtionet_vhost_user::listen::{
     InheritedSocket, ListenError, Listener, SocketPermissions, WrongDescriptor, connect,
 };
-use virtionet_vhost_user::take_fd;
+use virtionet_vhost_user::{PendingConnections, take_fd};
 
 /// The source of a device's front-ends. Its `Display` is for the log and names what was opened.
 #[derive(Debug)]
@@ -47,17 +47,36 @@ impl FrontendSource {
         })
     }
 
-    /// Waits for the next front-end. Returns `None` when no further one can come, or when `stop` is
-    /// readable.
+    /// The next front-end; `None` when there will be none, or `stop` is readable. `report` is called
+    /// with the reason why there is no connection yet, where that is known.
     ///
     /// # Errors
     /// When no front-end can connect any more.
-    pub fn next(&mut self, stop: BorrowedFd<'_>) -> Result<Option<UnixStream>, ListenError> {
+    pub fn next(
+        &mut self,
+        stop: BorrowedFd<'_>,
+        report: impl FnMut(&str),
+    ) -> Result<Option<UnixStream>, ListenError> {
         match self {
             Self::Listener(listener) => listener.accept(stop),
-            Self::Connect(path) => connect(path, stop),
+            Self::Connect(path) => connect(path, stop, report),
             Self::Once(stream) => Ok(stream.take()),
         }
+    }
+
+    /// The front-ends that try to connect while another one is served.
+    #[must_use]
+    pub fn others(&self) -> Option<&dyn PendingConnections> {
+        match self {
+            Self::Listener(listener) => Some(listener),
+            Self::Connect(_) | Self::Once(_) => None,
+        }
+    }
+
+    /// Whether no other front-end can come.
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        matches!(self, Self::Once(None))
     }
 }
 

@@ -6,12 +6,17 @@
 
 pub mod advice;
 pub mod busy_poll;
+pub mod call_watchdog;
+pub mod conditions;
 pub mod frontend_source;
 pub mod host_cpus;
 pub mod interrupts;
+pub mod log_writer;
 pub mod logging;
 pub mod net_device;
+pub mod notifier;
 pub mod pair_service;
+pub mod panic_policy;
 pub mod placement_monitor;
 pub mod placer;
 pub mod queue_pair;

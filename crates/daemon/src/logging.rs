@@ -1,14 +1,21 @@
-//! The log: lines on stderr, with a time stamp unless the journal stamps them itself.
+//! The log: lines on stderr, with a time stamp unless the journal stamps them itself. No thread
+//! waits for stderr (see [`LogWriter`]).
 
 use std::env;
 use std::error::Error;
 use std::fs::File;
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
+use std::sync::OnceLock;
 
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::ParseError;
+
+use crate::log_writer::LogWriter;
+
+/// The writer of this process, once the log is set up.
+static WRITER: OnceLock<LogWriter> = OnceLock::new();
 
 /// Why there can be no log.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +30,9 @@ pub enum LogError {
         /// What is wrong with it.
         source: ParseError,
     },
+    /// The thread that writes the log cannot start.
+    #[error("the log's thread cannot start ({0}); raise the limits of this process")]
+    Thread(#[source] io::Error),
     /// The process has a log already.
     #[error("the log is already set up ({0}): set it up only once in a process")]
     Twice(#[source] Box<dyn Error + Send + Sync>),
@@ -34,6 +44,7 @@ impl LogError {
     pub fn code(&self) -> &'static str {
         match self {
             Self::Filter { .. } => "log-filter-invalid",
+            Self::Thread(_) => "log-thread-not-started",
             Self::Twice(_) => "log-set-up-twice",
         }
     }
@@ -43,13 +54,17 @@ impl LogError {
 /// environment's `RUST_LOG` overrides it.
 ///
 /// # Errors
-/// A filter in `RUST_LOG` that cannot be read; a second call.
+/// A filter in `RUST_LOG` that cannot be read; a thread that cannot start; a second call.
 pub fn init(verbosity: u8) -> Result<(), LogError> {
     let rust_log = env::var_os("RUST_LOG").map(|text| text.to_string_lossy().into_owned());
+    let filter = filter(verbosity, rust_log.as_deref())?;
+    let writer = LogWriter::start(io::stderr()).map_err(LogError::Thread)?;
     let log = tracing_subscriber::fmt()
         .compact()
-        .with_env_filter(filter(verbosity, rust_log.as_deref())?)
-        .with_writer(io::stderr)
+        .with_env_filter(filter)
+        .with_writer(WRITER.get_or_init(|| writer).clone())
+        // Its report of a failed write would be another write to stderr.
+        .log_internal_errors(false)
         .with_ansi(
             io::stderr().is_terminal() && env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()),
         );
@@ -62,6 +77,34 @@ pub fn init(verbosity: u8) -> Result<(), LogError> {
         log.try_init()
     }
     .map_err(LogError::Twice)
+}
+
+/// Prints `virtionetd: MESSAGE` on stderr and waits until it is written, for a fraction of a second
+/// at most. For what a person must see although the log's level may hide it: why the program ends.
+pub fn print_error(message: &str) {
+    let line = format!("virtionetd: {message}\n");
+    match WRITER.get() {
+        Some(writer) => {
+            writer.write_line(line.into_bytes());
+            writer.flush();
+        }
+        // The log is not set up, so nothing is served that could be held up. There is nobody to
+        // tell if this fails.
+        None => drop(io::stderr().write_all(line.as_bytes())),
+    }
+}
+
+/// Waits until the lines logged so far are written, for a fraction of a second at most.
+pub fn flush() {
+    if let Some(writer) = WRITER.get() {
+        writer.flush();
+    }
+}
+
+/// Number of log lines that were lost, because stderr did not take them.
+#[must_use]
+pub fn dropped_lines() -> u64 {
+    WRITER.get().map_or(0, LogWriter::dropped)
 }
 
 fn filter(verbosity: u8, rust_log: Option<&str>) -> Result<EnvFilter, LogError> {

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use virtionet_config::Command;
 use virtionet_config::cli;
-use virtionetd::{RunError, logging, supervisor, sys};
+use virtionetd::{RunError, logging, panic_policy, supervisor, sys};
 
 fn main() -> ExitCode {
     sys::limit_malloc_arenas();
@@ -16,20 +16,25 @@ fn main() -> ExitCode {
     if let Err(error) = logging::init(config.verbosity) {
         return exit(Err(error));
     }
-    match supervisor::run(config) {
-        Err(error @ RunError::Usage { .. }) => {
-            eprintln!("virtionetd: {error}");
-            ExitCode::from(2)
-        }
-        ended => exit(ended),
+    panic_policy::install();
+    let ended = supervisor::run(config);
+    let status = match &ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(RunError::Usage { .. }) => ExitCode::from(2),
+        Err(_) => ExitCode::FAILURE,
+    };
+    match ended {
+        Ok(()) => logging::flush(),
+        Err(error) => logging::print_error(&error.to_string()),
     }
+    status
 }
 
 fn exit(result: Result<(), impl std::fmt::Display>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("virtionetd: {error}");
+            logging::print_error(&error.to_string());
             ExitCode::FAILURE
         }
     }

@@ -9,14 +9,16 @@ use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use parking_lot::Mutex;
+use virtionet_base::RateLimiter;
 use virtionet_config::PollMode;
-use virtionet_placement::{CpuSet, Warning, worker_name};
-use virtionet_vhost_user::BackendError;
+use virtionet_placement::{CpuSet, worker_name};
+use virtionet_vhost_user::{BackendError, SessionError};
 use virtionet_virtio_net::features::Features;
 use virtionet_virtio_net::uplink::Uplink;
 use virtionet_virtqueue::memory::GuestMemory;
 
 use crate::advice::{Adviser, QueueUsage};
+use crate::conditions::{ConditionKind, Conditions};
 use crate::interrupts::{AffinityInput, Interrupts};
 use crate::placer::Placer;
 use crate::queue_pair::QueuePair;
@@ -41,6 +43,9 @@ pub struct NetDevice {
     connection_log: ConnectionLog,
     interrupts: Interrupts,
     adviser: Adviser,
+    conditions: Conditions,
+    /// Of log lines about sessions that ended with an error: a front-end may come again at once.
+    session_errors: RateLimiter,
 }
 
 /// A queue pair and the worker that serves it.
@@ -99,6 +104,8 @@ impl NetDevice {
             connection_log: ConnectionLog::default(),
             interrupts: Interrupts::off(name),
             adviser: Adviser::new(name, None, None),
+            conditions: Conditions::default(),
+            session_errors: RateLimiter::new(),
         }
     }
 
@@ -143,10 +150,41 @@ impl NetDevice {
         self.adviser.current()
     }
 
-    /// The current problems with the placement of vCPUs and workers.
+    /// What is wrong with the device, and with the placement of vCPUs and workers, one sentence
+    /// each.
     #[must_use]
-    pub fn warnings(&self) -> Vec<Warning> {
-        self.placer.warnings()
+    pub fn warnings(&self) -> Vec<String> {
+        let mut warnings = self.conditions.current();
+        warnings.extend(self.placer.warnings().iter().map(ToString::to_string));
+        warnings
+    }
+
+    /// There is no connection to the front-end's socket, for this reason.
+    pub fn report_unconnected(&self, reason: &str) {
+        self.conditions
+            .set(&self.name, ConditionKind::Unconnected, reason);
+    }
+
+    /// There is a connection.
+    pub fn report_connected(&self) {
+        self.conditions.clear(
+            &self.name,
+            ConditionKind::Unconnected,
+            "connected to the front-end",
+        );
+    }
+
+    /// A session ended because the guest's memory is not shared.
+    pub fn report_memory_not_shared(&self, error: &SessionError) {
+        let kind = ConditionKind::MemoryNotShared;
+        self.conditions.set(&self.name, kind, &error.to_string());
+    }
+
+    /// A session ended with an error.
+    pub fn report_session_error(&self, error: &SessionError) {
+        if let Some(suppressed) = self.session_errors.allow() {
+            tracing::error!(suppressed, "{}: {error}", self.name);
+        }
     }
 
     /// The queue pairs that have been used so far, with their workers.
@@ -261,6 +299,52 @@ impl NetDevice {
         }
         self.placer.update_warnings();
         self.reconcile_dependents();
+        self.check_frontend();
+        if self.frontend.lock().memory.is_lost() {
+            self.conditions.set(
+                &self.name,
+                ConditionKind::MemoryLost,
+                "pages of the guest's memory have vanished, because its file shrank or its file system is full; stop the guest, make space and start it again",
+            );
+        }
+        if self.conditions.has(ConditionKind::Mtu) {
+            self.apply_mtu();
+        }
+    }
+
+    /// Notes whether the front-end's process is stopped: its monitor and its guest are, too.
+    fn check_frontend(&self) {
+        let pid = self.frontend.lock().pid;
+        let kind = ConditionKind::FrontendStopped;
+        match pid {
+            Some(pid) if is_process_stopped(pid) => {
+                let text = format!(
+                    "the front-end (process {pid}) is stopped by a signal; continue it with `kill -CONT {pid}`"
+                );
+                self.conditions.set(&self.name, kind, &text);
+            }
+            _ => self
+                .conditions
+                .clear(&self.name, kind, "the front-end runs again"),
+        }
+    }
+
+    /// Sets the uplink to the MTU that the front-end set, if it did.
+    fn apply_mtu(&self) {
+        let Some(mtu) = self.frontend.lock().mtu else {
+            return;
+        };
+        match self.uplink.set_mtu(mtu) {
+            Ok(()) => self.conditions.clear(
+                &self.name,
+                ConditionKind::Mtu,
+                "the uplink takes the guest's MTU now",
+            ),
+            Err(error) => {
+                let text = format!("the guest's MTU is {mtu}, but {error}");
+                self.conditions.set(&self.name, ConditionKind::Mtu, &text);
+            }
+        }
     }
 
     /// Reconciles what depends on the workers' placement and on the guest's use of queue pairs.
@@ -301,4 +385,12 @@ impl NetDevice {
         let interface = self.uplink.host_interface()?;
         (!workers.is_empty()).then_some(AffinityInput { interface, workers })
     }
+}
+
+/// Whether process `pid` is stopped by a signal or a debugger (proc(5), the state in `stat`).
+fn is_process_stopped(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The state follows the name, which is in parentheses and may contain any character.
+    let state = stat.rsplit_once(')').map(|(_, rest)| rest.trim_start());
+    state.is_some_and(|state| state.starts_with(['T', 't']))
 }

@@ -152,6 +152,8 @@ impl PairService {
                     if !enabled {
                         return Ok(((0, RxEndReason::UplinkEmpty), false));
                     }
+                    // Asked for only while the guest has no buffers.
+                    queue.disable_kicks();
                     let received = queue.receive(&**uplink, RX_FRAMES, RX_BYTES)?;
                     let end = match received.end {
                         RxEndReason::Starved if queue.enable_kicks() => RxEndReason::Budget,

@@ -104,7 +104,13 @@ impl QueuePair {
         }
     }
 
-    /// Wakes the worker, which then checks everything once.
+    /// Quarantines both vrings: their worker panicked outside of their turns.
+    pub(crate) fn quarantine_after_panic(&self) {
+        self.rx.quarantine_after_panic(&format_args!("{self} rx"));
+        self.tx.quarantine_after_panic(&format_args!("{self} tx"));
+    }
+
+    /// Makes the worker check everything once.
     pub fn wake(&self) {
         self.waker.wake();
     }

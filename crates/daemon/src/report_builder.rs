@@ -9,7 +9,9 @@ use virtionet_vhost_user::protocol_features::names as protocol_names;
 use virtionet_virtio_net::DeviceQueue;
 use virtionet_virtio_net::stats::{VringStats, WorkerStats};
 
+use crate::logging;
 use crate::net_device::{NetDevice, ServedPair};
+use crate::panic_policy::contained_panics;
 use crate::vring_slot::VringSlot;
 
 /// All devices of this process, with their configurations.
@@ -20,6 +22,8 @@ impl report::ReportSource for DeviceRegistry {
     fn report(&self) -> report::Report {
         report::Report {
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            log_lines_dropped: logging::dropped_lines(),
+            panics: contained_panics(),
             devices: self
                 .0
                 .iter()
@@ -63,11 +67,7 @@ fn device(config: &DeviceConfig, net_device: &NetDevice) -> report::DeviceReport
             name: net_device.uplink().name(),
         },
         mtu: frontend.mtu,
-        warnings: net_device
-            .warnings()
-            .iter()
-            .map(ToString::to_string)
-            .collect(),
+        warnings: net_device.warnings(),
         advice: net_device.advice(),
         interrupts: net_device.interrupts().report(),
         pairs,

@@ -59,6 +59,12 @@ pub enum RunError {
         /// The cause.
         source: DeviceFailure,
     },
+    /// Threads did not end in time.
+    #[error("ended without waiting any longer for {threads}; something outside holds them up")]
+    Stuck {
+        /// Their names, with commas in between.
+        threads: String,
+    },
     /// A thread panicked.
     #[error("{name}: its thread ended by a panic; please report this as a bug")]
     Panic {
@@ -90,6 +96,7 @@ impl RunError {
             Self::Host { .. } => "host-resources",
             Self::Cpus(error) => error.code(),
             Self::DeviceFailed { source, .. } => source.code(),
+            Self::Stuck { .. } => "thread-stuck",
             Self::Panic { .. } => "thread-panicked",
         }
     }

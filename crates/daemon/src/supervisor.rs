@@ -8,7 +8,13 @@
 //! | `NAME-qK` | one a queue pair | carries frames |
 //! | `sw-NAME` | one a switch with a TAP | carries the host's frames |
 //! | `control` | one, with `--control` | answers HTTP requests |
-//! | `placer` | one | checks, while a front-end is connected, whether workers must move |
+//! | `placer` | one | checks, while a front-end is connected, whether workers belong elsewhere |
+//! | `log` | one | writes log lines |
+//! | `watchdog` | one | bounds writes to eventfds of front-ends |
+//! | `closer` | one, when needed | closes descriptors of front-ends that are not kept |
+//!
+//! At the end every thread is asked to stop. One that does not within 2 s is named in the log, and
+//! the process ends without it.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -25,12 +31,15 @@ use virtionet_placement::PlacementPlanner;
 use virtionet_placement::interrupts::IrqAffinityManager;
 use virtionet_uplink::switch::HostPortForwarder;
 use virtionet_vhost_user::{SessionEnd, SessionError};
+use virtionet_virtqueue::memory::survive_lost_memory;
 
 use crate::advice::Adviser;
+use crate::call_watchdog;
 use crate::frontend_source::FrontendSource;
 use crate::host_cpus::HostCpus;
 use crate::interrupts::Interrupts;
 use crate::net_device::NetDevice;
+use crate::panic_policy::{contain, contain_panics};
 use crate::placement_monitor;
 use crate::placer::Placer;
 use crate::report_builder::DeviceRegistry;
@@ -41,7 +50,15 @@ use crate::worker_pool::WorkerPool;
 /// A session that ends sooner than this is followed by a pause of this length.
 const MIN_SESSION_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Serves the devices of `config` until a signal ends the program.
+/// The same for a session that no front-end of the same configuration could have used.
+const UNUSABLE_SESSION_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How long all threads together may take to end.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
+/// Pause between two checks of whether a thread has ended.
+const JOIN_INTERVAL: Duration = Duration::from_millis(1);
+
+/// Serves the devices of `config` until a signal asks to end.
 ///
 /// # Errors
 /// When something cannot be set up, or the only device cannot continue.
@@ -75,6 +92,8 @@ pub fn run(config: Config) -> Result<(), RunError> {
         Some(path) => Some(ControlServer::start(path, Arc::clone(&devices) as _)?),
         None => None,
     };
+    survive_lost_memory().map_err(host_error("handle signals"))?;
+    call_watchdog::start().map_err(host_error("start the watchdog"))?;
     let stop = eventfd(0, EventfdFlags::CLOEXEC);
     let stop = Arc::new(stop.map_err(|error| host_error("make an eventfd")(error.into()))?);
     let mut helper_threads = start_host_port_forwarders(&uplinks, &stop)?;
@@ -95,13 +114,25 @@ pub fn run(config: Config) -> Result<(), RunError> {
     wait_for_end(&mut signals);
     // The eventfd is never read, so it stays readable for every thread.
     let _ = rustix::io::write(&*stop, &1u64.to_ne_bytes());
-    let ended = join_devices(device_threads);
-    host.pool.stop();
+    let deadline = Instant::now() + SHUTDOWN_TIMEOUT;
+    host.pool.request_stop();
+    let stop_control = std::thread::Builder::new().spawn(move || drop(control));
+    helper_threads.push((
+        "control".into(),
+        stop_control.map_err(host_error("start a thread"))?,
+    ));
+    let mut stuck = Vec::new();
+    let ended = join_devices(device_threads, deadline, &mut stuck);
+    let helpers_ended = join_helpers(helper_threads, deadline, &mut stuck);
+    stuck.extend(host.pool.join(deadline));
+    if !stuck.is_empty() {
+        let threads = stuck.join(", ");
+        return Err(RunError::Stuck { threads });
+    }
     for switch in uplinks.switches() {
         tracing::info!("{switch}");
     }
-    drop(control);
-    ended.and(join_helpers(helper_threads))
+    ended.and(helpers_ended)
 }
 
 /// Returns when a signal requests the end of the program, or when the signals' handle was closed.
@@ -263,35 +294,58 @@ fn start_host_port_forwarders(
         .collect()
 }
 
-/// Waits for all threads. Returns the last error.
-fn join_devices(threads: Vec<DeviceThread>) -> Result<(), RunError> {
+/// Waits until `thread` has ended, or `deadline` has passed; it is then `stuck`.
+fn join<T>(
+    name: &str,
+    thread: JoinHandle<T>,
+    deadline: Instant,
+    stuck: &mut Vec<String>,
+) -> Option<Result<T, RunError>> {
+    while !thread.is_finished() {
+        if Instant::now() >= deadline {
+            stuck.push(name.to_owned());
+            return None;
+        }
+        std::thread::sleep(JOIN_INTERVAL);
+    }
+    let name = name.to_owned();
+    Some(thread.join().map_err(|_| RunError::Panic { name }))
+}
+
+/// Waits for all devices' threads; the result is the last error.
+fn join_devices(
+    threads: Vec<DeviceThread>,
+    deadline: Instant,
+    stuck: &mut Vec<String>,
+) -> Result<(), RunError> {
     let mut result = Ok(());
-    for (name, thread) in threads {
-        match thread.join() {
-            Ok(Ok(())) => {}
-            Ok(Err(source)) => {
-                let device = name;
-                result = Err(RunError::DeviceFailed { device, source });
-            }
-            Err(_) => result = Err(RunError::Panic { name }),
+    for (device, thread) in threads {
+        match join(&device, thread, deadline, stuck) {
+            None | Some(Ok(Ok(()))) => {}
+            Some(Ok(Err(source))) => result = Err(RunError::DeviceFailed { device, source }),
+            Some(Err(panic)) => result = Err(panic),
         }
     }
     result
 }
 
-fn join_helpers(threads: Vec<HelperThread>) -> Result<(), RunError> {
+fn join_helpers(
+    threads: Vec<HelperThread>,
+    deadline: Instant,
+    stuck: &mut Vec<String>,
+) -> Result<(), RunError> {
     let mut result = Ok(());
     for (name, thread) in threads {
-        if thread.join().is_err() {
-            result = Err(RunError::Panic { name });
+        if let Some(Err(panic)) = join(&name, thread, deadline, stuck) {
+            result = Err(panic);
         }
     }
     result
 }
 
-/// The main function of a device's thread: serves one front-end after the other, until no further
-/// one can come. A front-end that fails ends only its own session. The program ends only if no
-/// later front-end can succeed and there is no other device.
+/// A device's thread: serves one front-end after the other, until there will be none. A front-end
+/// that fails costs its own session, and so does a panic. The program ends only if no other
+/// front-end can come and there is no other device.
 ///
 /// # Errors
 /// When the device cannot continue.
@@ -309,30 +363,41 @@ fn serve_device(
         }
         Err(failure)
     };
+    contain_panics();
     loop {
-        let stream = match source.next(stop) {
+        let stream = match source.next(stop, |reason| net_device.report_unconnected(reason)) {
             Ok(Some(stream)) => stream,
             Ok(None) => return Ok(()),
             Err(error) => return fail(error.into()),
         };
+        net_device.report_connected();
         let started_at = Instant::now();
-        match virtionet_vhost_user::serve(stream, net_device, stop) {
-            Ok(SessionEnd::Disconnected) => {}
-            Ok(SessionEnd::Stopped) => return Ok(()),
-            Err(error @ SessionError::NotShared) if is_only_device => return fail(error.into()),
-            Err(error) => tracing::error!("{}: {error}", net_device.name()),
+        let others = source.others();
+        let mut interval = MIN_SESSION_INTERVAL;
+        match contain(|| virtionet_vhost_user::serve(stream, net_device, stop, others)) {
+            Ok(Ok(SessionEnd::Disconnected)) => {}
+            Ok(Ok(SessionEnd::Stopped)) => return Ok(()),
+            Ok(Err(error @ SessionError::NotShared)) => {
+                if is_only_device && source.is_finished() {
+                    return fail(error.into());
+                }
+                net_device.report_memory_not_shared(&error);
+                interval = UNUSABLE_SESSION_INTERVAL;
+            }
+            Ok(Err(error)) => net_device.report_session_error(&error),
+            Err(panic) => tracing::error!("{}: the session ended: {panic}", net_device.name()),
         }
-        if started_at.elapsed() < MIN_SESSION_INTERVAL && pause(stop) {
+        let elapsed = started_at.elapsed();
+        if elapsed < interval && pause(stop, interval - elapsed) {
             return Ok(());
         }
     }
 }
 
-/// Waits a moment before the next front-end, because one that is refused may connect again at once
-/// and repeatedly, as QEMU does when it needs too many queue pairs. Returns true when `stop` is
-/// readable.
-fn pause(stop: BorrowedFd<'_>) -> bool {
+/// Waits before the next front-end: one that is refused may come again at once, and without end
+/// (QEMU does when it asks for too many queue pairs). True when `stop` is readable.
+fn pause(stop: BorrowedFd<'_>, time: Duration) -> bool {
     let mut fds = [PollFd::from_borrowed_fd(stop, PollFlags::IN)];
-    let timeout = Timespec::try_from(MIN_SESSION_INTERVAL).ok();
+    let timeout = Timespec::try_from(time).ok();
     matches!(poll(&mut fds, timeout.as_ref()), Ok(ready) if ready > 0)
 }

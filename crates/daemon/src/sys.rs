@@ -1,6 +1,8 @@
-//! The functions that need `unsafe`: a setting of the C library's allocator, and the CPU's
-//! time-stamp counter.
+//! What needs `unsafe`: a setting of the C library's allocator, the CPU's time-stamp counter, and the
+//! signal that interrupts a blocked write.
 #![allow(unsafe_code)]
+
+use std::io;
 
 /// Reads the CPU's time-stamp counter, by which work is measured. A read costs a few dozen cycles.
 /// The counter runs at a constant rate on every CPU that can run guests.
@@ -28,5 +30,59 @@ pub fn limit_malloc_arenas() {
     #[cfg(target_env = "gnu")]
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
+/// The signal that interrupts a blocked write. Nothing else in this process uses it.
+const INTERRUPT: libc::c_int = libc::SIGUSR2;
+
+/// Installs a handler for [`interrupt_thread`]'s signal that does nothing, and after which system
+/// calls are not restarted.
+///
+/// # Errors
+/// When the kernel refuses it.
+pub fn install_interrupt_handler() -> io::Result<()> {
+    extern "C" fn ignore(_signal: libc::c_int) {}
+    // SAFETY: a zeroed `sigaction` is valid: no flags, an empty mask.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = ignore as extern "C" fn(libc::c_int) as libc::sighandler_t;
+    // SAFETY: `action` outlives the call, and its handler only returns.
+    match unsafe { libc::sigaction(INTERRUPT, &raw const action, std::ptr::null_mut()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Interrupts the system call in which thread `tid` of this process sleeps, if it does.
+pub fn interrupt_thread(tid: i32) {
+    // SAFETY: takes three integers; a thread that is gone gives an error, which does not matter.
+    unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, INTERRUPT) };
+}
+
+/// Memory barriers that one thread issues on behalf of all threads of this process (membarrier(2)).
+#[derive(Debug)]
+pub struct ProcessBarrier(());
+
+impl ProcessBarrier {
+    // linux/membarrier.h
+    const PRIVATE_EXPEDITED: libc::c_int = 1 << 3;
+    const REGISTER_PRIVATE_EXPEDITED: libc::c_int = 1 << 4;
+
+    /// Registers this process; `None` where the kernel does not have these barriers.
+    #[must_use]
+    pub fn new() -> Option<Self> {
+        Self::call(Self::REGISTER_PRIVATE_EXPEDITED).then_some(Self(()))
+    }
+
+    /// Makes each thread that runs pass a full barrier before this returns. False when the kernel
+    /// refuses.
+    #[must_use]
+    pub fn issue(&self) -> bool {
+        Self::call(Self::PRIVATE_EXPEDITED)
+    }
+
+    fn call(command: libc::c_int) -> bool {
+        // SAFETY: takes three integers.
+        unsafe { libc::syscall(libc::SYS_membarrier, command, 0, 0) == 0 }
     }
 }

@@ -8,18 +8,21 @@
 //! that other threads read without waiting (state, size) are published in atomics at each change.
 
 use std::fmt::Display;
-use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 
 use parking_lot::{Mutex, MutexGuard};
+use virtionet_base::RateLimiter;
 use virtionet_vhost_user::{InvalidTransition, VringEvent, VringState};
 use virtionet_virtio_net::stats::VringStats;
 use virtionet_virtio_net::uplink::TxFrame;
 use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue};
-use virtionet_virtqueue::memory::GuestMemory;
+use virtionet_virtqueue::memory::{GuestMemory, LossWatch};
 use virtionet_virtqueue::{VirtqueueError, VirtqueueFault};
+
+use crate::notifier::{Notifier, deferring};
+use crate::panic_policy::{Panicked, contain};
 
 /// The file descriptors of a vring.
 #[derive(Debug, Clone, Default)]
@@ -36,7 +39,41 @@ pub struct VringFds {
 #[derive(Debug)]
 struct StartedVring<Q> {
     queue: Q,
-    fds: VringFds,
+    kick: Option<Arc<OwnedFd>>,
+    call: Option<Arc<Notifier>>,
+    err: Option<Arc<Notifier>>,
+    losses: LossWatch,
+}
+
+/// Why a vring is quarantined.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum QuarantineCause {
+    /// The guest's fault.
+    #[error("the guest broke the ring: {0}")]
+    Guest(#[from] VirtqueueFault),
+    /// The front-end's fault, or its host's.
+    #[error(
+        "pages of the guest's memory have vanished, because its file shrank or its file system is full"
+    )]
+    MemoryLost,
+    /// A bug of this program.
+    #[error("{0}")]
+    Panic(#[from] Panicked),
+}
+
+/// What a turn did, and whom to notify of it once the vring is unlocked.
+#[derive(Debug)]
+enum Turn<T> {
+    /// The vring does not run.
+    Skipped,
+    Done {
+        outcome: T,
+        call: Option<Arc<Notifier>>,
+    },
+    Quarantined {
+        cause: QuarantineCause,
+        err: Option<Arc<Notifier>>,
+    },
 }
 
 /// The state that the lock protects.
@@ -65,6 +102,8 @@ pub struct VringSlot<Q> {
     state: AtomicU8,
     size: AtomicU16,
     stats: Arc<VringStats>,
+    /// A guest can start the vring and break it again without end.
+    quarantine_lines: RateLimiter,
 }
 
 impl<Q: DeviceQueue> Default for VringSlot<Q> {
@@ -78,6 +117,7 @@ impl<Q: DeviceQueue> Default for VringSlot<Q> {
             state: AtomicU8::new(VringState::Stopped.to_number()),
             size: AtomicU16::new(0),
             stats: Arc::default(),
+            quarantine_lines: RateLimiter::new(),
         }
     }
 }
@@ -117,15 +157,29 @@ impl<Q: DeviceQueue> VringSlot<Q> {
         let state = contents.state.after(VringEvent::Start)?;
         let mut queue = Q::new(config)?;
         queue.disable_kicks();
-        let vring = StartedVring { queue, fds };
-        vring.call(&self.stats);
-        contents.vring = Some(vring);
+        let call = self.notifier(fds.call);
+        contents.vring = Some(StartedVring {
+            queue,
+            kick: fds.kick,
+            call: call.clone(),
+            err: self.notifier(fds.err),
+            losses: LossWatch::default(),
+        });
         self.set_state(&mut contents, state);
+        drop(contents);
+        if let Some(call) = call {
+            call.call();
+        }
         Ok(())
     }
 
-    /// Stops the vring. The device writes nothing to guest memory after this returns. Returns
-    /// `None` when the vring was stopped already.
+    fn notifier(&self, fd: Option<Arc<OwnedFd>>) -> Option<Arc<Notifier>> {
+        let stats = Arc::clone(&self.stats);
+        fd.map(|fd| Arc::new(Notifier::new(fd, stats)))
+    }
+
+    /// Stops the vring. After this nothing is written to guest memory. `None` when it was stopped
+    /// already.
     pub fn stop(&self) -> Option<StoppedVring> {
         self.release(&mut self.contents.lock(), VringEvent::Stop)
     }
@@ -137,7 +191,7 @@ impl<Q: DeviceQueue> VringSlot<Q> {
         self.set_state(contents, state);
         Some(StoppedVring {
             base: vring.queue.rewind(),
-            kick: vring.fds.kick,
+            kick: vring.kick,
         })
     }
 
@@ -172,130 +226,162 @@ impl<Q: DeviceQueue> VringSlot<Q> {
     pub fn replace_kick(&self, kick: Option<Arc<OwnedFd>>) -> Option<Arc<OwnedFd>> {
         let mut contents = self.contents.lock();
         let vring = contents.vring.as_mut()?;
-        std::mem::replace(&mut vring.fds.kick, kick)
+        std::mem::replace(&mut vring.kick, kick)
     }
 
     /// Replaces the call descriptor of a started vring and signals the new one, because the last
     /// call may have gone to the old one.
     pub fn set_call(&self, call: Option<Arc<OwnedFd>>) {
-        if let Some(vring) = self.contents.lock().vring.as_mut() {
-            vring.fds.call = call;
-            vring.call(&self.stats);
+        let call = self.notifier(call);
+        match self.contents.lock().vring.as_mut() {
+            Some(vring) => vring.call.clone_from(&call),
+            None => return,
+        }
+        if let Some(call) = call {
+            call.call();
         }
     }
 
     /// Replaces the err descriptor of a started vring.
     pub fn set_err(&self, err: Option<Arc<OwnedFd>>) {
         if let Some(vring) = self.contents.lock().vring.as_mut() {
-            vring.fds.err = err;
+            vring.err = self.notifier(err);
         }
     }
 
-    /// Runs a turn of the worker: calls `work` on the virtqueue if the vring runs. `work` returns,
-    /// beside its result, whether the driver wants an interrupt. Returns `None` when the vring does
-    /// not run, or was quarantined during the turn; the fault is then in the log and in the
-    /// counters.
+    /// Gives the worker its turn: calls `work` on the virtqueue if the vring runs. `work` returns,
+    /// beside its result, whether the driver wants an interrupt. `None` when the vring does not
+    /// run, or no longer: the cause is then in the log and in the counters.
+    ///
+    /// The driver is interrupted after the vring is unlocked, and so are those of other vrings to
+    /// which `work` pushed frames.
     pub fn process<T>(
         &self,
         name: &dyn Display,
         work: impl FnOnce(&mut Q, bool) -> Result<(T, bool), VirtqueueFault>,
     ) -> Option<T> {
+        let turn = deferring(|| {
+            let mut contents = self.contents.lock();
+            let turn = self.process_locked(&mut contents, work);
+            MutexGuard::unlock_fair(contents);
+            turn
+        });
+        self.notify(name, turn)
+    }
+
+    /// Quarantines the vring, if it runs, because its worker panicked.
+    pub fn quarantine_after_panic(&self, name: &dyn Display) {
         let mut contents = self.contents.lock();
-        let done = self.process_locked(&mut contents, name, work);
-        MutexGuard::unlock_fair(contents);
-        done
+        if contents.state != VringState::Running {
+            return;
+        }
+        let turn: Turn<()> = self.quarantine(&mut contents, QuarantineCause::Panic(Panicked));
+        drop(contents);
+        self.notify(name, turn);
     }
 
     fn process_locked<T>(
         &self,
         contents: &mut Contents<Q>,
-        name: &dyn Display,
         work: impl FnOnce(&mut Q, bool) -> Result<(T, bool), VirtqueueFault>,
-    ) -> Option<T> {
+    ) -> Turn<T> {
         if contents.state != VringState::Running {
-            return None;
+            return Turn::Skipped;
         }
-        let vring = contents.vring.as_mut()?;
-        match work(&mut vring.queue, self.is_enabled()) {
-            Ok((done, call)) => {
-                if call {
-                    vring.call(&self.stats);
-                }
-                Some(done)
+        let Some(vring) = contents.vring.as_mut() else {
+            return Turn::Skipped;
+        };
+        let (queue, is_enabled) = (&mut vring.queue, self.is_enabled());
+        // A panic in one vring's code must not end the thread, which serves others as well.
+        let cause = match contain(|| work(queue, is_enabled)) {
+            Ok(_) if vring.losses.has_changed() && vring.queue.memory().is_lost() => {
+                QuarantineCause::MemoryLost
             }
-            Err(fault) => {
-                self.quarantine(contents, fault, name);
+            Ok(Ok((outcome, should_call))) => {
+                let call = vring.call.as_ref().filter(|_| should_call);
+                return Turn::Done {
+                    outcome,
+                    call: call.cloned(),
+                };
+            }
+            Ok(Err(fault)) => fault.into(),
+            Err(panic) => panic.into(),
+        };
+        self.quarantine(contents, cause)
+    }
+
+    /// Happens at most once a start.
+    fn quarantine<T>(&self, contents: &mut Contents<Q>, cause: QuarantineCause) -> Turn<T> {
+        if let Ok(state) = contents.state.after(VringEvent::Fault) {
+            self.set_state(contents, state);
+        }
+        self.stats.quarantines.add(1);
+        match cause {
+            QuarantineCause::Guest(VirtqueueFault::AvailIndexJump { .. }) => {
+                self.stats.avail_index_jump.add(1);
+            }
+            QuarantineCause::Guest(VirtqueueFault::HeadOutOfRange { .. }) => {
+                self.stats.head_out_of_range.add(1);
+            }
+            QuarantineCause::Guest(VirtqueueFault::ChainWithoutEnd { .. }) => {
+                self.stats.chain_without_end.add(1);
+            }
+            QuarantineCause::MemoryLost => self.stats.memory_lost.add(1),
+            QuarantineCause::Panic(Panicked) => self.stats.panics.add(1),
+        }
+        let vring = contents.vring.as_ref();
+        let err = vring.and_then(|vring| vring.err.clone());
+        Turn::Quarantined { cause, err }
+    }
+
+    /// Notifies whom a turn concerns. The vring is unlocked.
+    #[inline]
+    fn notify<T>(&self, name: &dyn Display, turn: Turn<T>) -> Option<T> {
+        match turn {
+            Turn::Skipped => None,
+            Turn::Done { outcome, call } => {
+                if let Some(call) = call {
+                    call.call_after_turn();
+                }
+                Some(outcome)
+            }
+            Turn::Quarantined { cause, err } => {
+                if let Some(suppressed) = self.quarantine_lines.allow() {
+                    tracing::warn!(
+                        suppressed,
+                        "{name}: {cause}; it is stopped until the guest's driver starts it again"
+                    );
+                }
+                if let Some(err) = err {
+                    err.signal_error();
+                }
                 None
             }
         }
     }
-
-    /// Quarantines the vring. This happens at most once after each start, so its line cannot flood
-    /// the log.
-    fn quarantine(&self, contents: &mut Contents<Q>, fault: VirtqueueFault, name: &dyn Display) {
-        match contents.state.after(VringEvent::Fault) {
-            Ok(state) => self.set_state(contents, state),
-            Err(error) => tracing::error!("{name}: {error}"),
-        }
-        self.stats.quarantines.add(1);
-        match fault {
-            VirtqueueFault::AvailIndexJump { .. } => self.stats.avail_index_jump.add(1),
-            VirtqueueFault::HeadOutOfRange { .. } => self.stats.head_out_of_range.add(1),
-            VirtqueueFault::ChainWithoutEnd { .. } => self.stats.chain_without_end.add(1),
-        }
-        if let Some(err) = contents
-            .vring
-            .as_ref()
-            .and_then(|vring| vring.fds.err.as_ref())
-        {
-            // If the front-end does not read the err descriptor, the counters and the log still
-            // report the fault.
-            let _ = signal(err);
-        }
-        tracing::warn!(
-            "{name}: the guest broke the ring ({fault}); it is stopped until the guest's driver starts it again"
-        );
-    }
 }
 
 impl VringSlot<RxQueue> {
-    /// Pushes `frames` to the guest, or drops and counts them. Returns false when the vring does
-    /// not run.
+    /// Gives `frames` to the guest, or drops and counts them; false when the vring does not run.
+    /// The driver is interrupted at the end of the calling thread's turn.
     pub fn push(&self, name: &dyn Display, frames: &[TxFrame<'_>]) -> bool {
         let mut contents = self.contents.lock();
         let mut was_tried = false;
-        let pushed = self.process_locked(&mut contents, name, |queue, enabled| {
+        let turn = self.process_locked(&mut contents, |queue, enabled| {
             was_tried = enabled;
             match enabled {
                 true => queue.push(frames).map(|pushed| ((), pushed.should_call)),
                 false => Ok(((), false)),
             }
         });
-        // The queue counts the frames that it drops.
+        MutexGuard::unlock_fair(contents);
+        // The queue itself counts what it drops.
         if !was_tried {
             let count = u64::try_from(frames.len()).unwrap_or(u64::MAX);
             self.stats.dropped_disabled.add(count);
         }
-        MutexGuard::unlock_fair(contents);
-        pushed.is_some()
+        self.notify(name, turn).is_some()
     }
-}
-
-impl<Q> StartedVring<Q> {
-    /// Interrupts the driver, if the front-end sent a call descriptor.
-    fn call(&self, stats: &VringStats) {
-        let Some(call) = &self.fds.call else { return };
-        match signal(call) {
-            Ok(()) => stats.calls.add(1),
-            Err(_) => stats.calls_failed.add(1),
-        }
-    }
-}
-
-/// Adds 1 to an eventfd. It does not block: the session made the descriptor non-blocking.
-fn signal(fd: &OwnedFd) -> io::Result<()> {
-    rustix::io::write(fd, &1u64.to_ne_bytes())?;
-    Ok(())
 }
 
 /// Why a vring cannot start.

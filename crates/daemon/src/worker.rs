@@ -26,6 +26,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::busy_poll::BusyPoll;
 use crate::pair_service::PairService;
+use crate::panic_policy::{contain, contain_panics};
 use crate::queue_pair::QueuePair;
 use crate::sys::read_cycles;
 use crate::waker::Waker;
@@ -40,6 +41,12 @@ const MAX_EVENTS: usize = 4;
 
 /// Cycles that a yield takes at most when no other thread wants the CPU.
 const MAX_UNCONTENDED_YIELD_CYCLES: u64 = 1500;
+
+/// Pause between two checks of whether the thread has ended.
+const JOIN_INTERVAL: Duration = Duration::from_millis(1);
+
+/// Pause after a panic, so that one that repeats does not use up the CPU.
+const PANIC_PAUSE: Duration = Duration::from_millis(100);
 
 /// Polls of the vrings after which the worker also checks epoll.
 const POLLS_PER_EPOLL_WAIT: u32 = 64;
@@ -194,9 +201,30 @@ impl Worker {
         }
     }
 
+    /// Waits until the thread has ended, or `deadline` has passed; false in that case. To be called
+    /// after [`Worker::request_stop`].
+    pub fn join_until(&self, deadline: Instant) -> bool {
+        let is_running = || {
+            // A thread that holds the lock waits for the worker itself.
+            self.thread
+                .try_lock()
+                .is_none_or(|thread| thread.as_ref().is_some_and(|t| !t.handle.is_finished()))
+        };
+        while is_running() {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::sleep(JOIN_INTERVAL);
+        }
+        self.join();
+        true
+    }
+
     /// Waits until the thread has ended; to be called after [`Worker::request_stop`].
     pub fn join(&self) {
-        let Some(thread) = self.thread.lock().take() else {
+        // Taken out first, so that others that look at the thread do not wait.
+        let taken = self.thread.lock().take();
+        let Some(thread) = taken else {
             return;
         };
         if thread.handle.join().is_err() {
@@ -246,8 +274,19 @@ impl EventLoop {
         }
     }
 
-    /// Serves the queue pairs until it is asked to stop.
+    /// Serves the queue pairs until it is asked to stop. The code of one vring that panics is
+    /// caught in its turn; what panics outside of all turns costs the worker's queue pairs.
     fn run(mut self) {
+        contain_panics();
+        while contain(|| self.run_until_stopped()).is_err() {
+            for pair in &self.pairs {
+                pair.pair().quarantine_after_panic();
+            }
+            std::thread::sleep(PANIC_PAUSE);
+        }
+    }
+
+    fn run_until_stopped(&mut self) {
         self.worker.placement.place_this_thread();
         self.poll.set_permitted(self.worker.placement.may_poll());
         while !self.stop.load(Ordering::Acquire) {

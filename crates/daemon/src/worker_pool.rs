@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
 use parking_lot::Mutex;
 use virtionet_config::PollMode;
@@ -39,10 +40,22 @@ impl WorkerPool {
             .retain(|other| !Arc::ptr_eq(other, worker));
     }
 
-    /// Stops all workers and waits until they have ended.
-    pub fn stop(&self) {
-        let workers = self.workers.lock();
+    /// Asks all workers to end.
+    pub fn request_stop(&self) {
+        let workers = self.workers.lock().clone();
         workers.iter().for_each(|worker| worker.request_stop());
-        workers.iter().for_each(|worker| worker.join());
+    }
+
+    /// Waits until all workers have ended, or `deadline` has passed. The result names those that
+    /// have not. To be called after [`WorkerPool::request_stop`].
+    pub fn join(&self, deadline: Instant) -> Vec<String> {
+        let workers = self.workers.lock().clone();
+        let mut stuck = Vec::new();
+        for worker in workers {
+            if !worker.join_until(deadline) {
+                stuck.push(worker.name().to_owned());
+            }
+        }
+        stuck
     }
 }

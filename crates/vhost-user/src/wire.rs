@@ -431,13 +431,13 @@ mod tests {
         let (front_end, stream) = RawFrontEnd::pair();
         let fd = eventfd(0);
         let whole = encode_message(12, 1, &[0; 8]);
-        peer.send(&encode_message(1, 1, &[]), &[]);
-        peer.send(&whole[..1], &[fd.as_fd()]);
-        peer.send(&whole[1..], &[]);
+        front_end.send(&encode_message(1, 1, &[]), &[]);
+        front_end.send(&whole[..1], &[fd.as_fd()]);
+        front_end.send(&whole[1..], &[]);
         // Descriptors on the payload's first byte belong to the message as well.
-        peer.send(&whole[..12], &[]);
-        peer.send(&whole[12..], &[fd.as_fd(), fd.as_fd()]);
-        peer.send(&encode_message(3, 1, &[]), &[]);
+        front_end.send(&whole[..12], &[]);
+        front_end.send(&whole[12..], &[fd.as_fd(), fd.as_fd()]);
+        front_end.send(&encode_message(3, 1, &[]), &[]);
         let channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
         for want in [0, 1, 2, 0] {
             let Incoming::Message(message) = channel.receive().unwrap() else {
@@ -452,8 +452,8 @@ mod tests {
         let (_stop, stopped) = stop_pair();
         let fd = eventfd(0);
         for (count, good) in [(32, true), (33, false), (200, false)] {
-            let (peer, stream) = RawFrontEnd::pair();
-            peer.send(&encode_message(3, 1, &[]), &vec![fd.as_fd(); count]);
+            let (front_end, stream) = RawFrontEnd::pair();
+            front_end.send(&encode_message(3, 1, &[]), &vec![fd.as_fd(); count]);
             let channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
             match channel.receive() {
                 Ok(Incoming::Message(message)) => assert!(good && message.fds.len() == 32),
@@ -468,9 +468,9 @@ mod tests {
         let (_stop, stopped) = stop_pair();
         let bytes = encode_message(8, 1, &[7; 8]);
         for len in 0..bytes.len() {
-            let (peer, stream) = RawFrontEnd::pair();
-            peer.send(&bytes[..len], &[]);
-            drop(peer);
+            let (front_end, stream) = RawFrontEnd::pair();
+            front_end.send(&bytes[..len], &[]);
+            drop(front_end);
             let channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
             match channel.receive() {
                 Ok(Incoming::Closed) => assert_eq!(len, 0),
@@ -516,8 +516,8 @@ mod tests {
     #[test]
     fn a_message_that_is_begun_and_not_completed_times_out() {
         let (_stop, stopped) = stop_pair();
-        let (peer, stream) = RawFrontEnd::pair();
-        peer.send(&encode_message(8, 1, &[7; 8])[..12], &[]);
+        let (front_end, stream) = RawFrontEnd::pair();
+        front_end.send(&encode_message(8, 1, &[7; 8])[..12], &[]);
         let channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
         let begin = Instant::now();
         let error = channel.receive().unwrap_err();
@@ -531,7 +531,7 @@ mod tests {
     #[test]
     fn a_reply_that_is_not_taken_times_out() {
         let (_stop, stopped) = stop_pair();
-        let (_peer, stream) = RawFrontEnd::pair();
+        let (_front_end, stream) = RawFrontEnd::pair();
         let channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
         let reply = Reply {
             code: 1,
@@ -563,13 +563,13 @@ mod tests {
         let others = Others(eventfd(0), Default::default());
         rustix::io::write(&others.0, &1u64.to_ne_bytes()).unwrap();
         let refused = |others: &Others| others.1.load(std::sync::atomic::Ordering::Relaxed);
-        let (peer, stream) = RawFrontEnd::pair();
-        peer.send(&encode_message(1, 1, &[]), &[]);
+        let (front_end, stream) = RawFrontEnd::pair();
+        front_end.send(&encode_message(1, 1, &[]), &[]);
         let channel = Channel::new(stream, stopped.as_fd(), Some(&others)).unwrap();
         assert!(matches!(channel.receive().unwrap(), Incoming::Message(_)));
         assert_eq!(refused(&others), 1);
         // Another comes after the first has gone.
-        drop(peer);
+        drop(front_end);
         rustix::io::write(&others.0, &1u64.to_ne_bytes()).unwrap();
         assert!(matches!(channel.receive().unwrap(), Incoming::Closed));
         assert_eq!(refused(&others), 1);

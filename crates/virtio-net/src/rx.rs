@@ -344,6 +344,10 @@ impl DeviceQueue for RxQueue {
         self.queue.virtqueue.size()
     }
 
+    fn memory(&self) -> &GuestMemory {
+        self.queue.burst.memory()
+    }
+
     fn rewind(&mut self) -> u32 {
         self.capacity = 0;
         self.queue.rewind()

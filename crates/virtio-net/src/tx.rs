@@ -115,6 +115,10 @@ impl DeviceQueue for TxQueue {
         self.0.virtqueue.size()
     }
 
+    fn memory(&self) -> &GuestMemory {
+        self.0.burst.memory()
+    }
+
     fn rewind(&mut self) -> u32 {
         self.0.rewind()
     }

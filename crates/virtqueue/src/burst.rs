@@ -52,6 +52,12 @@ impl Burst {
         }
     }
 
+    /// The memory that the chains refer to.
+    #[must_use]
+    pub fn memory(&self) -> &GuestMemory {
+        self.segments.memory()
+    }
+
     /// The number of descriptors read since the last [`Burst::reset_descriptors_read`], those of
     /// faulty chains included. It measures the work that the guest caused.
     #[inline(always)]

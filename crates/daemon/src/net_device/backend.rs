@@ -9,6 +9,7 @@ use virtionet_virtio_net::{DeviceQueue, QueueConfig};
 use virtionet_virtqueue::memory::GuestMemory;
 
 use super::{FrontendState, NetDevice, ServedPair};
+use crate::conditions::ConditionKind;
 use crate::vring_slot::{StoppedVring, VringFds, VringSlot, VringStartError};
 use crate::worker_event::PairEvent;
 
@@ -149,6 +150,11 @@ impl Backend for NetDevice {
             });
         }
         self.frontend.lock().has_started_vring = true;
+        self.conditions.clear(
+            &self.name,
+            ConditionKind::MemoryNotShared,
+            "the guest's memory is shared now",
+        );
         self.apply_vring_state(served, role);
         Ok(())
     }
@@ -196,14 +202,11 @@ impl Backend for NetDevice {
         }
     }
 
+    /// A device whose uplink does not take the MTU still carries smaller frames, so this never
+    /// fails: it is a condition until the uplink takes it.
     fn set_mtu(&self, mtu: u16) -> Result<(), BackendError> {
-        self.uplink
-            .set_mtu(mtu)
-            .map_err(|source| BackendError::Mtu {
-                mtu,
-                source: source.into(),
-            })?;
         self.frontend.lock().mtu = Some(mtu);
+        self.apply_mtu();
         Ok(())
     }
 
@@ -219,6 +222,7 @@ impl Backend for NetDevice {
         }
         self.interrupts.release();
         self.adviser.reset();
+        self.conditions.clear_connection();
         let frontend = std::mem::take(&mut *self.frontend.lock());
         self.connection_log.report_disconnect(
             &self.name,

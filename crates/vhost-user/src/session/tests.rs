@@ -676,8 +676,8 @@ fn a_request_that_waits_for_its_own_reply_is_refused_or_ends_the_session() {
         })
         .unwrap();
         let error = session(&RecordingBackend::default(), |front_end| {
-            front_end.peer.send_request(code.into(), &[], &[]);
-            let read = std::io::Read::read(&mut &front_end.peer.0, &mut [0]);
+            front_end.raw.send_request(code.into(), &[], &[]);
+            let read = std::io::Read::read(&mut &front_end.raw.0, &mut [0]);
             assert_eq!(read.unwrap(), 0, "the connection is closed");
         })
         .unwrap_err();

@@ -78,8 +78,8 @@ pub fn session(
     let (front_end_socket, back_end_socket) = UnixStream::pair().unwrap();
     let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
     std::thread::scope(|scope| {
-        scope.spawn(move || peer(near));
-        serve(far, device, stop.as_fd(), None)
+        scope.spawn(move || front_end(front_end_socket));
+        serve(back_end_socket, device, stop.as_fd(), None)
     })
 }
 
