@@ -21,6 +21,8 @@ pub enum ConditionKind {
     Uplink,
     /// A page of the guest's memory is gone.
     MemoryLost,
+    /// The guest uses memory that is not shared.
+    AddressesInvalid,
 }
 
 /// The conditions of one device.
@@ -59,9 +61,10 @@ impl Conditions {
     /// Leaves all conditions that end with the front-end's connection.
     pub fn clear_connection(&self) {
         self.current.lock().retain(|kind, _| match kind {
-            ConditionKind::FrontendStopped | ConditionKind::Mtu | ConditionKind::MemoryLost => {
-                false
-            }
+            ConditionKind::FrontendStopped
+            | ConditionKind::Mtu
+            | ConditionKind::MemoryLost
+            | ConditionKind::AddressesInvalid => false,
             ConditionKind::Unconnected | ConditionKind::MemoryNotShared | ConditionKind::Uplink => {
                 true
             }

@@ -5,6 +5,7 @@ mod backend;
 mod connection_log;
 
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
@@ -44,6 +45,8 @@ pub struct NetDevice {
     interrupts: Interrupts,
     adviser: Adviser,
     conditions: Conditions,
+    /// The sum of the vrings' counters `address_invalid` at the last check.
+    invalid_addresses: AtomicU64,
     /// Of log lines about sessions that ended with an error: a front-end may come again at once.
     session_errors: RateLimiter,
 }
@@ -105,6 +108,7 @@ impl NetDevice {
             interrupts: Interrupts::off(name),
             adviser: Adviser::new(name, None, None),
             conditions: Conditions::default(),
+            invalid_addresses: AtomicU64::new(0),
             session_errors: RateLimiter::new(),
         }
     }
@@ -300,6 +304,7 @@ impl NetDevice {
         self.placer.update_warnings();
         self.reconcile_dependents();
         self.check_frontend();
+        self.check_addresses();
         if self.frontend.lock().memory.is_lost() {
             self.conditions.set(
                 &self.name,
@@ -326,6 +331,24 @@ impl NetDevice {
             _ => self
                 .conditions
                 .clear(&self.name, kind, "the front-end runs again"),
+        }
+    }
+
+    /// Notes that the guest uses memory that the front-end has not shared: a DIMM that was plugged
+    /// in without `share=on`, as a rule.
+    fn check_addresses(&self) {
+        let count = self
+            .pairs()
+            .flat_map(|served| [served.pair.rx().stats(), served.pair.tx().stats()])
+            .map(|stats| stats.address_invalid.get())
+            .sum();
+        let before = self.invalid_addresses.swap(count, Ordering::Relaxed);
+        if count > before {
+            let text = format!(
+                "the guest uses memory that is not shared with virtionetd ({count} chains dropped so far); if memory was plugged in, plug it in with share=on"
+            );
+            self.conditions
+                .set(&self.name, ConditionKind::AddressesInvalid, &text);
         }
     }
 

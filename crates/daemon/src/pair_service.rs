@@ -80,6 +80,18 @@ impl PairService {
         self.starved = false;
     }
 
+    /// Whether a vring has no kick descriptor, so that it must be polled from time to time.
+    #[must_use]
+    pub fn must_be_polled(&self) -> bool {
+        self.pair.tx().must_be_polled() || self.pair.rx().must_be_polled()
+    }
+
+    /// Notes that the vrings without a kick descriptor may have new chains.
+    pub fn poll_without_kick(&mut self) {
+        self.tx_ready |= self.pair.tx().must_be_polled();
+        self.starved &= !self.pair.rx().must_be_polled();
+    }
+
     /// Makes the next pass poll the transmitq.
     #[inline]
     pub fn poll_tx(&mut self) {

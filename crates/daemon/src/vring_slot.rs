@@ -98,6 +98,8 @@ pub struct StoppedVring {
 pub struct VringSlot<Q> {
     contents: Mutex<Contents<Q>>,
     enabled: AtomicBool,
+    /// The started vring has a kick descriptor.
+    has_kick: AtomicBool,
     /// [`VringState::to_number`] of the state.
     state: AtomicU8,
     size: AtomicU16,
@@ -114,6 +116,7 @@ impl<Q: DeviceQueue> Default for VringSlot<Q> {
                 vring: None,
             }),
             enabled: AtomicBool::new(false),
+            has_kick: AtomicBool::new(true),
             state: AtomicU8::new(VringState::Stopped.to_number()),
             size: AtomicU16::new(0),
             stats: Arc::default(),
@@ -135,6 +138,12 @@ impl<Q: DeviceQueue> VringSlot<Q> {
         VringState::from_number(self.state.load(Ordering::Relaxed))
     }
 
+    /// Whether the vring runs and the front-end gave no kick descriptor, so that it must be polled.
+    #[must_use]
+    pub fn must_be_polled(&self) -> bool {
+        !self.has_kick.load(Ordering::Relaxed) && self.state() == VringState::Running
+    }
+
     /// Whether the front-end has enabled the vring.
     #[must_use]
     pub fn is_enabled(&self) -> bool {
@@ -152,11 +161,19 @@ impl<Q: DeviceQueue> VringSlot<Q> {
     ///
     /// # Errors
     /// When the configuration is not that of a virtqueue, or the vring is started already.
-    pub fn start(&self, config: QueueConfig, fds: VringFds) -> Result<(), VringStartError> {
+    pub fn start(
+        &self,
+        name: &dyn Display,
+        config: QueueConfig,
+        fds: VringFds,
+    ) -> Result<(), VringStartError> {
         let mut contents = self.contents.lock();
         let state = contents.state.after(VringEvent::Start)?;
+        let base = config.base;
         let mut queue = Q::new(config)?;
         queue.disable_kicks();
+        let corrected = queue.corrected_base();
+        let has_kick = fds.kick.is_some();
         let call = self.notifier(fds.call);
         contents.vring = Some(StartedVring {
             queue,
@@ -166,7 +183,14 @@ impl<Q: DeviceQueue> VringSlot<Q> {
             losses: LossWatch::default(),
         });
         self.set_state(&mut contents, state);
+        self.has_kick.store(has_kick, Ordering::Relaxed);
         drop(contents);
+        if let Some(corrected) = corrected {
+            self.stats.base_corrected.add(1);
+            tracing::warn!(
+                "{name}: the front-end starts the ring at {base}, but its used index shows that it has moved on to {corrected}, where it continues"
+            );
+        }
         if let Some(call) = call {
             call.call();
         }
@@ -226,6 +250,7 @@ impl<Q: DeviceQueue> VringSlot<Q> {
     pub fn replace_kick(&self, kick: Option<Arc<OwnedFd>>) -> Option<Arc<OwnedFd>> {
         let mut contents = self.contents.lock();
         let vring = contents.vring.as_mut()?;
+        self.has_kick.store(kick.is_some(), Ordering::Relaxed);
         std::mem::replace(&mut vring.kick, kick)
     }
 

@@ -42,6 +42,9 @@ const MAX_EVENTS: usize = 4;
 /// Cycles that a yield takes at most when no other thread wants the CPU.
 const MAX_UNCONTENDED_YIELD_CYCLES: u64 = 1500;
 
+/// Interval, in milliseconds, at which vrings without a kick descriptor are polled.
+const NO_KICK_INTERVAL_MS: i32 = 1;
+
 /// Pause between two checks of whether the thread has ended.
 const JOIN_INTERVAL: Duration = Duration::from_millis(1);
 
@@ -290,8 +293,17 @@ impl EventLoop {
         self.worker.placement.place_this_thread();
         self.poll.set_permitted(self.worker.placement.may_poll());
         while !self.stop.load(Ordering::Acquire) {
-            let timeout = if self.has_work() { 0 } else { -1 };
-            self.wait(timeout);
+            let must_poll = self.pairs.iter().any(PairService::must_be_polled);
+            self.wait(match self.has_work() {
+                true => 0,
+                false if must_poll => NO_KICK_INTERVAL_MS,
+                false => -1,
+            });
+            if must_poll {
+                self.pairs
+                    .iter_mut()
+                    .for_each(PairService::poll_without_kick);
+            }
             let found = self.run_pass(false);
             if self.has_work() {
                 continue;

@@ -41,6 +41,14 @@ impl WaitableEventFd {
         Ok(Self { event, epoll })
     }
 
+    /// Adds `count` to the eventfd's counter.
+    ///
+    /// # Errors
+    /// When the kernel refuses the write.
+    pub fn add(&self, count: u64) -> io::Result<()> {
+        self.event.write(count)
+    }
+
     /// Signals the eventfd.
     ///
     /// # Errors

@@ -11,7 +11,8 @@
 //! | [`message_stream`], [`frontend`] | the vhost-user socket, used as QEMU does |
 //! | [`test_frontend`] | a front-end with started queue pairs that send and receive |
 //!
-//! [`frame`] and [`header`] build frames to send and check received ones.
+//! [`hostile`] turns descriptors against the device that has them. [`frame`] and [`header`] build
+//! frames to send and check received ones.
 //!
 //! A virtqueue can also be driven without a socket: [`memory::GuestRam::guest_memory`] is the
 //! device's view of the same memory in this process.
@@ -25,6 +26,7 @@ mod fault;
 pub mod frame;
 pub mod frontend;
 pub mod header;
+pub mod hostile;
 mod indirect;
 pub mod memory;
 pub mod message_stream;

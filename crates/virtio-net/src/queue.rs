@@ -50,6 +50,10 @@ pub trait DeviceQueue: Sized {
     /// When the virtqueue is not within it.
     fn rebind(&mut self, memory: &Arc<GuestMemory>) -> Result<(), VirtqueueError>;
 
+    /// Where the queue continues, if the base that it was started with was outdated
+    /// ([`Virtqueue::corrected_base`]).
+    fn corrected_base(&self) -> Option<u32>;
+
     /// The guest's memory.
     fn memory(&self) -> &GuestMemory;
 

@@ -344,6 +344,10 @@ impl DeviceQueue for RxQueue {
         self.queue.virtqueue.size()
     }
 
+    fn corrected_base(&self) -> Option<u32> {
+        self.queue.virtqueue.corrected_base()
+    }
+
     fn memory(&self) -> &GuestMemory {
         self.queue.burst.memory()
     }

@@ -101,6 +101,7 @@ counters! {
         head_out_of_range: "Rings quarantined for an available head outside the ring.",
         avail_index_jump: "Rings quarantined for an available index ahead by more than the ring's size.",
         chain_without_end: "Rings quarantined for a packed chain that spans the whole ring without an end.",
+        base_corrected: "Starts at the ring's used index, because the front-end's base (SET_VRING_BASE) was another.",
         memory_lost: "Rings quarantined because pages of the guest's memory have vanished (its file shrank, or its file system is full).",
         panics: "Rings quarantined for a panic in their code, each a bug of virtionetd.",
         quarantines: "Times that the ring was stopped for a fault until it is configured again.",

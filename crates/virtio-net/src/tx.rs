@@ -115,6 +115,10 @@ impl DeviceQueue for TxQueue {
         self.0.virtqueue.size()
     }
 
+    fn corrected_base(&self) -> Option<u32> {
+        self.0.virtqueue.corrected_base()
+    }
+
     fn memory(&self) -> &GuestMemory {
         self.0.burst.memory()
     }

@@ -77,10 +77,11 @@ fn chains_before_a_head_outside_the_ring_are_completed_first() {
         assert_eq!(fixture.used(), []);
         assert_eq!(fixture.uplink.sent().len(), 2);
 
-        // A ring that is configured again behind the bad head works.
-        let mut tx = TxQueue::new(fixture.config(3)).unwrap();
-        assert_eq!(tx.step(&fixture), Ok(1));
-        assert_eq!(fixture.used(), [(2, 0)]);
+        // A ring that is configured again after the bad head was replaced works.
+        fixture.ring.set_avail_entry(2, 2);
+        let mut tx = TxQueue::new(fixture.config(2)).unwrap();
+        assert_eq!(tx.step(&fixture), Ok(2));
+        assert_eq!(fixture.used(), [(2, 0), (2, 0)]);
     }
 }
 
@@ -221,4 +222,35 @@ fn an_empty_ring_moves_nothing() {
         assert!(!received.should_call);
     }
     assert_eq!(fixture.ring.used_index(), 0);
+}
+
+#[test]
+fn a_base_other_than_the_used_index_is_corrected_if_the_available_index_allows_it() {
+    let mut fixture = SplitRingFixture::new(16, FULL);
+    let mut tx: TxQueue = fixture.device();
+    fixture.readable(2, &good());
+    fixture.offer(&[2, 2, 2]);
+    assert_eq!(tx.step(&fixture), Ok(3));
+    assert_eq!(fixture.used().len(), 3);
+    let base = tx.rewind();
+    assert_eq!(
+        TxQueue::new(fixture.config(base)).unwrap().corrected_base(),
+        None
+    );
+
+    // The front-end has forgotten the base. Nothing is sent twice.
+    let mut tx = TxQueue::new(fixture.config(0)).unwrap();
+    assert_eq!(tx.corrected_base(), Some(base));
+    fixture.offer(&[2]);
+    assert_eq!(tx.step(&fixture), Ok(1));
+    assert_eq!(fixture.uplink.sent().len(), 4);
+
+    // An available index that does not fit the used index either: the front-end's base holds.
+    fixture
+        .ring
+        .set_avail_index(u16::try_from(base).unwrap().wrapping_sub(1));
+    assert_eq!(
+        TxQueue::new(fixture.config(0)).unwrap().corrected_base(),
+        None
+    );
 }

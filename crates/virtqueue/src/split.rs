@@ -108,10 +108,21 @@ impl SplitVirtqueue {
         // there.
         let idx = ring.used_header.acquire(IDX);
         Ok(Self {
+            next_avail: ring.corrected_base(base, idx),
             next_used: idx,
             published: idx,
             ..ring
         })
+    }
+
+    /// The base where this virtqueue really continues if the front-end's is `base` and the used
+    /// index `used`. Chains are completed in order and none is in use when a virtqueue stops, so the
+    /// two are equal, unless a front-end does not keep the base over a restart of the back-end
+    /// (DPDK's virtio-user in server mode sends 0). The used index is then believed, as long as the
+    /// available index is at most one ring ahead of it.
+    fn corrected_base(&self, base: u16, used: u16) -> u16 {
+        let is_plausible = self.avail.acquire(IDX).wrapping_sub(used) <= self.size;
+        if is_plausible { used } else { base }
     }
 
     pub(crate) fn size(&self) -> u16 {

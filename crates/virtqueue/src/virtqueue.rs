@@ -109,8 +109,8 @@ macro_rules! dispatch {
 }
 
 impl Virtqueue {
-    /// The virtqueue in `memory` that `config` describes. It continues at `config.base` and, in a
-    /// split virtqueue, at the used index found in memory.
+    /// The virtqueue in `memory` that `config` describes. It continues at `config.base`, or in a
+    /// split virtqueue at the used index found in memory (see [`Virtqueue::corrected_base`]).
     ///
     /// # Errors
     /// When the size, the base or an address of an area is not that of a virtqueue.
@@ -124,6 +124,15 @@ impl Virtqueue {
             config,
             kicks_enabled: true,
         })
+    }
+
+    /// Where the virtqueue continues, if that is not the base that it was started with: the used
+    /// index of a split virtqueue showed that base to be outdated. To be called before anything is
+    /// dequeued.
+    #[must_use]
+    pub fn corrected_base(&self) -> Option<u32> {
+        let is_corrected = !self.config.packed && self.base() != self.config.base;
+        is_corrected.then(|| self.base())
     }
 
     /// The same virtqueue, with the same progress, in another snapshot of memory.

@@ -49,6 +49,14 @@ impl VringRole {
         2 * pair + u16::from(self == Self::Tx)
     }
 
+    /// As the log names it.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Rx => "rx",
+            Self::Tx => "tx",
+        }
+    }
+
     fn kick_event(self) -> PairEvent {
         match self {
             Self::Rx => PairEvent::RxKick,
@@ -136,9 +144,10 @@ impl Backend for NetDevice {
             .pair
             .memory_node()
             .filter(|_| self.placer.has_several_nodes());
+        let name = format!("{} {}", served.pair, role.name());
         let started = with_memory_node(
             node,
-            || with_slot!(served, role, slot => start_vring(slot, start)),
+            || with_slot!(served, role, slot => start_vring(slot, &name, start)),
         );
         if let Err(error) = started {
             if let Some(kick) = kick {
@@ -282,6 +291,7 @@ fn with_memory_node<T>(node: Option<u32>, work: impl FnOnce() -> T) -> T {
 
 fn start_vring<Q: DeviceQueue>(
     slot: &VringSlot<Q>,
+    name: &str,
     start: VringStart,
 ) -> Result<(), VringStartError> {
     slot.set_enabled(start.enabled);
@@ -297,5 +307,5 @@ fn start_vring<Q: DeviceQueue>(
         call: start.call,
         err: start.err,
     };
-    slot.start(config, fds)
+    slot.start(&name, config, fds)
 }
