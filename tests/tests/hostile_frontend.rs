@@ -10,7 +10,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use virtionet_guest::frame::{Frame, FrameSpec, Transport};
 use virtionet_guest::frontend::FrontendConnection;
-use virtionet_guest::hostile::{block_writes, lingering_socket};
+use virtionet_guest::hostile::{block_writes, forbid_seals, lingering_socket};
 use virtionet_guest::net::MODERN;
 use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 use virtionet_tests::daemon::{Daemon, Options};
@@ -64,16 +64,20 @@ impl Devices {
         }
     }
 
-    /// Sends frames on device 1 and waits until the daemon has carried all of them.
+    /// Sends frames on device 1 and waits until the daemon has carried all of them, or dropped them
+    /// because the switch has no other port left.
     fn assert_carries_frames(&self, frontend: &mut TestFrontend) {
         const COUNT: u64 = 500;
-        let before = counter(&self.device(1), "tx", "frames");
+        let done = |device: &Value| {
+            counter(device, "tx", "frames") + counter(device, "tx", "dropped_no_port")
+        };
+        let before = done(&self.device(1));
         for _ in 0..COUNT {
             let tx = &mut frontend.pairs[0].tx;
             tx.send_all(&[broadcast()], TIMEOUT).unwrap();
         }
         self.wait_for(1, "carrying all frames", |device| {
-            counter(device, "tx", "frames") == before + COUNT
+            done(device) == before + COUNT
         });
     }
 
@@ -124,7 +128,12 @@ fn a_call_eventfd_that_blocks_is_cut_off_and_the_other_device_carries_every_fram
 fn memory_that_is_truncated_costs_its_own_device_only() {
     for uplink in ["null", "switch:sw"] {
         let devices = Devices::start(uplink);
-        let hostile = devices.connect(0);
+        let socket = devices.dir.join("0.sock");
+        let connection = FrontendConnection::connect(&socket, TIMEOUT).unwrap();
+        let mut hostile = TestFrontend::negotiate(connection, &config()).unwrap();
+        forbid_seals(hostile.ram().file()).unwrap();
+        hostile.pairs[0].rx.fill().unwrap();
+        hostile.start().unwrap();
         let mut other = devices.connect(1);
         devices.assert_carries_frames(&mut other);
         // The test must not access this memory any more.
@@ -237,10 +246,16 @@ fn a_front_end_without_shared_memory_is_reported_and_its_successor_is_served() {
         .unwrap();
     let connection = FrontendConnection::connect(daemon.socket(), TIMEOUT).unwrap();
     let mut unshared = TestFrontend::negotiate(connection, &config()).unwrap();
-    for region in unshared.ram().regions() {
-        unshared.connection.remove_mem_region(&region).unwrap();
-    }
-    unshared.start().unwrap_err();
+    let features = unshared.features();
+    let addresses = unshared.rings()[0].addresses;
+    let kick = unshared.rings()[0].kick.as_raw_fd();
+    let ram = unshared.ram().clone();
+    let connection = &mut unshared.connection;
+    connection.set_features(features).unwrap();
+    connection.set_vring_num(0, 256).unwrap();
+    connection.set_vring_base(0, 0).unwrap();
+    connection.set_vring_addr(0, &ram, addresses).unwrap();
+    connection.set_vring_kick(0, Some(kick)).unwrap_err();
     daemon
         .wait_for_device("warning", TIMEOUT, |device| {
             warnings(device).contains("memory is not shared with virtionetd")

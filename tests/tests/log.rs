@@ -66,7 +66,7 @@ fn assert_serves_and_stops(mut daemon: Daemon) {
     assert!(dropped.as_u64() > Some(0), "{dropped}");
     let page = daemon.get_text("/metrics").unwrap();
     assert!(
-        page.contains("virtionetd_log_lines_dropped_total "),
+        page.contains("virtionetd_log_lines_dropped_total{} "),
         "{page}"
     );
     let exit = daemon.stop(Signal::SIGTERM).unwrap();

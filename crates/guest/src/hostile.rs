@@ -1,6 +1,7 @@
 //! What a hostile front-end does with descriptors that it has handed over, for tests and fuzzing.
 #![allow(unsafe_code)]
 
+use std::fs::File;
 use std::io::{self, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -37,6 +38,18 @@ pub fn block_writes(event: &WaitableEventFd) -> io::Result<()> {
     let _ = event.try_read();
     event.add(MAX_COUNT)?;
     make_blocking(event.as_raw_fd())
+}
+
+/// Forbids further seals on a memfd, so that a device cannot seal it against shrinking.
+///
+/// # Errors
+/// When it is not a memfd that takes seals.
+pub fn forbid_seals(file: &File) -> io::Result<()> {
+    // SAFETY: F_ADD_SEALS takes an integer.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_SEAL) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// A TCP connection to this process whose close waits for `linger`, because its peer does not read
