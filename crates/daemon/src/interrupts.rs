@@ -176,10 +176,9 @@ impl Interrupts {
         let denied =
             |outcome: &&SettingOutcome| matches!(outcome.why, Some(SettingRefusal::Denied(_)));
         if let Some(first) = outcomes.iter().find(denied) {
+            // Without numbers, which change while queue pairs start: it is logged when it changes.
             notes.push(format!(
-                "{} of {} interrupt and steering masks cannot be set, such as {} ({}); run virtionetd as root with /sys and /proc/irq writable, or use --irq-affinity=print and run its commands as root",
-                outcomes.iter().filter(denied).count(),
-                outcomes.len(),
+                "interrupt and steering masks cannot be set, such as {} ({}); run virtionetd as root with /sys and /proc/irq writable, or use --irq-affinity=print and run its commands as root",
                 first.setting.file.display(),
                 first.why.as_ref().map(ToString::to_string).unwrap_or_default(),
             ));
@@ -423,7 +422,7 @@ mod tests {
         let report = it.report();
         assert_eq!(report.notes.len(), 1);
         assert!(
-            report.notes[0].starts_with("1 of 4 interrupt and steering masks cannot be set")
+            report.notes[0].starts_with("interrupt and steering masks cannot be set")
                 && report.notes[0].contains("--irq-affinity=print"),
             "{:?}",
             report.notes
