@@ -58,7 +58,7 @@ fn per_packet(counts: &[u64]) -> Result<Vec<(String, f64)>> {
         cases.len()
     );
     let packets = f64::from(u32::try_from(PACKETS)?);
-    let figure = |(case, runs): (&InstructionCase, &[u64])| {
+    let figure = |(case, runs): (&InstructionCase, &[u64; 2])| {
         let increase = runs[1].saturating_sub(runs[0]);
         ensure!(increase > 0, "the case '{}' was not counted", case.name());
         let instructions = f64::from(u32::try_from(increase)?) / packets;
@@ -66,7 +66,7 @@ fn per_packet(counts: &[u64]) -> Result<Vec<(String, f64)>> {
     };
     cases
         .iter()
-        .zip(counts.chunks_exact(2))
+        .zip(counts.as_chunks::<2>().0)
         .map(figure)
         .collect()
 }

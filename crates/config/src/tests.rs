@@ -58,8 +58,11 @@ fn defaults_are_complete() {
     );
 }
 
+/// What flags change in the configuration of a device.
+type Change = fn(&mut DeviceConfig);
+
 /// Flags, and how they change the configuration of a device.
-const FLAGS_OF_A_DEVICE: [(&str, fn(&mut DeviceConfig)); 19] = [
+const FLAGS_OF_A_DEVICE: [(&str, Change); 19] = [
     ("--name eth.0_a-b", |d| d.name = "eth.0_a-b".into()),
     ("--queues 1", |d| d.queues = QueuePairCount::AtMost(1)),
     ("--queues 128", |d| d.queues = QueuePairCount::AtMost(128)),

@@ -154,12 +154,11 @@ async fn devices(State(report_source): State<Arc<dyn ReportSource>>) -> Json<Rep
     Json(report_source.report())
 }
 
-async fn prometheus(
-    State(report_source): State<Arc<dyn ReportSource>>,
-) -> Result<impl IntoResponse, Response> {
-    metrics::encode(report_source.report())
-        .map(|page| ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], page))
-        .map_err(|cause| error(StatusCode::INTERNAL_SERVER_ERROR, format_args!("{cause}")))
+async fn prometheus(State(report_source): State<Arc<dyn ReportSource>>) -> Response {
+    match metrics::encode(report_source.report()) {
+        Ok(page) => ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], page).into_response(),
+        Err(cause) => error(StatusCode::INTERNAL_SERVER_ERROR, format_args!("{cause}")),
+    }
 }
 
 async fn not_found(uri: Uri) -> Response {

@@ -297,6 +297,7 @@ fn frames_to_a_tap_that_is_down_or_gone_are_dropped_and_counted() {
 
 #[test]
 fn unmapped_guest_memory_loses_one_frame_only() {
+    virtionet_virtqueue::memory::survive_lost_memory().unwrap();
     in_namespaces(|| {
         let uplink = tap("vt0");
         let queue = attached(&*uplink, 0);
