@@ -11,6 +11,7 @@
 pub mod key_value;
 mod rate_limiter;
 mod report_once;
+mod sys;
 pub mod unix_socket;
 
 pub use rate_limiter::RateLimiter;

@@ -1,19 +1,39 @@
 //! Unix sockets in the file system: listening with a mode and a group, connecting, and removing the
 //! socket file.
+//!
+//! Others may be able to write to the folder of a socket, and may replace the socket file by a link
+//! while this process, which may be root, sets its mode and group. So neither is set by the path:
+//!
+//! 1. The mode of the socket's descriptor is set before the socket is bound. The kernel gives the
+//!    file that mode, less the umask, when it creates it (`unix_bind_bsd`), so at no time does the
+//!    file have more permissions. The umask, which all threads share, stays as it is.
+//! 2. Group, and the part of the mode that the umask took, are set through a descriptor of the file
+//!    itself. The kernel opens it by the socket, or where this process lacks CAP_NET_ADMIN by the
+//!    path without following a link, and then it must be a socket of this user.
+//! 3. Only after that does the socket listen, so no client can connect earlier.
 
-use std::fs::{self, Permissions};
+use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use nix::unistd::Group;
+use rustix::fs::{
+    AtFlags, CWD, FileType, Gid, Mode, OFlags, Stat, chmod, chownat, fchmod, fstat, openat,
+};
 use rustix::io::{Errno, ioctl_fionbio};
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect as connect_to, listen,
     socket_with,
 };
+use rustix::process::geteuid;
+
+use crate::sys::open_file_of;
+
+/// The bits of a file's mode that are permissions.
+const PERMISSIONS: u32 = 0o777;
 
 /// The number of clients that can wait to be accepted.
 const BACKLOG: i32 = 16;
@@ -30,6 +50,9 @@ pub enum UnixSocketError {
     /// The path does not fit the address of a unix socket.
     #[error("socket path {} is too long; a unix socket's path has 107 bytes at most", .0.display())]
     TooLong(PathBuf),
+    /// Another file took the place of the socket file while it was made.
+    #[error("{} was replaced while it was made; put the socket in a folder that nobody else may write to", .0.display())]
+    Replaced(PathBuf),
     /// There is no group with that name.
     #[error("group {0} does not exist; create it or name another")]
     NoGroup(String),
@@ -72,7 +95,7 @@ pub struct Access {
 /// # Errors
 /// When the path is in use or is not that of a socket, the group does not exist, or the kernel
 /// refuses an operation.
-// syscalls: socket bind listen connect unlink chmod chown
+// syscalls: socket fchmod bind ioctl openat fstat fchownat chmod listen connect unlink
 pub fn listen_at(
     path: &Path,
     access: &Access,
@@ -80,24 +103,72 @@ pub fn listen_at(
     let address = address(path)?;
     let group = access.group.as_deref().map(group_number).transpose()?;
     remove_stale(path, &address)?;
-    let refused =
-        |operation| move |error: io::Error| UnixSocketError::refused(operation, path, error);
-    let socket = stream_socket(SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)
-        .map_err(|error| refused("make")(error.into()))?;
+    let refused = |operation| move |error: Errno| UnixSocketError::refused(operation, path, error);
+    let socket =
+        stream_socket(SocketFlags::CLOEXEC | SocketFlags::NONBLOCK).map_err(refused("make"))?;
+    if let Some(mode) = access.mode {
+        fchmod(&socket, Mode::from_raw_mode(mode)).map_err(refused("set the mode of"))?;
+    }
     bind(&socket, &address).map_err(|error| match error {
         Errno::ADDRINUSE => UnixSocketError::InUse(path.into()),
-        error => refused("bind")(error.into()),
+        error => refused("bind")(error),
     })?;
-    let file = SocketFile::of(path).map_err(refused("examine"))?;
-    if let Some(mode) = access.mode {
-        fs::set_permissions(path, Permissions::from_mode(mode))
-            .map_err(refused("set the mode of"))?;
-    }
-    if group.is_some() {
-        chown(path, None, group).map_err(refused("set the group of"))?;
-    }
-    listen(&socket, BACKLOG).map_err(|error| refused("listen on")(error.into()))?;
+    let (handle, stat) = open_bound(&socket, path)?;
+    let file = SocketFile {
+        path: path.into(),
+        identity: (stat.st_dev, stat.st_ino),
+    };
+    set_access(handle.as_fd(), &stat, path, access.mode, group)?;
+    listen(&socket, BACKLOG).map_err(refused("listen on"))?;
     Ok((UnixListener::from(socket), file))
+}
+
+/// Opens the file of `socket`, which was just bound to `path`, as a path descriptor.
+fn open_bound(socket: &OwnedFd, path: &Path) -> Result<(OwnedFd, Stat), UnixSocketError> {
+    let refused = |error: Errno| UnixSocketError::refused("examine", path, error);
+    if let Ok(handle) = open_file_of(socket.as_fd()) {
+        let stat = fstat(&handle).map_err(refused)?;
+        return Ok((handle, stat));
+    }
+    // Without CAP_NET_ADMIN the kernel does not open it by the socket.
+    open_own_socket(path)
+}
+
+/// Opens the socket file at `path`, which must belong to this user, as a path descriptor. A link is
+/// not followed.
+fn open_own_socket(path: &Path) -> Result<(OwnedFd, Stat), UnixSocketError> {
+    let refused = |error: Errno| UnixSocketError::refused("examine", path, error);
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let handle = openat(CWD, path, flags, Mode::empty()).map_err(refused)?;
+    let stat = fstat(&handle).map_err(refused)?;
+    let is_socket = FileType::from_raw_mode(stat.st_mode) == FileType::Socket;
+    if is_socket && stat.st_uid == geteuid().as_raw() {
+        return Ok((handle, stat));
+    }
+    Err(UnixSocketError::Replaced(path.into()))
+}
+
+/// Sets the mode and the group of the file that `handle` is, as far as it does not have them yet.
+/// `stat` is its state, and `path` is for errors.
+fn set_access(
+    handle: BorrowedFd<'_>,
+    stat: &Stat,
+    path: &Path,
+    mode: Option<u32>,
+    group: Option<u32>,
+) -> Result<(), UnixSocketError> {
+    let refused = |operation| move |error: Errno| UnixSocketError::refused(operation, path, error);
+    if let Some(group) = group.filter(|group| *group != stat.st_gid) {
+        let group = Some(Gid::from_raw(group));
+        chownat(handle, "", None, group, AtFlags::EMPTY_PATH)
+            .map_err(refused("set the group of"))?;
+    }
+    if let Some(mode) = mode.filter(|mode| *mode != stat.st_mode & PERMISSIONS) {
+        // chmod of a path descriptor itself exists only since Linux 6.6.
+        let entry = format!("/proc/self/fd/{}", handle.as_raw_fd());
+        chmod(entry, Mode::from_raw_mode(mode)).map_err(refused("set the mode of"))?;
+    }
+    Ok(())
 }
 
 /// Connects to `address` without waiting if the backlog is full. The returned socket blocks.
@@ -133,14 +204,6 @@ pub struct SocketFile {
 }
 
 impl SocketFile {
-    /// The socket file that is now at `path`.
-    fn of(path: &Path) -> io::Result<Self> {
-        Ok(Self {
-            path: path.into(),
-            identity: identity(path)?,
-        })
-    }
-
     /// The path of the file.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -245,6 +308,107 @@ mod tests {
         fs::write(&path, "another").unwrap();
         drop(file);
         assert!(path.exists());
+        fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn the_file_is_made_with_its_mode_whatever_the_umask_is() {
+        let dir = folder("mode");
+        let path = dir.join("s");
+        for mode in [0o600, 0o660, 0o620, 0o777, 0] {
+            let access = Access {
+                mode: Some(mode),
+                group: None,
+            };
+            let (socket, file) = listen_at(&path, &access).unwrap();
+            assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, mode);
+            drop((socket, file));
+        }
+        fs::remove_dir_all(dir).unwrap();
+    }
+
+    /// What the mode of a socket's descriptor does to the file is no documented interface.
+    #[test]
+    fn the_mode_of_the_descriptor_is_that_of_the_file_that_bind_makes() {
+        let dir = folder("bind");
+        let path = dir.join("s");
+        let socket = stream_socket(SocketFlags::CLOEXEC).unwrap();
+        fchmod(&socket, Mode::from_raw_mode(0o600)).unwrap();
+        bind(&socket, &address(&path).unwrap()).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        // Nobody can connect before the socket listens.
+        assert_eq!(
+            connect_once(&address(&path).unwrap()).unwrap_err(),
+            Errno::CONNREFUSED
+        );
+        fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn a_link_in_the_place_of_the_socket_file_is_never_followed() {
+        let dir = folder("link");
+        let (path, victim) = (dir.join("s"), dir.join("victim"));
+        let victim_socket = UnixListener::bind(&victim).unwrap();
+        let before = fs::metadata(&victim).unwrap();
+        let socket = stream_socket(SocketFlags::CLOEXEC).unwrap();
+        bind(&socket, &address(&path).unwrap()).unwrap();
+        let inode = fs::metadata(&path).unwrap().ino();
+        // Somebody replaces the socket file between bind and the change of its mode.
+        fs::rename(&path, dir.join("moved")).unwrap();
+        std::os::unix::fs::symlink(&victim, &path).unwrap();
+        assert!(matches!(
+            open_own_socket(&path),
+            Err(UnixSocketError::Replaced(_))
+        ));
+        // With CAP_NET_ADMIN the kernel finds the bound file, wherever it is.
+        if let Ok((handle, stat)) = open_bound(&socket, &path) {
+            assert_eq!(stat.st_ino, inode);
+            set_access(handle.as_fd(), &stat, &path, Some(0o641), None).unwrap();
+            let moved = fs::metadata(dir.join("moved")).unwrap();
+            assert_eq!(moved.mode() & 0o777, 0o641);
+        }
+        assert_eq!(fs::metadata(&victim).unwrap().mode(), before.mode());
+        drop(victim_socket);
+        fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn an_own_socket_file_is_opened_and_another_file_is_not() {
+        let dir = folder("own");
+        let (path, plain) = (dir.join("s"), dir.join("plain"));
+        let _socket = UnixListener::bind(&path).unwrap();
+        fs::write(&plain, "x").unwrap();
+        let (handle, stat) = open_own_socket(&path).unwrap();
+        set_access(handle.as_fd(), &stat, &path, Some(0o642), None).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o642);
+        assert!(matches!(
+            open_own_socket(&plain),
+            Err(UnixSocketError::Replaced(_))
+        ));
+        if geteuid().is_root() {
+            std::os::unix::fs::lchown(&path, Some(1), Some(1)).unwrap();
+            assert!(matches!(
+                open_own_socket(&path),
+                Err(UnixSocketError::Replaced(_))
+            ));
+        }
+        fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn the_group_is_set_where_this_user_may() {
+        if !geteuid().is_root() {
+            return;
+        }
+        let dir = folder("group");
+        let path = dir.join("s");
+        let access = Access {
+            mode: Some(0o660),
+            group: Some("7".into()),
+        };
+        let (_socket, _file) = listen_at(&path, &access).unwrap();
+        let metadata = fs::metadata(&path).unwrap();
+        assert_eq!((metadata.gid(), metadata.mode() & 0o777), (7, 0o660));
         fs::remove_dir_all(dir).unwrap();
     }
 
