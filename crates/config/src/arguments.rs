@@ -80,8 +80,8 @@ pub(crate) struct Arguments {
     pub devices: Vec<String>,
     /// The configuration file.
     pub config: Option<PathBuf>,
-    /// The path of the control socket.
-    pub control: Option<PathBuf>,
+    /// The flags of the whole process.
+    pub process: Settings,
     /// The number of `-v` flags.
     pub verbosity: u8,
 }
@@ -94,15 +94,13 @@ impl Arguments {
     pub(crate) fn parse(args: Vec<OsString>) -> Result<Self, clap::Error> {
         let mut matches = command().try_get_matches_from(args)?;
         Ok(Self {
-            settings: take_settings(&mut matches),
+            settings: take_settings(&mut matches, Key::of_devices()),
+            process: take_settings(&mut matches, Key::of_process()),
             devices: matches
                 .remove_many(DEVICE)
                 .map(Iterator::collect)
                 .unwrap_or_default(),
             config: matches.remove_one(CONFIG),
-            control: matches
-                .remove_one::<OsString>(Key::CONTROL.name)
-                .map(PathBuf::from),
             verbosity: matches.get_count(VERBOSE),
         })
     }
@@ -186,10 +184,10 @@ fn key_argument(key: Key) -> Option<Arg> {
     })
 }
 
-/// Takes the values of the keys of devices out of `matches`.
-fn take_settings(matches: &mut ArgMatches) -> Settings {
+/// Takes the values of `keys` out of `matches`.
+fn take_settings(matches: &mut ArgMatches, keys: impl Iterator<Item = Key>) -> Settings {
     let mut settings = Settings::default();
-    for key in Key::of_devices() {
+    for key in keys {
         // clap reports an error for a key that has no flag, such as bridge.
         if let Ok(Some(value)) = matches.try_remove_one::<OsString>(key.name) {
             settings.insert(key, SettingValue::new(value, &Origin::Flag));

@@ -3,7 +3,6 @@
 use std::borrow::Cow;
 use std::fmt::Display;
 use std::os::fd::RawFd;
-use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -16,15 +15,12 @@ use virtionet_sizing::{Throughput, queue_pairs_for};
 use crate::keys::Key;
 use crate::problem::{Problem, ProblemCode, Problems};
 use crate::settings::{Origin, SettingValue, Settings};
+use crate::socket_file::{check_path, socket_group, socket_mode};
 use crate::types::{DeviceConfig, PollMode, QueuePairCount, Socket};
 use crate::uplink::UplinkConfig;
 
 /// The largest value of `poll-us`, in microseconds.
 const MAX_POLL_US: u64 = 100_000;
-
-/// The length of the longest path of a unix socket, in bytes (unix(7): 108 with the terminating
-/// zero).
-const MAX_SOCKET_PATH: usize = 107;
 
 /// The description of a device: its settings from all layers.
 #[derive(Debug, Clone)]
@@ -115,8 +111,9 @@ impl DeviceDescription {
             },
             (Some(path), None) => Socket::Listen {
                 path: check_path(Key::SOCKET_PATH, path)?,
-                mode: self.mode()?,
-                group: self.group()?,
+                mode: socket_mode(&self.settings, Key::SOCKET_MODE, Key::SOCKET_GROUP)?,
+                group: socket_group(&self.settings, Key::SOCKET_GROUP)?,
+                peer_uid: self.peer_uid()?,
             },
         };
         match socket {
@@ -180,9 +177,9 @@ impl DeviceDescription {
         }
     }
 
-    /// Refuses a mode or a group for a socket that virtionetd does not create.
+    /// Refuses a mode, a group or a user for a socket that virtionetd does not create.
     fn refuse_access(&self) -> Result<(), Problem> {
-        for key in [Key::SOCKET_MODE, Key::SOCKET_GROUP] {
+        for key in [Key::SOCKET_MODE, Key::SOCKET_GROUP, Key::PEER_UID] {
             let Some(value) = self.settings.get(key).filter(|value| !value.may_be_unused) else {
                 continue;
             };
@@ -197,39 +194,22 @@ impl DeviceDescription {
         Ok(())
     }
 
-    fn mode(&self) -> Result<u32, Problem> {
-        let Some(value) = self.settings.get(Key::SOCKET_MODE) else {
-            return Ok(match self.settings.get(Key::SOCKET_GROUP) {
-                Some(_) => 0o660,
-                None => 0o600,
-            });
+    fn peer_uid(&self) -> Result<Option<u32>, Problem> {
+        let Some(value) = self.settings.get(Key::PEER_UID) else {
+            return Ok(None);
         };
-        match u32::from_str_radix(&value.text(), 8) {
-            Ok(mode) if mode <= 0o777 => Ok(mode),
+        match value.text().parse::<u32>() {
+            // The largest number stands for no user (chown(2)).
+            Ok(uid) if uid != u32::MAX => Ok(Some(uid)),
             _ => Err(value.origin.problem(
                 ProblemCode::ValueInvalid,
                 format_args!(
-                    "{} is not a file mode: write it in octal, 0 to 777, such as 660",
-                    value.origin.set(Key::SOCKET_MODE, value.text())
+                    "{} is not a user: write the number that id -u prints for the user of the \
+                     front-end",
+                    value.origin.set(Key::PEER_UID, value.text())
                 ),
             )),
         }
-    }
-
-    fn group(&self) -> Result<Option<String>, Problem> {
-        let Some(value) = self.settings.get(Key::SOCKET_GROUP) else {
-            return Ok(None);
-        };
-        if value.value.is_empty() {
-            return Err(value.origin.problem(
-                ProblemCode::ValueInvalid,
-                format_args!(
-                    "{} is empty: write a group's name or number",
-                    value.origin.key(Key::SOCKET_GROUP)
-                ),
-            ));
-        }
-        Ok(Some(value.text().into()))
     }
 
     fn queues(&self) -> Result<QueuePairCount, Problem> {
@@ -455,31 +435,4 @@ fn both_are_given(
             second.origin.set(second_key, second.text())
         ),
     )
-}
-
-/// Checks the path of a socket, which is the value of `key`.
-///
-/// # Errors
-/// When the path is empty, or longer than the address of a unix socket can be.
-pub(crate) fn check_path(key: Key, value: &SettingValue) -> Result<PathBuf, Problem> {
-    let path = value.path();
-    let bytes = path.as_os_str().as_bytes();
-    if bytes.is_empty() {
-        return Err(value.origin.problem(
-            ProblemCode::ValueInvalid,
-            format_args!(
-                "{} is empty: write a path, or leave it out",
-                value.origin.key(key)
-            ),
-        ));
-    }
-    if bytes.len() > MAX_SOCKET_PATH {
-        return Err(value.origin.problem(ProblemCode::ValueInvalid, format_args!(
-            "{} is {} bytes long: the path of a unix socket has at most {MAX_SOCKET_PATH}, choose \
-             a shorter one",
-            value.origin.set(key, path.display()),
-            bytes.len()
-        )));
-    }
-    Ok(path.into())
 }

@@ -40,8 +40,8 @@ const DEVICE: &str = "device";
 /// The content of a file.
 #[derive(Debug, Default)]
 pub(crate) struct ConfigFile {
-    /// The path of the control socket.
-    pub control: Option<SettingValue>,
+    /// The settings of the whole process.
+    pub process: Settings,
     /// The settings of devices that do not set these keys themselves.
     pub defaults: Settings,
     /// The devices, each with the line where it begins.
@@ -187,7 +187,7 @@ impl Reader<'_> {
         }
     }
 
-    /// Reads a key of the whole process. `control` is the only such key.
+    /// Reads a key of the whole process.
     fn read_process_key(
         &mut self,
         name: &str,
@@ -201,7 +201,12 @@ impl Reader<'_> {
             return;
         };
         match flag_text(key.kind, value) {
-            Some(text) => self.file.control = Some(SettingValue::new(text, origin)),
+            Some(text) => {
+                _ = self
+                    .file
+                    .process
+                    .insert(key, SettingValue::new(text, origin))
+            }
             None => self.add_problem(
                 line,
                 ProblemCode::KindWrong,

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use crate::cli::{self, CliError, Command};
-use crate::types::{Config, DeviceConfig, PollMode, QueuePairCount, Socket};
+use crate::types::{Config, ControlSocket, DeviceConfig, PollMode, QueuePairCount, Socket};
 
 /// Parses the command line `line` beside a file with the content `text`, which is called `f.toml` in
 /// the errors.
@@ -29,6 +29,7 @@ fn command(name: &str, text: impl AsRef<[u8]>, line: &str) -> Result<Config, Str
 
 const TWO: &str = r#"
 control = "/c"
+control-group = 4
 
 [defaults]
 queues = 4
@@ -57,9 +58,15 @@ irq-affinity = "print"
 fn summary(config: &Config) -> String {
     let line = |device: &DeviceConfig| {
         let socket = match &device.socket {
-            Socket::Listen { path, mode, group } => {
+            Socket::Listen {
+                path,
+                mode,
+                group,
+                peer_uid,
+            } => {
                 let group = group.as_deref().unwrap_or("-");
-                format!("listen {} {mode:o} {group}", path.display())
+                let user = peer_uid.map_or_else(String::new, |uid| format!(" for user {uid}"));
+                format!("listen {} {mode:o} {group}{user}", path.display())
             }
             Socket::Connect { path } => format!("connect {}", path.display()),
             Socket::Inherited(fd) => format!("fd {fd}"),
@@ -81,10 +88,16 @@ fn summary(config: &Config) -> String {
     lines.join("\n")
 }
 
+/// A summary of the control socket.
+fn control(config: &Config) -> String {
+    let ControlSocket { path, mode, group } = config.control.clone().unwrap();
+    format!("{} {mode:o} {}", path.display(), group.unwrap_or_default())
+}
+
 #[test]
 fn devices_have_their_keys_and_the_defaults() {
     let config = command("two", TWO, "").unwrap();
-    assert_eq!(config.control, Some("/c".into()));
+    assert_eq!(control(&config), "/c 660 4");
     assert_eq!(
         summary(&config),
         "a: listen /a 640 kvm, 4 on tap:t0,bridge=br0, list:0,1,2,3,8, 9us, irq off\n\
@@ -123,6 +136,11 @@ fn the_command_line_overrides_the_file() {
              vnet1: listen /b 660 7, 1 on switch:lan,tap=t1, auto, off, irq print",
         ),
         (
+            "--peer-uid 7 --control-mode 660",
+            "a: listen /a 640 kvm for user 7, 4 on tap:t0,bridge=br0, list:0,1,2,3,8, 9us, irq off\n\
+             vnet1: fd 3, 3 on switch:lan,tap=t1, auto, off, irq print",
+        ),
+        (
             "--device name=a,fd=4 --device socket-path=/x,tap=t3,socket-mode=600",
             "a: fd 4, 4 on tap:t0,bridge=br0, list:0,1,2,3,8, 9us, irq off\n\
              vnet1: fd 3, 3 on switch:lan,tap=t1, auto, off, irq print\n\
@@ -131,12 +149,12 @@ fn the_command_line_overrides_the_file() {
     ] {
         let config = command("overrides", TWO, line).unwrap();
         assert_eq!(summary(&config), expected, "{line}");
-        let control = if line.contains("--control") {
+        let path = if line.contains("--control /d") {
             "/d"
         } else {
             "/c"
         };
-        assert_eq!(config.control, Some(control.into()));
+        assert_eq!(control(&config), format!("{path} 660 4"));
     }
 }
 
@@ -162,7 +180,7 @@ f.toml:3: "frob" is not known at the top: write control = "PATH", [defaults] or 
 f.toml:5: tap describes one device: write it below its [[device]]
 f.toml:6: the key "queue" is not known: write queues, which is the most similar one
 f.toml:8: the key "socket_path" is not known: write socket-path, which is the most similar one
-f.toml:11: the key "frobnicate" is not known: use name, socket-path, fd, client, socket-mode, socket-group, queues, vcpus, tap, bridge, uplink, placement, irq-affinity, qmp, poll, poll-us
+f.toml:11: the key "frobnicate" is not known: use name, socket-path, fd, client, socket-mode, socket-group, peer-uid, queues, vcpus, tap, bridge, uplink, placement, irq-affinity, qmp, poll, poll-us
 f.toml:12: "devices" is not known at the top: write device, which is the most similar one
 ## wrong kinds
 control = 5
@@ -275,6 +293,18 @@ uplink "null"
 f.toml:2: `tap = lan0` has a value that cannot be read: write a text in quotes, and a number, true or false without quotes
 f.toml:4: the key "quques" is not known: write queues, which is the most similar one
 f.toml:5: `uplink "null"` is not TOML (key with no value, expected `=`): write KEY = VALUE or [TABLE]
+## a control socket that is not there, and modes
+control-mode = 640
+control-group = ""
+[[device]]
+socket-path = "/a"
+uplink = "null"
+peer-uid = "root"
+--
+f.toml:1: control-mode is the number 640: write octal digits in quotes, such as "660"
+f.toml:2: control-group is empty: write a group's name or number
+f.toml:2: control-group = "" has no effect without a control socket: add control = "PATH", or leave control-group out
+f.toml:6: peer-uid is the text "root": write a whole number without quotes
 ## nothing
 # only a comment
 --
@@ -289,7 +319,7 @@ fn every_problem_is_reported_with_its_line() {
         let found = command(&format!("bad{at}"), text, "").unwrap_err();
         assert_eq!(found, problems.trim_end(), "{name}");
     }
-    assert_eq!(REFUSED.matches("## ").count(), 9);
+    assert_eq!(REFUSED.matches("## ").count(), 10);
 }
 
 #[test]
@@ -305,7 +335,7 @@ fn problems_of_the_command_line_and_the_file_are_reported_together() {
         ),
         (
             "--device name=b,fd=3,tap=t5",
-            "descriptor 3 is given to both vnet1 (f.toml:19) and b: give each one of its own",
+            "descriptor 3 is given to both vnet1 (f.toml:20) and b: give each one of its own",
         ),
         (
             "--device name=a,queues=1 --device name=a,poll=off",
@@ -313,7 +343,7 @@ fn problems_of_the_command_line_and_the_file_are_reported_together() {
         ),
         (
             "--device name=a,tap=t1",
-            "f.toml:20: TAP t1 is given to both a and switch lan: give each one of its own",
+            "f.toml:21: TAP t1 is given to both a and switch lan: give each one of its own",
         ),
         (
             "--device name=a,client,socket-mode=600",
@@ -326,7 +356,7 @@ fn problems_of_the_command_line_and_the_file_are_reported_together() {
     assert_eq!(
         command("both", bad, "--poll busy").unwrap_err(),
         "--poll busy is not known: write off, adaptive or always\n\
-         f.toml:25: the key \"queus\" is not known: write queues, which is the most similar one"
+         f.toml:26: the key \"queus\" is not known: write queues, which is the most similar one"
     );
 }
 

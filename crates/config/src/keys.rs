@@ -60,13 +60,14 @@ pub(crate) enum DefaultValue {
 }
 
 /// All keys, in the order of the help text and the documentation.
-pub(crate) const KEYS: [Key; 17] = [
+pub(crate) const KEYS: [Key; 20] = [
     Key::NAME,
     Key::SOCKET_PATH,
     Key::FD,
     Key::CLIENT,
     Key::SOCKET_MODE,
     Key::SOCKET_GROUP,
+    Key::PEER_UID,
     Key::QUEUES,
     Key::VCPUS,
     Key::TAP,
@@ -78,6 +79,8 @@ pub(crate) const KEYS: [Key; 17] = [
     Key::POLL,
     Key::POLL_US,
     Key::CONTROL,
+    Key::CONTROL_MODE,
+    Key::CONTROL_GROUP,
 ];
 
 /// The keys, by name. Code refers to a key by its constant, so that a misspelt key does not
@@ -134,6 +137,15 @@ impl Key {
         default: DefaultValue::Computed("the group of virtionetd"),
         help: "Group of the socket that virtionetd creates, by name or number: the group of the \
                front-end, where that runs as another user",
+    };
+    pub(crate) const PEER_UID: Self = Self {
+        name: "peer-uid",
+        kind: ValueKind::Number,
+        scope: KeyScope::Any,
+        value_name: "UID",
+        default: DefaultValue::Computed("any user that the socket's mode lets connect"),
+        help: "The number of the only user whose front-end is served on the socket that \
+               virtionetd creates",
     };
     pub(crate) const QUEUES: Self = Self {
         name: "queues",
@@ -240,8 +252,25 @@ impl Key {
         scope: KeyScope::Process,
         value_name: "PATH",
         default: DefaultValue::Computed("no such socket"),
-        help: "Answer HTTP/1.1 on this unix socket, which only its owner may use: GET /v1/devices \
-               (JSON) and GET /metrics (for Prometheus)",
+        help: "Answer HTTP/1.1 on this unix socket: GET /v1/devices (JSON) and GET /metrics (for \
+               Prometheus)",
+    };
+    pub(crate) const CONTROL_MODE: Self = Self {
+        name: "control-mode",
+        kind: ValueKind::Octal,
+        scope: KeyScope::Process,
+        value_name: "OCTAL",
+        default: DefaultValue::Computed("600; 660 with --control-group"),
+        help: "Mode of the control socket, in octal",
+    };
+    pub(crate) const CONTROL_GROUP: Self = Self {
+        name: "control-group",
+        kind: ValueKind::NumberOrWord,
+        scope: KeyScope::Process,
+        value_name: "NAME",
+        default: DefaultValue::Computed("the group of virtionetd"),
+        help: "Group of the control socket, by name or number: the group of those who may read \
+               the state of the daemon",
     };
 }
 

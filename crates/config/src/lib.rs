@@ -6,7 +6,7 @@
 //!                               v
 //!                      layers: which layer overrides which, by device
 //!                               v
-//!                      device: values become types; ownership: no resource has two owners
+//!                      device, socket_file: values become types; ownership: no resource has two owners
 //!                               v
 //!                      Config
 //! ```
@@ -26,6 +26,7 @@ mod ownership;
 mod problem;
 mod resolve;
 mod settings;
+mod socket_file;
 #[cfg(test)]
 mod tests;
 mod types;
@@ -33,4 +34,4 @@ pub mod uplink;
 
 pub use cli::Command;
 pub use problem::{ConfigError, Problem, ProblemCode};
-pub use types::{Config, DeviceConfig, PollMode, QueuePairCount, Socket};
+pub use types::{Config, ControlSocket, DeviceConfig, PollMode, QueuePairCount, Socket};

@@ -3,14 +3,15 @@
 use std::path::Path;
 
 use crate::arguments::Arguments;
-use crate::device::{DeviceDescription, check_path};
+use crate::device::DeviceDescription;
 use crate::file;
 use crate::keys::Key;
 use crate::layers;
 use crate::ownership::ResourceOwners;
-use crate::problem::{ConfigError, Problems};
-use crate::settings::{Origin, SettingValue, Settings};
-use crate::types::Config;
+use crate::problem::{ConfigError, Problem, ProblemCode, Problems};
+use crate::settings::{SettingValue, Settings};
+use crate::socket_file::{check_path, socket_group, socket_mode};
+use crate::types::{Config, ControlSocket};
 
 impl Config {
     /// Reads the configuration file at `path`, with no flags beside it. Nothing but that file is
@@ -32,25 +33,19 @@ impl Config {
 /// All conflicts and unusable values.
 pub(crate) fn resolve(arguments: Arguments) -> Result<Config, ConfigError> {
     let mut problems = Problems::default();
-    let mut control = arguments
-        .control
-        .map(|path| SettingValue::new(path, &Origin::Flag));
+    let mut process = arguments.process;
     let flags = arguments.settings;
     let texts = &arguments.devices;
     let descriptions = match arguments.config {
         None => layers::devices_of_command_line(flags, texts, &mut problems),
         Some(path) => {
             let (in_file, descriptions) = devices_with_file(&path, flags, texts, &mut problems);
-            control = control.or(in_file);
+            process = process.merged_over(&in_file);
             descriptions
         }
     };
     let mut owners = ResourceOwners::default();
-    let control_path = control.as_ref().and_then(|value| {
-        let path = problems.record(check_path(Key::CONTROL, value))?;
-        owners.add_control(&path, value);
-        Some(path)
-    });
+    let control = resolve_control(&process, &mut owners, &mut problems);
     let mut devices = Vec::new();
     for description in &descriptions {
         if let Some(device) = description.resolve(&mut problems) {
@@ -61,24 +56,64 @@ pub(crate) fn resolve(arguments: Arguments) -> Result<Config, ConfigError> {
     problems.into_result()?;
     Ok(Config {
         devices,
-        control: control_path,
+        control,
         verbosity: arguments.verbosity,
     })
 }
 
-/// The control socket in the file at `path`, and the devices of that file and the command line.
+/// The control socket; `None` where none is configured or it has problems.
+fn resolve_control<'a>(
+    process: &'a Settings,
+    owners: &mut ResourceOwners<'a>,
+    problems: &mut Problems,
+) -> Option<ControlSocket> {
+    let mode = problems.record(socket_mode(process, Key::CONTROL_MODE, Key::CONTROL_GROUP));
+    let group = problems.record(socket_group(process, Key::CONTROL_GROUP));
+    let Some(value) = process.get(Key::CONTROL) else {
+        for key in [Key::CONTROL_MODE, Key::CONTROL_GROUP] {
+            if let Some(value) = process.get(key) {
+                problems.add(control_missing(key, value));
+            }
+        }
+        return None;
+    };
+    let path = problems.record(check_path(Key::CONTROL, value))?;
+    owners.add_control(&path, value);
+    Some(ControlSocket {
+        path,
+        mode: mode?,
+        group: group?,
+    })
+}
+
+/// The problem that `key` describes a control socket, and that there is none.
+fn control_missing(key: Key, value: &SettingValue) -> Problem {
+    let origin = &value.origin;
+    origin.problem(
+        ProblemCode::KeyUnused,
+        format_args!(
+            "{} has no effect without a control socket: add {}, or leave {} out",
+            origin.set(key, value.text()),
+            origin.set(Key::CONTROL, "PATH"),
+            origin.key(key),
+        ),
+    )
+}
+
+/// The settings of the process in the file at `path`, and the devices of that file and the command
+/// line.
 fn devices_with_file(
     path: &Path,
     flags: Settings,
     texts: &[String],
     problems: &mut Problems,
-) -> (Option<SettingValue>, Vec<DeviceDescription>) {
+) -> (Settings, Vec<DeviceDescription>) {
     let mut file = file::read(path, problems);
-    let control = file.control.take();
+    let process = std::mem::take(&mut file.process);
     // Syntax errors hide devices and keys, so that further problems would be misleading.
     let descriptions = match file.is_complete {
         true => layers::devices_of_file(path, file, flags, texts, problems),
         false => Vec::new(),
     };
-    (control, descriptions)
+    (process, descriptions)
 }

@@ -95,7 +95,7 @@ impl SettingValue {
     }
 }
 
-/// The settings of a device, by the name of the key.
+/// The settings of a device or of the process, by the name of the key.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Settings(BTreeMap<&'static str, SettingValue>);
 
@@ -117,6 +117,7 @@ const CONFLICTING_KEYS: [KeyRule; 3] = [
             Key::CLIENT,
             Key::SOCKET_MODE,
             Key::SOCKET_GROUP,
+            Key::PEER_UID,
         ],
     ),
     (&[Key::SOCKET_PATH], &[Key::FD]),
@@ -127,7 +128,10 @@ const CONFLICTING_KEYS: [KeyRule; 3] = [
 const DEPENDENT_KEYS: [KeyRule; 3] = [
     (&[Key::POLL], &[Key::POLL_US]),
     (&[Key::QUEUES], &[Key::VCPUS]),
-    (&[Key::CLIENT], &[Key::SOCKET_MODE, Key::SOCKET_GROUP]),
+    (
+        &[Key::CLIENT],
+        &[Key::SOCKET_MODE, Key::SOCKET_GROUP, Key::PEER_UID],
+    ),
 ];
 
 impl Settings {

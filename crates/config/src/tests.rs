@@ -7,7 +7,7 @@ use virtionet_placement::interrupts::IrqAffinity;
 
 use crate::cli::{self, CliError, Command};
 use crate::keys::Key;
-use crate::types::{Config, DeviceConfig, PollMode, QueuePairCount, Socket};
+use crate::types::{Config, ControlSocket, DeviceConfig, PollMode, QueuePairCount, Socket};
 
 fn command(line: &str) -> Result<Command, String> {
     let args = ["virtionetd"].into_iter().chain(line.split_whitespace());
@@ -43,6 +43,7 @@ fn listen(path: &str, mode: u32, group: Option<&str>) -> Socket {
         path: path.into(),
         mode,
         group: group.map(Into::into),
+        peer_uid: None,
     }
 }
 
@@ -62,7 +63,7 @@ fn defaults_are_complete() {
 type Change = fn(&mut DeviceConfig);
 
 /// Flags, and how they change the configuration of a device.
-const FLAGS_OF_A_DEVICE: [(&str, Change); 19] = [
+const FLAGS_OF_A_DEVICE: [(&str, Change); 21] = [
     ("--name eth.0_a-b", |d| d.name = "eth.0_a-b".into()),
     ("--queues 1", |d| d.queues = QueuePairCount::AtMost(1)),
     ("--queues 128", |d| d.queues = QueuePairCount::AtMost(128)),
@@ -102,7 +103,20 @@ const FLAGS_OF_A_DEVICE: [(&str, Change); 19] = [
     ("--socket-group 7 --socket-mode 620", |d| {
         d.socket = listen("/s", 0o620, Some("7"))
     }),
+    ("--peer-uid 0", |d| d.socket = listen_for(0)),
+    ("--peer-uid 4294967294", |d| {
+        d.socket = listen_for(4_294_967_294)
+    }),
 ];
+
+fn listen_for(uid: u32) -> Socket {
+    Socket::Listen {
+        path: "/s".into(),
+        mode: 0o600,
+        group: None,
+        peer_uid: Some(uid),
+    }
+}
 
 fn adaptive(microseconds: u64) -> PollMode {
     PollMode::Adaptive(Duration::from_micros(microseconds))
@@ -123,8 +137,26 @@ fn flags_of_one_device_are_read() {
 
 #[test]
 fn flags_of_the_process_are_read() {
-    let config = config("--socket-path /s --uplink tap:t0 --control /c -vv --verbose");
-    assert_eq!((config.control, config.verbosity), (Some("/c".into()), 3));
+    let verbose = config("--socket-path /s --uplink tap:t0 -vv --verbose");
+    assert_eq!(verbose.verbosity, 3);
+    for (flags, mode, group) in [
+        ("", 0o600, None),
+        ("--control-mode 640", 0o640, None),
+        ("--control-group 7", 0o660, Some("7")),
+        (
+            "--control-group adm --control-mode 0620",
+            0o620,
+            Some("adm"),
+        ),
+    ] {
+        let line = format!("--socket-path /s --uplink tap:t0 --control /c {flags}");
+        let expected = ControlSocket {
+            path: "/c".into(),
+            mode,
+            group: group.map(Into::into),
+        };
+        assert_eq!(config(&line).control, Some(expected), "{flags}");
+    }
 }
 
 #[test]
@@ -202,6 +234,20 @@ const REFUSED: &str = r#"
     --socket-group is for a socket that virtionetd creates: leave it out, or use --socket-path without --client
 --socket-path /s --tap t0 --socket-group=
     --socket-group is empty: write a group's name or number
+--socket-path /s --tap t0 --peer-uid libvirt-qemu
+    --peer-uid libvirt-qemu is not a user: write the number that id -u prints for the user of the front-end
+--socket-path /s --tap t0 --peer-uid 4294967295
+    --peer-uid 4294967295 is not a user: write the number that id -u prints for the user of the front-end
+--socket-path /s --tap t0 --client --peer-uid 64055
+    --peer-uid is for a socket that virtionetd creates: leave it out, or use --socket-path without --client
+--fd 3 --tap t0 --peer-uid 64055
+    --peer-uid is for a socket that virtionetd creates: leave it out, or use --socket-path without --client
+--socket-path /s --tap t0 --control /c --control-mode 999
+    --control-mode 999 is not a file mode: write it in octal, 0 to 777, such as 660
+--socket-path /s --tap t0 --control /c --control-group=
+    --control-group is empty: write a group's name or number
+--socket-path /s --tap t0 --control-mode 640
+    --control-mode 640 has no effect without a control socket: add --control PATH, or leave --control-mode out
 --socket-path /s --tap t0 --name a/b
     --name "a/b" cannot be used: write 1 to 64 letters, digits, '.', '_' or '-'
 --socket-path /s --tap t0 --control /./s

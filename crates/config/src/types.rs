@@ -15,10 +15,21 @@ use crate::uplink::UplinkConfig;
 pub struct Config {
     /// The network devices, at least one.
     pub devices: Vec<DeviceConfig>,
-    /// The path of the control socket; `None` for no control server.
-    pub control: Option<PathBuf>,
+    /// The control socket; `None` for no control server.
+    pub control: Option<ControlSocket>,
     /// The number of `-v` flags.
     pub verbosity: u8,
+}
+
+/// The socket of the control server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ControlSocket {
+    /// The path of the socket.
+    pub path: PathBuf,
+    /// The file mode of the socket, 0 to 0o777.
+    pub mode: u32,
+    /// The group of the socket, by name or number; `None` for the group of the process.
+    pub group: Option<String>,
 }
 
 /// The configuration of one network device.
@@ -53,6 +64,8 @@ pub enum Socket {
         mode: u32,
         /// The group of the socket, by name or number; `None` for the group of the process.
         group: Option<String>,
+        /// The only user whose front-end is served; `None` for all that can connect.
+        peer_uid: Option<u32>,
     },
     /// Connect to a front-end that listens, and retry until it does.
     Connect {

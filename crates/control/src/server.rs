@@ -23,13 +23,11 @@ use serde_json::json;
 use tokio::net::UnixListener;
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
-use virtionet_base::unix_socket::{Access, SocketFile, UnixSocketError, listen_at};
+pub use virtionet_base::unix_socket::Access as SocketPermissions;
+use virtionet_base::unix_socket::{SocketFile, UnixSocketError, listen_at};
 
 use crate::metrics;
 use crate::v1::{Report, ReportSource};
-
-/// The mode of the socket, which only its owner may use.
-const SOCKET_MODE: u32 = 0o600;
 
 /// The longest time that requests in progress may take after the server is stopped.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(200);
@@ -43,18 +41,22 @@ pub struct ControlServer {
 }
 
 impl ControlServer {
-    /// Creates the socket at `path` with the mode 0600, and starts a thread that answers requests.
-    /// A socket that no process listens on is replaced. The thread inherits the caller's signal
-    /// mask.
+    /// Creates the socket at `path` with the mode and group of `access`, and starts a thread that
+    /// answers requests. A socket that no process listens on is replaced. The thread inherits the
+    /// caller's signal mask.
     ///
     /// # Errors
     /// When another process listens on `path`, or when the socket or the thread cannot be created.
-    pub fn start(path: &Path, report_source: Arc<dyn ReportSource>) -> Result<Self, ControlError> {
+    pub fn start(
+        path: &Path,
+        access: &SocketPermissions,
+        report_source: Arc<dyn ReportSource>,
+    ) -> Result<Self, ControlError> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .map_err(ControlError::Thread)?;
-        let (listener, socket) = runtime.block_on(listen(path))?;
+        let (listener, socket) = runtime.block_on(listen(path, access))?;
         let (stop, stopped) = watch::channel(false);
         let thread = thread::Builder::new()
             .name("control".into())
@@ -116,6 +118,12 @@ pub enum ControlError {
         /// The kernel's error.
         source: io::Error,
     },
+    /// The group of the socket, which the variant holds, does not exist.
+    #[error(
+        "the group {0} of the control socket does not exist: create it or name another one with \
+         --control-group"
+    )]
+    NoGroup(String),
     /// The path cannot be the path of a unix socket.
     #[error("{0}: choose another path for --control")]
     Path(#[source] UnixSocketError),
@@ -134,6 +142,7 @@ impl ControlError {
             Self::InUse(_) => "control-socket-in-use",
             Self::NotSocket(_) => "control-path-not-a-socket",
             Self::Create { .. } => "control-socket-not-created",
+            Self::NoGroup(_) => "control-group-missing",
             Self::Path(_) => "control-path-invalid",
             Self::Thread(_) => "control-server-not-started",
         }
@@ -206,17 +215,17 @@ fn serve(
     });
 }
 
-/// Listens at `path`, for the socket's owner only. The function is async because the listener
-/// registers with the runtime that polls it.
-async fn listen(path: &Path) -> Result<(UnixListener, SocketFile), ControlError> {
-    let access = Access {
-        mode: Some(SOCKET_MODE),
-        group: None,
-    };
-    let (listener, file) = listen_at(path, &access).map_err(|error| match error {
+/// Listens at `path`. The function is async because the listener registers with the runtime that
+/// polls it.
+async fn listen(
+    path: &Path,
+    access: &SocketPermissions,
+) -> Result<(UnixListener, SocketFile), ControlError> {
+    let (listener, file) = listen_at(path, access).map_err(|error| match error {
         UnixSocketError::InUse(path) => ControlError::InUse(path),
         UnixSocketError::NotASocket(path) => ControlError::NotSocket(path),
         UnixSocketError::Refused { path, source, .. } => ControlError::Create { path, source },
+        UnixSocketError::NoGroup(group) => ControlError::NoGroup(group),
         error => ControlError::Path(error),
     })?;
     let listener = UnixListener::from_std(listener).map_err(ControlError::Thread)?;
@@ -227,7 +236,7 @@ async fn listen(path: &Path) -> Result<(UnixListener, SocketFile), ControlError>
 mod tests {
     use std::fs;
     use std::io::{Read, Write};
-    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
     use std::os::unix::net;
     use std::time::Instant;
 
@@ -265,7 +274,44 @@ mod tests {
     }
 
     fn start(path: &Path) -> Result<ControlServer, String> {
-        ControlServer::start(path, Arc::new(Sample)).map_err(|error| error.to_string())
+        ControlServer::start(path, &owner_only(), Arc::new(Sample))
+            .map_err(|error| error.to_string())
+    }
+
+    fn owner_only() -> SocketPermissions {
+        SocketPermissions {
+            mode: Some(0o600),
+            group: None,
+        }
+    }
+
+    #[test]
+    fn the_socket_has_the_mode_and_the_group_that_are_asked_for() {
+        let dir = Dir::new("access");
+        let own_group = fs::metadata(&dir.0).unwrap().gid();
+        let access = SocketPermissions {
+            mode: Some(0o640),
+            group: Some(own_group.to_string()),
+        };
+        let server = ControlServer::start(&dir.socket(), &access, Arc::new(Sample)).unwrap();
+        let metadata = fs::metadata(dir.socket()).unwrap();
+        assert_eq!(
+            (metadata.permissions().mode() & 0o7777, metadata.gid()),
+            (0o640, own_group)
+        );
+        server.stop();
+        let access = SocketPermissions {
+            group: Some("no such group".into()),
+            ..access
+        };
+        let error = ControlServer::start(&dir.socket(), &access, Arc::new(Sample)).unwrap_err();
+        assert_eq!(error.code(), "control-group-missing");
+        assert_eq!(
+            error.to_string(),
+            "the group no such group of the control socket does not exist: create it or name \
+             another one with --control-group"
+        );
+        assert!(!dir.socket().exists());
     }
 
     /// Connects a client that sends one request.

@@ -29,12 +29,17 @@ impl FrontendSource {
     /// When the path cannot be listened on, or the inherited descriptor cannot be used.
     pub fn open(socket: &Socket) -> Result<Self, ListenError> {
         Ok(match socket {
-            Socket::Listen { path, mode, group } => {
+            Socket::Listen {
+                path,
+                mode,
+                group,
+                peer_uid,
+            } => {
                 let access = SocketPermissions {
                     mode: Some(*mode),
                     group: group.clone(),
                 };
-                Self::Listener(Listener::bind(path, &access)?)
+                Self::Listener(Listener::bind(path, &access)?.with_peer_uid(*peer_uid))
             }
             Socket::Connect { path } => Self::Connect(path.clone()),
             Socket::Inherited(number) => {

@@ -25,8 +25,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
-use virtionet_config::{Config, DeviceConfig, PollMode, Socket};
-use virtionet_control::server::ControlServer;
+use virtionet_config::{Config, ControlSocket, DeviceConfig, PollMode, Socket};
+use virtionet_control::server::{ControlError, ControlServer, SocketPermissions};
 use virtionet_placement::PlacementPlanner;
 use virtionet_placement::interrupts::IrqAffinityManager;
 use virtionet_uplink::switch::HostPortForwarder;
@@ -88,10 +88,11 @@ pub fn run(config: Config) -> Result<(), RunError> {
         .iter()
         .map(|(config, created)| (config.clone(), Arc::clone(&created.net_device)));
     let devices = Arc::new(DeviceRegistry(devices.collect()));
-    let control = match &config.control {
-        Some(path) => Some(ControlServer::start(path, Arc::clone(&devices) as _)?),
-        None => None,
-    };
+    let control = config
+        .control
+        .as_ref()
+        .map(|socket| start_control(socket, &devices))
+        .transpose()?;
     survive_lost_memory().map_err(host_error("handle signals"))?;
     call_watchdog::start().map_err(host_error("start the watchdog"))?;
     let stop = eventfd(0, EventfdFlags::CLOEXEC);
@@ -114,8 +115,25 @@ pub fn run(config: Config) -> Result<(), RunError> {
     wait_for_end(&mut signals);
     // The eventfd is never read, so it stays readable for every thread.
     let _ = rustix::io::write(&*stop, &1u64.to_ne_bytes());
+    let ended = end_threads(&host.pool, control, device_threads, helper_threads);
+    if !matches!(ended, Err(RunError::Stuck { .. })) {
+        for switch in uplinks.switches() {
+            tracing::info!("{switch}");
+        }
+    }
+    ended
+}
+
+/// Waits until all threads, which have been asked to stop, have ended, or [`SHUTDOWN_TIMEOUT`] has
+/// passed. The result is the last error.
+fn end_threads(
+    pool: &WorkerPool,
+    control: Option<ControlServer>,
+    device_threads: Vec<DeviceThread>,
+    mut helper_threads: Vec<HelperThread>,
+) -> Result<(), RunError> {
     let deadline = Instant::now() + SHUTDOWN_TIMEOUT;
-    host.pool.request_stop();
+    pool.request_stop();
     let stop_control = std::thread::Builder::new().spawn(move || drop(control));
     helper_threads.push((
         "control".into(),
@@ -124,15 +142,23 @@ pub fn run(config: Config) -> Result<(), RunError> {
     let mut stuck = Vec::new();
     let ended = join_devices(device_threads, deadline, &mut stuck);
     let helpers_ended = join_helpers(helper_threads, deadline, &mut stuck);
-    stuck.extend(host.pool.join(deadline));
+    stuck.extend(pool.join(deadline));
     if !stuck.is_empty() {
         let threads = stuck.join(", ");
         return Err(RunError::Stuck { threads });
     }
-    for switch in uplinks.switches() {
-        tracing::info!("{switch}");
-    }
     ended.and(helpers_ended)
+}
+
+fn start_control(
+    socket: &ControlSocket,
+    devices: &Arc<DeviceRegistry>,
+) -> Result<ControlServer, ControlError> {
+    let access = SocketPermissions {
+        mode: Some(socket.mode),
+        group: socket.group.clone(),
+    };
+    ControlServer::start(&socket.path, &access, Arc::clone(devices) as _)
 }
 
 /// Returns when a signal requests the end of the program, or when the signals' handle was closed.

@@ -18,7 +18,7 @@ use virtionet_base::unix_socket::{
 };
 
 use crate::foreign_fd::ForeignFd;
-use crate::sys::{TakeFdError, peer_pid};
+use crate::sys::{TakeFdError, peer_pid, peer_uid};
 use crate::wire::PendingConnections;
 
 /// Pause before the second attempt to connect; each further one is longer, up to the other limit.
@@ -79,8 +79,12 @@ impl ListenError {
 pub struct Listener {
     socket: UnixListener,
     file: Option<SocketFile>,
+    /// The only user whose front-end is served; `None` for all that can connect.
+    peer_uid: Option<u32>,
     /// Of log lines about second front-ends.
     refusals: RateLimiter,
+    /// Of log lines about front-ends of other users.
+    foreign_users: RateLimiter,
     /// Of log lines about a process that has run out of what accepting needs.
     exhaustions: RateLimiter,
 }
@@ -102,9 +106,18 @@ impl Listener {
         Ok(Self {
             socket,
             file,
+            peer_uid: None,
             refusals: RateLimiter::new(),
+            foreign_users: RateLimiter::new(),
             exhaustions: RateLimiter::new(),
         })
+    }
+
+    /// The same listener, which serves only front-ends of user `uid`, or of all users.
+    #[must_use]
+    pub fn with_peer_uid(mut self, uid: Option<u32>) -> Self {
+        self.peer_uid = uid;
+        self
     }
 
     /// The path of the socket file, if this process made it.
@@ -114,7 +127,8 @@ impl Listener {
     }
 
     /// Waits for a front-end. Returns `None` once `stop` is readable. If the process runs out of
-    /// descriptors or memory, it waits and tries again.
+    /// descriptors or memory, it waits and tries again. Front-ends of users that are not served are
+    /// refused.
     ///
     /// # Errors
     /// When the socket itself fails.
@@ -125,7 +139,9 @@ impl Listener {
                 return Ok(None);
             }
             match self.socket.accept() {
-                Ok((stream, _)) => return Ok(Some(stream)),
+                Ok((stream, _)) if self.is_served(&stream) => return Ok(Some(stream)),
+                // Closed together with whatever it has sent already.
+                Ok((stream, _)) => drop(ForeignFd::new(stream.into())),
                 Err(error) if is_exhausted(&error) => {
                     if let Some(suppressed) = self.exhaustions.allow() {
                         warn!(
@@ -141,6 +157,28 @@ impl Listener {
                 Err(error) => return Err(ListenError::Accept(error)),
             }
         }
+    }
+}
+
+impl Listener {
+    /// Whether the front-end at the other end of `stream` belongs to a user that is served. If it
+    /// does not, the log says so.
+    fn is_served(&self, stream: &UnixStream) -> bool {
+        let Some(expected) = self.peer_uid else {
+            return true;
+        };
+        let uid = peer_uid(stream);
+        if uid == Some(expected) {
+            return true;
+        }
+        if let Some(suppressed) = self.foreign_users.allow() {
+            let user = uid.map_or_else(|| "unknown user".into(), |uid| format!("user {uid}"));
+            warn!(
+                suppressed,
+                "a front-end of {user} was refused, because only user {expected} is served (--peer-uid)"
+            );
+        }
+        false
     }
 }
 

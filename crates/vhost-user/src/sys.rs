@@ -1,16 +1,29 @@
-//! The functions that need `unsafe`: finding the process of a socket's peer, and taking inherited
-//! descriptors.
+//! The functions that need `unsafe`: finding process and user of a socket's peer, and taking
+//! inherited descriptors.
 #![allow(unsafe_code)]
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
 
-/// The process at the other end of `stream` (SO_PEERCRED), or `None` when it runs in a PID
-/// namespace that this process cannot see.
-// syscalls: getsockopt
+/// The process at the other end of `stream`, or `None` when it runs in a PID namespace that this
+/// process cannot see.
 #[must_use]
 pub fn peer_pid(stream: &UnixStream) -> Option<u32> {
+    let peer = peer_credentials(stream)?;
+    u32::try_from(peer.pid).ok().filter(|pid| *pid != 0)
+}
+
+/// The user that the process at the other end of `stream` had when it connected; `None` when the
+/// kernel does not report it. In another user namespace it is the number that this namespace sees.
+#[must_use]
+pub(crate) fn peer_uid(stream: &UnixStream) -> Option<u32> {
+    peer_credentials(stream).map(|peer| peer.uid)
+}
+
+/// The credentials of the process at the other end of `stream` (SO_PEERCRED).
+// syscalls: getsockopt
+fn peer_credentials(stream: &UnixStream) -> Option<libc::ucred> {
     let mut peer = libc::ucred {
         pid: 0,
         uid: 0,
@@ -27,10 +40,7 @@ pub fn peer_pid(stream: &UnixStream) -> Option<u32> {
             &raw mut len,
         )
     };
-    if result != 0 {
-        return None;
-    }
-    u32::try_from(peer.pid).ok().filter(|pid| *pid != 0)
+    (result == 0).then_some(peer)
 }
 
 /// Why an inherited descriptor cannot be taken.
@@ -82,6 +92,7 @@ mod tests {
     fn peer_of_a_socket_pair_is_this_process() {
         let (one, _other) = UnixStream::pair().unwrap();
         assert_eq!(peer_pid(&one), Some(std::process::id()));
+        assert_eq!(peer_uid(&one), Some(rustix::process::geteuid().as_raw()));
     }
 
     #[test]

@@ -254,3 +254,26 @@ fn connections_beside_the_one_served_are_refused() {
     let _third = UnixStream::connect(directory.socket()).unwrap();
     assert!(listener.accept(stopped.as_fd()).unwrap().is_some());
 }
+
+#[test]
+fn front_ends_of_another_user_are_refused() {
+    let directory = Directory::new();
+    let own = rustix::process::geteuid().as_raw();
+    let (stop, stopped) = stop_pair();
+    let listener = bind(&directory.socket()).unwrap().with_peer_uid(Some(own));
+    let _client = UnixStream::connect(directory.socket()).unwrap();
+    assert!(listener.accept(stopped.as_fd()).unwrap().is_some());
+    let listener = listener.with_peer_uid(Some(own + 1));
+    let mut client = UnixStream::connect(directory.socket()).unwrap();
+    client
+        .set_read_timeout(Some(Duration::from_secs(5)))
+        .unwrap();
+    let waiting = thread::spawn(move || listener.accept(stopped.as_fd()).unwrap().is_none());
+    assert_eq!(
+        client.read(&mut [0]).unwrap(),
+        0,
+        "the connection is closed"
+    );
+    stop.write(1).unwrap();
+    assert!(waiting.join().unwrap(), "nobody was accepted");
+}
