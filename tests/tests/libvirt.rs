@@ -1,7 +1,8 @@
 //! A libvirt domain with the XML that `virtionetctl plan` prints. Its guest has the planned queue
 //! pairs, traffic passes, and the workers move to the CPUs that `virsh vcpupin` gives the vCPUs.
 
-use std::fs;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -165,6 +166,11 @@ fn start_daemon(plan: &Value, dir: &RunDir, network: &HostNetwork) -> Result<Dae
     let control = plan["control"]
         .as_str()
         .context("the plan has no control socket")?;
+    fs::create_dir_all(dir.join("control"))?;
+    // libvirt runs QEMU, which makes the socket, as another user.
+    let guest_dir = dir.join("guests/planned");
+    fs::create_dir_all(&guest_dir)?;
+    fs::set_permissions(&guest_dir, Permissions::from_mode(0o777))?;
     let daemon = Options::new()
         .netns(network.netns())
         .command(&command, Path::new(control))

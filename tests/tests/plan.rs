@@ -153,7 +153,9 @@ fn printed_commands_run_in_a_shell_if_a_path_has_special_characters() {
 fn run_printed_commands(vcpus: u32) -> Result<()> {
     let dir = RunDir::new()?;
     let socket_dir = dir.join("a b,'c'$d");
-    fs::create_dir(&socket_dir)?;
+    for name in ["guests/guest", "control"] {
+        fs::create_dir_all(socket_dir.join(name))?;
+    }
     let flags = [
         &format!("--vcpus={vcpus}"),
         "--nic=uplink=null",
@@ -174,7 +176,12 @@ fn run_printed_commands(vcpus: u32) -> Result<()> {
 
     let until = Instant::now() + START_TIMEOUT;
     loop {
-        let response = http::request(&socket_dir.join("guest.ctl"), "GET", "/v1/devices", "");
+        let response = http::request(
+            &socket_dir.join("control/guest.ctl"),
+            "GET",
+            "/v1/devices",
+            "",
+        );
         let json = response.map(|response| serde_json::from_str::<Value>(&response.body));
         if let Ok(Ok(json)) = &json
             && (0..2).all(|n| json["devices"][n]["frontend"].is_object())
@@ -236,6 +243,9 @@ fn start_from_plan(plan: &Value, dir: &RunDir, network: &HostNetwork) -> Result<
     let control = plan["control"]
         .as_str()
         .context("the plan has no control socket")?;
+    for name in ["guests/guest", "control"] {
+        fs::create_dir_all(dir.join(name))?;
+    }
     let daemon = Options::new()
         .netns(network.netns())
         .command(&command("virtionetd")?, Path::new(control))

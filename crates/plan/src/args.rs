@@ -178,7 +178,7 @@ pub struct PlanArgs {
     #[arg(long, value_name = "LIST", help_heading = WORKERS)]
     pub host_cpus: Option<String>,
 
-    /// The directory of the sockets
+    /// The directory of the sockets: the guest's are in guests/NAME, the control socket in control
     #[arg(
         long,
         value_name = "DIR",

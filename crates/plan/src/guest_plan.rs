@@ -33,9 +33,9 @@ pub struct GuestPlan {
     pub worker_cpus: WorkerCpus,
     /// Notes for the reader of the plan.
     pub notes: Vec<String>,
-    /// The directory of the sockets.
+    /// The directory that the directories of the sockets are in.
     pub socket_dir: PathBuf,
-    /// The path of virtionetd's control socket.
+    /// The path of virtionetd's control socket, in a directory that no front-end may write to.
     pub control: PathBuf,
     #[serde(skip)]
     pub(super) request: Request,
@@ -132,7 +132,7 @@ impl GuestPlan {
                     why: queues.why,
                     vectors: queues.vectors,
                     mac: requested.mac.to_string(),
-                    socket: request.socket_dir.join(format!("{device}.sock")),
+                    socket: guest_dir(&request).join(format!("{}.sock", requested.name)),
                     device,
                     uplink: requested.uplink.clone(),
                     workers,
@@ -157,7 +157,7 @@ impl GuestPlan {
             worker_cpus,
             notes: request.notes.clone(),
             socket_dir: request.socket_dir.clone(),
-            control: request.socket_dir.join(format!("{}.ctl", request.name)),
+            control: control_dir(&request.socket_dir).join(format!("{}.ctl", request.name)),
             request,
         }
     }
@@ -173,10 +173,29 @@ impl GuestPlan {
         self.request.rings
     }
 
+    /// The directory of the guest's vhost-user sockets. Each guest has its own, so that a front-end
+    /// that may write to it cannot replace the socket of another guest.
+    pub(super) fn guest_dir(&self) -> PathBuf {
+        guest_dir(&self.request)
+    }
+
+    /// The directory of the control sockets, which only virtionetd may write to.
+    pub(super) fn control_dir(&self) -> PathBuf {
+        control_dir(&self.socket_dir)
+    }
+
     /// The path of QEMU's PID file.
     pub(super) fn pid_file(&self) -> PathBuf {
         self.socket_dir.join(format!("{}.pid", self.guest))
     }
+}
+
+fn guest_dir(request: &Request) -> PathBuf {
+    request.socket_dir.join("guests").join(&request.name)
+}
+
+fn control_dir(socket_dir: &Path) -> PathBuf {
+    socket_dir.join("control")
 }
 
 impl WorkerPlan {

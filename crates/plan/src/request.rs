@@ -38,7 +38,7 @@ pub(super) struct Request {
     pub net_devices: Vec<NetDeviceSpec>,
     /// Sizes and format of the virtqueues.
     pub rings: Rings,
-    /// The directory of the sockets.
+    /// The directory that the directories of the sockets are in.
     pub socket_dir: PathBuf,
     /// The placement of the workers.
     pub placement: Placement,

@@ -251,7 +251,7 @@ fn generated_names_and_addresses_are_reproducible() {
     assert_eq!(uplinks[5], "tap:mail-net2");
     assert_eq!(
         first.net_devices[1].socket,
-        PathBuf::from("/run/virtionetd/web-net1.sock")
+        PathBuf::from("/run/virtionetd/guests/web/net1.sock")
     );
     // The name of a TAP has at most 15 bytes.
     let long =
@@ -524,8 +524,8 @@ fn the_domain_has_the_values_of_the_plan() {
         "vcpupin vcpu=0 cpuset=3",
         "vcpupin vcpu=1 cpuset=5",
         "emulatorpin cpuset=3,5",
-        &format!("source type=unix path={SPECIAL_DIR}/guest-net0.sock mode=server"),
-        &format!("source type=unix path={SPECIAL_DIR}/guest-net1.sock mode=server"),
+        &format!("source type=unix path={SPECIAL_DIR}/guests/guest/net0.sock mode=server"),
+        &format!("source type=unix path={SPECIAL_DIR}/guests/guest/net1.sock mode=server"),
         "driver queues=2 rx_queue_size=1024 packed=on",
         "driver rx_queue_size=1024 packed=on",
         "mac address=52:54:00:00:00:07",
@@ -547,6 +547,32 @@ fn the_domain_has_the_values_of_the_plan() {
 }
 
 #[test]
+fn sockets_are_in_directories_that_no_other_guest_can_write_to() {
+    let plan = planned("--vcpus 2 --nics 2 --name web");
+    assert_eq!(
+        plan.control,
+        PathBuf::from("/run/virtionetd/control/web.ctl")
+    );
+    for device in &plan.net_devices {
+        assert!(device.socket.starts_with("/run/virtionetd/guests/web"));
+    }
+    let text = text::render(&plan, OutputPart::All);
+    let made: Vec<&str> = text
+        .lines()
+        .filter(|line| line.starts_with("install "))
+        .collect();
+    assert_eq!(
+        made,
+        [
+            "install -d /run/virtionetd/guests/web",
+            "install -d -m 700 /run/virtionetd/control",
+            "install -d -g kvm -m 2770 /run/virtionetd/guests/web",
+            "install -d -m 700 /run/virtionetd/control",
+        ]
+    );
+}
+
+#[test]
 fn the_command_line_of_qemu_has_the_values_of_the_plan() {
     let line = "--vcpus 4 --name web --memory 2G --tx-queue-size 512 --nic queues=3 --nic name=mgmt,throughput=low";
     let plan = planned(line);
@@ -555,7 +581,7 @@ fn the_command_line_of_qemu_has_the_values_of_the_plan() {
     for expected in [
         "guest=web,debug-threads=on",
         "memory-backend-memfd,id=mem,size=2048M,share=on",
-        "socket,id=net0-socket,path=/run/virtionetd/web-net0.sock,reconnect-ms=1000",
+        "socket,id=net0-socket,path=/run/virtionetd/guests/web/net0.sock,reconnect-ms=1000",
         "vhost-user,id=net0,chardev=net0-socket,queues=3",
         &format!("virtio-net-pci,netdev=net0,mac={lan},vectors=8,mq=on,tx_queue_size=512"),
         "vhost-user,id=mgmt,chardev=mgmt-socket,queues=1",

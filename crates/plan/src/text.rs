@@ -23,14 +23,21 @@ pub(super) fn render(plan: &GuestPlan, part: OutputPart) -> String {
 }
 
 fn all_text(plan: &GuestPlan) -> String {
-    let dir = quote(&path_text(&plan.socket_dir));
+    let guest_dir = quote(&path_text(&plan.guest_dir()));
+    let make_control_dir = format!(
+        "install -d -m 700 {}",
+        quote(&path_text(&plan.control_dir()))
+    );
     let mut text = queues_text(plan);
     let mut section = |heading: &str, body: &str| {
         text += &format!("\n== {heading}\n\n{body}");
     };
     section(
         "virtionetd beside QEMU (start it first)",
-        &format!("install -d {dir}\n{}", render(plan, OutputPart::Virtionetd)),
+        &format!(
+            "install -d {guest_dir}\n{make_control_dir}\n{}",
+            render(plan, OutputPart::Virtionetd)
+        ),
     );
     section(
         "QEMU (add disks and the like; before QEMU 9.2 write reconnect=1 for reconnect-ms=1000)",
@@ -46,7 +53,7 @@ fn all_text(plan: &GuestPlan) -> String {
     section(
         "virtionetd beside that domain (its QEMU makes the sockets, as a user of the group kvm)",
         &format!(
-            "install -d -g kvm -m 2770 {dir}\n{}",
+            "install -d -g kvm -m 2770 {guest_dir}\n{make_control_dir}\n{}",
             render(plan, OutputPart::VirtionetdClient)
         ),
     );
