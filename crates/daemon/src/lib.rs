@@ -8,6 +8,7 @@ pub mod advice;
 pub mod busy_poll;
 pub mod call_watchdog;
 pub mod conditions;
+mod descriptor_budget;
 pub mod frontend_source;
 pub mod host_cpus;
 pub mod interrupts;

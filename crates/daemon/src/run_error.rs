@@ -48,6 +48,16 @@ pub enum RunError {
         /// The kernel's error.
         source: io::Error,
     },
+    /// The limit of open files is too low for the configuration.
+    #[error(
+        "the configured queue pairs need {needed} open files, and the limit is {limit}; raise it (ulimit -n, or LimitNOFILE= of the service) or lower --queues"
+    )]
+    TooFewDescriptors {
+        /// The number that is needed at least.
+        needed: u64,
+        /// The limit.
+        limit: u64,
+    },
     /// The CPUs of this process cannot be read.
     #[error(transparent)]
     Cpus(#[from] HostCpusError),
@@ -94,6 +104,7 @@ impl RunError {
             Self::Usage { .. } => "placement-impossible",
             Self::Control(error) => error.code(),
             Self::Host { .. } => "host-resources",
+            Self::TooFewDescriptors { .. } => "open-files-limit",
             Self::Cpus(error) => error.code(),
             Self::DeviceFailed { source, .. } => source.code(),
             Self::Stuck { .. } => "thread-stuck",

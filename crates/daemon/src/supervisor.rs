@@ -35,6 +35,7 @@ use virtionet_virtqueue::memory::survive_lost_memory;
 
 use crate::advice::Adviser;
 use crate::call_watchdog;
+use crate::descriptor_budget;
 use crate::frontend_source::FrontendSource;
 use crate::host_cpus::HostCpus;
 use crate::interrupts::Interrupts;
@@ -63,6 +64,7 @@ const JOIN_INTERVAL: Duration = Duration::from_millis(1);
 /// # Errors
 /// When something cannot be set up, or the only device cannot continue.
 pub fn run(config: Config) -> Result<(), RunError> {
+    descriptor_budget::prepare(&config)?;
     let mut signals =
         Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(host_error("handle signals"))?;
     // Take inherited descriptors first, because anything that is opened before could get their
