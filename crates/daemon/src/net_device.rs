@@ -3,6 +3,8 @@
 
 mod backend;
 mod connection_log;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -51,7 +53,8 @@ pub struct NetDevice {
     session_errors: RateLimiter,
 }
 
-/// A queue pair and the worker that serves it.
+/// A queue pair and the worker that serves it. Both last as long as the device, so that their
+/// counters do. Their descriptors are closed when the front-end has disconnected.
 #[derive(Debug)]
 pub struct ServedPair {
     /// The queue pair.
@@ -60,6 +63,15 @@ pub struct ServedPair {
     pub worker: Arc<Worker>,
     /// The queue pair's position among those of the worker.
     position: u16,
+}
+
+impl ServedPair {
+    /// Closes the descriptors of the pair and of its worker, which must have ended: the epoll, the
+    /// wake-up eventfd, and the queue of the uplink, unless the uplink itself keeps it.
+    fn close(&self) {
+        self.worker.close();
+        self.pair.close_uplink();
+    }
 }
 
 /// The state of the front-end, as far as it is known.
@@ -200,9 +212,9 @@ impl NetDevice {
         self.pairs().filter(|served| served.pair.is_in_use())
     }
 
-    /// Returns queue pair `index`, and creates it if it does not exist. `vring` is the vring that
-    /// needs it.
-    fn pair_or_create(&self, index: u16, vring: u16) -> Result<&ServedPair, BackendError> {
+    /// Returns queue pair `index` with its descriptors open, and creates it if it does not exist.
+    /// `vring` is the vring that needs it.
+    fn open_pair(&self, index: u16, vring: u16) -> Result<&ServedPair, BackendError> {
         let no_such_pair = || BackendError::NoSuchQueuePair {
             index: vring,
             queue_pairs: self.pairs.len(),
@@ -213,35 +225,46 @@ impl NetDevice {
             .get(usize::from(index))
             .ok_or_else(no_such_pair)?;
         if let Some(served) = place.get() {
+            self.open_descriptors(served)?;
             return Ok(served);
         }
-        let served = self.create_pair(index)?;
-        Ok(place.get_or_init(|| served))
-    }
-
-    /// Creates a queue pair with its queue of the uplink, and a worker that has not started.
-    fn create_pair(&self, index: u16) -> Result<ServedPair, BackendError> {
-        let name = worker_name(&self.name, u32::from(index));
-        let placement = PlacementState::new(Arc::clone(&self.placer), index);
-        let worker = self
-            .pool
-            .add_worker(name, self.poll, placement)
-            .map_err(|source| BackendError::QueuePair {
-                pair: index,
-                source,
-            })?;
-        let pair = Arc::new(QueuePair::new(index, &self.name, worker.waker().clone()));
-        let position = worker.add_pair(Arc::clone(&pair));
-        let served = ServedPair {
-            pair,
-            worker,
-            position,
-        };
-        if let Err(error) = self.open_uplink(&served) {
+        let served = self.create_pair(index);
+        if let Err(error) = self.open_descriptors(&served) {
             self.pool.remove_worker(&served.worker);
             return Err(error);
         }
-        Ok(served)
+        Ok(place.get_or_init(|| served))
+    }
+
+    /// Creates a queue pair, and a worker that has not started. They have no descriptors yet.
+    fn create_pair(&self, index: u16) -> ServedPair {
+        let name = worker_name(&self.name, u32::from(index));
+        let placement = PlacementState::new(Arc::clone(&self.placer), index);
+        let worker = self.pool.add_worker(name, self.poll, placement);
+        let pair = Arc::new(QueuePair::new(index, &self.name, worker.waker().clone()));
+        let position = worker.add_pair(Arc::clone(&pair));
+        ServedPair {
+            pair,
+            worker,
+            position,
+        }
+    }
+
+    /// Opens the worker's descriptors and the queue of the uplink, unless they are open.
+    fn open_descriptors(&self, served: &ServedPair) -> Result<(), BackendError> {
+        if served.pair.uplink().is_some() {
+            return Ok(());
+        }
+        let pair = served.pair.index();
+        let opened = served
+            .worker
+            .open()
+            .map_err(|source| BackendError::QueuePair { pair, source })
+            .and_then(|()| self.open_uplink(served));
+        if opened.is_err() {
+            served.worker.close();
+        }
+        opened
     }
 
     fn open_uplink(&self, served: &ServedPair) -> Result<(), BackendError> {

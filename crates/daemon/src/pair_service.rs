@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use virtionet_virtio_net::uplink::UplinkQueue;
 use virtionet_virtio_net::{DeviceQueue, RxEndReason};
 
 use crate::queue_pair::QueuePair;
@@ -19,6 +20,8 @@ const RX_BYTES: usize = 1 << 20;
 #[derive(Debug)]
 pub struct PairService {
     pair: Arc<QueuePair>,
+    /// The pair's queue of the uplink.
+    uplink: Option<Arc<dyn UplinkQueue>>,
     /// Whether the worker must poll the uplink for frames; a switch pushes them instead.
     is_pull_uplink: bool,
     /// Whether chains may be available for TX.
@@ -33,10 +36,12 @@ impl PairService {
     /// The service of `pair`, whose uplink must be open.
     #[must_use]
     pub fn new(pair: Arc<QueuePair>) -> Self {
+        let uplink = pair.uplink();
         Self {
-            is_pull_uplink: pair
-                .uplink()
+            is_pull_uplink: uplink
+                .as_ref()
                 .is_some_and(|uplink| uplink.poll_fd().is_some()),
+            uplink,
             pair,
             tx_ready: true,
             uplink_ready: true,
@@ -119,12 +124,12 @@ impl PairService {
     }
 
     fn process_tx(&mut self, sleep_next: bool) -> usize {
-        let uplink = self.pair.uplink();
+        let uplink = self.uplink.as_deref();
         let outcome =
             self.pair
                 .tx()
                 .process(&format_args!("{} tx", self.pair), |queue, enabled| {
-                    let uplink = uplink.filter(|_| enabled).map(|uplink| &**uplink);
+                    let uplink = uplink.filter(|_| enabled);
                     queue.disable_kicks();
                     let (mut chains, mut bytes, mut call) = (0, 0, false);
                     let more = loop {
@@ -153,7 +158,7 @@ impl PairService {
     }
 
     fn process_rx(&mut self) -> usize {
-        let Some(uplink) = self.pair.uplink() else {
+        let Some(uplink) = self.uplink.as_deref() else {
             self.uplink_ready = false;
             return 0;
         };
@@ -166,7 +171,7 @@ impl PairService {
                     }
                     // Asked for only while the guest has no buffers.
                     queue.disable_kicks();
-                    let received = queue.receive(&**uplink, RX_FRAMES, RX_BYTES)?;
+                    let received = queue.receive(uplink, RX_FRAMES, RX_BYTES)?;
                     let end = match received.end {
                         RxEndReason::Starved if queue.enable_kicks() => RxEndReason::Budget,
                         end => end,

@@ -1,8 +1,8 @@
 //! A queue pair: two vrings and a queue of the uplink.
 
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 use virtionet_vhost_user::VringState;
@@ -13,7 +13,9 @@ use virtionet_virtqueue::memory::GuestMemory;
 use crate::vring_slot::VringSlot;
 use crate::waker::Waker;
 
-/// A queue pair, as all threads share it. Its worker adds the readiness in a `PairService`.
+/// A queue pair, as all threads share it. Its worker adds the readiness in a `PairService`. It lasts
+/// as long as its device, because its counters do; its queue of the uplink is open only while a
+/// front-end is connected.
 #[derive(Debug)]
 pub struct QueuePair {
     index: u16,
@@ -21,7 +23,8 @@ pub struct QueuePair {
     device: String,
     rx: VringSlot<RxQueue>,
     tx: VringSlot<TxQueue>,
-    uplink: OnceLock<Arc<dyn UplinkQueue>>,
+    /// The worker has its own reference, so frames take no lock.
+    uplink: Mutex<Option<Arc<dyn UplinkQueue>>>,
     waker: Waker,
     /// The front-end address of the receiveq's descriptors; 0 before it first starts.
     rx_ring_address: AtomicU64,
@@ -37,7 +40,7 @@ impl QueuePair {
             device: device.to_owned(),
             rx: VringSlot::default(),
             tx: VringSlot::default(),
-            uplink: OnceLock::new(),
+            uplink: Mutex::default(),
             waker,
             rx_ring_address: AtomicU64::new(0),
             memory_node: Mutex::new(None),
@@ -62,10 +65,10 @@ impl QueuePair {
         self.index
     }
 
-    /// The queue pair's queue of the uplink, once it is open.
+    /// The queue pair's queue of the uplink, while it is open.
     #[must_use]
-    pub fn uplink(&self) -> Option<&Arc<dyn UplinkQueue>> {
-        self.uplink.get()
+    pub fn uplink(&self) -> Option<Arc<dyn UplinkQueue>> {
+        self.uplink.lock().clone()
     }
 
     /// Whether the driver uses the queue pair.
@@ -74,7 +77,8 @@ impl QueuePair {
         self.rx.is_enabled() && self.rx.size() > 0
     }
 
-    /// Opens the pair's queue of `uplink`. The session's thread must call this once.
+    /// Opens the pair's queue of `uplink`. Only the session's thread may call this, while none is
+    /// open.
     ///
     /// # Errors
     /// When the uplink has no queue for it.
@@ -88,8 +92,12 @@ impl QueuePair {
 
     /// Stores the queue that [`QueuePair::open_uplink`] opened.
     pub(crate) fn set_uplink(&self, queue: Arc<dyn UplinkQueue>) {
-        // Only the session's thread opens queues, so none was set meanwhile.
-        let _ = self.uplink.set(queue);
+        *self.uplink.lock() = Some(queue);
+    }
+
+    /// Drops the queue of the uplink after the front-end has disconnected and the worker has ended.
+    pub(crate) fn close_uplink(&self) {
+        *self.uplink.lock() = None;
     }
 
     /// Attaches the uplink's queue while the receiveq runs and is enabled, and detaches it

@@ -13,7 +13,7 @@
 //! kicks, polls the vrings once more and sleeps. No error of a frame, a guest or the host ends it.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -29,7 +29,7 @@ use crate::pair_service::PairService;
 use crate::panic_policy::{contain, contain_panics};
 use crate::queue_pair::QueuePair;
 use crate::sys::read_cycles;
-use crate::waker::Waker;
+use crate::waker::{WakeEvent, Waker};
 use crate::worker_event::{PairEvent, WorkerEvent};
 use crate::worker_placement::{PlacementState, WorkerPlacement};
 
@@ -54,18 +54,27 @@ const PANIC_PAUSE: Duration = Duration::from_millis(100);
 /// Polls of the vrings after which the worker also checks epoll.
 const POLLS_PER_EPOLL_WAIT: u32 = 64;
 
-/// A worker, as other threads see it.
+/// A worker, as other threads see it. It lasts as long as its device, because its counters do. Its
+/// descriptors exist only while a front-end is connected.
 #[derive(Debug)]
 pub struct Worker {
     name: String,
     poll: PollMode,
-    epoll: Epoll,
+    /// The thread has its own reference, so it takes no lock.
+    descriptors: Mutex<Option<Arc<WorkerDescriptors>>>,
     waker: Waker,
     pairs: Mutex<Vec<Arc<QueuePair>>>,
     stats: WorkerStats,
     lifetime: WorkerLifetime,
     placement: PlacementState,
     thread: Mutex<Option<WorkerThread>>,
+}
+
+/// The descriptors of a worker.
+#[derive(Debug)]
+struct WorkerDescriptors {
+    epoll: Epoll,
+    wake: WakeEvent,
 }
 
 /// How long a worker's threads have run, in cycles of the time-stamp counter.
@@ -84,24 +93,57 @@ struct WorkerThread {
 }
 
 impl Worker {
-    /// A worker without a thread or queue pairs yet. `name` is its thread's name.
-    ///
-    /// # Errors
-    /// When the kernel has no descriptors left.
-    pub fn new(name: String, poll: PollMode, placement: PlacementState) -> io::Result<Self> {
-        let worker = Self {
+    /// A worker without a thread, descriptors or queue pairs yet. `name` is its thread's name.
+    #[must_use]
+    pub fn new(name: String, poll: PollMode, placement: PlacementState) -> Self {
+        Self {
             name,
             poll,
-            epoll: Epoll::new()?,
-            waker: Waker::new()?,
+            descriptors: Mutex::default(),
+            waker: Waker::default(),
             pairs: Mutex::default(),
             stats: WorkerStats::default(),
             lifetime: WorkerLifetime::default(),
             placement,
             thread: Mutex::new(None),
-        };
-        worker.watch(worker.waker.as_raw_fd(), EventSet::IN, WorkerEvent::Wake)?;
-        Ok(worker)
+        }
+    }
+
+    /// Opens its descriptors, unless they are open.
+    ///
+    /// # Errors
+    /// When the kernel has no descriptors left.
+    pub fn open(&self) -> io::Result<()> {
+        self.open_descriptors().map(|_| ())
+    }
+
+    fn open_descriptors(&self) -> io::Result<Arc<WorkerDescriptors>> {
+        let mut descriptors = self.descriptors.lock();
+        if let Some(open) = &*descriptors {
+            return Ok(Arc::clone(open));
+        }
+        let epoll = Epoll::new()?;
+        let wake = self.waker.open()?;
+        let event = EpollEvent::new(EventSet::IN, WorkerEvent::Wake.to_token());
+        if let Err(error) = epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), event) {
+            self.waker.close();
+            return Err(error);
+        }
+        let open = Arc::new(WorkerDescriptors { epoll, wake });
+        *descriptors = Some(Arc::clone(&open));
+        Ok(open)
+    }
+
+    /// Closes its descriptors, and waits no longer for any other. The thread must have ended.
+    pub fn close(&self) {
+        *self.descriptors.lock() = None;
+        self.waker.close();
+    }
+
+    /// Whether its descriptors are open.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        self.descriptors.lock().is_some()
     }
 
     /// The name of its thread.
@@ -153,38 +195,38 @@ impl Worker {
     /// process reads, cannot stop it.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// When the kernel refuses, or has no descriptors left for the worker's own.
     pub fn watch_pair(&self, position: u16, event: PairEvent, fd: &impl AsRawFd) -> io::Result<()> {
         let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
         let event = WorkerEvent::Pair { position, event };
-        self.watch(fd.as_raw_fd(), events, event)
-    }
-
-    fn watch(&self, fd: RawFd, events: EventSet, event: WorkerEvent) -> io::Result<()> {
         let event = EpollEvent::new(events, event.to_token());
-        self.epoll.ctl(ControlOperation::Add, fd, event)
+        let epoll = &self.open_descriptors()?.epoll;
+        epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), event)
     }
 
     /// Waits no longer for a descriptor.
     pub fn unwatch(&self, fd: &OwnedFd) {
         let event = EpollEvent::default();
-        // Fails only when it was not watched.
-        let _ = self
-            .epoll
-            .ctl(ControlOperation::Delete, fd.as_raw_fd(), event);
+        if let Some(open) = &*self.descriptors.lock() {
+            // Fails only when it was not watched.
+            let _ = open
+                .epoll
+                .ctl(ControlOperation::Delete, fd.as_raw_fd(), event);
+        }
     }
 
     /// Starts the thread, unless it runs.
     ///
     /// # Errors
-    /// When the kernel refuses a thread.
+    /// When the kernel refuses a thread, or has no descriptors left.
     pub fn start(self: &Arc<Self>) -> io::Result<()> {
         let mut thread = self.thread.lock();
         if thread.is_some() {
             return Ok(());
         }
         let stop = Arc::new(AtomicBool::new(false));
-        let event_loop = EventLoop::new(Arc::clone(self), Arc::clone(&stop));
+        let descriptors = self.open_descriptors()?;
+        let event_loop = EventLoop::new(Arc::clone(self), descriptors, Arc::clone(&stop));
         let handle = std::thread::Builder::new()
             .name(self.name.clone())
             .stack_size(WORKER_STACK_SIZE)
@@ -254,6 +296,7 @@ impl Worker {
 #[derive(Debug)]
 struct EventLoop {
     worker: Arc<Worker>,
+    descriptors: Arc<WorkerDescriptors>,
     pairs: Vec<PairService>,
     stop: Arc<AtomicBool>,
     poll: BusyPoll,
@@ -265,7 +308,11 @@ struct EventLoop {
 
 impl EventLoop {
     /// The loop of `worker`, which ends when `stop` is set and the worker is woken.
-    fn new(worker: Arc<Worker>, stop: Arc<AtomicBool>) -> Self {
+    fn new(
+        worker: Arc<Worker>,
+        descriptors: Arc<WorkerDescriptors>,
+        stop: Arc<AtomicBool>,
+    ) -> Self {
         let pairs = worker.pairs.lock().clone();
         Self {
             pairs: pairs.into_iter().map(PairService::new).collect(),
@@ -274,6 +321,7 @@ impl EventLoop {
             shares_cpu: false,
             interval_start: 0,
             worker,
+            descriptors,
         }
     }
 
@@ -345,7 +393,7 @@ impl EventLoop {
             self.worker.stats.sleeps.add(1);
         }
         let mut events = [EpollEvent::default(); MAX_EVENTS];
-        let count = match self.worker.epoll.wait(timeout, &mut events) {
+        let count = match self.descriptors.epoll.wait(timeout, &mut events) {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
             Err(error) => {
@@ -374,7 +422,7 @@ impl EventLoop {
 
     /// Something changed: check everything once.
     fn handle_wake(&mut self) {
-        self.worker.waker.clear();
+        self.descriptors.wake.clear();
         self.pairs.iter_mut().for_each(PairService::handle_wake);
         self.worker.placement.refresh();
         self.poll.set_permitted(self.worker.placement.may_poll());

@@ -1,6 +1,5 @@
 //! The workers of the process.
 
-use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -19,18 +18,15 @@ pub struct WorkerPool {
 
 impl WorkerPool {
     /// Creates a worker for one more queue pair. `name` is its thread's name.
-    ///
-    /// # Errors
-    /// When the kernel has no descriptors left.
     pub fn add_worker(
         &self,
         name: String,
         poll: PollMode,
         placement: PlacementState,
-    ) -> io::Result<Arc<Worker>> {
-        let worker = Arc::new(Worker::new(name, poll, placement)?);
+    ) -> Arc<Worker> {
+        let worker = Arc::new(Worker::new(name, poll, placement));
         self.workers.lock().push(Arc::clone(&worker));
-        Ok(worker)
+        worker
     }
 
     /// Removes a worker that never started.

@@ -62,9 +62,21 @@ pub struct Tap {
 #[derive(Debug)]
 struct TapState {
     format: FrameFormat,
-    /// The queues by the index of their queue pair. The queue of pair 0 is opened with the TAP, so
-    /// that errors are found early.
-    queues: BTreeMap<u16, Arc<TapQueue>>,
+    /// The queue of pair 0. It is opened with the TAP, so that errors are found early, and stays
+    /// open, because the kernel deletes an interface that this program created with its last queue.
+    first: Arc<TapQueue>,
+    /// The other queues by the index of their queue pair, as far as the device still has them.
+    others: BTreeMap<u16, Weak<TapQueue>>,
+}
+
+impl TapState {
+    /// The queue of queue pair `pair`, if it is open.
+    fn queue(&self, pair: u16) -> Option<Arc<TapQueue>> {
+        match pair {
+            0 => Some(Arc::clone(&self.first)),
+            _ => self.others.get(&pair)?.upgrade(),
+        }
+    }
 }
 
 impl Tap {
@@ -114,7 +126,8 @@ impl Tap {
             is_created_by_us,
             state: Mutex::new(TapState {
                 format: NO_OFFLOADS,
-                queues: BTreeMap::from([(0, first)]),
+                first,
+                others: BTreeMap::new(),
             }),
         })
     }
@@ -189,8 +202,8 @@ impl Uplink for Tap {
         _rx: Weak<dyn RxSink>,
     ) -> Result<Arc<dyn UplinkQueue>, UplinkError> {
         let mut state = self.state.lock();
-        if let Some(queue) = state.queues.get(&pair) {
-            return Ok(Arc::clone(queue) as Arc<dyn UplinkQueue>);
+        if let Some(queue) = state.queue(pair) {
+            return Ok(queue);
         }
         let name = &self.shared.name;
         // The new queue is attached for a moment. If another one were detached meanwhile, the
@@ -207,17 +220,15 @@ impl Uplink for Tap {
         }
         apply_format(file.as_fd(), state.format).map_err(|e| error::setup_failed(name, e))?;
         let queue = Arc::new(TapQueue::new(file, pair, Arc::clone(&self.shared)));
-        state.queues.insert(pair, Arc::clone(&queue));
+        state.others.insert(pair, Arc::downgrade(&queue));
         Ok(queue)
     }
 
     fn set_format(&self, format: FrameFormat) -> Result<(), UplinkError> {
         let mut state = self.state.lock();
         // Both settings belong to the interface, so it is enough to set them on one queue.
-        if let Some(queue) = state.queues.values().next() {
-            apply_format(queue.fd(), format)
-                .map_err(|e| error::format_refused(&self.shared.name, format, e))?;
-        }
+        apply_format(state.first.fd(), format)
+            .map_err(|e| error::format_refused(&self.shared.name, format, e))?;
         self.shared
             .header_len
             .store(format.header_len, Ordering::Relaxed);

@@ -324,6 +324,33 @@ fn unmapped_guest_memory_loses_one_frame_only() {
 }
 
 #[test]
+fn a_queue_that_is_dropped_is_closed_and_can_be_opened_again() {
+    in_namespaces(|| {
+        let uplink = tap("vt0");
+        let has_queues = |attached: usize, detached: usize| {
+            let expected = format!("numqueues {attached} numdisabled {detached}");
+            eventually(|| link("vt0").contains(&expected).then_some(()));
+        };
+        let kept = attached(&*uplink, 1);
+        let [detached, last] = [2, 3].map(|pair| attached(&*uplink, pair));
+        detached.set_attached(false).unwrap();
+        has_queues(2, 2);
+        drop((detached, last));
+        has_queues(1, 1);
+        assert_eq!(uplink.host_interface().unwrap().queues, [1]);
+        let again = attached(&*uplink, 3);
+        has_queues(2, 1);
+        assert_eq!(uplink.host_interface().unwrap().queues, [1, 3]);
+        let socket = PacketSocket::on("vt0");
+        send(&*again, PLAIN, &frame(60, 1), 60);
+        assert_eq!(socket.next(), frame(60, 1));
+        // The first queue stays open, or the interface would disappear.
+        drop((kept, again, uplink.open_queue(0, null_rx_sink()).unwrap()));
+        has_queues(0, 1);
+    });
+}
+
+#[test]
 fn a_tap_that_was_renamed_still_gets_queues() {
     in_namespaces(|| {
         let uplink = tap("vt0");

@@ -126,7 +126,7 @@ impl Backend for NetDevice {
 
     fn start_vring(&self, index: u16, start: VringStart) -> Result<(), BackendError> {
         let role = VringRole::of(index);
-        let served = self.pair_or_create(index / 2, index)?;
+        let served = self.open_pair(index / 2, index)?;
         if role == VringRole::Rx {
             served.pair.set_rx_ring_address(start.layout.desc);
             self.update_memory_node(&served.pair, &start.memory);
@@ -230,6 +230,8 @@ impl Backend for NetDevice {
             self.placer.set_memory_node(served.pair.index(), None);
         }
         self.interrupts.release();
+        // A guest with many queue pairs must not keep descriptors that another device may need.
+        self.pairs().for_each(ServedPair::close);
         self.adviser.reset();
         self.conditions.clear_connection();
         let frontend = std::mem::take(&mut *self.frontend.lock());

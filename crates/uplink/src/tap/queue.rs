@@ -320,6 +320,19 @@ impl UplinkQueue for TapQueue {
     }
 }
 
+/// The kernel detaches a queue that is closed. Detaching it before keeps the order of the others
+/// known.
+impl Drop for TapQueue {
+    fn drop(&mut self) {
+        if self.set_attached(false).is_err() {
+            let mut all = self.shared.attached.lock();
+            if let at @ Some(_) = all.number_of(self.pair) {
+                all.record_change(self.pair, at);
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
