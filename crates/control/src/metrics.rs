@@ -87,6 +87,13 @@ fn encode_devices(page: &mut Page<'_>, devices: &[DeviceReport]) -> fmt::Result 
             .map(|device| (device_label(device), u32::from(device.connected))),
     )?;
     page.gauge(
+        ("device_uplink_up", None),
+        "Whether the device's uplink can carry frames: 0 while its interface is deleted or down.",
+        devices
+            .iter()
+            .map(|device| (device_label(device), u32::from(device.uplink.up))),
+    )?;
+    page.gauge(
         ("device_mtu", Some(&Unit::Bytes)),
         "The MTU that the front-end has set for the device.",
         devices
@@ -377,6 +384,7 @@ mod tests {
             r#"virtionetd_build_info{version="0.1.0"} 1"#,
             r#"virtionetd_device_info{device="vnet",socket="/run/a \"b\".sock",uplink_kind="tap",uplink="tap0"} 1"#,
             r#"virtionetd_device_connected{device="vnet"} 1"#,
+            r#"virtionetd_device_uplink_up{device="vnet"} 1"#,
             r#"virtionetd_device_mtu_bytes{device="vnet"} 1500"#,
             r#"virtionetd_worker_info{device="vnet",pair="0",worker="vnet-q0",cpus="2",vcpus="0"} 1"#,
             r#"virtionetd_worker_cpu{device="vnet",pair="0"} 2"#,

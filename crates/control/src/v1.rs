@@ -127,6 +127,15 @@ pub struct UplinkReport {
     pub kind: String,
     /// The name: that of the interface for a TAP, that of the switch for a switch, otherwise empty.
     pub name: String,
+    /// Whether it can carry frames: false while its interface is deleted or down. It is checked
+    /// while a front-end is connected.
+    #[serde(default = "default_up")]
+    pub up: bool,
+}
+
+/// Of a daemon that does not report it.
+fn default_up() -> bool {
+    true
 }
 
 /// The state of one queue pair and of its worker.
@@ -316,6 +325,7 @@ pub(crate) fn sample() -> Report {
             uplink: UplinkReport {
                 kind: "tap".into(),
                 name: "tap0".into(),
+                up: true,
             },
             mtu: Some(1500),
             warnings: vec!["few".into()],
@@ -388,7 +398,7 @@ mod tests {
                 "name": "vnet", "socket": "/run/a \"b\".sock", "role": "server", "connected": true,
                 "frontend": {"pid": 1, "features": ["MQ"], "protocol_features": ["MQ"]},
                 "memory": [{"guest_addr": 0, "size": 4096, "user_addr": 1_u64 << 40}],
-                "uplink": {"kind": "tap", "name": "tap0"},
+                "uplink": {"kind": "tap", "name": "tap0", "up": true},
                 "mtu": 1500,
                 "warnings": ["few"], "advice": ["more"],
                 "interrupts": {"mode": "apply", "notes": ["note"], "settings": [{

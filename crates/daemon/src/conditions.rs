@@ -28,18 +28,35 @@ pub enum ConditionKind {
 /// The conditions of one device.
 #[derive(Debug, Default)]
 pub struct Conditions {
-    current: Mutex<BTreeMap<ConditionKind, String>>,
+    current: Mutex<BTreeMap<ConditionKind, Condition>>,
     /// Of log lines, since a condition may come and go at any rate.
     limiter: RateLimiter,
 }
 
+/// A condition that is in force.
+#[derive(Debug)]
+struct Condition {
+    text: String,
+    is_logged: bool,
+}
+
 impl Conditions {
-    /// Enters a condition of `device`, described by one sentence.
+    /// Enters a condition of `device`, described by one sentence. A line that the limiter
+    /// suppresses is logged when the condition is entered again and still in force.
     pub fn set(&self, device: &str, kind: ConditionKind, text: &str) {
-        let before = self.current.lock().insert(kind, text.to_owned());
-        if before.as_deref() != Some(text)
-            && let Some(suppressed) = self.limiter.allow()
-        {
+        let mut current = self.current.lock();
+        let is_known = current.get(&kind).is_some_and(|c| c.text == text);
+        if is_known && current.get(&kind).is_some_and(|c| c.is_logged) {
+            return;
+        }
+        let allowed = self.limiter.allow();
+        let condition = Condition {
+            text: text.to_owned(),
+            is_logged: allowed.is_some(),
+        };
+        current.insert(kind, condition);
+        drop(current);
+        if let Some(suppressed) = allowed {
             tracing::warn!(suppressed, "{device}: {text}");
         }
     }
@@ -74,7 +91,8 @@ impl Conditions {
     /// The conditions in force, one sentence each.
     #[must_use]
     pub fn current(&self) -> Vec<String> {
-        self.current.lock().values().cloned().collect()
+        let current = self.current.lock();
+        current.values().map(|c| c.text.clone()).collect()
     }
 }
 

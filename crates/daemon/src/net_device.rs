@@ -17,7 +17,7 @@ use virtionet_config::PollMode;
 use virtionet_placement::{CpuSet, worker_name};
 use virtionet_vhost_user::{BackendError, SessionError};
 use virtionet_virtio_net::features::Features;
-use virtionet_virtio_net::uplink::Uplink;
+use virtionet_virtio_net::uplink::{Uplink, UplinkChange};
 use virtionet_virtqueue::memory::GuestMemory;
 
 use crate::advice::{Adviser, QueueUsage};
@@ -51,6 +51,8 @@ pub struct NetDevice {
     invalid_addresses: AtomicU64,
     /// Of log lines about sessions that ended with an error: a front-end may come again at once.
     session_errors: RateLimiter,
+    /// Of log lines about an uplink that was deleted and made again at once.
+    reopened_uplinks: RateLimiter,
 }
 
 /// A queue pair and the worker that serves it. Both last as long as the device, so that their
@@ -122,6 +124,7 @@ impl NetDevice {
             conditions: Conditions::default(),
             invalid_addresses: AtomicU64::new(0),
             session_errors: RateLimiter::new(),
+            reopened_uplinks: RateLimiter::new(),
         }
     }
 
@@ -173,6 +176,12 @@ impl NetDevice {
         let mut warnings = self.conditions.current();
         warnings.extend(self.placer.warnings().iter().map(ToString::to_string));
         warnings
+    }
+
+    /// Whether the uplink could carry frames when that was last checked.
+    #[must_use]
+    pub fn is_uplink_up(&self) -> bool {
+        !self.conditions.has(ConditionKind::Uplink)
     }
 
     /// There is no connection to the front-end's socket, for this reason.
@@ -335,8 +344,44 @@ impl NetDevice {
                 "pages of the guest's memory have vanished, because its file shrank or its file system is full; stop the guest, make space and start it again",
             );
         }
-        if self.conditions.has(ConditionKind::Mtu) {
+        self.refresh_uplink();
+        if self.conditions.has(ConditionKind::Mtu) && self.is_uplink_up() {
             self.apply_mtu();
+        }
+    }
+
+    /// Notes whether the uplink can carry frames, and lets it open its queues again after its
+    /// interface was deleted.
+    fn refresh_uplink(&self) {
+        let change = match self.uplink.refresh() {
+            Ok(change) => change,
+            Err(error) => {
+                let text = error.to_string();
+                return self
+                    .conditions
+                    .set(&self.name, ConditionKind::Uplink, &text);
+            }
+        };
+        let (kind, name) = (self.uplink.kind(), self.uplink.name());
+        let was_up = self.is_uplink_up();
+        let end = match change {
+            UplinkChange::Unchanged => format!("uplink {kind}:{name} can carry frames again"),
+            UplinkChange::Reopened => {
+                format!("uplink {kind}:{name} is there again, and its queues were opened again")
+            }
+        };
+        self.conditions
+            .clear(&self.name, ConditionKind::Uplink, &end);
+        if change == UplinkChange::Reopened {
+            if was_up && let Some(suppressed) = self.reopened_uplinks.allow() {
+                tracing::warn!(
+                    suppressed,
+                    "{}: uplink {kind}:{name} was deleted; it is there again, and its queues were opened again",
+                    self.name
+                );
+            }
+            self.apply_mtu();
+            self.wake_all();
         }
     }
 

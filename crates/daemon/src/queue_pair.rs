@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
+use virtionet_base::RateLimiter;
 use virtionet_vhost_user::VringState;
 use virtionet_virtio_net::uplink::{RxSink, TxFrame, Uplink, UplinkError, UplinkQueue};
 use virtionet_virtio_net::{RxQueue, TxQueue};
@@ -26,6 +27,9 @@ pub struct QueuePair {
     /// The worker has its own reference, so frames take no lock.
     uplink: Mutex<Option<Arc<dyn UplinkQueue>>>,
     waker: Waker,
+    /// Of log lines about a queue of the uplink that cannot be attached or detached, which a worker
+    /// that polls tries again all the time.
+    attach_errors: RateLimiter,
     /// The front-end address of the receiveq's descriptors; 0 before it first starts.
     rx_ring_address: AtomicU64,
     memory_node: Mutex<Option<u32>>,
@@ -42,6 +46,7 @@ impl QueuePair {
             tx: VringSlot::default(),
             uplink: Mutex::default(),
             waker,
+            attach_errors: RateLimiter::new(),
             rx_ring_address: AtomicU64::new(0),
             memory_node: Mutex::new(None),
         }
@@ -106,9 +111,13 @@ impl QueuePair {
         let is_live = self.rx.is_enabled() && self.rx.state() == VringState::Running;
         if let Some(uplink) = self.uplink()
             && let Err(error) = uplink.set_attached(is_live)
+            && let Some(suppressed) = self.attach_errors.allow()
         {
             let verb = if is_live { "attach" } else { "detach" };
-            tracing::error!("{self}: cannot {verb} the uplink's queue: {error}");
+            tracing::error!(
+                suppressed,
+                "{self}: cannot {verb} the uplink's queue: {error}"
+            );
         }
     }
 

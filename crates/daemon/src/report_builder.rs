@@ -65,6 +65,7 @@ fn device(config: &DeviceConfig, net_device: &NetDevice) -> report::DeviceReport
         uplink: report::UplinkReport {
             kind: net_device.uplink().kind().to_owned(),
             name: net_device.uplink().name(),
+            up: net_device.is_uplink_up(),
         },
         mtu: frontend.mtu,
         warnings: net_device.warnings(),

@@ -8,6 +8,12 @@
 //! A TAP that this program creates is brought up at once and disappears with the program. A TAP
 //! that existed before is used as it is: its state is not changed, nor its bridge unless one is
 //! configured, and a user who owns the TAP needs no privilege.
+//!
+//! When the interface is deleted, all queues lose it, but their files stay open. `refresh` finds
+//! that out. As soon as there is an interface of that name again (one that this program had created
+//! is created again), it makes each file a queue of the new interface with the format, the MTU and
+//! the attachment of before. So descriptors stay the same, no epoll has to be told, and the data
+//! path needs no lock.
 
 mod config;
 mod error;
@@ -17,14 +23,16 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use virtionet_virtio_net::header::{FrameFormat, VNET_HEADER_LEN};
-use virtionet_virtio_net::uplink::{HostInterface, RxSink, Uplink, UplinkError, UplinkQueue};
+use virtionet_virtio_net::uplink::{
+    HostInterface, RxSink, Uplink, UplinkChange, UplinkError, UplinkQueue,
+};
 
 pub use self::config::TapConfig;
 use self::queue::{TapQueue, TapShared};
@@ -52,16 +60,23 @@ const NO_OFFLOADS: FrameFormat = FrameFormat {
 pub struct Tap {
     shared: Arc<TapShared>,
     links: LinkTable,
-    /// The interface's index, which stays the same when the interface is renamed.
-    index: u32,
+    /// The interface's index, which stays the same when the interface is renamed, and changes when
+    /// it is deleted and made again.
+    index: AtomicU32,
     /// Whether this program created the interface.
-    is_created_by_us: bool,
+    is_created_by_us: AtomicBool,
+    /// The bridge that is configured.
+    bridge: Option<String>,
     state: Mutex<TapState>,
 }
 
 #[derive(Debug)]
 struct TapState {
     format: FrameFormat,
+    /// The MTU that was last asked for.
+    mtu: Option<u16>,
+    /// Whether the interface was opened again, and its bridge and MTU are not set yet.
+    needs_configuration: bool,
     /// The queue of pair 0. It is opened with the TAP, so that errors are found early, and stays
     /// open, because the kernel deletes an interface that this program created with its last queue.
     first: Arc<TapQueue>,
@@ -77,6 +92,17 @@ impl TapState {
             _ => self.others.get(&pair)?.upgrade(),
         }
     }
+
+    /// All open queues.
+    fn queues(&self) -> impl Iterator<Item = Arc<TapQueue>> {
+        let others = self.others.values().filter_map(Weak::upgrade);
+        std::iter::once(Arc::clone(&self.first)).chain(others)
+    }
+
+    /// Whether the interface of a queue was deleted.
+    fn has_lost_queue(&self) -> bool {
+        self.queues().any(|queue| queue.is_lost())
+    }
 }
 
 impl Tap {
@@ -89,78 +115,140 @@ impl Tap {
         let before = wait_for_release(&links, &config.name)?;
         let (file, name) = open_detached(&links, &config.name, before.as_ref())?;
         let link = find_link(&links, &name)?;
-        if let Some(others) = link.queues.map(|all| all.saturating_sub(1))
-            && others > 0
-        {
-            return Err(UplinkError::TapShared {
-                name,
-                queues: others,
-            });
+        check_not_shared(&link, 1)?;
+        prepare(file.as_fd(), NO_OFFLOADS).map_err(|e| error::setup_failed(&name, e))?;
+        let shared = Arc::new(TapShared::new(name, NO_OFFLOADS.header_len));
+        let first = Arc::new(TapQueue::new(file, 0, Arc::clone(&shared)));
+        let tap = Self {
+            shared,
+            links,
+            index: AtomicU32::new(link.index),
+            is_created_by_us: AtomicBool::new(before.is_none()),
+            bridge: config.bridge.clone(),
+            state: Mutex::new(TapState {
+                format: NO_OFFLOADS,
+                mtu: None,
+                needs_configuration: false,
+                first,
+                others: BTreeMap::new(),
+            }),
+        };
+        tap.configure_interface(&link)?;
+        if !link.is_up && !tap.is_created_by_us() {
+            tracing::warn!("{}", error::interface_down(&tap.shared.name));
         }
-        let tap = Self::new(links, file, name, link.index, before.is_none())?;
-        tap.configure_interface(&link, config.bridge.as_deref())?;
         Ok(tap)
     }
 
     /// Whether this program created the interface, which then disappears with the program.
     #[must_use]
     pub fn is_created_by_us(&self) -> bool {
-        self.is_created_by_us
+        self.is_created_by_us.load(Ordering::Relaxed)
     }
 
-    fn new(
-        links: LinkTable,
-        file: File,
-        name: String,
-        index: u32,
-        is_created_by_us: bool,
-    ) -> Result<Self, UplinkError> {
-        sys::set_little_endian(file.as_fd()).map_err(|e| error::setup_failed(&name, e))?;
-        apply_format(file.as_fd(), NO_OFFLOADS).map_err(|e| error::setup_failed(&name, e))?;
-        let shared = Arc::new(TapShared::new(name, NO_OFFLOADS.header_len));
-        let first = Arc::new(TapQueue::new(file, 0, Arc::clone(&shared)));
-        Ok(Self {
-            shared,
-            links,
-            index,
-            is_created_by_us,
-            state: Mutex::new(TapState {
-                format: NO_OFFLOADS,
-                first,
-                others: BTreeMap::new(),
-            }),
-        })
+    fn index(&self) -> u32 {
+        self.index.load(Ordering::Relaxed)
     }
 
-    /// Opens one more queue of the interface under its present name; returns the interface of which
-    /// that is a queue.
-    fn open_additional_queue(&self) -> Result<(File, Link), UplinkError> {
+    /// The interface's entry in the table, if it is in this network namespace.
+    fn find_own_link(&self) -> Result<Option<Link>, UplinkError> {
+        self.links
+            .find_by_index(self.index())
+            .map_err(error::link_table_unavailable)
+    }
+
+    /// Opens one more queue of the interface under its present name, with `format`.
+    fn open_additional_queue(&self, format: FrameFormat) -> Result<File, UplinkError> {
+        let name = &self.shared.name;
+        let before = self
+            .find_own_link()?
+            .ok_or_else(|| error::interface_moved(name))?;
+        // The new queue is attached for a moment. If another one were detached meanwhile, the
+        // kernel would give its number to the new queue.
+        let opened = {
+            let _order = self.shared.attached.lock();
+            open_detached(&self.links, &before.name, Some(&before))
+        };
+        let (file, opened_name) = opened?;
+        // The interface was deleted and another one of that name created: it lacks the other
+        // queues.
+        if find_link(&self.links, &opened_name)?.index != self.index() {
+            return Err(error::interface_gone(name, None));
+        }
+        apply_format(file.as_fd(), format).map_err(|e| error::setup_failed(name, e))?;
+        Ok(file)
+    }
+
+    /// Makes all lost queues of `state` queues of the interface that has the TAP's name now.
+    fn reopen(&self, state: &mut TapState) -> Result<(), UplinkError> {
+        let name = &self.shared.name;
         let before = self
             .links
-            .find_by_index(self.index)
-            .map_err(error::link_table_unavailable)?
-            .ok_or_else(|| error::interface_gone(&self.shared.name))?;
-        let (file, name) = open_detached(&self.links, &before.name, Some(&before))?;
-        let after = find_link(&self.links, &name)?;
-        Ok((file, after))
+            .find_by_name(name)
+            .map_err(error::link_table_unavailable)?;
+        if before.is_none() && !self.is_created_by_us() {
+            return Err(error::interface_gone(name, None));
+        }
+        // A queue that nobody reads sets the interface up, so that no worker reads a frame in
+        // another format. It is closed at the end.
+        let opened = {
+            let _order = self.shared.attached.lock();
+            open_detached(&self.links, name, before.as_ref())
+        };
+        let (file, _) = opened?;
+        let link = find_link(&self.links, name)?;
+        let present = state.queues().filter(|queue| !queue.is_lost());
+        let present = u32::try_from(present.count()).unwrap_or(u32::MAX);
+        check_not_shared(&link, present.saturating_add(1))?;
+        prepare(file.as_fd(), state.format).map_err(|e| error::setup_failed(name, e))?;
+        if present == 0 {
+            self.is_created_by_us
+                .store(before.is_none(), Ordering::Relaxed);
+        }
+        self.index.store(link.index, Ordering::Relaxed);
+        state.needs_configuration = true;
+        for queue in state.queues().filter(|queue| queue.is_lost()) {
+            queue
+                .reopen(name)
+                .map_err(|e| error::attach_refused(name, Some(&link), e))?;
+        }
+        Ok(())
     }
 
     /// Puts the interface into its bridge, and brings it up if this program created it.
-    fn configure_interface(&self, link: &Link, bridge: Option<&str>) -> Result<(), UplinkError> {
-        if let Some(bridge) = bridge {
+    fn configure_interface(&self, link: &Link) -> Result<(), UplinkError> {
+        if let Some(bridge) = &self.bridge {
             self.join_bridge(link, bridge)?;
         }
-        if self.is_created_by_us {
+        if self.is_created_by_us() {
             self.links
-                .bring_up(self.index)
+                .bring_up(link.index)
                 .map_err(|source| UplinkError::TapBringUpFailed {
                     name: self.shared.name.clone(),
                     source,
                 })?;
-        } else if !link.is_up {
-            tracing::warn!("{}", error::interface_down_warning(&self.shared.name));
         }
         Ok(())
+    }
+
+    /// Makes sure that the interface of `link` carries frames of `mtu` bytes.
+    fn apply_mtu(&self, link: &Link, mtu: u16) -> Result<(), UplinkError> {
+        let mtu = u32::from(mtu);
+        if link.mtu == mtu || (link.mtu > mtu && !self.is_created_by_us()) {
+            return Ok(());
+        }
+        match self.links.set_mtu(link.index, mtu) {
+            // The privilege was dropped after the interface was created, but its MTU is large
+            // enough.
+            Err(_) if link.mtu > mtu => Ok(()),
+            Err(source) => Err(UplinkError::MtuRefused {
+                name: self.shared.name.clone(),
+                mtu: link.mtu,
+                wanted: mtu,
+                source,
+            }),
+            Ok(()) => Ok(()),
+        }
     }
 
     fn join_bridge(&self, link: &Link, bridge: &str) -> Result<(), UplinkError> {
@@ -185,7 +273,7 @@ impl Tap {
             }),
             None => self
                 .links
-                .set_master(self.index, master.index)
+                .set_master(link.index, master.index)
                 .map_err(|source| UplinkError::BridgeJoinFailed {
                     name: name.clone(),
                     bridge: bridge.to_owned(),
@@ -205,20 +293,11 @@ impl Uplink for Tap {
         if let Some(queue) = state.queue(pair) {
             return Ok(queue);
         }
-        let name = &self.shared.name;
-        // The new queue is attached for a moment. If another one were detached meanwhile, the
-        // kernel would give its number to the new queue.
-        let opened = {
-            let _order = self.shared.attached.lock();
-            self.open_additional_queue()
+        let file = match self.open_additional_queue(state.format) {
+            // It becomes a queue of the interface with the others.
+            Err(_) if state.has_lost_queue() => sys::open_tun().map_err(error::tun_open_failed)?,
+            opened => opened?,
         };
-        let (file, found) = opened?;
-        // The interface was deleted and another one of that name created: it lacks the other
-        // queues.
-        if found.index != self.index {
-            return Err(error::interface_gone(name));
-        }
-        apply_format(file.as_fd(), state.format).map_err(|e| error::setup_failed(name, e))?;
         let queue = Arc::new(TapQueue::new(file, pair, Arc::clone(&self.shared)));
         state.others.insert(pair, Arc::downgrade(&queue));
         Ok(queue)
@@ -227,8 +306,11 @@ impl Uplink for Tap {
     fn set_format(&self, format: FrameFormat) -> Result<(), UplinkError> {
         let mut state = self.state.lock();
         // Both settings belong to the interface, so it is enough to set them on one queue.
-        apply_format(state.first.fd(), format)
-            .map_err(|e| error::format_refused(&self.shared.name, format, e))?;
+        if let Err(source) = apply_format(state.first.fd(), format)
+            && !state.first.is_lost()
+        {
+            return Err(error::format_refused(&self.shared.name, format, source));
+        }
         self.shared
             .header_len
             .store(format.header_len, Ordering::Relaxed);
@@ -239,27 +321,35 @@ impl Uplink for Tap {
     /// An interface that this program created gets exactly this MTU. The MTU of another one is only
     /// ever raised.
     fn set_mtu(&self, mtu: u16) -> Result<(), UplinkError> {
-        let (name, mtu) = (&self.shared.name, u32::from(mtu));
-        let link = self
-            .links
-            .find_by_index(self.index)
-            .map_err(error::link_table_unavailable)?
-            .ok_or_else(|| error::interface_gone(name))?;
-        if link.mtu == mtu || (link.mtu > mtu && !self.is_created_by_us) {
-            return Ok(());
+        let mut state = self.state.lock();
+        state.mtu = Some(mtu);
+        match self.find_own_link()? {
+            Some(link) => self.apply_mtu(&link, mtu),
+            None if state.has_lost_queue() => Ok(()),
+            None => Err(error::interface_moved(&self.shared.name)),
         }
-        match self.links.set_mtu(self.index, mtu) {
-            // The privilege was dropped after the interface was created, but its MTU is large
-            // enough.
-            Err(_) if link.mtu > mtu => Ok(()),
-            Err(source) => Err(UplinkError::MtuRefused {
-                name: name.clone(),
-                mtu: link.mtu,
-                wanted: mtu,
-                source,
-            }),
-            Ok(()) => Ok(()),
+    }
+
+    fn refresh(&self) -> Result<UplinkChange, UplinkError> {
+        let mut state = self.state.lock();
+        if state.has_lost_queue() {
+            self.reopen(&mut state)?;
         }
+        let own_link = self.find_own_link();
+        if !state.needs_configuration {
+            return match own_link {
+                Ok(Some(link)) if !link.is_up => Err(error::interface_down(&self.shared.name)),
+                // In another network namespace its state is unknown, and it may carry frames.
+                _ => Ok(UplinkChange::Unchanged),
+            };
+        }
+        if let Some(link) = own_link? {
+            self.configure_interface(&link)?;
+            // The device asks for its MTU again and reports why it is not set.
+            let _ = state.mtu.map(|mtu| self.apply_mtu(&link, mtu));
+        }
+        state.needs_configuration = false;
+        Ok(UplinkChange::Reopened)
     }
 
     fn kind(&self) -> &'static str {
@@ -274,10 +364,21 @@ impl Uplink for Tap {
         let attached = self.shared.attached.lock();
         Some(HostInterface {
             name: self.shared.name.clone(),
-            index: self.index,
+            index: self.index(),
             changes: attached.changes,
             queues: attached.pairs.clone(),
         })
+    }
+}
+
+/// Checks that other processes have no queue of the interface, while this one has `own` queues.
+fn check_not_shared(link: &Link, own: u32) -> Result<(), UplinkError> {
+    match link.queues.map(|all| all.saturating_sub(own)) {
+        None | Some(0) => Ok(()),
+        Some(queues) => Err(UplinkError::TapShared {
+            name: link.name.clone(),
+            queues,
+        }),
     }
 }
 
@@ -319,7 +420,13 @@ fn find_link(links: &LinkTable, name: &str) -> Result<Link, UplinkError> {
     links
         .find_by_name(name)
         .map_err(error::link_table_unavailable)?
-        .ok_or_else(|| error::interface_gone(name))
+        .ok_or_else(|| error::interface_gone(name, None))
+}
+
+/// Sets up an interface that was opened just now.
+fn prepare(tun: BorrowedFd<'_>, format: FrameFormat) -> io::Result<()> {
+    sys::set_little_endian(tun)?;
+    apply_format(tun, format)
 }
 
 /// Sets the header's length and the offloads that the guest accepts.

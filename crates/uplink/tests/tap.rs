@@ -278,20 +278,6 @@ fn frames_to_a_tap_that_is_down_or_gone_are_dropped_and_counted() {
             (0, 1)
         );
         assert_eq!(receive(&*queue, &[WHOLE]).0, Received::Failed);
-        for error in [
-            queue.set_attached(false).unwrap_err().to_string(),
-            uplink.set_format(format(12, true)).unwrap_err().to_string(),
-            uplink.set_mtu(1500).unwrap_err().to_string(),
-            uplink
-                .open_queue(1, null_rx_sink())
-                .unwrap_err()
-                .to_string(),
-        ] {
-            assert!(
-                error.starts_with("TAP vt0 is gone; make it again"),
-                "{error}"
-            );
-        }
     });
 }
 

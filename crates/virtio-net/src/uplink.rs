@@ -128,11 +128,34 @@ pub trait Uplink: Send + Sync + std::fmt::Debug {
     /// The name: a TAP's interface, a switch's name.
     fn name(&self) -> String;
 
+    /// Finds out whether the uplink can carry frames, and opens its queues again where the host's
+    /// interface was deleted and is there again. The device calls it several times a second while a
+    /// front-end is connected, so it must be cheap and must not wait for the other end.
+    ///
+    /// Queues stay usable all the time: until they are opened again they drop what is transmitted,
+    /// and what is set meanwhile (the format, the MTU, whether a queue is attached) takes effect
+    /// then. The descriptors that [`UplinkQueue::poll_fd`] returned stay the same.
+    ///
+    /// # Errors
+    /// Why the uplink carries no frames now.
+    fn refresh(&self) -> Result<UplinkChange, UplinkError> {
+        Ok(UplinkChange::Unchanged)
+    }
+
     /// The present state of the host's interface whose queues this uplink uses; `None` where there
     /// is none.
     fn host_interface(&self) -> Option<HostInterface> {
         None
     }
+}
+
+/// What [`Uplink::refresh`] did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UplinkChange {
+    /// Nothing.
+    Unchanged,
+    /// The interface was deleted and is there again, and the queues were opened again.
+    Reopened,
 }
 
 /// An interface of the host, and the queue pair that each of its queues serves.

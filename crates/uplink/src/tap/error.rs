@@ -62,29 +62,35 @@ pub(super) fn setup_failed(name: &str, source: io::Error) -> UplinkError {
     }
 }
 
-/// The interface was deleted, as the table of interfaces shows.
-pub(super) fn interface_gone(name: &str) -> UplinkError {
+/// The interface was deleted.
+pub(super) fn interface_gone(name: &str, source: Option<io::Error>) -> UplinkError {
     UplinkError::TapGone {
         name: name.to_owned(),
-        source: None,
+        user: sys::effective_uid(),
+        source,
     }
 }
 
-/// The warning about an existing interface that is down.
-pub(super) fn interface_down_warning(name: &str) -> String {
-    format!("TAP {name} is down and carries nothing; bring it up with `ip link set {name} up`")
+/// The interface exists and is down.
+pub(super) fn interface_down(name: &str) -> UplinkError {
+    UplinkError::TapDown {
+        name: name.to_owned(),
+    }
+}
+
+/// The interface exists, but not in this program's network namespace.
+pub(super) fn interface_moved(name: &str) -> UplinkError {
+    UplinkError::TapMoved {
+        name: name.to_owned(),
+    }
 }
 
 /// The kernel does not accept the header's length or the offloads.
 pub(super) fn format_refused(name: &str, format: FrameFormat, source: io::Error) -> UplinkError {
-    let name = name.to_owned();
     match source.raw_os_error() {
-        Some(libc::EBADFD) => UplinkError::TapGone {
-            name,
-            source: Some(source),
-        },
+        Some(libc::EBADFD) => interface_gone(name, Some(source)),
         _ => UplinkError::FormatRefused {
-            name,
+            name: name.to_owned(),
             format,
             source,
         },
@@ -94,13 +100,8 @@ pub(super) fn format_refused(name: &str, format: FrameFormat, source: io::Error)
 /// The kernel does not attach or detach a queue.
 pub(super) fn queue_refused(name: &str, attached: bool, source: io::Error) -> UplinkError {
     let name = name.to_owned();
-    match source.raw_os_error() {
-        // A queue whose interface was deleted can be neither attached nor detached.
-        Some(libc::EINVAL | libc::EBADFD) => UplinkError::TapGone {
-            name,
-            source: Some(source),
-        },
-        _ if attached => UplinkError::QueueAttachFailed { name, source },
-        _ => UplinkError::QueueDetachFailed { name, source },
+    match attached {
+        true => UplinkError::QueueAttachFailed { name, source },
+        false => UplinkError::QueueDetachFailed { name, source },
     }
 }

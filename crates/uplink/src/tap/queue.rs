@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use virtionet_base::RateLimiter;
 use virtionet_virtio_net::header::VNET_HEADER_LEN;
 use virtionet_virtio_net::stats::VringStats;
@@ -52,6 +53,11 @@ impl AttachedQueues {
         self.pairs.iter().position(|other| *other == pair)
     }
 
+    /// Records that the kernel has no queue of `pair`, because the interface was deleted.
+    fn forget(&mut self, pair: u16) {
+        self.pairs.retain(|other| *other != pair);
+    }
+
     /// Records that the kernel attached the queue of `pair`, or detached the queue of number `at`.
     fn record_change(&mut self, pair: u16, at: Option<usize>) {
         match at {
@@ -95,10 +101,12 @@ impl TapShared {
                 if let Some(suppressed) = self.down_log_limit.allow() {
                     tracing::warn!(
                         suppressed,
-                        "TAP {name} is down or gone and frames are dropped ({error}); bring it up with `ip link set {name} up`"
+                        "TAP {name} is down and frames are dropped ({error}); bring it up with `ip link set {name} up`"
                     );
                 }
             }
+            // Whoever refreshes the uplink reports it, once.
+            DropReason::Gone => stats.dropped_uplink_down.add(1),
             DropReason::Refused => {
                 stats.dropped_uplink_error.add(1);
                 if let Some(suppressed) = self.refused_log_limit.allow() {
@@ -113,7 +121,9 @@ impl TapShared {
 
     #[cold]
     fn log_read_error(&self, error: &io::Error) {
-        if let Some(suppressed) = self.read_error_log_limit.allow() {
+        if DropReason::from_error(error) != DropReason::Gone
+            && let Some(suppressed) = self.read_error_log_limit.allow()
+        {
             tracing::warn!(
                 suppressed,
                 "a frame cannot be read from TAP {} ({error})",
@@ -128,6 +138,8 @@ impl TapShared {
 enum DropReason {
     Full,
     Down,
+    /// The interface was deleted.
+    Gone,
     Refused,
 }
 
@@ -136,7 +148,8 @@ impl DropReason {
         match error.raw_os_error() {
             Some(libc::EAGAIN | libc::ENOBUFS) => Self::Full,
             // The kernel reports EIO where a TAP is not up.
-            Some(libc::EIO | libc::EBADFD | libc::ENETDOWN) => Self::Down,
+            Some(libc::EIO | libc::ENETDOWN) => Self::Down,
+            Some(libc::EBADFD) => Self::Gone,
             _ => Self::Refused,
         }
     }
@@ -167,6 +180,36 @@ impl TapQueue {
 
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
+    }
+
+    /// Whether the queue has no interface: it was deleted, or was not there yet when the queue was
+    /// made.
+    // syscalls: poll
+    pub(super) fn is_lost(&self) -> bool {
+        let mut fds = [PollFd::new(&self.file, PollFlags::empty())];
+        // Of a queue without an interface the driver reports nothing but an error.
+        poll(&mut fds, Some(&Timespec::default())).is_ok()
+            && fds[0].revents().contains(PollFlags::ERR)
+    }
+
+    /// Makes a lost queue one of the TAP `name`, attached if it was. The file stays the same, and
+    /// so does every epoll that waits for it.
+    pub(super) fn reopen(&self, name: &str) -> io::Result<()> {
+        let mut attached = self.attached.lock();
+        let mut all = self.shared.attached.lock();
+        all.forget(self.pair);
+        // This attaches the queue.
+        sys::attach_device(self.fd(), name)?;
+        all.record_change(self.pair, None);
+        if !*attached {
+            // Should that fail, the queue is attached, and is detached when the device next asks.
+            *attached = true;
+            sys::set_queue_attached(self.fd(), false)?;
+            *attached = false;
+            let at = all.number_of(self.pair);
+            all.record_change(self.pair, at);
+        }
+        Ok(())
     }
 
     /// Sends one frame with one system call.
@@ -310,10 +353,18 @@ impl UplinkQueue for TapQueue {
         // The kernel refuses to attach an attached queue, or to detach a detached one.
         if *now != attached {
             let mut all = self.shared.attached.lock();
-            sys::set_queue_attached(self.fd(), attached)
-                .map_err(|source| error::queue_refused(&self.shared.name, attached, source))?;
-            let at = all.number_of(self.pair);
-            all.record_change(self.pair, at);
+            match sys::set_queue_attached(self.fd(), attached) {
+                Ok(()) => {
+                    let at = all.number_of(self.pair);
+                    all.record_change(self.pair, at);
+                }
+                // A queue without an interface is neither attached nor detached; it takes effect
+                // when the queue is opened again.
+                Err(_) if self.is_lost() => all.forget(self.pair),
+                Err(source) => {
+                    return Err(error::queue_refused(&self.shared.name, attached, source));
+                }
+            }
             *now = attached;
         }
         Ok(())
@@ -357,7 +408,7 @@ mod tests {
             (libc::EAGAIN, DropReason::Full, [1, 0, 0]),
             (libc::ENOBUFS, DropReason::Full, [1, 0, 0]),
             (libc::EIO, DropReason::Down, [0, 1, 0]),
-            (libc::EBADFD, DropReason::Down, [0, 1, 0]),
+            (libc::EBADFD, DropReason::Gone, [0, 1, 0]),
             (libc::ENETDOWN, DropReason::Down, [0, 1, 0]),
             (libc::EINVAL, DropReason::Refused, [0, 0, 1]),
             (libc::ENOMEM, DropReason::Refused, [0, 0, 1]),

@@ -128,13 +128,31 @@ pub enum UplinkError {
         /// The kernel's error.
         source: io::Error,
     },
-    /// The TAP was deleted.
-    #[error("TAP {name} is gone; make it again and restart this program")]
+    /// The TAP was deleted. It is opened again when an interface of that name is there again.
+    #[error(
+        "TAP {name} was deleted; make it again with `ip tuntap add dev {name} mode tap user {user} multi_queue vnet_hdr`"
+    )]
     TapGone {
         /// The interface's name.
         name: String,
+        /// The effective user, who must own the new TAP.
+        user: u32,
         /// The kernel's error, where a system call failed.
         source: Option<io::Error>,
+    },
+    /// The TAP is down.
+    #[error("TAP {name} is down and carries nothing; bring it up with `ip link set {name} up`")]
+    TapDown {
+        /// The interface's name.
+        name: String,
+    },
+    /// The TAP is in another network namespace than this program.
+    #[error(
+        "TAP {name} was moved to another network namespace, where this program cannot change it; move it back, or set it up there and restart this program there"
+    )]
+    TapMoved {
+        /// The interface's name.
+        name: String,
     },
     /// A TAP that this program created cannot be brought up.
     #[error("TAP {name} cannot be brought up ({source}); give this program CAP_NET_ADMIN")]
@@ -304,6 +322,8 @@ impl UplinkError {
             Self::TapOpenFailed { .. } => "tap-open-failed",
             Self::TapSetupFailed { .. } => "tap-setup-failed",
             Self::TapGone { .. } => "tap-gone",
+            Self::TapDown { .. } => "tap-down",
+            Self::TapMoved { .. } => "tap-moved",
             Self::TapBringUpFailed { .. } => "tap-bring-up-failed",
             Self::LinkTableUnavailable { .. } => "link-table-unavailable",
             Self::BridgeMissing { .. } => "bridge-missing",
@@ -343,9 +363,14 @@ mod tests {
         assert!(error.source().is_some());
         let gone = UplinkError::TapGone {
             name: "tap0".into(),
+            user: 1000,
             source: None,
         };
         assert!(gone.source().is_none());
+        assert_eq!(
+            gone.to_string(),
+            "TAP tap0 was deleted; make it again with `ip tuntap add dev tap0 mode tap user 1000 multi_queue vnet_hdr`"
+        );
     }
 
     #[test]
