@@ -404,7 +404,7 @@ fn attach_port(
     pairs: u16,
     rx: &Weak<dyn RxSink>,
 ) -> Result<Arc<dyn UplinkQueue>> {
-    let port = switch.add_device_port()?;
+    let port = switch.add_device_port("count")?;
     port.set_format(Features(features).format())?;
     let first = port.open_queue(0, Weak::clone(rx))?;
     first.set_attached(true)?;

@@ -19,6 +19,8 @@ pub enum ConditionKind {
     Mtu,
     /// The uplink is gone or down.
     Uplink,
+    /// Another device of the switch uses the same MAC address.
+    AddressConflict,
     /// A page of the guest's memory is gone.
     MemoryLost,
     /// The guest uses memory that is not shared.
@@ -80,6 +82,7 @@ impl Conditions {
         self.current.lock().retain(|kind, _| match kind {
             ConditionKind::FrontendStopped
             | ConditionKind::Mtu
+            | ConditionKind::AddressConflict
             | ConditionKind::MemoryLost
             | ConditionKind::AddressesInvalid => false,
             ConditionKind::Unconnected | ConditionKind::MemoryNotShared | ConditionKind::Uplink => {

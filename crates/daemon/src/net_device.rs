@@ -345,6 +345,7 @@ impl NetDevice {
             );
         }
         self.refresh_uplink();
+        self.check_address_conflict();
         if self.conditions.has(ConditionKind::Mtu) && self.is_uplink_up() {
             self.apply_mtu();
         }
@@ -382,6 +383,19 @@ impl NetDevice {
             }
             self.apply_mtu();
             self.wake_all();
+        }
+    }
+
+    /// Notes whether another device of the switch uses the same MAC address.
+    fn check_address_conflict(&self) {
+        let kind = ConditionKind::AddressConflict;
+        match self.uplink.address_conflict() {
+            Some(conflict) => self.conditions.set(&self.name, kind, &conflict.to_string()),
+            None => self.conditions.clear(
+                &self.name,
+                kind,
+                "no MAC address moved between this device and another one of its switch for a minute",
+            ),
         }
     }
 

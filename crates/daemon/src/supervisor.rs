@@ -221,7 +221,7 @@ impl Host {
             })?
             .with_polling(device.poll != PollMode::Off);
         let opened = uplinks
-            .open(&device.uplink)
+            .open(&device.name, &device.uplink)
             .map_err(|source| RunError::Uplink {
                 device: device.name.clone(),
                 source,

@@ -69,11 +69,15 @@ pub struct Uplinks {
 }
 
 impl Uplinks {
-    /// Opens the uplink of one more device.
+    /// Opens the uplink of one more device, which `device` names.
     ///
     /// # Errors
     /// When it cannot be opened.
-    pub fn open(&mut self, config: &UplinkConfig) -> Result<OpenedUplink, OpenUplinkError> {
+    pub fn open(
+        &mut self,
+        device: &str,
+        config: &UplinkConfig,
+    ) -> Result<OpenedUplink, OpenUplinkError> {
         match config {
             UplinkConfig::Tap(tap) => {
                 self.claim(&tap.name, "a device".into())?;
@@ -87,7 +91,7 @@ impl Uplinks {
                 Ok(OpenedUplink::new(uplink, summary))
             }
             UplinkConfig::Switch(switch) => {
-                let port = self.switch(switch)?.add_device_port()?;
+                let port = self.switch(switch)?.add_device_port(device)?;
                 Ok(OpenedUplink::new(
                     port,
                     format!("port of switch {}", switch.name),
@@ -174,7 +178,7 @@ mod tests {
         let mut uplinks = Uplinks::default();
         for (name, kind) in [("a", "switch"), ("b", "switch"), ("a", "switch")] {
             let spec = format!("switch:{name}").parse().unwrap();
-            let uplink = uplinks.open(&spec).unwrap().uplink;
+            let uplink = uplinks.open("net", &spec).unwrap().uplink;
             assert_eq!((uplink.kind(), uplink.name().as_str()), (kind, name));
         }
         assert_eq!(uplinks.switches.len(), 2);
@@ -192,7 +196,7 @@ mod tests {
 
     #[test]
     fn null_uplink_is_opened() {
-        let opened = Uplinks::default().open(&UplinkConfig::Null).unwrap();
+        let opened = Uplinks::default().open("net", &UplinkConfig::Null).unwrap();
         let uplink = opened.uplink;
         assert_eq!((uplink.kind(), uplink.name().as_str()), ("null", "null"));
     }

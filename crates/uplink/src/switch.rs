@@ -41,12 +41,14 @@
 //! time. No thread takes a transmitq's lock while it holds a receiveq's, so no deadlock is
 //! possible. The tables have no locks: each entry is one atomic word.
 
+mod address_moves;
 mod delivery;
 mod flow;
 mod flow_table;
 mod forward;
 mod host_forwarder;
 mod host_port;
+mod mac_addr;
 mod mac_table;
 mod masks;
 mod port;
@@ -61,7 +63,9 @@ use parking_lot::Mutex;
 use rustix::time::{ClockId, clock_gettime};
 use virtionet_virtio_net::header::FrameFormat;
 use virtionet_virtio_net::stats::VringStats;
-use virtionet_virtio_net::uplink::{Received, RxSink, TxFrame, Uplink, UplinkError, UplinkQueue};
+use virtionet_virtio_net::uplink::{
+    AddressConflict, Received, RxSink, TxFrame, Uplink, UplinkError, UplinkQueue,
+};
 use virtionet_virtqueue::memory::GuestSlice;
 
 use self::delivery::IngressPort;
@@ -110,12 +114,12 @@ impl Switch {
         })
     }
 
-    /// Adds a port for one more device.
+    /// Adds a port for one more device, which `device` names.
     ///
     /// # Errors
     /// When the switch is full.
-    pub fn add_device_port(self: &Arc<Self>) -> Result<SwitchPort, UplinkError> {
-        let port = Arc::new(DevicePort::new());
+    pub fn add_device_port(self: &Arc<Self>, device: &str) -> Result<SwitchPort, UplinkError> {
+        let port = Arc::new(DevicePort::new(device));
         Ok(SwitchPort {
             number: self.add(Port::Device(Arc::clone(&port)))?,
             switch: Arc::clone(self),
@@ -139,6 +143,16 @@ impl Switch {
             None => self
                 .add(Port::Host(HostPort::open(config)?))
                 .map(|_number| ()),
+        }
+    }
+
+    /// What is behind a port, for a message.
+    fn describe_port(&self, number: u16) -> String {
+        let port = self.ports.get(usize::from(number)).and_then(OnceLock::get);
+        match port {
+            Some(Port::Device(port)) => format!("device {}", port.device()),
+            Some(Port::Host(port)) => format!("the host behind TAP {}", port.config.name),
+            None => format!("port {number}"),
         }
     }
 
@@ -240,6 +254,16 @@ impl Uplink for SwitchPort {
     /// guest is dropped at its receiveq.
     fn set_mtu(&self, _mtu: u16) -> Result<(), UplinkError> {
         Ok(())
+    }
+
+    fn address_conflict(&self) -> Option<AddressConflict> {
+        let moves = self.switch.macs.recent_moves();
+        let (mac, ports) = moves.conflict_of(self.number, coarse_now_secs())?;
+        Some(AddressConflict {
+            mac: mac.to_bytes(),
+            users: ports.map(|port| self.switch.describe_port(port)),
+            switch: self.switch.name.clone(),
+        })
     }
 
     fn kind(&self) -> &'static str {

@@ -138,8 +138,8 @@ fn tap_fixture() -> Fixture {
 
 fn switch_fixture() -> Fixture {
     let switch = Switch::new("s");
-    let uplink = Arc::new(switch.add_device_port().unwrap());
-    let port = switch.add_device_port().unwrap();
+    let uplink = Arc::new(switch.add_device_port("a").unwrap());
+    let port = switch.add_device_port("b").unwrap();
     let sink = Arc::new(RecordingSink::default());
     let weak: Weak<RecordingSink> = Arc::downgrade(&sink);
     let queue = port.open_queue(0, weak).unwrap();

@@ -45,9 +45,9 @@ impl RxSink for TestReceiveq {
     }
 }
 
-/// The switches of a test, by name.
+/// The switches of a test, by name, and the number of devices.
 #[derive(Default)]
-struct Switches(BTreeMap<String, Arc<Switch>>);
+struct Switches(BTreeMap<String, Arc<Switch>>, usize);
 
 impl Switches {
     fn add_device_port(&mut self, name: &str) -> Arc<dyn Uplink> {
@@ -55,7 +55,9 @@ impl Switches {
             .0
             .entry(name.to_owned())
             .or_insert_with(|| Switch::new(name));
-        Arc::new(switch.add_device_port().unwrap())
+        self.1 += 1;
+        let device = format!("net{}", self.1);
+        Arc::new(switch.add_device_port(&device).unwrap())
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod error;
 
+use std::fmt;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Weak};
 
@@ -46,7 +47,7 @@ pub enum Received {
 /// One queue of an uplink, which a queue pair's worker transmits to and receives from.
 ///
 /// Any thread may make any call, though one worker makes nearly all of them.
-pub trait UplinkQueue: Send + Sync + std::fmt::Debug {
+pub trait UplinkQueue: Send + Sync + fmt::Debug {
     /// Transmits `frames` (at most [`MAX_BURST`]) in order. It never blocks and never fails as a
     /// whole: a frame that cannot be transmitted is dropped and counted in `stats`
     /// (`dropped_uplink_full`, `dropped_uplink_error`, `dropped_uplink_down`), a frame that is
@@ -70,7 +71,7 @@ pub trait UplinkQueue: Send + Sync + std::fmt::Debug {
 }
 
 /// A receiveq to which an uplink such as a switch pushes frames, at any time and from any thread.
-pub trait RxSink: Send + Sync + std::fmt::Debug {
+pub trait RxSink: Send + Sync + fmt::Debug {
     /// Copies `frames` (at most [`MAX_BURST`]), in order, to the guest's buffers, and interrupts
     /// the guest once if its driver asks for that. The headers must request no offload that the
     /// driver did not negotiate ([`FrameFormat`]); the receiveq sets `num_buffers`.
@@ -96,7 +97,7 @@ impl RxSink for NullRxSink {
 }
 
 /// Where the frames of one device go.
-pub trait Uplink: Send + Sync + std::fmt::Debug {
+pub trait Uplink: Send + Sync + fmt::Debug {
     /// Opens the queue of queue pair `pair`, detached. The device calls it when the first ring of the
     /// pair starts, and again for the next front-end after it has dropped the queue. `rx` is the
     /// receiveq of the pair, the same each time, for an uplink that pushes frames.
@@ -142,10 +143,38 @@ pub trait Uplink: Send + Sync + std::fmt::Debug {
         Ok(UplinkChange::Unchanged)
     }
 
+    /// A MAC address that this device and another one of the uplink use at once, if there is one.
+    fn address_conflict(&self) -> Option<AddressConflict> {
+        None
+    }
+
     /// The present state of the host's interface whose queues this uplink uses; `None` where there
     /// is none.
     fn host_interface(&self) -> Option<HostInterface> {
         None
+    }
+}
+
+/// A MAC address that two devices of a switch use at once.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AddressConflict {
+    /// The address.
+    pub mac: [u8; 6],
+    /// Who uses it: `device NAME`, `the host behind TAP NAME`.
+    pub users: [String; 2],
+    /// The switch's name.
+    pub switch: String,
+}
+
+impl fmt::Display for AddressConflict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.mac;
+        let [first, second] = &self.users;
+        write!(
+            f,
+            "MAC address {a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x} is used by {first} and by {second} on switch {}, so each gets frames of the other; give one of them another address",
+            self.switch
+        )
     }
 }
 

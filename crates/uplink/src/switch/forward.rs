@@ -9,7 +9,7 @@ use virtionet_virtio_net::uplink::{MAX_BURST, TxFrame};
 use virtionet_virtqueue::memory::GuestSlice;
 
 use super::delivery::{BurstDelivery, IngressPort, OffloadRequests};
-use super::mac_table::MacAddr;
+use super::mac_addr::MacAddr;
 use super::masks::{FrameGroups, low_mask};
 use super::{Switch, coarse_now_secs};
 

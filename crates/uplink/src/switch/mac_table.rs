@@ -10,25 +10,14 @@
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use super::address_moves::AddressMoves;
+use super::mac_addr::MacAddr;
+
 /// The number of seconds after which an address that was not seen is forgotten: the default of IEEE
 /// 802.1Q.
 pub(super) const AGEING_SECS: u32 = 300;
 const BUCKETS: usize = 1024;
 const WAYS: usize = 4;
-/// The bit of a group address, in the first byte on the wire.
-const GROUP_BIT: u64 = 1;
-
-/// A MAC address. The first byte on the wire is the lowest; the upper 16 bits are 0.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct MacAddr(pub(super) u64);
-
-impl MacAddr {
-    /// Whether this is a group address, or zero.
-    #[inline(always)]
-    pub(super) fn is_group_or_zero(self) -> bool {
-        self.0 & GROUP_BIT != 0 || self.0 == 0
-    }
-}
 
 /// The port at which each address was last seen.
 #[derive(Debug)]
@@ -37,6 +26,7 @@ pub(super) struct MacTable {
     /// The seed of the hash, unknown to guests, so that a guest cannot fill a bucket of its choice.
     seed: u64,
     moves: AtomicU64,
+    recent_moves: AddressMoves,
     evictions: AtomicU64,
 }
 
@@ -55,6 +45,7 @@ impl MacTable {
             buckets: (0..BUCKETS).map(|_| Bucket::default()).collect(),
             seed,
             moves: AtomicU64::new(0),
+            recent_moves: AddressMoves::default(),
             evictions: AtomicU64::new(0),
         }
     }
@@ -92,11 +83,22 @@ impl MacTable {
             }
             if found != entry {
                 slot.store(entry, Ordering::Relaxed);
-                self.moves.fetch_add(1, Ordering::Relaxed);
+                self.record_move(mac, entry_port(found), from, now);
             }
             return;
         }
         self.insert(bucket, entry, now);
+    }
+
+    #[cold]
+    fn record_move(&self, mac: MacAddr, from: u16, to: u16, now: u32) {
+        self.moves.fetch_add(1, Ordering::Relaxed);
+        self.recent_moves.record(mac, from, to, now);
+    }
+
+    /// The addresses that moved recently.
+    pub(super) fn recent_moves(&self) -> &AddressMoves {
+        &self.recent_moves
     }
 
     #[cold]

@@ -13,6 +13,8 @@ use super::flow_table::{FlowTable, MAX_PAIRS, PairSet};
 /// reconfigured.
 #[derive(Debug)]
 pub(super) struct DevicePort {
+    /// The device's name.
+    device: String,
     /// A bit for each of [`MAX_PAIRS`] pairs.
     attached: [AtomicU64; 2],
     /// The negotiated offloads as [`pack`] encodes them.
@@ -23,13 +25,19 @@ pub(super) struct DevicePort {
 }
 
 impl DevicePort {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(device: &str) -> Self {
         Self {
+            device: device.to_owned(),
             attached: [AtomicU64::new(0), AtomicU64::new(0)],
             format: AtomicU8::new(0),
             pairs: (0..MAX_PAIRS).map(|_| OnceLock::new()).collect(),
             flows: OnceLock::new(),
         }
+    }
+
+    /// The device's name.
+    pub(super) fn device(&self) -> &str {
+        &self.device
     }
 
     /// Sets the receiveq of a detached pair; returns false when the index is too high. A receiveq
