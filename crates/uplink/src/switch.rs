@@ -64,7 +64,7 @@ use rustix::time::{ClockId, clock_gettime};
 use virtionet_virtio_net::header::FrameFormat;
 use virtionet_virtio_net::stats::VringStats;
 use virtionet_virtio_net::uplink::{
-    AddressConflict, Received, RxSink, TxFrame, Uplink, UplinkError, UplinkQueue,
+    AddressConflict, Received, RxSink, TxFrame, Uplink, UplinkChange, UplinkError, UplinkQueue,
 };
 use virtionet_virtqueue::memory::GuestSlice;
 
@@ -144,6 +144,15 @@ impl Switch {
                 .add(Port::Host(HostPort::open(config)?))
                 .map(|_number| ()),
         }
+    }
+
+    /// The largest MTU that a device's front-end has set; 0 where none has.
+    fn largest_mtu(&self) -> u16 {
+        let mtus = self.ports().filter_map(|(_, port)| match port {
+            Port::Device(port) => Some(port.mtu()),
+            Port::Host(_) => None,
+        });
+        mtus.max().unwrap_or(0)
     }
 
     /// What is behind a port, for a message.
@@ -250,10 +259,22 @@ impl Uplink for SwitchPort {
         Ok(())
     }
 
-    /// Does nothing: a switch carries frames of any length, and a frame that is too long for a
-    /// guest is dropped at its receiveq.
-    fn set_mtu(&self, _mtu: u16) -> Result<(), UplinkError> {
-        Ok(())
+    /// A switch carries frames of any length, and a frame that is too long for a guest is dropped
+    /// at its receiveq. The host's TAP, where there is one, gets the largest MTU of all devices.
+    fn set_mtu(&self, mtu: u16) -> Result<(), UplinkError> {
+        self.port.set_mtu(mtu);
+        match self.switch.host_port() {
+            Some((_, host)) => host.follow_mtu(mtu, || self.switch.largest_mtu()),
+            None => Ok(()),
+        }
+    }
+
+    /// Refreshes the host's TAP, where there is one. All devices of the switch do that.
+    fn refresh(&self) -> Result<UplinkChange, UplinkError> {
+        match self.switch.host_port() {
+            Some((_, host)) => host.refresh(),
+            None => Ok(UplinkChange::Unchanged),
+        }
     }
 
     fn address_conflict(&self) -> Option<AddressConflict> {

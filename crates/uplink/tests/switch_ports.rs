@@ -1,15 +1,19 @@
-//! The ports of a switch: addresses in conflict.
+//! The ports of a switch: the host's TAP, and addresses in conflict.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::print_stdout)]
 
 mod host;
 
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, Weak};
+use std::thread;
 
-use host::frame;
+use host::{PacketSocket, become_nobody, eventually, frame, in_namespaces, link, run, share_tun};
+use rustix::event::{EventfdFlags, eventfd};
 use virtionet_uplink::switch::{Switch, SwitchPort};
+use virtionet_uplink::tap::TapConfig;
 use virtionet_virtio_net::header::VnetHeader;
 use virtionet_virtio_net::stats::VringStats;
-use virtionet_virtio_net::uplink::{RxSink, TxFrame, Uplink, UplinkQueue};
+use virtionet_virtio_net::uplink::{RxSink, TxFrame, Uplink, UplinkChange, UplinkQueue};
 
 const PLAIN: VnetHeader = VnetHeader([0; 12]);
 
@@ -75,6 +79,99 @@ fn frame_to(to: [u8; 6], from: u8) -> Vec<u8> {
     let mut bytes = frame(60, from);
     bytes[..6].copy_from_slice(&to);
     bytes
+}
+
+/// A switch whose host port is TAP vt0.
+fn switch_with_tap() -> Arc<Switch> {
+    let switch = Switch::new("lan");
+    let config = TapConfig {
+        name: "vt0".into(),
+        bridge: None,
+    };
+    eventually(|| switch.add_host_port(&config).ok());
+    switch
+}
+
+#[test]
+fn the_hosts_tap_has_the_largest_mtu_of_all_devices() {
+    in_namespaces(|| {
+        let switch = switch_with_tap();
+        let [a, b] = ["a", "b"].map(|name| Device::new(&switch, name));
+        for (device, mtu, expected) in [
+            (&a, 2000, "mtu 2000 "),
+            (&b, 9000, "mtu 9000 "),
+            (&a, 1500, "mtu 9000 "),
+            (&b, 1400, "mtu 1500 "),
+        ] {
+            device.port.set_mtu(mtu).unwrap();
+            assert!(link("vt0").contains(expected), "{mtu}: {}", link("vt0"));
+        }
+        // The TAP is made again with the same MTU.
+        a.port.set_mtu(3000).unwrap();
+        run("ip link del vt0");
+        assert_eq!(a.port.refresh().unwrap(), UplinkChange::Reopened);
+        assert!(link("vt0").contains("mtu 3000 "));
+    });
+}
+
+#[test]
+fn a_tap_that_cannot_have_the_mtu_is_an_error_of_the_device_that_needs_it() {
+    in_namespaces(|| {
+        share_tun();
+        run("ip tuntap add dev vt0 mode tap user 65534 multi_queue vnet_hdr");
+        run("ip link set vt0 up mtu 2000");
+        become_nobody();
+        let switch = switch_with_tap();
+        let [a, b] = ["a", "b"].map(|name| Device::new(&switch, name));
+        let error = a.port.set_mtu(9000).unwrap_err();
+        assert_eq!(error.code(), "mtu-refused");
+        assert!(
+            error
+                .to_string()
+                .contains("TAP vt0 has an MTU of 2000 and it cannot be set to 9000"),
+            "{error}"
+        );
+        b.port.set_mtu(1500).unwrap();
+        b.port.set_mtu(2001).unwrap_err();
+        a.port.set_mtu(2000).unwrap();
+    });
+}
+
+#[test]
+fn the_hosts_tap_is_opened_again_for_both_directions() {
+    in_namespaces(|| {
+        run("ip tuntap add dev vt0 mode tap multi_queue vnet_hdr");
+        run("ip link set vt0 up");
+        let switch = switch_with_tap();
+        let [a, b] = ["a", "b"].map(|name| Device::new(&switch, name));
+        let forwarder = switch.host_port_forwarder().unwrap();
+        let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        thread::scope(|scope| {
+            scope.spawn(|| forwarder.run(stop.as_fd()));
+            for round in 0..3 {
+                run("ip link del vt0");
+                assert_eq!(a.port.refresh().unwrap_err().code(), "tap-gone");
+                assert_eq!(b.port.refresh().unwrap_err().code(), "tap-gone");
+                let stats = a.send(&[frame_to([0xff; 6], 1)]);
+                assert_eq!(stats.dropped_uplink_down.get(), 1);
+                assert_eq!(b.sink.take().len(), 1, "{round}");
+                run("ip tuntap add dev vt0 mode tap multi_queue vnet_hdr");
+                run("ip link set vt0 up");
+                assert_eq!(b.port.refresh().unwrap(), UplinkChange::Reopened);
+                assert_eq!(a.port.refresh().unwrap(), UplinkChange::Unchanged);
+                let socket = PacketSocket::on("vt0");
+                a.send(&[frame_to([0xff; 6], 1)]);
+                assert_eq!(socket.next(), frame_to([0xff; 6], 1));
+                b.sink.take();
+                socket.send(&frame_to([0xff; 6], 7));
+                eventually(|| {
+                    let frames = b.sink.take();
+                    frames.contains(&frame_to([0xff; 6], 7)).then_some(())
+                });
+            }
+            rustix::io::write(&stop, &1_u64.to_ne_bytes()).unwrap();
+        });
+    });
 }
 
 #[test]

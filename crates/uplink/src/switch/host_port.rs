@@ -5,9 +5,12 @@
 
 use std::sync::Arc;
 
+use parking_lot::Mutex;
 use virtionet_virtio_net::header::FrameFormat;
 use virtionet_virtio_net::stats::VringStats;
-use virtionet_virtio_net::uplink::{TxFrame, Uplink, UplinkError, UplinkQueue, null_rx_sink};
+use virtionet_virtio_net::uplink::{
+    TxFrame, Uplink, UplinkChange, UplinkError, UplinkQueue, null_rx_sink,
+};
 
 use crate::tap::{Tap, TapConfig};
 
@@ -18,6 +21,9 @@ pub(super) struct HostPort {
     pub(super) config: TapConfig,
     /// The only queue of the TAP that is in use.
     pub(super) queue: Arc<dyn UplinkQueue>,
+    tap: Tap,
+    /// Held while the MTU is set, so that the last device to change its own sees all others.
+    mtu_order: Mutex<()>,
 }
 
 impl HostPort {
@@ -30,7 +36,28 @@ impl HostPort {
         Ok(Self {
             config: config.clone(),
             queue,
+            tap,
+            mtu_order: Mutex::new(()),
         })
+    }
+
+    /// Sets the TAP to the `largest` MTU of all devices, for a device that has `own`.
+    pub(super) fn follow_mtu(
+        &self,
+        own: u16,
+        largest: impl FnOnce() -> u16,
+    ) -> Result<(), UplinkError> {
+        let _order = self.mtu_order.lock();
+        match self.tap.set_mtu(largest()) {
+            // Another device's MTU is refused; this one's is small enough.
+            Err(UplinkError::MtuRefused { mtu, .. }) if mtu >= u32::from(own) => Ok(()),
+            result => result,
+        }
+    }
+
+    /// Opens the TAP again after it was deleted, or reports why it carries no frames.
+    pub(super) fn refresh(&self) -> Result<UplinkChange, UplinkError> {
+        self.tap.refresh()
     }
 
     /// Writes one frame. Returns false where the host does not accept it, which is counted in

@@ -1,7 +1,7 @@
 //! A device's port: the receiveqs of its queue pairs, which of them are attached, and the offloads
 //! that its driver negotiated.
 
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 use std::sync::{OnceLock, Weak};
 
 use virtionet_virtio_net::header::{FrameFormat, VNET_HEADER_LEN};
@@ -15,6 +15,8 @@ use super::flow_table::{FlowTable, MAX_PAIRS, PairSet};
 pub(super) struct DevicePort {
     /// The device's name.
     device: String,
+    /// The MTU that the front-end has set; 0 where it has not.
+    mtu: AtomicU16,
     /// A bit for each of [`MAX_PAIRS`] pairs.
     attached: [AtomicU64; 2],
     /// The negotiated offloads as [`pack`] encodes them.
@@ -28,6 +30,7 @@ impl DevicePort {
     pub(super) fn new(device: &str) -> Self {
         Self {
             device: device.to_owned(),
+            mtu: AtomicU16::new(0),
             attached: [AtomicU64::new(0), AtomicU64::new(0)],
             format: AtomicU8::new(0),
             pairs: (0..MAX_PAIRS).map(|_| OnceLock::new()).collect(),
@@ -38,6 +41,15 @@ impl DevicePort {
     /// The device's name.
     pub(super) fn device(&self) -> &str {
         &self.device
+    }
+
+    pub(super) fn set_mtu(&self, mtu: u16) {
+        self.mtu.store(mtu, Ordering::Relaxed);
+    }
+
+    /// The MTU that the front-end has set; 0 where it has not.
+    pub(super) fn mtu(&self) -> u16 {
+        self.mtu.load(Ordering::Relaxed)
     }
 
     /// Sets the receiveq of a detached pair; returns false when the index is too high. A receiveq
