@@ -192,9 +192,9 @@ impl Key {
         value_name: "KIND[:...]",
         default: DefaultValue::None,
         help: "The uplink, which carries the frames: tap:NAME[,bridge=BR]; \
-               switch:NAME[,tap=IF[,bridge=BR]], which connects the devices of this process that \
-               name the same switch, and the host's TAP IF; or null, which drops what the guest \
-               sends",
+               switch:NAME[,tap=IF[,bridge=BR]][,forward-reserved], which connects the devices of \
+               this process that name the same switch, and the host's TAP IF; or null, which drops \
+               what the guest sends",
     };
     pub(crate) const PLACEMENT: Self = Self {
         name: "placement",

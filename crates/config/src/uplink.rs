@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 /// An uplink, which is parsed from and displayed as `tap:NAME[,bridge=BR]`,
-/// `switch:NAME[,tap=IF[,bridge=BR]]` or `null`.
+/// `switch:NAME[,tap=IF[,bridge=BR]][,forward-reserved]` or `null`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum UplinkConfig {
     /// A multiqueue TAP.
@@ -131,7 +131,11 @@ fn check_interface_name(kind: NameKind, name: &str) -> Result<(), UplinkParseErr
 /// The length of the longest switch name, in bytes.
 const MAX_SWITCH_NAME: usize = 32;
 
-/// A switch, which is parsed from and displayed as `NAME[,tap=IF[,bridge=BR]]`.
+/// The option of a switch that turns on [`SwitchConfig::forward_reserved`].
+const FORWARD_RESERVED: &str = "forward-reserved";
+
+/// A switch, which is parsed from and displayed as
+/// `NAME[,tap=IF[,bridge=BR]][,forward-reserved]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SwitchConfig {
     /// The switch's name, which is unique within this process: 1 to 32 letters, digits, `-`, `_`
@@ -139,18 +143,23 @@ pub struct SwitchConfig {
     pub name: String,
     /// The TAP that is a port of the switch; `None` where the host has no port.
     pub tap: Option<TapConfig>,
+    /// Whether the switch forwards frames to the reserved group addresses 01:80:C2:00:00:00 to -0F.
+    pub forward_reserved: bool,
 }
 
 impl FromStr for SwitchConfig {
     type Err = UplinkParseError;
 
     fn from_str(text: &str) -> Result<Self, UplinkParseError> {
-        let (name, rest) = match text.split_once(',') {
-            Some((name, rest)) => (name, Some(rest)),
-            None => (text, None),
-        };
+        let mut parts = text.split(',');
+        let name = parts.next().unwrap_or_default();
         check_switch_name(name)?;
-        let tap = match rest.map(|rest| rest.strip_prefix("tap=").ok_or(rest)) {
+        let (flags, rest): (Vec<&str>, Vec<&str>) = parts.partition(|&p| p == FORWARD_RESERVED);
+        if flags.len() > 1 {
+            return Err(UplinkParseError::SwitchOptionRepeated(text.into()));
+        }
+        let rest = (!rest.is_empty()).then(|| rest.join(","));
+        let tap = match rest.as_deref().map(|r| r.strip_prefix("tap=").ok_or(r)) {
             None => None,
             Some(Ok(tap)) => Some(tap.parse()?),
             Some(Err(other)) => return Err(UplinkParseError::UnknownSwitchOption(other.into())),
@@ -158,6 +167,7 @@ impl FromStr for SwitchConfig {
         Ok(Self {
             name: name.to_owned(),
             tap,
+            forward_reserved: !flags.is_empty(),
         })
     }
 }
@@ -165,9 +175,12 @@ impl FromStr for SwitchConfig {
 impl fmt::Display for SwitchConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.name)?;
-        match &self.tap {
-            Some(tap) => write!(f, ",tap={tap}"),
-            None => Ok(()),
+        if let Some(tap) = &self.tap {
+            write!(f, ",tap={tap}")?;
+        }
+        match self.forward_reserved {
+            true => write!(f, ",{FORWARD_RESERVED}"),
+            false => Ok(()),
         }
     }
 }
@@ -209,8 +222,13 @@ pub enum UplinkParseError {
     #[error("a tap uplink has no option {0:?}; write tap:NAME[,bridge=BR]")]
     UnknownTapOption(String),
     /// An option, which the variant holds, that a switch does not have.
-    #[error("a switch uplink has no option {0:?}; write switch:NAME[,tap=IF[,bridge=BR]]")]
+    #[error(
+        "a switch uplink has no option {0:?}; write switch:NAME[,tap=IF[,bridge=BR]][,forward-reserved]"
+    )]
     UnknownSwitchOption(String),
+    /// An option of a switch is repeated. The variant holds the text behind `switch:`.
+    #[error("switch:{0} has forward-reserved twice; write it once")]
+    SwitchOptionRepeated(String),
     /// The name of an interface is empty or too long.
     #[error(
         "{kind} {name:?} has {} bytes; an interface's name has 1 to {MAX_INTERFACE_NAME}",
@@ -268,6 +286,7 @@ impl UplinkParseError {
             Self::BridgeRepeated(_) => "bridge-repeated",
             Self::UnknownTapOption(_) => "tap-option-unknown",
             Self::UnknownSwitchOption(_) => "switch-option-unknown",
+            Self::SwitchOptionRepeated(_) => "switch-option-repeated",
             Self::InterfaceNameLength { .. } => "interface-name-length",
             Self::SwitchNameLength(_) => "switch-name-length",
             Self::NameCharacter { .. } => "name-character-invalid",
@@ -312,14 +331,26 @@ mod tests {
             "switch:s",
             "switch:Lan-1.a_b,tap=tap0",
             "switch:s,tap=vnet%d,bridge=br0",
+            "switch:s,forward-reserved",
+            "switch:s,tap=tap0,bridge=br0,forward-reserved",
         ] {
             let uplink: UplinkConfig = text.parse().unwrap();
             assert_eq!(uplink.to_string(), text);
         }
     }
 
+    #[test]
+    fn the_options_of_a_switch_may_have_any_order() {
+        let parse = |text: &str| text.parse::<UplinkConfig>().unwrap();
+        assert_eq!(
+            parse("switch:s,forward-reserved,tap=t,bridge=b"),
+            parse("switch:s,tap=t,bridge=b,forward-reserved")
+        );
+        assert_ne!(parse("switch:s,forward-reserved"), parse("switch:s"));
+    }
+
     /// Invalid texts, with the code and a part of the text of their errors.
-    const INVALID: [(&str, &str, &str); 28] = [
+    const INVALID: [(&str, &str, &str); 30] = [
         ("", "uplink-unknown", "there is no uplink \"\"; write"),
         ("tap", "tap-name-missing", "lacks the TAP's name"),
         ("tap:", "interface-name-length", "has 0 bytes"),
@@ -348,6 +379,16 @@ mod tests {
         ("switch:,tap=t", "switch-name-length", "has 0 bytes"),
         ("switch:s,", "switch-option-unknown", "no option \"\""),
         ("switch:s,tap", "switch-option-unknown", "no option \"tap\""),
+        (
+            "switch:s,forward-reserved=1",
+            "switch-option-unknown",
+            "no option \"forward-reserved=1\"",
+        ),
+        (
+            "switch:s,forward-reserved,forward-reserved",
+            "switch-option-repeated",
+            "twice",
+        ),
         (
             "switch:s,bridge=b",
             "switch-option-unknown",

@@ -124,6 +124,9 @@ impl Uplinks {
             .switches
             .entry(name.clone())
             .or_insert_with(|| Switch::new(name));
+        if config.forward_reserved {
+            switch.forward_reserved_groups();
+        }
         if let Some(tap) = &config.tap {
             switch.add_host_port(&tap_config(tap))?;
         }

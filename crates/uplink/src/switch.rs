@@ -56,7 +56,7 @@ mod port;
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
 use parking_lot::Mutex;
@@ -89,6 +89,8 @@ pub struct Switch {
     /// The ports. The first `count` are set; a port is never removed.
     ports: Box<[OnceLock<Port>]>,
     count: AtomicUsize,
+    /// Whether frames to reserved group addresses are forwarded.
+    forwards_reserved_groups: AtomicBool,
     /// Held while a port is added.
     add_lock: Mutex<()>,
 }
@@ -110,6 +112,7 @@ impl Switch {
             seed: random.hash_one(1),
             ports: (0..MAX_PORTS).map(|_| OnceLock::new()).collect(),
             count: AtomicUsize::new(0),
+            forwards_reserved_groups: AtomicBool::new(false),
             add_lock: Mutex::new(()),
         })
     }
@@ -144,6 +147,17 @@ impl Switch {
                 .add(Port::Host(HostPort::open(config)?))
                 .map(|_number| ()),
         }
+    }
+
+    /// From now on forwards frames to reserved group addresses (01:80:C2:00:00:00 to -0F), as to any
+    /// other group. They are link-local protocols, such as spanning tree, by which a guest could
+    /// reconfigure the host's bridge.
+    pub fn forward_reserved_groups(&self) {
+        self.forwards_reserved_groups.store(true, Ordering::Relaxed);
+    }
+
+    fn forwards_reserved_groups(&self) -> bool {
+        self.forwards_reserved_groups.load(Ordering::Relaxed)
     }
 
     /// The largest MTU that a device's front-end has set; 0 where none has.

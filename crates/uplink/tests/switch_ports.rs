@@ -1,4 +1,4 @@
-//! The ports of a switch: the host's TAP, and addresses in conflict.
+//! The ports of a switch: the host's TAP, reserved group addresses, and addresses in conflict.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::print_stdout)]
 
 mod host;
@@ -172,6 +172,43 @@ fn the_hosts_tap_is_opened_again_for_both_directions() {
             rustix::io::write(&stop, &1_u64.to_ne_bytes()).unwrap();
         });
     });
+}
+
+#[test]
+fn frames_to_reserved_groups_reach_no_port_unless_the_switch_forwards_them() {
+    let switch = Switch::new("lan");
+    let [a, b, c] = ["a", "b", "c"].map(|name| Device::new(&switch, name));
+    let reserved = |last| frame_to([1, 0x80, 0xc2, 0, 0, last], 1);
+    // Spanning tree, PAUSE, LACP, LLDP, and the last one.
+    for last in [0, 1, 2, 0xe, 0xf] {
+        let stats = a.send(&[reserved(last)]);
+        assert_eq!(stats.dropped_reserved_group.get(), 1, "{last}");
+        assert_eq!((stats.frames.get(), stats.dropped_no_port.get()), (0, 0));
+    }
+    assert_eq!((b.sink.take().len(), c.sink.take().len()), (0, 0));
+    // The next address is an ordinary group, and the other frames of a burst are forwarded.
+    let others = [reserved(0x10), frame_to([0xff; 6], 1)];
+    let burst = [
+        reserved(0),
+        others[0].clone(),
+        reserved(2),
+        others[1].clone(),
+    ];
+    let stats = a.send(&burst);
+    assert_eq!(stats.dropped_reserved_group.get(), 2);
+    assert_eq!((stats.frames.get(), stats.bytes.get()), (2, 120));
+    assert_eq!(
+        (b.sink.take(), c.sink.take()),
+        (others.to_vec(), others.to_vec())
+    );
+
+    switch.forward_reserved_groups();
+    let stats = a.send(&burst);
+    assert_eq!(
+        (stats.frames.get(), stats.dropped_reserved_group.get()),
+        (4, 0)
+    );
+    assert_eq!((b.sink.take().len(), c.sink.take().len()), (4, 4));
 }
 
 #[test]

@@ -71,6 +71,7 @@ counters! {
         dropped_uplink_error: "Frames dropped because of another error of the uplink (EINVAL, EFAULT, ...).",
         dropped_uplink_down: "Frames dropped because the uplink was deleted or down (EBADFD, ENETDOWN, EIO).",
         dropped_no_port: "TX frames dropped because the switch had no other port for them.",
+        dropped_reserved_group: "TX frames to a reserved group address (01:80:C2:00:00:00 to -0F: spanning tree, LACP, PAUSE), which a switch does not forward.",
         dropped_over_budget: "Copies of frames that the switch did not make because their burst had used up its copy budget (floods, offloads in software).",
         dropped_no_buffer: "RX frames dropped because the guest had too few buffers.",
         dropped_too_long: "RX frames dropped because they were longer than the guest's buffers allow.",

@@ -13,9 +13,6 @@ use super::mac_addr::MacAddr;
 use super::masks::{FrameGroups, low_mask};
 use super::{Switch, coarse_now_secs};
 
-/// In place of a port's number: all ports except the sender's.
-const FLOOD: u16 = u16::MAX;
-
 impl Switch {
     /// Forwards `frames` to the ports of their destinations.
     pub(super) fn forward(&self, from: &IngressPort, frames: &[TxFrame<'_>], stats: &VringStats) {
@@ -36,7 +33,10 @@ impl Switch {
         };
         let lost = low_mask(frames.len()) & !delivered;
         if lost != 0 {
-            let undelivered = lost & !burst.dropped();
+            let undelivered = lost & !burst.dropped() & !decisions.reserved;
+            stats
+                .dropped_reserved_group
+                .add(u64::from(decisions.reserved.count_ones()));
             stats
                 .dropped_no_port
                 .add(u64::from(undelivered.count_ones()));
@@ -84,19 +84,19 @@ impl Switch {
             return;
         }
         let mask = low_mask(frames.len()) << frames.start;
-        match self.lookup_port(addresses.destination(), now) {
-            FLOOD => decisions.flood |= mask,
-            // The destination is behind the port from which the frame comes.
-            port if port == from => {}
-            port => decisions.ports.add(port, mask),
+        let destination = addresses.destination();
+        if destination.is_group_or_zero() {
+            match destination.is_reserved_group() && !self.forwards_reserved_groups() {
+                true => decisions.reserved |= mask,
+                false => decisions.flood |= mask,
+            }
+            return;
         }
-    }
-
-    #[inline(always)]
-    fn lookup_port(&self, mac: MacAddr, now: u32) -> u16 {
-        match mac.is_group_or_zero() {
-            true => FLOOD,
-            false => self.macs.find(mac, now).unwrap_or(FLOOD),
+        match self.macs.find(destination, now) {
+            None => decisions.flood |= mask,
+            // The destination is behind the port from which the frame comes.
+            Some(port) if port == from => {}
+            Some(port) => decisions.ports.add(port, mask),
         }
     }
 
@@ -138,6 +138,8 @@ struct ForwardingDecisions {
     ports: FrameGroups,
     /// The mask of the frames that go to all ports.
     flood: u64,
+    /// The mask of the frames to reserved groups, which go to no port.
+    reserved: u64,
     bytes: u64,
     requests: OffloadRequests,
 }
