@@ -10,7 +10,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use virtionet_guest::frame::{Frame, FrameSpec, Transport};
 use virtionet_guest::frontend::FrontendConnection;
-use virtionet_guest::hostile::{block_writes, forbid_seals, lingering_socket};
+use virtionet_guest::hostile::{block_writes, forbid_seals, slow_closing_socket};
 use virtionet_guest::net::MODERN;
 use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 use virtionet_tests::daemon::{Daemon, Options};
@@ -177,7 +177,7 @@ fn a_second_front_end_is_refused_and_one_that_comes_after_the_first_is_served() 
 fn a_socket_that_lingers_when_it_is_closed_holds_up_neither_sessions_nor_the_end() {
     let devices = Devices::start("null");
     let mut other = devices.connect(1);
-    let (socket, _peer) = lingering_socket(Duration::from_secs(60)).unwrap();
+    let (socket, _peer) = slow_closing_socket(Duration::from_secs(60)).unwrap();
     let mut hostile = devices.connect(0);
     // A socket is not an eventfd, so this ends the session.
     let _ = hostile

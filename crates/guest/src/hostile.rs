@@ -57,7 +57,7 @@ pub fn forbid_seals(file: &File) -> io::Result<()> {
 ///
 /// # Errors
 /// When there is no loopback interface.
-pub fn lingering_socket(linger: Duration) -> io::Result<(OwnedFd, impl Sized)> {
+pub fn slow_closing_socket(linger: Duration) -> io::Result<(OwnedFd, impl Sized)> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let mut socket = TcpStream::connect(listener.local_addr()?)?;
     let (peer, _) = listener.accept()?;

@@ -68,7 +68,7 @@ mod tests {
     use std::time::{Duration, Instant};
 
     /// A connection whose close waits for 20 s, because its peer does not read.
-    fn lingering_socket() -> (TcpListener, TcpStream, TcpStream) {
+    fn slow_closing_socket() -> (TcpListener, TcpStream, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (peer, _) = listener.accept().unwrap();
@@ -82,7 +82,7 @@ mod tests {
 
     #[test]
     fn dropping_a_socket_that_lingers_does_not_block() {
-        let (_listener, _peer, socket) = lingering_socket();
+        let (_listener, _peer, socket) = slow_closing_socket();
         let begin = Instant::now();
         drop(ForeignFd::new(socket.into()));
         assert!(begin.elapsed() < Duration::from_secs(2));
