@@ -77,7 +77,8 @@ fn masks_match_the_workers_after_changes_and_are_restored_when_the_daemon_stops(
 fn masks_are_restored_when_the_front_end_disconnects() {
     let network = network_with_masks().unwrap();
     let dir = RunDir::new().unwrap();
-    let daemon = options(&network, "apply").start(&dir, "vnet").unwrap();
+    let options = listed_options(&network, "apply");
+    let daemon = options.start(&dir, "vnet").unwrap();
     let responder = connect_responder(&daemon, 2).unwrap();
     assert_worker_masks(&network, &daemon, 2).unwrap();
     drop(responder);
@@ -96,7 +97,8 @@ fn masks_are_restored_when_the_front_end_disconnects() {
 fn print_mode_reports_the_commands_and_changes_no_mask() {
     let network = network_with_masks().unwrap();
     let dir = RunDir::new().unwrap();
-    let daemon = options(&network, "print").start(&dir, "vnet").unwrap();
+    let options = listed_options(&network, "print");
+    let daemon = options.start(&dir, "vnet").unwrap();
     let _responder = connect_responder(&daemon, 2).unwrap();
     let settings = wait_for_settings(&daemon, 4).unwrap();
     let worker = pairs(&daemon.device().unwrap()).unwrap()[0].tid;
@@ -153,7 +155,7 @@ fn a_daemon_that_may_not_write_masks_reports_this_once_and_serves_the_guest() {
     let socket = dir.join("vnet.sock");
     let socket_dir = socket.parent().unwrap();
     fs::set_permissions(socket_dir, fs::Permissions::from_mode(0o777)).unwrap();
-    let daemon = options(&network, "apply")
+    let daemon = listed_options(&network, "apply")
         .wrapped_in([
             "setpriv",
             "--reuid=65534",
@@ -284,6 +286,11 @@ fn options(network: &HostNetwork, mode: &str) -> Options {
         .netns(network.netns())
         .flag("--tap", TAP)
         .flag("--irq-affinity", mode)
+}
+
+/// Pins each worker to a CPU of its own, because the test front-end has no vCPUs.
+fn listed_options(network: &HostNetwork, mode: &str) -> Options {
+    options(network, mode).flag("--placement", "list")
 }
 
 fn connect_responder(daemon: &Daemon, pairs: u16) -> Result<EchoResponder> {

@@ -203,10 +203,11 @@ impl Key {
         value_name: "auto|same|sibling|core-near|list:CPUS|none",
         default: DefaultValue::Value("auto"),
         help: "The CPU of each queue pair's worker. auto: the CPU that the pair's vCPU is pinned \
-               to, or one near it with --poll; where the vCPU is not pinned, the allowed CPUs in \
-               turn. same: exactly the CPUs of the vCPU's thread. sibling: the other hardware \
-               thread of its core. core-near: another CPU of its L3 cache or NUMA node. \
-               list:CPUS: these CPUs in turn, such as list:0-3,8. none: the kernel chooses",
+               to, or one near it with --poll; where the vCPU is not pinned, all CPUs that it may \
+               use, or a free one of them with --poll. same: exactly the CPUs of the vCPU's \
+               thread. sibling: the other hardware thread of its core. core-near: another CPU of \
+               its L3 cache or NUMA node. list:CPUS: these CPUs in turn, such as list:0-3,8. \
+               none: the kernel chooses",
     };
     pub(crate) const IRQ_AFFINITY: Self = Self {
         name: "irq-affinity",

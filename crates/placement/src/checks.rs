@@ -127,17 +127,18 @@ fn check_memory_nodes(context: &PlacementContext<'_>, decisions: &[Decision]) ->
 }
 
 /// Workers that sleep share CPUs because their vCPUs share them. That is a problem only where the
-/// daemon has too few CPUs for one each.
+/// daemon has too few CPUs for one each. Workers that poll share CPUs with those of other devices
+/// too.
 fn check_cpu_count(context: &PlacementContext<'_>, decisions: &[Decision]) -> Option<Warning> {
     let on = union(decisions.iter().map(|one| &one.cpus));
+    let others = context.host.polling_elsewhere.iter();
+    let beside = others.filter(|cpus| context.host.polling && cpus.difference(&on).is_empty());
+    let workers = decisions.len() + beside.count();
     let has_too_few = match context.host.mode {
         Placement::List(_) => true,
         _ => context.host.polling || context.usable.len() < decisions.len(),
     };
-    (has_too_few && on.len() < decisions.len()).then_some(Warning::FewCpus {
-        workers: decisions.len(),
-        on,
-    })
+    (has_too_few && on.len() < workers).then_some(Warning::FewCpus { workers, on })
 }
 
 fn check_list_online(context: &PlacementContext<'_>) -> Option<Warning> {

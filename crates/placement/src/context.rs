@@ -22,6 +22,10 @@ pub(crate) struct HostConstraints<'a> {
     pub(crate) memory: &'a BTreeMap<u32, u32>,
     /// The CPUs that vCPUs of other guests are pinned to.
     pub(crate) others: &'a CpuSet,
+    /// The CPUs of each worker of another device that polls.
+    pub(crate) polling_elsewhere: &'a [CpuSet],
+    /// By pair: the CPU of a worker that polls there already.
+    pub(crate) previous: &'a BTreeMap<u32, u32>,
 }
 
 /// The host and one guest, with the sets of CPUs that the rules need.
@@ -37,6 +41,8 @@ pub(crate) struct PlacementContext<'a> {
     pub(crate) pinned_cpus: CpuSet,
     /// The SMT siblings of these.
     pub(crate) pinned_siblings: CpuSet,
+    /// Whether all vCPUs may run on the same several CPUs.
+    is_floating_together: bool,
 }
 
 /// The CPUs that a vCPU's thread may run on, and those of them that workers may use.
@@ -62,6 +68,7 @@ impl<'a> PlacementContext<'a> {
             usable: non_empty_or(host.allowed.iter().filter(online).collect(), host.allowed),
             pinned_cpus: CpuSet::default(),
             pinned_siblings: CpuSet::default(),
+            is_floating_together: map.is_floating_together(),
         };
         context.pinned_cpus = context.pinned_by_guest();
         context.pinned_cpus.extend(host.others.iter());
@@ -97,7 +104,7 @@ impl<'a> PlacementContext<'a> {
         let is_unrestricted = cpus.len() > 1 && shared == self.usable;
         match shared.is_empty() {
             true => VcpuAffinity::Unreachable(cpus),
-            false if is_unrestricted || self.map.is_floating_together() => {
+            false if is_unrestricted || self.is_floating_together => {
                 VcpuAffinity::Floating(cpus, shared)
             }
             false => VcpuAffinity::Pinned(cpus, shared),
@@ -141,6 +148,21 @@ impl<'a> PlacementContext<'a> {
     /// The usable CPUs that a worker may get without being named: those that are not isolated.
     pub(crate) fn default_cpus(&self) -> CpuSet {
         non_empty_or(self.not_isolated(&self.usable), &self.usable)
+    }
+
+    /// The CPUs that a worker of `pair` may use where its vCPU may run on any of `cpus`: those that
+    /// are not isolated, and of these the ones on the NUMA node of the pair's memory. The result
+    /// names that node if it excludes any CPU.
+    pub(crate) fn floating_cpus(&self, pair: u32, cpus: &CpuSet) -> (CpuSet, Option<u32>) {
+        let cpus = non_empty_or(self.not_isolated(cpus), cpus);
+        if let Some(&node) = self.host.memory.get(&pair) {
+            let is_local = |&cpu: &u32| self.host.topology.is_on_node(cpu, node);
+            let local: CpuSet = cpus.iter().filter(is_local).collect();
+            if !local.is_empty() && local != cpus {
+                return (local, Some(node));
+            }
+        }
+        (cpus, None)
     }
 
     pub(crate) fn not_isolated(&self, cpus: &CpuSet) -> CpuSet {

@@ -11,8 +11,8 @@
 //! 3. **Which CPUs that thread may run on.** This is the kernel's affinity mask of the thread.
 //!
 //! [`PlacementPlanner::place`] combines them into a [`Decision`], and [`set_thread_affinity`]
-//! applies it. No step is fatal: where a fact is missing, workers are pinned to the allowed CPUs in
-//! turn, and the decision's `why` says what to do about it.
+//! applies it. No step is fatal: where a fact is missing, workers float over the allowed CPUs, and
+//! the decision's `why` says what to do about it.
 //!
 //! ```text
 //! pair k --rule--> vCPUs --thread names | QMP--> thread --affinity--> CPUs --> worker DEVICE-qk
@@ -44,6 +44,7 @@
 //! | `checks.rs` | finds problems with the decisions |
 //! | `warnings.rs` | these problems as sentences |
 //! | `rules.rs` | chooses the CPUs by policy |
+//! | `spread.rs` | gives workers CPUs of their own, apart from those of other devices |
 //! | `context.rs` | what the rules and the checks depend on |
 //! | `watch.rs` | detects changes of the vCPU threads |
 //! | `interrupts/` | affinity of interrupts, and XPS and RPS masks of a TAP |
@@ -72,6 +73,7 @@ mod procfs;
 mod qmp;
 mod queue_pairs;
 mod rules;
+mod spread;
 mod sys;
 #[cfg(test)]
 mod testing;

@@ -36,6 +36,10 @@ pub struct PlacementPlanner {
     memory: BTreeMap<u32, u32>,
     /// CPUs that vCPUs of other guests are pinned to.
     others: CpuSet,
+    /// The CPUs of each worker of another device that polls.
+    polling_elsewhere: Vec<CpuSet>,
+    /// By pair: the CPU of a worker that polls there already.
+    previous: BTreeMap<u32, u32>,
 }
 
 /// Why a policy cannot be applied on this host.
@@ -108,6 +112,8 @@ impl PlacementPlanner {
             polling: false,
             memory: BTreeMap::new(),
             others: CpuSet::default(),
+            polling_elsewhere: Vec::new(),
+            previous: BTreeMap::new(),
         })
     }
 
@@ -146,6 +152,29 @@ impl PlacementPlanner {
     /// Sets the CPUs that vCPUs of other guests are pinned to. Workers that poll avoid them too.
     pub fn set_pinned_by_others(&mut self, cpus: CpuSet) {
         self.others = cpus;
+    }
+
+    /// Sets the CPUs of each worker of another device that polls. Workers that poll avoid them as
+    /// far as there are enough CPUs.
+    pub fn set_polling_elsewhere(&mut self, workers: Vec<CpuSet>) {
+        self.polling_elsewhere = workers;
+    }
+
+    /// Sets the decisions that hold now. A worker that polls keeps its CPU unless another one has
+    /// become better.
+    pub fn set_previous(&mut self, decisions: &[Decision]) {
+        let polling = decisions.iter().filter(|one| one.may_poll);
+        let pinned = polling.filter(|one| one.cpus.len() == 1);
+        self.previous = pinned
+            .filter_map(|one| Some((one.pair, one.cpus.last()?)))
+            .collect();
+    }
+
+    /// The CPUs of each worker that polls by these decisions, for the planners of other devices.
+    #[must_use]
+    pub fn polling_workers(&self, decisions: &[Decision]) -> Vec<CpuSet> {
+        let polling = decisions.iter().filter(|one| self.polling && one.may_poll);
+        polling.map(|one| one.cpus.clone()).collect()
     }
 
     /// The CPUs that the vCPUs of `map` are pinned to.
@@ -225,8 +254,8 @@ impl PlacementPlanner {
     pub fn place_all(&self, map: &VcpuMap, count: u32, pairs: u32) -> Vec<Decision> {
         let context = self.context(map, pairs);
         let rules = Rules::new(&context);
-        // The last pair first, because the rules compute what is near for all pairs up to the first
-        // one that they are asked for, once.
+        // The last pair first, because the rules spread the workers of all pairs up to the first one
+        // that they are asked for, once.
         let decisions = (0..count).rev().map(|pair| decide(&context, &rules, pair));
         let mut decisions: Vec<_> = decisions.collect();
         decisions.reverse();
@@ -249,6 +278,8 @@ impl PlacementPlanner {
             polling: self.polling,
             memory: &self.memory,
             others: &self.others,
+            polling_elsewhere: &self.polling_elsewhere,
+            previous: &self.previous,
         };
         PlacementContext::new(host, map, pairs)
     }

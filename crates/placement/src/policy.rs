@@ -12,7 +12,8 @@ use crate::cpuset::{CpuListError, parse_cpulist};
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Placement {
     /// If the vCPU's thread is pinned, the worker gets its CPU, or a CPU near it if the worker
-    /// polls. If the thread floats, the workers get the CPUs that it may run on, in turn.
+    /// polls. If the thread floats, the worker floats over the same CPUs, or gets one of them for
+    /// itself if it polls.
     #[default]
     Auto,
     /// The worker gets exactly the CPUs that the vCPU's thread may run on, whether it is pinned or

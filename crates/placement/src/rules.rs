@@ -3,7 +3,7 @@
 //! ```text
 //! policy     vCPU      worker sleeps (poll off)               worker polls
 //! auto       pinned    the vCPU's CPU                         near it; else its CPU, sleeping
-//!            floating  the CPUs that it may run on, in turn   the same
+//!            floating  all CPUs that the vCPU may run on      one of them that is free
 //! same                 the CPUs that the vCPU may run on      the same
 //! sibling    pinned    an SMT sibling; without one, as auto   the same
 //! core-near  pinned    near it; without such a CPU, as auto   the same
@@ -12,21 +12,22 @@
 //! ```
 //!
 //! *Near* is a CPU that shares the L3 cache, else a CPU of the same NUMA node, that no vCPU is
-//! pinned to and that is not isolated. Each worker gets a CPU of its own while there are enough;
-//! SMT siblings of the vCPUs' CPUs come last. Workers use only CPUs that are allowed and online.
-//! They use isolated CPUs only where a vCPU is pinned to them (with `sibling`: or to their SMT
-//! sibling), or where the list names them.
+//! pinned to and that is not isolated. *Free* is a CPU that no vCPU is pinned to, of the NUMA node
+//! that holds the pair's memory if the vCPU may run there. `spread.rs` gives each worker a CPU of
+//! its own while there are enough; SMT siblings of the vCPUs' CPUs come last. Workers use only CPUs
+//! that are allowed and online. They use isolated CPUs only where a vCPU is pinned to them (with
+//! `sibling`: or to their SMT sibling), or where the list names them.
 //!
-//! Where the vCPU threads are not known, workers are pinned to the allowed CPUs in turn.
-
-use std::cell::OnceCell;
-use std::collections::BTreeMap;
-
-use virtionet_base::MAX_QUEUE_PAIRS;
+//! A worker that sleeps is not pinned to one CPU where its vCPU floats. Each device and each daemon
+//! would choose from the same CPUs without regard to the others, and their workers would share a
+//! few CPUs of a large host. The scheduler knows all threads.
+//!
+//! A vCPU whose thread is not known counts as one that floats over all allowed CPUs.
 
 use crate::context::{PlacementContext, VcpuAffinity, non_empty_or};
 use crate::cpuset::CpuSet;
 use crate::policy::Placement;
+use crate::spread::Spread;
 
 /// The CPUs that a worker is pinned to, with the reason.
 #[derive(Debug, PartialEq, Eq)]
@@ -36,27 +37,19 @@ pub(crate) struct CpuChoice {
     pub(crate) why: String,
 }
 
-/// A CPU near a vCPU's CPU.
-#[derive(Debug, Clone, Copy)]
-struct NearCpu {
-    cpu: u32,
-    /// Whether it shares the L3 cache; it is of the same NUMA node otherwise.
-    shares_cache: bool,
-}
-
 /// The rules, applied to one guest.
 #[derive(Debug)]
 pub(crate) struct Rules<'a> {
     context: &'a PlacementContext<'a>,
-    /// For each worker the CPU that it gets where it is placed near its vCPU.
-    near: OnceCell<Vec<Option<NearCpu>>>,
+    /// The CPUs of workers that must not share theirs.
+    spread: Spread<'a>,
 }
 
 impl<'a> Rules<'a> {
     pub(crate) fn new(context: &'a PlacementContext<'a>) -> Self {
         Self {
             context,
-            near: OnceCell::new(),
+            spread: Spread::new(context),
         }
     }
 
@@ -75,7 +68,7 @@ impl<'a> Rules<'a> {
     fn place_auto(&self, pair: u32) -> CpuChoice {
         match self.context.affinity_of(pair) {
             VcpuAffinity::Pinned(to, _) if self.context.host.polling => {
-                match self.find_near(pair) {
+                match self.spread.near(pair) {
                     Some(near) => unrestricted(
                         near.cpus(),
                         format!(
@@ -94,8 +87,8 @@ impl<'a> Rules<'a> {
     /// Chooses as policy `auto` does for a worker that does not poll.
     fn colocate(&self, pair: u32) -> CpuChoice {
         match self.context.affinity_of(pair) {
-            VcpuAffinity::Unknown(why) => self.place_in_turn(pair, &why),
-            VcpuAffinity::Unreachable(on) => match self.find_near(pair) {
+            VcpuAffinity::Unknown(why) => self.place_unknown(pair, &why),
+            VcpuAffinity::Unreachable(on) => match self.spread.near(pair) {
                 Some(near) => unrestricted(
                     near.cpus(),
                     format!(
@@ -104,7 +97,7 @@ impl<'a> Rules<'a> {
                         near.describe()
                     ),
                 ),
-                None => self.place_in_turn(pair, &self.describe_unreachable(on)),
+                None => self.place_unknown(pair, &self.describe_unreachable(on)),
             },
             VcpuAffinity::Floating(over, shared) => self.place_floating(pair, over, &shared),
             VcpuAffinity::Pinned(to, shared) => self.place_pinned(to, shared),
@@ -141,9 +134,9 @@ impl<'a> Rules<'a> {
                 ),
             ),
             VcpuAffinity::Unreachable(on) => {
-                self.place_in_turn(pair, &self.describe_unreachable(on))
+                self.place_unknown(pair, &self.describe_unreachable(on))
             }
-            VcpuAffinity::Unknown(why) => self.place_in_turn(pair, &why),
+            VcpuAffinity::Unknown(why) => self.place_unknown(pair, &why),
         }
     }
 
@@ -170,7 +163,7 @@ impl<'a> Rules<'a> {
         let VcpuAffinity::Pinned(to, _) = self.context.affinity_of(pair) else {
             return self.place_auto(pair);
         };
-        match self.find_near(pair) {
+        match self.spread.near(pair) {
             Some(near) => unrestricted(
                 near.cpus(),
                 format!(
@@ -236,30 +229,61 @@ impl<'a> Rules<'a> {
         )
     }
 
-    /// Chooses from the CPUs that a floating vCPU may run on, in turn.
-    ///
-    /// A worker that floats too would leave the cache that holds its rings, and two workers could
-    /// run on one CPU. Pinning each worker to one of the vCPU's CPUs, to a different one while
-    /// there are enough, prevents both.
+    /// Chooses from the CPUs that a floating vCPU may run on.
     fn place_floating(&self, pair: u32, over: &CpuSet, shared: &CpuSet) -> CpuChoice {
-        let host = &self.context.host;
-        let mut cpus = non_empty_or(self.context.not_isolated(shared), shared);
-        let mut which = "these".to_owned();
-        if let Some(&node) = host.memory.get(&pair) {
-            let on_node = cpus
-                .iter()
-                .filter(|&cpu| host.topology.is_on_node(cpu, node));
-            let on_node: CpuSet = on_node.collect();
-            if !on_node.is_empty() && on_node != cpus {
-                cpus = on_node;
-                which = format!("those of NUMA node {node}, which holds the pair's memory,");
-            }
+        let (cpus, node) = self.context.floating_cpus(pair, shared);
+        let which = match node {
+            Some(node) => format!("those of NUMA node {node}, which holds the pair's memory"),
+            None if cpus == *over => "these".to_owned(),
+            None => "those of them that it may use".to_owned(),
+        };
+        let over = over.describe();
+        self.float_or_poll(pair, cpus, &which, |worker| {
+            format!("the vCPU thread floats over {over}, so {worker}")
+        })
+    }
+
+    /// Chooses from all CPUs that need not be named, because the CPUs of the vCPU are not known or
+    /// cannot be used; `why` says which.
+    fn place_unknown(&self, pair: u32, why: &str) -> CpuChoice {
+        let (cpus, node) = self.context.floating_cpus(pair, &self.context.usable);
+        let mut which = cpus.describe();
+        if let Some(node) = node {
+            which.push_str(&format!(
+                " of NUMA node {node}, which holds the pair's memory"
+            ));
         }
-        let why = format!(
-            "the vCPU thread floats over {}, so workers are pinned to {which} in turn",
-            over.describe()
-        );
-        self.avoid_pinned_by(cpus, why, |cpus| cpus.nth_cyclic(pair))
+        self.float_or_poll(pair, cpus, &which, |worker| format!("{worker}, as {why}"))
+    }
+
+    /// Lets a worker that sleeps float over `cpus`, and gives one that polls a CPU of its own among
+    /// them. `which` are these CPUs in words, and `sentence` completes what the worker does.
+    fn float_or_poll(
+        &self,
+        pair: u32,
+        cpus: CpuSet,
+        which: &str,
+        sentence: impl Fn(String) -> String,
+    ) -> CpuChoice {
+        let floats = sentence(format!("the worker floats over {which}"));
+        if !self.context.host.polling {
+            return unrestricted(cpus, floats);
+        }
+        match self.spread.free(pair) {
+            Some(own) => unrestricted(
+                own.cpus(),
+                sentence(format!(
+                    "the worker polls on one of {which}, chosen to avoid pinned vCPUs and other polling workers"
+                )),
+            ),
+            None => CpuChoice {
+                cpus,
+                may_poll: false,
+                why: format!(
+                    "{floats}; the worker sleeps instead of polling, as vCPUs are pinned there"
+                ),
+            },
+        }
     }
 
     fn place_in_turn(&self, pair: u32, why: &str) -> CpuChoice {
@@ -301,51 +325,6 @@ impl<'a> Rules<'a> {
         }
     }
 
-    /// The CPU near the vCPU of `pair` that its worker gets.
-    ///
-    /// The workers choose in the order of their pairs, each the CPU with the fewest workers so far.
-    /// The result for one worker therefore does not depend on which worker is placed first.
-    fn find_near(&self, pair: u32) -> Option<NearCpu> {
-        let near = self.near.get_or_init(|| {
-            let mut workers_by_cpu = BTreeMap::new();
-            // A number from outside must not make the loop longer than any device needs.
-            let count = pair.saturating_add(1).max(self.context.pairs);
-            (0..count.min(u32::from(MAX_QUEUE_PAIRS)))
-                .map(|pair| self.choose_near(pair, &mut workers_by_cpu))
-                .collect()
-        });
-        *near.get(usize::try_from(pair).ok()?)?
-    }
-
-    fn choose_near(&self, pair: u32, workers_by_cpu: &mut BTreeMap<u32, u32>) -> Option<NearCpu> {
-        let (VcpuAffinity::Pinned(to, _) | VcpuAffinity::Unreachable(to)) =
-            self.context.affinity_of(pair)
-        else {
-            return None;
-        };
-        let context = self.context;
-        let topology = context.host.topology;
-        let free = context
-            .usable
-            .iter()
-            .filter(|&cpu| !topology.is_isolated(cpu) && !context.pinned_cpus.contains(cpu));
-        let ranked = free.filter_map(|cpu| {
-            let shares_cache = to.iter().any(|vcpu| topology.shares_cache(vcpu, cpu));
-            let node = topology.node_of(cpu)?;
-            let same_node = to.iter().any(|vcpu| topology.is_on_node(vcpu, node));
-            let workers = workers_by_cpu.get(&cpu).copied().unwrap_or(0);
-            let is_sibling = context.pinned_siblings.contains(cpu);
-            let rank = (workers, is_sibling, !shares_cache, cpu);
-            (shares_cache || same_node).then_some(rank)
-        });
-        let (.., is_remote, cpu) = ranked.min()?;
-        *workers_by_cpu.entry(cpu).or_default() += 1;
-        Some(NearCpu {
-            cpu,
-            shares_cache: !is_remote,
-        })
-    }
-
     fn describe_unreachable(&self, on: &CpuSet) -> String {
         let allowed = self.context.host.allowed;
         match on.intersection(allowed).is_empty() {
@@ -358,19 +337,6 @@ impl<'a> Rules<'a> {
                 "the vCPU thread is pinned to {}, which is offline",
                 on.describe()
             ),
-        }
-    }
-}
-
-impl NearCpu {
-    fn cpus(self) -> CpuSet {
-        CpuSet::from_iter([self.cpu])
-    }
-
-    fn describe(self) -> &'static str {
-        match self.shares_cache {
-            true => "a CPU that shares its L3 cache",
-            false => "a CPU of its NUMA node",
         }
     }
 }

@@ -262,7 +262,7 @@ fn generated_names_and_addresses_are_reproducible() {
 
 /// Flags, the CPUs that the vCPUs are pinned to, the CPUs of each worker, and the numbers of CPUs that
 /// the workers use when idle and under load, on a host with CPUs 0-7.
-const PLACEMENTS: [(&str, &str, &str, u32, u32); 12] = [
+const PLACEMENTS: [(&str, &str, &str, u32, u32); 13] = [
     ("--vcpus 4", "0,1,2,3", "0 1 2 3", 0, 4),
     ("--vcpus 4 --cpus 7,3-5", "7,3,4,5", "7 3 4 5", 0, 4),
     ("--vcpus 4 --cpus 2,5", "2,5,2,5", "2 5 2 5", 0, 2),
@@ -273,8 +273,9 @@ const PLACEMENTS: [(&str, &str, &str, u32, u32); 12] = [
         0,
         2,
     ),
-    ("--vcpus 2 --cpus none", "", "0 1", 0, 2),
-    ("--vcpus 9", "", "0 1 2 3 4 5 6 7 0", 0, 8),
+    ("--vcpus 2 --cpus none", "", "0-7 0-7", 0, 2),
+    ("--vcpus 2 --cpus none --poll always", "", "0 1", 2, 2),
+    ("--vcpus 9", "", "0-7 0-7 0-7 0-7 0-7 0-7 0-7 0-7 0-7", 0, 8),
     ("--vcpus 2 --placement list:6-7", "0,1", "6 7", 0, 2),
     ("--vcpus 2 --placement none", "0,1", "0-7 0-7", 0, 2),
     // A worker that polls does not run on the CPUs of vCPUs.
@@ -330,7 +331,7 @@ fn notes_report_cpus_that_are_shared_unused_or_contended() {
             "the vCPUs take the first CPUs that the host has, 0-3:",
         ),
         (
-            "--vcpus 2 --cpus 0-1 --nics 2 --poll always",
+            "--vcpus 2 --cpus 0-1 --nics 4 --poll always",
             "workers of several network devices poll on CPUs 2-3",
         ),
     ] {

@@ -17,15 +17,20 @@ pub(super) fn place_workers(
     queues: &QueuePlan,
     host: &TargetHost,
 ) -> Result<Vec<Vec<Decision>>, PlanError> {
-    let planner = PlacementPlanner::new(request.placement.clone(), host.cpus.clone(), None)?
+    let mut planner = PlacementPlanner::new(request.placement.clone(), host.cpus.clone(), None)?
         .with_topology(host.topology.clone())
         .with_polling(request.poll.is_polling());
     let map = planned_vcpus(request, &host.cpus);
-    let decisions: Vec<Vec<Decision>> = queues
-        .net_devices
-        .iter()
-        .map(|device| planner.place_all(&map, device.pairs.into(), device.pairs.into()))
-        .collect();
+    let (mut decisions, mut polling) = (Vec::new(), Vec::new());
+    for device in &queues.net_devices {
+        // As in the daemon, workers avoid the CPUs on which those of other devices poll.
+        planner.set_polling_elsewhere(polling.clone());
+        let of_device = planner.place_all(&map, device.pairs.into(), device.pairs.into());
+        polling.extend(planner.polling_workers(&of_device));
+        decisions.push(of_device);
+    }
+    // The note below names the CPUs that several devices share.
+    planner.set_polling_elsewhere(Vec::new());
     for (device, decisions) in queues.net_devices.iter().zip(&decisions) {
         for warning in planner.warnings(&map, decisions) {
             // The vCPU threads do not exist yet, so they cannot be pinned now.
@@ -46,8 +51,8 @@ pub(super) fn place_workers(
     Ok(decisions)
 }
 
-/// The CPUs on which workers of several network devices poll. There can be some, because the
-/// planner places the workers of each device without regard to the other devices.
+/// The CPUs on which workers of several network devices poll, because there are too few CPUs or the
+/// policy names the same ones.
 fn contended_cpus(decisions: &[Vec<Decision>]) -> CpuSet {
     let polled = |of_device: &Vec<Decision>| -> BTreeSet<u32> {
         let pinned = of_device

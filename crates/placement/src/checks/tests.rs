@@ -93,7 +93,7 @@ fn each_problem_gives_its_warning() {
                 },
                 Warning::RemoteVcpus {
                     pairs: set("1"),
-                    on: set("1"),
+                    on: set("0-3"),
                     vcpus_on: set("4"),
                 },
             ],

@@ -40,15 +40,15 @@ fn each_policy_chooses_the_cpus_of_each_worker() {
         ("auto", "0-7", &["0-1", "2-3"], 2, &["0-1", "2-3"]),
         ("auto", "0-7", &["0", "0"], 2, &["0", "0"]),
         ("auto", "0", &["0", "0"], 2, &["0", "0"]),
-        // Workers of floating vCPUs get the CPUs that these float over, in turn.
-        ("auto", "0-3", &["0-3", "0-3"], 2, &["0", "1"]),
-        ("auto", "0-1", &["0-7", "0-7"], 4, &["0", "1", "0", "1"]),
-        ("auto", "0-7", &["2-5", "2-5"], 2, &["2", "3"]),
+        // Workers of floating vCPUs float over the same CPUs.
+        ("auto", "0-3", &["0-3", "0-3"], 2, &["0-3", "0-3"]),
+        ("auto", "0-1", &["0-7", "0-7"], 3, &["0-1", "0-1", "0-1"]),
+        ("auto", "0-7", &["2-5", "2-5"], 2, &["2-5", "2-5"]),
         // The vCPUs are partly or wholly outside the daemon's CPUs, unreadable, or unknown.
         ("auto", "1-4", &["0-1", "4-5"], 2, &["1", "4"]),
-        ("auto", "0-1", &["6", "7"], 2, &["0", "1"]),
-        ("auto", "0-1", &["?", "?"], 3, &["0", "1", "0"]),
-        ("auto", "4,6", &[], 3, &["4", "6", "4"]),
+        ("auto", "2-3", &["6", "1"], 2, &["2", "3"]),
+        ("auto", "0-1", &["?", "?"], 3, &["0-1", "0-1", "0-1"]),
+        ("auto", "4,6", &[], 2, &["4,6", "4,6"]),
         ("same", "0-3", &["0-3", "0-3"], 2, &["0-3", "0-3"]),
         ("list:3,1", "0-3", &["2", "2"], 4, &["3", "1", "3", "1"]),
         ("list", "4-5", &[], 3, &["4", "5", "4"]),
@@ -71,8 +71,8 @@ fn a_decision_lists_all_vcpus_and_the_reason() {
         (
             "auto",
             map(&["0-3", "0-3"]),
-            "pair 1 -> vCPU 1 (thread 101) -> worker on CPU 1: \
-             the vCPU thread floats over CPUs 0-3, so workers are pinned to these in turn",
+            "pair 1 -> vCPU 1 (thread 101) -> worker on CPUs 0-3: \
+             the vCPU thread floats over CPUs 0-3, so the worker floats over these",
         ),
         (
             "auto",
@@ -83,13 +83,13 @@ fn a_decision_lists_all_vcpus_and_the_reason() {
         (
             "same",
             map(&["0", "8"]),
-            "pair 1 -> vCPU 1 (thread 101) -> worker on CPU 1: workers are pinned to CPUs 0-3 in turn, \
+            "pair 1 -> vCPU 1 (thread 101) -> worker on CPUs 0-3: the worker floats over CPUs 0-3, \
              as the vCPU thread is pinned to CPU 8, but this daemon may run on CPUs 0-3 only: widen the daemon's cpuset",
         ),
         (
             "auto",
             map(&["0", "?"]),
-            "pair 1 -> vCPU 1 (thread 101) -> worker on CPU 1: workers are pinned to CPUs 0-3 in turn, \
+            "pair 1 -> vCPU 1 (thread 101) -> worker on CPUs 0-3: the worker floats over CPUs 0-3, \
              as the CPUs of the vCPU thread cannot be read",
         ),
         (
@@ -121,7 +121,7 @@ fn a_decision_without_vcpu_threads_says_what_to_do() {
         planner
             .place(&planner.discover(Some(100)), 3, 4)
             .to_string(),
-        "pair 3 -> unknown vCPU -> worker on CPU 1: workers are pinned to CPUs 0-1 in turn, \
+        "pair 3 -> unknown vCPU -> worker on CPUs 0-1: the worker floats over CPUs 0-1, \
          as no vCPU threads were found in process 100: start QEMU with -name NAME,debug-threads=on or give --qmp=PATH"
     );
 }
@@ -151,13 +151,13 @@ fn refreshing_a_map_reads_only_threads_whose_cpus_were_known() {
 fn a_changed_host_changes_the_decisions() {
     let map = map(&["0-3", "0-3"]);
     let mut planner = planner("auto", "0-3");
-    assert_eq!(cpus_of_workers(&planner, &map, 2), ["0", "1"]);
+    assert_eq!(cpus_of_workers(&planner, &map, 2), ["0-3", "0-3"]);
     planner.set_host(set("2-3"), Topology::default());
-    assert_eq!(cpus_of_workers(&planner, &map, 2), ["2", "3"]);
+    assert_eq!(cpus_of_workers(&planner, &map, 2), ["2-3", "2-3"]);
     planner.set_host(CpuSet::default(), Topology::default());
     assert_eq!(
         cpus_of_workers(&planner, &map, 2),
-        ["2", "3"],
+        ["2-3", "2-3"],
         "an empty set of allowed CPUs is ignored"
     );
     assert_eq!(

@@ -1,9 +1,12 @@
 //! Each rule, on a host with two NUMA nodes, four L3 caches and SMT.
 
+use std::collections::BTreeMap;
+
 use super::*;
 use crate::context::HostConstraints;
 use crate::testing::{TempDir, map, set, sysfs};
 use crate::topology::Topology;
+use crate::vcpus::VcpuMap;
 
 /// Two nodes with two L3 caches each, two cores a cache, two threads a core: CPUs k and k + 8 share
 /// a core, CPUs 0-1 and 8-9 share a cache, CPUs 0-3 and 8-11 are on one node.
@@ -90,6 +93,8 @@ impl Case {
             polling: self.polling,
             memory: &BTreeMap::new(),
             others: &CpuSet::default(),
+            polling_elsewhere: &[],
+            previous: &BTreeMap::new(),
         };
         let context = PlacementContext::new(host, &map, self.pairs);
         let rules = Rules::new(&context);
@@ -207,21 +212,69 @@ fn every_rule_chooses_the_cpus_of_every_worker() {
         )
         .polls(),
         case(
-            "isolated CPUs are not used in turn",
+            "floating vCPUs: the workers float too",
             "auto",
             &["0-15", "0-15"],
             2,
-            &["2", "3"],
+            &["0-15", "0-15"],
+        ),
+        case(
+            "a guest that is confined as a whole: its workers float over the same CPUs",
+            "auto",
+            &["2-5", "2-5"],
+            2,
+            &["2-5", "2-5"],
+        ),
+        case(
+            "workers do not float over isolated CPUs",
+            "auto",
+            &["0-15", "0-15"],
+            2,
+            &["2-15", "2-15"],
         )
         .isolated("0-1"),
         case(
-            "offline CPUs are not used in turn",
+            "workers do not float over offline CPUs",
             "auto",
             &["0-15", "0-15"],
             2,
-            &["1", "2"],
+            &["1-15", "1-15"],
         )
         .online("1-15"),
+        case(
+            "one vCPU floats, one is pinned",
+            "auto",
+            &["0", "0-15"],
+            2,
+            &["0", "0-15"],
+        ),
+        case(
+            "floating, polling: a free CPU for each, siblings of vCPUs last",
+            "auto",
+            &["0", "0-15", "0-15", "0-15"],
+            4,
+            &["1", "2", "3", "4"],
+        )
+        .polls()
+        .allowed("0-4,8"),
+        case(
+            "floating, polling: more workers than CPUs share them evenly",
+            "auto",
+            &["0-15", "0-15", "0-15", "0-15"],
+            4,
+            &["2", "3", "2", "3"],
+        )
+        .polls()
+        .allowed("2-3"),
+        case(
+            "floating, polling: vCPUs are pinned to all CPUs that it may use",
+            "auto",
+            &["0", "1", "0-15"],
+            3,
+            &["0!", "1!", "0-1!"],
+        )
+        .polls()
+        .allowed("0-1"),
         case(
             "one vCPU floats, one is pinned: no worker polls on the CPU of the latter",
             "auto",
@@ -247,17 +300,48 @@ fn every_rule_chooses_the_cpus_of_every_worker() {
         )
         .allowed("0,2"),
         case(
-            "the whole node of the vCPU is outside the cpuset: in turn",
+            "the whole node of the vCPU is outside the cpuset: the workers float",
+            "auto",
+            &["0", "1"],
+            2,
+            &["4-5", "4-5"],
+        )
+        .allowed("4-5"),
+        case(
+            "the whole node of the vCPU is outside the cpuset, polling: free CPUs",
             "auto",
             &["0", "1"],
             2,
             &["4", "5"],
         )
+        .polls()
         .allowed("4-5"),
-        case("unknown: in turn", "auto", &[], 3, &["1", "2", "4"])
-            .isolated("0")
-            .online("0-2,4-15"),
-        case("unreadable: in turn", "auto", &["?", "?"], 2, &["0", "1"]),
+        case(
+            "unknown: the workers float",
+            "auto",
+            &[],
+            2,
+            &["1-2,4-15", "1-2,4-15"],
+        )
+        .isolated("0")
+        .online("0-2,4-15"),
+        case(
+            "unknown, polling: free CPUs",
+            "auto",
+            &[],
+            3,
+            &["1", "2", "4"],
+        )
+        .polls()
+        .isolated("0")
+        .online("0-2,4-15"),
+        case(
+            "unreadable: the workers float",
+            "auto",
+            &["?", "?"],
+            2,
+            &["0-15", "0-15"],
+        ),
         // same
         case("same, sleeping", "same", &["2", "3"], 2, &["2", "3"]),
         case("same forces polling", "same", &["2", "3"], 2, &["2", "3"]).polls(),
@@ -269,11 +353,20 @@ fn every_rule_chooses_the_cpus_of_every_worker() {
             &["2-3", "0-15"],
         ),
         case(
-            "same with unknown vCPUs: in turn",
+            "same, polling, the CPU of the vCPU is offline: a free CPU",
+            "same",
+            &["7", "6"],
+            2,
+            &["0", "6"],
+        )
+        .polls()
+        .online("0-6,8-13"),
+        case(
+            "same with unknown vCPUs: the workers float",
             "same",
             &[],
             2,
-            &["0", "1"],
+            &["0-15", "0-15"],
         ),
         // sibling
         case(
@@ -347,9 +440,9 @@ fn every_rule_chooses_the_cpus_of_every_worker() {
             "sibling",
             &["0-15", "0-15"],
             2,
-            &["0", "1"],
+            &["0-15", "0-15"],
         ),
-        case("unknown: as auto", "sibling", &[], 2, &["0", "1"]),
+        case("unknown: as auto", "sibling", &[], 2, &["0-15", "0-15"]),
         // core-near
         case("near, sleeping", "core-near", &["0", "2"], 2, &["1", "3"]),
         case("near, polling", "core-near", &["0", "2"], 2, &["1", "3"]).polls(),
@@ -397,9 +490,9 @@ fn every_rule_chooses_the_cpus_of_every_worker() {
             "core-near",
             &["0-15", "0-15"],
             2,
-            &["0", "1"],
+            &["0-15", "0-15"],
         ),
-        case("unknown: as auto", "core-near", &[], 2, &["0", "1"]),
+        case("unknown: as auto", "core-near", &[], 2, &["0-15", "0-15"]),
         // list
         case("as listed", "list:3,1", &["1", "3"], 3, &["3", "1", "3"]),
         case(
@@ -491,40 +584,59 @@ fn every_rule_chooses_the_cpus_of_every_worker() {
 }
 
 #[test]
-fn workers_of_a_floating_guest_are_pinned_to_the_node_of_its_memory() {
-    let none = CpuSet::default();
+fn workers_of_a_floating_guest_stay_on_the_node_of_its_memory() {
     let dir = TempDir::new("memory");
     let topology = host(&dir, ALL, "5");
-    let map = map(&["0-15", "0-15", "0-15"]);
-    let memory = BTreeMap::from([(0, 1), (1, 1), (2, 7)]);
     let (mode, allowed) = (Placement::Auto, set(ALL));
-    let context = PlacementContext::new(
-        HostConstraints {
+    // The memory of pair 2 is on a node without CPUs.
+    let memory = BTreeMap::from([(0, 1), (1, 1), (2, 7)]);
+    let choose = |map: &VcpuMap, polling| {
+        let host = HostConstraints {
             mode: &mode,
             allowed: &allowed,
             topology: &topology,
-            polling: false,
+            polling,
             memory: &memory,
-            others: &none,
-        },
-        &map,
-        3,
-    );
-    let rules = Rules::new(&context);
-    let choices: Vec<_> = (0..3).map(|pair| rules.choose_cpus(pair)).collect();
-    let cpus: Vec<_> = choices
-        .iter()
-        .map(|choice| choice.cpus.to_string())
-        .collect();
-    assert_eq!(
-        cpus,
-        ["4", "6", "2"],
-        "pair 2's memory is on a node without CPUs"
-    );
-    assert_eq!(
-        choices[1].why,
-        "the vCPU thread floats over CPUs 0-15, so workers are pinned to those of NUMA node 1, which holds the pair's memory, in turn"
-    );
+            others: &CpuSet::default(),
+            polling_elsewhere: &[],
+            previous: &BTreeMap::new(),
+        };
+        let context = PlacementContext::new(host, map, 3);
+        let rules = Rules::new(&context);
+        let choices = [0, 1, 2].map(|pair| rules.choose_cpus(pair));
+        let cpus = choices.each_ref().map(|choice| choice.cpus.to_string());
+        let [_, CpuChoice { why, .. }, _] = choices;
+        (cpus, why)
+    };
+    for (vcpus, polling, cpus, why) in [
+        (
+            &["0-15"; 3][..],
+            false,
+            ["4,6-7,12-15", "4,6-7,12-15", "0-4,6-15"],
+            "the vCPU thread floats over CPUs 0-15, so the worker floats over those of NUMA node 1, which holds the pair's memory",
+        ),
+        (
+            &["0-15"; 3],
+            true,
+            ["4", "6", "0"],
+            "the vCPU thread floats over CPUs 0-15, so the worker polls on one of those of NUMA node 1, which holds the pair's memory, chosen to avoid pinned vCPUs and other polling workers",
+        ),
+        (
+            &["?"; 3],
+            false,
+            ["4,6-7,12-15", "4,6-7,12-15", "0-4,6-15"],
+            "the worker floats over CPUs 4,6-7,12-15 of NUMA node 1, which holds the pair's memory, as the CPUs of the vCPU thread cannot be read",
+        ),
+        (
+            &["0-3"; 3],
+            false,
+            ["0-3"; 3],
+            "the vCPU thread floats over CPUs 0-3, so the worker floats over these",
+        ),
+    ] {
+        let got = choose(&map(vcpus), polling);
+        assert_eq!(got, (cpus.map(String::from), why.to_owned()), "{vcpus:?}");
+    }
 }
 
 #[test]
@@ -559,6 +671,20 @@ fn each_choice_has_its_reason() {
             "0-15",
             "8",
             "the vCPU thread is pinned to CPU 8, which is offline; meanwhile the worker runs on a CPU of its NUMA node",
+        ),
+        (
+            "auto",
+            false,
+            "0-3",
+            "0-7",
+            "the vCPU thread floats over CPUs 0-7, so the worker floats over those of them that it may use",
+        ),
+        (
+            "auto",
+            true,
+            "4-5",
+            "0",
+            "the worker polls on one of CPUs 4-5, chosen to avoid pinned vCPUs and other polling workers, as the vCPU thread is pinned to CPU 0, but this daemon may run on CPUs 4-5 only: widen the daemon's cpuset",
         ),
         (
             "sibling",
@@ -618,6 +744,8 @@ fn each_choice_has_its_reason() {
             polling,
             memory: &BTreeMap::new(),
             others: &CpuSet::default(),
+            polling_elsewhere: &[],
+            previous: &BTreeMap::new(),
         };
         let context = PlacementContext::new(host, &map, 1);
         assert_eq!(Rules::new(&context).choose_cpus(0).why, why);
@@ -637,6 +765,8 @@ fn a_workers_cpu_does_not_depend_on_the_order_of_placement() {
         polling: true,
         memory: &BTreeMap::new(),
         others: &CpuSet::default(),
+        polling_elsewhere: &[],
+        previous: &BTreeMap::new(),
     };
     let context = PlacementContext::new(host, &map, 6);
     let all = Rules::new(&context);
