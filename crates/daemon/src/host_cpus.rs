@@ -24,14 +24,23 @@ pub struct HostCpus {
     view: Mutex<CpuView>,
     /// [`ONLINE`], kept open. Without such a file no CPU can go offline.
     online: Option<File>,
-    /// By device: the CPUs that its guest's vCPUs are pinned to.
-    pinned: Mutex<BTreeMap<u32, CpuSet>>,
+    /// By device: the CPUs that the workers of other devices must avoid.
+    used: Mutex<BTreeMap<u32, DeviceCpus>>,
     /// The number of devices registered so far.
     devices: AtomicU32,
-    /// Increases when the view or the pins change.
+    /// Increases when the view or the CPUs that devices use change.
     version: AtomicU32,
-    /// Readable when a front-end has connected and the placement monitor may be asleep.
+    /// Readable when the placement monitor, which may be asleep, has something to do.
     wakeup: OwnedFd,
+}
+
+/// The CPUs that one device uses, as far as polling workers of other devices must avoid them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DeviceCpus {
+    /// Those that its guest's vCPUs are pinned to.
+    pub pinned: CpuSet,
+    /// Those of each of its workers that polls.
+    pub polling: Vec<CpuSet>,
 }
 
 /// A view of the CPUs of this process.
@@ -60,7 +69,7 @@ impl HostCpus {
         Ok(Self {
             view: Mutex::new(CpuView::read(Fingerprint::read(online.as_ref()))?),
             online,
-            pinned: Mutex::default(),
+            used: Mutex::default(),
             devices: AtomicU32::new(0),
             version: AtomicU32::new(0),
             wakeup: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
@@ -86,28 +95,32 @@ impl HostCpus {
         self.devices.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Sets the CPUs that the vCPUs of `device` are pinned to. `pins` is called under the lock.
-    pub fn set_pinned(&self, device: u32, pins: impl FnOnce() -> CpuSet) {
-        let mut pinned = self.pinned.lock();
-        let pins = pins();
-        let before = match pins.is_empty() {
-            true => pinned.remove(&device),
-            false => pinned.insert(device, pins.clone()),
+    /// Sets the CPUs that `device` uses.
+    pub fn set_used(&self, device: u32, cpus: DeviceCpus) {
+        let mut used = self.used.lock();
+        let is_empty = cpus == DeviceCpus::default();
+        let has_changed = match is_empty {
+            true => used.remove(&device).is_some(),
+            false => used.insert(device, cpus.clone()) != Some(cpus),
         };
-        if before.unwrap_or_default() != pins {
+        if has_changed {
             self.version.fetch_add(1, Ordering::Release);
         }
     }
 
-    /// The CPUs that vCPUs of other devices than `device` are pinned to.
+    /// The CPUs that other devices than `device` use.
     #[must_use]
-    pub fn pinned_by_others(&self, device: u32) -> CpuSet {
-        let pinned = self.pinned.lock();
-        let others = pinned.iter().filter(|(other, _)| **other != device);
-        others.flat_map(|(_, cpus)| cpus.iter()).collect()
+    pub fn used_by_others(&self, device: u32) -> DeviceCpus {
+        let mut all = DeviceCpus::default();
+        let used = self.used.lock();
+        for (_, cpus) in used.iter().filter(|(other, _)| **other != device) {
+            all.pinned.extend(cpus.pinned.iter());
+            all.polling.extend_from_slice(&cpus.polling);
+        }
+        all
     }
 
-    /// A number that changes when the CPUs or the pins change.
+    /// A number that changes when the CPUs change, or those that devices use.
     #[must_use]
     pub fn version(&self) -> u32 {
         self.version.load(Ordering::Acquire)

@@ -9,6 +9,7 @@ pub mod busy_poll;
 pub mod call_watchdog;
 pub mod conditions;
 mod descriptor_budget;
+mod discovered_vcpus;
 pub mod frontend_source;
 pub mod host_cpus;
 pub mod interrupts;

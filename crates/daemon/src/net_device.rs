@@ -4,6 +4,8 @@
 mod backend;
 mod connection_log;
 #[cfg(test)]
+mod placement_tests;
+#[cfg(test)]
 mod tests;
 
 use std::collections::BTreeSet;
@@ -295,9 +297,7 @@ impl NetDevice {
     /// serves.
     fn update_active_pairs(&self) {
         let count = u32::try_from(self.pairs_in_use().count()).unwrap_or(u32::MAX);
-        if self.placer.set_active_pairs(count) {
-            self.wake_all();
-        }
+        self.placer.set_active_pairs(count);
     }
 
     fn wake_all(&self) {
@@ -305,9 +305,9 @@ impl NetDevice {
     }
 
     /// Updates the NUMA node of the receiveq's memory.
-    fn update_memory_node(&self, pair: &QueuePair, memory: &GuestMemory) -> bool {
+    fn update_memory_node(&self, pair: &QueuePair, memory: &GuestMemory) {
         let node = pair.update_memory_node(memory);
-        self.placer.set_memory_node(pair.index(), node)
+        self.placer.set_memory_node(pair.index(), node);
     }
 
     /// Whether there is a front-end whose vCPUs and memory may move.
@@ -315,19 +315,27 @@ impl NetDevice {
         self.placer.is_connected()
     }
 
-    /// Checks whether workers must move to other CPUs, and wakes them so that they do.
+    /// Decides again where workers run if another thread has reported a change, and wakes the
+    /// workers if they must move.
+    pub(crate) fn update_placement(&self) {
+        if self.placer.update() {
+            self.wake_all();
+        }
+    }
+
+    /// Checks whether workers must move to other CPUs, and wakes them so that they do. Updates all
+    /// that depends on their placement.
     pub(crate) fn refresh_placement(&self) {
         if !self.has_frontend() {
             return;
         }
-        let mut has_changed = self.placer.refresh();
         if self.placer.has_several_nodes() {
             let memory = Arc::clone(&self.frontend.lock().memory);
             for served in self.pairs() {
-                has_changed |= self.update_memory_node(&served.pair, &memory);
+                self.update_memory_node(&served.pair, &memory);
             }
         }
-        if has_changed {
+        if self.placer.refresh() {
             self.wake_all();
         } else {
             self.pairs()
@@ -483,6 +491,7 @@ impl NetDevice {
         for served in self.pairs_in_use() {
             workers.resize_with(usize::from(served.pair.index()) + 1, CpuSet::default);
             let placement = served.worker.placement();
+            let placement = placement.filter(|placement| !placement.is_pending());
             if let (Some(last), Some(placement)) = (workers.last_mut(), placement) {
                 *last = placement.decision.cpus;
             }
@@ -499,3 +508,6 @@ fn is_process_stopped(pid: u32) -> bool {
     let state = stat.rsplit_once(')').map(|(_, rest)| rest.trim_start());
     state.is_some_and(|state| state.starts_with(['T', 't']))
 }
+
+#[cfg(test)]
+mod tests;

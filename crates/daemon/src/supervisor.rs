@@ -8,7 +8,7 @@
 //! | `NAME-qK` | one a queue pair | carries frames |
 //! | `sw-NAME` | one a switch with a TAP | carries the host's frames |
 //! | `control` | one, with `--control` | answers HTTP requests |
-//! | `placer` | one | checks, while a front-end is connected, whether workers belong elsewhere |
+//! | `placer` | one | decides, while a front-end is connected, on which CPUs workers run |
 //! | `log` | one | writes log lines |
 //! | `watchdog` | one | bounds writes to eventfds of front-ends |
 //! | `closer` | one, when needed | closes descriptors of front-ends that are not kept |

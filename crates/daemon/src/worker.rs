@@ -224,6 +224,8 @@ impl Worker {
         if thread.is_some() {
             return Ok(());
         }
+        // The decision is made while the thread starts.
+        self.placement.request();
         let stop = Arc::new(AtomicBool::new(false));
         let descriptors = self.open_descriptors()?;
         let event_loop = EventLoop::new(Arc::clone(self), descriptors, Arc::clone(&stop));

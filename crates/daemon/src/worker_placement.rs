@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use parking_lot::Mutex;
-use virtionet_placement::Decision;
+use virtionet_placement::{AffinityError, Decision, allowed_cpus};
 
 use crate::placer::Placer;
 
@@ -18,22 +18,40 @@ pub struct WorkerPlacement {
     pub decision: Decision,
     /// The NUMA node of those CPUs, if it is one.
     pub node: Option<u32>,
-    /// Whether the kernel refused the decision.
-    refused: bool,
+    progress: PlacementProgress,
 }
 
-/// The placement of one worker's thread. The thread asks the placer and pins itself to the CPUs
-/// that the placer decides; other threads read the result.
+/// How far a worker has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum PlacementProgress {
+    /// There is no decision yet, and the thread runs where the kernel lets it.
+    Pending,
+    /// The thread runs as decided.
+    Applied,
+    /// The kernel refused the decision.
+    Refused,
+}
+
+/// The placement of one worker's thread. The thread takes the decision that the placer published
+/// and pins itself; other threads read the result.
 #[derive(Debug)]
 pub struct PlacementState {
     placer: Arc<Placer>,
     /// The queue pair that the placer decides for.
     pair: u16,
     current: Mutex<Option<WorkerPlacement>>,
-    /// The placer's generation from which `current` is derived.
+    /// The generation of the published decisions from which `current` is derived.
     generation: AtomicU32,
     /// Whether the worker may poll on the CPUs where it runs.
     may_poll: AtomicBool,
+}
+
+impl WorkerPlacement {
+    /// Whether the worker has started before the first decision.
+    #[must_use]
+    pub fn is_pending(&self) -> bool {
+        self.progress == PlacementProgress::Pending
+    }
 }
 
 impl PlacementState {
@@ -61,52 +79,33 @@ impl PlacementState {
         self.may_poll.load(Ordering::Relaxed)
     }
 
-    /// Places the calling thread again if decisions may have changed.
+    /// Asks the placer for a decision, because the worker is about to start.
+    pub(crate) fn request(&self) {
+        self.placer.request(self.pair);
+    }
+
+    /// Places the calling thread again if there is a new decision.
     pub(crate) fn refresh(&self) {
-        if self.generation.load(Ordering::Relaxed) != self.placer.generation() {
+        if self.generation.load(Ordering::Relaxed) != self.placer.published().generation {
             self.place_this_thread();
         }
     }
 
-    /// Places the calling thread, which must be that of the worker.
+    /// Places the calling thread, which must be that of the worker. It does not wait for a decision
+    /// that has not been published yet.
     pub(crate) fn place_this_thread(&self) {
-        let mut placement = self.apply_decision();
-        if placement.refused {
-            // The cpuset or the online CPUs may have changed just now.
-            self.placer.invalidate();
-            placement = self.apply_decision();
-        }
-        self.may_poll
-            .store(placement.decision.may_poll, Ordering::Relaxed);
-        if self.placer.has_several_nodes() {
-            // This applies to the memory that the worker touches first from now on, such as its
-            // stack.
-            virtionet_placement::prefer_node(placement.node);
-        }
-        *self.current.lock() = Some(placement);
-    }
-
-    /// Pins the calling thread as the placer decides, and logs the decision if it is new.
-    fn apply_decision(&self) -> WorkerPlacement {
+        let published = self.placer.published();
         self.generation
-            .store(self.placer.generation(), Ordering::Relaxed);
-        let mut decision = self.placer.decide(self.pair);
-        let refusal = match virtionet_placement::set_thread_affinity(None, &decision.cpus) {
-            Ok(cpus) => {
-                decision.cpus = cpus;
-                None
-            }
-            Err(error) => {
-                // Report the CPUs on which the thread runs instead of those that were decided. A
-                // vCPU may be pinned to them.
-                decision.may_poll = false;
-                if let Ok(cpus) = virtionet_placement::allowed_cpus() {
-                    decision.cpus = cpus;
-                }
-                Some(error)
-            }
-        };
+            .store(published.generation, Ordering::Relaxed);
         let before = self.current();
+        let Some(decision) = published.decision(self.pair) else {
+            // A worker whose front-end has just disconnected stays where it is.
+            if before.is_none() {
+                self.set(self.pending());
+            }
+            return;
+        };
+        let (decision, refusal) = apply(decision.clone());
         let has_changed = before.is_none_or(|placement| placement.decision != decision);
         let device = self.placer.name();
         match &refusal {
@@ -114,11 +113,48 @@ impl PlacementState {
             Some(error) if has_changed => tracing::warn!("{device}: {decision}, but {error}"),
             _ => {}
         }
-        WorkerPlacement {
-            tid: rustix::thread::gettid().as_raw_nonzero().get(),
-            node: self.placer.node_of(&decision),
+        if refusal.is_some() {
+            self.placer.report_refusal();
+        }
+        let node = published.node_of(&decision.cpus);
+        if published.has_several_nodes() {
+            // This applies to the memory that the worker touches first from now on, such as its
+            // stack.
+            virtionet_placement::prefer_node(node);
+        }
+        self.set(WorkerPlacement {
+            tid: this_thread(),
+            node,
             decision,
-            refused: refusal.is_some(),
+            progress: match refusal {
+                None => PlacementProgress::Applied,
+                Some(_) => PlacementProgress::Refused,
+            },
+        });
+    }
+
+    fn set(&self, placement: WorkerPlacement) {
+        self.may_poll
+            .store(placement.decision.may_poll, Ordering::Relaxed);
+        *self.current.lock() = Some(placement);
+    }
+
+    /// The placement of the calling thread while there is no decision.
+    fn pending(&self) -> WorkerPlacement {
+        WorkerPlacement {
+            tid: this_thread(),
+            node: None,
+            decision: Decision {
+                pair: u32::from(self.pair),
+                vcpus: Vec::new(),
+                vcpu_tid: None,
+                cpus: allowed_cpus().unwrap_or_default(),
+                // A vCPU may be pinned to the CPU where the worker happens to run.
+                may_poll: false,
+                why: "placement pending: the worker is not pinned until its CPUs are decided"
+                    .to_owned(),
+            },
+            progress: PlacementProgress::Pending,
         }
     }
 
@@ -126,12 +162,20 @@ impl PlacementState {
     /// changes. The worker then places itself again when it is woken.
     #[must_use]
     pub(crate) fn has_moved(&self) -> bool {
-        let has_moved = self.current.lock().as_ref().is_some_and(|placement| {
-            let now = virtionet_placement::thread_cpus(placement.tid);
-            placement.refused || now.is_ok_and(|cpus| cpus != placement.decision.cpus)
-        });
+        let placement = self.current.lock();
+        let has_moved = placement
+            .as_ref()
+            .is_some_and(|placement| match placement.progress {
+                PlacementProgress::Pending => false,
+                PlacementProgress::Refused => true,
+                PlacementProgress::Applied => {
+                    let now = virtionet_placement::thread_cpus(placement.tid);
+                    now.is_ok_and(|cpus| cpus != placement.decision.cpus)
+                }
+            });
+        drop(placement);
         if has_moved {
-            let other = self.placer.generation().wrapping_sub(1);
+            let other = self.placer.published().generation.wrapping_sub(1);
             self.generation.store(other, Ordering::Relaxed);
         }
         has_moved
@@ -140,5 +184,104 @@ impl PlacementState {
     /// Records that the worker has ended.
     pub(crate) fn clear(&self) {
         *self.current.lock() = None;
+    }
+}
+
+/// Pins the calling thread as decided. The result has the CPUs where the kernel lets it run, and the
+/// error if that is not what was decided.
+fn apply(mut decision: Decision) -> (Decision, Option<AffinityError>) {
+    match virtionet_placement::set_thread_affinity(None, &decision.cpus) {
+        Ok(cpus) => {
+            decision.cpus = cpus;
+            (decision, None)
+        }
+        Err(error) => {
+            // Report the CPUs on which the thread runs instead of those that were decided. A vCPU
+            // may be pinned to them.
+            decision.may_poll = false;
+            if let Ok(cpus) = allowed_cpus() {
+                decision.cpus = cpus;
+            }
+            (decision, Some(error))
+        }
+    }
+}
+
+fn this_thread() -> i32 {
+    rustix::thread::gettid().as_raw_nonzero().get()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host_cpus::HostCpus;
+    use virtionet_placement::{CpuSet, Placement, PlacementPlanner};
+
+    /// Runs `test` as the thread of a worker, because it is pinned.
+    fn on_worker_thread(test: impl FnOnce() + Send) {
+        std::thread::scope(|scope| scope.spawn(test).join().unwrap());
+    }
+
+    fn placer_of(mode: Placement, qmp: Option<std::path::PathBuf>) -> Arc<Placer> {
+        let host = Arc::new(HostCpus::read().unwrap());
+        let planner = PlacementPlanner::new(mode, host.allowed(), qmp).unwrap();
+        Arc::new(Placer::new("test", planner, host))
+    }
+
+    #[test]
+    fn worker_runs_unpinned_until_its_cpus_are_decided() {
+        let all = allowed_cpus().unwrap();
+        let cpu = all.last().unwrap();
+        let placer = placer_of(Placement::List(vec![cpu]), None);
+        placer.connected(None);
+        let state = PlacementState::new(Arc::clone(&placer), 1);
+        on_worker_thread(|| {
+            state.request();
+            state.place_this_thread();
+            let pending = state.current().unwrap();
+            assert!(pending.is_pending() && !state.has_moved());
+            assert!(
+                pending.decision.why.starts_with("placement pending"),
+                "{}",
+                pending.decision
+            );
+            assert_eq!((&pending.decision.cpus, state.may_poll()), (&all, false));
+            // The thread `placer`, which `request` has woken.
+            assert!(placer.update());
+            assert!(!placer.update(), "nothing has changed since");
+            state.refresh();
+            let placed = state.current().unwrap();
+            assert!(!placed.is_pending() && state.may_poll());
+            assert_eq!(placed.decision.cpus, CpuSet::from_iter([cpu]));
+            assert_eq!(allowed_cpus().unwrap(), placed.decision.cpus);
+            // The kernel moves it.
+            let moved = virtionet_placement::set_thread_affinity(None, &all).unwrap();
+            assert_eq!(state.has_moved(), moved != placed.decision.cpus);
+            state.refresh();
+            assert_eq!(allowed_cpus().unwrap(), placed.decision.cpus);
+            // The front-end disconnects, and the worker is woken once more before it ends.
+            placer.disconnected();
+            state.refresh();
+            let last = state.current().unwrap();
+            assert_eq!(last.decision, placed.decision);
+        });
+    }
+
+    /// The monitor accepts the connection and never answers.
+    #[test]
+    fn worker_never_waits_for_a_monitor() {
+        let path = std::env::temp_dir().join(format!("worker-{}.qmp", std::process::id()));
+        let silent = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let placer = placer_of(Placement::Auto, Some(path.clone()));
+        placer.connected(None);
+        let state = PlacementState::new(Arc::clone(&placer), 0);
+        on_worker_thread(|| {
+            state.request();
+            assert!(!placer.update(), "the monitor is being asked");
+            state.place_this_thread();
+            assert!(state.current().unwrap().is_pending());
+        });
+        drop(silent);
+        std::fs::remove_file(path).unwrap();
     }
 }
