@@ -25,7 +25,7 @@ fn worker_that_starts_is_placed_without_waiting_for_the_next_check() {
     let mut slowest = Duration::ZERO;
     for _ in 0..3 {
         device.on_connect(None);
-        let worker = &device.pair_or_create(0, 0).unwrap().worker;
+        let worker = &device.open_pair(0, 0).unwrap().worker;
         let started_at = Instant::now();
         worker.start().unwrap();
         let is_placed = || {
