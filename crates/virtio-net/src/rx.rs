@@ -17,7 +17,7 @@ use virtionet_virtqueue::{Direction, VirtqueueError, VirtqueueFault};
 use crate::header::{MAX_FRAME, VNET_HEADER_LEN};
 use crate::queue::{DeviceQueue, Queue, QueueConfig, count_fault};
 use crate::stats::to_u64;
-use crate::uplink::{Received, UplinkQueue};
+use crate::uplink::{MAX_RECEIVE_BUFFERS, Received, UplinkQueue};
 
 /// The most segments of one frame: as many as one `readv` accepts, except for a few that the uplink
 /// itself needs.
@@ -276,7 +276,9 @@ impl RxQueue {
         let free_slices = free_slices(&self.queue);
         let bounce = self.bounce.as_deref_mut().unwrap_or_default();
         let is_direct = self.direct_reads_left > 0 || bounce.is_empty();
-        let received = uplink.receive(if is_direct { free_slices } else { &[] }, bounce);
+        // What does not fit in these goes into the bounce buffer, and must not count as received.
+        let filled = &free_slices[..free_slices.len().min(MAX_RECEIVE_BUFFERS)];
+        let received = uplink.receive(if is_direct { filled } else { &[] }, bounce);
         let Received::Frame(len) = received else {
             return received;
         };
@@ -286,8 +288,12 @@ impl RxQueue {
         };
         let is_complete = match is_direct {
             // With mergeable buffers the free space is everything that is reserved: `capacity`.
-            true if self.queue.features.has_mergeable_buffers() => len <= self.capacity,
-            true => len <= total_len(free_slices),
+            true if self.queue.features.has_mergeable_buffers()
+                && filled.len() == free_slices.len() =>
+            {
+                len <= self.capacity
+            }
+            true => len <= total_len(filled),
             false => scatter(&bounce[..len.min(bounce.len())], free_slices) == len,
         };
         match is_complete {

@@ -16,6 +16,10 @@ pub use error::UplinkError;
 /// The most frames in one call.
 pub const MAX_BURST: usize = 64;
 
+/// The most buffers that [`UplinkQueue::receive`] fills: what one `readv` takes, and one for its
+/// bounce buffer. Further ones stay as they are.
+pub const MAX_RECEIVE_BUFFERS: usize = 1023;
+
 /// A frame that the guest transmits: its header, checked and in private memory, and the Ethernet
 /// frame in the guest's memory.
 #[derive(Debug, Clone, Copy)]

@@ -349,3 +349,26 @@ fn never_sees_part_of_a_frame(fixture: RxFixture) {
         assert_eq!(receiver.join().unwrap(), queued);
     });
 }
+
+/// The kernel fills a limited number of segments and puts the rest of the frame elsewhere.
+#[test]
+fn a_frame_beyond_the_segments_that_the_uplink_fills_is_dropped_and_not_shown() {
+    const SEGMENTS: [u32; 1000] = [10; 1000];
+    let mut fixture = RxFixture::new(64, FULL, &SEGMENTS);
+    fixture.driver.fill().unwrap();
+    // The first frame goes through the bounce buffer and makes the next ones direct.
+    for len in [5000, 9000, 15_000, 600] {
+        fixture.feed(len, len);
+    }
+    // Such chains use up the budget of descriptors several times.
+    let ends: Vec<RxEndReason> = (0..20).map(|_| fixture.fill()).collect();
+    assert_eq!(ends.last(), Some(&RxEndReason::UplinkEmpty), "{ends:?}");
+    let lengths: Vec<usize> = fixture
+        .received()
+        .iter()
+        .map(|(_, _, bytes)| bytes.len())
+        .collect();
+    assert_eq!(lengths, [5000, 9000, 600]);
+    let dropped = fixture.stats.dropped_no_buffer.get() + fixture.stats.dropped_too_long.get();
+    assert_eq!(dropped, 1);
+}

@@ -11,7 +11,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use virtionet_base::RateLimiter;
 use virtionet_virtio_net::header::VNET_HEADER_LEN;
 use virtionet_virtio_net::stats::VringStats;
-use virtionet_virtio_net::uplink::{Received, TxFrame, UplinkError, UplinkQueue};
+use virtionet_virtio_net::uplink::{
+    MAX_RECEIVE_BUFFERS, Received, TxFrame, UplinkError, UplinkQueue,
+};
 use virtionet_virtqueue::memory::GuestSlice;
 
 use super::error;
@@ -20,6 +22,9 @@ use crate::sys::{self, IOV_MAX, IovecList, IovecListFull};
 /// The segments of a frame, header included, up to which a small list on the stack is enough. A
 /// frame of 64 KiB has 18 segments in pages and 44 in receive buffers of 1,526 bytes.
 const INLINE_IOVECS: usize = 48;
+
+// The bounce buffer needs one segment.
+const _: () = assert!(MAX_RECEIVE_BUFFERS < IOV_MAX);
 
 /// The state that all queues of a TAP share.
 #[derive(Debug)]
@@ -321,7 +326,7 @@ impl UplinkQueue for TapQueue {
     }
 
     fn receive(&self, buffers: &[GuestSlice<'_>], bounce: &mut [u8]) -> Received {
-        let buffers = &buffers[..buffers.len().min(IOV_MAX - 1)];
+        let buffers = &buffers[..buffers.len().min(MAX_RECEIVE_BUFFERS)];
         match self.read(buffers, bounce) {
             // The kernel truncates a frame that does not fit without reporting it, so completely
             // filled buffers mean that the frame is too long. The lengths of the buffers are added

@@ -18,7 +18,9 @@ use virtionet_guest::{net, rx};
 use virtionet_virtio_net::features::Features;
 use virtionet_virtio_net::header::VnetHeader;
 use virtionet_virtio_net::stats::VringStats;
-use virtionet_virtio_net::uplink::{Received, TxFrame, UplinkError, UplinkQueue};
+use virtionet_virtio_net::uplink::{
+    MAX_RECEIVE_BUFFERS, Received, TxFrame, UplinkError, UplinkQueue,
+};
 use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue};
 use virtionet_virtqueue::VirtqueueLayout;
 use virtionet_virtqueue::memory::{GuestMemory, GuestSlice};
@@ -301,7 +303,7 @@ impl UplinkQueue for RecordingUplink {
         };
         // As in readv, a frame that does not fit is written in part.
         let mut done = 0;
-        for slice in buffers {
+        for slice in &buffers[..buffers.len().min(MAX_RECEIVE_BUFFERS)] {
             done += slice.copy_from(&frame[done..]);
         }
         let rest = &frame[done..];
