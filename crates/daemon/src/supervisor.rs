@@ -95,10 +95,8 @@ pub fn run(config: Config) -> Result<(), RunError> {
         .as_ref()
         .map(|socket| start_control(socket, &devices))
         .transpose()?;
-    survive_lost_memory().map_err(host_error("handle signals"))?;
-    call_watchdog::start().map_err(host_error("start the watchdog"))?;
-    let stop = eventfd(0, EventfdFlags::CLOEXEC);
-    let stop = Arc::new(stop.map_err(|error| host_error("make an eventfd")(error.into()))?);
+    protect_threads()?;
+    let stop = create_stop()?;
     let mut helper_threads = start_host_port_forwarders(&uplinks, &stop)?;
     let followed = devices
         .0
@@ -252,6 +250,19 @@ impl Host {
             uplink_summary: opened.summary,
         })
     }
+}
+
+/// Bounds what guests and front-ends can do to the threads of this process.
+fn protect_threads() -> Result<(), RunError> {
+    survive_lost_memory().map_err(host_error("handle signals"))?;
+    call_watchdog::start().map_err(host_error("start the watchdog"))
+}
+
+/// The eventfd that is readable once all threads must end.
+fn create_stop() -> Result<Arc<OwnedFd>, RunError> {
+    let stop = eventfd(0, EventfdFlags::CLOEXEC);
+    let stop = stop.map_err(|error| host_error("make an eventfd")(error.into()))?;
+    Ok(Arc::new(stop))
 }
 
 fn open_source(device: &DeviceConfig) -> Result<FrontendSource, RunError> {
