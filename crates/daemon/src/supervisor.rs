@@ -11,7 +11,7 @@
 //! | `placer` | one | decides, while a front-end is connected, on which CPUs workers run |
 //! | `log` | one | writes log lines |
 //! | `watchdog` | one | bounds writes to eventfds of front-ends |
-//! | `closer` | one, when needed | closes descriptors of front-ends that are not kept |
+//! | `closer` | one | closes descriptors of front-ends that are not kept |
 //!
 //! At the end every thread is asked to stop. One that does not within 2 s is named in the log, and
 //! the process ends without it.
@@ -30,7 +30,7 @@ use virtionet_control::server::{ControlError, ControlServer, SocketPermissions};
 use virtionet_placement::PlacementPlanner;
 use virtionet_placement::interrupts::IrqAffinityManager;
 use virtionet_uplink::switch::HostPortForwarder;
-use virtionet_vhost_user::{SessionEnd, SessionError};
+use virtionet_vhost_user::{SessionEnd, SessionError, start_closer};
 use virtionet_virtqueue::memory::survive_lost_memory;
 
 use crate::advice::Adviser;
@@ -254,6 +254,7 @@ impl Host {
 
 /// Bounds what guests and front-ends can do to the threads of this process.
 fn protect_threads() -> Result<(), RunError> {
+    start_closer();
     survive_lost_memory().map_err(host_error("handle signals"))?;
     call_watchdog::start().map_err(host_error("start the watchdog"))
 }

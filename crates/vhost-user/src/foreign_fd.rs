@@ -23,6 +23,12 @@ static CLOSER: LazyLock<Option<SyncSender<OwnedFd>>> = LazyLock::new(|| {
     thread.ok().map(|_| queue)
 });
 
+/// Starts the thread that closes descriptors, unless it runs. Without this call it starts with the
+/// first descriptor that is to be closed.
+pub fn start_closer() {
+    LazyLock::force(&CLOSER);
+}
+
 /// A descriptor from a front-end. Dropping it never blocks.
 #[derive(Debug)]
 pub struct ForeignFd(Option<OwnedFd>);

@@ -53,7 +53,7 @@ pub mod wire;
 pub use backend::{Backend, UnmappedVring, VringStart};
 pub use backend_error::BackendError;
 pub use error::{DecodeError, ProtocolError, RefusedRequest, RequestError, SessionError};
-pub use foreign_fd::ForeignFd;
+pub use foreign_fd::{ForeignFd, start_closer};
 pub use session::{Session, SessionEnd, serve};
 pub use sys::{TakeFdError, peer_pid, take_fd};
 pub use vring_state::{InvalidTransition, VringEvent, VringState};
