@@ -19,7 +19,9 @@ use std::sync::{Arc, Mutex};
 use rustix::event::{EventfdFlags, eventfd};
 use virtionet_guest::memory::GuestRam;
 use virtionet_vhost_user::wire::{HEADER_SIZE, Header, Message};
-use virtionet_vhost_user::{Backend, BackendError, Session, UnmappedVring, VringStart, serve};
+use virtionet_vhost_user::{
+    Backend, BackendError, ForeignFd, Session, UnmappedVring, VringStart, serve,
+};
 use virtionet_virtio_net::features::Features;
 use virtionet_virtio_net::stats::VringStats;
 use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue, TxQueue};
@@ -100,6 +102,7 @@ fn run_in_process(data: &[u8], device: &FuzzDevice, files: &Files) {
             payload: input_message.payload.to_vec(),
             fds: (0..input_message.fds.min(32))
                 .map(|_| files.owned(input_message.kind))
+                .map(ForeignFd::new)
                 .collect(),
         };
         match session.handle(message) {
@@ -130,7 +133,7 @@ fn run_over_socket(data: &[u8], device: &FuzzDevice, files: &Files) {
     }
     front.shutdown(std::net::Shutdown::Write).unwrap();
     let never = eventfd(0, EventfdFlags::empty()).unwrap();
-    let _session_end = serve(back, device, never.as_fd());
+    let _session_end = serve(back, device, never.as_fd(), None);
 }
 
 /// The kind of the file descriptors that come with a message.
