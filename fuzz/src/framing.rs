@@ -20,7 +20,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use virtionet_guest::memory::GuestRam;
 use virtionet_vhost_user::wire::{HEADER_SIZE, Header, Message};
 use virtionet_vhost_user::{
-    Backend, BackendError, ForeignFd, Session, UnmappedVring, VringStart, serve,
+    Backend, BackendError, ForeignFd, Session, SessionLog, UnmappedVring, VringStart, serve,
 };
 use virtionet_virtio_net::features::Features;
 use virtionet_virtio_net::stats::VringStats;
@@ -89,7 +89,8 @@ fn input_messages(data: &[u8]) -> impl Iterator<Item = InputMessage<'_>> {
 }
 
 fn run_in_process(data: &[u8], device: &FuzzDevice, files: &Files) {
-    let mut session = Session::new(device);
+    let log = SessionLog::default();
+    let mut session = Session::new(device, &log);
     for input_message in input_messages(data) {
         let Ok(header) = Header::parse(input_message.header) else {
             break;
@@ -133,7 +134,7 @@ fn run_over_socket(data: &[u8], device: &FuzzDevice, files: &Files) {
     }
     front.shutdown(std::net::Shutdown::Write).unwrap();
     let never = eventfd(0, EventfdFlags::empty()).unwrap();
-    let _session_end = serve(back, device, never.as_fd(), None);
+    let _session_end = serve(back, device, never.as_fd(), None, &SessionLog::default());
 }
 
 /// The kind of the file descriptors that come with a message.

@@ -30,7 +30,7 @@ pub fn make_blocking(fd: RawFd) -> io::Result<()> {
 }
 
 /// Fills the counter of `event` and makes it blocking, so that the next write of the device to it
-/// sleeps until somebody reads it.
+/// blocks until a process reads it.
 ///
 /// # Errors
 /// When the kernel refuses.

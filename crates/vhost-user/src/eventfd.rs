@@ -8,14 +8,14 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
 use crate::foreign_fd::ForeignFd;
 
-/// What /proc calls an eventfd.
+/// The name of an eventfd in /proc.
 const EVENTFD: &str = "anon_inode:[eventfd]";
 
 /// Accepts `fd` if it is an eventfd, and makes it non-blocking, so that neither a write to a full
 /// eventfd nor a read of an empty one can block a thread.
 ///
-/// The error names what it is instead. Anything else is refused, because reading it could block
-/// (a pipe, a terminal), never end (/dev/zero) or mean something else (a socket).
+/// The error names what `fd` is instead. No other kind of file is accepted, because reading it
+/// could block (a pipe, a terminal), never end (/dev/zero) or have another meaning (a socket).
 pub(crate) fn from_fd(foreign: ForeignFd) -> Result<Arc<OwnedFd>, String> {
     let fd = foreign.as_fd().ok_or("no descriptor")?;
     // syscalls: readlink

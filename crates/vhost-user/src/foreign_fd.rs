@@ -69,28 +69,14 @@ impl Drop for ForeignFd {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Write;
-    use std::net::{TcpListener, TcpStream};
     use std::time::{Duration, Instant};
-
-    /// A connection whose close waits for 20 s, because its peer does not read.
-    fn slow_closing_socket() -> (TcpListener, TcpStream, TcpStream) {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let mut socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let (peer, _) = listener.accept().unwrap();
-        socket.set_nonblocking(true).unwrap();
-        let data = vec![0; 1 << 20];
-        while socket.write(&data).is_ok() {}
-        socket.set_nonblocking(false).unwrap();
-        sockopt::set_socket_linger(&socket, Some(Duration::from_secs(20))).unwrap();
-        (listener, peer, socket)
-    }
+    use virtionet_guest::hostile::slow_closing_socket;
 
     #[test]
     fn dropping_a_socket_that_lingers_does_not_block() {
-        let (_listener, _peer, socket) = slow_closing_socket();
+        let (socket, _peer) = slow_closing_socket(Duration::from_secs(20)).unwrap();
         let begin = Instant::now();
-        drop(ForeignFd::new(socket.into()));
+        drop(ForeignFd::new(socket));
         assert!(begin.elapsed() < Duration::from_secs(2));
     }
 }

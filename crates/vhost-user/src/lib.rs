@@ -14,19 +14,20 @@
 //!   descriptors): the session ends, because nothing that follows can be trusted.
 //! - A request is well formed but cannot be done ([`RequestError`]): nothing changes, one line is
 //!   logged (at most one a second), and the front-end gets a non-zero acknowledgement if it asked
-//!   for one. Requests that this back-end does not know or has not offered are refused alike.
-//! - A request that needs an answer of its own cannot be refused: GET_VRING_BASE of a vring that
-//!   does not exist, and requests such as GET_CONFIG that were not offered, end the session unless
-//!   the front-end asked for an acknowledgement.
-//! - A message that is begun must be complete, and a reply taken, within 5 s; the session ends
-//!   otherwise. A front-end that says nothing is waited for without limit.
+//!   for one. Requests that this back-end does not know or has not offered are refused in the same
+//!   way.
+//! - A request with a reply of its own cannot be refused without one: GET_VRING_BASE of a vring
+//!   that does not exist ends the session, and so does a request such as GET_CONFIG that was not offered,
+//!   unless the front-end asked for an acknowledgement.
+//! - The front-end does not complete a message, or does not read a reply, within 5 s: the session
+//!   ends. An idle front-end is waited for without limit.
 //! - The guest's memory is not shared ([`SessionError::NotShared`]): the session ends when the
 //!   first vring must start.
 //!
 //! # One front-end at a time
 //! A front-end that connects while another one is served is refused, with a log line. If the other
-//! has hung up, it waits in the listen backlog instead until the old session has ended: a front-end
-//! that is started again at once is served at its first try.
+//! one has disconnected already, the new one waits in the listen backlog until the old session has
+//! ended, so that a front-end that is restarted at once is served at its first attempt.
 //!
 //! # Descriptors
 //! A front-end may send any descriptor, and closing one may block. Those that are not kept are
@@ -43,6 +44,7 @@ mod memory_file;
 pub mod protocol_features;
 pub mod request;
 pub mod session;
+mod session_log;
 mod sys;
 #[cfg(test)]
 mod testing;
@@ -55,6 +57,7 @@ pub use backend_error::BackendError;
 pub use error::{DecodeError, ProtocolError, RefusedRequest, RequestError, SessionError};
 pub use foreign_fd::{ForeignFd, start_closer};
 pub use session::{Session, SessionEnd, serve};
+pub use session_log::SessionLog;
 pub use sys::{TakeFdError, peer_pid, take_fd};
 pub use vring_state::{InvalidTransition, VringEvent, VringState};
 pub use wire::PendingConnections;

@@ -21,17 +21,17 @@ use crate::foreign_fd::ForeignFd;
 use crate::sys::{TakeFdError, peer_pid, peer_uid};
 use crate::wire::PendingConnections;
 
-/// Pause before the second attempt to connect; each further one is longer, up to the other limit.
+/// The pause before the second attempt to connect. Later pauses are longer.
 const MIN_RETRY_INTERVAL: Duration = Duration::from_millis(500);
-/// Longest pause between two attempts to connect.
+/// The longest pause between two attempts to connect.
 const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(5);
-/// Pause after the process ran out of something that accepting needs.
+/// The pause after the process has run out of a resource that accepting a connection needs.
 const EXHAUSTED_PAUSE: Duration = Duration::from_secs(1);
 
-/// Connections refused in one go.
+/// The number of connections that one call refuses at most.
 const MAX_REFUSED_AT_ONCE: u32 = 16;
 
-/// Why there is no connection.
+/// Why a connection with a front-end cannot be made.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
     /// The socket cannot be bound or connected to.
@@ -81,11 +81,11 @@ pub struct Listener {
     file: Option<SocketFile>,
     /// The only user whose front-end is served; `None` for all that can connect.
     peer_uid: Option<u32>,
-    /// Of log lines about second front-ends.
+    /// The limit of log lines about second front-ends.
     refusals: RateLimiter,
-    /// Of log lines about front-ends of other users.
+    /// The limit of log lines about front-ends of other users.
     foreign_users: RateLimiter,
-    /// Of log lines about a process that has run out of what accepting needs.
+    /// The limit of log lines about a lack of descriptors or memory.
     exhaustions: RateLimiter,
 }
 
@@ -140,7 +140,7 @@ impl Listener {
             }
             match self.socket.accept() {
                 Ok((stream, _)) if self.is_served(&stream) => return Ok(Some(stream)),
-                // Closed together with whatever it has sent already.
+                // Closing it also closes the descriptors that it has sent, which may block.
                 Ok((stream, _)) => drop(ForeignFd::new(stream.into())),
                 Err(error) if is_exhausted(&error) => {
                     if let Some(suppressed) = self.exhaustions.allow() {
@@ -200,14 +200,14 @@ impl PendingConnections for Listener {
                     "{process} connected while a front-end is being served and was refused; a device serves one front-end at a time"
                 );
             }
-            // Closed together with whatever it has sent already.
+            // Closing it also closes the descriptors that it has sent, which may block.
             drop(ForeignFd::new(stream.into()));
         }
     }
 }
 
-/// A descriptor that the process was started with, as QEMU's back-end conventions have it
-/// (`--fd`).
+/// A socket that the process inherited from its parent, as QEMU's conventions for back-ends
+/// describe (`--fd`).
 #[derive(Debug)]
 pub enum InheritedSocket {
     /// A listening socket, from which front-ends are accepted one after the other.
@@ -241,12 +241,12 @@ impl InheritedSocket {
     }
 }
 
-/// Connects to a front-end that listens at `path`. It tries again until it succeeds, every 500 ms
-/// while nobody listens and else with pauses that grow to 5 s; `None` once `stop` is readable.
-/// `report` is called with the reason whenever it changes why there is no connection yet.
+/// Connects to a front-end that listens at `path`, and tries again until it succeeds: every 500 ms
+/// while no process listens, and after any other error with pauses that grow to 5 s. Returns `None`
+/// once `stop` is readable. It calls `report` with the reason each time that the reason changes.
 ///
-/// No error of the kernel is final: the socket may be made, given its mode or labelled (SELinux)
-/// only after this process starts, and descriptors may become free.
+/// No error of the kernel is final: the socket may be created, get its mode or be labelled
+/// (SELinux) after this process has started, and descriptors may become available.
 ///
 /// # Errors
 /// When `path` cannot be that of a unix socket.
@@ -279,7 +279,7 @@ pub fn connect(
     }
 }
 
-/// Why a connection failed, as one sentence.
+/// One sentence that says why a connection failed and what to do.
 fn explain_failed_connect(path: &Path, error: Errno) -> String {
     let cause = match error {
         Errno::NOENT => "the socket does not exist yet; start the front-end, or correct the path",
@@ -295,7 +295,7 @@ fn explain_failed_connect(path: &Path, error: Errno) -> String {
     format!("cannot connect to {} ({error}): {cause}", path.display())
 }
 
-/// Sleeps until `stop` or `other` is readable or `timeout` has passed; true for `stop`.
+/// Sleeps until `stop` or `other` is readable or `timeout` has passed. Returns true for `stop`.
 fn wait(
     stop: BorrowedFd<'_>,
     other: Option<BorrowedFd<'_>>,
@@ -315,7 +315,7 @@ fn wait(
     }
 }
 
-/// Errors of accept that pass when something has been freed.
+/// Whether `accept` failed for lack of a resource that may become available again.
 fn is_exhausted(error: &io::Error) -> bool {
     matches!(
         Errno::from_io_error(error),

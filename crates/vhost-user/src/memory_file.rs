@@ -8,6 +8,7 @@ use std::fs::File;
 use std::os::fd::AsFd;
 
 use rustix::fs::fstatfs;
+use virtionet_base::RateLimiter;
 
 use crate::error::RequestError;
 use crate::foreign_fd::ForeignFd;
@@ -51,11 +52,12 @@ impl Location {
     }
 }
 
-/// Takes `fd` as the file of a memory region.
+/// Takes `fd` as the file of a memory region. `disk_lines` limits the warnings about files on
+/// disks.
 ///
 /// # Errors
 /// When its file system could hold up a thread that reads it.
-pub(crate) fn from_fd(foreign: ForeignFd) -> Result<File, RequestError> {
+pub(crate) fn from_fd(foreign: ForeignFd, disk_lines: &RateLimiter) -> Result<File, RequestError> {
     // syscalls: fstatfs
     let location = match foreign.as_fd().map(|fd| fstatfs(fd.as_fd())) {
         // The kernel's numbers have 32 bits, and the field's type differs between machines.
@@ -64,9 +66,14 @@ pub(crate) fn from_fd(foreign: ForeignFd) -> Result<File, RequestError> {
     };
     match location {
         Location::Remote(name) => return Err(RequestError::RemoteMemory(name)),
-        Location::Disk(magic) => tracing::warn!(
-            "guest memory lies in a file on a disk (file system {magic:#x}); this works, but a slow disk stalls the guest's network: use memory-backend-memfd"
-        ),
+        Location::Disk(magic) => {
+            if let Some(suppressed) = disk_lines.allow() {
+                tracing::warn!(
+                    suppressed,
+                    "guest memory lies in a file on a disk (file system {magic:#x}); this works, but a slow disk stalls the guest's network: use memory-backend-memfd"
+                );
+            }
+        }
         Location::Memory => {}
     }
     let fd = foreign.into_known();

@@ -104,7 +104,8 @@ pub enum Request {
     Unknown(u32),
 }
 
-/// Whether a front-end waits for an answer of its own to `request`, which an acknowledgement is not.
+/// Whether a front-end waits for an answer of its own to `request`, which an acknowledgement is
+/// not.
 #[must_use]
 pub fn has_own_reply(request: FrontendReq) -> bool {
     use FrontendReq as Code;

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use tracing::{debug, warn};
 use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
 use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
-use virtionet_base::{MAX_QUEUE_PAIRS, RateLimiter};
+use virtionet_base::MAX_QUEUE_PAIRS;
 use virtionet_virtqueue::memory::{GuestMemory, MAX_REGIONS, MappedRegion, RegionSpec};
 
 use crate::backend::{Backend, UnmappedVring};
@@ -29,6 +29,7 @@ use crate::foreign_fd::ForeignFd;
 use crate::memory_file;
 use crate::protocol_features::{self, VHOST_USER_F_PROTOCOL_FEATURES};
 use crate::request::{Request, has_own_reply};
+use crate::session_log::SessionLog;
 use crate::sys::peer_pid;
 use crate::vring::Vring;
 use crate::vring_state::VringEvent;
@@ -57,11 +58,12 @@ pub fn serve(
     backend: &dyn Backend,
     stop: BorrowedFd<'_>,
     others: Option<&dyn PendingConnections>,
+    log: &SessionLog,
 ) -> Result<SessionEnd, SessionError> {
     let pid = peer_pid(&stream);
     let channel = Channel::new(stream, stop, others)?;
     backend.on_connect(pid);
-    let mut session = EndedOnDrop(Session::new(backend));
+    let mut session = EndedOnDrop(Session::new(backend, log));
     run(&channel, &mut session.0)
 }
 
@@ -104,8 +106,7 @@ pub struct Session<'b> {
     protocol_features: u64,
     status: u8,
     first_refusal: Option<RefusedRequest>,
-    refusals: RateLimiter,
-    failed_starts: RateLimiter,
+    log: &'b SessionLog,
 }
 
 /// Why a request was not done.
@@ -128,7 +129,7 @@ const NO_REPLY_PAYLOAD: RequestOutcome = Ok(None);
 
 impl<'b> Session<'b> {
     /// Creates the session before its first message.
-    pub fn new(backend: &'b dyn Backend) -> Self {
+    pub fn new(backend: &'b dyn Backend, log: &'b SessionLog) -> Self {
         let queue_pairs = backend.max_queue_pairs().min(MAX_QUEUE_PAIRS);
         Self {
             backend,
@@ -139,8 +140,7 @@ impl<'b> Session<'b> {
             protocol_features: 0,
             status: 0,
             first_refusal: None,
-            refusals: RateLimiter::default(),
-            failed_starts: RateLimiter::default(),
+            log,
         }
     }
 
@@ -274,14 +274,19 @@ impl<'b> Session<'b> {
     fn set_mem_table(&mut self, regions: Vec<(RegionSpec, ForeignFd)>) -> RequestOutcome {
         let regions = regions
             .into_iter()
-            .map(|(spec, fd)| map_region(spec, fd).map(Arc::new))
+            .map(|(spec, fd)| self.map_region(spec, fd).map(Arc::new))
             .collect::<Result<Vec<_>, _>>()?;
         self.apply_memory(GuestMemory::new(regions)?);
         NO_REPLY_PAYLOAD
     }
 
+    fn map_region(&self, spec: RegionSpec, fd: ForeignFd) -> Result<MappedRegion, RequestError> {
+        let file = memory_file::from_fd(fd, &self.log.memory_on_disk)?;
+        Ok(MappedRegion::map(spec, file)?)
+    }
+
     fn add_mem_reg(&mut self, spec: RegionSpec, fd: ForeignFd) -> RequestOutcome {
-        let region = map_region(spec, fd)?;
+        let region = self.map_region(spec, fd)?;
         self.apply_memory(self.memory.with_region(region)?);
         NO_REPLY_PAYLOAD
     }
@@ -304,7 +309,7 @@ impl<'b> Session<'b> {
             if !self.memory.is_empty()
                 && !was_unmapped
                 && let Err(error) = self.start(index)
-                && let Some(suppressed) = self.failed_starts.allow()
+                && let Some(suppressed) = self.log.failed_starts.allow()
             {
                 warn!(suppressed, "vring {index} does not start: {error}");
             }
@@ -315,7 +320,7 @@ impl<'b> Session<'b> {
     /// starts again with a memory table that contains it.
     fn note_unmapped(&mut self, unmapped: &UnmappedVring) {
         let UnmappedVring { index, base, error } = unmapped;
-        if let Some(suppressed) = self.failed_starts.allow() {
+        if let Some(suppressed) = self.log.failed_starts.allow() {
             warn!(
                 suppressed,
                 "vring {index} stopped at base {base:#x}: {error}"
@@ -391,15 +396,11 @@ impl<'b> Session<'b> {
         let request = FrontendReq::try_from(code)
             .map_or_else(|_| format!("request {code}"), |code| format!("{code:?}"));
         let refused = RefusedRequest { request, error };
-        if let Some(suppressed) = self.refusals.allow() {
+        if let Some(suppressed) = self.log.refusals.allow() {
             warn!(suppressed, "{refused}");
         }
         self.first_refusal.get_or_insert(refused);
     }
-}
-
-fn map_region(spec: RegionSpec, fd: ForeignFd) -> Result<MappedRegion, RequestError> {
-    Ok(MappedRegion::map(spec, memory_file::from_fd(fd)?)?)
 }
 
 fn reply_u64(value: u64) -> RequestOutcome {

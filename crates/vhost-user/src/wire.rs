@@ -1,9 +1,9 @@
 //! Messages on the socket: a 12-byte header, up to 4 KiB of payload, and up to 32 descriptors.
 //!
 //! Exactly one message is read at a time, so that descriptors stay with the message they came with,
-//! however the front-end cuts or joins its writes. No read or write blocks but in `poll`, which
-//! watches a stop descriptor as well. An idle front-end is waited for without limit; one that has
-//! begun a message, or has a reply to take, has 5 s.
+//! however the front-end cuts or joins its writes. Only `poll` blocks, and it also
+//! watches a stop descriptor. It waits for an idle front-end without limit, and up to 5 s for one
+//! that has begun a message or has a reply to read.
 
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -30,7 +30,7 @@ pub const HEADER_SIZE: usize = 12;
 /// The only version of the protocol.
 const VERSION: u32 = 1;
 
-/// How long a front-end may take to complete a message that it has begun, or to take a reply.
+/// The time that a front-end has to complete a message that it has begun, or to read a reply.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The most descriptors that the kernel passes with one message (SCM_MAX_FD). There is space for
@@ -158,12 +158,12 @@ enum Filled {
     Stopped,
 }
 
-/// Connections that nobody has accepted yet: other front-ends that want to be served.
+/// The connections that have not been accepted yet. They are those of other front-ends.
 pub trait PendingConnections: Sync {
-    /// The descriptor that is readable while one waits.
+    /// The descriptor that is readable while a connection waits.
     fn poll_fd(&self) -> BorrowedFd<'_>;
 
-    /// Refuses those that wait.
+    /// Refuses the connections that wait.
     fn refuse(&self);
 }
 
@@ -176,7 +176,8 @@ enum Wait {
 
 /// A connected socket and the descriptor that ends every wait on it.
 pub(crate) struct Channel<'s> {
-    /// `ForeignFd` closes it together with what the front-end sent and nobody has received.
+    /// Closing it also closes descriptors that the front-end sent and that were not received, which
+    /// may block.
     stream: ForeignFd,
     stop: BorrowedFd<'s>,
     others: Option<&'s dyn PendingConnections>,
@@ -227,8 +228,8 @@ impl<'s> Channel<'s> {
         }
     }
 
-    /// Sends a reply; false when the session was stopped while the socket was full, or the
-    /// front-end has gone.
+    /// Sends a reply. Returns false when the session was stopped while the socket was full, or the
+    /// front-end has disconnected.
     pub(crate) fn send(&self, reply: Reply) -> Result<bool, SessionError> {
         let bytes = reply.to_bytes();
         let mut rest = bytes.as_slice();
@@ -254,8 +255,8 @@ impl<'s> Channel<'s> {
         Ok(true)
     }
 
-    /// Reads until `buffer` is full, and collects the descriptors that come along. The first byte
-    /// of a message sets its `deadline`.
+    /// Reads until `buffer` is full, and collects the descriptors that arrive with it. The first
+    /// byte of a message sets `deadline`.
     fn fill(
         &self,
         buffer: &mut [u8],

@@ -2,34 +2,23 @@
 //! process.
 #![cfg(test)]
 
+#[path = "common/descriptors.rs"]
+mod descriptors;
 #[path = "common/device.rs"]
 mod device;
 
-use std::fs::{File, read_dir};
+use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use descriptors::{assert_open_fds, open_fds};
 use device::{Device, send, session};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use virtionet_vhost_user::SessionError;
 use virtionet_vhost_user::listen::{Listener, SocketPermissions};
-
-fn open_fds() -> usize {
-    read_dir("/proc/self/fd").unwrap().count()
-}
-
-/// Waits until `count` descriptors are open: those that a front-end sent are closed by a thread of
-/// their own.
-fn assert_open_fds(count: usize) {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while open_fds() != count && Instant::now() < deadline {
-        thread::sleep(Duration::from_millis(5));
-    }
-    assert_eq!(open_fds(), count);
-}
 
 /// Allows `count` open files.
 fn limit(count: usize) {

@@ -2,34 +2,23 @@
 //! process, so it is the only one of its process.
 #![cfg(test)]
 
+#[path = "common/descriptors.rs"]
+mod descriptors;
 #[path = "common/device.rs"]
 mod device;
 #[path = "common/front_end.rs"]
 mod front_end;
 
-use std::fs::{File, read_dir};
+use std::fs::File;
 use std::os::fd::AsFd;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use descriptors::{assert_open_fds, open_fds};
 use device::{Device, send, session};
 use front_end::{bring_up, guest_file};
 use rustix::event::{EventfdFlags, eventfd};
 use vmm_sys_util::eventfd::EventFd;
-
-fn open_fds() -> usize {
-    read_dir("/proc/self/fd").unwrap().count()
-}
-
-/// Waits until `count` descriptors are open: those that a front-end sent are closed by a thread of
-/// their own.
-fn assert_open_fds(count: usize) {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while open_fds() != count && Instant::now() < deadline {
-        thread::sleep(Duration::from_millis(5));
-    }
-    assert_eq!(open_fds(), count);
-}
 
 #[test]
 fn descriptors_of_every_connection_are_closed() {

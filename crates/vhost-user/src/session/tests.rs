@@ -117,7 +117,13 @@ fn session(
                 event: eventfd(0),
             });
         });
-        serve(stream, backend, stopped.as_fd(), None)
+        serve(
+            stream,
+            backend,
+            stopped.as_fd(),
+            None,
+            &SessionLog::default(),
+        )
     })
 }
 
@@ -701,7 +707,13 @@ fn stop_ends_a_session_and_stops_its_rings() {
             let read = std::io::Read::read(&mut &front_end.raw.0, &mut byte);
             assert_eq!(read.unwrap(), 0);
         });
-        serve(stream, &backend, stopped.as_fd(), None)
+        serve(
+            stream,
+            &backend,
+            stopped.as_fd(),
+            None,
+            &SessionLog::default(),
+        )
     });
     assert_eq!(ended.unwrap(), SessionEnd::Stopped);
     assert!(backend.running().is_empty());
@@ -725,8 +737,8 @@ proptest! {
     fn session_stays_consistent_whatever_messages_come(
         messages in prop::collection::vec(any_message(), 1..40),
     ) {
-        let backend = RecordingBackend::default();
-        let mut session = Session::new(&backend);
+        let (backend, log) = (RecordingBackend::default(), SessionLog::default());
+        let mut session = Session::new(&backend, &log);
         for (code, need_reply, payload, fds) in messages {
             let header = Header { code, need_reply, size: payload.len() };
             let fds = (0..fds).map(|_| ForeignFd::new(eventfd(0))).collect();

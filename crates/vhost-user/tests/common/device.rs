@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use rustix::event::{EventfdFlags, eventfd};
 use virtionet_vhost_user::{
-    Backend, BackendError, SessionEnd, SessionError, UnmappedVring, VringStart, serve,
+    Backend, BackendError, SessionEnd, SessionError, SessionLog, UnmappedVring, VringStart, serve,
 };
 use virtionet_virtqueue::memory::GuestMemory;
 
@@ -79,7 +79,13 @@ pub fn session(
     let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
     std::thread::scope(|scope| {
         scope.spawn(move || front_end(front_end_socket));
-        serve(back_end_socket, device, stop.as_fd(), None)
+        serve(
+            back_end_socket,
+            device,
+            stop.as_fd(),
+            None,
+            &SessionLog::default(),
+        )
     })
 }
 
