@@ -1,8 +1,8 @@
 //! Bounds the time that a thread spends in one write to an eventfd of a front-end.
 //!
 //! The session makes every eventfd non-blocking, but the front-end shares its file description: it
-//! can clear O_NONBLOCK again and fill the counter, and then a write sleeps until somebody reads.
-//! No flag of a system call helps (an eventfd refuses RWF_NOWAIT), so a thread looks after the
+//! can clear O_NONBLOCK again and fill the counter, and then a write blocks until a process reads
+//! it. No flag of a system call helps (an eventfd refuses RWF_NOWAIT), so a thread looks after the
 //! others:
 //!
 //! ```text

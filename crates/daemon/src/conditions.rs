@@ -1,13 +1,14 @@
 //! What is wrong with a device now, apart from its placement: shown as warnings for as long as it
 //! lasts, and logged once when it begins and once when it ends.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Instant;
 
 use parking_lot::Mutex;
-use virtionet_base::RateLimiter;
+use virtionet_base::ReportOnce;
 
 /// What can be wrong with a device. At most one condition of each kind is in force.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ConditionKind {
     /// There is no connection to the front-end's socket.
     Unconnected,
@@ -27,46 +28,39 @@ pub enum ConditionKind {
     AddressesInvalid,
 }
 
-/// The conditions of one device.
-#[derive(Debug, Default)]
-pub struct Conditions {
-    current: Mutex<BTreeMap<ConditionKind, Condition>>,
-    /// Of log lines, since a condition may come and go at any rate.
-    limiter: RateLimiter,
-}
+/// The conditions that end with the front-end's connection.
+const OF_THE_CONNECTION: [ConditionKind; 5] = [
+    ConditionKind::FrontendStopped,
+    ConditionKind::Mtu,
+    ConditionKind::AddressConflict,
+    ConditionKind::MemoryLost,
+    ConditionKind::AddressesInvalid,
+];
 
-/// A condition that is in force.
-#[derive(Debug)]
-struct Condition {
-    text: String,
-    is_logged: bool,
+/// The conditions of one device. Each is logged when it begins, at most once a second for each
+/// kind, and its end is logged if its beginning was.
+#[derive(Debug, Default)]
+pub struct Conditions(Mutex<ConditionState>);
+
+#[derive(Debug, Default)]
+struct ConditionState {
+    current: BTreeMap<ConditionKind, String>,
+    logged: BTreeSet<ConditionKind>,
+    reports: ReportOnce<ConditionKind, (ConditionKind, String)>,
 }
 
 impl Conditions {
-    /// Enters a condition of `device`, described by one sentence. A line that the limiter
-    /// suppresses is logged when the condition is entered again and still in force.
+    /// Enters a condition of `device`, described by one sentence.
     pub fn set(&self, device: &str, kind: ConditionKind, text: &str) {
-        let mut current = self.current.lock();
-        let is_known = current.get(&kind).is_some_and(|c| c.text == text);
-        if is_known && current.get(&kind).is_some_and(|c| c.is_logged) {
-            return;
-        }
-        let allowed = self.limiter.allow();
-        let condition = Condition {
-            text: text.to_owned(),
-            is_logged: allowed.is_some(),
-        };
-        current.insert(kind, condition);
-        drop(current);
-        if let Some(suppressed) = allowed {
-            tracing::warn!(suppressed, "{device}: {text}");
-        }
+        let lines = self.0.lock().set(kind, text, Instant::now());
+        log(device, &lines);
     }
 
     /// Leaves a condition, if it is in force; `text` says so in the log.
     pub fn clear(&self, device: &str, kind: ConditionKind, text: &str) {
-        let before = self.current.lock().remove(&kind);
-        if before.is_some() {
+        let (lines, is_end_logged) = self.0.lock().clear(&[kind], Instant::now());
+        log(device, &lines);
+        if is_end_logged {
             tracing::info!("{device}: {text}");
         }
     }
@@ -74,34 +68,59 @@ impl Conditions {
     /// Whether a condition is in force.
     #[must_use]
     pub fn has(&self, kind: ConditionKind) -> bool {
-        self.current.lock().contains_key(&kind)
+        self.0.lock().current.contains_key(&kind)
     }
 
     /// Leaves all conditions that end with the front-end's connection.
-    pub fn clear_connection(&self) {
-        self.current.lock().retain(|kind, _| match kind {
-            ConditionKind::FrontendStopped
-            | ConditionKind::Mtu
-            | ConditionKind::AddressConflict
-            | ConditionKind::MemoryLost
-            | ConditionKind::AddressesInvalid => false,
-            ConditionKind::Unconnected | ConditionKind::MemoryNotShared | ConditionKind::Uplink => {
-                true
-            }
-        });
+    pub fn clear_connection(&self, device: &str) {
+        let (lines, _) = self.0.lock().clear(&OF_THE_CONNECTION, Instant::now());
+        log(device, &lines);
     }
 
     /// The conditions in force, one sentence each.
     #[must_use]
     pub fn current(&self) -> Vec<String> {
-        let current = self.current.lock();
-        current.values().map(|c| c.text.clone()).collect()
+        self.0.lock().current.values().cloned().collect()
+    }
+}
+
+fn log(device: &str, lines: &[String]) {
+    lines
+        .iter()
+        .for_each(|line| tracing::warn!("{device}: {line}"));
+}
+
+impl ConditionState {
+    /// Enters a condition. Returns the lines to be logged.
+    fn set(&mut self, kind: ConditionKind, text: &str, now: Instant) -> Vec<String> {
+        self.current.insert(kind, text.to_owned());
+        self.take_lines(now)
+    }
+
+    /// Leaves conditions. Returns the lines to be logged, and whether the end is to be logged, too.
+    fn clear(&mut self, kinds: &[ConditionKind], now: Instant) -> (Vec<String>, bool) {
+        let before = self.current.len();
+        self.current.retain(|kind, _| !kinds.contains(kind));
+        if self.current.len() == before {
+            return (Vec::new(), false);
+        }
+        let was_logged = kinds.iter().filter(|kind| self.logged.remove(kind)).count() > 0;
+        (self.take_lines(now), was_logged)
+    }
+
+    /// The lines of all conditions that are due, among them those that came too soon before.
+    fn take_lines(&mut self, now: Instant) -> Vec<String> {
+        let present: Vec<_> = self.current.clone().into_iter().collect();
+        let (due, _) = self.reports.update(&present, |(kind, _)| *kind, now);
+        self.logged.extend(due.iter().map(|(kind, _)| *kind));
+        due.into_iter().map(|(_, text)| text).collect()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
 
     #[test]
     fn a_condition_is_in_force_until_it_is_left() {
@@ -110,9 +129,34 @@ mod tests {
         conditions.set("net0", ConditionKind::Uplink, "gone");
         conditions.set("net0", ConditionKind::Uplink, "down");
         assert_eq!(conditions.current(), ["too small", "down"]);
-        conditions.clear_connection();
+        conditions.clear_connection("net0");
         assert_eq!(conditions.current(), ["down"]);
         conditions.clear("net0", ConditionKind::Uplink, "up");
         assert!(conditions.current().is_empty());
+    }
+
+    /// As a front-end can cause by SET_MTU.
+    #[test]
+    fn a_condition_that_comes_and_goes_is_logged_at_most_once_a_second() {
+        let mut state = ConditionState::default();
+        let start = Instant::now();
+        let mut lines = 0;
+        for millis in 0..1900 {
+            let now = start + Duration::from_millis(millis);
+            lines += state.set(ConditionKind::Mtu, "too small", now).len();
+            lines += usize::from(state.clear(&[ConditionKind::Mtu], now).1);
+        }
+        assert_eq!(lines, 4, "two beginnings and two ends");
+    }
+
+    #[test]
+    fn a_condition_that_lasts_is_logged_once() {
+        let mut state = ConditionState::default();
+        let start = Instant::now();
+        let lines = (0..40).map(|quarter| {
+            let now = start + Duration::from_millis(250 * quarter);
+            state.set(ConditionKind::Uplink, "gone", now).len()
+        });
+        assert_eq!(lines.sum::<usize>(), 1);
     }
 }

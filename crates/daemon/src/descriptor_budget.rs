@@ -1,8 +1,8 @@
 //! The number of open files that the configured devices can need, which is compared with the limit
 //! of this process before anything is opened.
 //!
-//! A limit that is too low would otherwise show only when a guest asks for its last queue pairs, and
-//! another device of the process could lose its session then.
+//! A limit that is too low would otherwise show only when a guest asks for its last queue pairs,
+//! and another device of the process could lose its session then.
 //!
 //! Threads are not checked. RLIMIT_NPROC counts all processes of the user and does not hold for
 //! root, so a comparison would refuse what works and accept what fails; a thread that cannot start

@@ -52,8 +52,8 @@ impl FrontendSource {
         })
     }
 
-    /// The next front-end; `None` when there will be none, or `stop` is readable. `report` is called
-    /// with the reason why there is no connection yet, where that is known.
+    /// The next front-end; `None` when there will be none, or `stop` is readable. `report` is
+    /// called with the reason why there is no connection yet, where that is known.
     ///
     /// # Errors
     /// When no front-end can connect any more.

@@ -125,33 +125,30 @@ impl PairService {
 
     fn process_tx(&mut self, sleep_next: bool) -> usize {
         let uplink = self.uplink.as_deref();
-        let outcome =
-            self.pair
-                .tx()
-                .process(&format_args!("{} tx", self.pair), |queue, enabled| {
-                    let uplink = uplink.filter(|_| enabled);
-                    queue.disable_kicks();
-                    let (mut chains, mut bytes, mut call) = (0, 0, false);
-                    let more = loop {
-                        let sent = match queue.send(uplink) {
-                            Ok(sent) => sent,
-                            // Report what was sent before the fault; the next turn finds the fault
-                            // again.
-                            Err(_) if chains > 0 => break true,
-                            Err(fault) => return Err(fault),
-                        };
-                        chains += sent.chains;
-                        bytes += sent.bytes;
-                        call |= sent.should_call;
-                        if chains >= TX_CHAINS || bytes >= TX_BYTES {
-                            break true;
-                        }
-                        if sent.chains == 0 && !(sleep_next && queue.enable_kicks()) {
-                            break false;
-                        }
-                    };
-                    Ok(((chains, more), call))
-                });
+        let outcome = self.pair.tx().process(|queue, enabled| {
+            let uplink = uplink.filter(|_| enabled);
+            queue.disable_kicks();
+            let (mut chains, mut bytes, mut call) = (0, 0, false);
+            let more = loop {
+                let sent = match queue.send(uplink) {
+                    Ok(sent) => sent,
+                    // Report what was sent before the fault; the next turn finds the fault
+                    // again.
+                    Err(_) if chains > 0 => break true,
+                    Err(fault) => return Err(fault),
+                };
+                chains += sent.chains;
+                bytes += sent.bytes;
+                call |= sent.should_call;
+                if chains >= TX_CHAINS || bytes >= TX_BYTES {
+                    break true;
+                }
+                if sent.chains == 0 && !(sleep_next && queue.enable_kicks()) {
+                    break false;
+                }
+            };
+            Ok(((chains, more), call))
+        });
         let (found, more) = outcome.unwrap_or_default();
         self.tx_ready = more;
         found
@@ -162,22 +159,19 @@ impl PairService {
             self.uplink_ready = false;
             return 0;
         };
-        let outcome =
-            self.pair
-                .rx()
-                .process(&format_args!("{} rx", self.pair), |queue, enabled| {
-                    if !enabled {
-                        return Ok(((0, RxEndReason::UplinkEmpty), false));
-                    }
-                    // Asked for only while the guest has no buffers.
-                    queue.disable_kicks();
-                    let received = queue.receive(uplink, RX_FRAMES, RX_BYTES)?;
-                    let end = match received.end {
-                        RxEndReason::Starved if queue.enable_kicks() => RxEndReason::Budget,
-                        end => end,
-                    };
-                    Ok(((received.frames, end), received.should_call))
-                });
+        let outcome = self.pair.rx().process(|queue, enabled| {
+            if !enabled {
+                return Ok(((0, RxEndReason::UplinkEmpty), false));
+            }
+            // Asked for only while the guest has no buffers.
+            queue.disable_kicks();
+            let received = queue.receive(uplink, RX_FRAMES, RX_BYTES)?;
+            let end = match received.end {
+                RxEndReason::Starved if queue.enable_kicks() => RxEndReason::Budget,
+                end => end,
+            };
+            Ok(((received.frames, end), received.should_call))
+        });
         let (found, end) = outcome.unwrap_or_else(|| {
             // The receiveq does not run, so frames should go to other queue pairs.
             self.pair.reconcile_uplink();

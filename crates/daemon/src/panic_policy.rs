@@ -2,7 +2,7 @@
 //!
 //! In a session or a worker it costs that device at most: the thread calls [`contain_panics`] when
 //! it starts and runs what may panic inside [`contain`]. In any other thread (`main`, `control`,
-//! `placer`, a switch's) the process ends at once with status 101, so that whoever started it can
+//! `placer`, a switch's) the process ends at once with status 101, so that its service manager can
 //! start it again: without that thread it would look alive and be useless.
 //!
 //! The message goes through the log's writer, which never blocks.

@@ -1,6 +1,6 @@
 //! A thread for all devices, which decides on which CPUs their workers run. While a front-end is
-//! connected, it checks whether vCPUs were pinned to other CPUs, CPUs went offline or online, or the
-//! cpuset changed, and wakes the workers that must move. Without a front-end it sleeps.
+//! connected, it checks whether vCPUs were pinned to other CPUs, CPUs went offline or online, or
+//! the cpuset changed, and wakes the workers that must move. Without a front-end it sleeps.
 //!
 //! The kernel has no notification of a change of a thread's affinity, so the thread polls. A check
 //! costs some microseconds: see [`virtionet_placement::VcpuWatch`]. What other threads of this

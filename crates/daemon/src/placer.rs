@@ -1,10 +1,11 @@
 //! Placement of one device's workers, derived from the front-end's vCPUs.
 //!
-//! Only the thread `placer` searches for vCPU threads and decides: it calls [`Placer::refresh`] four
-//! times a second while a front-end is connected, and [`Placer::update`] as soon as another thread
-//! has reported a change. The decisions for all queue pairs are published together, and a worker
-//! takes its own from there. So neither a worker nor the session's thread waits for `/proc` or for
-//! QEMU's monitor. QEMU answers no QMP request while it waits for a reply on the vhost-user socket.
+//! Only the thread `placer` searches for vCPU threads and decides: it calls [`Placer::refresh`]
+//! four times a second while a front-end is connected, and [`Placer::update`] as soon as another
+//! thread has reported a change. The decisions for all queue pairs are published together, and a
+//! worker takes its own from there. So neither a worker nor the session's thread waits for `/proc`
+//! or for QEMU's monitor. QEMU answers no QMP request while it waits for a reply on the vhost-user
+//! socket.
 
 use std::collections::BTreeMap;
 use std::io;

@@ -14,9 +14,9 @@ use virtionet_virtqueue::memory::GuestMemory;
 use crate::vring_slot::VringSlot;
 use crate::waker::Waker;
 
-/// A queue pair, as all threads share it. Its worker adds the readiness in a `PairService`. It lasts
-/// as long as its device, because its counters do; its queue of the uplink is open only while a
-/// front-end is connected.
+/// A queue pair, as all threads share it. Its worker adds the readiness in a `PairService`. It
+/// lasts as long as its device, because its counters do; its queue of the uplink is open only while
+/// a front-end is connected.
 #[derive(Debug)]
 pub struct QueuePair {
     index: u16,
@@ -42,8 +42,8 @@ impl QueuePair {
         Self {
             index,
             device: device.to_owned(),
-            rx: VringSlot::default(),
-            tx: VringSlot::default(),
+            rx: VringSlot::new(format!("{device} pair {index} rx")),
+            tx: VringSlot::new(format!("{device} pair {index} tx")),
             uplink: Mutex::default(),
             waker,
             attach_errors: RateLimiter::new(),
@@ -123,8 +123,8 @@ impl QueuePair {
 
     /// Quarantines both vrings: their worker panicked outside of their turns.
     pub(crate) fn quarantine_after_panic(&self) {
-        self.rx.quarantine_after_panic(&format_args!("{self} rx"));
-        self.tx.quarantine_after_panic(&format_args!("{self} tx"));
+        self.rx.quarantine_after_panic();
+        self.tx.quarantine_after_panic();
     }
 
     /// Makes the worker check everything once.
@@ -164,7 +164,7 @@ impl QueuePair {
 /// For uplinks that push frames from threads of their own.
 impl RxSink for QueuePair {
     fn push(&self, frames: &[TxFrame<'_>]) {
-        if !self.rx.push(&format_args!("{self} rx"), frames) {
+        if !self.rx.push(frames) {
             // The vring does not run any more, so the worker must detach the uplink.
             self.wake();
         }

@@ -30,7 +30,7 @@ use virtionet_control::server::{ControlError, ControlServer, SocketPermissions};
 use virtionet_placement::PlacementPlanner;
 use virtionet_placement::interrupts::IrqAffinityManager;
 use virtionet_uplink::switch::HostPortForwarder;
-use virtionet_vhost_user::{SessionEnd, SessionError, start_closer};
+use virtionet_vhost_user::{SessionEnd, SessionError, SessionLog, start_closer};
 use virtionet_virtqueue::memory::survive_lost_memory;
 
 use crate::advice::Adviser;
@@ -404,6 +404,7 @@ fn serve_device(
         Err(failure)
     };
     contain_panics();
+    let log = SessionLog::default();
     loop {
         let stream = match source.next(stop, |reason| net_device.report_unconnected(reason)) {
             Ok(Some(stream)) => stream,
@@ -414,7 +415,7 @@ fn serve_device(
         let started_at = Instant::now();
         let others = source.others();
         let mut interval = MIN_SESSION_INTERVAL;
-        match contain(|| virtionet_vhost_user::serve(stream, net_device, stop, others)) {
+        match contain(|| virtionet_vhost_user::serve(stream, net_device, stop, others, &log)) {
             Ok(Ok(SessionEnd::Disconnected)) => {}
             Ok(Ok(SessionEnd::Stopped)) => return Ok(()),
             Ok(Err(error @ SessionError::NotShared)) => {

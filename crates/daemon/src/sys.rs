@@ -1,5 +1,5 @@
-//! What needs `unsafe`: a setting of the C library's allocator, the CPU's time-stamp counter, and the
-//! signal that interrupts a blocked write.
+//! What needs `unsafe`: a setting of the C library's allocator, the CPU's time-stamp counter, and
+//! the signal that interrupts a blocked write.
 #![allow(unsafe_code)]
 
 use std::io;

@@ -7,22 +7,22 @@
 //! is handed over fairly, so that neither waits for longer than one turn of the other. The values
 //! that other threads read without waiting (state, size) are published in atomics at each change.
 
-use std::fmt::Display;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 
 use parking_lot::{Mutex, MutexGuard};
-use virtionet_base::RateLimiter;
 use virtionet_vhost_user::{InvalidTransition, VringEvent, VringState};
-use virtionet_virtio_net::stats::VringStats;
+use virtionet_virtio_net::stats::{VringStats, to_u64};
 use virtionet_virtio_net::uplink::TxFrame;
 use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue};
 use virtionet_virtqueue::memory::{GuestMemory, LossWatch};
 use virtionet_virtqueue::{VirtqueueError, VirtqueueFault};
 
-use crate::notifier::{Notifier, deferring};
+use crate::notifier::{Notification, Notifier, deferring};
 use crate::panic_policy::{Panicked, contain};
+use crate::quarantine::QuarantineCause;
+use crate::vring_log::VringLog;
 
 /// The file descriptors of a vring.
 #[derive(Debug, Clone, Default)]
@@ -43,37 +43,6 @@ struct StartedVring<Q> {
     call: Option<Arc<Notifier>>,
     err: Option<Arc<Notifier>>,
     losses: LossWatch,
-}
-
-/// Why a vring is quarantined.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum QuarantineCause {
-    /// The guest's fault.
-    #[error("the guest broke the ring: {0}")]
-    Guest(#[from] VirtqueueFault),
-    /// The front-end's fault, or its host's.
-    #[error(
-        "pages of the guest's memory have vanished, because its file shrank or its file system is full"
-    )]
-    MemoryLost,
-    /// A bug of this program.
-    #[error("{0}")]
-    Panic(#[from] Panicked),
-}
-
-/// What a turn did, and whom to notify of it once the vring is unlocked.
-#[derive(Debug)]
-enum Turn<T> {
-    /// The vring does not run.
-    Skipped,
-    Done {
-        outcome: T,
-        call: Option<Arc<Notifier>>,
-    },
-    Quarantined {
-        cause: QuarantineCause,
-        err: Option<Arc<Notifier>>,
-    },
 }
 
 /// The state that the lock protects.
@@ -103,13 +72,13 @@ pub struct VringSlot<Q> {
     /// [`VringState::to_number`] of the state.
     state: AtomicU8,
     size: AtomicU16,
-    stats: Arc<VringStats>,
-    /// A guest can start the vring and break it again without end.
-    quarantine_lines: RateLimiter,
+    log: Arc<VringLog>,
 }
 
-impl<Q: DeviceQueue> Default for VringSlot<Q> {
-    fn default() -> Self {
+impl<Q: DeviceQueue> VringSlot<Q> {
+    /// The slot of a vring that is stopped. `name` is for its log lines.
+    #[must_use]
+    pub fn new(name: String) -> Self {
         Self {
             contents: Mutex::new(Contents {
                 state: VringState::Stopped,
@@ -119,17 +88,14 @@ impl<Q: DeviceQueue> Default for VringSlot<Q> {
             has_kick: AtomicBool::new(true),
             state: AtomicU8::new(VringState::Stopped.to_number()),
             size: AtomicU16::new(0),
-            stats: Arc::default(),
-            quarantine_lines: RateLimiter::new(),
+            log: Arc::new(VringLog::new(name)),
         }
     }
-}
 
-impl<Q: DeviceQueue> VringSlot<Q> {
     /// The vring's counters, which outlive it.
     #[must_use]
     pub fn stats(&self) -> &Arc<VringStats> {
-        &self.stats
+        self.log.stats()
     }
 
     /// The vring's state.
@@ -161,12 +127,7 @@ impl<Q: DeviceQueue> VringSlot<Q> {
     ///
     /// # Errors
     /// When the configuration is not that of a virtqueue, or the vring is started already.
-    pub fn start(
-        &self,
-        name: &dyn Display,
-        config: QueueConfig,
-        fds: VringFds,
-    ) -> Result<(), VringStartError> {
+    pub fn start(&self, config: QueueConfig, fds: VringFds) -> Result<(), VringStartError> {
         let mut contents = self.contents.lock();
         let state = contents.state.after(VringEvent::Start)?;
         let base = config.base;
@@ -184,12 +145,12 @@ impl<Q: DeviceQueue> VringSlot<Q> {
         });
         self.set_state(&mut contents, state);
         self.has_kick.store(has_kick, Ordering::Relaxed);
+        if corrected.is_some() {
+            self.stats().base_corrected.add(1);
+        }
         drop(contents);
         if let Some(corrected) = corrected {
-            self.stats.base_corrected.add(1);
-            tracing::warn!(
-                "{name}: the front-end starts the ring at {base}, but its used index shows that it has moved on to {corrected}, where it continues"
-            );
+            self.log.base_corrected(base, corrected);
         }
         if let Some(call) = call {
             call.call();
@@ -198,8 +159,7 @@ impl<Q: DeviceQueue> VringSlot<Q> {
     }
 
     fn notifier(&self, fd: Option<Arc<OwnedFd>>) -> Option<Arc<Notifier>> {
-        let stats = Arc::clone(&self.stats);
-        fd.map(|fd| Arc::new(Notifier::new(fd, stats)))
+        fd.map(|fd| Arc::new(Notifier::new(fd, Arc::clone(&self.log))))
     }
 
     /// Stops the vring. After this nothing is written to guest memory. `None` when it was stopped
@@ -282,39 +242,43 @@ impl<Q: DeviceQueue> VringSlot<Q> {
     /// which `work` pushed frames.
     pub fn process<T>(
         &self,
-        name: &dyn Display,
         work: impl FnOnce(&mut Q, bool) -> Result<(T, bool), VirtqueueFault>,
     ) -> Option<T> {
-        let turn = deferring(|| {
+        let (outcome, notification) = deferring(|| {
             let mut contents = self.contents.lock();
             let turn = self.process_locked(&mut contents, work);
             MutexGuard::unlock_fair(contents);
             turn
         });
-        self.notify(name, turn)
+        if let Some(notification) = notification {
+            notification.deliver_after_turn();
+        }
+        outcome
     }
 
     /// Quarantines the vring, if it runs, because its worker panicked.
-    pub fn quarantine_after_panic(&self, name: &dyn Display) {
+    pub fn quarantine_after_panic(&self) {
         let mut contents = self.contents.lock();
         if contents.state != VringState::Running {
             return;
         }
-        let turn: Turn<()> = self.quarantine(&mut contents, QuarantineCause::Panic(Panicked));
+        let notification = self.quarantine(&mut contents, QuarantineCause::Panic(Panicked));
         drop(contents);
-        self.notify(name, turn);
+        notification.deliver_after_turn();
     }
 
+    /// The outcome of `work` if the vring runs and continues to, and what is to be notified once it
+    /// is unlocked.
     fn process_locked<T>(
         &self,
         contents: &mut Contents<Q>,
         work: impl FnOnce(&mut Q, bool) -> Result<(T, bool), VirtqueueFault>,
-    ) -> Turn<T> {
+    ) -> (Option<T>, Option<Notification>) {
         if contents.state != VringState::Running {
-            return Turn::Skipped;
+            return (None, None);
         }
         let Some(vring) = contents.vring.as_mut() else {
-            return Turn::Skipped;
+            return (None, None);
         };
         let (queue, is_enabled) = (&mut vring.queue, self.is_enabled());
         // A panic in one vring's code must not end the thread, which serves others as well.
@@ -324,64 +288,25 @@ impl<Q: DeviceQueue> VringSlot<Q> {
             }
             Ok(Ok((outcome, should_call))) => {
                 let call = vring.call.as_ref().filter(|_| should_call);
-                return Turn::Done {
-                    outcome,
-                    call: call.cloned(),
-                };
+                return (Some(outcome), call.cloned().map(Notification::Call));
             }
             Ok(Err(fault)) => fault.into(),
             Err(panic) => panic.into(),
         };
-        self.quarantine(contents, cause)
+        (None, Some(self.quarantine(contents, cause)))
     }
 
     /// Happens at most once a start.
-    fn quarantine<T>(&self, contents: &mut Contents<Q>, cause: QuarantineCause) -> Turn<T> {
+    fn quarantine(&self, contents: &mut Contents<Q>, cause: QuarantineCause) -> Notification {
         if let Ok(state) = contents.state.after(VringEvent::Fault) {
             self.set_state(contents, state);
         }
-        self.stats.quarantines.add(1);
-        match cause {
-            QuarantineCause::Guest(VirtqueueFault::AvailIndexJump { .. }) => {
-                self.stats.avail_index_jump.add(1);
-            }
-            QuarantineCause::Guest(VirtqueueFault::HeadOutOfRange { .. }) => {
-                self.stats.head_out_of_range.add(1);
-            }
-            QuarantineCause::Guest(VirtqueueFault::ChainWithoutEnd { .. }) => {
-                self.stats.chain_without_end.add(1);
-            }
-            QuarantineCause::MemoryLost => self.stats.memory_lost.add(1),
-            QuarantineCause::Panic(Panicked) => self.stats.panics.add(1),
-        }
+        cause.count(self.stats());
         let vring = contents.vring.as_ref();
-        let err = vring.and_then(|vring| vring.err.clone());
-        Turn::Quarantined { cause, err }
-    }
-
-    /// Notifies whom a turn concerns. The vring is unlocked.
-    #[inline]
-    fn notify<T>(&self, name: &dyn Display, turn: Turn<T>) -> Option<T> {
-        match turn {
-            Turn::Skipped => None,
-            Turn::Done { outcome, call } => {
-                if let Some(call) = call {
-                    call.call_after_turn();
-                }
-                Some(outcome)
-            }
-            Turn::Quarantined { cause, err } => {
-                if let Some(suppressed) = self.quarantine_lines.allow() {
-                    tracing::warn!(
-                        suppressed,
-                        "{name}: {cause}; it is stopped until the guest's driver starts it again"
-                    );
-                }
-                if let Some(err) = err {
-                    err.signal_error();
-                }
-                None
-            }
+        Notification::Quarantine {
+            log: Arc::clone(&self.log),
+            cause,
+            err: vring.and_then(|vring| vring.err.clone()),
         }
     }
 }
@@ -389,23 +314,25 @@ impl<Q: DeviceQueue> VringSlot<Q> {
 impl VringSlot<RxQueue> {
     /// Gives `frames` to the guest, or drops and counts them; false when the vring does not run.
     /// The driver is interrupted at the end of the calling thread's turn.
-    pub fn push(&self, name: &dyn Display, frames: &[TxFrame<'_>]) -> bool {
+    pub fn push(&self, frames: &[TxFrame<'_>]) -> bool {
         let mut contents = self.contents.lock();
         let mut was_tried = false;
-        let turn = self.process_locked(&mut contents, |queue, enabled| {
+        let (outcome, notification) = self.process_locked(&mut contents, |queue, enabled| {
             was_tried = enabled;
             match enabled {
                 true => queue.push(frames).map(|pushed| ((), pushed.should_call)),
                 false => Ok(((), false)),
             }
         });
-        MutexGuard::unlock_fair(contents);
         // The queue itself counts what it drops.
         if !was_tried {
-            let count = u64::try_from(frames.len()).unwrap_or(u64::MAX);
-            self.stats.dropped_disabled.add(count);
+            self.stats().dropped_disabled.add(to_u64(frames.len()));
         }
-        self.notify(name, turn).is_some()
+        MutexGuard::unlock_fair(contents);
+        if let Some(notification) = notification {
+            notification.deliver_after_turn();
+        }
+        outcome.is_some()
     }
 }
 

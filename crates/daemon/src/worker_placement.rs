@@ -187,8 +187,8 @@ impl PlacementState {
     }
 }
 
-/// Pins the calling thread as decided. The result has the CPUs where the kernel lets it run, and the
-/// error if that is not what was decided.
+/// Pins the calling thread as decided. The result has the CPUs where the kernel lets it run, and
+/// the error if that is not what was decided.
 fn apply(mut decision: Decision) -> (Decision, Option<AffinityError>) {
     match virtionet_placement::set_thread_affinity(None, &decision.cpus) {
         Ok(cpus) => {

@@ -13,7 +13,7 @@ use virtionet_guest::header::NetHeader;
 use virtionet_guest::net::MODERN;
 use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 use virtionet_placement::{Placement, PlacementPlanner};
-use virtionet_vhost_user::VringState;
+use virtionet_vhost_user::{SessionLog, VringState, serve};
 use virtionet_virtio_net::header::FrameFormat;
 use virtionet_virtio_net::stats::VringStats;
 use virtionet_virtio_net::uplink::{Received, RxSink, TxFrame, Uplink, UplinkError, UplinkQueue};
@@ -110,8 +110,15 @@ fn a_panic_in_a_turn_costs_its_vring_only() {
     let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
     let (front_end_socket, back_end_socket) = UnixStream::pair().unwrap();
     thread::scope(|scope| {
-        let session = scope
-            .spawn(|| virtionet_vhost_user::serve(back_end_socket, &device, stop.as_fd(), None));
+        let session = scope.spawn(|| {
+            serve(
+                back_end_socket,
+                &device,
+                stop.as_fd(),
+                None,
+                &SessionLog::default(),
+            )
+        });
         let config = TestFrontendConfig::new(2, 256, MODERN);
         let mut frontend = TestFrontend::from_socket(front_end_socket, &config).unwrap();
         let pair = |at: usize| &device.pairs().nth(at).unwrap().pair;

@@ -1,11 +1,12 @@
-//! Counters: one block for each vring, with one writer and any number of readers.
+//! Counters: one block for each vring.
 //!
 //! Every way in which a frame can be lost, and every rule that a guest can break, has a counter of
 //! its own. The lists below are the only place that names them.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// A counter with one writer (the thread that holds the ring's lock) and any number of readers.
+/// A counter with any number of readers. It has one writer, the thread that holds the ring's lock
+/// ([`Counter::add`]), or else any number ([`Counter::add_shared`]); never both.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
 
@@ -14,6 +15,12 @@ impl Counter {
     #[inline(always)]
     pub fn add(&self, n: u64) {
         self.0.store(self.get().wrapping_add(n), Ordering::Relaxed);
+    }
+
+    /// Adds `n` to a counter that several threads write, because they do not hold the ring's lock.
+    #[inline(always)]
+    pub fn add_shared(&self, n: u64) {
+        self.0.fetch_add(n, Ordering::Relaxed);
     }
 
     /// The count so far.

@@ -102,9 +102,9 @@ impl RxSink for NullRxSink {
 
 /// Where the frames of one device go.
 pub trait Uplink: Send + Sync + fmt::Debug {
-    /// Opens the queue of queue pair `pair`, detached. The device calls it when the first ring of the
-    /// pair starts, and again for the next front-end after it has dropped the queue. `rx` is the
-    /// receiveq of the pair, the same each time, for an uplink that pushes frames.
+    /// Opens the queue of queue pair `pair`, detached. The device calls it when the first ring of
+    /// the pair starts, and again for the next front-end after it has dropped the queue. `rx` is
+    /// the receiveq of the pair, the same each time, for an uplink that pushes frames.
     ///
     /// # Errors
     /// When the host or the uplink refuses a further queue.

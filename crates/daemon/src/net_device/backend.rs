@@ -49,14 +49,6 @@ impl VringRole {
         2 * pair + u16::from(self == Self::Tx)
     }
 
-    /// As the log names it.
-    fn name(self) -> &'static str {
-        match self {
-            Self::Rx => "rx",
-            Self::Tx => "tx",
-        }
-    }
-
     fn kick_event(self) -> PairEvent {
         match self {
             Self::Rx => PairEvent::RxKick,
@@ -144,10 +136,9 @@ impl Backend for NetDevice {
             .pair
             .memory_node()
             .filter(|_| self.placer.has_several_nodes());
-        let name = format!("{} {}", served.pair, role.name());
         let started = with_memory_node(
             node,
-            || with_slot!(served, role, slot => start_vring(slot, &name, start)),
+            || with_slot!(served, role, slot => start_vring(slot, start)),
         );
         if let Err(error) = started {
             if let Some(kick) = kick {
@@ -233,7 +224,7 @@ impl Backend for NetDevice {
         // A guest with many queue pairs must not keep descriptors that another device may need.
         self.pairs().for_each(ServedPair::close);
         self.adviser.reset();
-        self.conditions.clear_connection();
+        self.conditions.clear_connection(&self.name);
         let frontend = std::mem::take(&mut *self.frontend.lock());
         self.connection_log.report_disconnect(
             &self.name,
@@ -293,7 +284,6 @@ fn with_memory_node<T>(node: Option<u32>, work: impl FnOnce() -> T) -> T {
 
 fn start_vring<Q: DeviceQueue>(
     slot: &VringSlot<Q>,
-    name: &str,
     start: VringStart,
 ) -> Result<(), VringStartError> {
     slot.set_enabled(start.enabled);
@@ -309,5 +299,5 @@ fn start_vring<Q: DeviceQueue>(
         call: start.call,
         err: start.err,
     };
-    slot.start(&name, config, fds)
+    slot.start(config, fds)
 }

@@ -122,8 +122,8 @@ impl NetDevice {
         }
     }
 
-    /// Notes that the guest uses memory that the front-end has not shared: a DIMM that was plugged
-    /// in without `share=on`, as a rule.
+    /// Notes that the guest uses addresses outside of its memory. As a rule that is memory which
+    /// was plugged in without `share=on`, so that the front-end does not share it.
     fn check_addresses(&self) {
         let count = self
             .pairs()
@@ -132,11 +132,11 @@ impl NetDevice {
             .sum();
         let before = self.invalid_addresses.swap(count, Ordering::Relaxed);
         if count > before {
-            let text = format!(
-                "the guest uses memory that is not shared with virtionetd ({count} chains dropped so far); if memory was plugged in, plug it in with share=on"
+            self.conditions.set(
+                &self.name,
+                ConditionKind::AddressesInvalid,
+                "the guest uses addresses that are not in the memory shared with virtionetd, and these chains are dropped (address_invalid); if memory was plugged in, plug it in with share=on",
             );
-            self.conditions
-                .set(&self.name, ConditionKind::AddressesInvalid, &text);
         }
     }
 

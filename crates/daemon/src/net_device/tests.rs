@@ -9,6 +9,7 @@ use virtionet_guest::net::MODERN;
 use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 use virtionet_placement::{Placement, PlacementPlanner};
 use virtionet_uplink::null::Null;
+use virtionet_vhost_user::{SessionLog, serve};
 
 use super::*;
 use crate::host_cpus::HostCpus;
@@ -35,7 +36,7 @@ fn with_frontend(net_device: &NetDevice, work: impl FnOnce(&mut TestFrontend)) {
     let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
     std::thread::scope(|scope| {
         let session =
-            scope.spawn(|| virtionet_vhost_user::serve(ours, net_device, stop.as_fd(), None));
+            scope.spawn(|| serve(ours, net_device, stop.as_fd(), None, &SessionLog::default()));
         let config = TestFrontendConfig::new(2, 64, MODERN);
         let mut frontend = TestFrontend::from_socket(theirs, &config).unwrap();
         // The answer shows that the session has handled all earlier messages.

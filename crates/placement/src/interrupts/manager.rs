@@ -1,7 +1,8 @@
 //! Writing settings, and restoring the files' earlier content.
 //!
 //! A file belongs to the device that set it first, so that two devices whose TAPs share a NIC do
-//! not overwrite each other's settings. A file that another program has changed since stays as it is.
+//! not overwrite each other's settings. A file that another program has changed since stays as it
+//! is.
 
 use std::collections::BTreeMap;
 use std::fs;
