@@ -19,7 +19,7 @@ use virtionet_tests::topology::{GUEST_INTERFACE, HostNetwork, TAP};
 
 const PAIRS: u16 = 4;
 /// The time for frames in flight, after the number of pairs has changed.
-const SETTLE_TIME: Duration = Duration::from_millis(700);
+const STABILIZATION_TIME: Duration = Duration::from_millis(700);
 const OBSERVATION_TIME: Duration = Duration::from_millis(1500);
 
 #[test]
@@ -37,7 +37,7 @@ fn connections_continue_through_pair_changes_and_unused_pairs_carry_no_frames() 
         guest
             .ok(&format!("ethtool -L {GUEST_INTERFACE} combined {used}"))
             .unwrap();
-        sleep(SETTLE_TIME);
+        sleep(STABILIZATION_TIME);
         let before = pairs(&testbed.daemon.device().unwrap()).unwrap();
         sleep(OBSERVATION_TIME);
         let after = pairs(&testbed.daemon.device().unwrap()).unwrap();

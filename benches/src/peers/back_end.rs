@@ -144,27 +144,30 @@ impl BackEnd {
     }
 }
 
+/// The queue pairs of all devices.
+fn queue_pairs(report: &Value) -> Result<Vec<&Value>> {
+    let devices = report["devices"].as_array();
+    let mut all = Vec::new();
+    for device in devices.context("the report has no devices")? {
+        let pairs = device["pairs"].as_array();
+        all.extend(pairs.context("a device has no queue pairs")?);
+    }
+    Ok(all)
+}
+
 /// Sums the counters of all queue pairs of all devices.
 fn parse_busy_cycles(report: &Value) -> Result<Option<BusyCycles>> {
     let mut busy = BusyCycles {
         cycles: 0,
         frames: 0,
     };
-    for device in report["devices"]
-        .as_array()
-        .context("the report has no devices")?
-    {
-        for pair in device["pairs"]
-            .as_array()
-            .context("a device has no queue pairs")?
-        {
-            let cycles = pair["worker_counters"]["busy_cycles"].as_u64();
-            let frames = pair["tx"]["counters"]["frames"].as_u64();
-            busy.cycles +=
-                cycles.with_context(|| format!("the counter busy_cycles is missing in {pair}"))?;
-            busy.frames +=
-                frames.with_context(|| format!("the counter frames is missing in {pair}"))?;
-        }
+    for pair in queue_pairs(report)? {
+        let cycles = pair["worker_counters"]["busy_cycles"].as_u64();
+        let frames = pair["tx"]["counters"]["frames"].as_u64();
+        busy.cycles +=
+            cycles.with_context(|| format!("the counter busy_cycles is missing in {pair}"))?;
+        busy.frames +=
+            frames.with_context(|| format!("the counter frames is missing in {pair}"))?;
     }
     Ok(Some(busy))
 }
@@ -172,20 +175,12 @@ fn parse_busy_cycles(report: &Value) -> Result<Option<BusyCycles>> {
 /// Sums each counter of dropped frames over all vrings of all devices.
 fn parse_drops(report: &Value) -> Result<BTreeMap<String, u64>> {
     let mut drops = BTreeMap::new();
-    for device in report["devices"]
-        .as_array()
-        .context("the report has no devices")?
-    {
-        for pair in device["pairs"]
-            .as_array()
-            .context("a device has no queue pairs")?
-        {
-            for vring in ["rx", "tx"] {
-                let counters = pair[vring]["counters"].as_object();
-                for (name, value) in counters.context("a vring has no counters")? {
-                    if name.starts_with("dropped_") {
-                        *drops.entry(name.clone()).or_default() += value.as_u64().unwrap_or(0);
-                    }
+    for pair in queue_pairs(report)? {
+        for vring in ["rx", "tx"] {
+            let counters = pair[vring]["counters"].as_object();
+            for (name, value) in counters.context("a vring has no counters")? {
+                if name.starts_with("dropped_") {
+                    *drops.entry(name.clone()).or_default() += value.as_u64().unwrap_or(0);
                 }
             }
         }

@@ -149,9 +149,9 @@ impl Switch {
         }
     }
 
-    /// From now on forwards frames to reserved group addresses (01:80:C2:00:00:00 to -0F), as to any
-    /// other group. They are link-local protocols, such as spanning tree, by which a guest could
-    /// reconfigure the host's bridge.
+    /// From now on forwards frames to reserved group addresses (01:80:C2:00:00:00 to -0F), as to
+    /// any other group. They are link-local protocols, such as spanning tree, by which a guest
+    /// could reconfigure the host's bridge.
     pub fn forward_reserved_groups(&self) {
         self.forwards_reserved_groups.store(true, Ordering::Relaxed);
     }

@@ -12,8 +12,8 @@
 //! When the interface is deleted, all queues lose it, but their files stay open. `refresh` finds
 //! that out. As soon as there is an interface of that name again (one that this program had created
 //! is created again), it makes each file a queue of the new interface with the format, the MTU and
-//! the attachment of before. So descriptors stay the same, no epoll has to be told, and the data
-//! path needs no lock.
+//! the attachment of before. So the descriptors and their epoll registrations stay valid,
+//! and the data path needs no lock.
 
 mod config;
 mod error;

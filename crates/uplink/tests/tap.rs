@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use host::{
     PacketSocket, become_nobody, datagram, drain, eventually, frame, in_namespaces, kernel_packets,
-    link, open_tap, receive, run, send, share_tun, wait_for_frame,
+    large_segment, link, open_tap, receive, run, send, share_tun, wait_for_frame,
 };
 use virtionet_virtio_net::header::{FrameFormat, VnetHeader};
 use virtionet_virtio_net::stats::VringStats;
@@ -222,19 +222,6 @@ fn offloads_follow_the_format_on_every_queue() {
         uplink.set_format(format(12, false)).unwrap();
         assert_eq!(segments(&*second), small);
     });
-}
-
-/// A virtio-net header of 10 bytes and 4,000 bytes of TCP over IPv4 with a gso_size of 1,000.
-fn large_segment() -> Vec<u8> {
-    let mut packet = vec![1, 1, 54, 0, 0xe8, 3, 34, 0, 16, 0];
-    packet.extend([2, 0, 0, 0, 0, 9, 2, 0, 0, 0, 0, 8, 8, 0]);
-    packet.extend([0x45, 0, 0x0f, 0xc8, 0, 1, 0x40, 0, 64, 6, 0, 0]);
-    packet.extend([10, 0, 0, 1, 10, 0, 0, 2]);
-    packet.extend([
-        0, 80, 0, 90, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 1, 0, 0, 0, 0, 0,
-    ]);
-    packet.resize(10 + 54 + 4000, 0x55);
-    packet
 }
 
 #[test]

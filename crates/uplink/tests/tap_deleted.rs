@@ -8,8 +8,8 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 
 use host::{
-    PacketSocket, become_nobody, datagram, drain, eventually, frame, in_namespaces, link, open_tap,
-    receive, run, send, share_tun, wait_for_frame,
+    PacketSocket, become_nobody, datagram, drain, eventually, frame, in_namespaces, large_segment,
+    link, open_tap, receive, run, send, share_tun, wait_for_frame,
 };
 use rustix::event::epoll;
 use virtionet_virtio_net::header::{FrameFormat, VnetHeader};
@@ -98,21 +98,8 @@ fn a_tap_that_is_made_again_is_opened_again_as_it_was() {
     });
 }
 
-/// A virtio-net header of 10 bytes and 4,000 bytes of TCP over IPv4 with a gso_size of 1,000.
-fn large_segment() -> Vec<u8> {
-    let mut packet = vec![1, 1, 54, 0, 0xe8, 3, 34, 0, 16, 0];
-    packet.extend([2, 0, 0, 0, 0, 9, 2, 0, 0, 0, 0, 8, 8, 0]);
-    packet.extend([0x45, 0, 0x0f, 0xc8, 0, 1, 0x40, 0, 64, 6, 0, 0]);
-    packet.extend([10, 0, 0, 1, 10, 0, 0, 2]);
-    packet.extend([
-        0, 80, 0, 90, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 1, 0, 0, 0, 0, 0,
-    ]);
-    packet.resize(10 + 54 + 4000, 0x55);
-    packet
-}
-
 #[test]
-fn an_epoll_that_waits_for_the_old_tap_is_told_of_frames_of_the_new_one() {
+fn an_epoll_registration_of_the_old_tap_reports_frames_of_the_new_one() {
     in_namespaces(|| {
         make(MAKE);
         let uplink = tap("vt0");
@@ -211,7 +198,7 @@ fn a_tap_that_this_program_created_is_created_again() {
             }
             assert!(queues.iter().all(|queue| transmits(&**queue)));
         }
-        // One that somebody else makes first is used as it is.
+        // An interface that another process creates first is used as it is.
         run("ip link del vt0");
         run(MAKE);
         run("ip link set vt0 mtu 2000");

@@ -110,7 +110,7 @@ impl TapShared {
                     );
                 }
             }
-            // Whoever refreshes the uplink reports it, once.
+            // `Uplink::refresh` reports it once.
             DropReason::Gone => stats.dropped_uplink_down.add(1),
             DropReason::Refused => {
                 stats.dropped_uplink_error.add(1);

@@ -337,3 +337,16 @@ impl PacketSocket {
         })
     }
 }
+
+/// A virtio-net header of 10 bytes and 4,000 bytes of TCP over IPv4 with a gso_size of 1,000.
+pub fn large_segment() -> Vec<u8> {
+    let mut packet = vec![1, 1, 54, 0, 0xe8, 3, 34, 0, 16, 0];
+    packet.extend([2, 0, 0, 0, 0, 9, 2, 0, 0, 0, 0, 8, 8, 0]);
+    packet.extend([0x45, 0, 0x0f, 0xc8, 0, 1, 0x40, 0, 64, 6, 0, 0]);
+    packet.extend([10, 0, 0, 1, 10, 0, 0, 2]);
+    packet.extend([
+        0, 80, 0, 90, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 1, 0, 0, 0, 0, 0,
+    ]);
+    packet.resize(10 + 54 + 4000, 0x55);
+    packet
+}
