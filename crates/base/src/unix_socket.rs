@@ -353,7 +353,7 @@ mod tests {
         let socket = stream_socket(SocketFlags::CLOEXEC).unwrap();
         bind(&socket, &address(&path).unwrap()).unwrap();
         let inode = fs::metadata(&path).unwrap().ino();
-        // Somebody replaces the socket file between bind and the change of its mode.
+        // The socket file is replaced between bind and the change of its mode.
         fs::rename(&path, dir.join("moved")).unwrap();
         std::os::unix::fs::symlink(&victim, &path).unwrap();
         assert!(matches!(

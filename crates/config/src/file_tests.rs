@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use crate::cli::{self, CliError, Command};
 use crate::types::{Config, ControlSocket, DeviceConfig, PollMode, QueuePairCount, Socket};
 
-/// Parses the command line `line` beside a file with the content `text`, which is called `f.toml` in
-/// the errors.
+/// Parses the command line `line` beside a file with the content `text`, which is called `f.toml`
+/// in the errors.
 fn command(name: &str, text: impl AsRef<[u8]>, line: &str) -> Result<Config, String> {
     let dir = std::env::temp_dir().join(format!("vnet-config-{}-{name}", std::process::id()));
     std::fs::create_dir_all(&dir).unwrap();

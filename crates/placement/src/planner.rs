@@ -254,8 +254,8 @@ impl PlacementPlanner {
     pub fn place_all(&self, map: &VcpuMap, count: u32, pairs: u32) -> Vec<Decision> {
         let context = self.context(map, pairs);
         let rules = Rules::new(&context);
-        // The last pair first, because the rules spread the workers of all pairs up to the first one
-        // that they are asked for, once.
+        // The last pair first, because the rules spread the workers of all pairs up to the first
+        // one that they are asked for, once.
         let decisions = (0..count).rev().map(|pair| decide(&context, &rules, pair));
         let mut decisions: Vec<_> = decisions.collect();
         decisions.reverse();

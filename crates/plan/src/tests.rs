@@ -260,8 +260,8 @@ fn generated_names_and_addresses_are_reproducible() {
     assert_eq!(long.net_devices[1].uplink, "tap:t");
 }
 
-/// Flags, the CPUs that the vCPUs are pinned to, the CPUs of each worker, and the numbers of CPUs that
-/// the workers use when idle and under load, on a host with CPUs 0-7.
+/// Flags, the CPUs that the vCPUs are pinned to, the CPUs of each worker, and the numbers of CPUs
+/// that the workers use when idle and under load, on a host with CPUs 0-7.
 const PLACEMENTS: [(&str, &str, &str, u32, u32); 13] = [
     ("--vcpus 4", "0,1,2,3", "0 1 2 3", 0, 4),
     ("--vcpus 4 --cpus 7,3-5", "7,3,4,5", "7 3 4 5", 0, 4),

@@ -116,8 +116,8 @@ impl SplitVirtqueue {
     }
 
     /// The base where this virtqueue really continues if the front-end's is `base` and the used
-    /// index `used`. Chains are completed in order and none is in use when a virtqueue stops, so the
-    /// two are equal, unless a front-end does not keep the base over a restart of the back-end
+    /// index `used`. Chains are completed in order and none is in use when a virtqueue stops, so
+    /// the two are equal, unless a front-end does not keep the base over a restart of the back-end
     /// (DPDK's virtio-user in server mode sends 0). The used index is then believed, as long as the
     /// available index is at most one ring ahead of it.
     fn corrected_base(&self, base: u16, used: u16) -> u16 {

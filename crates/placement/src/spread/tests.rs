@@ -80,7 +80,7 @@ impl Devices {
     }
 
     /// Places the workers of all devices until none moves. Returns how often any moved.
-    fn settle(&mut self) -> usize {
+    fn place_until_stable(&mut self) -> usize {
         let mut moves = 0;
         for _ in 0..100 {
             let devices = 0..self.maps.len();
@@ -124,7 +124,7 @@ fn workers_of_30_floating_guests_need_not_share_a_cpu() {
         let topology = host(&dir, cpus);
         for of_guest in [floating(cpus), unknown()] {
             let mut devices = Devices::new(&topology, false, vec![of_guest; 30]);
-            devices.settle();
+            devices.place_until_stable();
             for decision in devices.decisions.iter().flatten() {
                 assert_eq!(&decision.cpus, topology.online(), "{decision}");
             }
@@ -132,7 +132,7 @@ fn workers_of_30_floating_guests_need_not_share_a_cpu() {
             for (node, planner) in (0..).zip(&mut devices.planners) {
                 (0..PAIRS).for_each(|pair| planner.set_memory_node(pair, Some(node % 2)));
             }
-            devices.settle();
+            devices.place_until_stable();
             for (device, decisions) in (0..).zip(&devices.decisions) {
                 for decision in decisions {
                     let node = topology.node_of_all(&decision.cpus);
@@ -151,7 +151,11 @@ fn polling_workers_of_30_floating_guests_are_spread_evenly() {
         let topology = host(&dir, cpus);
         for of_guest in [floating(cpus), unknown()] {
             let mut devices = Devices::new(&topology, true, vec![of_guest; 30]);
-            assert_eq!(devices.settle(), 30, "each device is placed once");
+            assert_eq!(
+                devices.place_until_stable(),
+                30,
+                "each device is placed once"
+            );
             let workers = devices.workers_by_cpu();
             assert_eq!(workers.len(), used);
             assert_eq!(workers.values().min(), Some(&fewest), "{workers:?}");
@@ -172,7 +176,7 @@ fn polling_workers_avoid_the_pinned_vcpus_of_every_guest() {
     });
     let maps = pinned.chain((0..8).map(|_| floating(64))).collect();
     let mut devices = Devices::new(&topology, true, maps);
-    devices.settle();
+    devices.place_until_stable();
     let workers = devices.workers_by_cpu();
     assert_eq!(workers.len(), 48, "12 guests of 4 on 48 CPUs: {workers:?}");
     assert!(workers.keys().all(|cpu| *cpu >= 16), "{workers:?}");
@@ -183,7 +187,7 @@ fn a_guest_that_leaves_moves_only_workers_that_shared_a_cpu() {
     let dir = TempDir::new("spread-leave");
     let topology = host(&dir, 64);
     let mut devices = Devices::new(&topology, true, vec![floating(64); 17]);
-    devices.settle();
+    devices.place_until_stable();
     let before = devices.workers_by_cpu();
     let shared: BTreeSet<_> = before.iter().filter(|(_, n)| **n > 1).collect();
     assert_eq!(shared.len(), 4, "17 guests of 4 on 64 CPUs: {before:?}");
@@ -196,7 +200,11 @@ fn a_guest_that_leaves_moves_only_workers_that_shared_a_cpu() {
     devices.maps.remove(leaves);
     devices.planners.remove(leaves);
     devices.decisions.remove(leaves);
-    assert_eq!(devices.settle(), 1, "one of the guests that shared moves");
+    assert_eq!(
+        devices.place_until_stable(),
+        1,
+        "one of the guests that shared moves"
+    );
     assert!(devices.workers_by_cpu().values().all(|n| *n == 1));
 }
 
@@ -205,7 +213,7 @@ fn few_cpus_for_the_polling_workers_of_all_devices_give_a_warning() {
     let dir = TempDir::new("spread-warning");
     let topology = host(&dir, 8);
     let mut devices = Devices::new(&topology, true, vec![floating(8); 2]);
-    devices.settle();
+    devices.place_until_stable();
     let is_crowded = |devices: &Devices| {
         let (planner, map) = (&devices.planners[0], &devices.maps[0]);
         let warnings = planner.warnings(map, &devices.decisions[0]);
@@ -215,7 +223,7 @@ fn few_cpus_for_the_polling_workers_of_all_devices_give_a_warning() {
     };
     assert_eq!(is_crowded(&devices), [""; 0]);
     let mut devices = Devices::new(&topology, true, vec![floating(8); 3]);
-    devices.settle();
+    devices.place_until_stable();
     assert_eq!(
         is_crowded(&devices),
         ["8 workers share CPUs 0-3: give the daemon more CPUs or the guest fewer queue pairs"]

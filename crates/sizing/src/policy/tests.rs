@@ -234,8 +234,8 @@ fn numbers_out_of_range_are_refused() {
     }
 }
 
-/// vCPUs, requests, other vectors and budget; the queue pairs of the devices, or the vectors that the
-/// error reports.
+/// vCPUs, requests, other vectors and budget; the queue pairs of the devices, or the vectors that
+/// the error reports.
 type BudgetCase = (
     u32,
     &'static [QueueRequest],

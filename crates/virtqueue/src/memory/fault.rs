@@ -3,9 +3,9 @@
 //! The file of a region belongs to the front-end. When it is truncated, or its file system is full,
 //! an access to a page that has no memory raises SIGBUS, which would end the process with all its
 //! guests. The handler here replaces the whole region with private zero pages and marks it as lost,
-//! so that the access continues. Whoever accessed the memory then asks [`LossWatch`] and stops the
-//! virtqueues of the region's owner, which need not be the virtqueue that was being processed: a
-//! switch copies from the memory of one guest to that of another.
+//! so that the access continues. The thread that accessed the memory then asks [`LossWatch`] and
+//! stops the virtqueues of the region's owner, which need not be the virtqueue that was being
+//! processed: a switch copies from the memory of one guest to that of another.
 //!
 //! ```text
 //! load or store ── SIGBUS ── handler: find region, map zeros over it, mark it, count
@@ -15,9 +15,10 @@
 //! The whole region is replaced, not only one page, because each page would become a mapping of its
 //! own, of which a process has only 65,530.
 //!
-//! The handler takes no lock and allocates nothing. It finds regions in a table of atomics, where an
-//! entry whose `start` is 0 is free. A region cannot be unmapped while a thread accesses it, so the
-//! entry that the handler looks for is stable; entries that others change meanwhile do not match.
+//! The handler takes no lock and allocates nothing. It finds regions in a table of atomics, where
+//! an entry whose `start` is 0 is free. A region cannot be unmapped while a thread accesses it, so
+//! the entry that the handler looks for is stable; entries that others change meanwhile do not
+//! match.
 #![allow(unsafe_code)]
 
 use std::io;
