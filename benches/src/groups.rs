@@ -20,6 +20,8 @@ pub enum Group {
     Guests,
     /// One queue pair against several: throughput, CPU time and latency
     Queues,
+    /// The CPU time of the longest turns that a guest can cause, against their bound
+    Turn,
 }
 
 impl Group {
@@ -34,6 +36,7 @@ impl Group {
             Self::Iperf => "iperf",
             Self::Guests => "guests",
             Self::Queues => "queues",
+            Self::Turn => "turn",
         }
     }
 
@@ -54,6 +57,7 @@ impl Group {
             Self::Queues => {
                 "Several queue pairs against one, between a QEMU guest (4 vCPUs) and its host"
             }
+            Self::Turn => "The longest turns of a worker that a hostile guest can cause",
         }
     }
 }

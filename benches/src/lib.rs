@@ -1,7 +1,7 @@
 //! Measures virtionetd and its parts side by side with other implementations, in one run.
 //!
 //! [`groups`] lists the groups of cases. Each group ([`ring`], [`tap`], [`peers`], [`footprint`],
-//! [`iperf`], [`guests`], [`queues`]) returns an [`outcome`]: rows of our figures and of those of
+//! [`iperf`], [`guests`], [`queues`], [`turn`]) returns an [`outcome`]: rows of our figures and of those of
 //! the other implementation, the peer, measured in turns ([`sampling`]). [`meta`] describes the
 //! machine and the versions. [`table`] and [`chart`] present the results.
 //!
@@ -24,3 +24,4 @@ pub mod ring;
 pub mod sampling;
 pub mod table;
 pub mod tap;
+pub mod turn;

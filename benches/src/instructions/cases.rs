@@ -261,10 +261,10 @@ impl CaseRunner for TransmitRunner {
 struct ReceiveqSink(Mutex<RxQueue>);
 
 impl RxSink for ReceiveqSink {
-    fn push(&self, frames: &[TxFrame<'_>]) {
+    fn push(&self, frames: &[TxFrame<'_>]) -> usize {
         let mut queue = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         // After a fault, frames are missing at the driver, which checks that.
-        _ = black_box(queue.push(frames));
+        black_box(queue.push(frames)).map_or(0, |pushed| pushed.descriptors_read)
     }
 }
 

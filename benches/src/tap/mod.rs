@@ -9,7 +9,7 @@
 
 mod receive;
 mod send;
-mod testbed;
+pub(crate) mod testbed;
 
 use anyhow::Result;
 use virtionet_guest::frame::{Checksum, Frame, FrameSpec, Transport};

@@ -17,11 +17,11 @@ use virtionet_virtqueue::VirtqueueLayout;
 use crate::harness::run_ip;
 
 /// The features that the guest negotiates.
-pub(super) const FEATURES: u64 = MODERN;
+pub(crate) const FEATURES: u64 = MODERN;
 
 /// A TAP with one queue, and optionally a second TAP on the same bridge as the source of frames.
 #[derive(Debug)]
-pub(super) struct TapTestbed {
+pub(crate) struct TapTestbed {
     tap: TapEnd,
     source: Option<TapEnd>,
 }
@@ -36,7 +36,7 @@ struct TapEnd {
 impl TapTestbed {
     /// Creates a TAP without a source. The network stack of the host drops the frames that are sent
     /// to the TAP.
-    pub(super) fn without_source() -> Result<Self> {
+    pub(crate) fn without_source() -> Result<Self> {
         Ok(Self {
             tap: TapEnd::new("bench0", None)?,
             source: None,
@@ -44,7 +44,7 @@ impl TapTestbed {
     }
 
     /// Creates a TAP and a source on a bridge, which forwards frames from the source to the TAP.
-    pub(super) fn with_source() -> Result<Self> {
+    pub(crate) fn with_source() -> Result<Self> {
         // A bridge of an earlier testbed may still exist.
         _ = run_ip("link del benchbr");
         run_ip("link add benchbr type bridge stp_state 0 forward_delay 0 mcast_snooping 0")?;
@@ -56,17 +56,17 @@ impl TapTestbed {
     }
 
     /// The queue of the TAP, as a device uses it.
-    pub(super) fn queue(&self) -> Arc<dyn UplinkQueue> {
+    pub(crate) fn queue(&self) -> Arc<dyn UplinkQueue> {
         Arc::clone(&self.tap.queue)
     }
 
     /// Duplicates the file descriptor of the same queue, for bare system calls.
-    pub(super) fn queue_file(&self) -> Result<File> {
+    pub(crate) fn queue_file(&self) -> Result<File> {
         duplicate_file(&self.tap)
     }
 
     /// Duplicates the file descriptor of the source.
-    pub(super) fn source_file(&self) -> Result<File> {
+    pub(crate) fn source_file(&self) -> Result<File> {
         let source = self.source.as_ref();
         duplicate_file(source.context("this testbed has no source")?)
     }
@@ -99,7 +99,7 @@ fn duplicate_file(end: &TapEnd) -> Result<File> {
 }
 
 /// Creates a device's queue on the virtqueue of a driver in this process.
-pub(super) fn create_device_queue<Q: DeviceQueue>(
+pub(crate) fn create_device_queue<Q: DeviceQueue>(
     ram: &GuestRam,
     driver: &net::DriverQueue,
     stats: &Arc<VringStats>,
@@ -125,7 +125,7 @@ pub(super) fn create_device_queue<Q: DeviceQueue>(
 }
 
 /// Creates guest memory for a queue with this configuration.
-pub(super) fn create_guest_ram(config: &net::DriverQueueConfig) -> Result<GuestRam> {
+pub(crate) fn create_guest_ram(config: &net::DriverQueueConfig) -> Result<GuestRam> {
     Ok(GuestRam::new(
         config.memory().next_multiple_of(4096) + (1 << 16),
     )?)

@@ -96,7 +96,7 @@ impl QueuePair {
     }
 
     /// Stores the queue that [`QueuePair::open_uplink`] opened.
-    pub(crate) fn set_uplink(&self, queue: Arc<dyn UplinkQueue>) {
+    pub fn set_uplink(&self, queue: Arc<dyn UplinkQueue>) {
         *self.uplink.lock() = Some(queue);
     }
 
@@ -163,11 +163,12 @@ impl QueuePair {
 
 /// For uplinks that push frames from threads of their own.
 impl RxSink for QueuePair {
-    fn push(&self, frames: &[TxFrame<'_>]) {
-        if !self.rx.push(frames) {
+    fn push(&self, frames: &[TxFrame<'_>]) -> usize {
+        self.rx.push(frames).unwrap_or_else(|| {
             // The vring does not run any more, so the worker must detach the uplink.
             self.wake();
-        }
+            0
+        })
     }
 }
 

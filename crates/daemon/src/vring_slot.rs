@@ -312,16 +312,19 @@ impl<Q: DeviceQueue> VringSlot<Q> {
 }
 
 impl VringSlot<RxQueue> {
-    /// Gives `frames` to the guest, or drops and counts them; false when the vring does not run.
-    /// The driver is interrupted at the end of the calling thread's turn.
-    pub fn push(&self, frames: &[TxFrame<'_>]) -> bool {
+    /// Gives `frames` to the guest, or drops and counts them; returns how many descriptors were
+    /// read, or `None` when the vring does not run. The driver is interrupted at the end of the
+    /// calling thread's turn.
+    pub fn push(&self, frames: &[TxFrame<'_>]) -> Option<usize> {
         let mut contents = self.contents.lock();
         let mut was_tried = false;
         let (outcome, notification) = self.process_locked(&mut contents, |queue, enabled| {
             was_tried = enabled;
             match enabled {
-                true => queue.push(frames).map(|pushed| ((), pushed.should_call)),
-                false => Ok(((), false)),
+                true => queue
+                    .push(frames)
+                    .map(|pushed| (pushed.descriptors_read, pushed.should_call)),
+                false => Ok((0, false)),
             }
         });
         // The queue itself counts what it drops.
@@ -332,7 +335,7 @@ impl VringSlot<RxQueue> {
         if let Some(notification) = notification {
             notification.deliver_after_turn();
         }
-        outcome.is_some()
+        outcome
     }
 }
 

@@ -66,7 +66,7 @@ struct LoopbackQueue {
 impl UplinkQueue for LoopbackQueue {
     fn transmit(&self, frames: &[TxFrame<'_>], stats: &VringStats) {
         match self.rx.upgrade() {
-            Some(rx) if self.is_attached.load(Ordering::Relaxed) => rx.push(frames),
+            Some(rx) if self.is_attached.load(Ordering::Relaxed) => _ = rx.push(frames),
             // Each frame that is not carried has a counter.
             _ => return stats.dropped_uplink_down.add(to_u64(frames.len())),
         }
@@ -96,10 +96,14 @@ impl UplinkQueue for LoopbackQueue {
 struct Receiveq(Mutex<RxQueue>);
 
 impl RxSink for Receiveq {
-    fn push(&self, frames: &[TxFrame<'_>]) {
+    fn push(&self, frames: &[TxFrame<'_>]) -> usize {
         let mut queue = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Err(fault) = queue.push(frames) {
-            println!("the receiveq must be quarantined: {fault}");
+        match queue.push(frames) {
+            Ok(pushed) => pushed.descriptors_read,
+            Err(fault) => {
+                println!("the receiveq must be quarantined: {fault}");
+                0
+            }
         }
     }
 }

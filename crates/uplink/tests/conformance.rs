@@ -56,7 +56,7 @@ impl RecordingSink {
 }
 
 impl RxSink for RecordingSink {
-    fn push(&self, frames: &[TxFrame<'_>]) {
+    fn push(&self, frames: &[TxFrame<'_>]) -> usize {
         assert!(frames.len() <= MAX_BURST);
         let copies = frames.iter().map(|frame| {
             let mut bytes = vec![0; frame.len];
@@ -67,6 +67,7 @@ impl RxSink for RecordingSink {
             bytes
         });
         self.0.lock().unwrap().extend(copies);
+        frames.len()
     }
 }
 

@@ -33,14 +33,16 @@ struct TestReceiveq {
 }
 
 impl RxSink for TestReceiveq {
-    fn push(&self, frames: &[TxFrame<'_>]) {
+    fn push(&self, frames: &[TxFrame<'_>]) -> usize {
         assert!(!frames.is_empty() && frames.len() <= MAX_BURST);
         self.pushes.lock().unwrap().push(frames.len());
         if self.enabled.load(Ordering::Relaxed) {
-            self.queue.lock().unwrap().push(frames).unwrap();
+            let mut queue = self.queue.lock().unwrap();
+            queue.push(frames).unwrap().descriptors_read
         } else {
             let count = u64::try_from(frames.len()).unwrap();
             self.stats.dropped_disabled.add(count);
+            0
         }
     }
 }
@@ -341,16 +343,16 @@ fn a_flow_is_answered_on_the_pair_on_which_it_was_transmitted() {
 #[test]
 fn a_flood_of_large_frames_costs_no_more_than_its_budget() {
     const RECEIVERS: usize = 12;
-    const BUDGET: usize = 16 << 20;
+    const BUDGET: usize = 4 << 20;
     let mut switches = Switches::default();
     let [mut a, others @ ..] = guests::<{ RECEIVERS + 1 }>(&mut switches, 1);
-    let burst = vec![frame(0, ALL, &[7; 23_000]); MAX_BURST];
+    let burst = vec![frame(0, ALL, &[7; 8_000]); MAX_BURST];
     a.send(0, &burst);
-    let copies = BUDGET / burst[0].bytes.len();
     let pushed: usize = others.iter().flat_map(|guest| guest.pushes(0)).sum();
-    assert_eq!(pushed, copies);
-    let left_out = u64::try_from(RECEIVERS * MAX_BURST - copies).unwrap();
-    assert!(left_out > 0);
+    // A copy costs its bytes, and its descriptors beside those.
+    let copied = pushed * burst[0].bytes.len();
+    assert!((BUDGET / 10 * 9..=BUDGET).contains(&copied), "{copied}");
+    let left_out = u64::try_from(RECEIVERS * MAX_BURST - pushed).unwrap();
     assert_eq!(a.tx().dropped_over_budget.get(), left_out);
     // Each frame reached at least one port.
     assert_eq!((a.tx().frames.get(), a.tx().dropped_no_port.get()), (64, 0));

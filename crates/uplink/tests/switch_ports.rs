@@ -28,7 +28,7 @@ impl Sink {
 }
 
 impl RxSink for Sink {
-    fn push(&self, frames: &[TxFrame<'_>]) {
+    fn push(&self, frames: &[TxFrame<'_>]) -> usize {
         for frame in frames {
             let mut bytes = vec![0; frame.len];
             let mut at = 0;
@@ -37,6 +37,7 @@ impl RxSink for Sink {
             }
             self.0.lock().unwrap().push(bytes);
         }
+        frames.len()
     }
 }
 

@@ -13,4 +13,4 @@ pub mod uplink;
 
 pub use queue::{DeviceQueue, QueueConfig};
 pub use rx::{PushOutcome, RxEndReason, RxOutcome, RxQueue};
-pub use tx::{TxOutcome, TxQueue};
+pub use tx::{BURST_WORK, TxOutcome, TxQueue};

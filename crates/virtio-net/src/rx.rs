@@ -29,9 +29,10 @@ const LARGE_FRAME_LEN: usize = 4096;
 const MIN_DEQUEUE: usize = 16;
 /// The number of frames after a large one among which another large one is expected.
 const DIRECT_READ_FRAMES: u32 = 64;
-/// The most descriptors that one call of [`RxQueue::receive`] reads, so that a guest's chains
-/// cannot keep the worker busy for long.
-const DESCRIPTOR_BUDGET: usize = 16 * 1024;
+/// The number of descriptors after which one call of [`RxQueue::receive`] or [`RxQueue::push`]
+/// dequeues no more chains, so that a guest's chains cannot keep the worker busy for long. 64 frames
+/// of 64 KiB need 2,816 buffers of 1,526 bytes.
+const DESCRIPTOR_BUDGET: usize = 4 * 1024;
 /// The offset of `num_buffers` in the header.
 const NUM_BUFFERS_OFFSET: usize = 10;
 

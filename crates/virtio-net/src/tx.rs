@@ -9,14 +9,24 @@ use virtionet_virtqueue::{Chain, Direction, VirtqueueError, VirtqueueFault};
 
 use crate::features::Features;
 use crate::header::{LEGACY_VNET_HEADER_LEN, VNET_HEADER_LEN, VnetHeader};
+use crate::offload::max_output_frames;
 use crate::queue::{DeviceQueue, Queue, QueueConfig, count_fault};
 use crate::stats::{VringStats, to_u64};
 use crate::uplink::{MAX_BURST, TxFrame, UplinkQueue};
 
+/// What the frames of one burst may cost, as a number of bytes that can be copied in the same time:
+/// some hundred microseconds.
+pub const BURST_WORK: usize = 512 << 10;
+/// The cost of a segment that may have to be made of a frame in software, beside that of its bytes.
+const SEGMENT_WORK: usize = 512;
+/// The bytes of a burst up to which it is within [`BURST_WORK`] without a look at each frame. No
+/// burst of 1,514-byte frames is longer. They can become some 4,700 segments.
+const CHEAP_BURST_BYTES: usize = 128 << 10;
+
 /// The outcome of [`TxQueue::send`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct TxOutcome {
-    /// Chains that were dequeued and completed, with and without a fault.
+    /// Chains that were completed, with and without a fault.
     pub chains: usize,
     /// The number of bytes of the Ethernet frames that were handed to the uplink.
     pub bytes: usize,
@@ -67,30 +77,45 @@ pub struct TxOutcome {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
-pub struct TxQueue(Queue);
+pub struct TxQueue {
+    queue: Queue,
+    /// The most chains to dequeue: fewer than [`MAX_BURST`] while frames are expensive, so that few
+    /// must be rewound.
+    burst_limit: usize,
+}
 
 impl TxQueue {
     /// Dequeues one burst and transmits its frames to `uplink`, or drops them where there is none
     /// (a ring that is started but disabled drains, as the vhost-user protocol's ring states
-    /// demand). It completes all chains. `chains` is 0 when none was available.
+    /// demand). It completes the chains of these frames. `chains` is 0 when none was available.
+    ///
+    /// The frames of one burst cost at most [`BURST_WORK`]; chains beyond that stay available.
     ///
     /// # Errors
     /// When the ring is faulty and must be quarantined.
     pub fn send(&mut self, uplink: Option<&dyn UplinkQueue>) -> Result<TxOutcome, VirtqueueFault> {
-        let queue = &mut self.0;
-        let chains = queue.virtqueue.dequeue(&mut queue.burst, MAX_BURST)?;
-        if chains == 0 {
+        let queue = &mut self.queue;
+        let dequeued = queue
+            .virtqueue
+            .dequeue(&mut queue.burst, self.burst_limit)?;
+        if dequeued == 0 {
             return Ok(TxOutcome::default());
         }
         queue.stats.bursts.add(1);
-        let bytes = match uplink {
-            Some(uplink) => transmit_burst(queue, uplink),
+        let (chains, bytes) = match uplink {
+            Some(uplink) => transmit_burst(queue, uplink, self.burst_limit < MAX_BURST),
             None => {
-                queue.stats.dropped_disabled.add(to_u64(chains));
-                0
+                queue.stats.dropped_disabled.add(to_u64(dequeued));
+                (dequeued, 0)
             }
         };
-        queue.virtqueue.complete_all(queue.burst.chains());
+        queue
+            .virtqueue
+            .complete_all(&queue.burst.chains()[..chains]);
+        if chains < dequeued || self.burst_limit < MAX_BURST {
+            self.adapt_burst_limit(chains, dequeued);
+        }
+        let queue = &mut self.queue;
         queue.burst.clear();
         Ok(TxOutcome {
             chains,
@@ -99,49 +124,70 @@ impl TxQueue {
         })
     }
 
+    /// Rewinds the chains that the last burst had no budget for.
+    #[cold]
+    fn adapt_burst_limit(&mut self, chains: usize, dequeued: usize) {
+        if chains < dequeued {
+            self.queue.burst.retire(chains);
+            self.queue.rewind();
+            self.burst_limit = chains.max(1);
+        } else if dequeued == self.burst_limit {
+            self.burst_limit = (2 * self.burst_limit).min(MAX_BURST);
+        }
+    }
+
     /// Whether chains are available.
     #[must_use]
     pub fn has_more(&self) -> bool {
-        self.0.virtqueue.has_more()
+        self.queue.virtqueue.has_more()
     }
 }
 
 impl DeviceQueue for TxQueue {
     fn new(config: QueueConfig) -> Result<Self, VirtqueueError> {
-        Queue::new(config, Direction::Readable).map(Self)
+        Ok(Self {
+            queue: Queue::new(config, Direction::Readable)?,
+            burst_limit: MAX_BURST,
+        })
     }
 
     fn size(&self) -> u16 {
-        self.0.virtqueue.size()
+        self.queue.virtqueue.size()
     }
 
     fn corrected_base(&self) -> Option<u32> {
-        self.0.virtqueue.corrected_base()
+        self.queue.virtqueue.corrected_base()
     }
 
     fn memory(&self) -> &GuestMemory {
-        self.0.burst.memory()
+        self.queue.burst.memory()
     }
 
     fn rewind(&mut self) -> u32 {
-        self.0.rewind()
+        self.queue.rewind()
     }
 
     fn rebind(&mut self, memory: &Arc<GuestMemory>) -> Result<(), VirtqueueError> {
-        self.0.rebind(memory)
+        self.queue.rebind(memory)
     }
 
     fn enable_kicks(&mut self) -> bool {
-        self.0.virtqueue.enable_kicks()
+        self.queue.virtqueue.enable_kicks()
     }
 
     fn disable_kicks(&mut self) {
-        self.0.virtqueue.disable_kicks();
+        self.queue.virtqueue.disable_kicks();
     }
 }
 
-/// Transmits the frames of the burst's valid chains; returns their bytes.
-fn transmit_burst(queue: &mut Queue, uplink: &dyn UplinkQueue) -> usize {
+/// Transmits the frames of the burst's valid chains; returns how many chains it is done with, and
+/// the bytes of their frames. With `is_expensive` it looks at the cost of each frame, even if the
+/// burst has few bytes.
+fn transmit_burst(
+    queue: &mut Queue,
+    uplink: &dyn UplinkQueue,
+    is_expensive: bool,
+) -> (usize, usize) {
     let mut headers = [VnetHeader::default(); MAX_BURST];
     strip_headers(queue, &mut headers);
     let Queue {
@@ -151,10 +197,10 @@ fn transmit_burst(queue: &mut Queue, uplink: &dyn UplinkQueue) -> usize {
         ..
     } = queue;
     let mut frames: ArrayVec<TxFrame<'_>, MAX_BURST> = ArrayVec::new();
+    let chains = burst.chains();
     let mut bytes = 0;
-    for (chain, header) in burst.chains().iter().zip(&headers) {
+    for (chain, header) in chains.iter().zip(&headers) {
         if chain.fault().is_some() || header.check(chain.len(), *features).is_err() {
-            count_invalid_chain(chain, header, *features, stats);
             continue;
         }
         bytes += chain.len();
@@ -165,10 +211,32 @@ fn transmit_burst(queue: &mut Queue, uplink: &dyn UplinkQueue) -> usize {
             len: chain.len(),
         });
     }
+    if bytes > CHEAP_BURST_BYTES || is_expensive {
+        frames.truncate(count_within_work(&frames));
+        bytes = frames.iter().map(|frame| frame.len).sum();
+    }
+    let done = match frames.len() == chains.len() {
+        true => chains.len(),
+        false => count_invalid_chains(chains, &headers, *features, frames.len(), stats),
+    };
     if !frames.is_empty() {
         uplink.transmit(&frames, stats);
     }
-    bytes
+    (done, bytes)
+}
+
+/// The number of the first frames that cost [`BURST_WORK`] together, or of one that costs more.
+fn count_within_work(frames: &[TxFrame<'_>]) -> usize {
+    let mut work = 0;
+    let within = frames.iter().take_while(|frame| {
+        let segments = match frame.header.gso_size() {
+            0 => 0,
+            _ => max_output_frames(frame) * SEGMENT_WORK,
+        };
+        work += frame.len + segments;
+        work <= BURST_WORK
+    });
+    within.count().max(1)
 }
 
 /// Strips the headers off the chains. The virtqueue has marked chains without a whole header as
@@ -187,12 +255,24 @@ fn strip_headers(queue: &mut Queue, headers: &mut [VnetHeader; MAX_BURST]) {
     }
 }
 
-/// Counts the fault of a chain that is not a valid frame.
+/// Counts the faults of the chains that are no valid frames, up to the first valid one that follows
+/// `sent` valid ones; returns the number of chains in front of that one.
 #[cold]
-fn count_invalid_chain(chain: &Chain, header: &VnetHeader, features: Features, stats: &VringStats) {
-    match (chain.fault(), header.check(chain.len(), features)) {
-        (Some(fault), _) => count_fault(fault, Direction::Readable, stats),
-        (None, Err(fault)) => fault.count(stats),
-        (None, Ok(())) => {}
+fn count_invalid_chains(
+    chains: &[Chain],
+    headers: &[VnetHeader],
+    features: Features,
+    sent: usize,
+    stats: &VringStats,
+) -> usize {
+    let mut valid = 0;
+    for (n, (chain, header)) in chains.iter().zip(headers).enumerate() {
+        match (chain.fault(), header.check(chain.len(), features)) {
+            (Some(fault), _) => count_fault(fault, Direction::Readable, stats),
+            (None, Err(fault)) => fault.count(stats),
+            (None, Ok(())) if valid == sent => return n,
+            (None, Ok(())) => valid += 1,
+        }
     }
+    chains.len()
 }

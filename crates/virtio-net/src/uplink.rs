@@ -84,7 +84,10 @@ pub trait RxSink: Send + Sync + fmt::Debug {
     /// receiving ring (`dropped_no_buffer`, `dropped_too_long`), and so is a frame that arrives
     /// while the ring is stopped or disabled (`dropped_disabled`). The ring is locked during the
     /// call, so the caller must not hold another receiveq's lock.
-    fn push(&self, frames: &[TxFrame<'_>]);
+    ///
+    /// Returns how many descriptors of the ring were read, those of invalid chains included: a
+    /// measure of the work that the receiving guest's ring caused.
+    fn push(&self, frames: &[TxFrame<'_>]) -> usize;
 }
 
 /// A reference to no receiveq, for an uplink that no device uses.
@@ -97,7 +100,9 @@ pub fn null_rx_sink() -> Weak<dyn RxSink> {
 struct NullRxSink;
 
 impl RxSink for NullRxSink {
-    fn push(&self, _frames: &[TxFrame<'_>]) {}
+    fn push(&self, _frames: &[TxFrame<'_>]) -> usize {
+        0
+    }
 }
 
 /// Where the frames of one device go.

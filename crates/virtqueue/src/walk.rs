@@ -296,8 +296,8 @@ impl<'w, 'p> Walk<'w, 'p> {
 pub(crate) const MAX_CHAINS_PER_DEQUEUE: usize = 64;
 
 /// The number of descriptors after which one call of `dequeue` starts no further chain. Whatever
-/// the guest wrote, a call thus ends within some tens of microseconds.
-pub(crate) const MAX_DESCRIPTORS_PER_DEQUEUE: usize = 4 * MAX_CHAIN_SEGMENTS;
+/// the guest wrote, a call thus reads at most twice as many, which takes some tens of microseconds.
+pub(crate) const MAX_DESCRIPTORS_PER_DEQUEUE: usize = MAX_CHAIN_SEGMENTS;
 
 /// Converts a segment count, at most [`MAX_CHAIN_SEGMENTS`].
 #[inline(always)]

@@ -20,12 +20,16 @@ use super::host_port::HostPort;
 use super::masks::{FrameGroups, contiguous_range, iter_bits};
 use super::port::DevicePort;
 
-/// The cost of the floods and conversions of one burst in copied bytes, at most: a few
-/// milliseconds, whatever the number of receivers. Further copies are dropped
-/// (`dropped_over_budget`).
-const COPY_BUDGET: usize = 16 << 20;
+/// What the floods, conversions and receivers' descriptors of one burst may cost, as a number of
+/// bytes that can be copied in the same time: about half a millisecond, whatever the number of
+/// receivers. Copies beyond that are not made (`dropped_over_budget`).
+const WORK_BUDGET: usize = 4 << 20;
+/// The cost of a further copy of a frame beside that of its bytes.
+const COPY_COST: usize = 256;
 /// The cost of a segment beside that of its bytes.
 const SEGMENT_COST: usize = 512;
+/// The cost of a descriptor that a receiver's ring makes the switch read.
+const DESCRIPTOR_COST: usize = 128;
 
 /// The port from which a burst comes.
 #[derive(Debug)]
@@ -89,7 +93,7 @@ pub(super) struct BurstDelivery<'a> {
     stats: &'a VringStats,
     /// The mask of the frames that were dropped and counted.
     dropped: Cell<u64>,
-    /// The remaining part of [`COPY_BUDGET`]. The first copy of each frame is free.
+    /// The remaining part of [`WORK_BUDGET`]. The copy of a frame to its only receiver is free.
     budget_left: Cell<usize>,
     /// The flow of each frame; empty until it is needed.
     flows: RefCell<ArrayVec<u64, MAX_BURST>>,
@@ -115,7 +119,7 @@ impl<'a> BurstDelivery<'a> {
             requests,
             stats,
             dropped: Cell::new(0),
-            budget_left: Cell::new(COPY_BUDGET),
+            budget_left: Cell::new(WORK_BUDGET),
             flows: RefCell::default(),
         }
     }
@@ -205,10 +209,19 @@ impl<'a> BurstDelivery<'a> {
     /// The mask of those frames in `mask` that the budget allows to be copied again.
     pub(super) fn within_budget(&self, mask: u64) -> u64 {
         let can = iter_bits(mask)
-            .filter(|&n| self.try_charge(self.frames[n].len))
+            .filter(|&n| self.try_charge(self.frames[n].len + COPY_COST))
             .fold(0, |mask, n| mask | 1 << n);
         self.mark_dropped(mask & !can);
         can
+    }
+
+    /// Counts the frames in `mask` as dropped because the budget is used up.
+    #[cold]
+    fn refuse(&self, mask: u64) -> u64 {
+        let count = u64::from(mask.count_ones());
+        self.stats.dropped_over_budget.add(count);
+        self.mark_dropped(mask);
+        0
     }
 
     fn mark_dropped(&self, mask: u64) {
@@ -246,19 +259,30 @@ impl<'a> BurstDelivery<'a> {
     /// Pushes the frames in `mask` to one receiveq; returns the mask of those that were pushed.
     #[inline(always)]
     fn push(&self, port: &DevicePort, pair: u16, mask: u64) -> u64 {
+        if self.budget_left.get() == 0 {
+            return self.refuse(mask);
+        }
         let format = port.format();
         match contiguous_range(mask) {
             _ if !self.requests.is_supported_by(format) => {
                 return self.push_each(port, pair, mask, format);
             }
-            Some(run) => port.push(pair, &self.frames[run]),
+            Some(run) => self.push_frames(port, pair, &self.frames[run]),
             None => {
                 let mut frames = ArrayVec::<TxFrame<'_>, MAX_BURST>::new();
                 frames.extend(iter_bits(mask).map(|n| self.frames[n]));
-                port.push(pair, &frames);
+                self.push_frames(port, pair, &frames);
             }
         }
         mask
+    }
+
+    /// Pushes `frames`, and takes the cost of the receiver's descriptors from the budget.
+    #[inline(always)]
+    fn push_frames(&self, port: &DevicePort, pair: u16, frames: &[TxFrame<'_>]) {
+        let cost = port.push(pair, frames).saturating_mul(DESCRIPTOR_COST);
+        self.budget_left
+            .set(self.budget_left.get().saturating_sub(cost));
     }
 
     /// The same where each header must be checked.
@@ -273,13 +297,14 @@ impl<'a> BurstDelivery<'a> {
                 continue;
             }
             // Earlier frames must be pushed first, to keep the order.
-            port.push(pair, &ready);
+            self.push_frames(port, pair, &ready);
             ready.clear();
             if !self.try_charge(frame.len + max_output_frames(&frame) * SEGMENT_COST) {
                 delivered &= !(1 << n);
                 continue;
             }
-            if let Err(fault) = self.convert(&frame, format, |frames| port.push(pair, frames)) {
+            let emit = |frames: &[TxFrame<'_>]| self.push_frames(port, pair, frames);
+            if let Err(fault) = self.convert(&frame, format, emit) {
                 // The fault is counted once, even where the frame has several receivers.
                 if self.dropped.get() & 1 << n == 0 {
                     fault.count(self.stats);
@@ -288,7 +313,7 @@ impl<'a> BurstDelivery<'a> {
                 delivered &= !(1 << n);
             }
         }
-        port.push(pair, &ready);
+        self.push_frames(port, pair, &ready);
         self.mark_dropped(mask & !delivered);
         delivered
     }

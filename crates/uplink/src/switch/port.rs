@@ -105,14 +105,12 @@ impl DevicePort {
 
     /// Pushes `frames` to the receiveq of a pair.
     #[inline(always)]
-    pub(super) fn push(&self, pair: u16, frames: &[TxFrame<'_>]) {
+    pub(super) fn push(&self, pair: u16, frames: &[TxFrame<'_>]) -> usize {
         if frames.is_empty() {
-            return;
+            return 0;
         }
         let rx = self.pairs.get(usize::from(pair)).and_then(OnceLock::get);
-        if let Some(rx) = rx.and_then(Weak::upgrade) {
-            rx.push(frames);
-        }
+        rx.and_then(Weak::upgrade).map_or(0, |rx| rx.push(frames))
     }
 }
 

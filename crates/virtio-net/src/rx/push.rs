@@ -15,6 +15,8 @@ use crate::uplink::TxFrame;
 pub struct PushOutcome {
     /// Frames that the guest received; the others were dropped and counted.
     pub frames: usize,
+    /// The descriptors that were read, those of invalid chains included.
+    pub descriptors_read: usize,
     /// The driver asks for an interrupt.
     pub should_call: bool,
 }
@@ -94,6 +96,7 @@ impl RxQueue {
             Some(fault) if !self.queue.virtqueue.has_unpublished() => Err(fault),
             _ => Ok(PushOutcome {
                 frames: progress.frames,
+                descriptors_read: self.queue.burst.descriptors_read(),
                 should_call: self.queue.virtqueue.publish(),
             }),
         }
