@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_in_json_has_only_the_documented_fields() {
+    fn row_in_json_has_only_the_documented_fields() {
         let mut row = Row::new("a", "ns", Better::Lower, 2.0, ("x", 6.0)).with_bound(1.0);
         let json = serde_json::to_value(&row).unwrap();
         let want = serde_json::json!({"case": "a", "ours": 2.0, "peer": 6.0, "peer_name": "x",

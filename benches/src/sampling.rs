@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disturbed_pair_does_not_change_the_ratio() {
+    fn disturbed_pair_does_not_change_the_ratio() {
         let disturbed = [1.0, 10.0, 1.0, 7.0, 1.0].map(|slow| (slow, 2.0 * slow));
         let row = pairs(&disturbed).row("c", "ns", Better::Lower, "p");
         assert_eq!((row.ours, row.peer, row.ratio()), (1.0, 2.0, 2.0));

@@ -83,7 +83,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn a_complete_pair_is_parsed_and_a_missing_field_is_an_error() {
+    fn complete_pair_is_parsed_and_missing_field_is_an_error() {
         let ring = json!({"enabled": true, "counters": {"frames": 3, "bytes": 180, "dropped_disabled": 1}});
         let pair = json!({"worker": "vnet-q0", "tid": 9, "cpus": [1], "vcpus": [0, 1], "rx": ring, "tx": ring});
         let mut device = json!({ "pairs": [pair] });

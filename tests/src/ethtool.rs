@@ -208,7 +208,7 @@ large-receive-offload: off [requested on]
     }
 
     #[test]
-    fn a_value_that_is_missing_or_not_a_number_is_an_error() {
+    fn value_that_is_missing_or_not_a_number_is_an_error() {
         let error = |text: &str| format!("{:#}", parse_combined(text).unwrap_err());
         let incomplete = CHANNELS.replace("Combined:\t2\n", "");
         let expected = "no Combined under 'Current hardware settings'";

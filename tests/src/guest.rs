@@ -341,7 +341,7 @@ mod tests {
     }
 
     #[test]
-    fn the_error_of_a_closed_line_contains_the_last_output() {
+    fn error_of_a_closed_line_contains_the_last_output() {
         let (guest, mut line) = guest_with_line();
         line.write_all(b"Kernel panic\n").unwrap();
         drop(line);
@@ -353,7 +353,7 @@ mod tests {
     }
 
     #[test]
-    fn a_command_with_two_lines_or_no_words_is_rejected() {
+    fn command_with_two_lines_or_no_words_is_rejected() {
         let (guest, _line) = guest_with_line();
         assert!(guest.run("a\nb", TIMEOUT).is_err());
         assert!(guest.run(" ", TIMEOUT).is_err());

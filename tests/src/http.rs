@@ -89,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn an_invalid_response_is_an_error() {
+    fn invalid_response_is_an_error() {
         for response in [
             "",
             "HTTP/1.1 200 OK\r\n",

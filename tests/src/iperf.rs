@@ -428,7 +428,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_reports_of_several_processes_are_summed() {
+    fn reports_of_several_processes_are_summed() {
         let mut report = IperfReport::default();
         let tcp = r#"{"end": {"sum_sent": {"bits_per_second": 3e9, "retransmits": 4},
                       "sum_received": {"bits_per_second": 2.5e9}}}"#;
@@ -455,7 +455,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_from_iperf3_or_incomplete_output_is_an_error() {
+    fn error_from_iperf3_or_incomplete_output_is_an_error() {
         let mut report = IperfReport::default();
         let error = report.add(r#"{"error": "unable to connect"}"#).unwrap_err();
         assert!(error.to_string().contains("unable to connect"));

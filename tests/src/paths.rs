@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_an_orphan_only_after_its_process_has_ended() {
+    fn name_is_an_orphan_only_after_its_process_has_ended() {
         assert!(!is_orphan(&format!("{PREFIX}{}-0", process::id())));
         // This process id is above the kernel's maximum.
         assert!(is_orphan(&format!("{PREFIX}4194305-0")));

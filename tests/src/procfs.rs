@@ -49,7 +49,7 @@ mod tests {
     }
 
     #[test]
-    fn the_cpu_time_and_the_open_files_of_this_process_are_counted() {
+    fn cpu_time_and_open_files_of_this_process_are_counted() {
         let pid = std::process::id();
         let before = (open_fds(pid).unwrap(), cpu_ticks(pid).unwrap());
         let _file = fs::File::open("/dev/null").unwrap();

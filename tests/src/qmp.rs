@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn an_event_before_a_reply_is_stored_until_it_is_read() {
+    fn event_before_a_reply_is_stored_until_it_is_read() {
         let (mut qmp, server) = monitor(&[concat!(
             r#"{"event": "RESUME", "data": {"n": 1}}"#,
             "\n",
@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_reply_is_an_error() {
+    fn error_reply_is_an_error() {
         let (mut qmp, server) = monitor(&[r#"{"error": {"class": "GenericError", "desc": "no"}}"#]);
         let error = qmp.execute("bad", &Value::Null).unwrap_err().to_string();
         assert!(error.contains("'bad' failed: \"no\""), "{error}");
@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn a_closed_monitor_is_an_error() {
+    fn closed_monitor_is_an_error() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         drop(theirs);
         assert!(Qmp::new(ours).execute("quit", &Value::Null).is_err());

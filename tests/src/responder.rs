@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn an_arp_request_for_the_responders_address_is_answered() {
+    fn arp_request_for_the_responders_address_is_answered() {
         let reply = answer(&arp(1, [10, 0, 0, 2]), OURS).unwrap();
         assert_eq!(reply[..12], [REQUESTER_MAC, OURS.mac].concat());
         assert_eq!(reply[20..22], [0, 2]);
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn an_echo_reply_has_a_correct_checksum_for_any_payload() {
+    fn echo_reply_has_a_correct_checksum_for_any_payload() {
         for n in 0..=255_u8 {
             let request = echo(8, &[n, n.wrapping_mul(7), 0xff, n]);
             let reply = answer(&request, OURS).unwrap();

@@ -87,7 +87,7 @@ mod tests {
     use nix::unistd::gettid;
 
     #[test]
-    fn a_pinned_thread_runs_on_its_cpu_and_has_that_affinity() {
+    fn pinned_thread_runs_on_its_cpu_and_has_that_affinity() {
         let cpu = allowed_cpus().unwrap()[0];
         let cpus = std::thread::Builder::new()
             .name("pinned".into())

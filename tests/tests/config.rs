@@ -18,7 +18,7 @@ use virtionet_tests::topology::{GUEST, HostNetwork, TAP, configure_guest};
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 #[test]
-fn a_guest_is_served_by_a_device_of_the_file_and_command_line_keys_override_the_file() {
+fn guest_is_served_by_a_device_of_the_file_and_command_line_keys_override_the_file() {
     let dir = RunDir::new().unwrap();
     let network = HostNetwork::bare().unwrap();
     let file = dir.join("virtionetd.toml");
@@ -103,7 +103,7 @@ fn a_guest_is_served_by_a_device_of_the_file_and_command_line_keys_override_the_
 }
 
 #[test]
-fn a_file_with_errors_is_refused_with_all_errors_before_a_socket_is_created() {
+fn file_with_errors_is_refused_with_all_errors_before_a_socket_is_created() {
     let dir = RunDir::new().unwrap();
     let file = dir.join("f.toml");
     let socket = dir.join("a.sock");
@@ -138,7 +138,7 @@ fn a_file_with_errors_is_refused_with_all_errors_before_a_socket_is_created() {
 }
 
 #[test]
-fn a_command_that_moved_to_virtionetctl_is_refused_with_status_2_and_one_line() {
+fn command_that_moved_to_virtionetctl_is_refused_with_status_2_and_one_line() {
     let dir = RunDir::new().unwrap();
     for (arguments, command) in [(&["plan"][..], "plan"), (&["check", "x"], "check")] {
         let refused = virtionetd(&dir, arguments).unwrap();

@@ -47,7 +47,7 @@ const TIMEOUT: Duration = Duration::from_secs(20);
 const MEMORY_MIB: u32 = 128;
 
 #[test]
-fn the_runs_cover_all_modes_with_every_ring_size_and_number_of_pairs() {
+fn runs_cover_all_modes_with_every_ring_size_and_number_of_pairs() {
     let runs: Vec<Run> = (0..RUNS).map(Run::number).collect();
     let mut modes: Vec<_> = runs.iter().map(Run::modes).collect();
     modes.sort_unstable();

@@ -18,7 +18,7 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 /// QEMU reconnects immediately and indefinitely, so only the messages of QEMU and virtionetd show
 /// the cause.
 #[test]
-fn a_qemu_with_too_many_pairs_is_reported_at_most_once_a_second_and_the_next_is_served() {
+fn qemu_with_too_many_pairs_is_reported_at_most_once_a_second_and_the_next_is_served() {
     let dir = RunDir::new().unwrap();
     let daemon = null_options()
         .flag("--queues", "2")
@@ -82,7 +82,7 @@ fn unshared_guest_memory_is_reported_with_the_remedy_and_the_next_guest_is_serve
 }
 
 #[test]
-fn an_unusable_socket_is_refused_in_one_line_and_the_socket_of_a_killed_daemon_is_reused() {
+fn unusable_socket_is_refused_in_one_line_and_socket_of_a_killed_daemon_is_reused() {
     let dir = RunDir::new().unwrap();
     let holder = null_options().start(&dir, "vnet").unwrap();
     let socket = holder.socket().to_owned();

@@ -76,7 +76,7 @@ fn assert_only_faulty_ring_stops(
 }
 
 #[test]
-fn a_jump_of_the_available_index_stops_only_that_ring() {
+fn jump_of_the_available_index_stops_only_that_ring() {
     assert_only_faulty_ring_stops(MODERN, "avail_index_jump", |frontend| {
         let ring = frontend.pairs[0].tx.queue.ring.as_split().unwrap();
         ring.set_avail_index(ring.avail_index().wrapping_add(1000));
@@ -84,7 +84,7 @@ fn a_jump_of_the_available_index_stops_only_that_ring() {
 }
 
 #[test]
-fn a_head_outside_the_ring_stops_only_that_ring() {
+fn head_outside_the_ring_stops_only_that_ring() {
     assert_only_faulty_ring_stops(MODERN, "head_out_of_range", |frontend| {
         let ring = frontend.pairs[0].tx.queue.ring.as_split().unwrap();
         let index = ring.avail_index();
@@ -94,7 +94,7 @@ fn a_head_outside_the_ring_stops_only_that_ring() {
 }
 
 #[test]
-fn a_packed_descriptor_chain_without_end_stops_only_that_ring() {
+fn packed_descriptor_chain_without_end_stops_only_that_ring() {
     assert_only_faulty_ring_stops(MODERN | PACKED, "chain_without_end", |frontend| {
         let ring = frontend.pairs[0].tx.queue.ring.as_packed().unwrap();
         for index in (0..256).rev() {

@@ -109,7 +109,7 @@ fn warnings(device: &Value) -> String {
 }
 
 #[test]
-fn a_call_eventfd_that_blocks_is_cut_off_and_the_other_device_carries_every_frame() {
+fn call_eventfd_that_blocks_is_cut_off_and_the_other_device_carries_every_frame() {
     let devices = Devices::start("switch:sw");
     let hostile = devices.connect(0);
     let mut other = devices.connect(1);
@@ -154,7 +154,7 @@ fn memory_that_is_truncated_costs_its_own_device_only() {
 }
 
 #[test]
-fn a_second_front_end_is_refused_and_one_that_comes_after_the_first_is_served() {
+fn second_front_end_is_refused_and_one_that_comes_after_the_first_is_served() {
     let devices = Devices::start("null");
     let first = devices.connect(0);
     let socket = devices.dir.join("0.sock");
@@ -174,7 +174,7 @@ fn a_second_front_end_is_refused_and_one_that_comes_after_the_first_is_served() 
 }
 
 #[test]
-fn a_socket_that_lingers_when_it_is_closed_holds_up_neither_sessions_nor_the_end() {
+fn socket_that_lingers_when_it_is_closed_holds_up_neither_sessions_nor_the_end() {
     let devices = Devices::start("null");
     let mut other = devices.connect(1);
     let (socket, _peer) = slow_closing_socket(Duration::from_secs(60)).unwrap();
@@ -190,7 +190,7 @@ fn a_socket_that_lingers_when_it_is_closed_holds_up_neither_sessions_nor_the_end
 }
 
 #[test]
-fn a_ring_without_a_kick_descriptor_is_served() {
+fn ring_without_kick_descriptor_is_served() {
     let devices = Devices::start("null");
     let mut frontend = devices.connect(1);
     frontend.connection.set_vring_kick(1, None).unwrap();
@@ -199,7 +199,7 @@ fn a_ring_without_a_kick_descriptor_is_served() {
 }
 
 #[test]
-fn a_ring_whose_memory_is_removed_and_added_again_continues() {
+fn ring_whose_memory_is_removed_and_added_again_continues() {
     let devices = Devices::start("null");
     let mut frontend = devices.connect(1);
     devices.assert_carries_frames(&mut frontend);
@@ -222,7 +222,7 @@ fn a_ring_whose_memory_is_removed_and_added_again_continues() {
 }
 
 #[test]
-fn a_base_that_does_not_match_the_used_index_is_corrected() {
+fn base_that_does_not_match_the_used_index_is_corrected() {
     let devices = Devices::start("null");
     let mut frontend = devices.connect(1);
     devices.assert_carries_frames(&mut frontend);
@@ -237,7 +237,7 @@ fn a_base_that_does_not_match_the_used_index_is_corrected() {
 }
 
 #[test]
-fn a_front_end_without_shared_memory_is_reported_and_its_successor_is_served() {
+fn front_end_without_shared_memory_is_reported_and_its_successor_is_served() {
     let dir = RunDir::new().unwrap();
     // The only device of its daemon.
     let mut daemon = Options::new()
@@ -273,7 +273,7 @@ fn a_front_end_without_shared_memory_is_reported_and_its_successor_is_served() {
 }
 
 #[test]
-fn a_client_waits_for_its_front_end_whatever_is_in_the_way() {
+fn client_waits_for_its_front_end_whatever_is_in_the_way() {
     let dir = RunDir::new().unwrap();
     let socket = dir.join("vnet.sock");
     let wrong = UnixDatagram::bind(&socket).unwrap();

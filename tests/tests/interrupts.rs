@@ -144,7 +144,7 @@ fn masks_do_not_change_by_default() {
 }
 
 #[test]
-fn a_daemon_that_may_not_write_masks_reports_this_once_and_serves_the_guest() {
+fn daemon_that_may_not_write_masks_reports_this_once_and_serves_the_guest() {
     let network = network_with_masks().unwrap();
     network.netns().ip(&format!("link del {TAP}")).unwrap();
     let add = format!("tuntap add dev {TAP} mode tap user 65534 vnet_hdr multi_queue");
@@ -228,7 +228,7 @@ fn unused_pairs_and_shared_vectors_are_reported_once_with_the_commands_that_help
 }
 
 #[test]
-fn a_network_device_without_multiqueue_is_reported_with_the_property_that_helps() {
+fn network_device_without_multiqueue_is_reported_with_the_property_that_helps() {
     let network = HostNetwork::bare().unwrap();
     let dir = RunDir::new().unwrap();
     let daemon = options(&network, "off").start(&dir, "vnet").unwrap();
@@ -248,7 +248,7 @@ fn a_network_device_without_multiqueue_is_reported_with_the_property_that_helps(
 }
 
 #[test]
-fn a_guest_that_uses_all_pairs_and_vectors_gets_no_advice() {
+fn guest_that_uses_all_pairs_and_vectors_gets_no_advice() {
     let network = HostNetwork::bare().unwrap();
     let dir = RunDir::new().unwrap();
     let monitor = dir.join("monitor.qmp");

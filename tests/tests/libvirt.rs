@@ -28,7 +28,7 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_FOLLOW_TIME: Duration = Duration::from_secs(1);
 
 #[test]
-fn a_planned_domain_carries_traffic_and_its_workers_move_after_vcpupin() {
+fn planned_domain_carries_traffic_and_its_workers_move_after_vcpupin() {
     let cpus = sched::allowed_cpus().unwrap();
     let [first, second, ..] = cpus[..] else {
         eprintln!("skipped: this test needs two CPUs");

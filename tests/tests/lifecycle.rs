@@ -43,7 +43,7 @@ fn frames_pass_and_no_resources_leak_after_a_reboot_a_reset_and_a_rebound_driver
 }
 
 #[test]
-fn a_new_qemu_is_served_and_no_resources_leak_after_qemu_was_killed_under_load() {
+fn new_qemu_is_served_and_no_resources_leak_after_qemu_was_killed_under_load() {
     let mut testbed = TestbedConfig::new(PAIRS).start().unwrap();
     testbed.move_data_both_ways().unwrap();
     let before = read_resources(&testbed).unwrap();

@@ -75,13 +75,13 @@ fn assert_serves_and_stops(mut daemon: Daemon) {
 }
 
 #[test]
-fn a_log_on_a_full_disk_loses_lines_and_nothing_else() {
+fn log_on_a_full_disk_loses_lines_and_nothing_else() {
     let dir = RunDir::new().unwrap();
     assert_serves_and_stops(start(&dir, Path::new("/dev/full")));
 }
 
 #[test]
-fn a_log_pipe_without_a_reader_loses_lines_and_nothing_else() {
+fn log_pipe_without_reader_loses_lines_and_nothing_else() {
     let dir = RunDir::new().unwrap();
     let (path, reader) = make_fifo(&dir);
     let daemon = start(&dir, &path);
@@ -90,7 +90,7 @@ fn a_log_pipe_without_a_reader_loses_lines_and_nothing_else() {
 }
 
 #[test]
-fn a_log_pipe_whose_reader_sleeps_loses_lines_and_nothing_else() {
+fn log_pipe_whose_reader_sleeps_loses_lines_and_nothing_else() {
     let dir = RunDir::new().unwrap();
     let (path, reader) = make_fifo(&dir);
     assert_serves_and_stops(start(&dir, &path));

@@ -20,7 +20,7 @@ const FILE_BYTES: u64 = 256 << 20;
 const TRANSFER_TIMEOUT: Duration = Duration::from_secs(120);
 
 #[test]
-fn the_guest_negotiates_offloads_and_large_segments_pass_unsegmented() {
+fn guest_negotiates_offloads_and_large_segments_pass_unsegmented() {
     let testbed = TestbedConfig::new(2).start().unwrap();
     let guest = testbed.qemu.guest();
     assert_offloads_negotiated(guest).unwrap();
@@ -39,7 +39,7 @@ fn the_guest_negotiates_offloads_and_large_segments_pass_unsegmented() {
 }
 
 #[test]
-fn a_link_with_mtu_9000_carries_large_frames_unfragmented_and_files_unchanged() {
+fn link_with_mtu_9000_carries_large_frames_unfragmented_and_files_unchanged() {
     let config = TestbedConfig::new(2).memory_mib(1024).prop("host_mtu=9000");
     let testbed = config.start().unwrap();
     assert_mtu_is_9000(&testbed).unwrap();

@@ -61,7 +61,7 @@ fn four_pairs_carry_frames_both_ways_each_with_worker_and_interrupts_on_its_vcpu
 }
 
 #[test]
-fn a_guest_with_packed_rings_moves_data_both_ways_before_and_after_a_reboot() {
+fn guest_with_packed_rings_moves_data_both_ways_before_and_after_a_reboot() {
     let mut testbed = TestbedConfig::new(2).prop("packed=on").start().unwrap();
     let features = testbed.daemon.device().unwrap()["frontend"]["features"].clone();
     assert!(features.to_string().contains("RING_PACKED"), "{features}");

@@ -105,7 +105,7 @@ fn floating_vcpus_are_reported_once_with_the_remedy_and_no_longer_after_pinning(
 }
 
 #[test]
-fn a_worker_busy_polls_only_on_a_cpu_to_which_no_vcpu_is_pinned() {
+fn worker_busy_polls_only_on_a_cpu_to_which_no_vcpu_is_pinned() {
     let cpus = sched::allowed_cpus().unwrap();
     if cpus.len() < 2 {
         eprintln!("skipped: this test needs two CPUs");
@@ -158,7 +158,7 @@ fn a_worker_busy_polls_only_on_a_cpu_to_which_no_vcpu_is_pinned() {
 }
 
 #[test]
-fn the_placer_of_an_idle_guest_uses_less_than_0_2_percent_of_a_cpu() {
+fn placer_of_an_idle_guest_uses_less_than_0_2_percent_of_a_cpu() {
     const INTERVAL: Duration = Duration::from_secs(5);
     let testbed = TestbedConfig::new(4).start().unwrap();
     assert_nodes_reported(&testbed.daemon.device().unwrap());
@@ -173,7 +173,7 @@ fn the_placer_of_an_idle_guest_uses_less_than_0_2_percent_of_a_cpu() {
 }
 
 #[test]
-fn the_reported_map_from_pairs_to_vcpus_is_that_of_the_guest() {
+fn reported_map_from_pairs_to_vcpus_is_that_of_the_guest() {
     for (vcpus, pair_counts) in [(4, &[4, 3, 2, 1][..]), (2, &[4, 2])] {
         let mut testbed = TestbedConfig::new(4).vcpus(vcpus).start().unwrap();
         for pairs in pair_counts {

@@ -27,7 +27,7 @@ const MAX_FOLLOW_TIME: Duration = Duration::from_secs(5);
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 
 #[test]
-fn a_guest_started_from_a_plan_has_the_planned_pairs_vectors_pins_and_workers() {
+fn guest_started_from_a_plan_has_the_planned_pairs_vectors_pins_and_workers() {
     let dir = RunDir::new().unwrap();
     let network = HostNetwork::bare().unwrap();
     // The reverse order differs from the default order in which workers are placed on CPUs.
@@ -199,7 +199,7 @@ fn run_printed_commands(vcpus: u32) -> Result<()> {
 }
 
 #[test]
-fn the_printed_domain_is_valid_for_libvirt_and_the_printed_file_for_virtionetctl() {
+fn printed_domain_is_valid_for_libvirt_and_printed_file_for_virtionetctl() {
     let dir = RunDir::new().unwrap();
     for flags in [
         &["--vcpus=1"][..],

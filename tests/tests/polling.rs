@@ -31,7 +31,7 @@ fn send_and_wait(daemon: &mut Daemon, frontend: &mut TestFrontend, total: u64) {
 }
 
 #[test]
-fn a_polling_worker_carries_every_frame_also_after_a_pause_and_a_disabled_pair() {
+fn polling_worker_carries_every_frame_also_after_a_pause_and_a_disabled_pair() {
     for mode in ["adaptive", "always"] {
         let dir = RunDir::new().unwrap();
         let mut daemon = Options::new()

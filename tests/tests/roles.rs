@@ -20,7 +20,7 @@ use virtionet_tests::topology::{GUEST, HostNetwork, TAP};
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 #[test]
-fn a_client_daemon_and_its_successor_serve_a_qemu_that_listens() {
+fn client_daemon_and_its_successor_serve_a_qemu_that_listens() {
     let config = TestbedConfig::new(2).persistent_tap().qemu_listens();
     let mut testbed = config.start().unwrap();
     assert_eq!(testbed.daemon.device().unwrap()["role"], "client");
@@ -40,7 +40,7 @@ fn a_client_daemon_and_its_successor_serve_a_qemu_that_listens() {
 }
 
 #[test]
-fn an_inherited_listening_socket_serves_one_front_end_after_another() {
+fn inherited_listening_socket_serves_one_front_end_after_another() {
     let dir = RunDir::new().unwrap();
     let network = HostNetwork::bare().unwrap();
     let path = dir.join("inherited.sock");
@@ -66,7 +66,7 @@ fn an_inherited_listening_socket_serves_one_front_end_after_another() {
 }
 
 #[test]
-fn an_inherited_connection_is_served_and_the_daemon_exits_when_it_is_closed() {
+fn inherited_connection_is_served_and_the_daemon_exits_when_it_is_closed() {
     let dir = RunDir::new().unwrap();
     let network = HostNetwork::bare().unwrap();
     let (ours, theirs) = UnixStream::pair().unwrap();

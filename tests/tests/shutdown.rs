@@ -110,7 +110,7 @@ fn after_the_daemon_is_killed_the_next_daemon_continues_and_connections_stay_ope
 }
 
 #[test]
-fn the_daemon_of_an_idle_guest_uses_at_most_one_clock_tick_in_10_s() {
+fn daemon_of_an_idle_guest_uses_at_most_one_clock_tick_in_10_s() {
     let testbed = TestbedConfig::new(4).start().unwrap();
     testbed.move_data_both_ways().unwrap();
     // For some seconds after a link has come up, the kernels send neighbour discovery and multicast

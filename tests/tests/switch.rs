@@ -154,7 +154,7 @@ fn wait_on_all_pairs(frontend: &mut TestFrontend, count: usize) -> Vec<Vec<Vec<u
 }
 
 #[test]
-fn a_frame_is_flooded_until_its_receiver_is_known_and_then_goes_only_to_it() {
+fn frame_is_flooded_until_its_receiver_is_known_and_then_goes_only_to_it() {
     let testbed = SwitchTestbed::new(&["switch:s"; 3]);
     let [mut a, mut b, mut c] = [0, 1, 2].map(|n| testbed.connect(n, 1));
     let first = frame(0, 1, b"who are you");
@@ -202,7 +202,7 @@ fn frames_do_not_pass_between_two_switches_that_have_the_same_address() {
 }
 
 #[test]
-fn a_flow_is_answered_on_its_own_pair_or_on_another_while_that_pair_is_disabled() {
+fn flow_is_answered_on_its_own_pair_or_on_another_while_that_pair_is_disabled() {
     let testbed = SwitchTestbed::new(&["switch:s"; 2]);
     let mut a = testbed.connect(0, 4);
     let config = TestFrontendConfig::new(4, 256, MODERN | PACKED);
@@ -259,7 +259,7 @@ fn a_flow_is_answered_on_its_own_pair_or_on_another_while_that_pair_is_disabled(
 }
 
 #[test]
-fn an_address_that_moves_to_another_port_receives_the_next_frame_there() {
+fn address_that_moves_to_another_port_receives_the_next_frame_there() {
     let testbed = SwitchTestbed::new(&["switch:s"; 3]);
     let [mut a, mut b, mut c] = [0, 1, 2].map(|n| testbed.connect(n, 1));
     for round in 0..10 {
@@ -278,7 +278,7 @@ fn an_address_that_moves_to_another_port_receives_the_next_frame_there() {
 }
 
 #[test]
-fn an_overloaded_port_drops_frames_and_does_not_delay_other_ports() {
+fn overloaded_port_drops_frames_and_does_not_delay_other_ports() {
     let testbed = SwitchTestbed::new(&["switch:s"; 3]);
     let [mut a, mut b, mut c] = [0, 1, 2].map(|n| testbed.connect(n, 1));
     announce_mac(1, &mut b, &mut [&mut a, &mut c]);
@@ -368,7 +368,7 @@ fn frames_between_other_ports_arrive_in_order_while_a_port_stops_and_disconnects
 }
 
 #[test]
-fn a_guest_without_offloads_receives_segmented_frames_with_complete_checksums() {
+fn guest_without_offloads_receives_segmented_frames_with_complete_checksums() {
     let testbed = SwitchTestbed::new(&["switch:s"; 3]);
     let mut large = TestFrontendConfig::new(1, 256, MODERN);
     large.queues.tx_slot = 66_000;
@@ -401,7 +401,7 @@ fn a_guest_without_offloads_receives_segmented_frames_with_complete_checksums() 
 }
 
 #[test]
-fn the_host_exchanges_frames_with_all_devices_and_removing_its_tap_affects_no_device() {
+fn host_exchanges_frames_with_all_devices_and_removing_its_tap_affects_no_device() {
     let network = HostNetwork::bare().unwrap();
     let options = Options::new().netns(network.netns());
     let testbed = SwitchTestbed::start(options, &["switch:s,tap=tap0", "switch:s", "switch:s"]);
@@ -488,7 +488,7 @@ fn assert_only_multicast(frontend: &mut TestFrontend) {
 }
 
 #[test]
-fn a_conflicting_or_invalid_switch_uplink_is_refused_in_one_line() {
+fn conflicting_or_invalid_switch_uplink_is_refused_in_one_line() {
     let dir = RunDir::new().unwrap();
     let network = HostNetwork::bare().unwrap();
     for (uplinks, parts, status) in [

@@ -48,7 +48,7 @@ fn two_guests_exchange_correct_data_and_large_segments_pass_unsegmented() {
 }
 
 #[test]
-fn a_guest_without_offloads_receives_segmented_frames_with_complete_checksums() {
+fn guest_without_offloads_receives_segmented_frames_with_complete_checksums() {
     let config = OFFLOADS_OFF
         .into_iter()
         .fold(TwoGuestConfig::new(PAIRS), |config, prop| {

@@ -16,7 +16,7 @@ use virtionet_tests::topology::{GUEST, HostNetwork, TAP};
 const NOBODY_UID: u32 = 65534;
 
 #[test]
-fn an_unprivileged_daemon_serves_a_tap_that_belongs_to_its_user() {
+fn unprivileged_daemon_serves_a_tap_that_belongs_to_its_user() {
     let user = UnprivilegedUser::new().unwrap();
     let add = format!("tuntap add dev {TAP} mode tap user {NOBODY_UID} multi_queue vnet_hdr");
     user.network.netns().ip(&add).unwrap();
@@ -46,7 +46,7 @@ fn an_unprivileged_daemon_serves_a_tap_that_belongs_to_its_user() {
 }
 
 #[test]
-fn an_unprivileged_daemon_without_access_to_its_tap_is_refused_with_the_remedy() {
+fn unprivileged_daemon_without_access_to_its_tap_is_refused_with_the_remedy() {
     let user = UnprivilegedUser::new().unwrap();
     let refused = user.options().run_to_end(&user.dir, "none").unwrap();
     assert_one_error_line(
@@ -72,7 +72,7 @@ fn an_unprivileged_daemon_without_access_to_its_tap_is_refused_with_the_remedy()
 }
 
 #[test]
-fn an_unusable_tap_or_bridge_is_refused_with_the_remedy() {
+fn unusable_tap_or_bridge_is_refused_with_the_remedy() {
     let dir = RunDir::new().unwrap();
     let network = HostNetwork::bare().unwrap();
     let options = Options::new().netns(network.netns()).flag("--tap", TAP);

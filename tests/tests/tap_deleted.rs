@@ -55,11 +55,11 @@ fn assert_deleted_tap_is_reported_and_opened_again(poll: &str) {
 }
 
 #[test]
-fn a_deleted_tap_is_reported_and_opened_again_once_it_is_created_again() {
+fn deleted_tap_is_reported_and_opened_again_once_it_is_created_again() {
     assert_deleted_tap_is_reported_and_opened_again("off");
 }
 
 #[test]
-fn a_deleted_tap_causes_no_flood_of_log_lines_in_a_polling_worker() {
+fn deleted_tap_causes_no_flood_of_log_lines_in_a_polling_worker() {
     assert_deleted_tap_is_reported_and_opened_again("always");
 }

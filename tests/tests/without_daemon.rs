@@ -14,7 +14,7 @@ const PAIRS: u16 = 4;
 const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
 
 #[test]
-fn a_guest_with_qemus_own_virtio_net_moves_data_both_ways() {
+fn guest_with_qemus_own_virtio_net_moves_data_both_ways() {
     let dir = RunDir::new().unwrap();
     let network = HostNetwork::with_tap(PAIRS).unwrap();
     let (qemu, boot_time) = Machine::new()
@@ -70,7 +70,7 @@ fn a_guest_with_qemus_own_virtio_net_moves_data_both_ways() {
 }
 
 #[test]
-fn the_guest_shell_returns_each_commands_own_result_across_failures_and_a_reboot() {
+fn guest_shell_returns_each_commands_own_result_across_failures_and_a_reboot() {
     let dir = RunDir::new().unwrap();
     let (qemu, _) = Machine::new()
         .vcpus(2)

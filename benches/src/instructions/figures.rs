@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn the_limit_is_three_per_cent() {
+    fn limit_is_three_per_cent() {
         for (measured, is_within_tolerance) in
             [(100.0, true), (102.9, true), (103.1, false), (200.0, false)]
         {
@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn a_better_case_is_reported_and_does_not_fail() {
+    fn better_case_is_reported_and_does_not_fail() {
         let comparison = compare(&[("a", 100.0)], &[("a", 90.0)]);
         assert!(comparison.is_within_tolerance());
         let text = comparison.to_string();
@@ -280,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn a_case_without_figure_and_a_figure_without_case_fail() {
+    fn case_without_figure_and_figure_without_case_fail() {
         let added = compare(&[], &[("a", 1.0)]);
         assert!(!added.is_within_tolerance() && added.to_string().contains("NEW: 'a'"));
         let removed = compare(&[("a", 1.0)], &[]);

@@ -332,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lower_rate_with_many_queue_pairs_is_a_missed_bound() {
+    fn lower_rate_with_many_queue_pairs_is_a_missed_bound() {
         let row = scaling_row(&[(1, 10.0), (8, 9.0), (MAX_QUEUE_PAIRS, 8.9)]).unwrap();
         assert!(!row.is_within_bound() && (row.ratio() - 0.89).abs() < 1e-9);
         assert!(

@@ -284,7 +284,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn load_is_busy_cycles_over_the_clock_or_absent_without_a_clock() {
+    fn load_is_busy_cycles_over_the_clock_or_absent_without_clock() {
         let mut stats = ForwardStats {
             busy_cycles: 1_300_000_000,
             clock_mhz: Some(2600),

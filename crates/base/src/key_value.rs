@@ -53,7 +53,7 @@ mod tests {
     }
 
     #[test]
-    fn item_without_a_value_is_refused_unless_it_is_a_flag() {
+    fn item_without_value_is_refused_unless_it_is_a_flag() {
         assert_eq!(split_item("a=b=c", &[]), Ok(("a", "b=c")));
         assert_eq!(split_item("client", &["client"]), Ok(("client", "on")));
         for item in ["a", "a=", ""] {

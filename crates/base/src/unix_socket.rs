@@ -312,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn the_file_is_made_with_its_mode_whatever_the_umask_is() {
+    fn file_is_made_with_its_mode_whatever_the_umask_is() {
         let dir = folder("mode");
         let path = dir.join("s");
         for mode in [0o600, 0o660, 0o620, 0o777, 0] {
@@ -329,7 +329,7 @@ mod tests {
 
     /// What the mode of a socket's descriptor does to the file is no documented interface.
     #[test]
-    fn the_mode_of_the_descriptor_is_that_of_the_file_that_bind_makes() {
+    fn mode_of_the_descriptor_is_that_of_the_file_that_bind_makes() {
         let dir = folder("bind");
         let path = dir.join("s");
         let socket = stream_socket(SocketFlags::CLOEXEC).unwrap();
@@ -345,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_in_the_place_of_the_socket_file_is_never_followed() {
+    fn link_in_the_place_of_the_socket_file_is_never_followed() {
         let dir = folder("link");
         let (path, victim) = (dir.join("s"), dir.join("victim"));
         let victim_socket = UnixListener::bind(&victim).unwrap();
@@ -373,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn an_own_socket_file_is_opened_and_another_file_is_not() {
+    fn own_socket_file_is_opened_and_another_file_is_not() {
         let dir = folder("own");
         let (path, plain) = (dir.join("s"), dir.join("plain"));
         let _socket = UnixListener::bind(&path).unwrap();
@@ -396,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn the_group_is_set_where_this_user_may() {
+    fn group_is_set_where_this_user_may() {
         if !geteuid().is_root() {
             return;
         }

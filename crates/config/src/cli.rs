@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn the_exit_status_is_0_for_an_answer_and_2_for_an_error() {
+    fn exit_status_is_0_for_an_answer_and_2_for_an_error() {
         for (args, status) in [
             ("--help", 0),
             ("--version", 0),

@@ -106,7 +106,7 @@ fn devices_have_their_keys_and_the_defaults() {
 }
 
 #[test]
-fn the_command_line_overrides_the_file() {
+fn command_line_overrides_the_file() {
     for (line, expected) in [
         (
             "--poll always --queues 2 --control /d",
@@ -361,7 +361,7 @@ fn problems_of_the_command_line_and_the_file_are_reported_together() {
 }
 
 #[test]
-fn a_file_that_cannot_be_read_is_one_problem() {
+fn file_that_cannot_be_read_is_one_problem() {
     assert_eq!(
         command("binary", b"a = 1\nb = \xff", "").unwrap_err(),
         "f.toml:2: the file is not UTF-8 text: save it as UTF-8"
@@ -382,7 +382,7 @@ fn a_file_that_cannot_be_read_is_one_problem() {
 }
 
 #[test]
-fn the_example_in_the_documentation_is_valid() {
+fn example_in_the_documentation_is_valid() {
     let page = include_str!("../../../docs/configuration.md");
     let (_, example) = page.split_once("```toml\n").unwrap();
     let (example, _) = example.split_once("```").unwrap();

@@ -397,7 +397,7 @@ mod tests {
     }
 
     #[test]
-    fn the_table_in_the_documentation_is_the_table_of_keys() {
+    fn table_in_the_documentation_is_the_table_of_keys() {
         let page = include_str!("../../../docs/configuration.md");
         let expected = documented_table();
         assert!(
@@ -407,7 +407,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_found_by_its_misspellings() {
+    fn key_is_found_by_its_misspellings() {
         for (word, key) in [
             ("queues", Some("queues")),
             ("queue", Some("queues")),

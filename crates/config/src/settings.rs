@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stronger_layer_overrides_its_keys_and_those_that_belong_to_them() {
+    fn stronger_layer_overrides_its_keys_and_those_that_belong_to_them() {
         for (strong, weak, both) in [
             ("", "queues=4", "queues=4"),
             ("queues=2", "queues=4 poll=off", "poll=off queues=2"),

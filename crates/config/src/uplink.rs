@@ -322,7 +322,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_text_that_is_parsed_and_displayed_stays_the_same() {
+    fn text_that_is_parsed_and_displayed_stays_the_same() {
         for text in [
             "null",
             "tap:tap0",
@@ -340,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn the_options_of_a_switch_may_have_any_order() {
+    fn options_of_a_switch_may_have_any_order() {
         let parse = |text: &str| text.parse::<UplinkConfig>().unwrap();
         assert_eq!(
             parse("switch:s,forward-reserved,tap=t,bridge=b"),

@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn a_report_is_read_from_the_answer() {
+    fn report_is_read_from_the_answer() {
         let body = serde_json::to_string(&sample()).unwrap();
         let (report, request) =
             exchange_with("ok", &format!("HTTP/1.0 200 OK\r\nx: y\r\n\r\n{body}"));
@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unusable_answer_is_an_error_that_names_the_reason() {
+    fn unusable_answer_is_an_error_that_names_the_reason() {
         for (name, answer, reason) in [
             ("empty", "", "it is not HTTP"),
             (
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_socket_is_an_error_that_names_the_path() {
+    fn missing_socket_is_an_error_that_names_the_path() {
         let error = devices(Path::new("/nowhere/ctl")).unwrap_err();
         assert_eq!(error.code(), "control-unreachable");
         assert!(

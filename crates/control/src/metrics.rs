@@ -401,7 +401,7 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_with_several_cpus_has_no_sample_of_a_single_cpu() {
+    fn worker_with_several_cpus_has_no_sample_of_a_single_cpu() {
         let mut report = sample();
         report.devices[0].pairs[0].cpus = vec![0, 1];
         report.devices[0].mtu = None;

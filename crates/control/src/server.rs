@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn the_socket_has_the_mode_and_the_group_that_are_asked_for() {
+    fn socket_has_the_mode_and_the_group_that_are_asked_for() {
         let dir = Dir::new("access");
         let own_group = fs::metadata(&dir.0).unwrap().gid();
         let access = SocketPermissions {
@@ -391,7 +391,7 @@ mod tests {
     }
 
     #[test]
-    fn the_socket_is_for_its_owner_and_is_removed_with_the_server() {
+    fn socket_is_for_its_owner_and_is_removed_with_the_server() {
         let dir = Dir::new("socket");
         let server = start(&dir.socket()).unwrap();
         let mode = fs::metadata(server.path()).unwrap().permissions().mode();
@@ -401,7 +401,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stale_socket_is_replaced_and_one_in_use_is_not() {
+    fn stale_socket_is_replaced_and_one_in_use_is_not() {
         let dir = Dir::new("stale");
         drop(net::UnixListener::bind(dir.socket()).unwrap());
         assert!(dir.socket().exists());
@@ -422,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_at_the_path_is_not_replaced() {
+    fn file_at_the_path_is_not_replaced() {
         let dir = Dir::new("file");
         fs::write(dir.socket(), "mine").unwrap();
         assert_eq!(
@@ -447,7 +447,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_of_another_process_at_the_same_path_is_kept() {
+    fn socket_of_another_process_at_the_same_path_is_kept() {
         let dir = Dir::new("another");
         let server = start(&dir.socket()).unwrap();
         fs::remove_file(dir.socket()).unwrap();

@@ -383,7 +383,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_report_has_the_documented_shape() {
+    fn report_has_the_documented_shape() {
         let mut report = serde_json::to_value(sample()).unwrap();
         let pair = &mut report["devices"][0]["pairs"][0];
         let rx = pair["rx"]["counters"].take();
@@ -417,7 +417,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_reads_the_report_of_the_daemon_without_the_help() {
+    fn client_reads_the_report_of_the_daemon_without_the_help() {
         let json = serde_json::to_string(&sample()).unwrap();
         let read: Report = serde_json::from_str(&json).unwrap();
         assert_eq!(serde_json::to_string(&read).unwrap(), json);

@@ -312,7 +312,7 @@ web: uplink tap tap0; listens on /run/web.sock; front-end connected (process 7)
     }
 
     #[test]
-    fn rates_of_a_device_without_an_earlier_report_are_unknown() {
+    fn rates_of_a_device_without_earlier_report_are_unknown() {
         let mut before = report(0, 0);
         before.devices.clear();
         let text = render(&before, &report(1, 1), INTERVAL);

@@ -206,7 +206,7 @@ mod tests {
     use std::time::Instant;
 
     #[test]
-    fn a_write_to_a_full_blocking_eventfd_is_interrupted_within_milliseconds() {
+    fn write_to_a_full_blocking_eventfd_is_interrupted_within_milliseconds() {
         start().unwrap();
         let fd = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
         write(&fd, &(u64::MAX - 1).to_ne_bytes()).unwrap();

@@ -123,7 +123,7 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn a_condition_is_in_force_until_it_is_left() {
+    fn condition_is_in_force_until_it_is_left() {
         let conditions = Conditions::default();
         conditions.set("net0", ConditionKind::Mtu, "too small");
         conditions.set("net0", ConditionKind::Uplink, "gone");
@@ -137,7 +137,7 @@ mod tests {
 
     /// As a front-end can cause by SET_MTU.
     #[test]
-    fn a_condition_that_comes_and_goes_is_logged_at_most_once_a_second() {
+    fn condition_that_comes_and_goes_is_logged_at_most_once_a_second() {
         let mut state = ConditionState::default();
         let start = Instant::now();
         let mut lines = 0;
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn a_condition_that_lasts_is_logged_once() {
+    fn condition_that_lasts_is_logged_once() {
         let mut state = ConditionState::default();
         let start = Instant::now();
         let lines = (0..40).map(|quarter| {

@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn the_need_grows_with_pairs_devices_and_the_control_socket() {
+    fn need_grows_with_pairs_devices_and_the_control_socket() {
         for (line, minimum, maximum) in [
             ("--socket-path /s --uplink null --queues 1", 91, 592),
             ("--socket-path /s --uplink null --queues 4", 115, 616),
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn the_soft_limit_becomes_the_hard_one() {
+    fn soft_limit_becomes_the_hard_one() {
         let before = getrlimit(Resource::Nofile);
         let lowered = Rlimit {
             current: before.maximum.map(|hard| hard / 2).or(Some(4096)),

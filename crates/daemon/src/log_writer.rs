@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_to_a_pipe_without_a_reader_are_dropped_and_counted() {
+    fn lines_to_a_pipe_without_reader_are_dropped_and_counted() {
         let (reader, output) = io::pipe().unwrap();
         drop(reader);
         let log = LogWriter::start(output).unwrap();
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_that_sleeps_blocks_neither_lines_nor_the_flush() {
+    fn reader_that_sleeps_blocks_neither_lines_nor_the_flush() {
         let (reader, output) = io::pipe().unwrap();
         let log = LogWriter::start(output).unwrap();
         let mut line = vec![b'x'; 1000];

@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_filter_is_one_sentence() {
+    fn bad_filter_is_one_sentence() {
         let message = filter(0, Some("virtionetd=loud")).unwrap_err().to_string();
         assert!(
             message.starts_with("RUST_LOG=\"virtionetd=loud\" is not a log filter ("),

@@ -105,7 +105,7 @@ fn wait_until(what: &str, is_done: impl Fn() -> bool) {
 }
 
 #[test]
-fn a_panic_in_a_turn_costs_its_vring_only() {
+fn panic_in_a_turn_costs_its_vring_only() {
     let device = device();
     let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
     let (front_end_socket, back_end_socket) = UnixStream::pair().unwrap();

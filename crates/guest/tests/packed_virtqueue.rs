@@ -244,7 +244,7 @@ fn kick_is_needed_when_the_devices_event_area_asks_for_it() {
 }
 
 #[test]
-fn kick_is_needed_after_a_whole_lap_without_a_check() {
+fn kick_is_needed_after_a_whole_lap_without_check() {
     for size in [1, 4, 7] {
         let mut b = fixture(size, true, 0);
         let event_position = b.avail.word();

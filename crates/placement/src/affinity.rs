@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn the_calling_thread_runs_on_the_cpus_that_it_is_pinned_to() {
+    fn calling_thread_runs_on_the_cpus_that_it_is_pinned_to() {
         let allowed = allowed_cpus().unwrap();
         assert!(!allowed.is_empty());
         for turn in 0..2 {
@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn the_process_keeps_its_cpus_when_a_thread_is_pinned() {
+    fn process_keeps_its_cpus_when_a_thread_is_pinned() {
         let all = process_cpus().unwrap();
         let main = i32::try_from(std::process::id()).unwrap();
         assert_eq!(
@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_names_the_thread_and_the_cpus() {
+    fn error_names_the_thread_and_the_cpus() {
         let error =
             in_own_thread(|| set_thread_affinity(None, &"60000".parse().unwrap()).unwrap_err());
         assert_eq!(

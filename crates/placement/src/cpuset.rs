@@ -311,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn the_nth_cpu_starts_again_at_the_end() {
+    fn nth_cpu_starts_again_at_the_end() {
         let cpus: CpuSet = "1,4-5".parse().unwrap();
         let turns: Vec<_> = (0..5)
             .map(|turn| cpus.nth_cyclic(turn).to_string())
@@ -330,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn the_description_is_singular_for_one_cpu() {
+    fn description_is_singular_for_one_cpu() {
         for (text, words) in [("", "no CPU"), ("7", "CPU 7"), ("0-1", "CPUs 0-1")] {
             assert_eq!(text.parse::<CpuSet>().unwrap().describe(), words);
         }

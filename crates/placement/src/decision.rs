@@ -76,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn a_decision_displays_as_one_line() {
+    fn decision_displays_as_one_line() {
         for (decision, line) in [
             (
                 decision(vec![2], Some(1234), "0"),
@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn a_decision_serialises_with_its_keys() {
+    fn decision_serialises_with_its_keys() {
         assert_eq!(
             serde_json::to_value(decision(vec![4, 5], Some(9), "0-1")).unwrap(),
             serde_json::json!({

@@ -26,7 +26,7 @@ mod tests {
     use crate::Topology;
 
     #[test]
-    fn a_new_page_is_on_the_preferred_node() {
+    fn new_page_is_on_the_preferred_node() {
         let topology = Topology::read(std::path::Path::new("/sys"));
         let node = topology.node_of(0).unwrap();
         std::thread::scope(|scope| {
@@ -45,7 +45,7 @@ mod tests {
     }
 
     #[test]
-    fn a_node_that_the_host_lacks_is_refused() {
+    fn node_that_the_host_lacks_is_refused() {
         assert!(!prefer_node(Some(1023)));
         assert!(!prefer_node(Some(u32::MAX)));
     }

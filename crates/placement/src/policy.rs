@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_names_the_value_and_what_to_write() {
+    fn refusal_names_the_value_and_what_to_write() {
         for (text, message) in [
             (
                 "Auto",

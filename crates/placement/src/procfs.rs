@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn a_status_gives_process_and_cpus_or_nothing() {
+    fn status_gives_process_and_cpus_or_nothing() {
         let text =
             "Name:\tCPU 0/KVM\nTgid:\t77\nPid:\t80\nCpus_allowed:\tff\nCpus_allowed_list:\t0-3,8\n";
         let status = ThreadStatus {
@@ -193,7 +193,7 @@ mod tests {
 
     /// A real thread of this process, named as QEMU names its vCPUs and pinned.
     #[test]
-    fn a_real_thread_is_found_by_its_name() {
+    fn real_thread_is_found_by_its_name() {
         let proc = ProcFs::new("/proc");
         let pid = i32::try_from(std::process::id()).unwrap();
         let one = crate::allowed_cpus().unwrap().nth_cyclic(1);
@@ -246,13 +246,13 @@ mod tests {
     }
 
     #[test]
-    fn the_threads_of_a_missing_process_are_an_error() {
+    fn threads_of_a_missing_process_are_an_error() {
         let error = ProcFs::new("/proc").named_vcpus(i32::MAX).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
     }
 
     #[test]
-    fn a_process_is_found_by_its_name_among_the_numbered_folders() {
+    fn process_is_found_by_its_name_among_the_numbered_folders() {
         let root = crate::testing::TempDir::new("process-name");
         let proc = ProcFs::new(root.path());
         assert!(!proc.has_process("irqbalance"));

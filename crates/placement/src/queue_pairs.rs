@@ -58,7 +58,7 @@ mod tests {
 
     /// The rule as the driver implements it: one pass over the CPUs, pair by pair.
     #[test]
-    fn the_formula_agrees_with_the_drivers_loop() {
+    fn formula_agrees_with_the_drivers_loop() {
         for vcpus in 1..=33u32 {
             for pairs in 1..=40u32 {
                 let mut next_cpus = (0..vcpus).cycle();

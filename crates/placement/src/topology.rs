@@ -167,7 +167,7 @@ mod tests {
     use std::fs;
 
     #[test]
-    fn a_host_with_two_nodes_is_read_with_its_cores_caches_isolated_and_offline_cpus() {
+    fn host_with_two_nodes_is_read_with_its_cores_caches_isolated_and_offline_cpus() {
         let dir = TempDir::new("two-nodes");
         // CPUs k and k + 8 share a core; CPU 7 is offline, so CPU 15 has its core alone.
         sysfs(dir.path())
@@ -213,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn the_cpus_of_this_host_are_online_and_on_a_node() {
+    fn cpus_of_this_host_are_online_and_on_a_node() {
         let topology = Topology::read(Path::new("/sys"));
         for cpu in crate::allowed_cpus().unwrap().iter() {
             assert!(topology.is_online(cpu), "{topology:?}");

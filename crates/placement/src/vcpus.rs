@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn a_map_displays_as_one_line() {
+    fn map_displays_as_one_line() {
         let mut map = map(&[Some("0"), None]);
         assert_eq!(
             map.to_string(),

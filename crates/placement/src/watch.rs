@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn a_changed_affinity_and_an_ended_thread_are_reported_once_each() {
+    fn changed_affinity_and_ended_thread_are_reported_once_each() {
         let (tid, end, thread) = thread();
         // No process id, because other tests start and end threads of this process.
         let mut watch = VcpuWatch::new(&ProcFs::new("/proc"), None, &map(tid));
@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn a_changed_number_of_threads_is_reported_once() {
+    fn changed_number_of_threads_is_reported_once() {
         let mut child = std::process::Command::new("sleep")
             .arg("60")
             .spawn()

@@ -148,7 +148,7 @@ const REFUSED: &str = r#"
 "#;
 
 #[test]
-fn a_request_that_cannot_be_planned_is_refused_with_a_code_and_one_sentence() {
+fn request_that_cannot_be_planned_is_refused_with_a_code_and_one_sentence() {
     let rows: Vec<&str> = REFUSED.trim().lines().collect();
     for row in rows.chunks(2) {
         let refused = plan(&args(row[0]), &host("0-7"));
@@ -188,7 +188,7 @@ fn clap_accepts_the_description_and_refuses_flags_that_exclude_each_other() {
 }
 
 #[test]
-fn the_policy_decides_the_queue_pairs() {
+fn policy_decides_the_queue_pairs() {
     for (line, pairs, total) in [
         ("--vcpus 1", vec![1], 6),
         ("--vcpus 4", vec![4], 15),
@@ -224,7 +224,7 @@ fn the_policy_decides_the_queue_pairs() {
 }
 
 #[test]
-fn the_size_of_the_memory_can_have_a_unit() {
+fn size_of_the_memory_can_have_a_unit() {
     for (text, mib) in [
         ("512", 512),
         ("512M", 512),
@@ -398,7 +398,7 @@ fn shell_words(program: &str, text: &str) -> Vec<String> {
 const SPECIAL_DIR: &str = "/tmp/a b,'c'$d&<e>\"f\"=;*\\g";
 
 #[test]
-fn a_command_that_is_pasted_into_a_shell_has_the_planned_words() {
+fn command_that_is_pasted_into_a_shell_has_the_planned_words() {
     for nics in 1..=2 {
         let mut args = args(&format!("--vcpus 2 --nics {nics} --packed --poll always"));
         args.socket_dir = SPECIAL_DIR.into();
@@ -439,7 +439,7 @@ fn config(words: &[String]) -> Config {
 }
 
 #[test]
-fn the_daemon_parses_its_command_line_and_file_as_planned() {
+fn daemon_parses_its_command_line_and_file_as_planned() {
     let dir = Dir::new("config");
     for line in [
         "--vcpus 4",
@@ -511,7 +511,7 @@ fn elements(xml: &str) -> Vec<String> {
 }
 
 #[test]
-fn the_domain_has_the_values_of_the_plan() {
+fn domain_has_the_values_of_the_plan() {
     let mut args = args("--vcpus 2 --cpus 3,5 --nic queues=2 --nic queues=1,mac=52:54:00:00:00:07");
     args.socket_dir = SPECIAL_DIR.into();
     (args.packed, args.rx_queue_size) = (true, Some(1024));
@@ -574,7 +574,7 @@ fn sockets_are_in_directories_that_no_other_guest_can_write_to() {
 }
 
 #[test]
-fn the_command_line_of_qemu_has_the_values_of_the_plan() {
+fn command_line_of_qemu_has_the_values_of_the_plan() {
     let line = "--vcpus 4 --name web --memory 2G --tx-queue-size 512 --nic queues=3 --nic name=mgmt,throughput=low";
     let plan = planned(line);
     let words = plan.commands().qemu;

@@ -53,14 +53,14 @@ mod tests {
     const NO: bool = false;
 
     #[test]
-    fn a_net_device_has_two_vectors_for_each_pair_and_two_more() {
+    fn net_device_has_two_vectors_for_each_pair_and_two_more() {
         for (pairs, vectors) in [(1, 4), (2, 6), (4, 10), (128, 258)] {
             assert_eq!(vectors_of(pairs), vectors);
         }
     }
 
     #[test]
-    fn the_net_device_with_the_most_pairs_shrinks_first() {
+    fn net_device_with_the_most_pairs_shrinks_first() {
         // Pairs, which devices can shrink, available; pairs afterwards, or None where they do not
         // fit.
         type Case = (&'static [u16], &'static [bool], u32, Option<&'static [u16]>);

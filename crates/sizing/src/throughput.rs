@@ -101,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_word_is_refused_with_the_words_to_write() {
+    fn unknown_word_is_refused_with_the_words_to_write() {
         for text in ["", "High", "50%", "auto"] {
             let error = text.parse::<Throughput>().unwrap_err().to_string();
             assert_eq!(

@@ -296,7 +296,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_loopback_interface_is_found_and_others_are_not() {
+    fn loopback_interface_is_found_and_others_are_not() {
         let table = LinkTable::open().unwrap();
         let lo = table.find_by_name("lo").unwrap().unwrap();
         assert_eq!((lo.index, lo.name.as_str()), (1, "lo"));
@@ -308,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn a_truncated_reply_is_not_parsed_as_a_whole_one() {
+    fn truncated_reply_is_not_parsed_as_a_whole_one() {
         let mut body = encode_ifinfomsg(7, IFF_UP);
         body.extend(encode_attribute(IFLA_MTU, &1500_u32.to_ne_bytes()));
         let data = encode_attribute(IFLA_TUN_TYPE, &[IFF_TAP]);

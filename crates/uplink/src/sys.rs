@@ -252,7 +252,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_interrupted_call_is_repeated_a_limited_number_of_times() {
+    fn interrupted_call_is_repeated_a_limited_number_of_times() {
         let mut calls = 0;
         // The closure must leave an errno behind: a call with a wrong descriptor sets EBADF.
         let bad = retry_on_eintr(|| {
@@ -274,13 +274,13 @@ mod tests {
     }
 
     #[test]
-    fn a_name_of_sixteen_bytes_is_refused() {
+    fn name_of_sixteen_bytes_is_refused() {
         assert!(Ifreq::new("fifteen-bytes-x", 2).is_ok());
         assert!(Ifreq::new("sixteen-bytes-xx", 2).is_err());
     }
 
     #[test]
-    fn a_full_list_refuses_a_further_segment() {
+    fn full_list_refuses_a_further_segment() {
         let mut list = IovecList::<2>::new();
         list.push_bytes(b"a").unwrap();
         list.push_bytes(b"b").unwrap();

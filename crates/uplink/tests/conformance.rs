@@ -381,16 +381,16 @@ fn within_limit(test: impl FnOnce() + Send + 'static) {
 }
 
 #[test]
-fn the_tap_conforms() {
+fn tap_conforms() {
     within_limit(|| in_namespaces(|| conforms(tap_fixture())));
 }
 
 #[test]
-fn the_switch_conforms() {
+fn switch_conforms() {
     within_limit(|| conforms(switch_fixture()));
 }
 
 #[test]
-fn the_null_uplink_conforms() {
+fn null_uplink_conforms() {
     within_limit(|| conforms(null_fixture()));
 }

@@ -83,7 +83,7 @@ impl Bridge {
 }
 
 #[test]
-fn the_kernel_makes_the_same_frames() {
+fn kernel_makes_the_same_frames() {
     in_namespaces(|| {
         let bridge = Bridge::new();
         let mut segmenter = Segmenter::new();

@@ -61,7 +61,7 @@ impl Group {
 }
 
 #[test]
-fn the_reported_queue_numbers_are_those_of_the_kernel() {
+fn reported_queue_numbers_are_those_of_the_kernel() {
     in_namespaces(|| {
         run("mount -t sysfs none /sys");
         let uplink: Arc<dyn Uplink> = host::open_tap("vt0").unwrap();

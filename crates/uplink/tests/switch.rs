@@ -194,7 +194,7 @@ fn guests<const N: usize>(switches: &mut Switches, pairs: u16) -> [Guest; N] {
 }
 
 #[test]
-fn a_burst_for_one_receiver_is_one_push() {
+fn burst_for_one_receiver_is_one_push() {
     let mut switches = Switches::default();
     let [mut a, mut b, mut c] = guests(&mut switches, 1);
     b.send(0, &[frame(1, ALL, b"here")]);
@@ -244,7 +244,7 @@ fn frames_for_several_receivers_are_sorted_and_pushed_once_each() {
 }
 
 #[test]
-fn frames_without_a_receiver_are_counted() {
+fn frames_without_receiver_are_counted() {
     let mut switches = Switches::default();
     let [mut a] = guests(&mut switches, 1);
     a.send(0, &[frame(0, 1, b"alone"), frame(0, ALL, b"alone")]);
@@ -276,7 +276,7 @@ fn frames_without_a_receiver_are_counted() {
 }
 
 #[test]
-fn a_receiver_without_buffers_loses_only_its_own_frames() {
+fn receiver_without_buffers_loses_only_its_own_frames() {
     let mut switches = Switches::default();
     let [mut a, mut b, mut c] = guests(&mut switches, 1);
     b.send(0, &[frame(1, ALL, b"b")]);
@@ -297,7 +297,7 @@ fn a_receiver_without_buffers_loses_only_its_own_frames() {
 }
 
 #[test]
-fn a_flow_is_answered_on_the_pair_on_which_it_was_transmitted() {
+fn flow_is_answered_on_the_pair_on_which_it_was_transmitted() {
     let mut switches = Switches::default();
     let [mut a, mut b] = guests(&mut switches, 4);
     let flow = |from, to, port| FrameSpec {
@@ -341,7 +341,7 @@ fn a_flow_is_answered_on_the_pair_on_which_it_was_transmitted() {
 
 /// The cost of a flood to many ports is limited; beyond the limit no copies are made.
 #[test]
-fn a_flood_of_large_frames_costs_no_more_than_its_budget() {
+fn flood_of_large_frames_costs_no_more_than_its_budget() {
     const RECEIVERS: usize = 12;
     const BUDGET: usize = 4 << 20;
     let mut switches = Switches::default();
@@ -359,7 +359,7 @@ fn a_flood_of_large_frames_costs_no_more_than_its_budget() {
 }
 
 #[test]
-fn a_receiver_gets_only_offloads_that_it_negotiated() {
+fn receiver_gets_only_offloads_that_it_negotiated() {
     let mut switches = Switches::default();
     let mut new = |features| Guest::new(&mut switches, "s", 1, features);
     let [
@@ -454,7 +454,7 @@ fn switches_are_independent() {
 }
 
 #[test]
-fn a_switch_port_has_nothing_to_poll_or_receive() {
+fn switch_port_has_nothing_to_poll_or_receive() {
     let mut switches = Switches::default();
     let [a] = guests(&mut switches, 1);
     assert!(a.pairs[0].uplink.poll_fd().is_none());
@@ -509,7 +509,7 @@ fn concurrent_senders_lose_and_mix_no_frames() {
 }
 
 #[test]
-fn a_switch_without_tap_has_no_host_port_forwarder() {
+fn switch_without_tap_has_no_host_port_forwarder() {
     let mut switches = Switches::default();
     let _guests: [Guest; 2] = guests(&mut switches, 1);
     assert!(switches.0["s"].host_port_forwarder().is_none());

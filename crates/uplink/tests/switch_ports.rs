@@ -94,7 +94,7 @@ fn switch_with_tap() -> Arc<Switch> {
 }
 
 #[test]
-fn the_hosts_tap_has_the_largest_mtu_of_all_devices() {
+fn host_tap_has_the_largest_mtu_of_all_devices() {
     in_namespaces(|| {
         let switch = switch_with_tap();
         let [a, b] = ["a", "b"].map(|name| Device::new(&switch, name));
@@ -116,7 +116,7 @@ fn the_hosts_tap_has_the_largest_mtu_of_all_devices() {
 }
 
 #[test]
-fn a_tap_that_cannot_have_the_mtu_is_an_error_of_the_device_that_needs_it() {
+fn tap_that_cannot_have_the_mtu_is_an_error_of_the_device_that_needs_it() {
     in_namespaces(|| {
         share_tun();
         run("ip tuntap add dev vt0 mode tap user 65534 multi_queue vnet_hdr");
@@ -139,7 +139,7 @@ fn a_tap_that_cannot_have_the_mtu_is_an_error_of_the_device_that_needs_it() {
 }
 
 #[test]
-fn the_hosts_tap_is_opened_again_for_both_directions() {
+fn host_tap_is_opened_again_for_both_directions() {
     in_namespaces(|| {
         run("ip tuntap add dev vt0 mode tap multi_queue vnet_hdr");
         run("ip link set vt0 up");
@@ -213,7 +213,7 @@ fn frames_to_reserved_groups_reach_no_port_unless_the_switch_forwards_them() {
 }
 
 #[test]
-fn an_address_that_two_devices_use_is_reported_for_both() {
+fn address_that_two_devices_use_is_reported_for_both() {
     let switch = Switch::new("lan");
     let [a, b, c] = ["a", "b", "c"].map(|name| Device::new(&switch, name));
     let broadcast = || frame_to([0xff; 6], 1);

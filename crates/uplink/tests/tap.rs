@@ -72,7 +72,7 @@ fn transmitted_frames_arrive_unchanged() {
 }
 
 #[test]
-fn a_burst_is_transmitted_in_order() {
+fn burst_is_transmitted_in_order() {
     in_namespaces(|| {
         let uplink = tap("vt0");
         let queue = attached(&*uplink, 0);
@@ -146,7 +146,7 @@ fn frames_arrive_in_many_buffers_and_too_long_ones_are_reported() {
 }
 
 #[test]
-fn a_detached_queue_receives_nothing() {
+fn detached_queue_receives_nothing() {
     in_namespaces(|| {
         let uplink = tap("vt0");
         let queues = [attached(&*uplink, 0), attached(&*uplink, 1)];
@@ -180,7 +180,7 @@ fn a_detached_queue_receives_nothing() {
 }
 
 #[test]
-fn a_reply_arrives_at_the_queue_on_which_its_flow_was_transmitted() {
+fn reply_arrives_at_the_queue_on_which_its_flow_was_transmitted() {
     in_namespaces(|| {
         let uplink = tap("vt0");
         let queues: Vec<_> = (0..4).map(|pair| attached(&*uplink, pair)).collect();
@@ -225,7 +225,7 @@ fn offloads_follow_the_format_on_every_queue() {
 }
 
 #[test]
-fn a_large_frame_of_the_guest_is_accepted_whole() {
+fn large_frame_of_the_guest_is_accepted_whole() {
     in_namespaces(|| {
         let uplink = tap("vt0");
         let queue = attached(&*uplink, 0);
@@ -299,7 +299,7 @@ fn unmapped_guest_memory_loses_one_frame_only() {
 }
 
 #[test]
-fn a_queue_that_is_dropped_is_closed_and_can_be_opened_again() {
+fn queue_that_is_dropped_is_closed_and_can_be_opened_again() {
     in_namespaces(|| {
         let uplink = tap("vt0");
         let has_queues = |attached: usize, detached: usize| {
@@ -326,7 +326,7 @@ fn a_queue_that_is_dropped_is_closed_and_can_be_opened_again() {
 }
 
 #[test]
-fn a_tap_that_was_renamed_still_gets_queues() {
+fn tap_that_was_renamed_still_gets_queues() {
     in_namespaces(|| {
         let uplink = tap("vt0");
         run("ip link set vt0 down");
@@ -341,7 +341,7 @@ fn a_tap_that_was_renamed_still_gets_queues() {
 }
 
 #[test]
-fn a_created_tap_is_up_in_its_bridge_and_disappears_with_the_uplink() {
+fn created_tap_is_up_in_its_bridge_and_disappears_with_the_uplink() {
     in_namespaces(|| {
         run("ip link add vbr type bridge");
         let uplink = tap("vt%d,bridge=vbr");
@@ -383,7 +383,7 @@ fn frames_pass_from_tap_to_tap_through_a_bridge() {
 }
 
 #[test]
-fn the_mtu_is_set_on_a_created_tap_and_raised_on_an_existing_one() {
+fn mtu_is_set_on_a_created_tap_and_raised_on_an_existing_one() {
     in_namespaces(|| {
         let ours = tap("vt0");
         run("ip tuntap add dev vt1 mode tap multi_queue vnet_hdr");
@@ -407,7 +407,7 @@ fn the_mtu_is_set_on_a_created_tap_and_raised_on_an_existing_one() {
 }
 
 #[test]
-fn an_existing_tap_is_not_changed() {
+fn existing_tap_is_not_changed() {
     in_namespaces(|| {
         run("ip tuntap add dev vt0 mode tap multi_queue vnet_hdr");
         for _ in 0..2 {
@@ -424,7 +424,7 @@ fn an_existing_tap_is_not_changed() {
 }
 
 #[test]
-fn the_owner_of_a_tap_needs_no_privilege() {
+fn owner_of_a_tap_needs_no_privilege() {
     in_namespaces(|| {
         share_tun();
         run("ip link add vbr up type bridge");

@@ -50,7 +50,7 @@ fn transmits(queue: &dyn UplinkQueue) -> bool {
 }
 
 #[test]
-fn a_tap_that_is_made_again_is_opened_again_as_it_was() {
+fn tap_that_is_made_again_is_opened_again_as_it_was() {
     in_namespaces(|| {
         make(MAKE);
         let uplink = tap("vt0");
@@ -99,7 +99,7 @@ fn a_tap_that_is_made_again_is_opened_again_as_it_was() {
 }
 
 #[test]
-fn an_epoll_registration_of_the_old_tap_reports_frames_of_the_new_one() {
+fn epoll_registration_of_the_old_tap_reports_frames_of_the_new_one() {
     in_namespaces(|| {
         make(MAKE);
         let uplink = tap("vt0");
@@ -183,7 +183,7 @@ fn what_is_changed_while_the_tap_is_gone_takes_effect_afterwards() {
 }
 
 #[test]
-fn a_tap_that_this_program_created_is_created_again() {
+fn tap_that_this_program_created_is_created_again() {
     in_namespaces(|| {
         run("ip link add vbr up type bridge");
         let uplink = tap("vt%d,bridge=vbr");
@@ -213,7 +213,7 @@ fn a_tap_that_this_program_created_is_created_again() {
 }
 
 #[test]
-fn a_tap_that_is_down_is_reported_until_it_is_up() {
+fn tap_that_is_down_is_reported_until_it_is_up() {
     in_namespaces(|| {
         let uplink = tap("vt0");
         run("ip link set vt0 down");
@@ -230,7 +230,7 @@ fn a_tap_that_is_down_is_reported_until_it_is_up() {
 }
 
 #[test]
-fn an_interface_of_that_name_that_cannot_be_used_is_reported_until_it_can() {
+fn interface_of_the_same_name_that_cannot_be_used_is_reported_until_it_can() {
     in_namespaces(|| {
         run("ip link add vbr1 up type bridge");
         run("ip link add vbr2 up type bridge");
@@ -265,7 +265,7 @@ fn an_interface_of_that_name_that_cannot_be_used_is_reported_until_it_can() {
 }
 
 #[test]
-fn a_tap_in_another_network_namespace_is_not_taken_for_a_deleted_one() {
+fn tap_in_another_network_namespace_is_not_taken_for_a_deleted_one() {
     in_namespaces(|| {
         let uplink = tap("vt0");
         let queue = queue(&*uplink, 0, true);
@@ -284,7 +284,7 @@ fn a_tap_in_another_network_namespace_is_not_taken_for_a_deleted_one() {
 }
 
 #[test]
-fn the_owner_of_a_tap_that_is_made_again_needs_no_privilege() {
+fn owner_of_a_tap_that_is_made_again_needs_no_privilege() {
     in_namespaces(|| {
         share_tun();
         let make_for = |user: &str| {

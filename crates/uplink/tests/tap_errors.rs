@@ -28,7 +28,7 @@ fn tap(spec: &str) -> Arc<dyn Uplink> {
 }
 
 #[test]
-fn a_missing_driver_and_a_missing_permission_have_their_errors() {
+fn missing_driver_and_missing_permission_have_their_errors() {
     in_namespaces(|| {
         hide_tun();
         assert_says(
@@ -48,7 +48,7 @@ fn a_missing_driver_and_a_missing_permission_have_their_errors() {
 }
 
 #[test]
-fn a_missing_capability_has_its_error() {
+fn missing_capability_has_its_error() {
     in_namespaces(|| {
         share_tun();
         run("ip tuntap add dev vt1 mode tap user 1 multi_queue vnet_hdr");
@@ -86,7 +86,7 @@ fn a_missing_capability_has_its_error() {
 }
 
 #[test]
-fn an_interface_of_the_wrong_kind_has_its_error() {
+fn interface_of_the_wrong_kind_has_its_error() {
     in_namespaces(|| {
         run("ip tuntap add dev single mode tap vnet_hdr");
         run("ip tuntap add dev tun0 mode tun multi_queue");
@@ -108,7 +108,7 @@ fn an_interface_of_the_wrong_kind_has_its_error() {
 }
 
 #[test]
-fn a_tap_of_another_process_has_its_error() {
+fn tap_of_another_process_has_its_error() {
     in_namespaces(|| {
         let uplink = tap("vt0");
         let queue = uplink.open_queue(1, null_rx_sink()).unwrap();
@@ -122,7 +122,7 @@ fn a_tap_of_another_process_has_its_error() {
 }
 
 #[test]
-fn a_tap_that_is_released_within_a_second_is_opened() {
+fn tap_that_is_released_within_a_second_is_opened() {
     in_namespaces(|| {
         run("ip tuntap add dev vt0 mode tap multi_queue vnet_hdr");
         let owner = tap("vt0");
@@ -139,7 +139,7 @@ fn a_tap_that_is_released_within_a_second_is_opened() {
 }
 
 #[test]
-fn a_queue_too_many_has_its_error() {
+fn one_queue_too_many_has_its_error() {
     in_namespaces(|| {
         let uplink = tap("vt0");
         let _queues: Vec<_> = (0..256)
@@ -164,7 +164,7 @@ fn a_queue_too_many_has_its_error() {
 }
 
 #[test]
-fn a_wrong_bridge_has_its_error() {
+fn wrong_bridge_has_its_error() {
     in_namespaces(|| {
         run("ip link add vbr type bridge");
         run("ip link add vbr2 type bridge");

@@ -40,7 +40,7 @@ mod tests {
     use std::fs::File;
 
     #[test]
-    fn a_blocking_eventfd_becomes_non_blocking() {
+    fn blocking_eventfd_becomes_non_blocking() {
         let fd = from_fd(ForeignFd::new(eventfd(0))).unwrap();
         assert!(fcntl_getfl(&fd).unwrap().contains(OFlags::NONBLOCK));
     }

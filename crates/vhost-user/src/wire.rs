@@ -515,7 +515,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_that_is_begun_and_not_completed_times_out() {
+    fn message_that_is_begun_and_not_completed_times_out() {
         let (_stop, stopped) = stop_pair();
         let (front_end, stream) = RawFrontEnd::pair();
         front_end.send(&encode_message(8, 1, &[7; 8])[..12], &[]);
@@ -530,7 +530,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reply_that_is_not_taken_times_out() {
+    fn reply_that_is_not_taken_times_out() {
         let (_stop, stopped) = stop_pair();
         let (_front_end, stream) = RawFrontEnd::pair();
         let channel = Channel::new(stream, stopped.as_fd(), None).unwrap();

@@ -312,7 +312,7 @@ mod tests {
         ufo: false,
     };
     #[test]
-    fn a_frame_passes_unmodified_when_everything_it_requests_was_negotiated() {
+    fn frame_passes_unmodified_when_everything_it_requests_was_negotiated() {
         let csum = FrameFormat {
             csum: true,
             ..NOTHING

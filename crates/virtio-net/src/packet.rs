@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn an_ip_header_is_found_behind_up_to_two_tags_of_each_type() {
+    fn ip_header_is_found_behind_up_to_two_tags_of_each_type() {
         for (count, tags) in [
             (0, &[][..]),
             (1, &[0x8100]),
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_that_ends_within_its_headers_is_truncated() {
+    fn frame_that_ends_within_its_headers_is_truncated() {
         for (ethertype, first, len) in [(ETH_P_IP, 0x45, 20), (ETH_P_IPV6, 0x60, 40)] {
             let whole = frame(&[0x8100], ethertype, first);
             for end in 0..18 + len {
@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn a_header_that_contradicts_its_ethertype_is_not_ip() {
+    fn header_that_contradicts_its_ethertype_is_not_ip() {
         for (ethertype, first) in [(ETH_P_IP, 0x65), (ETH_P_IPV6, 0x45), (0x0806, 0x45)] {
             let parsed = IpHeader::parse(&frame(&[], ethertype, first));
             assert_eq!(parsed, Err(PacketFault::NotIp));
@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn a_packet_with_only_the_dont_fragment_bit_is_not_a_fragment() {
+    fn packet_with_only_the_dont_fragment_bit_is_not_a_fragment() {
         for (field, is_fragment) in [(0x4000, false), (0x2000, true), (0x0001, true)] {
             let mut bytes = frame(&[], ETH_P_IP, 0x45);
             bytes[20..22].copy_from_slice(&u16::to_be_bytes(field));

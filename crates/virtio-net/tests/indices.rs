@@ -36,7 +36,7 @@ const JUMPS: &[(u16, u16)] = &[
     (65_535, 65_534),
 ];
 
-fn a_jump_is_a_fault<Q: Step>() {
+fn jump_is_a_fault<Q: Step>() {
     for &(start, avail) in JUMPS {
         let fixture = SplitRingFixture::starting_at(start, 16, FULL);
         fixture.uplink.feed([vec![0; 12], frame(1, 60)].concat());
@@ -58,9 +58,9 @@ fn a_jump_is_a_fault<Q: Step>() {
 }
 
 #[test]
-fn an_available_index_too_far_ahead_or_behind_is_a_fault() {
-    a_jump_is_a_fault::<TxQueue>();
-    a_jump_is_a_fault::<RxQueue>();
+fn available_index_too_far_ahead_or_behind_is_a_fault() {
+    jump_is_a_fault::<TxQueue>();
+    jump_is_a_fault::<RxQueue>();
 }
 
 #[test]
@@ -86,7 +86,7 @@ fn chains_before_a_head_outside_the_ring_are_completed_first() {
 }
 
 #[test]
-fn a_ring_with_only_bad_heads_is_a_fault_at_once() {
+fn ring_with_only_bad_heads_is_a_fault_at_once() {
     for features in [FULL, PLAIN] {
         let mut fixture = SplitRingFixture::new(16, features);
         fixture.offer(&[99; 16]);
@@ -101,7 +101,7 @@ fn a_ring_with_only_bad_heads_is_a_fault_at_once() {
 
 /// RX dequeues buffers in advance: a bad head behind them must not affect frames in them.
 #[test]
-fn a_bad_head_behind_rx_buffers_is_a_fault_and_the_others_are_rewound() {
+fn bad_head_behind_rx_buffers_is_a_fault_and_the_others_are_rewound() {
     let mut fixture = SplitRingFixture::new(16, FULL);
     let mut rx: RxQueue = fixture.device();
     fixture.desc(0, DATA, 1526, VRING_DESC_F_WRITE, 0);
@@ -132,7 +132,7 @@ fn indices_wrap_at_65_535() {
 
 /// `used_event` only decides about interrupts.
 #[test]
-fn a_wrong_used_event_costs_only_the_guest_its_interrupts() {
+fn wrong_used_event_costs_only_the_guest_its_interrupts() {
     let mut fixture = SplitRingFixture::new(16, FULL);
     let mut tx: TxQueue = fixture.device();
     fixture.readable(0, &good());
@@ -163,7 +163,7 @@ fn a_wrong_used_event_costs_only_the_guest_its_interrupts() {
 
 /// The device never reads the used ring.
 #[test]
-fn a_guest_that_overwrites_the_used_ring_does_not_affect_the_device() {
+fn guest_that_overwrites_the_used_ring_does_not_affect_the_device() {
     let mut fixture = SplitRingFixture::new(16, FULL);
     let mut tx: TxQueue = fixture.device();
     fixture.readable(0, &good());
@@ -183,7 +183,7 @@ fn a_guest_that_overwrites_the_used_ring_does_not_affect_the_device() {
 }
 
 #[test]
-fn an_rx_buffer_over_the_ring_itself_affects_only_that_ring() {
+fn rx_buffer_over_the_ring_itself_affects_only_that_ring() {
     let at = SplitRingFixture::new(16, FULL).ring.addresses();
     for addr in [at.descriptors, at.driver, at.device] {
         let mut fixture = SplitRingFixture::new(16, FULL);
@@ -210,7 +210,7 @@ fn an_rx_buffer_over_the_ring_itself_affects_only_that_ring() {
 }
 
 #[test]
-fn an_empty_ring_moves_nothing() {
+fn empty_ring_moves_nothing() {
     let fixture = SplitRingFixture::new(16, FULL);
     let mut tx: TxQueue = fixture.device();
     let mut rx: RxQueue = fixture.device();
@@ -225,7 +225,7 @@ fn an_empty_ring_moves_nothing() {
 }
 
 #[test]
-fn a_base_other_than_the_used_index_is_corrected_if_the_available_index_allows_it() {
+fn base_other_than_the_used_index_is_corrected_if_the_available_index_allows_it() {
     let mut fixture = SplitRingFixture::new(16, FULL);
     let mut tx: TxQueue = fixture.device();
     fixture.readable(2, &good());

@@ -107,7 +107,7 @@ fn udp_frames_become_valid_fragments() {
 }
 
 #[test]
-fn a_partial_checksum_is_completed() {
+fn partial_checksum_is_completed() {
     for v6 in [false, true] {
         for payload in [0, 1, 2, 31, 1447, 1448] {
             for packet in [
@@ -139,7 +139,7 @@ fn emitted_headers_request_nothing_that_was_not_negotiated() {
 }
 
 #[test]
-fn a_partial_checksum_stays_partial_for_a_receiver_that_accepts_it() {
+fn partial_checksum_stays_partial_for_a_receiver_that_accepts_it() {
     for v6 in [false, true] {
         let packet = PacketBuilder::tcp(v6, 0, 5000).gso(1460).build();
         let segments = made(&packet, true);
@@ -161,7 +161,7 @@ fn a_partial_checksum_stays_partial_for_a_receiver_that_accepts_it() {
 }
 
 #[test]
-fn the_result_does_not_depend_on_the_segments_in_memory() {
+fn result_does_not_depend_on_the_segments_in_memory() {
     let packet = PacketBuilder::tcp(false, 12, 20_000).gso(1448).build();
     let mut segmenter = Segmenter::new();
     let expected = made(&packet, false);
@@ -188,7 +188,7 @@ fn cut_to(mut packet: Packet, len: usize) -> Packet {
 }
 
 #[test]
-fn a_request_that_contradicts_the_content_is_refused() {
+fn request_that_contradicts_the_content_is_refused() {
     use OffloadFault as F;
     let tcp4 = || PacketBuilder::tcp(false, 12, 5000).gso(1448).build();
     let tcp6 = || PacketBuilder::tcp(true, 12, 5000).gso(1448).build();
@@ -269,7 +269,7 @@ fn a_request_that_contradicts_the_content_is_refused() {
 }
 
 #[test]
-fn a_frame_beyond_the_lengths_of_ip_is_refused() {
+fn frame_beyond_the_lengths_of_ip_is_refused() {
     let longer = |builder: PacketBuilder, len: usize, size: u16| {
         let mut packet = builder.gso(size).build();
         packet.bytes.resize(len, 7);
@@ -290,7 +290,7 @@ fn a_frame_beyond_the_lengths_of_ip_is_refused() {
 }
 
 #[test]
-fn the_number_of_frames_made_of_one_is_bounded() {
+fn number_of_frames_made_of_one_is_bounded() {
     let size = u16::try_from(MIN_GSO_SIZE).unwrap();
     for packet in [
         PacketBuilder::tcp(false, 0, 65_400).gso(size).build(),
@@ -340,7 +340,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
     #[test]
-    fn the_reassembled_frames_are_the_original(
+    fn reassembled_frames_are_the_original(
         packet in any_packet(),
         csum: bool,
         cut in 1..3000usize,
@@ -351,7 +351,7 @@ proptest! {
     }
 
     #[test]
-    fn a_damaged_request_is_refused_or_converted(
+    fn damaged_request_is_refused_or_converted(
         packet in any_packet(),
         csum: bool,
         header in prop::collection::vec((0..12usize, any::<u8>()), 0..3),

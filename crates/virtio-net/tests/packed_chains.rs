@@ -184,7 +184,7 @@ fn starts() -> [u16; 4] {
 }
 
 #[test]
-fn an_invalid_chain_is_dropped_and_no_other() {
+fn invalid_chain_is_dropped_and_no_other() {
     let rows = TX.iter().map(|row| (FULL, *row));
     let refused: Row = ("no indirect", "indirect_not_negotiated", |fixture| {
         refer(fixture, &[(DATA, 72, 0)]);
@@ -295,7 +295,7 @@ fn unusual_but_valid_chains_pass() {
 
 /// A descriptor is available only with the flags of the present wrap counter.
 #[test]
-fn a_descriptor_with_another_wrap_counter_is_not_available() {
+fn descriptor_with_another_wrap_counter_is_not_available() {
     for lap in [0, 1] {
         for (flags, wrap) in [
             (0, None),
@@ -360,7 +360,7 @@ fn send_burst(fixture: &PackedRingFixture, tx: &mut TxQueue) -> Result<usize, Vi
 }
 
 #[test]
-fn a_chain_without_end_is_a_fault_of_the_ring() {
+fn chain_without_end_is_a_fault_of_the_ring() {
     let want = Err(VirtqueueFault::ChainWithoutEnd { size: 16 });
     for start in [0, 11, 16, 30] {
         let mut fixture = PackedRingFixture::new(start, 16, FULL);
@@ -405,7 +405,7 @@ fn chains_before_one_without_end_are_completed_first() {
 }
 
 #[test]
-fn a_ring_that_is_configured_again_after_a_fault_works() {
+fn ring_that_is_configured_again_after_a_fault_works() {
     let mut fixture = PackedRingFixture::new(3, 8, FULL);
     let mut tx: TxQueue = fixture.device();
     for _ in 0..8 {
@@ -482,7 +482,7 @@ fn found(fixture: &PackedRingFixture, addr: u64, len: usize) -> (u16, Vec<u8>) {
 }
 
 #[test]
-fn an_invalid_buffer_is_completed_empty_and_the_frame_uses_the_next() {
+fn invalid_buffer_is_completed_empty_and_the_frame_uses_the_next() {
     for features in [FULL, UNMERGED] {
         for &(name, counter, write) in RX {
             for start in [0, 48, 49, 98] {
@@ -517,7 +517,7 @@ fn an_invalid_buffer_is_completed_empty_and_the_frame_uses_the_next() {
 
 /// The invalid chain counts as one buffer of the frame, whatever its number of descriptors.
 #[test]
-fn an_invalid_chain_among_the_buffers_of_a_frame_is_an_empty_buffer() {
+fn invalid_chain_among_the_buffers_of_a_frame_is_an_empty_buffer() {
     let mut fixture = PackedRingFixture::new(0, 9, MERGEABLE);
     let mut rx: RxQueue = fixture.device();
     fixture.put(BUFFER, 64, 0, VRING_DESC_F_WRITE);
@@ -537,7 +537,7 @@ fn an_invalid_chain_among_the_buffers_of_a_frame_is_an_empty_buffer() {
 
 /// Frames wait for buffers, and none is lost while the ring wraps round many times.
 #[test]
-fn a_starved_ring_continues_when_buffers_are_added() {
+fn starved_ring_continues_when_buffers_are_added() {
     for features in [MERGEABLE, UNMERGED] {
         let mut fixture = PackedRingFixture::new(0, 7, features);
         let mut rx: RxQueue = fixture.device();

@@ -132,7 +132,7 @@ fn found(fixture: &SplitRingFixture, addr: u64, len: usize) -> (u16, Vec<u8>) {
 }
 
 #[test]
-fn an_invalid_buffer_is_completed_empty_and_the_frame_uses_the_next() {
+fn invalid_buffer_is_completed_empty_and_the_frame_uses_the_next() {
     for features in [FULL, UNMERGED] {
         for &(name, counter, write) in ROWS {
             let mut fixture = SplitRingFixture::new(16, features);
@@ -169,7 +169,7 @@ fn an_invalid_buffer_is_completed_empty_and_the_frame_uses_the_next() {
 
 /// Chains are used in ring order, so the invalid one counts as a buffer of the frame.
 #[test]
-fn an_invalid_chain_among_the_buffers_of_a_frame_is_an_empty_buffer() {
+fn invalid_chain_among_the_buffers_of_a_frame_is_an_empty_buffer() {
     let mut fixture = SplitRingFixture::new(8, MERGEABLE);
     let mut rx: RxQueue = fixture.device();
     fixture.desc(0, BUFFER, 64, VRING_DESC_F_WRITE, 0);
@@ -185,7 +185,7 @@ fn an_invalid_chain_among_the_buffers_of_a_frame_is_an_empty_buffer() {
 }
 
 #[test]
-fn an_unmergeable_buffer_must_hold_a_header_and_a_frame() {
+fn unmergeable_buffer_must_hold_a_header_and_a_frame() {
     for (len, counter) in [
         (12, "rx_buffer_too_small"),
         (25, "rx_buffer_too_small"),
@@ -208,7 +208,7 @@ fn an_unmergeable_buffer_must_hold_a_header_and_a_frame() {
 }
 
 #[test]
-fn a_frame_longer_than_an_unmergeable_buffer_is_dropped_and_the_buffer_kept() {
+fn frame_longer_than_an_unmergeable_buffer_is_dropped_and_the_buffer_kept() {
     let mut fixture = SplitRingFixture::new(8, UNMERGED);
     let mut rx: RxQueue = fixture.device();
     fixture.desc(0, BUFFER, 200, VRING_DESC_F_WRITE, 0);
@@ -228,7 +228,7 @@ fn a_frame_longer_than_an_unmergeable_buffer_is_dropped_and_the_buffer_kept() {
 }
 
 #[test]
-fn a_buffer_across_two_regions_is_one_buffer() {
+fn buffer_across_two_regions_is_one_buffer() {
     for features in [MERGEABLE, UNMERGED] {
         for before in [1, 5, 11, 12, 13, 500] {
             let mut fixture = SplitRingFixture::new(2, features);
@@ -282,7 +282,7 @@ fn frames_wait_without_buffers_and_arrive_in_order_later() {
 
 /// The cost of a call is bounded by the descriptors that it reads.
 #[test]
-fn a_table_of_65_535_entries_shared_by_1_024_heads_has_a_bounded_cost_per_call() {
+fn table_of_65_535_entries_shared_by_1_024_heads_has_a_bounded_cost_per_call() {
     let mut fixture = SplitRingFixture::new(1024, FULL);
     let mut rx: RxQueue = fixture.device();
     let entries: Vec<_> = (0..u16::MAX)
@@ -310,7 +310,7 @@ fn a_table_of_65_535_entries_shared_by_1_024_heads_has_a_bounded_cost_per_call()
 
 /// Reading a descriptor that is refused at once is work as well.
 #[test]
-fn a_large_ring_of_invalid_heads_takes_more_than_one_call() {
+fn large_ring_of_invalid_heads_takes_more_than_one_call() {
     for (features, counter, len) in [
         (MERGEABLE, "indirect_not_negotiated", 16),
         (FULL, "indirect_bad_length", 0),

@@ -167,7 +167,7 @@ fn frames_are_received_in_buffers_of_every_shape() {
 }
 
 #[test]
-fn the_frames_of_one_call_become_visible_together() {
+fn frames_of_one_call_become_visible_together() {
     for features in [FULL, PACKED] {
         frames_become_visible_together(RxFixture::new(256, features, &[1526]));
     }
@@ -200,7 +200,7 @@ fn frames_become_visible_together(mut fixture: RxFixture) {
 }
 
 #[test]
-fn a_call_ends_at_its_byte_limit() {
+fn call_ends_at_its_byte_limit() {
     let mut fixture = RxFixture::new(256, FULL, &[1526]);
     fixture.driver.fill().unwrap();
     for seed in 0..10 {
@@ -240,7 +240,7 @@ fn reserved_buffers_are_not_used() {
 }
 
 #[test]
-fn a_frame_too_long_for_a_small_ring_is_dropped_and_counted() {
+fn frame_too_long_for_a_small_ring_is_dropped_and_counted() {
     for (size, features) in [(16, FULL), (16, PACKED), (13, PACKED)] {
         let mut fixture = RxFixture::new(size, features, &[1526]);
         fixture.driver.fill().unwrap();
@@ -255,7 +255,7 @@ fn a_frame_too_long_for_a_small_ring_is_dropped_and_counted() {
 }
 
 #[test]
-fn a_ring_continues_in_another_snapshot_of_memory() {
+fn ring_continues_in_another_snapshot_of_memory() {
     for (size, features) in [(256, FULL), (256, PACKED), (99, PACKED)] {
         continues_in_another_snapshot(RxFixture::new(size, features, &[1000]));
     }
@@ -282,7 +282,7 @@ fn continues_in_another_snapshot(mut fixture: RxFixture) {
 }
 
 #[test]
-fn a_snapshot_without_the_ring_is_refused_and_the_base_is_kept() {
+fn snapshot_without_the_ring_is_refused_and_the_base_is_kept() {
     for features in [FULL, PACKED] {
         let mut fixture = RxFixture::new(64, features, &[1526]);
         fixture.driver.fill().unwrap();
@@ -300,7 +300,7 @@ fn a_snapshot_without_the_ring_is_refused_and_the_base_is_kept() {
 /// The driver runs on a thread of its own and refills while frames arrive. It fails where it sees
 /// some of a frame's buffers and not all.
 #[test]
-fn a_concurrent_driver_never_sees_part_of_a_frame() {
+fn concurrent_driver_never_sees_part_of_a_frame() {
     for (size, features) in [(256, FULL), (256, PACKED), (251, PACKED)] {
         never_sees_part_of_a_frame(RxFixture::new(size, features, &[300]));
     }
@@ -352,7 +352,7 @@ fn never_sees_part_of_a_frame(fixture: RxFixture) {
 
 /// The kernel fills a limited number of segments and puts the rest of the frame elsewhere.
 #[test]
-fn a_frame_beyond_the_segments_that_the_uplink_fills_is_dropped_and_not_shown() {
+fn frame_beyond_the_segments_that_the_uplink_fills_is_dropped_and_not_shown() {
     const SEGMENTS: [u32; 1000] = [10; 1000];
     let mut fixture = RxFixture::new(64, FULL, &SEGMENTS);
     fixture.driver.fill().unwrap();

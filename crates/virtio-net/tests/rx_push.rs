@@ -119,7 +119,7 @@ fn frames_that_do_not_fit_are_counted_and_later_ones_arrive() {
 }
 
 #[test]
-fn a_frame_longer_than_an_unmergeable_buffer_is_too_long() {
+fn frame_longer_than_an_unmergeable_buffer_is_too_long() {
     let mut fixture = SplitRingFixture::new(8, UNMERGED);
     let mut rx: RxQueue = fixture.device();
     fixture.desc(0, DATA, 100, VRING_DESC_F_WRITE, 0);
@@ -131,7 +131,7 @@ fn a_frame_longer_than_an_unmergeable_buffer_is_too_long() {
 }
 
 #[test]
-fn an_invalid_buffer_is_completed_empty_and_the_frame_uses_the_next() {
+fn invalid_buffer_is_completed_empty_and_the_frame_uses_the_next() {
     for features in [FULL, UNMERGED] {
         let mut fixture = SplitRingFixture::new(8, features);
         let mut rx: RxQueue = fixture.device();

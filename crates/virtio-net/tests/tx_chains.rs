@@ -273,7 +273,7 @@ const DIRECTIONS: &[Row] = &[
 ];
 
 #[test]
-fn an_invalid_chain_is_dropped_and_no_other() {
+fn invalid_chain_is_dropped_and_no_other() {
     for row in [CHAINS, ADDRESSES, INDIRECTS, DIRECTIONS]
         .into_iter()
         .flatten()
@@ -387,7 +387,7 @@ fn unusual_but_valid_chains_pass() {
 }
 
 #[test]
-fn the_longest_valid_chain_passes() {
+fn longest_valid_chain_passes() {
     for indirect in [false, true] {
         let mut fixture = SplitRingFixture::new(2048, FULL);
         let mut tx: TxQueue = fixture.device();
@@ -404,7 +404,7 @@ fn the_longest_valid_chain_passes() {
 
 /// The device keeps no state for a head or a descriptor.
 #[test]
-fn a_head_twice_and_a_shared_descriptor_are_two_frames() {
+fn head_twice_and_shared_descriptor_are_two_frames() {
     let mut fixture = SplitRingFixture::new(16, FULL);
     let mut tx: TxQueue = fixture.device();
     fixture.ram.write(DATA, &good()).unwrap();
@@ -422,7 +422,7 @@ fn a_head_twice_and_a_shared_descriptor_are_two_frames() {
 
 /// A guest may transmit its own descriptors: they are its memory.
 #[test]
-fn a_buffer_in_the_ring_itself_is_ordinary_memory() {
+fn buffer_in_the_ring_itself_is_ordinary_memory() {
     let mut fixture = SplitRingFixture::new(16, FULL);
     let mut tx: TxQueue = fixture.device();
     fixture.ram.write(DATA, &[0; 12]).unwrap();
@@ -446,7 +446,7 @@ fn a_buffer_in_the_ring_itself_is_ordinary_memory() {
 
 /// The cost of a burst is bounded by the descriptors that it reads, whatever the guest wrote.
 #[test]
-fn a_table_of_65_535_entries_shared_by_1_024_heads_has_a_bounded_cost_per_burst() {
+fn table_of_65_535_entries_shared_by_1_024_heads_has_a_bounded_cost_per_burst() {
     let mut fixture = SplitRingFixture::new(1024, FULL);
     let mut tx: TxQueue = fixture.device();
     table_line(&fixture, u16::MAX, 64);
@@ -469,7 +469,7 @@ fn a_table_of_65_535_entries_shared_by_1_024_heads_has_a_bounded_cost_per_burst(
 }
 
 #[test]
-fn a_disabled_ring_drains_whatever_is_in_it() {
+fn disabled_ring_drains_whatever_is_in_it() {
     let mut fixture = SplitRingFixture::new(16, FULL);
     let mut tx: TxQueue = fixture.device();
     fixture.readable(3, &[vec![0; 12], frame(2, 60)].concat());

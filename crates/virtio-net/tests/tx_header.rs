@@ -166,7 +166,7 @@ fn every_rule_of_the_header_has_its_counter() {
 }
 
 #[test]
-fn a_chain_shorter_than_a_header_is_dropped() {
+fn chain_shorter_than_a_header_is_dropped() {
     for (features, header_len) in [(PLAIN, 12), (0, 10)] {
         for len in 0..=header_len {
             let mut fixture = SplitRingFixture::new(8, features);
@@ -187,7 +187,7 @@ fn a_chain_shorter_than_a_header_is_dropped() {
 }
 
 #[test]
-fn a_legacy_header_has_ten_bytes() {
+fn legacy_header_has_ten_bytes() {
     let mut fixture = SplitRingFixture::new(8, 1 << VIRTIO_NET_F_CSUM);
     let mut tx: TxQueue = fixture.device();
     let header = PARTIAL.to_bytes();

@@ -15,7 +15,7 @@ pub fn packed_chains() -> Seeds {
         ("laps", (0..12).fold(tx_of_5(), |s, _| with_frame(s)).0),
         ("indirect_tables", indirect_tables().0),
         ("bad_chains", bad_chains().0),
-        ("a_chain_as_long_as_the_ring", longest_chain().0),
+        ("chain_as_long_as_the_ring", longest_chain().0),
         ("no_end", linked(5).packed_turn().0),
         ("too_many", too_many().0),
         ("wrong_wrap_counter", wrong_wrap_counter().0),

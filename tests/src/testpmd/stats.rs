@@ -142,7 +142,7 @@ mod tests {
 ";
 
     #[test]
-    fn the_counters_of_every_port_are_parsed() {
+    fn counters_of_every_port_are_parsed() {
         let two = PORTS.repeat(2).replacen("977067", "5", 1);
         let ports = parse_ports(&two).unwrap();
         let first = ports[0];
@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn the_sums_of_all_ports_are_parsed_instead_of_the_first_port() {
+    fn sums_of_all_ports_are_parsed_instead_of_the_first_port() {
         let all = parse_forwarded(ALL).unwrap();
         assert_eq!((all.rx_packets, all.tx_packets), (8_756_832, 8_757_344));
         assert_eq!((all.tx_dropped, all.busy_cycles), (5, 5_323_090_622));
@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_counter_is_an_error() {
+    fn missing_counter_is_an_error() {
         assert!(parse_ports(&PORTS.replace("RX-missed", "RX-other")).is_err());
         assert!(parse_forwarded("nothing of that").is_err());
     }

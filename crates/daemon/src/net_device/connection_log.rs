@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn front_end_without_a_refused_request_is_advised_to_change_its_queues() {
+    fn front_end_without_refused_request_is_advised_to_change_its_queues() {
         let refused = RefusedRequest {
             request: "SET_VRING_NUM".into(),
             error: RequestError::VringSize(3),

@@ -62,7 +62,7 @@ fn sent_frames(net_device: &NetDevice) -> Vec<u64> {
 }
 
 #[test]
-fn a_pair_has_descriptors_only_while_a_front_end_is_connected_and_keeps_its_counters() {
+fn pair_has_descriptors_only_while_a_front_end_is_connected_and_keeps_its_counters() {
     let net_device = net_device(4);
     with_frontend(&net_device, |frontend| {
         for served in net_device.pairs() {

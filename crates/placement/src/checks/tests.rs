@@ -213,7 +213,7 @@ fn each_problem_gives_its_warning() {
 }
 
 #[test]
-fn a_list_whose_cpus_leave_the_cpuset_gives_a_warning() {
+fn list_whose_cpus_leave_the_cpuset_gives_a_warning() {
     let dir = TempDir::new("checks-lost");
     let mut planner = planner(&dir, "list:0,2", "0-3");
     let topology = planner.topology().clone();

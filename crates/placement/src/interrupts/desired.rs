@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn the_masks_of_each_queue_are_the_cpus_of_its_worker() {
+    fn masks_of_each_queue_are_the_cpus_of_its_worker() {
         let host = FakeHost::new("irq-tap", "0-63");
         host.tap("tap0", 7, 3);
         assert_eq!(
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_that_may_run_on_every_cpu_needs_no_setting() {
+    fn worker_that_may_run_on_every_cpu_needs_no_setting() {
         let host = FakeHost::new("irq-every-cpu", "0-1");
         host.tap("tap0", 7, 4);
         let lines = setting_lines(&host, &tap_workers(&["0-1", "", "0-3", "1"], &[]));

@@ -182,7 +182,7 @@ mod tests {
 
     /// Uses the irqbalance of this machine, if one runs: an interrupt is banned and removed again.
     #[test]
-    fn a_real_irqbalance_accepts_and_removes_a_ban() {
+    fn real_irqbalance_accepts_and_removes_a_ban() {
         let Some(socket) = socket_in(Path::new(RUN_DIR)) else {
             eprintln!("skipped: no irqbalance runs here");
             return;
@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_is_parsed_completely_or_not_at_all() {
+    fn answer_is_parsed_completely_or_not_at_all() {
         let none = BTreeSet::new();
         for (answer, irqs) in [
             ("SLEEP 10 BANNED 0", Some(none.clone())),
@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn the_hint_names_each_interrupt_while_irqbalance_runs() {
+    fn hint_names_each_interrupt_while_irqbalance_runs() {
         let host = FakeHost::new("irqbalance", "0");
         let proc = host.roots().proc;
         host.put("proc/7/comm", "bash");

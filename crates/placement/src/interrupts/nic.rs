@@ -184,7 +184,7 @@ mod tests {
 
     /// Reads the interrupts of this machine's NIC, where it has one, and changes nothing.
     #[test]
-    fn the_affinity_files_of_real_interrupts_hold_a_cpu_list() {
+    fn affinity_files_of_real_interrupts_hold_a_cpu_list() {
         for port in list_dir(Path::new("/sys/class/net")) {
             let Some(irqs) = irqs_of(&Path::new("/sys/class/net").join(&port)) else {
                 continue;

@@ -61,7 +61,7 @@ fn each_policy_chooses_the_cpus_of_each_worker() {
 }
 
 #[test]
-fn a_decision_lists_all_vcpus_and_the_reason() {
+fn decision_lists_all_vcpus_and_the_reason() {
     for (mode, vcpus, line) in [
         (
             "auto",
@@ -113,7 +113,7 @@ fn a_decision_lists_all_vcpus_and_the_reason() {
 }
 
 #[test]
-fn a_decision_without_vcpu_threads_says_what_to_do() {
+fn decision_without_vcpu_threads_says_what_to_do() {
     let dir = TempDir::new("no-vcpus");
     dir.thread(100, 100, "qemu-system-x86", "0-3");
     let planner = planner("auto", "0-1").with_proc_root(dir.path());
@@ -148,7 +148,7 @@ fn refreshing_a_map_reads_only_threads_whose_cpus_were_known() {
 }
 
 #[test]
-fn a_changed_host_changes_the_decisions() {
+fn changed_host_changes_the_decisions() {
     let map = map(&["0-3", "0-3"]);
     let mut planner = planner("auto", "0-3");
     assert_eq!(cpus_of_workers(&planner, &map, 2), ["0-3", "0-3"]);
@@ -213,7 +213,7 @@ fn qmp_is_asked_only_by_policies_that_depend_on_vcpus() {
 }
 
 #[test]
-fn a_list_outside_the_cpuset_is_refused() {
+fn list_outside_the_cpuset_is_refused() {
     let error = PlacementPlanner::new("list:0-3".parse().unwrap(), set("0-1"), None).unwrap_err();
     assert_eq!(
         error.to_string(),

@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn the_only_network_device_is_returned_for_any_socket() {
+    fn single_network_device_is_returned_for_any_socket() {
         let dir = TempDir::new("net_devices-one");
         let mut script = vec![GREETING.into(), answer("qmp_capabilities", &json!({}))];
         script.push(listing(&["net0"]));
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_monitor_is_an_error() {
+    fn missing_monitor_is_an_error() {
         let error =
             query_net_device(Path::new("/nonexistent"), Path::new("/s"), TIMEOUT).unwrap_err();
         assert_eq!(error.code(), "qmp-unreachable", "{error}");

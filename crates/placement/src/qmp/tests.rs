@@ -123,7 +123,7 @@ fn reading_stops_at_the_byte_limit() {
 }
 
 #[test]
-fn a_silent_or_busy_monitor_costs_at_most_the_timeout() {
+fn silent_or_busy_monitor_costs_at_most_the_timeout() {
     let dir = TempDir::new("qmp-silent");
     let path = dir.path().join("qmp.sock");
     let listener = UnixListener::bind(&path).unwrap();
@@ -154,7 +154,7 @@ fn a_silent_or_busy_monitor_costs_at_most_the_timeout() {
 }
 
 #[test]
-fn the_error_for_a_missing_socket_names_qemus_option() {
+fn error_for_a_missing_socket_names_qemus_option() {
     let error = query_vcpus(Path::new("/nonexistent/qmp"), TIMEOUT).unwrap_err();
     assert_eq!(
         error.to_string(),

@@ -753,7 +753,7 @@ fn each_choice_has_its_reason() {
 }
 
 #[test]
-fn a_workers_cpu_does_not_depend_on_the_order_of_placement() {
+fn cpu_of_a_worker_does_not_depend_on_the_order_of_placement() {
     let dir = TempDir::new("order");
     let topology = host(&dir, ALL, "");
     let map = map(&["0", "1", "2", "3", "4", "5"]);

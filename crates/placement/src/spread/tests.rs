@@ -183,7 +183,7 @@ fn polling_workers_avoid_the_pinned_vcpus_of_every_guest() {
 }
 
 #[test]
-fn a_guest_that_leaves_moves_only_workers_that_shared_a_cpu() {
+fn guest_that_leaves_moves_only_workers_that_shared_a_cpu() {
     let dir = TempDir::new("spread-leave");
     let topology = host(&dir, 64);
     let mut devices = Devices::new(&topology, true, vec![floating(64); 17]);

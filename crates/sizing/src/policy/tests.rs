@@ -90,7 +90,7 @@ fn image_and_flavor_turn_multiqueue_on_and_off_as_nova_does() {
 }
 
 #[test]
-fn a_guest_with_one_vcpu_has_one_queue_pair_even_where_image_and_flavor_conflict() {
+fn guest_with_one_vcpu_has_one_queue_pair_even_where_image_and_flavor_conflict() {
     for image in [None, ON, OFF] {
         for flavor in [None, ON, OFF] {
             for multiqueue_default in [MultiqueueDefault::On, MultiqueueDefault::Off] {
@@ -108,7 +108,7 @@ fn a_guest_with_one_vcpu_has_one_queue_pair_even_where_image_and_flavor_conflict
 }
 
 #[test]
-fn the_request_for_a_device_counts_within_the_limits() {
+fn request_for_a_device_counts_within_the_limits() {
     let most = "vCPUs, as more queue pairs cost memory and interrupts without any use";
     // vCPUs, limit, request; pairs, reason.
     let table: [(u32, Option<u16>, QueueRequest, u16, String); 22] = [
@@ -159,7 +159,7 @@ fn the_request_for_a_device_counts_within_the_limits() {
 }
 
 #[test]
-fn a_request_that_contradicts_image_or_flavor_is_refused() {
+fn request_that_contradicts_image_or_flavor_is_refused() {
     let off = "multiqueue is off by";
     let image = "hw_vif_multiqueue_enabled=false (image)";
     let flavor = "hw:vif_multiqueue_enabled=false (flavor)";
@@ -296,7 +296,7 @@ const BUDGETS: [BudgetCase; 14] = [
 ];
 
 #[test]
-fn the_budget_takes_pairs_from_devices_without_a_requested_number() {
+fn budget_takes_pairs_from_devices_without_requested_number() {
     for (vcpus, queue_requests, other_vectors, budget, expected) in BUDGETS {
         let guest = GuestRequest {
             other_vectors,
@@ -325,7 +325,7 @@ fn the_budget_takes_pairs_from_devices_without_a_requested_number() {
 }
 
 #[test]
-fn the_reason_names_a_reduction_and_a_budget_below_the_other_vectors_is_an_error() {
+fn reason_names_a_reduction_and_a_budget_below_the_other_vectors_is_an_error() {
     let reduced = plan_queues(&GuestRequest {
         budget: 9,
         ..guest(4, &[Unspecified])

@@ -102,7 +102,7 @@ mod tests {
     const MAC: MacAddr = MacAddr(0x0602);
 
     #[test]
-    fn an_address_that_moves_back_and_forth_is_in_conflict_at_both_ports() {
+    fn address_that_moves_back_and_forth_is_in_conflict_at_both_ports() {
         let moves = AddressMoves::default();
         moves.record(MAC, 1, 2, NOW);
         moves.record(MAC, 2, 1, NOW + 5);
@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flood_of_moves_displaces_no_conflict() {
+    fn flood_of_moves_displaces_no_conflict() {
         let moves = AddressMoves::default();
         for _ in 0..3 {
             moves.record(MAC, 1, 2, NOW);

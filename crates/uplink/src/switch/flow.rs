@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_that_is_not_ip_or_truncated_has_no_flow() {
+    fn frame_that_is_not_ip_or_truncated_has_no_flow() {
         let arp = ethernet([0xff; 6], [2; 6], 0x0806, &[0; 28]);
         assert_eq!(flow_in_segments(arp, 60), NO_FLOW);
         let whole = FrameSpec::v6(Transport::Tcp).build(&[]).unwrap().bytes;
@@ -295,7 +295,7 @@ mod tests {
         }
 
         #[test]
-        fn the_hash_is_symmetric_and_depends_on_every_bit_of_the_flow(
+        fn hash_is_symmetric_and_depends_on_every_bit_of_the_flow(
             ends in any::<[(u32, u16); 2]>(),
             bit in 0_u32..96,
         ) {

@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flow_is_found_on_the_pair_on_which_it_was_last_transmitted() {
+    fn flow_is_found_on_the_pair_on_which_it_was_last_transmitted() {
         let table = FlowTable::new();
         assert_eq!(table.find(flow(1), NOW), None);
         table.learn(flow(1), 3, NOW);
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flow_expires_even_where_the_seconds_wrap_round() {
+    fn flow_expires_even_where_the_seconds_wrap_round() {
         for now in [NOW, 0xffff, 0x1_0000, 0x1_ffff, u32::MAX - 10] {
             let table = FlowTable::new();
             table.learn(flow(1), 3, now);
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flood_of_flows_stays_bounded_and_every_entry_is_right() {
+    fn flood_of_flows_stays_bounded_and_every_entry_is_right() {
         let table = FlowTable::new();
         let flows = 1_000_000;
         for n in 1..flows {

@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_is_found_at_the_port_where_it_was_last_seen() {
+    fn address_is_found_at_the_port_where_it_was_last_seen() {
         let table = table();
         assert_eq!(table.find(mac_of(1), NOW), None);
         table.learn(mac_of(1), 7, NOW);
@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_that_was_not_seen_for_long_is_forgotten() {
+    fn address_that_was_not_seen_for_long_is_forgotten() {
         let table = table();
         table.learn(mac_of(1), 1, NOW);
         table.learn(mac_of(2), 2, NOW);
@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flood_of_addresses_stays_bounded_and_displaces_few_of_other_ports() {
+    fn flood_of_addresses_stays_bounded_and_displaces_few_of_other_ports() {
         let table = table();
         let honest = 500;
         for n in 0..honest {
@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_bucket_replaces_its_oldest_address() {
+    fn full_bucket_replaces_its_oldest_address() {
         let table = table();
         let index = |mac| std::ptr::from_ref(table.bucket(mac));
         let same: Vec<MacAddr> = (0..)

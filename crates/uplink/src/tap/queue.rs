@@ -394,7 +394,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_call_that_changes_nothing_does_not_wait_for_another_queue() {
+    fn call_that_changes_nothing_does_not_wait_for_another_queue() {
         let shared = Arc::new(TapShared::new("tap0".into(), VNET_HEADER_LEN));
         let file = File::open("/dev/null").unwrap();
         let queue = TapQueue::new(file, 0, Arc::clone(&shared));

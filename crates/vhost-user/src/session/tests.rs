@@ -667,7 +667,7 @@ fn packed_vring_accepts_sizes_and_bases_that_a_split_one_does_not() {
 }
 
 #[test]
-fn a_request_that_waits_for_its_own_reply_is_refused_or_ends_the_session() {
+fn request_that_waits_for_its_own_reply_is_refused_or_ends_the_session() {
     for code in [
         Code::GET_CONFIG,
         Code::GET_INFLIGHT_FD,

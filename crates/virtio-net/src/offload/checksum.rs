@@ -119,14 +119,14 @@ mod tests {
     }
 
     #[test]
-    fn the_sum_is_that_of_the_example_in_rfc_1071() {
+    fn sum_is_that_of_the_example_in_rfc_1071() {
         let bytes = [0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7];
         assert_eq!(Sum::of(&bytes).fold(), 0xddf2);
         assert_eq!(Sum::of(&bytes).checksum(), 0x220d);
     }
 
     #[test]
-    fn a_checksum_of_zero_is_written_as_all_ones() {
+    fn checksum_of_zero_is_written_as_all_ones() {
         let mut packet = [0; 24];
         packet[14..16].copy_from_slice(&[0xff, 0xff]);
         let field = CsumField {

@@ -353,7 +353,7 @@ mod tests {
     struct Unplugged;
 
     #[test]
-    fn an_error_has_its_code_its_text_and_the_kernels_error() {
+    fn error_has_its_code_its_text_and_the_kernels_error() {
         let error = UplinkError::TapBusy {
             name: "tap0".into(),
             source: io::ErrorKind::ResourceBusy.into(),
@@ -374,7 +374,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_of_another_uplink_keeps_its_own_code_and_text() {
+    fn error_of_another_uplink_keeps_its_own_code_and_text() {
         let error = UplinkError::Other {
             code: "cable-unplugged",
             source: Box::new(Unplugged),

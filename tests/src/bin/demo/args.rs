@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_option_or_an_invalid_value_is_an_error() {
+    fn unknown_option_or_invalid_value_is_an_error() {
         for line in [
             "--queues 0",
             "--queues 65",

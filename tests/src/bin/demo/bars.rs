@@ -116,7 +116,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_bar_has_the_same_width_for_every_rate() {
+    fn bar_has_the_same_width_for_every_rate() {
         for share in [0.0, 0.01, 0.5, 0.999, 1.0, 7.0] {
             assert_eq!(bar(share, 1.0).chars().count(), WIDTH, "{share}");
         }
@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn the_plain_line_contains_the_rates_of_each_pair() {
+    fn plain_line_contains_the_rates_of_each_pair() {
         let line = plain_line(4, &[(1.0, 0.25), (0.5, 0.0)]);
         assert_eq!(
             line,

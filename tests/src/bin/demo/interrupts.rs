@@ -240,14 +240,14 @@ mod tests {
     }
 
     #[test]
-    fn a_mask_is_converted_to_a_list() {
+    fn mask_is_converted_to_a_list() {
         for (mask, cpus) in [("0", ""), ("1", "0"), ("a", "1,3"), ("1,00000000", "32")] {
             assert_eq!(mask_to_list(mask), cpus);
         }
     }
 
     #[test]
-    fn the_text_has_a_line_for_each_pair_and_each_advice() {
+    fn text_has_a_line_for_each_pair_and_each_advice() {
         let vector = |irq| Some(Vector { irq, vcpu: 1 });
         let queues = PairInterrupts {
             rx: vector(25),

@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn the_rate_of_a_direction_is_that_of_its_own_load() {
+    fn rate_of_a_direction_is_that_of_its_own_load() {
         let row = &example_result().pairs[0];
         assert_eq!((row.rx_frames, row.tx_frames), (17, 25));
         assert!((row.rx_gbps - 2.0).abs() < 1e-6);
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn the_columns_of_the_table_are_aligned() {
+    fn columns_of_the_table_are_aligned() {
         let table = example_result().table();
         let columns = |line: &str| -> Vec<usize> {
             let bar = |(i, c)| (c == '|' || c == '+').then_some(i);

@@ -110,7 +110,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_rate_is_bits_divided_by_time_and_zero_without_time() {
+    fn rate_is_bits_divided_by_time_and_zero_without_time() {
         let (before, after) = (
             FrameCount {
                 frames: 1,

@@ -59,7 +59,7 @@ fn files_are_set_and_restored() {
 }
 
 #[test]
-fn a_preview_writes_nothing() {
+fn preview_writes_nothing() {
     let host = host("manager-preview");
     let settings = [(XPS, "2"), (IRQ, "1")].map(|(f, v)| setting(&host, f, v));
     let outcomes = IrqAffinityManager::preview(&settings);
@@ -69,7 +69,7 @@ fn a_preview_writes_nothing() {
 }
 
 #[test]
-fn an_rps_mask_is_set_only_where_rps_was_on() {
+fn rps_mask_is_set_only_where_rps_was_on() {
     let host = host("manager-rps");
     host.put(RPS, "00000000,00000000");
     let settings = [setting(&host, RPS, "2")];
@@ -79,7 +79,7 @@ fn an_rps_mask_is_set_only_where_rps_was_on() {
 }
 
 #[test]
-fn a_file_belongs_to_the_device_that_set_it_first() {
+fn file_belongs_to_the_device_that_set_it_first() {
     let host = host("manager-two");
     let manager = IrqAffinityManager::default();
     manager.reconcile("a", &[setting(&host, IRQ, "1")]);
@@ -97,7 +97,7 @@ fn a_file_belongs_to_the_device_that_set_it_first() {
 }
 
 #[test]
-fn a_file_that_another_program_changed_is_not_restored() {
+fn file_that_another_program_changed_is_not_restored() {
     let host = host("manager-since");
     let manager = IrqAffinityManager::default();
     manager.reconcile("a", &[setting(&host, XPS, "2"), setting(&host, IRQ, "1")]);
@@ -109,7 +109,7 @@ fn a_file_that_another_program_changed_is_not_restored() {
 }
 
 #[test]
-fn a_value_that_the_kernel_changed_is_restored_too() {
+fn value_that_the_kernel_changed_is_restored_too() {
     let host = host("manager-read-back");
     let file = host.path().join(RPS);
     let mut applied_settings = BTreeMap::new();
@@ -128,7 +128,7 @@ fn a_value_that_the_kernel_changed_is_restored_too() {
 }
 
 #[test]
-fn a_file_that_is_missing_or_a_folder_is_not_set() {
+fn file_that_is_missing_or_a_folder_is_not_set() {
     let host = host("manager-gone");
     let outcome = IrqAffinityManager::default().reconcile("a", &[setting(&host, "absent", "1")]);
     assert_eq!(
@@ -142,7 +142,7 @@ fn a_file_that_is_missing_or_a_folder_is_not_set() {
 
 /// Uses a rare interrupt of this machine: that of a virtio device's configuration changes.
 #[test]
-fn a_real_interrupt_is_set_and_restored() {
+fn real_interrupt_is_set_and_restored() {
     let is_config_interrupt = |irq: &u32| {
         let handlers = fs::read_dir(format!("/proc/irq/{irq}")).ok();
         handlers
