@@ -3,19 +3,19 @@
 
 /// A configuration key, with everything that the flags, the file and the documentation need of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Key {
+pub struct Key {
     /// The name, which is also the name of the flag.
     pub name: &'static str,
     /// The kind of the value.
-    pub kind: ValueKind,
+    pub(crate) kind: ValueKind,
     /// What the key can be set for.
-    pub scope: KeyScope,
+    pub(crate) scope: KeyScope,
     /// The placeholder for the value in the help text.
-    pub value_name: &'static str,
+    pub(crate) value_name: &'static str,
     /// The value that applies where the key is not set.
-    pub default: DefaultValue,
+    pub(crate) default: DefaultValue,
     /// What the key does, for the help text and the documentation.
-    pub help: &'static str,
+    pub(crate) help: &'static str,
 }
 
 /// The kind of a value.
@@ -84,9 +84,10 @@ pub(crate) const KEYS: [Key; 20] = [
 ];
 
 /// The keys, by name. Code refers to a key by its constant, so that a misspelt key does not
-/// compile.
+/// compile. The public ones are those that a plan sets.
 impl Key {
-    pub(crate) const NAME: Self = Self {
+    /// The name of a device.
+    pub const NAME: Self = Self {
         name: "name",
         kind: ValueKind::Text,
         scope: KeyScope::Device,
@@ -94,7 +95,8 @@ impl Key {
         default: DefaultValue::Computed("vnet; vnet0, vnet1, ... with --device"),
         help: "The device's name in log and statistics",
     };
-    pub(crate) const SOCKET_PATH: Self = Self {
+    /// The path of the vhost-user socket.
+    pub const SOCKET_PATH: Self = Self {
         name: "socket-path",
         kind: ValueKind::Path,
         scope: KeyScope::Device,
@@ -112,7 +114,8 @@ impl Key {
         help: "The vhost-user socket as a file descriptor, inherited from the parent process, \
                instead of --socket-path",
     };
-    pub(crate) const CLIENT: Self = Self {
+    /// Whether virtionetd connects to the front-end's socket.
+    pub const CLIENT: Self = Self {
         name: "client",
         kind: ValueKind::Switch,
         scope: KeyScope::Any,
@@ -147,7 +150,8 @@ impl Key {
         help: "The number of the only user whose front-end is served on the socket that \
                virtionetd creates",
     };
-    pub(crate) const QUEUES: Self = Self {
+    /// The number of queue pairs.
+    pub const QUEUES: Self = Self {
         name: "queues",
         kind: ValueKind::NumberOrWord,
         scope: KeyScope::Any,
@@ -185,7 +189,8 @@ impl Key {
         default: DefaultValue::None,
         help: "The bridge that the TAP of --tap becomes a port of",
     };
-    pub(crate) const UPLINK: Self = Self {
+    /// The uplink of a device.
+    pub const UPLINK: Self = Self {
         name: "uplink",
         kind: ValueKind::Text,
         scope: KeyScope::Device,
@@ -196,7 +201,8 @@ impl Key {
                this process that name the same switch, and the host's TAP IF; or null, which drops \
                what the guest sends",
     };
-    pub(crate) const PLACEMENT: Self = Self {
+    /// The placement of the workers.
+    pub const PLACEMENT: Self = Self {
         name: "placement",
         kind: ValueKind::Text,
         scope: KeyScope::Any,
@@ -228,7 +234,8 @@ impl Key {
         help: "QEMU's QMP socket, from which the vCPU threads are read where their names do not \
                identify them (QEMU names them with -name debug-threads=on)",
     };
-    pub(crate) const POLL: Self = Self {
+    /// How workers wait for frames.
+    pub const POLL: Self = Self {
         name: "poll",
         kind: ValueKind::Text,
         scope: KeyScope::Any,
@@ -238,7 +245,8 @@ impl Key {
                adaptive: after work it polls for up to --poll-us before it sleeps. always: it \
                never sleeps, and uses its CPU completely",
     };
-    pub(crate) const POLL_US: Self = Self {
+    /// The longest time that a worker polls, in microseconds.
+    pub const POLL_US: Self = Self {
         name: "poll-us",
         kind: ValueKind::Number,
         scope: KeyScope::Any,
@@ -247,7 +255,8 @@ impl Key {
         help: "The longest time that --poll adaptive polls before the worker sleeps, in \
                microseconds",
     };
-    pub(crate) const CONTROL: Self = Self {
+    /// The path of the control socket.
+    pub const CONTROL: Self = Self {
         name: "control",
         kind: ValueKind::Path,
         scope: KeyScope::Process,
@@ -276,6 +285,12 @@ impl Key {
 }
 
 impl Key {
+    /// The flag that sets the key, with its dashes.
+    #[must_use]
+    pub fn flag(self) -> String {
+        format!("--{}", self.name)
+    }
+
     /// The key of a device whose name is `name`; `None` where there is none.
     #[must_use]
     pub(crate) fn find(name: &str) -> Option<Self> {

@@ -33,5 +33,6 @@ mod types;
 pub mod uplink;
 
 pub use cli::Command;
+pub use keys::Key;
 pub use problem::{ConfigError, Problem, ProblemCode};
 pub use types::{Config, ControlSocket, DeviceConfig, PollMode, QueuePairCount, Socket};

@@ -42,7 +42,7 @@ impl Origin {
     #[must_use]
     pub fn key(&self, key: Key) -> String {
         match self {
-            Self::Flag => format!("--{}", key.name),
+            Self::Flag => key.flag(),
             Self::Device(_) | Self::File { .. } => key.name.into(),
         }
     }

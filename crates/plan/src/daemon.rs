@@ -1,5 +1,6 @@
 //! virtionetd's command line and configuration file for a plan.
 
+use virtionet_config::Key;
 use virtionet_config::cli::{self, CliError};
 
 use super::error::PlanError;
@@ -17,18 +18,18 @@ pub(super) enum SocketRole {
 
 /// The words of virtionetd's command line, in lines.
 pub(super) fn command(plan: &GuestPlan, role: SocketRole) -> Vec<Vec<String>> {
-    let mut first = vec!["virtionetd".to_owned(), "--control".into()];
+    let mut first = vec!["virtionetd".to_owned(), Key::CONTROL.flag()];
     first.push(path_text(&plan.control));
     let mut lines = vec![first];
     let common: Vec<String> = common_settings(plan)
         .into_iter()
-        .flat_map(|(key, value)| [format!("--{key}"), value])
+        .flat_map(|(key, value)| [key.flag(), value])
         .collect();
     if !common.is_empty() {
         lines.push(common);
     }
     if role == SocketRole::Connects {
-        lines.push(vec!["--client".into()]);
+        lines.push(vec![Key::CLIENT.flag()]);
     }
     let is_single = plan.net_devices.len() == 1;
     for device in &plan.net_devices {
@@ -36,12 +37,12 @@ pub(super) fn command(plan: &GuestPlan, role: SocketRole) -> Vec<Vec<String>> {
         lines.push(match is_single {
             true => settings
                 .into_iter()
-                .flat_map(|(key, value)| [format!("--{key}"), value])
+                .flat_map(|(key, value)| [key.flag(), value])
                 .collect(),
             false => {
                 let items: Vec<String> = settings
                     .into_iter()
-                    .map(|(key, value)| format!("{key}={}", value.replace(',', ",,")))
+                    .map(|(key, value)| format!("{}={}", key.name, value.replace(',', ",,")))
                     .collect();
                 vec!["--device".into(), items.join(",")]
             }
@@ -51,13 +52,16 @@ pub(super) fn command(plan: &GuestPlan, role: SocketRole) -> Vec<Vec<String>> {
 }
 
 /// The settings that all network devices have in common, except those with the daemon's defaults.
-fn common_settings(plan: &GuestPlan) -> Vec<(&'static str, String)> {
+fn common_settings(plan: &GuestPlan) -> Vec<(Key, String)> {
     let placement = plan.request.placement.to_string();
     let poll = &plan.request.poll;
     let set = [
-        ("placement", Some(placement).filter(|mode| mode != "auto")),
-        ("poll", poll.mode.clone()),
-        ("poll-us", poll.us.clone()),
+        (
+            Key::PLACEMENT,
+            Some(placement).filter(|mode| mode != "auto"),
+        ),
+        (Key::POLL, poll.mode.clone()),
+        (Key::POLL_US, poll.us.clone()),
     ];
     set.into_iter()
         .filter_map(|(key, value)| Some((key, value?)))
@@ -65,27 +69,28 @@ fn common_settings(plan: &GuestPlan) -> Vec<(&'static str, String)> {
 }
 
 /// The settings of one network device.
-fn device_settings(device: &NetDevicePlan) -> [(&'static str, String); 4] {
+fn device_settings(device: &NetDevicePlan) -> [(Key, String); 4] {
     [
-        ("name", device.device.clone()),
-        ("socket-path", path_text(&device.socket)),
-        ("queues", device.pairs.to_string()),
-        ("uplink", device.uplink.clone()),
+        (Key::NAME, device.device.clone()),
+        (Key::SOCKET_PATH, path_text(&device.socket)),
+        (Key::QUEUES, device.pairs.to_string()),
+        (Key::UPLINK, device.uplink.clone()),
     ]
 }
 
 /// The configuration file with the same settings as the command line where virtionetd listens.
 pub(super) fn config(plan: &GuestPlan) -> String {
-    let mut text = format!("control = {}\n", toml_string(&path_text(&plan.control)));
+    let control = toml_string(&path_text(&plan.control));
+    let mut text = format!("{} = {control}\n", Key::CONTROL.name);
     for device in &plan.net_devices {
         text += "\n[[device]]\n";
         let settings = device_settings(device).into_iter();
         for (key, value) in settings.chain(common_settings(plan)) {
             let value = match key {
-                "queues" | "poll-us" => value,
+                Key::QUEUES | Key::POLL_US => value,
                 _ => toml_string(&value),
             };
-            text += &format!("{key} = {value}\n");
+            text += &format!("{} = {value}\n", key.name);
         }
     }
     text

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use virtionet_config::Key;
 use virtionet_placement::{CpuSet, Decision, PlacementPlanner, Vcpu, VcpuMap, VcpuSource, Warning};
 use virtionet_sizing::QueuePlan;
 
@@ -44,8 +45,9 @@ pub(super) fn place_workers(
     if request.poll.is_polling() && !contended_cpus.is_empty() {
         request.notes.push(format!(
             "workers of several network devices poll on {}: give each network device CPUs of its \
-             own, with placement=list:CPUS in its --device",
-            contended_cpus.describe()
+             own, with {}=list:CPUS in its --device",
+            contended_cpus.describe(),
+            Key::PLACEMENT.name
         ));
     }
     Ok(decisions)
