@@ -296,8 +296,9 @@ impl<'w, 'p> Walk<'w, 'p> {
 pub(crate) const MAX_CHAINS_PER_DEQUEUE: usize = 64;
 
 /// The number of descriptors after which one call of `dequeue` starts no further chain. Whatever
-/// the guest wrote, a call thus reads at most twice as many, which takes some tens of microseconds.
-pub(crate) const MAX_DESCRIPTORS_PER_DEQUEUE: usize = MAX_CHAIN_SEGMENTS;
+/// the guest wrote, a call thus reads at most half as many more, which takes some tens of
+/// microseconds.
+pub(crate) const MAX_DESCRIPTORS_PER_DEQUEUE: usize = 2 * MAX_CHAIN_SEGMENTS;
 
 /// Converts a segment count, at most [`MAX_CHAIN_SEGMENTS`].
 #[inline(always)]
