@@ -83,6 +83,20 @@ fn every_frame_returns_unchanged_over_packed_rings() {
     check_all(true).unwrap();
 }
 
+/// In server mode, virtio-user starts a split ring at base 0 again when its back-end is another one,
+/// although the ring has moved on.
+#[test]
+fn split_rings_continue_after_a_restart_at_which_the_front_end_forgets_the_base() {
+    let _pages = HugePages::reserve((MEMORY_MIB / 2).into()).unwrap();
+    let run = Run {
+        is_client: true,
+        ring_size: 256,
+        pairs: 2,
+        ..Run::number(0)
+    };
+    run.check_restart().unwrap();
+}
+
 fn check_all(is_packed: bool) -> Result<()> {
     let before = huge_page_count()?;
     let failed = run_all(is_packed)?;
@@ -190,21 +204,11 @@ impl Run {
         // The kernel would send IPv6 frames of its own, which the exact counters below would
         // include.
         disable_ipv6(&netns)?;
-        let mut options = Options::new()
-            .netns(&netns)
-            .flag("--tap", TAP)
-            .flag("--queues", self.pairs.to_string());
-        if self.is_client {
-            options = options.client();
-        }
-        let mut daemon = options.start(&dir, "vnet")?;
-        configure_tap(&netns)?;
+        let mut daemon = self.start_daemon(&dir, &netns)?;
         let mut testpmd = self.config(&dir)?.start(&dir, "testpmd")?;
         testpmd.command("set fwd 5tswap")?;
         testpmd.forward(0)?;
-        daemon.wait_for_device("serving all rings", TIMEOUT, |device| {
-            self.is_served(device)
-        })?;
+        self.wait_until_served(&mut daemon)?;
 
         let mut flows = open_flows(&netns, *self)?;
         exchange(&mut flows).with_context(|| counter_summary(&daemon, &mut testpmd))?;
@@ -221,6 +225,60 @@ impl Run {
         Ok(format!(
             "{received} of {sent} frames returned unchanged and in order"
         ))
+    }
+
+    /// Exchanges datagrams with one daemon, and then with another one in its place.
+    fn check_restart(&self) -> Result<()> {
+        let dir = RunDir::new()?;
+        let netns = Netns::new()?;
+        disable_ipv6(&netns)?;
+        let mut daemon = self.start_daemon(&dir, &netns)?;
+        let mut testpmd = self.config(&dir)?.start(&dir, "testpmd")?;
+        testpmd.command("set fwd 5tswap")?;
+        testpmd.forward(0)?;
+        self.wait_until_served(&mut daemon)?;
+        exchange(&mut open_flows(&netns, *self)?)?;
+        ensure!(daemon.stop(Signal::SIGTERM)?.status.success());
+
+        let mut daemon = self.start_daemon(&dir, &netns)?;
+        self.wait_until_served(&mut daemon)?;
+        let mut flows = open_flows(&netns, *self)?;
+        exchange(&mut flows).with_context(|| counter_summary(&daemon, &mut testpmd))?;
+        let device = daemon.device()?;
+        let corrected = |ring: &str| -> u64 {
+            let pairs = device["pairs"].as_array();
+            let counts = pairs.into_iter().flatten();
+            counts
+                .filter_map(|pair| pair[ring]["counters"]["base_corrected"].as_u64())
+                .sum()
+        };
+        // Each ring has moved on, and each started once.
+        ensure!(
+            corrected("rx") > 0 && corrected("tx") > 0,
+            "no base was corrected: {}",
+            counter_summary(&daemon, &mut testpmd)
+        );
+        finish(testpmd, daemon)
+    }
+
+    fn start_daemon(&self, dir: &RunDir, netns: &Netns) -> Result<Daemon> {
+        let mut options = Options::new()
+            .netns(netns)
+            .flag("--tap", TAP)
+            .flag("--queues", self.pairs.to_string());
+        if self.is_client {
+            options = options.client();
+        }
+        let daemon = options.start(dir, "vnet")?;
+        configure_tap(netns)?;
+        Ok(daemon)
+    }
+
+    fn wait_until_served(&self, daemon: &mut Daemon) -> Result<()> {
+        daemon.wait_for_device("serving all rings", TIMEOUT, |device| {
+            self.is_served(device)
+        })?;
+        Ok(())
     }
 
     /// Returns the size of a packet buffer in bytes, if it differs from testpmd's default.
