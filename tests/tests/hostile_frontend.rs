@@ -6,6 +6,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use virtionet_guest::frame::{Frame, FrameSpec, Transport};
@@ -149,6 +150,30 @@ fn memory_that_is_truncated_costs_its_own_device_only() {
         });
         devices.assert_carries_frames(&mut other);
         std::mem::forget(hostile);
+        devices.stop();
+    }
+}
+
+#[test]
+fn queue_pairs_beyond_the_limit_of_open_files_cost_the_other_device_nothing() {
+    const PAIRS: u16 = 128;
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
+    // The daemon raises a soft limit itself; the hard one holds.
+    for (limit, is_enough) in [("ulimit -Sn 1024", true), ("ulimit -n 1024", false)] {
+        let command = format!("{limit}; exec \"$@\"");
+        let options = Options::new().wrapped_in(["sh", "-c", &command, "sh"]);
+        let devices = Devices::start_with(options, "null");
+        let mut other = devices.connect(1);
+        devices.assert_carries_frames(&mut other);
+        let socket = devices.dir.join("0.sock");
+        let config = TestFrontendConfig::new(PAIRS, 16, MODERN);
+        let large = TestFrontend::connect(&socket, &config);
+        assert_eq!(large.is_ok(), is_enough, "{limit}: {:?}", large.err());
+        devices.assert_carries_frames(&mut other);
+        drop(large);
+        devices.connect(0);
+        devices.assert_carries_frames(&mut other);
         devices.stop();
     }
 }
