@@ -22,6 +22,8 @@ pub enum Group {
     Queues,
     /// The CPU time of the longest turns that a guest can cause, against their bound
     Turn,
+    /// A device beside an attacked one, against an unrelated load of the same CPU time
+    Isolation,
 }
 
 impl Group {
@@ -37,6 +39,7 @@ impl Group {
             Self::Guests => "guests",
             Self::Queues => "queues",
             Self::Turn => "turn",
+            Self::Isolation => "isolation",
         }
     }
 
@@ -58,6 +61,9 @@ impl Group {
                 "Several queue pairs against one, between a QEMU guest (4 vCPUs) and its host"
             }
             Self::Turn => "The longest turns of a worker that a hostile guest can cause",
+            Self::Isolation => {
+                "A device beside an attacked one, and beside an equal load of its CPUs"
+            }
         }
     }
 }
