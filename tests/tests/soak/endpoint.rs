@@ -166,8 +166,8 @@ impl Endpoint {
         under_test.wait_for(self.name, "disconnected", |d| d["connected"] == false);
     }
 
-    /// Truncates the guest's memory under the running vrings, if it is not sealed, and hangs up when
-    /// the device has quarantined the transmitq of `pair`.
+    /// Truncates the guest's memory under the running vrings, if it is not sealed, and hangs up
+    /// when the device has quarantined the transmitq of `pair`.
     pub fn truncate_memory(&mut self, under_test: &DaemonUnderTest, pair: u16) {
         if !self.can_truncate {
             return;

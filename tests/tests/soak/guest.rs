@@ -1,17 +1,19 @@
 //! A real guest, whose driver changes the number of queue pairs, goes down and up, and is bound
 //! again, while it exchanges pings with the host.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use virtionet_tests::accel::Accel;
 use virtionet_tests::ethtool::set_combined;
 use virtionet_tests::paths::guest_image;
 use virtionet_tests::qemu::{Machine, Nic, Qemu, version};
-use virtionet_tests::testbed::BOOT_TIMEOUT;
 use virtionet_tests::topology::{GUEST, GUEST_INTERFACE, configure_guest};
 
 use crate::daemon_under_test::{DaemonUnderTest, GUEST_PAIRS};
 use crate::random::Random;
+
+/// The time that the guest may take to boot, on a machine that is busy with the well-behaved devices.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(180);
 
 /// Boots the guest on the device `guest`, if QEMU and the image of the guest are there.
 pub fn boot(under_test: &DaemonUnderTest) -> Option<Qemu> {

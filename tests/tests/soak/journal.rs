@@ -49,13 +49,13 @@ impl Drop for Journal {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+            // One write, because other threads may print as well.
+            let actions: Vec<&str> = lines.1.iter().map(String::as_str).collect();
             eprintln!(
-                "the run fails with SOAK_SEED={}; its last actions:",
-                self.seed
+                "the run fails with SOAK_SEED={}; its last actions:\n{}",
+                self.seed,
+                actions.join("\n")
             );
-            for line in &lines.1 {
-                eprintln!("{line}");
-            }
         }
     }
 }

@@ -81,13 +81,49 @@ impl Attacked {
         });
     }
 
+    /// Attacks for `duration`, and checks after each round what the daemon holds and counts.
+    fn attack_in_rounds(
+        &mut self,
+        under_test: &DaemonUnderTest,
+        guest: Option<&Qemu>,
+        random: &mut Random,
+        duration: Duration,
+    ) {
+        let end = Instant::now() + duration;
+        let pid = under_test.daemon.pid();
+        let mut first: Option<Usage> = None;
+        while Instant::now() < end {
+            let (shortest, longest) = ROUND_MILLISECONDS;
+            let length = Duration::from_millis(random.range(shortest, longest));
+            let round_end = end.min(Instant::now() + length);
+            self.attack(under_test, guest, random.range(0, u64::MAX - 1), round_end);
+            self.assert_counters(under_test);
+            assert_healthy(under_test);
+            let usage = match first {
+                None => Usage::read_settled(pid),
+                Some(first) => first.assert_returned(pid),
+            };
+            let left = end.saturating_duration_since(Instant::now());
+            eprintln!("{left:.1?} left: {usage:?}");
+            first.get_or_insert(usage);
+        }
+    }
+
+    fn devices(&self) -> [&Endpoint; 4] {
+        let [bad0, bad1] = &self.switch;
+        [&self.null, bad0, bad1, &self.tap.device]
+    }
+
+    /// The number of frames that the drivers have sent and received.
+    fn totals(&self) -> (u64, u64) {
+        let totals = self.devices().map(Endpoint::totals);
+        totals
+            .iter()
+            .fold((0, 0), |sum, (tx, rx)| (sum.0 + tx, sum.1 + rx))
+    }
+
     fn assert_counters(&self, under_test: &DaemonUnderTest) {
-        for device in [
-            &self.null,
-            &self.switch[0],
-            &self.switch[1],
-            &self.tap.device,
-        ] {
+        for device in self.devices() {
             device.assert_counters(&under_test.device(device.name));
         }
         assert_switch_counters(under_test);
@@ -96,8 +132,12 @@ impl Attacked {
 
 fn read_number(variable: &str) -> Option<u64> {
     let text = std::env::var(variable).ok()?;
-    let number = text.parse();
-    Some(number.unwrap_or_else(|_| panic!("{variable} is '{text}', which is not a number")))
+    let number = text.parse().ok();
+    assert!(
+        number.is_some(),
+        "{variable} is '{text}': set it to a whole number"
+    );
+    number
 }
 
 #[test]
@@ -123,48 +163,14 @@ fn a_daemon_under_random_attacks_neither_stalls_nor_leaks_and_counts_every_frame
     if guest.is_none() {
         eprintln!("there is no guest: install QEMU and run ci/guest-image");
     }
-    let end = Instant::now() + duration;
-    let mut connected: Option<Usage> = None;
-    while Instant::now() < end {
-        let (shortest, longest) = ROUND_MILLISECONDS;
-        let length = Duration::from_millis(random.range(shortest, longest));
-        let round_end = end.min(Instant::now() + length);
-        attacked.attack(
-            &under_test,
-            guest.as_ref(),
-            random.range(0, u64::MAX - 1),
-            round_end,
-        );
-        well_behaved.assert_running();
-        attacked.assert_counters(&under_test);
-        assert_healthy(&under_test);
-        connected = Some(match connected {
-            None => Usage::read_settled(pid),
-            Some(first) => {
-                eprintln!(
-                    "{:?} left: {:?}",
-                    end.saturating_duration_since(Instant::now()),
-                    first.assert_returned(pid)
-                );
-                first
-            }
-        });
-    }
+    attacked.attack_in_rounds(&under_test, guest.as_ref(), &mut random, duration);
 
     drop(guest);
     well_behaved.stop(&under_test);
     under_test.wait_for("guest", "disconnected", |d| d["connected"] == false);
     let at_end = unconnected.assert_all_returned(pid);
     let actions = under_test.journal.count();
-    let (sent, received) = [
-        &attacked.null,
-        &attacked.switch[0],
-        &attacked.switch[1],
-        &attacked.tap.device,
-    ]
-    .iter()
-    .map(|device| device.totals())
-    .fold((0, 0), |sum, totals| (sum.0 + totals.0, sum.1 + totals.1));
+    let (sent, received) = attacked.totals();
     eprintln!(
         "{actions} actions; attacked devices took {sent} chains and delivered {received} frames, \
          the well-behaved one {:?}; {at_end:?}",

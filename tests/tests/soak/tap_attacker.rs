@@ -1,6 +1,6 @@
-//! What the host and a driver do to a device on a TAP: the link goes down and up, the TAP is deleted
-//! and created, and the driver starves, floods and dies. Afterwards frames must be carried in both
-//! directions.
+//! What the host and a driver do to a device on a TAP: the link goes down and up, the TAP is
+//! deleted and created, and the driver starves, floods and dies. Afterwards frames must be carried
+//! in both directions.
 
 use std::fs::File;
 use std::net::UdpSocket;
