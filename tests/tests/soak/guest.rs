@@ -12,7 +12,7 @@ use virtionet_tests::topology::{GUEST, GUEST_INTERFACE, configure_guest};
 use crate::daemon_under_test::{DaemonUnderTest, GUEST_PAIRS};
 use crate::random::Random;
 
-/// The time that the guest may take to boot, on a machine that is busy with the well-behaved devices.
+/// The time that the guest may take to boot. Nothing is measured, so a busy machine may be slow.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(180);
 
 /// Boots the guest on the device `guest`, if QEMU and the image of the guest are there.
