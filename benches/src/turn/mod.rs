@@ -3,7 +3,7 @@
 //! TX and one for RX. During a turn, everything else that needs the vring waits.
 //!
 //! The pass is that of the daemon ([`PairService`]), in a thread of this process, with the daemon's
-//! own uplinks. Before each pass the rings ([`ring`]) are full again. Measured is the CPU time of
+//! own uplinks. Before each pass the rings are full again. Measured is the CPU time of
 //! the thread, work of the kernel included, because other programs must not count; the figure of a
 //! case is the pass in the 99th percentile.
 
