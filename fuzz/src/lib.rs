@@ -5,13 +5,16 @@
 //! `RUSTC_BOOTSTRAP=1 cargo fuzz run split_chains fuzz/corpus/split_chains fuzz/seeds/split_chains`
 
 mod chains;
+pub mod device;
 pub mod framing;
 mod input;
 pub mod offload;
 pub mod packed_chains;
 #[path = "../../crates/virtio-net/tests/packets/mod.rs"]
 mod packets;
+mod requests;
 pub mod seeds;
+pub mod session;
 pub mod split_chains;
 mod uplink;
 
@@ -27,6 +30,8 @@ mod tests {
                 "framing" => crate::framing::run as fn(&[u8]),
                 "split_chains" => crate::split_chains::run,
                 "packed_chains" => crate::packed_chains::run,
+                "device" => crate::device::run,
+                "session" => crate::session::run,
                 _ => crate::offload::run,
             };
             let folder = Path::new(env!("CARGO_MANIFEST_DIR"))

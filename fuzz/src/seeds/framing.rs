@@ -8,32 +8,7 @@ use virtionet_guest::message_stream::{VHOST_USER_NEED_REPLY_MASK, VHOST_USER_VER
 
 use super::Seeds;
 use crate::framing::{FdKind, OVER_SOCKET, SHARED_FILE_SIZE};
-
-// Request codes (QEMU's docs/interop/vhost-user.rst).
-const GET_FEATURES: u32 = 1;
-const SET_FEATURES: u32 = 2;
-const SET_OWNER: u32 = 3;
-const RESET_OWNER: u32 = 4;
-const SET_MEM_TABLE: u32 = 5;
-const SET_VRING_NUM: u32 = 8;
-const SET_VRING_ADDR: u32 = 9;
-const SET_VRING_BASE: u32 = 10;
-const GET_VRING_BASE: u32 = 11;
-const SET_VRING_KICK: u32 = 12;
-const SET_VRING_CALL: u32 = 13;
-const SET_VRING_ERR: u32 = 14;
-const GET_PROTOCOL_FEATURES: u32 = 15;
-const SET_PROTOCOL_FEATURES: u32 = 16;
-const GET_QUEUE_NUM: u32 = 17;
-const SET_VRING_ENABLE: u32 = 18;
-const SEND_RARP: u32 = 19;
-const NET_SET_MTU: u32 = 20;
-const RESET_DEVICE: u32 = 34;
-const GET_MAX_MEM_SLOTS: u32 = 36;
-const ADD_MEM_REG: u32 = 37;
-const REM_MEM_REG: u32 = 38;
-const SET_STATUS: u32 = 39;
-const GET_STATUS: u32 = 40;
+use crate::requests::*;
 
 /// The feature bits of SET_FEATURES.
 const FEATURES: u64 = 1 << net::VIRTIO_NET_F_CSUM
