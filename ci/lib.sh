@@ -79,6 +79,21 @@ step() {
     rm -f "$log"
 }
 
+# The names of all fuzz targets. Like fuzz_command, to be called in the root of the repository.
+fuzz_targets() { cargo fuzz list; }
+
+# fuzz_command TARGET SECONDS CORPUS [OPTION...]: sets FUZZ_COMMAND to the command that runs a fuzz
+# target for that time. libFuzzer writes new inputs to the folder CORPUS and only reads the seeds.
+fuzz_command() {
+    local target=$1 seconds=$2 corpus=$3
+    shift 3
+    mkdir -p "$corpus"
+    # With RUSTC_BOOTSTRAP, the stable compiler accepts the sanitizer's unstable flags.
+    FUZZ_COMMAND=(env RUSTC_BOOTSTRAP=1
+        cargo fuzz run "$target" "$corpus" "fuzz/seeds/$target" --
+        "-max_total_time=$seconds" -timeout=10 "$@")
+}
+
 # need_root WHY: this script goes on only as root.
 need_root() {
     [ "$(id -u)" -eq 0 ] || die "$1 needs root: run 'sudo $0' (or run it as root in a container with CAP_NET_ADMIN, CAP_SYS_ADMIN and /dev/net/tun)."

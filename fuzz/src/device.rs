@@ -195,7 +195,7 @@ impl Receiver {
 }
 
 impl RxSink for Receiver {
-    fn push(&self, frames: &[TxFrame<'_>]) {
+    fn push(&self, frames: &[TxFrame<'_>]) -> usize {
         let mut state = self.state();
         assert!((1..=MAX_BURST).contains(&frames.len()));
         for frame in frames {
@@ -208,12 +208,18 @@ impl RxSink for Receiver {
             );
         }
         if state.is_quarantined {
-            return;
+            return 0;
         }
         state.pushed += u64::try_from(frames.len()).unwrap();
         match state.queue.push(frames) {
-            Ok(pushed) => assert!(pushed.frames <= frames.len()),
-            Err(_) => state.is_quarantined = true,
+            Ok(pushed) => {
+                assert!(pushed.frames <= frames.len());
+                pushed.descriptors_read
+            }
+            Err(_) => {
+                state.is_quarantined = true;
+                0
+            }
         }
     }
 }

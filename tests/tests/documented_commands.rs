@@ -11,10 +11,12 @@ use virtionet_tests::paths::{require_root, root, virtionetctl, virtionetd};
 const PREAMBLE: &str = include_str!("documented_commands.sh");
 
 /// The first words of commands that other tests run, and which those are.
-const ELSEWHERE: [(&str, &str); 4] = [
+const ELSEWHERE: [(&str, &str); 6] = [
     ("ci/", "`ci/test` and `ci/fresh` themselves"),
     ("cargo ", "the stages of ci/test"),
     ("GUEST=", "the stage e2e"),
+    ("SOAK_SEED=", "the stages e2e and soak"),
+    ("RUSTC_BOOTSTRAP=", "a crash, of which there is none"),
     ("virsh ", "tests/libvirt.rs"),
 ];
 
