@@ -267,15 +267,21 @@ pub fn connect(
                 if reported.replace(error) != Some(error) {
                     report(&explain_failed_connect(path, error));
                 }
-                pause = match error {
-                    Errno::NOENT | Errno::CONNREFUSED => MIN_RETRY_INTERVAL,
-                    _ => (pause * 3 / 2).min(MAX_RETRY_INTERVAL),
-                };
+                pause = next_pause(pause, error);
             }
         }
         if wait(stop, None, Some(pause)).map_err(|error| refused("wait for", path, error))? {
             return Ok(None);
         }
+    }
+}
+
+/// The pause after an attempt to connect that failed with `error`. `last` is the pause before that
+/// attempt.
+fn next_pause(last: Duration, error: Errno) -> Duration {
+    match error {
+        Errno::NOENT | Errno::CONNREFUSED => MIN_RETRY_INTERVAL,
+        _ => (last * 3 / 2).min(MAX_RETRY_INTERVAL),
     }
 }
 

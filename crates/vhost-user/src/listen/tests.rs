@@ -6,11 +6,14 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc;
 use std::thread;
 use std::time::Instant;
 
 use super::*;
-use crate::testing::stop_pair;
+use crate::testing::{stop_pair, with_log};
+
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A directory that is removed when the value is dropped.
 struct Directory(PathBuf);
@@ -86,6 +89,7 @@ fn stale_socket_file_is_replaced_and_one_in_use_is_kept() {
         path.display()
     );
     assert_eq!(error.to_string(), text);
+    assert_eq!(error.code(), "vhost-user-socket-unavailable");
     // A socket with a full backlog is in use as well.
     let clients: Vec<_> = (0..17)
         .map_while(|_| connect_once(&to_socket_address(&path).unwrap()).ok())
@@ -206,6 +210,7 @@ fn inherited_socket_is_recognized_by_its_kind() {
         (fs::File::open("/dev/null").unwrap().into(), "no socket"),
     ] {
         let error = InheritedSocket::new(fd).unwrap_err();
+        assert_eq!(error.code(), "inherited-descriptor-invalid");
         assert!(error.to_string().contains(want), "{error}");
     }
 }
@@ -233,6 +238,160 @@ fn connect_goes_on_after_an_error_that_looks_final_and_says_why_it_waits() {
     assert!(stream.unwrap().is_some());
     assert!(reasons[0].contains("it is no stream socket"), "{reasons:?}");
     front_end.join().unwrap();
+}
+
+#[test]
+fn pause_before_the_next_attempt_grows_to_5_s_unless_nobody_listens() {
+    let mut pauses = Vec::new();
+    let mut pause = MIN_RETRY_INTERVAL;
+    for _ in 0..7 {
+        pause = next_pause(pause, Errno::ACCESS);
+        pauses.push(pause.as_millis());
+    }
+    assert_eq!(pauses, [750, 1125, 1687, 2531, 3796, 5000, 5000]);
+    // A front-end that is about to start is not kept waiting.
+    for error in [Errno::NOENT, Errno::CONNREFUSED] {
+        assert_eq!(next_pause(pause, error), Duration::from_millis(500));
+    }
+}
+
+#[test]
+fn reason_of_a_failed_connection_says_what_to_do() {
+    for (error, advice) in [
+        (Errno::NOENT, "start the front-end, or correct the path"),
+        (Errno::CONNREFUSED, "start the front-end"),
+        (Errno::AGAIN, "see whether it is stopped"),
+        (Errno::ACCESS, "correct its mode, owner or security label"),
+        (Errno::PERM, "correct its mode, owner or security label"),
+        (Errno::PROTOTYPE, "it is no stream socket; correct the path"),
+        (Errno::MFILE, "raise the limit (ulimit -n)"),
+        (Errno::NFILE, "raise the limit (ulimit -n)"),
+        (Errno::NOMEM, "see whether the front-end runs"),
+    ] {
+        let reason = explain_failed_connect(Path::new("/run/s"), error);
+        let beginning = format!("cannot connect to /run/s ({error}): ");
+        assert!(reason.starts_with(&beginning), "{reason}");
+        assert!(reason.ends_with(advice), "{reason}");
+    }
+}
+
+#[test]
+fn reason_is_reported_once_until_it_changes() {
+    let directory = Directory::new();
+    let path = directory.socket();
+    let (_stop, stopped) = stop_pair();
+    let (reported, reasons) = mpsc::channel();
+    let connecting = thread::spawn({
+        let path = path.clone();
+        move || {
+            connect(&path, stopped.as_fd(), |reason| {
+                reported.send(reason.to_owned()).unwrap();
+            })
+        }
+    });
+    let reason = reasons.recv_timeout(TIMEOUT).unwrap();
+    assert!(reason.contains("does not exist yet"), "{reason}");
+    // Two more attempts fail for the same reason.
+    thread::sleep(Duration::from_millis(1_200));
+    // A socket on which nobody listens any more. It is renamed, so that no attempt finds it while
+    // somebody does.
+    let new = directory.0.join("new");
+    drop(UnixListener::bind(&new).unwrap());
+    fs::rename(&new, &path).unwrap();
+    let reason = reasons.recv_timeout(TIMEOUT).unwrap();
+    assert!(reason.contains("no front-end listens on it"), "{reason}");
+    let front_end = UnixListener::bind(&new).unwrap();
+    fs::rename(&new, &path).unwrap();
+    assert!(connecting.join().unwrap().unwrap().is_some());
+    assert!(front_end.accept().is_ok());
+    assert_eq!(reasons.iter().collect::<Vec<_>>(), [""; 0]);
+}
+
+#[test]
+fn accept_on_a_socket_that_does_not_listen_is_an_error() {
+    let flags = rustix::net::SocketFlags::CLOEXEC;
+    let idle =
+        rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
+    let (_stop, stopped) = stop_pair();
+    let error = Listener::new(idle, None)
+        .unwrap()
+        .accept(stopped.as_fd())
+        .unwrap_err();
+    assert_eq!(error.code(), "accept-failed");
+    assert!(error.to_string().ends_with("start virtionetd again"));
+}
+
+#[test]
+fn accept_goes_on_when_another_thread_took_the_client() {
+    let directory = Directory::new();
+    let first = UnixListener::bind(directory.socket()).unwrap();
+    let second = first.try_clone().unwrap();
+    let (stop, stopped) = stop_pair();
+    let (accepted, results) = mpsc::channel();
+    thread::scope(|scope| {
+        for socket in [first, second] {
+            let (accepted, stopped) = (accepted.clone(), stopped.as_fd());
+            scope.spawn(move || {
+                let listener = Listener::new(socket.into(), None).unwrap();
+                accepted
+                    .send(listener.accept(stopped).map(|stream| stream.is_some()))
+                    .unwrap();
+            });
+        }
+        // Both wait when the client comes, and both wake up.
+        thread::sleep(Duration::from_millis(50));
+        let _client = UnixStream::connect(directory.socket()).unwrap();
+        assert!(results.recv_timeout(TIMEOUT).unwrap().unwrap());
+        thread::sleep(Duration::from_millis(50));
+        stop.write(1).unwrap();
+        assert!(!results.recv_timeout(TIMEOUT).unwrap().unwrap());
+    });
+}
+
+#[test]
+fn errors_of_accept_are_told_apart() {
+    let classes = |error: Errno| {
+        let error = io::Error::from(error);
+        (is_exhausted(&error), is_transient(&error))
+    };
+    for lack in [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM] {
+        assert_eq!(classes(lack), (true, false), "{lack}");
+    }
+    for passing in [Errno::AGAIN, Errno::INTR, Errno::CONNABORTED] {
+        assert_eq!(classes(passing), (false, true), "{passing}");
+    }
+    assert_eq!(classes(Errno::INVAL), (false, false));
+}
+
+#[test]
+fn second_front_ends_are_refused_16_at_a_time_and_logged_once_a_second() {
+    let directory = Directory::new();
+    let listener = bind(&directory.socket()).unwrap();
+    let clients: Vec<_> = (0..17)
+        .map(|_| UnixStream::connect(directory.socket()).unwrap())
+        .collect();
+    let is_closed_within = |mut client: &UnixStream, timeout| {
+        client.set_read_timeout(Some(timeout)).unwrap();
+        client.read(&mut [0]).is_ok_and(|bytes| bytes == 0)
+    };
+    let ((), log) = with_log(|| listener.refuse());
+    for client in &clients[..16] {
+        assert!(is_closed_within(client, TIMEOUT));
+    }
+    assert!(!is_closed_within(&clients[16], Duration::from_millis(20)));
+    let text = format!(
+        "process {} connected while a front-end is being served and was refused; a device serves one front-end at a time",
+        std::process::id()
+    );
+    assert!(log.contains(&text), "{log}");
+    assert_eq!(log.lines().count(), 1, "{log}");
+    let ((), log) = with_log(|| listener.refuse());
+    assert!(is_closed_within(&clients[16], TIMEOUT));
+    assert_eq!(log, "", "it is less than a second later");
+    thread::sleep(Duration::from_millis(1_100));
+    let _late = UnixStream::connect(directory.socket()).unwrap();
+    let ((), log) = with_log(|| listener.refuse());
+    assert!(log.contains("suppressed=16"), "{log}");
 }
 
 #[test]
@@ -268,12 +427,18 @@ fn front_ends_of_another_user_are_refused() {
     client
         .set_read_timeout(Some(Duration::from_secs(5)))
         .unwrap();
-    let waiting = thread::spawn(move || listener.accept(stopped.as_fd()).unwrap().is_none());
+    let waiting = thread::spawn(move || with_log(|| listener.accept(stopped.as_fd()).unwrap()));
     assert_eq!(
         client.read(&mut [0]).unwrap(),
         0,
         "the connection is closed"
     );
     stop.write(1).unwrap();
-    assert!(waiting.join().unwrap(), "nobody was accepted");
+    let (accepted, log) = waiting.join().unwrap();
+    assert!(accepted.is_none());
+    let text = format!(
+        "a front-end of user {own} was refused, because only user {} is served (--peer-uid)",
+        own + 1
+    );
+    assert!(log.contains(&text), "{log}");
 }
