@@ -265,7 +265,10 @@ fn mac(n: usize) -> String {
 fn cpu_time(pid: u32) -> Result<Duration> {
     let mut sum = 0;
     for (tid, _) in threads(pid)? {
-        let text = fs::read_to_string(format!("/proc/{pid}/task/{tid}/schedstat"))?;
+        // A thread may have ended since it was listed.
+        let Ok(text) = fs::read_to_string(format!("/proc/{pid}/task/{tid}/schedstat")) else {
+            continue;
+        };
         let first = text.split(' ').next().and_then(|word| word.parse().ok());
         sum += first.unwrap_or(0_u64);
     }

@@ -27,6 +27,8 @@ pub mod report_builder;
 mod run_error;
 pub mod supervisor;
 pub mod sys;
+#[cfg(test)]
+mod testing;
 pub mod uplinks;
 pub mod vring_log;
 pub mod vring_slot;
@@ -36,5 +38,6 @@ pub mod worker;
 pub mod worker_event;
 pub mod worker_placement;
 pub mod worker_pool;
+mod worker_thread;
 
 pub use run_error::{DeviceFailure, RunError};

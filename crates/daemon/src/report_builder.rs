@@ -117,3 +117,118 @@ fn vring<Q: DeviceQueue>(slot: &VringSlot<Q>) -> report::VringReport {
 fn names<'a>(names: impl IntoIterator<Item = &'a str>) -> Vec<String> {
     names.into_iter().map(str::to_owned).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use virtionet_config::{PollMode, QueuePairCount};
+    use virtionet_control::v1::ReportSource;
+    use virtionet_uplink::null::Null;
+
+    use super::*;
+    use crate::testing::{net_device, send, two_pairs, with_frontend};
+
+    fn config(socket: Socket) -> DeviceConfig {
+        DeviceConfig {
+            name: "vnet".into(),
+            socket,
+            queues: QueuePairCount::AtMost(4),
+            uplink: virtionet_config::uplink::UplinkConfig::Null,
+            placement: Default::default(),
+            irq_affinity: Default::default(),
+            qmp: None,
+            poll: PollMode::Off,
+        }
+    }
+
+    fn path() -> PathBuf {
+        "/run/vnet.sock".into()
+    }
+
+    #[test]
+    fn report_of_a_connected_device_has_its_front_end_memory_and_queue_pairs() {
+        let net_device = Arc::new(net_device(4, Null, PollMode::Off));
+        let socket = Socket::Connect { path: path() };
+        let devices = DeviceRegistry(vec![(config(socket), Arc::clone(&net_device))]);
+        with_frontend(&net_device, &two_pairs(), |frontend| {
+            frontend.connection.set_mtu(2000).unwrap();
+            frontend.enable(1, false).unwrap();
+            send(frontend, 0, 3);
+            frontend.connection.get_vring_base(3).unwrap();
+            let device = devices.report().devices.remove(0);
+            assert_eq!((device.name.as_str(), device.connected), ("vnet", true));
+            assert_eq!(device.role, report::SocketRole::Client);
+            assert_eq!(device.mtu, Some(2000));
+            assert_eq!(
+                (device.uplink.kind.as_str(), device.uplink.up),
+                ("null", true)
+            );
+            let seen = device.frontend.unwrap();
+            assert_eq!(seen.pid, i32::try_from(std::process::id()).ok());
+            assert!(seen.features.contains(&"MQ".to_owned()), "{seen:?}");
+            assert!(!seen.protocol_features.is_empty());
+            let region = frontend.ram().regions()[0];
+            assert_eq!(device.memory.len(), 1);
+            assert_eq!(
+                (device.memory[0].guest_addr, device.memory[0].size),
+                (region.guest_addr, region.size)
+            );
+            let [first, second] = &device.pairs[..] else {
+                panic!("{:?}", device.pairs);
+            };
+            assert_eq!((first.pair, first.worker.as_str()), (0, "vnet-q0"));
+            assert!(first.tid.is_some());
+            assert_eq!(
+                (first.tx.state, first.tx.enabled, first.tx.size),
+                (report::VringStatus::Running, true, 64)
+            );
+            assert_eq!(first.tx.counters.get("frames"), Some(3));
+            assert_eq!((second.rx.enabled, second.tx.enabled), (false, false));
+            assert_eq!(
+                (second.tx.state, second.tx.size),
+                (report::VringStatus::Stopped, 0)
+            );
+            // A ring that the guest broke.
+            let queue = &mut frontend.pairs[0].tx.queue;
+            queue.ring.as_split().unwrap().set_avail_index(1000);
+            queue.kick_now().unwrap();
+            queue.err.wait(crate::testing::TIMEOUT).unwrap();
+            let broken = devices.report().devices.remove(0).pairs.remove(0).tx;
+            assert_eq!(broken.state, report::VringStatus::Quarantined);
+        });
+        let device = devices.report().devices.remove(0);
+        assert!(!device.connected && device.frontend.is_none() && device.memory.is_empty());
+        assert_eq!(device.mtu, None);
+        // The counters stay, and nothing runs.
+        assert_eq!(device.pairs[0].tx.counters.get("frames"), Some(3));
+        assert_eq!(device.pairs[0].tx.state, report::VringStatus::Stopped);
+        assert_eq!(device.pairs[0].tid, None);
+    }
+
+    #[test]
+    fn report_names_the_socket_and_the_role_of_the_device() {
+        let net_device = Arc::new(net_device(1, Null, PollMode::Off));
+        let listen = Socket::Listen {
+            path: path(),
+            mode: 0o600,
+            group: None,
+            peer_uid: None,
+        };
+        for (socket, text, role) in [
+            (listen, "/run/vnet.sock", report::SocketRole::Server),
+            (
+                Socket::Connect { path: path() },
+                "/run/vnet.sock",
+                report::SocketRole::Client,
+            ),
+            (Socket::Inherited(5), "fd:5", report::SocketRole::Inherited),
+        ] {
+            let devices = DeviceRegistry(vec![(config(socket), Arc::clone(&net_device))]);
+            let report = devices.report();
+            assert_eq!(report.version, env!("CARGO_PKG_VERSION"));
+            assert_eq!(report.devices[0].socket, text);
+            assert_eq!(report.devices[0].role, role);
+        }
+    }
+}

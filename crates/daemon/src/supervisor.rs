@@ -442,3 +442,6 @@ fn pause(stop: BorrowedFd<'_>, time: Duration) -> bool {
     let timeout = Timespec::try_from(time).ok();
     matches!(poll(&mut fds, timeout.as_ref()), Ok(ready) if ready > 0)
 }
+
+#[cfg(test)]
+mod tests;

@@ -16,7 +16,6 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -32,6 +31,7 @@ use crate::sys::read_cycles;
 use crate::waker::{WakeEvent, Waker};
 use crate::worker_event::{PairEvent, WorkerEvent};
 use crate::worker_placement::{PlacementState, WorkerPlacement};
+use crate::worker_thread::ThreadState;
 
 /// Stack of a worker: its deepest call keeps a few dozen KiB of frames and segments.
 const WORKER_STACK_SIZE: usize = 256 * 1024;
@@ -67,7 +67,7 @@ pub struct Worker {
     stats: WorkerStats,
     lifetime: WorkerLifetime,
     placement: PlacementState,
-    thread: Mutex<Option<WorkerThread>>,
+    thread: Mutex<ThreadState>,
 }
 
 /// The descriptors of a worker.
@@ -86,12 +86,6 @@ struct WorkerLifetime {
     started_at: AtomicU64,
 }
 
-#[derive(Debug)]
-struct WorkerThread {
-    stop: Arc<AtomicBool>,
-    handle: JoinHandle<()>,
-}
-
 impl Worker {
     /// A worker without a thread, descriptors or queue pairs yet. `name` is its thread's name.
     #[must_use]
@@ -105,7 +99,7 @@ impl Worker {
             stats: WorkerStats::default(),
             lifetime: WorkerLifetime::default(),
             placement,
-            thread: Mutex::new(None),
+            thread: Mutex::new(ThreadState::Ended),
         }
     }
 
@@ -221,7 +215,7 @@ impl Worker {
     /// When the kernel refuses a thread, or has no descriptors left.
     pub fn start(self: &Arc<Self>) -> io::Result<()> {
         let mut thread = self.thread.lock();
-        if thread.is_some() {
+        if !matches!(*thread, ThreadState::Ended) {
             return Ok(());
         }
         // The decision is made while the thread starts.
@@ -236,14 +230,14 @@ impl Worker {
         self.lifetime
             .started_at
             .store(read_cycles(), Ordering::Relaxed);
-        *thread = Some(WorkerThread { stop, handle });
+        *thread = ThreadState::Running { stop, handle };
         Ok(())
     }
 
     /// Asks the thread to end, without waiting for it.
     pub fn request_stop(&self) {
-        if let Some(thread) = &*self.thread.lock() {
-            thread.stop.store(true, Ordering::Release);
+        if let ThreadState::Running { stop, .. } = &*self.thread.lock() {
+            stop.store(true, Ordering::Release);
             self.waker.wake();
         }
     }
@@ -251,13 +245,7 @@ impl Worker {
     /// Waits until the thread has ended, or `deadline` has passed; false in that case. To be called
     /// after [`Worker::request_stop`].
     pub fn join_until(&self, deadline: Instant) -> bool {
-        let is_running = || {
-            // A thread that holds the lock waits for the worker itself.
-            self.thread
-                .try_lock()
-                .is_none_or(|thread| thread.as_ref().is_some_and(|t| !t.handle.is_finished()))
-        };
-        while is_running() {
+        while !self.thread.lock().has_ended() {
             if Instant::now() >= deadline {
                 return false;
             }
@@ -269,12 +257,17 @@ impl Worker {
 
     /// Waits until the thread has ended; to be called after [`Worker::request_stop`].
     pub fn join(&self) {
-        // Taken out first, so that others that look at the thread do not wait.
-        let taken = self.thread.lock().take();
-        let Some(thread) = taken else {
-            return;
+        let mut thread = self.thread.lock();
+        let handle = match std::mem::replace(&mut *thread, ThreadState::Joining) {
+            ThreadState::Running { handle, .. } => handle,
+            other => {
+                *thread = other;
+                return;
+            }
         };
-        if thread.handle.join().is_err() {
+        // Others that look at the thread must not wait.
+        drop(thread);
+        if handle.join().is_err() {
             tracing::error!(
                 "{}: the worker ended by a panic; please report this as a bug",
                 self.name
@@ -284,6 +277,7 @@ impl Worker {
         self.lifetime.started_at.store(0, Ordering::Relaxed);
         self.lifetime.past.store(cycles, Ordering::Relaxed);
         self.placement.clear();
+        *self.thread.lock() = ThreadState::Ended;
     }
 
     /// Wakes it to be placed again if the kernel has moved it.

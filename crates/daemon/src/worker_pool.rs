@@ -36,6 +36,12 @@ impl WorkerPool {
             .retain(|other| !Arc::ptr_eq(other, worker));
     }
 
+    /// The number of workers.
+    #[cfg(test)]
+    pub(crate) fn worker_count(&self) -> usize {
+        self.workers.lock().len()
+    }
+
     /// Asks all workers to end.
     pub fn request_stop(&self) {
         let workers = self.workers.lock().clone();

@@ -166,3 +166,6 @@ fn is_process_stopped(pid: u32) -> bool {
     let state = stat.rsplit_once(')').map(|(_, rest)| rest.trim_start());
     state.is_some_and(|state| state.starts_with(['T', 't']))
 }
+
+#[cfg(test)]
+mod tests;

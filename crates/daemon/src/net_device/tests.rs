@@ -1,70 +1,34 @@
 //! Tests of a device with a front-end on a socket pair.
 
-use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::Ordering::Relaxed;
 
-use rustix::event::{EventfdFlags, eventfd};
+use virtionet_guest::eventfd::WaitableEventFd;
 use virtionet_guest::frame::{FrameSpec, Transport};
-use virtionet_guest::net::MODERN;
-use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
-use virtionet_placement::{Placement, PlacementPlanner};
+use virtionet_guest::frontend::FrontendConnection;
+use virtionet_guest::test_frontend::TestFrontend;
 use virtionet_uplink::null::Null;
-use virtionet_vhost_user::{SessionLog, serve};
+use virtionet_vhost_user::{Backend, VringState};
 
 use super::*;
 use crate::host_cpus::HostCpus;
+use crate::testing::{
+    TIMEOUT, TestUplink, net_device, send, sent_frames, two_pairs, wait_until, with_frontend,
+    with_socket,
+};
 
-const TIMEOUT: std::time::Duration = std::time::Duration::from_secs(20);
-
-fn net_device(pairs: u16) -> NetDevice {
-    let cpus = Arc::new(HostCpus::read().unwrap());
-    let planner = PlacementPlanner::new(Placement::Auto, cpus.allowed(), None).unwrap();
-    let placer = Placer::new("vnet", planner, cpus);
-    NetDevice::new(
-        "vnet",
-        pairs,
-        Arc::new(Null),
-        placer,
-        PollMode::Off,
-        Arc::default(),
-    )
+fn pair(net_device: &NetDevice, index: usize) -> &QueuePair {
+    &net_device.pairs().nth(index).unwrap().pair
 }
 
-/// Connects a front-end with two queue pairs, calls `work` with it, and disconnects it.
-fn with_frontend(net_device: &NetDevice, work: impl FnOnce(&mut TestFrontend)) {
-    let (ours, theirs) = UnixStream::pair().unwrap();
-    let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
-    std::thread::scope(|scope| {
-        let session =
-            scope.spawn(|| serve(ours, net_device, stop.as_fd(), None, &SessionLog::default()));
-        let config = TestFrontendConfig::new(2, 64, MODERN);
-        let mut frontend = TestFrontend::from_socket(theirs, &config).unwrap();
-        // The answer shows that the session has handled all earlier messages.
-        frontend.connection.get_features().unwrap();
-        work(&mut frontend);
-        drop(frontend);
-        session.join().unwrap().unwrap();
-    });
-}
-
-fn send(frontend: &mut TestFrontend, pair: usize, count: usize) {
-    let frame = FrameSpec::v4(Transport::Udp).build(b"frame").unwrap();
-    let frames = vec![frame; count];
-    frontend.pairs[pair].tx.send_all(&frames, TIMEOUT).unwrap();
-    frontend.pairs[pair].tx.drain(TIMEOUT).unwrap();
-}
-
-fn sent_frames(net_device: &NetDevice) -> Vec<u64> {
-    let pairs = net_device.pairs();
-    pairs
-        .map(|served| served.pair.tx().stats().frames.get())
-        .collect()
+fn attached(uplink: &TestUplink) -> Vec<(u16, bool)> {
+    uplink.attached.lock().clone().into_iter().collect()
 }
 
 #[test]
 fn pair_has_descriptors_only_while_a_front_end_is_connected_and_keeps_its_counters() {
-    let net_device = net_device(4);
-    with_frontend(&net_device, |frontend| {
+    let net_device = net_device(4, Null, PollMode::Off);
+    with_frontend(&net_device, &two_pairs(), |frontend| {
         for served in net_device.pairs() {
             assert!(served.worker.is_open());
             assert!(served.pair.uplink().is_some());
@@ -79,11 +43,345 @@ fn pair_has_descriptors_only_while_a_front_end_is_connected_and_keeps_its_counte
         served.pair.wake();
     }
     // The next front-end is served by the same pairs.
-    with_frontend(&net_device, |frontend| {
+    with_frontend(&net_device, &two_pairs(), |frontend| {
         send(frontend, 0, 2);
         send(frontend, 1, 4);
     });
     assert_eq!(sent_frames(&net_device), [2, 7]);
     assert!(net_device.pairs().all(|served| !served.worker.is_open()));
     assert!(net_device.pairs().all(|served| served.worker.cycles() > 0));
+}
+
+#[test]
+fn frames_that_arrive_at_the_uplink_reach_the_guest() {
+    let uplink = TestUplink::with_frames();
+    let net_device = net_device(2, uplink.clone(), PollMode::Off);
+    let frame = FrameSpec::v4(Transport::Udp).build(b"arrived").unwrap();
+    with_frontend(&net_device, &two_pairs(), |frontend| {
+        for _ in 0..100 {
+            uplink.arrive(frame.bytes.clone());
+        }
+        let frames = frontend.pairs[0].rx.wait_frames(100, TIMEOUT).unwrap();
+        assert!(frames.iter().all(|received| received.bytes == frame.bytes));
+    });
+    assert_eq!(pair(&net_device, 0).rx().stats().frames.get(), 100);
+    assert_eq!(uplink.waiting_frames(), 0);
+}
+
+#[test]
+fn frames_for_a_guest_without_buffers_wait_until_it_adds_some() {
+    let uplink = TestUplink::with_frames();
+    let net_device = net_device(2, uplink.clone(), PollMode::Off);
+    let frame = FrameSpec::v4(Transport::Udp).build(b"arrived").unwrap();
+    with_frontend(&net_device, &two_pairs(), |frontend| {
+        frontend.pairs[0].rx.refill = false;
+        for _ in 0..70 {
+            uplink.arrive(frame.bytes.clone());
+        }
+        let stats = pair(&net_device, 0).rx().stats();
+        wait_until("the guest starves", || stats.rx_starved.get() > 0);
+        // Half of the ring stays reserved for a long frame.
+        assert!((6..=38).contains(&uplink.waiting_frames()));
+        frontend.pairs[0].rx.refill = true;
+        let received = usize::try_from(stats.frames.get()).unwrap();
+        frontend.pairs[0].rx.wait_frames(received, TIMEOUT).unwrap();
+        frontend.pairs[0].rx.fill().unwrap();
+        frontend.pairs[0]
+            .rx
+            .wait_frames(70 - received, TIMEOUT)
+            .unwrap();
+        assert!(stats.kicks.get() > 0);
+        assert_eq!(stats.dropped_no_buffer.get(), 0);
+    });
+}
+
+#[test]
+fn frames_of_a_disabled_pair_are_dropped_and_counted_until_it_is_enabled() {
+    let uplink = TestUplink::default();
+    let net_device = net_device(2, uplink.clone(), PollMode::Off);
+    with_frontend(&net_device, &two_pairs(), |frontend| {
+        assert_eq!(attached(&uplink), [(0, true), (1, true)]);
+        frontend.enable(1, false).unwrap();
+        assert_eq!(attached(&uplink), [(0, true), (1, false)]);
+        assert!(!pair(&net_device, 1).is_in_use());
+        send(frontend, 1, 5);
+        let stats = pair(&net_device, 1).tx().stats();
+        assert_eq!((stats.frames.get(), stats.dropped_disabled.get()), (0, 5));
+        frontend.enable(1, true).unwrap();
+        assert_eq!(attached(&uplink), [(0, true), (1, true)]);
+        send(frontend, 1, 2);
+        assert_eq!((stats.frames.get(), stats.dropped_disabled.get()), (2, 5));
+    });
+    assert_eq!(attached(&uplink), [(0, false), (1, false)]);
+}
+
+#[test]
+fn ring_that_is_stopped_and_started_again_continues_at_its_base() {
+    let net_device = net_device(2, Null, PollMode::Off);
+    with_frontend(&net_device, &two_pairs(), |frontend| {
+        send(frontend, 0, 5);
+        frontend.stop().unwrap();
+        assert_eq!(frontend.rings()[1].base, 5);
+        for served in net_device.pairs() {
+            assert_eq!(served.pair.tx().state(), VringState::Stopped);
+            assert_eq!(served.pair.rx().size(), 0);
+        }
+        frontend.start().unwrap();
+        assert_eq!(pair(&net_device, 0).rx().size(), 64);
+        send(frontend, 0, 3);
+    });
+    assert_eq!(sent_frames(&net_device), [8, 0]);
+}
+
+#[test]
+fn rings_whose_memory_is_removed_stop_and_continue_when_it_is_added_again() {
+    let uplink = TestUplink::default();
+    let net_device = net_device(2, uplink.clone(), PollMode::Off);
+    with_frontend(&net_device, &two_pairs(), |frontend| {
+        send(frontend, 0, 7);
+        let region = frontend.ram().regions()[0];
+        frontend.connection.remove_mem_region(&region).unwrap();
+        assert_eq!(attached(&uplink), [(0, false), (1, false)]);
+        for served in net_device.pairs() {
+            assert_eq!(served.pair.rx().state(), VringState::Stopped);
+            assert_eq!(served.pair.tx().state(), VringState::Stopped);
+        }
+        let fd = frontend.ram().fd();
+        frontend.connection.add_mem_region(&region, fd).unwrap();
+        assert_eq!(attached(&uplink), [(0, true), (1, true)]);
+        send(frontend, 0, 2);
+    });
+    assert_eq!(sent_frames(&net_device), [9, 0]);
+    assert_eq!(pair(&net_device, 0).tx().stats().quarantines.get(), 0);
+}
+
+#[test]
+fn kick_descriptor_that_is_replaced_is_waited_for_instead_of_the_old_one() {
+    let net_device = net_device(2, Null, PollMode::Off);
+    with_frontend(&net_device, &two_pairs(), |frontend| {
+        let new = WaitableEventFd::new().unwrap();
+        let stats = pair(&net_device, 0).tx().stats();
+        frontend
+            .connection
+            .set_vring_kick(1, Some(new.as_raw_fd()))
+            .unwrap();
+        let before = stats.kicks.get();
+        new.signal().unwrap();
+        wait_until("the new descriptor wakes the worker", || {
+            stats.kicks.get() == before + 1
+        });
+        // The old one belongs to nobody any more.
+        frontend.pairs[0].tx.queue.kick_now().unwrap();
+        new.signal().unwrap();
+        wait_until("the new descriptor wakes the worker", || {
+            stats.kicks.get() >= before + 2
+        });
+        assert_eq!(stats.kicks.get(), before + 2);
+        // The driver's kicks go nowhere now, so the ring must be polled.
+        frontend.connection.set_vring_kick(1, None).unwrap();
+        assert!(pair(&net_device, 0).tx().must_be_polled());
+        send(frontend, 0, 3);
+        assert_eq!(stats.kicks.get(), before + 2);
+    });
+    assert_eq!(sent_frames(&net_device), [3, 0]);
+}
+
+#[test]
+fn call_descriptor_that_is_replaced_is_signalled_at_once() {
+    let net_device = net_device(2, Null, PollMode::Off);
+    with_frontend(&net_device, &two_pairs(), |frontend| {
+        let new = WaitableEventFd::new().unwrap();
+        frontend
+            .connection
+            .set_vring_call(1, Some(new.as_raw_fd()))
+            .unwrap();
+        assert_eq!(new.wait(TIMEOUT).unwrap(), 1);
+        frontend.connection.set_vring_call(1, None).unwrap();
+        let calls = pair(&net_device, 0).tx().stats().calls.get();
+        send_without_calls(frontend);
+        assert_eq!(pair(&net_device, 0).tx().stats().calls.get(), calls);
+        assert_eq!(new.try_read(), 0);
+    });
+}
+
+/// Sends a frame and polls for its end.
+fn send_without_calls(frontend: &mut TestFrontend) {
+    let frame = FrameSpec::v4(Transport::Udp).build(b"frame").unwrap();
+    let tx = &mut frontend.pairs[0].tx;
+    tx.send(&frame).unwrap();
+    let deadline = Instant::now() + TIMEOUT;
+    while tx.reclaim().unwrap() == 0 {
+        assert!(Instant::now() < deadline, "the frame is not used");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn ring_that_the_guest_breaks_signals_the_err_descriptor_and_leaves_the_others_alone() {
+    let net_device = net_device(2, Null, PollMode::Off);
+    with_frontend(&net_device, &two_pairs(), |frontend| {
+        let err = WaitableEventFd::new().unwrap();
+        frontend
+            .connection
+            .set_vring_err(1, Some(err.as_raw_fd()))
+            .unwrap();
+        let queue = &mut frontend.pairs[0].tx.queue;
+        queue.ring.as_split().unwrap().set_avail_index(1000);
+        queue.kick_now().unwrap();
+        assert_eq!(err.wait(TIMEOUT).unwrap(), 1);
+        let tx = pair(&net_device, 0).tx();
+        assert_eq!(tx.state(), VringState::Quarantined);
+        let stats = tx.stats();
+        assert_eq!(
+            (stats.quarantines.get(), stats.avail_index_jump.get()),
+            (1, 1)
+        );
+        send(frontend, 1, 4);
+        assert_eq!(pair(&net_device, 0).rx().state(), VringState::Running);
+        // It is stopped and started again, as by a driver that is loaded again.
+        frontend.stop().unwrap();
+        frontend.reset().unwrap();
+        frontend.start().unwrap();
+        send(frontend, 0, 2);
+    });
+    assert_eq!(sent_frames(&net_device), [2, 4]);
+}
+
+#[test]
+fn ring_that_is_started_twice_is_refused_and_goes_on() {
+    let net_device = net_device(2, Null, PollMode::Off);
+    with_frontend(&net_device, &two_pairs(), |frontend| {
+        let memory = Arc::clone(&net_device.frontend().memory);
+        let setup = &frontend.rings()[1];
+        let user = |address| frontend.ram().user_addr(address).unwrap();
+        let start = virtionet_vhost_user::VringStart {
+            layout: virtionet_virtqueue::VirtqueueLayout {
+                size: setup.size,
+                desc: user(setup.addresses.descriptors),
+                avail: user(setup.addresses.driver),
+                used: user(setup.addresses.device),
+            },
+            base: 0,
+            features: frontend.features(),
+            memory,
+            enabled: true,
+            kick: None,
+            call: None,
+            err: None,
+        };
+        let error = net_device.start_vring(1, start).unwrap_err();
+        assert!(
+            matches!(error, BackendError::VringState { index: 1, .. }),
+            "{error}"
+        );
+        send(frontend, 0, 1);
+    });
+    assert_eq!(sent_frames(&net_device), [1, 0]);
+}
+
+#[test]
+fn pair_whose_queue_the_uplink_refuses_leaves_nothing_behind() {
+    let uplink = TestUplink::default();
+    uplink.refuses_queues.store(true, Relaxed);
+    let net_device = net_device(2, uplink.clone(), PollMode::Off);
+    with_socket(&net_device, |socket| {
+        let error = TestFrontend::from_socket(socket, &two_pairs()).unwrap_err();
+        assert!(error.to_string().contains("refused"), "{error}");
+        assert_eq!(net_device.pairs().count(), 0);
+        assert_eq!(net_device.pool.worker_count(), 0);
+    });
+    uplink.refuses_queues.store(false, Relaxed);
+    with_frontend(&net_device, &two_pairs(), |frontend| send(frontend, 1, 2));
+    assert_eq!(sent_frames(&net_device), [0, 2]);
+    // Its queue pairs last, but the next front-end gets no queue.
+    uplink.refuses_queues.store(true, Relaxed);
+    with_socket(&net_device, |socket| {
+        assert!(TestFrontend::from_socket(socket, &two_pairs()).is_err());
+        assert!(net_device.pairs().all(|served| !served.worker.is_open()));
+    });
+}
+
+#[test]
+fn queue_pair_beyond_the_last_one_is_an_error_that_names_their_number() {
+    let net_device = net_device(2, Null, PollMode::Off);
+    let error = net_device.open_pair(2, 4).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            BackendError::NoSuchQueuePair {
+                index: 4,
+                queue_pairs: 2,
+                ..
+            }
+        ),
+        "{error}"
+    );
+    assert_eq!(net_device.stop_vring(4), None);
+    assert_eq!(net_device.stop_vring(0), None, "it was never started");
+    assert!(net_device.set_kick(0, None).is_ok());
+}
+
+#[test]
+fn offloads_or_queues_that_the_uplink_refuses_are_logged_and_frames_are_carried() {
+    let uplink = TestUplink::default();
+    uplink.refuses_formats.store(true, Relaxed);
+    uplink.refuses_attaching.store(true, Relaxed);
+    let net_device = net_device(2, uplink, PollMode::Off);
+    let log = with_frontend(&net_device, &two_pairs(), |frontend| send(frontend, 0, 2));
+    assert!(
+        log.contains("vnet: the uplink cannot be set to the offloads that the driver accepted"),
+        "{log}"
+    );
+    assert!(
+        log.contains("vnet pair 0: cannot attach the uplink's queue"),
+        "{log}"
+    );
+    assert_eq!(sent_frames(&net_device), [2, 0]);
+}
+
+#[test]
+fn front_end_that_leaves_before_it_uses_the_device_is_logged_with_the_likely_reason() {
+    let net_device = net_device(2, Null, PollMode::Off);
+    let log = with_socket(&net_device, |socket| {
+        let mut connection = FrontendConnection::from_socket(socket).unwrap();
+        let features = connection.get_protocol_features().unwrap();
+        connection.set_protocol_features(features).unwrap();
+    });
+    assert!(log.contains("vnet: front-end connected (process "), "{log}");
+    assert!(
+        log.contains("vnet: front-end gone before it used the device; if it asked for more than 2 queue pairs, raise --queues 2"),
+        "{log}"
+    );
+    // It comes again at once, which is not logged.
+    let log = with_frontend(&net_device, &two_pairs(), |_| {});
+    assert!(!log.contains("front-end"), "{log}");
+}
+
+#[test]
+fn interrupts_follow_the_workers_of_the_pairs_in_use() {
+    let uplink = TestUplink::default();
+    let net_device = net_device(3, uplink, PollMode::Off);
+    assert_eq!(net_device.affinity_input(), None);
+    assert!(net_device.queue_usage().is_none());
+    with_frontend(&net_device, &two_pairs(), |frontend| {
+        net_device.refresh_placement();
+        let last = HostCpus::read().unwrap().allowed().last().unwrap();
+        let own = CpuSet::from_iter([last]);
+        wait_until("both workers are placed", || {
+            net_device.affinity_input().is_some_and(|input| {
+                input.workers == [own.clone(), own.clone()] && input.interface.queues == [0, 1]
+            })
+        });
+        let usage = net_device.queue_usage().unwrap();
+        assert_eq!(
+            (usage.offered, usage.enabled, usage.multiqueue),
+            (2, 2, true)
+        );
+        frontend.enable(0, false).unwrap();
+        let input = net_device.affinity_input().unwrap();
+        assert_eq!(input.workers, [CpuSet::default(), own]);
+        assert_eq!(input.interface.queues, [1]);
+        assert_eq!(net_device.queue_usage().unwrap().enabled, 1);
+    });
+    assert_eq!(net_device.affinity_input(), None);
 }
