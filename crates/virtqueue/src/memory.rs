@@ -449,6 +449,41 @@ mod tests {
     }
 
     #[test]
+    fn memory_table_with_more_than_509_regions_is_refused() {
+        let regions: Vec<_> = (0..510)
+            .map(|n| Arc::new(region(n * 4096, n * 4096, 4096)))
+            .collect();
+        let full = GuestMemory::new(regions[..MAX_REGIONS].to_vec()).unwrap();
+        assert_eq!(full.regions().count(), MAX_REGIONS);
+        let error = GuestMemory::new(regions).unwrap_err();
+        assert!(matches!(error, MemoryError::TooMany(510)), "{error}");
+        let error = full.with_region(region(1 << 30, 1 << 30, 4096));
+        assert!(matches!(error, Err(MemoryError::TooMany(510))));
+    }
+
+    #[test]
+    fn file_of_a_region_that_takes_seals_cannot_shrink_any_more() {
+        // SAFETY: the name is a C string, and the result is checked.
+        let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), libc::MFD_ALLOW_SEALING) };
+        assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+        // SAFETY: the descriptor was just made and has no other owner.
+        let file = unsafe { <File as std::os::fd::FromRawFd>::from_raw_fd(fd) };
+        file.set_len(8192).unwrap();
+        let spec = RegionSpec {
+            guest_addr: 0,
+            size: 8192,
+            user_addr: 0,
+            file_offset: 0,
+        };
+        let _region = MappedRegion::map(spec, file.try_clone().unwrap()).unwrap();
+        for len in [0, 4096, 8191] {
+            let error = file.set_len(len).unwrap_err();
+            assert_eq!(error.kind(), std::io::ErrorKind::PermissionDenied);
+        }
+        file.set_len(16_384).unwrap();
+    }
+
+    #[test]
     fn segments_cross_adjacent_regions_and_are_refused_in_holes() {
         let memory = Arc::new(
             GuestMemory::new(vec![

@@ -564,6 +564,29 @@ fn running_vring_with_a_new_address_is_started_again() {
 }
 
 #[test]
+fn features_that_change_under_running_vrings_restart_none_and_keep_the_format() {
+    let backend = RecordingBackend::default();
+    session(&backend, |front_end| {
+        one_pair(front_end);
+        backend.read();
+        let set = |virtio: u64| {
+            let bits = virtio | VHOST_USER_F_PROTOCOL_FEATURES;
+            front_end.send_with_ack(Code::SET_FEATURES, &bits.to_ne_bytes())
+        };
+        let others = FEATURES & !PACKED;
+        let fewer = PACKED | others & (others - 1);
+        assert_ne!(fewer, FEATURES);
+        assert_eq!(set(fewer), 0);
+        assert_eq!(backend.read(), [format!("features {fewer:#x}")]);
+        assert_eq!(set(others), 1, "the format of a running vring");
+        assert_eq!(set(FEATURES | 1 << 26), 1, "a feature that is not offered");
+        assert_eq!(backend.read(), Vec::<String>::new());
+        assert_eq!(backend.running(), [0, 1]);
+    })
+    .unwrap();
+}
+
+#[test]
 fn stopped_vring_keeps_its_last_base() {
     let backend = RecordingBackend::with_stop_base(42);
     session(&backend, |front_end| {

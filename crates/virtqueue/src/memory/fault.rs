@@ -213,8 +213,96 @@ mod tests {
 
     const SIZE: u64 = 64 * 1024;
 
+    /// Held by each test that loses memory, because the losses of the whole process are counted.
+    static LOSING: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
+    /// Memory in the first [`SIZE`] bytes of `file`.
+    fn memory_in(file: &std::fs::File) -> GuestMemory {
+        let spec = RegionSpec {
+            guest_addr: 0,
+            size: SIZE,
+            user_addr: 0,
+            file_offset: 0,
+        };
+        let region = MappedRegion::map(spec, file.try_clone().unwrap()).unwrap();
+        GuestMemory::new(vec![Arc::new(region)]).unwrap()
+    }
+
+    #[test]
+    fn memory_with_a_punched_hole_reads_as_zeros_there_and_is_not_lost() {
+        survive_lost_memory().unwrap();
+        let file = memfd(SIZE);
+        let memory = memory_in(&file);
+        assert!(memory.write(4094, b"head") && memory.write(8192, b"tail"));
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&file);
+        // SAFETY: the call takes numbers only, and the descriptor is open.
+        let punched = unsafe { libc::fallocate(fd, mode, 4096, 4096) };
+        assert_eq!(punched, 0, "{}", io::Error::last_os_error());
+        let mut bytes = [1; 4];
+        assert!(memory.read(4094, &mut bytes));
+        assert_eq!(&bytes, b"he\0\0");
+        assert!(memory.write(4096, b"new") && memory.read(8192, &mut bytes));
+        assert_eq!(&bytes, b"tail");
+        assert!(!memory.is_lost());
+    }
+
+    /// Runs `test` in a thread that has a file system of `bytes` bytes at `path`.
+    fn with_small_file_system(path: &std::path::Path, bytes: u64, test: impl FnOnce() + Send) {
+        let mount = |args: &[&str]| {
+            let status = std::process::Command::new("mount").args(args).status();
+            assert!(status.unwrap().success(), "mount {args:?}");
+        };
+        std::fs::create_dir_all(path).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // SAFETY: takes no pointer; the namespace is this thread's and its children's.
+                if unsafe { libc::unshare(libc::CLONE_NEWNS) } != 0 {
+                    eprintln!("skipped: a file system of its own needs root");
+                    return;
+                }
+                mount(&["--make-rprivate", "/"]);
+                let size = format!("size={bytes}");
+                let target = path.to_str().unwrap();
+                mount(&["-t", "tmpfs", "-o", &size, "none", target]);
+                test();
+            });
+        });
+        std::fs::remove_dir(path).unwrap();
+    }
+
+    #[test]
+    fn memory_that_a_full_file_system_cannot_provide_is_charged_to_its_owner() {
+        let _losing = LOSING.lock();
+        survive_lost_memory().unwrap();
+        let name = format!("virtionet-full-{}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        with_small_file_system(&path, SIZE, || {
+            let make = |name: &str| {
+                let mut options = std::fs::File::options();
+                options.read(true).write(true).create_new(true);
+                let file = options.open(path.join(name)).unwrap();
+                file.set_len(SIZE).unwrap();
+                file
+            };
+            let victim = memory_in(&make("victim"));
+            let other = memory_in(&make("other"));
+            assert!(victim.write(0, b"first") && other.write(0, &[7; 4096]));
+            let mut filler = make("filler");
+            while io::Write::write_all(&mut filler, &[1; 4096]).is_ok() {}
+            assert!(victim.write(SIZE - 8, b"no space"));
+            assert!(victim.is_lost() && !other.is_lost());
+            let mut bytes = [0; 4096];
+            assert!(other.read(0, &mut bytes));
+            assert_eq!(bytes, [7; 4096]);
+            assert!(victim.read(0, &mut bytes[..5]));
+            assert_eq!(bytes[..5], [0; 5]);
+        });
+    }
+
     #[test]
     fn memory_that_is_truncated_reads_as_zeros_and_is_charged_to_its_owner() {
+        let _losing = LOSING.lock();
         survive_lost_memory().unwrap();
         let mut watch = LossWatch::default();
         watch.has_changed();
