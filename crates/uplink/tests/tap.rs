@@ -407,6 +407,27 @@ fn mtu_is_set_on_a_created_tap_and_raised_on_an_existing_one() {
 }
 
 #[test]
+fn mtu_that_the_host_changes_costs_an_open_queue_no_frame() {
+    in_namespaces(|| {
+        let uplink = tap("vt0");
+        let queue = attached(&*uplink, 0);
+        let socket = PacketSocket::on("vt0");
+        for (mtu, len) in [(9000, 9014), (1280, 1294), (1500, 1514)] {
+            run(&format!("ip link set vt0 mtu {mtu}"));
+            socket.send(&frame(len, 6));
+            let received = eventually(|| match receive(&*queue, &[WHOLE]) {
+                (Received::Frame(_), bytes) => Some(bytes),
+                _ => None,
+            });
+            assert_eq!(received[12..], frame(len, 6), "{mtu}");
+            // What the guest sends may be longer than the host's MTU.
+            let stats = send(&*queue, PLAIN, &frame(9014, 7), 9014);
+            assert_eq!(stats.frames.get(), 1, "{mtu}");
+        }
+    });
+}
+
+#[test]
 fn existing_tap_is_not_changed() {
     in_namespaces(|| {
         run("ip tuntap add dev vt0 mode tap multi_queue vnet_hdr");
