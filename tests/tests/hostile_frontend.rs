@@ -4,6 +4,7 @@
 
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -11,7 +12,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use virtionet_guest::frame::{Frame, FrameSpec, Transport};
 use virtionet_guest::frontend::FrontendConnection;
-use virtionet_guest::hostile::{block_writes, forbid_seals, slow_closing_socket};
+use virtionet_guest::hostile::{block_writes, forbid_seals, make_blocking, slow_closing_socket};
 use virtionet_guest::net::MODERN;
 use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 use virtionet_tests::daemon::{Daemon, Options};
@@ -105,6 +106,15 @@ fn counter(device: &Value, ring: &str, name: &str) -> u64 {
         .unwrap_or(0)
 }
 
+/// Sets a flag when it is dropped, also by a panic, so that the thread that reads it ends.
+struct SetOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 fn warnings(device: &Value) -> String {
     device["warnings"].to_string()
 }
@@ -123,6 +133,133 @@ fn call_eventfd_that_blocks_is_cut_off_and_the_other_device_carries_every_frame(
     assert!(counter(&report, "rx", "calls_failed") > 0, "{report}");
     devices.assert_carries_frames(&mut other);
     devices.stop();
+}
+
+#[test]
+fn kick_eventfd_that_blocks_and_is_drained_by_its_owner_holds_up_no_worker() {
+    let devices = Devices::start("null");
+    let mut hostile = devices.connect(0);
+    let mut other = devices.connect(1);
+    for pair in &hostile.pairs {
+        for queue in [&pair.rx.queue, &pair.tx.queue] {
+            make_blocking(queue.kick.as_raw_fd()).unwrap();
+        }
+    }
+    // A worker that reads the eventfd after the owner has drained it would sleep for ever.
+    let kick = &hostile.pairs[0].tx.queue.kick;
+    for _ in 0..10_000 {
+        kick.signal().unwrap();
+        assert_eq!(kick.try_read(), 1, "the worker does not read it");
+    }
+    devices.assert_carries_frames(&mut other);
+    hostile.pairs[0]
+        .tx
+        .send_all(&[broadcast()], TIMEOUT)
+        .unwrap();
+    hostile.pairs[0].tx.queue.kick.signal().unwrap();
+    devices.wait_for(0, "served", |device| counter(device, "tx", "frames") == 1);
+    devices.stop();
+}
+
+#[test]
+fn err_eventfd_that_blocks_delays_neither_the_quarantine_nor_the_other_device() {
+    let devices = Devices::start("null");
+    let mut hostile = devices.connect(0);
+    let mut other = devices.connect(1);
+    let queue = &hostile.pairs[0].tx.queue;
+    block_writes(&queue.err).unwrap();
+    let ring = hostile.pairs[0].tx.queue.ring.as_split().unwrap();
+    ring.set_avail_index(ring.avail_index().wrapping_add(1000));
+    hostile.pairs[0].tx.queue.kick.signal().unwrap();
+    devices.wait_for(0, "quarantined", |device| {
+        counter(device, "tx", "quarantines") == 1
+    });
+    devices.assert_carries_frames(&mut other);
+    hostile.reset().unwrap();
+    hostile.start().unwrap();
+    let tx = &mut hostile.pairs[0].tx;
+    tx.send_all(&[broadcast()], TIMEOUT).unwrap();
+    devices.wait_for(0, "served", |device| counter(device, "tx", "frames") == 1);
+    devices.stop();
+}
+
+#[test]
+fn kicks_of_a_vring_that_does_not_run_have_no_effect_until_it_does() {
+    let devices = Devices::start("null");
+    let socket = devices.dir.join("0.sock");
+    let connection = FrontendConnection::connect(&socket, TIMEOUT).unwrap();
+    let mut frontend = TestFrontend::negotiate(connection, &config()).unwrap();
+    let mut other = devices.connect(1);
+    // Not started yet, and later stopped.
+    for sent in 0..2 {
+        let tx = &mut frontend.pairs[0].tx;
+        tx.send_all(&[broadcast()], TIMEOUT).unwrap();
+        for _ in 0..1000 {
+            tx.queue.kick.signal().unwrap();
+        }
+        devices.assert_carries_frames(&mut other);
+        let device = devices.device(0);
+        assert_ne!(device["pairs"][0]["tx"]["state"], "running");
+        assert_eq!(counter(&device, "tx", "frames"), 2 * sent);
+        frontend.start().unwrap();
+        let is_carried = |device: &Value| counter(device, "tx", "frames") == 2 * sent + 1;
+        devices.wait_for(0, "carrying the frame", is_carried);
+        // A disabled transmitq is drained.
+        frontend.enable(0, false).unwrap();
+        frontend.connection.get_features().unwrap();
+        let tx = &mut frontend.pairs[0].tx;
+        tx.send_all(&[broadcast()], TIMEOUT).unwrap();
+        let is_drained = |device: &Value| counter(device, "tx", "dropped_disabled") == sent + 1;
+        devices.wait_for(0, "draining", is_drained);
+        frontend.enable(0, true).unwrap();
+        frontend.connection.get_features().unwrap();
+        let tx = &mut frontend.pairs[0].tx;
+        tx.send_all(&[broadcast()], TIMEOUT).unwrap();
+        let is_carried = |device: &Value| counter(device, "tx", "frames") == 2 * sent + 2;
+        devices.wait_for(0, "carrying frames again", is_carried);
+        frontend.stop().unwrap();
+    }
+    devices.stop();
+}
+
+#[test]
+fn kick_storm_on_an_empty_vring_costs_the_other_device_no_frame() {
+    let devices = Devices::start("null");
+    let hostile = devices.connect(0);
+    let mut other = devices.connect(1);
+    let kick = hostile.pairs[0].tx.queue.kick.try_clone().unwrap();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                kick.signal().unwrap();
+            }
+        });
+        let _done = SetOnDrop(&done);
+        for _ in 0..10 {
+            devices.assert_carries_frames(&mut other);
+        }
+    });
+    let report = devices.device(0);
+    assert!(counter(&report, "tx", "kicks") > 0, "{report}");
+    assert_eq!(report["pairs"][0]["tx"]["state"], "running");
+    assert_eq!(counter(&report, "tx", "bursts"), 0);
+    devices.stop();
+}
+
+/// As a front-end that is stopped (SIGSTOP): its socket is open, and it does nothing more.
+#[test]
+fn front_end_that_does_nothing_more_holds_up_neither_the_other_device_nor_the_end() {
+    let devices = Devices::start("switch:sw");
+    let stopped = devices.connect(0);
+    let mut other = devices.connect(1);
+    // The device has more frames for it than it has buffers.
+    devices.assert_carries_frames(&mut other);
+    let report = devices.device(0);
+    assert!(counter(&report, "rx", "dropped_no_buffer") > 0, "{report}");
+    devices.assert_carries_frames(&mut other);
+    devices.stop();
+    drop(stopped);
 }
 
 #[test]
