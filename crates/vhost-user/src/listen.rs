@@ -28,8 +28,9 @@ const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(5);
 /// The pause after the process has run out of a resource that accepting a connection needs.
 const EXHAUSTED_PAUSE: Duration = Duration::from_secs(1);
 
-/// The number of connections that one call refuses at most.
-const MAX_REFUSED_AT_ONCE: u32 = 16;
+/// The number of connections that one call refuses at most. With more, one that comes after the
+/// front-end has hung up could be among them.
+const MAX_REFUSED_AT_ONCE: u32 = 1;
 
 /// Why a connection with a front-end cannot be made.
 #[derive(Debug, thiserror::Error)]
