@@ -9,7 +9,7 @@ ip link set lo up
 ip link add eth0 up type veth peer name eth1
 
 # Starts the daemon in the background instead of the one before, which was another way to do it, and
-# waits until it has made all that it was told to.
+# waits until it has made its socket and its uplink.
 virtionetd() {
     if [ -n "${DAEMON:-}" ]; then kill "$DAEMON"; wait "$DAEMON"; fi
     rm -f daemon.log

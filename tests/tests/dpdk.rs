@@ -201,14 +201,7 @@ impl Run {
     fn check(&self) -> Result<String> {
         let dir = RunDir::new()?;
         let netns = Netns::new()?;
-        // The kernel would send IPv6 frames of its own, which the exact counters below would
-        // include.
-        disable_ipv6(&netns)?;
-        let mut daemon = self.start_daemon(&dir, &netns)?;
-        let mut testpmd = self.config(&dir)?.start(&dir, "testpmd")?;
-        testpmd.command("set fwd 5tswap")?;
-        testpmd.forward(0)?;
-        self.wait_until_served(&mut daemon)?;
+        let (daemon, mut testpmd) = self.start(&dir, &netns)?;
 
         let mut flows = open_flows(&netns, *self)?;
         exchange(&mut flows).with_context(|| counter_summary(&daemon, &mut testpmd))?;
@@ -231,12 +224,7 @@ impl Run {
     fn check_restart(&self) -> Result<()> {
         let dir = RunDir::new()?;
         let netns = Netns::new()?;
-        disable_ipv6(&netns)?;
-        let mut daemon = self.start_daemon(&dir, &netns)?;
-        let mut testpmd = self.config(&dir)?.start(&dir, "testpmd")?;
-        testpmd.command("set fwd 5tswap")?;
-        testpmd.forward(0)?;
-        self.wait_until_served(&mut daemon)?;
+        let (daemon, mut testpmd) = self.start(&dir, &netns)?;
         exchange(&mut open_flows(&netns, *self)?)?;
         ensure!(daemon.stop(Signal::SIGTERM)?.status.success());
 
@@ -259,6 +247,18 @@ impl Run {
             counter_summary(&daemon, &mut testpmd)
         );
         finish(testpmd, daemon)
+    }
+
+    /// Starts both programs, and waits until the daemon serves all rings.
+    fn start(&self, dir: &RunDir, netns: &Netns) -> Result<(Daemon, Testpmd)> {
+        // The kernel would send IPv6 frames of its own, which exact counters would include.
+        disable_ipv6(netns)?;
+        let mut daemon = self.start_daemon(dir, netns)?;
+        let mut testpmd = self.config(dir)?.start(dir, "testpmd")?;
+        testpmd.command("set fwd 5tswap")?;
+        testpmd.forward(0)?;
+        self.wait_until_served(&mut daemon)?;
+        Ok((daemon, testpmd))
     }
 
     fn start_daemon(&self, dir: &RunDir, netns: &Netns) -> Result<Daemon> {

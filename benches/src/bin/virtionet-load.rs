@@ -1,5 +1,6 @@
-//! A process that burns as much CPU time on one CPU as it is told, and sleeps as often. The group
-//! *isolation* uses it as the load that is not related to virtionetd; it has no other purpose.
+//! A process that uses a given share of the time of one CPU, and sleeps a given number of times.
+//! The group *isolation* uses it as the load that is not related to virtionetd; it has no other
+//! purpose.
 //!
 //! A line `SHARE PERIOD` on stdin (a share of the CPU, and seconds) starts a load: in each period,
 //! it burns what it is behind that share, and then sleeps until the next one. The line `0 0` ends

@@ -55,7 +55,7 @@ impl Attack {
     }
 }
 
-/// A thread that attacks a device while it is told to.
+/// A thread that attacks a device until it is stopped.
 #[derive(Debug)]
 pub struct AttackThread {
     is_active: Arc<AtomicBool>,

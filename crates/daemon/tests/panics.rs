@@ -1,27 +1,21 @@
 //! A panic in a turn costs the vring that was processed, and nothing else.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Weak};
-use std::thread;
-use std::time::{Duration, Instant};
+mod common;
 
-use rustix::event::{EventfdFlags, eventfd};
-use virtionet_config::PollMode;
+use std::os::fd::BorrowedFd;
+use std::sync::{Arc, Weak};
+
+use common::{wait_until, with_frontend};
 use virtionet_guest::header::NetHeader;
 use virtionet_guest::net::MODERN;
 use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
-use virtionet_placement::{Placement, PlacementPlanner};
-use virtionet_vhost_user::{SessionLog, VringState, serve};
+use virtionet_vhost_user::VringState;
 use virtionet_virtio_net::header::FrameFormat;
 use virtionet_virtio_net::stats::VringStats;
 use virtionet_virtio_net::uplink::{Received, RxSink, TxFrame, Uplink, UplinkError, UplinkQueue};
 use virtionet_virtqueue::memory::GuestSlice;
-use virtionetd::host_cpus::HostCpus;
-use virtionetd::net_device::NetDevice;
 use virtionetd::panic_policy::contained_panics;
-use virtionetd::placer::Placer;
 
 /// Length of the frame on which the uplink panics.
 const BAD_LEN: usize = 99;
@@ -77,56 +71,22 @@ impl UplinkQueue for FaultyUplink {
     }
 }
 
-fn device() -> NetDevice {
-    let host = Arc::new(HostCpus::read().unwrap());
-    let planner = PlacementPlanner::new(Placement::Auto, host.allowed(), None).unwrap();
-    NetDevice::new(
-        "net0",
-        2,
-        Arc::new(FaultyUplink),
-        Placer::new("net0", planner, host),
-        PollMode::Off,
-        Arc::default(),
-    )
-}
-
 fn send(frontend: &mut TestFrontend, pair: usize, len: usize) {
     let tx = &mut frontend.pairs[pair].tx;
     assert!(tx.queue(&NetHeader::default(), &vec![0x55; len]).unwrap());
     tx.flush().unwrap();
 }
 
-fn wait_until(what: &str, is_done: impl Fn() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while !is_done() {
-        assert!(Instant::now() < deadline, "{what}");
-        thread::sleep(Duration::from_millis(2));
-    }
-}
-
 #[test]
 fn panic_in_a_turn_costs_its_vring_only() {
-    let device = device();
-    let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
-    let (front_end_socket, back_end_socket) = UnixStream::pair().unwrap();
-    thread::scope(|scope| {
-        let session = scope.spawn(|| {
-            serve(
-                back_end_socket,
-                &device,
-                stop.as_fd(),
-                None,
-                &SessionLog::default(),
-            )
-        });
-        let config = TestFrontendConfig::new(2, 256, MODERN);
-        let mut frontend = TestFrontend::from_socket(front_end_socket, &config).unwrap();
+    let config = TestFrontendConfig::new(2, 256, MODERN);
+    with_frontend(Arc::new(FaultyUplink), &config, |frontend, device| {
         let pair = |at: usize| &device.pairs().nth(at).unwrap().pair;
         let frames = |at: usize| pair(at).tx().stats().frames.get();
-        send(&mut frontend, 0, 60);
+        send(frontend, 0, 60);
         wait_until("a good frame is carried", || frames(0) == 1);
 
-        send(&mut frontend, 0, BAD_LEN);
+        send(frontend, 0, BAD_LEN);
         wait_until("the vring is quarantined", || {
             pair(0).tx().state() == VringState::Quarantined
         });
@@ -134,15 +94,13 @@ fn panic_in_a_turn_costs_its_vring_only() {
         assert_eq!(pair(0).tx().stats().quarantines.get(), 1);
         assert_eq!(contained_panics(), 1);
         assert_eq!(pair(0).rx().state(), VringState::Running);
-        send(&mut frontend, 1, 60);
+        send(frontend, 1, 60);
         wait_until("the other queue pair carries frames", || frames(1) == 1);
 
         // The worker lives: the vring carries frames again once it is started again.
         frontend.reset().unwrap();
         frontend.start().unwrap();
-        send(&mut frontend, 0, 60);
+        send(frontend, 0, 60);
         wait_until("a frame is carried again", || frames(0) == 2);
-        drop(frontend);
-        session.join().unwrap().unwrap();
     });
 }

@@ -1,29 +1,25 @@
 //! The turns that a worker gives TX and RX of a queue pair, with an uplink whose frames never end.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+mod common;
+
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use common::wait_until;
 use rustix::event::{EventfdFlags, eventfd};
-use virtionet_config::PollMode;
 use virtionet_guest::header::NetHeader;
 use virtionet_guest::net::MODERN;
 use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
-use virtionet_placement::{Placement, PlacementPlanner};
-use virtionet_vhost_user::{SessionLog, serve};
 use virtionet_virtio_net::header::FrameFormat;
 use virtionet_virtio_net::stats::{VringStats, to_u64};
 use virtionet_virtio_net::uplink::{Received, RxSink, TxFrame, Uplink, UplinkError, UplinkQueue};
 use virtionet_virtqueue::memory::GuestSlice;
-use virtionetd::host_cpus::HostCpus;
 use virtionetd::net_device::NetDevice;
-use virtionetd::placer::Placer;
 
-const TIMEOUT: Duration = Duration::from_secs(20);
 /// Descriptors of each virtqueue.
 const SIZE: u16 = 4096;
 /// A received frame with its virtio-net header, in bytes.
@@ -130,47 +126,13 @@ fn with_frontend(
     features: u64,
     work: impl FnOnce(&mut TestFrontend, &NetDevice),
 ) {
-    let host = Arc::new(HostCpus::read().unwrap());
-    let planner = PlacementPlanner::new(Placement::Auto, host.allowed(), None).unwrap();
-    let device = NetDevice::new(
-        "net0",
-        1,
-        Arc::new(Handle(Arc::clone(uplink))),
-        Placer::new("net0", planner, host),
-        PollMode::Off,
-        Arc::default(),
-    );
-    let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
-    let (front_end_socket, back_end_socket) = UnixStream::pair().unwrap();
-    thread::scope(|scope| {
-        let session = scope.spawn(|| {
-            serve(
-                back_end_socket,
-                &device,
-                stop.as_fd(),
-                None,
-                &SessionLog::default(),
-            )
-        });
-        let config = TestFrontendConfig::new(1, SIZE, features);
-        let mut frontend = TestFrontend::from_socket(front_end_socket, &config).unwrap();
-        work(&mut frontend, &device);
-        drop(frontend);
-        session.join().unwrap().unwrap();
-    });
+    let config = TestFrontendConfig::new(1, SIZE, features);
+    common::with_frontend(Arc::new(Handle(Arc::clone(uplink))), &config, work);
 }
 
 fn stats(device: &NetDevice) -> [Arc<VringStats>; 2] {
     let served = device.pairs().next().unwrap();
     [served.pair.rx().stats(), served.pair.tx().stats()].map(Arc::clone)
-}
-
-fn wait_until(what: &str, is_done: impl Fn() -> bool) {
-    let deadline = Instant::now() + TIMEOUT;
-    while !is_done() {
-        assert!(Instant::now() < deadline, "{what}");
-        thread::sleep(Duration::from_millis(2));
-    }
 }
 
 /// Makes as many frames available at once as the transmitq has space for.

@@ -28,10 +28,6 @@ const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(5);
 /// The pause after the process has run out of a resource that accepting a connection needs.
 const EXHAUSTED_PAUSE: Duration = Duration::from_secs(1);
 
-/// The number of connections that one call refuses at most. With more, one that comes after the
-/// front-end has hung up could be among them.
-const MAX_REFUSED_AT_ONCE: u32 = 1;
-
 /// Why a connection with a front-end cannot be made.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
@@ -189,21 +185,19 @@ impl PendingConnections for Listener {
     }
 
     fn refuse(&self) {
-        for _ in 0..MAX_REFUSED_AT_ONCE {
-            let Ok((stream, _)) = self.socket.accept() else {
-                return;
-            };
-            if let Some(suppressed) = self.refusals.allow() {
-                let process = peer_pid(&stream)
-                    .map_or_else(|| "another process".into(), |pid| format!("process {pid}"));
-                warn!(
-                    suppressed,
-                    "{process} connected while a front-end is being served and was refused; a device serves one front-end at a time"
-                );
-            }
-            // Closing it also closes the descriptors that it has sent, which may block.
-            drop(ForeignFd::new(stream.into()));
+        let Ok((stream, _)) = self.socket.accept() else {
+            return;
+        };
+        if let Some(suppressed) = self.refusals.allow() {
+            let process = peer_pid(&stream)
+                .map_or_else(|| "another process".into(), |pid| format!("process {pid}"));
+            warn!(
+                suppressed,
+                "{process} connected while a front-end is being served and was refused; a device serves one front-end at a time"
+            );
         }
+        // Closing it also closes the descriptors that it has sent, which may block.
+        drop(ForeignFd::new(stream.into()));
     }
 }
 

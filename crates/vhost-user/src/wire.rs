@@ -163,7 +163,8 @@ pub trait PendingConnections: Sync {
     /// The descriptor that is readable while a connection waits.
     fn poll_fd(&self) -> BorrowedFd<'_>;
 
-    /// Refuses the connections that wait.
+    /// Refuses the connection that has waited longest. Only that one is known to have waited when
+    /// the front-end was last seen connected; a later one may be its successor.
     fn refuse(&self);
 }
 

@@ -47,6 +47,9 @@ use fragment::Identifications;
 /// IPv4 (68 bytes, RFC 791). It limits the frames that are made of one: 1 + [`MAX_FRAME`] / 24.
 pub const MIN_GSO_SIZE: usize = 28;
 
+/// The cost of an emitted frame beside that of its bytes.
+const SEGMENT_WORK: usize = 512;
+
 /// Whether a guest that negotiated `format` accepts a frame with this header as it is.
 #[inline(always)]
 #[must_use]
@@ -236,14 +239,15 @@ impl Segmenter {
     }
 }
 
-/// An upper estimate of the frames that [`Segmenter::convert`] makes of `frame`: a measure of its
-/// cost.
+/// The most that [`Segmenter::convert`] can cost for `frame`, as a number of bytes that can be
+/// copied in the same time.
 #[must_use]
-pub fn max_output_frames(frame: &TxFrame<'_>) -> usize {
-    match frame.header.gso_size() {
+pub fn conversion_work(frame: &TxFrame<'_>) -> usize {
+    let segments = match frame.header.gso_size() {
         0 => 1,
         size => 1 + frame.len / usize::from(size).max(MIN_GSO_SIZE),
-    }
+    };
+    frame.len + segments * SEGMENT_WORK
 }
 
 /// The payload bytes of each frame that `request` asks for. The checksum field that it names,

@@ -9,7 +9,7 @@ use virtionet_virtqueue::{Chain, Direction, VirtqueueError, VirtqueueFault};
 
 use crate::features::Features;
 use crate::header::{LEGACY_VNET_HEADER_LEN, VNET_HEADER_LEN, VnetHeader};
-use crate::offload::max_output_frames;
+use crate::offload::conversion_work;
 use crate::queue::{DeviceQueue, Queue, QueueConfig, count_fault};
 use crate::stats::{VringStats, to_u64};
 use crate::uplink::{MAX_BURST, TxFrame, UplinkQueue};
@@ -17,8 +17,6 @@ use crate::uplink::{MAX_BURST, TxFrame, UplinkQueue};
 /// What the frames of one burst may cost, as a number of bytes that can be copied in the same time:
 /// some hundred microseconds.
 pub const BURST_WORK: usize = 512 << 10;
-/// The cost of a segment that may have to be made of a frame in software, beside that of its bytes.
-const SEGMENT_WORK: usize = 512;
 /// The bytes of a burst up to which it is within [`BURST_WORK`] without a look at each frame. No
 /// burst of 1,514-byte frames is longer. They can become some 4,700 segments.
 const CHEAP_BURST_BYTES: usize = 128 << 10;
@@ -229,11 +227,8 @@ fn transmit_burst(
 fn count_within_work(frames: &[TxFrame<'_>]) -> usize {
     let mut work = 0;
     let within = frames.iter().take_while(|frame| {
-        let segments = match frame.header.gso_size() {
-            0 => 0,
-            _ => max_output_frames(frame) * SEGMENT_WORK,
-        };
-        work += frame.len + segments;
+        // The uplink may have to convert it.
+        work += conversion_work(frame);
         work <= BURST_WORK
     });
     within.count().max(1)

@@ -81,9 +81,9 @@ pub struct Guest {
     next_data: u64,
     next_table: u64,
     chains: VecDeque<Chain>,
-    /// Whether the guest's writes so far leave no doubt about which chains are available.
+    /// Whether it is known which chains the guest's writes so far have made available.
     is_order_known: bool,
-    /// Whether they leave no doubt about what the device may write.
+    /// Whether it is known what the device may write.
     are_writes_known: bool,
     /// For each byte of the memory, whether a writable descriptor has named it.
     writable: Vec<bool>,

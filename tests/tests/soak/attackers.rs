@@ -221,6 +221,13 @@ fn move_memory(device: &mut Endpoint) {
     }
 }
 
+/// Connects those devices that are not connected.
+fn connect_all(under_test: &DaemonUnderTest, devices: &mut [Endpoint; 2], random: &mut Random) {
+    for device in devices {
+        device.connect(under_test, random);
+    }
+}
+
 /// Lets one device receive without giving buffers back, while the other one floods it.
 fn starve(
     under_test: &DaemonUnderTest,
@@ -231,9 +238,7 @@ fn starve(
     under_test
         .journal
         .note(devices[n].name, "starvation of the receiveqs");
-    devices
-        .iter_mut()
-        .for_each(|device| device.connect(under_test, random));
+    connect_all(under_test, devices, random);
     devices[n].set_refill(false);
     let frame = devices[1 - n].frame_to(mac(n), &[0x33; 900]);
     devices[1 - n].send(0, &frame, random.range(1000, 4000));
@@ -253,9 +258,7 @@ fn block_call(
     under_test
         .journal
         .note(devices[n].name, "blocking call eventfds");
-    devices
-        .iter_mut()
-        .for_each(|device| device.connect(under_test, random));
+    connect_all(under_test, devices, random);
     for pair in &devices[n].frontend().pairs {
         block_writes(&pair.rx.queue.call).unwrap();
     }
@@ -276,9 +279,7 @@ fn quarantine_receiveqs(
     under_test
         .journal
         .note(devices[n].name, "faults of the receiveqs");
-    devices
-        .iter_mut()
-        .for_each(|device| device.connect(under_test, random));
+    connect_all(under_test, devices, random);
     for pair in &mut devices[n].frontend().pairs {
         let queue = &mut pair.rx.queue;
         let jump = queue.ring.size() + 1000;
@@ -311,9 +312,7 @@ fn assert_carries_frames(
     n: usize,
     random: &mut Random,
 ) {
-    devices
-        .iter_mut()
-        .for_each(|device| device.connect(under_test, random));
+    connect_all(under_test, devices, random);
     devices[n].receive();
     let frame = devices[1 - n].frame_to(mac(n), b"are you there?");
     let deadline = Instant::now() + TIMEOUT;

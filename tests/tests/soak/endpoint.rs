@@ -153,7 +153,7 @@ impl Endpoint {
         };
         hang_up(&mut frontend.connection, how);
         under_test.wait_for(self.name, "disconnected", |d| d["connected"] == false);
-        self.settle(&mut frontend);
+        self.close_account(&mut frontend);
     }
 
     /// Connects and hangs up in the middle of the negotiation.
@@ -174,7 +174,7 @@ impl Endpoint {
         }
         self.drain();
         let mut frontend = self.frontend.take().unwrap();
-        self.settle(&mut frontend);
+        self.close_account(&mut frontend);
         // The driver must not touch this memory any more.
         frontend.ram().file().set_len(0).unwrap();
         let pair = usize::from(pair);
@@ -203,7 +203,7 @@ impl Endpoint {
         let mut frontend = self.frontend.take().unwrap();
         frontend.stop().unwrap();
         if is_reset {
-            self.settle(&mut frontend);
+            self.close_account(&mut frontend);
             frontend.reset().unwrap();
         }
         frontend.start().unwrap();
@@ -211,7 +211,7 @@ impl Endpoint {
     }
 
     /// Closes the account of a session that the device does not continue.
-    fn settle(&mut self, frontend: &mut TestFrontend) {
+    fn close_account(&mut self, frontend: &mut TestFrontend) {
         for (pair, ledger) in frontend.pairs.iter_mut().zip(&mut self.ledgers) {
             pair.rx.refill = false;
             ledger.rx_frames += receive_all(&mut pair.rx);

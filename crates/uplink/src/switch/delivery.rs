@@ -8,7 +8,7 @@ use arrayvec::ArrayVec;
 use parking_lot::Mutex;
 use virtionet_virtio_net::header::{FrameFormat, VIRTIO_NET_HDR_F_NEEDS_CSUM, VnetHeader};
 use virtionet_virtio_net::offload::{
-    OffloadFault, Segmenter, can_pass_unmodified, max_output_frames,
+    OffloadFault, Segmenter, can_pass_unmodified, conversion_work,
 };
 use virtionet_virtio_net::stats::{VringStats, to_u64};
 use virtionet_virtio_net::uplink::{MAX_BURST, TxFrame};
@@ -26,8 +26,6 @@ use super::port::DevicePort;
 const WORK_BUDGET: usize = 4 << 20;
 /// The cost of a further copy of a frame beside that of its bytes.
 const COPY_COST: usize = 256;
-/// The cost of a segment beside that of its bytes.
-const SEGMENT_COST: usize = 512;
 /// The cost of a descriptor that a receiver's ring makes the switch read.
 const DESCRIPTOR_COST: usize = 128;
 
@@ -299,7 +297,7 @@ impl<'a> BurstDelivery<'a> {
             // Earlier frames must be pushed first, to keep the order.
             self.push_frames(port, pair, &ready);
             ready.clear();
-            if !self.try_charge(frame.len + max_output_frames(&frame) * SEGMENT_COST) {
+            if !self.try_charge(conversion_work(&frame)) {
                 delivered &= !(1 << n);
                 continue;
             }

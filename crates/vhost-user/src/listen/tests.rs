@@ -293,8 +293,8 @@ fn reason_is_reported_once_until_it_changes() {
     assert!(reason.contains("does not exist yet"), "{reason}");
     // Two more attempts fail for the same reason.
     thread::sleep(Duration::from_millis(1_200));
-    // A socket on which nobody listens any more. It is renamed, so that no attempt finds it while
-    // somebody does.
+    // A socket whose listener is closed. It is renamed, so that no attempt finds it while it
+    // still has one.
     let new = directory.0.join("new");
     drop(UnixListener::bind(&new).unwrap());
     fs::rename(&new, &path).unwrap();
