@@ -87,7 +87,8 @@ impl TxQueue {
     /// (a ring that is started but disabled drains, as the vhost-user protocol's ring states
     /// demand). It completes the chains of these frames. `chains` is 0 when none was available.
     ///
-    /// The frames of one burst cost at most [`BURST_WORK`]; chains beyond that stay available.
+    /// The frames of a burst of more than 128 KiB cost at most [`BURST_WORK`], or there is only one;
+    /// chains beyond that stay available.
     ///
     /// # Errors
     /// When the ring is faulty and must be quarantined.
