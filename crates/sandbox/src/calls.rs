@@ -1,0 +1,531 @@
+//! The system calls of each kind of thread.
+//!
+//! The lists come from the notes `// syscalls:` beside the calls in all crates, and from what the
+//! C library and Rust's standard library do on their own: allocate memory, start and end threads,
+//! wait for locks, handle signals. A call that has several forms on x86_64 is listed there in both.
+//!
+//! Arguments are limited where that is a comparison of numbers: a filter sees no memory, so paths
+//! are [`files`](crate::files)' subject.
+
+use crate::ThreadKind;
+
+/// A system call, and the arguments with which it is meant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Call {
+    /// Its name in section 2 of the manual.
+    pub name: &'static str,
+    /// Its number on this architecture.
+    pub number: i64,
+    /// Its arguments.
+    pub arguments: Arguments,
+}
+
+impl Call {
+    pub(crate) const fn new(name: &'static str, number: i64, arguments: Arguments) -> Self {
+        Self {
+            name,
+            number,
+            arguments,
+        }
+    }
+}
+
+/// What is said about the arguments of a call, which are counted from 0. Only the lower 32 bits of
+/// an argument are looked at, which is all that the kernel uses of these.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Arguments {
+    /// Nothing.
+    Any,
+    /// This one is one of these values.
+    OneOf(u8, &'static [u32]),
+    /// The bits of `mask` in this one are those of `value`.
+    Bits {
+        /// Which argument.
+        argument: u8,
+        /// The bits that matter.
+        mask: u32,
+        /// What they must be.
+        value: u32,
+    },
+    /// This one is the number of this process.
+    OwnProcess(u8),
+}
+
+/// A list of calls: `read` stands for `SYS_read` with any arguments, `ioctl(...)` for those given.
+macro_rules! calls {
+    ($($name:ident : $number:ident $(($arguments:expr))?),* $(,)?) => {
+        &[$(Call::new(stringify!($name), libc::$number, calls!(@ $($arguments)?))),*]
+    };
+    (@) => { Arguments::Any };
+    (@ $arguments:expr) => { $arguments };
+}
+
+/// Every kind of thread: memory, locks, signals, and its own end.
+const RUNTIME: &[Call] = calls![
+    read: SYS_read,
+    write: SYS_write,
+    close: SYS_close,
+    futex: SYS_futex,
+    sched_yield: SYS_sched_yield,
+    brk: SYS_brk,
+    mmap: SYS_mmap(NOT_EXECUTABLE),
+    munmap: SYS_munmap,
+    mremap: SYS_mremap,
+    madvise: SYS_madvise,
+    rt_sigreturn: SYS_rt_sigreturn,
+    rt_sigprocmask: SYS_rt_sigprocmask,
+    // The handlers of the standard library and of lost guest memory put back what was before, so
+    // that the fault ends the process.
+    rt_sigaction: SYS_rt_sigaction(Arguments::OneOf(0, &[SIGABRT, SIGBUS, SIGSEGV])),
+    sigaltstack: SYS_sigaltstack,
+    tgkill: SYS_tgkill(Arguments::OwnProcess(0)),
+    getpid: SYS_getpid,
+    gettid: SYS_gettid,
+    // Where the vDSO does not do it.
+    clock_gettime: SYS_clock_gettime,
+    clock_nanosleep: SYS_clock_nanosleep,
+    restart_syscall: SYS_restart_syscall,
+    exit: SYS_exit,
+    exit_group: SYS_exit_group,
+];
+
+/// Threads that start other threads, and what those do before they are confined themselves.
+const START_THREADS: &[Call] = calls![
+    clone: SYS_clone(THREAD_OF_THIS_PROCESS),
+    // Answered by ENOSYS for the whole process.
+    clone3: SYS_clone3,
+    getrandom: SYS_getrandom,
+    mprotect: SYS_mprotect(NOT_EXECUTABLE),
+    rseq: SYS_rseq,
+    set_robust_list: SYS_set_robust_list,
+    sched_getaffinity: SYS_sched_getaffinity,
+    prctl: SYS_prctl(Arguments::OneOf(0, &[PR_SET_NAME, PR_CAP_AMBIENT])),
+    seccomp: SYS_seccomp(Arguments::OneOf(0, &[libc::SECCOMP_SET_MODE_FILTER])),
+    capget: SYS_capget,
+    // Can only lower: nothing above what the thread has is permitted.
+    capset: SYS_capset,
+    landlock_create_ruleset: SYS_landlock_create_ruleset,
+    landlock_restrict_self: SYS_landlock_restrict_self,
+];
+
+/// Waiting for descriptors.
+const POLL: &[Call] = calls![ppoll: SYS_ppoll];
+#[cfg(target_arch = "x86_64")]
+const POLL_X86: &[Call] = calls![poll: SYS_poll];
+#[cfg(not(target_arch = "x86_64"))]
+const POLL_X86: &[Call] = &[];
+
+#[cfg(target_arch = "x86_64")]
+const EPOLL_WAIT: &[Call] = calls![epoll_wait: SYS_epoll_wait];
+#[cfg(not(target_arch = "x86_64"))]
+const EPOLL_WAIT: &[Call] = calls![epoll_pwait: SYS_epoll_pwait];
+
+/// Carrying frames: from and to TAPs, guests' memory and eventfds.
+///
+/// A debug build also tries fcntl(F_GETFD) before it closes a descriptor, and does not mind that it
+/// is refused.
+const WORKER: &[Call] = calls![
+    readv: SYS_readv,
+    writev: SYS_writev,
+    ppoll: SYS_ppoll,
+    ioctl: SYS_ioctl(Arguments::OneOf(1, &[TUNSETQUEUE])),
+    sched_setaffinity: SYS_sched_setaffinity,
+    sched_getaffinity: SYS_sched_getaffinity,
+    set_mempolicy: SYS_set_mempolicy,
+];
+
+const SWITCH_FORWARDER: &[Call] = calls![
+    readv: SYS_readv,
+    writev: SYS_writev,
+];
+
+/// Looking at files: of /proc and /sys, and at what descriptors are.
+const READ_FILES: &[Call] = calls![
+    getrandom: SYS_getrandom,
+    openat: SYS_openat,
+    fstat: SYS_fstat,
+    newfstatat: SYS_newfstatat,
+    statx: SYS_statx,
+    getdents64: SYS_getdents64,
+    lseek: SYS_lseek,
+    pread64: SYS_pread64,
+    readlinkat: SYS_readlinkat,
+    fcntl: SYS_fcntl(FCNTL),
+];
+#[cfg(target_arch = "x86_64")]
+const READ_FILES_X86: &[Call] = calls![
+    open: SYS_open,
+    stat: SYS_stat,
+    lstat: SYS_lstat,
+    readlink: SYS_readlink,
+];
+#[cfg(not(target_arch = "x86_64"))]
+const READ_FILES_X86: &[Call] = &[];
+
+/// Removing the file of a socket.
+const UNLINK: &[Call] = calls![unlinkat: SYS_unlinkat, statx: SYS_statx];
+#[cfg(target_arch = "x86_64")]
+const UNLINK_X86: &[Call] = calls![unlink: SYS_unlink];
+#[cfg(not(target_arch = "x86_64"))]
+const UNLINK_X86: &[Call] = &[];
+
+/// Connecting to a unix socket, and talking to whoever listens there.
+const UNIX_CLIENT: &[Call] = calls![
+    socket: SYS_socket(Arguments::OneOf(0, &[AF_UNIX])),
+    connect: SYS_connect,
+    setsockopt: SYS_setsockopt,
+    getsockopt: SYS_getsockopt,
+    sendto: SYS_sendto,
+    recvfrom: SYS_recvfrom,
+    shutdown: SYS_shutdown,
+    fcntl: SYS_fcntl(FCNTL),
+    ioctl: SYS_ioctl(Arguments::OneOf(1, &[FIONBIO])),
+];
+
+/// Serving a front-end, opening what its vrings need, and placing vrings' memory.
+const SESSION: &[Call] = calls![
+    accept4: SYS_accept4,
+    getpeername: SYS_getpeername,
+    recvmsg: SYS_recvmsg,
+    sendmsg: SYS_sendmsg,
+    fstatfs: SYS_fstatfs,
+    eventfd2: SYS_eventfd2,
+    epoll_create1: SYS_epoll_create1,
+    epoll_ctl: SYS_epoll_ctl,
+    ioctl: SYS_ioctl(TUN_IOCTLS),
+    geteuid: SYS_geteuid,
+    get_mempolicy: SYS_get_mempolicy,
+    set_mempolicy: SYS_set_mempolicy,
+];
+
+/// Placing workers, and reopening TAPs.
+const PLACER: &[Call] = calls![
+    ioctl: SYS_ioctl(TUN_IOCTLS),
+    geteuid: SYS_geteuid,
+];
+
+/// The HTTP server on a unix socket.
+const CONTROL: &[Call] = calls![
+    accept4: SYS_accept4,
+    epoll_ctl: SYS_epoll_ctl,
+    recvfrom: SYS_recvfrom,
+    sendto: SYS_sendto,
+    readv: SYS_readv,
+    writev: SYS_writev,
+    shutdown: SYS_shutdown,
+    getsockopt: SYS_getsockopt,
+    sched_getaffinity: SYS_sched_getaffinity,
+];
+
+/// Waiting for signals, ending the other threads.
+const MAIN: &[Call] = calls![
+    recvfrom: SYS_recvfrom,
+    sendto: SYS_sendto,
+    ioctl: SYS_ioctl(Arguments::OneOf(1, &[TUNSETQUEUE])),
+    fcntl: SYS_fcntl(FCNTL),
+];
+
+/// Unknown descriptors of front-ends, which may be sockets.
+const CLOSER: &[Call] = calls![setsockopt: SYS_setsockopt, fcntl: SYS_fcntl(FCNTL)];
+
+const WATCHDOG: &[Call] = calls![membarrier: SYS_membarrier];
+
+/// The calls that no thread of the process makes, and no library tries: executing programs, looking
+/// into other processes, changing mounts, namespaces, users or the kernel. One of them ends the
+/// process.
+const NEVER_USED: &[Call] = calls![
+    execve: SYS_execve,
+    execveat: SYS_execveat,
+    ptrace: SYS_ptrace,
+    process_vm_readv: SYS_process_vm_readv,
+    process_vm_writev: SYS_process_vm_writev,
+    pidfd_getfd: SYS_pidfd_getfd,
+    kcmp: SYS_kcmp,
+    mount: SYS_mount,
+    umount2: SYS_umount2,
+    pivot_root: SYS_pivot_root,
+    chroot: SYS_chroot,
+    open_tree: SYS_open_tree,
+    move_mount: SYS_move_mount,
+    fsopen: SYS_fsopen,
+    fsconfig: SYS_fsconfig,
+    fsmount: SYS_fsmount,
+    fspick: SYS_fspick,
+    mount_setattr: SYS_mount_setattr,
+    unshare: SYS_unshare,
+    setns: SYS_setns,
+    setuid: SYS_setuid,
+    setgid: SYS_setgid,
+    setreuid: SYS_setreuid,
+    setregid: SYS_setregid,
+    setresuid: SYS_setresuid,
+    setresgid: SYS_setresgid,
+    setgroups: SYS_setgroups,
+    setfsuid: SYS_setfsuid,
+    setfsgid: SYS_setfsgid,
+    init_module: SYS_init_module,
+    finit_module: SYS_finit_module,
+    delete_module: SYS_delete_module,
+    kexec_load: SYS_kexec_load,
+    bpf: SYS_bpf,
+    perf_event_open: SYS_perf_event_open,
+    userfaultfd: SYS_userfaultfd,
+    io_uring_setup: SYS_io_uring_setup,
+    open_by_handle_at: SYS_open_by_handle_at,
+    add_key: SYS_add_key,
+    request_key: SYS_request_key,
+    keyctl: SYS_keyctl,
+    swapon: SYS_swapon,
+    swapoff: SYS_swapoff,
+    acct: SYS_acct,
+    quotactl: SYS_quotactl,
+    reboot: SYS_reboot,
+    settimeofday: SYS_settimeofday,
+    clock_settime: SYS_clock_settime,
+    adjtimex: SYS_adjtimex,
+    clock_adjtime: SYS_clock_adjtime,
+    sethostname: SYS_sethostname,
+    setdomainname: SYS_setdomainname,
+    personality: SYS_personality,
+    syslog: SYS_syslog,
+    vhangup: SYS_vhangup,
+];
+/// Those that only x86_64 has.
+#[cfg(target_arch = "x86_64")]
+const NEVER_USED_X86: &[Call] = calls![
+    iopl: SYS_iopl,
+    ioperm: SYS_ioperm,
+    modify_ldt: SYS_modify_ldt,
+    fork: SYS_fork,
+    vfork: SYS_vfork,
+    mknod: SYS_mknod,
+];
+#[cfg(not(target_arch = "x86_64"))]
+const NEVER_USED_X86: &[Call] = &[];
+
+const NOT_EXECUTABLE: Arguments = Arguments::Bits {
+    argument: 2,
+    mask: bits(libc::PROT_EXEC),
+    value: 0,
+};
+
+const THREAD_OF_THIS_PROCESS: Arguments = Arguments::Bits {
+    argument: 0,
+    mask: bits(libc::CLONE_THREAD | NEW_NAMESPACES),
+    value: bits(libc::CLONE_THREAD),
+};
+
+const NEW_NAMESPACES: i32 = libc::CLONE_NEWNS
+    | libc::CLONE_NEWCGROUP
+    | libc::CLONE_NEWUTS
+    | libc::CLONE_NEWIPC
+    | libc::CLONE_NEWUSER
+    | libc::CLONE_NEWPID
+    | libc::CLONE_NEWNET;
+
+const FCNTL: Arguments = Arguments::OneOf(
+    1,
+    &[
+        bits(libc::F_GETFD),
+        bits(libc::F_SETFD),
+        bits(libc::F_GETFL),
+        bits(libc::F_SETFL),
+        bits(libc::F_DUPFD_CLOEXEC),
+        bits(libc::F_ADD_SEALS),
+        bits(libc::F_GET_SEALS),
+    ],
+);
+
+const TUN_IOCTLS: Arguments = Arguments::OneOf(
+    1,
+    &[
+        request(libc::TUNSETIFF),
+        TUNSETQUEUE,
+        request(libc::TUNSETVNETHDRSZ),
+        request(libc::TUNSETVNETLE),
+        request(libc::TUNSETOFFLOAD),
+    ],
+);
+
+const TUNSETQUEUE: u32 = request(libc::TUNSETQUEUE);
+const FIONBIO: u32 = request(libc::FIONBIO);
+const AF_UNIX: u32 = bits(libc::AF_UNIX);
+const PR_SET_NAME: u32 = bits(libc::PR_SET_NAME);
+const PR_CAP_AMBIENT: u32 = bits(libc::PR_CAP_AMBIENT);
+const SIGABRT: u32 = bits(libc::SIGABRT);
+const SIGBUS: u32 = bits(libc::SIGBUS);
+const SIGSEGV: u32 = bits(libc::SIGSEGV);
+
+/// The bits of a number that the C library declares as signed.
+const fn bits(number: i32) -> u32 {
+    number.cast_unsigned()
+}
+
+/// An ioctl's request, of which the kernel uses 32 bits.
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+const fn request(request: libc::Ioctl) -> u32 {
+    request as u32
+}
+
+/// The calls that a thread of `kind` may make.
+pub(crate) fn of_kind(kind: ThreadKind) -> Vec<Call> {
+    let groups: &[&[Call]] = match kind {
+        ThreadKind::Main => &[
+            RUNTIME,
+            START_THREADS,
+            MAIN,
+            UNLINK,
+            UNLINK_X86,
+            POLL,
+            POLL_X86,
+        ],
+        ThreadKind::Session => &[
+            RUNTIME,
+            START_THREADS,
+            WORKER,
+            EPOLL_WAIT,
+            READ_FILES,
+            READ_FILES_X86,
+            UNIX_CLIENT,
+            UNLINK,
+            UNLINK_X86,
+            POLL,
+            POLL_X86,
+            SESSION,
+        ],
+        ThreadKind::Worker => &[RUNTIME, WORKER, EPOLL_WAIT],
+        ThreadKind::SwitchForwarder => &[RUNTIME, SWITCH_FORWARDER, POLL, POLL_X86],
+        ThreadKind::Placer => &[
+            RUNTIME,
+            START_THREADS,
+            READ_FILES,
+            READ_FILES_X86,
+            UNIX_CLIENT,
+            POLL,
+            POLL_X86,
+            PLACER,
+        ],
+        ThreadKind::Qmp => &[
+            RUNTIME,
+            READ_FILES,
+            READ_FILES_X86,
+            UNIX_CLIENT,
+            POLL,
+            POLL_X86,
+            SCHED_GETAFFINITY,
+        ],
+        ThreadKind::Control => &[RUNTIME, EPOLL_WAIT, READ_FILES, READ_FILES_X86, CONTROL],
+        ThreadKind::Log => &[RUNTIME],
+        ThreadKind::Closer => &[RUNTIME, CLOSER],
+        ThreadKind::Watchdog => &[RUNTIME, WATCHDOG],
+    };
+    groups.concat()
+}
+
+const SCHED_GETAFFINITY: &[Call] = calls![sched_getaffinity: SYS_sched_getaffinity];
+
+/// The calls that end the process.
+#[must_use]
+pub fn never_used() -> Vec<Call> {
+    [NEVER_USED, NEVER_USED_X86].concat()
+}
+
+/// Starting a thread or process with flags that a filter cannot see.
+pub(crate) fn clone3() -> Vec<Call> {
+    vec![Call::new("clone3", libc::SYS_clone3, Arguments::Any)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    fn names(kind: ThreadKind) -> BTreeSet<&'static str> {
+        kind.calls().iter().map(|call| call.name).collect()
+    }
+
+    #[test]
+    fn a_worker_has_at_most_thirty_calls() {
+        let names = names(ThreadKind::Worker);
+        assert!(names.len() <= 30, "{}: {names:?}", names.len());
+    }
+
+    /// The table of the documentation, one line for each kind.
+    fn documented_table() -> String {
+        let mut table = String::from("| thread | calls | names |\n|---|---|---|\n");
+        for kind in ThreadKind::ALL {
+            let names: Vec<&str> = names(kind).into_iter().collect();
+            table += &format!("| {kind} | {} | {} |\n", names.len(), names.join(", "));
+        }
+        table
+    }
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn the_table_in_the_documentation_is_that_of_the_lists() {
+        let page = include_str!("../../../docs/sandbox.md");
+        let expected = documented_table();
+        assert!(
+            page.contains(&expected),
+            "replace the table of calls in docs/sandbox.md by this one:\n\n{expected}"
+        );
+    }
+
+    #[test]
+    fn no_list_contains_a_call_that_ends_the_process() {
+        let never: BTreeSet<i64> = never_used().iter().map(|call| call.number).collect();
+        for kind in ThreadKind::ALL {
+            let calls = kind.calls();
+            let found = calls.iter().find(|call| never.contains(&call.number));
+            assert_eq!(found, None, "{kind}");
+        }
+    }
+
+    #[test]
+    fn who_starts_a_thread_may_do_what_that_thread_may() {
+        for kind in ThreadKind::ALL {
+            let own = kind.calls();
+            for started in kind.starts() {
+                let lacks: Vec<Call> = started
+                    .calls()
+                    .into_iter()
+                    .filter(|call| !own.iter().any(|allowed| includes(allowed, call)))
+                    .collect();
+                assert_eq!(lacks, [], "{kind} starts {started}");
+                assert!(
+                    kind.capabilities().contains(started.capabilities()),
+                    "{started}"
+                );
+            }
+        }
+    }
+
+    /// Whether `allowed` allows all that `call` does.
+    fn includes(allowed: &Call, call: &Call) -> bool {
+        allowed.number == call.number
+            && match (allowed.arguments, call.arguments) {
+                (Arguments::Any, _) => true,
+                (Arguments::OneOf(a, wide), Arguments::OneOf(b, narrow)) => {
+                    a == b && narrow.iter().all(|value| wide.contains(value))
+                }
+                (wide, narrow) => wide == narrow,
+            }
+    }
+
+    #[test]
+    fn threads_that_read_what_guests_write_open_and_create_nothing() {
+        for kind in [
+            ThreadKind::Worker,
+            ThreadKind::SwitchForwarder,
+            ThreadKind::Closer,
+            ThreadKind::Log,
+            ThreadKind::Watchdog,
+        ] {
+            for name in [
+                "openat", "open", "socket", "connect", "clone", "capset", "unlinkat",
+            ] {
+                assert!(!names(kind).contains(name), "{kind}: {name}");
+            }
+        }
+    }
+}
