@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 
 use crate::cli::{self, CliError, Command};
-use crate::types::{Config, ControlSocket, DeviceConfig, PollMode, QueuePairCount, Socket};
+use crate::types::{
+    Config, ControlSocket, DeviceConfig, PollMode, QueuePairCount, SandboxMode, Socket,
+};
 
 /// Parses the command line `line` beside a file with the content `text`, which is called `f.toml`
 /// in the errors.
@@ -98,6 +100,9 @@ fn control(config: &Config) -> String {
 fn devices_have_their_keys_and_the_defaults() {
     let config = command("two", TWO, "").unwrap();
     assert_eq!(control(&config), "/c 660 4");
+    assert_eq!(config.sandbox, SandboxMode::On);
+    let logged = command("log", format!("sandbox = \"log\"\n{TWO}"), "").unwrap();
+    assert_eq!(logged.sandbox, SandboxMode::Log);
     assert_eq!(
         summary(&config),
         "a: listen /a 640 kvm, 4 on tap:t0,bridge=br0, list:0,1,2,3,8, 9us, irq off\n\

@@ -60,7 +60,7 @@ pub(crate) enum DefaultValue {
 }
 
 /// All keys, in the order of the help text and the documentation.
-pub(crate) const KEYS: [Key; 20] = [
+pub(crate) const KEYS: [Key; 21] = [
     Key::NAME,
     Key::SOCKET_PATH,
     Key::FD,
@@ -81,6 +81,7 @@ pub(crate) const KEYS: [Key; 20] = [
     Key::CONTROL,
     Key::CONTROL_MODE,
     Key::CONTROL_GROUP,
+    Key::SANDBOX,
 ];
 
 /// The keys, by name. Code refers to a key by its constant, so that a misspelt key does not
@@ -281,6 +282,16 @@ impl Key {
         default: DefaultValue::Computed("the group of virtionetd"),
         help: "Group of the control socket, by name or number: the group of those who may read \
                the state of the daemon",
+    };
+    pub(crate) const SANDBOX: Self = Self {
+        name: "sandbox",
+        kind: ValueKind::Text,
+        scope: KeyScope::Process,
+        value_name: "on|off|log",
+        default: DefaultValue::Value("on"),
+        help: "Whether each thread is confined to the system calls, files and capabilities that it \
+               needs. on: what it does not need is refused. log: a system call that would be \
+               refused is carried out, and noted in the kernel's log. off: threads are not confined",
     };
 }
 

@@ -35,4 +35,6 @@ pub mod uplink;
 pub use cli::Command;
 pub use keys::Key;
 pub use problem::{ConfigError, Problem, ProblemCode};
-pub use types::{Config, ControlSocket, DeviceConfig, PollMode, QueuePairCount, Socket};
+pub use types::{
+    Config, ControlSocket, DeviceConfig, PollMode, QueuePairCount, SandboxMode, Socket,
+};

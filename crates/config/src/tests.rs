@@ -7,7 +7,9 @@ use virtionet_placement::interrupts::IrqAffinity;
 
 use crate::cli::{self, CliError, Command};
 use crate::keys::Key;
-use crate::types::{Config, ControlSocket, DeviceConfig, PollMode, QueuePairCount, Socket};
+use crate::types::{
+    Config, ControlSocket, DeviceConfig, PollMode, QueuePairCount, SandboxMode, Socket,
+};
 
 fn command(line: &str) -> Result<Command, String> {
     let args = ["virtionetd"].into_iter().chain(line.split_whitespace());
@@ -54,6 +56,7 @@ fn defaults_are_complete() {
         Config {
             devices: vec![device("vnet", "/s", "tap:t0")],
             control: None,
+            sandbox: SandboxMode::On,
             verbosity: 0,
         }
     );
@@ -139,6 +142,14 @@ fn flags_of_one_device_are_read() {
 fn flags_of_the_process_are_read() {
     let verbose = config("--socket-path /s --uplink tap:t0 -vv --verbose");
     assert_eq!(verbose.verbosity, 3);
+    for (value, mode) in [
+        ("on", SandboxMode::On),
+        ("off", SandboxMode::Off),
+        ("log", SandboxMode::Log),
+    ] {
+        let line = format!("--socket-path /s --uplink null --sandbox={value}");
+        assert_eq!(config(&line).sandbox, mode);
+    }
     for (flags, mode, group) in [
         ("", 0o600, None),
         ("--control-mode 640", 0o640, None),
@@ -248,6 +259,8 @@ const REFUSED: &str = r#"
     --control-group is empty: write a group's name or number
 --socket-path /s --tap t0 --control-mode 640
     --control-mode 640 has no effect without a control socket: add --control PATH, or leave --control-mode out
+--socket-path /s --tap t0 --sandbox=strict
+    --sandbox strict is not known: write on, off or log
 --socket-path /s --tap t0 --name a/b
     --name "a/b" cannot be used: write 1 to 64 letters, digits, '.', '_' or '-'
 --socket-path /s --tap t0 --control /./s

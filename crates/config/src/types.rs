@@ -17,6 +17,8 @@ pub struct Config {
     pub devices: Vec<DeviceConfig>,
     /// The control socket; `None` for no control server.
     pub control: Option<ControlSocket>,
+    /// Whether threads are confined.
+    pub sandbox: SandboxMode,
     /// The number of `-v` flags.
     pub verbosity: u8,
 }
@@ -106,4 +108,16 @@ pub enum PollMode {
     Adaptive(Duration),
     /// It never sleeps.
     Always,
+}
+
+/// Whether each thread is confined to what it needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum SandboxMode {
+    /// It is.
+    #[default]
+    On,
+    /// It is not.
+    Off,
+    /// It is not, but the kernel logs the system calls that would be refused.
+    Log,
 }

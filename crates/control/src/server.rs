@@ -42,7 +42,7 @@ pub struct ControlServer {
 
 impl ControlServer {
     /// Creates the socket at `path` with the mode and group of `access`, and starts a thread that
-    /// answers requests. A socket that no process listens on is replaced. The thread inherits the
+    /// answers requests, once it has called `on_start`. A socket that no process listens on is replaced. The thread inherits the
     /// caller's signal mask.
     ///
     /// # Errors
@@ -51,6 +51,7 @@ impl ControlServer {
         path: &Path,
         access: &SocketPermissions,
         report_source: Arc<dyn ReportSource>,
+        on_start: impl FnOnce() + Send + 'static,
     ) -> Result<Self, ControlError> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -60,7 +61,10 @@ impl ControlServer {
         let (stop, stopped) = watch::channel(false);
         let thread = thread::Builder::new()
             .name("control".into())
-            .spawn(move || serve(&runtime, listener, routes(report_source), stopped))
+            .spawn(move || {
+                on_start();
+                serve(&runtime, listener, routes(report_source), stopped);
+            })
             .map_err(ControlError::Thread)?;
         Ok(Self {
             socket,
@@ -274,7 +278,7 @@ mod tests {
     }
 
     fn start(path: &Path) -> Result<ControlServer, String> {
-        ControlServer::start(path, &owner_only(), Arc::new(Sample))
+        ControlServer::start(path, &owner_only(), Arc::new(Sample), || ())
             .map_err(|error| error.to_string())
     }
 
@@ -293,7 +297,7 @@ mod tests {
             mode: Some(0o640),
             group: Some(own_group.to_string()),
         };
-        let server = ControlServer::start(&dir.socket(), &access, Arc::new(Sample)).unwrap();
+        let server = ControlServer::start(&dir.socket(), &access, Arc::new(Sample), || ()).unwrap();
         let metadata = fs::metadata(dir.socket()).unwrap();
         assert_eq!(
             (metadata.permissions().mode() & 0o7777, metadata.gid()),
@@ -304,7 +308,8 @@ mod tests {
             group: Some("no such group".into()),
             ..access
         };
-        let error = ControlServer::start(&dir.socket(), &access, Arc::new(Sample)).unwrap_err();
+        let error =
+            ControlServer::start(&dir.socket(), &access, Arc::new(Sample), || ()).unwrap_err();
         assert_eq!(error.code(), "control-group-missing");
         assert_eq!(
             error.to_string(),

@@ -12,6 +12,9 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use virtionet_base::ReportOnce;
 use virtionet_placement::{QemuNetDevice, query_net_device};
+use virtionet_sandbox::ThreadKind;
+
+use crate::sandbox;
 
 /// The time for which the guest's choice must have stayed the same.
 const MIN_STABLE: Duration = Duration::from_secs(8);
@@ -133,6 +136,7 @@ impl Adviser {
         let spawned = std::thread::Builder::new()
             .name("qmp".into())
             .spawn(move || {
+                sandbox::confine_thread(ThreadKind::Qmp);
                 let answer = query_net_device(&monitor, &socket, QMP_TIMEOUT);
                 let mut state = shared.lock();
                 state.is_querying = false;

@@ -23,7 +23,9 @@ use std::thread::{self, Thread};
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use virtionet_sandbox::ThreadKind;
 
+use crate::sandbox;
 use crate::sys::{ProcessBarrier, install_interrupt_handler, interrupt_thread};
 
 /// Time between two ticks.
@@ -165,6 +167,7 @@ impl Watchdog {
 
 /// The thread `watchdog`. It ends with the process.
 fn run() {
+    sandbox::confine_thread(ThreadKind::Watchdog);
     let watchdog = loop {
         match WATCHDOG.get() {
             Some(watchdog) => break watchdog,

@@ -25,6 +25,7 @@ pub mod quarantine;
 pub mod queue_pair;
 pub mod report_builder;
 mod run_error;
+pub mod sandbox;
 pub mod supervisor;
 pub mod sys;
 #[cfg(test)]

@@ -17,6 +17,9 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::time::{Duration, Instant};
 
 use tracing_subscriber::fmt::MakeWriter;
+use virtionet_sandbox::ThreadKind;
+
+use crate::sandbox;
 
 /// Number of lines that may wait for the output.
 const MAX_WAITING_LINES: usize = 1024;
@@ -50,7 +53,10 @@ impl LogWriter {
         let counter = Arc::clone(&dropped);
         std::thread::Builder::new()
             .name("log".into())
-            .spawn(move || write_lines(&messages, output, &counter))?;
+            .spawn(move || {
+                sandbox::confine_thread(ThreadKind::Log);
+                write_lines(&messages, output, &counter);
+            })?;
         Ok(Self { queue, dropped })
     }
 

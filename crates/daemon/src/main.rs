@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use virtionet_config::Command;
 use virtionet_config::cli;
-use virtionetd::{RunError, logging, panic_policy, supervisor, sys};
+use virtionetd::{RunError, logging, panic_policy, sandbox, supervisor, sys};
 
 fn main() -> ExitCode {
     sys::limit_malloc_arenas();
@@ -13,6 +13,12 @@ fn main() -> ExitCode {
         Ok(Command::Serve(config)) => config,
         Err(refusal) => return ExitCode::from(refusal.report()),
     };
+    if let Err(error) = sandbox::confine_process(&config) {
+        return exit(Err(error));
+    }
+    if let Err(error) = supervisor::reserve_signals() {
+        return exit(Err(error));
+    }
     if let Err(error) = logging::init(config.verbosity) {
         return exit(Err(error));
     }

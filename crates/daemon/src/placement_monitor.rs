@@ -13,9 +13,11 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use virtionet_sandbox::ThreadKind;
 
 use crate::host_cpus::HostCpus;
 use crate::net_device::NetDevice;
+use crate::sandbox;
 
 /// The time between two checks, so that a worker follows its vCPU in less than a second.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
@@ -51,6 +53,7 @@ pub fn start(
 }
 
 fn run(net_devices: &[Arc<NetDevice>], host: &HostCpus, stop: BorrowedFd<'_>) {
+    sandbox::confine_thread(ThreadKind::Placer);
     let mut next_check = Instant::now();
     loop {
         let is_busy = net_devices.iter().any(|device| device.has_frontend());

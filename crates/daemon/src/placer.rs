@@ -15,9 +15,11 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 use virtionet_placement::{CpuSet, Decision, PlacementPlanner, Topology, Warning};
+use virtionet_sandbox::ThreadKind;
 
 use crate::discovered_vcpus::DiscoveredVcpus;
 use crate::host_cpus::{DeviceCpus, HostCpus};
+use crate::sandbox;
 use crate::warning_log::WarningLog;
 
 /// The placer of one device: it decides on which CPUs the device's workers run.
@@ -246,6 +248,7 @@ impl Placer {
     ) -> io::Result<()> {
         let placer = Arc::clone(self);
         let search = move || {
+            sandbox::confine_thread(ThreadKind::Qmp);
             placer.search(&planner, pid, session);
             placer.host.notify();
         };

@@ -22,6 +22,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{SigSet, Signal};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
@@ -29,6 +30,7 @@ use virtionet_config::{Config, ControlSocket, DeviceConfig, PollMode, Socket};
 use virtionet_control::server::{ControlError, ControlServer, SocketPermissions};
 use virtionet_placement::PlacementPlanner;
 use virtionet_placement::interrupts::IrqAffinityManager;
+use virtionet_sandbox::ThreadKind;
 use virtionet_uplink::switch::HostPortForwarder;
 use virtionet_vhost_user::{SessionEnd, SessionError, SessionLog, start_closer};
 use virtionet_virtqueue::memory::survive_lost_memory;
@@ -45,6 +47,7 @@ use crate::placement_monitor;
 use crate::placer::Placer;
 use crate::report_builder::DeviceRegistry;
 use crate::run_error::{DeviceFailure, RunError};
+use crate::sandbox;
 use crate::uplinks::Uplinks;
 use crate::worker_pool::WorkerPool;
 
@@ -112,7 +115,7 @@ pub fn run(config: Config) -> Result<(), RunError> {
         log_start(&device.name, &summary, control.as_ref());
     }
     let device_threads = start_devices(&devices, sources, &stop, &signals.handle())?;
-    wait_for_end(&mut signals);
+    wait_for_end(&mut signals)?;
     // The eventfd is never read, so it stays readable for every thread.
     let _ = rustix::io::write(&*stop, &1u64.to_ne_bytes());
     let ended = end_threads(&host.pool, control, device_threads, helper_threads);
@@ -158,11 +161,37 @@ fn start_control(
         mode: Some(socket.mode),
         group: socket.group.clone(),
     };
-    ControlServer::start(&socket.path, &access, Arc::clone(devices) as _)
+    ControlServer::start(&socket.path, &access, Arc::clone(devices) as _, || {
+        sandbox::confine_thread(ThreadKind::Control);
+    })
+}
+
+/// Leaves the signals that end the program to the main thread, which takes them once it has started
+/// all others. No other thread may wake it: see the lists of [`virtionet_sandbox`].
+///
+/// # Errors
+/// When the kernel refuses it.
+pub fn reserve_signals() -> Result<(), RunError> {
+    let blocked = handled_signals().thread_block();
+    blocked.map_err(|error| host_error("handle signals")(error.into()))
+}
+
+/// Takes them in the calling thread, those that came meanwhile included.
+fn take_signals() -> Result<(), RunError> {
+    let taken = handled_signals().thread_unblock();
+    taken.map_err(|error| host_error("handle signals")(error.into()))
+}
+
+fn handled_signals() -> SigSet {
+    let signals = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
+    signals.into_iter().collect()
 }
 
 /// Returns when a signal requests the end of the program, or when the signals' handle was closed.
-fn wait_for_end(signals: &mut Signals) {
+/// Until then the main thread has nothing else to do, so it confines itself.
+fn wait_for_end(signals: &mut Signals) -> Result<(), RunError> {
+    take_signals()?;
+    sandbox::confine_main();
     for signal in signals.forever() {
         if signal == SIGHUP {
             tracing::info!(
@@ -171,8 +200,9 @@ fn wait_for_end(signals: &mut Signals) {
             continue;
         }
         tracing::info!("signal {signal}: ending");
-        return;
+        break;
     }
+    Ok(())
 }
 
 fn log_start(device: &str, summary: &str, control: Option<&ControlServer>) {
@@ -254,7 +284,7 @@ impl Host {
 
 /// Bounds what guests and front-ends can do to the threads of this process.
 fn protect_threads() -> Result<(), RunError> {
-    start_closer();
+    start_closer(|| sandbox::confine_thread(ThreadKind::Closer));
     survive_lost_memory().map_err(host_error("handle signals"))?;
     call_watchdog::start().map_err(host_error("start the watchdog"))
 }
@@ -298,6 +328,7 @@ fn start_devices(
         let name = net_device.name().to_owned();
         let running_devices = Arc::clone(&running_devices);
         let serve = move || {
+            sandbox::confine_thread(ThreadKind::Session);
             let ended = serve_device(&net_device, source, stop.as_fd(), is_only_device);
             if running_devices.fetch_sub(1, Ordering::Relaxed) == 1 {
                 main.close();
@@ -323,7 +354,10 @@ fn start_host_port_forwarders(
         let name = format!("switch {}", forwarder.switch());
         let thread = std::thread::Builder::new()
             .name(format!("sw-{}", forwarder.switch()))
-            .spawn(move || forwarder.run(stop.as_fd()))
+            .spawn(move || {
+                sandbox::confine_thread(ThreadKind::SwitchForwarder);
+                forwarder.run(stop.as_fd());
+            })
             .map_err(host_error("start a thread"))?;
         Ok((name, thread))
     };

@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use virtionet_config::PollMode;
+use virtionet_sandbox::ThreadKind;
 use virtionet_virtio_net::stats::WorkerStats;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -27,6 +28,7 @@ use crate::busy_poll::BusyPoll;
 use crate::pair_service::PairService;
 use crate::panic_policy::{contain, contain_panics};
 use crate::queue_pair::QueuePair;
+use crate::sandbox;
 use crate::sys::read_cycles;
 use crate::waker::{WakeEvent, Waker};
 use crate::worker_event::{PairEvent, WorkerEvent};
@@ -324,6 +326,7 @@ impl EventLoop {
     /// Serves the queue pairs until it is asked to stop. The code of one vring that panics is
     /// caught in its turn; what panics outside of all turns costs the worker's queue pairs.
     fn run(mut self) {
+        sandbox::confine_thread(ThreadKind::Worker);
         contain_panics();
         while contain(|| self.run_until_stopped()).is_err() {
             for pair in &self.pairs {

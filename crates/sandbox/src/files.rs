@@ -95,6 +95,7 @@ fn files_of(kind: ThreadKind, rules: &FileRules) -> Option<Vec<(PathBuf, FileUse
 /// Limits the calling thread to the files of `kind`.
 pub(crate) fn restrict(kind: ThreadKind, rules: &FileRules) -> Result<LandlockState, RulesetError> {
     let Some(files) = files_of(kind, rules) else {
+        // The rules of the thread that starts it hold.
         return Ok(LandlockState::On);
     };
     let mut ruleset = Ruleset::default()

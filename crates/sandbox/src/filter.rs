@@ -27,8 +27,8 @@ pub(crate) fn allow_only(
     compile(list, other, SeccompAction::Allow)
 }
 
-/// The filters for all threads: of calls that are never used, and one that makes the C library start
-/// threads by clone(2), whose flags a filter can see, and not by clone3(2), where they lie in
+/// The filters for all threads: of calls that are never used, and one that makes the C library
+/// start threads by clone(2), whose flags a filter can see, and not by clone3(2), where they lie in
 /// memory.
 pub(crate) fn process_wide(enforcement: Enforcement) -> Result<[BpfProgram; 2], BackendError> {
     let never_used = match enforcement {

@@ -12,8 +12,8 @@ struct SockFprog {
     filter: *const sock_filter,
 }
 
-/// Restricts the calling thread by `filter`, in addition to the filters that it has. The kernel logs
-/// what a filter refuses if `logs` is set.
+/// Restricts the calling thread by `filter`, in addition to the filters that it has. With `logs`
+/// the kernel logs what the filter refuses.
 ///
 /// Before Linux 5.16 a filter also makes the CPU forgo speculative store bypass, which slows down
 /// the whole thread and protects programs that run foreign code. virtionetd runs none, so

@@ -1,5 +1,5 @@
-//! What a confined thread tries and does not get, for every kind of thread. Each try is a process of
-//! its own, which runs one of the ignored tests here.
+//! What a confined thread tries and does not get, for every kind of thread. Each try is a process
+//! of its own, which runs one of the ignored tests here.
 #![allow(unsafe_code)]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 

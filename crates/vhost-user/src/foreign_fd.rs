@@ -5,7 +5,7 @@
 //! neither a session nor the end of the process waits.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::LazyLock;
+use std::sync::OnceLock;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread;
 
@@ -16,17 +16,27 @@ use rustix::net::sockopt;
 const MAX_WAITING: usize = 256;
 
 /// The thread `closer`; `None` when the kernel refused it.
-static CLOSER: LazyLock<Option<SyncSender<OwnedFd>>> = LazyLock::new(|| {
-    let (queue, fds) = sync_channel(MAX_WAITING);
-    let closer = move || fds.into_iter().for_each(drop);
-    let thread = thread::Builder::new().name("closer".into()).spawn(closer);
-    thread.ok().map(|_| queue)
-});
+static CLOSER: OnceLock<Option<SyncSender<OwnedFd>>> = OnceLock::new();
 
-/// Starts the thread that closes descriptors, unless it runs. Without this call it starts with the
-/// first descriptor that is to be closed.
-pub fn start_closer() {
-    LazyLock::force(&CLOSER);
+/// Starts the thread that closes descriptors, unless it runs. It calls `on_start` first. Without
+/// this call it starts with the first descriptor that is to be closed.
+pub fn start_closer(on_start: impl FnOnce() + Send + 'static) {
+    closer(on_start);
+}
+
+fn closer(on_start: impl FnOnce() + Send + 'static) -> Option<&'static SyncSender<OwnedFd>> {
+    let start = || {
+        let (queue, fds) = sync_channel(MAX_WAITING);
+        let close_all = move || {
+            on_start();
+            fds.into_iter().for_each(drop);
+        };
+        let thread = thread::Builder::new()
+            .name("closer".into())
+            .spawn(close_all);
+        thread.ok().map(|_| queue)
+    };
+    CLOSER.get_or_init(start).as_ref()
 }
 
 /// A descriptor from a front-end. Dropping it never blocks.
@@ -59,7 +69,7 @@ impl Drop for ForeignFd {
         let Some(fd) = self.0.take() else { return };
         // Fails for what is no socket. The front-end may set it again, hence the thread.
         let _ = sockopt::set_socket_linger(&fd, None);
-        if let Some(closer) = &*CLOSER {
+        if let Some(closer) = closer(|| ()) {
             // A descriptor that does not fit in the queue comes back in the error and is closed.
             let _ = closer.try_send(fd);
         }

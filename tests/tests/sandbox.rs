@@ -1,0 +1,119 @@
+//! The sandbox of a running daemon, as the kernel reports it for each thread. What a thread may not
+//! do is tried in `crates/sandbox/tests`.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use virtionet_guest::net::MODERN;
+use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
+use virtionet_tests::daemon::{Daemon, Options};
+use virtionet_tests::paths::RunDir;
+
+const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// CAP_DAC_OVERRIDE and CAP_NET_ADMIN (linux/capability.h).
+const DAC_OVERRIDE: u64 = 1 << 1;
+const NET_ADMIN: u64 = 1 << 12;
+
+/// What /proc/PID/task/TID/status says of one thread.
+#[derive(Debug)]
+struct ThreadStatus {
+    filters: u64,
+    no_new_privs: bool,
+    capabilities: u64,
+    blocked: u64,
+}
+
+/// The threads of `daemon`, by name.
+fn threads(daemon: &Daemon) -> BTreeMap<String, ThreadStatus> {
+    let tasks = fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap();
+    let tasks = tasks.flatten().map(|task| task.path().join("status"));
+    let status = tasks.filter_map(|status| fs::read_to_string(status).ok());
+    status
+        .map(|status| {
+            let field = |name: &str| {
+                let line = status.lines().find_map(|line| line.strip_prefix(name));
+                line.unwrap().trim_start_matches(':').trim().to_owned()
+            };
+            let hex = |name| u64::from_str_radix(&field(name), 16).unwrap();
+            let thread = ThreadStatus {
+                filters: field("Seccomp_filters").parse().unwrap(),
+                no_new_privs: field("NoNewPrivs") == "1",
+                capabilities: hex("CapPrm") | hex("CapEff") | hex("CapInh") | hex("CapAmb"),
+                blocked: hex("SigBlk"),
+            };
+            (field("Name"), thread)
+        })
+        .collect()
+}
+
+/// The number of filters and the capabilities of each thread, once it is confined. Two filters are
+/// the process's; a worker also has that of the device's thread.
+const EXPECTED: [(&str, u64, u64); 7] = [
+    ("virtionetd", 3, DAC_OVERRIDE),
+    ("vnet", 3, DAC_OVERRIDE | NET_ADMIN),
+    ("vnet-q0", 4, 0),
+    ("placer", 3, DAC_OVERRIDE | NET_ADMIN),
+    ("control", 3, 0),
+    ("log", 3, 0),
+    ("closer", 3, 0),
+];
+
+#[test]
+fn every_thread_of_a_running_daemon_has_its_filters_and_no_other_capabilities() {
+    let dir = RunDir::new().unwrap();
+    let daemon = Options::new()
+        .flag("--uplink", "null")
+        .start(&dir, "vnet")
+        .unwrap();
+    let config = TestFrontendConfig::new(1, 256, MODERN);
+    let _frontend = TestFrontend::connect(daemon.socket(), &config).unwrap();
+    let deadline = Instant::now() + TIMEOUT;
+    // The main thread is the last one, and the worker starts with its vring.
+    let threads = loop {
+        let threads = threads(&daemon);
+        let is_confined = |name: &str| threads.get(name).is_some_and(|thread| thread.filters > 2);
+        if EXPECTED.iter().all(|(name, ..)| is_confined(name)) {
+            break threads;
+        }
+        assert!(Instant::now() < deadline, "{threads:?}");
+        sleep(Duration::from_millis(20));
+    };
+    for (name, filters, capabilities) in EXPECTED {
+        let thread = &threads[name];
+        assert_eq!(thread.filters, filters, "{name}: {thread:?}");
+        // An ordinary user has none of them.
+        assert_eq!(thread.capabilities & !capabilities, 0, "{name}: {thread:?}");
+        assert!(thread.no_new_privs, "{name}");
+        // SIGTERM is for the main thread.
+        let blocks_sigterm = thread.blocked & 1 << (Signal::SIGTERM as u64 - 1) != 0;
+        assert_eq!(blocks_sigterm, name != "virtionetd", "{name}: {thread:?}");
+    }
+    assert!(
+        threads.values().all(|thread| thread.filters > 2),
+        "{threads:?}"
+    );
+    assert!(daemon.stop(Signal::SIGTERM).unwrap().status.success());
+}
+
+#[test]
+fn without_the_sandbox_no_thread_is_confined_and_the_log_says_so() {
+    let dir = RunDir::new().unwrap();
+    let daemon = Options::new()
+        .flag("--uplink", "null")
+        .flag("--sandbox", "off")
+        .start(&dir, "vnet")
+        .unwrap();
+    assert!(threads(&daemon).values().all(|thread| thread.filters == 0));
+    let exit = daemon.stop(Signal::SIGTERM).unwrap();
+    assert!(exit.status.success());
+    assert!(
+        exit.stderr.contains("the sandbox is off"),
+        "{}",
+        exit.stderr
+    );
+}
