@@ -30,6 +30,7 @@ use rustix::net::{
 };
 use rustix::process::geteuid;
 
+use crate::rights::with_help;
 use crate::sys::open_file_of;
 
 /// The bits of a file's mode that are permissions.
@@ -181,6 +182,24 @@ pub fn connect_once(address: &SocketAddrUnix) -> Result<UnixStream, Errno> {
     connect_to(&socket, address)?;
     ioctl_fionbio(&socket, false)?;
     Ok(UnixStream::from(socket))
+}
+
+/// Connects to the socket at `path` as [`connect_once`] does, by the helper of this process where
+/// this thread may not.
+///
+/// # Errors
+/// As [`connect_once`], and `InvalidInput` when `path` cannot be that of a socket.
+pub fn connect(path: &Path) -> io::Result<UnixStream> {
+    with_help(|| connect_own(path), |helper| helper.connect(path))
+}
+
+/// The same with the rights of this thread only.
+///
+/// # Errors
+/// The same.
+pub fn connect_own(path: &Path) -> io::Result<UnixStream> {
+    let address = SocketAddrUnix::new(path).map_err(|_| io::ErrorKind::InvalidInput)?;
+    Ok(connect_once(&address)?)
 }
 
 /// The address of the socket at `path`.
@@ -425,5 +444,13 @@ mod tests {
             listen_at(&long, &Access::default()),
             Err(UnixSocketError::TooLong(_))
         ));
+    }
+
+    #[test]
+    fn connecting_to_a_missing_or_too_long_path_fails() {
+        let absent = connect(Path::new("/nonexistent/qmp.sock")).unwrap_err();
+        assert_eq!(absent.kind(), io::ErrorKind::NotFound);
+        let too_long = connect(Path::new(&"/".repeat(109))).unwrap_err();
+        assert_eq!(too_long.kind(), io::ErrorKind::InvalidInput);
     }
 }

@@ -15,7 +15,7 @@ use serde::Deserialize;
 use serde_json::de::IoRead;
 use serde_json::{Deserializer, StreamDeserializer, Value, json};
 
-use crate::sys;
+use virtionet_base::unix_socket;
 
 pub(crate) mod net_devices;
 
@@ -142,7 +142,7 @@ impl<'a> QmpSession<'a> {
             path: path.into(),
             source,
         };
-        let stream = sys::connect_unix(path).map_err(|error| match error.kind() {
+        let stream = unix_socket::connect(path).map_err(|error| match error.kind() {
             io::ErrorKind::WouldBlock => QmpError::Busy(path.into()),
             _ => connect(error),
         })?;

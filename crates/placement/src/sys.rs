@@ -2,13 +2,9 @@
 //! of memory, and a connect that does not block. All unsafe code of the crate is in this file.
 #![allow(unsafe_code)]
 
-use std::ffi::{c_char, c_int, c_ulong};
+use std::ffi::{c_int, c_ulong};
 use std::io;
-use std::mem::{offset_of, size_of, size_of_val};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::mem::{size_of, size_of_val};
 use std::ptr;
 
 use crate::cpuset::{CpuSet, MAX_CPU};
@@ -123,51 +119,6 @@ pub(crate) fn prefer_node(node: Option<u32>) -> io::Result<()> {
     Ok(())
 }
 
-/// Connects to the listening stream socket at `path`. Returns `WouldBlock` when the socket's queue
-/// of waiting clients is full, where std's connect would wait without limit.
-// syscalls: socket connect fcntl
-pub(crate) fn connect_unix(path: &Path) -> io::Result<UnixStream> {
-    let (address, length) = unix_address(path)?;
-    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
-    // SAFETY: the call takes no pointer.
-    let fd = unsafe { libc::socket(libc::AF_UNIX, kind, 0) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the descriptor was just created and has no other owner.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    // SAFETY: `address` outlives the call and `length` is at most its size.
-    let rc = unsafe { libc::connect(fd.as_raw_fd(), ptr::from_ref(&address).cast(), length) };
-    if rc != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    let stream = UnixStream::from(fd);
-    stream.set_nonblocking(false)?;
-    Ok(stream)
-}
-
-fn unix_address(path: &Path) -> io::Result<(libc::sockaddr_un, libc::socklen_t)> {
-    let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
-    let bytes = path.as_os_str().as_bytes();
-    let family = libc::sa_family_t::try_from(libc::AF_UNIX).map_err(|_| invalid())?;
-    let mut address = libc::sockaddr_un {
-        sun_family: family,
-        sun_path: [0; 108],
-    };
-    // One byte stays zero, because it terminates the path.
-    if bytes.is_empty() || bytes.len() >= address.sun_path.len() || bytes.contains(&0) {
-        return Err(invalid());
-    }
-    for (to, from) in address.sun_path.iter_mut().zip(bytes) {
-        *to = c_char::from_ne_bytes([*from]);
-    }
-    let length = offset_of!(libc::sockaddr_un, sun_path) + bytes.len() + 1;
-    Ok((
-        address,
-        libc::socklen_t::try_from(length).map_err(|_| invalid())?,
-    ))
-}
-
 /// The shortest mask that holds the highest CPU, of at least one word.
 fn to_mask(cpus: &CpuSet) -> Vec<c_ulong> {
     let highest = cpus.last().unwrap_or(0);
@@ -203,16 +154,5 @@ mod tests {
             assert_eq!(from_mask(&to_mask(&cpus)), cpus);
         }
         assert_eq!(to_mask(&CpuSet::default()).len(), 1);
-    }
-
-    #[test]
-    fn connecting_to_a_missing_or_too_long_path_fails() {
-        let absent = connect_unix(Path::new("/nonexistent/qmp.sock")).unwrap_err();
-        assert_eq!(absent.kind(), io::ErrorKind::NotFound);
-        let long = "/".repeat(108);
-        assert_eq!(
-            connect_unix(Path::new(&long)).unwrap_err().kind(),
-            io::ErrorKind::InvalidInput
-        );
     }
 }

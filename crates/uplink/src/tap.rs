@@ -18,6 +18,7 @@
 mod config;
 mod error;
 mod queue;
+mod rights;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -29,6 +30,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use virtionet_base::rights::LinkChange;
 use virtionet_virtio_net::header::{FrameFormat, VNET_HEADER_LEN};
 use virtionet_virtio_net::uplink::{
     HostInterface, RxSink, Uplink, UplinkChange, UplinkError, UplinkQueue,
@@ -36,6 +38,7 @@ use virtionet_virtio_net::uplink::{
 
 pub use self::config::TapConfig;
 use self::queue::{TapQueue, TapShared};
+pub use self::rights::{attach_own, change_own_link, find_index};
 use crate::rtnetlink::{Link, LinkTable};
 use crate::sys;
 
@@ -221,12 +224,12 @@ impl Tap {
             self.join_bridge(link, bridge)?;
         }
         if self.is_created_by_us() {
-            self.links
-                .bring_up(link.index)
-                .map_err(|source| UplinkError::TapBringUpFailed {
+            rights::change_link(&self.links, link, &LinkChange::Up).map_err(|source| {
+                UplinkError::TapBringUpFailed {
                     name: self.shared.name.clone(),
                     source,
-                })?;
+                }
+            })?;
         }
         Ok(())
     }
@@ -237,7 +240,7 @@ impl Tap {
         if link.mtu == mtu || (link.mtu > mtu && !self.is_created_by_us()) {
             return Ok(());
         }
-        match self.links.set_mtu(link.index, mtu) {
+        match rights::change_link(&self.links, link, &LinkChange::Mtu(mtu)) {
             // The privilege was dropped after the interface was created, but its MTU is large
             // enough.
             Err(_) if link.mtu > mtu => Ok(()),
@@ -271,9 +274,7 @@ impl Tap {
                 name: name.clone(),
                 bridge: bridge.to_owned(),
             }),
-            None => self
-                .links
-                .set_master(link.index, master.index)
+            None => rights::change_link(&self.links, link, &LinkChange::Port(bridge.to_owned()))
                 .map_err(|source| UplinkError::BridgeJoinFailed {
                     name: name.clone(),
                     bridge: bridge.to_owned(),
@@ -407,7 +408,7 @@ fn open_detached(
     before: Option<&Link>,
 ) -> Result<(File, String), UplinkError> {
     let file = sys::open_tun().map_err(error::tun_open_failed)?;
-    let name = sys::attach_device(file.as_fd(), name).map_err(|error| {
+    let name = rights::attach(file.as_fd(), name).map_err(|error| {
         // If another program created the interface meanwhile, its kind explains the error.
         let now = links.find_by_name(name).ok().flatten();
         error::attach_refused(name, now.as_ref().or(before), error)

@@ -14,7 +14,7 @@ use tracing::warn;
 use virtionet_base::RateLimiter;
 pub use virtionet_base::unix_socket::Access as SocketPermissions;
 use virtionet_base::unix_socket::{
-    SocketFile, UnixSocketError, address as to_socket_address, connect_once, listen_at,
+    SocketFile, UnixSocketError, address as to_socket_address, connect as connect_to, listen_at,
 };
 
 use crate::foreign_fd::ForeignFd;
@@ -251,11 +251,11 @@ pub fn connect(
     stop: BorrowedFd<'_>,
     mut report: impl FnMut(&str),
 ) -> Result<Option<UnixStream>, ListenError> {
-    let address = to_socket_address(path)?;
+    to_socket_address(path)?;
     let mut reported = None;
     let mut pause = MIN_RETRY_INTERVAL;
     loop {
-        match connect_once(&address) {
+        match connect_to(path).map_err(to_errno) {
             Ok(stream) => return Ok(Some(stream)),
             Err(Errno::INTR) => continue,
             Err(error) => {
@@ -269,6 +269,10 @@ pub fn connect(
             return Ok(None);
         }
     }
+}
+
+fn to_errno(error: io::Error) -> Errno {
+    Errno::from_io_error(&error).unwrap_or(Errno::IO)
 }
 
 /// The pause after an attempt to connect that failed with `error`. `last` is the pause before that

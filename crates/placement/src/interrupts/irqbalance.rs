@@ -13,11 +13,14 @@ use std::net::Shutdown;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use virtionet_base::unix_socket;
+
 use crate::procfs::ProcFs;
-use crate::sys;
 
 /// The folder of irqbalance's sockets.
 pub(super) const RUN_DIR: &str = "/run/irqbalance";
+/// A pattern of the paths of its sockets.
+pub const IRQBALANCE_SOCKETS: &str = "/run/irqbalance/*.sock";
 /// How long irqbalance may take to answer.
 const TIMEOUT: Duration = Duration::from_secs(1);
 /// The longest command that irqbalance accepts, in bytes.
@@ -79,7 +82,7 @@ fn query(socket: &Path, command: &str) -> io::Result<String> {
     if command.len() > MAX_COMMAND_LEN {
         return Err(io::ErrorKind::InvalidInput.into());
     }
-    let mut stream = sys::connect_unix(socket)?;
+    let mut stream = unix_socket::connect(socket)?;
     stream.set_read_timeout(Some(TIMEOUT))?;
     stream.set_write_timeout(Some(TIMEOUT))?;
     stream.write_all(command.as_bytes())?;

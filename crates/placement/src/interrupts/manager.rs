@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use virtionet_base::rights::with_help;
+
 use super::irqbalance::{self, BanList};
 use super::outcome::{SettingOutcome, SettingRefusal};
 use super::setting::{AffinitySetting, SettingKind};
@@ -187,8 +189,21 @@ fn apply_setting(
     Some(outcome(Some(original), None))
 }
 
-/// Writes in one call, because the kernel parses each write on its own.
+/// Writes `text` to `file`, by this process's helper if it has one.
 fn write(file: &Path, text: &str) -> io::Result<()> {
+    with_help(
+        || write_own(file, text),
+        |helper| helper.write_affinity(file, text),
+    )
+}
+
+/// Writes `text` to a file of a CPU mask, with the rights of this thread. It is one write, because
+/// the kernel parses each write on its own.
+///
+/// # Errors
+/// The kernel's.
+// syscalls: openat write
+pub fn write_own(file: &Path, text: &str) -> io::Result<()> {
     fs::OpenOptions::new()
         .write(true)
         .truncate(true)

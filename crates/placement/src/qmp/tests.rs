@@ -142,7 +142,7 @@ fn silent_or_busy_monitor_costs_at_most_the_timeout() {
 
     let mut waiting = Vec::new();
     let busy = loop {
-        match sys::connect_unix(&path) {
+        match unix_socket::connect(&path) {
             Ok(stream) => waiting.push(stream),
             Err(error) => break error,
         }

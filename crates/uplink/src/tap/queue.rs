@@ -16,7 +16,7 @@ use virtionet_virtio_net::uplink::{
 };
 use virtionet_virtqueue::memory::GuestSlice;
 
-use super::error;
+use super::{error, rights};
 use crate::sys::{self, IOV_MAX, IovecList, IovecListFull};
 
 /// The segments of a frame, header included, up to which a small list on the stack is enough. A
@@ -204,7 +204,7 @@ impl TapQueue {
         let mut all = self.shared.attached.lock();
         all.forget(self.pair);
         // This attaches the queue.
-        sys::attach_device(self.fd(), name)?;
+        rights::attach(self.fd(), name)?;
         all.record_change(self.pair, None);
         if !*attached {
             // Should that fail, the queue is attached, and is detached when the device next asks.

@@ -91,9 +91,7 @@ fn stale_socket_file_is_replaced_and_one_in_use_is_kept() {
     assert_eq!(error.to_string(), text);
     assert_eq!(error.code(), "vhost-user-socket-unavailable");
     // A socket with a full backlog is in use as well.
-    let clients: Vec<_> = (0..2)
-        .map_while(|_| connect_once(&to_socket_address(&path).unwrap()).ok())
-        .collect();
+    let clients: Vec<_> = (0..2).map_while(|_| connect_to(&path).ok()).collect();
     assert!(matches!(
         bind(&path),
         Err(ListenError::Socket(UnixSocketError::InUse(_)))

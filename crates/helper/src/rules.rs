@@ -1,0 +1,311 @@
+//! What the helper does for the daemon: what the daemon's configuration names, and nothing else.
+
+use std::collections::BTreeSet;
+use std::path::{Component, Path, PathBuf};
+
+use glob::{MatchOptions, Pattern};
+use serde::{Deserialize, Serialize};
+
+use crate::protocol::{RawPath, Request};
+
+/// Something that the helper may do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Rule {
+    /// Open queues of TAPs whose name matches this pattern, make them, set their MTU, and bring
+    /// them up. A `%d` in the name stands for the number that the kernel chooses.
+    Tap(String),
+    /// Make those TAPs ports of bridges whose name matches this pattern.
+    Bridge(String),
+    /// Connect to unix sockets whose path matches this pattern. Its `*` does not stand for `/`.
+    Socket(String),
+    /// Connect to the unix socket at exactly this path.
+    ExactSocket(ExactPath),
+    /// Write the CPU masks of interrupts and of network interfaces' queues.
+    Affinity,
+}
+
+/// The path of a socket.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExactPath(RawPath);
+
+impl Rule {
+    /// The rule that allows connecting to the socket at `path`.
+    #[must_use]
+    pub fn socket_at(path: &Path) -> Self {
+        Self::ExactSocket(ExactPath(path.into()))
+    }
+}
+
+/// A pattern that cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RuleError {
+    /// The pattern.
+    pub pattern: String,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+/// All rules of a helper.
+#[derive(Debug, Default)]
+pub(crate) struct Rules {
+    taps: Vec<Pattern>,
+    /// The names with a `%d`, which are compared as they are.
+    tap_templates: BTreeSet<String>,
+    /// The indexes of the interfaces that were opened by their names. An index stays the same when
+    /// the interface is renamed.
+    tap_indexes: BTreeSet<u32>,
+    bridges: Vec<Pattern>,
+    sockets: Vec<Pattern>,
+    socket_paths: BTreeSet<PathBuf>,
+    affinity: bool,
+}
+
+impl Rules {
+    /// Adds a rule.
+    pub(crate) fn add(&mut self, rule: Rule) -> Result<(), RuleError> {
+        match rule {
+            Rule::Tap(name) if name.contains('%') => {
+                self.tap_templates.insert(name);
+            }
+            Rule::Tap(name) => self.taps.push(parse(&name)?),
+            Rule::Bridge(name) => self.bridges.push(parse(&name)?),
+            Rule::Socket(path) => self.sockets.push(parse(&path)?),
+            Rule::ExactSocket(ExactPath(path)) => {
+                self.socket_paths.insert(path.as_path().into());
+            }
+            Rule::Affinity => self.affinity = true,
+        }
+        Ok(())
+    }
+
+    /// Whether the helper writes CPU masks.
+    pub(crate) fn allows_affinity(&self) -> bool {
+        self.affinity
+    }
+
+    /// Remembers an interface that was opened by a name that is allowed.
+    pub(crate) fn remember_tap(&mut self, index: u32) {
+        self.tap_indexes.insert(index);
+    }
+
+    /// Whether `request` may be carried out. `find_index` is the index of an interface by its name.
+    pub(crate) fn allow(
+        &self,
+        request: &Request,
+        find_index: impl Fn(&str) -> Option<u32>,
+    ) -> bool {
+        let is_own_tap = |name: &str| {
+            matches_any(&self.taps, name)
+                || self.tap_templates.contains(name)
+                || find_index(name).is_some_and(|index| self.tap_indexes.contains(&index))
+        };
+        match request {
+            Request::AttachTap { name }
+            | Request::BringUp { name }
+            | Request::SetMtu { name, .. } => is_own_tap(name),
+            Request::JoinBridge { name, bridge } => {
+                is_own_tap(name) && matches_any(&self.bridges, bridge)
+            }
+            Request::WriteAffinity { file, text } => {
+                self.affinity && is_affinity_file(file.as_path()) && is_cpu_set(text)
+            }
+            Request::Connect { path } => self.allows_socket(path.as_path()),
+        }
+    }
+
+    fn allows_socket(&self, path: &Path) -> bool {
+        let goes_up = || path.components().any(|part| part == Component::ParentDir);
+        let options = MatchOptions {
+            require_literal_separator: true,
+            ..MatchOptions::default()
+        };
+        self.socket_paths.contains(path)
+            || self
+                .sockets
+                .iter()
+                .any(|pattern| pattern.matches_path_with(path, options))
+                && !goes_up()
+    }
+}
+
+/// Reads a pattern, in which `*` stands for any characters, `?` for one, and `[...]` for one of
+/// those listed.
+fn parse(pattern: &str) -> Result<Pattern, RuleError> {
+    Pattern::new(pattern).map_err(|error| RuleError {
+        pattern: pattern.into(),
+        reason: error.msg.into(),
+    })
+}
+
+fn matches_any(patterns: &[Pattern], name: &str) -> bool {
+    patterns.iter().any(|pattern| pattern.matches(name))
+}
+
+/// Whether `file` is one of those that say which CPUs serve an interrupt or a queue.
+fn is_affinity_file(file: &Path) -> bool {
+    let Some(parts) = file.to_str().and_then(|file| file.strip_prefix('/')) else {
+        return false;
+    };
+    let parts: Vec<&str> = parts.split('/').collect();
+    match parts[..] {
+        ["proc", "irq", irq, "smp_affinity_list"] => is_number(irq),
+        ["sys", "class", "net", nic, "queues", queue, mask] => {
+            let is_queue = |kind| queue.strip_prefix(kind).is_some_and(is_number);
+            !nic.starts_with('.')
+                && match mask {
+                    "xps_cpus" => is_queue("tx-"),
+                    "rps_cpus" => is_queue("rx-"),
+                    _ => false,
+                }
+        }
+        _ => false,
+    }
+}
+
+fn is_number(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit())
+}
+
+/// Whether `text` can be a mask such as `ff,00000000` or a list such as `0-3,8`.
+fn is_cpu_set(text: &str) -> bool {
+    text.bytes()
+        .all(|byte| byte.is_ascii_hexdigit() || b",-\n".contains(&byte))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rules(rules: impl IntoIterator<Item = Rule>) -> Rules {
+        let mut all = Rules::default();
+        for rule in rules {
+            all.add(rule).unwrap();
+        }
+        all
+    }
+
+    fn attach(name: &str) -> Request {
+        Request::AttachTap { name: name.into() }
+    }
+
+    fn connect(path: &str) -> Request {
+        Request::Connect {
+            path: Path::new(path).into(),
+        }
+    }
+
+    fn write(file: &str, text: &str) -> Request {
+        Request::WriteAffinity {
+            file: Path::new(file).into(),
+            text: text.into(),
+        }
+    }
+
+    #[test]
+    fn helper_without_rules_does_nothing() {
+        let none = Rules::default();
+        let name = || "tap0".to_owned();
+        for request in [
+            attach("tap0"),
+            Request::BringUp { name: name() },
+            Request::SetMtu {
+                name: name(),
+                mtu: 1500,
+            },
+            Request::JoinBridge {
+                name: name(),
+                bridge: "br0".into(),
+            },
+            write("/proc/irq/1/smp_affinity_list", "0"),
+            connect("/run/qemu.sock"),
+        ] {
+            assert!(!none.allow(&request, |_| Some(1)), "{request}");
+        }
+    }
+
+    #[test]
+    fn taps_are_allowed_by_name_pattern_template_and_index() {
+        let mut rules = rules([
+            Rule::Tap("tap0".into()),
+            Rule::Tap("vnet*".into()),
+            Rule::Tap("net%d".into()),
+        ]);
+        let allow = |rules: &Rules, name: &str| rules.allow(&attach(name), |_| Some(7));
+        for name in ["tap0", "vnet", "vnet12", "net%d"] {
+            assert!(allow(&rules, name), "{name}");
+        }
+        for name in ["tap00", "eth0", "net0", "avnet1", "", "n%d"] {
+            assert!(!allow(&rules, name), "{name}");
+        }
+        rules.remember_tap(7);
+        assert!(allow(&rules, "renamed"));
+        assert!(!rules.allow(&attach("renamed"), |_| Some(8)));
+        assert!(!rules.allow(&attach("renamed"), |_| None));
+    }
+
+    #[test]
+    fn port_needs_an_own_tap_and_an_allowed_bridge() {
+        let rules = rules([Rule::Tap("tap0".into()), Rule::Bridge("br0".into())]);
+        for (name, bridge, allowed) in [
+            ("tap0", "br0", true),
+            ("tap0", "br1", false),
+            ("eth0", "br0", false),
+        ] {
+            let (name, bridge) = (name.into(), bridge.into());
+            let request = Request::JoinBridge { name, bridge };
+            assert_eq!(rules.allow(&request, |_| None), allowed, "{request}");
+        }
+    }
+
+    #[test]
+    fn sockets_are_allowed_by_path_and_by_pattern_in_one_folder() {
+        let rules = rules([
+            Rule::socket_at(Path::new("/run/a*.sock")),
+            Rule::Socket("/run/qemu/*.sock".into()),
+        ]);
+        for (path, allowed) in [
+            ("/run/a*.sock", true),
+            ("/run/ab.sock", false),
+            ("/run/qemu/7.sock", true),
+            ("/run/qemu/x/7.sock", false),
+            ("/run/qemu/../7.sock", false),
+            ("/run/docker.sock", false),
+        ] {
+            assert_eq!(rules.allow(&connect(path), |_| None), allowed, "{path}");
+        }
+    }
+
+    #[test]
+    fn only_cpu_sets_are_written_and_only_to_their_files() {
+        let rules = rules([Rule::Affinity]);
+        for (file, text, allowed) in [
+            ("/proc/irq/41/smp_affinity_list", "0-3,8\n", true),
+            (
+                "/sys/class/net/tap0/queues/tx-0/xps_cpus",
+                "ff,00000000",
+                true,
+            ),
+            ("/sys/class/net/tap0/queues/rx-12/rps_cpus", "2", true),
+            ("/sys/class/net/tap0/queues/rx-0/xps_cpus", "2", false),
+            ("/sys/class/net/../queues/rx-0/rps_cpus", "2", false),
+            ("/sys/class/net/tap0/queues/tx-/xps_cpus", "2", false),
+            ("/proc/irq/41/smp_affinity_list", "0; reboot", false),
+            ("/proc/irq/../smp_affinity_list", "0", false),
+            ("/proc/irq/default_smp_affinity", "0", false),
+            ("/proc/sysrq-trigger", "b", false),
+            ("proc/irq/41/smp_affinity_list", "0", false),
+        ] {
+            assert_eq!(
+                rules.allow(&write(file, text), |_| None),
+                allowed,
+                "{file} {text}"
+            );
+        }
+    }
+
+    #[test]
+    fn pattern_that_cannot_be_read_is_an_error() {
+        let error = Rules::default().add(Rule::Socket("/run/***".into()));
+        assert_eq!(error.unwrap_err().pattern, "/run/***");
+    }
+}
