@@ -17,7 +17,7 @@ pub enum Command {
     /// Print the capabilities of this back-end (`--print-capabilities`).
     PrintCapabilities,
     /// Serve the devices of this configuration.
-    Serve(Config),
+    Serve(Box<Config>),
 }
 
 /// The error of a command line that gives no [`Command`].
@@ -77,7 +77,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, CliErr
     }
     let arguments = Arguments::parse(args).map_err(CliError::Flags)?;
     resolve(arguments)
-        .map(Command::Serve)
+        .map(|config| Command::Serve(Box::new(config)))
         .map_err(CliError::Config)
 }
 

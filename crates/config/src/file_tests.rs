@@ -24,7 +24,7 @@ fn command(name: &str, text: impl AsRef<[u8]>, line: &str) -> Result<Config, Str
     });
     std::fs::remove_dir_all(&dir).unwrap();
     command.map(|command| match command {
-        Command::Serve(config) => config,
+        Command::Serve(config) => *config,
         other => panic!("{other:?}"),
     })
 }

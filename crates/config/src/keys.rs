@@ -60,7 +60,7 @@ pub(crate) enum DefaultValue {
 }
 
 /// All keys, in the order of the help text and the documentation.
-pub(crate) const KEYS: [Key; 21] = [
+pub(crate) const KEYS: [Key; 25] = [
     Key::NAME,
     Key::SOCKET_PATH,
     Key::FD,
@@ -82,6 +82,10 @@ pub(crate) const KEYS: [Key; 21] = [
     Key::CONTROL_MODE,
     Key::CONTROL_GROUP,
     Key::SANDBOX,
+    Key::USER,
+    Key::GROUP,
+    Key::HELPER,
+    Key::HELPER_ALLOW,
 ];
 
 /// The keys, by name. Code refers to a key by its constant, so that a misspelt key does not
@@ -292,6 +296,44 @@ impl Key {
         help: "Whether each thread is confined to the system calls, files and capabilities that it \
                needs. on: what it does not need is refused. log: a system call that would be \
                refused is carried out, and noted in the kernel's log. off: threads are not confined",
+    };
+    pub(crate) const USER: Self = Self {
+        name: "user",
+        kind: ValueKind::NumberOrWord,
+        scope: KeyScope::Process,
+        value_name: "NAME",
+        default: DefaultValue::Computed("the user who starts virtionetd"),
+        help: "The user, by name or number, as which virtionetd runs after it has opened its sockets \
+               and uplinks. Only root can change it",
+    };
+    pub(crate) const GROUP: Self = Self {
+        name: "group",
+        kind: ValueKind::NumberOrWord,
+        scope: KeyScope::Process,
+        value_name: "NAME",
+        default: DefaultValue::Computed("the group of --user"),
+        help: "The group, by name or number, as which virtionetd runs then",
+    };
+    pub(crate) const HELPER: Self = Self {
+        name: "helper",
+        kind: ValueKind::Text,
+        scope: KeyScope::Process,
+        value_name: "on|off",
+        default: DefaultValue::Value("on"),
+        help: "Whether a process that keeps CAP_NET_ADMIN and CAP_DAC_OVERRIDE, where virtionetd was \
+               given them, does what they are needed for later: opening a TAP's queues, making a TAP \
+               again, its MTU, --irq-affinity apply, connecting to sockets of other users. off: \
+               nothing that needs them is done after the start",
+    };
+    pub(crate) const HELPER_ALLOW: Self = Self {
+        name: "helper-allow",
+        kind: ValueKind::Text,
+        scope: KeyScope::Process,
+        value_name: "tap=PATTERN,bridge=PATTERN,socket=PATTERN",
+        default: DefaultValue::Computed("what the configuration names"),
+        help: "What else the helper may do: open TAPs of these names, make them ports of these \
+               bridges, connect to these unix sockets. In a pattern * stands for any characters, but \
+               not for the / of a path. Each may be repeated",
     };
 }
 

@@ -25,6 +25,7 @@ mod layers;
 mod ownership;
 mod problem;
 mod resolve;
+mod rights;
 mod settings;
 mod socket_file;
 #[cfg(test)]
@@ -36,5 +37,6 @@ pub use cli::Command;
 pub use keys::Key;
 pub use problem::{ConfigError, Problem, ProblemCode};
 pub use types::{
-    Config, ControlSocket, DeviceConfig, PollMode, QueuePairCount, SandboxMode, Socket,
+    Config, ControlSocket, DeviceConfig, HelperConfig, IdentityConfig, PollMode, QueuePairCount,
+    SandboxMode, Socket,
 };

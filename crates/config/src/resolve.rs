@@ -9,9 +9,10 @@ use crate::keys::Key;
 use crate::layers;
 use crate::ownership::ResourceOwners;
 use crate::problem::{ConfigError, Problem, ProblemCode, Problems};
+use crate::rights::{helper, identity, sandbox_mode};
 use crate::settings::{SettingValue, Settings};
 use crate::socket_file::{check_path, socket_group, socket_mode};
-use crate::types::{Config, ControlSocket, SandboxMode};
+use crate::types::{Config, ControlSocket};
 
 impl Config {
     /// Reads the configuration file at `path`, with no flags beside it. Nothing but that file is
@@ -47,6 +48,8 @@ pub(crate) fn resolve(arguments: Arguments) -> Result<Config, ConfigError> {
     let mut owners = ResourceOwners::default();
     let control = resolve_control(&process, &mut owners, &mut problems);
     let sandbox = problems.record(sandbox_mode(&process));
+    let identity = problems.record(identity(&process));
+    let helper = problems.record(helper(&process));
     let mut devices = Vec::new();
     for description in &descriptions {
         if let Some(device) = description.resolve(&mut problems) {
@@ -59,6 +62,8 @@ pub(crate) fn resolve(arguments: Arguments) -> Result<Config, ConfigError> {
         devices,
         control,
         sandbox: sandbox.unwrap_or_default(),
+        identity: identity.unwrap_or_default(),
+        helper: helper.unwrap_or_default(),
         verbosity: arguments.verbosity,
     })
 }
@@ -86,24 +91,6 @@ fn resolve_control<'a>(
         mode: mode?,
         group: group?,
     })
-}
-
-fn sandbox_mode(process: &Settings) -> Result<SandboxMode, Problem> {
-    let Some(value) = process.get(Key::SANDBOX) else {
-        return Ok(SandboxMode::default());
-    };
-    match &*value.text() {
-        "on" => Ok(SandboxMode::On),
-        "off" => Ok(SandboxMode::Off),
-        "log" => Ok(SandboxMode::Log),
-        other => Err(value.origin.problem(
-            ProblemCode::ValueInvalid,
-            format_args!(
-                "{} is not known: write on, off or log",
-                value.origin.set(Key::SANDBOX, other)
-            ),
-        )),
-    }
 }
 
 /// The problem that `key` describes a control socket, and that there is none.

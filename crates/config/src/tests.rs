@@ -8,7 +8,8 @@ use virtionet_placement::interrupts::IrqAffinity;
 use crate::cli::{self, CliError, Command};
 use crate::keys::Key;
 use crate::types::{
-    Config, ControlSocket, DeviceConfig, PollMode, QueuePairCount, SandboxMode, Socket,
+    Config, ControlSocket, DeviceConfig, HelperConfig, IdentityConfig, PollMode, QueuePairCount,
+    SandboxMode, Socket,
 };
 
 fn command(line: &str) -> Result<Command, String> {
@@ -22,7 +23,7 @@ fn command(line: &str) -> Result<Command, String> {
 
 fn config(line: &str) -> Config {
     match command(line) {
-        Ok(Command::Serve(config)) => config,
+        Ok(Command::Serve(config)) => *config,
         other => panic!("{line}: {other:?}"),
     }
 }
@@ -57,6 +58,8 @@ fn defaults_are_complete() {
             devices: vec![device("vnet", "/s", "tap:t0")],
             control: None,
             sandbox: SandboxMode::On,
+            identity: IdentityConfig::default(),
+            helper: Some(HelperConfig::default()),
             verbosity: 0,
         }
     );
@@ -150,6 +153,21 @@ fn flags_of_the_process_are_read() {
         let line = format!("--socket-path /s --uplink null --sandbox={value}");
         assert_eq!(config(&line).sandbox, mode);
     }
+    let identity = config("--socket-path /s --uplink null --user vnet --group 12").identity;
+    assert_eq!(identity.user.as_deref(), Some("vnet"));
+    assert_eq!(identity.group.as_deref(), Some("12"));
+    assert_eq!(
+        config("--socket-path /s --uplink null --helper=off").helper,
+        None
+    );
+    let allow = "tap=vnet*,bridge=br0,socket=/run/a,,b,tap=t?";
+    let line = format!("--socket-path /s --uplink null --helper-allow {allow}");
+    let expected = HelperConfig {
+        taps: vec!["vnet*".into(), "t?".into()],
+        bridges: vec!["br0".into()],
+        sockets: vec!["/run/a,b".into()],
+    };
+    assert_eq!(config(&line).helper, Some(expected));
     for (flags, mode, group) in [
         ("", 0o600, None),
         ("--control-mode 640", 0o640, None),
@@ -261,6 +279,14 @@ const REFUSED: &str = r#"
     --control-mode 640 has no effect without a control socket: add --control PATH, or leave --control-mode out
 --socket-path /s --tap t0 --sandbox=strict
     --sandbox strict is not known: write on, off or log
+--socket-path /s --tap t0 --user=
+    --user is empty: write a name or a number
+--socket-path /s --tap t0 --group kvm
+    --group kvm has no effect without a user: add --user NAME, or leave --group out
+--socket-path /s --tap t0 --helper=off --helper-allow tap=a*
+    --helper-allow tap=a* has no effect without a helper: leave one of --helper-allow and --helper out
+--socket-path /s --tap t0 --helper-allow tap=a*,nic=eth0
+    --helper-allow tap=a*,nic=eth0: "nic=eth0" is not known: write tap=PATTERN, bridge=PATTERN or socket=PATTERN
 --socket-path /s --tap t0 --name a/b
     --name "a/b" cannot be used: write 1 to 64 letters, digits, '.', '_' or '-'
 --socket-path /s --tap t0 --control /./s

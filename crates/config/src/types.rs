@@ -19,8 +19,32 @@ pub struct Config {
     pub control: Option<ControlSocket>,
     /// Whether threads are confined.
     pub sandbox: SandboxMode,
+    /// As whom the daemon runs after it has opened what it needs.
+    pub identity: IdentityConfig,
+    /// The helper that keeps the capabilities which the daemon gives up; `None` for no helper.
+    pub helper: Option<HelperConfig>,
     /// The number of `-v` flags.
     pub verbosity: u8,
+}
+
+/// A user and a group, each by name or number; `None` for those of the process.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct IdentityConfig {
+    /// The user.
+    pub user: Option<String>,
+    /// The group.
+    pub group: Option<String>,
+}
+
+/// What the helper may do beside what the configuration of the devices names.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct HelperConfig {
+    /// Patterns of the names of TAPs.
+    pub taps: Vec<String>,
+    /// Patterns of the names of bridges.
+    pub bridges: Vec<String>,
+    /// Patterns of the paths of unix sockets.
+    pub sockets: Vec<String>,
 }
 
 /// The socket of the control server.

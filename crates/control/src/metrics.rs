@@ -12,7 +12,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::v1::{
-    Counter, Counters, DeviceReport, QueuePairReport, Report, VringReport, VringStatus,
+    Counter, Counters, DeviceReport, HelperState, QueuePairReport, Report, VringReport, VringStatus,
 };
 
 /// The page's media type.
@@ -43,6 +43,7 @@ impl Collector for Snapshot {
             version,
             log_lines_dropped,
             panics,
+            rights,
             devices,
         } = &self.0;
         page.info(
@@ -59,6 +60,15 @@ impl Collector for Snapshot {
             ("panics", None),
             "Panics that were caught, each a bug of the daemon.",
             [(NO_LABELS, *panics)].into_iter(),
+        )?;
+        let helper = rights.as_ref().map(|rights| rights.helper);
+        page.gauge(
+            ("helper_running", None),
+            "Whether the helper, which keeps rights that the daemon has given up, is there.",
+            helper
+                .filter(|state| *state != HelperState::Off)
+                .map(|state| (NO_LABELS, u32::from(state == HelperState::Running)))
+                .into_iter(),
         )?;
         encode_devices(&mut page, devices)?;
         encode_workers(&mut page, devices)?;
@@ -366,6 +376,7 @@ mod tests {
                 "virtionetd_build",
                 "virtionetd_log_lines_dropped",
                 "virtionetd_panics",
+                "virtionetd_helper_running",
             ]
             .contains(&family);
             assert!(is_of_the_process || labels["device"] == "vnet", "{line}");
@@ -383,6 +394,7 @@ mod tests {
         for line in [
             r#"virtionetd_build_info{version="0.1.0"} 1"#,
             r#"virtionetd_device_info{device="vnet",socket="/run/a \"b\".sock",uplink_kind="tap",uplink="tap0"} 1"#,
+            "virtionetd_helper_running{} 1",
             r#"virtionetd_device_connected{device="vnet"} 1"#,
             r#"virtionetd_device_uplink_up{device="vnet"} 1"#,
             r#"virtionetd_device_mtu_bytes{device="vnet"} 1500"#,

@@ -25,8 +25,38 @@ pub struct Report {
     /// Panics that were caught, each a bug of the daemon.
     #[serde(default)]
     pub panics: u64,
+    /// The rights that the daemon has left; `None` from a daemon that does not report them.
+    #[serde(default)]
+    pub rights: Option<RightsReport>,
     /// Its devices, in the order of the command line.
     pub devices: Vec<DeviceReport>,
+}
+
+/// The rights that the daemon has left.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RightsReport {
+    /// The mode of the sandbox: `on`, `off` or `log`.
+    pub sandbox: String,
+    /// The number of the user as which the daemon runs.
+    pub user: u32,
+    /// The capabilities that its threads have.
+    pub capabilities: Vec<String>,
+    /// Whether the helper is there.
+    pub helper: HelperState,
+    /// The number of the helper's process, while it runs.
+    pub helper_pid: Option<u32>,
+}
+
+/// The state of the helper, which opens TAPs and writes CPU masks for a daemon without rights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HelperState {
+    /// There is none: the configuration says so, or virtionetd was started without rights.
+    Off,
+    /// It runs.
+    Running,
+    /// It has ended, and the daemon goes on without it.
+    Lost,
 }
 
 /// The state of one device.
@@ -307,6 +337,13 @@ pub(crate) fn sample() -> Report {
         version: "0.1.0".into(),
         log_lines_dropped: 1,
         panics: 2,
+        rights: Some(RightsReport {
+            sandbox: "on".into(),
+            user: 7,
+            capabilities: vec!["CAP_CHOWN".into()],
+            helper: HelperState::Running,
+            helper_pid: Some(9),
+        }),
         devices: vec![DeviceReport {
             name: "vnet".into(),
             socket: "/run/a \"b\".sock".into(),
@@ -394,7 +431,10 @@ mod tests {
         assert_eq!(rx.as_object().unwrap().len(), 3);
         assert_eq!(
             report,
-            serde_json::json!({"version": "0.1.0", "log_lines_dropped": 1, "panics": 2, "devices": [{
+            serde_json::json!({"version": "0.1.0", "log_lines_dropped": 1, "panics": 2, "rights": {
+                "sandbox": "on", "user": 7, "capabilities": ["CAP_CHOWN"],
+                "helper": "running", "helper_pid": 9,
+            }, "devices": [{
                 "name": "vnet", "socket": "/run/a \"b\".sock", "role": "server", "connected": true,
                 "frontend": {"pid": 1, "features": ["MQ"], "protocol_features": ["MQ"]},
                 "memory": [{"guest_addr": 0, "size": 4096, "user_addr": 1_u64 << 40}],

@@ -8,7 +8,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use virtionet_control::client::{self, ClientError};
-use virtionet_control::v1::{Counters, DeviceReport, QueuePairReport, Report, SocketRole};
+use virtionet_control::v1::{
+    Counters, DeviceReport, HelperState, QueuePairReport, Report, RightsReport, SocketRole,
+};
 
 /// The time between the two reports.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -80,12 +82,32 @@ fn render(before: &Report, now: &Report, elapsed: Duration) -> String {
         now.version,
         now.devices.len()
     );
+    if let Some(rights) = &now.rights {
+        text += &rights_text(rights);
+    }
     for device in &now.devices {
         let earlier = before.devices.iter().find(|old| old.name == device.name);
         text.push('\n');
         text += &device_text(earlier, device, elapsed);
     }
     text
+}
+
+/// One line: what the daemon may do, and who does the rest for it.
+fn rights_text(rights: &RightsReport) -> String {
+    let capabilities = match rights.capabilities.as_slice() {
+        [] => "no capabilities".into(),
+        some => some.join(", "),
+    };
+    let helper = match (rights.helper, rights.helper_pid) {
+        (HelperState::Running, Some(pid)) => format!(
+            "helper process {pid} opens TAPs, sets MTUs, writes CPU masks and connects for it"
+        ),
+        (HelperState::Running | HelperState::Off, _) => "no helper".into(),
+        (HelperState::Lost, _) => "the helper has ended: restart virtionetd".into(),
+    };
+    let RightsReport { sandbox, user, .. } = rights;
+    format!("  sandbox {sandbox}, user {user}, {capabilities}; {helper}\n")
 }
 
 fn device_text(before: Option<&DeviceReport>, now: &DeviceReport, elapsed: Duration) -> String {

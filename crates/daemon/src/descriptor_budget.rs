@@ -144,7 +144,7 @@ mod tests {
     fn config(line: &str) -> Config {
         let words = ["virtionetd"].into_iter().chain(line.split_whitespace());
         match cli::parse(words.map(Into::into)) {
-            Ok(Command::Serve(config)) => config,
+            Ok(Command::Serve(config)) => *config,
             other => panic!("{other:?}"),
         }
     }

@@ -54,7 +54,7 @@ impl LogWriter {
         std::thread::Builder::new()
             .name("log".into())
             .spawn(move || {
-                sandbox::confine_thread(ThreadKind::Log);
+                sandbox::confine_early_thread(ThreadKind::Log);
                 write_lines(&messages, output, &counter);
             })?;
         Ok(Self { queue, dropped })

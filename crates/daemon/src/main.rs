@@ -4,16 +4,25 @@ use std::process::ExitCode;
 
 use virtionet_config::Command;
 use virtionet_config::cli;
-use virtionetd::{RunError, logging, panic_policy, sandbox, supervisor, sys};
+use virtionetd::{RunError, helper_process, logging, panic_policy, sandbox, supervisor, sys};
 
 fn main() -> ExitCode {
     sys::limit_malloc_arenas();
+    let arguments: Vec<String> = std::env::args_os()
+        .skip(1)
+        .map(|argument| argument.to_string_lossy().into_owned())
+        .collect();
+    if let [first, rest @ ..] = arguments.as_slice()
+        && first == helper_process::ARGUMENT
+    {
+        return helper_process::run(rest);
+    }
     let config = match cli::parse(std::env::args_os()) {
         Ok(Command::PrintCapabilities) => return exit(cli::print_capabilities()),
-        Ok(Command::Serve(config)) => config,
+        Ok(Command::Serve(config)) => *config,
         Err(refusal) => return ExitCode::from(refusal.report()),
     };
-    if let Err(error) = sandbox::confine_process(&config) {
+    if let Err(error) = sandbox::prepare(&config) {
         return exit(Err(error));
     }
     if let Err(error) = supervisor::reserve_signals() {

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use rustix::process::geteuid;
 use virtionet_config::{DeviceConfig, Socket};
 use virtionet_control::v1 as report;
 use virtionet_vhost_user::VringState;
@@ -9,14 +10,21 @@ use virtionet_vhost_user::protocol_features::names as protocol_names;
 use virtionet_virtio_net::DeviceQueue;
 use virtionet_virtio_net::stats::{VringStats, WorkerStats};
 
+use crate::helper_process::HelperProcess;
 use crate::logging;
 use crate::net_device::{NetDevice, ServedPair};
 use crate::panic_policy::contained_panics;
+use crate::sandbox;
 use crate::vring_slot::VringSlot;
 
-/// All devices of this process, with their configurations.
+/// All devices of this process, with their configurations, and its helper.
 #[derive(Debug)]
-pub struct DeviceRegistry(pub Vec<(DeviceConfig, Arc<NetDevice>)>);
+pub struct DeviceRegistry {
+    /// The devices.
+    pub devices: Vec<(DeviceConfig, Arc<NetDevice>)>,
+    /// The helper, if there is one.
+    pub helper: Option<Arc<HelperProcess>>,
+}
 
 impl report::ReportSource for DeviceRegistry {
     fn report(&self) -> report::Report {
@@ -24,12 +32,28 @@ impl report::ReportSource for DeviceRegistry {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             log_lines_dropped: logging::dropped_lines(),
             panics: contained_panics(),
+            rights: Some(rights(self.helper.as_deref())),
             devices: self
-                .0
+                .devices
                 .iter()
                 .map(|(c, net_device)| device(c, net_device))
                 .collect(),
         }
+    }
+}
+
+fn rights(helper: Option<&HelperProcess>) -> report::RightsReport {
+    let helper_state = match helper.map(HelperProcess::pid) {
+        None => report::HelperState::Off,
+        Some(Some(_)) => report::HelperState::Running,
+        Some(None) => report::HelperState::Lost,
+    };
+    report::RightsReport {
+        sandbox: sandbox::mode_name().to_owned(),
+        user: geteuid().as_raw(),
+        capabilities: sandbox::capability_names(),
+        helper: helper_state,
+        helper_pid: helper.and_then(HelperProcess::pid),
     }
 }
 
@@ -150,7 +174,10 @@ mod tests {
     fn report_of_a_connected_device_has_its_front_end_memory_and_queue_pairs() {
         let net_device = Arc::new(net_device(4, Null, PollMode::Off));
         let socket = Socket::Connect { path: path() };
-        let devices = DeviceRegistry(vec![(config(socket), Arc::clone(&net_device))]);
+        let devices = DeviceRegistry {
+            devices: vec![(config(socket), Arc::clone(&net_device))],
+            helper: None,
+        };
         with_frontend(&net_device, &two_pairs(), |frontend| {
             frontend.connection.set_mtu(2000).unwrap();
             frontend.enable(1, false).unwrap();
@@ -224,7 +251,10 @@ mod tests {
             ),
             (Socket::Inherited(5), "fd:5", report::SocketRole::Inherited),
         ] {
-            let devices = DeviceRegistry(vec![(config(socket), Arc::clone(&net_device))]);
+            let devices = DeviceRegistry {
+                devices: vec![(config(socket), Arc::clone(&net_device))],
+                helper: None,
+            };
             let report = devices.report();
             assert_eq!(report.version, env!("CARGO_PKG_VERSION"));
             assert_eq!(report.devices[0].socket, text);

@@ -8,6 +8,7 @@ use virtionet_vhost_user::SessionError;
 use virtionet_vhost_user::listen::ListenError;
 
 use crate::host_cpus::HostCpusError;
+use crate::sandbox::ConfineError;
 use crate::uplinks::OpenUplinkError;
 
 /// Why the program cannot start, or had to end.
@@ -61,6 +62,12 @@ pub enum RunError {
     /// The CPUs of this process cannot be read.
     #[error(transparent)]
     Cpus(#[from] HostCpusError),
+    /// The helper cannot be started.
+    #[error("the helper cannot be started ({0}); mount /proc, or start with --helper=off")]
+    Helper(#[source] io::Error),
+    /// The process cannot give up its rights.
+    #[error(transparent)]
+    Confine(#[from] ConfineError),
     /// A device cannot continue.
     #[error("{device}: {source}")]
     DeviceFailed {
@@ -106,6 +113,8 @@ impl RunError {
             Self::Host { .. } => "host-resources",
             Self::TooFewDescriptors { .. } => "open-files-limit",
             Self::Cpus(error) => error.code(),
+            Self::Helper(_) => "helper-not-started",
+            Self::Confine(error) => error.code(),
             Self::DeviceFailed { source, .. } => source.code(),
             Self::Stuck { .. } => "thread-stuck",
             Self::Panic { .. } => "thread-panicked",

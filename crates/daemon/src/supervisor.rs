@@ -24,27 +24,23 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, Signal};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
-use virtionet_config::{Config, ControlSocket, DeviceConfig, PollMode, Socket};
+use virtionet_config::{Config, ControlSocket, DeviceConfig};
 use virtionet_control::server::{ControlError, ControlServer, SocketPermissions};
-use virtionet_placement::PlacementPlanner;
-use virtionet_placement::interrupts::IrqAffinityManager;
 use virtionet_sandbox::ThreadKind;
 use virtionet_uplink::switch::HostPortForwarder;
 use virtionet_vhost_user::{SessionEnd, SessionError, SessionLog, start_closer};
 use virtionet_virtqueue::memory::survive_lost_memory;
 
-use crate::advice::Adviser;
 use crate::call_watchdog;
 use crate::descriptor_budget;
 use crate::frontend_source::FrontendSource;
-use crate::host_cpus::HostCpus;
-use crate::interrupts::Interrupts;
+use crate::helper_process::HelperProcess;
+use crate::host::Host;
 use crate::net_device::NetDevice;
 use crate::panic_policy::{contain, contain_panics};
 use crate::placement_monitor;
-use crate::placer::Placer;
 use crate::report_builder::DeviceRegistry;
 use crate::run_error::{DeviceFailure, RunError};
 use crate::sandbox;
@@ -69,7 +65,7 @@ const JOIN_INTERVAL: Duration = Duration::from_millis(1);
 pub fn run(config: Config) -> Result<(), RunError> {
     descriptor_budget::prepare(&config)?;
     let mut signals =
-        Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(host_error("handle signals"))?;
+        Signals::new([SIGTERM, SIGINT, SIGHUP, SIGCHLD]).map_err(host_error("handle signals"))?;
     // Take inherited descriptors first, because anything that is opened before could get their
     // numbers.
     let sources = config
@@ -77,32 +73,30 @@ pub fn run(config: Config) -> Result<(), RunError> {
         .iter()
         .map(open_source)
         .collect::<Result<Vec<_>, _>>()?;
+    let helper = HelperProcess::start(&config).map_err(RunError::Helper)?;
+    let helper = helper.map(Arc::new);
     let host = Host::new()?;
     let mut uplinks = Uplinks::default();
-    let net_devices = config
-        .devices
-        .iter()
-        .map(|device| {
-            Ok((
-                device.clone(),
-                host.create_net_device(device, &mut uplinks)?,
-            ))
-        })
-        .collect::<Result<Vec<_>, RunError>>()?;
+    let net_devices = host.create_net_devices(&config, &mut uplinks)?;
     let devices = net_devices
         .iter()
         .map(|(config, created)| (config.clone(), Arc::clone(&created.net_device)));
-    let devices = Arc::new(DeviceRegistry(devices.collect()));
+    let devices = Arc::new(DeviceRegistry {
+        devices: devices.collect(),
+        helper: helper.clone(),
+    });
     let control = config
         .control
         .as_ref()
         .map(|socket| start_control(socket, &devices))
         .transpose()?;
+    // From here on nothing is opened that needs a right of this process.
+    sandbox::confine_process()?;
     protect_threads()?;
     let stop = create_stop()?;
     let mut helper_threads = start_host_port_forwarders(&uplinks, &stop)?;
     let followed = devices
-        .0
+        .devices
         .iter()
         .map(|(_, net_device)| Arc::clone(net_device));
     let placer = placement_monitor::start(followed.collect(), host.cpus, Arc::clone(&stop));
@@ -115,7 +109,7 @@ pub fn run(config: Config) -> Result<(), RunError> {
         log_start(&device.name, &summary, control.as_ref());
     }
     let device_threads = start_devices(&devices, sources, &stop, &signals.handle())?;
-    wait_for_end(&mut signals)?;
+    wait_for_end(&mut signals, helper.as_deref())?;
     // The eventfd is never read, so it stays readable for every thread.
     let _ = rustix::io::write(&*stop, &1u64.to_ne_bytes());
     let ended = end_threads(&host.pool, control, device_threads, helper_threads);
@@ -162,7 +156,7 @@ fn start_control(
         group: socket.group.clone(),
     };
     ControlServer::start(&socket.path, &access, Arc::clone(devices) as _, || {
-        sandbox::confine_thread(ThreadKind::Control);
+        sandbox::confine_early_thread(ThreadKind::Control);
     })
 }
 
@@ -183,16 +177,25 @@ fn take_signals() -> Result<(), RunError> {
 }
 
 fn handled_signals() -> SigSet {
-    let signals = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
+    let signals = [
+        Signal::SIGTERM,
+        Signal::SIGINT,
+        Signal::SIGHUP,
+        Signal::SIGCHLD,
+    ];
     signals.into_iter().collect()
 }
 
 /// Returns when a signal requests the end of the program, or when the signals' handle was closed.
 /// Until then the main thread has nothing else to do, so it confines itself.
-fn wait_for_end(signals: &mut Signals) -> Result<(), RunError> {
+fn wait_for_end(signals: &mut Signals, helper: Option<&HelperProcess>) -> Result<(), RunError> {
     take_signals()?;
     sandbox::confine_main();
     for signal in signals.forever() {
+        if signal == SIGCHLD {
+            helper.inspect(|helper| helper.check());
+            continue;
+        }
         if signal == SIGHUP {
             tracing::info!(
                 "SIGHUP ignored, because this version cannot reload its configuration; restart virtionetd to apply a change"
@@ -211,75 +214,6 @@ fn log_start(device: &str, summary: &str, control: Option<&ControlServer>) {
         |control| format!("control {}", control.path().display()),
     );
     tracing::info!("{device}: {summary}, {control}, waiting for a front-end");
-}
-
-/// The state that all devices of the process share.
-struct Host {
-    cpus: Arc<HostCpus>,
-    irq_manager: Arc<IrqAffinityManager>,
-    pool: Arc<WorkerPool>,
-}
-
-/// A device, and the objects that were created with it.
-struct CreatedDevice {
-    net_device: Arc<NetDevice>,
-    uplink_summary: String,
-}
-
-impl Host {
-    fn new() -> Result<Self, RunError> {
-        Ok(Self {
-            cpus: Arc::new(HostCpus::read()?),
-            irq_manager: Arc::new(IrqAffinityManager::with_irqbalance()),
-            pool: Arc::default(),
-        })
-    }
-
-    /// Creates a device. Its uplink is opened now, so that an error is reported at the start.
-    fn create_net_device(
-        &self,
-        device: &DeviceConfig,
-        uplinks: &mut Uplinks,
-    ) -> Result<CreatedDevice, RunError> {
-        let mode = device.placement.clone();
-        let planner = PlacementPlanner::new(mode, self.cpus.allowed(), device.qmp.clone())
-            .map_err(|source| RunError::Usage {
-                device: device.name.clone(),
-                source,
-            })?
-            .with_polling(device.poll != PollMode::Off);
-        let opened = uplinks
-            .open(&device.name, &device.uplink)
-            .map_err(|source| RunError::Uplink {
-                device: device.name.clone(),
-                source,
-            })?;
-        let socket = match &device.socket {
-            Socket::Listen { path, .. } | Socket::Connect { path } => Some(path.clone()),
-            Socket::Inherited(_) => None,
-        };
-        let interrupts = Interrupts::new(
-            &device.name,
-            device.irq_affinity,
-            Arc::clone(&self.irq_manager),
-        );
-        let net_device = NetDevice::new(
-            &device.name,
-            device.queues.max(),
-            opened.uplink,
-            Placer::new(&device.name, planner, Arc::clone(&self.cpus)),
-            device.poll,
-            Arc::clone(&self.pool),
-        )
-        .with(
-            interrupts,
-            Adviser::new(&device.name, device.qmp.clone(), socket),
-        );
-        Ok(CreatedDevice {
-            net_device: Arc::new(net_device),
-            uplink_summary: opened.summary,
-        })
-    }
 }
 
 /// Bounds what guests and front-ends can do to the threads of this process.
@@ -320,10 +254,10 @@ fn start_devices(
     stop: &Arc<OwnedFd>,
     main: &Handle,
 ) -> Result<Vec<DeviceThread>, RunError> {
-    let is_only_device = devices.0.len() == 1;
-    let running_devices = Arc::new(AtomicUsize::new(devices.0.len()));
+    let is_only_device = devices.devices.len() == 1;
+    let running_devices = Arc::new(AtomicUsize::new(devices.devices.len()));
     let mut threads = Vec::new();
-    for ((_, net_device), source) in devices.0.iter().zip(sources) {
+    for ((_, net_device), source) in devices.devices.iter().zip(sources) {
         let (net_device, stop, main) = (Arc::clone(net_device), Arc::clone(stop), main.clone());
         let name = net_device.name().to_owned();
         let running_devices = Arc::clone(&running_devices);

@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 /// Reads the CPU's time-stamp counter, by which work is measured. A read costs a few dozen cycles.
 /// The counter runs at a constant rate on every CPU that can run guests.
@@ -31,6 +32,21 @@ pub fn limit_malloc_arenas() {
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
     }
+}
+
+/// Closes all descriptors of this process above `last`, which it inherited and knows nothing of.
+/// Before Linux 5.9 they stay open.
+pub fn close_all_above(last: BorrowedFd<'_>) {
+    let first = libc::c_long::from(last.as_raw_fd()) + 1;
+    // SAFETY: takes three integers. The caller has opened none of these descriptors.
+    unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            first,
+            libc::c_long::from(u32::MAX),
+            0,
+        )
+    };
 }
 
 /// The signal that interrupts a blocked write. Nothing else in this process uses it.

@@ -433,7 +433,7 @@ fn command_that_is_pasted_into_a_shell_has_the_planned_words() {
 
 fn config(words: &[String]) -> Config {
     match cli::parse(words.iter().map(Into::into)) {
-        Ok(Command::Serve(config)) => config,
+        Ok(Command::Serve(config)) => *config,
         other => panic!("{words:?}: {other:?}"),
     }
 }

@@ -215,6 +215,8 @@ const CONTROL: &[Call] = calls![
     shutdown: SYS_shutdown,
     getsockopt: SYS_getsockopt,
     sched_getaffinity: SYS_sched_getaffinity,
+    geteuid: SYS_geteuid,
+    capget: SYS_capget,
 ];
 
 /// Waiting for signals, ending the other threads.
@@ -223,10 +225,29 @@ const MAIN: &[Call] = calls![
     sendto: SYS_sendto,
     ioctl: SYS_ioctl(Arguments::OneOf(1, &[TUNSETQUEUE])),
     fcntl: SYS_fcntl(FCNTL),
+    // The helper, when it ends.
+    wait4: SYS_wait4,
+    waitid: SYS_waitid,
 ];
 
 /// Unknown descriptors of front-ends, which may be sockets.
 const CLOSER: &[Call] = calls![setsockopt: SYS_setsockopt, fcntl: SYS_fcntl(FCNTL)];
+
+/// Asking the helper.
+const ASK_HELPER: &[Call] = calls![sendmsg: SYS_sendmsg, recvmsg: SYS_recvmsg];
+
+/// Answering the daemon: opening queues of TAPs, changing interfaces, writing CPU masks,
+/// connecting.
+const HELPER: &[Call] = calls![
+    fstat: SYS_fstat,
+    newfstatat: SYS_newfstatat,
+    socket: SYS_socket(Arguments::OneOf(0, &[AF_UNIX, AF_NETLINK])),
+    connect: SYS_connect,
+    ioctl: SYS_ioctl(Arguments::OneOf(1, &[request(libc::TUNSETIFF), FIONBIO])),
+    openat: SYS_openat,
+    fcntl: SYS_fcntl(FCNTL),
+    getrandom: SYS_getrandom,
+];
 
 const WATCHDOG: &[Call] = calls![membarrier: SYS_membarrier];
 
@@ -350,6 +371,7 @@ const TUN_IOCTLS: Arguments = Arguments::OneOf(
 const TUNSETQUEUE: u32 = request(libc::TUNSETQUEUE);
 const FIONBIO: u32 = request(libc::FIONBIO);
 const AF_UNIX: u32 = bits(libc::AF_UNIX);
+const AF_NETLINK: u32 = bits(libc::AF_NETLINK);
 const PR_SET_NAME: u32 = bits(libc::PR_SET_NAME);
 const PR_CAP_AMBIENT: u32 = bits(libc::PR_CAP_AMBIENT);
 const SIGABRT: u32 = bits(libc::SIGABRT);
@@ -374,6 +396,7 @@ pub(crate) fn of_kind(kind: ThreadKind) -> Vec<Call> {
             RUNTIME,
             START_THREADS,
             MAIN,
+            ASK_HELPER,
             UNLINK,
             UNLINK_X86,
             POLL,
@@ -404,6 +427,7 @@ pub(crate) fn of_kind(kind: ThreadKind) -> Vec<Call> {
             POLL,
             POLL_X86,
             PLACER,
+            ASK_HELPER,
         ],
         ThreadKind::Qmp => &[
             RUNTIME,
@@ -413,11 +437,13 @@ pub(crate) fn of_kind(kind: ThreadKind) -> Vec<Call> {
             POLL,
             POLL_X86,
             SCHED_GETAFFINITY,
+            ASK_HELPER,
         ],
         ThreadKind::Control => &[RUNTIME, EPOLL_WAIT, READ_FILES, READ_FILES_X86, CONTROL],
         ThreadKind::Log => &[RUNTIME],
         ThreadKind::Closer => &[RUNTIME, CLOSER],
         ThreadKind::Watchdog => &[RUNTIME, WATCHDOG],
+        ThreadKind::Helper => &[RUNTIME, ASK_HELPER, HELPER],
     };
     groups.concat()
 }
@@ -445,7 +471,7 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_has_at_most_thirty_calls() {
+    fn worker_has_at_most_thirty_calls() {
         let names = names(ThreadKind::Worker);
         assert!(names.len() <= 30, "{}: {names:?}", names.len());
     }
@@ -462,7 +488,7 @@ mod tests {
 
     #[test]
     #[cfg(target_arch = "x86_64")]
-    fn the_table_in_the_documentation_is_that_of_the_lists() {
+    fn table_in_the_documentation_is_that_of_the_lists() {
         let page = include_str!("../../../docs/sandbox.md");
         let expected = documented_table();
         assert!(

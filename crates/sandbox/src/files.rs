@@ -78,6 +78,11 @@ fn files_of(kind: ThreadKind, rules: &FileRules) -> Option<Vec<(PathBuf, FileUse
             }
         }
         ThreadKind::Control => add(&["/proc", "/sys"], FileUse::Read),
+        ThreadKind::Helper => {
+            if rules.writes_interrupts {
+                add(&["/proc/irq", "/sys/devices"], FileUse::Write);
+            }
+        }
         ThreadKind::Main
         | ThreadKind::Worker
         | ThreadKind::SwitchForwarder
@@ -156,6 +161,7 @@ mod tests {
                 ThreadKind::Main => &["/run/vnet"],
                 ThreadKind::Session => &["/dev/net/tun", "/proc/irq", "/sys/devices", "/run/vnet"],
                 ThreadKind::Placer => &["/dev/net/tun", "/proc/irq", "/sys/devices"],
+                ThreadKind::Helper => &["/proc/irq", "/sys/devices"],
                 _ => &[],
             };
             let expected: Vec<PathBuf> = expected.iter().map(PathBuf::from).collect();

@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn a_call_that_is_also_listed_with_any_arguments_has_no_condition() {
+    fn call_that_is_also_listed_with_any_arguments_has_no_condition() {
         let any = Call::new("read", libc::SYS_read, Arguments::Any);
         let some = Call::new("read", libc::SYS_read, Arguments::OneOf(0, &[1]));
         let compile = |list: &[Call]| {

@@ -7,7 +7,9 @@
 //! |---|---|---|
 //! | system calls and their arguments | a seccomp filter for each [`ThreadKind`] | [`calls`] |
 //! | files | Landlock rules, where the kernel has Landlock | [`files`] |
-//! | capabilities | those that the kind needs remain | [`capabilities`] |
+//! | capabilities | none remain, but to the helper | [`capabilities`] |
+//! | user and groups | those that are configured | [`Identity`] |
+//! | mounts, System V IPC | namespaces of its own, where allowed | [`namespaces`] |
 //! | new privileges by executing a program, core dumps | `no_new_privs`, not dumpable | [`Sandbox::confine_process`] |
 //!
 //! # Order
@@ -15,8 +17,9 @@
 //! All of it belongs to a thread, and a new thread inherits it from the thread that starts it. A
 //! restriction can be added and never taken back. So a program
 //!
-//! 1. calls [`Sandbox::confine_process`] in its only thread, before it starts another one;
-//! 2. opens what it needs in its main thread, which is not confined further meanwhile;
+//! 1. opens what it needs, and reads nothing that others control meanwhile;
+//! 2. calls [`Identity::assume`] and [`Sandbox::confine_process`] in its main thread, from which
+//!    all other threads inherit them; a thread that was started before calls them itself;
 //! 3. calls [`Sandbox::confine_thread`] as the first act of every thread, with the thread's kind;
 //! 4. calls it in the main thread as well, once all others are started.
 //!
@@ -35,6 +38,8 @@ pub mod calls;
 pub mod capabilities;
 pub mod files;
 mod filter;
+mod identity;
+pub mod namespaces;
 mod sys;
 mod thread_kind;
 
@@ -45,6 +50,7 @@ use rustix::thread::set_no_new_privs;
 use seccompiler::BpfProgram;
 
 pub use files::{FileRules, LandlockState};
+pub use identity::Identity;
 pub use thread_kind::ThreadKind;
 
 /// What happens to a call that a thread may not make.
@@ -90,8 +96,8 @@ impl Sandbox {
         self.enforcement
     }
 
-    /// Restricts the calling thread, which must be the only one of the process, in what no thread
-    /// of the process ever does.
+    /// Restricts the calling thread, and those that it will start, in what no thread of the process
+    /// does from then on.
     ///
     /// # Errors
     /// When the kernel has no seccomp filters, or refuses them.

@@ -29,11 +29,14 @@ pub enum ThreadKind {
     Closer,
     /// Interrupts writes that block.
     Watchdog,
+    /// The only thread but `log` of the helper, a process that keeps capabilities and uses them for
+    /// the others.
+    Helper,
 }
 
 impl ThreadKind {
     /// All kinds.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Main,
         Self::Session,
         Self::Worker,
@@ -44,6 +47,7 @@ impl ThreadKind {
         Self::Log,
         Self::Closer,
         Self::Watchdog,
+        Self::Helper,
     ];
 
     /// The system calls that it may make.
@@ -67,18 +71,12 @@ impl ThreadKind {
     ///
     /// CAP_NET_ADMIN opens queues of a TAP, makes a TAP again that was deleted, sets its MTU, and
     /// writes steering masks. CAP_DAC_OVERRIDE reaches sockets in directories of other users, such
-    /// as libvirt's.
+    /// as libvirt's. Only the helper keeps them.
     #[must_use]
     pub fn capabilities(self) -> CapabilitySet {
         match self {
-            Self::Session | Self::Placer => CapabilitySet::NET_ADMIN | CapabilitySet::DAC_OVERRIDE,
-            Self::Main | Self::Qmp => CapabilitySet::DAC_OVERRIDE,
-            Self::Worker
-            | Self::SwitchForwarder
-            | Self::Control
-            | Self::Log
-            | Self::Closer
-            | Self::Watchdog => CapabilitySet::empty(),
+            Self::Helper => CapabilitySet::NET_ADMIN | CapabilitySet::DAC_OVERRIDE,
+            _ => CapabilitySet::empty(),
         }
     }
 }
@@ -96,6 +94,7 @@ impl fmt::Display for ThreadKind {
             Self::Log => "log",
             Self::Closer => "closer",
             Self::Watchdog => "watchdog",
+            Self::Helper => "helper",
         })
     }
 }

@@ -12,6 +12,8 @@ use virtionet_guest::test_frontend::TestFrontend;
 use virtionet_uplink::null::Null;
 use virtionet_vhost_user::{Backend, VringState};
 
+use virtionet_config::{PollMode, Socket};
+
 use super::*;
 use crate::panic_policy::contained_panics;
 use crate::testing::{
