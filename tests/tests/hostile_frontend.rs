@@ -5,6 +5,7 @@
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -62,7 +63,7 @@ impl Devices {
                 return report;
             }
             assert!(Instant::now() < deadline, "not {state}: {report}");
-            std::thread::sleep(Duration::from_millis(20));
+            sleep(Duration::from_millis(20));
         }
     }
 
@@ -324,11 +325,14 @@ fn second_front_end_is_refused_and_one_that_comes_after_the_first_is_served() {
     second.set_read_timeout(Some(TIMEOUT)).unwrap();
     let read = std::io::Read::read(&mut &second, &mut [0]);
     assert_eq!(read.unwrap(), 0, "the second connection is closed");
+    // Another thread writes the log.
+    let expected = "connected while a front-end is being served";
+    let deadline = Instant::now() + TIMEOUT;
+    while !devices.daemon.stderr().contains(expected) && Instant::now() < deadline {
+        sleep(Duration::from_millis(10));
+    }
     let log = devices.daemon.stderr();
-    assert!(
-        log.contains("connected while a front-end is being served"),
-        "{log}"
-    );
+    assert!(log.contains(expected), "{log}");
     // At once, at the first try.
     drop(first);
     devices.connect(0);
