@@ -24,6 +24,8 @@ pub enum Group {
     Turn,
     /// A device beside an attacked one, against an unrelated load of the same CPU time
     Isolation,
+    /// A frame with the sandbox, against one without it
+    Sandbox,
 }
 
 impl Group {
@@ -40,6 +42,7 @@ impl Group {
             Self::Queues => "queues",
             Self::Turn => "turn",
             Self::Isolation => "isolation",
+            Self::Sandbox => "sandbox",
         }
     }
 
@@ -64,6 +67,7 @@ impl Group {
             Self::Isolation => {
                 "A device beside an attacked one, and beside an equal load of its CPUs"
             }
+            Self::Sandbox => "A frame from the guest with the sandbox, and without it",
         }
     }
 }

@@ -1,9 +1,10 @@
 //! Measures virtionetd and its parts side by side with other implementations, in one run.
 //!
 //! [`groups`] lists the groups of cases. Each group ([`ring`], [`tap`], [`peers`], [`footprint`],
-//! [`iperf`], [`guests`], [`queues`], [`turn`], [`isolation`]) returns an [`outcome`]: rows of our
-//! figures and of those of the other implementation, the peer, measured in turns ([`sampling`]).
-//! [`meta`] describes the machine and the versions. [`table`] and [`chart`] present the results.
+//! [`iperf`], [`guests`], [`queues`], [`turn`], [`isolation`], [`sandbox`]) returns an [`outcome`]:
+//! rows of our figures and of those of the other implementation, the peer, measured in turns
+//! ([`sampling`]). [`meta`] describes the machine and the versions. [`table`] and [`chart`] present
+//! the results.
 //!
 //! [`instructions`] counts the instructions of the data path instead of measuring time. It compares
 //! them with committed figures instead of a peer.
@@ -23,6 +24,7 @@ pub mod peers;
 pub mod queues;
 pub mod ring;
 pub mod sampling;
+pub mod sandbox;
 pub mod table;
 pub mod tap;
 pub mod turn;

@@ -5,7 +5,7 @@ use anyhow::Result;
 use crate::groups::Group;
 use crate::outcome::GroupResult;
 use crate::sampling::Effort;
-use crate::{footprint, guests, iperf, isolation, peers, queues, ring, tap, turn};
+use crate::{footprint, guests, iperf, isolation, peers, queues, ring, sandbox, tap, turn};
 
 /// Measures `group`. `queue_pairs` are the numbers of queue pairs that [`Group::Queues`] compares
 /// with one queue pair.
@@ -23,5 +23,6 @@ pub fn measure(group: Group, effort: Effort, queue_pairs: &[u16]) -> Result<Grou
         Group::Queues => queues::run(effort, queue_pairs),
         Group::Turn => turn::run(effort),
         Group::Isolation => isolation::run(effort),
+        Group::Sandbox => sandbox::run(effort),
     }
 }

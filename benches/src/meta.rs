@@ -114,7 +114,7 @@ fn versions(group: Group) -> Result<BTreeMap<&'static str, String>> {
                 versions.insert("sockperf", version.to_owned());
             }
         }
-        Group::Tap | Group::Footprint | Group::Turn | Group::Isolation => {}
+        Group::Tap | Group::Footprint | Group::Turn | Group::Isolation | Group::Sandbox => {}
     }
     Ok(versions)
 }
