@@ -195,7 +195,147 @@ fn vectors_advice(usage: QueueUsage, net_device: &QemuNetDevice) -> Option<Strin
 
 #[cfg(test)]
 mod tests {
+    use std::io::{BufRead, BufReader, Write};
+    use std::os::unix::net::{UnixListener, UnixStream};
+    use std::sync::atomic::{AtomicU32, Ordering};
+
     use super::*;
+    use crate::testing::{wait_until, with_log};
+
+    /// A QEMU monitor on a socket, which is removed when the value is dropped.
+    struct Monitor {
+        path: PathBuf,
+        listener: UnixListener,
+    }
+
+    impl Monitor {
+        fn new() -> Self {
+            static NUMBER: AtomicU32 = AtomicU32::new(0);
+            let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+            let name = format!("virtionetd-{}-{number}.qmp", std::process::id());
+            let path = std::env::temp_dir().join(name);
+            let listener = UnixListener::bind(&path).unwrap();
+            Self { path, listener }
+        }
+
+        /// The advice for a guest whose QEMU has this monitor.
+        fn adviser(&self) -> Adviser {
+            let socket = Some("/run/vnet.sock".into());
+            Adviser::new("vnet", Some(self.path.clone()), socket)
+        }
+
+        fn accept(&self) -> UnixStream {
+            self.listener.accept().unwrap().0
+        }
+    }
+
+    impl Drop for Monitor {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+
+    /// Answers on `stream` as QEMU does that has one network device, with this many vectors.
+    fn answer(mut stream: &UnixStream, vectors: u32) {
+        let devices = r#"[{"name": "nic", "type": "child<virtio-net-pci>"}]"#;
+        let vectors = vectors.to_string();
+        stream.write_all(b"{\"QMP\": {}}\r\n").unwrap();
+        for request in BufReader::new(stream).lines().map_while(Result::ok) {
+            let answers = [
+                (r#""qmp_capabilities""#, "qmp_capabilities", "{}"),
+                (r#""/machine/peripheral""#, "qom-list", devices),
+                (r#""/machine/peripheral-anon""#, "qom-list", "[]"),
+                (r#""netdev""#, "qom-get", r#""net0""#),
+                (r#""vectors""#, "qom-get", &vectors),
+                (r#""mq""#, "qom-get", "true"),
+            ];
+            let matching = answers.iter().find(|(part, ..)| request.contains(part));
+            let (_, id, value) = matching.unwrap();
+            let line = format!("{{\"return\": {value}, \"id\": \"{id}\"}}\r\n");
+            stream.write_all(line.as_bytes()).unwrap();
+        }
+    }
+
+    fn wait_for_answer(adviser: &Adviser) {
+        wait_until("the query has ended", || !adviser.state.lock().is_querying);
+    }
+
+    #[test]
+    fn vectors_that_qemu_names_lead_to_advice_and_qemu_is_asked_only_once() {
+        let monitor = Monitor::new();
+        let adviser = monitor.adviser();
+        let (start, all) = (Instant::now(), Some(usage(4, 4, Some(4))));
+        adviser.update(|| all, start);
+        adviser.update(|| all, start + MIN_STABLE);
+        answer(&monitor.accept(), 3);
+        wait_for_answer(&adviser);
+        assert_eq!(adviser.current(), [""; 0], "it comes with the next update");
+        let ((), log) = with_log(|| adviser.update(|| all, start + 2 * MIN_STABLE));
+        let text =
+            "the guest's network device (netdev net0) has 3 interrupt vectors for 4 queue pairs";
+        let advice = adviser.current();
+        assert!(
+            advice.len() == 1 && advice[0].starts_with(text),
+            "{advice:?}"
+        );
+        assert!(
+            log.contains(&format!("WARN virtionetd::advice: vnet: {text}")),
+            "{log}"
+        );
+        adviser.update(|| all, start + 3 * MIN_STABLE);
+        assert!(!adviser.state.lock().is_querying);
+        assert_eq!(adviser.current(), advice);
+        // The next front-end may be another QEMU.
+        adviser.reset();
+        assert_eq!(adviser.current(), [""; 0]);
+        adviser.update(|| all, start + 4 * MIN_STABLE);
+        adviser.update(|| all, start + 5 * MIN_STABLE);
+        answer(&monitor.accept(), 10);
+        wait_for_answer(&adviser);
+        adviser.update(|| all, start + 6 * MIN_STABLE);
+        assert_eq!(adviser.current(), [""; 0], "it has enough vectors");
+    }
+
+    #[test]
+    fn monitor_that_does_not_answer_is_asked_three_times() {
+        let monitor = Monitor::new();
+        let adviser = monitor.adviser();
+        let (start, few) = (Instant::now(), Some(usage(1, 4, None)));
+        adviser.update(|| few, start);
+        for turn in 1..=MAX_QMP_ATTEMPTS {
+            adviser.update(|| few, start + turn * MIN_STABLE);
+            drop(monitor.accept());
+            wait_for_answer(&adviser);
+        }
+        adviser.update(|| few, start + 4 * MIN_STABLE);
+        assert!(!adviser.state.lock().is_querying);
+        monitor.listener.set_nonblocking(true).unwrap();
+        assert!(monitor.listener.accept().is_err());
+        // The other advice does not need a monitor.
+        assert_eq!(adviser.current().len(), 1);
+    }
+
+    #[test]
+    fn answer_that_comes_after_the_front_end_has_gone_is_not_used() {
+        let monitor = Monitor::new();
+        let adviser = monitor.adviser();
+        let (start, all) = (Instant::now(), Some(usage(4, 4, Some(4))));
+        adviser.update(|| all, start);
+        adviser.update(|| all, start + MIN_STABLE);
+        let query = monitor.accept();
+        // QEMU is not asked again while it is being asked.
+        adviser.update(|| all, start + 2 * MIN_STABLE);
+        adviser.reset();
+        answer(&query, 3);
+        wait_for_answer(&adviser);
+        adviser.update(|| all, start + 3 * MIN_STABLE);
+        adviser.update(|| all, start + 4 * MIN_STABLE);
+        assert_eq!(adviser.current(), [""; 0]);
+        answer(&monitor.accept(), 10);
+        wait_for_answer(&adviser);
+        adviser.update(|| all, start + 5 * MIN_STABLE);
+        assert_eq!(adviser.current(), [""; 0]);
+    }
 
     fn usage(enabled: u16, offered: u16, vcpus: Option<u16>) -> QueueUsage {
         QueueUsage {
