@@ -346,6 +346,36 @@ fn accept_goes_on_when_another_thread_took_the_client() {
     });
 }
 
+/// Of all that wake up for a client, one gets it, and `accept4` fails with EAGAIN for the others.
+#[test]
+fn accept_waits_on_when_others_take_every_client() {
+    const CLIENTS: u32 = 300;
+    let directory = Directory::new();
+    let socket = UnixListener::bind(directory.socket()).unwrap();
+    let (stop, stopped) = stop_pair();
+    let accepted = AtomicU32::new(0);
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            let (socket, stopped) = (socket.try_clone().unwrap(), stopped.as_fd());
+            let accepted = &accepted;
+            scope.spawn(move || {
+                let listener = Listener::new(socket.into(), None).unwrap();
+                while listener.accept(stopped).unwrap().is_some() {
+                    accepted.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        for _ in 0..CLIENTS {
+            let mut client = UnixStream::connect(directory.socket()).unwrap();
+            client.set_read_timeout(Some(TIMEOUT)).unwrap();
+            // The connection is closed once it was accepted.
+            assert_eq!(client.read(&mut [0]).unwrap(), 0);
+        }
+        stop.write(1).unwrap();
+    });
+    assert_eq!(accepted.into_inner(), CLIENTS);
+}
+
 #[test]
 fn errors_of_accept_are_told_apart() {
     let classes = |error: Errno| {
