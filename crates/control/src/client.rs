@@ -132,11 +132,14 @@ mod tests {
 
     /// The result of a client whose server sends `answer`, and the request that the server
     /// receives.
-    fn exchange_with(name: &str, answer: &str) -> (Result<Report, ClientError>, String) {
+    fn exchange_with(
+        name: &str,
+        answer: impl AsRef<[u8]>,
+    ) -> (Result<Report, ClientError>, String) {
         let path = std::env::temp_dir().join(format!("vnet-client-{name}-{}", std::process::id()));
         let _ = fs::remove_file(&path);
         let listener = UnixListener::bind(&path).unwrap();
-        let answer = answer.to_owned();
+        let answer = answer.as_ref().to_owned();
         let server = thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
             let mut request = String::new();
@@ -144,7 +147,7 @@ mod tests {
             while !request.ends_with("\r\n\r\n") {
                 assert_ne!(reader.read_line(&mut request).unwrap(), 0);
             }
-            stream.write_all(answer.as_bytes()).unwrap();
+            stream.write_all(&answer).unwrap();
             request
         });
         let result = devices(&path);
@@ -157,12 +160,27 @@ mod tests {
     fn report_is_read_from_the_answer() {
         let body = serde_json::to_string(&sample()).unwrap();
         let (report, request) =
-            exchange_with("ok", &format!("HTTP/1.0 200 OK\r\nx: y\r\n\r\n{body}"));
+            exchange_with("ok", format!("HTTP/1.0 200 OK\r\nx: y\r\n\r\n{body}"));
         assert!(
             request.starts_with("GET /v1/devices HTTP/1.0\r\n"),
             "{request}"
         );
         assert_eq!(serde_json::to_string(&report.unwrap()).unwrap(), body);
+    }
+
+    #[test]
+    fn answer_that_cannot_be_transferred_is_an_error() {
+        let error = exchange_with("bytes", b"HTTP/1.0 200 OK\r\n\r\n\xff").0;
+        let error = error.unwrap_err();
+        assert_eq!(error.code(), "control-transfer-failed");
+        assert!(error.to_string().contains("UTF-8"), "{error}");
+    }
+
+    /// The sample with a number in place of a worker's counters.
+    fn without_counters() -> String {
+        let mut report = serde_json::to_value(sample()).unwrap();
+        report["devices"][0]["pairs"][0]["worker_counters"] = 7.into();
+        report.to_string()
     }
 
     #[test]
@@ -176,6 +194,11 @@ mod tests {
             ),
             ("line", "HTTP/1.0\r\n\r\n{}", "its HTTP status is missing"),
             ("json", "HTTP/1.0 200 OK\r\n\r\n{\"version\": ", "EOF"),
+            (
+                "counters",
+                &format!("HTTP/1.0 200 OK\r\n\r\n{}", without_counters()),
+                "invalid type: integer `7`, expected a map from names to counts",
+            ),
         ] {
             let error = exchange_with(name, answer).0.unwrap_err();
             assert_eq!(error.code(), "control-answer-unreadable");

@@ -277,9 +277,14 @@ mod tests {
         }
     }
 
-    fn start(path: &Path) -> Result<ControlServer, String> {
+    fn start(path: &Path) -> Result<ControlServer, ControlError> {
         ControlServer::start(path, &owner_only(), Arc::new(Sample), || ())
-            .map_err(|error| error.to_string())
+    }
+
+    /// The code and the text of the error.
+    fn start_error(path: &Path) -> (&'static str, String) {
+        let error = start(path).unwrap_err();
+        (error.code(), error.to_string())
     }
 
     fn owner_only() -> SocketPermissions {
@@ -412,13 +417,11 @@ mod tests {
         assert!(dir.socket().exists());
 
         let server = start(&dir.socket()).unwrap();
-        assert_eq!(
-            start(&dir.socket()).unwrap_err(),
-            format!(
-                "control socket {} is in use by another process: choose another path for --control",
-                dir.socket().display()
-            )
+        let text = format!(
+            "control socket {} is in use by another process: choose another path for --control",
+            dir.socket().display()
         );
+        assert_eq!(start_error(&dir.socket()), ("control-socket-in-use", text));
         assert!(
             ask(server.path(), "GET /metrics")
                 .0
@@ -431,22 +434,33 @@ mod tests {
         let dir = Dir::new("file");
         fs::write(dir.socket(), "mine").unwrap();
         assert_eq!(
-            start(&dir.socket()).unwrap_err(),
-            format!(
-                "{} is in the way of the control socket and is no socket: remove it or choose \
+            start_error(&dir.socket()),
+            (
+                "control-path-not-a-socket",
+                format!(
+                    "{} is in the way of the control socket and is no socket: remove it or choose \
                  another path for --control",
-                dir.socket().display()
+                    dir.socket().display()
+                )
             )
         );
         assert_eq!(fs::read_to_string(dir.socket()).unwrap(), "mine");
 
         let nowhere = dir.0.join("none/control.sock");
-        let message = start(&nowhere).unwrap_err();
+        let (code, message) = start_error(&nowhere);
+        assert_eq!(code, "control-socket-not-created");
         assert!(
             message.starts_with(&format!(
                 "control socket {} cannot be created (",
                 nowhere.display()
             )),
+            "{message}"
+        );
+
+        let (code, message) = start_error(&dir.0.join("x".repeat(200)));
+        assert_eq!(code, "control-path-invalid");
+        assert!(
+            message.ends_with(": choose another path for --control"),
             "{message}"
         );
     }
