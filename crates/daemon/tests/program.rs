@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -20,6 +21,7 @@ use virtionet_control::v1::DeviceReport;
 use virtionet_guest::frame::{FrameSpec, Transport};
 use virtionet_guest::net::MODERN;
 use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
+use virtionet_placement::{allowed_cpus, set_thread_affinity};
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -262,6 +264,51 @@ fn inherited_connection_is_the_only_one_and_the_program_ends_with_it() {
     let (status, log) = program.end();
     assert_eq!(status, Some(0), "{log}");
     assert!(log.contains("inherited connection, "), "{log}");
+}
+
+/// A thread of this process with the name of a vCPU thread of QEMU. It ends with the sender.
+fn start_vcpu(index: u16) -> mpsc::Sender<()> {
+    let (end, ended) = mpsc::channel::<()>();
+    let (ready, is_ready) = mpsc::channel();
+    let thread = thread::Builder::new().name(format!("CPU {index}/KVM"));
+    let run = move || {
+        let cpu = allowed_cpus().unwrap().nth_cyclic(index.into());
+        set_thread_affinity(None, &cpu).unwrap();
+        ready.send(()).unwrap();
+        ended.recv().unwrap_err();
+    };
+    thread.spawn(run).unwrap();
+    is_ready.recv().unwrap();
+    end
+}
+
+#[test]
+fn vcpus_are_shared_among_the_queue_pairs_that_the_driver_uses() {
+    let directory = Directory::new("vcpus");
+    let control = directory.path("control");
+    let _vcpus = [0, 1].map(start_vcpu);
+    let program = Program::start(&[
+        directory.key("--socket-path", "vnet"),
+        directory.key("--control", "control"),
+        "--uplink=null".into(),
+        "--queues=2".into(),
+    ]);
+    let mut config = TestFrontendConfig::new(2, 64, MODERN);
+    config.connect_timeout = TIMEOUT;
+    let mut frontend = TestFrontend::connect(&directory.path("vnet"), &config).unwrap();
+    let vcpus = || -> Vec<Vec<u32>> {
+        let pairs = devices(&control).remove(0).pairs;
+        pairs.into_iter().map(|pair| pair.vcpus).collect()
+    };
+    wait_until("each queue pair has a vCPU", || vcpus() == [[0], [1]]);
+    frontend.enable(1, false).unwrap();
+    wait_until("the first queue pair has both vCPUs", || {
+        vcpus()[0] == [0, 1]
+    });
+    frontend.enable(1, true).unwrap();
+    wait_until("each queue pair has a vCPU", || vcpus() == [[0], [1]]);
+    drop(frontend);
+    assert_eq!(program.terminate().0, Some(0));
 }
 
 /// The thread of the process with this name.

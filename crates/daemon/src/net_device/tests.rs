@@ -358,7 +358,7 @@ fn front_end_that_leaves_before_it_uses_the_device_is_logged_with_the_likely_rea
 }
 
 #[test]
-fn interrupts_follow_the_workers_of_the_pairs_in_use() {
+fn interrupts_and_advice_follow_the_pairs_in_use() {
     let uplink = TestUplink::default();
     let net_device = net_device(3, uplink, PollMode::Off);
     assert_eq!(net_device.affinity_input(), None);
@@ -382,6 +382,19 @@ fn interrupts_follow_the_workers_of_the_pairs_in_use() {
         assert_eq!(input.workers, [CpuSet::default(), own]);
         assert_eq!(input.interface.queues, [1]);
         assert_eq!(net_device.queue_usage().unwrap().enabled, 1);
+        assert_eq!(net_device.advice(), [""; 0]);
+        // The guest leaves the queue pair idle for a while.
+        let later = Instant::now() + TIMEOUT;
+        for now in [Instant::now(), later] {
+            net_device.adviser.update(|| net_device.queue_usage(), now);
+        }
+        let advice = net_device.advice();
+        let text = "the guest uses 1 of its 2 queue pairs";
+        assert!(
+            advice.len() == 1 && advice[0].starts_with(text),
+            "{advice:?}"
+        );
     });
+    assert_eq!(net_device.advice(), [""; 0]);
     assert_eq!(net_device.affinity_input(), None);
 }
