@@ -42,8 +42,8 @@ pub struct ControlServer {
 
 impl ControlServer {
     /// Creates the socket at `path` with the mode and group of `access`, and starts a thread that
-    /// answers requests, once it has called `on_start`. A socket that no process listens on is replaced. The thread inherits the
-    /// caller's signal mask.
+    /// answers requests, once it has called `on_start`. A socket that no process listens on is
+    /// replaced. The thread inherits the caller's signal mask.
     ///
     /// # Errors
     /// When another process listens on `path`, or when the socket or the thread cannot be created.
