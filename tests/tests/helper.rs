@@ -90,8 +90,8 @@ fn helper_that_is_killed_is_reported_and_the_daemon_goes_on() {
     let _frontend = TestFrontend::connect(daemon.socket(), &config).unwrap();
     let exit = daemon.stop(Signal::SIGTERM).unwrap();
     assert!(exit.status.success(), "{}", exit.stderr);
-    let told = exit.stderr.matches("the helper ended (signal: 9").count();
-    assert_eq!(told, 1, "{}", exit.stderr);
+    let reports = exit.stderr.matches("the helper ended (signal: 9").count();
+    assert_eq!(reports, 1, "{}", exit.stderr);
 }
 
 #[test]

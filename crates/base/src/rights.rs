@@ -34,7 +34,7 @@ impl fmt::Display for LinkChange {
     }
 }
 
-/// Whoever carries out operations for this process. Every function returns the kernel's error,
+/// The helper, as the crates see it that need a right. Every function returns the kernel's error,
 /// EPERM where the configuration does not allow the operation, and `None` when there is no helper
 /// any more.
 pub trait Helper: fmt::Debug + Send + Sync {

@@ -15,18 +15,16 @@ pub(crate) fn sandbox_mode(process: &Settings) -> Result<SandboxMode, Problem> {
     let Some(value) = process.get(Key::SANDBOX) else {
         return Ok(SandboxMode::default());
     };
-    match &*value.text() {
-        "on" => Ok(SandboxMode::On),
-        "off" => Ok(SandboxMode::Off),
-        "log" => Ok(SandboxMode::Log),
-        other => Err(value.origin.problem(
+    let name = value.text();
+    SandboxMode::find(&name).ok_or_else(|| {
+        value.origin.problem(
             ProblemCode::ValueInvalid,
             format_args!(
                 "{} is not known: write on, off or log",
-                value.origin.set(Key::SANDBOX, other)
+                value.origin.set(Key::SANDBOX, &name)
             ),
-        )),
-    }
+        )
+    })
 }
 
 /// The user and the group of the process.

@@ -145,3 +145,23 @@ pub enum SandboxMode {
     /// It is not, but the kernel logs the system calls that would be refused.
     Log,
 }
+
+impl SandboxMode {
+    const ALL: [Self; 3] = [Self::On, Self::Off, Self::Log];
+
+    /// The value of `--sandbox`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::On => "on",
+            Self::Off => "off",
+            Self::Log => "log",
+        }
+    }
+
+    /// The mode of this name; `None` where there is none.
+    #[must_use]
+    pub fn find(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|mode| mode.name() == name)
+    }
+}

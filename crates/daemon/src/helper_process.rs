@@ -11,7 +11,7 @@ use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 
 use parking_lot::Mutex;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use rustix::thread::{CapabilitySet, capabilities, set_name};
+use rustix::thread::{capabilities, set_name};
 use virtionet_base::rights;
 use virtionet_config::uplink::{TapConfig, UplinkConfig};
 use virtionet_config::{Config, DeviceConfig, HelperConfig, SandboxMode, Socket};
@@ -57,7 +57,7 @@ impl HelperProcess {
             .arg0(PROCESS_NAME)
             .args([
                 ARGUMENT,
-                mode_name(config.sandbox),
+                config.sandbox.name(),
                 &config.verbosity.to_string(),
                 if writes_affinity(config) {
                     "affinity"
@@ -102,7 +102,7 @@ fn report_end(status: ExitStatus) {
 
 /// Whether this thread has a capability that the helper would keep.
 fn has_rights() -> bool {
-    let kept = CapabilitySet::NET_ADMIN | CapabilitySet::DAC_OVERRIDE;
+    let kept = ThreadKind::Helper.capabilities();
     capabilities(None).is_ok_and(|now| now.permitted.intersects(kept))
 }
 
@@ -146,24 +146,13 @@ fn device_rules(device: &DeviceConfig) -> Vec<Rule> {
     rules
 }
 
-fn mode_name(mode: SandboxMode) -> &'static str {
-    match mode {
-        SandboxMode::On => "on",
-        SandboxMode::Off => "off",
-        SandboxMode::Log => "log",
-    }
-}
-
 /// The program of the helper, whose arguments follow [`ARGUMENT`]. It ends with the daemon.
 pub fn run(arguments: &[String]) -> ExitCode {
     let [mode, verbosity, affinity] = arguments else {
-        logging::print_error("the helper is started by virtionetd itself, and not by hand");
-        return ExitCode::from(2);
+        return refuse();
     };
-    let mode = match mode.as_str() {
-        "on" => SandboxMode::On,
-        "log" => SandboxMode::Log,
-        _ => SandboxMode::Off,
+    let Some(mode) = SandboxMode::find(mode) else {
+        return refuse();
     };
     match serve(mode, verbosity.parse().unwrap_or(0), affinity == "affinity") {
         Ok(()) => ExitCode::SUCCESS,
@@ -174,6 +163,11 @@ pub fn run(arguments: &[String]) -> ExitCode {
     }
 }
 
+fn refuse() -> ExitCode {
+    logging::print_error("the helper is started by virtionetd itself, and not by hand");
+    ExitCode::from(2)
+}
+
 fn serve(mode: SandboxMode, verbosity: u8, affinity: bool) -> io::Result<()> {
     // Its file is called exe.
     let _ = set_name(c"virtionetd-help");
@@ -181,7 +175,7 @@ fn serve(mode: SandboxMode, verbosity: u8, affinity: bool) -> io::Result<()> {
     sys::close_all_above(io::stderr().as_fd());
     let socket: OwnedFd = io::stdin().as_fd().try_clone_to_owned()?;
     sandbox::prepare_helper(mode, affinity).map_err(io::Error::other)?;
-    logging::init(verbosity).map_err(io::Error::other)?;
+    logging::init(verbosity, sandbox::confine_log).map_err(io::Error::other)?;
     let Some(server) = take_rules(socket)? else {
         return Ok(());
     };

@@ -17,9 +17,6 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::time::{Duration, Instant};
 
 use tracing_subscriber::fmt::MakeWriter;
-use virtionet_sandbox::ThreadKind;
-
-use crate::sandbox;
 
 /// Number of lines that may wait for the output.
 const MAX_WAITING_LINES: usize = 1024;
@@ -43,18 +40,21 @@ enum Message {
 }
 
 impl LogWriter {
-    /// Starts the thread that writes to `output`. It ends with the last clone of the writer.
+    /// Starts the thread that writes to `output`, once it has called `on_start`. It ends with the last clone of the writer.
     ///
     /// # Errors
     /// When the kernel refuses a thread.
-    pub fn start(output: impl Write + Send + 'static) -> io::Result<Self> {
+    pub fn start(
+        output: impl Write + Send + 'static,
+        on_start: impl FnOnce() + Send + 'static,
+    ) -> io::Result<Self> {
         let (queue, messages) = sync_channel(MAX_WAITING_LINES);
         let dropped = Arc::new(AtomicU64::new(0));
         let counter = Arc::clone(&dropped);
         std::thread::Builder::new()
             .name("log".into())
             .spawn(move || {
-                sandbox::confine_early_thread(ThreadKind::Log);
+                on_start();
                 write_lines(&messages, output, &counter);
             })?;
         Ok(Self { queue, dropped })
@@ -148,7 +148,7 @@ mod tests {
     #[test]
     fn lines_arrive_in_their_order() {
         let (reader, output) = io::pipe().unwrap();
-        let log = LogWriter::start(output).unwrap();
+        let log = LogWriter::start(output, || ()).unwrap();
         for number in 0..10 {
             log.write_line(format!("{number}\n").into_bytes());
         }
@@ -161,7 +161,7 @@ mod tests {
     #[test]
     fn lines_to_a_full_disk_are_dropped_and_counted() {
         let full = OpenOptions::new().write(true).open("/dev/full").unwrap();
-        let log = LogWriter::start(full).unwrap();
+        let log = LogWriter::start(full, || ()).unwrap();
         (0..3).for_each(|_| log.write_line(b"lost\n".to_vec()));
         assert!(log.flush());
         assert_eq!(log.dropped(), 3);
@@ -171,7 +171,7 @@ mod tests {
     fn lines_to_a_pipe_without_reader_are_dropped_and_counted() {
         let (reader, output) = io::pipe().unwrap();
         drop(reader);
-        let log = LogWriter::start(output).unwrap();
+        let log = LogWriter::start(output, || ()).unwrap();
         log.write_line(b"lost\n".to_vec());
         assert!(log.flush());
         assert_eq!(log.dropped(), 1);
@@ -180,7 +180,7 @@ mod tests {
     #[test]
     fn reader_that_sleeps_blocks_neither_lines_nor_the_flush() {
         let (reader, output) = io::pipe().unwrap();
-        let log = LogWriter::start(output).unwrap();
+        let log = LogWriter::start(output, || ()).unwrap();
         let mut line = vec![b'x'; 1000];
         line.push(b'\n');
         let begin = Instant::now();

@@ -51,14 +51,14 @@ impl LogError {
 }
 
 /// Starts logging on stderr. `verbosity` counts `-v`: 0 is info, 1 debug, more trace; the
-/// environment's `RUST_LOG` overrides it.
+/// environment's `RUST_LOG` overrides it. The thread that writes the log calls `on_start` first.
 ///
 /// # Errors
 /// A filter in `RUST_LOG` that cannot be read; a thread that cannot start; a second call.
-pub fn init(verbosity: u8) -> Result<(), LogError> {
+pub fn init(verbosity: u8, on_start: impl FnOnce() + Send + 'static) -> Result<(), LogError> {
     let rust_log = env::var_os("RUST_LOG").map(|text| text.to_string_lossy().into_owned());
     let filter = filter(verbosity, rust_log.as_deref())?;
-    let writer = LogWriter::start(io::stderr()).map_err(LogError::Thread)?;
+    let writer = LogWriter::start(io::stderr(), on_start).map_err(LogError::Thread)?;
     let log = tracing_subscriber::fmt()
         .compact()
         .with_env_filter(filter)

@@ -28,7 +28,7 @@ fn main() -> ExitCode {
     if let Err(error) = supervisor::reserve_signals() {
         return exit(Err(error));
     }
-    if let Err(error) = logging::init(config.verbosity) {
+    if let Err(error) = logging::init(config.verbosity, sandbox::confine_log) {
         return exit(Err(error));
     }
     panic_policy::install();

@@ -122,6 +122,11 @@ pub fn confine_early_thread(kind: ThreadKind) {
     confine(kind);
 }
 
+/// Confines the thread that writes the log, which is started first.
+pub fn confine_log() {
+    confine_early_thread(ThreadKind::Log);
+}
+
 /// Confines the calling thread to what a thread of `kind` does. Where the kernel refuses that, the
 /// process ends: no thread may run without its sandbox.
 pub fn confine_thread(kind: ThreadKind) {

@@ -12,7 +12,7 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use virtionet_base::rights::{Helper, LinkChange};
 
 use crate::protocol::{Hello, Reply, Request, receive, send};
-use crate::rules::Rule;
+use crate::rule::Rule;
 
 /// How long one message may take to be sent, and a reply to arrive. The kernel carries out a
 /// request in less than a millisecond, unless it waits for another change of the network's

@@ -18,10 +18,13 @@
 
 mod client;
 mod protocol;
+mod raw_path;
+mod rule;
 mod rules;
 mod server;
 
 pub use client::Client;
 pub use protocol::Hello;
-pub use rules::{Rule, RuleError};
+pub use rule::Rule;
+pub use rules::RuleError;
 pub use server::{Server, take_rules};

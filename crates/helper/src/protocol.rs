@@ -1,13 +1,10 @@
 //! The messages between the daemon and the helper: JSON in one packet of a SOCK_SEQPACKET socket,
 //! with at most one descriptor. Both ends are the same program, so there are no versions.
 
-use std::ffi::OsStr;
 use std::fmt;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 use rustix::net::{
@@ -18,7 +15,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use virtionet_base::rights::LinkChange;
 
-use crate::rules::Rule;
+use crate::raw_path::RawPath;
+use crate::rule::Rule;
 
 /// The longest message. A path has 4,096 bytes at most, and each is a number of up to 4 characters.
 const MAX_MESSAGE_LEN: usize = 32 * 1024;
@@ -96,40 +94,6 @@ impl From<io::Error> for Reply {
         };
         let errno = error.raw_os_error().unwrap_or(other.raw_os_error());
         Self::Failed { errno }
-    }
-}
-
-/// A path, which need not be UTF-8.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub(crate) struct RawPath(Vec<u8>);
-
-impl RawPath {
-    pub(crate) fn as_path(&self) -> &Path {
-        Path::new(OsStr::from_bytes(&self.0))
-    }
-}
-
-impl From<&Path> for RawPath {
-    fn from(path: &Path) -> Self {
-        Self(path.as_os_str().as_bytes().to_vec())
-    }
-}
-
-impl From<PathBuf> for RawPath {
-    fn from(path: PathBuf) -> Self {
-        Self::from(path.as_path())
-    }
-}
-
-impl fmt::Display for RawPath {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.as_path().display())
-    }
-}
-
-impl fmt::Debug for RawPath {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Debug::fmt(self.as_path(), f)
     }
 }
 

@@ -4,37 +4,9 @@ use std::collections::BTreeSet;
 use std::path::{Component, Path, PathBuf};
 
 use glob::{MatchOptions, Pattern};
-use serde::{Deserialize, Serialize};
 
-use crate::protocol::{RawPath, Request};
-
-/// Something that the helper may do.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Rule {
-    /// Open queues of TAPs whose name matches this pattern, make them, set their MTU, and bring
-    /// them up. A `%d` in the name stands for the number that the kernel chooses.
-    Tap(String),
-    /// Make those TAPs ports of bridges whose name matches this pattern.
-    Bridge(String),
-    /// Connect to unix sockets whose path matches this pattern. Its `*` does not stand for `/`.
-    Socket(String),
-    /// Connect to the unix socket at exactly this path.
-    ExactSocket(ExactPath),
-    /// Write the CPU masks of interrupts and of network interfaces' queues.
-    Affinity,
-}
-
-/// The path of a socket.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ExactPath(RawPath);
-
-impl Rule {
-    /// The rule that allows connecting to the socket at `path`.
-    #[must_use]
-    pub fn socket_at(path: &Path) -> Self {
-        Self::ExactSocket(ExactPath(path.into()))
-    }
-}
+use crate::protocol::Request;
+use crate::rule::Rule;
 
 /// A pattern that cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,7 +42,7 @@ impl Rules {
             Rule::Tap(name) => self.taps.push(parse(&name)?),
             Rule::Bridge(name) => self.bridges.push(parse(&name)?),
             Rule::Socket(path) => self.sockets.push(parse(&path)?),
-            Rule::ExactSocket(ExactPath(path)) => {
+            Rule::ExactSocket(path) => {
                 self.socket_paths.insert(path.as_path().into());
             }
             Rule::Affinity => self.affinity = true,

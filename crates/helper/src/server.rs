@@ -9,7 +9,8 @@ use virtionet_base::{RateLimiter, unix_socket};
 use virtionet_placement::interrupts;
 use virtionet_uplink::tap;
 
-use crate::protocol::{Hello, RawPath, Reply, Request, receive, send};
+use crate::protocol::{Hello, Reply, Request, receive, send};
+use crate::raw_path::RawPath;
 use crate::rules::Rules;
 
 /// The device number of `/dev/net/tun` (Linux's devices.txt).

@@ -169,7 +169,7 @@ const UNLINK_X86: &[Call] = calls![unlink: SYS_unlink];
 #[cfg(not(target_arch = "x86_64"))]
 const UNLINK_X86: &[Call] = &[];
 
-/// Connecting to a unix socket, and talking to whoever listens there.
+/// Connecting to a unix socket, and exchanging messages on it.
 const UNIX_CLIENT: &[Call] = calls![
     socket: SYS_socket(Arguments::OneOf(0, &[AF_UNIX])),
     connect: SYS_connect,

@@ -30,7 +30,7 @@
 //!
 //! It fails with EPERM, as libraries expect it where a right is missing, and the thread continues.
 //! The calls in [`calls::never_used`] end the process instead: no library tries them, so that one
-//! of them means that somebody else's code runs. The kernel notes both in its log. In
+//! of them means that foreign code runs. The kernel notes both in its log. In
 //! [`Enforcement::Log`] a call is noted and carried out, and files and capabilities are not
 //! limited, because the kernel could not carry on there.
 
