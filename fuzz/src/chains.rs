@@ -166,6 +166,7 @@ impl<Q: Turn> DeviceUnderTest<Q> {
             features,
             memory,
             stats: Arc::new(VringStats::default()),
+            record: None,
         });
         Some(Self {
             queue: queue.ok()?,

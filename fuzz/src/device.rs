@@ -35,7 +35,7 @@ use crate::input::Input;
 /// `VRING_DESC_F_WRITE`.
 const WRITE: u16 = 2;
 /// Counters of a vring that count neither frames nor chains.
-const OTHER_COUNTERS: [&str; 14] = [
+const OTHER_COUNTERS: [&str; 15] = [
     "bytes",
     "bursts",
     "kicks",
@@ -47,6 +47,7 @@ const OTHER_COUNTERS: [&str; 14] = [
     "avail_index_jump",
     "chain_without_end",
     "base_corrected",
+    "base_implausible",
     "memory_lost",
     "panics",
     "quarantines",

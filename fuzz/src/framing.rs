@@ -299,6 +299,7 @@ impl Backend for FuzzDevice {
             features,
             memory: start.memory,
             stats: Arc::new(VringStats::default()),
+            record: None,
         };
         let queue = Queue::new(index, config)
             .map_err(|source| BackendError::VringConfig { index, source })?;

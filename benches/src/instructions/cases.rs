@@ -3,7 +3,7 @@
 use std::hint::black_box;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use virtionet_guest::driver::{Buf, DriverVirtqueue, DriverVirtqueueConfig};
 use virtionet_guest::frame::{Checksum, Frame, FrameSpec, Transport};
 use virtionet_guest::memory::GuestRam;
@@ -15,9 +15,11 @@ use virtionet_virtio_net::features::Features;
 use virtionet_virtio_net::header::VnetHeader;
 use virtionet_virtio_net::stats::VringStats;
 use virtionet_virtio_net::uplink::{MAX_BURST, RxSink, TxFrame, Uplink, UplinkQueue, null_rx_sink};
-use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue, TxQueue};
+use virtionet_virtio_net::{RxQueue, TxQueue};
 use virtionet_virtqueue::memory::GuestSlice;
-use virtionet_virtqueue::{Burst, Direction, Virtqueue, VirtqueueConfig, VirtqueueLayout};
+use virtionet_virtqueue::{Burst, Direction, Virtqueue, VirtqueueConfig};
+
+use super::setup::{create_device_queue, create_ram, virtqueue_layout};
 
 /// Size of every virtqueue.
 const QUEUE_SIZE: u16 = 256;
@@ -462,37 +464,4 @@ fn build_frame(len: usize) -> Result<Frame> {
         spec.gso_size = Some(1460);
     }
     Ok(spec.build(&vec![0x5a; len - headers])?)
-}
-
-/// Creates guest memory for a queue with this configuration.
-fn create_ram(config: &net::DriverQueueConfig) -> Result<GuestRam> {
-    let bytes = config.memory().next_multiple_of(4096);
-    Ok(GuestRam::new(bytes + (1 << 16))?)
-}
-
-/// Creates a device's queue on a driver's virtqueue.
-fn create_device_queue<Q: DeviceQueue>(
-    ram: &GuestRam,
-    driver: &DriverVirtqueue,
-    features: u64,
-    stats: &Arc<VringStats>,
-) -> Result<Q> {
-    Ok(Q::new(QueueConfig {
-        layout: virtqueue_layout(ram, driver)?,
-        base: driver.base(),
-        features: Features(features),
-        memory: Arc::new(ram.guest_memory()?),
-        stats: Arc::clone(stats),
-    })?)
-}
-
-fn virtqueue_layout(ram: &GuestRam, driver: &DriverVirtqueue) -> Result<VirtqueueLayout> {
-    let addresses = driver.addresses();
-    let user_addr = |addr| ram.user_addr(addr).context("the guest has no such address");
-    Ok(VirtqueueLayout {
-        size: driver.size(),
-        desc: user_addr(addresses.descriptors)?,
-        avail: user_addr(addresses.driver)?,
-        used: user_addr(addresses.device)?,
-    })
 }

@@ -18,6 +18,7 @@
 pub mod callgrind;
 pub mod cases;
 pub mod figures;
+mod setup;
 
 use anyhow::{Result, ensure};
 

@@ -120,6 +120,7 @@ pub(crate) fn create_device_queue<Q: DeviceQueue>(
         features: Features(FEATURES),
         memory: Arc::new(ram.guest_memory()?),
         stats: Arc::clone(stats),
+        record: None,
     };
     Ok(Q::new(config)?)
 }

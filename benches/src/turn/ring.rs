@@ -115,6 +115,7 @@ impl HostileRing {
             features: Features(features),
             memory: Arc::new(self.ram.guest_memory()?),
             stats: Arc::default(),
+            record: None,
         })
     }
 

@@ -21,7 +21,7 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 use crate::error::Error;
 use crate::frontend::{FrontendConnection, VHOST_USER_F_PROTOCOL_FEATURES};
 use crate::memory::GuestRam;
-use crate::net::{DriverQueueConfig, VringSetup};
+use crate::net::{DriverQueueConfig, PACKED, VringSetup};
 use crate::rx::DriverRxQueue;
 use crate::tx::DriverTxQueue;
 
@@ -287,8 +287,9 @@ impl TestFrontend {
         Ok(())
     }
 
-    /// Continues with another back-end process after the last one ended. The base of each vring is
-    /// derived from what the device has used, as QEMU does. The queue pairs must not be moved out.
+    /// Continues with another back-end process after the last one ended. The base of each split vring
+    /// is derived from what the device has used, and that of each packed one is the base of its last
+    /// start, as in QEMU. The queue pairs must not be moved out.
     ///
     /// # Errors
     /// As [`TestFrontend::connect`].
@@ -297,7 +298,9 @@ impl TestFrontend {
         connection: FrontendConnection,
         config: &TestFrontendConfig,
     ) -> Result<(), Error> {
-        self.read_bases();
+        if self.features & PACKED == 0 {
+            self.read_bases();
+        }
         self.connection = connection;
         let offered = negotiate(&mut self.connection, config)?;
         let lost = self.features & !offered;

@@ -158,5 +158,6 @@ fn device_queue<Q: DeviceQueue>(ram: &GuestRam, driver: &DriverQueue) -> Result<
         features: Features(MODERN),
         memory: Arc::new(ram.guest_memory()?),
         stats: Arc::default(),
+        record: None,
     })?)
 }

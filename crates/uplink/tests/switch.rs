@@ -165,6 +165,7 @@ fn queue_config(
         features: Features(features),
         memory: Arc::clone(memory),
         stats: Arc::default(),
+        record: None,
     }
 }
 

@@ -55,6 +55,12 @@ impl Features {
         self.has(net::VIRTIO_NET_F_MRG_RXBUF)
     }
 
+    /// Whether the virtqueues are packed (VIRTIO_F_RING_PACKED).
+    #[must_use]
+    pub fn has_packed_virtqueues(self) -> bool {
+        self.has(config::VIRTIO_F_RING_PACKED)
+    }
+
     /// The names of those features in the set that this device offers.
     #[must_use]
     pub fn names(self) -> Vec<&'static str> {

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use virtionet_virtqueue::memory::GuestMemory;
 use virtionet_virtqueue::{
-    Burst, ChainFault, Direction, Virtqueue, VirtqueueConfig, VirtqueueError, VirtqueueLayout,
+    Burst, ChainFault, CrashRecord, Direction, Virtqueue, VirtqueueConfig, VirtqueueError,
+    VirtqueueLayout,
 };
 
 use crate::features::Features;
@@ -27,6 +28,8 @@ pub struct QueueConfig {
     pub memory: Arc<GuestMemory>,
     /// The counters of the vring.
     pub stats: Arc<VringStats>,
+    /// Where the progress of a packed virtqueue is recorded, if it is.
+    pub record: Option<CrashRecord>,
 }
 
 /// The operations that TX and RX queues have in common.
@@ -53,6 +56,10 @@ pub trait DeviceQueue: Sized {
     /// Where the queue continues, if the base that it was started with was outdated
     /// ([`Virtqueue::corrected_base`]).
     fn corrected_base(&self) -> Option<u32>;
+
+    /// Whether the queue cannot continue where it was started, because its progress is lost
+    /// ([`Virtqueue::is_base_implausible`]).
+    fn is_base_implausible(&self) -> bool;
 
     /// The guest's memory.
     fn memory(&self) -> &GuestMemory;
@@ -87,8 +94,12 @@ impl Queue {
             indirect: features.has(VIRTIO_RING_F_INDIRECT_DESC),
             min_len: min_chain_len(direction, features),
         };
+        let mut virtqueue = Virtqueue::new(virtqueue, &config.memory)?;
+        if let Some(record) = config.record {
+            virtqueue = virtqueue.with_record(record, &config.memory);
+        }
         Ok(Self {
-            virtqueue: Virtqueue::new(virtqueue, &config.memory)?,
+            virtqueue,
             burst: Burst::new(config.memory),
             features,
             stats: config.stats,

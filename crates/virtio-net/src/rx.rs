@@ -98,6 +98,7 @@ pub struct RxOutcome {
 ///     features: Features(MODERN),
 ///     memory: Arc::new(ram.guest_memory()?),
 ///     stats: Arc::default(),
+///     record: None,
 /// })?;
 ///
 /// let mut bytes = [7; 60];
@@ -353,6 +354,10 @@ impl DeviceQueue for RxQueue {
 
     fn corrected_base(&self) -> Option<u32> {
         self.queue.virtqueue.corrected_base()
+    }
+
+    fn is_base_implausible(&self) -> bool {
+        self.queue.virtqueue.is_base_implausible()
     }
 
     fn memory(&self) -> &GuestMemory {

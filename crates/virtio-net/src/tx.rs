@@ -67,6 +67,7 @@ pub struct TxOutcome {
 ///     features: Features(MODERN),
 ///     memory: Arc::new(ram.guest_memory()?),
 ///     stats: Arc::default(),
+///     record: None,
 /// })?;
 ///
 /// let outcome = device.send(None)?;
@@ -156,6 +157,10 @@ impl DeviceQueue for TxQueue {
 
     fn corrected_base(&self) -> Option<u32> {
         self.queue.virtqueue.corrected_base()
+    }
+
+    fn is_base_implausible(&self) -> bool {
+        self.queue.virtqueue.is_base_implausible()
     }
 
     fn memory(&self) -> &GuestMemory {

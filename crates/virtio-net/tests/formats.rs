@@ -30,6 +30,7 @@ fn device(ram: &GuestRam, driver: &tx::DriverTxQueue, features: u64) -> TxQueue 
         features: Features(features),
         memory: Arc::new(ram.guest_memory().unwrap()),
         stats: Arc::new(VringStats::default()),
+        record: None,
     };
     TxQueue::new(config).unwrap()
 }

@@ -48,6 +48,7 @@ impl Fixture {
             features: Features(features),
             memory: Arc::new(ram.guest_memory().unwrap()),
             stats: Arc::clone(&stats),
+            record: None,
         };
         Self {
             device: TxQueue::new(config).unwrap(),

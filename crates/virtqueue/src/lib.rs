@@ -13,6 +13,7 @@ mod burst;
 mod chain;
 mod config;
 pub mod constants;
+mod crash_record;
 mod event;
 mod fault;
 pub mod memory;
@@ -28,5 +29,6 @@ pub use chain::Chain;
 pub use config::{
     Direction, MAX_CHAIN_SEGMENTS, MAX_QUEUE_SIZE, VirtqueueConfig, VirtqueueError, VirtqueueLayout,
 };
+pub use crash_record::CrashRecord;
 pub use fault::{ChainFault, VirtqueueFault};
 pub use virtqueue::Virtqueue;

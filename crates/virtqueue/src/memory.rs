@@ -31,6 +31,7 @@ mod segments;
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use vm_memory::{ByteValued, FileOffset, MmapRegion};
@@ -112,10 +113,23 @@ pub enum MemoryError {
     Unknown(u64, u64),
 }
 
+/// A place in a file, by the numbers that the kernel gives the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct FileIdentity {
+    /// The number of its file system.
+    pub(crate) device: u64,
+    /// Its number in the file system.
+    pub(crate) inode: u64,
+    /// The offset in bytes.
+    pub(crate) offset: u64,
+}
+
 /// One region of guest memory, mapped into this process.
 #[derive(Debug)]
 pub struct MappedRegion {
     spec: RegionSpec,
+    /// Where it begins in its file.
+    file: FileIdentity,
     /// Before the mapping, because fields are dropped in their order.
     tracked: TrackedRegion,
     mapping: MmapRegion,
@@ -142,7 +156,13 @@ impl MappedRegion {
         spec.guest_addr.checked_add(spec.size).ok_or_else(wraps)?;
         spec.user_addr.checked_add(spec.size).ok_or_else(wraps)?;
         let needed = spec.file_offset.checked_add(spec.size).ok_or_else(wraps)?;
-        let actual = file.metadata()?.len();
+        let metadata = file.metadata()?;
+        let actual = metadata.len();
+        let identity = FileIdentity {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            offset: spec.file_offset,
+        };
         if actual < needed {
             return Err(MemoryError::ShortFile {
                 guest_addr: spec.guest_addr,
@@ -161,6 +181,7 @@ impl MappedRegion {
         let tracked = TrackedRegion::new(mapping.as_ptr(), size);
         Ok(Self {
             spec,
+            file: identity,
             tracked,
             mapping,
         })
@@ -281,6 +302,20 @@ impl GuestMemory {
                 .map(|offset| (r, offset))
         })?;
         GuestArray::at(region, offset, len)
+    }
+
+    /// The place of a *front-end* address in the file of its region. Returns `None` when it lies in
+    /// no region.
+    pub(crate) fn file_identity(&self, user_addr: u64) -> Option<FileIdentity> {
+        self.regions.iter().find_map(|region| {
+            let spec = region.spec;
+            let offset = user_addr.checked_sub(spec.user_addr)?;
+            (offset < spec.size).then(|| FileIdentity {
+                // The sum fits: MappedRegion::map checked the end of the region.
+                offset: spec.file_offset + offset,
+                ..region.file
+            })
+        })
     }
 
     /// The address in this process of a *front-end* address, as a number with which the kernel can

@@ -23,16 +23,22 @@
 //! ```
 //!
 //! Completed chains are recorded in private memory. `publish` writes them to the ring, beginning
-//! with the second one, and makes all of them visible by writing the first one last.
+//! with the second one, and makes all of them visible by writing the first one last. Before that it
+//! writes them to the [`CrashRecord`], if there is one, from which a virtqueue continues whose
+//! device was killed.
+//!
+//! The device event area is never zero in both words while a virtqueue has a crash record. A driver
+//! that sets up its ring again clears it, which tells its ring from that of before.
 
 use crate::burst::{Burst, Reservation};
 use crate::chain::Chain;
-use crate::config::{MAX_QUEUE_SIZE, VirtqueueConfig, VirtqueueError};
+use crate::config::{MAX_QUEUE_SIZE, VirtqueueConfig, VirtqueueError, VirtqueueLayout};
 use crate::constants::{
     VIRTQ_DESC_F_AVAIL, VIRTQ_DESC_F_USED, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT,
     VRING_DESC_F_WRITE, VRING_PACKED_EVENT_F_WRAP_CTR, VRING_PACKED_EVENT_FLAG_DESC,
     VRING_PACKED_EVENT_FLAG_DISABLE, VRING_PACKED_EVENT_FLAG_ENABLE,
 };
+use crate::crash_record::{CompletedChain, CrashRecord, Progress, RecordOwner};
 use crate::event::needs_event;
 use crate::fault::{ChainFault, VirtqueueFault};
 use crate::memory::{Descriptor, GuestArray, GuestMemory, SegmentWriter, full_fence};
@@ -116,14 +122,6 @@ impl RingPosition {
     }
 }
 
-/// A completed chain that the driver cannot see yet.
-#[derive(Debug, Clone, Copy)]
-struct CompletedChain {
-    id: u16,
-    slots: u16,
-    written: u32,
-}
-
 /// The device side of a packed virtqueue.
 #[derive(Debug)]
 pub(crate) struct PackedVirtqueue {
@@ -137,7 +135,9 @@ pub(crate) struct PackedVirtqueue {
     desc: GuestArray<Descriptor>,
     driver_event: GuestArray<u16>,
     device_event: GuestArray<u16>,
+    /// Completed chains that the driver cannot see yet.
     completed: Vec<CompletedChain>,
+    record: Option<CrashRecord>,
 }
 
 impl PackedVirtqueue {
@@ -171,7 +171,86 @@ impl PackedVirtqueue {
                 .user_array(layout.used, 2)
                 .ok_or(VirtqueueError::unmapped("device event area", layout.used))?,
             completed: Vec::new(),
+            record: None,
         })
+    }
+
+    /// Continues at the position of `record`, if that is the record of this virtqueue, and records
+    /// its progress there from now on.
+    pub(crate) fn with_record(
+        mut self,
+        mut record: CrashRecord,
+        layout: VirtqueueLayout,
+        memory: &GuestMemory,
+    ) -> Self {
+        let Some(file) = memory.file_identity(layout.desc) else {
+            return self;
+        };
+        let owner = RecordOwner { layout, file };
+        let is_same_ring =
+            self.device_event.get(EVENT_FLAGS) != 0 || self.device_event.get(EVENT_OFF_WRAP) != 0;
+        if is_same_ring
+            && let Some(progress) = record.progress_of(&owner)
+            && let Some(start) = RingPosition::from_word(progress.start, self.size)
+            && let Some(chains) = self.checked_chains(&record, progress)
+        {
+            self.used = start;
+            self.finish_publish(&chains);
+            self.avail = self.used;
+        }
+        record.begin(&owner, self.avail.to_word());
+        if !self.event_idx {
+            // No driver reads this field without VIRTIO_F_EVENT_IDX. It must not be 0.
+            self.device_event
+                .release(EVENT_OFF_WRAP, VRING_PACKED_EVENT_F_WRAP_CTR);
+        }
+        self.record = Some(record);
+        self
+    }
+
+    /// The chains of a recorded publish; `None` when the record is damaged.
+    fn checked_chains(
+        &self,
+        record: &CrashRecord,
+        progress: Progress,
+    ) -> Option<Vec<CompletedChain>> {
+        let chains = record.chains(progress)?;
+        let slots = chains.iter().try_fold(0u16, |sum, chain| {
+            let sum = sum.checked_add(chain.slots)?;
+            (chain.slots > 0 && sum <= self.size).then_some(sum)
+        });
+        slots.map(|_| chains)
+    }
+
+    /// Finishes the publish of `chains` at the position `used`, if it was interrupted, and moves on.
+    fn finish_publish(&mut self, chains: &[CompletedChain]) {
+        let is_interrupted = self.available(self.used).is_some();
+        let mut position = self.used;
+        for (n, chain) in chains.iter().enumerate() {
+            if is_interrupted && n > 0 {
+                self.write_used(position, *chain);
+            }
+            position = position.after(chain.slots, self.size);
+        }
+        if let Some(first) = chains.first().filter(|_| is_interrupted) {
+            self.write_used(self.used, *first);
+        }
+        self.used = position;
+    }
+
+    /// Whether the ring shows that the device cannot be at its position: the descriptor there is
+    /// used already, or available in another lap.
+    pub(crate) fn is_position_implausible(&self) -> bool {
+        let flags = self
+            .desc
+            .descriptor(self.avail.index)
+            .map_or(0, Descriptor::packed_flags);
+        (flags & VIRTQ_DESC_F_USED != 0) == self.avail.wrap
+    }
+
+    /// The record of this virtqueue, for one that continues it.
+    pub(crate) fn record(&self) -> Option<&CrashRecord> {
+        self.record.as_ref()
     }
 
     pub(crate) fn size(&self) -> u16 {
@@ -387,18 +466,19 @@ impl PackedVirtqueue {
             return false;
         };
         let start = self.used;
-        let mut moved = first.slots;
+        if let Some(record) = &mut self.record {
+            record.record(start.to_word(), &self.completed);
+        }
         let mut position = start.after(first.slots, self.size);
         for completed in &self.completed[1..] {
             self.write_used(position, *completed);
             position = position.after(completed.slots, self.size);
-            moved = moved.wrapping_add(completed.slots);
         }
         self.write_used(start, first);
         self.used = position;
         self.completed.clear();
         full_fence();
-        self.should_call(moved)
+        self.should_call(position.since(start, self.size))
     }
 
     #[inline(always)]

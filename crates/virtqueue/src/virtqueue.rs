@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::burst::Burst;
 use crate::chain::{Chain, to_used_len};
 use crate::config::{VirtqueueConfig, VirtqueueError};
+use crate::crash_record::CrashRecord;
 use crate::fault::VirtqueueFault;
 use crate::memory::GuestMemory;
 use crate::packed::PackedVirtqueue;
@@ -126,13 +127,37 @@ impl Virtqueue {
         })
     }
 
+    /// The same virtqueue with a record of its progress, from which it continues if it is the
+    /// virtqueue of this record. A split virtqueue needs none.
+    #[must_use]
+    pub fn with_record(self, record: CrashRecord, memory: &GuestMemory) -> Self {
+        let format = match self.format {
+            Format::Split(split) => Format::Split(split),
+            Format::Packed(packed) => {
+                Format::Packed(packed.with_record(record, self.config.layout, memory))
+            }
+        };
+        Self { format, ..self }
+    }
+
     /// Where the virtqueue continues, if that is not the base that it was started with: the used
-    /// index of a split virtqueue showed that base to be outdated. To be called before anything is
-    /// dequeued.
+    /// index of a split virtqueue, or the record of a packed one, showed that base to be outdated.
+    /// To be called before anything is dequeued.
     #[must_use]
     pub fn corrected_base(&self) -> Option<u32> {
-        let is_corrected = !self.config.packed && self.base() != self.config.base;
-        is_corrected.then(|| self.base())
+        // Not every front-end fills the upper half of a packed virtqueue's base.
+        let is_same = self.base() & 0xffff == self.config.base & 0xffff;
+        (!is_same).then(|| self.base())
+    }
+
+    /// Whether the ring shows that the device cannot continue here: a packed virtqueue whose
+    /// progress is lost. To be called before anything is dequeued.
+    #[must_use]
+    pub fn is_base_implausible(&self) -> bool {
+        match &self.format {
+            Format::Split(_) => false,
+            Format::Packed(packed) => packed.is_position_implausible(),
+        }
     }
 
     /// The same virtqueue, with the same progress, in another snapshot of memory.
@@ -141,13 +166,19 @@ impl Virtqueue {
     /// When an area does not lie in the new snapshot.
     pub fn rebind(&self, memory: &Arc<GuestMemory>) -> Result<Self, VirtqueueError> {
         let base = self.base();
-        Self::new(
-            VirtqueueConfig {
-                base,
-                ..self.config
-            },
-            memory,
-        )
+        let config = VirtqueueConfig {
+            base,
+            ..self.config
+        };
+        let same = Self::new(config, memory)?;
+        let record = match &self.format {
+            Format::Split(_) => None,
+            Format::Packed(packed) => packed.record().cloned(),
+        };
+        Ok(match record {
+            Some(record) => same.with_record(record, memory),
+            None => same,
+        })
     }
 
     /// The number of descriptors.

@@ -151,6 +151,7 @@ impl Guest {
             features: self.config.features,
             memory: Arc::new(self.ram.guest_memory().unwrap()),
             stats: Arc::clone(stats),
+            record: None,
         }
     }
 

@@ -124,6 +124,7 @@ impl SplitRingFixture {
             features: Features(self.features),
             memory: self.memory(),
             stats: Arc::clone(&self.stats),
+            record: None,
         }
     }
 
@@ -218,6 +219,7 @@ impl Receiveq {
             features: Features(features),
             memory: Arc::new(ram.guest_memory().unwrap()),
             stats: Arc::clone(&stats),
+            record: None,
         });
         Self {
             device: device.unwrap(),

@@ -82,6 +82,7 @@ impl PackedRingFixture {
             features: Features(self.features),
             memory: Arc::new(self.ram.guest_memory().unwrap()),
             stats: Arc::clone(&self.stats),
+            record: None,
         }
     }
 

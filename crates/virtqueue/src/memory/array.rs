@@ -32,8 +32,8 @@ macro_rules! impl_byte_valued {
 pub(crate) use impl_byte_valued;
 
 /// An array of values in guest memory. Each access is bounds-checked and volatile or atomic. The
-/// array keeps its region mapped.
-#[derive(Debug)]
+/// array keeps its region mapped. A clone is the same array.
+#[derive(Debug, Clone)]
 pub struct GuestArray<T> {
     ptr: *mut T,
     len: u16,
@@ -89,8 +89,20 @@ impl<T: ByteValued> GuestArray<T> {
     /// Writes value `index`.
     #[inline(always)]
     pub fn set(&self, index: u16, value: T) {
+        before_store();
         // SAFETY: as for `get`.
         unsafe { write_volatile(self.slot(index), value) }
+    }
+
+    /// Writes `values` to the beginning of the array, as many as it holds, in any order and not
+    /// atomically.
+    #[inline(always)]
+    pub(crate) fn set_range(&self, values: &[T]) {
+        values.iter().for_each(|_| before_store());
+        let count = values.len().min(usize::from(self.len));
+        // SAFETY: both hold `count` values; they do not overlap, because `values` is private
+        // memory. T is plain data.
+        unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), self.ptr, count) }
     }
 
     /// Prefetches the cache line of value `index` for reading. `index` may be beyond the end.
@@ -137,9 +149,30 @@ impl GuestArray<u16> {
     /// visible to every thread that reads it.
     #[inline(always)]
     pub fn release(&self, index: u16, value: u16) {
+        before_store();
         // SAFETY: as for `acquire`.
         let word = unsafe { AtomicU16::from_ptr(self.slot(index)) };
         word.store(value.to_le(), Ordering::Release);
+    }
+}
+
+impl GuestArray<u64> {
+    /// Reads value `index`, in the byte order of the host, with acquire ordering.
+    #[inline(always)]
+    pub(crate) fn acquire(&self, index: u16) -> u64 {
+        // SAFETY: in bounds and aligned; every access of this word from this process is atomic or
+        // volatile.
+        let word = unsafe { AtomicU64::from_ptr(self.slot(index)) };
+        word.load(Ordering::Acquire)
+    }
+
+    /// Writes value `index`, in the byte order of the host, with release ordering.
+    #[inline(always)]
+    pub(crate) fn release(&self, index: u16, value: u64) {
+        before_store();
+        // SAFETY: as for `acquire`.
+        let word = unsafe { AtomicU64::from_ptr(self.slot(index)) };
+        word.store(value, Ordering::Release);
     }
 }
 
@@ -279,6 +312,7 @@ impl GuestArray<Descriptor> {
     /// release ordering.
     #[inline(always)]
     pub(crate) fn release_used(&self, index: u16, id: u16, len: u32, flags: u16) {
+        before_store();
         let word = u64::from(len) | u64::from(id) << 32 | u64::from(flags) << 48;
         // SAFETY: the second half of a descriptor in bounds, 8-aligned as descriptors are
         // 16-aligned.
@@ -286,6 +320,17 @@ impl GuestArray<Descriptor> {
         len_id_flags.store(word.to_le(), Ordering::Release);
     }
 }
+
+/// Called before each store to an array, so that a test can end there, as a process does that is
+/// killed.
+#[cfg(test)]
+fn before_store() {
+    crate::testing::before_store();
+}
+
+#[cfg(not(test))]
+#[inline(always)]
+fn before_store() {}
 
 /// Orders earlier stores before later loads. Event suppression needs this between publishing an
 /// index and reading whether the driver wants a notification (virtio 1.3 §2.7.7 and §2.8.10).
