@@ -60,7 +60,7 @@ pub(crate) enum DefaultValue {
 }
 
 /// All keys, in the order of the help text and the documentation.
-pub(crate) const KEYS: [Key; 25] = [
+pub(crate) const KEYS: [Key; 26] = [
     Key::NAME,
     Key::SOCKET_PATH,
     Key::FD,
@@ -81,6 +81,7 @@ pub(crate) const KEYS: [Key; 25] = [
     Key::CONTROL,
     Key::CONTROL_MODE,
     Key::CONTROL_GROUP,
+    Key::STATE_DIR,
     Key::SANDBOX,
     Key::USER,
     Key::GROUP,
@@ -286,6 +287,18 @@ impl Key {
         default: DefaultValue::Computed("the group of virtionetd"),
         help: "Group of the control socket, by name or number: the group of those who may read \
                the state of the daemon",
+    };
+    pub(crate) const STATE_DIR: Self = Self {
+        name: "state-dir",
+        kind: ValueKind::Path,
+        scope: KeyScope::Process,
+        value_name: "PATH",
+        default: DefaultValue::Computed(
+            "RUNTIME_DIRECTORY of systemd; else /run/virtionetd as root, and virtionetd in \
+             XDG_RUNTIME_DIR as another user",
+        ),
+        help: "The folder for what must outlive the process: one file for each device, from which \
+               packed virtqueues continue after a crash or a restart. It must be in memory (tmpfs)",
     };
     pub(crate) const SANDBOX: Self = Self {
         name: "sandbox",

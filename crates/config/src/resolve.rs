@@ -1,6 +1,6 @@
 //! From the command line, and the file that it names, to a [`Config`].
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::arguments::Arguments;
 use crate::device::DeviceDescription;
@@ -47,6 +47,7 @@ pub(crate) fn resolve(arguments: Arguments) -> Result<Config, ConfigError> {
     };
     let mut owners = ResourceOwners::default();
     let control = resolve_control(&process, &mut owners, &mut problems);
+    let state_folder = problems.record(state_folder(&process));
     let sandbox = problems.record(sandbox_mode(&process));
     let identity = problems.record(identity(&process));
     let helper = problems.record(helper(&process));
@@ -61,6 +62,7 @@ pub(crate) fn resolve(arguments: Arguments) -> Result<Config, ConfigError> {
     Ok(Config {
         devices,
         control,
+        state_folder: state_folder.flatten(),
         sandbox: sandbox.unwrap_or_default(),
         identity: identity.unwrap_or_default(),
         helper: helper.unwrap_or_default(),
@@ -91,6 +93,26 @@ fn resolve_control<'a>(
         mode: mode?,
         group: group?,
     })
+}
+
+/// The folder for what must outlive the process; `None` where it is not set.
+///
+/// # Errors
+/// When it is empty.
+fn state_folder(process: &Settings) -> Result<Option<PathBuf>, Problem> {
+    let Some(value) = process.get(Key::STATE_DIR) else {
+        return Ok(None);
+    };
+    if value.value.is_empty() {
+        return Err(value.origin.problem(
+            ProblemCode::ValueInvalid,
+            format_args!(
+                "{} is empty: write the path of a folder, or leave it out",
+                value.origin.key(Key::STATE_DIR)
+            ),
+        ));
+    }
+    Ok(Some(value.path().to_owned()))
 }
 
 /// The problem that `key` describes a control socket, and that there is none.

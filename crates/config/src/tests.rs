@@ -57,6 +57,7 @@ fn defaults_are_complete() {
         Config {
             devices: vec![device("vnet", "/s", "tap:t0")],
             control: None,
+            state_folder: None,
             sandbox: SandboxMode::On,
             identity: IdentityConfig::default(),
             helper: Some(HelperConfig::default()),

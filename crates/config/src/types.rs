@@ -17,6 +17,8 @@ pub struct Config {
     pub devices: Vec<DeviceConfig>,
     /// The control socket; `None` for no control server.
     pub control: Option<ControlSocket>,
+    /// The folder for what must outlive the process; `None` for the default.
+    pub state_folder: Option<PathBuf>,
     /// Whether threads are confined.
     pub sandbox: SandboxMode,
     /// As whom the daemon runs after it has opened what it needs.

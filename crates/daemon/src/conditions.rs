@@ -26,15 +26,20 @@ pub enum ConditionKind {
     MemoryLost,
     /// The guest uses memory that is not shared.
     AddressesInvalid,
+    /// The progress of a packed vring is lost.
+    BaseImplausible,
+    /// The progress of packed vrings is not recorded.
+    NoCrashRecord,
 }
 
 /// The conditions that end with the front-end's connection.
-const OF_THE_CONNECTION: [ConditionKind; 5] = [
+const OF_THE_CONNECTION: [ConditionKind; 6] = [
     ConditionKind::FrontendStopped,
     ConditionKind::Mtu,
     ConditionKind::AddressConflict,
     ConditionKind::MemoryLost,
     ConditionKind::AddressesInvalid,
+    ConditionKind::BaseImplausible,
 ];
 
 /// The conditions of one device. Each is logged when it begins, at most once a second for each

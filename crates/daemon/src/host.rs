@@ -1,5 +1,7 @@
 //! The devices of the process, and what they share.
 
+use std::env;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use virtionet_config::{Config, DeviceConfig, PollMode, Socket};
@@ -7,6 +9,7 @@ use virtionet_placement::PlacementPlanner;
 use virtionet_placement::interrupts::IrqAffinityManager;
 
 use crate::advice::Adviser;
+use crate::crash_records::CrashRecords;
 use crate::host_cpus::HostCpus;
 use crate::interrupts::Interrupts;
 use crate::net_device::NetDevice;
@@ -22,6 +25,8 @@ pub struct Host {
     irq_manager: Arc<IrqAffinityManager>,
     /// The workers.
     pub pool: Arc<WorkerPool>,
+    /// The folder for what must outlive the process, if there is one.
+    state_folder: Option<PathBuf>,
 }
 
 /// A device, and the objects that were created with it.
@@ -33,15 +38,19 @@ pub struct CreatedDevice {
 }
 
 impl Host {
-    /// Reads the host's state.
+    /// Reads the host's state. `state_folder` is for what must outlive the process; `None` for the
+    /// default.
     ///
     /// # Errors
     /// When the CPUs of this process cannot be read.
-    pub fn new() -> Result<Self, RunError> {
+    pub fn new(state_folder: Option<&Path>) -> Result<Self, RunError> {
         Ok(Self {
             cpus: Arc::new(HostCpus::read()?),
             irq_manager: Arc::new(IrqAffinityManager::with_irqbalance()),
             pool: Arc::default(),
+            state_folder: state_folder
+                .map(Path::to_owned)
+                .or_else(default_state_folder),
         })
     }
 
@@ -89,7 +98,7 @@ impl Host {
             device.irq_affinity,
             Arc::clone(&self.irq_manager),
         );
-        let net_device = NetDevice::new(
+        let mut net_device = NetDevice::new(
             &device.name,
             device.queues.max(),
             opened.uplink,
@@ -99,11 +108,54 @@ impl Host {
         )
         .with(
             interrupts,
-            Adviser::new(&device.name, device.qmp.clone(), socket),
+            Adviser::new(&device.name, device.qmp.clone(), socket.clone()),
         );
+        let (records, problem) =
+            open_crash_records(self.state_folder.as_deref(), socket.as_deref());
+        if let Some(records) = records {
+            net_device = net_device.with_crash_records(records);
+        }
+        if let Some(problem) = problem {
+            net_device.note_no_crash_records(&problem);
+        }
         Ok(CreatedDevice {
             net_device: Arc::new(net_device),
             uplink_summary: opened.summary,
         })
+    }
+}
+
+/// The folder of the service manager, or the one that the file system hierarchy has for this user.
+fn default_state_folder() -> Option<PathBuf> {
+    if let Some(folders) = env::var_os("RUNTIME_DIRECTORY") {
+        return env::split_paths(&folders).next();
+    }
+    if rustix::process::geteuid().is_root() {
+        return Some("/run/virtionetd".into());
+    }
+    let folder = env::var_os("XDG_RUNTIME_DIR")?;
+    Some(Path::new(&folder).join("virtionetd"))
+}
+
+/// The crash records of the device with the vhost-user socket `socket`, and what is wrong with them.
+/// A device whose socket was inherited has records that last as long as this process, because the
+/// next process cannot have the same socket.
+fn open_crash_records(
+    folder: Option<&Path>,
+    socket: Option<&Path>,
+) -> (Option<CrashRecords>, Option<String>) {
+    let problem = match (folder, socket) {
+        (Some(folder), Some(socket)) => match CrashRecords::open(folder, socket) {
+            Ok(records) => return (Some(records), None),
+            Err(error) => Some(format!(
+                "a guest with packed virtqueues does not continue after a crash of virtionetd, because there can be no state in {}: {error}; name another folder with --state-dir",
+                folder.display()
+            )),
+        },
+        _ => None,
+    };
+    match CrashRecords::in_memory() {
+        Ok(records) => (Some(records), problem),
+        Err(error) => (None, Some(problem.unwrap_or_else(|| error.to_string()))),
     }
 }

@@ -8,6 +8,7 @@ pub mod advice;
 pub mod busy_poll;
 pub mod call_watchdog;
 pub mod conditions;
+pub mod crash_records;
 mod descriptor_budget;
 mod discovered_vcpus;
 pub mod frontend_source;

@@ -21,6 +21,7 @@ use virtionet_virtqueue::memory::GuestMemory;
 
 use crate::advice::{Adviser, QueueUsage};
 use crate::conditions::{ConditionKind, Conditions};
+use crate::crash_records::CrashRecords;
 use crate::interrupts::{AffinityInput, Interrupts};
 use crate::placer::Placer;
 use crate::queue_pair::QueuePair;
@@ -46,6 +47,8 @@ pub struct NetDevice {
     interrupts: Interrupts,
     adviser: Adviser,
     conditions: Conditions,
+    /// Where the progress of packed vrings is recorded, if it is.
+    crash_records: Option<CrashRecords>,
     /// The sum of the vrings' counters `address_invalid` at the last check.
     invalid_addresses: AtomicU64,
     /// Of log lines about sessions that ended with an error: a front-end may come again at once.
@@ -121,6 +124,7 @@ impl NetDevice {
             interrupts: Interrupts::off(name),
             adviser: Adviser::new(name, None, None),
             conditions: Conditions::default(),
+            crash_records: None,
             invalid_addresses: AtomicU64::new(0),
             session_errors: RateLimiter::new(),
             reopened_uplinks: RateLimiter::new(),
@@ -136,6 +140,19 @@ impl NetDevice {
         self.interrupts = interrupts;
         self.adviser = adviser;
         self
+    }
+
+    /// The same device, which records the progress of packed vrings in these records.
+    #[must_use]
+    pub fn with_crash_records(mut self, crash_records: CrashRecords) -> Self {
+        self.crash_records = Some(crash_records);
+        self
+    }
+
+    /// Notes why the progress of packed vrings would not survive the process.
+    pub(crate) fn note_no_crash_records(&self, reason: &str) {
+        self.conditions
+            .set(&self.name, ConditionKind::NoCrashRecord, reason);
     }
 
     /// The device's name.
@@ -356,6 +373,8 @@ impl NetDevice {
     }
 }
 
+#[cfg(test)]
+mod crash_tests;
 #[cfg(test)]
 mod placement_tests;
 #[cfg(test)]

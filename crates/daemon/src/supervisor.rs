@@ -75,7 +75,7 @@ pub fn run(config: Config) -> Result<(), RunError> {
         .collect::<Result<Vec<_>, _>>()?;
     let helper = HelperProcess::start(&config).map_err(RunError::Helper)?;
     let helper = helper.map(Arc::new);
-    let host = Host::new()?;
+    let host = Host::new(config.state_folder.as_deref())?;
     let mut uplinks = Uplinks::default();
     let net_devices = host.create_net_devices(&config, &mut uplinks)?;
     let devices = net_devices

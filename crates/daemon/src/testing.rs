@@ -25,6 +25,7 @@ use virtionet_virtio_net::uplink::{
 };
 use virtionet_virtqueue::memory::GuestSlice;
 
+use crate::crash_records::CrashRecords;
 use crate::host_cpus::HostCpus;
 use crate::net_device::NetDevice;
 use crate::placer::Placer;
@@ -280,6 +281,7 @@ pub(crate) fn net_device_of(
         .with_polling(poll != PollMode::Off);
     let placer = Placer::new("vnet", planner, cpus);
     NetDevice::new("vnet", pairs, Arc::new(uplink), placer, poll, pool)
+        .with_crash_records(CrashRecords::in_memory().unwrap())
 }
 
 /// The configuration of a front-end with two queue pairs.

@@ -16,6 +16,7 @@ pub struct VringLog {
     quarantines: RateLimiter,
     cut_offs: RateLimiter,
     corrected_bases: RateLimiter,
+    implausible_bases: RateLimiter,
 }
 
 impl VringLog {
@@ -28,6 +29,7 @@ impl VringLog {
             quarantines: RateLimiter::new(),
             cut_offs: RateLimiter::new(),
             corrected_bases: RateLimiter::new(),
+            implausible_bases: RateLimiter::new(),
         }
     }
 
@@ -64,9 +66,23 @@ impl VringLog {
         if let Some(suppressed) = self.corrected_bases.allow() {
             tracing::warn!(
                 suppressed,
-                "{}: the front-end starts the ring at {base}, but its used index shows that it has moved on to {corrected}, where it continues",
+                "{}: the front-end starts the ring at {base:#x}, but its used index or crash record shows that it has moved on to {corrected:#x}, where it continues",
                 self.name
             );
         }
     }
+
+    /// The vring was started at a base where it cannot be.
+    pub(crate) fn base_implausible(&self, base: u32) {
+        if let Some(suppressed) = self.implausible_bases.allow() {
+            tracing::warn!(suppressed, "{}: {}", self.name, implausible_base(base));
+        }
+    }
+}
+
+/// The sentence about a packed vring whose progress is lost.
+pub(crate) fn implausible_base(base: u32) -> String {
+    format!(
+        "the front-end starts the packed ring at {base:#x}, where its descriptors show that it cannot be, and there is no crash record of it; reload the guest's driver or restart the guest"
+    )
 }

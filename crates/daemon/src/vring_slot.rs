@@ -53,6 +53,17 @@ struct Contents<Q> {
     vring: Option<StartedVring<Q>>,
 }
 
+/// Where a vring was started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StartedAt {
+    /// At the base of its configuration.
+    Base,
+    /// At this base, because that of its configuration was outdated.
+    Corrected(u32),
+    /// At the base of its configuration, which its descriptors contradict: it does not continue.
+    ImplausibleBase,
+}
+
 /// A vring that was stopped.
 #[derive(Debug)]
 pub struct StoppedVring {
@@ -127,15 +138,19 @@ impl<Q: DeviceQueue> VringSlot<Q> {
     ///
     /// # Errors
     /// When the configuration is not that of a virtqueue, or the vring is started already.
-    pub fn start(&self, config: QueueConfig, fds: VringFds) -> Result<(), VringStartError> {
+    pub fn start(&self, config: QueueConfig, fds: VringFds) -> Result<StartedAt, VringStartError> {
         let mut contents = self.contents.lock();
         let state = contents.state.after(VringEvent::Start)?;
         let base = config.base;
         let mut queue = Q::new(config)?;
-        queue.disable_kicks();
-        let corrected = queue.corrected_base();
+        let started = match (queue.corrected_base(), queue.is_base_implausible()) {
+            (_, true) => StartedAt::ImplausibleBase,
+            (Some(corrected), false) => StartedAt::Corrected(corrected),
+            (None, false) => StartedAt::Base,
+        };
         let has_kick = fds.kick.is_some();
         let call = self.notifier(fds.call);
+        queue.disable_kicks();
         contents.vring = Some(StartedVring {
             queue,
             kick: fds.kick,
@@ -145,17 +160,26 @@ impl<Q: DeviceQueue> VringSlot<Q> {
         });
         self.set_state(&mut contents, state);
         self.has_kick.store(has_kick, Ordering::Relaxed);
-        if corrected.is_some() {
-            self.stats().base_corrected.add(1);
-        }
         drop(contents);
-        if let Some(corrected) = corrected {
-            self.log.base_corrected(base, corrected);
-        }
+        self.report_start(base, started);
         if let Some(call) = call {
             call.call();
         }
-        Ok(())
+        Ok(started)
+    }
+
+    fn report_start(&self, base: u32, started: StartedAt) {
+        match started {
+            StartedAt::Base => {}
+            StartedAt::Corrected(corrected) => {
+                self.stats().base_corrected.add(1);
+                self.log.base_corrected(base, corrected);
+            }
+            StartedAt::ImplausibleBase => {
+                self.stats().base_implausible.add(1);
+                self.log.base_implausible(base);
+            }
+        }
     }
 
     fn notifier(&self, fd: Option<Arc<OwnedFd>>) -> Option<Arc<Notifier>> {

@@ -189,6 +189,8 @@ const SESSION: &[Call] = calls![
     recvmsg: SYS_recvmsg,
     sendmsg: SYS_sendmsg,
     fstatfs: SYS_fstatfs,
+    fallocate: SYS_fallocate,
+    pwrite64: SYS_pwrite64,
     eventfd2: SYS_eventfd2,
     epoll_create1: SYS_epoll_create1,
     epoll_ctl: SYS_epoll_ctl,

@@ -52,6 +52,11 @@ pub trait Backend {
     /// stopped already.
     fn stop_vring(&self, index: u16) -> Option<u32>;
 
+    /// Called when the life of a vring ends, which is stopped: the front-end learns its base, or
+    /// has reset it. After a stop without this call, a front-end that does not know where the vring
+    /// stopped starts it again with its [`VringStart::first_base`].
+    fn forget_progress(&self, _index: u16) {}
+
     /// Enables or disables a running vring.
     fn set_enabled(&self, index: u16, enabled: bool);
 
@@ -97,6 +102,9 @@ pub struct VringStart {
     /// wrap counter (bit 15), and bits 16-31 are those of the next used descriptor. Not every
     /// front-end fills the upper half.
     pub base: u32,
+    /// What SET_VRING_BASE said last, in the same form. It is another value than `base` where the
+    /// vring has run since, and was stopped without the front-end's knowledge.
+    pub first_base: u32,
     /// The descriptor that the driver signals; with `None` the device polls the vring.
     pub kick: Option<Arc<OwnedFd>>,
     /// The descriptor that the device signals; with `None` the driver polls.

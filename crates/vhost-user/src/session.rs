@@ -197,6 +197,14 @@ impl<'b> Session<'b> {
         }
     }
 
+    /// Stops every vring, and ends their lives.
+    fn reset_all(&mut self) {
+        self.stop_all();
+        for index in self.indices() {
+            self.backend.forget_progress(index);
+        }
+    }
+
     fn dispatch(&mut self, request: Request) -> RequestOutcome {
         debug!(?request, "vhost-user");
         match request {
@@ -328,11 +336,9 @@ impl<'b> Session<'b> {
         }
         self.change_state(*index, VringEvent::Unmap);
         if let Some(vring) = self.vrings.get_mut(usize::from(*index)) {
-            vring.base = Some(*base);
+            vring.stopped_at(*base);
         }
     }
-
-    // --- vrings ----------------------------------------------------------------------------------
 
     // --- the device -----------------------------------------------------------------------------
 
@@ -344,7 +350,7 @@ impl<'b> Session<'b> {
     /// Stops all vrings and keeps all other state, as the protocol recommends for this deprecated
     /// request.
     fn reset_owner(&mut self) -> RequestOutcome {
-        self.stop_all();
+        self.reset_all();
         NO_REPLY_PAYLOAD
     }
 
@@ -352,7 +358,7 @@ impl<'b> Session<'b> {
     /// only the changes of it. The features stay, because some front-ends negotiate only before
     /// they start vrings for the first time.
     fn reset_device(&mut self) -> RequestOutcome {
-        self.stop_all();
+        self.reset_all();
         self.vrings.iter_mut().for_each(Vring::reset);
         self.status = 0;
         NO_REPLY_PAYLOAD
@@ -363,7 +369,7 @@ impl<'b> Session<'b> {
     fn set_status(&mut self, status: u8) -> RequestOutcome {
         self.status = status;
         if status == 0 {
-            self.stop_all();
+            self.reset_all();
         }
         NO_REPLY_PAYLOAD
     }

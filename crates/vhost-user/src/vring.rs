@@ -15,7 +15,7 @@ use crate::vring_state::VringState;
 pub(crate) struct Vring {
     pub(crate) size: Option<u16>,
     pub(crate) areas: Option<VringAreas>,
-    pub(crate) base: Option<u32>,
+    pub(crate) base: Option<VringBase>,
     pub(crate) kick: Kick,
     pub(crate) call: Option<Arc<OwnedFd>>,
     pub(crate) err: Option<Arc<OwnedFd>>,
@@ -24,6 +24,25 @@ pub(crate) struct Vring {
     pub(crate) enabled: Option<bool>,
     /// The state, by what the device last returned.
     pub(crate) state: VringState,
+}
+
+/// Where a vring starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct VringBase {
+    /// The base that the front-end knows: what it set, or what GET_VRING_BASE returned.
+    pub(crate) first: u32,
+    /// Where the vring really continues.
+    pub(crate) current: u32,
+}
+
+impl VringBase {
+    /// The base that both sides know.
+    pub(crate) fn known(base: u32) -> Self {
+        Self {
+            first: base,
+            current: base,
+        }
+    }
 }
 
 /// The value of SET_VRING_KICK since the vring was last stopped.
@@ -62,6 +81,7 @@ impl Vring {
             return None;
         }
         let areas = self.areas?;
+        let base = self.base?;
         Some(VringStart {
             layout: VirtqueueLayout {
                 size: self.size?,
@@ -69,7 +89,8 @@ impl Vring {
                 avail: areas.avail,
                 used: areas.used,
             },
-            base: self.base?,
+            base: base.current,
+            first_base: base.first,
             kick: self.kick.fd(),
             call: self.call.clone(),
             err: self.err.clone(),
@@ -77,6 +98,12 @@ impl Vring {
             features,
             memory: Arc::clone(memory),
         })
+    }
+
+    /// Notes where the device stopped the vring, which the front-end does not know.
+    pub(crate) fn stopped_at(&mut self, current: u32) {
+        let first = self.base.map_or(current, |base| base.first);
+        self.base = Some(VringBase { first, current });
     }
 
     /// Whether the device holds the vring's virtqueue.

@@ -6,11 +6,13 @@ use std::sync::Arc;
 use virtionet_vhost_user::{Backend, BackendError, RefusedRequest, UnmappedVring, VringStart};
 use virtionet_virtio_net::features::Features;
 use virtionet_virtio_net::{DeviceQueue, QueueConfig};
+use virtionet_virtqueue::CrashRecord;
 use virtionet_virtqueue::memory::GuestMemory;
 
 use super::{FrontendState, NetDevice, ServedPair};
 use crate::conditions::ConditionKind;
-use crate::vring_slot::{StoppedVring, VringFds, VringSlot, VringStartError};
+use crate::vring_log::implausible_base;
+use crate::vring_slot::{StartedAt, StoppedVring, VringFds, VringSlot, VringStartError};
 use crate::worker_event::PairEvent;
 
 /// The role of a vring in its queue pair.
@@ -131,6 +133,8 @@ impl Backend for NetDevice {
                 source,
             })?;
         let kick = start.kick.clone();
+        let base = start.base;
+        let record = self.crash_record(index, &start);
         watch_kick(served, index, kick.as_deref())?;
         let node = served
             .pair
@@ -138,16 +142,26 @@ impl Backend for NetDevice {
             .filter(|_| self.placer.has_several_nodes());
         let started = with_memory_node(
             node,
-            || with_slot!(served, role, slot => start_vring(slot, start)),
+            || with_slot!(served, role, slot => start_vring(slot, start, record)),
         );
-        if let Err(error) = started {
-            if let Some(kick) = kick {
-                served.worker.unwatch(&kick);
+        match started {
+            Ok(StartedAt::ImplausibleBase) => {
+                let text = format!("vring {index}: {}", implausible_base(base));
+                self.conditions
+                    .set(&self.name, ConditionKind::BaseImplausible, &text);
             }
-            return Err(match error {
-                VringStartError::Virtqueue(source) => BackendError::VringConfig { index, source },
-                VringStartError::State(source) => BackendError::VringState { index, source },
-            });
+            Ok(_) => {}
+            Err(error) => {
+                if let Some(kick) = kick {
+                    served.worker.unwatch(&kick);
+                }
+                return Err(match error {
+                    VringStartError::Virtqueue(source) => {
+                        BackendError::VringConfig { index, source }
+                    }
+                    VringStartError::State(source) => BackendError::VringState { index, source },
+                });
+            }
         }
         self.frontend.lock().has_started_vring = true;
         self.conditions.clear(
@@ -163,6 +177,18 @@ impl Backend for NetDevice {
         let (served, role) = self.vring(index)?;
         let stopped = with_slot!(served, role, slot => slot.stop())?;
         Some(self.after_stop(served, role, stopped))
+    }
+
+    fn forget_progress(&self, index: u16) {
+        let Some(records) = &self.crash_records else {
+            return;
+        };
+        if let Err(error) = records.forget(index) {
+            tracing::error!(
+                "{}: the crash record of vring {index} cannot be made void: {error}",
+                self.name
+            );
+        }
     }
 
     fn set_enabled(&self, index: u16, enabled: bool) {
@@ -236,6 +262,23 @@ impl Backend for NetDevice {
 }
 
 impl NetDevice {
+    /// The record of the progress of vring `index`, if it is packed. Without one it runs as well,
+    /// but does not continue after a crash.
+    fn crash_record(&self, index: u16, start: &VringStart) -> Option<CrashRecord> {
+        let records = self.crash_records.as_ref()?;
+        if !Features(start.features).has_packed_virtqueues() {
+            return None;
+        }
+        let record = records.record(index, start.layout.size, start.first_base);
+        record
+            .inspect_err(|error| {
+                self.note_no_crash_records(&format!(
+                    "vring {index} has no crash record, so that it does not continue after the end of this session: {error}"
+                ));
+            })
+            .ok()
+    }
+
     /// The queue pair and role of vring `index`, if that queue pair has been used.
     fn vring(&self, index: u16) -> Option<(&ServedPair, VringRole)> {
         let served = self.pairs.get(usize::from(index / 2))?.get()?;
@@ -285,7 +328,8 @@ fn with_memory_node<T>(node: Option<u32>, work: impl FnOnce() -> T) -> T {
 fn start_vring<Q: DeviceQueue>(
     slot: &VringSlot<Q>,
     start: VringStart,
-) -> Result<(), VringStartError> {
+    record: Option<CrashRecord>,
+) -> Result<StartedAt, VringStartError> {
     slot.set_enabled(start.enabled);
     let config = QueueConfig {
         layout: start.layout,
@@ -293,6 +337,7 @@ fn start_vring<Q: DeviceQueue>(
         features: Features(start.features),
         memory: start.memory,
         stats: Arc::clone(slot.stats()),
+        record,
     };
     let fds = VringFds {
         kick: start.kick,

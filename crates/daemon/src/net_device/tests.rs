@@ -262,6 +262,7 @@ fn ring_that_is_started_twice_is_refused_and_goes_on() {
                 used: user(setup.addresses.device),
             },
             base: 0,
+            first_base: 0,
             features: frontend.features(),
             memory,
             enabled: true,

@@ -297,7 +297,7 @@ fn device_that_connects_warns_until_the_front_end_listens() {
 
 #[test]
 fn device_that_cannot_be_made_is_an_error_that_names_it() {
-    let host = Host::new().unwrap();
+    let host = Host::new(Some(&std::env::temp_dir())).unwrap();
     let device = |uplink: &str, placement: &str| DeviceConfig {
         name: "vnet".into(),
         socket: Socket::Inherited(3),

@@ -9,7 +9,7 @@ use crate::backend_error::BackendError;
 use crate::error::{ProtocolError, RequestError, SessionError};
 use crate::protocol_features::VHOST_USER_F_PROTOCOL_FEATURES;
 use crate::request::{VringAreas, VringEventFd};
-use crate::vring::{Kick, Vring};
+use crate::vring::{Kick, Vring, VringBase};
 use crate::vring_state::VringEvent;
 use crate::wire::ReplyPayload;
 
@@ -39,7 +39,7 @@ impl Session<'_> {
         }
         self.vring(ring)?;
         self.pause(ring);
-        self.vring(ring)?.base = Some(base);
+        self.vring(ring)?.base = Some(VringBase::known(base));
         self.start_or_end_session(ring)
     }
 
@@ -52,9 +52,13 @@ impl Session<'_> {
             }));
         }
         self.stop(ring);
+        self.backend.forget_progress(ring);
+        let vring = self.vring(ring)?;
+        let base = vring.base.map_or(0, |base| base.current);
+        vring.base = vring.base.map(|base| VringBase::known(base.current));
         Ok(Some(ReplyPayload::VringState {
             index: ring.into(),
-            num: self.vring(ring)?.base.unwrap_or(0),
+            num: base,
         }))
     }
 
@@ -163,9 +167,10 @@ impl Session<'_> {
         }
         let base = self.backend.stop_vring(ring);
         self.change_state(ring, VringEvent::Stop);
-        let vring = &mut self.vrings[usize::from(ring)];
-        vring.base = base.or(vring.base);
-        debug!(ring, base = vring.base, "vring stopped");
+        if let Some(base) = base {
+            self.vrings[usize::from(ring)].stopped_at(base);
+        }
+        debug!(ring, base, "vring stopped");
     }
 
     /// Changes the state of a vring by the same table that the device uses.
