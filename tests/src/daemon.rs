@@ -164,6 +164,9 @@ impl Options {
         if self.has_socket {
             words.extend(["--socket-path".into(), socket.clone().into()]);
         }
+        if self.control.is_none() {
+            words.extend(["--state-dir".into(), dir.join("state").into()]);
+        }
         words.extend(self.args.iter().cloned());
         let (program, args) = words.split_first().context("the command is empty")?;
         Ok(Daemon {

@@ -26,6 +26,20 @@ pub fn cpu_ticks(pid: u32) -> Result<u64> {
     parse_ticks(&text).with_context(|| format!("/proc/{pid}/stat has no CPU time: {text:?}"))
 }
 
+/// Returns the resident memory of process `pid` that it shares with no other (RssAnon of
+/// proc_pid_status(5)), in KiB.
+///
+/// # Errors
+/// When the process does not exist.
+pub fn private_memory_kib(pid: u32) -> Result<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/status"))
+        .with_context(|| format!("process {pid} does not exist"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+    let number = line.and_then(|rest| rest.split_whitespace().next());
+    let number = number.with_context(|| format!("/proc/{pid}/status has no RssAnon"))?;
+    Ok(number.parse()?)
+}
+
 fn parse_ticks(stat: &str) -> Option<u64> {
     // The second field is the name in parentheses, which may itself contain spaces and parentheses,
     // so the third field begins after the last one.
@@ -60,5 +74,6 @@ mod tests {
         // Other tests in this process open and close files as well, so the exact number is unknown.
         assert!(open_fds(pid).unwrap() > 0);
         assert!(before.0 > 0);
+        assert!(private_memory_kib(pid).unwrap() > 0);
     }
 }

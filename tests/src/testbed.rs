@@ -28,6 +28,7 @@ pub struct TestbedConfig {
     vcpus: Option<u32>,
     max_vcpus: Option<u32>,
     daemon_flags: Vec<(String, String)>,
+    uplink: (&'static str, String),
 }
 
 impl TestbedConfig {
@@ -44,6 +45,7 @@ impl TestbedConfig {
             vcpus: None,
             max_vcpus: None,
             daemon_flags: Vec::new(),
+            uplink: ("--tap", TAP.to_owned()),
         }
     }
 
@@ -65,6 +67,13 @@ impl TestbedConfig {
     #[must_use]
     pub fn daemon_flag(mut self, flag: &str, value: &str) -> Self {
         self.daemon_flags.push((flag.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Makes this the daemon's uplink, instead of the TAP itself.
+    #[must_use]
+    pub fn uplink(mut self, uplink: &str) -> Self {
+        self.uplink = ("--uplink", uplink.to_owned());
         self
     }
 
@@ -133,7 +142,8 @@ impl TestbedConfig {
     /// # Errors
     /// When the daemon does not start.
     pub fn start_daemon(&self, network: &HostNetwork, dir: &RunDir) -> Result<Daemon> {
-        let mut options = Options::new().netns(network.netns()).flag("--tap", TAP);
+        let (flag, uplink) = &self.uplink;
+        let mut options = Options::new().netns(network.netns()).flag(flag, uplink);
         for (flag, value) in &self.daemon_flags {
             options = options.flag(flag, value);
         }
