@@ -6,16 +6,19 @@
 //! | [`RateLimiter`] | at most one log line a second for each cause |
 //! | [`ReportOnce`] | reports of conditions, repeated only when they change |
 //! | [`key_value`] | `KEY=VALUE` lists |
+//! | [`Pattern`] | patterns of names and paths |
 //! | [`rights`] | operations that need rights, and the helper that has them |
 //! | [`unix_socket`] | unix sockets in the file system |
 
 pub mod key_value;
+mod pattern;
 mod rate_limiter;
 mod report_once;
 pub mod rights;
 mod sys;
 pub mod unix_socket;
 
+pub use pattern::{Pattern, PatternError};
 pub use rate_limiter::RateLimiter;
 pub use report_once::ReportOnce;
 

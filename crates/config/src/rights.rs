@@ -1,5 +1,6 @@
 //! The rights of the process: its sandbox, its user, and what its helper may do.
 
+use virtionet_base::PatternError;
 use virtionet_base::key_value::{split_at_commas, split_item};
 
 use crate::keys::Key;
@@ -116,7 +117,19 @@ fn allowed(value: &SettingValue) -> Result<HelperConfig, Problem> {
             "socket" => &mut helper.sockets,
             _ => return Err(invalid(&item)),
         };
-        patterns.push(pattern.to_owned());
+        let pattern = pattern.parse();
+        patterns.push(pattern.map_err(|error| no_pattern(value, &item, &error))?);
     }
     Ok(helper)
+}
+
+/// The problem that the pattern of `item` cannot be read.
+fn no_pattern(value: &SettingValue, item: &str, error: &PatternError) -> Problem {
+    value.origin.problem(
+        ProblemCode::ValueInvalid,
+        format_args!(
+            "{}: {item:?} has no valid pattern ({error}): write * for any characters, ? for one and [abc] for one of these",
+            value.origin.set(Key::HELPER_ALLOW, value.text())
+        ),
+    )
 }

@@ -164,9 +164,9 @@ fn flags_of_the_process_are_read() {
     let allow = "tap=vnet*,bridge=br0,socket=/run/a,,b,tap=t?";
     let line = format!("--socket-path /s --uplink null --helper-allow {allow}");
     let expected = HelperConfig {
-        taps: vec!["vnet*".into(), "t?".into()],
-        bridges: vec!["br0".into()],
-        sockets: vec!["/run/a,b".into()],
+        taps: ["vnet*", "t?"].map(|tap| tap.parse().unwrap()).into(),
+        bridges: vec!["br0".parse().unwrap()],
+        sockets: vec!["/run/a,b".parse().unwrap()],
     };
     assert_eq!(config(&line).helper, Some(expected));
     for (flags, mode, group) in [
@@ -288,6 +288,10 @@ const REFUSED: &str = r#"
     --helper-allow tap=a* has no effect without a helper: leave one of --helper-allow and --helper out
 --socket-path /s --tap t0 --helper-allow tap=a*,nic=eth0
     --helper-allow tap=a*,nic=eth0: "nic=eth0" is not known: write tap=PATTERN, bridge=PATTERN or socket=PATTERN
+--socket-path /s --tap t0 --helper-allow tap=a*,bridge=br[
+    --helper-allow tap=a*,bridge=br[: "bridge=br[" has no valid pattern (invalid range pattern): write * for any characters, ? for one and [abc] for one of these
+--socket-path /s --tap t0 --helper-allow socket=/run/***
+    --helper-allow socket=/run/***: "socket=/run/***" has no valid pattern (wildcards are either regular `*` or recursive `**`): write * for any characters, ? for one and [abc] for one of these
 --socket-path /s --tap t0 --name a/b
     --name "a/b" cannot be used: write 1 to 64 letters, digits, '.', '_' or '-'
 --socket-path /s --tap t0 --control /./s

@@ -4,7 +4,7 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use virtionet_base::MAX_QUEUE_PAIRS;
+use virtionet_base::{MAX_QUEUE_PAIRS, Pattern};
 use virtionet_placement::Placement;
 use virtionet_placement::interrupts::IrqAffinity;
 
@@ -42,11 +42,11 @@ pub struct IdentityConfig {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct HelperConfig {
     /// Patterns of the names of TAPs.
-    pub taps: Vec<String>,
+    pub taps: Vec<Pattern>,
     /// Patterns of the names of bridges.
-    pub bridges: Vec<String>,
+    pub bridges: Vec<Pattern>,
     /// Patterns of the paths of unix sockets.
-    pub sockets: Vec<String>,
+    pub sockets: Vec<Pattern>,
 }
 
 /// The socket of the control server.

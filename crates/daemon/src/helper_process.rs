@@ -68,7 +68,7 @@ impl HelperProcess {
             .stdin(theirs)
             .stdout(Stdio::null())
             .spawn()?;
-        let client = Client::new(ours, rules(config, allowed))?;
+        let client = Client::new(ours, rules(config, allowed)?)?;
         rights::delegate_to(Box::new(client.clone()));
         Ok(Some(Self {
             child: Mutex::new(child),
@@ -114,16 +114,17 @@ fn writes_affinity(config: &Config) -> bool {
 }
 
 /// What `config` names, and what it allows beside that.
-fn rules(config: &Config, allowed: &HelperConfig) -> Vec<Rule> {
+fn rules(config: &Config, allowed: &HelperConfig) -> io::Result<Vec<Rule>> {
     let mut rules: Vec<Rule> = config.devices.iter().flat_map(device_rules).collect();
     if writes_affinity(config) {
         rules.push(Rule::Affinity);
-        rules.push(Rule::Socket(IRQBALANCE_SOCKETS.into()));
+        let sockets = IRQBALANCE_SOCKETS.parse().map_err(io::Error::other)?;
+        rules.push(Rule::Sockets(sockets));
     }
-    rules.extend(allowed.taps.iter().cloned().map(Rule::Tap));
-    rules.extend(allowed.bridges.iter().cloned().map(Rule::Bridge));
-    rules.extend(allowed.sockets.iter().cloned().map(Rule::Socket));
-    rules
+    rules.extend(allowed.taps.iter().cloned().map(Rule::Taps));
+    rules.extend(allowed.bridges.iter().cloned().map(Rule::Bridges));
+    rules.extend(allowed.sockets.iter().cloned().map(Rule::Sockets));
+    Ok(rules)
 }
 
 fn device_rules(device: &DeviceConfig) -> Vec<Rule> {

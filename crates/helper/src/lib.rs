@@ -25,6 +25,5 @@ mod server;
 
 pub use client::Client;
 pub use protocol::Hello;
-pub use rule::Rule;
-pub use rules::RuleError;
+pub use rule::{Rule, SocketPath};
 pub use server::{Server, take_rules};

@@ -3,30 +3,35 @@
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
+use virtionet_base::Pattern;
 
 use crate::raw_path::RawPath;
 
 /// Something that the helper may do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Rule {
-    /// Open queues of TAPs whose name matches this pattern, make them, set their MTU, and bring
-    /// them up. A `%d` in the name stands for the number that the kernel chooses.
+    /// Open queues of the TAP of exactly this name, make it, set its MTU, and bring it up. A `%d`
+    /// in the name stands for the number that the kernel chooses.
     Tap(String),
-    /// Make those TAPs ports of bridges whose name matches this pattern.
+    /// The same for all TAPs whose name matches.
+    Taps(#[serde(with = "as_text")] Pattern),
+    /// Make those TAPs ports of the bridge of exactly this name.
     Bridge(String),
-    /// Connect to unix sockets whose path matches this pattern. Its `*` does not stand for `/`.
-    Socket(String),
+    /// Make them ports of all bridges whose name matches.
+    Bridges(#[serde(with = "as_text")] Pattern),
     /// Connect to the unix socket at exactly this path.
-    ExactSocket(ExactPath),
+    Socket(SocketPath),
+    /// Connect to all unix sockets whose path matches.
+    Sockets(#[serde(with = "as_text")] Pattern),
     /// Write the CPU masks of interrupts and of network interfaces' queues.
     Affinity,
 }
 
 /// The path of a socket.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ExactPath(RawPath);
+pub struct SocketPath(RawPath);
 
-impl ExactPath {
+impl SocketPath {
     pub(crate) fn as_path(&self) -> &Path {
         self.0.as_path()
     }
@@ -36,6 +41,23 @@ impl Rule {
     /// The rule that allows connecting to the socket at `path`.
     #[must_use]
     pub fn socket_at(path: &Path) -> Self {
-        Self::ExactSocket(ExactPath(path.into()))
+        Self::Socket(SocketPath(path.into()))
+    }
+}
+
+/// A pattern in a message is its text.
+mod as_text {
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serializer};
+    use virtionet_base::Pattern;
+
+    pub(super) fn serialize<S: Serializer>(pattern: &Pattern, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(pattern)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Pattern, D::Error> {
+        let text = String::deserialize(from)?;
+        let pattern = text.parse();
+        pattern.map_err(|error| D::Error::custom(format_args!("{text}: {error}")))
     }
 }

@@ -1,53 +1,61 @@
 //! What the helper does for the daemon: what the daemon's configuration names, and nothing else.
 
 use std::collections::BTreeSet;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
-use glob::{MatchOptions, Pattern};
+use virtionet_base::Pattern;
 
 use crate::protocol::Request;
 use crate::rule::Rule;
 
-/// A pattern that cannot be used.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RuleError {
-    /// The pattern.
-    pub pattern: String,
-    /// What is wrong with it.
-    pub reason: String,
-}
-
 /// All rules of a helper.
 #[derive(Debug, Default)]
 pub(crate) struct Rules {
-    taps: Vec<Pattern>,
-    /// The names with a `%d`, which are compared as they are.
-    tap_templates: BTreeSet<String>,
+    taps: Names,
     /// The indexes of the interfaces that were opened by their names. An index stays the same when
     /// the interface is renamed.
     tap_indexes: BTreeSet<u32>,
-    bridges: Vec<Pattern>,
+    bridges: Names,
     sockets: Vec<Pattern>,
     socket_paths: BTreeSet<PathBuf>,
     affinity: bool,
 }
 
+/// Names of interfaces: some exactly, and all that match a pattern.
+#[derive(Debug, Default)]
+struct Names {
+    exact: BTreeSet<String>,
+    patterns: Vec<Pattern>,
+}
+
+impl Names {
+    fn contain(&self, name: &str) -> bool {
+        self.exact.contains(name)
+            || self
+                .patterns
+                .iter()
+                .any(|pattern| pattern.matches_name(name))
+    }
+}
+
 impl Rules {
     /// Adds a rule.
-    pub(crate) fn add(&mut self, rule: Rule) -> Result<(), RuleError> {
+    pub(crate) fn add(&mut self, rule: Rule) {
         match rule {
-            Rule::Tap(name) if name.contains('%') => {
-                self.tap_templates.insert(name);
+            Rule::Tap(name) => {
+                self.taps.exact.insert(name);
             }
-            Rule::Tap(name) => self.taps.push(parse(&name)?),
-            Rule::Bridge(name) => self.bridges.push(parse(&name)?),
-            Rule::Socket(path) => self.sockets.push(parse(&path)?),
-            Rule::ExactSocket(path) => {
+            Rule::Taps(pattern) => self.taps.patterns.push(pattern),
+            Rule::Bridge(name) => {
+                self.bridges.exact.insert(name);
+            }
+            Rule::Bridges(pattern) => self.bridges.patterns.push(pattern),
+            Rule::Socket(path) => {
                 self.socket_paths.insert(path.as_path().into());
             }
+            Rule::Sockets(pattern) => self.sockets.push(pattern),
             Rule::Affinity => self.affinity = true,
         }
-        Ok(())
     }
 
     /// Whether the helper writes CPU masks.
@@ -67,8 +75,7 @@ impl Rules {
         find_index: impl Fn(&str) -> Option<u32>,
     ) -> bool {
         let is_own_tap = |name: &str| {
-            matches_any(&self.taps, name)
-                || self.tap_templates.contains(name)
+            self.taps.contain(name)
                 || find_index(name).is_some_and(|index| self.tap_indexes.contains(&index))
         };
         match request {
@@ -76,7 +83,7 @@ impl Rules {
             | Request::BringUp { name }
             | Request::SetMtu { name, .. } => is_own_tap(name),
             Request::JoinBridge { name, bridge } => {
-                is_own_tap(name) && matches_any(&self.bridges, bridge)
+                is_own_tap(name) && self.bridges.contain(bridge)
             }
             Request::WriteAffinity { file, text } => {
                 self.affinity && is_affinity_file(file.as_path()) && is_cpu_set(text)
@@ -86,31 +93,12 @@ impl Rules {
     }
 
     fn allows_socket(&self, path: &Path) -> bool {
-        let goes_up = || path.components().any(|part| part == Component::ParentDir);
-        let options = MatchOptions {
-            require_literal_separator: true,
-            ..MatchOptions::default()
-        };
         self.socket_paths.contains(path)
             || self
                 .sockets
                 .iter()
-                .any(|pattern| pattern.matches_path_with(path, options))
-                && !goes_up()
+                .any(|pattern| pattern.matches_path(path))
     }
-}
-
-/// Reads a pattern, in which `*` stands for any characters, `?` for one, and `[...]` for one of
-/// those listed.
-fn parse(pattern: &str) -> Result<Pattern, RuleError> {
-    Pattern::new(pattern).map_err(|error| RuleError {
-        pattern: pattern.into(),
-        reason: error.msg.into(),
-    })
-}
-
-fn matches_any(patterns: &[Pattern], name: &str) -> bool {
-    patterns.iter().any(|pattern| pattern.matches(name))
 }
 
 /// Whether `file` is one of those that say which CPUs serve an interrupt or a queue.
@@ -151,9 +139,13 @@ mod tests {
     fn rules(rules: impl IntoIterator<Item = Rule>) -> Rules {
         let mut all = Rules::default();
         for rule in rules {
-            all.add(rule).unwrap();
+            all.add(rule);
         }
         all
+    }
+
+    fn pattern(text: &str) -> Pattern {
+        text.parse().unwrap()
     }
 
     fn attach(name: &str) -> Request {
@@ -199,14 +191,15 @@ mod tests {
     fn taps_are_allowed_by_name_pattern_template_and_index() {
         let mut rules = rules([
             Rule::Tap("tap0".into()),
-            Rule::Tap("vnet*".into()),
+            Rule::Tap("t*".into()),
             Rule::Tap("net%d".into()),
+            Rule::Taps(pattern("vnet*")),
         ]);
         let allow = |rules: &Rules, name: &str| rules.allow(&attach(name), |_| Some(7));
-        for name in ["tap0", "vnet", "vnet12", "net%d"] {
+        for name in ["tap0", "t*", "vnet", "vnet12", "net%d"] {
             assert!(allow(&rules, name), "{name}");
         }
-        for name in ["tap00", "eth0", "net0", "avnet1", "", "n%d"] {
+        for name in ["tap00", "t1", "eth0", "net0", "avnet1", "", "n%d"] {
             assert!(!allow(&rules, name), "{name}");
         }
         rules.remember_tap(7);
@@ -217,9 +210,14 @@ mod tests {
 
     #[test]
     fn port_needs_an_own_tap_and_an_allowed_bridge() {
-        let rules = rules([Rule::Tap("tap0".into()), Rule::Bridge("br0".into())]);
+        let rules = rules([
+            Rule::Tap("tap0".into()),
+            Rule::Bridge("br0".into()),
+            Rule::Bridges(pattern("lan?")),
+        ]);
         for (name, bridge, allowed) in [
             ("tap0", "br0", true),
+            ("tap0", "lan1", true),
             ("tap0", "br1", false),
             ("eth0", "br0", false),
         ] {
@@ -233,7 +231,7 @@ mod tests {
     fn sockets_are_allowed_by_path_and_by_pattern_in_one_folder() {
         let rules = rules([
             Rule::socket_at(Path::new("/run/a*.sock")),
-            Rule::Socket("/run/qemu/*.sock".into()),
+            Rule::Sockets(pattern("/run/qemu/*.sock")),
         ]);
         for (path, allowed) in [
             ("/run/a*.sock", true),
@@ -273,11 +271,5 @@ mod tests {
                 "{file} {text}"
             );
         }
-    }
-
-    #[test]
-    fn pattern_that_cannot_be_read_is_an_error() {
-        let error = Rules::default().add(Rule::Socket("/run/***".into()));
-        assert_eq!(error.unwrap_err().pattern, "/run/***");
     }
 }

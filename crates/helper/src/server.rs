@@ -32,10 +32,7 @@ pub fn take_rules(socket: OwnedFd) -> io::Result<Option<Server>> {
     let mut rules = Rules::default();
     while let Some((hello, _)) = receive(&socket)? {
         match hello {
-            Hello::Allow(rule) => rules.add(rule).map_err(|error| {
-                let text = format!("{}: {}", error.pattern, error.reason);
-                io::Error::new(io::ErrorKind::InvalidInput, text)
-            })?,
+            Hello::Allow(rule) => rules.add(rule),
             Hello::Serve => {
                 return Ok(Some(Server {
                     socket,

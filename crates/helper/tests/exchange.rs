@@ -11,6 +11,7 @@ use std::thread::{self, JoinHandle};
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::geteuid;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use virtionet_base::Pattern;
 use virtionet_base::rights::{Helper, LinkChange};
 use virtionet_helper::{Client, Rule, take_rules};
 use virtionet_uplink::tap::find_index;
@@ -29,6 +30,10 @@ fn start(rules: impl IntoIterator<Item = Rule>) -> (Client, JoinHandle<()>) {
         }
     });
     (Client::new(ours, rules).unwrap(), server)
+}
+
+fn pattern(text: &str) -> Pattern {
+    text.parse().unwrap()
 }
 
 fn open_tun() -> File {
@@ -69,7 +74,7 @@ fn taps_that_are_allowed_are_opened_and_changed_and_no_others() {
         return;
     }
     unshare(CloneFlags::CLONE_NEWNET).unwrap();
-    let (client, server) = start([Rule::Tap("vnet*".into()), Rule::Tap("t%d".into())]);
+    let (client, server) = start([Rule::Taps(pattern("vnet*")), Rule::Tap("t%d".into())]);
     let tun = open_tun();
     assert_eq!(
         client.attach_tap(tun.as_fd(), "vnet7").unwrap().unwrap(),
@@ -115,7 +120,7 @@ fn taps_that_are_allowed_are_opened_and_changed_and_no_others() {
 
 #[test]
 fn cpu_masks_are_written_only_where_that_is_allowed() {
-    let (client, server) = start([Rule::Socket("/run/*".into())]);
+    let (client, server) = start([Rule::Sockets(pattern("/run/*"))]);
     let file = Path::new("/proc/irq/0/smp_affinity_list");
     let refused = client.write_affinity(file, "0").unwrap().unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::PermissionDenied);
@@ -145,7 +150,7 @@ fn server_does_not_serve_before_it_has_all_rules_nor_with_a_wrong_one() {
     drop(ours);
     assert!(take_rules(theirs).unwrap().is_none());
     let (ours, theirs) = sockets();
-    Client::new(ours, [Rule::Socket("/run/***".into())]).unwrap();
+    rustix::io::write(&ours, b"{\"Allow\":{\"Sockets\":\"/run/***\"}}").unwrap();
     let error = take_rules(theirs).unwrap_err();
     assert!(error.to_string().starts_with("/run/***: "), "{error}");
 }
