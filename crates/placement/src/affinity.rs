@@ -87,10 +87,9 @@ pub fn thread_cpus(tid: i32) -> Result<CpuSet, AffinityError> {
 ///
 /// [`AffinityError::Get`] when the affinity can be read neither from /proc nor from the kernel.
 pub fn process_cpus() -> Result<CpuSet, AffinityError> {
-    let main = i32::try_from(std::process::id()).unwrap_or(0);
-    match ProcFs::new("/proc").any_thread(main) {
+    match ProcFs::new("/proc").main_thread() {
         Some(thread) if !thread.cpus.is_empty() => Ok(thread.cpus),
-        _ => read_back(Some(main)),
+        _ => read_back(Some(i32::try_from(std::process::id()).unwrap_or(0))),
     }
 }
 

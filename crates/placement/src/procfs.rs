@@ -68,6 +68,12 @@ impl ProcFs {
         self.status(&self.root.join(tid.to_string()))
     }
 
+    /// The status of this process's main thread, if it can be read. The process's own number is not
+    /// used, because in a PID namespace whose /proc is that of the host another process has it.
+    pub(crate) fn main_thread(&self) -> Option<ThreadStatus> {
+        self.status(&self.root.join("self"))
+    }
+
     /// The folder of the threads of `pid`.
     pub(crate) fn tasks(&self, pid: i32) -> PathBuf {
         self.root.join(pid.to_string()).join("task")
@@ -225,6 +231,21 @@ mod tests {
 
         drop(end);
         vcpu.unwrap().join().unwrap();
+    }
+
+    #[test]
+    fn main_thread_is_found_where_the_own_number_is_that_of_another_process() {
+        let root = crate::testing::TempDir::new("other-number");
+        let own = i32::try_from(std::process::id()).unwrap();
+        root.thread(own, own, "another", "7");
+        root.thread(4_000_000, 4_000_000, "virtionetd", "0-1");
+        std::os::unix::fs::symlink("4000000", root.path().join("self")).unwrap();
+        let main = ProcFs::new(root.path()).main_thread().unwrap();
+        let expected = ThreadStatus {
+            pid: 4_000_000,
+            cpus: "0-1".parse().unwrap(),
+        };
+        assert_eq!(main, expected);
     }
 
     #[test]
