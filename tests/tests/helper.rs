@@ -63,6 +63,24 @@ fn helper_keeps_two_capabilities_and_the_daemon_none() {
 }
 
 #[test]
+fn sockets_that_the_user_may_not_remove_are_removed_at_the_end() {
+    let dir = RunDir::new().unwrap();
+    let daemon = Options::new()
+        .flag("--uplink", "null")
+        .flag("--user", "65534")
+        .flag("--group", "65534")
+        .start(&dir, "vnet")
+        .unwrap();
+    let sockets = [daemon.socket().to_owned(), daemon.control().to_owned()];
+    let exist = || sockets.iter().map(|socket| socket.exists());
+    assert!(exist().all(|exists| exists));
+    let exit = daemon.stop(Signal::SIGTERM).unwrap();
+    assert!(exit.status.success(), "{}", exit.stderr);
+    assert!(!exist().any(|exists| exists), "{sockets:?} {}", exit.stderr);
+    assert!(!exit.stderr.contains("WARN"), "{}", exit.stderr);
+}
+
+#[test]
 fn helper_that_is_killed_is_reported_and_the_daemon_goes_on() {
     let dir = RunDir::new().unwrap();
     let daemon = Options::new()

@@ -34,6 +34,15 @@ impl fmt::Display for LinkChange {
     }
 }
 
+/// Which file it is, whatever its path is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FileIdentity {
+    /// The number of the file system's device.
+    pub device: u64,
+    /// The number of the inode on it.
+    pub inode: u64,
+}
+
 /// The helper, as the crates see it that need a right. Every function returns the kernel's error,
 /// EPERM where the configuration does not allow the operation, and `None` when there is no helper
 /// any more.
@@ -51,6 +60,9 @@ pub trait Helper: fmt::Debug + Send + Sync {
 
     /// Connects to the unix socket at `path` without waiting. The returned socket blocks.
     fn connect(&self, path: &Path) -> Option<io::Result<UnixStream>>;
+
+    /// Removes the socket file at `path`, if it is still the one that `identity` says.
+    fn remove_socket(&self, path: &Path, identity: FileIdentity) -> Option<io::Result<()>>;
 }
 
 static HELPER: OnceLock<Box<dyn Helper>> = OnceLock::new();

@@ -30,7 +30,7 @@ use rustix::net::{
 };
 use rustix::process::geteuid;
 
-use crate::rights::with_help;
+use crate::rights::{FileIdentity, with_help};
 use crate::sys::open_file_of;
 
 /// The bits of a file's mode that are permissions.
@@ -117,7 +117,10 @@ pub fn listen_at(
     let (handle, stat) = open_bound(&socket, path)?;
     let file = SocketFile {
         path: path.into(),
-        identity: (stat.st_dev, stat.st_ino),
+        identity: FileIdentity {
+            device: stat.st_dev,
+            inode: stat.st_ino,
+        },
     };
     set_access(handle.as_fd(), &stat, path, access.mode, group)?;
     listen(&socket, BACKLOG).map_err(refused("listen on"))?;
@@ -214,12 +217,12 @@ pub fn address(path: &Path) -> Result<SocketAddrUnix, UnixSocketError> {
 }
 
 /// A socket file that this process created. Dropping this value removes the file, unless another
-/// file has replaced it.
+/// file has replaced it. The helper of this process does that where this thread may not, because
+/// the process has become another user since.
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
-    /// The device and inode of the file.
-    identity: (u64, u64),
+    identity: FileIdentity,
 }
 
 impl SocketFile {
@@ -232,16 +235,28 @@ impl SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if identity(&self.path).is_ok_and(|now| now == self.identity) {
-            let _ = fs::remove_file(&self.path);
-        }
+        let _ = with_help(
+            || remove_own(&self.path, self.identity),
+            |helper| helper.remove_socket(&self.path, self.identity),
+        );
     }
 }
 
-/// The device and inode of the file at `path`.
-fn identity(path: &Path) -> io::Result<(u64, u64)> {
+/// Removes the socket file at `path` with the rights of this thread only.
+///
+/// # Errors
+/// The kernel's error, or ENOENT when another file is there than `identity` says.
+// syscalls: statx unlink
+pub fn remove_own(path: &Path, identity: FileIdentity) -> io::Result<()> {
     let metadata = fs::symlink_metadata(path)?;
-    Ok((metadata.dev(), metadata.ino()))
+    let found = FileIdentity {
+        device: metadata.dev(),
+        inode: metadata.ino(),
+    };
+    match metadata.file_type().is_socket() && found == identity {
+        true => fs::remove_file(path),
+        false => Err(Errno::NOENT.into()),
+    }
 }
 
 /// Removes a socket file on which no process listens.

@@ -335,8 +335,8 @@ impl Key {
         default: DefaultValue::Value("on"),
         help: "Whether a process that keeps CAP_NET_ADMIN and CAP_DAC_OVERRIDE, where virtionetd was \
                given them, does what they are needed for later: opening a TAP's queues, making a TAP \
-               again, its MTU, --irq-affinity apply, connecting to sockets of other users. off: \
-               nothing that needs them is done after the start",
+               again, its MTU, --irq-affinity apply, connecting to sockets of other users, removing \
+               its own sockets. off: nothing that needs them is done after the start",
     };
     pub(crate) const HELPER_ALLOW: Self = Self {
         name: "helper-allow",

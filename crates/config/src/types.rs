@@ -1,7 +1,7 @@
 //! The types of the configuration that all sources result in. It is complete and checked.
 
 use std::os::fd::RawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use virtionet_base::{MAX_QUEUE_PAIRS, Pattern};
@@ -27,6 +27,22 @@ pub struct Config {
     pub helper: Option<HelperConfig>,
     /// The number of `-v` flags.
     pub verbosity: u8,
+}
+
+impl Config {
+    /// The paths of the sockets that the daemon makes: those of devices that listen, and that of
+    /// the control server.
+    pub fn own_sockets(&self) -> impl Iterator<Item = &Path> {
+        let devices = self
+            .devices
+            .iter()
+            .filter_map(|device| match &device.socket {
+                Socket::Listen { path, .. } => Some(path),
+                Socket::Connect { .. } | Socket::Inherited(_) => None,
+            });
+        let control = self.control.as_ref().map(|control| &control.path);
+        devices.chain(control).map(PathBuf::as_path)
+    }
 }
 
 /// A user and a group, each by name or number; `None` for those of the process.

@@ -21,8 +21,8 @@ use virtionet_sandbox::ThreadKind;
 
 use crate::{logging, sandbox, sys};
 
-/// The first argument of the helper, which is followed by the name of the sandbox mode, the number
-/// of `-v` flags, and whether CPU masks are written.
+/// The first argument of the helper, which is followed by the name of the sandbox mode and the
+/// number of `-v` flags.
 pub const ARGUMENT: &str = "helper";
 
 /// The name by which ps shows it.
@@ -59,11 +59,6 @@ impl HelperProcess {
                 ARGUMENT,
                 config.sandbox.name(),
                 &config.verbosity.to_string(),
-                if writes_affinity(config) {
-                    "affinity"
-                } else {
-                    "none"
-                },
             ])
             .stdin(theirs)
             .stdout(Stdio::null())
@@ -116,6 +111,7 @@ fn writes_affinity(config: &Config) -> bool {
 /// What `config` names, and what it allows beside that.
 fn rules(config: &Config, allowed: &HelperConfig) -> io::Result<Vec<Rule>> {
     let mut rules: Vec<Rule> = config.devices.iter().flat_map(device_rules).collect();
+    rules.extend(config.own_sockets().map(Rule::own_socket_at));
     if writes_affinity(config) {
         rules.push(Rule::Affinity);
         let sockets = IRQBALANCE_SOCKETS.parse().map_err(io::Error::other)?;
@@ -149,13 +145,13 @@ fn device_rules(device: &DeviceConfig) -> Vec<Rule> {
 
 /// The program of the helper, whose arguments follow [`ARGUMENT`]. It ends with the daemon.
 pub fn run(arguments: &[String]) -> ExitCode {
-    let [mode, verbosity, affinity] = arguments else {
+    let [mode, verbosity] = arguments else {
         return refuse();
     };
     let Some(mode) = SandboxMode::find(mode) else {
         return refuse();
     };
-    match serve(mode, verbosity.parse().unwrap_or(0), affinity == "affinity") {
+    match serve(mode, verbosity.parse().unwrap_or(0)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             logging::print_error(&format!("helper: {error}; restart virtionetd"));
@@ -169,17 +165,19 @@ fn refuse() -> ExitCode {
     ExitCode::from(2)
 }
 
-fn serve(mode: SandboxMode, verbosity: u8, affinity: bool) -> io::Result<()> {
+fn serve(mode: SandboxMode, verbosity: u8) -> io::Result<()> {
     // Its file is called exe.
     let _ = set_name(c"virtionetd-help");
     // An inherited socket of a front-end must not stay open here.
     sys::close_all_above(io::stderr().as_fd());
     let socket: OwnedFd = io::stdin().as_fd().try_clone_to_owned()?;
-    sandbox::prepare_helper(mode, affinity).map_err(io::Error::other)?;
-    logging::init(verbosity, sandbox::confine_log).map_err(io::Error::other)?;
+    // The rules say which files it needs.
     let Some(server) = take_rules(socket)? else {
         return Ok(());
     };
+    let affinity = server.writes_affinity();
+    sandbox::prepare_helper(mode, server.own_sockets(), affinity).map_err(io::Error::other)?;
+    logging::init(verbosity, sandbox::confine_log).map_err(io::Error::other)?;
     sandbox::confine_process().map_err(io::Error::other)?;
     sandbox::confine_thread(ThreadKind::Helper);
     server.serve()

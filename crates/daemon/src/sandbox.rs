@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 
 use rustix::thread::{CapabilitySet, capabilities};
 use virtionet_config::uplink::UplinkConfig;
-use virtionet_config::{Config, SandboxMode, Socket};
+use virtionet_config::{Config, SandboxMode};
 use virtionet_placement::interrupts::IrqAffinity;
 use virtionet_sandbox::{
     Enforcement, FileRules, Identity, LandlockState, Sandbox, SandboxError, ThreadKind, namespaces,
@@ -67,14 +67,20 @@ pub fn prepare(config: &Config) -> Result<(), ConfineError> {
     Ok(())
 }
 
-/// Prepares the sandbox of the helper, which keeps its user. It writes CPU masks with `affinity`.
+/// Prepares the sandbox of the helper, which keeps its user. It removes `sockets` at the end, and
+/// writes CPU masks with `affinity`.
 ///
 /// # Errors
 /// When there is no filter for this machine.
-pub fn prepare_helper(mode: SandboxMode, affinity: bool) -> Result<(), SandboxError> {
+pub fn prepare_helper<'a>(
+    mode: SandboxMode,
+    sockets: impl Iterator<Item = &'a Path>,
+    affinity: bool,
+) -> Result<(), SandboxError> {
     let files = FileRules {
+        socket_folders: folders(sockets),
+        opens_taps: false,
         writes_interrupts: affinity,
-        ..FileRules::default()
     };
     let sandbox = new_sandbox(mode, files)?;
     CONFINEMENT.get_or_init(|| Confinement {
@@ -203,17 +209,8 @@ fn landlock_warning(state: LandlockState) -> Option<&'static str> {
 /// What the devices of `config` need of files.
 fn file_rules(config: &Config) -> FileRules {
     let devices = || config.devices.iter();
-    let sockets = devices().filter_map(|device| match &device.socket {
-        Socket::Listen { path, .. } => Some(path),
-        Socket::Connect { .. } | Socket::Inherited(_) => None,
-    });
-    let control = config.control.as_ref().map(|control| &control.path);
-    let mut socket_folders: Vec<PathBuf> =
-        sockets.chain(control).map(|path| folder(path)).collect();
-    socket_folders.sort();
-    socket_folders.dedup();
     FileRules {
-        socket_folders,
+        socket_folders: folders(config.own_sockets()),
         opens_taps: devices().any(|device| match &device.uplink {
             UplinkConfig::Tap(_) => true,
             UplinkConfig::Switch(switch) => switch.tap.is_some(),
@@ -221,6 +218,14 @@ fn file_rules(config: &Config) -> FileRules {
         }),
         writes_interrupts: devices().any(|device| device.irq_affinity == IrqAffinity::Apply),
     }
+}
+
+/// The directories in which `paths` lie.
+fn folders<'a>(paths: impl Iterator<Item = &'a Path>) -> Vec<PathBuf> {
+    let mut folders: Vec<PathBuf> = paths.map(folder).collect();
+    folders.sort();
+    folders.dedup();
+    folders
 }
 
 /// The directory in which `path` lies.

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
-use virtionet_base::rights::{Helper, LinkChange};
+use virtionet_base::rights::{FileIdentity, Helper, LinkChange};
 
 use crate::protocol::{Hello, Reply, Request, receive, send};
 use crate::rule::Rule;
@@ -118,5 +118,17 @@ impl Helper for Client {
     fn connect(&self, path: &Path) -> Option<io::Result<UnixStream>> {
         let reply = self.call(&Request::Connect { path: path.into() }, None)?;
         Some(reply.and_then(|(_, fd)| fd.map(UnixStream::from).ok_or_else(unexpected)))
+    }
+
+    fn remove_socket(&self, path: &Path, identity: FileIdentity) -> Option<io::Result<()>> {
+        let FileIdentity { device, inode } = identity;
+        let path = path.into();
+        let request = Request::RemoveSocket {
+            path,
+            device,
+            inode,
+        };
+        let reply = self.call(&request, None)?;
+        Some(reply.map(drop))
     }
 }

@@ -45,6 +45,12 @@ pub(crate) enum Request {
     WriteAffinity { file: RawPath, text: String },
     /// To connect to the unix socket at `path`.
     Connect { path: RawPath },
+    /// To remove the socket file at `path`, if it is the one with these numbers.
+    RemoveSocket {
+        path: RawPath,
+        device: u64,
+        inode: u64,
+    },
 }
 
 impl Request {
@@ -71,6 +77,7 @@ impl fmt::Display for Request {
             Self::JoinBridge { name, bridge } => write!(f, "make TAP {name} a port of {bridge}"),
             Self::WriteAffinity { file, text } => write!(f, "write {text:?} to {file}"),
             Self::Connect { path } => write!(f, "connect to {path}"),
+            Self::RemoveSocket { path, .. } => write!(f, "remove socket {path}"),
         }
     }
 }

@@ -23,6 +23,8 @@ pub enum Rule {
     Socket(SocketPath),
     /// Connect to all unix sockets whose path matches.
     Sockets(#[serde(with = "as_text")] Pattern),
+    /// Remove the socket file at exactly this path.
+    OwnSocket(SocketPath),
     /// Write the CPU masks of interrupts and of network interfaces' queues.
     Affinity,
 }
@@ -42,6 +44,12 @@ impl Rule {
     #[must_use]
     pub fn socket_at(path: &Path) -> Self {
         Self::Socket(SocketPath(path.into()))
+    }
+
+    /// The rule that allows removing the file of the socket at `path`, which the daemon made.
+    #[must_use]
+    pub fn own_socket_at(path: &Path) -> Self {
+        Self::OwnSocket(SocketPath(path.into()))
     }
 }
 

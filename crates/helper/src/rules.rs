@@ -18,6 +18,7 @@ pub(crate) struct Rules {
     bridges: Names,
     sockets: Vec<Pattern>,
     socket_paths: BTreeSet<PathBuf>,
+    own_sockets: BTreeSet<PathBuf>,
     affinity: bool,
 }
 
@@ -54,8 +55,16 @@ impl Rules {
                 self.socket_paths.insert(path.as_path().into());
             }
             Rule::Sockets(pattern) => self.sockets.push(pattern),
+            Rule::OwnSocket(path) => {
+                self.own_sockets.insert(path.as_path().into());
+            }
             Rule::Affinity => self.affinity = true,
         }
+    }
+
+    /// The sockets whose files it removes.
+    pub(crate) fn own_sockets(&self) -> impl Iterator<Item = &Path> {
+        self.own_sockets.iter().map(PathBuf::as_path)
     }
 
     /// Whether the helper writes CPU masks.
@@ -89,6 +98,7 @@ impl Rules {
                 self.affinity && is_affinity_file(file.as_path()) && is_cpu_set(text)
             }
             Request::Connect { path } => self.allows_socket(path.as_path()),
+            Request::RemoveSocket { path, .. } => self.own_sockets.contains(path.as_path()),
         }
     }
 
@@ -158,6 +168,14 @@ mod tests {
         }
     }
 
+    fn remove(path: &str) -> Request {
+        Request::RemoveSocket {
+            path: Path::new(path).into(),
+            device: 1,
+            inode: 2,
+        }
+    }
+
     fn write(file: &str, text: &str) -> Request {
         Request::WriteAffinity {
             file: Path::new(file).into(),
@@ -182,6 +200,7 @@ mod tests {
             },
             write("/proc/irq/1/smp_affinity_list", "0"),
             connect("/run/qemu.sock"),
+            remove("/run/vnet.sock"),
         ] {
             assert!(!none.allow(&request, |_| Some(1)), "{request}");
         }
@@ -242,6 +261,23 @@ mod tests {
             ("/run/docker.sock", false),
         ] {
             assert_eq!(rules.allow(&connect(path), |_| None), allowed, "{path}");
+        }
+    }
+
+    #[test]
+    fn only_own_sockets_are_removed() {
+        let rules = rules([
+            Rule::own_socket_at(Path::new("/run/vnet.sock")),
+            Rule::socket_at(Path::new("/run/qemu.sock")),
+            Rule::Sockets(pattern("/run/*")),
+        ]);
+        for (path, allowed) in [
+            ("/run/vnet.sock", true),
+            ("/run/qemu.sock", false),
+            ("/run/other.sock", false),
+            ("/run/../run/vnet.sock", false),
+        ] {
+            assert_eq!(rules.allow(&remove(path), |_| None), allowed, "{path}");
         }
     }
 

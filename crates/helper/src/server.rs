@@ -2,9 +2,10 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 
 use rustix::fs::{FileType, fstat, major, minor};
-use virtionet_base::rights::LinkChange;
+use virtionet_base::rights::{FileIdentity, LinkChange};
 use virtionet_base::{RateLimiter, unix_socket};
 use virtionet_placement::interrupts;
 use virtionet_uplink::tap;
@@ -52,11 +53,17 @@ impl Server {
         self.rules.allows_affinity()
     }
 
+    /// The sockets whose files the rules allow to remove.
+    pub fn own_sockets(&self) -> impl Iterator<Item = &Path> {
+        self.rules.own_sockets()
+    }
+
     /// Serves requests until the daemon closes its end of the socket.
     ///
     /// # Errors
     /// When the socket fails, or something arrives that is no request.
     // syscalls: recvmsg sendmsg fstat ioctl(TUNSETIFF) socket read write connect openat
+    // syscalls: statx unlink
     pub fn serve(mut self) -> io::Result<()> {
         while let Some((request, fd)) = receive(&self.socket)? {
             let (reply, connection) = self.answer(&request, fd);
@@ -108,6 +115,15 @@ impl Server {
             }
             Request::Connect { path } => {
                 connect(path).map(|connection| (Reply::Done, Some(connection)))
+            }
+            Request::RemoveSocket {
+                path,
+                device,
+                inode,
+            } => {
+                let (device, inode) = (*device, *inode);
+                let identity = FileIdentity { device, inode };
+                unix_socket::remove_own(path.as_path(), identity).map(done)
             }
         }
     }

@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::thread::{self, JoinHandle};
@@ -12,7 +13,7 @@ use nix::sched::{CloneFlags, unshare};
 use nix::unistd::geteuid;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use virtionet_base::Pattern;
-use virtionet_base::rights::{Helper, LinkChange};
+use virtionet_base::rights::{FileIdentity, Helper, LinkChange};
 use virtionet_helper::{Client, Rule, take_rules};
 use virtionet_uplink::tap::find_index;
 
@@ -65,6 +66,44 @@ fn socket_that_is_allowed_is_connected_and_no_other() {
     assert!(client.is_open());
     client.close();
     server.join().unwrap();
+}
+
+fn identity_of(path: &Path) -> FileIdentity {
+    let metadata = std::fs::symlink_metadata(path).unwrap();
+    FileIdentity {
+        device: metadata.dev(),
+        inode: metadata.ino(),
+    }
+}
+
+#[test]
+fn own_socket_is_removed_while_it_is_the_same_file_and_no_other_is() {
+    let folder = std::env::temp_dir().join(format!("virtionet-removed-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let (own, other) = (folder.join("a.sock"), folder.join("b.sock"));
+    let _own = UnixListener::bind(&own).unwrap();
+    let _other = UnixListener::bind(&other).unwrap();
+    let (client, server) = start([Rule::own_socket_at(&own), Rule::socket_at(&other)]);
+    let remove = |path: &Path, identity| {
+        let done = client.remove_socket(path, identity).unwrap();
+        done.map_err(|error| error.kind())
+    };
+    let (own_identity, other_identity) = (identity_of(&own), identity_of(&other));
+    assert_eq!(
+        remove(&other, other_identity),
+        Err(ErrorKind::PermissionDenied)
+    );
+    assert_eq!(remove(&own, other_identity), Err(ErrorKind::NotFound));
+    assert!(own.exists() && other.exists());
+    assert_eq!(remove(&own, own_identity), Ok(()));
+    assert!(!own.exists());
+    // Another kind of file at the same path stays, even if the request names it.
+    std::fs::write(&own, "x").unwrap();
+    assert_eq!(remove(&own, identity_of(&own)), Err(ErrorKind::NotFound));
+    assert!(own.exists());
+    client.close();
+    server.join().unwrap();
+    std::fs::remove_dir_all(&folder).unwrap();
 }
 
 #[test]

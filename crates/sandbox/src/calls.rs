@@ -239,7 +239,7 @@ const CLOSER: &[Call] = calls![setsockopt: SYS_setsockopt, fcntl: SYS_fcntl(FCNT
 const ASK_HELPER: &[Call] = calls![sendmsg: SYS_sendmsg, recvmsg: SYS_recvmsg];
 
 /// Answering the daemon: opening queues of TAPs, changing interfaces, writing CPU masks,
-/// connecting.
+/// connecting. Beside it, removing sockets.
 const HELPER: &[Call] = calls![
     fstat: SYS_fstat,
     newfstatat: SYS_newfstatat,
@@ -445,7 +445,7 @@ pub(crate) fn of_kind(kind: ThreadKind) -> Vec<Call> {
         ThreadKind::Log => &[RUNTIME],
         ThreadKind::Closer => &[RUNTIME, CLOSER],
         ThreadKind::Watchdog => &[RUNTIME, WATCHDOG],
-        ThreadKind::Helper => &[RUNTIME, ASK_HELPER, HELPER],
+        ThreadKind::Helper => &[RUNTIME, ASK_HELPER, HELPER, UNLINK, UNLINK_X86],
     };
     groups.concat()
 }

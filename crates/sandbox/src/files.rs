@@ -90,7 +90,10 @@ fn files_of(kind: ThreadKind, rules: &FileRules) -> Option<Vec<(PathBuf, FileUse
         | ThreadKind::Closer
         | ThreadKind::Watchdog => {}
     }
-    if matches!(kind, ThreadKind::Main | ThreadKind::Session) {
+    if matches!(
+        kind,
+        ThreadKind::Main | ThreadKind::Session | ThreadKind::Helper
+    ) {
         let folders = rules.socket_folders.iter().cloned();
         files.extend(folders.map(|folder| (folder, FileUse::Remove)));
     }
@@ -161,7 +164,7 @@ mod tests {
                 ThreadKind::Main => &["/run/vnet"],
                 ThreadKind::Session => &["/dev/net/tun", "/proc/irq", "/sys/devices", "/run/vnet"],
                 ThreadKind::Placer => &["/dev/net/tun", "/proc/irq", "/sys/devices"],
-                ThreadKind::Helper => &["/proc/irq", "/sys/devices"],
+                ThreadKind::Helper => &["/proc/irq", "/sys/devices", "/run/vnet"],
                 _ => &[],
             };
             let expected: Vec<PathBuf> = expected.iter().map(PathBuf::from).collect();
