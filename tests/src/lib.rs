@@ -8,7 +8,7 @@
 //! combines all of these; [`two_guests`] does the same with a second guest instead of the host, and
 //! [`libvirt`] starts libvirt domains as guests. A [`responder`] is a driver that answers pings
 //! without a guest; [`diagnostics`] prints the state of a guest that does not answer. [`testpmd`]
-//! runs DPDK's driver and back-end, which need [`hugepages`].
+//! runs DPDK's driver and back-end, which need [`hugepages`]. A [`systemd_machine`] runs services.
 //!
 //! Each process, namespace, directory and setting is removed by its `Drop` or, when a signal ends
 //! this process, by a signal handler ([`cleanup`]). When SIGKILL ends this process, the kernel
@@ -37,6 +37,7 @@ pub mod qemu_version;
 pub mod qmp;
 pub mod responder;
 pub mod sched;
+pub mod systemd_machine;
 pub mod testbed;
 pub mod testpmd;
 pub mod topology;
