@@ -5,6 +5,10 @@
 //! one is measured. The workers run on the last CPU, and the drivers on the first one. The frames
 //! go to `null`, where a frame costs the least and the kicks and calls are most of the system
 //! calls, or to a TAP with one system call for each frame.
+//!
+//! A second part ([`filters`]) measures the filters alone.
+
+mod filters;
 
 use std::time::{Duration, Instant};
 
@@ -29,7 +33,7 @@ const PAYLOAD: [u8; 100] = [0x5a; 100];
 /// The time without any completed frame after which the device counts as stalled.
 const STALL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Measures both uplinks.
+/// Measures both uplinks and the filters.
 ///
 /// # Errors
 /// When this process is not root, may use only one CPU, or a part of the testbed fails.
@@ -40,6 +44,7 @@ pub fn run(effort: Effort) -> Result<GroupResult> {
         for kind in ["null", "tap"] {
             measure(kind, cpus, effort, &mut outcome).with_context(|| kind.to_owned())?;
         }
+        filters::measure(cpus.back_end, effort, &mut outcome).context("filters")?;
         Ok(outcome)
     })
 }

@@ -7,7 +7,7 @@ use std::io::{IoSlice, Write};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{Scope, scope};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use seccompiler::{apply_filter, sock_filter};
 use virtionet_sandbox::{Enforcement, FileRules, Sandbox, ThreadKind};
 use virtionet_tests::sched;
@@ -136,7 +136,11 @@ fn time_calls(mut null: &File) -> Result<f64> {
     for _ in 0..CALLS {
         // As a frame to a TAP: the header and the data.
         let frame = [IoSlice::new(&PAYLOAD[..12]), IoSlice::new(&PAYLOAD[12..])];
-        null.write_vectored(&frame)?;
+        let written = null.write_vectored(&frame)?;
+        ensure!(
+            written == PAYLOAD.len(),
+            "a frame was cut to {written} bytes"
+        );
     }
     let cycles = u32::try_from(read_cycles() - before)?;
     Ok(f64::from(cycles) / f64::from(CALLS))
