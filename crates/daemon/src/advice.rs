@@ -199,8 +199,10 @@ mod tests {
     use std::os::unix::net::{UnixListener, UnixStream};
     use std::sync::atomic::{AtomicU32, Ordering};
 
+    use virtionet_guest::log_lines::with_log;
+
     use super::*;
-    use crate::testing::{wait_until, with_log};
+    use crate::testing::wait_until;
 
     /// A QEMU monitor on a socket, which is removed when the value is dropped.
     struct Monitor {

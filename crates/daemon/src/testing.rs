@@ -13,6 +13,7 @@ use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, eventfd};
 use virtionet_config::PollMode;
 use virtionet_guest::frame::{FrameSpec, Transport};
+use virtionet_guest::log_lines::with_log;
 use virtionet_guest::net::MODERN;
 use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 use virtionet_placement::{Placement, PlacementPlanner};
@@ -318,34 +319,6 @@ pub(crate) fn with_socket(net_device: &NetDevice, work: impl FnOnce(UnixStream))
         ended.unwrap();
         log
     })
-}
-
-/// The log lines of a thread.
-#[derive(Debug, Clone, Default)]
-struct LogLines(Arc<Mutex<Vec<u8>>>);
-
-impl io::Write for LogLines {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().extend(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// Calls `work` and returns its result and the log lines of this thread meanwhile.
-pub(crate) fn with_log<T>(work: impl FnOnce() -> T) -> (T, String) {
-    let lines = LogLines::default();
-    let writer = lines.clone();
-    let subscriber = tracing_subscriber::fmt()
-        .with_writer(move || writer.clone())
-        .with_ansi(false)
-        .finish();
-    let result = tracing::subscriber::with_default(subscriber, work);
-    let lines = lines.0.lock().clone();
-    (result, String::from_utf8(lines).unwrap())
 }
 
 /// Sends `count` frames on queue pair `pair`, and waits until the device has used them all.

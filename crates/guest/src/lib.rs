@@ -12,7 +12,7 @@
 //! | [`test_frontend`] | a front-end with started queue pairs that send and receive |
 //!
 //! [`hostile`] turns descriptors against the device that has them. [`frame`] and [`header`] build
-//! frames to send and check received ones.
+//! frames to send and check received ones. [`log_lines`] is for tests of what the device logs.
 //!
 //! A virtqueue can also be driven without a socket: [`memory::GuestRam::guest_memory`] is the
 //! device's view of the same memory in this process.
@@ -28,6 +28,7 @@ pub mod frontend;
 pub mod header;
 pub mod hostile;
 mod indirect;
+pub mod log_lines;
 pub mod memory;
 pub mod message_stream;
 pub mod net;

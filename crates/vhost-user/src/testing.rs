@@ -36,34 +36,6 @@ pub(crate) fn stop_pair() -> (EventFd, OwnedFd) {
     (stop, unsafe { OwnedFd::from_raw_fd(waited) })
 }
 
-/// The log lines of a thread.
-#[derive(Debug, Clone, Default)]
-struct LogLines(Arc<Mutex<Vec<u8>>>);
-
-impl io::Write for LogLines {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap().extend(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// Calls `work` and returns its result and the log lines of this thread meanwhile.
-pub(crate) fn with_log<T>(work: impl FnOnce() -> T) -> (T, String) {
-    let lines = LogLines::default();
-    let writer = lines.clone();
-    let subscriber = tracing_subscriber::fmt()
-        .with_writer(move || writer.clone())
-        .with_ansi(false)
-        .finish();
-    let result = tracing::subscriber::with_default(subscriber, work);
-    let lines = lines.0.lock().unwrap().clone();
-    (result, String::from_utf8(lines).unwrap())
-}
-
 /// A file of `size` bytes.
 pub(crate) fn memory_file(size: u64) -> File {
     let fd = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();

@@ -8,6 +8,7 @@ use std::sync::mpsc;
 
 use virtionet_guest::frame::{FrameSpec, Transport};
 use virtionet_guest::frontend::FrontendConnection;
+use virtionet_guest::log_lines::with_log;
 use virtionet_guest::test_frontend::TestFrontend;
 use virtionet_uplink::null::Null;
 use virtionet_vhost_user::{Backend, VringState};
@@ -18,7 +19,7 @@ use super::*;
 use crate::panic_policy::contained_panics;
 use crate::testing::{
     TIMEOUT, TestUplink, net_device, net_device_of, send, sent_frames, two_pairs, wait_until,
-    with_frontend, with_log,
+    with_frontend,
 };
 
 /// A path for a socket of one test, which is removed at the end.

@@ -10,8 +10,10 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Instant;
 
+use virtionet_guest::log_lines::with_log;
+
 use super::*;
-use crate::testing::{stop_pair, with_log};
+use crate::testing::stop_pair;
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 

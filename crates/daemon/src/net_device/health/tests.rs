@@ -7,6 +7,7 @@ use virtionet_config::PollMode;
 use virtionet_guest::driver::Buf;
 use virtionet_guest::frontend::FrontendConnection;
 use virtionet_guest::hostile::forbid_seals;
+use virtionet_guest::log_lines::with_log;
 use virtionet_guest::test_frontend::TestFrontend;
 use virtionet_uplink::null::Null;
 use virtionet_vhost_user::{Backend, VringState};
@@ -14,8 +15,7 @@ use virtionet_virtqueue::memory::survive_lost_memory;
 
 use super::*;
 use crate::testing::{
-    TestUplink, net_device, send, sent_frames, two_pairs, wait_until, with_frontend, with_log,
-    with_socket,
+    TestUplink, net_device, send, sent_frames, two_pairs, wait_until, with_frontend, with_socket,
 };
 
 /// Where a second region of guest memory begins.
