@@ -8,6 +8,8 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -27,6 +29,11 @@ pub const ARGUMENT: &str = "helper";
 
 /// The name by which ps shows it.
 const PROCESS_NAME: &str = "virtionetd: helper";
+
+/// How long it may take to end.
+const END_TIMEOUT: Duration = Duration::from_millis(500);
+/// Pause between two checks of whether it has ended.
+const END_INTERVAL: Duration = Duration::from_millis(1);
 
 /// The helper of this process.
 #[derive(Debug)]
@@ -85,6 +92,21 @@ impl HelperProcess {
             && self.client.close()
         {
             report_end(status);
+        }
+    }
+
+    /// Lets the helper end and waits for that, but not long. A process that outlived this one would
+    /// hold up a service manager, which waits until the service has none.
+    // syscalls: wait4 clock_nanosleep
+    pub fn end(&self) {
+        self.client.close();
+        let deadline = Instant::now() + END_TIMEOUT;
+        loop {
+            let ended = self.child.lock().try_wait();
+            if !matches!(ended, Ok(None)) || Instant::now() >= deadline {
+                return;
+            }
+            thread::sleep(END_INTERVAL);
         }
     }
 }

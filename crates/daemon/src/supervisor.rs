@@ -113,6 +113,7 @@ pub fn run(config: Config) -> Result<(), RunError> {
     // The eventfd is never read, so it stays readable for every thread.
     let _ = rustix::io::write(&*stop, &1u64.to_ne_bytes());
     let ended = end_threads(&host.pool, control, device_threads, helper_threads);
+    helper.inspect(|helper| helper.end());
     if !matches!(ended, Err(RunError::Stuck { .. })) {
         for switch in uplinks.switches() {
             tracing::info!("{switch}");
