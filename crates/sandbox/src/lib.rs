@@ -47,7 +47,8 @@ use std::io;
 
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use rustix::thread::set_no_new_privs;
-use seccompiler::BpfProgram;
+
+use crate::filter::Program;
 
 pub use files::{FileRules, LandlockState};
 pub use identity::Identity;
@@ -68,9 +69,9 @@ pub struct Sandbox {
     enforcement: Enforcement,
     files: FileRules,
     /// What holds for all threads: the calls that are never used, and clone3(2).
-    process_filters: [BpfProgram; 2],
+    process_filters: [Program; 2],
     /// One for each of [`ThreadKind::ALL`], in that order.
-    thread_filters: Vec<BpfProgram>,
+    thread_filters: Vec<Program>,
 }
 
 impl Sandbox {
