@@ -1,7 +1,7 @@
 //! Tests of the devices' threads and of the end of the program, without a process of its own.
 
 use std::io::Read;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::mpsc;
@@ -47,6 +47,16 @@ impl Drop for SocketPath {
     }
 }
 
+/// Stops what waits for this descriptor when it goes out of scope. A failing test unwinds, and the
+/// scope of its threads would otherwise wait for ever for those that serve.
+struct StopAtEnd<'a>(BorrowedFd<'a>);
+
+impl Drop for StopAtEnd<'_> {
+    fn drop(&mut self) {
+        rustix::io::write(self.0, &1_u64.to_ne_bytes()).expect("the eventfd has room for one more");
+    }
+}
+
 /// Serves `source` in a thread of its own, as the only device if that is what `is_only` says, while
 /// `work` runs. Returns how that thread ended, and its log lines.
 fn serve_while<T>(
@@ -59,9 +69,10 @@ fn serve_while<T>(
     std::thread::scope(|scope| {
         let serving =
             scope.spawn(|| with_log(|| serve_device(net_device, source, stop.as_fd(), is_only)));
+        let stop_at_end = StopAtEnd(stop.as_fd());
         // Its result lasts until the thread has ended.
         let _held = work();
-        rustix::io::write(&*stop, &1_u64.to_ne_bytes()).unwrap();
+        drop(stop_at_end);
         serving.join().unwrap()
     })
 }
