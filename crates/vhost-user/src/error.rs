@@ -282,3 +282,6 @@ pub enum DecodeError {
     #[error("{0}")]
     Refused(#[from] RequestError),
 }
+
+#[cfg(test)]
+mod tests;
