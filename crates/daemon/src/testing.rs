@@ -6,7 +6,8 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Weak, mpsc};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -17,13 +18,14 @@ use virtionet_guest::log_lines::with_log;
 use virtionet_guest::net::MODERN;
 use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 use virtionet_placement::{Placement, PlacementPlanner};
-use virtionet_vhost_user::{SessionLog, serve};
+use virtionet_vhost_user::{SessionLog, VringStart, serve};
 use virtionet_virtio_net::header::FrameFormat;
 use virtionet_virtio_net::stats::{VringStats, to_u64};
 use virtionet_virtio_net::uplink::{
     AddressConflict, HostInterface, Received, RxSink, TxFrame, Uplink, UplinkChange, UplinkError,
     UplinkQueue,
 };
+use virtionet_virtqueue::VirtqueueLayout;
 use virtionet_virtqueue::memory::GuestSlice;
 
 use crate::crash_records::CrashRecords;
@@ -321,6 +323,33 @@ pub(crate) fn with_socket(net_device: &NetDevice, work: impl FnOnce(UnixStream))
     })
 }
 
+/// What the session hands over to start vring `index` of `frontend` from the beginning, without
+/// descriptors.
+pub(crate) fn vring_start(
+    net_device: &NetDevice,
+    frontend: &TestFrontend,
+    index: u16,
+) -> VringStart {
+    let setup = &frontend.rings()[usize::from(index)];
+    let user = |address| frontend.ram().user_addr(address).unwrap();
+    VringStart {
+        layout: VirtqueueLayout {
+            size: setup.size,
+            desc: user(setup.addresses.descriptors),
+            avail: user(setup.addresses.driver),
+            used: user(setup.addresses.device),
+        },
+        base: 0,
+        first_base: 0,
+        features: frontend.features(),
+        memory: net_device.frontend().memory,
+        enabled: true,
+        kick: None,
+        call: None,
+        err: None,
+    }
+}
+
 /// Sends `count` frames on queue pair `pair`, and waits until the device has used them all.
 pub(crate) fn send(frontend: &mut TestFrontend, pair: usize, count: usize) {
     let frame = FrameSpec::v4(Transport::Udp).build(b"frame").unwrap();
@@ -335,6 +364,25 @@ pub(crate) fn sent_frames(net_device: &NetDevice) -> Vec<u64> {
     pairs
         .map(|served| served.pair.tx().stats().frames.get())
         .collect()
+}
+
+/// Held by each test that starts vCPU threads or relies on there being none, because this process
+/// is the front-end of all tests, and each would find the vCPU threads of the others.
+pub(crate) static ONE_TEST_WITH_VCPUS_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+/// Starts a thread with the name of a vCPU thread of QEMU, and returns its thread id. It runs until
+/// the sender is dropped.
+pub(crate) fn start_vcpu(index: u32) -> (i32, mpsc::Sender<()>, JoinHandle<()>) {
+    let (tid_sender, tid) = mpsc::channel();
+    let (end, ended) = mpsc::channel::<()>();
+    let thread = std::thread::Builder::new().name(format!("CPU {index}/TCG"));
+    let thread = thread.spawn(move || {
+        tid_sender
+            .send(rustix::thread::gettid().as_raw_nonzero().get())
+            .unwrap();
+        ended.recv().unwrap_err();
+    });
+    (tid.recv().unwrap(), end, thread.unwrap())
 }
 
 /// Waits until `is_done`.

@@ -8,13 +8,13 @@ use virtionet_guest::frame::{FrameSpec, Transport};
 use virtionet_guest::frontend::FrontendConnection;
 use virtionet_guest::test_frontend::TestFrontend;
 use virtionet_uplink::null::Null;
-use virtionet_vhost_user::{Backend, VringState};
+use virtionet_vhost_user::{Backend, UnmappedVring, VringState};
 
 use super::*;
 use crate::host_cpus::HostCpus;
 use crate::testing::{
-    TIMEOUT, TestUplink, net_device, send, sent_frames, two_pairs, wait_until, with_frontend,
-    with_socket,
+    ONE_TEST_WITH_VCPUS_AT_A_TIME, TIMEOUT, TestUplink, net_device, send, sent_frames, two_pairs,
+    vring_start, wait_until, with_frontend, with_socket,
 };
 
 fn pair(net_device: &NetDevice, index: usize) -> &QueuePair {
@@ -156,6 +156,33 @@ fn rings_whose_memory_is_removed_stop_and_continue_when_it_is_added_again() {
 }
 
 #[test]
+fn vrings_that_a_memory_table_lacks_are_returned_with_their_indices_and_bases() {
+    let net_device = net_device(2, Null, PollMode::Off);
+    with_frontend(&net_device, &two_pairs(), |frontend| {
+        send(frontend, 0, 7);
+        send(frontend, 1, 5);
+        let unmapped = net_device.set_memory(&Arc::default());
+        let bases: Vec<_> = unmapped.iter().map(|one| (one.index, one.base)).collect();
+        assert_eq!(bases, [(0, 0), (1, 7), (2, 0), (3, 5)]);
+        for UnmappedVring { index, error, .. } in unmapped {
+            assert!(
+                error.to_string().contains(&format!("ring {index}")),
+                "{error}"
+            );
+        }
+    });
+}
+
+#[test]
+fn announced_vrings_show_how_many_pairs_the_front_end_has() {
+    let net_device = net_device(8, Null, PollMode::Off);
+    for (vring, pairs) in [(0, 1), (5, 3), (2, 3), (6, 4)] {
+        net_device.on_vring_announced(vring);
+        assert_eq!(net_device.frontend().pairs, pairs, "vring {vring}");
+    }
+}
+
+#[test]
 fn kick_descriptor_that_is_replaced_is_waited_for_instead_of_the_old_one() {
     let net_device = net_device(2, Null, PollMode::Off);
     with_frontend(&net_device, &two_pairs(), |frontend| {
@@ -251,25 +278,7 @@ fn ring_that_the_guest_breaks_signals_the_err_descriptor_and_leaves_the_others_a
 fn ring_that_is_started_twice_is_refused_and_goes_on() {
     let net_device = net_device(2, Null, PollMode::Off);
     with_frontend(&net_device, &two_pairs(), |frontend| {
-        let memory = Arc::clone(&net_device.frontend().memory);
-        let setup = &frontend.rings()[1];
-        let user = |address| frontend.ram().user_addr(address).unwrap();
-        let start = virtionet_vhost_user::VringStart {
-            layout: virtionet_virtqueue::VirtqueueLayout {
-                size: setup.size,
-                desc: user(setup.addresses.descriptors),
-                avail: user(setup.addresses.driver),
-                used: user(setup.addresses.device),
-            },
-            base: 0,
-            first_base: 0,
-            features: frontend.features(),
-            memory,
-            enabled: true,
-            kick: None,
-            call: None,
-            err: None,
-        };
+        let start = vring_start(&net_device, frontend, 1);
         let error = net_device.start_vring(1, start).unwrap_err();
         assert!(
             matches!(error, BackendError::VringState { index: 1, .. }),
@@ -360,6 +369,7 @@ fn front_end_that_leaves_before_it_uses_the_device_is_logged_with_the_likely_rea
 
 #[test]
 fn interrupts_and_advice_follow_the_pairs_in_use() {
+    let _guard = ONE_TEST_WITH_VCPUS_AT_A_TIME.lock();
     let uplink = TestUplink::default();
     let net_device = net_device(3, uplink, PollMode::Off);
     assert_eq!(net_device.affinity_input(), None);
@@ -378,23 +388,27 @@ fn interrupts_and_advice_follow_the_pairs_in_use() {
             (usage.offered, usage.enabled, usage.multiqueue),
             (2, 2, true)
         );
+        assert_eq!(usage.vcpus, None, "they are not known");
         frontend.enable(0, false).unwrap();
         let input = net_device.affinity_input().unwrap();
         assert_eq!(input.workers, [CpuSet::default(), own]);
         assert_eq!(input.interface.queues, [1]);
         assert_eq!(net_device.queue_usage().unwrap().enabled, 1);
         assert_eq!(net_device.advice(), [""; 0]);
-        // The guest leaves the queue pair idle for a while.
+        // The guest leaves the queue pair idle for a while after a check has noted that.
+        net_device.refresh_placement();
         let later = Instant::now() + TIMEOUT;
-        for now in [Instant::now(), later] {
-            net_device.adviser.update(|| net_device.queue_usage(), now);
-        }
+        let observe = || net_device.queue_usage();
+        net_device.adviser.update(observe, later);
         let advice = net_device.advice();
         let text = "the guest uses 1 of its 2 queue pairs";
         assert!(
             advice.len() == 1 && advice[0].starts_with(text),
             "{advice:?}"
         );
+        frontend.enable(1, false).unwrap();
+        assert_eq!(net_device.affinity_input(), None);
+        assert!(net_device.queue_usage().is_none(), "it uses none");
     });
     assert_eq!(net_device.advice(), [""; 0]);
     assert_eq!(net_device.affinity_input(), None);

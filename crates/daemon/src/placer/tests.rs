@@ -1,29 +1,12 @@
 //! The decisions of a placer, with this process as the front-end.
 
 use super::*;
-use std::sync::mpsc;
+use crate::testing::{ONE_TEST_WITH_VCPUS_AT_A_TIME, start_vcpu};
 use std::time::Duration;
 use virtionet_placement::Placement;
 
-/// The tests run one at a time, because each of them would find the vCPU threads of the others.
-static ONE_TEST_AT_A_TIME: Mutex<()> = Mutex::new(());
-
 fn me() -> Option<i32> {
     i32::try_from(std::process::id()).ok()
-}
-
-/// Starts a thread with the name of a vCPU thread of QEMU. It runs until the sender is dropped.
-fn vcpu(index: u32) -> (i32, mpsc::Sender<()>, std::thread::JoinHandle<()>) {
-    let (tid_sender, tid) = mpsc::channel();
-    let (end, ended) = mpsc::channel::<()>();
-    let thread = std::thread::Builder::new().name(format!("CPU {index}/TCG"));
-    let thread = thread.spawn(move || {
-        tid_sender
-            .send(rustix::thread::gettid().as_raw_nonzero().get())
-            .unwrap();
-        ended.recv().unwrap_err();
-    });
-    (tid.recv().unwrap(), end, thread.unwrap())
 }
 
 /// Does what the start of the worker of `pair` and the thread `placer` do.
@@ -45,7 +28,7 @@ fn refresh_until(placer: &Arc<Placer>, changed: impl Fn() -> bool) {
 /// This process acts as the front-end. Its vCPUs appear late, move, and are added and removed.
 #[test]
 fn decisions_change_with_the_vcpus() {
-    let _guard = ONE_TEST_AT_A_TIME.lock();
+    let _guard = ONE_TEST_WITH_VCPUS_AT_A_TIME.lock();
     let host = Arc::new(HostCpus::read().unwrap());
     let cpus = host.allowed();
     let planner = PlacementPlanner::new(Placement::Auto, cpus.clone(), None).unwrap();
@@ -61,7 +44,7 @@ fn decisions_change_with_the_vcpus() {
     ));
 
     // The threads get their names.
-    let (first, ends_first, thread) = vcpu(0);
+    let (first, ends_first, thread) = start_vcpu(0);
     refresh_until(&placer, || decide(&placer, 0).vcpu_tid == Some(first));
     assert_eq!(
         decide(&placer, 1).vcpu_tid,
@@ -85,7 +68,7 @@ fn decisions_change_with_the_vcpus() {
     }
 
     // Another vCPU is added and removed.
-    let (second, ends_second, other) = vcpu(1);
+    let (second, ends_second, other) = start_vcpu(1);
     refresh_until(&placer, || decide(&placer, 1).vcpu_tid == Some(second));
     drop(ends_second);
     other.join().unwrap();
@@ -101,10 +84,10 @@ fn decisions_change_with_the_vcpus() {
 /// A changed number of threads must not hide until the next search that a vCPU moved.
 #[test]
 fn vcpu_that_moves_while_threads_start_and_end_is_detected_at_the_next_refresh() {
-    let _guard = ONE_TEST_AT_A_TIME.lock();
+    let _guard = ONE_TEST_WITH_VCPUS_AT_A_TIME.lock();
     let host = Arc::new(HostCpus::read().unwrap());
     let cpus = host.allowed();
-    let (tid, ends, thread) = vcpu(40);
+    let (tid, ends, thread) = start_vcpu(40);
     virtionet_placement::set_thread_affinity(Some(tid), &cpus.nth_cyclic(0)).unwrap();
     let planner = PlacementPlanner::new(Placement::Auto, cpus.clone(), None).unwrap();
     let placer = Arc::new(Placer::new("test", planner, host));
@@ -118,7 +101,7 @@ fn vcpu_that_moves_while_threads_start_and_end_is_detected_at_the_next_refresh()
     assert_eq!(pair(&placer).cpus, cpus.nth_cyclic(0));
     let later = Instant::now() + Duration::from_secs(60);
     placer.known.lock().found.as_mut().unwrap().search_at(later);
-    let (_, ends_other, other) = vcpu(41);
+    let (_, ends_other, other) = start_vcpu(41);
     virtionet_placement::set_thread_affinity(Some(tid), &cpus.nth_cyclic(1)).unwrap();
     assert!(placer.refresh() || cpus.len() == 1);
     assert_eq!(pair(&placer).cpus, cpus.nth_cyclic(1));
@@ -142,7 +125,7 @@ fn warnings_end_when_the_front_end_disconnects() {
 
 #[test]
 fn polling_workers_avoid_the_vcpus_of_another_device() {
-    let _guard = ONE_TEST_AT_A_TIME.lock();
+    let _guard = ONE_TEST_WITH_VCPUS_AT_A_TIME.lock();
     let host = Arc::new(HostCpus::read().unwrap());
     let cpus = host.allowed();
     let planner = || {
@@ -152,7 +135,7 @@ fn polling_workers_avoid_the_vcpus_of_another_device() {
     };
     let one = Arc::new(Placer::new("test", planner(), Arc::clone(&host)));
     let other = Arc::new(Placer::new("test", planner(), Arc::clone(&host)));
-    let (tid, ends, thread) = vcpu(50);
+    let (tid, ends, thread) = start_vcpu(50);
     virtionet_placement::set_thread_affinity(Some(tid), &cpus.nth_cyclic(0)).unwrap();
     one.connected(me());
     other.connected(None);

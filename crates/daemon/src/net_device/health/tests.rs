@@ -158,6 +158,20 @@ fn uplink_that_is_down_is_a_warning_and_one_that_was_reopened_is_set_up_again() 
 }
 
 #[test]
+fn device_without_a_front_end_is_not_checked() {
+    let uplink = TestUplink::default();
+    uplink.is_down.store(true, Ordering::Relaxed);
+    let net_device = net_device(1, uplink, PollMode::Off);
+    assert!(!net_device.has_frontend());
+    assert_eq!(warning(&net_device, "TAP t0 is down"), None);
+    net_device.on_connect(None);
+    assert!(net_device.has_frontend());
+    assert!(warning(&net_device, "TAP t0 is down").is_some());
+    net_device.on_disconnect(None);
+    assert!(!net_device.has_frontend());
+}
+
+#[test]
 fn address_of_another_device_is_a_warning_until_the_conflict_ends() {
     let uplink = TestUplink::default();
     let net_device = net_device(2, uplink.clone(), PollMode::Off);
