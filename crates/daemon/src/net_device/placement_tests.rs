@@ -54,7 +54,8 @@ fn worker_that_starts_is_placed_without_waiting_for_the_next_check() {
 /// The vCPUs that the worker of queue pair `pair` serves.
 fn served_vcpus(net_device: &NetDevice, pair: usize) -> Vec<u32> {
     let placement = net_device.pairs().nth(pair).unwrap().worker.placement();
-    placement.unwrap().decision.vcpus
+    // A worker has none until it has taken its first one.
+    placement.map_or_else(Vec::new, |placement| placement.decision.vcpus)
 }
 
 #[test]
