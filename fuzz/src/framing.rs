@@ -314,6 +314,17 @@ impl Backend for FuzzDevice {
         Some(queue.rewind())
     }
 
+    fn set_used_log(&self, index: u16, used_log: Option<u64>) {
+        self.assert_known(index);
+        if let Some((queue, _)) = self.vrings.lock().unwrap().get_mut(&index) {
+            queue.set_used_log(used_log);
+        }
+    }
+
+    fn announce(&self, mac: [u8; 6]) {
+        assert_eq!(mac[0] & 1, 0, "a group address is announced");
+    }
+
     fn set_enabled(&self, index: u16, _enabled: bool) {
         self.assert_known(index);
     }

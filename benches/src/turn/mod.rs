@@ -191,7 +191,8 @@ impl TransmitPass {
             kind,
             &[&frame.header.to_bytes()[..], &frame.bytes].concat(),
         )?;
-        pair.tx().start(ring.config(MODERN)?, Default::default())?;
+        pair.tx()
+            .start(ring.config(MODERN)?, Default::default(), None)?;
         pair.tx().set_enabled(true);
         let (mut receivers, mut ports, mut tap) = (Vec::new(), Vec::new(), None);
         let sink = Arc::downgrade(&pair);
@@ -253,7 +254,7 @@ fn new_receiver(
     let pair = new_pair(name);
     let ring = HostileRing::new(RX, kind, &[0; 2048])?;
     pair.rx()
-        .start(ring.config(NO_OFFLOADS)?, Default::default())?;
+        .start(ring.config(NO_OFFLOADS)?, Default::default(), None)?;
     pair.rx().set_enabled(true);
     port.set_format(Features(NO_OFFLOADS).format())?;
     let sink = Arc::downgrade(&pair);
@@ -276,7 +277,8 @@ impl ReceivePass {
         let testbed = TapTestbed::with_source()?;
         let pair = new_pair("receiver");
         let ring = HostileRing::new(RX, kind, &[0; 2048])?;
-        pair.rx().start(ring.config(MODERN)?, Default::default())?;
+        pair.rx()
+            .start(ring.config(MODERN)?, Default::default(), None)?;
         pair.rx().set_enabled(true);
         pair.set_uplink(testbed.queue());
         Ok(Self {

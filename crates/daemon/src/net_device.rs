@@ -376,6 +376,8 @@ impl NetDevice {
 #[cfg(test)]
 mod crash_tests;
 #[cfg(test)]
+mod migration_tests;
+#[cfg(test)]
 mod placement_tests;
 #[cfg(test)]
 mod tests;

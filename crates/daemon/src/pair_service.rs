@@ -83,8 +83,23 @@ impl PairService {
     /// may have overtaken the session's, so it is repeated.
     pub fn handle_wake(&mut self) {
         self.pair.reconcile_uplink();
+        self.announce();
         self.poll_all();
         self.starved = false;
+    }
+
+    /// Sends the announcement that is due, as soon as the transmitq runs and is enabled.
+    fn announce(&self) {
+        self.pair.try_announcement(|mac| {
+            let sent = self.pair.tx().process(|queue, enabled| {
+                let uplink = self.uplink.as_deref().filter(|_| enabled);
+                if let Some(uplink) = uplink {
+                    queue.announce(mac, uplink);
+                }
+                Ok((uplink.is_some(), false))
+            });
+            sent == Some(true)
+        });
     }
 
     /// Whether a vring has no kick descriptor, so that it must be polled from time to time.

@@ -2,6 +2,7 @@
 
 use virtionet_virtio_net::stats::VringStats;
 use virtionet_virtqueue::VirtqueueFault;
+use virtionet_virtqueue::memory::GuestMemory;
 
 use crate::panic_policy::Panicked;
 
@@ -16,12 +17,25 @@ pub enum QuarantineCause {
         "pages of the guest's memory have vanished, because its file shrank or its file system is full"
     )]
     MemoryLost,
+    /// The front-end's fault, or its host's.
+    #[error(
+        "the log of written pages has vanished, because its file shrank or its file system is full, so the guest cannot be migrated"
+    )]
+    LogLost,
     /// A bug of this program.
     #[error("{0}")]
     Panic(#[from] Panicked),
 }
 
 impl QuarantineCause {
+    /// The cause if something of `memory` was lost.
+    pub(crate) fn of_lost(memory: &GuestMemory) -> Option<Self> {
+        if memory.is_lost() {
+            return Some(Self::MemoryLost);
+        }
+        memory.is_log_lost().then_some(Self::LogLost)
+    }
+
     /// Counts a quarantine for this cause. The caller holds the vring's lock.
     pub(crate) fn count(self, stats: &VringStats) {
         stats.quarantines.add(1);
@@ -30,6 +44,7 @@ impl QuarantineCause {
             Self::Guest(VirtqueueFault::HeadOutOfRange { .. }) => &stats.head_out_of_range,
             Self::Guest(VirtqueueFault::ChainWithoutEnd { .. }) => &stats.chain_without_end,
             Self::MemoryLost => &stats.memory_lost,
+            Self::LogLost => &stats.log_lost,
             Self::Panic(Panicked) => &stats.panics,
         };
         counter.add(1);

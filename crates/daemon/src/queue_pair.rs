@@ -33,6 +33,8 @@ pub struct QueuePair {
     /// The front-end address of the receiveq's descriptors; 0 before it first starts.
     rx_ring_address: AtomicU64,
     memory_node: Mutex<Option<u32>>,
+    /// The MAC address that the worker is to announce, as a number; 0 for none.
+    announcement: AtomicU64,
 }
 
 impl QueuePair {
@@ -49,6 +51,7 @@ impl QueuePair {
             attach_errors: RateLimiter::new(),
             rx_ring_address: AtomicU64::new(0),
             memory_node: Mutex::new(None),
+            announcement: AtomicU64::new(0),
         }
     }
 
@@ -102,6 +105,7 @@ impl QueuePair {
 
     /// Drops the queue of the uplink after the front-end has disconnected and the worker has ended.
     pub(crate) fn close_uplink(&self) {
+        self.announcement.store(0, Ordering::Relaxed);
         *self.uplink.lock() = None;
     }
 
@@ -130,6 +134,27 @@ impl QueuePair {
     /// Makes the worker check everything once.
     pub fn wake(&self) {
         self.waker.wake();
+    }
+
+    /// Makes the worker announce `mac`, the guest's address, once. If it has not announced another
+    /// one yet, it does not.
+    pub(crate) fn announce(&self, mac: [u8; 6]) {
+        let [a, b, c, d, e, f] = mac;
+        let number = u64::from_be_bytes([0, 0, a, b, c, d, e, f]);
+        self.announcement.store(number, Ordering::Relaxed);
+        self.wake();
+    }
+
+    /// Calls `send` with the address that is to be announced, if there is one. It stays if `send`
+    /// returns false.
+    pub(crate) fn try_announcement(&self, send: impl FnOnce([u8; 6]) -> bool) {
+        let number = self.announcement.swap(0, Ordering::Relaxed);
+        let [_, _, a, b, c, d, e, f] = number.to_be_bytes();
+        if number != 0 && !send([a, b, c, d, e, f]) {
+            // A newer one wins.
+            let order = Ordering::Relaxed;
+            let _ = self.announcement.compare_exchange(0, number, order, order);
+        }
     }
 
     /// The NUMA node of the receiveq while a front-end is connected, if the kernel reports it.

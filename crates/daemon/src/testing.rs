@@ -341,6 +341,7 @@ pub(crate) fn vring_start(
         },
         base: 0,
         first_base: 0,
+        used_log: None,
         features: frontend.features(),
         memory: net_device.frontend().memory,
         enabled: true,

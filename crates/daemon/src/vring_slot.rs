@@ -133,12 +133,18 @@ impl<Q: DeviceQueue> VringSlot<Q> {
         self.size.load(Ordering::Relaxed)
     }
 
-    /// Starts the vring. It signals a call once, because a back-end that served this vring before
+    /// Starts the vring, and logs writes to the virtqueue itself at guest address `used_log` while its
+    /// memory has a log. It signals a call once, because a back-end that served this vring before
     /// may have ended before it sent one.
     ///
     /// # Errors
     /// When the configuration is not that of a virtqueue, or the vring is started already.
-    pub fn start(&self, config: QueueConfig, fds: VringFds) -> Result<StartedAt, VringStartError> {
+    pub fn start(
+        &self,
+        config: QueueConfig,
+        fds: VringFds,
+        used_log: Option<u64>,
+    ) -> Result<StartedAt, VringStartError> {
         let mut contents = self.contents.lock();
         let state = contents.state.after(VringEvent::Start)?;
         let base = config.base;
@@ -148,6 +154,7 @@ impl<Q: DeviceQueue> VringSlot<Q> {
             (Some(corrected), false) => StartedAt::Corrected(corrected),
             (None, false) => StartedAt::Base,
         };
+        queue.set_used_log(used_log);
         let has_kick = fds.kick.is_some();
         let call = self.notifier(fds.call);
         queue.disable_kicks();
@@ -230,6 +237,13 @@ impl<Q: DeviceQueue> VringSlot<Q> {
         Some((stopped, error))
     }
 
+    /// Changes where writes to the virtqueue itself are logged.
+    pub fn set_used_log(&self, used_log: Option<u64>) {
+        if let Some(vring) = self.contents.lock().vring.as_mut() {
+            vring.queue.set_used_log(used_log);
+        }
+    }
+
     /// Replaces the kick descriptor of a started vring. Returns the old one.
     pub fn replace_kick(&self, kick: Option<Arc<OwnedFd>>) -> Option<Arc<OwnedFd>> {
         let mut contents = self.contents.lock();
@@ -306,16 +320,19 @@ impl<Q: DeviceQueue> VringSlot<Q> {
         };
         let (queue, is_enabled) = (&mut vring.queue, self.is_enabled());
         // A panic in one vring's code must not end the thread, which serves others as well.
-        let cause = match contain(|| work(queue, is_enabled)) {
-            Ok(_) if vring.losses.has_changed() && vring.queue.memory().is_lost() => {
-                QuarantineCause::MemoryLost
-            }
-            Ok(Ok((outcome, should_call))) => {
+        let result = contain(|| work(queue, is_enabled));
+        let loss = match vring.losses.has_changed() {
+            true => QuarantineCause::of_lost(vring.queue.memory()),
+            false => None,
+        };
+        let cause = match (result, loss) {
+            (Ok(_), Some(loss)) => loss,
+            (Ok(Ok((outcome, should_call))), None) => {
                 let call = vring.call.as_ref().filter(|_| should_call);
                 return (Some(outcome), call.cloned().map(Notification::Call));
             }
-            Ok(Err(fault)) => fault.into(),
-            Err(panic) => panic.into(),
+            (Ok(Err(fault)), None) => fault.into(),
+            (Err(panic), _) => panic.into(),
         };
         (None, Some(self.quarantine(contents, cause)))
     }

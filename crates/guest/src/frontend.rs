@@ -263,16 +263,7 @@ impl FrontendConnection {
         ram: &GuestRam,
         at: VirtqueueAddresses,
     ) -> Result<(), Error> {
-        let user = |addr| {
-            ram.user_addr(addr)
-                .ok_or(RamError::OutOfRange { addr, len: 1 })
-        };
-        let addresses = VirtqueueAddresses {
-            descriptors: user(at.descriptors)?,
-            driver: user(at.driver)?,
-            device: user(at.device)?,
-        };
-        self.set_vring_user_addr(ring, 0, addresses, 0)
+        self.set_vring_user_addr(ring, 0, user_addresses(ram, at)?, 0)
     }
 
     /// SET_VRING_ADDR with any values: front-end addresses, and the guest address `log` under which
@@ -419,6 +410,22 @@ impl FrontendConnection {
         let body = (u64::from(ring) | flag).to_ne_bytes();
         self.set(request, &body, fd.as_slice())
     }
+}
+
+/// Converts guest addresses in `ram` to front-end addresses.
+pub(crate) fn user_addresses(
+    ram: &GuestRam,
+    at: VirtqueueAddresses,
+) -> Result<VirtqueueAddresses, RamError> {
+    let user = |addr| {
+        ram.user_addr(addr)
+            .ok_or(RamError::OutOfRange { addr, len: 1 })
+    };
+    Ok(VirtqueueAddresses {
+        descriptors: user(at.descriptors)?,
+        driver: user(at.driver)?,
+        device: user(at.device)?,
+    })
 }
 
 /// A memory region in the form of SET_MEM_TABLE.

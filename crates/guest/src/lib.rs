@@ -10,6 +10,7 @@
 //! | [`net`], [`tx`], [`rx`] | transmitq and receiveq of a queue pair |
 //! | [`message_stream`], [`frontend`] | the vhost-user socket, used as QEMU does |
 //! | [`test_frontend`] | a front-end with started queue pairs that send and receive |
+//! | [`dirty_log`] | its part in a migration |
 //!
 //! [`hostile`] turns descriptors against the device that has them. [`frame`] and [`header`] build
 //! frames to send and check received ones. [`log_lines`] is for tests of what the device logs.
@@ -19,6 +20,7 @@
 
 mod buffer;
 mod config;
+pub mod dirty_log;
 pub mod driver;
 mod error;
 pub mod eventfd;

@@ -35,7 +35,9 @@ pub trait Backend {
     fn set_features(&self, acked: u64);
 
     /// Replaces the guest's memory by `memory`, and rebinds every running vring to it. Returns the
-    /// vrings that had to be stopped because the new memory does not contain their areas.
+    /// vrings that had to be stopped because the new memory does not contain their areas. The new
+    /// snapshot may differ from the old one only in its log of what the device writes
+    /// ([`GuestMemory::with_log`]); after this returns nothing is written to the old log.
     #[must_use]
     fn set_memory(&self, memory: &Arc<GuestMemory>) -> Vec<UnmappedVring>;
 
@@ -56,6 +58,9 @@ pub trait Backend {
     /// has reset it. After a stop without this call, a front-end that does not know where the vring
     /// stopped starts it again with its [`VringStart::first_base`].
     fn forget_progress(&self, _index: u16) {}
+
+    /// Changes [`VringStart::used_log`] of a running vring.
+    fn set_used_log(&self, index: u16, used_log: Option<u64>);
 
     /// Enables or disables a running vring.
     fn set_enabled(&self, index: u16, enabled: bool);
@@ -87,6 +92,10 @@ pub trait Backend {
     /// When the device cannot carry frames of that size.
     fn set_mtu(&self, mtu: u16) -> Result<(), BackendError>;
 
+    /// Sends a frame from `mac`, by which switches learn where the guest is now. It may be sent later,
+    /// and once for several calls.
+    fn announce(&self, mac: [u8; 6]);
+
     /// Called when the connection has ended and all vrings have been stopped. `refused` is the
     /// first request of the front-end that was refused, if there was one.
     fn on_disconnect(&self, _refused: Option<&RefusedRequest>) {}
@@ -105,6 +114,9 @@ pub struct VringStart {
     /// What SET_VRING_BASE said last, in the same form. It is another value than `base` where the
     /// vring has run since, and was stopped without the front-end's knowledge.
     pub first_base: u32,
+    /// The guest address at which writes to the used ring are logged while the memory has a log
+    /// (`log_guest_addr` of SET_VRING_ADDR); `None` when they are not.
+    pub used_log: Option<u64>,
     /// The descriptor that the driver signals; with `None` the device polls the vring.
     pub kick: Option<Arc<OwnedFd>>,
     /// The descriptor that the device signals; with `None` the driver polls.

@@ -5,7 +5,7 @@ use std::io;
 use std::time::Duration;
 
 use vhost::vhost_user::message::FrontendReq;
-use virtionet_virtqueue::memory::MemoryError;
+use virtionet_virtqueue::memory::{LogError, MemoryError};
 
 use crate::backend_error::BackendError;
 use crate::limits::{MAX_FDS, MAX_PAYLOAD, MAX_TABLE_REGIONS};
@@ -154,8 +154,8 @@ pub enum RequestError {
         /// The required alignment in bytes (virtio 1.3 §2.7, §2.8).
         align: u64,
     },
-    /// SET_VRING_ADDR has flags that were not offered (logging of writes to the used ring).
-    #[error("SET_VRING_ADDR has flags {0:#x}, which virtionetd does not offer")]
+    /// SET_VRING_ADDR has flags that the protocol does not define.
+    #[error("SET_VRING_ADDR has flags {0:#x}, of which virtionetd knows only 0x1")]
     VringAddrFlags(u32),
     /// The value of SET_VRING_ENABLE is neither 0 nor 1.
     #[error("a ring cannot be enabled with {0}; 1 enables and 0 disables it")]
@@ -180,11 +180,30 @@ pub enum RequestError {
     /// The memory table cannot be used.
     #[error("{0}")]
     Memory(#[from] MemoryError),
-    /// Guest memory in a file that another machine or process provides.
+    /// Guest memory or the dirty log in a file that another machine or process provides.
     #[error(
-        "guest memory lies in a file on {0}, where reading it can block for ever; use memory-backend-memfd, or a file on tmpfs or hugetlbfs"
+        "{what} lies in a file on {file_system}, where reading it can block for ever; use memory-backend-memfd, or a file on tmpfs or hugetlbfs"
     )]
-    RemoteMemory(&'static str),
+    RemoteMemory {
+        /// What lies there.
+        what: &'static str,
+        /// The name of the file system.
+        file_system: &'static str,
+    },
+    /// The log of written pages cannot be used.
+    #[error("{0}; the guest cannot be migrated")]
+    Log(#[from] LogError),
+    /// The log came without a file.
+    #[error(
+        "the dirty log has no file that virtionetd can share; the front-end must negotiate the protocol feature LOG_SHMFD and send one"
+    )]
+    LogWithoutFile,
+    /// The front-end wants writes to be logged, but its last log was refused.
+    #[error("the front-end's dirty log was refused, so writes cannot be logged; send another one")]
+    LogRefused,
+    /// The address is no network device's own.
+    #[error("{0:02x?} is not the MAC address of a network device, so it is not announced")]
+    Mac([u8; 6]),
     /// The device cannot do it.
     #[error("{0}")]
     Backend(#[from] BackendError),
@@ -264,7 +283,11 @@ impl RequestError {
             Self::ProtocolFeatures(_) => "protocol-features-not-offered",
             Self::FormatWhileRunning => "vring-format-while-running",
             Self::Memory(_) => "memory-table-invalid",
-            Self::RemoteMemory(_) => "memory-on-remote-file-system",
+            Self::RemoteMemory { .. } => "memory-on-remote-file-system",
+            Self::Log(_) => "dirty-log-invalid",
+            Self::LogWithoutFile => "dirty-log-without-file",
+            Self::LogRefused => "dirty-log-refused",
+            Self::Mac(_) => "mac-invalid",
             Self::Backend(error) => error.code(),
             Self::NotOffered => "request-not-offered",
             Self::Unknown => "request-unknown",

@@ -1,4 +1,4 @@
-//! Which files may hold guest memory.
+//! Which files may hold guest memory or a dirty log.
 //!
 //! A page fault in a file of a network file system, or of one that a process serves (FUSE), may
 //! take for ever, and the thread that has it holds a vring. Files in memory are what front-ends
@@ -52,12 +52,16 @@ impl Location {
     }
 }
 
-/// Takes `fd` as the file of a memory region. `disk_lines` limits the warnings about files on
-/// disks.
+/// Takes `fd` as the file of `what`: a memory region or a dirty log. `disk_lines` limits the
+/// warnings about files on disks.
 ///
 /// # Errors
 /// When its file system could hold up a thread that reads it.
-pub(crate) fn from_fd(foreign: ForeignFd, disk_lines: &RateLimiter) -> Result<File, RequestError> {
+pub(crate) fn from_fd(
+    foreign: ForeignFd,
+    what: &'static str,
+    disk_lines: &RateLimiter,
+) -> Result<File, RequestError> {
     // syscalls: fstatfs
     let location = match foreign.as_fd().map(|fd| fstatfs(fd.as_fd())) {
         // The kernel's numbers have 32 bits, and the field's type differs between machines.
@@ -65,12 +69,14 @@ pub(crate) fn from_fd(foreign: ForeignFd, disk_lines: &RateLimiter) -> Result<Fi
         _ => Location::Disk(0),
     };
     match location {
-        Location::Remote(name) => return Err(RequestError::RemoteMemory(name)),
+        Location::Remote(file_system) => {
+            return Err(RequestError::RemoteMemory { what, file_system });
+        }
         Location::Disk(magic) => {
             if let Some(suppressed) = disk_lines.allow() {
                 tracing::warn!(
                     suppressed,
-                    "guest memory lies in a file on a disk (file system {magic:#x}); this works, but a slow disk stalls the guest's network: use memory-backend-memfd"
+                    "{what} lies in a file on a disk (file system {magic:#x}); this works, but a slow disk stalls the guest's network: use memory-backend-memfd"
                 );
             }
         }

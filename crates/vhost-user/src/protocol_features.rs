@@ -5,9 +5,15 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures as Bits;
 /// VHOST_USER_F_PROTOCOL_FEATURES: the virtio feature bit that announces protocol features.
 pub const VHOST_USER_F_PROTOCOL_FEATURES: u64 = 1 << 30;
 
+/// VHOST_F_LOG_ALL: the virtio feature bit with which a front-end makes the back-end log what it
+/// writes to guest memory.
+pub const VHOST_F_LOG_ALL: u64 = 1 << 26;
+
 /// The protocol features that this back-end offers. QEMU accepts whatever is offered, so the list
 /// contains only features that work.
 pub const OFFERED: u64 = Bits::MQ.bits()
+    | Bits::LOG_SHMFD.bits()
+    | Bits::RARP.bits()
     | Bits::REPLY_ACK.bits()
     | Bits::MTU.bits()
     | Bits::RESET_DEVICE.bits()
@@ -15,8 +21,10 @@ pub const OFFERED: u64 = Bits::MQ.bits()
     | Bits::STATUS.bits();
 
 /// The protocol's names of the offered features, with their bits.
-const NAMES: [(Bits, &str); 6] = [
+const NAMES: [(Bits, &str); 8] = [
     (Bits::MQ, "MQ"),
+    (Bits::LOG_SHMFD, "LOG_SHMFD"),
+    (Bits::RARP, "RARP"),
     (Bits::REPLY_ACK, "REPLY_ACK"),
     (Bits::MTU, "NET_MTU"),
     (Bits::RESET_DEVICE, "RESET_DEVICE"),
@@ -41,7 +49,7 @@ mod tests {
     fn every_offered_feature_has_a_name() {
         let named = NAMES.iter().fold(0, |sum, (bit, _)| sum | bit.bits());
         assert_eq!(named, OFFERED);
-        assert_eq!(names(u64::MAX).count(), 6);
+        assert_eq!(names(u64::MAX).count(), 8);
         assert_eq!(names(0b1001).collect::<Vec<_>>(), ["MQ", "REPLY_ACK"]);
     }
 }

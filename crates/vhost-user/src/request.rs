@@ -4,8 +4,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use vhost::vhost_user::message::{
-    FrontendReq, VhostUserMemory, VhostUserMemoryRegion, VhostUserSingleMemoryRegion, VhostUserU64,
-    VhostUserVringAddr, VhostUserVringState,
+    FrontendReq, VhostUserLog, VhostUserMemory, VhostUserMemoryRegion, VhostUserSingleMemoryRegion,
+    VhostUserU64, VhostUserVringAddr, VhostUserVringState,
 };
 use virtionet_virtqueue::MAX_QUEUE_SIZE;
 use virtionet_virtqueue::memory::RegionSpec;
@@ -20,6 +20,8 @@ use crate::limits::MAX_TABLE_REGIONS;
 const INDEX_MASK: u64 = 0xff;
 /// The bit of these payloads that means that no descriptor comes with the message: bit 8.
 const NO_FD: u64 = 1 << 8;
+/// The flag of SET_VRING_ADDR that asks for a log of writes to the used ring: bit 0.
+const VHOST_VRING_F_LOG: u32 = 1;
 /// The smallest MTU of IPv4 (RFC 791) and of virtio-net (virtio 1.3 §5.1.4.1).
 const MIN_MTU: u16 = 68;
 
@@ -41,6 +43,10 @@ pub enum Request {
     AddMemReg(RegionSpec, ForeignFd),
     /// Removes a region from the memory table; its file offset means nothing.
     RemMemReg(RegionSpec),
+    /// Sets the log of written pages.
+    SetLogBase(LogBase),
+    /// Sets a descriptor that would be signalled when the log changes; nobody uses it.
+    SetLogFd,
     /// Asks how many regions the memory table may have.
     GetMaxMemSlots,
     /// Sets the size of a vring: 1 to 32,768.
@@ -56,6 +62,8 @@ pub enum Request {
         ring: u16,
         /// The areas of the vring.
         areas: VringAreas,
+        /// The guest address at which writes to the used ring are logged, if they are.
+        used_log: Option<u64>,
     },
     /// Sets the position at which a vring continues.
     SetVringBase {
@@ -113,7 +121,6 @@ pub fn has_own_reply(request: FrontendReq) -> bool {
         request,
         Code::GET_CONFIG
             | Code::GET_INFLIGHT_FD
-            | Code::SET_LOG_BASE
             | Code::IOTLB_MSG
             | Code::CREATE_CRYPTO_SESSION
             | Code::POSTCOPY_ADVISE
@@ -133,6 +140,17 @@ pub struct VringAreas {
     pub avail: u64,
     /// The used ring (split) or the device's event suppression area (packed).
     pub used: u64,
+}
+
+/// A log of written pages, as SET_LOG_BASE describes it.
+#[derive(Debug)]
+pub struct LogBase {
+    /// Its size in bytes.
+    pub size: u64,
+    /// Its offset in its file in bytes.
+    pub offset: u64,
+    /// Its file. A front-end that did not negotiate LOG_SHMFD sends none.
+    pub fd: Option<ForeignFd>,
 }
 
 /// An eventfd for a vring.
@@ -181,6 +199,8 @@ impl RequestBody<'_> {
             Code::SET_MEM_TABLE => self.decode_mem_table()?,
             Code::ADD_MEM_REG => self.decode_add_mem_reg()?,
             Code::REM_MEM_REG => self.decode_rem_mem_reg()?,
+            Code::SET_LOG_BASE => self.decode_log_base()?,
+            Code::SET_LOG_FD => self.decode_log_fd()?,
             Code::GET_MAX_MEM_SLOTS => self.decode_empty(Request::GetMaxMemSlots)?,
             Code::SET_VRING_NUM => self.decode_vring_num()?,
             Code::SET_VRING_ADDR => self.decode_vring_addr()?,
@@ -248,6 +268,27 @@ impl RequestBody<'_> {
         Ok(Request::RemMemReg(to_region_spec(&region)))
     }
 
+    fn decode_log_base(mut self) -> Result<Request, DecodeError> {
+        if self.fds.len() > 1 {
+            self.check_fd_count(1)?;
+        }
+        let log = self.read::<VhostUserLog>()?;
+        Ok(Request::SetLogBase(LogBase {
+            size: log.mmap_size,
+            offset: log.mmap_offset,
+            fd: self.fds.pop(),
+        }))
+    }
+
+    /// Closes the descriptor. The protocol defines no payload; one that old front-ends may send is
+    /// not looked at.
+    fn decode_log_fd(self) -> Result<Request, DecodeError> {
+        if self.fds.len() > 1 {
+            self.check_fd_count(1)?;
+        }
+        Ok(Request::SetLogFd)
+    }
+
     fn decode_vring_num(&self) -> Result<Request, DecodeError> {
         let (ring, num) = self.decode_vring_state()?;
         let size = u16::try_from(num)
@@ -261,7 +302,7 @@ impl RequestBody<'_> {
         self.check_fd_count(0)?;
         let addr = self.read::<VhostUserVringAddr>()?;
         let ring = to_vring_index(addr.index)?;
-        if addr.flags != 0 {
+        if addr.flags & !VHOST_VRING_F_LOG != 0 {
             return Err(RequestError::VringAddrFlags(addr.flags).into());
         }
         let areas = VringAreas {
@@ -269,7 +310,12 @@ impl RequestBody<'_> {
             avail: check_aligned("driver area", addr.available, 2)?,
             used: check_aligned("device area", addr.used, 4)?,
         };
-        Ok(Request::SetVringAddr { ring, areas })
+        let used_log = (addr.flags & VHOST_VRING_F_LOG != 0).then_some(addr.log);
+        Ok(Request::SetVringAddr {
+            ring,
+            areas,
+            used_log,
+        })
     }
 
     fn decode_vring_base(&self) -> Result<Request, DecodeError> {
@@ -564,9 +610,9 @@ mod tests {
             ),
             (
                 Code::SET_VRING_ADDR,
-                addr(1, 0, 0, 0),
+                addr(3, 0, 0, 0),
                 0,
-                "refused: SET_VRING_ADDR has flags 0x1",
+                "refused: SET_VRING_ADDR has flags 0x3",
             ),
             (
                 Code::GET_VRING_BASE,
@@ -676,10 +722,44 @@ mod tests {
     }
 
     #[test]
+    fn log_base_is_decoded_with_and_without_a_descriptor() {
+        let bytes = [8u64, 4096].map(u64::to_ne_bytes).concat();
+        for fds in [0, 1] {
+            let decoded = text(FrontendReq::SET_LOG_BASE, &bytes, fds);
+            let Ok(Request::SetLogBase(log)) = decoded else {
+                panic!("no log");
+            };
+            assert_eq!((log.size, log.offset), (8, 4096));
+            assert_eq!(log.fd.is_some(), fds == 1);
+        }
+        for (bytes, fds, want) in [(&bytes[..8], 1, "instead of 16"), (&bytes[..], 2, "2 file")] {
+            let error = text(FrontendReq::SET_LOG_BASE, bytes, fds).unwrap_err();
+            assert!(error.contains(want), "{error}");
+        }
+        for bytes in [&[][..], &[0; 8]] {
+            let decoded = text(FrontendReq::SET_LOG_FD, bytes, 1);
+            assert!(matches!(decoded, Ok(Request::SetLogFd)));
+        }
+    }
+
+    #[test]
+    fn used_ring_is_logged_only_with_the_flag() {
+        for (flags, want) in [(0, None), (1, Some(0x7000))] {
+            let mut bytes = payload(&[0u32, flags]);
+            bytes.extend([0u64, 0, 0, 0x7000].map(u64::to_ne_bytes).concat());
+            let decoded = text(FrontendReq::SET_VRING_ADDR, &bytes, 0);
+            let Ok(Request::SetVringAddr { used_log, .. }) = decoded else {
+                panic!("no addresses");
+            };
+            assert_eq!(used_log, want);
+        }
+    }
+
+    #[test]
     fn request_that_is_not_offered_is_named_and_its_descriptor_closed() {
         assert!(matches!(
-            text(FrontendReq::SET_LOG_BASE, &[0; 16], 1),
-            Ok(Request::NotOffered(FrontendReq::SET_LOG_BASE))
+            text(FrontendReq::SET_INFLIGHT_FD, &[0; 16], 1),
+            Ok(Request::NotOffered(FrontendReq::SET_INFLIGHT_FD))
         ));
         assert!(matches!(
             Request::decode(1000, &[0; 100], vec![ForeignFd::new(eventfd(0))]),

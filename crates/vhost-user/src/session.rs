@@ -11,6 +11,7 @@
 //! If a vring could not start, the session tries again when the vring's configuration or the memory
 //! table changes.
 
+mod migration;
 mod vrings;
 
 use std::os::fd::BorrowedFd;
@@ -27,14 +28,17 @@ use crate::backend::{Backend, UnmappedVring};
 use crate::error::{DecodeError, ProtocolError, RefusedRequest, RequestError, SessionError};
 use crate::foreign_fd::ForeignFd;
 use crate::memory_file;
-use crate::protocol_features::{self, VHOST_USER_F_PROTOCOL_FEATURES};
+use crate::protocol_features::{self, VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES};
 use crate::request::{Request, has_own_reply};
 use crate::session_log::SessionLog;
 use crate::sys::peer_pid;
 use crate::vring::Vring;
 use crate::vring_state::VringEvent;
 use crate::wire::{Channel, Header, Incoming, Message, PendingConnections, Reply, ReplyPayload};
+use migration::LogBaseState;
 
+/// The features that the session itself has, not its device.
+const SESSION_FEATURES: u64 = VHOST_USER_F_PROTOCOL_FEATURES | VHOST_F_LOG_ALL;
 const PACKED: u64 = 1 << VIRTIO_F_RING_PACKED;
 const REPLY_ACK: u64 = VhostUserProtocolFeatures::REPLY_ACK.bits();
 
@@ -100,8 +104,10 @@ pub struct Session<'b> {
     /// The number of queue pairs, each of which has two of the vrings below.
     queue_pairs: u16,
     vrings: Vec<Vring>,
+    /// The guest's memory, with the log if writes are logged.
     memory: Arc<GuestMemory>,
-    /// The features that SET_FEATURES set, including VHOST_USER_F_PROTOCOL_FEATURES.
+    log_base: LogBaseState,
+    /// The features that SET_FEATURES set, including those that concern the session itself.
     features: Option<u64>,
     protocol_features: u64,
     status: u8,
@@ -136,6 +142,7 @@ impl<'b> Session<'b> {
             queue_pairs,
             vrings: (0..2 * queue_pairs).map(|_| Vring::default()).collect(),
             memory: Arc::default(),
+            log_base: LogBaseState::default(),
             features: None,
             protocol_features: 0,
             status: 0,
@@ -215,9 +222,15 @@ impl<'b> Session<'b> {
             Request::SetMemTable(regions) => self.set_mem_table(regions),
             Request::AddMemReg(spec, file) => self.add_mem_reg(spec, file),
             Request::RemMemReg(spec) => self.rem_mem_reg(spec),
+            Request::SetLogBase(log) => self.set_log_base(log),
+            Request::SetLogFd => NO_REPLY_PAYLOAD,
             Request::GetMaxMemSlots => reply_u64(u64::try_from(MAX_REGIONS).unwrap_or(u64::MAX)),
             Request::SetVringNum { ring, size } => self.set_vring_num(ring, size),
-            Request::SetVringAddr { ring, areas } => self.set_vring_addr(ring, areas),
+            Request::SetVringAddr {
+                ring,
+                areas,
+                used_log,
+            } => self.set_vring_addr(ring, areas, used_log),
             Request::SetVringBase { ring, base } => self.set_vring_base(ring, base),
             Request::GetVringBase { ring } => self.get_vring_base(ring),
             Request::SetVringKick(kick) => self.set_vring_kick(kick),
@@ -231,7 +244,8 @@ impl<'b> Session<'b> {
             Request::ResetDevice => self.reset_device(),
             Request::GetStatus => reply_u64(self.status.into()),
             Request::SetStatus(status) => self.set_status(status),
-            Request::SendRarp(_) | Request::NotOffered(_) => Err(RequestError::NotOffered.into()),
+            Request::SendRarp(mac) => self.send_rarp(mac),
+            Request::NotOffered(_) => Err(RequestError::NotOffered.into()),
             Request::Unknown(_) => Err(RequestError::Unknown.into()),
         }
     }
@@ -239,7 +253,7 @@ impl<'b> Session<'b> {
     // --- features -------------------------------------------------------------------------------
 
     fn offered_features(&self) -> u64 {
-        self.backend.features() | VHOST_USER_F_PROTOCOL_FEATURES
+        self.backend.features() | SESSION_FEATURES
     }
 
     fn set_features(&mut self, bits: u64) -> RequestOutcome {
@@ -254,17 +268,24 @@ impl<'b> Session<'b> {
         if self.features == Some(bits) {
             return NO_REPLY_PAYLOAD;
         }
+        let memory = self.memory_with_log_of(bits)?;
+        let is_new = self.features.is_none() || changes & !SESSION_FEATURES != 0;
         self.features = Some(bits);
-        self.backend.set_features(self.virtio_features());
+        if is_new {
+            self.backend.set_features(self.virtio_features());
+        }
+        if let Some(memory) = memory {
+            self.apply_memory(memory);
+        }
         if changes & VHOST_USER_F_PROTOCOL_FEATURES != 0 {
             self.update_enabled();
         }
         NO_REPLY_PAYLOAD
     }
 
-    /// The negotiated virtio features, without the bit of the vhost-user protocol.
+    /// The negotiated virtio features, without those that concern the session itself.
     fn virtio_features(&self) -> u64 {
-        self.features.unwrap_or(0) & !VHOST_USER_F_PROTOCOL_FEATURES
+        self.features.unwrap_or(0) & !SESSION_FEATURES
     }
 
     fn set_protocol_features(&mut self, bits: u64) -> RequestOutcome {
@@ -284,23 +305,23 @@ impl<'b> Session<'b> {
             .into_iter()
             .map(|(spec, fd)| self.map_region(spec, fd).map(Arc::new))
             .collect::<Result<Vec<_>, _>>()?;
-        self.apply_memory(GuestMemory::new(regions)?);
+        self.apply_memory(self.with_log(&GuestMemory::new(regions)?)?);
         NO_REPLY_PAYLOAD
     }
 
     fn map_region(&self, spec: RegionSpec, fd: ForeignFd) -> Result<MappedRegion, RequestError> {
-        let file = memory_file::from_fd(fd, &self.log.memory_on_disk)?;
+        let file = memory_file::from_fd(fd, "guest memory", &self.log.memory_on_disk)?;
         Ok(MappedRegion::map(spec, file)?)
     }
 
     fn add_mem_reg(&mut self, spec: RegionSpec, fd: ForeignFd) -> RequestOutcome {
         let region = self.map_region(spec, fd)?;
-        self.apply_memory(self.memory.with_region(region)?);
+        self.apply_memory(self.with_log(&self.memory.with_region(region)?)?);
         NO_REPLY_PAYLOAD
     }
 
     fn rem_mem_reg(&mut self, spec: RegionSpec) -> RequestOutcome {
-        self.apply_memory(self.memory.without_region(spec)?);
+        self.apply_memory(self.with_log(&self.memory.without_region(spec)?)?);
         NO_REPLY_PAYLOAD
     }
 

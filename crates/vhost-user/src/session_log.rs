@@ -10,6 +10,6 @@ pub struct SessionLog {
     pub(crate) refusals: RateLimiter,
     /// Of vrings that do not start, or were stopped because their memory was removed.
     pub(crate) failed_starts: RateLimiter,
-    /// Of guest memory in a file on a disk.
+    /// Of guest memory or a dirty log in a file on a disk.
     pub(crate) memory_on_disk: RateLimiter,
 }

@@ -204,7 +204,8 @@ impl Backend for RecordingBackend {
     }
 
     fn set_memory(&self, memory: &Arc<GuestMemory>) -> Vec<UnmappedVring> {
-        self.write(format!("memory {}", memory.regions().count()));
+        let logged = if memory.is_logging() { " logged" } else { "" };
+        self.write(format!("memory {}{logged}", memory.regions().count()));
         let mut running = self.running.lock().unwrap();
         let is_lost = |start: &VringStart| is_outside(memory, start);
         let lost: Vec<u16> = running
@@ -249,6 +250,14 @@ impl Backend for RecordingBackend {
         self.write(format!("stop {index}"));
         let start = self.running.lock().unwrap().remove(&index)?;
         Some(self.stop_base.unwrap_or(start.base))
+    }
+
+    fn set_used_log(&self, index: u16, used_log: Option<u64>) {
+        self.write(format!("used log {index} {used_log:x?}"));
+    }
+
+    fn announce(&self, mac: [u8; 6]) {
+        self.write(format!("announce {mac:?}"));
     }
 
     fn set_enabled(&self, index: u16, enabled: bool) {

@@ -15,6 +15,8 @@ use crate::vring_state::VringState;
 pub(crate) struct Vring {
     pub(crate) size: Option<u16>,
     pub(crate) areas: Option<VringAreas>,
+    /// See [`VringStart::used_log`].
+    pub(crate) used_log: Option<u64>,
     pub(crate) base: Option<VringBase>,
     pub(crate) kick: Kick,
     pub(crate) call: Option<Arc<OwnedFd>>,
@@ -91,6 +93,7 @@ impl Vring {
             },
             base: base.current,
             first_base: base.first,
+            used_log: self.used_log,
             kick: self.kick.fd(),
             call: self.call.clone(),
             err: self.err.clone(),

@@ -1,5 +1,6 @@
 //! The virtio-net device (virtio 1.3 §5.1): features, header, TX path, RX path, statistics.
 
+mod announcement;
 pub mod features;
 mod frame_format;
 pub mod header;

@@ -53,6 +53,9 @@ pub trait DeviceQueue: Sized {
     /// When the virtqueue is not within it.
     fn rebind(&mut self, memory: &Arc<GuestMemory>) -> Result<(), VirtqueueError>;
 
+    /// Logs what is written to the virtqueue itself, as [`Virtqueue::set_used_log`] says.
+    fn set_used_log(&mut self, used_log: Option<u64>);
+
     /// Where the queue continues, if the base that it was started with was outdated
     /// ([`Virtqueue::corrected_base`]).
     fn corrected_base(&self) -> Option<u32>;
@@ -118,6 +121,11 @@ impl Queue {
         self.virtqueue = self.virtqueue.rebind(memory)?;
         self.burst = Burst::new(Arc::clone(memory));
         Ok(())
+    }
+
+    /// Sets where writes to the virtqueue itself are logged.
+    pub(crate) fn set_used_log(&mut self, used_log: Option<u64>) {
+        self.virtqueue.set_used_log(used_log, self.burst.memory());
     }
 }
 

@@ -138,6 +138,20 @@ impl RxQueue {
         max_frames: usize,
         max_bytes: usize,
     ) -> Result<RxOutcome, VirtqueueFault> {
+        // Two copies of the code, so that a frame pays nothing for a log that is not there.
+        match self.queue.burst.memory().is_logging() {
+            false => self.receive_frames::<false>(uplink, max_frames, max_bytes),
+            true => self.receive_frames::<true>(uplink, max_frames, max_bytes),
+        }
+    }
+
+    /// The same, with or without a log of what is written.
+    fn receive_frames<const LOG: bool>(
+        &mut self,
+        uplink: &dyn UplinkQueue,
+        max_frames: usize,
+        max_bytes: usize,
+    ) -> Result<RxOutcome, VirtqueueFault> {
         let mut frames = 0;
         let mut bytes = 0;
         self.queue.burst.reset_descriptors_read();
@@ -153,8 +167,13 @@ impl RxQueue {
                 Err(_) if self.queue.virtqueue.has_unpublished() => break RxEndReason::Budget,
                 Err(fault) => return Err(fault),
             }
-            match self.receive_frame(uplink) {
-                Received::Frame(len) => bytes += self.commit(len),
+            let received = self.receive_frame(uplink);
+            if LOG && matches!(received, Received::TooLong | Received::Lost) {
+                // Part of the frame may be in any of the buffers.
+                self.log_written(usize::MAX);
+            }
+            match received {
+                Received::Frame(len) => bytes += self.commit::<LOG>(len),
                 Received::TooLong => self.count_too_long(),
                 Received::Lost => self.queue.stats.dropped_uplink_error.add(1),
                 Received::Empty => break RxEndReason::UplinkEmpty,
@@ -304,9 +323,17 @@ impl RxQueue {
         }
     }
 
+    /// Logs that the first `len` bytes of the buffers for the next frame were written.
+    #[cold]
+    fn log_written(&self, len: usize) {
+        if let Some(mut log) = self.queue.burst.memory().log_writer() {
+            log.mark(free_slices(&self.queue), len);
+        }
+    }
+
     /// Completes the reserved chains that hold a frame of `len` bytes, header included; returns the
     /// frame's bytes without the header.
-    fn commit(&mut self, len: usize) -> usize {
+    fn commit<const LOG: bool>(&mut self, len: usize) -> usize {
         let queue = &mut self.queue;
         let buffers = queue.virtqueue.complete_filled(queue.burst.chains(), len);
         for chain in &queue.burst.chains()[..buffers] {
@@ -320,6 +347,9 @@ impl RxQueue {
                 NUM_BUFFERS_OFFSET,
                 &count.to_le_bytes(),
             );
+        }
+        if LOG {
+            self.log_written(len.max(header_len));
         }
         let queue = &mut self.queue;
         queue.burst.retire(buffers);
@@ -372,6 +402,10 @@ impl DeviceQueue for RxQueue {
     fn rebind(&mut self, memory: &Arc<GuestMemory>) -> Result<(), VirtqueueError> {
         self.capacity = 0;
         self.queue.rebind(memory)
+    }
+
+    fn set_used_log(&mut self, used_log: Option<u64>) {
+        self.queue.set_used_log(used_log);
     }
 
     /// Called when the queue is starved, so that the driver kicks when it adds buffers.

@@ -4,9 +4,10 @@
 use std::sync::Arc;
 
 use arrayvec::ArrayVec;
-use virtionet_virtqueue::memory::GuestMemory;
+use virtionet_virtqueue::memory::{GuestMemory, GuestSlice};
 use virtionet_virtqueue::{Chain, Direction, VirtqueueError, VirtqueueFault};
 
+use crate::announcement::announcement;
 use crate::features::Features;
 use crate::header::{LEGACY_VNET_HEADER_LEN, VNET_HEADER_LEN, VnetHeader};
 use crate::offload::conversion_work;
@@ -136,6 +137,18 @@ impl TxQueue {
         }
     }
 
+    /// Transmits a frame with which the guest's switches learn where its address `mac` is now, as if
+    /// the guest had sent it. It is counted as the guest's frames are.
+    pub fn announce(&self, mac: [u8; 6], uplink: &dyn UplinkQueue) {
+        let mut bytes = announcement(mac);
+        let frame = TxFrame {
+            header: VnetHeader::default(),
+            len: bytes.len(),
+            payload: &[GuestSlice::from_private(&mut bytes)],
+        };
+        uplink.transmit(&[frame], &self.queue.stats);
+    }
+
     /// Whether chains are available.
     #[must_use]
     pub fn has_more(&self) -> bool {
@@ -173,6 +186,10 @@ impl DeviceQueue for TxQueue {
 
     fn rebind(&mut self, memory: &Arc<GuestMemory>) -> Result<(), VirtqueueError> {
         self.queue.rebind(memory)
+    }
+
+    fn set_used_log(&mut self, used_log: Option<u64>) {
+        self.queue.set_used_log(used_log);
     }
 
     fn enable_kicks(&mut self) -> bool {

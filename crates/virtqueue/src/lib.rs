@@ -18,6 +18,7 @@ mod event;
 mod fault;
 pub mod memory;
 mod packed;
+mod ring_log;
 mod split;
 #[cfg(test)]
 mod testing;

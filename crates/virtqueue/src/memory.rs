@@ -18,12 +18,15 @@
 //! - [`SegmentList`] stores the slices of a burst and is bound to one snapshot. It translates an
 //!   (address, length) pair as a whole and caches the region that it found last.
 //!
+//! During a live migration a snapshot has a log of the pages that the device writes ([`DirtyLog`]).
+//!
 //! **The guest writes this memory while the device reads it.** Each load is volatile or atomic and
 //! copies the value once; the copy is what is checked and then used. No reference (`&[u8]`) into
 //! guest memory is ever made.
 #![allow(unsafe_code)]
 
 mod array;
+mod dirty_log;
 mod fault;
 #[cfg(loom)]
 mod loom;
@@ -36,10 +39,13 @@ use std::sync::Arc;
 
 use vm_memory::{ByteValued, FileOffset, MmapRegion};
 
+use dirty_log::SnapshotLog;
 use fault::TrackedRegion;
 
 pub(crate) use array::{Descriptor, impl_byte_valued};
 pub use array::{GuestArray, GuestArrayRef, full_fence};
+pub(crate) use dirty_log::AreaLog;
+pub use dirty_log::{DirtyLog, LOG_PAGE, LogError, LogWriter};
 pub use fault::{LossWatch, survive_lost_memory};
 #[cfg(loom)]
 pub use loom::{DisabledOrdering, clear_model, disable_ordering};
@@ -224,6 +230,8 @@ fn seal_against_shrinking(file: &File) {
 #[derive(Debug, Default)]
 pub struct GuestMemory {
     regions: Vec<Arc<MappedRegion>>,
+    /// What the device writes is logged here during a migration.
+    log: Option<SnapshotLog>,
 }
 
 impl GuestMemory {
@@ -240,7 +248,7 @@ impl GuestMemory {
         check_no_overlap(&regions, |spec| spec.user_addr)?;
         regions.sort_by_key(|r| r.spec.guest_addr);
         check_no_overlap(&regions, |spec| spec.guest_addr)?;
-        Ok(Self { regions })
+        Ok(Self { regions, log: None })
     }
 
     /// A snapshot with one more region (ADD_MEM_REG).
@@ -272,6 +280,65 @@ impl GuestMemory {
                 .filter(|r| !same(&r.spec))
                 .cloned()
                 .collect(),
+            log: None,
+        })
+    }
+
+    /// A snapshot of the same memory that logs what the device writes, or with `None` one that does
+    /// not.
+    ///
+    /// # Errors
+    /// When the log has no bit for some pages of the memory.
+    pub fn with_log(&self, log: Option<Arc<DirtyLog>>) -> Result<Self, LogError> {
+        Ok(Self {
+            regions: self.regions.clone(),
+            log: log
+                .map(|log| SnapshotLog::new(log, &self.regions))
+                .transpose()?,
+        })
+    }
+
+    /// Whether writes of the device must be logged.
+    #[inline(always)]
+    #[must_use]
+    pub fn is_logging(&self) -> bool {
+        self.log.is_some()
+    }
+
+    /// A writer that logs what was written to buffers before this call; `None` when nothing is
+    /// logged.
+    #[must_use]
+    pub fn log_writer(&self) -> Option<LogWriter<'_>> {
+        let log = self.log.as_ref()?;
+        full_fence();
+        Some(log.writer())
+    }
+
+    /// Logs all of guest memory as written, if anything is logged.
+    pub fn log_all(&self) {
+        if let Some(log) = &self.log {
+            full_fence();
+            log.mark_all();
+        }
+    }
+
+    /// Whether pages of the log have vanished, so that the front-end does not see what is logged.
+    #[must_use]
+    pub fn is_log_lost(&self) -> bool {
+        self.log.as_ref().is_some_and(SnapshotLog::is_lost)
+    }
+
+    /// The log of an area of a virtqueue at *guest* address `start`; `None` when nothing is logged.
+    pub(crate) fn area_log(&self, start: u64) -> Option<AreaLog> {
+        self.log.as_ref().map(|log| log.area(start))
+    }
+
+    /// The guest address of a *front-end* address, or `None` when it lies in no region.
+    pub(crate) fn guest_addr(&self, user_addr: u64) -> Option<u64> {
+        self.regions.iter().find_map(|r| {
+            let offset = user_addr.checked_sub(r.spec.user_addr)?;
+            // The sum fits: MappedRegion::map checked it.
+            (offset < r.spec.size).then(|| r.spec.guest_addr + offset)
         })
     }
 

@@ -30,6 +30,8 @@
 //! The device event area is never zero in both words while a virtqueue has a crash record. A driver
 //! that sets up its ring again clears it, which tells its ring from that of before.
 
+use std::mem;
+
 use crate::burst::{Burst, Reservation};
 use crate::chain::Chain;
 use crate::config::{MAX_QUEUE_SIZE, VirtqueueConfig, VirtqueueError, VirtqueueLayout};
@@ -42,6 +44,7 @@ use crate::crash_record::{CompletedChain, CrashRecord, Progress, RecordOwner};
 use crate::event::needs_event;
 use crate::fault::{ChainFault, VirtqueueFault};
 use crate::memory::{Descriptor, GuestArray, GuestMemory, SegmentWriter, full_fence};
+use crate::ring_log::PackedRingLog;
 use crate::walk::{
     ChainRules, MAX_CHAINS_PER_DEQUEUE, MAX_DESCRIPTORS_PER_DEQUEUE, TableOrder, Walk,
 };
@@ -138,6 +141,10 @@ pub(crate) struct PackedVirtqueue {
     /// Completed chains that the driver cannot see yet.
     completed: Vec<CompletedChain>,
     record: Option<CrashRecord>,
+    /// The virtqueue was written to before it could have a log.
+    has_finished_a_publish: bool,
+    /// Where writes to the virtqueue are logged, if they are.
+    log: Option<PackedRingLog>,
 }
 
 impl PackedVirtqueue {
@@ -172,6 +179,8 @@ impl PackedVirtqueue {
                 .ok_or(VirtqueueError::unmapped("device event area", layout.used))?,
             completed: Vec::new(),
             record: None,
+            has_finished_a_publish: false,
+            log: None,
         })
     }
 
@@ -234,6 +243,7 @@ impl PackedVirtqueue {
         }
         if let Some(first) = chains.first().filter(|_| is_interrupted) {
             self.write_used(self.used, *first);
+            self.has_finished_a_publish = true;
         }
         self.used = position;
     }
@@ -255,6 +265,16 @@ impl PackedVirtqueue {
 
     pub(crate) fn size(&self) -> u16 {
         self.size
+    }
+
+    /// Logs writes to the virtqueue from now on, or with `None` no longer.
+    pub(crate) fn set_log(&mut self, log: Option<PackedRingLog>) {
+        if let Some(log) = &log
+            && mem::take(&mut self.has_finished_a_publish)
+        {
+            log.log_published(0, self.size);
+        }
+        self.log = log;
     }
 
     pub(crate) fn base(&self) -> u32 {
@@ -478,7 +498,11 @@ impl PackedVirtqueue {
         self.used = position;
         self.completed.clear();
         full_fence();
-        self.should_call(position.since(start, self.size))
+        let moved = position.since(start, self.size);
+        if let Some(log) = &self.log {
+            log.log_published(start.index, moved);
+        }
+        self.should_call(moved)
     }
 
     #[inline(always)]
@@ -529,6 +553,7 @@ impl PackedVirtqueue {
                 .release(EVENT_FLAGS, VRING_PACKED_EVENT_FLAG_ENABLE);
         }
         full_fence();
+        self.log_suppression();
         self.has_more()
     }
 
@@ -536,6 +561,13 @@ impl PackedVirtqueue {
     pub(crate) fn disable_kicks(&mut self) {
         self.device_event
             .release(EVENT_FLAGS, VRING_PACKED_EVENT_FLAG_DISABLE);
+        self.log_suppression();
+    }
+
+    fn log_suppression(&self) {
+        if let Some(log) = &self.log {
+            log.log_suppression();
+        }
     }
 
     #[inline(always)]

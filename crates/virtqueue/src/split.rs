@@ -27,6 +27,7 @@ use crate::constants::{
 use crate::event::needs_event;
 use crate::fault::{ChainFault, VirtqueueFault};
 use crate::memory::{Descriptor, GuestArray, GuestMemory, SegmentWriter, full_fence};
+use crate::ring_log::UsedRingLog;
 use crate::walk::{
     ChainRules, MAX_CHAINS_PER_DEQUEUE, MAX_DESCRIPTORS_PER_DEQUEUE, TableOrder, Walk,
 };
@@ -67,6 +68,8 @@ pub(crate) struct SplitVirtqueue {
     used: GuestArray<UsedElement>,
     /// `avail_event`, which follows the used elements.
     avail_event: GuestArray<u16>,
+    /// Where writes to the used ring are logged, if they are.
+    log: Option<UsedRingLog>,
 }
 
 impl SplitVirtqueue {
@@ -103,6 +106,7 @@ impl SplitVirtqueue {
                 .and_then(|addr| memory.user_array(addr, size))
                 .ok_or(no_used)?,
             avail_event: used(used_at(4 + 8 * u64::from(size)), 1).ok_or(no_used)?,
+            log: None,
         };
         // The driver has seen everything up to this index. A back-end that takes over continues
         // there.
@@ -127,6 +131,11 @@ impl SplitVirtqueue {
 
     pub(crate) fn size(&self) -> u16 {
         self.size
+    }
+
+    /// Logs writes to the used ring from now on, or with `None` no longer.
+    pub(crate) fn set_log(&mut self, log: Option<UsedRingLog>) {
+        self.log = log;
     }
 
     pub(crate) fn base(&self) -> u32 {
@@ -312,6 +321,9 @@ impl SplitVirtqueue {
         self.used_header.release(IDX, new);
         self.published = new;
         full_fence();
+        if let Some(log) = &self.log {
+            log.log_published(old, new);
+        }
         if self.event_idx {
             // `used_event` follows the entries of the available ring.
             let event = self.avail.acquire(RING_ENTRIES + self.size);
@@ -333,6 +345,7 @@ impl SplitVirtqueue {
             self.used_header.release(FLAGS, 0);
         }
         full_fence();
+        self.log_suppression();
         self.has_more()
     }
 
@@ -341,6 +354,13 @@ impl SplitVirtqueue {
     pub(crate) fn disable_kicks(&mut self) {
         if !self.event_idx {
             self.used_header.release(FLAGS, VRING_USED_F_NO_NOTIFY);
+            self.log_suppression();
+        }
+    }
+
+    fn log_suppression(&self) {
+        if let Some(log) = &self.log {
+            log.log_suppression();
         }
     }
 

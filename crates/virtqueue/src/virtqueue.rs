@@ -9,6 +9,7 @@ use crate::crash_record::CrashRecord;
 use crate::fault::VirtqueueFault;
 use crate::memory::GuestMemory;
 use crate::packed::PackedVirtqueue;
+use crate::ring_log::{PackedRingLog, UsedRingLog};
 use crate::split::SplitVirtqueue;
 
 /// The device side of a virtqueue, split or packed (virtio 1.3 §2.7 and §2.8). Callers do not see
@@ -82,6 +83,9 @@ use crate::split::SplitVirtqueue;
 pub struct Virtqueue {
     format: Format,
     config: VirtqueueConfig,
+    /// The guest address at which writes to the used ring are logged, if the front-end asks for
+    /// that.
+    used_log: Option<u64>,
     /// Whether the driver may still send kicks. Disabling them again would only take a cache line
     /// from the driver.
     kicks_enabled: bool,
@@ -123,6 +127,7 @@ impl Virtqueue {
         Ok(Self {
             format,
             config,
+            used_log: None,
             kicks_enabled: true,
         })
     }
@@ -170,15 +175,35 @@ impl Virtqueue {
             base,
             ..self.config
         };
-        let same = Self::new(config, memory)?;
-        let record = match &self.format {
-            Format::Split(_) => None,
-            Format::Packed(packed) => packed.record().cloned(),
-        };
-        Ok(match record {
-            Some(record) => same.with_record(record, memory),
-            None => same,
-        })
+        let mut rebound = Self::new(config, memory)?;
+        if let Format::Packed(packed) = &self.format
+            && let Some(record) = packed.record()
+        {
+            rebound = rebound.with_record(record.clone(), memory);
+        }
+        rebound.set_used_log(self.used_log, memory);
+        Ok(rebound)
+    }
+
+    /// Logs what the device writes to the virtqueue itself while `memory`, to which the virtqueue is
+    /// bound, has a log: the used ring of a split virtqueue and the device event area of a packed
+    /// one as if they were at guest address `used_log`, and used descriptors at the guest address of
+    /// the descriptor ring. With `None` it logs none of these.
+    pub fn set_used_log(&mut self, used_log: Option<u64>, memory: &GuestMemory) {
+        self.used_log = used_log;
+        let used_area = used_log.and_then(|addr| memory.area_log(addr));
+        let size = self.size();
+        match &mut self.format {
+            Format::Split(ring) => ring.set_log(used_area.map(|area| UsedRingLog::new(size, area))),
+            Format::Packed(ring) => {
+                let descriptors = memory.guest_addr(self.config.layout.desc);
+                let descriptors = descriptors.and_then(|addr| memory.area_log(addr));
+                let areas = descriptors.zip(used_area);
+                ring.set_log(areas.map(|(descriptors, device_event)| {
+                    PackedRingLog::new(size, descriptors, device_event)
+                }));
+            }
+        }
     }
 
     /// The number of descriptors.

@@ -191,6 +191,12 @@ impl Backend for NetDevice {
         }
     }
 
+    fn set_used_log(&self, index: u16, used_log: Option<u64>) {
+        if let Some((served, role)) = self.vring(index) {
+            with_slot!(served, role, slot => slot.set_used_log(used_log));
+        }
+    }
+
     fn set_enabled(&self, index: u16, enabled: bool) {
         if let Some((served, role)) = self.vring(index) {
             with_slot!(served, role, slot => slot.set_enabled(enabled));
@@ -234,6 +240,14 @@ impl Backend for NetDevice {
         self.frontend.lock().mtu = Some(mtu);
         self.apply_mtu();
         Ok(())
+    }
+
+    /// The worker of the first queue pair sends the frame, so that it takes the way of the guest's
+    /// own frames.
+    fn announce(&self, mac: [u8; 6]) {
+        if let Some(served) = self.pairs().next() {
+            served.pair.announce(mac);
+        }
     }
 
     fn on_disconnect(&self, refused: Option<&RefusedRequest>) {
@@ -344,5 +358,5 @@ fn start_vring<Q: DeviceQueue>(
         call: start.call,
         err: start.err,
     };
-    slot.start(config, fds)
+    slot.start(config, fds, start.used_log)
 }

@@ -99,9 +99,15 @@ fn request_errors() -> Vec<(RequestError, &'static str)> {
         ),
         (MemoryError::Empty(0).into(), "memory-table-invalid"),
         (
-            RequestError::RemoteMemory("FUSE"),
+            RequestError::RemoteMemory {
+                what: "guest memory",
+                file_system: "FUSE",
+            },
             "memory-on-remote-file-system",
         ),
+        (RequestError::LogWithoutFile, "dirty-log-without-file"),
+        (RequestError::LogRefused, "dirty-log-refused"),
+        (RequestError::Mac([1; 6]), "mac-invalid"),
         (RequestError::NotOffered, "request-not-offered"),
         (RequestError::Unknown, "request-unknown"),
     ]

@@ -25,7 +25,19 @@ impl Session<'_> {
         self.start_or_end_session(ring)
     }
 
-    pub(super) fn set_vring_addr(&mut self, ring: u16, areas: VringAreas) -> RequestOutcome {
+    /// Front-ends send the addresses of a running vring again to log writes to its used ring, or no
+    /// longer. That alone does not stop it.
+    pub(super) fn set_vring_addr(
+        &mut self,
+        ring: u16,
+        areas: VringAreas,
+        used_log: Option<u64>,
+    ) -> RequestOutcome {
+        let vring = self.vring(ring)?;
+        let is_log_new = std::mem::replace(&mut vring.used_log, used_log) != used_log;
+        if is_log_new && vring.is_started() {
+            self.backend.set_used_log(ring, used_log);
+        }
         let vring = self.vring(ring)?;
         if vring.areas.replace(areas) != Some(areas) {
             self.pause(ring);
@@ -148,7 +160,7 @@ impl Session<'_> {
     /// The configuration with which a stopped vring starts, if it is complete.
     fn pending_start(&self, ring: u16) -> Option<VringStart> {
         let vring = &self.vrings[usize::from(ring)];
-        if vring.is_started() {
+        if vring.is_started() || self.must_not_write() {
             return None;
         }
         vring.to_vring_start(self.is_enabled(vring), self.virtio_features(), &self.memory)

@@ -44,6 +44,14 @@ impl Backend for Device {
         self.0.lock().unwrap().remove(&index).map(|_| BASE)
     }
 
+    fn set_used_log(&self, index: u16, used_log: Option<u64>) {
+        if let Some(start) = self.0.lock().unwrap().get_mut(&index) {
+            start.used_log = used_log;
+        }
+    }
+
+    fn announce(&self, _mac: [u8; 6]) {}
+
     fn set_enabled(&self, index: u16, enabled: bool) {
         if let Some(start) = self.0.lock().unwrap().get_mut(&index) {
             start.enabled = enabled;

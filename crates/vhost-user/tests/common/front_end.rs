@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
-use virtionet_vhost_user::protocol_features::VHOST_USER_F_PROTOCOL_FEATURES;
+use virtionet_vhost_user::protocol_features::{VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::device::FEATURES;
@@ -40,7 +40,7 @@ pub fn bring_up(stream: UnixStream) -> Frontend {
     front_end.set_owner().unwrap();
     assert_eq!(
         front_end.get_features().unwrap(),
-        FEATURES | VHOST_USER_F_PROTOCOL_FEATURES
+        FEATURES | VHOST_USER_F_PROTOCOL_FEATURES | VHOST_F_LOG_ALL
     );
     let offered = front_end.get_protocol_features().unwrap();
     assert!(offered.contains(VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::STATUS));

@@ -49,6 +49,18 @@ impl RxQueue {
     /// # Errors
     /// When the ring is faulty and must be quarantined.
     pub fn push(&mut self, frames: &[TxFrame<'_>]) -> Result<PushOutcome, VirtqueueFault> {
+        // Two copies of the code, so that a frame pays nothing for a log that is not there.
+        match self.queue.burst.memory().is_logging() {
+            false => self.push_frames::<false>(frames),
+            true => self.push_frames::<true>(frames),
+        }
+    }
+
+    /// The same, with or without a log of what is written.
+    fn push_frames<const LOG: bool>(
+        &mut self,
+        frames: &[TxFrame<'_>],
+    ) -> Result<PushOutcome, VirtqueueFault> {
         self.queue.burst.reset_descriptors_read();
         let ready = self.queue.burst.chains().len();
         let mut fault = match ready < frames.len() {
@@ -58,7 +70,7 @@ impl RxQueue {
         let mut progress = PushProgress::default();
         let mut rest = frames;
         loop {
-            rest = &rest[self.copy_to_single_chains(rest, &mut progress)..];
+            rest = &rest[self.copy_to_single_chains::<LOG>(rest, &mut progress)..];
             let Some((frame, others)) = rest.split_first() else {
                 break;
             };
@@ -67,7 +79,7 @@ impl RxQueue {
                 rest = others;
                 continue;
             }
-            match self.copy_to_chains(frame, &mut progress) {
+            match self.copy_to_chains::<LOG>(frame, &mut progress) {
                 Ok(CopyOutcome::Continue) => rest = others,
                 Ok(CopyOutcome::NoBuffers) => {
                     // No buffer is left, so the other frames do not fit either.
@@ -105,7 +117,7 @@ impl RxQueue {
     /// Copies frames to the next chains, one frame each, for as long as they fit; returns their
     /// number.
     #[inline(always)]
-    fn copy_to_single_chains(
+    fn copy_to_single_chains<const LOG: bool>(
         &mut self,
         frames: &[TxFrame<'_>],
         progress: &mut PushProgress,
@@ -129,6 +141,11 @@ impl RxQueue {
             count += 1;
         }
         let each = chains.iter().zip(&frames[..count]);
+        if LOG && let Some(mut log) = burst.memory().log_writer() {
+            for (chain, frame) in each.clone() {
+                log.mark(burst.slices(chain), header_len + frame.len);
+            }
+        }
         virtqueue.complete_each(each.map(|(chain, frame)| (chain, to_u32(header_len + frame.len))));
         progress.chains += count;
         progress.frames += count;
@@ -138,7 +155,7 @@ impl RxQueue {
 
     /// Copies one frame to the next chains, as many as it needs.
     #[inline(never)]
-    fn copy_to_chains(
+    fn copy_to_chains<const LOG: bool>(
         &mut self,
         frame: &TxFrame<'_>,
         progress: &mut PushProgress,
@@ -176,6 +193,9 @@ impl RxQueue {
         let chains = &queue.burst.chains()[progress.chains..progress.chains + count];
         let buffers = queue.burst.slices_of(chains);
         copy_frame(&header, header_len, frame.payload, buffers);
+        if LOG && let Some(mut log) = queue.burst.memory().log_writer() {
+            log.mark(buffers, total);
+        }
         queue.virtqueue.complete_filled(chains, total);
         progress.chains += count;
         progress.frames += 1;

@@ -203,6 +203,10 @@ fn replace_region(address: usize) -> bool {
     false
 }
 
+/// Held by each test that loses memory, because the losses of the whole process are counted.
+#[cfg(test)]
+pub(super) static LOSING: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
@@ -212,9 +216,6 @@ mod tests {
     use crate::testing::memfd;
 
     const SIZE: u64 = 64 * 1024;
-
-    /// Held by each test that loses memory, because the losses of the whole process are counted.
-    static LOSING: std::sync::Mutex<()> = std::sync::Mutex::new(());
 
     /// Memory in the first [`SIZE`] bytes of `file`.
     fn memory_in(file: &std::fs::File) -> GuestMemory {
