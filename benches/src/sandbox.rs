@@ -6,7 +6,7 @@
 //! go to `null`, where a frame costs the least and the kicks and calls are most of the system
 //! calls, or to a TAP with one system call for each frame.
 //!
-//! A second part ([`filters`]) measures the filters alone.
+//! A second part (`sandbox/filters.rs`) measures the filters alone.
 
 mod filters;
 

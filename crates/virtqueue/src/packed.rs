@@ -30,17 +30,20 @@
 //! The device event area is never zero in both words while a virtqueue has a crash record. A driver
 //! that sets up its ring again clears it, which tells its ring from that of before.
 
+mod position;
+mod recovery;
+
 use std::mem;
 
 use crate::burst::{Burst, Reservation};
 use crate::chain::Chain;
-use crate::config::{MAX_QUEUE_SIZE, VirtqueueConfig, VirtqueueError, VirtqueueLayout};
+use crate::config::{MAX_QUEUE_SIZE, VirtqueueConfig, VirtqueueError};
 use crate::constants::{
     VIRTQ_DESC_F_AVAIL, VIRTQ_DESC_F_USED, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT,
     VRING_DESC_F_WRITE, VRING_PACKED_EVENT_F_WRAP_CTR, VRING_PACKED_EVENT_FLAG_DESC,
     VRING_PACKED_EVENT_FLAG_DISABLE, VRING_PACKED_EVENT_FLAG_ENABLE,
 };
-use crate::crash_record::{CompletedChain, CrashRecord, Progress, RecordOwner};
+use crate::crash_record::{CompletedChain, CrashRecord};
 use crate::event::needs_event;
 use crate::fault::{ChainFault, VirtqueueFault};
 use crate::memory::{Descriptor, GuestArray, GuestMemory, SegmentWriter, full_fence};
@@ -48,6 +51,7 @@ use crate::ring_log::PackedRingLog;
 use crate::walk::{
     ChainRules, MAX_CHAINS_PER_DEQUEUE, MAX_DESCRIPTORS_PER_DEQUEUE, TableOrder, Walk,
 };
+use position::RingPosition;
 
 // Positions of the fields of an event suppression area (virtio 1.3 §2.8.14), in 16-bit words.
 const EVENT_OFF_WRAP: u16 = 0;
@@ -56,74 +60,6 @@ const EVENT_FLAGS: u16 = 1;
 /// Number of descriptors between the one that is read and the one that is prefetched: two cache
 /// lines.
 const PREFETCH_DISTANCE: u16 = 8;
-
-/// A position in the descriptor ring: a descriptor and the wrap counter that is valid there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct RingPosition {
-    index: u16,
-    wrap: bool,
-}
-
-impl RingPosition {
-    /// Reads the form of SET_VRING_BASE and of `off_wrap`. Returns `None` when the index is outside
-    /// the ring.
-    fn from_word(word: u16, size: u16) -> Option<Self> {
-        let index = word & !VRING_PACKED_EVENT_F_WRAP_CTR;
-        (index < size).then_some(Self {
-            index,
-            wrap: word & VRING_PACKED_EVENT_F_WRAP_CTR != 0,
-        })
-    }
-
-    /// Converts to the form of SET_VRING_BASE and of `off_wrap`.
-    fn to_word(self) -> u16 {
-        self.index
-            | if self.wrap {
-                VRING_PACKED_EVENT_F_WRAP_CTR
-            } else {
-                0
-            }
-    }
-
-    /// The position `n` descriptors later. `n` is at most the size, which is at most 32,768.
-    #[inline(always)]
-    fn after(self, n: u16, size: u16) -> Self {
-        let index = self.index + n;
-        if index < size {
-            Self { index, ..self }
-        } else {
-            Self {
-                index: index - size,
-                wrap: !self.wrap,
-            }
-        }
-    }
-
-    /// Number of descriptors from `earlier` to here, at most the size.
-    #[inline(always)]
-    fn since(self, earlier: Self, size: u16) -> u16 {
-        if self.wrap == earlier.wrap {
-            self.index.saturating_sub(earlier.index)
-        } else {
-            size - earlier.index.saturating_sub(self.index)
-        }
-    }
-
-    /// The position `n` descriptors earlier. `n` is at most the size.
-    fn before(self, n: u16, size: u16) -> Self {
-        if n <= self.index {
-            Self {
-                index: self.index - n,
-                ..self
-            }
-        } else {
-            Self {
-                index: self.index + (size - n),
-                wrap: !self.wrap,
-            }
-        }
-    }
-}
 
 /// The device side of a packed virtqueue.
 #[derive(Debug)]
@@ -182,80 +118,6 @@ impl PackedVirtqueue {
             has_finished_a_publish: false,
             log: None,
         })
-    }
-
-    /// Continues at the position of `record`, if that is the record of this virtqueue, and records
-    /// its progress there from now on.
-    pub(crate) fn with_record(
-        mut self,
-        mut record: CrashRecord,
-        layout: VirtqueueLayout,
-        memory: &GuestMemory,
-    ) -> Self {
-        let Some(file) = memory.file_identity(layout.desc) else {
-            return self;
-        };
-        let owner = RecordOwner { layout, file };
-        let is_same_ring =
-            self.device_event.get(EVENT_FLAGS) != 0 || self.device_event.get(EVENT_OFF_WRAP) != 0;
-        if is_same_ring
-            && let Some(progress) = record.progress_of(&owner)
-            && let Some(start) = RingPosition::from_word(progress.start, self.size)
-            && let Some(chains) = self.checked_chains(&record, progress)
-        {
-            self.used = start;
-            self.finish_publish(&chains);
-            self.avail = self.used;
-        }
-        record.begin(&owner, self.avail.to_word());
-        if !self.event_idx {
-            // No driver reads this field without VIRTIO_F_EVENT_IDX. It must not be 0.
-            self.device_event
-                .release(EVENT_OFF_WRAP, VRING_PACKED_EVENT_F_WRAP_CTR);
-        }
-        self.record = Some(record);
-        self
-    }
-
-    /// The chains of a recorded publish; `None` when the record is damaged.
-    fn checked_chains(
-        &self,
-        record: &CrashRecord,
-        progress: Progress,
-    ) -> Option<Vec<CompletedChain>> {
-        let chains = record.chains(progress)?;
-        let slots = chains.iter().try_fold(0u16, |sum, chain| {
-            let sum = sum.checked_add(chain.slots)?;
-            (chain.slots > 0 && sum <= self.size).then_some(sum)
-        });
-        slots.map(|_| chains)
-    }
-
-    /// Finishes the publish of `chains` at the position `used`, if it was interrupted, and moves on.
-    fn finish_publish(&mut self, chains: &[CompletedChain]) {
-        let is_interrupted = self.available(self.used).is_some();
-        let mut position = self.used;
-        for (n, chain) in chains.iter().enumerate() {
-            if is_interrupted && n > 0 {
-                self.write_used(position, *chain);
-            }
-            position = position.after(chain.slots, self.size);
-        }
-        if let Some(first) = chains.first().filter(|_| is_interrupted) {
-            self.write_used(self.used, *first);
-            self.has_finished_a_publish = true;
-        }
-        self.used = position;
-    }
-
-    /// Whether the ring shows that the device cannot be at its position: the descriptor there is
-    /// used already, or available in another lap.
-    pub(crate) fn is_position_implausible(&self) -> bool {
-        let flags = self
-            .desc
-            .descriptor(self.avail.index)
-            .map_or(0, Descriptor::packed_flags);
-        (flags & VIRTQ_DESC_F_USED != 0) == self.avail.wrap
     }
 
     /// The record of this virtqueue, for one that continues it.
@@ -585,34 +447,4 @@ fn is_available(flags: u16, wrap: bool) -> bool {
         } else {
             VIRTQ_DESC_F_USED
         }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ring_position_moved_by_n_and_back_is_unchanged() {
-        for size in [1, 3, 256, 32_768] {
-            let mut position = RingPosition {
-                index: 0,
-                wrap: true,
-            };
-            for n in [1, size, size / 2 + 1] {
-                let later = position.after(n, size);
-                assert_eq!(later.before(n, size), position, "{n} of {size}");
-                assert_eq!(later.since(position, size), n, "{n} of {size}");
-                assert_eq!(later.since(later, size), 0);
-                position = later;
-            }
-        }
-        assert_eq!(
-            RingPosition::from_word(0x8003, 4),
-            Some(RingPosition {
-                index: 3,
-                wrap: true
-            })
-        );
-        assert_eq!(RingPosition::from_word(4, 4), None);
-    }
 }
