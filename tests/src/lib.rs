@@ -21,6 +21,7 @@ pub mod counters;
 pub mod cpus;
 pub mod daemon;
 pub mod diagnostics;
+pub mod echo_stream;
 pub mod ethtool;
 pub mod guest;
 pub mod http;
