@@ -215,6 +215,13 @@ impl Queue {
         }
     }
 
+    fn set_used_log(&mut self, used_log: Option<u64>) {
+        match self {
+            Self::Rx(rx) => rx.set_used_log(used_log),
+            Self::Tx(tx) => tx.set_used_log(used_log),
+        }
+    }
+
     fn rewind(&mut self) -> u32 {
         match self {
             Self::Rx(rx) => rx.rewind(),

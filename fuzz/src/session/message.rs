@@ -5,7 +5,9 @@ use std::ops::RangeInclusive;
 use virtio_bindings::virtio_config::{VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_net as net;
 use virtio_bindings::virtio_ring as ring;
-use virtionet_guest::frontend::{VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_VRING_NOFD_MASK};
+use virtionet_guest::frontend::{
+    VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_VRING_NOFD_MASK,
+};
 use virtionet_guest::message_stream::{VHOST_USER_NEED_REPLY_MASK, VHOST_USER_VERSION};
 
 use super::files::{AVAIL_AREA, FILE_SIZE, FdKind, RING_DISTANCE, RING_SIZE, RINGS, USED_AREA};
@@ -24,8 +26,9 @@ pub const FEATURES: u64 = 1 << net::VIRTIO_NET_F_CSUM
     | VHOST_USER_F_PROTOCOL_FEATURES
     | 1 << VIRTIO_F_VERSION_1;
 pub const PACKED: u64 = 1 << VIRTIO_F_RING_PACKED;
-/// MQ, REPLY_ACK, NET_MTU, RESET_DEVICE, CONFIGURE_MEM_SLOTS, STATUS.
-pub const PROTOCOL_FEATURES: u64 = 1 | 1 << 3 | 1 << 4 | 1 << 13 | 1 << 15 | 1 << 16;
+/// MQ, LOG_SHMFD, RARP, REPLY_ACK, NET_MTU, RESET_DEVICE, CONFIGURE_MEM_SLOTS, STATUS.
+pub const PROTOCOL_FEATURES: u64 =
+    1 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 13 | 1 << 15 | 1 << 16;
 /// The requests whose numbers an input encodes in one byte, and some numbers that do not exist.
 const CODES: RangeInclusive<u8> = 0..=47;
 /// The flag that marks a reply.
@@ -234,7 +237,22 @@ fn payload(code: u32, input: &mut Input<'_>) -> (Vec<u8>, usize) {
         words.map(u32::to_ne_bytes).concat()
     };
     let bytes = match code {
-        SET_FEATURES => number(input, &[FEATURES, FEATURES | PACKED, 0, u64::MAX]),
+        SET_FEATURES => {
+            let logged = FEATURES | VHOST_F_LOG_ALL;
+            let table = [
+                FEATURES,
+                FEATURES | PACKED,
+                0,
+                u64::MAX,
+                logged,
+                logged | PACKED,
+            ];
+            number(input, &table)
+        }
+        SET_LOG_BASE => {
+            let words = [value(input, &[4096, 64, 8, 0]), value(input, &[0, 4096, 8])];
+            return (words.map(u64::to_ne_bytes).concat(), 1);
+        }
         SET_PROTOCOL_FEATURES => number(input, &[PROTOCOL_FEATURES, 1, 0, u64::MAX]),
         NET_SET_MTU => number(input, &[1500, 9000, 67, 65_536]),
         SEND_RARP => number(input, &[0x1234_5678_9abc]),
