@@ -13,6 +13,7 @@ use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 use virtionet_tests::daemon::{Daemon, Options};
 use virtionet_tests::paths::RunDir;
 
+const NO_CAPABILITY: &str = "0000000000000000";
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 fn rights(daemon: &Daemon) -> Value {
@@ -31,6 +32,18 @@ fn status(pid: u32, field: &str) -> String {
     line.unwrap().trim_start_matches(':').trim().to_owned()
 }
 
+/// Waits until the main thread of `pid` has these capabilities and a filter. It confines itself
+/// last, when the control socket may have answered already.
+fn wait_until_confined(pid: u32, capabilities: &str) {
+    let deadline = Instant::now() + TIMEOUT;
+    let has_both = || status(pid, "CapPrm") == capabilities && status(pid, "Seccomp") == "2";
+    while !has_both() {
+        let now = status(pid, "CapPrm");
+        assert!(Instant::now() < deadline, "{pid} has capabilities {now}");
+        sleep(Duration::from_millis(5));
+    }
+}
+
 #[test]
 fn helper_keeps_two_capabilities_and_the_daemon_none() {
     let dir = RunDir::new().unwrap();
@@ -47,19 +60,15 @@ fn helper_keeps_two_capabilities_and_the_daemon_none() {
     });
     assert_eq!(rights(&daemon), expected);
     // CAP_DAC_OVERRIDE and CAP_NET_ADMIN (linux/capability.h).
-    assert_eq!(status(helper, "CapPrm"), "0000000000001002");
+    wait_until_confined(helper, "0000000000001002");
     assert_eq!(status(helper, "CapEff"), "0000000000001002");
     assert_eq!(status(helper, "NoNewPrivs"), "1");
-    assert_eq!(status(helper, "Seccomp"), "2");
-    assert_eq!(status(daemon.pid(), "CapPrm"), "0000000000000000");
+    wait_until_confined(daemon.pid(), NO_CAPABILITY);
     assert_eq!(status(daemon.pid(), "Uid"), "65534\t65534\t65534\t65534");
     let exit = daemon.stop(Signal::SIGTERM).unwrap();
     assert!(exit.status.success(), "{}", exit.stderr);
-    let deadline = Instant::now() + TIMEOUT;
-    while fs::exists(format!("/proc/{helper}")).unwrap() {
-        assert!(Instant::now() < deadline, "the helper outlives the daemon");
-        sleep(Duration::from_millis(10));
-    }
+    // The daemon has waited for it.
+    assert!(!fs::exists(format!("/proc/{helper}")).unwrap());
 }
 
 #[test]
@@ -121,7 +130,7 @@ fn daemon_without_a_helper_says_so_and_has_no_capability_either() {
         .start(&dir, "vnet")
         .unwrap();
     assert_eq!(rights(&daemon)["helper"], "off");
-    assert_eq!(status(daemon.pid(), "CapPrm"), "0000000000000000");
+    wait_until_confined(daemon.pid(), NO_CAPABILITY);
     assert!(
         !daemon
             .get_text("/metrics")

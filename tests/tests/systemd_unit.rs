@@ -89,19 +89,14 @@ fn service_starts_confined_serves_front_ends_and_stops_at_once() {
         (daemon, "0000000000000000"),
         (helper.to_string(), "0000000000001000"),
     ] {
-        let status = machine
-            .run("cat", [&*format!("/proc/{pid}/status")])
-            .unwrap();
-        for (field, value) in [
+        let lines = [
             ("Seccomp", "2"),
             ("NoNewPrivs", "1"),
             ("CapEff", capabilities),
             ("CapPrm", capabilities),
             ("CapBnd", "0000000000001000"),
-        ] {
-            let line = format!("{field}:\t{value}\n");
-            assert!(status.contains(&line), "{line} {status}");
-        }
+        ];
+        wait_for_status(&machine, &pid, &lines);
     }
     serve_front_ends(&machine);
     let started_at = Instant::now();
@@ -147,6 +142,22 @@ fn serve_front_ends(machine: &Machine) {
                 log(machine)
             );
         }
+    }
+}
+
+/// Waits until the fields of /proc/PID/status have these values. The main thread confines itself
+/// last, when the control socket may have answered already.
+fn wait_for_status(machine: &Machine, pid: &str, fields: &[(&str, &str)]) {
+    let path = format!("/proc/{pid}/status");
+    let deadline = Instant::now() + TIMEOUT;
+    loop {
+        let status = machine.run("cat", [&*path]).unwrap();
+        let has = |(field, value): &(&str, &str)| status.contains(&format!("{field}:\t{value}\n"));
+        if fields.iter().all(has) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{fields:?} {status}");
+        sleep(Duration::from_millis(20));
     }
 }
 

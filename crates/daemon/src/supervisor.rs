@@ -44,7 +44,6 @@ use crate::placement_monitor;
 use crate::report_builder::DeviceRegistry;
 use crate::run_error::{DeviceFailure, RunError};
 use crate::sandbox;
-use crate::sys;
 use crate::uplinks::Uplinks;
 use crate::worker_pool::WorkerPool;
 
@@ -192,7 +191,6 @@ fn handled_signals() -> SigSet {
 /// Until then the main thread has nothing else to do, so it confines itself.
 fn wait_for_end(signals: &mut Signals, helper: Option<&HelperProcess>) -> Result<(), RunError> {
     take_signals()?;
-    sys::release_free_memory();
     sandbox::confine_main();
     for signal in signals.forever() {
         if signal == SIGCHLD {

@@ -1,4 +1,4 @@
-//! What needs `unsafe`: the C library's allocator, the CPU's time-stamp counter, and
+//! What needs `unsafe`: a setting of the C library's allocator, the CPU's time-stamp counter, and
 //! the signal that interrupts a blocked write.
 #![allow(unsafe_code)]
 
@@ -31,16 +31,6 @@ pub fn limit_malloc_arenas() {
     #[cfg(target_env = "gnu")]
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
-    }
-}
-
-/// Returns the memory to the kernel that the allocator has free. Setting up allocates more than a
-/// running process, and the allocator keeps what lies between allocations that remain.
-pub fn release_free_memory() {
-    // SAFETY: takes the number of bytes to keep at the top of the heap, and locks the allocator.
-    #[cfg(target_env = "gnu")]
-    unsafe {
-        libc::malloc_trim(0);
     }
 }
 

@@ -9,17 +9,17 @@ use std::collections::BTreeMap;
 
 use seccompiler::{
     BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
-    SeccompFilter, SeccompRule, TargetArch, sock_filter,
+    SeccompFilter, SeccompRule, TargetArch,
 };
 
 use crate::Enforcement;
 use crate::calls::{self, Arguments, Call};
 
-/// A filter, which is kept as long as the process runs, and so without spare capacity.
-pub(crate) type Program = Box<[sock_filter]>;
-
 /// Allows only `list`; another call fails with EPERM.
-pub(crate) fn allow_only(list: &[Call], enforcement: Enforcement) -> Result<Program, BackendError> {
+pub(crate) fn allow_only(
+    list: &[Call],
+    enforcement: Enforcement,
+) -> Result<BpfProgram, BackendError> {
     let other = match enforcement {
         Enforcement::Deny => SeccompAction::Errno(errno(libc::EPERM)),
         Enforcement::Log => SeccompAction::Log,
@@ -30,7 +30,7 @@ pub(crate) fn allow_only(list: &[Call], enforcement: Enforcement) -> Result<Prog
 /// The filters for all threads: of calls that are never used, and one that makes the C library
 /// start threads by clone(2), whose flags a filter can see, and not by clone3(2), where they lie in
 /// memory.
-pub(crate) fn process_wide(enforcement: Enforcement) -> Result<[Program; 2], BackendError> {
+pub(crate) fn process_wide(enforcement: Enforcement) -> Result<[BpfProgram; 2], BackendError> {
     let never_used = match enforcement {
         Enforcement::Deny => SeccompAction::KillProcess,
         Enforcement::Log => SeccompAction::Log,
@@ -50,7 +50,7 @@ fn compile(
     list: &[Call],
     other: SeccompAction,
     listed: SeccompAction,
-) -> Result<Program, BackendError> {
+) -> Result<BpfProgram, BackendError> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
     for call in list {
         let alternatives = alternatives(call.arguments)?;
@@ -64,8 +64,7 @@ fn compile(
         }
     }
     let arch = TargetArch::try_from(std::env::consts::ARCH)?;
-    let program: BpfProgram = SeccompFilter::new(rules, other, listed, arch)?.try_into()?;
-    Ok(program.into())
+    SeccompFilter::new(rules, other, listed, arch)?.try_into()
 }
 
 /// The rules of which one must hold; empty if the arguments do not matter.

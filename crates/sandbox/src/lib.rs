@@ -47,8 +47,7 @@ use std::io;
 
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use rustix::thread::set_no_new_privs;
-
-use crate::filter::Program;
+use seccompiler::BpfProgram;
 
 pub use files::{FileRules, LandlockState};
 pub use identity::Identity;
@@ -69,9 +68,9 @@ pub struct Sandbox {
     enforcement: Enforcement,
     files: FileRules,
     /// What holds for all threads: the calls that are never used, and clone3(2).
-    process_filters: [Program; 2],
+    process_filters: [BpfProgram; 2],
     /// One for each of [`ThreadKind::ALL`], in that order.
-    thread_filters: Vec<Program>,
+    thread_filters: Vec<BpfProgram>,
 }
 
 impl Sandbox {
