@@ -11,16 +11,22 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{
     FallocateFlags, FlockOperation, MemfdFlags, OFlags, fallocate, flock, memfd_create,
 };
+use rustix::io::Errno;
 use virtionet_virtqueue::CrashRecord;
 use virtionet_virtqueue::memory::MemoryError;
 
 /// The distance of two records in the file: more than that of the largest virtqueue takes, and a
 /// multiple of every page size. Only the pages that are used take memory.
 const RECORD_DISTANCE: u64 = 512 << 10;
+
+/// How long a daemon that was killed may keep the lock of its file.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
+const LOCK_INTERVAL: Duration = Duration::from_millis(10);
 
 /// The suffix of the file's name.
 const SUFFIX: &str = ".vrings";
@@ -65,10 +71,7 @@ impl CrashRecords {
         if !file.metadata()?.is_file() {
             return Err(io::Error::other("it is no regular file"));
         }
-        flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
-            rustix::io::Errno::WOULDBLOCK => io::Error::other("another process uses the file"),
-            error => error.into(),
-        })?;
+        lock(&file)?;
         Ok(Self { file })
     }
 
@@ -118,6 +121,23 @@ impl CrashRecords {
             true => self.file.write_all_at(&CrashRecord::VOID, offset),
             // There was no such record.
             false => Ok(()),
+        }
+    }
+}
+
+/// Locks the file, and waits for up to [`LOCK_TIMEOUT`] for a process that is about to end.
+fn lock(file: &File) -> io::Result<()> {
+    let deadline = Instant::now() + LOCK_TIMEOUT;
+    loop {
+        match flock(file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(()),
+            Err(Errno::WOULDBLOCK) if Instant::now() < deadline => {
+                std::thread::sleep(LOCK_INTERVAL);
+            }
+            Err(Errno::WOULDBLOCK) => {
+                return Err(io::Error::other("another process uses the file"));
+            }
+            Err(error) => return Err(error.into()),
         }
     }
 }
@@ -190,6 +210,20 @@ mod tests {
         assert_eq!(error.to_string(), "another process uses the file");
         drop(first);
         CrashRecords::open(&folder.0, socket).unwrap();
+    }
+
+    #[test]
+    fn file_of_a_process_that_ends_is_waited_for() {
+        let folder = Folder::new("ending");
+        let socket = Path::new("/run/y.sock");
+        let first = CrashRecords::open(&folder.0, socket).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_millis(100));
+                drop(first);
+            });
+            CrashRecords::open(&folder.0, socket).unwrap();
+        });
     }
 
     #[test]
