@@ -148,7 +148,7 @@ impl Message {
             n => usize::from(n - 200) % (MAX_FDS + 1),
         };
         let suitable = match code {
-            SET_MEM_TABLE | ADD_MEM_REG => FdKind::Memory,
+            SET_MEM_TABLE | ADD_MEM_REG | SET_LOG_BASE => FdKind::Memory,
             SET_VRING_KICK | SET_VRING_CALL | SET_VRING_ERR => FdKind::EventFd,
             _ => FdKind::Null,
         };
