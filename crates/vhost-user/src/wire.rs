@@ -102,6 +102,13 @@ pub enum ReplyPayload {
         /// The base at which it would continue.
         num: u32,
     },
+    /// The log that was set (SET_LOG_BASE); both numbers are 0 where it was refused.
+    Log {
+        /// Its size in bytes.
+        size: u64,
+        /// Its offset in its file in bytes.
+        offset: u64,
+    },
 }
 
 /// A reply to a request.
@@ -117,27 +124,18 @@ impl Reply {
     /// Converts the reply to a header and 8 bytes of payload, as all replies of a network device
     /// have.
     #[must_use]
-    pub fn to_bytes(self) -> [u8; HEADER_SIZE + 8] {
-        let payload: [u8; 8] = match self.payload {
-            ReplyPayload::U64(value) => value.to_ne_bytes(),
-            ReplyPayload::VringState { index, num } => join([index, num]),
+    pub fn to_bytes(self) -> Vec<u8> {
+        let payload = match self.payload {
+            ReplyPayload::U64(value) => value.to_ne_bytes().to_vec(),
+            ReplyPayload::VringState { index, num } => [index, num].map(u32::to_ne_bytes).concat(),
+            ReplyPayload::Log { size, offset } => [size, offset].map(u64::to_ne_bytes).concat(),
         };
         let flags = VERSION | VhostUserHeaderFlag::REPLY.bits();
-        let mut bytes = [0; HEADER_SIZE + 8];
-        bytes[..4].copy_from_slice(&self.code.to_ne_bytes());
-        bytes[4..8].copy_from_slice(&flags.to_ne_bytes());
-        bytes[8..12].copy_from_slice(&8u32.to_ne_bytes());
-        bytes[12..].copy_from_slice(&payload);
+        let size = u32::try_from(payload.len()).unwrap_or(0);
+        let mut bytes = [self.code, flags, size].map(u32::to_ne_bytes).concat();
+        bytes.extend(payload);
         bytes
     }
-}
-
-fn join(words: [u32; 2]) -> [u8; 8] {
-    let mut bytes = [0; 8];
-    let (low, high) = bytes.split_at_mut(4);
-    low.copy_from_slice(&words[0].to_ne_bytes());
-    high.copy_from_slice(&words[1].to_ne_bytes());
-    bytes
 }
 
 /// The outcome of waiting for a message.
@@ -587,6 +585,14 @@ mod tests {
             .into_iter()
             .flat_map(u32::to_ne_bytes)
             .collect();
-        assert_eq!(reply.to_bytes().as_slice(), want);
+        assert_eq!(reply.to_bytes(), want);
+        let (size, offset) = (32, 4096);
+        let reply = Reply {
+            code: 6,
+            payload: ReplyPayload::Log { size, offset },
+        };
+        let header = [6u32, 5, 16].map(u32::to_ne_bytes).concat();
+        let payload = [size, offset].map(u64::to_ne_bytes).concat();
+        assert_eq!(reply.to_bytes(), [header, payload].concat());
     }
 }

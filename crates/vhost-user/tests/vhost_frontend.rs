@@ -8,12 +8,14 @@ mod device;
 mod front_end;
 
 use std::io::Read;
+use std::os::fd::AsRawFd;
 
-use device::{BASE, Device, send, session};
+use device::{BASE, Device, FEATURES, send, session};
 use front_end::{bring_up, guest_file, region, start};
-use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
+use vhost::{VhostBackend, VhostUserDirtyLogRegion};
 use virtionet_vhost_user::SessionEnd;
+use virtionet_vhost_user::protocol_features::{VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES};
 
 #[test]
 fn queue_pair_can_be_started_and_stopped_twice() {
@@ -60,6 +62,30 @@ fn queue_pair_can_be_started_and_stopped_twice() {
     });
     assert_eq!(ended.unwrap(), SessionEnd::Disconnected);
     assert!(device.0.lock().unwrap().is_empty());
+}
+
+#[test]
+fn log_is_set_refused_and_switched_on() {
+    let device = Device::default();
+    session(&device, |stream| {
+        let front_end = bring_up(stream);
+        let file = guest_file();
+        let set_log = |mmap_size| {
+            let log = VhostUserDirtyLogRegion {
+                mmap_size,
+                mmap_offset: 0,
+                mmap_handle: file.as_raw_fd(),
+            };
+            front_end.set_log_base(0, Some(log))
+        };
+        let features = FEATURES | VHOST_USER_F_PROTOCOL_FEATURES | VHOST_F_LOG_ALL;
+        assert!(set_log(0).is_err());
+        assert!(front_end.set_features(features).is_err());
+        set_log(4096).unwrap();
+        front_end.set_features(features).unwrap();
+        assert_eq!(device.0.lock().unwrap().len(), 2);
+    })
+    .unwrap();
 }
 
 #[test]

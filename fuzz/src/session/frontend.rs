@@ -16,7 +16,7 @@ use virtionetd::net_device::NetDevice;
 
 use super::files::Files;
 use super::message::{Framing, Message};
-use crate::requests::GET_FEATURES;
+use crate::requests::{GET_FEATURES, SET_LOG_BASE};
 
 /// The longest time that the session may take for one message, or to end. On a loaded machine it
 /// may have to wait for a CPU, so this is more than any limit of the session itself.
@@ -134,12 +134,17 @@ impl Frontend {
     pub fn wait_until_handled(&mut self) {
         self.send_bytes(&Message::new(GET_FEATURES, &[]).to_bytes(), &[], false);
         self.expected += 1;
-        let mut reply = [0; 20];
         while self.is_connected && self.expected > 0 {
-            match self.socket.read_exact(&mut reply) {
-                Ok(()) => {
-                    let [code, flags, size] = [0, 4, 8].map(|at| word(&reply, at));
-                    assert_eq!((flags, size), (5, 8), "a reply has another form");
+            let (mut header, mut payload) = ([0; 12], [0; 16]);
+            let read = self.socket.read_exact(&mut header).and_then(|()| {
+                let [code, flags, size] = [0, 4, 8].map(|at| word(&header, at));
+                let wanted = if code == SET_LOG_BASE { 16 } else { 8 };
+                assert_eq!((flags, size), (5, wanted), "a reply has another form");
+                let payload = &mut payload[..usize::try_from(wanted).unwrap()];
+                self.socket.read_exact(payload).map(|()| code)
+            });
+            match read {
+                Ok(code) => {
                     self.expected -= usize::from(code == GET_FEATURES);
                 }
                 Err(error) if is_end(&error) => self.is_connected = false,
@@ -173,6 +178,6 @@ fn is_end(error: &io::Error) -> bool {
     )
 }
 
-fn word(bytes: &[u8; 20], at: usize) -> u32 {
+fn word(bytes: &[u8; 12], at: usize) -> u32 {
     u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }

@@ -19,12 +19,13 @@ use std::sync::Arc;
 use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
 use virtionet_virtqueue::memory::{DirtyLog, GuestMemory, LogError};
 
-use super::{NO_REPLY_PAYLOAD, RequestOutcome, Session, reply_u64};
+use super::{NO_REPLY_PAYLOAD, RequestOutcome, Session};
 use crate::error::RequestError;
 use crate::memory_file;
 use crate::protocol_features::VHOST_F_LOG_ALL;
 use crate::request::LogBase;
 use crate::vring::Vring;
+use crate::wire::ReplyPayload;
 
 const LOG_SHMFD: u64 = VhostUserProtocolFeatures::LOG_SHMFD.bits();
 
@@ -42,14 +43,15 @@ pub(super) enum LogBaseState {
 
 impl Session<'_> {
     /// Sets the log. With LOG_SHMFD the front-end waits for an answer, and gets one even if the log
-    /// is refused.
+    /// is refused. The protocol does not define it: QEMU looks at its header only, and the front-end
+    /// of rust-vmm wants the log's size and offset, of which it takes a size of 0 for an error.
     pub(super) fn set_log_base(&mut self, base: LogBase) -> RequestOutcome {
         if self.protocol_features & LOG_SHMFD == 0 {
             return Err(RequestError::LogWithoutFile.into());
         }
-        let result = self.replace_log(base);
-        let answer = u64::from(result.is_err());
-        if let Err(refusal) = result {
+        let (mut size, mut offset) = (base.size, base.offset);
+        if let Err(refusal) = self.replace_log(base) {
+            (size, offset) = (0, 0);
             self.log_base = LogBaseState::Refused;
             if self.wants_log() {
                 // It may not run unlogged, and nothing may be written to the old log.
@@ -57,7 +59,7 @@ impl Session<'_> {
             }
             self.note_refusal(FrontendReq::SET_LOG_BASE.into(), refusal);
         }
-        reply_u64(answer)
+        Ok(Some(ReplyPayload::Log { size, offset }))
     }
 
     fn replace_log(&mut self, base: LogBase) -> Result<(), RequestError> {
