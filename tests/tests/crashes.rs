@@ -187,7 +187,14 @@ fn check_under_load(
             "{stopped:?}"
         );
         testbed.daemon = config.start_daemon(network, dir)?;
-        recoveries.push(recovery(network, signal)?);
+        match recovery(network, signal) {
+            Ok(took) => recoveries.push(took),
+            Err(error) => {
+                let device = testbed.daemon.device();
+                let log = testbed.daemon.proc().stderr();
+                return Err(error.context(format!("end {n}: {device:?}\n{log}")));
+            }
+        }
     }
     ensure!(
         !load.is_finished()?,
