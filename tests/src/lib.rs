@@ -36,6 +36,7 @@ pub mod procfs;
 pub mod qemu;
 pub mod qemu_version;
 pub mod qmp;
+pub mod random;
 pub mod responder;
 pub mod sched;
 pub mod systemd_machine;

@@ -14,6 +14,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use virtionet_tests::iperf::{Clients, Direction, Iperf, IperfLoad};
 use virtionet_tests::procfs::private_memory_kib;
+use virtionet_tests::random::Random;
 use virtionet_tests::testbed::{Testbed, TestbedConfig};
 use virtionet_tests::topology::{GUEST, HostNetwork, TAP};
 
@@ -116,7 +117,7 @@ impl Attachment {
         let mut testbed = config.start()?;
         let boot = boot_id(&testbed)?;
         let memory_before = private_memory_kib(testbed.daemon.pid())?;
-        let mut random = u64::from(seed);
+        let mut random = Random::new(seed.into(), 0);
         let mut recoveries = Vec::new();
         for (n, direction) in [Direction::HostToGuest, Direction::GuestToHost]
             .into_iter()
@@ -164,7 +165,7 @@ fn check_under_load(
     testbed: &mut Testbed,
     direction: Direction,
     ends: u32,
-    random: &mut u64,
+    random: &mut Random,
 ) -> Result<Vec<Duration>> {
     let (network, guest, dir) = (&testbed.network, testbed.qemu.guest(), &testbed.dir);
     let iperf = Iperf::new(network, guest, dir, Clients::Host, PAIRS)?;
@@ -173,10 +174,7 @@ fn check_under_load(
     let mut load = iperf.start(&load, direction)?;
     let mut recoveries = Vec::new();
     for n in 0..ends {
-        *random = random
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1);
-        sleep(Duration::from_millis(300 + (*random >> 33) % 1000));
+        sleep(Duration::from_millis(random.range(300, 1300)));
         let signal = match n % 2 {
             0 => Signal::SIGKILL,
             _ => Signal::SIGTERM,

@@ -44,15 +44,20 @@ fn wait_until_confined(pid: u32, capabilities: &str) {
     }
 }
 
-#[test]
-fn helper_keeps_two_capabilities_and_the_daemon_none() {
-    let dir = RunDir::new().unwrap();
-    let daemon = Options::new()
+/// A daemon that gives up its user.
+fn start_as_nobody(dir: &RunDir) -> Daemon {
+    Options::new()
         .flag("--uplink", "null")
         .flag("--user", "65534")
         .flag("--group", "65534")
-        .start(&dir, "vnet")
-        .unwrap();
+        .start(dir, "vnet")
+        .unwrap()
+}
+
+#[test]
+fn helper_keeps_two_capabilities_and_the_daemon_none() {
+    let dir = RunDir::new().unwrap();
+    let daemon = start_as_nobody(&dir);
     let helper = helper_pid(&daemon);
     let expected = json!({
         "sandbox": "on", "user": 65534, "capabilities": [],
@@ -74,12 +79,7 @@ fn helper_keeps_two_capabilities_and_the_daemon_none() {
 #[test]
 fn sockets_that_the_user_may_not_remove_are_removed_at_the_end() {
     let dir = RunDir::new().unwrap();
-    let daemon = Options::new()
-        .flag("--uplink", "null")
-        .flag("--user", "65534")
-        .flag("--group", "65534")
-        .start(&dir, "vnet")
-        .unwrap();
+    let daemon = start_as_nobody(&dir);
     let sockets = [daemon.socket().to_owned(), daemon.control().to_owned()];
     let exist = || sockets.iter().map(|socket| socket.exists());
     assert!(exist().all(|exists| exists));

@@ -16,7 +16,6 @@ pub struct VringLog {
     quarantines: RateLimiter,
     cut_offs: RateLimiter,
     corrected_bases: RateLimiter,
-    implausible_bases: RateLimiter,
 }
 
 impl VringLog {
@@ -29,7 +28,6 @@ impl VringLog {
             quarantines: RateLimiter::new(),
             cut_offs: RateLimiter::new(),
             corrected_bases: RateLimiter::new(),
-            implausible_bases: RateLimiter::new(),
         }
     }
 
@@ -71,18 +69,4 @@ impl VringLog {
             );
         }
     }
-
-    /// The vring was started at a base where it cannot be.
-    pub(crate) fn base_implausible(&self, base: u32) {
-        if let Some(suppressed) = self.implausible_bases.allow() {
-            tracing::warn!(suppressed, "{}: {}", self.name, implausible_base(base));
-        }
-    }
-}
-
-/// The sentence about a packed vring whose progress is lost.
-pub(crate) fn implausible_base(base: u32) -> String {
-    format!(
-        "the front-end starts the packed ring at {base:#x}, where its descriptors show that it cannot be, and there is no crash record of it; reload the guest's driver or restart the guest"
-    )
 }

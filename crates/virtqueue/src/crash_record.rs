@@ -45,7 +45,7 @@
 use std::fs::File;
 
 use crate::config::VirtqueueLayout;
-use crate::memory::{FileIdentity, GuestArray, GuestMemory, MappedRegion, MemoryError, RegionSpec};
+use crate::memory::{FilePlace, GuestArray, GuestMemory, MappedRegion, MemoryError, RegionSpec};
 
 /// The first word of a valid record, with the version of its layout.
 const MAGIC: u64 = 0x7672_7265_6301_0000;
@@ -71,7 +71,7 @@ const _: () = assert!(size_of::<CompletedChain>() == 8);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct RecordOwner {
     pub(crate) layout: VirtqueueLayout,
-    pub(crate) file: FileIdentity,
+    pub(crate) file: FilePlace,
 }
 
 /// The last publish.

@@ -121,7 +121,7 @@ pub enum MemoryError {
 
 /// A place in a file, by the numbers that the kernel gives the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct FileIdentity {
+pub(crate) struct FilePlace {
     /// The number of its file system.
     pub(crate) device: u64,
     /// Its number in the file system.
@@ -135,7 +135,7 @@ pub(crate) struct FileIdentity {
 pub struct MappedRegion {
     spec: RegionSpec,
     /// Where it begins in its file.
-    file: FileIdentity,
+    file: FilePlace,
     /// Before the mapping, because fields are dropped in their order.
     tracked: TrackedRegion,
     mapping: MmapRegion,
@@ -164,7 +164,7 @@ impl MappedRegion {
         let needed = spec.file_offset.checked_add(spec.size).ok_or_else(wraps)?;
         let metadata = file.metadata()?;
         let actual = metadata.len();
-        let identity = FileIdentity {
+        let identity = FilePlace {
             device: metadata.dev(),
             inode: metadata.ino(),
             offset: spec.file_offset,
@@ -335,11 +335,8 @@ impl GuestMemory {
 
     /// The guest address of a *front-end* address, or `None` when it lies in no region.
     pub(crate) fn guest_addr(&self, user_addr: u64) -> Option<u64> {
-        self.regions.iter().find_map(|r| {
-            let offset = user_addr.checked_sub(r.spec.user_addr)?;
-            // The sum fits: MappedRegion::map checked it.
-            (offset < r.spec.size).then(|| r.spec.guest_addr + offset)
-        })
+        let (region, offset) = self.find_user(user_addr, 1)?;
+        region.spec.guest_addr.checked_add(to_u64(offset))
     }
 
     /// The regions in order of guest address.
@@ -364,24 +361,17 @@ impl GuestMemory {
     #[must_use]
     pub fn user_array<T: ByteValued>(&self, user_addr: u64, len: u16) -> Option<GuestArray<T>> {
         let bytes = array_bytes::<T>(len)?;
-        let (region, offset) = self.regions.iter().find_map(|r| {
-            r.offset(r.spec.user_addr, user_addr, bytes)
-                .map(|offset| (r, offset))
-        })?;
+        let (region, offset) = self.find_user(user_addr, bytes)?;
         GuestArray::at(region, offset, len)
     }
 
     /// The place of a *front-end* address in the file of its region. Returns `None` when it lies in
     /// no region.
-    pub(crate) fn file_identity(&self, user_addr: u64) -> Option<FileIdentity> {
-        self.regions.iter().find_map(|region| {
-            let spec = region.spec;
-            let offset = user_addr.checked_sub(spec.user_addr)?;
-            (offset < spec.size).then(|| FileIdentity {
-                // The sum fits: MappedRegion::map checked the end of the region.
-                offset: spec.file_offset + offset,
-                ..region.file
-            })
+    pub(crate) fn file_place(&self, user_addr: u64) -> Option<FilePlace> {
+        let (region, offset) = self.find_user(user_addr, 1)?;
+        Some(FilePlace {
+            offset: region.file.offset.checked_add(to_u64(offset))?,
+            ..region.file
         })
     }
 
@@ -389,11 +379,8 @@ impl GuestMemory {
     /// be asked about its page. Returns `None` when it lies in no region.
     #[must_use]
     pub fn host_address(&self, user_addr: u64) -> Option<usize> {
-        let at = |r: &Arc<MappedRegion>| {
-            let offset = r.offset(r.spec.user_addr, user_addr, 1)?;
-            r.host().addr().checked_add(offset)
-        };
-        self.regions.iter().find_map(at)
+        let (region, offset) = self.find_user(user_addr, 1)?;
+        region.host().addr().checked_add(offset)
     }
 
     /// The array of `len` values at a *guest* address (an indirect descriptor table). Returns
@@ -430,6 +417,14 @@ impl GuestMemory {
                 unsafe { copy_in(data, region.host().add(offset)) };
                 true
             })
+    }
+
+    /// The region that holds the `len` bytes at a front-end address, and their offset in it.
+    fn find_user(&self, user_addr: u64, len: u64) -> Option<(&Arc<MappedRegion>, usize)> {
+        self.regions.iter().find_map(|region| {
+            let offset = region.offset(region.spec.user_addr, user_addr, len)?;
+            Some((region, offset))
+        })
     }
 
     fn find(&self, addr: u64, len: u64) -> Option<(&Arc<MappedRegion>, usize)> {

@@ -8,7 +8,7 @@ use virtionet_guest::message_stream::MessageStream;
 
 use crate::daemon_under_test::{DaemonUnderTest, PAIRS, TIMEOUT, counter};
 use crate::endpoint::{DEPARTURES, Departure, Endpoint};
-use crate::random::Random;
+use virtionet_tests::random::Random;
 
 /// The descriptor flags of a packed chain that does not end.
 const UNENDING: u16 = 1 | 1 << 7;

@@ -13,7 +13,7 @@ use virtionet_guest::net::{MODERN, PACKED, TxLayout};
 use virtionet_guest::test_frontend::{StartOrder, TestFrontend, TestFrontendConfig};
 
 use crate::daemon_under_test::{DaemonUnderTest, PAIRS, TIMEOUT, counter};
-use crate::random::Random;
+use virtionet_tests::random::Random;
 
 /// What can become of a chain that the device takes from a transmitq, by the names of the counters.
 const TX_OUTCOMES: [&str; 30] = [

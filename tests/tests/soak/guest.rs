@@ -10,7 +10,7 @@ use virtionet_tests::qemu::{Machine, Nic, Qemu, version};
 use virtionet_tests::topology::{GUEST, GUEST_INTERFACE, configure_guest};
 
 use crate::daemon_under_test::{DaemonUnderTest, GUEST_PAIRS};
-use crate::random::Random;
+use virtionet_tests::random::Random;
 
 /// The time that the guest may take to boot. Nothing is measured, so a busy machine may be slow.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(180);

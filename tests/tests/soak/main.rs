@@ -18,7 +18,6 @@ mod daemon_under_test;
 mod endpoint;
 mod guest;
 mod journal;
-mod random;
 mod tap_attacker;
 mod usage;
 mod well_behaved;
@@ -28,11 +27,11 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::sys::signal::Signal;
 use virtionet_tests::qemu::Qemu;
+use virtionet_tests::random::Random;
 
 use attackers::{assert_switch_counters, attack_null, attack_switch};
 use daemon_under_test::DaemonUnderTest;
 use endpoint::Endpoint;
-use random::Random;
 use tap_attacker::TapAttacker;
 use usage::Usage;
 use well_behaved::WellBehavedPair;

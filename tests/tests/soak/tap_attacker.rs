@@ -13,7 +13,7 @@ use crate::daemon_under_test::{
     ATTACKED_TAP, DaemonUnderTest, PAIRS, TIMEOUT, counter, create_attacked_tap,
 };
 use crate::endpoint::{DEPARTURES, Endpoint};
-use crate::random::Random;
+use virtionet_tests::random::Random;
 
 /// The last byte of the MAC address of the driver.
 pub const MAC: u8 = 0x30;

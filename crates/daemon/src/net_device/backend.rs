@@ -11,7 +11,6 @@ use virtionet_virtqueue::memory::GuestMemory;
 
 use super::{FrontendState, NetDevice, ServedPair};
 use crate::conditions::ConditionKind;
-use crate::vring_log::implausible_base;
 use crate::vring_slot::{StartedAt, StoppedVring, VringFds, VringSlot, VringStartError};
 use crate::worker_event::PairEvent;
 
@@ -146,7 +145,9 @@ impl Backend for NetDevice {
         );
         match started {
             Ok(StartedAt::ImplausibleBase) => {
-                let text = format!("vring {index}: {}", implausible_base(base));
+                let text = format!(
+                    "vring {index}: the front-end starts the packed ring at {base:#x}, where its descriptors show that it cannot be, and there is no crash record of it; reload the guest's driver or restart the guest"
+                );
                 self.conditions
                     .set(&self.name, ConditionKind::BaseImplausible, &text);
             }
@@ -180,6 +181,13 @@ impl Backend for NetDevice {
     }
 
     fn forget_progress(&self, index: u16) {
+        // The driver may set up its rings again. If another one still cannot continue, its next start
+        // says so.
+        self.conditions.clear(
+            &self.name,
+            ConditionKind::BaseImplausible,
+            "the guest's driver has stopped the packed rings that did not continue",
+        );
         let Some(records) = &self.crash_records else {
             return;
         };

@@ -16,7 +16,7 @@ impl PackedVirtqueue {
         layout: VirtqueueLayout,
         memory: &GuestMemory,
     ) -> Self {
-        let Some(file) = memory.file_identity(layout.desc) else {
+        let Some(file) = memory.file_place(layout.desc) else {
             return self;
         };
         let owner = RecordOwner { layout, file };

@@ -6,6 +6,7 @@ pub struct Random(u64);
 
 impl Random {
     /// Creates a generator for one stream of a seed. Streams of the same seed are independent.
+    #[must_use]
     pub fn new(seed: u64, stream: u64) -> Self {
         let mut random = Self(seed ^ stream.wrapping_mul(0xa076_1d64_78bd_642f));
         random.next();
@@ -30,9 +31,9 @@ impl Random {
         self.range(0, 1) == 1
     }
 
-    /// Returns one of `choices`.
+    /// Returns one of `choices`, which must not be empty.
     pub fn pick<T: Copy>(&mut self, choices: &[T]) -> T {
-        let last = u64::try_from(choices.len()).unwrap() - 1;
-        choices[usize::try_from(self.range(0, last)).unwrap()]
+        let len = u64::try_from(choices.len()).unwrap_or(u64::MAX);
+        choices[usize::try_from(self.range(0, len - 1)).unwrap_or(0)]
     }
 }
