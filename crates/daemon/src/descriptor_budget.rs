@@ -22,8 +22,9 @@ const PER_PAIR: u64 = 2 + 2 * 3;
 const PER_TAP_QUEUE: u64 = 1;
 /// Of each TAP: the netlink socket through which it is configured.
 const PER_TAP: u64 = 1;
-/// Of each device: the listening socket, the connection, and the monitor's socket of `--qmp`.
-const PER_DEVICE: u64 = 3;
+/// Of each device: the listening socket, the connection, the monitor's socket of `--qmp`, the file of
+/// crash records, and, during a migration, the dirty log and its eventfd.
+const PER_DEVICE: u64 = 6;
 /// The memory regions of one SET_MEM_TABLE at most. More come only with hot-plugged memory.
 const MEMORY_TABLE_REGIONS: usize = 8;
 /// The control server: socket, event loop, and as many clients as may wait at once.
@@ -152,17 +153,17 @@ mod tests {
     #[test]
     fn need_grows_with_pairs_devices_and_the_control_socket() {
         for (line, minimum, maximum) in [
-            ("--socket-path /s --uplink null --queues 1", 91, 592),
-            ("--socket-path /s --uplink null --queues 4", 115, 616),
-            ("--socket-path /s --tap t0 --queues 4", 120, 621),
-            ("--socket-path /s --tap t0 --queues 128", 1236, 1737),
+            ("--socket-path /s --uplink null --queues 1", 94, 595),
+            ("--socket-path /s --uplink null --queues 4", 118, 619),
+            ("--socket-path /s --tap t0 --queues 4", 123, 624),
+            ("--socket-path /s --tap t0 --queues 128", 1239, 1740),
             // Without a number the front-end decides.
-            ("--socket-path /s --tap t0", 93, 1737),
-            ("--socket-path /s --tap t0 --control /c", 113, 1757),
+            ("--socket-path /s --tap t0", 96, 1740),
+            ("--socket-path /s --tap t0 --control /c", 116, 1760),
             (
                 "--queues 4 --device socket-path=/a,uplink=switch:s,,tap=t0 --device socket-path=/b,uplink=switch:s",
-                168,
-                1170,
+                174,
+                1176,
             ),
         ] {
             let expected = DescriptorNeed { minimum, maximum };

@@ -104,8 +104,6 @@ const START_THREADS: &[Call] = calls![
     capget: SYS_capget,
     // Can only lower: nothing above what the thread has is permitted.
     capset: SYS_capset,
-    landlock_create_ruleset: SYS_landlock_create_ruleset,
-    landlock_restrict_self: SYS_landlock_restrict_self,
 ];
 
 /// Waiting for descriptors.

@@ -66,7 +66,9 @@ fn files_of(kind: ThreadKind, rules: &FileRules) -> Option<Vec<(PathBuf, FileUse
         files.extend(paths.iter().map(|path| (PathBuf::from(path), file_use)));
     };
     match kind {
-        ThreadKind::Qmp => return None,
+        // They are started while front-ends are served, which may hold all descriptors that the
+        // process can have, and a rule set takes one.
+        ThreadKind::Worker | ThreadKind::Qmp => return None,
         ThreadKind::Session | ThreadKind::Placer => {
             add(&["/proc", "/sys"], FileUse::Read);
             if rules.opens_taps {
@@ -84,7 +86,6 @@ fn files_of(kind: ThreadKind, rules: &FileRules) -> Option<Vec<(PathBuf, FileUse
             }
         }
         ThreadKind::Main
-        | ThreadKind::Worker
         | ThreadKind::SwitchForwarder
         | ThreadKind::Log
         | ThreadKind::Closer

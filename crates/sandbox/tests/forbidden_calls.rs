@@ -13,6 +13,7 @@ use std::ptr;
 use std::thread;
 use std::time::Duration;
 
+use rustix::process::{Resource, Rlimit, setrlimit};
 use virtionet_sandbox::{Enforcement, FileRules, LandlockState, Sandbox, ThreadKind};
 
 const KIND: &str = "SANDBOX_TEST_KIND";
@@ -42,20 +43,31 @@ fn run_to_success(name: &str, kind: ThreadKind) {
     assert!(text.contains("1 passed"), "{kind}: {text}");
 }
 
-/// In the child: confines the calling thread as `KIND` says.
-fn confine(enforcement: Enforcement) -> (ThreadKind, LandlockState) {
+fn kind_of_the_child() -> ThreadKind {
     let name = env::var(KIND).unwrap();
     let kind = ThreadKind::ALL
         .into_iter()
         .find(|kind| kind.to_string() == name);
-    let kind = kind.unwrap();
+    kind.unwrap()
+}
+
+/// In the child: confines the calling thread as `KIND` says.
+fn confine(enforcement: Enforcement) -> (ThreadKind, LandlockState) {
+    let kind = kind_of_the_child();
     let sandbox = Sandbox::new(enforcement, FileRules::default()).unwrap();
     sandbox.confine_process().unwrap();
     // It starts in a thread that is confined already.
-    if kind == ThreadKind::Qmp {
-        sandbox.confine_thread(ThreadKind::Placer).unwrap();
+    if let Some(starter) = starter(kind) {
+        sandbox.confine_thread(starter).unwrap();
     }
     (kind, sandbox.confine_thread(kind).unwrap())
+}
+
+/// The kind of thread that starts those of `kind` after it is confined.
+fn starter(kind: ThreadKind) -> Option<ThreadKind> {
+    ThreadKind::ALL
+        .into_iter()
+        .find(|starter| starter.starts().contains(&kind))
 }
 
 fn error_of(result: libc::c_long) -> Option<i32> {
@@ -164,6 +176,34 @@ fn child_dies() {
             other => panic!("{other}"),
         };
     }
+}
+
+#[test]
+fn threads_that_start_while_front_ends_are_served_are_confined_without_a_descriptor() {
+    for kind in [ThreadKind::Worker, ThreadKind::Qmp] {
+        run_to_success("child_has_no_descriptor_left", kind);
+    }
+}
+
+#[test]
+#[ignore = "runs in a child of another test"]
+fn child_has_no_descriptor_left() {
+    let kind = kind_of_the_child();
+    let sandbox = Sandbox::new(Enforcement::Deny, FileRules::default()).unwrap();
+    sandbox.confine_process().unwrap();
+    setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: Some(0),
+            maximum: Some(0),
+        },
+    )
+    .unwrap();
+    assert!(File::open("/").is_err());
+    thread::scope(|scope| {
+        let confined = scope.spawn(|| sandbox.confine_thread(kind).map(|_| ()));
+        confined.join().unwrap().unwrap();
+    });
 }
 
 #[test]
