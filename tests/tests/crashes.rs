@@ -113,9 +113,18 @@ impl Attachment {
         let crashes = number("CRASHES", DEFAULT_CRASHES)?;
         let seed = number("CRASH_SEED", seed_of_the_clock())?;
         eprintln!("{self:?}: {crashes} ends, CRASH_SEED={seed}");
+        let mut testbed = self.config().start()?;
+        self.end_daemons(&mut testbed, crashes, seed)
+            .map_err(|error| {
+                let device = testbed.daemon.device();
+                let log = testbed.daemon.proc().stderr();
+                error.context(format!("{device:#?}\n{log}"))
+            })
+    }
+
+    fn end_daemons(self, testbed: &mut Testbed, crashes: u32, seed: u32) -> Result<()> {
         let config = self.config();
-        let mut testbed = config.start()?;
-        let boot = boot_id(&testbed)?;
+        let boot = boot_id(testbed)?;
         let memory_before = private_memory_kib(testbed.daemon.pid())?;
         let mut random = Random::new(seed.into(), 0);
         let mut recoveries = Vec::new();
@@ -126,7 +135,7 @@ impl Attachment {
             let ends = (crashes + u32::from(n == 0)) / 2;
             recoveries.extend(check_under_load(
                 &config,
-                &mut testbed,
+                testbed,
                 direction,
                 ends,
                 &mut random,
@@ -138,7 +147,7 @@ impl Attachment {
             recoveries[recoveries.len() / 2],
             recoveries.last()
         );
-        ensure!(boot_id(&testbed)? == boot, "the guest rebooted");
+        ensure!(boot_id(testbed)? == boot, "the guest rebooted");
         self.check_counters(&testbed.daemon.device()?)?;
         let memory = private_memory_kib(testbed.daemon.pid())?;
         ensure!(
@@ -185,14 +194,7 @@ fn check_under_load(
             "{stopped:?}"
         );
         testbed.daemon = config.start_daemon(network, dir)?;
-        match recovery(network, signal) {
-            Ok(took) => recoveries.push(took),
-            Err(error) => {
-                let device = testbed.daemon.device();
-                let log = testbed.daemon.proc().stderr();
-                return Err(error.context(format!("end {n}: {device:?}\n{log}")));
-            }
-        }
+        recoveries.push(recovery(network, signal).with_context(|| format!("end {n}"))?);
     }
     ensure!(
         !load.is_finished()?,
