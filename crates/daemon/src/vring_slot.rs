@@ -154,6 +154,9 @@ impl<Q: DeviceQueue> VringSlot<Q> {
             (Some(corrected), false) => StartedAt::Corrected(corrected),
             (None, false) => StartedAt::Base,
         };
+        self.stats()
+            .dropped_at_start
+            .add(queue.given_back_at_start().into());
         queue.set_used_log(used_log);
         let has_kick = fds.kick.is_some();
         let call = self.notifier(fds.call);

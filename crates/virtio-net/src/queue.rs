@@ -64,6 +64,10 @@ pub trait DeviceQueue: Sized {
     /// ([`Virtqueue::is_base_implausible`]).
     fn is_base_implausible(&self) -> bool;
 
+    /// The number of chains that the start gave back unprocessed
+    /// ([`Virtqueue::given_back_at_start`]).
+    fn given_back_at_start(&self) -> u16;
+
     /// The guest's memory.
     fn memory(&self) -> &GuestMemory;
 

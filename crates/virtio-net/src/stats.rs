@@ -82,6 +82,7 @@ counters! {
         dropped_over_budget: "Copies of frames that the switch did not make because their burst had used up its copy budget (floods, offloads in software).",
         dropped_no_buffer: "RX frames dropped because the guest had too few buffers.",
         dropped_too_long: "RX frames dropped because they were longer than the guest's buffers allow.",
+        dropped_at_start: "Chains that were given back unprocessed when the ring was started, because the front-end itself had used later ones since the last back-end was lost (a packed ring whose guest transmits while QEMU waits for the next one).",
         rx_starved: "Times that the guest had no RX buffers for frames that wait in the uplink.",
         header_missing: "TX chains shorter than a virtio-net header.",
         frame_too_short: "TX frames under 14 bytes (no Ethernet header).",

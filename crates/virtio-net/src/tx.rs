@@ -176,6 +176,10 @@ impl DeviceQueue for TxQueue {
         self.queue.virtqueue.is_base_implausible()
     }
 
+    fn given_back_at_start(&self) -> u16 {
+        self.queue.virtqueue.given_back_at_start()
+    }
+
     fn memory(&self) -> &GuestMemory {
         self.queue.burst.memory()
     }

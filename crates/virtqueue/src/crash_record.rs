@@ -23,7 +23,7 @@
 //! nothing to do. In any case the virtqueue continues behind the chains of the list. The driver never
 //! looks past a descriptor that is not used yet, so it sees each chain exactly once.
 //!
-//! A record belongs to the virtqueue whose base, layout and memory it names. The front-end makes it
+//! A record belongs to the virtqueue whose layout and memory it names. The front-end makes it
 //! void by a request that ends the virtqueue's life (GET_VRING_BASE, a reset), and a driver by
 //! setting up its ring again, which clears the device event area (see
 //! [`crate::packed`]).
@@ -74,6 +74,15 @@ pub(crate) struct RecordOwner {
     pub(crate) file: FilePlace,
 }
 
+/// What the record of a virtqueue says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Recorded {
+    /// The base with which the front-end started the virtqueue then, in the form of SET_VRING_BASE.
+    pub(crate) first_base: u32,
+    /// The last publish.
+    pub(crate) progress: Progress,
+}
+
 /// The last publish.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Progress {
@@ -86,6 +95,15 @@ pub(crate) struct Progress {
 }
 
 impl Progress {
+    /// No publish since `position`.
+    fn at(position: u16) -> Self {
+        Self {
+            start: position,
+            chains: 0,
+            list: 0,
+        }
+    }
+
     fn from_word(word: u64) -> Self {
         let part = |shift: u32| u16::try_from(word >> shift & 0xffff).unwrap_or(0);
         Self {
@@ -159,10 +177,15 @@ impl CrashRecord {
         })
     }
 
-    fn identity(&self, owner: &RecordOwner) -> [u64; 7] {
+    /// The base with which the front-end starts the virtqueue now.
+    pub(crate) fn first_base(&self) -> u32 {
+        self.first_base
+    }
+
+    /// The words that tell virtqueues apart, after the base and the size.
+    fn identity(owner: &RecordOwner) -> [u64; 6] {
         let RecordOwner { layout, file } = owner;
         [
-            u64::from(self.first_base) | u64::from(layout.size) << 32,
             layout.desc,
             layout.avail,
             layout.used,
@@ -181,20 +204,26 @@ impl CrashRecord {
         }
     }
 
-    /// The header of `owner`, if the record is that of `owner`.
-    fn header_of(&self, owner: &RecordOwner) -> Option<u16> {
+    /// The header of `owner`, if the record is that of `owner`, and the base in it.
+    fn header_of(&self, owner: &RecordOwner) -> Option<(u16, u32)> {
         let header = HEADERS[self.valid_header()?];
-        let is_same = (header..)
-            .zip(self.identity(owner))
-            .all(|(index, word)| self.words.get(index) == word);
-        is_same.then_some(header)
+        let start = self.words.get(header);
+        let is_same = start >> 32 == u64::from(owner.layout.size)
+            && (header + 1..)
+                .zip(Self::identity(owner))
+                .all(|(index, word)| self.words.get(index) == word);
+        let first_base = u32::try_from(start & u64::from(u32::MAX)).ok()?;
+        is_same.then_some((header, first_base))
     }
 
-    /// The last publish of `owner`, if the record is that of `owner`.
-    pub(crate) fn progress_of(&self, owner: &RecordOwner) -> Option<Progress> {
-        let header = self.header_of(owner)?;
+    /// What the record says of `owner`, if it is that of `owner`.
+    pub(crate) fn of(&self, owner: &RecordOwner) -> Option<Recorded> {
+        let (header, first_base) = self.header_of(owner)?;
         let word = self.words.acquire(header + IDENTITY_WORDS);
-        Some(Progress::from_word(word))
+        Some(Recorded {
+            first_base,
+            progress: Progress::from_word(word),
+        })
     }
 
     /// The chains of a publish; `None` when the record is damaged.
@@ -204,21 +233,28 @@ impl CrashRecord {
             .then(|| (0..progress.chains).map(|index| list.get(index)).collect())
     }
 
+    /// Records that `owner` has come to `position`, if the record is that of `owner`, and keeps the
+    /// base in it.
+    pub(crate) fn advance(&mut self, owner: &RecordOwner, position: u16) {
+        if let Some((header, _)) = self.header_of(owner) {
+            self.progress = header + IDENTITY_WORDS;
+            self.words
+                .release(self.progress, Progress::at(position).to_word());
+        }
+    }
+
     /// Makes this the record of `owner`, which continues at `position`.
     pub(crate) fn begin(&mut self, owner: &RecordOwner, position: u16) {
-        let at = Progress {
-            start: position,
-            chains: 0,
-            list: 0,
-        };
-        if let Some(header) = self.header_of(owner) {
-            self.progress = header + IDENTITY_WORDS;
-            self.words.release(self.progress, at.to_word());
+        if self.of(owner).map(|recorded| recorded.first_base) == Some(self.first_base) {
+            self.advance(owner, position);
             return;
         }
+        let at = Progress::at(position);
+        let start = u64::from(self.first_base) | u64::from(owner.layout.size) << 32;
+        let identity = [start].into_iter().chain(Self::identity(owner));
         let next = self.valid_header().map_or(0, |valid| 1 - valid);
         let header = HEADERS[next];
-        for (index, word) in (header..).zip(self.identity(owner)) {
+        for (index, word) in (header..).zip(identity) {
             self.words.set(index, word);
         }
         self.progress = header + IDENTITY_WORDS;

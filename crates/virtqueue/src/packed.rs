@@ -79,6 +79,8 @@ pub(crate) struct PackedVirtqueue {
     record: Option<CrashRecord>,
     /// The virtqueue was written to before it could have a log.
     has_finished_a_publish: bool,
+    /// See [`PackedVirtqueue::given_back`].
+    given_back: u16,
     /// Where writes to the virtqueue are logged, if they are.
     log: Option<PackedRingLog>,
 }
@@ -95,9 +97,8 @@ impl PackedVirtqueue {
         }
         // Not every front-end fills the upper (used) half of the base. It equals the lower half,
         // because chains are completed in order and none is in use when a virtqueue stops.
-        let low = u16::try_from(config.base & 0xffff).unwrap_or(0);
-        let position =
-            RingPosition::from_word(low, size).ok_or(VirtqueueError::Base(config.base))?;
+        let position = RingPosition::from_word(low_half(config.base), size)
+            .ok_or(VirtqueueError::Base(config.base))?;
         Ok(Self {
             size,
             event_idx: config.event_idx,
@@ -116,6 +117,7 @@ impl PackedVirtqueue {
             completed: Vec::new(),
             record: None,
             has_finished_a_publish: false,
+            given_back: 0,
             log: None,
         })
     }
@@ -436,6 +438,11 @@ impl PackedVirtqueue {
     pub(crate) fn has_more(&self) -> bool {
         self.available(self.avail).is_some() && self.max_available() > 0
     }
+}
+
+/// The lower half of a base: the next available descriptor and its wrap counter.
+fn low_half(base: u32) -> u16 {
+    u16::try_from(base & 0xffff).unwrap_or(0)
 }
 
 /// Whether a descriptor with these flags is available to the device (virtio 1.3 §2.8.1).

@@ -155,6 +155,16 @@ impl Virtqueue {
         (!is_same).then(|| self.base())
     }
 
+    /// The number of chains that were given back unprocessed when the virtqueue was started with its
+    /// record, because the front-end had used later ones itself meanwhile.
+    #[must_use]
+    pub fn given_back_at_start(&self) -> u16 {
+        match &self.format {
+            Format::Split(_) => 0,
+            Format::Packed(packed) => packed.given_back(),
+        }
+    }
+
     /// Whether the ring shows that the device cannot continue here: a packed virtqueue whose
     /// progress is lost. To be called before anything is dequeued.
     #[must_use]
