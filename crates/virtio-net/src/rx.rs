@@ -289,10 +289,11 @@ impl RxQueue {
 
     /// Reads one frame from the uplink into the reserved buffers.
     ///
-    /// A large frame is read directly into them. But the kernel's work grows with the number of
+    /// A direct read saves a large frame's copy. But the kernel's work grows with the number of
     /// segments, which is dozens for the longest frame, and for a small frame that costs more than
-    /// a copy. So as long as frames are small they are read into the bounce buffer, which stays in
-    /// the CPU's cache, and copied; a large frame and those that follow it are read directly.
+    /// a copy. A frame's length is known only after the read. So frames are read into the bounce
+    /// buffer, which stays in the CPU's cache, and copied, and so is the first large one. The
+    /// [`DIRECT_READ_FRAMES`] frames that follow a large one are read directly.
     fn receive_frame(&mut self, uplink: &dyn UplinkQueue) -> Received {
         let free_slices = free_slices(&self.queue);
         let bounce = self.bounce.as_deref_mut().unwrap_or_default();

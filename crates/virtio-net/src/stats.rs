@@ -1,7 +1,7 @@
 //! Counters: one block for each vring.
 //!
-//! Every way in which a frame can be lost, and every rule that a guest can break, has a counter of
-//! its own. The lists below are the only place that names them.
+//! Every rule that a guest can break has a counter of its own, and no frame is dropped without one;
+//! related causes of a drop share a counter. The lists below are the only place that names them.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -128,7 +128,7 @@ counters! {
         busy_frames: "Frames that those iterations found.",
         polls: "Poll misses: polls of the rings that found no frame.",
         busy_polls: "Poll hits: polls of the rings that found frames.",
-        over_budget: "Wake-ups that used up their budget, so that the work continued in the next one.",
+        over_budget: "Passes that found frames and left work to the next pass.",
     }
 }
 
