@@ -273,6 +273,11 @@ impl Backend for FuzzDevice {
         assert_eq!(acked & !self.features(), 0);
     }
 
+    /// No session of this fuzz target is suspended.
+    fn suspend(&self) -> Vec<(u16, u32)> {
+        Vec::new()
+    }
+
     fn set_memory(&self, memory: &Arc<GuestMemory>) -> Vec<UnmappedVring> {
         let mut unmapped = Vec::new();
         self.vrings

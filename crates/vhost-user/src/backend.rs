@@ -25,6 +25,16 @@ pub trait Backend {
     /// Called when a front-end has connected. `pid` is its process, if the kernel reports it.
     fn on_connect(&self, _pid: Option<u32>) {}
 
+    /// Called instead of that when a suspended session continues, here or in another process.
+    fn on_resume(&self, pid: Option<u32>) {
+        self.on_connect(pid);
+    }
+
+    /// Stops all vrings so that they can continue, and keeps the uplink's queues as they are, so that
+    /// frames wait there. Returns the index of each vring that was started, and the base at which it
+    /// continues. [`Backend::on_disconnect`] is not called after this.
+    fn suspend(&self) -> Vec<(u16, u32)>;
+
     /// Called when the front-end has accepted these protocol features (see
     /// [`crate::protocol_features`]). QEMU repeats the request for each queue pair.
     fn set_protocol_features(&self, _protocol_features: u64) {}

@@ -45,6 +45,7 @@ pub mod protocol_features;
 pub mod request;
 pub mod session;
 mod session_log;
+pub mod stop;
 mod sys;
 #[cfg(test)]
 mod testing;
@@ -56,8 +57,11 @@ pub use backend::{Backend, UnmappedVring, VringStart};
 pub use backend_error::BackendError;
 pub use error::{DecodeError, ProtocolError, RefusedRequest, RequestError, SessionError};
 pub use foreign_fd::{ForeignFd, start_closer};
-pub use session::{Session, SessionEnd, serve};
+pub use session::{
+    ImageError, Served, Session, SessionEnd, SessionImage, SessionStart, SuspendedSession, serve,
+    serve_from,
+};
 pub use session_log::SessionLog;
-pub use sys::{TakeFdError, peer_pid, take_fd};
+pub use sys::{TakeFdError, peer_pid, peer_uid, take_fd};
 pub use vring_state::{InvalidTransition, VringEvent, VringState};
 pub use wire::PendingConnections;

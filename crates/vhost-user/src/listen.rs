@@ -110,6 +110,27 @@ impl Listener {
         })
     }
 
+    /// The listener on a socket that another process of this program created.
+    ///
+    /// # Errors
+    /// When it is no socket.
+    pub fn inherited(socket: OwnedFd) -> Result<Self, ListenError> {
+        Self::new(socket, None).map_err(ListenError::Accept)
+    }
+
+    /// The same listener, which from now on removes `file` when it is dropped.
+    #[must_use]
+    pub fn owning(mut self, file: Option<SocketFile>) -> Self {
+        self.file = file;
+        self
+    }
+
+    /// The socket file, if this process removes it.
+    #[must_use]
+    pub fn file(&self) -> Option<&SocketFile> {
+        self.file.as_ref()
+    }
+
     /// The same listener, which serves only front-ends of user `uid`, or of all users.
     #[must_use]
     pub fn with_peer_uid(mut self, uid: Option<u32>) -> Self {

@@ -12,10 +12,10 @@
 //! table changes.
 
 mod migration;
+mod serving;
+mod suspended;
 mod vrings;
 
-use std::os::fd::BorrowedFd;
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use tracing::{debug, warn};
@@ -31,72 +31,19 @@ use crate::memory_file;
 use crate::protocol_features::{self, VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES};
 use crate::request::{Request, has_own_reply};
 use crate::session_log::SessionLog;
-use crate::sys::peer_pid;
 use crate::vring::Vring;
 use crate::vring_state::VringEvent;
-use crate::wire::{Channel, Header, Incoming, Message, PendingConnections, Reply, ReplyPayload};
+use crate::wire::{Header, Message, Reply, ReplyPayload};
 use migration::LogBaseState;
+pub use serving::{Served, SessionEnd, SessionStart, serve, serve_from};
+pub use suspended::{
+    ImageError, KickImage, RegionImage, SessionImage, SuspendedSession, VringImage,
+};
 
 /// The features that the session itself has, not its device.
 const SESSION_FEATURES: u64 = VHOST_USER_F_PROTOCOL_FEATURES | VHOST_F_LOG_ALL;
 const PACKED: u64 = 1 << VIRTIO_F_RING_PACKED;
 const REPLY_ACK: u64 = VhostUserProtocolFeatures::REPLY_ACK.bits();
-
-/// How a session ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum SessionEnd {
-    /// The front-end closed the connection.
-    Disconnected,
-    /// The stop descriptor became readable.
-    Stopped,
-}
-
-/// Serves one front-end until it goes away, `stop` becomes readable (it is not read), or an error
-/// ends the session. In every case, a panic included, no vring runs afterwards. Meanwhile `others`
-/// are refused.
-///
-/// # Errors
-/// See [`SessionError`].
-pub fn serve(
-    stream: UnixStream,
-    backend: &dyn Backend,
-    stop: BorrowedFd<'_>,
-    others: Option<&dyn PendingConnections>,
-    log: &SessionLog,
-) -> Result<SessionEnd, SessionError> {
-    let pid = peer_pid(&stream);
-    let channel = Channel::new(stream, stop, others)?;
-    backend.on_connect(pid);
-    let mut session = EndedOnDrop(Session::new(backend, log));
-    run(&channel, &mut session.0)
-}
-
-/// Ends a session however it ends.
-struct EndedOnDrop<'b>(Session<'b>);
-
-impl Drop for EndedOnDrop<'_> {
-    fn drop(&mut self) {
-        self.0.stop_all();
-        let session = &self.0;
-        session
-            .backend
-            .on_disconnect(session.first_refusal.as_ref());
-    }
-}
-
-fn run(channel: &Channel<'_>, session: &mut Session<'_>) -> Result<SessionEnd, SessionError> {
-    loop {
-        let message = match channel.receive()? {
-            Incoming::Message(message) => message,
-            Incoming::Closed => return Ok(SessionEnd::Disconnected),
-            Incoming::Stopped => return Ok(SessionEnd::Stopped),
-        };
-        // When a reply cannot be sent, the next receive returns the reason.
-        if let Some(reply) = session.handle(message)? {
-            channel.send(reply)?;
-        }
-    }
-}
 
 /// The state of one front-end's session, without its socket.
 pub struct Session<'b> {
@@ -111,6 +58,8 @@ pub struct Session<'b> {
     features: Option<u64>,
     protocol_features: u64,
     status: u8,
+    /// The MTU that the front-end set and the device took.
+    mtu: Option<u16>,
     first_refusal: Option<RefusedRequest>,
     log: &'b SessionLog,
 }
@@ -146,6 +95,7 @@ impl<'b> Session<'b> {
             features: None,
             protocol_features: 0,
             status: 0,
+            mtu: None,
             first_refusal: None,
             log,
         }
@@ -365,6 +315,7 @@ impl<'b> Session<'b> {
 
     fn net_set_mtu(&mut self, mtu: u16) -> RequestOutcome {
         self.backend.set_mtu(mtu)?;
+        self.mtu = Some(mtu);
         NO_REPLY_PAYLOAD
     }
 

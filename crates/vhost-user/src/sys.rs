@@ -17,7 +17,7 @@ pub fn peer_pid(stream: &UnixStream) -> Option<u32> {
 /// The user that the process at the other end of `stream` had when it connected; `None` when the
 /// kernel does not report it. In another user namespace it is the number that this namespace sees.
 #[must_use]
-pub(crate) fn peer_uid(stream: &UnixStream) -> Option<u32> {
+pub fn peer_uid(stream: &UnixStream) -> Option<u32> {
     peer_credentials(stream).map(|peer| peer.uid)
 }
 

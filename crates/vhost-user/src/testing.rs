@@ -195,6 +195,21 @@ impl Backend for RecordingBackend {
         self.write("connected".into());
     }
 
+    fn on_resume(&self, pid: Option<u32>) {
+        assert_eq!(pid, Some(std::process::id()));
+        self.write("resumed".into());
+    }
+
+    fn suspend(&self) -> Vec<(u16, u32)> {
+        self.write("suspended".into());
+        let running = std::mem::take(&mut *self.running.lock().unwrap());
+        let base = |start: &VringStart| self.stop_base.unwrap_or(start.base);
+        running
+            .iter()
+            .map(|(index, start)| (*index, base(start)))
+            .collect()
+    }
+
     fn set_protocol_features(&self, bits: u64) {
         self.write(format!("negotiated {bits:#x}"));
     }

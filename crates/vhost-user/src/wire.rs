@@ -148,14 +148,6 @@ pub(crate) enum Incoming {
     Stopped,
 }
 
-/// The result of reading a number of bytes.
-enum Filled {
-    Complete,
-    /// The front-end closed the connection after this many bytes.
-    Closed(usize),
-    Stopped,
-}
-
 /// The connections that have not been accepted yet. They are those of other front-ends.
 pub trait PendingConnections: Sync {
     /// The descriptor that is readable while a connection waits.
@@ -180,6 +172,48 @@ pub(crate) struct Channel<'s> {
     stream: ForeignFd,
     stop: BorrowedFd<'s>,
     others: Option<&'s dyn PendingConnections>,
+    partial: PartialMessage,
+    /// Whether a reply was sent in part only, or not at all, because the session was stopped.
+    is_reply_missing: bool,
+}
+
+/// A message that has not come completely.
+#[derive(Debug, Default)]
+struct PartialMessage {
+    bytes: Vec<u8>,
+    fds: Vec<ForeignFd>,
+    /// The first byte of a message sets it.
+    deadline: Option<Instant>,
+}
+
+impl PartialMessage {
+    /// The header, once it has come.
+    fn header(&self) -> Result<Option<Header>, ProtocolError> {
+        self.bytes
+            .first_chunk::<HEADER_SIZE>()
+            .map(|bytes| Header::parse(*bytes))
+            .transpose()
+    }
+
+    /// The number of bytes that are missing, as far as it is known.
+    fn missing(&self) -> Result<usize, ProtocolError> {
+        let payload = self.header()?.map_or(0, |header| header.size);
+        Ok((HEADER_SIZE + payload).saturating_sub(self.bytes.len()))
+    }
+
+    fn take(&mut self) -> Result<Option<Message>, ProtocolError> {
+        let Some(header) = self.header()? else {
+            return Ok(None);
+        };
+        let mut bytes = std::mem::take(&mut self.bytes);
+        bytes.drain(..HEADER_SIZE);
+        self.deadline = None;
+        Ok(Some(Message {
+            header,
+            payload: bytes,
+            fds: std::mem::take(&mut self.fds),
+        }))
+    }
 }
 
 impl<'s> Channel<'s> {
@@ -196,7 +230,17 @@ impl<'s> Channel<'s> {
             stream: ForeignFd::new(stream.into()),
             stop,
             others,
+            partial: PartialMessage::default(),
+            is_reply_missing: false,
         })
+    }
+
+    /// The socket, if the session was stopped between two messages, so that another one can
+    /// continue it.
+    pub(crate) fn into_stream(self) -> Option<UnixStream> {
+        let is_between = self.partial.bytes.is_empty() && !self.is_reply_missing;
+        let stream = self.stream.into_known().filter(|_| is_between);
+        stream.map(UnixStream::from)
     }
 
     fn stream(&self) -> io::Result<BorrowedFd<'_>> {
@@ -204,33 +248,51 @@ impl<'s> Channel<'s> {
     }
 
     /// Waits for the next message.
-    pub(crate) fn receive(&self) -> Result<Incoming, SessionError> {
-        let mut fds = Vec::new();
-        let mut header = [0; HEADER_SIZE];
-        let mut deadline = None;
-        match self.fill(&mut header, &mut fds, &mut deadline)? {
-            Filled::Complete => {}
-            Filled::Closed(0) => return Ok(Incoming::Closed),
-            Filled::Closed(_) => return Err(ProtocolError::Truncated.into()),
-            Filled::Stopped => return Ok(Incoming::Stopped),
+    pub(crate) fn receive(&mut self) -> Result<Incoming, SessionError> {
+        loop {
+            let missing = self.partial.missing()?;
+            if missing == 0
+                && let Some(message) = self.partial.take()?
+            {
+                return Ok(Incoming::Message(message));
+            }
+            match self.wait(PollFlags::IN, self.partial.deadline)? {
+                Wait::Ready => {}
+                Wait::Stopped => return Ok(Incoming::Stopped),
+                Wait::TimedOut => return Err(SessionError::MessageIncomplete(MESSAGE_TIMEOUT)),
+            }
+            if !self.receive_some(missing)? {
+                return match self.partial.bytes.is_empty() {
+                    true => Ok(Incoming::Closed),
+                    false => Err(ProtocolError::Truncated.into()),
+                };
+            }
         }
-        let header = Header::parse(header)?;
-        let mut payload = vec![0; header.size];
-        match self.fill(&mut payload, &mut fds, &mut deadline)? {
-            Filled::Complete => Ok(Incoming::Message(Message {
-                header,
-                payload,
-                fds,
-            })),
-            Filled::Closed(_) => Err(ProtocolError::Truncated.into()),
-            Filled::Stopped => Ok(Incoming::Stopped),
+    }
+
+    /// Reads at most `missing` bytes of the message, and collects the descriptors that arrive with
+    /// them. Returns false when the front-end has closed the connection.
+    fn receive_some(&mut self, missing: usize) -> Result<bool, SessionError> {
+        let mut buffer = [0; MAX_PAYLOAD];
+        let buffer = &mut buffer[..missing.min(MAX_PAYLOAD)];
+        let stream = self.stream.as_fd().ok_or(io::Error::from(Errno::BADF))?;
+        match receive_some(stream, buffer, &mut self.partial.fds)? {
+            Some(0) => return Ok(false),
+            Some(n) => {
+                self.partial.bytes.extend_from_slice(&buffer[..n]);
+                let timeout = || Instant::now() + MESSAGE_TIMEOUT;
+                self.partial.deadline.get_or_insert_with(timeout);
+            }
+            None => {}
         }
+        Ok(true)
     }
 
     /// Sends a reply. Returns false when the session was stopped while the socket was full, or the
     /// front-end has disconnected.
-    pub(crate) fn send(&self, reply: Reply) -> Result<bool, SessionError> {
+    pub(crate) fn send(&mut self, reply: Reply) -> Result<bool, SessionError> {
         let bytes = reply.to_bytes();
+        self.is_reply_missing = true;
         let mut rest = bytes.as_slice();
         let deadline = Instant::now() + MESSAGE_TIMEOUT;
         while !rest.is_empty() {
@@ -251,32 +313,8 @@ impl<'s> Channel<'s> {
                 Err(error) => return Err(io::Error::from(error).into()),
             }
         }
+        self.is_reply_missing = false;
         Ok(true)
-    }
-
-    /// Reads until `buffer` is full, and collects the descriptors that arrive with it. The first
-    /// byte of a message sets `deadline`.
-    fn fill(
-        &self,
-        buffer: &mut [u8],
-        fds: &mut Vec<ForeignFd>,
-        deadline: &mut Option<Instant>,
-    ) -> Result<Filled, SessionError> {
-        let mut filled = 0;
-        while filled < buffer.len() {
-            match self.wait(PollFlags::IN, *deadline)? {
-                Wait::Ready => {}
-                Wait::Stopped => return Ok(Filled::Stopped),
-                Wait::TimedOut => return Err(SessionError::MessageIncomplete(MESSAGE_TIMEOUT)),
-            }
-            match receive_some(self.stream()?, &mut buffer[filled..], fds)? {
-                Some(0) => return Ok(Filled::Closed(filled)),
-                Some(n) => filled += n,
-                None => continue,
-            }
-            deadline.get_or_insert_with(|| Instant::now() + MESSAGE_TIMEOUT);
-        }
-        Ok(Filled::Complete)
     }
 
     /// Sleeps until the socket is ready, the session is to stop or `deadline` has passed. Other
@@ -413,7 +451,7 @@ mod tests {
                     }
                 })
             };
-            let channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
+            let mut channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
             for want in [(1, vec![]), (8, vec![7; 8]), (3, vec![])] {
                 let Incoming::Message(message) = channel.receive().unwrap() else {
                     panic!("no message");
@@ -438,7 +476,7 @@ mod tests {
         front_end.send(&whole[..12], &[]);
         front_end.send(&whole[12..], &[fd.as_fd(), fd.as_fd()]);
         front_end.send(&encode_message(3, 1, &[]), &[]);
-        let channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
+        let mut channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
         for want in [0, 1, 2, 0] {
             let Incoming::Message(message) = channel.receive().unwrap() else {
                 panic!("no message");
@@ -454,7 +492,7 @@ mod tests {
         for (count, good) in [(32, true), (33, false), (200, false)] {
             let (front_end, stream) = RawFrontEnd::pair();
             front_end.send(&encode_message(3, 1, &[]), &vec![fd.as_fd(); count]);
-            let channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
+            let mut channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
             match channel.receive() {
                 Ok(Incoming::Message(message)) => assert!(good && message.fds.len() == 32),
                 Err(SessionError::Protocol(ProtocolError::TooManyFds)) => assert!(!good),
@@ -471,7 +509,7 @@ mod tests {
             let (front_end, stream) = RawFrontEnd::pair();
             front_end.send(&bytes[..len], &[]);
             drop(front_end);
-            let channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
+            let mut channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
             match channel.receive() {
                 Ok(Incoming::Closed) => assert_eq!(len, 0),
                 Err(SessionError::Protocol(ProtocolError::Truncated)) => assert_ne!(len, 0),
@@ -493,7 +531,7 @@ mod tests {
                 thread::sleep(Duration::from_millis(50));
                 stop.write(1).unwrap();
             });
-            let channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
+            let mut channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
             assert!(matches!(channel.receive().unwrap(), Incoming::Stopped));
             assert!(begin.elapsed() < Duration::from_secs(5));
             trigger.join().unwrap();
@@ -504,7 +542,7 @@ mod tests {
             thread::sleep(Duration::from_millis(200));
             stop.write(1).unwrap();
         });
-        let channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
+        let mut channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
         let reply = Reply {
             code: 1,
             payload: ReplyPayload::U64(0),
@@ -518,7 +556,7 @@ mod tests {
         let (_stop, stopped) = stop_pair();
         let (front_end, stream) = RawFrontEnd::pair();
         front_end.send(&encode_message(8, 1, &[7; 8])[..12], &[]);
-        let channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
+        let mut channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
         let begin = Instant::now();
         let error = channel.receive().unwrap_err();
         assert!(
@@ -532,7 +570,7 @@ mod tests {
     fn reply_that_is_not_taken_times_out() {
         let (_stop, stopped) = stop_pair();
         let (_front_end, stream) = RawFrontEnd::pair();
-        let channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
+        let mut channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
         let reply = Reply {
             code: 1,
             payload: ReplyPayload::U64(0),
@@ -565,7 +603,7 @@ mod tests {
         let refused = |others: &Others| others.1.load(std::sync::atomic::Ordering::Relaxed);
         let (front_end, stream) = RawFrontEnd::pair();
         front_end.send(&encode_message(1, 1, &[]), &[]);
-        let channel = Channel::new(stream, stopped.as_fd(), Some(&others)).unwrap();
+        let mut channel = Channel::new(stream, stopped.as_fd(), Some(&others)).unwrap();
         assert!(matches!(channel.receive().unwrap(), Incoming::Message(_)));
         assert_eq!(refused(&others), 1);
         // Another comes after the first has gone.

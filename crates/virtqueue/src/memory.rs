@@ -33,6 +33,7 @@ mod loom;
 mod segments;
 
 use std::fs::File;
+use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
@@ -42,6 +43,7 @@ use vm_memory::{ByteValued, FileOffset, MmapRegion};
 use dirty_log::SnapshotLog;
 use fault::TrackedRegion;
 
+use array::array_bytes;
 pub(crate) use array::{Descriptor, impl_byte_valued};
 pub use array::{GuestArray, GuestArrayRef, full_fence};
 pub(crate) use dirty_log::AreaLog;
@@ -113,7 +115,7 @@ pub enum MemoryError {
     },
     /// The file could not be examined.
     #[error("cannot read the size of a memory region's file: {0}")]
-    Stat(#[from] std::io::Error),
+    Stat(#[from] io::Error),
     /// A region that is to be removed is not in the table.
     #[error("there is no memory region at guest address {0:#x} with size {1:#x} to remove")]
     Unknown(u64, u64),
@@ -150,6 +152,15 @@ impl MappedRegion {
         // Before the size is read: it cannot become less after that.
         seal_against_shrinking(&file);
         Self::map_unsealed(spec, file)
+    }
+
+    /// A copy of the descriptor of its file.
+    ///
+    /// # Errors
+    /// When the process has no descriptors left.
+    pub fn copy_of_file(&self) -> io::Result<File> {
+        let file = self.mapping.file_offset().map(FileOffset::file);
+        file.ok_or(io::ErrorKind::NotFound)?.try_clone()
     }
 
     /// The same without a seal, for files that have none. If they shrink, the region is lost (see
@@ -339,6 +350,11 @@ impl GuestMemory {
         region.spec.guest_addr.checked_add(to_u64(offset))
     }
 
+    /// The regions, in the order of guest addresses.
+    pub fn mapped_regions(&self) -> impl Iterator<Item = &MappedRegion> {
+        self.regions.iter().map(|region| &**region)
+    }
+
     /// The regions in order of guest address.
     pub fn regions(&self) -> impl Iterator<Item = RegionSpec> + '_ {
         self.regions.iter().map(|r| r.spec)
@@ -455,12 +471,6 @@ fn check_no_overlap(
     Ok(())
 }
 
-fn array_bytes<T>(len: u16) -> Option<u64> {
-    u64::try_from(size_of::<T>())
-        .ok()?
-        .checked_mul(u64::from(len))
-}
-
 /// Converts a size; a usize fits u64 on every machine that Linux supports.
 fn to_u64(n: usize) -> u64 {
     u64::try_from(n).unwrap_or(u64::MAX)
@@ -562,7 +572,7 @@ mod tests {
     fn file_of_a_region_that_takes_seals_cannot_shrink_any_more() {
         // SAFETY: the name is a C string, and the result is checked.
         let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), libc::MFD_ALLOW_SEALING) };
-        assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+        assert!(fd >= 0, "{}", io::Error::last_os_error());
         // SAFETY: the descriptor was just made and has no other owner.
         let file = unsafe { <File as std::os::fd::FromRawFd>::from_raw_fd(fd) };
         file.set_len(8192).unwrap();
@@ -575,7 +585,7 @@ mod tests {
         let _region = MappedRegion::map(spec, file.try_clone().unwrap()).unwrap();
         for len in [0, 4096, 8191] {
             let error = file.set_len(len).unwrap_err();
-            assert_eq!(error.kind(), std::io::ErrorKind::PermissionDenied);
+            assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
         }
         file.set_len(16_384).unwrap();
     }

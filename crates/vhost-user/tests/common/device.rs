@@ -31,6 +31,11 @@ impl Backend for Device {
 
     fn set_features(&self, _acked: u64) {}
 
+    fn suspend(&self) -> Vec<(u16, u32)> {
+        let stopped = std::mem::take(&mut *self.0.lock().unwrap());
+        stopped.into_keys().map(|index| (index, BASE)).collect()
+    }
+
     fn set_memory(&self, _memory: &Arc<GuestMemory>) -> Vec<UnmappedVring> {
         Vec::new()
     }

@@ -323,6 +323,12 @@ impl GuestArray<Descriptor> {
 
 /// Called before each store to an array, so that a test can end there, as a process does that is
 /// killed.
+pub(super) fn array_bytes<T>(len: u16) -> Option<u64> {
+    u64::try_from(size_of::<T>())
+        .ok()?
+        .checked_mul(u64::from(len))
+}
+
 #[cfg(test)]
 fn before_store() {
     crate::testing::before_store();

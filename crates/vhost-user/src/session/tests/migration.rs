@@ -1,5 +1,7 @@
 //! The log of written pages, and the announcement after a migration.
 
+use std::os::fd::BorrowedFd;
+
 use super::*;
 
 /// Covers the memory of [`one_pair`]: 256 pages.

@@ -1,0 +1,263 @@
+//! One daemon hands its devices over to the next one, while a guest carries TCP connections of which
+//! each byte is checked. The guest's link does not go down, and QEMU notices nothing.
+//!
+//! `UPGRADES=N` makes N upgrades of each kind.
+
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use virtionet_handover::NewSide;
+use virtionet_tests::daemon::Options;
+use virtionet_tests::echo_stream::EchoStreams;
+use virtionet_tests::testbed::{Testbed, TestbedConfig};
+use virtionet_tests::topology::{GUEST, TAP};
+
+const PAIRS: u16 = 2;
+const DEFAULT_UPGRADES: u32 = 3;
+/// How long the old daemon may take to end, all of its successor's start included.
+const END_TIMEOUT: Duration = Duration::from_secs(10);
+/// What each connection carries between two upgrades.
+const PROGRESS: u64 = 256 << 10;
+const PROGRESS_TIMEOUT: Duration = Duration::from_secs(40);
+
+/// How a guest is attached.
+#[derive(Clone, Copy, Debug)]
+struct Attachment {
+    is_packed: bool,
+    is_client: bool,
+    is_on_switch: bool,
+}
+
+impl Attachment {
+    fn config(self) -> TestbedConfig {
+        // QEMU does not connect again: whoever loses the connection loses the guest.
+        let mut config = TestbedConfig::new(PAIRS);
+        if self.is_packed {
+            config = config.prop("packed=on");
+        }
+        if self.is_client {
+            config = config.qemu_listens();
+        }
+        match self.is_on_switch {
+            true => config.uplink(&format!("switch:s,tap={TAP}")),
+            false => config,
+        }
+    }
+
+    fn check(self) -> Result<()> {
+        let upgrades: u32 = match std::env::var("UPGRADES") {
+            Ok(text) => text.parse().with_context(|| format!("UPGRADES={text}"))?,
+            Err(_) => DEFAULT_UPGRADES,
+        };
+        let mut guest = UpgradedGuest::start(self.config())?;
+        let mut pauses = Vec::new();
+        for n in 0..upgrades {
+            let pause = guest.upgrade(n);
+            pauses.push(pause.map_err(|error| guest.explain(error))?);
+        }
+        pauses.sort_unstable();
+        eprintln!(
+            "{self:?}: {upgrades} upgrades, the devices stood still for {:?} (median), {:?} (longest)",
+            pauses.get(pauses.len() / 2),
+            pauses.last()
+        );
+        guest.finish()
+    }
+}
+
+#[test]
+fn guest_with_split_virtqueues_on_a_tap_notices_no_upgrade() {
+    Attachment {
+        is_packed: false,
+        is_client: false,
+        is_on_switch: false,
+    }
+    .check()
+    .unwrap();
+}
+
+#[test]
+fn guest_with_packed_virtqueues_on_a_tap_notices_no_upgrade() {
+    Attachment {
+        is_packed: true,
+        is_client: true,
+        is_on_switch: false,
+    }
+    .check()
+    .unwrap();
+}
+
+#[test]
+fn guest_with_split_virtqueues_on_a_switch_notices_no_upgrade() {
+    Attachment {
+        is_packed: false,
+        is_client: true,
+        is_on_switch: true,
+    }
+    .check()
+    .unwrap();
+}
+
+#[test]
+fn guest_with_packed_virtqueues_on_a_switch_notices_no_upgrade() {
+    Attachment {
+        is_packed: true,
+        is_client: false,
+        is_on_switch: true,
+    }
+    .check()
+    .unwrap();
+}
+
+#[test]
+fn daemon_goes_on_if_its_successor_fails() {
+    let config = Attachment {
+        is_packed: true,
+        is_client: false,
+        is_on_switch: true,
+    }
+    .config();
+    check_failures(config).unwrap();
+}
+
+fn check_failures(config: TestbedConfig) -> Result<()> {
+    let mut guest = UpgradedGuest::start(config)?;
+    let testbed = &guest.testbed;
+    // One with other devices refuses by itself.
+    let options = guest.options().flag("--name", "other");
+    let exit = options
+        .take_over("other")
+        .run_to_end(&testbed.dir, "vnet")?;
+    ensure!(exit.status.code() == Some(1), "{exit:?}");
+    ensure!(exit.stderr.contains("its devices are vnet"), "{exit:?}");
+    guest.wait_for_progress()?;
+    // One is gone while the devices stand still.
+    for _ in 0..3 {
+        let path = guest.testbed.dir.join("handover");
+        let (side, _) = NewSide::hello(UnixStream::connect(path)?, "test")?;
+        let frozen = side.ready()?;
+        ensure!(frozen.devices.len() == 1, "{frozen:?}");
+        drop((side, frozen));
+        guest.wait_for_progress()?;
+    }
+    let log = guest.testbed.daemon.stderr();
+    let failures = log.matches("the devices are not handed over").count();
+    ensure!(failures == 4, "{failures} failures: {log}");
+    // And then one succeeds.
+    guest.upgrade(0)?;
+    guest.finish()
+}
+
+/// A guest whose daemon has a successor, again and again.
+struct UpgradedGuest {
+    testbed: Testbed,
+    config: TestbedConfig,
+    echo: EchoStreams,
+    link: String,
+    frames: u64,
+}
+
+impl UpgradedGuest {
+    fn start(config: TestbedConfig) -> Result<Self> {
+        let testbed = config
+            .start_with(|options, dir| options.flag("--handover-socket", dir.join("handover")))?;
+        let guest = testbed.qemu.guest();
+        let echo = EchoStreams::start(testbed.network.netns(), guest, GUEST.v4, PAIRS)?;
+        echo.wait_for_progress(PROGRESS, PROGRESS_TIMEOUT)?;
+        Ok(Self {
+            link: link_changes(&testbed)?,
+            testbed,
+            config,
+            echo,
+            frames: 0,
+        })
+    }
+
+    fn options(&self) -> Options {
+        let socket = self.testbed.dir.join("handover");
+        let options = self.config.options(&self.testbed.network);
+        options.flag("--handover-socket", socket)
+    }
+
+    /// Starts a successor, and returns how long the devices stood still.
+    fn upgrade(&mut self, n: u32) -> Result<Duration> {
+        let options = self.options().take_over(&format!("vnet-{n}"));
+        let successor = options.start(&self.testbed.dir, "vnet")?;
+        let mut old = std::mem::replace(&mut self.testbed.daemon, successor);
+        let status = old.proc().wait(END_TIMEOUT)?;
+        let log = old.stderr();
+        ensure!(status.success(), "the old daemon: {status}: {log}");
+        self.wait_for_progress()?;
+        ensure!(
+            link_changes(&self.testbed)? == self.link,
+            "the link of the guest went down"
+        );
+        let device = self.testbed.daemon.device()?;
+        let frames = frames(&device);
+        ensure!(
+            frames > self.frames,
+            "the successor has counted {frames} frames, and the daemons before it {}",
+            self.frames
+        );
+        self.frames = frames;
+        let text = log.split("they stood still for ").nth(1);
+        let text = text.and_then(|text| text.lines().next());
+        parse_duration(text.with_context(|| format!("no pause in the log: {log}"))?)
+    }
+
+    fn wait_for_progress(&self) -> Result<()> {
+        self.echo.wait_for_progress(PROGRESS, PROGRESS_TIMEOUT)
+    }
+
+    fn explain(&self, error: anyhow::Error) -> anyhow::Error {
+        let device = self.testbed.daemon.device();
+        error.context(format!("{}\n{device:#?}", self.testbed.daemon.stderr()))
+    }
+
+    /// Checks every byte, and that the last daemon removes what the first one made.
+    fn finish(self) -> Result<()> {
+        let bytes = self.echo.finish()?;
+        eprintln!("{bytes} bytes came back as they were sent");
+        let (dir, network) = (&self.testbed.dir, &self.testbed.network);
+        let exit = self.testbed.daemon.stop(Signal::SIGTERM)?;
+        ensure!(exit.status.success(), "{exit:?}");
+        for socket in ["handover", "vnet.control"] {
+            ensure!(!dir.join(socket).exists(), "{socket} is left");
+        }
+        let links = network.netns().run("ip", ["link"])?;
+        ensure!(!links.contains(TAP), "the TAP is left: {links}");
+        Ok(())
+    }
+}
+
+/// How often the guest's link changed, and its boot.
+fn link_changes(testbed: &Testbed) -> Result<String> {
+    let guest = testbed.qemu.guest();
+    guest.ok("cat /sys/class/net/eth0/carrier_changes /proc/sys/kernel/random/boot_id")
+}
+
+/// The frames that the device has carried, both ways.
+fn frames(device: &Value) -> u64 {
+    let pairs = device["pairs"].as_array().into_iter().flatten();
+    pairs
+        .flat_map(|pair| [&pair["rx"], &pair["tx"]])
+        .filter_map(|vring| vring["counters"]["frames"].as_u64())
+        .sum()
+}
+
+/// A duration as Rust's `Debug` writes it, in microseconds, milliseconds or seconds.
+fn parse_duration(text: &str) -> Result<Duration> {
+    let number_end = text.find(|c: char| !c.is_ascii_digit() && c != '.');
+    let (number, unit) = text.split_at(number_end.context("a duration has a unit")?);
+    let number: f64 = number.parse()?;
+    let seconds = match unit {
+        "µs" => number / 1e6,
+        "ms" => number / 1e3,
+        "s" => number,
+        other => anyhow::bail!("unknown unit {other}"),
+    };
+    Ok(Duration::from_secs_f64(seconds))
+}
