@@ -226,6 +226,18 @@ pub struct SocketFile {
 }
 
 impl SocketFile {
+    /// The file at `path` that another process of this program created and gave to this one.
+    #[must_use]
+    pub fn inherited(path: PathBuf, identity: FileIdentity) -> Self {
+        Self { path, identity }
+    }
+
+    /// What tells the file from another one at its path.
+    #[must_use]
+    pub fn identity(&self) -> FileIdentity {
+        self.identity
+    }
+
     /// The path of the file.
     #[must_use]
     pub fn path(&self) -> &Path {

@@ -9,6 +9,7 @@
 
 use std::fmt;
 use std::io;
+use std::os::unix::net;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -53,11 +54,28 @@ impl ControlServer {
         report_source: Arc<dyn ReportSource>,
         on_start: impl FnOnce() + Send + 'static,
     ) -> Result<Self, ControlError> {
+        let (listener, socket) = listen(path, access)?;
+        Self::start_on(listener, socket, report_source, on_start)
+    }
+
+    /// Does so with a socket that listens already, and its file.
+    ///
+    /// # Errors
+    /// When the thread cannot be created.
+    pub fn start_on(
+        listener: net::UnixListener,
+        socket: SocketFile,
+        report_source: Arc<dyn ReportSource>,
+        on_start: impl FnOnce() + Send + 'static,
+    ) -> Result<Self, ControlError> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .map_err(ControlError::Thread)?;
-        let (listener, socket) = runtime.block_on(listen(path, access))?;
+        // The listener registers with the runtime that polls it.
+        let listener = runtime
+            .block_on(async { UnixListener::from_std(listener) })
+            .map_err(ControlError::Thread)?;
         let (stop, stopped) = watch::channel(false);
         let thread = thread::Builder::new()
             .name("control".into())
@@ -219,21 +237,21 @@ fn serve(
     });
 }
 
-/// Listens at `path`. The function is async because the listener registers with the runtime that
-/// polls it.
-async fn listen(
+/// Listens at `path`.
+///
+/// # Errors
+/// When another process listens there, or the socket cannot be created.
+pub fn listen(
     path: &Path,
     access: &SocketPermissions,
-) -> Result<(UnixListener, SocketFile), ControlError> {
-    let (listener, file) = listen_at(path, access).map_err(|error| match error {
+) -> Result<(net::UnixListener, SocketFile), ControlError> {
+    listen_at(path, access).map_err(|error| match error {
         UnixSocketError::InUse(path) => ControlError::InUse(path),
         UnixSocketError::NotASocket(path) => ControlError::NotSocket(path),
         UnixSocketError::Refused { path, source, .. } => ControlError::Create { path, source },
         UnixSocketError::NoGroup(group) => ControlError::NoGroup(group),
         error => ControlError::Path(error),
-    })?;
-    let listener = UnixListener::from_std(listener).map_err(ControlError::Thread)?;
-    Ok((listener, file))
+    })
 }
 
 #[cfg(test)]
@@ -241,7 +259,6 @@ mod tests {
     use std::fs;
     use std::io::{Read, Write};
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
-    use std::os::unix::net;
     use std::time::Instant;
 
     use super::*;

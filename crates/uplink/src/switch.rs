@@ -48,6 +48,7 @@ mod flow_table;
 mod forward;
 mod host_forwarder;
 mod host_port;
+mod image;
 mod mac_addr;
 mod mac_table;
 mod masks;
@@ -72,9 +73,10 @@ use self::delivery::IngressPort;
 use self::flow_table::MAX_PAIRS;
 pub use self::host_forwarder::HostPortForwarder;
 use self::host_port::HostPort;
+pub use self::image::{AddressImage, SwitchImage};
 use self::mac_table::MacTable;
 use self::port::DevicePort;
-use crate::tap::TapConfig;
+use crate::tap::{Tap, TapConfig};
 
 /// The most ports that a switch can have.
 const MAX_PORTS: usize = 1024;
@@ -105,11 +107,16 @@ impl Switch {
     /// Creates a switch without ports.
     #[must_use]
     pub fn new(name: &str) -> Arc<Self> {
-        let random = RandomState::new();
+        Self::with_seed(name, RandomState::new().hash_one(1))
+    }
+
+    /// Creates a switch without ports that continues the one of this seed.
+    #[must_use]
+    pub fn with_seed(name: &str, seed: u64) -> Arc<Self> {
         Arc::new(Self {
             name: name.to_owned(),
-            macs: MacTable::new(random.hash_one(0)),
-            seed: random.hash_one(1),
+            macs: MacTable::new(RandomState::new().hash_one(0)),
+            seed,
             ports: (0..MAX_PORTS).map(|_| OnceLock::new()).collect(),
             count: AtomicUsize::new(0),
             forwards_reserved_groups: AtomicBool::new(false),
@@ -136,6 +143,18 @@ impl Switch {
     /// # Errors
     /// When another TAP is a port already, this TAP cannot be opened, or the switch is full.
     pub fn add_host_port(&self, config: &TapConfig) -> Result<(), UplinkError> {
+        self.add_host_tap(config, || Tap::open(config).map(Arc::new))
+    }
+
+    /// Does so with the TAP that `open` returns.
+    ///
+    /// # Errors
+    /// When another TAP is a port already, `open` fails, or the switch is full.
+    pub fn add_host_tap(
+        &self,
+        config: &TapConfig,
+        open: impl FnOnce() -> Result<Arc<Tap>, UplinkError>,
+    ) -> Result<(), UplinkError> {
         match self.host_port() {
             Some((_, host)) if host.config == *config => Ok(()),
             Some((_, host)) => Err(UplinkError::SwitchHostPortExists {
@@ -144,7 +163,7 @@ impl Switch {
                 requested: config.to_string(),
             }),
             None => self
-                .add(Port::Host(HostPort::open(config)?))
+                .add(Port::Host(HostPort::new(config, open()?)?))
                 .map(|_number| ()),
         }
     }

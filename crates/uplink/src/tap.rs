@@ -17,6 +17,7 @@
 
 mod config;
 mod error;
+mod image;
 mod queue;
 mod rights;
 
@@ -37,6 +38,7 @@ use virtionet_virtio_net::uplink::{
 };
 
 pub use self::config::TapConfig;
+pub use self::image::TapImage;
 use self::queue::{TapQueue, TapShared};
 pub use self::rights::{attach_own, change_own_link, find_index};
 use crate::rtnetlink::{Link, LinkTable};
@@ -85,6 +87,8 @@ struct TapState {
     first: Arc<TapQueue>,
     /// The other queues by the index of their queue pair, as far as the device still has them.
     others: BTreeMap<u16, Weak<TapQueue>>,
+    /// Queues of the process before this one that no device has opened yet.
+    inherited: BTreeMap<u16, File>,
 }
 
 impl TapState {
@@ -134,6 +138,7 @@ impl Tap {
                 needs_configuration: false,
                 first,
                 others: BTreeMap::new(),
+                inherited: BTreeMap::new(),
             }),
         };
         tap.configure_interface(&link)?;
@@ -294,12 +299,21 @@ impl Uplink for Tap {
         if let Some(queue) = state.queue(pair) {
             return Ok(queue);
         }
-        let file = match self.open_additional_queue(state.format) {
-            // It becomes a queue of the interface with the others.
-            Err(_) if state.has_lost_queue() => sys::open_tun().map_err(error::tun_open_failed)?,
-            opened => opened?,
+        let shared = Arc::clone(&self.shared);
+        let queue = match state.inherited.remove(&pair) {
+            Some(file) => TapQueue::inherited(file, pair, shared),
+            None => {
+                let file = match self.open_additional_queue(state.format) {
+                    // It becomes a queue of the interface with the others.
+                    Err(_) if state.has_lost_queue() => {
+                        sys::open_tun().map_err(error::tun_open_failed)?
+                    }
+                    opened => opened?,
+                };
+                TapQueue::new(file, pair, shared)
+            }
         };
-        let queue = Arc::new(TapQueue::new(file, pair, Arc::clone(&self.shared)));
+        let queue = Arc::new(queue);
         state.others.insert(pair, Arc::downgrade(&queue));
         Ok(queue)
     }

@@ -231,3 +231,41 @@ fn address_that_two_devices_use_is_reported_for_both() {
     }
     assert_eq!(c.port.address_conflict(), None);
 }
+
+#[test]
+fn switch_knows_from_an_image_where_addresses_and_flows_are() {
+    let (a, b) = ([0x52, 0x54, 0, 0, 0, 1], [0x52, 0x54, 0, 0, 0, 2]);
+    let learned = |switch: &Arc<Switch>| {
+        let devices = ["x", "y", "z"].map(|name| Device::new(switch, name));
+        // A second pair, so that there are flows.
+        let sinks = [0, 1, 2].map(|_| Arc::new(Sink::default()));
+        for (device, sink) in devices.iter().zip(&sinks) {
+            let weak: Weak<Sink> = Arc::downgrade(sink);
+            let queue = device.port.open_queue(1, weak).unwrap();
+            queue.set_attached(true).unwrap();
+        }
+        (devices, sinks)
+    };
+    let old = Switch::new("lan");
+    let (devices, _sinks) = learned(&old);
+    let from = |to: [u8; 6], from: [u8; 6]| {
+        let mut bytes = frame_to(to, 1);
+        bytes[6..12].copy_from_slice(&from);
+        bytes
+    };
+    devices[0].send(&[from([0xff; 6], a)]);
+    devices[1].send(&[from([0xff; 6], b)]);
+    let image = old.to_image();
+    assert_eq!(image.addresses.len(), 2);
+    let text = serde_json::to_string(&image).unwrap();
+
+    let new = Switch::with_seed("lan", old.seed());
+    let (devices, sinks) = learned(&new);
+    new.learn_image(&serde_json::from_str(&text).unwrap());
+    assert_eq!(new.to_image().addresses, image.addresses);
+    assert_eq!(new.to_image().flows, image.flows);
+    // It does not flood.
+    devices[0].send(&[from(b, a)]);
+    let received = |n: usize| devices[n].sink.take().len() + sinks[n].take().len();
+    assert_eq!([received(1), received(2)], [1, 0]);
+}

@@ -9,6 +9,7 @@ use host::{
     PacketSocket, become_nobody, datagram, drain, eventually, frame, in_namespaces, kernel_packets,
     large_segment, link, open_tap, receive, run, send, share_tun, wait_for_frame,
 };
+use virtionet_uplink::tap::{Tap, TapConfig};
 use virtionet_virtio_net::header::{FrameFormat, VnetHeader};
 use virtionet_virtio_net::stats::VringStats;
 use virtionet_virtio_net::uplink::{Received, TxFrame, Uplink, UplinkQueue, null_rx_sink};
@@ -469,5 +470,49 @@ fn owner_of_a_tap_needs_no_privilege() {
         queues[0].set_attached(false).unwrap();
         socket.send(&frame(60, 9));
         assert_eq!(wait_for_frame(&*queues[1])[12..], frame(60, 9));
+    });
+}
+
+#[test]
+fn tap_of_an_image_continues_with_the_queues_and_the_frames_that_wait_in_them() {
+    in_namespaces(|| {
+        let config = TapConfig {
+            name: "vt0".into(),
+            bridge: None,
+        };
+        let old = eventually(|| Tap::open(&config).ok());
+        let _queues = [attached(&old, 0), attached(&old, 1)];
+        let early = old.to_image().unwrap();
+        // A third queue is opened after the first image.
+        let third = attached(&old, 2);
+        third.set_attached(false).unwrap();
+        let socket = PacketSocket::on("vt0");
+        for port in 0..100 {
+            socket.send(&datagram(port, 5000 + port));
+        }
+        // A daemon that does not take over after all detaches nothing.
+        drop(Tap::from_image(&config, &early).unwrap());
+        let new = Tap::from_image(&config, &early).unwrap();
+        new.update_from_image(&old.to_image().unwrap()).unwrap();
+        assert_eq!(
+            new.host_interface().unwrap().queues,
+            old.host_interface().unwrap().queues
+        );
+        new.own();
+        let queues = [0, 1, 2].map(|pair| new.open_queue(pair, null_rx_sink()).unwrap());
+        // The process of the old one ends, and it does nothing more.
+        std::mem::forget((old, third, _queues));
+        let [first, second, third] = queues.each_ref().map(|queue| drain(&**queue));
+        assert!(first > 10 && second > 10, "{first} and {second}");
+        assert_eq!((first + second, third), (100, 0));
+        // From now on it detaches and attaches them itself.
+        queues[0].set_attached(false).unwrap();
+        queues[2].set_attached(true).unwrap();
+        for port in 0..100 {
+            socket.send(&datagram(port, 5000 + port));
+        }
+        let [first, second, third] = queues.each_ref().map(|queue| drain(&**queue));
+        assert!(second > 10 && third > 10, "{second} and {third}");
+        assert_eq!((first, second + third), (0, 100));
     });
 }

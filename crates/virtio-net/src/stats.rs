@@ -58,6 +58,15 @@ macro_rules! counters {
             pub fn values(&self) -> Vec<u64> {
                 vec![$(self.$field.get(),)*]
             }
+
+            /// Adds `n` to the counter of this name, if there is one. Nothing else may write the
+            /// counters meanwhile.
+            pub fn add_to(&self, name: &str, n: u64) {
+                match name {
+                    $(stringify!($field) => self.$field.add(n),)*
+                    _ => {}
+                }
+            }
         }
     };
 }

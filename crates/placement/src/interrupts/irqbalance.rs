@@ -44,6 +44,16 @@ impl BanList {
         }
     }
 
+    /// The interrupts that this process has banned.
+    pub(super) fn ours(&self) -> BTreeSet<u32> {
+        self.ours.clone()
+    }
+
+    /// Continues with those that another process has banned.
+    pub(super) fn inherit(&mut self, banned: BTreeSet<u32>) {
+        self.ours.extend(banned);
+    }
+
     /// Makes `wanted` the interrupts that this process has banned. True when irqbalance has
     /// accepted them.
     pub(super) fn set(&mut self, wanted: &BTreeSet<u32>) -> bool {

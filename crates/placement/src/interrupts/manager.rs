@@ -4,12 +4,14 @@
 //! not overwrite each other's settings. A file that another program has changed since stays as it
 //! is.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use serde::{Deserialize, Serialize};
 
 use virtionet_base::rights::with_help;
 
@@ -28,7 +30,14 @@ pub struct IrqAffinityManager {
     banned: AtomicBool,
 }
 
-#[derive(Debug)]
+/// What a manager has set, for the process that continues with it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AffinityImage {
+    settings: Vec<AppliedSetting>,
+    banned: BTreeSet<u32>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct AppliedSetting {
     device: String,
     setting: AffinitySetting,
@@ -46,6 +55,31 @@ impl IrqAffinityManager {
         let mut manager = Self::default();
         manager.bans = Some(Mutex::new(BanList::new(Path::new(irqbalance::RUN_DIR))));
         manager
+    }
+
+    /// What is set, and what was there before.
+    #[must_use]
+    pub fn to_image(&self) -> AffinityImage {
+        AffinityImage {
+            settings: self.applied_settings().values().cloned().collect(),
+            banned: self.bans().map_or_else(BTreeSet::new, |bans| bans.ours()),
+        }
+    }
+
+    /// Continues with what another manager has set, as if this one had.
+    pub fn inherit(&self, image: AffinityImage) {
+        if let Some(mut bans) = self.bans() {
+            bans.inherit(image.banned);
+        }
+        let mut applied_settings = self.applied_settings();
+        for applied in image.settings {
+            applied_settings.insert(applied.setting.file.clone(), applied);
+        }
+    }
+
+    fn bans(&self) -> Option<MutexGuard<'_, BanList>> {
+        let bans = self.bans.as_ref()?;
+        Some(bans.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Whether irqbalance runs and is banned from moving any of the interrupts that are set.
@@ -97,11 +131,8 @@ impl IrqAffinityManager {
             _ => None,
         };
         let irqs = applied_settings.values().filter_map(irq).collect();
-        if let Some(bans) = &self.bans {
-            let is_ignored = bans
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .set(&irqs);
+        if let Some(mut bans) = self.bans() {
+            let is_ignored = bans.set(&irqs);
             self.banned.store(is_ignored, Ordering::Relaxed);
         }
     }

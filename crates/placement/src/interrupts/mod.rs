@@ -79,7 +79,7 @@ mod testing;
 pub use self::desired::{DesiredSettings, KernelPaths, TapWorkers, desired_settings};
 pub use self::irqbalance::IRQBALANCE_SOCKETS;
 pub use self::irqbalance::irqbalance_hint;
-pub use self::manager::{IrqAffinityManager, write_own};
+pub use self::manager::{AffinityImage, IrqAffinityManager, write_own};
 pub use self::mask::{format_mask, parse_mask};
 pub use self::mode::{IrqAffinity, IrqAffinityError};
 pub use self::outcome::{OsError, SettingOutcome, SettingRefusal};

@@ -2,11 +2,13 @@
 
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
+
 use super::mask::parse_mask;
 use crate::cpuset::CpuSet;
 
 /// A file and the value that it should hold.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AffinitySetting {
     /// The file.
     pub file: PathBuf,
@@ -17,7 +19,7 @@ pub struct AffinitySetting {
 }
 
 /// What a setting configures.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SettingKind {
     /// The XPS mask of a TAP queue.
     Xps,

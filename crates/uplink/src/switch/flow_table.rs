@@ -97,6 +97,22 @@ impl FlowTable {
             .then(|| u16::try_from(entry >> 16 & 0xff).unwrap_or(0))
     }
 
+    /// The entries that are used, and their positions.
+    pub(super) fn entries(&self) -> Vec<(u16, u64)> {
+        let entries = (0..).zip(&self.entries);
+        let entries = entries.map(|(at, entry)| (at, entry.load(Ordering::Relaxed)));
+        entries.filter(|(_, entry)| *entry != 0).collect()
+    }
+
+    /// Takes the entries of another table.
+    pub(super) fn restore(&self, entries: &[(u16, u64)]) {
+        for (at, entry) in entries {
+            if let Some(slot) = self.entries.get(usize::from(*at)) {
+                slot.store(*entry, Ordering::Relaxed);
+            }
+        }
+    }
+
     #[inline(always)]
     fn entry_for(&self, flow: u64) -> &AtomicU64 {
         let index = usize::try_from(flow >> 8 & 0xffff).unwrap_or(0);

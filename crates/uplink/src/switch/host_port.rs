@@ -21,14 +21,13 @@ pub(super) struct HostPort {
     pub(super) config: TapConfig,
     /// The only queue of the TAP that is in use.
     pub(super) queue: Arc<dyn UplinkQueue>,
-    tap: Tap,
+    tap: Arc<Tap>,
     /// Held while the MTU is set, so that the last device to change its own sees all others.
     mtu_order: Mutex<()>,
 }
 
 impl HostPort {
-    pub(super) fn open(config: &TapConfig) -> Result<Self, UplinkError> {
-        let tap = Tap::open(config)?;
+    pub(super) fn new(config: &TapConfig, tap: Arc<Tap>) -> Result<Self, UplinkError> {
         let queue = tap.open_queue(0, null_rx_sink())?;
         // The switch performs the offloads that a receiving guest did not negotiate.
         tap.set_format(FrameFormat::ALL)?;

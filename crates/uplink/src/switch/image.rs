@@ -36,7 +36,8 @@ impl Switch {
     /// What the switch has learned.
     #[must_use]
     pub fn to_image(&self) -> SwitchImage {
-        let addresses = self.macs.addresses(coarse_now_secs());
+        let mut addresses = self.macs.addresses(coarse_now_secs());
+        addresses.sort_unstable_by_key(|(mac, _)| mac.to_bytes());
         let image = |(mac, port): (MacAddr, u16)| {
             let device = match self.ports.get(usize::from(port))?.get()? {
                 Port::Device(port) => Some(port.device().to_owned()),

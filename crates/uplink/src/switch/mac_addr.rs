@@ -20,6 +20,11 @@ impl MacAddr {
         self.0 & 0xf0ff_ffff_ffff == 0xc2_8001
     }
 
+    /// The address with these bytes, in the order on the wire.
+    pub(super) fn from_bytes([a, b, c, d, e, f]: [u8; 6]) -> Self {
+        Self(u64::from_le_bytes([a, b, c, d, e, f, 0, 0]))
+    }
+
     /// The bytes in the order on the wire.
     pub(super) fn to_bytes(self) -> [u8; 6] {
         let [a, b, c, d, e, f, ..] = self.0.to_le_bytes();
@@ -33,10 +38,7 @@ mod tests {
 
     #[test]
     fn exactly_the_sixteen_reserved_groups_are_recognized() {
-        let mac = |bytes: [u8; 6]| {
-            let [a, b, c, d, e, f] = bytes;
-            MacAddr(u64::from_le_bytes([a, b, c, d, e, f, 0, 0]))
-        };
+        let mac = MacAddr::from_bytes;
         for last in 0..=255 {
             let address = [1, 0x80, 0xc2, 0, 0, last];
             assert_eq!(mac(address).is_reserved_group(), last < 16, "{last}");

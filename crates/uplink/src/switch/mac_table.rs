@@ -116,16 +116,21 @@ impl MacTable {
 
     /// The number of addresses that have not expired.
     pub(super) fn len(&self, now: u32) -> usize {
+        self.addresses(now).len()
+    }
+
+    /// The addresses that have not expired, and their ports.
+    pub(super) fn addresses(&self, now: u32) -> Vec<(MacAddr, u16)> {
         let entries = self
             .buckets
             .iter()
             .flat_map(|b| b.entries.iter().zip(&b.last_seen));
-        entries
-            .filter(|(entry, last_seen)| {
-                entry.load(Ordering::Relaxed) != 0
-                    && !is_expired(last_seen.load(Ordering::Relaxed), now)
-            })
-            .count()
+        let fresh = entries.filter_map(|(entry, last_seen)| {
+            let entry = entry.load(Ordering::Relaxed);
+            let is_fresh = entry != 0 && !is_expired(last_seen.load(Ordering::Relaxed), now);
+            is_fresh.then(|| (MacAddr(entry >> 16), entry_port(entry)))
+        });
+        fresh.collect()
     }
 
     /// How often a known address was seen at another port.

@@ -92,6 +92,11 @@ impl DevicePort {
         self.flows.get()
     }
 
+    /// Takes the entries of a table of the same switch's seed.
+    pub(super) fn restore_flows(&self, entries: &[(u16, u64)]) {
+        self.flows.get_or_init(FlowTable::new).restore(entries);
+    }
+
     pub(super) fn set_format(&self, format: FrameFormat) {
         self.format.store(pack(format), Ordering::Relaxed);
     }

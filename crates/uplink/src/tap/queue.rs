@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -36,6 +36,8 @@ pub(super) struct TapShared {
     /// The attached queues. Locked while a queue is attached or detached, so that their order here
     /// is the same as in the kernel.
     pub(super) attached: Mutex<AttachedQueues>,
+    /// Whether the queues belong to this process, and not still to the one before.
+    pub(super) is_owner: AtomicBool,
     full_log_limit: RateLimiter,
     down_log_limit: RateLimiter,
     refused_log_limit: RateLimiter,
@@ -81,6 +83,7 @@ impl TapShared {
             name,
             header_len: AtomicUsize::new(header_len),
             attached: Mutex::default(),
+            is_owner: AtomicBool::new(true),
             full_log_limit: RateLimiter::new(),
             down_log_limit: RateLimiter::new(),
             refused_log_limit: RateLimiter::new(),
@@ -181,6 +184,25 @@ impl TapQueue {
             shared,
             attached: Mutex::new(false),
         }
+    }
+
+    /// The queue of a queue pair that the process before this one opened. The shared state says
+    /// whether it is attached.
+    pub(super) fn inherited(file: File, pair: u16, shared: Arc<TapShared>) -> Self {
+        let queue = Self::new(file, pair, shared);
+        queue.read_attachment();
+        queue
+    }
+
+    /// Takes from the shared state whether the queue is attached.
+    pub(super) fn read_attachment(&self) {
+        let mut attached = self.attached.lock();
+        *attached = self.shared.attached.lock().number_of(self.pair).is_some();
+    }
+
+    /// The index of its queue pair.
+    pub(super) fn pair(&self) -> u16 {
+        self.pair
     }
 
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
@@ -380,6 +402,9 @@ impl UplinkQueue for TapQueue {
 /// known.
 impl Drop for TapQueue {
     fn drop(&mut self) {
+        if !self.shared.is_owner.load(Ordering::Relaxed) {
+            return;
+        }
         if self.set_attached(false).is_err() {
             let mut all = self.shared.attached.lock();
             if let at @ Some(_) = all.number_of(self.pair) {

@@ -172,3 +172,20 @@ fn real_interrupt_is_set_and_restored() {
     drop(manager);
     assert_eq!(read_text(&file).unwrap(), before);
 }
+
+#[test]
+fn manager_that_inherits_restores_what_was_there_before_the_first_one() {
+    let host = host("manager-inherit");
+    let first = IrqAffinityManager::default();
+    let settings = [(XPS, "2"), (IRQ, "1")].map(|(f, v)| setting(&host, f, v));
+    first.reconcile("a", &settings);
+    let second = IrqAffinityManager::default();
+    second.inherit(first.to_image());
+    // The first one ends without any more writes.
+    std::mem::forget(first);
+    let settings = [(XPS, "4")].map(|(f, v)| setting(&host, f, v));
+    second.reconcile("a", &settings);
+    assert_eq!([XPS, IRQ].map(|f| host.get(f)), ["4", "0-7"]);
+    drop(second);
+    assert_eq!([XPS, IRQ].map(|f| host.get(f)), ["00000000", "0-7"]);
+}
