@@ -28,6 +28,7 @@ pub struct Options {
     has_socket: bool,
     is_listening: bool,
     control: Option<PathBuf>,
+    log_name: Option<String>,
     args: Vec<OsString>,
 }
 
@@ -48,8 +49,17 @@ impl Options {
             has_socket: true,
             is_listening: true,
             control: None,
+            log_name: None,
             args: Vec::new(),
         }
+    }
+
+    /// Adds `--take-over`: the daemon takes the sockets and devices of one that runs. Its log has
+    /// the name `log_name`, because that of the other one is still written.
+    #[must_use]
+    pub fn take_over(mut self, log_name: &str) -> Self {
+        self.log_name = Some(log_name.to_owned());
+        self.arg("--take-over")
     }
 
     /// Runs the daemon in this network namespace, so that it opens its TAP there. The namespace
@@ -169,8 +179,9 @@ impl Options {
         }
         words.extend(self.args.iter().cloned());
         let (program, args) = words.split_first().context("the command is empty")?;
+        let log_name = self.log_name.as_deref().unwrap_or(name);
         Ok(Daemon {
-            proc: Proc::spawn(dir, name, self.netns.as_deref(), program, args)?,
+            proc: Proc::spawn(dir, log_name, self.netns.as_deref(), program, args)?,
             socket,
             control,
         })

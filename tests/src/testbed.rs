@@ -119,13 +119,23 @@ impl TestbedConfig {
     /// # Errors
     /// When a part of the testbed does not start. The error contains its output.
     pub fn start(&self) -> Result<Testbed> {
+        self.start_with(|options, _| options)
+    }
+
+    /// Does so with a daemon whose options `adapt` returns.
+    ///
+    /// # Errors
+    /// When a part of the testbed does not start.
+    pub fn start_with(&self, adapt: impl FnOnce(Options, &RunDir) -> Options) -> Result<Testbed> {
         let dir = RunDir::new()?;
         let network = if self.is_tap_persistent {
             HostNetwork::with_tap(self.pairs)?
         } else {
             HostNetwork::bare()?
         };
-        let daemon = self.start_daemon(&network, &dir)?;
+        let options = adapt(self.options(&network), &dir);
+        let daemon = options.start(&dir, "vnet")?;
+        network.configure()?;
         let mut testbed = Testbed {
             qemu: self.boot(&dir, &daemon, "guest")?,
             daemon,
@@ -142,6 +152,13 @@ impl TestbedConfig {
     /// # Errors
     /// When the daemon does not start.
     pub fn start_daemon(&self, network: &HostNetwork, dir: &RunDir) -> Result<Daemon> {
+        let daemon = self.options(network).start(dir, "vnet")?;
+        network.configure()?;
+        Ok(daemon)
+    }
+
+    /// The options of the daemon.
+    pub fn options(&self, network: &HostNetwork) -> Options {
         let (flag, uplink) = &self.uplink;
         let mut options = Options::new().netns(network.netns()).flag(flag, uplink);
         for (flag, value) in &self.daemon_flags {
@@ -150,9 +167,7 @@ impl TestbedConfig {
         if self.is_qemu_listening {
             options = options.client();
         }
-        let daemon = options.start(dir, "vnet")?;
-        network.configure()?;
-        Ok(daemon)
+        options
     }
 
     fn boot(&self, dir: &RunDir, daemon: &Daemon, name: &str) -> Result<Qemu> {

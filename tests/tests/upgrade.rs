@@ -60,7 +60,7 @@ impl Attachment {
         }
         pauses.sort_unstable();
         eprintln!(
-            "{self:?}: {upgrades} upgrades, the devices stood still for {:?} (median), {:?} (longest)",
+            "{self:?}: {upgrades} upgrades, the devices were paused for {:?} (median), {:?} (longest)",
             pauses.get(pauses.len() / 2),
             pauses.last()
         );
@@ -134,7 +134,7 @@ fn check_failures(config: TestbedConfig) -> Result<()> {
     ensure!(exit.status.code() == Some(1), "{exit:?}");
     ensure!(exit.stderr.contains("its devices are vnet"), "{exit:?}");
     guest.wait_for_progress()?;
-    // One is gone while the devices stand still.
+    // One is gone while the devices are paused.
     for _ in 0..3 {
         let path = guest.testbed.dir.join("handover");
         let (side, _) = NewSide::hello(UnixStream::connect(path)?, "test")?;
@@ -182,7 +182,7 @@ impl UpgradedGuest {
         options.flag("--handover-socket", socket)
     }
 
-    /// Starts a successor, and returns how long the devices stood still.
+    /// Starts a successor, and returns how long the devices were paused.
     fn upgrade(&mut self, n: u32) -> Result<Duration> {
         let options = self.options().take_over(&format!("vnet-{n}"));
         let successor = options.start(&self.testbed.dir, "vnet")?;
@@ -203,7 +203,7 @@ impl UpgradedGuest {
             self.frames
         );
         self.frames = frames;
-        let text = log.split("they stood still for ").nth(1);
+        let text = log.split("they were paused for ").nth(1);
         let text = text.and_then(|text| text.lines().next());
         parse_duration(text.with_context(|| format!("no pause in the log: {log}"))?)
     }

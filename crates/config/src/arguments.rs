@@ -70,6 +70,7 @@ const DEVICE: &str = "device";
 const CONFIG: &str = "config";
 const PRINT_CAPABILITIES: &str = "print-capabilities";
 const VERBOSE: &str = "verbose";
+const TAKE_OVER: &str = "take-over";
 
 /// The values of the command line, unchecked.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -84,6 +85,8 @@ pub(crate) struct Arguments {
     pub process: Settings,
     /// The number of `-v` flags.
     pub verbosity: u8,
+    /// Whether `--take-over` is given.
+    pub take_over: bool,
 }
 
 impl Arguments {
@@ -102,6 +105,7 @@ impl Arguments {
                 .unwrap_or_default(),
             config: matches.remove_one(CONFIG),
             verbosity: matches.get_count(VERBOSE),
+            take_over: matches.get_flag(TAKE_OVER),
         })
     }
 }
@@ -146,6 +150,15 @@ pub(crate) fn command() -> Command {
                 .help(
                     "Print the kind of this back-end, as JSON for QEMU's management tools, and \
                      exit; the rest of the command line is ignored",
+                ),
+        )
+        .arg(
+            Arg::new(TAKE_OVER)
+                .long(TAKE_OVER)
+                .action(ArgAction::SetTrue)
+                .help(
+                    "Take the devices over from the virtionetd that listens on --handover-socket, \
+                     which then ends; if that fails, it continues and this one ends",
                 ),
         )
         .arg(

@@ -60,7 +60,7 @@ pub(crate) enum DefaultValue {
 }
 
 /// All keys, in the order of the help text and the documentation.
-pub(crate) const KEYS: [Key; 26] = [
+pub(crate) const KEYS: [Key; 27] = [
     Key::NAME,
     Key::SOCKET_PATH,
     Key::FD,
@@ -81,6 +81,7 @@ pub(crate) const KEYS: [Key; 26] = [
     Key::CONTROL,
     Key::CONTROL_MODE,
     Key::CONTROL_GROUP,
+    Key::HANDOVER_SOCKET,
     Key::STATE_DIR,
     Key::SANDBOX,
     Key::USER,
@@ -287,6 +288,15 @@ impl Key {
         default: DefaultValue::Computed("the group of virtionetd"),
         help: "Group of the control socket, by name or number: the group of those who may read \
                the state of the daemon",
+    };
+    pub(crate) const HANDOVER_SOCKET: Self = Self {
+        name: "handover-socket",
+        kind: ValueKind::Path,
+        scope: KeyScope::Process,
+        value_name: "PATH",
+        default: DefaultValue::Computed("no such socket"),
+        help: "Let the next virtionetd take the devices over on this unix socket, without a \
+               disconnect: start it with the same configuration and --take-over",
     };
     pub(crate) const STATE_DIR: Self = Self {
         name: "state-dir",

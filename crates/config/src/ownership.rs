@@ -23,16 +23,21 @@ struct ResourceOwner<'a> {
 }
 
 impl<'a> ResourceOwners<'a> {
-    /// Adds the socket of the control server.
-    pub(crate) fn add_control(&mut self, path: &Path, value: &'a SettingValue) {
-        let name = value.origin.key(Key::CONTROL);
-        let origin = &value.origin;
+    /// Adds a socket of the process, the value of `key`. Adds a problem if it has another owner
+    /// already.
+    pub(crate) fn add_process_socket(
+        &mut self,
+        key: Key,
+        path: &Path,
+        value: &'a SettingValue,
+        problems: &mut Problems,
+    ) {
         let owner = ResourceOwner {
-            name,
-            origin,
+            name: value.origin.key(key),
+            origin: &value.origin,
             is_switch: false,
         };
-        self.0.insert(path_resource(path), owner);
+        self.insert(path_resource(path), owner, problems);
     }
 
     /// Adds the resources of `device`. Adds a problem for each resource that has another owner
@@ -57,11 +62,15 @@ impl<'a> ResourceOwners<'a> {
             tap_resource(&device.uplink, owner(&[Key::TAP, Key::UPLINK])),
         ];
         for (resource, owner) in resources.into_iter().flatten() {
-            match self.0.get(&resource) {
-                Some(first) if owner.is_switch && first.name == owner.name => {}
-                Some(first) => problems.add(conflict(&resource, first, &owner)),
-                None => _ = self.0.insert(resource, owner),
-            }
+            self.insert(resource, owner, problems);
+        }
+    }
+
+    fn insert(&mut self, resource: String, owner: ResourceOwner<'a>, problems: &mut Problems) {
+        match self.0.get(&resource) {
+            Some(first) if owner.is_switch && first.name == owner.name => {}
+            Some(first) => problems.add(conflict(&resource, first, &owner)),
+            None => _ = self.0.insert(resource, owner),
         }
     }
 }

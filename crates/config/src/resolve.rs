@@ -10,7 +10,7 @@ use crate::layers;
 use crate::ownership::ResourceOwners;
 use crate::problem::{ConfigError, Problem, ProblemCode, Problems};
 use crate::rights::{helper, identity, sandbox_mode};
-use crate::settings::{SettingValue, Settings};
+use crate::settings::{Origin, SettingValue, Settings};
 use crate::socket_file::{check_path, socket_group, socket_mode};
 use crate::types::{Config, ControlSocket};
 
@@ -47,6 +47,16 @@ pub(crate) fn resolve(arguments: Arguments) -> Result<Config, ConfigError> {
     };
     let mut owners = ResourceOwners::default();
     let control = resolve_control(&process, &mut owners, &mut problems);
+    let handover = resolve_handover(&process, &mut owners, &mut problems);
+    if arguments.take_over && process.get(Key::HANDOVER_SOCKET).is_none() {
+        problems.add(Origin::Flag.problem(
+            ProblemCode::KeyUnused,
+            format_args!(
+                "--take-over has no effect without the socket of the daemon that runs: add \
+                 --handover-socket=PATH"
+            ),
+        ));
+    }
     let state_folder = problems.record(state_folder(&process));
     let sandbox = problems.record(sandbox_mode(&process));
     let identity = problems.record(identity(&process));
@@ -62,6 +72,8 @@ pub(crate) fn resolve(arguments: Arguments) -> Result<Config, ConfigError> {
     Ok(Config {
         devices,
         control,
+        handover,
+        take_over: arguments.take_over,
         state_folder: state_folder.flatten(),
         sandbox: sandbox.unwrap_or_default(),
         identity: identity.unwrap_or_default(),
@@ -87,12 +99,24 @@ fn resolve_control<'a>(
         return None;
     };
     let path = problems.record(check_path(Key::CONTROL, value))?;
-    owners.add_control(&path, value);
+    owners.add_process_socket(Key::CONTROL, &path, value, problems);
     Some(ControlSocket {
         path,
         mode: mode?,
         group: group?,
     })
+}
+
+/// The socket of the handover; `None` where none is configured or it has problems.
+fn resolve_handover<'a>(
+    process: &'a Settings,
+    owners: &mut ResourceOwners<'a>,
+    problems: &mut Problems,
+) -> Option<PathBuf> {
+    let value = process.get(Key::HANDOVER_SOCKET)?;
+    let path = problems.record(check_path(Key::HANDOVER_SOCKET, value))?;
+    owners.add_process_socket(Key::HANDOVER_SOCKET, &path, value, problems);
+    Some(path)
 }
 
 /// The folder for what must outlive the process; `None` where it is not set.

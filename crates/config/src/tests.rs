@@ -57,6 +57,8 @@ fn defaults_are_complete() {
         Config {
             devices: vec![device("vnet", "/s", "tap:t0")],
             control: None,
+            handover: None,
+            take_over: false,
             state_folder: None,
             sandbox: SandboxMode::On,
             identity: IdentityConfig::default(),

@@ -17,6 +17,10 @@ pub struct Config {
     pub devices: Vec<DeviceConfig>,
     /// The control socket; `None` for no control server.
     pub control: Option<ControlSocket>,
+    /// The path of the socket on which the next daemon takes over; `None` for none.
+    pub handover: Option<PathBuf>,
+    /// Whether this daemon takes over from the one that listens there.
+    pub take_over: bool,
     /// The folder for what must outlive the process; `None` for the default.
     pub state_folder: Option<PathBuf>,
     /// Whether threads are confined.
@@ -30,8 +34,8 @@ pub struct Config {
 }
 
 impl Config {
-    /// The paths of the sockets that the daemon makes: those of devices that listen, and that of
-    /// the control server.
+    /// The paths of the sockets that the daemon makes: those of devices that listen, that of the
+    /// control server, and that of the handover.
     pub fn own_sockets(&self) -> impl Iterator<Item = &Path> {
         let devices = self
             .devices
@@ -41,7 +45,8 @@ impl Config {
                 Socket::Connect { .. } | Socket::Inherited(_) => None,
             });
         let control = self.control.as_ref().map(|control| &control.path);
-        devices.chain(control).map(PathBuf::as_path)
+        let paths = devices.chain(control).chain(&self.handover);
+        paths.map(PathBuf::as_path)
     }
 }
 

@@ -8,6 +8,7 @@
 use std::ffi::OsStr;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -82,6 +83,21 @@ impl CrashRecords {
     pub fn in_memory() -> io::Result<Self> {
         let file = memfd_create("virtionetd-vrings", MemfdFlags::CLOEXEC)?;
         Ok(Self { file: file.into() })
+    }
+
+    /// The records of the daemon before this one, in this file. Its lock belongs to the open file,
+    /// and so to both.
+    #[must_use]
+    pub fn inherited(file: OwnedFd) -> Self {
+        Self { file: file.into() }
+    }
+
+    /// A copy of the descriptor of the file.
+    ///
+    /// # Errors
+    /// When the process has no descriptors left.
+    pub fn copy_of_file(&self) -> io::Result<OwnedFd> {
+        Ok(self.file.try_clone()?.into())
     }
 
     /// The record of vring `index`, which has `size` descriptors and was started by the front-end

@@ -1,11 +1,16 @@
 //! The source of a device's front-ends.
 
 use std::fmt;
-use std::os::fd::BorrowedFd;
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use virtionet_base::rights::FileIdentity;
+use virtionet_base::unix_socket::SocketFile;
 use virtionet_config::Socket;
+use virtionet_handover::{ListenerImage, SharedFd, SourceImage};
 use virtionet_vhost_user::listen::{
     InheritedSocket, ListenError, Listener, SocketPermissions, WrongDescriptor, connect,
 };
@@ -49,6 +54,50 @@ impl FrontendSource {
                     InheritedSocket::Connected(stream) => Self::Once(Some(stream)),
                 }
             }
+        })
+    }
+
+    /// The source of the daemon before this one, whose listening socket `listener` is, if it has one.
+    /// The socket file is not removed, until it is given to [`FrontendSource::own_file`].
+    ///
+    /// # Errors
+    /// When `listener` is no socket.
+    pub fn inherited(socket: &Socket, listener: Option<OwnedFd>) -> Result<Self, ListenError> {
+        let peer_uid = match socket {
+            Socket::Listen { peer_uid, .. } => *peer_uid,
+            Socket::Connect { .. } | Socket::Inherited(_) => None,
+        };
+        Ok(match (socket, listener) {
+            (_, Some(fd)) => Self::Listener(Listener::inherited(fd)?.with_peer_uid(peer_uid)),
+            (Socket::Connect { path }, None) => Self::Connect(path.clone()),
+            (Socket::Listen { .. } | Socket::Inherited(_), None) => Self::Once(None),
+        })
+    }
+
+    /// The same source, which from now on removes its socket file at the end.
+    #[must_use]
+    pub fn own_file(self, file: Option<SocketFile>) -> Self {
+        match self {
+            Self::Listener(listener) => Self::Listener(listener.owning(file)),
+            other => other,
+        }
+    }
+
+    /// The image of this source, for the next daemon.
+    ///
+    /// # Errors
+    /// When the process has no descriptors left.
+    pub fn to_image(&self) -> io::Result<SourceImage<SharedFd>> {
+        Ok(match self {
+            Self::Listener(listener) => SourceImage::Listener(ListenerImage {
+                socket: Arc::new(listener.poll_fd().try_clone_to_owned()?),
+                file: listener.file().map(|file| {
+                    let FileIdentity { device, inode } = file.identity();
+                    (device, inode)
+                }),
+            }),
+            Self::Connect(_) => SourceImage::Connect,
+            Self::Once(_) => SourceImage::Once,
         })
     }
 

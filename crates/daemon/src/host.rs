@@ -15,6 +15,7 @@ use crate::interrupts::Interrupts;
 use crate::net_device::NetDevice;
 use crate::placer::Placer;
 use crate::run_error::RunError;
+use crate::take_over::Inheritance;
 use crate::uplinks::Uplinks;
 use crate::worker_pool::WorkerPool;
 
@@ -22,7 +23,8 @@ use crate::worker_pool::WorkerPool;
 pub struct Host {
     /// The CPUs of this process.
     pub cpus: Arc<HostCpus>,
-    irq_manager: Arc<IrqAffinityManager>,
+    /// The masks of interrupts and queues that this process has set.
+    pub irq_manager: Arc<IrqAffinityManager>,
     /// The workers.
     pub pool: Arc<WorkerPool>,
     /// The folder for what must outlive the process, if there is one.
@@ -62,19 +64,27 @@ impl Host {
         &self,
         config: &Config,
         uplinks: &mut Uplinks,
+        inheritance: Option<&Inheritance>,
     ) -> Result<Vec<(DeviceConfig, CreatedDevice)>, RunError> {
-        let create = |device: &DeviceConfig| {
-            let created = self.create_net_device(device, uplinks)?;
-            Ok((device.clone(), created))
-        };
-        config.devices.iter().map(create).collect()
+        let mut created = Vec::new();
+        for (index, device) in config.devices.iter().enumerate() {
+            let records = match inheritance {
+                Some(inheritance) => inheritance.crash_records(index)?,
+                None => None,
+            };
+            let net_device = self.create_net_device(device, uplinks, records)?;
+            created.push((device.clone(), net_device));
+        }
+        Ok(created)
     }
 
     /// Creates a device. Its uplink is opened now, so that an error is reported at the start.
+    /// `records` are those of the daemon before this one.
     pub(crate) fn create_net_device(
         &self,
         device: &DeviceConfig,
         uplinks: &mut Uplinks,
+        records: Option<CrashRecords>,
     ) -> Result<CreatedDevice, RunError> {
         let mode = device.placement.clone();
         let planner = PlacementPlanner::new(mode, self.cpus.allowed(), device.qmp.clone())
@@ -110,8 +120,10 @@ impl Host {
             interrupts,
             Adviser::new(&device.name, device.qmp.clone(), socket.clone()),
         );
-        let (records, problem) =
-            open_crash_records(self.state_folder.as_deref(), socket.as_deref());
+        let (records, problem) = match records {
+            Some(records) => (Some(records), None),
+            None => open_crash_records(self.state_folder.as_deref(), socket.as_deref()),
+        };
         if let Some(records) = records {
             net_device = net_device.with_crash_records(records);
         }

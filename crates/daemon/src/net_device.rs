@@ -3,6 +3,7 @@
 
 mod backend;
 mod connection_log;
+mod handover;
 mod health;
 
 use std::collections::BTreeSet;

@@ -7,7 +7,7 @@
 //! process know, such as the start of a worker, they report, and the thread acts on it at once.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -18,6 +18,7 @@ use virtionet_sandbox::ThreadKind;
 use crate::host_cpus::HostCpus;
 use crate::net_device::NetDevice;
 use crate::sandbox;
+use crate::stop::Stop;
 
 /// The time between two checks, so that a worker follows its vCPU in less than a second.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
@@ -44,7 +45,7 @@ enum WakeReason {
 pub fn start(
     net_devices: Vec<Arc<NetDevice>>,
     host: Arc<HostCpus>,
-    stop: Arc<OwnedFd>,
+    stop: Arc<Stop>,
 ) -> io::Result<JoinHandle<()>> {
     std::thread::Builder::new()
         .name("placer".into())

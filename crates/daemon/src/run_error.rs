@@ -2,6 +2,7 @@
 
 use std::io;
 
+use virtionet_base::unix_socket::UnixSocketError;
 use virtionet_control::server::ControlError;
 use virtionet_placement::PlacementError;
 use virtionet_vhost_user::SessionError;
@@ -9,6 +10,7 @@ use virtionet_vhost_user::listen::ListenError;
 
 use crate::host_cpus::HostCpusError;
 use crate::sandbox::ConfineError;
+use crate::take_over::TakeOverError;
 use crate::uplinks::OpenUplinkError;
 
 /// Why the program cannot start, or had to end.
@@ -41,6 +43,9 @@ pub enum RunError {
     /// The control socket cannot be created.
     #[error(transparent)]
     Control(#[from] ControlError),
+    /// The socket for the next daemon cannot be created.
+    #[error("{0} (--handover-socket)")]
+    HandoverSocket(#[source] UnixSocketError),
     /// The host lacks a resource that every process needs.
     #[error("cannot {operation}: {source}; check the limits of this process")]
     Host {
@@ -68,6 +73,9 @@ pub enum RunError {
     /// The process cannot give up its rights.
     #[error(transparent)]
     Confine(#[from] ConfineError),
+    /// The devices of the daemon before this one cannot be taken over.
+    #[error(transparent)]
+    TakeOver(#[from] TakeOverError),
     /// A device cannot continue.
     #[error("{device}: {source}")]
     DeviceFailed {
@@ -110,11 +118,13 @@ impl RunError {
             Self::Uplink { source, .. } => source.code(),
             Self::Usage { .. } => "placement-impossible",
             Self::Control(error) => error.code(),
+            Self::HandoverSocket(_) => "handover-socket-unavailable",
             Self::Host { .. } => "host-resources",
             Self::TooFewDescriptors { .. } => "open-files-limit",
             Self::Cpus(error) => error.code(),
             Self::Helper(_) => "helper-not-started",
             Self::Confine(error) => error.code(),
+            Self::TakeOver(error) => error.code(),
             Self::DeviceFailed { source, .. } => source.code(),
             Self::Stuck { .. } => "thread-stuck",
             Self::Panic { .. } => "thread-panicked",

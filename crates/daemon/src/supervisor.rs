@@ -16,110 +16,234 @@
 //! At the end every thread is asked to stop. One that does not within 2 s is named in the log, and
 //! the process ends without it.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::process;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, Signal};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM};
-use signal_hook::iterator::{Handle, Signals};
-use virtionet_config::{Config, ControlSocket, DeviceConfig};
-use virtionet_control::server::{ControlError, ControlServer, SocketPermissions};
+use parking_lot::Mutex;
+use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::iterator::Signals;
+use virtionet_config::{Config, DeviceConfig, Socket};
+use virtionet_control::server::ControlServer;
 use virtionet_sandbox::ThreadKind;
 use virtionet_uplink::switch::HostPortForwarder;
-use virtionet_vhost_user::{SessionEnd, SessionError, SessionLog, start_closer};
+use virtionet_vhost_user::start_closer;
 use virtionet_virtqueue::memory::survive_lost_memory;
 
 use crate::call_watchdog;
 use crate::descriptor_budget;
+use crate::device_thread::{DeviceThread, ServedDevice, start_devices};
 use crate::frontend_source::FrontendSource;
+use crate::handover::{Estate, SUCCESSOR_SIGNAL, Successor};
 use crate::helper_process::HelperProcess;
-use crate::host::Host;
-use crate::net_device::NetDevice;
-use crate::panic_policy::{contain, contain_panics};
+use crate::host::{CreatedDevice, Host};
+use crate::logging;
 use crate::placement_monitor;
+use crate::process_sockets::ProcessSockets;
 use crate::report_builder::DeviceRegistry;
-use crate::run_error::{DeviceFailure, RunError};
+use crate::run_error::RunError;
 use crate::sandbox;
+use crate::stop::Stop;
+use crate::take_over::{Inheritance, socket_file};
 use crate::uplinks::Uplinks;
 use crate::worker_pool::WorkerPool;
-
-/// A session that ends sooner than this is followed by a pause of this length.
-const MIN_SESSION_INTERVAL: Duration = Duration::from_millis(20);
-
-/// The same for a session that no front-end of the same configuration could have used.
-const UNUSABLE_SESSION_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How long all threads together may take to end.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 /// Pause between two checks of whether a thread has ended.
 const JOIN_INTERVAL: Duration = Duration::from_millis(1);
 
-/// Serves the devices of `config` until a signal asks to end.
+/// Serves the devices of `config` until a signal asks to end, or the next daemon has taken over.
 ///
 /// # Errors
 /// When something cannot be set up, or the only device cannot continue.
 pub fn run(config: Config) -> Result<(), RunError> {
     descriptor_budget::prepare(&config)?;
-    let mut signals =
-        Signals::new([SIGTERM, SIGINT, SIGHUP, SIGCHLD]).map_err(host_error("handle signals"))?;
-    // Take inherited descriptors first, because anything that is opened before could get their
-    // numbers.
-    let sources = config
-        .devices
-        .iter()
-        .map(open_source)
-        .collect::<Result<Vec<_>, _>>()?;
-    let helper = HelperProcess::start(&config).map_err(RunError::Helper)?;
-    let helper = helper.map(Arc::new);
-    let host = Host::new(config.state_folder.as_deref())?;
-    let mut uplinks = Uplinks::default();
-    let net_devices = host.create_net_devices(&config, &mut uplinks)?;
-    let devices = net_devices
-        .iter()
-        .map(|(config, created)| (config.clone(), Arc::clone(&created.net_device)));
-    let devices = Arc::new(DeviceRegistry {
-        devices: devices.collect(),
-        helper: helper.clone(),
-    });
-    let control = config
-        .control
-        .as_ref()
-        .map(|socket| start_control(socket, &devices))
-        .transpose()?;
+    let signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGCHLD, SIGUSR1]);
+    let signals = signals.map_err(host_error("handle signals"))?;
+    let mut parts = Parts::open(&config)?;
     // From here on nothing is opened that needs a right of this process.
     sandbox::confine_process()?;
     protect_threads()?;
-    let stop = create_stop()?;
-    let mut helper_threads = start_host_port_forwarders(&uplinks, &stop)?;
-    let followed = devices
-        .devices
-        .iter()
-        .map(|(_, net_device)| Arc::clone(net_device));
-    let placer = placement_monitor::start(followed.collect(), host.cpus, Arc::clone(&stop));
-    helper_threads.push((
-        "placer".into(),
-        placer.map_err(host_error("start a thread"))?,
-    ));
-    for ((device, created), source) in net_devices.iter().zip(&sources) {
-        let summary = format!("{source}, {}", created.uplink_summary);
-        log_start(&device.name, &summary, control.as_ref());
+    let created = parts.created.iter();
+    let devices = created.map(|(_, created)| {
+        Arc::new(ServedDevice {
+            net_device: Arc::clone(&created.net_device),
+            suspended: Mutex::default(),
+        })
+    });
+    let devices: Vec<_> = devices.collect();
+    if let Some(inheritance) = parts.inheritance.take() {
+        parts.take_over(inheritance, &config, &devices)?;
     }
-    let device_threads = start_devices(&devices, sources, &stop, &signals.handle())?;
-    wait_for_end(&mut signals, helper.as_deref())?;
-    // The eventfd is never read, so it stays readable for every thread.
-    let _ = rustix::io::write(&*stop, &1u64.to_ne_bytes());
-    let ended = end_threads(&host.pool, control, device_threads, helper_threads);
-    helper.inspect(|helper| helper.end());
-    if !matches!(ended, Err(RunError::Stuck { .. })) {
-        for switch in uplinks.switches() {
-            tracing::info!("{switch}");
+    parts.serve(devices, signals)
+}
+
+/// What the process has opened.
+struct Parts {
+    /// What the daemon before this one offers.
+    inheritance: Option<Inheritance>,
+    sources: Vec<FrontendSource>,
+    helper: Option<Arc<HelperProcess>>,
+    host: Host,
+    uplinks: Arc<Uplinks>,
+    created: Vec<(DeviceConfig, CreatedDevice)>,
+    sockets: ProcessSockets,
+}
+
+impl Parts {
+    /// Opens what `config` names, or has it offered by the daemon before this one.
+    fn open(config: &Config) -> Result<Self, RunError> {
+        let inheritance = match &config.handover {
+            Some(path) if config.take_over => Some(Inheritance::ask(path, config)?),
+            _ => None,
+        };
+        // Take inherited descriptors first, because anything that is opened before could get their
+        // numbers.
+        let sources = open_sources(config, inheritance.as_ref())?;
+        let helper = HelperProcess::start(config).map_err(RunError::Helper)?;
+        let host = Host::new(config.state_folder.as_deref())?;
+        let mut uplinks = match &inheritance {
+            Some(offered) => Uplinks::inheriting(offered.taps(), offered.switch_seeds()),
+            None => Uplinks::default(),
+        };
+        let created = host.create_net_devices(config, &mut uplinks, inheritance.as_ref())?;
+        Ok(Self {
+            sockets: match inheritance {
+                Some(_) => ProcessSockets::default(),
+                None => ProcessSockets::open(config)?,
+            },
+            inheritance,
+            sources,
+            helper: helper.map(Arc::new),
+            host,
+            uplinks: Arc::new(uplinks),
+            created,
+        })
+    }
+
+    /// Takes the sessions over, and with them all that the daemon before this one owned.
+    fn take_over(
+        &mut self,
+        inheritance: Inheritance,
+        config: &Config,
+        devices: &[Arc<ServedDevice>],
+    ) -> Result<(), RunError> {
+        let program = inheritance.program().to_owned();
+        let taken = inheritance.take(devices, &self.uplinks, &self.host.irq_manager)?;
+        tracing::info!("the devices of virtionetd {program} are taken over");
+        let sources = std::mem::take(&mut self.sources).into_iter();
+        let owned = sources.zip(&config.devices).zip(&taken.socket_files);
+        let owned = owned.map(|((source, device), numbers)| match &device.socket {
+            Socket::Listen { path, .. } => source.own_file(Some(socket_file(*numbers, path))),
+            Socket::Connect { .. } | Socket::Inherited(_) => source,
+        });
+        self.sources = owned.collect();
+        let sockets = ProcessSockets::taken(config, &taken);
+        self.sockets = sockets.map_err(host_error("copy a descriptor"))?;
+        Ok(())
+    }
+
+    /// Starts all threads, and returns when they have ended.
+    fn serve(self, devices: Vec<Arc<ServedDevice>>, mut signals: Signals) -> Result<(), RunError> {
+        let stops = Stops::new().map_err(host_error("make an eventfd"))?;
+        let estate = self.estate(&devices, &stops);
+        let estate = estate.map_err(host_error("copy a descriptor"))?;
+        let registry = Arc::new(self.registry());
+        let successor = Successor::default();
+        let served = self.sockets.serve(&registry, &successor)?;
+        let mut helper_threads = start_host_port_forwarders(&self.uplinks, &stops.forwarders)?;
+        let followed = devices.iter().map(|device| Arc::clone(&device.net_device));
+        let stop = Arc::clone(&stops.placer);
+        let placer = placement_monitor::start(followed.collect(), self.host.cpus, stop);
+        helper_threads.push((
+            "placer".into(),
+            placer.map_err(host_error("start a thread"))?,
+        ));
+        for ((device, created), source) in self.created.iter().zip(&self.sources) {
+            let summary = format!("{source}, {}", created.uplink_summary);
+            log_start(&device.name, &summary, served.control.as_ref());
+        }
+        let main = signals.handle();
+        let device_threads = start_devices(&devices, self.sources, &stops.sessions, &main)?;
+        let helper = self.helper.as_deref();
+        wait_for_end(&mut signals, helper, &successor, estate.as_ref())?;
+        stops.end();
+        let ended = end_threads(
+            &self.host.pool,
+            served.control,
+            device_threads,
+            helper_threads,
+        );
+        drop(served.handover);
+        helper.inspect(|helper| helper.end());
+        if !matches!(ended, Err(RunError::Stuck { .. })) {
+            for switch in self.uplinks.switches() {
+                tracing::info!("{switch}");
+            }
+        }
+        ended
+    }
+
+    /// What the next daemon can take over; `None` if it has no socket for that.
+    fn estate(&self, devices: &[Arc<ServedDevice>], stops: &Stops) -> io::Result<Option<Estate>> {
+        let [control, Some(handover)] = self.sockets.images()? else {
+            return Ok(None);
+        };
+        let sources = self.sources.iter().map(FrontendSource::to_image);
+        Ok(Some(Estate {
+            devices: devices.to_vec(),
+            sources: sources.collect::<Result<_, _>>()?,
+            uplinks: Arc::clone(&self.uplinks),
+            control,
+            handover,
+            irq_manager: Arc::clone(&self.host.irq_manager),
+            pool: Arc::clone(&self.host.pool),
+            forwarders: Arc::clone(&stops.forwarders),
+            sessions: Arc::clone(&stops.sessions),
+        }))
+    }
+
+    fn registry(&self) -> DeviceRegistry {
+        let devices = self.created.iter();
+        let devices =
+            devices.map(|(config, created)| (config.clone(), Arc::clone(&created.net_device)));
+        DeviceRegistry {
+            devices: devices.collect(),
+            helper: self.helper.clone(),
         }
     }
-    ended
+}
+
+/// What stops the threads.
+struct Stops {
+    /// Those that carry frames from a TAP to a switch.
+    forwarders: Arc<Stop>,
+    /// Those of devices.
+    sessions: Arc<Stop>,
+    /// That of the placer.
+    placer: Arc<Stop>,
+}
+
+impl Stops {
+    fn new() -> io::Result<Self> {
+        Ok(Self {
+            forwarders: Arc::new(Stop::new()?),
+            sessions: Arc::new(Stop::new()?),
+            placer: Arc::new(Stop::new()?),
+        })
+    }
+
+    fn end(&self) {
+        for stop in [&self.forwarders, &self.sessions, &self.placer] {
+            stop.end();
+        }
+    }
 }
 
 /// Waits until all threads, which have been asked to stop, have ended, or [`SHUTDOWN_TIMEOUT`] has
@@ -148,19 +272,6 @@ fn end_threads(
     ended.and(helpers_ended)
 }
 
-fn start_control(
-    socket: &ControlSocket,
-    devices: &Arc<DeviceRegistry>,
-) -> Result<ControlServer, ControlError> {
-    let access = SocketPermissions {
-        mode: Some(socket.mode),
-        group: socket.group.clone(),
-    };
-    ControlServer::start(&socket.path, &access, Arc::clone(devices) as _, || {
-        sandbox::confine_early_thread(ThreadKind::Control);
-    })
-}
-
 /// Leaves the signals that end the program to the main thread, which takes them once it has started
 /// all others. No other thread may wake it: see the lists of [`virtionet_sandbox`].
 ///
@@ -183,30 +294,58 @@ fn handled_signals() -> SigSet {
         Signal::SIGINT,
         Signal::SIGHUP,
         Signal::SIGCHLD,
+        SUCCESSOR_SIGNAL,
     ];
     signals.into_iter().collect()
 }
 
 /// Returns when a signal requests the end of the program, or when the signals' handle was closed.
-/// Until then the main thread has nothing else to do, so it confines itself.
-fn wait_for_end(signals: &mut Signals, helper: Option<&HelperProcess>) -> Result<(), RunError> {
+/// Until then the main thread has nothing else to do than to hand over, so it confines itself.
+fn wait_for_end(
+    signals: &mut Signals,
+    helper: Option<&HelperProcess>,
+    successor: &Successor,
+    estate: Option<&Estate>,
+) -> Result<(), RunError> {
     take_signals()?;
     sandbox::confine_main();
     for signal in signals.forever() {
-        if signal == SIGCHLD {
-            helper.inspect(|helper| helper.check());
-            continue;
-        }
-        if signal == SIGHUP {
-            tracing::info!(
+        match signal {
+            SIGCHLD => {
+                helper.inspect(|helper| helper.check());
+            }
+            SIGHUP => tracing::info!(
                 "SIGHUP ignored, because this version cannot reload its configuration; restart virtionetd to apply a change"
-            );
-            continue;
+            ),
+            SIGUSR1 => {
+                if let Some((estate, stream)) = estate.zip(successor.take()) {
+                    hand_over(estate, stream);
+                }
+            }
+            signal => {
+                tracing::info!("signal {signal}: ending");
+                break;
+            }
         }
-        tracing::info!("signal {signal}: ending");
-        break;
     }
     Ok(())
+}
+
+/// Hands over and ends the process, or returns if that fails.
+fn hand_over(estate: &Estate, stream: UnixStream) {
+    match estate.hand_over(stream) {
+        Ok((program, paused_for)) => {
+            tracing::info!(
+                "all devices are handed over to virtionetd {program}; they were paused for {paused_for:?}"
+            );
+            logging::flush();
+            // No destructor may run: files, queues and masks belong to the other process.
+            process::exit(0);
+        }
+        Err(failure) => {
+            tracing::error!("the devices are not handed over, and go on here: {failure}");
+        }
+    }
 }
 
 fn log_start(device: &str, summary: &str, control: Option<&ControlServer>) {
@@ -224,65 +363,31 @@ fn protect_threads() -> Result<(), RunError> {
     call_watchdog::start().map_err(host_error("start the watchdog"))
 }
 
-/// The eventfd that is readable once all threads must end.
-fn create_stop() -> Result<Arc<OwnedFd>, RunError> {
-    let stop = eventfd(0, EventfdFlags::CLOEXEC);
-    let stop = stop.map_err(|error| host_error("make an eventfd")(error.into()))?;
-    Ok(Arc::new(stop))
+fn open_sources(
+    config: &Config,
+    inheritance: Option<&Inheritance>,
+) -> Result<Vec<FrontendSource>, RunError> {
+    let open = |(index, device): (usize, &DeviceConfig)| match inheritance {
+        Some(offered) => Ok(offered.source(index, &device.name, &device.socket)?),
+        None => FrontendSource::open(&device.socket).map_err(|source| RunError::Socket {
+            device: device.name.clone(),
+            source,
+        }),
+    };
+    config.devices.iter().enumerate().map(open).collect()
 }
 
-fn open_source(device: &DeviceConfig) -> Result<FrontendSource, RunError> {
-    FrontendSource::open(&device.socket).map_err(|source| RunError::Socket {
-        device: device.name.clone(),
-        source,
-    })
-}
-
-fn host_error(operation: &'static str) -> impl Fn(std::io::Error) -> RunError {
+fn host_error(operation: &'static str) -> impl Fn(io::Error) -> RunError {
     move |source| RunError::Host { operation, source }
 }
-
-/// A thread that serves a device, and the device's name.
-type DeviceThread = (String, JoinHandle<Result<(), DeviceFailure>>);
 
 /// A thread beside those of the devices, and its name.
 type HelperThread = (String, JoinHandle<()>);
 
-/// Starts a thread for each device. `main` is closed when the last of them ends.
-fn start_devices(
-    devices: &DeviceRegistry,
-    sources: Vec<FrontendSource>,
-    stop: &Arc<OwnedFd>,
-    main: &Handle,
-) -> Result<Vec<DeviceThread>, RunError> {
-    let is_only_device = devices.devices.len() == 1;
-    let running_devices = Arc::new(AtomicUsize::new(devices.devices.len()));
-    let mut threads = Vec::new();
-    for ((_, net_device), source) in devices.devices.iter().zip(sources) {
-        let (net_device, stop, main) = (Arc::clone(net_device), Arc::clone(stop), main.clone());
-        let name = net_device.name().to_owned();
-        let running_devices = Arc::clone(&running_devices);
-        let serve = move || {
-            sandbox::confine_thread(ThreadKind::Session);
-            let ended = serve_device(&net_device, source, stop.as_fd(), is_only_device);
-            if running_devices.fetch_sub(1, Ordering::Relaxed) == 1 {
-                main.close();
-            }
-            ended
-        };
-        let thread = std::thread::Builder::new()
-            .name(name.clone())
-            .spawn(serve)
-            .map_err(host_error("start a thread"))?;
-        threads.push((name, thread));
-    }
-    Ok(threads)
-}
-
 /// Starts the threads that forward the host's frames to switches.
 fn start_host_port_forwarders(
     uplinks: &Uplinks,
-    stop: &Arc<OwnedFd>,
+    stop: &Arc<Stop>,
 ) -> Result<Vec<HelperThread>, RunError> {
     let start = |forwarder: HostPortForwarder| {
         let stop = Arc::clone(stop);
@@ -291,7 +396,13 @@ fn start_host_port_forwarders(
             .name(format!("sw-{}", forwarder.switch()))
             .spawn(move || {
                 sandbox::confine_thread(ThreadKind::SwitchForwarder);
-                forwarder.run(stop.as_fd());
+                let _member = stop.enter();
+                loop {
+                    forwarder.run(stop.as_fd());
+                    if !stop.rest() {
+                        break;
+                    }
+                }
             })
             .map_err(host_error("start a thread"))?;
         Ok((name, thread))
@@ -350,66 +461,6 @@ fn join_helpers(
         }
     }
     result
-}
-
-/// A device's thread: serves one front-end after the other, until there will be none. A front-end
-/// that fails costs its own session, and so does a panic. The program ends only if no other
-/// front-end can come and there is no other device.
-///
-/// # Errors
-/// When the device cannot continue.
-fn serve_device(
-    net_device: &NetDevice,
-    mut source: FrontendSource,
-    stop: BorrowedFd<'_>,
-    is_only_device: bool,
-) -> Result<(), DeviceFailure> {
-    // A program that continues with other devices must log the failure now; one that ends reports
-    // it at its end.
-    let fail = |failure: DeviceFailure| {
-        if !is_only_device {
-            tracing::error!("{}: {failure}", net_device.name());
-        }
-        Err(failure)
-    };
-    contain_panics();
-    let log = SessionLog::default();
-    loop {
-        let stream = match source.next(stop, |reason| net_device.report_unconnected(reason)) {
-            Ok(Some(stream)) => stream,
-            Ok(None) => return Ok(()),
-            Err(error) => return fail(error.into()),
-        };
-        net_device.report_connected();
-        let started_at = Instant::now();
-        let others = source.others();
-        let mut interval = MIN_SESSION_INTERVAL;
-        match contain(|| virtionet_vhost_user::serve(stream, net_device, stop, others, &log)) {
-            Ok(Ok(SessionEnd::Disconnected)) => {}
-            Ok(Ok(SessionEnd::Stopped)) => return Ok(()),
-            Ok(Err(error @ SessionError::NotShared)) => {
-                if is_only_device && source.is_finished() {
-                    return fail(error.into());
-                }
-                net_device.report_memory_not_shared(&error);
-                interval = UNUSABLE_SESSION_INTERVAL;
-            }
-            Ok(Err(error)) => net_device.report_session_error(&error),
-            Err(panic) => tracing::error!("{}: the session ended: {panic}", net_device.name()),
-        }
-        let elapsed = started_at.elapsed();
-        if elapsed < interval && pause(stop, interval - elapsed) {
-            return Ok(());
-        }
-    }
-}
-
-/// Waits before the next front-end: one that is refused may come again at once, and without end
-/// (QEMU does when it asks for too many queue pairs). True when `stop` is readable.
-fn pause(stop: BorrowedFd<'_>, time: Duration) -> bool {
-    let mut fds = [PollFd::from_borrowed_fd(stop, PollFlags::IN)];
-    let timeout = Timespec::try_from(time).ok();
-    matches!(poll(&mut fds, timeout.as_ref()), Ok(ready) if ready > 0)
 }
 
 #[cfg(test)]

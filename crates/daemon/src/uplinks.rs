@@ -2,15 +2,17 @@
 //! one owner.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::sync::Arc;
 
 use rustix::net::netdevice::name_to_index;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
 use virtionet_config::uplink::{SwitchConfig, UplinkConfig};
+use virtionet_handover::SharedFd;
 use virtionet_uplink::null::Null;
-use virtionet_uplink::switch::{HostPortForwarder, Switch};
-use virtionet_uplink::tap::{Tap, TapConfig};
+use virtionet_uplink::switch::{HostPortForwarder, Switch, SwitchImage};
+use virtionet_uplink::tap::{Tap, TapConfig, TapImage};
 use virtionet_virtio_net::uplink::{Uplink, UplinkError};
 
 /// An uplink that a device can use.
@@ -23,11 +25,8 @@ pub struct OpenedUplink {
 }
 
 impl OpenedUplink {
-    fn new(uplink: impl Uplink + 'static, summary: String) -> Self {
-        Self {
-            uplink: Arc::new(uplink),
-            summary,
-        }
+    fn new(uplink: Arc<impl Uplink + 'static>, summary: String) -> Self {
+        Self { uplink, summary }
     }
 }
 
@@ -65,10 +64,29 @@ impl OpenUplinkError {
 pub struct Uplinks {
     switches: BTreeMap<String, Arc<Switch>>,
     /// The owner of each TAP.
-    taps: BTreeMap<String, String>,
+    owners: BTreeMap<String, String>,
+    /// The TAPs, by their owners.
+    taps: BTreeMap<String, Arc<Tap>>,
+    /// The TAPs of the daemon before this one that are not opened yet, by their owners.
+    inherited_taps: BTreeMap<String, TapImage<SharedFd>>,
+    /// The seeds of its switches.
+    inherited_seeds: BTreeMap<String, u64>,
 }
 
 impl Uplinks {
+    /// The uplinks of the daemon before this one, to which they belong until [`Uplinks::own`].
+    #[must_use]
+    pub fn inheriting(
+        taps: BTreeMap<String, TapImage<SharedFd>>,
+        switch_seeds: BTreeMap<String, u64>,
+    ) -> Self {
+        Self {
+            inherited_taps: taps,
+            inherited_seeds: switch_seeds,
+            ..Self::default()
+        }
+    }
+
     /// Opens the uplink of one more device, which `device` names.
     ///
     /// # Errors
@@ -82,9 +100,12 @@ impl Uplinks {
             UplinkConfig::Tap(tap) => {
                 self.claim(&tap.name, "a device".into())?;
                 let existed = interface_exists(&tap.name);
-                let uplink = Tap::open(&tap_config(tap))?;
+                let owner = format!("device {device}");
+                let is_inherited = self.inherited_taps.contains_key(&owner);
+                let uplink = self.open_tap(owner, &tap_config(tap))?;
                 let name = uplink.name();
                 let summary = match existed {
+                    _ if is_inherited => format!("TAP {name} taken over"),
                     true => format!("existing TAP {name} opened"),
                     false => format!("TAP {name} created"),
                 };
@@ -93,11 +114,11 @@ impl Uplinks {
             UplinkConfig::Switch(switch) => {
                 let port = self.switch(switch)?.add_device_port(device)?;
                 Ok(OpenedUplink::new(
-                    port,
+                    Arc::new(port),
                     format!("port of switch {}", switch.name),
                 ))
             }
-            UplinkConfig::Null => Ok(OpenedUplink::new(Null, "no uplink (null)".into())),
+            UplinkConfig::Null => Ok(OpenedUplink::new(Arc::new(Null), "no uplink (null)".into())),
         }
     }
 
@@ -120,17 +141,80 @@ impl Uplinks {
         if let Some(tap) = &config.tap {
             self.claim(&tap.name, format!("switch {name}"))?;
         }
-        let switch = self
-            .switches
-            .entry(name.clone())
-            .or_insert_with(|| Switch::new(name));
+        let seed = self.inherited_seeds.get(name);
+        let create = || match seed {
+            Some(seed) => Switch::with_seed(name, *seed),
+            None => Switch::new(name),
+        };
+        let switch = Arc::clone(self.switches.entry(name.clone()).or_insert_with(create));
         if config.forward_reserved {
             switch.forward_reserved_groups();
         }
         if let Some(tap) = &config.tap {
-            switch.add_host_port(&tap_config(tap))?;
+            let config = tap_config(tap);
+            let owner = format!("switch {name}");
+            switch.add_host_tap(&config, || self.open_tap(owner, &config))?;
         }
-        Ok(Arc::clone(switch))
+        Ok(switch)
+    }
+
+    fn open_tap(&mut self, owner: String, config: &TapConfig) -> Result<Arc<Tap>, UplinkError> {
+        let tap = match self.inherited_taps.remove(&owner) {
+            Some(image) => Tap::from_image(config, &image)?,
+            None => Tap::open(config)?,
+        };
+        let tap = Arc::new(tap);
+        self.taps.insert(owner, Arc::clone(&tap));
+        Ok(tap)
+    }
+
+    /// The images of the TAPs, by their owners.
+    ///
+    /// # Errors
+    /// When the process has no descriptors left.
+    pub fn tap_images(&self) -> io::Result<BTreeMap<String, TapImage<SharedFd>>> {
+        let image = |(owner, tap): (&String, &Arc<Tap>)| Ok((owner.clone(), tap.to_image()?));
+        self.taps.iter().map(image).collect()
+    }
+
+    /// The seed of each switch.
+    #[must_use]
+    pub fn switch_seeds(&self) -> BTreeMap<String, u64> {
+        let seed = |(name, switch): (&String, &Arc<Switch>)| (name.clone(), switch.seed());
+        self.switches.iter().map(seed).collect()
+    }
+
+    /// What the switches have learned.
+    #[must_use]
+    pub fn switch_images(&self) -> Vec<SwitchImage> {
+        self.switches().map(Switch::to_image).collect()
+    }
+
+    /// Brings inherited uplinks up to date.
+    ///
+    /// # Errors
+    /// When the process has no descriptors left.
+    pub fn update(
+        &self,
+        taps: &BTreeMap<String, TapImage<SharedFd>>,
+        switches: &[SwitchImage],
+    ) -> io::Result<()> {
+        for (owner, tap) in &self.taps {
+            if let Some(image) = taps.get(owner) {
+                tap.update_from_image(image)?;
+            }
+        }
+        for image in switches {
+            if let Some(switch) = self.switches.get(&image.name) {
+                switch.learn_image(image);
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes inherited uplinks those of this process.
+    pub fn own(&self) {
+        self.taps.values().for_each(|tap| tap.own());
     }
 
     /// Records the owner of a TAP, because the kernel's error would not name the other owner. A
@@ -139,14 +223,14 @@ impl Uplinks {
         if name.contains('%') {
             return Ok(());
         }
-        match self.taps.get(name) {
+        match self.owners.get(name) {
             Some(other) if *other != owner => Err(OpenUplinkError::TapClaimed {
                 tap: name.to_owned(),
                 owner: other.clone(),
                 claimant: owner,
             }),
             _ => {
-                self.taps.insert(name.to_owned(), owner);
+                self.owners.insert(name.to_owned(), owner);
                 Ok(())
             }
         }

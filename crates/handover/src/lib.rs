@@ -37,7 +37,7 @@ use parcel::{Packing, Unpacking, receive, send};
 
 /// How long one side waits for the other while devices work.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long the old daemon waits while devices stand still.
+/// How long the old daemon waits while devices are paused.
 const FROZEN_PATIENCE: Duration = Duration::from_secs(2);
 
 /// A descriptor of this process.
@@ -106,7 +106,7 @@ impl OldSide {
         self.expect(FromNew::Ready)
     }
 
-    /// Sends the state of the devices, which stand still, and waits until the new daemon has made
+    /// Sends the state of the devices, which are paused, and waits until the new daemon has made
     /// its own of it.
     ///
     /// # Errors

@@ -39,7 +39,7 @@ pub(crate) enum FromNew {
 pub(crate) enum FromOld<F> {
     /// What it can hand over.
     Offer(Offer<F>),
-    /// The state of its devices, which stand still.
+    /// The state of its devices, which are paused.
     Frozen(Frozen<F>),
     /// From now on the devices belong to the new daemon.
     Commit,
@@ -100,7 +100,7 @@ pub struct ListenerImage<F> {
     pub file: Option<(u64, u64)>,
 }
 
-/// The state of devices that stand still.
+/// The state of paused devices.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Frozen<F> {
     /// The devices, in the order of the offer.

@@ -219,12 +219,23 @@ const CONTROL: &[Call] = calls![
     capget: SYS_capget,
 ];
 
-/// Waiting for signals, ending the other threads.
+/// Waiting for the next daemon.
+const HANDOVER: &[Call] = calls![
+    accept4: SYS_accept4,
+    getsockopt: SYS_getsockopt,
+    geteuid: SYS_geteuid,
+    // Closing a socket of another user.
+    fcntl: SYS_fcntl(FCNTL),
+];
+
+/// Waiting for signals, handing over, ending the other threads.
 const MAIN: &[Call] = calls![
     recvfrom: SYS_recvfrom,
     sendto: SYS_sendto,
     ioctl: SYS_ioctl(Arguments::OneOf(1, &[TUNSETQUEUE])),
     fcntl: SYS_fcntl(FCNTL),
+    // The next daemon is waited for, but not long.
+    setsockopt: SYS_setsockopt,
     // The helper, when it ends.
     wait4: SYS_wait4,
     waitid: SYS_waitid,
@@ -443,6 +454,7 @@ pub(crate) fn of_kind(kind: ThreadKind) -> Vec<Call> {
         ThreadKind::Log => &[RUNTIME],
         ThreadKind::Closer => &[RUNTIME, CLOSER],
         ThreadKind::Watchdog => &[RUNTIME, WATCHDOG],
+        ThreadKind::Handover => &[RUNTIME, HANDOVER],
         ThreadKind::Helper => &[RUNTIME, ASK_HELPER, HELPER, UNLINK, UNLINK_X86],
     };
     groups.concat()

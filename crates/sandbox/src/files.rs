@@ -89,6 +89,7 @@ fn files_of(kind: ThreadKind, rules: &FileRules) -> Option<Vec<(PathBuf, FileUse
         | ThreadKind::SwitchForwarder
         | ThreadKind::Log
         | ThreadKind::Closer
+        | ThreadKind::Handover
         | ThreadKind::Watchdog => {}
     }
     if matches!(

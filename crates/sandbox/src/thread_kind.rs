@@ -29,6 +29,8 @@ pub enum ThreadKind {
     Closer,
     /// Interrupts writes that block.
     Watchdog,
+    /// Waits for the next daemon.
+    Handover,
     /// The only thread but `log` of the helper, a process that keeps capabilities and uses them for
     /// the others.
     Helper,
@@ -36,7 +38,7 @@ pub enum ThreadKind {
 
 impl ThreadKind {
     /// All kinds.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Main,
         Self::Session,
         Self::Worker,
@@ -47,6 +49,7 @@ impl ThreadKind {
         Self::Log,
         Self::Closer,
         Self::Watchdog,
+        Self::Handover,
         Self::Helper,
     ];
 
@@ -94,6 +97,7 @@ impl fmt::Display for ThreadKind {
             Self::Log => "log",
             Self::Closer => "closer",
             Self::Watchdog => "watchdog",
+            Self::Handover => "handover",
             Self::Helper => "helper",
         })
     }

@@ -68,15 +68,33 @@ impl Backend for NetDevice {
     }
 
     fn on_connect(&self, pid: Option<u32>) {
-        self.placer
-            .connected(pid.and_then(|pid| i32::try_from(pid).ok()));
-        *self.frontend.lock() = FrontendState {
-            connected: true,
-            pid,
-            ..FrontendState::default()
-        };
+        self.set_connected(pid);
         self.connection_log
             .report_connect(&self.name, pid, self.max_queue_pairs());
+    }
+
+    fn on_resume(&self, pid: Option<u32>) {
+        self.set_connected(pid);
+        tracing::info!("{}: the session of the front-end continues", self.name);
+    }
+
+    /// Workers end first, so that none finds a vring stopped and detaches the uplink's queue.
+    fn suspend(&self) -> Vec<(u16, u32)> {
+        self.pairs().for_each(|served| served.worker.request_stop());
+        self.pairs().for_each(|served| served.worker.join());
+        let mut stopped = Vec::new();
+        for served in self.pairs() {
+            for role in [VringRole::Rx, VringRole::Tx] {
+                let Some(vring) = with_slot!(served, role, slot => slot.stop()) else {
+                    continue;
+                };
+                if let Some(kick) = &vring.kick {
+                    served.worker.unwatch(kick);
+                }
+                stopped.push((role.vring_index(served.pair.index()), vring.base));
+            }
+        }
+        stopped
     }
 
     fn set_protocol_features(&self, protocol_features: u64) {
@@ -284,6 +302,16 @@ impl Backend for NetDevice {
 }
 
 impl NetDevice {
+    fn set_connected(&self, pid: Option<u32>) {
+        self.placer
+            .connected(pid.and_then(|pid| i32::try_from(pid).ok()));
+        *self.frontend.lock() = FrontendState {
+            connected: true,
+            pid,
+            ..FrontendState::default()
+        };
+    }
+
     /// The record of the progress of vring `index`, if it is packed. Without one it runs as well,
     /// but does not continue after a crash.
     fn crash_record(&self, index: u16, start: &VringStart) -> Option<CrashRecord> {

@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use rustix::event::{EventfdFlags, eventfd};
 use virtionet_placement::{Placement, PlacementPlanner};
 use virtionet_uplink::null::Null;
 use virtionet_vhost_user::Backend;
@@ -10,6 +9,7 @@ use virtionet_vhost_user::Backend;
 use super::*;
 use crate::host_cpus::HostCpus;
 use crate::placement_monitor;
+use crate::stop::Stop;
 use crate::testing::{
     ONE_TEST_WITH_VCPUS_AT_A_TIME, net_device, start_vcpu, two_pairs, vring_start, wait_until,
     with_frontend,
@@ -24,7 +24,7 @@ fn worker_that_starts_is_placed_without_waiting_for_the_next_check() {
     let (uplink, pool) = (Arc::new(Null), Arc::default());
     let device = NetDevice::new("test", 1, uplink, placer, PollMode::Off, pool);
     let device = Arc::new(device);
-    let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC).unwrap());
+    let stop = Arc::new(Stop::new().unwrap());
     let monitor = placement_monitor::start(vec![Arc::clone(&device)], host, Arc::clone(&stop));
     let mut slowest = Duration::ZERO;
     for _ in 0..3 {
@@ -47,7 +47,7 @@ fn worker_that_starts_is_placed_without_waiting_for_the_next_check() {
         assert!(worker.placement().is_none());
     }
     eprintln!("the slowest worker was placed after {slowest:?}");
-    rustix::io::write(&*stop, &1_u64.to_ne_bytes()).unwrap();
+    stop.end();
     monitor.unwrap().join().unwrap();
 }
 

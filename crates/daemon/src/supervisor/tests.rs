@@ -1,9 +1,10 @@
 //! Tests of the devices' threads and of the end of the program, without a process of its own.
 
 use std::io::Read;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc;
 
 use virtionet_guest::frame::{FrameSpec, Transport};
@@ -11,12 +12,15 @@ use virtionet_guest::frontend::FrontendConnection;
 use virtionet_guest::log_lines::with_log;
 use virtionet_guest::test_frontend::TestFrontend;
 use virtionet_uplink::null::Null;
-use virtionet_vhost_user::{Backend, VringState};
+use virtionet_vhost_user::{Backend, SessionError, SuspendedSession, VringState};
 
 use virtionet_config::{PollMode, Socket};
 
 use super::*;
+use crate::device_thread::{SuspendedSlot, pause, serve_device};
+use crate::net_device::NetDevice;
 use crate::panic_policy::contained_panics;
+use crate::run_error::DeviceFailure;
 use crate::testing::{
     TIMEOUT, TestUplink, net_device, net_device_of, send, sent_frames, two_pairs, wait_until,
     with_frontend,
@@ -27,7 +31,7 @@ struct SocketPath(PathBuf);
 
 impl SocketPath {
     fn new(test: &str) -> Self {
-        let name = format!("virtionetd-{}-{test}.sock", std::process::id());
+        let name = format!("virtionetd-{}-{test}.sock", process::id());
         Self(std::env::temp_dir().join(name))
     }
 
@@ -47,13 +51,13 @@ impl Drop for SocketPath {
     }
 }
 
-/// Stops what waits for this descriptor when it goes out of scope. A failing test unwinds, and the
+/// Ends what it stops when it goes out of scope. A failing test unwinds, and the
 /// scope of its threads would otherwise wait for ever for those that serve.
-struct StopAtEnd<'a>(BorrowedFd<'a>);
+struct StopAtEnd<'a>(&'a Stop);
 
 impl Drop for StopAtEnd<'_> {
     fn drop(&mut self) {
-        rustix::io::write(self.0, &1_u64.to_ne_bytes()).expect("the eventfd has room for one more");
+        self.0.end();
     }
 }
 
@@ -65,13 +69,23 @@ fn serve_while<T>(
     is_only: bool,
     work: impl FnOnce() -> T,
 ) -> (Result<(), DeviceFailure>, String) {
-    let stop = create_stop().unwrap();
+    serve_with(net_device, source, is_only, |_, _| work())
+}
+
+/// Does so with a `work` that gets what stops the thread, and the session while it is suspended.
+fn serve_with<T>(
+    net_device: &NetDevice,
+    source: FrontendSource,
+    is_only: bool,
+    work: impl FnOnce(&Stop, &SuspendedSlot) -> T,
+) -> (Result<(), DeviceFailure>, String) {
+    let (stop, suspended) = (Stop::new().unwrap(), SuspendedSlot::default());
     std::thread::scope(|scope| {
-        let serving =
-            scope.spawn(|| with_log(|| serve_device(net_device, source, stop.as_fd(), is_only)));
-        let stop_at_end = StopAtEnd(stop.as_fd());
+        let serve = || serve_device(net_device, &suspended, source, &stop, is_only);
+        let serving = scope.spawn(|| with_log(serve));
+        let stop_at_end = StopAtEnd(&stop);
         // Its result lasts until the thread has ended.
-        let _held = work();
+        let _held = work(&stop, &suspended);
         drop(stop_at_end);
         serving.join().unwrap()
     })
@@ -229,7 +243,7 @@ fn device_that_cannot_listen_any_more_is_logged_where_others_go_on() {
     let error = ended.unwrap_err();
     assert_eq!(error.code(), "vhost-user-socket-unavailable");
     assert!(
-        log.contains(&format!("ERROR virtionetd::supervisor: vnet: {error}")),
+        log.contains(&format!("ERROR virtionetd::device_thread: vnet: {error}")),
         "{log}"
     );
     let (ended, log) = fail(true);
@@ -267,7 +281,7 @@ fn session_that_breaks_the_protocol_is_logged_and_the_next_front_end_is_served()
     let source = FrontendSource::open(&path.listener()).unwrap();
     let (ended, log) = serve_while(&net_device, source, true, || {
         let mut hostile = UnixStream::connect(&path.0).unwrap();
-        std::io::Write::write_all(&mut hostile, &[0xff; 12]).unwrap();
+        io::Write::write_all(&mut hostile, &[0xff; 12]).unwrap();
         hostile.set_read_timeout(Some(TIMEOUT)).unwrap();
         assert_eq!(hostile.read(&mut [0]).unwrap(), 0, "the session has ended");
         let mut frontend = TestFrontend::connect(&path.0, &two_pairs()).unwrap();
@@ -322,11 +336,11 @@ fn device_that_cannot_be_made_is_an_error_that_names_it() {
     };
     let mut uplinks = Uplinks::default();
     let created = host
-        .create_net_device(&device("switch:lan", "auto"), &mut uplinks)
+        .create_net_device(&device("switch:lan", "auto"), &mut uplinks, None)
         .unwrap();
     assert_eq!(created.uplink_summary, "port of switch lan");
     assert_eq!(created.net_device.max_queue_pairs(), 2);
-    let refused = host.create_net_device(&device("null", "list:4095"), &mut uplinks);
+    let refused = host.create_net_device(&device("null", "list:4095"), &mut uplinks, None);
     let error = refused.err().unwrap();
     assert_eq!(error.code(), "placement-impossible");
     assert!(error.to_string().starts_with("vnet: "), "{error}");
@@ -334,8 +348,55 @@ fn device_that_cannot_be_made_is_an_error_that_names_it() {
 
 #[test]
 fn pause_ends_when_the_program_must_end() {
-    let stop = create_stop().unwrap();
-    assert!(!pause(stop.as_fd(), Duration::from_millis(1)));
-    rustix::io::write(&*stop, &1_u64.to_ne_bytes()).unwrap();
-    assert!(pause(stop.as_fd(), TIMEOUT));
+    let stop = Stop::new().unwrap();
+    assert!(!pause(&stop, Duration::from_millis(1)));
+    stop.end();
+    assert!(pause(&stop, TIMEOUT));
+}
+
+/// A session that is suspended and continues, as `hand_over` decides where.
+fn check_suspension(hand_over: impl Fn(&NetDevice, &SuspendedSlot, &Stop)) {
+    let path = SocketPath::new("suspends");
+    let net_device = net_device(2, Null, PollMode::Off);
+    let source = FrontendSource::open(&path.listener()).unwrap();
+    let (ended, log) = serve_with(&net_device, source, true, |stop, suspended| {
+        // Without a front-end, too.
+        assert!(stop.suspend(TIMEOUT));
+        assert!(suspended.lock().is_none());
+        stop.resume();
+        let mut frontend = TestFrontend::connect(&path.0, &two_pairs()).unwrap();
+        for count in 1..=3 {
+            send(&mut frontend, 1, count);
+            assert!(stop.suspend(TIMEOUT));
+            for served in net_device.pairs() {
+                assert_eq!(served.pair.tx().state(), VringState::Stopped);
+            }
+            hand_over(&net_device, suspended, stop);
+            stop.resume();
+        }
+        send(&mut frontend, 0, 1);
+        frontend
+    });
+    ended.unwrap();
+    assert_eq!(sent_frames(&net_device), [1, 6]);
+    assert_eq!(log.matches("front-end connected").count(), 1, "{log}");
+}
+
+#[test]
+fn suspended_session_continues_with_the_frames_that_came_meanwhile() {
+    check_suspension(|_, suspended, _| assert!(suspended.lock().is_some()));
+}
+
+#[test]
+fn session_continues_from_its_image() {
+    check_suspension(|net_device, suspended, _| {
+        let mut slot = suspended.lock();
+        let session = slot.take().unwrap();
+        let image = session.to_image().unwrap();
+        image.check(net_device).unwrap();
+        let stream = session.stream().try_clone().unwrap();
+        drop(session);
+        let copied = SuspendedSession::from_image(image, stream).unwrap();
+        *slot = Some(Box::new(copied));
+    });
 }

@@ -1,0 +1,178 @@
+//! The thread of a device: it serves one front-end after the other.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use signal_hook::iterator::Handle;
+use virtionet_sandbox::ThreadKind;
+use virtionet_vhost_user::{
+    Served, SessionEnd, SessionError, SessionLog, SessionStart, SuspendedSession, serve_from,
+};
+
+use crate::frontend_source::FrontendSource;
+use crate::net_device::NetDevice;
+use crate::panic_policy::{contain, contain_panics};
+use crate::run_error::{DeviceFailure, RunError};
+use crate::sandbox;
+use crate::stop::Stop;
+
+/// A session that ends sooner than this is followed by a pause of this length.
+const MIN_SESSION_INTERVAL: Duration = Duration::from_millis(20);
+
+/// The same for a session that no front-end of the same configuration could have used.
+const UNUSABLE_SESSION_INTERVAL: Duration = Duration::from_secs(1);
+
+/// A thread that serves a device, and the device's name.
+pub type DeviceThread = (String, JoinHandle<Result<(), DeviceFailure>>);
+
+/// The suspended session of a front-end, if there is one. The device's thread continues it.
+pub type SuspendedSlot = Mutex<Option<Box<SuspendedSession>>>;
+
+/// A device, and its session while that is suspended.
+#[derive(Debug)]
+pub struct ServedDevice {
+    /// The device.
+    pub net_device: Arc<NetDevice>,
+    /// Its suspended session.
+    pub suspended: SuspendedSlot,
+}
+
+/// Starts a thread for each device. `main` is closed when the last of them ends.
+///
+/// # Errors
+/// When the kernel refuses a thread.
+pub fn start_devices(
+    devices: &[Arc<ServedDevice>],
+    sources: Vec<FrontendSource>,
+    stop: &Arc<Stop>,
+    main: &Handle,
+) -> Result<Vec<DeviceThread>, RunError> {
+    let is_only_device = devices.len() == 1;
+    let running_devices = Arc::new(AtomicUsize::new(devices.len()));
+    let mut threads = Vec::new();
+    for (device, source) in devices.iter().zip(sources) {
+        let (device, stop, main) = (Arc::clone(device), Arc::clone(stop), main.clone());
+        let name = device.net_device.name().to_owned();
+        let running_devices = Arc::clone(&running_devices);
+        let serve = move || {
+            sandbox::confine_thread(ThreadKind::Session);
+            let ServedDevice {
+                net_device,
+                suspended,
+            } = &*device;
+            let ended = serve_device(net_device, suspended, source, &stop, is_only_device);
+            if running_devices.fetch_sub(1, Ordering::Relaxed) == 1 {
+                main.close();
+            }
+            ended
+        };
+        let thread = std::thread::Builder::new()
+            .name(name.clone())
+            .spawn(serve)
+            .map_err(|source| RunError::Host {
+                operation: "start a thread",
+                source,
+            })?;
+        threads.push((name, thread));
+    }
+    Ok(threads)
+}
+
+/// A device's thread: serves one front-end after the other, until there will be none. A front-end
+/// that fails costs its own session, and so does a panic. The program ends only if no other
+/// front-end can come and there is no other device.
+///
+/// # Errors
+/// When the device cannot continue.
+pub(crate) fn serve_device(
+    net_device: &NetDevice,
+    suspended: &SuspendedSlot,
+    mut source: FrontendSource,
+    stop: &Stop,
+    is_only_device: bool,
+) -> Result<(), DeviceFailure> {
+    let _member = stop.enter();
+    // A program that continues with other devices must log the failure now; one that ends reports
+    // it at its end.
+    let fail = |failure: DeviceFailure| {
+        if !is_only_device {
+            tracing::error!("{}: {failure}", net_device.name());
+        }
+        Err(failure)
+    };
+    contain_panics();
+    let log = SessionLog::default();
+    loop {
+        let start = match next_session(net_device, suspended, &mut source, stop) {
+            Ok(Some(start)) => start,
+            Ok(None) if has_been_stopped(stop) => match stop.rest() {
+                true => continue,
+                false => return Ok(()),
+            },
+            Ok(None) => return Ok(()),
+            Err(failure) => return fail(failure),
+        };
+        let started_at = Instant::now();
+        let others = source.others();
+        let mut interval = MIN_SESSION_INTERVAL;
+        match contain(|| serve_from(start, net_device, stop, others, &log)) {
+            Ok(Ok(Served::Suspended(session))) => {
+                *suspended.lock() = Some(session);
+                continue;
+            }
+            Ok(Ok(Served::Ended(SessionEnd::Disconnected))) => {}
+            Ok(Ok(Served::Ended(SessionEnd::Stopped))) => return Ok(()),
+            Ok(Err(error @ SessionError::NotShared)) => {
+                if is_only_device && source.is_finished() {
+                    return fail(error.into());
+                }
+                net_device.report_memory_not_shared(&error);
+                interval = UNUSABLE_SESSION_INTERVAL;
+            }
+            Ok(Err(error)) => net_device.report_session_error(&error),
+            Err(panic) => tracing::error!("{}: the session ended: {panic}", net_device.name()),
+        }
+        let elapsed = started_at.elapsed();
+        if elapsed < interval && pause(stop, interval - elapsed) && !stop.rest() {
+            return Ok(());
+        }
+    }
+}
+
+/// The next session: one that was suspended, as soon as it may continue, or that of the next
+/// front-end. `None` when threads are to come to rest, or no front-end will come.
+fn next_session(
+    net_device: &NetDevice,
+    suspended: &SuspendedSlot,
+    source: &mut FrontendSource,
+    stop: &Stop,
+) -> Result<Option<SessionStart>, DeviceFailure> {
+    let mut suspended = suspended.lock();
+    if suspended.is_some() {
+        let session = suspended.take_if(|_| !has_been_stopped(stop));
+        return Ok(session.map(SessionStart::Suspended));
+    }
+    drop(suspended);
+    let stream = source.next(stop.as_fd(), |reason| net_device.report_unconnected(reason))?;
+    if stream.is_some() {
+        net_device.report_connected();
+    }
+    Ok(stream.map(SessionStart::Connected))
+}
+
+fn has_been_stopped(stop: &Stop) -> bool {
+    pause(stop, Duration::ZERO)
+}
+
+/// Waits before the next front-end: one that is refused may come again at once, and without end
+/// (QEMU does when it asks for too many queue pairs). True when `stop` is readable.
+pub(crate) fn pause(stop: &Stop, time: Duration) -> bool {
+    let mut fds = [PollFd::new(stop, PollFlags::IN)];
+    let timeout = Timespec::try_from(time).ok();
+    matches!(poll(&mut fds, timeout.as_ref()), Ok(ready) if ready > 0)
+}

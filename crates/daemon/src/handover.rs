@@ -1,0 +1,238 @@
+//! Handing the devices over to the next daemon ([`virtionet_handover`]).
+//!
+//! A thread waits for the next daemon and wakes the main thread, which does the rest. The devices
+//! are paused in this order: the workers and the forwarders of switches come to rest first, so that
+//! none finds a vring stopped and drops a frame; then the sessions stop the vrings. If anything fails
+//! before the commit, all of them go on.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::sys::pthread::{Pthread, pthread_kill, pthread_self};
+use nix::sys::signal::Signal;
+use parking_lot::Mutex;
+use virtionet_handover::{
+    DeviceImage, DeviceOffer, Frozen, HandoverError, ListenerImage, Offer, OldSide, SharedFd,
+    SourceImage,
+};
+use virtionet_placement::interrupts::IrqAffinityManager;
+use virtionet_sandbox::ThreadKind;
+use virtionet_vhost_user::{ImageError, peer_uid};
+
+use crate::device_thread::ServedDevice;
+use crate::sandbox;
+use crate::stop::Stop;
+use crate::uplinks::Uplinks;
+use crate::worker_pool::WorkerPool;
+
+/// The signal that tells the main thread of a successor. SIGUSR2 is the watchdog's.
+pub const SUCCESSOR_SIGNAL: Signal = Signal::SIGUSR1;
+
+/// How long workers, and then sessions, may take to come to rest.
+const REST_LIMIT: Duration = Duration::from_secs(1);
+/// The pause after a successor could not be accepted.
+const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
+
+/// Why the devices are not handed over. They go on.
+#[derive(Debug, thiserror::Error)]
+pub enum HandoverFailure {
+    /// The successor, or the connection with it.
+    #[error(transparent)]
+    Successor(#[from] HandoverError),
+    /// A session cannot be handed over now.
+    #[error("{device}: {source}")]
+    Session {
+        /// The device's name.
+        device: String,
+        /// The cause.
+        source: ImageError,
+    },
+    /// A thread did not come to rest.
+    #[error("{0} did not come to rest within a second; try again")]
+    Busy(String),
+    /// There are no descriptors left for copies.
+    #[error("descriptors cannot be copied ({0}); raise the limit of open files")]
+    Descriptors(#[from] io::Error),
+}
+
+/// The connection of a successor that waits to be served.
+#[derive(Debug, Clone, Default)]
+pub struct Successor(Arc<Mutex<Option<UnixStream>>>);
+
+impl Successor {
+    /// Takes the connection, if there is one.
+    #[must_use]
+    pub fn take(&self) -> Option<UnixStream> {
+        self.0.lock().take()
+    }
+
+    /// Starts the thread that waits for successors at `listener`, and sends the calling thread
+    /// [`SUCCESSOR_SIGNAL`] when there is one. Only processes of this user and of root are served.
+    ///
+    /// # Errors
+    /// When the kernel refuses a thread.
+    pub fn listen(&self, listener: UnixListener) -> io::Result<()> {
+        listener.set_nonblocking(false)?;
+        let (successor, main) = (self.clone(), pthread_self());
+        let thread = std::thread::Builder::new().name("handover".into());
+        thread
+            .spawn(move || {
+                sandbox::confine_thread(ThreadKind::Handover);
+                loop {
+                    successor.wait_for_one(&listener, main);
+                }
+            })
+            .map(|_| ())
+    }
+
+    // syscalls: accept4 getsockopt tgkill
+    fn wait_for_one(&self, listener: &UnixListener, main: Pthread) {
+        let own_uid = rustix::process::geteuid().as_raw();
+        match listener.accept() {
+            Ok((stream, _)) if peer_uid(&stream).is_some_and(|uid| uid == own_uid || uid == 0) => {
+                *self.0.lock() = Some(stream);
+                let _ = pthread_kill(main, SUCCESSOR_SIGNAL);
+            }
+            Ok(_) => tracing::warn!(
+                "a process of another user asked to take the devices over and was refused"
+            ),
+            Err(error) => {
+                tracing::warn!("a successor cannot be accepted ({error}); will try again");
+                std::thread::sleep(ACCEPT_PAUSE);
+            }
+        }
+    }
+}
+
+/// What is handed over.
+#[derive(Debug)]
+pub struct Estate {
+    /// The devices.
+    pub devices: Vec<Arc<ServedDevice>>,
+    /// Where their front-ends come from, in the same order.
+    pub sources: Vec<SourceImage<SharedFd>>,
+    /// Their uplinks.
+    pub uplinks: Arc<Uplinks>,
+    /// The control socket.
+    pub control: Option<ListenerImage<SharedFd>>,
+    /// The socket at which successors connect.
+    pub handover: ListenerImage<SharedFd>,
+    /// The masks that are set for them.
+    pub irq_manager: Arc<IrqAffinityManager>,
+    /// The workers.
+    pub pool: Arc<WorkerPool>,
+    /// Stops the forwarders of switches.
+    pub forwarders: Arc<Stop>,
+    /// Stops the devices' threads.
+    pub sessions: Arc<Stop>,
+}
+
+impl Estate {
+    /// Hands everything over to the successor at `stream`. After that this process must end at once,
+    /// and touch nothing. Returns the successor's version, and how long the devices were paused.
+    ///
+    /// # Errors
+    /// When it fails; the devices then go on in this process.
+    pub fn hand_over(&self, stream: UnixStream) -> Result<(String, Duration), HandoverFailure> {
+        let (successor, program) = OldSide::greet(stream)?;
+        if let Err(failure) = self.offer(&successor) {
+            successor.refuse(&failure.to_string());
+            return Err(failure);
+        }
+        let stopped_at = Instant::now();
+        let handed_over = self.suspend().and_then(|()| match self.freeze() {
+            Ok(frozen) => {
+                successor.freeze(frozen)?;
+                Ok(successor.commit()?)
+            }
+            Err(failure) => {
+                successor.refuse(&failure.to_string());
+                Err(failure)
+            }
+        });
+        if let Err(failure) = handed_over {
+            self.resume();
+            return Err(failure);
+        }
+        Ok((program, stopped_at.elapsed()))
+    }
+
+    fn offer(&self, successor: &OldSide) -> Result<(), HandoverFailure> {
+        let mut devices = Vec::new();
+        for (device, source) in self.devices.iter().zip(&self.sources) {
+            let net_device = &device.net_device;
+            let crash_records = net_device.crash_records();
+            devices.push(DeviceOffer {
+                name: net_device.name().to_owned(),
+                source: source.clone(),
+                uplink: net_device.uplink_text(),
+                crash_records: crash_records
+                    .map(|records| records.copy_of_file().map(Arc::new))
+                    .transpose()?,
+            });
+        }
+        Ok(successor.offer(Offer {
+            program: env!("CARGO_PKG_VERSION").to_owned(),
+            devices,
+            taps: self.uplinks.tap_images()?,
+            switch_seeds: self.uplinks.switch_seeds(),
+            control: self.control.clone(),
+            handover: self.handover.clone(),
+        })?)
+    }
+
+    fn suspend(&self) -> Result<(), HandoverFailure> {
+        if !self.forwarders.suspend(REST_LIMIT) {
+            return Err(HandoverFailure::Busy("the thread of a switch".into()));
+        }
+        self.pool.request_stop();
+        let stuck = self.pool.join(Instant::now() + REST_LIMIT);
+        if !stuck.is_empty() {
+            return Err(HandoverFailure::Busy(stuck.join(", ")));
+        }
+        match self.sessions.suspend(REST_LIMIT) {
+            true => Ok(()),
+            false => Err(HandoverFailure::Busy("the thread of a device".into())),
+        }
+    }
+
+    fn resume(&self) {
+        self.sessions.resume();
+        self.forwarders.resume();
+        // Of a session that was not suspended the workers have ended.
+        self.devices
+            .iter()
+            .for_each(|device| device.net_device.restart_workers());
+    }
+
+    fn freeze(&self) -> Result<Frozen<SharedFd>, HandoverFailure> {
+        let mut devices = Vec::new();
+        for device in &self.devices {
+            let net_device = &device.net_device;
+            let session = match &*device.suspended.lock() {
+                Some(session) => {
+                    let failed = |source| HandoverFailure::Session {
+                        device: net_device.name().to_owned(),
+                        source,
+                    };
+                    let stream = session.stream().as_fd().try_clone_to_owned()?;
+                    Some((Arc::new(stream), session.to_image().map_err(failed)?))
+                }
+                None => None,
+            };
+            devices.push(DeviceImage {
+                session,
+                counters: net_device.counters(),
+            });
+        }
+        Ok(Frozen {
+            devices,
+            taps: self.uplinks.tap_images()?,
+            switches: self.uplinks.switch_images(),
+            affinity: self.irq_manager.to_image(),
+        })
+    }
+}

@@ -1,0 +1,134 @@
+//! The listening sockets of the process itself: the control socket, and the one at which the next
+//! daemon takes over.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+
+use virtionet_base::unix_socket::{Access, SocketFile, listen_at};
+use virtionet_config::Config;
+use virtionet_control::server::{ControlServer, SocketPermissions, listen};
+use virtionet_handover::{ListenerImage, SharedFd};
+use virtionet_sandbox::ThreadKind;
+
+use crate::handover::Successor;
+use crate::report_builder::DeviceRegistry;
+use crate::run_error::RunError;
+use crate::sandbox;
+use crate::take_over::{Taken, listener_of};
+
+/// A socket that listens, and its file.
+type ListeningSocket = (UnixListener, SocketFile);
+
+/// The listening sockets of the process.
+#[derive(Debug, Default)]
+pub struct ProcessSockets {
+    control: Option<ListeningSocket>,
+    handover: Option<ListeningSocket>,
+}
+
+/// What serves them, and removes their files when it is dropped.
+#[derive(Debug)]
+pub struct ServedSockets {
+    /// The control server.
+    pub control: Option<ControlServer>,
+    /// The file of the socket for the next daemon.
+    pub handover: Option<SocketFile>,
+}
+
+impl ProcessSockets {
+    /// Makes the sockets of `config`.
+    ///
+    /// # Errors
+    /// When a path is in use, or cannot be listened on.
+    pub fn open(config: &Config) -> Result<Self, RunError> {
+        let open_control = |socket: &virtionet_config::ControlSocket| {
+            let access = SocketPermissions {
+                mode: Some(socket.mode),
+                group: socket.group.clone(),
+            };
+            listen(&socket.path, &access)
+        };
+        let owner_only = Access {
+            mode: Some(0o600),
+            group: None,
+        };
+        let handover = config.handover.as_ref();
+        Ok(Self {
+            control: config.control.as_ref().map(open_control).transpose()?,
+            handover: handover
+                .map(|path| listen_at(path, &owner_only))
+                .transpose()
+                .map_err(RunError::HandoverSocket)?,
+        })
+    }
+
+    /// The sockets of the daemon before this one.
+    ///
+    /// # Errors
+    /// When the process has no descriptors left.
+    pub fn taken(config: &Config, taken: &Taken) -> io::Result<Self> {
+        let control = config.control.as_ref().zip(taken.control.as_ref());
+        let handover = config.handover.as_ref();
+        Ok(Self {
+            control: control
+                .map(|(socket, image)| listener_of(image, &socket.path))
+                .transpose()?,
+            handover: handover
+                .map(|path| listener_of(&taken.handover, path))
+                .transpose()?,
+        })
+    }
+
+    /// The images of the control socket and of the one for the next daemon.
+    ///
+    /// # Errors
+    /// When the process has no descriptors left.
+    pub fn images(&self) -> io::Result<[Option<ListenerImage<SharedFd>>; 2]> {
+        Ok([
+            self.control.as_ref().map(image_of).transpose()?,
+            self.handover.as_ref().map(image_of).transpose()?,
+        ])
+    }
+
+    /// Serves them. `successor` gets the next daemon's connection.
+    ///
+    /// # Errors
+    /// When the kernel refuses a thread.
+    pub fn serve(
+        self,
+        devices: &Arc<DeviceRegistry>,
+        successor: &Successor,
+    ) -> Result<ServedSockets, RunError> {
+        let start_control = |(listener, file)| {
+            ControlServer::start_on(listener, file, Arc::clone(devices) as _, || {
+                sandbox::confine_thread(ThreadKind::Control);
+            })
+        };
+        let handover = match self.handover {
+            Some((listener, file)) => {
+                successor
+                    .listen(listener)
+                    .map_err(|source| RunError::Host {
+                        operation: "start a thread",
+                        source,
+                    })?;
+                Some(file)
+            }
+            None => None,
+        };
+        Ok(ServedSockets {
+            control: self.control.map(start_control).transpose()?,
+            handover,
+        })
+    }
+}
+
+fn image_of((listener, file): &ListeningSocket) -> io::Result<ListenerImage<SharedFd>> {
+    let identity = file.identity();
+    Ok(ListenerImage {
+        socket: Arc::new(listener.as_fd().try_clone_to_owned()?),
+        file: Some((identity.device, identity.inode)),
+    })
+}

@@ -1,0 +1,282 @@
+//! Taking the devices over from the daemon before this one ([`virtionet_handover`]).
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::sync::Arc;
+
+use virtionet_base::rights::FileIdentity;
+use virtionet_base::unix_socket::{SocketFile, connect_own};
+use virtionet_config::{Config, Socket};
+use virtionet_handover::{
+    Frozen, HandoverError, ListenerImage, NewSide, Offer, SharedFd, SourceImage,
+};
+use virtionet_placement::interrupts::IrqAffinityManager;
+use virtionet_uplink::tap::TapImage;
+use virtionet_vhost_user::listen::ListenError;
+use virtionet_vhost_user::{ImageError, SuspendedSession};
+
+use crate::crash_records::CrashRecords;
+use crate::device_thread::ServedDevice;
+use crate::frontend_source::FrontendSource;
+use crate::uplinks::Uplinks;
+
+/// Why this daemon cannot take over. The one before it continues.
+#[derive(Debug, thiserror::Error)]
+pub enum TakeOverError {
+    /// No daemon listens.
+    #[error("no virtionetd listens on {path} ({source}); start without --take-over")]
+    NoDaemon {
+        /// The socket's path.
+        path: String,
+        /// The kernel's error.
+        source: std::io::Error,
+    },
+    /// The daemon before this one, or the connection with it.
+    #[error("the devices cannot be taken over: {0}")]
+    Handover(#[from] HandoverError),
+    /// The configurations differ.
+    #[error("the devices cannot be taken over: {0}; use the configuration of the daemon that runs")]
+    Different(String),
+    /// A session cannot be continued.
+    #[error("{device}: the session of its front-end cannot be continued: {source}")]
+    Session {
+        /// The device's name.
+        device: String,
+        /// The cause.
+        source: ImageError,
+    },
+    /// A socket cannot be used.
+    #[error("{device}: {source}")]
+    Socket {
+        /// The device's name.
+        device: String,
+        /// The cause.
+        source: ListenError,
+    },
+    /// There are no descriptors left.
+    #[error("descriptors cannot be copied ({0}); raise the limit of open files")]
+    Descriptors(#[from] std::io::Error),
+}
+
+impl TakeOverError {
+    /// A stable name of the error, for programs.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::NoDaemon { .. } => "take-over-no-daemon",
+            Self::Handover(_) => "take-over-failed",
+            Self::Different(_) => "take-over-configuration",
+            Self::Session { .. } => "take-over-session",
+            Self::Socket { .. } => "take-over-socket",
+            Self::Descriptors(_) => "take-over-descriptors",
+        }
+    }
+}
+
+/// What the daemon before this one offers. It owns all of it until [`Inheritance::take`] returns.
+#[derive(Debug)]
+pub struct Inheritance {
+    side: NewSide,
+    offer: Offer<SharedFd>,
+}
+
+impl Inheritance {
+    /// Asks the daemon at `path` for the devices of `config`.
+    ///
+    /// # Errors
+    /// When there is no daemon, or it has other devices.
+    pub fn ask(path: &Path, config: &Config) -> Result<Self, TakeOverError> {
+        let stream = connect_own(path).map_err(|source| TakeOverError::NoDaemon {
+            path: path.display().to_string(),
+            source,
+        })?;
+        let (side, offer) = NewSide::hello(stream, env!("CARGO_PKG_VERSION"))?;
+        let inheritance = Self { side, offer };
+        inheritance.refuse_if(inheritance.check(config))?;
+        Ok(inheritance)
+    }
+
+    /// Passes a result on, and an error also to the daemon before this one.
+    fn refuse_if<T>(&self, result: Result<T, TakeOverError>) -> Result<T, TakeOverError> {
+        result.inspect_err(|error| self.side.refuse(&error.to_string()))
+    }
+
+    fn check(&self, config: &Config) -> Result<(), TakeOverError> {
+        let different = |text: String| Err(TakeOverError::Different(text));
+        let names = |names: Vec<&str>| names.join(", ");
+        let offered = names(self.offer.devices.iter().map(|d| d.name.as_str()).collect());
+        let own = names(config.devices.iter().map(|d| d.name.as_str()).collect());
+        if offered != own {
+            return different(format!(
+                "its devices are {offered}, and those of this one {own}"
+            ));
+        }
+        for (device, offer) in config.devices.iter().zip(&self.offer.devices) {
+            let is_same = match (&device.socket, &offer.source) {
+                (Socket::Listen { .. }, SourceImage::Listener(_))
+                | (Socket::Connect { .. }, SourceImage::Connect) => true,
+                (Socket::Inherited(_), source) => !matches!(source, SourceImage::Connect),
+                _ => false,
+            };
+            if !is_same {
+                return different(format!("{} has another kind of socket there", device.name));
+            }
+        }
+        if config.control.is_some() != self.offer.control.is_some() {
+            return different("only one of the two has a control socket".into());
+        }
+        Ok(())
+    }
+
+    /// The version of the daemon before this one.
+    #[must_use]
+    pub fn program(&self) -> &str {
+        &self.offer.program
+    }
+
+    /// Where the front-ends of device `index` come from. `socket` is its configuration.
+    ///
+    /// # Errors
+    /// When the socket cannot be used.
+    pub fn source(
+        &self,
+        index: usize,
+        device: &str,
+        socket: &Socket,
+    ) -> Result<FrontendSource, TakeOverError> {
+        let image = self.offer.devices.get(index).map(|device| &device.source);
+        let fd = match image {
+            Some(SourceImage::Listener(image)) => Some(image.socket.try_clone()?),
+            _ => None,
+        };
+        FrontendSource::inherited(socket, fd).map_err(|source| TakeOverError::Socket {
+            device: device.to_owned(),
+            source,
+        })
+    }
+
+    /// The crash records of device `index`.
+    ///
+    /// # Errors
+    /// When there are no descriptors left.
+    pub fn crash_records(&self, index: usize) -> Result<Option<CrashRecords>, TakeOverError> {
+        let device = self.offer.devices.get(index);
+        let file = device.and_then(|device| device.crash_records.as_ref());
+        Ok(file
+            .map(|file| file.try_clone().map(CrashRecords::inherited))
+            .transpose()?)
+    }
+
+    /// The TAPs, by their owners.
+    #[must_use]
+    pub fn taps(&self) -> BTreeMap<String, TapImage<SharedFd>> {
+        self.offer.taps.clone()
+    }
+
+    /// The seeds of the switches, by name.
+    #[must_use]
+    pub fn switch_seeds(&self) -> BTreeMap<String, u64> {
+        self.offer.switch_seeds.clone()
+    }
+
+    /// Takes over. The sessions become those of `devices`, whose threads continue them.
+    ///
+    /// # Errors
+    /// When that fails; the daemon before this one then continues.
+    pub fn take(
+        self,
+        devices: &[Arc<ServedDevice>],
+        uplinks: &Uplinks,
+        irq_manager: &IrqAffinityManager,
+    ) -> Result<Taken, TakeOverError> {
+        for (device, offer) in devices.iter().zip(&self.offer.devices) {
+            let own = device.net_device.uplink_text();
+            if own != offer.uplink {
+                let name = &offer.name;
+                let text = format!("{name} is on {} there, and on {own} here", offer.uplink);
+                self.refuse_if(Err(TakeOverError::Different(text)))?;
+            }
+        }
+        let mut frozen = self.side.ready()?;
+        let affinity = std::mem::take(&mut frozen.affinity);
+        self.refuse_if(restore(devices, uplinks, frozen))?;
+        self.side.prepared()?;
+        uplinks.own();
+        irq_manager.inherit(affinity);
+        let files = |image: &SourceImage<SharedFd>| match image {
+            SourceImage::Listener(image) => image.file,
+            SourceImage::Connect | SourceImage::Once => None,
+        };
+        Ok(Taken {
+            socket_files: self
+                .offer
+                .devices
+                .iter()
+                .map(|d| files(&d.source))
+                .collect(),
+            control: self.offer.control,
+            handover: self.offer.handover,
+        })
+    }
+}
+
+/// What belongs to this daemon now, beside the devices.
+#[derive(Debug)]
+pub struct Taken {
+    /// The files of the devices' sockets, in their order.
+    pub socket_files: Vec<Option<(u64, u64)>>,
+    /// The control socket.
+    pub control: Option<ListenerImage<SharedFd>>,
+    /// The socket for the next handover.
+    pub handover: ListenerImage<SharedFd>,
+}
+
+/// The listener of an image, and the file at `path` that belongs to it.
+///
+/// # Errors
+/// When there are no descriptors left.
+pub fn listener_of(
+    image: &ListenerImage<SharedFd>,
+    path: &Path,
+) -> std::io::Result<(UnixListener, SocketFile)> {
+    let socket: OwnedFd = image.socket.try_clone()?;
+    Ok((socket.into(), socket_file(image.file, path)))
+}
+
+/// The socket file at `path` with these numbers. One without numbers is no file at all.
+#[must_use]
+pub fn socket_file(numbers: Option<(u64, u64)>, path: &Path) -> SocketFile {
+    let (device, inode) = numbers.unwrap_or_default();
+    SocketFile::inherited(path.to_owned(), FileIdentity { device, inode })
+}
+
+fn restore(
+    devices: &[Arc<ServedDevice>],
+    uplinks: &Uplinks,
+    frozen: Frozen<SharedFd>,
+) -> Result<(), TakeOverError> {
+    if devices.len() != frozen.devices.len() {
+        return Err(TakeOverError::Different(
+            "the number of devices changed".into(),
+        ));
+    }
+    uplinks.update(&frozen.taps, &frozen.switches)?;
+    for (device, image) in devices.iter().zip(frozen.devices) {
+        let net_device = &device.net_device;
+        net_device.add_counters(&image.counters);
+        let Some((stream, session)) = image.session else {
+            continue;
+        };
+        let failed = |source| TakeOverError::Session {
+            device: net_device.name().to_owned(),
+            source,
+        };
+        session.check(&**net_device).map_err(failed)?;
+        let stream: OwnedFd = stream.try_clone()?;
+        let session = SuspendedSession::from_image(session, stream.into()).map_err(failed)?;
+        *device.suspended.lock() = Some(Box::new(session));
+    }
+    Ok(())
+}
