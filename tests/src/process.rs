@@ -52,6 +52,8 @@ impl Proc {
             .arg(program)
             .args(args)
             .env("LC_ALL", "C")
+            // As under systemd, so that a daemon leaves no state in a folder of the host.
+            .env("RUNTIME_DIRECTORY", dir.join("state"))
             .stdin(Stdio::null())
             .stdout(File::create(&stdout)?)
             .stderr(File::create(&stderr)?);

@@ -62,6 +62,8 @@ impl Program {
 
     fn spawn(command: &mut Command) -> Self {
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        // As under systemd, so that no state is left in a folder of the host.
+        command.env("RUNTIME_DIRECTORY", env!("CARGO_TARGET_TMPDIR"));
         Self(Some(command.spawn().unwrap()))
     }
 

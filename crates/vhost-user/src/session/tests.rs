@@ -1,9 +1,11 @@
 //! Complete sessions over a socket pair, with a device that records its calls.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::thread;
 
 mod migration;
+mod suspension;
 
 use proptest::prelude::*;
 use vhost::vhost_user::message::FrontendReq as Code;
@@ -22,7 +24,7 @@ const GUEST_MEMORY: u64 = 1 << 20;
 struct FrontEnd {
     raw: RawFrontEnd,
     /// The eventfd that serves as every call and kick descriptor.
-    event: std::os::fd::OwnedFd,
+    event: OwnedFd,
 }
 
 impl FrontEnd {

@@ -6,12 +6,12 @@ use super::*;
 
 /// Covers the memory of [`one_pair`]: 256 pages.
 const LOG_SIZE: u64 = 32;
-const LOGGING: u64 = FEATURES | SESSION_FEATURES;
+pub(super) const LOGGING: u64 = FEATURES | SESSION_FEATURES;
 const NOT_LOGGING: u64 = FEATURES | VHOST_USER_F_PROTOCOL_FEATURES;
 
 impl FrontEnd {
     /// Sends SET_LOG_BASE, and returns 0 if the log was accepted.
-    fn set_log(&self, size: u64, offset: u64, file: &File) -> u64 {
+    pub(super) fn set_log(&self, size: u64, offset: u64, file: &File) -> u64 {
         self.set_log_with(size, offset, &[file.as_fd()])
     }
 
@@ -27,7 +27,7 @@ impl FrontEnd {
         u64::from(!is_accepted || size == 0)
     }
 
-    fn set_features(&self, features: u64) -> u64 {
+    pub(super) fn set_features(&self, features: u64) -> u64 {
         self.send_with_ack(Code::SET_FEATURES, &features.to_ne_bytes())
     }
 
