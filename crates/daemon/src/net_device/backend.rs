@@ -75,7 +75,7 @@ impl Backend for NetDevice {
 
     fn on_resume(&self, pid: Option<u32>) {
         self.set_connected(pid);
-        tracing::info!("{}: the session of the front-end continues", self.name);
+        self.connection_log.report_resume(&self.name, pid);
     }
 
     /// Workers end first, so that none finds a vring stopped and detaches the uplink's queue.

@@ -23,7 +23,7 @@ impl ConnectionLog {
         let allowed = self.limiter.allow();
         self.is_reported.store(allowed.is_some(), Ordering::Relaxed);
         let Some(suppressed) = allowed else { return };
-        let process = pid.map_or(String::new(), |pid| format!(" (process {pid})"));
+        let process = process_text(pid);
         let omitted = match suppressed {
             0 => String::new(),
             count => format!("; {count} connections before it were not logged"),
@@ -31,6 +31,13 @@ impl ConnectionLog {
         tracing::info!(
             "{device}: front-end connected{process}; it may use up to {max_queue_pairs} queue pairs (--queues){omitted}"
         );
+    }
+
+    /// Reports that the session of a front-end of process `pid` continues.
+    pub(super) fn report_resume(&self, device: &str, pid: Option<u32>) {
+        self.is_reported.store(true, Ordering::Relaxed);
+        let process = process_text(pid);
+        tracing::info!("{device}: the session of the front-end{process} continues");
     }
 
     /// Reports that the front-end has disconnected. `refused` is the first of its requests that was
@@ -52,6 +59,10 @@ impl ConnectionLog {
             None => tracing::info!("{device}: front-end gone"),
         }
     }
+}
+
+fn process_text(pid: Option<u32>) -> String {
+    pid.map_or(String::new(), |pid| format!(" (process {pid})"))
 }
 
 /// The likely reason why a front-end disconnected before it used the device; `None` if it used it.
