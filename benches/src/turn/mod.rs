@@ -39,6 +39,9 @@ const BOUND_US: f64 = 1000.0;
 const NO_OFFLOADS: u64 = MODERN & !OFFLOADS;
 /// The destination of frames that a switch copies to all ports.
 const BROADCAST: [u8; 6] = [0xff; 6];
+/// The destination of frames that the network stack of the host drops before it looks up a route,
+/// because no interface has this address.
+const OTHER_HOST: [u8; 6] = [2, 0, 0, 0, 0, 9];
 /// Bytes of Ethernet, IPv4 and TCP headers.
 const HEADERS_LEN: usize = 14 + 20 + 20;
 /// The most segments of a chain.
@@ -54,6 +57,16 @@ enum Target {
     Switch(u16, ChainKind),
 }
 
+/// A case of TX.
+struct TransmitCase {
+    name: &'static str,
+    target: Target,
+    /// The chains of the transmitq.
+    kind: ChainKind,
+    /// What each chain contains.
+    frame: Frame,
+}
+
 /// Measures every case.
 ///
 /// # Errors
@@ -63,84 +76,21 @@ pub fn run(effort: Effort) -> Result<GroupResult> {
         pin_to_last_cpu()?;
         let passes = effort.choose(2000, 50);
         let mut outcome = GroupResult::default();
-        let direct = |segments| ChainKind::Direct { segments };
-        let indirect = ChainKind::Indirect {
-            segments: MAX_SEGMENTS,
-        };
-        let plain = direct(1);
-        let pages = direct(17);
-        let small = frame(64, None)?;
-        let large = frame(65_000, Some(65_000 - 54))?;
-        for (name, target, kind, frame) in [
-            ("TX to null, 64 B", Target::Null, plain, &small),
-            (
-                "TX to null, endless chains",
-                Target::Null,
-                ChainKind::Loop,
-                &small,
-            ),
-            (
-                "TX to null, tables of 1,024 buffers",
-                Target::Null,
-                indirect,
-                &frame(1200, None)?,
-            ),
-            ("TX to TAP, 64 B", Target::Tap, plain, &small),
-            ("TX to TAP, 65,000 B in pages", Target::Tap, pages, &large),
-            (
-                "TX to TAP, 1,024 buffers",
-                Target::Tap,
-                direct(MAX_SEGMENTS),
-                &frame(1200, None)?,
-            ),
-            (
-                "TX to TAP, 65,000 B in 1,024 buffers",
-                Target::Tap,
-                indirect,
-                &large,
-            ),
-            (
-                "TX to a guest without TSO, 65,000 B in segments of 28 B",
-                Target::Switch(1, plain),
-                pages,
-                &frame(65_000, Some(28))?,
-            ),
-            (
-                "TX to a guest without TSO, 1,500 B in segments of 28 B",
-                Target::Switch(1, plain),
-                plain,
-                &frame(1500, Some(28))?,
-            ),
-            (
-                "TX to 100 guests, 1,500 B",
-                Target::Switch(100, plain),
-                plain,
-                &frame(1500, None)?,
-            ),
-            (
-                "TX to 100 guests, 64 B, receive buffers of 1,024 pieces",
-                Target::Switch(100, indirect),
-                plain,
-                &small,
-            ),
-            (
-                "TX to 100 guests, 64 B, endless receive chains",
-                Target::Switch(100, ChainKind::Loop),
-                plain,
-                &small,
-            ),
-        ] {
-            progress(&format!("turn: {name}"));
-            let mut pass = TransmitPass::new(target, kind, frame)?;
+        for case in cases_without_receivers()?
+            .into_iter()
+            .chain(cases_with_receivers()?)
+        {
+            progress(&format!("turn: {}", case.name));
+            let mut pass = TransmitPass::new(&case)?;
             let times = (0..passes).map(|_| pass.run());
-            outcome.rows.push(row(name, times.collect::<Result<_>>()?));
+            outcome
+                .rows
+                .push(row(case.name, times.collect::<Result<_>>()?));
         }
+        let small = frame(BROADCAST, 64, None)?;
         for (name, kind) in [
-            ("RX from TAP, 64 B", plain),
-            (
-                "RX from TAP, 64 B, buffers of 1,000 pieces",
-                ChainKind::Indirect { segments: 1000 },
-            ),
+            ("RX from TAP, 64 B", direct(1)),
+            ("RX from TAP, 64 B, buffers of 1,000 pieces", indirect(1000)),
             ("RX from TAP, 64 B, endless chains", ChainKind::Loop),
         ] {
             progress(&format!("turn: {name}"));
@@ -152,6 +102,75 @@ pub fn run(effort: Effort) -> Result<GroupResult> {
     })
 }
 
+/// TX to an uplink behind which no guest receives.
+fn cases_without_receivers() -> Result<Vec<TransmitCase>> {
+    let (plain, pages, pieces) = (direct(1), direct(17), indirect(MAX_SEGMENTS));
+    let null = |name, kind, frame| TransmitCase::new(name, Target::Null, kind, frame);
+    let tap = |name, kind, frame| TransmitCase::new(name, Target::Tap, kind, frame);
+    let small = || frame(BROADCAST, 64, None);
+    let medium = || frame(BROADCAST, 1200, None);
+    let large = || frame(BROADCAST, 65_000, Some(65_000 - 54));
+    Ok(vec![
+        null("TX to null, 64 B", plain, small()?),
+        null("TX to null, endless chains", ChainKind::Loop, small()?),
+        null("TX to null, tables of 1,024 buffers", pieces, medium()?),
+        tap("TX to TAP, 64 B", plain, small()?),
+        tap(
+            "TX to TAP, 64 B to another host",
+            plain,
+            frame(OTHER_HOST, 64, None)?,
+        ),
+        tap("TX to TAP, 65,000 B in pages", pages, large()?),
+        tap("TX to TAP, 1,024 buffers", direct(MAX_SEGMENTS), medium()?),
+        tap("TX to TAP, 65,000 B in 1,024 buffers", pieces, large()?),
+    ])
+}
+
+/// TX to guests behind a switch.
+fn cases_with_receivers() -> Result<Vec<TransmitCase>> {
+    let (plain, pages) = (direct(1), direct(17));
+    let guest = |name, kind, frame| TransmitCase::new(name, Target::Switch(1, plain), kind, frame);
+    let guests = |name, receivers, frame| {
+        TransmitCase::new(name, Target::Switch(100, receivers), plain, frame)
+    };
+    let small = || frame(BROADCAST, 64, None);
+    Ok(vec![
+        guest(
+            "TX to a guest without TSO, 65,000 B in segments of 28 B",
+            pages,
+            frame(BROADCAST, 65_000, Some(28))?,
+        ),
+        guest(
+            "TX to a guest without TSO, 1,500 B in segments of 28 B",
+            plain,
+            frame(BROADCAST, 1500, Some(28))?,
+        ),
+        guests(
+            "TX to 100 guests, 1,500 B",
+            plain,
+            frame(BROADCAST, 1500, None)?,
+        ),
+        guests(
+            "TX to 100 guests, 64 B, receive buffers of 1,024 pieces",
+            indirect(MAX_SEGMENTS),
+            small()?,
+        ),
+        guests(
+            "TX to 100 guests, 64 B, endless receive chains",
+            ChainKind::Loop,
+            small()?,
+        ),
+    ])
+}
+
+fn direct(segments: u16) -> ChainKind {
+    ChainKind::Direct { segments }
+}
+
+fn indirect(segments: u16) -> ChainKind {
+    ChainKind::Indirect { segments }
+}
+
 fn row(name: &str, mut times_us: Vec<f64>) -> Row {
     times_us.sort_by(f64::total_cmp);
     let longest = times_us[times_us.len() * 99 / 100];
@@ -159,10 +178,10 @@ fn row(name: &str, mut times_us: Vec<f64>) -> Row {
     row.with_bound(1.0)
 }
 
-/// A broadcast frame of `len` bytes.
-fn frame(len: usize, gso_size: Option<u16>) -> Result<Frame> {
+/// A frame of `len` bytes.
+fn frame(target_mac: [u8; 6], len: usize, gso_size: Option<u16>) -> Result<Frame> {
     let spec = FrameSpec {
-        target_mac: BROADCAST,
+        target_mac,
         checksum: match gso_size {
             Some(_) => Checksum::Partial,
             None => Checksum::Full,
@@ -183,12 +202,24 @@ struct TransmitPass {
     _ports: Vec<Box<dyn Uplink>>,
 }
 
+impl TransmitCase {
+    fn new(name: &'static str, target: Target, kind: ChainKind, frame: Frame) -> Self {
+        Self {
+            name,
+            target,
+            kind,
+            frame,
+        }
+    }
+}
+
 impl TransmitPass {
-    fn new(target: Target, kind: ChainKind, frame: &Frame) -> Result<Self> {
+    fn new(case: &TransmitCase) -> Result<Self> {
+        let frame = &case.frame;
         let pair = new_pair("sender");
         let ring = HostileRing::new(
             TX,
-            kind,
+            case.kind,
             &[&frame.header.to_bytes()[..], &frame.bytes].concat(),
         )?;
         pair.tx()
@@ -196,7 +227,7 @@ impl TransmitPass {
         pair.tx().set_enabled(true);
         let (mut receivers, mut ports, mut tap) = (Vec::new(), Vec::new(), None);
         let sink = Arc::downgrade(&pair);
-        match target {
+        match case.target {
             Target::Null => pair.set_uplink(Null.open_queue(0, sink)?),
             Target::Tap => {
                 let testbed = TapTestbed::without_source()?;
