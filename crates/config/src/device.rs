@@ -16,7 +16,7 @@ use crate::keys::Key;
 use crate::problem::{Problem, ProblemCode, Problems};
 use crate::settings::{Origin, SettingValue, Settings};
 use crate::socket_file::{check_path, socket_group, socket_mode};
-use crate::types::{DeviceConfig, PollMode, QueuePairCount, Socket};
+use crate::types::{DeviceConfig, FeaturesVersion, PollMode, QueuePairCount, Socket};
 use crate::uplink::UplinkConfig;
 
 /// The largest value of `poll-us`, in microseconds.
@@ -60,6 +60,7 @@ impl DeviceDescription {
         let irq_affinity = problems.record(self.irq_affinity());
         let qmp = problems.record(self.qmp());
         let poll = problems.record(self.poll());
+        let features_compat = problems.record(self.features_compat());
         Some(DeviceConfig {
             name: name?,
             socket: socket?,
@@ -69,6 +70,7 @@ impl DeviceDescription {
             irq_affinity: irq_affinity?,
             qmp: qmp?,
             poll: poll?,
+            features_compat: features_compat?,
         })
     }
 
@@ -400,6 +402,23 @@ impl DeviceDescription {
                 ))
             }
         }
+    }
+
+    fn features_compat(&self) -> Result<FeaturesVersion, Problem> {
+        let Some(value) = self.settings.get(Key::FEATURES_COMPAT) else {
+            return Ok(FeaturesVersion::default());
+        };
+        FeaturesVersion::find(&value.text()).ok_or_else(|| {
+            let known = FeaturesVersion::ALL.map(FeaturesVersion::name).join(", ");
+            value.origin.problem(
+                ProblemCode::ValueInvalid,
+                format_args!(
+                    "{} is no version whose features this virtionetd knows: write one of these: \
+                     {known}",
+                    value.origin.set(Key::FEATURES_COMPAT, value.text())
+                ),
+            )
+        })
     }
 
     fn poll_time(&self) -> Result<Duration, Problem> {

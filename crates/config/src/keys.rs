@@ -60,7 +60,7 @@ pub(crate) enum DefaultValue {
 }
 
 /// All keys, in the order of the help text and the documentation.
-pub(crate) const KEYS: [Key; 27] = [
+pub(crate) const KEYS: [Key; 28] = [
     Key::NAME,
     Key::SOCKET_PATH,
     Key::FD,
@@ -78,6 +78,7 @@ pub(crate) const KEYS: [Key; 27] = [
     Key::QMP,
     Key::POLL,
     Key::POLL_US,
+    Key::FEATURES_COMPAT,
     Key::CONTROL,
     Key::CONTROL_MODE,
     Key::CONTROL_GROUP,
@@ -261,6 +262,16 @@ impl Key {
         default: DefaultValue::Value("50"),
         help: "The longest time that --poll adaptive polls before the worker sleeps, in \
                microseconds",
+    };
+    pub(crate) const FEATURES_COMPAT: Self = Self {
+        name: "features-compat",
+        kind: ValueKind::Text,
+        scope: KeyScope::Any,
+        value_name: "VERSION",
+        default: DefaultValue::Computed("all features of this virtionetd"),
+        help: "Offer the guest exactly the features that virtionetd VERSION offers, so that the guest \
+               can be migrated to a host with that version. virtionetctl status of that host shows \
+               VERSION",
     };
     /// The path of the control socket.
     pub const CONTROL: Self = Self {

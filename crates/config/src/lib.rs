@@ -37,6 +37,6 @@ pub use cli::Command;
 pub use keys::Key;
 pub use problem::{ConfigError, Problem, ProblemCode};
 pub use types::{
-    Config, ControlSocket, DeviceConfig, HelperConfig, IdentityConfig, PollMode, QueuePairCount,
-    SandboxMode, Socket,
+    Config, ControlSocket, DeviceConfig, FeaturesVersion, HelperConfig, IdentityConfig, PollMode,
+    QueuePairCount, SandboxMode, Socket,
 };

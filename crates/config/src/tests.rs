@@ -8,8 +8,8 @@ use virtionet_placement::interrupts::IrqAffinity;
 use crate::cli::{self, CliError, Command};
 use crate::keys::Key;
 use crate::types::{
-    Config, ControlSocket, DeviceConfig, HelperConfig, IdentityConfig, PollMode, QueuePairCount,
-    SandboxMode, Socket,
+    Config, ControlSocket, DeviceConfig, FeaturesVersion, HelperConfig, IdentityConfig, PollMode,
+    QueuePairCount, SandboxMode, Socket,
 };
 
 fn command(line: &str) -> Result<Command, String> {
@@ -38,6 +38,7 @@ fn device(name: &str, path: &str, uplink: &str) -> DeviceConfig {
         irq_affinity: IrqAffinity::default(),
         qmp: None,
         poll: PollMode::Off,
+        features_compat: FeaturesVersion::default(),
     }
 }
 
@@ -72,7 +73,7 @@ fn defaults_are_complete() {
 type Change = fn(&mut DeviceConfig);
 
 /// Flags, and how they change the configuration of a device.
-const FLAGS_OF_A_DEVICE: [(&str, Change); 21] = [
+const FLAGS_OF_A_DEVICE: [(&str, Change); 22] = [
     ("--name eth.0_a-b", |d| d.name = "eth.0_a-b".into()),
     ("--queues 1", |d| d.queues = QueuePairCount::AtMost(1)),
     ("--queues 128", |d| d.queues = QueuePairCount::AtMost(128)),
@@ -100,6 +101,9 @@ const FLAGS_OF_A_DEVICE: [(&str, Change); 21] = [
     ("--poll always", |d| d.poll = PollMode::Always),
     ("--poll adaptive", |d| d.poll = adaptive(50)),
     ("--poll adaptive --poll-us 7", |d| d.poll = adaptive(7)),
+    ("--features-compat 0.1.0", |d| {
+        d.features_compat = FeaturesVersion::V0_1_0
+    }),
     ("--client", |d| {
         d.socket = Socket::Connect { path: "/s".into() }
     }),
@@ -216,6 +220,16 @@ fn several_devices_have_keys_of_their_own_and_common_flags() {
     assert_eq!(patterns.devices.len(), 2);
 }
 
+#[test]
+fn newest_version_with_features_of_its_own_is_the_default() {
+    let versions = FeaturesVersion::ALL;
+    assert!(versions.is_sorted_by(|older, newer| older < newer));
+    assert_eq!(versions.last(), Some(&FeaturesVersion::default()));
+    for version in versions {
+        assert_eq!(FeaturesVersion::find(version.name()), Some(version));
+    }
+}
+
 /// Command lines, and below each its problem.
 const REFUSED: &str = r#"
 --queues 2
@@ -256,6 +270,10 @@ const REFUSED: &str = r#"
     --poll-us 5 has no effect with --poll off: add --poll adaptive, or leave --poll-us out
 --socket-path /s --tap t0 --poll adaptive --poll-us 0
     --poll-us 0 cannot be used: write 1 to 100000 microseconds
+--socket-path /s --tap t0 --features-compat 0.0.9
+    --features-compat 0.0.9 is no version whose features this virtionetd knows: write one of these: 0.1.0
+--device fd=3,tap=t0,features-compat=new
+    --device fd=3,tap=t0,features-compat=new: features-compat=new is no version whose features this virtionetd knows: write one of these: 0.1.0
 --socket-path /s --tap t0 --socket-mode 888
     --socket-mode 888 is not a file mode: write it in octal, 0 to 777, such as 660
 --socket-path /s --tap t0 --socket-mode 1777

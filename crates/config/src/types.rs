@@ -100,6 +100,8 @@ pub struct DeviceConfig {
     pub qmp: Option<PathBuf>,
     /// How the workers wait for frames.
     pub poll: PollMode,
+    /// The version of virtionetd whose features are offered.
+    pub features_compat: FeaturesVersion,
 }
 
 /// How a device gets its connection to the front-end.
@@ -155,6 +157,34 @@ pub enum PollMode {
     Adaptive(Duration),
     /// It never sleeps.
     Always,
+}
+
+/// A version of virtionetd in which the features that a device offers changed: the value of
+/// `--features-compat`. A version that is not here offers what the one before it does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub enum FeaturesVersion {
+    /// The first version.
+    #[default]
+    V0_1_0,
+}
+
+impl FeaturesVersion {
+    /// All of them, the newest one last.
+    pub const ALL: [Self; 1] = [Self::V0_1_0];
+
+    /// The version's number.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::V0_1_0 => "0.1.0",
+        }
+    }
+
+    /// The version of this number; `None` where there is none.
+    #[must_use]
+    pub fn find(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|version| version.name() == name)
+    }
 }
 
 /// Whether each thread is confined to what it needs.

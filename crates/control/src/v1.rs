@@ -76,6 +76,10 @@ pub struct DeviceReport {
     pub memory: Vec<MemoryRegionReport>,
     /// The uplink.
     pub uplink: UplinkReport,
+    /// The version of virtionetd whose features the device offers; `None` from a daemon that does not
+    /// report it.
+    #[serde(default)]
+    pub features_compat: Option<String>,
     /// The MTU that the front-end sets, in bytes; `None` where it sets none.
     pub mtu: Option<u16>,
     /// Warnings about the placement of vCPUs and workers. Each one says what to do.
@@ -364,6 +368,7 @@ pub(crate) fn sample() -> Report {
                 name: "tap0".into(),
                 up: true,
             },
+            features_compat: Some("0.1.0".into()),
             mtu: Some(1500),
             warnings: vec!["few".into()],
             advice: vec!["more".into()],
@@ -439,7 +444,7 @@ mod tests {
                 "frontend": {"pid": 1, "features": ["MQ"], "protocol_features": ["MQ"]},
                 "memory": [{"guest_addr": 0, "size": 4096, "user_addr": 1_u64 << 40}],
                 "uplink": {"kind": "tap", "name": "tap0", "up": true},
-                "mtu": 1500,
+                "features_compat": "0.1.0", "mtu": 1500,
                 "warnings": ["few"], "advice": ["more"],
                 "interrupts": {"mode": "apply", "notes": ["note"], "settings": [{
                     "file": "/f", "value": "2", "original": "0", "applied": true,

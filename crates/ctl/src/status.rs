@@ -125,8 +125,12 @@ fn device_text(before: Option<&DeviceReport>, now: &DeviceReport, elapsed: Durat
         "" => now.uplink.kind.clone(),
         name => format!("{} {name}", now.uplink.kind),
     };
+    let features = match &now.features_compat {
+        Some(version) => format!("; features of {version}"),
+        None => String::new(),
+    };
     let head = format!(
-        "{}: uplink {uplink}; {role} {}; {front_end}",
+        "{}: uplink {uplink}; {role} {}; {front_end}{features}",
         now.name, now.socket
     );
     let mut text = wrap("", &head);
@@ -302,7 +306,7 @@ mod tests {
         let report = serde_json::json!({"version": "0.1.0", "devices": [{
             "name": "web", "socket": "/run/web.sock", "role": "server", "connected": true,
             "frontend": {"pid": 7, "features": [], "protocol_features": []}, "memory": [],
-            "uplink": {"kind": "tap", "name": "tap0"}, "mtu": null,
+            "uplink": {"kind": "tap", "name": "tap0"}, "features_compat": "0.1.0", "mtu": null,
             "warnings": ["the vCPUs float, so no worker follows one: pin them with virsh vcpupin or with taskset"],
             "advice": [], "interrupts": {"mode": "off", "settings": [], "notes": []},
             "pairs": [{
@@ -322,7 +326,8 @@ mod tests {
         let expected = "\
 virtionetd 0.1.0: 1 device
 
-web: uplink tap tap0; listens on /run/web.sock; front-end connected (process 7)
+web: uplink tap tap0; listens on /run/web.sock; front-end connected (process 7);
+  features of 0.1.0
   pair  vCPU worker           CPU        busy    RX/s RX bit/s    TX/s TX bit/s
      0     1 web-q0           0-2,8       25%    1000     800k     20k      16M
   drops: pair 0 RX: dropped_no_buffer 5

@@ -30,16 +30,19 @@ pub enum ConditionKind {
     BaseImplausible,
     /// The progress of packed vrings is not recorded.
     NoCrashRecord,
+    /// The front-end was offered features that the device no longer offers.
+    FeaturesKept,
 }
 
 /// The conditions that end with the front-end's connection.
-const OF_THE_CONNECTION: [ConditionKind; 6] = [
+const OF_THE_CONNECTION: [ConditionKind; 7] = [
     ConditionKind::FrontendStopped,
     ConditionKind::Mtu,
     ConditionKind::AddressConflict,
     ConditionKind::MemoryLost,
     ConditionKind::AddressesInvalid,
     ConditionKind::BaseImplausible,
+    ConditionKind::FeaturesKept,
 ];
 
 /// The conditions of one device. Each is logged when it begins, at most once a second for each

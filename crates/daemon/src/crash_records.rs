@@ -4,6 +4,9 @@
 //! has in common with that of the old one. It is locked for as long as the process lives, so that no
 //! other daemon uses it. Where there can be no such file, an unnamed one in memory takes its place:
 //! the vrings then survive the end of a session, but not that of the process.
+//!
+//! The file also says which features the front-end was offered: a front-end decides once what its guest
+//! may use, and must be offered that again.
 
 use std::ffi::OsStr;
 use std::fs::{DirBuilder, File, OpenOptions};
@@ -18,8 +21,11 @@ use rustix::fs::{
     FallocateFlags, FlockOperation, MemfdFlags, OFlags, fallocate, flock, memfd_create,
 };
 use rustix::io::Errno;
+use virtionet_virtio_net::features::Features;
 use virtionet_virtqueue::CrashRecord;
 use virtionet_virtqueue::memory::MemoryError;
+
+use crate::feature_set::FeatureSet;
 
 /// The distance of two records in the file: more than that of the largest virtqueue takes, and a
 /// multiple of every page size. Only the pages that are used take memory.
@@ -28,6 +34,17 @@ const RECORD_DISTANCE: u64 = 512 << 10;
 /// How long a daemon that was killed may keep the lock of its file.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
 const LOCK_INTERVAL: Duration = Duration::from_millis(10);
+
+/// The first word of the note of the offered features. The others are the process that they were
+/// offered to, the virtio features and the protocol features.
+const OFFER_MAGIC: u64 = 0x7672_6f66_6672_0000;
+
+/// The number of bytes of that note.
+const OFFER_BYTES: usize = 32;
+
+/// Where it is: in the first vring's record, which does not use these bytes.
+const OFFER_OFFSET: u64 = CrashRecord::UNUSED.start;
+const _: () = assert!(CrashRecord::UNUSED.end - OFFER_OFFSET >= 32);
 
 /// The suffix of the file's name.
 const SUFFIX: &str = ".vrings";
@@ -138,6 +155,37 @@ impl CrashRecords {
             // There was no such record.
             false => Ok(()),
         }
+    }
+}
+
+impl CrashRecords {
+    /// What the front-end of process `pid` was offered, if it was the last one.
+    #[must_use]
+    pub fn offered_to(&self, pid: u32) -> Option<FeatureSet> {
+        let mut note = [0; OFFER_BYTES];
+        // syscalls: pread64
+        self.file.read_exact_at(&mut note, OFFER_OFFSET).ok()?;
+        let mut words = [0; OFFER_BYTES / 8];
+        for (word, bytes) in words.iter_mut().zip(note.chunks_exact(8)) {
+            *word = u64::from_ne_bytes(bytes.try_into().ok()?);
+        }
+        let [magic, process, virtio, protocol] = words;
+        (magic == OFFER_MAGIC && process == u64::from(pid)).then_some(FeatureSet {
+            virtio: Features(virtio),
+            protocol,
+        })
+    }
+
+    /// Notes what the front-end of process `pid` is offered.
+    ///
+    /// # Errors
+    /// When the file system is full.
+    pub fn note_offered(&self, pid: u32, offer: FeatureSet) -> io::Result<()> {
+        let FeatureSet { virtio, protocol } = offer;
+        let words = [OFFER_MAGIC, u64::from(pid), virtio.0, protocol];
+        let note = words.map(u64::to_ne_bytes).concat();
+        // syscalls: pwrite64
+        self.file.write_all_at(&note, OFFER_OFFSET)
     }
 }
 
@@ -266,5 +314,28 @@ mod tests {
         assert!(blocks * 512 <= 64 << 10, "{blocks} blocks");
         records.forget(255).unwrap();
         records.forget(256).unwrap();
+    }
+
+    #[test]
+    fn offered_features_are_those_of_the_last_front_end_in_the_next_process() {
+        let folder = Folder::new("offer");
+        let open = || CrashRecords::open(&folder.0, Path::new("/o")).unwrap();
+        let offer = |virtio, protocol| FeatureSet {
+            virtio: Features(virtio),
+            protocol,
+        };
+        assert_eq!(open().offered_to(7), None);
+        open().note_offered(7, offer(1 << 40, 3)).unwrap();
+        let records = open();
+        // The vring does not disturb them.
+        records.record(0, 256, 0).unwrap();
+        records.forget(0).unwrap();
+        assert_eq!(records.offered_to(7), Some(offer(1 << 40, 3)));
+        assert_eq!(records.offered_to(8), None);
+        records.note_offered(8, offer(5, 0)).unwrap();
+        assert_eq!(records.offered_to(7), None);
+        assert_eq!(records.offered_to(8), Some(offer(5, 0)));
+        records.file.write_all_at(&[0], OFFER_OFFSET + 3).unwrap();
+        assert_eq!(records.offered_to(8), None);
     }
 }

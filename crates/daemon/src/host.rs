@@ -10,6 +10,7 @@ use virtionet_placement::interrupts::IrqAffinityManager;
 
 use crate::advice::Adviser;
 use crate::crash_records::CrashRecords;
+use crate::feature_set::FeatureSet;
 use crate::host_cpus::HostCpus;
 use crate::interrupts::Interrupts;
 use crate::net_device::NetDevice;
@@ -119,7 +120,8 @@ impl Host {
         .with(
             interrupts,
             Adviser::new(&device.name, device.qmp.clone(), socket.clone()),
-        );
+        )
+        .with_feature_set(FeatureSet::of(device.features_compat));
         let (records, problem) = match records {
             Some(records) => (Some(records), None),
             None => open_crash_records(self.state_folder.as_deref(), socket.as_deref()),

@@ -12,6 +12,7 @@ pub mod crash_records;
 mod descriptor_budget;
 pub mod device_thread;
 mod discovered_vcpus;
+pub mod feature_set;
 pub mod frontend_source;
 pub mod handover;
 pub mod helper_process;

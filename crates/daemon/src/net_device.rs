@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 use virtionet_base::RateLimiter;
-use virtionet_config::PollMode;
+use virtionet_config::{FeaturesVersion, PollMode};
 use virtionet_placement::{CpuSet, worker_name};
 use virtionet_vhost_user::BackendError;
 use virtionet_virtio_net::features::Features;
@@ -23,6 +23,7 @@ use virtionet_virtqueue::memory::GuestMemory;
 use crate::advice::{Adviser, QueueUsage};
 use crate::conditions::{ConditionKind, Conditions};
 use crate::crash_records::CrashRecords;
+use crate::feature_set::FeatureSet;
 use crate::interrupts::{AffinityInput, Interrupts};
 use crate::placer::Placer;
 use crate::queue_pair::QueuePair;
@@ -40,6 +41,7 @@ pub struct NetDevice {
     placer: Arc<Placer>,
     pool: Arc<WorkerPool>,
     poll: PollMode,
+    feature_set: FeatureSet,
     /// Each queue pair is created when its first vring starts, because a front-end may use fewer
     /// than it may have.
     pairs: Vec<OnceLock<ServedPair>>,
@@ -86,6 +88,8 @@ pub struct FrontendState {
     pub connected: bool,
     /// Its process id, if the kernel reports it.
     pub pid: Option<u32>,
+    /// The features that it was offered.
+    pub offered: Option<FeatureSet>,
     /// The negotiated virtio features.
     pub features: Features,
     /// The negotiated vhost-user protocol features.
@@ -119,6 +123,7 @@ impl NetDevice {
             placer: Arc::new(placer),
             pool,
             poll,
+            feature_set: FeatureSet::of(FeaturesVersion::default()),
             pairs: (0..max_queue_pairs).map(|_| OnceLock::new()).collect(),
             frontend: Mutex::default(),
             connection_log: ConnectionLog::default(),
@@ -147,6 +152,13 @@ impl NetDevice {
     #[must_use]
     pub fn with_crash_records(mut self, crash_records: CrashRecords) -> Self {
         self.crash_records = Some(crash_records);
+        self
+    }
+
+    /// The same device, which offers exactly these features.
+    #[must_use]
+    pub fn with_feature_set(mut self, feature_set: FeatureSet) -> Self {
+        self.feature_set = feature_set.supported();
         self
     }
 
@@ -376,6 +388,8 @@ impl NetDevice {
 
 #[cfg(test)]
 mod crash_tests;
+#[cfg(test)]
+mod feature_tests;
 #[cfg(test)]
 mod migration_tests;
 #[cfg(test)]

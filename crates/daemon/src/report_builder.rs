@@ -91,6 +91,7 @@ fn device(config: &DeviceConfig, net_device: &NetDevice) -> report::DeviceReport
             name: net_device.uplink().name(),
             up: net_device.is_uplink_up(),
         },
+        features_compat: Some(config.features_compat.name().to_owned()),
         mtu: frontend.mtu,
         warnings: net_device.warnings(),
         advice: net_device.advice(),
@@ -163,6 +164,7 @@ mod tests {
             irq_affinity: Default::default(),
             qmp: None,
             poll: PollMode::Off,
+            features_compat: Default::default(),
         }
     }
 

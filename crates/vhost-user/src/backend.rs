@@ -8,6 +8,7 @@ use virtionet_virtqueue::memory::GuestMemory;
 
 use crate::backend_error::BackendError;
 use crate::error::RefusedRequest;
+use crate::protocol_features;
 
 /// A device that a session drives. The session's thread makes all calls, one at a time, while the
 /// device's own threads keep running.
@@ -18,6 +19,11 @@ pub trait Backend {
     /// The virtio feature bits that the device offers. The session adds
     /// VHOST_USER_F_PROTOCOL_FEATURES.
     fn features(&self) -> u64;
+
+    /// The protocol features that the device offers, of [`protocol_features::OFFERED`].
+    fn protocol_features(&self) -> u64 {
+        protocol_features::OFFERED
+    }
 
     /// The number of queue pairs that a front-end may use: 1 to 128.
     fn max_queue_pairs(&self) -> u16;

@@ -187,7 +187,7 @@ impl<'b> Session<'b> {
             Request::SetVringCall(call) => self.set_vring_call(call),
             Request::SetVringErr(err) => self.set_vring_err(err),
             Request::SetVringEnable { ring, enabled } => self.set_vring_enable(ring, enabled),
-            Request::GetProtocolFeatures => reply_u64(protocol_features::OFFERED),
+            Request::GetProtocolFeatures => reply_u64(self.offered_protocol_features()),
             Request::SetProtocolFeatures(bits) => self.set_protocol_features(bits),
             Request::GetQueueNum => reply_u64(self.queue_pairs.into()),
             Request::NetSetMtu(mtu) => self.net_set_mtu(mtu),
@@ -204,6 +204,10 @@ impl<'b> Session<'b> {
 
     fn offered_features(&self) -> u64 {
         self.backend.features() | SESSION_FEATURES
+    }
+
+    fn offered_protocol_features(&self) -> u64 {
+        self.backend.protocol_features() & protocol_features::OFFERED
     }
 
     fn set_features(&mut self, bits: u64) -> RequestOutcome {
@@ -239,7 +243,7 @@ impl<'b> Session<'b> {
     }
 
     fn set_protocol_features(&mut self, bits: u64) -> RequestOutcome {
-        let surplus = bits & !protocol_features::OFFERED;
+        let surplus = bits & !self.offered_protocol_features();
         if surplus != 0 {
             return Err(RequestError::ProtocolFeatures(surplus).into());
         }

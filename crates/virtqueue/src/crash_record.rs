@@ -34,6 +34,7 @@
 //! | word | content |
 //! |---|---|
 //! | 0 | [`MAGIC`], plus the number of the header that is valid (0 or 1); else there is no record |
+//! | 1 to 7 | left to the owner of the file ([`CrashRecord::UNUSED`]) |
 //! | 8 to 15 | header 0: identity (7 words), progress |
 //! | 16 to 23 | header 1 |
 //! | 24 on | the two lists, each with one word for each descriptor of the ring |
@@ -43,6 +44,7 @@
 //! record is no record.
 
 use std::fs::File;
+use std::ops::Range;
 
 use crate::config::VirtqueueLayout;
 use crate::memory::{FilePlace, GuestArray, GuestMemory, MappedRegion, MemoryError, RegionSpec};
@@ -135,6 +137,9 @@ pub struct CrashRecord {
 impl CrashRecord {
     /// What makes a record void when it is written to the beginning of it.
     pub const VOID: [u8; 8] = [0; 8];
+
+    /// The bytes of a record that it does not use.
+    pub const UNUSED: Range<u64> = WORD..8 * WORD;
 
     /// The number of bytes of the record of a virtqueue with `size` descriptors.
     #[must_use]

@@ -11,6 +11,7 @@ use virtionet_virtqueue::memory::GuestMemory;
 
 use super::{FrontendState, NetDevice, ServedPair};
 use crate::conditions::ConditionKind;
+use crate::feature_set::FeatureSet;
 use crate::vring_slot::{StartedAt, StoppedVring, VringFds, VringSlot, VringStartError};
 use crate::worker_event::PairEvent;
 
@@ -60,7 +61,11 @@ impl VringRole {
 
 impl Backend for NetDevice {
     fn features(&self) -> u64 {
-        Features::offered().0
+        self.offered().virtio.0
+    }
+
+    fn protocol_features(&self) -> u64 {
+        self.offered().protocol
     }
 
     fn max_queue_pairs(&self) -> u16 {
@@ -308,8 +313,37 @@ impl NetDevice {
         *self.frontend.lock() = FrontendState {
             connected: true,
             pid,
+            offered: Some(self.decide_offer(pid)),
             ..FrontendState::default()
         };
+    }
+
+    fn offered(&self) -> FeatureSet {
+        self.frontend.lock().offered.unwrap_or(self.feature_set)
+    }
+
+    /// What the front-end of process `pid` is offered: the features of this device, and those that an
+    /// earlier virtionetd with another `--features-compat` has offered the same process. The guest may
+    /// use them, and a front-end asks only once what it may let the guest have.
+    fn decide_offer(&self, pid: Option<u32>) -> FeatureSet {
+        let (Some(records), Some(pid)) = (&self.crash_records, pid) else {
+            return self.feature_set;
+        };
+        let earlier = records.offered_to(pid).map(FeatureSet::supported);
+        let offer = earlier.map_or(self.feature_set, |earlier| self.feature_set.union(earlier));
+        if offer != self.feature_set {
+            self.conditions.set(
+                &self.name,
+                ConditionKind::FeaturesKept,
+                "the front-end was offered more features before --features-compat was changed, and its guest may use them; restart QEMU before the guest is migrated to a host with that version",
+            );
+        }
+        if let Err(error) = records.note_offered(pid, offer) {
+            self.note_no_crash_records(&format!(
+                "the features that the front-end was offered are not recorded, so that --features-compat must stay as it is until the front-end ends: {error}"
+            ));
+        }
+        offer
     }
 
     /// The record of the progress of vring `index`, if it is packed. Without one it runs as well,

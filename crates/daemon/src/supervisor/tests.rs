@@ -333,6 +333,7 @@ fn device_that_cannot_be_made_is_an_error_that_names_it() {
         irq_affinity: Default::default(),
         qmp: None,
         poll: PollMode::Off,
+        features_compat: Default::default(),
     };
     let mut uplinks = Uplinks::default();
     let created = host

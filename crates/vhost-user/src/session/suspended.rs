@@ -17,7 +17,6 @@ use super::migration::LogBaseState;
 use super::serving::EndedOnDrop;
 use super::{SESSION_FEATURES, Session};
 use crate::backend::Backend;
-use crate::protocol_features;
 use crate::request::VringAreas;
 use crate::session_log::SessionLog;
 use crate::sys::peer_pid;
@@ -150,7 +149,7 @@ impl<F> SessionImage<F> {
         if missing != 0 {
             return Err(ImageError::Features(missing));
         }
-        let missing = self.protocol_features & !protocol_features::OFFERED;
+        let missing = self.protocol_features & !backend.protocol_features();
         if missing != 0 {
             return Err(ImageError::ProtocolFeatures(missing));
         }
