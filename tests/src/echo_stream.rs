@@ -126,7 +126,7 @@ impl EchoStream {
 }
 
 /// Connects from within the namespace. The socket stays there; the thread ends.
-fn connect(netns: &Netns, address: SocketAddr) -> Result<TcpStream> {
+pub(crate) fn connect(netns: &Netns, address: SocketAddr) -> Result<TcpStream> {
     let path = format!("/run/netns/{}", netns.name());
     let connecting = thread::spawn(move || -> Result<TcpStream> {
         setns(File::open(path)?, CloneFlags::CLONE_NEWNET)?;
@@ -144,7 +144,7 @@ fn connect(netns: &Netns, address: SocketAddr) -> Result<TcpStream> {
 
 /// The bytes from offset `at` on. No part of the stream equals another one, so that an old page
 /// cannot pass for a new one.
-fn fill(at: u64, chunk: &mut [u8]) {
+pub(crate) fn fill(at: u64, chunk: &mut [u8]) {
     for (n, byte) in (at..).zip(chunk) {
         let word = (n / 8).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes();
         *byte = word[usize::try_from(n % 8).unwrap_or(0)];

@@ -6,7 +6,8 @@
 //! whose [`guest`] runs commands ([`ethtool`] parses the output of one of them) and whose monitor
 //! is used through [`qmp`]. [`daemon`] starts virtionetd, and [`iperf`] sends traffic. [`testbed`]
 //! combines all of these; [`two_guests`] does the same with a second guest instead of the host, and
-//! [`libvirt`] starts libvirt domains as guests. A [`responder`] is a driver that answers pings
+//! [`libvirt`] starts libvirt domains as guests. [`migration`] has two hosts for one guest,
+//! [`echo_stream`] and [`file_transfer`] what it carries meanwhile. A [`responder`] is a driver that answers pings
 //! without a guest; [`diagnostics`] prints the state of a guest that does not answer. [`testpmd`]
 //! runs DPDK's driver and back-end, which need [`hugepages`]. A [`systemd_machine`] runs services.
 //!
@@ -23,11 +24,13 @@ pub mod daemon;
 pub mod diagnostics;
 pub mod echo_stream;
 pub mod ethtool;
+pub mod file_transfer;
 pub mod guest;
 pub mod http;
 pub mod hugepages;
 pub mod iperf;
 pub mod libvirt;
+pub mod migration;
 pub mod netns;
 pub mod nic;
 pub mod paths;

@@ -1,170 +1,42 @@
-//! Live migration between two QEMUs, each with a virtionetd of its own, whose TAPs are ports of one
-//! bridge, as two hosts on one network have them. TCP connections to the guest go on meanwhile, and
-//! each of their bytes is checked.
+//! Live migration between two QEMUs. TCP connections to the guest go on meanwhile, and each of their
+//! bytes is checked.
 
-use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 use serde_json::{Value, json};
-use virtionet_tests::daemon::{Daemon, Options};
 use virtionet_tests::echo_stream::EchoStreams;
-use virtionet_tests::paths::RunDir;
-use virtionet_tests::qemu::{Machine, Nic, Qemu};
-use virtionet_tests::testbed::BOOT_TIMEOUT;
-use virtionet_tests::topology::{Bridge, GUEST, HOST, configure_guest};
+use virtionet_tests::ethtool::set_combined;
+use virtionet_tests::file_transfer::FileTransfer;
+use virtionet_tests::migration::{
+    Device, Hosts, MIGRATION_TIMEOUT, Method, finish_migration, migrate, set_speed,
+    wait_for_migration, wait_until,
+};
+use virtionet_tests::qemu::Qemu;
+use virtionet_tests::topology::{GUEST, GUEST_INTERFACE};
 
-const MIGRATION_TIMEOUT: Duration = Duration::from_secs(60);
 const PROGRESS_TIMEOUT: Duration = Duration::from_secs(40);
 /// What each connection carries between two steps of a test.
 const PROGRESS: u64 = 1 << 20;
-/// The names of both hosts' daemons, TAPs and machines.
-const HOSTS: [&str; 2] = ["source", "dest"];
 
-/// The guest's network device.
-#[derive(Clone, Copy, Debug)]
-struct Device {
-    pairs: u16,
-    is_packed: bool,
-    /// Whether the guest announces itself; if not, QEMU asks the back-end for that.
-    announces: bool,
-}
-
-/// Two hosts, each with a daemon.
-struct Hosts {
-    daemons: [Daemon; 2],
-    bridge: Bridge,
-    dir: RunDir,
-    device: Device,
-}
-
-impl Hosts {
-    fn new(device: Device) -> Result<Self> {
-        let dir = RunDir::new()?;
-        // A device may have more queue pairs than the guest uses, so the TAPs are multiqueue TAPs.
-        let bridge = Bridge::with_taps(&HOSTS, device.pairs.max(2))?;
-        let v4 = HOST.v4;
-        bridge.netns().ip(&format!("addr add {v4}/24 dev br0"))?;
-        let start = |name| {
-            let options = Options::new().netns(bridge.netns()).flag("--tap", name);
-            options.start(&dir, &format!("vnet-{name}"))
-        };
-        Ok(Self {
-            daemons: [start(HOSTS[0])?, start(HOSTS[1])?],
-            bridge,
-            dir,
-            device,
-        })
-    }
-
-    fn machine(&self, host: usize) -> Machine {
-        let on = |is_on| if is_on { "on" } else { "off" };
-        let nic = Nic::vhost_user(self.daemons[host].socket())
-            .queues(self.device.pairs)
-            .prop("mac=52:54:00:77:00:01")
-            .prop(&format!("packed={}", on(self.device.is_packed)))
-            .prop(&format!("guest_announce={}", on(self.device.announces)));
-        Machine::new()
-            .vcpus(self.device.pairs.min(2).into())
-            .memory_mib(256)
-            .nic(nic)
-    }
-
-    /// Boots the guest at the source.
-    fn boot(&self) -> Result<Qemu> {
-        let (qemu, _) = self.machine(0).boot(&self.dir, HOSTS[0], BOOT_TIMEOUT)?;
-        configure_guest(qemu.guest(), self.device.pairs)?;
-        self.wait_for_ping()?;
-        Ok(qemu)
-    }
-
-    /// Boots the guest at the source, and connects to it.
-    fn boot_and_connect(&self) -> Result<(Qemu, EchoStreams)> {
-        let qemu = self.boot()?;
-        let pairs = self.device.pairs;
-        let echo = EchoStreams::start(self.bridge.netns(), qemu.guest(), GUEST.v4, pairs)?;
-        echo.wait_for_progress(PROGRESS, PROGRESS_TIMEOUT)?;
-        Ok((qemu, echo))
-    }
-
-    /// Starts a machine at the destination that waits for a guest from `uri`.
-    fn expect_guest(&self, uri: &str) -> Result<Qemu> {
-        let machine = self.machine(1).args(["-incoming", uri]);
-        let qemu = machine.start(&self.dir, HOSTS[1])?;
-        // It answers when it listens.
-        qemu.qmp("query-status", &Value::Null)?;
-        Ok(qemu)
-    }
-
-    fn migration_socket(&self) -> PathBuf {
-        self.dir.join("migration.sock")
-    }
-
-    fn wait_for_ping(&self) -> Result<()> {
-        let address = GUEST.v4;
-        let wait = format!(
-            "for i in $(seq 30); do busybox ping -c 1 -W 1 {address} && exit; done; exit 1"
-        );
-        self.bridge.netns().run("bash", ["-c", &wait]).map(drop)
-    }
-
-    /// Checks that no vring of either device was quarantined, and returns the frames that the
-    /// device of `host` has carried to the guest and from it.
-    fn frames(&self, host: usize) -> Result<[u64; 2]> {
-        let device = self.daemons[host].device()?;
-        let mut frames = [0; 2];
-        for pair in device["pairs"].as_array().into_iter().flatten() {
-            for (sum, direction) in frames.iter_mut().zip(["rx", "tx"]) {
-                let counters = &pair[direction]["counters"];
-                ensure!(counters["quarantines"] == 0, "{pair}");
-                *sum += counters["frames"].as_u64().unwrap_or(0);
-            }
-        }
-        Ok(frames)
-    }
-}
-
-fn unix_uri(path: &Path) -> String {
-    format!("unix:{}", path.display())
-}
-
-fn set_bandwidth(qemu: &Qemu, bytes: u64) -> Result<()> {
-    let parameters = json!({"max-bandwidth": bytes, "downtime-limit": 1000});
-    qemu.qmp("migrate-set-parameters", &parameters).map(drop)
-}
-
-/// Migrates the guest to `uri`, and waits until that is done.
-fn migrate(qemu: &Qemu, uri: &str) -> Result<()> {
-    set_bandwidth(qemu, 1 << 30)?;
-    qemu.qmp("migrate", &json!({"uri": uri}))?;
-    wait_for_migration(qemu, "completed")
-}
-
-/// Waits until the migration has this status.
-fn wait_for_migration(qemu: &Qemu, wanted: &str) -> Result<()> {
-    let until = Instant::now() + MIGRATION_TIMEOUT;
-    loop {
-        let migration = qemu.qmp("query-migrate", &Value::Null)?;
-        let status = migration["status"].as_str().unwrap_or_default();
-        if status == wanted {
-            return Ok(());
-        }
-        if status == "failed" || Instant::now() > until {
-            bail!("the migration is not {wanted}: {migration}");
-        }
-        sleep(Duration::from_millis(20));
-    }
+/// Boots the guest at the source, and connects to it.
+fn boot_and_connect(hosts: &Hosts, device: Device) -> Result<(Qemu, EchoStreams)> {
+    let qemu = hosts.boot()?;
+    let echo = EchoStreams::start(hosts.bridge().netns(), qemu.guest(), GUEST.v4, device.pairs)?;
+    echo.wait_for_progress(PROGRESS, PROGRESS_TIMEOUT)?;
+    Ok((qemu, echo))
 }
 
 /// Migrates a guest whose connections go on.
 fn check_migration(device: Device) -> Result<()> {
     let hosts = Hosts::new(device)?;
-    let (source, echo) = hosts.boot_and_connect()?;
-    let uri = unix_uri(&hosts.migration_socket());
+    let (source, echo) = boot_and_connect(&hosts, device)?;
+    let uri = hosts.uri();
     let dest = hosts.expect_guest(&uri)?;
     let started_at = Instant::now();
-    migrate(&source, &uri)?;
+    let migration = migrate(&source, &uri)?;
+    eprintln!("downtime: {} ms", migration["downtime"]);
     eprintln!("{device:?}: migrated in {:?}", started_at.elapsed());
     let at_source = hosts.frames(0)?;
     echo.wait_for_progress(PROGRESS, PROGRESS_TIMEOUT)?;
@@ -179,32 +51,23 @@ fn check_migration(device: Device) -> Result<()> {
     Ok(())
 }
 
-fn device(pairs: u16, is_packed: bool) -> Device {
-    Device {
-        pairs,
-        is_packed,
-        announces: true,
-    }
-}
-
 #[test]
 fn guest_with_a_split_ring_keeps_its_connections_over_a_migration() {
-    check_migration(device(1, false)).unwrap();
+    check_migration(Device::new(1, false)).unwrap();
 }
 
 #[test]
 fn guest_with_four_packed_queue_pairs_keeps_its_connections_over_a_migration() {
-    check_migration(device(4, true)).unwrap();
+    check_migration(Device::new(4, true)).unwrap();
 }
 
 /// The other combinations of format and queue pairs, several times each with `MIGRATIONS=N`.
 #[test]
 fn guests_of_all_formats_keep_their_connections_over_migrations_if_asked_for() {
-    let runs = std::env::var("MIGRATIONS").ok();
-    for _ in 0..runs.and_then(|n| n.parse().ok()).unwrap_or(0) {
+    for _ in 0..asked_migrations() {
         for pairs in [1, 4] {
             for is_packed in [false, true] {
-                check_migration(device(pairs, is_packed)).unwrap();
+                check_migration(Device::new(pairs, is_packed)).unwrap();
             }
         }
     }
@@ -214,13 +77,13 @@ fn guests_of_all_formats_keep_their_connections_over_migrations_if_asked_for() {
 fn silent_guest_that_does_not_announce_itself_is_announced_by_the_daemon() {
     let hosts = Hosts::new(Device {
         announces: false,
-        ..device(1, false)
+        ..Device::new(1, false)
     })
     .unwrap();
     let source = hosts.boot().unwrap();
     // It must not send a router solicitation at the wrong time.
     source.guest().ok("ip -6 addr flush dev eth0").unwrap();
-    let uri = unix_uri(&hosts.migration_socket());
+    let uri = hosts.uri();
     let dest = hosts.expect_guest(&uri).unwrap();
     migrate(&source, &uri).unwrap();
     // QEMU asks for five announcements, of which two may become one.
@@ -235,12 +98,13 @@ fn silent_guest_that_does_not_announce_itself_is_announced_by_the_daemon() {
 
 #[test]
 fn cancelled_migration_leaves_the_guest_as_it_was_and_the_next_one_succeeds() {
-    let hosts = Hosts::new(device(1, true)).unwrap();
-    let (source, echo) = hosts.boot_and_connect().unwrap();
-    let uri = unix_uri(&hosts.migration_socket());
+    let device = Device::new(1, true);
+    let hosts = Hosts::new(device).unwrap();
+    let (source, echo) = boot_and_connect(&hosts, device).unwrap();
+    let uri = hosts.uri();
     for _ in 0..2 {
         let dest = hosts.expect_guest(&uri).unwrap();
-        set_bandwidth(&source, 1 << 20).unwrap();
+        set_speed(&source, 1 << 20, 1000).unwrap();
         source.qmp("migrate", &json!({"uri": uri})).unwrap();
         wait_for_migration(&source, "active").unwrap();
         echo.wait_for_progress(PROGRESS, PROGRESS_TIMEOUT).unwrap();
@@ -259,9 +123,10 @@ fn cancelled_migration_leaves_the_guest_as_it_was_and_the_next_one_succeeds() {
 
 #[test]
 fn guest_that_is_saved_to_a_file_continues_from_it() {
-    let hosts = Hosts::new(device(1, false)).unwrap();
-    let (source, echo) = hosts.boot_and_connect().unwrap();
-    let file = hosts.dir.join("saved");
+    let device = Device::new(1, false);
+    let hosts = Hosts::new(device).unwrap();
+    let (source, echo) = boot_and_connect(&hosts, device).unwrap();
+    let file = hosts.dir().join("saved");
     source.qmp("stop", &Value::Null).unwrap();
     migrate(&source, &format!("exec:cat >{}", file.display())).unwrap();
     drop(source);
@@ -278,4 +143,125 @@ fn guest_that_is_saved_to_a_file_continues_from_it() {
     dest.resume().unwrap();
     echo.wait_for_progress(PROGRESS, PROGRESS_TIMEOUT).unwrap();
     echo.finish().unwrap();
+}
+
+/// What happens while a guest is migrated that receives a file.
+#[derive(Clone, Copy, Debug, Default)]
+struct Variant {
+    method: Method,
+    /// The guest uses one queue pair less, and one more again.
+    changes_pairs: bool,
+}
+
+impl Variant {
+    fn new(multifd: bool, auto_converge: bool, changes_pairs: bool) -> Self {
+        Self {
+            method: Method {
+                multifd,
+                auto_converge,
+            },
+            changes_pairs,
+        }
+    }
+}
+
+/// Migrates a guest that receives a file meanwhile.
+fn check_variant(device: Device, variant: Variant) -> Result<()> {
+    let hosts = Hosts::new(device)?;
+    let source = hosts.boot()?;
+    let started_at = Instant::now();
+    let uri = hosts.uri();
+    let dest = hosts.expect_guest_by(&uri, variant.method)?;
+    variant.method.apply(&source)?;
+    let file = FileTransfer::start(hosts.bridge().netns(), source.guest(), GUEST.v4)?;
+    file.wait_for_progress(PROGRESS, PROGRESS_TIMEOUT)?;
+    // The guest writes more memory than that, so the migration does not end by itself.
+    set_speed(&source, 2 << 20, 1)?;
+    source.qmp("migrate", &json!({"uri": uri}))?;
+    wait_for_migration(&source, "active")?;
+    file.wait_for_progress(PROGRESS, PROGRESS_TIMEOUT)?;
+    if variant.changes_pairs {
+        let fewer = device.pairs - 1;
+        for pairs in [fewer, device.pairs, fewer] {
+            set_combined(source.guest(), GUEST_INTERFACE, pairs.into())?;
+            file.wait_for_progress(PROGRESS / 4, PROGRESS_TIMEOUT)?;
+            ensure!(hosts.enabled_pairs(0)? == usize::from(pairs));
+        }
+    }
+    if variant.method.auto_converge {
+        slow_down_vcpus(&source)?;
+    }
+    file.wait_for_progress(PROGRESS, PROGRESS_TIMEOUT)?;
+    wait_for_migration(&source, "active")?;
+    let migration = finish_migration(&source)?;
+    let channels = &migration["ram"]["multifd-bytes"];
+    ensure!(
+        (channels.as_u64() > Some(0)) == variant.method.multifd,
+        "{migration}"
+    );
+    file.wait_for_progress(PROGRESS, PROGRESS_TIMEOUT)?;
+    if variant.changes_pairs {
+        ensure!(hosts.enabled_pairs(1)? == usize::from(device.pairs) - 1);
+        set_combined(dest.guest(), GUEST_INTERFACE, device.pairs.into())?;
+    }
+    ensure!(hosts.enabled_pairs(1)? == usize::from(device.pairs));
+    let size = file.finish(dest.guest(), hosts.dir())?;
+    let (elapsed, downtime) = (started_at.elapsed(), &migration["downtime"]);
+    eprintln!(
+        "{device:?} {variant:?}: {size} bytes, {downtime} ms of downtime, {elapsed:?} after the boot"
+    );
+    Ok(())
+}
+
+/// Lets the guest write so much memory that QEMU slows its vCPUs down, which lasts until the migration
+/// ends.
+fn slow_down_vcpus(qemu: &Qemu) -> Result<()> {
+    // Pages of zeros would not count.
+    qemu.guest().ok(
+        "setsid sh -c 'echo $$ >/tmp/w.pid; while :; do dd if=/tmp/received of=/tmp/w bs=1M count=8 conv=notrunc; done' >/dev/null 2>&1 &",
+    )?;
+    let parameters = json!({"throttle-trigger-threshold": 1, "max-bandwidth": 40 << 20});
+    qemu.qmp("migrate-set-parameters", &parameters)?;
+    wait_until(qemu, "slowing down the vCPUs", |migration| {
+        migration["cpu-throttle-percentage"].as_u64() > Some(0)
+    })?;
+    set_speed(qemu, 2 << 20, 1)?;
+    qemu.guest().ok("kill $(cat /tmp/w.pid)").map(drop)
+}
+
+#[test]
+fn guest_that_changes_its_queue_pairs_receives_a_file_while_it_is_migrated_by_all_means() {
+    let variant = Variant::new(true, true, true);
+    check_variant(Device::new(2, false), variant).unwrap();
+}
+
+/// Migrates guests by each means, several times each with `MIGRATIONS=N`.
+fn check_variants_if_asked_for(is_packed: bool) -> Result<()> {
+    for _ in 0..asked_migrations() {
+        for variant in [
+            Variant::default(),
+            Variant::new(true, false, false),
+            Variant::new(false, true, false),
+            Variant::new(false, false, true),
+            Variant::new(true, true, true),
+        ] {
+            check_variant(Device::new(2, is_packed), variant)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn guests_with_split_rings_receive_a_file_while_migrated_by_each_means_if_asked_for() {
+    check_variants_if_asked_for(false).unwrap();
+}
+
+#[test]
+fn guests_with_packed_rings_receive_a_file_while_migrated_by_each_means_if_asked_for() {
+    check_variants_if_asked_for(true).unwrap();
+}
+
+fn asked_migrations() -> usize {
+    let runs = std::env::var("MIGRATIONS").ok();
+    runs.and_then(|n| n.parse().ok()).unwrap_or(0)
 }
