@@ -125,6 +125,8 @@ pub(crate) struct RecordingBackend {
     entries: Mutex<Vec<String>>,
     running: Mutex<std::collections::BTreeMap<u16, VringStart>>,
     stop_base: Option<u32>,
+    /// How long it takes to stop a vring.
+    stop_time: Duration,
     /// The code of the first refused request of a session that has ended.
     pub(crate) refused: Mutex<Option<&'static str>>,
 }
@@ -137,6 +139,14 @@ impl RecordingBackend {
     pub(crate) fn with_stop_base(base: u32) -> Self {
         Self {
             stop_base: Some(base),
+            ..Self::default()
+        }
+    }
+
+    /// Creates a device that takes this time to stop a vring.
+    pub(crate) fn slow_to_stop(stop_time: Duration) -> Self {
+        Self {
+            stop_time,
             ..Self::default()
         }
     }
@@ -263,6 +273,7 @@ impl Backend for RecordingBackend {
 
     fn stop_vring(&self, index: u16) -> Option<u32> {
         self.write(format!("stop {index}"));
+        std::thread::sleep(self.stop_time);
         let start = self.running.lock().unwrap().remove(&index)?;
         Some(self.stop_base.unwrap_or(start.base))
     }

@@ -235,12 +235,15 @@ impl<'s> Channel<'s> {
         })
     }
 
-    /// The socket, if the session was stopped between two messages, so that another one can
-    /// continue it.
+    /// Whether no part of a message or a reply is outstanding, so that another process can continue
+    /// with the socket.
+    pub(crate) fn is_between_messages(&self) -> bool {
+        self.partial.bytes.is_empty() && !self.is_reply_missing
+    }
+
+    /// The socket.
     pub(crate) fn into_stream(self) -> Option<UnixStream> {
-        let is_between = self.partial.bytes.is_empty() && !self.is_reply_missing;
-        let stream = self.stream.into_known().filter(|_| is_between);
-        stream.map(UnixStream::from)
+        self.stream.into_known().map(UnixStream::from)
     }
 
     fn stream(&self) -> io::Result<BorrowedFd<'_>> {

@@ -69,7 +69,7 @@ pub fn serve_from(
     others: Option<&dyn PendingConnections>,
     log: &SessionLog,
 ) -> Result<Served, SessionError> {
-    let (stream, mut session) = match start {
+    let (stream, session) = match start {
         SessionStart::Connected(stream) => {
             backend.on_connect(peer_pid(&stream));
             (stream, EndedOnDrop::new(Session::new(backend, log)))
@@ -77,15 +77,20 @@ pub fn serve_from(
         SessionStart::Suspended(suspended) => suspended.resume(backend, log),
     };
     let mut channel = Channel::new(stream, stop.poll_fd(), others)?;
+    // What is declared last is dropped first: the front-end must not see the end of the connection
+    // while vrings run, because it may then use their chains itself.
+    let mut session = session;
     loop {
         match (run(&mut channel, &mut session.session)?, stop.demand()) {
             // It was suspended, and that is over already.
             (SessionEnd::Stopped, StopDemand::GoOn) => {}
             (SessionEnd::Stopped, StopDemand::Suspend) => {
-                return Ok(match channel.into_stream() {
-                    Some(stream) => Served::Suspended(Box::new(session.suspend(stream))),
-                    None => Served::Ended(SessionEnd::Disconnected),
-                });
+                if channel.is_between_messages()
+                    && let Some(stream) = channel.into_stream()
+                {
+                    return Ok(Served::Suspended(Box::new(session.suspend(stream))));
+                }
+                return Ok(Served::Ended(SessionEnd::Disconnected));
             }
             (end, _) => return Ok(Served::Ended(end)),
         }

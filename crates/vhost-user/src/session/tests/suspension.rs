@@ -1,7 +1,9 @@
 //! Sessions that are suspended and continue.
 
+use std::io::Read;
 use std::os::fd::BorrowedFd;
 use std::sync::Mutex;
+use std::time::Duration;
 
 use super::migration::LOGGING;
 use super::*;
@@ -102,6 +104,26 @@ fn image_has_all_that_the_front_end_has_set_and_another_device_gets_it() {
 }
 
 #[test]
+fn front_end_sees_the_end_of_the_connection_when_no_vring_runs_any_more() {
+    let (front_end, stream) = pair();
+    let backend = RecordingBackend::slow_to_stop(Duration::from_millis(50));
+    let (trigger, fd) = stop_pair();
+    thread::scope(|scope| {
+        let backend = &backend;
+        let waiting = scope.spawn(move || {
+            one_pair(&front_end);
+            assert_eq!(backend.running(), [0, 1]);
+            trigger.write(1).unwrap();
+            assert_eq!((&front_end.raw.0).read(&mut [0]).unwrap(), 0);
+            backend.running()
+        });
+        let end = serve(stream, backend, fd.as_fd(), None, &SessionLog::default());
+        assert_eq!(end.unwrap(), SessionEnd::Stopped);
+        assert_eq!(waiting.join().unwrap(), [0; 0]);
+    });
+}
+
+#[test]
 fn session_that_was_stopped_within_a_message_ends() {
     let (front_end, stream) = pair();
     let backend = RecordingBackend::default();
@@ -109,7 +131,7 @@ fn session_that_was_stopped_within_a_message_ends() {
         one_pair(&front_end);
         front_end.raw.send(&[1, 0, 0, 0, 1], &[]);
         // The bytes are read before the descriptor is.
-        thread::sleep(std::time::Duration::from_millis(100));
+        thread::sleep(Duration::from_millis(100));
     });
     assert!(matches!(served, Served::Ended(SessionEnd::Disconnected)));
     assert_eq!(backend.read().last().unwrap(), "disconnected");
@@ -131,7 +153,7 @@ fn session_continues_with_a_partial_message_if_its_suspension_is_over() {
             let message = encode_message(Code::GET_FEATURES.into(), 1, &[]);
             front_end.raw.send(&message[..5], &[]);
             trigger.write(1).unwrap();
-            thread::sleep(std::time::Duration::from_millis(50));
+            thread::sleep(Duration::from_millis(50));
             trigger.read().unwrap();
             front_end.raw.send(&message[5..], &[]);
             front_end.raw.reply(Code::GET_FEATURES.into());
