@@ -8,6 +8,7 @@
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -20,11 +21,12 @@ use crate::process::{Proc, output};
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 const SERIAL: &str = "domain.serial";
 
-/// The script of the first process in the namespaces. Its argument is the directory for libvirtd's
-/// sockets. It waits, because the first process of a PID namespace must reap orphaned processes.
+/// The script of the first process in the namespaces. Its arguments are the directory for libvirtd's
+/// sockets, the name of the host and the host's UUID. It waits, because the first process of a PID namespace must reap orphaned processes.
 /// libvirtd does not use cgroups, because those belong to the machine.
 const INIT: &str = r#"
 set -e
+hostname "$2"
 mount -t tmpfs -o mode=755 none /run
 for place in /etc /var/lib /var/cache /var/log; do
     mkdir -p $place/libvirt
@@ -40,6 +42,7 @@ cat >/etc/libvirt/libvirtd.conf <<END
 unix_sock_dir = "$1"
 unix_sock_rw_perms = "0700"
 auth_unix_rw = "none"
+host_uuid = "$3"
 END
 libvirtd -f /etc/libvirt/libvirtd.conf &
 wait
@@ -60,18 +63,31 @@ impl Libvirt {
     /// When libvirt is not installed, or libvirtd does not answer within 30 s. The error contains
     /// its output.
     pub fn start(dir: &RunDir) -> Result<Self> {
+        Self::start_host(dir, 0)
+    }
+
+    /// Does the same for one of several hosts, numbered from 0, between which domains can be migrated.
+    ///
+    /// # Errors
+    /// As for [`Libvirt::start`].
+    pub fn start_host(dir: &RunDir, number: u8) -> Result<Self> {
         output("virsh", ["--version"]).context("libvirt is missing: run ci/setup test")?;
         let run_dir = dir.join("");
         fs::set_permissions(&run_dir, Permissions::from_mode(0o777))?;
-        let run_dir = run_dir.display().to_string();
-        let socket = dir.join("libvirt-sock");
+        let name = format!("host{number}");
+        let uuid = format!("6e0d4a1c-7f3b-4c52-9a68-2b1f0c9d5e{number:02x}");
+        let socket_dir = dir.join(&name);
+        fs::create_dir_all(&socket_dir)?;
+        fs::set_permissions(&socket_dir, Permissions::from_mode(0o777))?;
+        let socket = socket_dir.join("libvirt-sock");
+        let socket_dir = socket_dir.display().to_string();
         let namespaces =
-            "--mount --propagation private --pid --fork --kill-child --mount-proc bash -c";
+            "--mount --propagation private --uts --pid --fork --kill-child --mount-proc bash -c";
         let args = namespaces
             .split(' ')
-            .chain([INIT, "bash", run_dir.trim_end_matches('/')]);
+            .chain([INIT, "bash", &socket_dir, &name, &uuid]);
         let mut libvirt = Self {
-            proc: Proc::spawn(dir, "libvirtd", None, "unshare", args)?,
+            proc: Proc::spawn(dir, &format!("libvirtd{number}"), None, "unshare", args)?,
             uri: format!("qemu:///system?socket={}", socket.display()),
         };
         let until = Instant::now() + START_TIMEOUT;
@@ -87,6 +103,41 @@ impl Libvirt {
             sleep(Duration::from_millis(50));
         }
         Ok(libvirt)
+    }
+
+    /// The URI of this libvirtd, for virsh.
+    pub fn uri(&self) -> &str {
+        &self.uri
+    }
+
+    /// Migrates the running domain `name` to the libvirtd `dest`, where its sockets have other paths:
+    /// `changes` are texts of its description and what is there instead. Its serial line is another one,
+    /// too. Returns its guest.
+    ///
+    /// # Errors
+    /// When the migration fails. The error contains the message of virsh.
+    pub fn migrate(
+        &self,
+        dest: &Self,
+        dir: &RunDir,
+        name: &str,
+        changes: &[(&str, &str)],
+    ) -> Result<Guest> {
+        let serial = dir.join(&format!("{SERIAL}.dest"));
+        let listener = listen(&serial)?;
+        let mut xml = self.virsh(&["dumpxml", "--migratable", name])?;
+        let (old, new) = (dir.join(SERIAL), serial);
+        xml = xml.replace(&old.display().to_string(), &new.display().to_string());
+        for (old, new) in changes {
+            xml = xml.replace(old, new);
+        }
+        let path = dir.join("dest.xml");
+        fs::write(&path, xml)?;
+        let socket = format!("unix://{}", dir.join("migration.sock").display());
+        let path = path.display().to_string();
+        let options = ["--migrateuri", &socket, "--xml", &path];
+        self.virsh(&[&["migrate", "--live", name, dest.uri()], &options[..]].concat())?;
+        Guest::new(accept(&listener)?)
     }
 
     /// Runs virsh with these arguments and returns its output.
@@ -112,9 +163,7 @@ impl Libvirt {
         let path = path.display().to_string();
         output("virt-xml-validate", [&path, "domain"])?;
         self.virsh(&["define", &path])?;
-        let serial = UnixListener::bind(dir.join(SERIAL))?;
-        serial.set_nonblocking(true)?;
-        fs::set_permissions(dir.join(SERIAL), Permissions::from_mode(0o666))?;
+        let serial = listen(&dir.join(SERIAL))?;
         let mut restarts_left = 2;
         loop {
             self.virsh(&["start", name])?;
@@ -160,6 +209,14 @@ fn add_kernel_and_serial(dir: &RunDir, xml: &str) -> Result<String> {
         xml = xml.replace(tag, &replacement);
     }
     Ok(xml)
+}
+
+/// Listens for a QEMU of any user.
+fn listen(path: &Path) -> Result<UnixListener> {
+    let listener = UnixListener::bind(path)?;
+    listener.set_nonblocking(true)?;
+    fs::set_permissions(path, Permissions::from_mode(0o666))?;
+    Ok(listener)
 }
 
 fn accept(listener: &UnixListener) -> Result<UnixStream> {
