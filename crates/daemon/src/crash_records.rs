@@ -22,14 +22,15 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 use virtionet_virtio_net::features::Features;
-use virtionet_virtqueue::CrashRecord;
 use virtionet_virtqueue::memory::MemoryError;
+use virtionet_virtqueue::{CrashRecord, MAX_QUEUE_SIZE};
 
 use crate::feature_set::FeatureSet;
 
 /// The distance of two records in the file: more than that of the largest virtqueue takes, and a
 /// multiple of every page size. Only the pages that are used take memory.
-const RECORD_DISTANCE: u64 = 512 << 10;
+const RECORD_DISTANCE: u64 = 1 << 20;
+const _: () = assert!(CrashRecord::bytes(MAX_QUEUE_SIZE) <= RECORD_DISTANCE);
 
 /// How long a daemon that was killed may keep the lock of its file.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(1);

@@ -143,12 +143,14 @@ impl CrashRecord {
 
     /// The number of bytes of the record of a virtqueue with `size` descriptors.
     #[must_use]
-    pub fn bytes(size: u16) -> u64 {
+    pub const fn bytes(size: u16) -> u64 {
         Self::list_offset(2, size)
     }
 
-    fn list_offset(list: u64, size: u16) -> u64 {
-        WORD * (u64::from(LIST) + list * u64::from(size))
+    // `u64::from` is not const.
+    #[allow(clippy::cast_lossless)]
+    const fn list_offset(list: u64, size: u16) -> u64 {
+        WORD * (LIST as u64 + list * size as u64)
     }
 
     /// The record at `offset` of `file`, which must be a multiple of the page size, for a virtqueue
