@@ -179,7 +179,7 @@ fn check_under_load(
     let (network, guest, dir) = (&testbed.network, testbed.qemu.guest(), &testbed.dir);
     let iperf = Iperf::new(network, guest, dir, Clients::Host, PAIRS)?;
     // As long as the ends can take, and then some.
-    let load = IperfLoad::tcp(ends * 3 + 6).flows(PAIRS);
+    let load = IperfLoad::tcp(ends * 3 + 3).flows(PAIRS);
     let mut load = iperf.start(&load, direction)?;
     let mut recoveries = Vec::new();
     for n in 0..ends {

@@ -1,7 +1,7 @@
 //! One daemon hands its devices over to the next one, while a guest carries TCP connections of which
 //! each byte is checked. The guest's link does not go down, and QEMU notices nothing.
 //!
-//! `UPGRADES=N` makes N upgrades of each kind.
+//! `UPGRADES=N` makes N upgrades of each kind, also of those that the others cover in short.
 
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -47,6 +47,14 @@ impl Attachment {
         }
     }
 
+    /// Checks it if the long form is asked for.
+    fn check_if_long(self) -> Result<()> {
+        match std::env::var_os("UPGRADES") {
+            Some(_) => self.check(),
+            None => Ok(()),
+        }
+    }
+
     fn check(self) -> Result<()> {
         let upgrades: u32 = match std::env::var("UPGRADES") {
             Ok(text) => text.parse().with_context(|| format!("UPGRADES={text}"))?,
@@ -75,7 +83,7 @@ fn guest_with_split_virtqueues_on_a_tap_notices_no_upgrade() {
         is_client: false,
         is_on_switch: false,
     }
-    .check()
+    .check_if_long()
     .unwrap();
 }
 
@@ -108,7 +116,7 @@ fn guest_with_packed_virtqueues_on_a_switch_notices_no_upgrade() {
         is_client: false,
         is_on_switch: true,
     }
-    .check()
+    .check_if_long()
     .unwrap();
 }
 
