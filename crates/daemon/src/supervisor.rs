@@ -94,6 +94,7 @@ struct Parts {
     uplinks: Arc<Uplinks>,
     created: Vec<(DeviceConfig, CreatedDevice)>,
     sockets: ProcessSockets,
+    stops: Stops,
 }
 
 impl Parts {
@@ -124,6 +125,7 @@ impl Parts {
             host,
             uplinks: Arc::new(uplinks),
             created,
+            stops: Stops::new().map_err(host_error("make an eventfd"))?,
         })
     }
 
@@ -144,16 +146,20 @@ impl Parts {
             Socket::Connect { .. } | Socket::Inherited(_) => source,
         });
         self.sources = owned.collect();
-        let sockets = ProcessSockets::taken(config, &taken);
-        self.sockets = sockets.map_err(host_error("copy a descriptor"))?;
+        self.sockets = ProcessSockets::taken(config, taken.control, taken.handover);
         Ok(())
     }
 
     /// Starts all threads, and returns when they have ended.
     fn serve(self, devices: Vec<Arc<ServedDevice>>, mut signals: Signals) -> Result<(), RunError> {
-        let stops = Stops::new().map_err(host_error("make an eventfd"))?;
-        let estate = self.estate(&devices, &stops);
-        let estate = estate.map_err(host_error("copy a descriptor"))?;
+        // A daemon that has taken over must not end for this.
+        let estate = self.estate(&devices).unwrap_or_else(|error| {
+            tracing::error!(
+                "no other daemon can take over from this one ({error}); raise the limit of open files"
+            );
+            None
+        });
+        let stops = &self.stops;
         let registry = Arc::new(self.registry());
         let successor = Successor::default();
         let served = self.sockets.serve(&registry, &successor)?;
@@ -191,7 +197,7 @@ impl Parts {
     }
 
     /// What the next daemon can take over; `None` if it has no socket for that.
-    fn estate(&self, devices: &[Arc<ServedDevice>], stops: &Stops) -> io::Result<Option<Estate>> {
+    fn estate(&self, devices: &[Arc<ServedDevice>]) -> io::Result<Option<Estate>> {
         let [control, Some(handover)] = self.sockets.images()? else {
             return Ok(None);
         };
@@ -204,8 +210,8 @@ impl Parts {
             handover,
             irq_manager: Arc::clone(&self.host.irq_manager),
             pool: Arc::clone(&self.host.pool),
-            forwarders: Arc::clone(&stops.forwarders),
-            sessions: Arc::clone(&stops.sessions),
+            forwarders: Arc::clone(&self.stops.forwarders),
+            sessions: Arc::clone(&self.stops.sessions),
         }))
     }
 

@@ -202,23 +202,12 @@ impl Inheritance {
         let mut frozen = self.side.ready()?;
         let affinity = std::mem::take(&mut frozen.affinity);
         self.refuse_if(restore(devices, uplinks, frozen))?;
+        // Nothing that can fail may follow the commit.
+        let taken = self.refuse_if(Taken::copy(&self.offer))?;
         self.side.prepared()?;
         uplinks.own();
         irq_manager.inherit(affinity);
-        let files = |image: &SourceImage<SharedFd>| match image {
-            SourceImage::Listener(image) => image.file,
-            SourceImage::Connect | SourceImage::Once => None,
-        };
-        Ok(Taken {
-            socket_files: self
-                .offer
-                .devices
-                .iter()
-                .map(|d| files(&d.source))
-                .collect(),
-            control: self.offer.control,
-            handover: self.offer.handover,
-        })
+        Ok(taken)
     }
 }
 
@@ -228,21 +217,47 @@ pub struct Taken {
     /// The files of the devices' sockets, in their order.
     pub socket_files: Vec<Option<(u64, u64)>>,
     /// The control socket.
-    pub control: Option<ListenerImage<SharedFd>>,
+    pub control: Option<TakenListener>,
     /// The socket for the next handover.
-    pub handover: ListenerImage<SharedFd>,
+    pub handover: TakenListener,
 }
 
-/// The listener of an image, and the file at `path` that belongs to it.
-///
-/// # Errors
-/// When there are no descriptors left.
-pub fn listener_of(
-    image: &ListenerImage<SharedFd>,
-    path: &Path,
-) -> std::io::Result<(UnixListener, SocketFile)> {
-    let socket: OwnedFd = image.socket.try_clone()?;
-    Ok((socket.into(), socket_file(image.file, path)))
+impl Taken {
+    fn copy(offer: &Offer<SharedFd>) -> Result<Self, TakeOverError> {
+        let file = |image: &SourceImage<SharedFd>| match image {
+            SourceImage::Listener(image) => image.file,
+            SourceImage::Connect | SourceImage::Once => None,
+        };
+        let devices = offer.devices.iter();
+        let control = offer.control.as_ref();
+        Ok(Self {
+            socket_files: devices.map(|device| file(&device.source)).collect(),
+            control: control.map(TakenListener::copy).transpose()?,
+            handover: TakenListener::copy(&offer.handover)?,
+        })
+    }
+}
+
+/// A listening socket that belongs to this daemon now.
+#[derive(Debug)]
+pub struct TakenListener {
+    socket: UnixListener,
+    file: Option<(u64, u64)>,
+}
+
+impl TakenListener {
+    fn copy(image: &ListenerImage<SharedFd>) -> Result<Self, TakeOverError> {
+        Ok(Self {
+            socket: image.socket.try_clone()?.into(),
+            file: image.file,
+        })
+    }
+
+    /// The socket, and its file at `path`.
+    #[must_use]
+    pub fn at(self, path: &Path) -> (UnixListener, SocketFile) {
+        (self.socket, socket_file(self.file, path))
+    }
 }
 
 /// The socket file at `path` with these numbers. One without numbers is no file at all.
