@@ -6,12 +6,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use signal_hook::iterator::Handle;
 use virtionet_sandbox::ThreadKind;
 use virtionet_vhost_user::{
-    Served, SessionEnd, SessionError, SessionLog, SessionStart, SuspendedSession, serve_from,
+    Served, SessionEnd, SessionError, SessionLog, SessionStart, serve_from,
 };
 
 use crate::frontend_source::FrontendSource;
@@ -19,6 +18,7 @@ use crate::net_device::NetDevice;
 use crate::panic_policy::{contain, contain_panics};
 use crate::run_error::{DeviceFailure, RunError};
 use crate::sandbox;
+use crate::served_device::{ServedDevice, SuspendedSlot};
 use crate::stop::Stop;
 
 /// A session that ends sooner than this is followed by a pause of this length.
@@ -29,18 +29,6 @@ const UNUSABLE_SESSION_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A thread that serves a device, and the device's name.
 pub type DeviceThread = (String, JoinHandle<Result<(), DeviceFailure>>);
-
-/// The suspended session of a front-end, if there is one. The device's thread continues it.
-pub type SuspendedSlot = Mutex<Option<Box<SuspendedSession>>>;
-
-/// A device, and its session while that is suspended.
-#[derive(Debug)]
-pub struct ServedDevice {
-    /// The device.
-    pub net_device: Arc<NetDevice>,
-    /// Its suspended session.
-    pub suspended: SuspendedSlot,
-}
 
 /// Starts a thread for each device. `main` is closed when the last of them ends.
 ///

@@ -22,8 +22,8 @@ use virtionet_placement::interrupts::IrqAffinityManager;
 use virtionet_sandbox::ThreadKind;
 use virtionet_vhost_user::{ImageError, peer_uid};
 
-use crate::device_thread::ServedDevice;
 use crate::sandbox;
+use crate::served_device::ServedDevice;
 use crate::stop::Stop;
 use crate::uplinks::Uplinks;
 use crate::worker_pool::WorkerPool;

@@ -37,7 +37,7 @@ use virtionet_virtqueue::memory::survive_lost_memory;
 
 use crate::call_watchdog;
 use crate::descriptor_budget;
-use crate::device_thread::{DeviceThread, ServedDevice, start_devices};
+use crate::device_thread::{DeviceThread, start_devices};
 use crate::frontend_source::FrontendSource;
 use crate::handover::{Estate, SUCCESSOR_SIGNAL, Successor};
 use crate::helper_process::HelperProcess;
@@ -48,6 +48,7 @@ use crate::process_sockets::ProcessSockets;
 use crate::report_builder::DeviceRegistry;
 use crate::run_error::RunError;
 use crate::sandbox;
+use crate::served_device::ServedDevice;
 use crate::stop::Stop;
 use crate::take_over::{Inheritance, socket_file};
 use crate::uplinks::Uplinks;

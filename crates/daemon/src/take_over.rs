@@ -18,8 +18,8 @@ use virtionet_vhost_user::listen::ListenError;
 use virtionet_vhost_user::{ImageError, SuspendedSession};
 
 use crate::crash_records::CrashRecords;
-use crate::device_thread::ServedDevice;
 use crate::frontend_source::FrontendSource;
+use crate::served_device::ServedDevice;
 use crate::uplinks::Uplinks;
 
 /// Why this daemon cannot take over. The one before it continues.
