@@ -84,7 +84,7 @@ pub(crate) fn serve_device(
     stop: &Stop,
     is_only_device: bool,
 ) -> Result<(), DeviceFailure> {
-    let _member = stop.enter();
+    let _participant = stop.enter();
     // A program that continues with other devices must log the failure now; one that ends reports
     // it at its end.
     let fail = |failure: DeviceFailure| {
@@ -98,7 +98,7 @@ pub(crate) fn serve_device(
     loop {
         let start = match next_session(net_device, suspended, &mut source, stop) {
             Ok(Some(start)) => start,
-            Ok(None) if has_been_stopped(stop) => match stop.rest() {
+            Ok(None) if has_been_stopped(stop) => match stop.wait_while_suspended() {
                 true => continue,
                 false => return Ok(()),
             },
@@ -126,14 +126,14 @@ pub(crate) fn serve_device(
             Err(panic) => tracing::error!("{}: the session ended: {panic}", net_device.name()),
         }
         let elapsed = started_at.elapsed();
-        if elapsed < interval && pause(stop, interval - elapsed) && !stop.rest() {
+        if elapsed < interval && pause(stop, interval - elapsed) && !stop.wait_while_suspended() {
             return Ok(());
         }
     }
 }
 
 /// The next session: one that was suspended, as soon as it may continue, or that of the next
-/// front-end. `None` when threads are to come to rest, or no front-end will come.
+/// front-end. `None` when threads must stop, or no front-end will come.
 fn next_session(
     net_device: &NetDevice,
     suspended: &SuspendedSlot,

@@ -10,7 +10,7 @@ use virtionet_base::rights::FileIdentity;
 use virtionet_base::unix_socket::{SocketFile, connect_own};
 use virtionet_config::{Config, Socket};
 use virtionet_handover::{
-    Frozen, HandoverError, ListenerImage, NewSide, Offer, SharedFd, SourceImage,
+    HandoverError, HandoverState, ListenerImage, NewSide, Offer, SharedFd, SourceImage,
 };
 use virtionet_placement::interrupts::IrqAffinityManager;
 use virtionet_uplink::tap::TapImage;
@@ -75,27 +75,27 @@ impl TakeOverError {
     }
 }
 
-/// What the daemon before this one offers. It owns all of it until [`Inheritance::take`] returns.
+/// What the daemon before this one offers. It owns all of it until [`OfferedDevices::take`] returns.
 #[derive(Debug)]
-pub struct Inheritance {
+pub struct OfferedDevices {
     side: NewSide,
     offer: Offer<SharedFd>,
 }
 
-impl Inheritance {
+impl OfferedDevices {
     /// Asks the daemon at `path` for the devices of `config`.
     ///
     /// # Errors
     /// When there is no daemon, or it has other devices.
-    pub fn ask(path: &Path, config: &Config) -> Result<Self, TakeOverError> {
+    pub fn request(path: &Path, config: &Config) -> Result<Self, TakeOverError> {
         let stream = connect_own(path).map_err(|source| TakeOverError::NoDaemon {
             path: path.display().to_string(),
             source,
         })?;
         let (side, offer) = NewSide::hello(stream, env!("CARGO_PKG_VERSION"))?;
-        let inheritance = Self { side, offer };
-        inheritance.refuse_if(inheritance.check(config))?;
-        Ok(inheritance)
+        let offered = Self { side, offer };
+        offered.refuse_if(offered.check(config))?;
+        Ok(offered)
     }
 
     /// Passes a result on, and an error also to the daemon before this one.
@@ -199,9 +199,9 @@ impl Inheritance {
                 self.refuse_if(Err(TakeOverError::Different(text)))?;
             }
         }
-        let mut frozen = self.side.ready()?;
-        let affinity = std::mem::take(&mut frozen.affinity);
-        self.refuse_if(restore(devices, uplinks, frozen))?;
+        let mut state = self.side.ready()?;
+        let affinity = std::mem::take(&mut state.affinity);
+        self.refuse_if(restore(devices, uplinks, state))?;
         // Nothing that can fail may follow the commit.
         let taken = self.refuse_if(Taken::copy(&self.offer))?;
         self.side.prepared()?;
@@ -270,15 +270,15 @@ pub fn socket_file(numbers: Option<(u64, u64)>, path: &Path) -> SocketFile {
 fn restore(
     devices: &[Arc<ServedDevice>],
     uplinks: &Uplinks,
-    frozen: Frozen<SharedFd>,
+    state: HandoverState<SharedFd>,
 ) -> Result<(), TakeOverError> {
-    if devices.len() != frozen.devices.len() {
+    if devices.len() != state.devices.len() {
         return Err(TakeOverError::Different(
             "the number of devices changed".into(),
         ));
     }
-    uplinks.update(&frozen.taps, &frozen.switches)?;
-    for (device, image) in devices.iter().zip(frozen.devices) {
+    uplinks.update(&state.taps, &state.switches)?;
+    for (device, image) in devices.iter().zip(state.devices) {
         let net_device = &device.net_device;
         net_device.add_counters(&image.counters);
         let Some((stream, session)) = image.session else {
