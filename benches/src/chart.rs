@@ -1,7 +1,7 @@
 //! Draws the result of a group as an SVG chart for a page or a slide. Each row has a bar that
 //! starts at the line of 1.0 (as good as the peer). It extends to the right where virtionetd is
 //! better, and to the left where it is worse. The axis is logarithmic, so that the bars of the
-//! ratios 2 and 0.5 have the same length. A thin line on a bar shows the quartiles of the ratios.
+//! ratios 2 and 0.5 have the same length. A thin line on a bar shows the range of the ratios.
 //!
 //! A chart shows at most 12 rows. Each column is as wide as its longest text, so that no label is
 //! cut off. Lines of the head that are wider than the chart are wrapped.
@@ -40,7 +40,7 @@ const STYLE: &str = "text{font:13px sans-serif;fill:#222}.h{font-size:16px;font-
 .spread{stroke:#222;stroke-width:1}\
 .better{fill:#2a7f4f}.held{fill:#8aa04a}.worse{fill:#b8442f}";
 
-const LEGEND: &str = "times as good as the peer; orange line: the bound; thin line: quartiles";
+const LEGEND: &str = "times as good as the peer; orange line: the bound; thin line: range";
 
 /// Returns the chart as an SVG document.
 #[must_use]

@@ -22,12 +22,13 @@ impl Better {
     }
 }
 
-/// The quartiles of the ratios of a repeated measurement.
+/// The range of the ratios of a repeated measurement. The ratio of the medians is within it: if each
+/// of our samples is at least `x` times the peer's of the same pair, so is the median of ours.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Spread {
-    /// A quarter of the ratios are at most this.
+    /// The lowest ratio of a pair.
     pub lower: f64,
-    /// A quarter of the ratios are at least this.
+    /// The highest ratio of a pair.
     pub upper: f64,
 }
 
@@ -57,7 +58,7 @@ pub struct Row {
     pub unit: String,
     /// Which of both figures is the better one.
     pub better: Better,
-    /// The quartiles of the ratios of all pairs of samples, where there were several.
+    /// The range of the ratios of all pairs of samples, where there were several.
     pub spread: Option<Spread>,
     /// The load of the front-end, where it may limit both sides.
     pub front_end_busy: Option<FrontEndBusy>,
@@ -77,7 +78,7 @@ struct RowFile {
     unit: String,
     ratio: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
-    ratio_quartiles: Option<Spread>,
+    ratio_range: Option<Spread>,
     #[serde(skip_serializing_if = "Option::is_none")]
     front_end_busy_percent: Option<FrontEndBusy>,
 }
@@ -91,7 +92,7 @@ impl From<Row> for RowFile {
             peer: row.peer,
             peer_name: row.peer_name,
             unit: row.unit,
-            ratio_quartiles: row.spread,
+            ratio_range: row.spread,
             front_end_busy_percent: row.front_end_busy,
         }
     }
@@ -197,7 +198,7 @@ mod tests {
         });
         let json = serde_json::to_value(&row).unwrap();
         let want = serde_json::json!({"case": "a", "ours": 2.0, "peer": 6.0, "peer_name": "x",
-            "unit": "ns", "ratio": 3.0, "ratio_quartiles": {"lower": 2.5, "upper": 3.5},
+            "unit": "ns", "ratio": 3.0, "ratio_range": {"lower": 2.5, "upper": 3.5},
             "front_end_busy_percent": {"ours": 99.0, "peer": 40.0}});
         assert_eq!(json, want);
     }

@@ -58,7 +58,7 @@ impl PairedSamples {
         self.peer.push(peer);
     }
 
-    /// Returns a row of the medians of both sides, with the quartiles of the ratios of the pairs.
+    /// Returns a row of the medians of both sides, with the range of the ratios of the pairs.
     #[must_use]
     pub fn row(&self, case: &str, unit: &str, better: Better, peer_name: &str) -> Row {
         let peer = (peer_name, median(&self.peer));
@@ -68,27 +68,15 @@ impl PairedSamples {
         }
     }
 
-    /// Returns the quartiles of the ratios of the pairs, or `None` if there are fewer than two
-    /// pairs.
+    /// Returns the range of the ratios of the pairs, or `None` if there are fewer than two pairs.
     #[must_use]
     pub fn spread(&self, better: Better) -> Option<Spread> {
         let pairs = self.ours.iter().zip(&self.peer);
-        let ratios: Vec<f64> = pairs
-            .map(|(ours, peer)| better.ratio(*ours, *peer))
-            .collect();
-        (ratios.len() > 1).then(|| quartiles(&ratios))
-    }
-}
-
-/// Returns the medians of the lower and of the upper half of `values`. The middle one of an odd
-/// number of values belongs to both halves.
-fn quartiles(values: &[f64]) -> Spread {
-    let mut sorted = values.to_vec();
-    sorted.sort_unstable_by(f64::total_cmp);
-    let half = sorted.len().div_ceil(2);
-    Spread {
-        lower: median(&sorted[..half]),
-        upper: median(&sorted[sorted.len() - half..]),
+        let ratios = pairs.map(|(ours, peer)| better.ratio(*ours, *peer));
+        (self.ours.len() > 1).then(|| Spread {
+            lower: ratios.clone().fold(f64::INFINITY, f64::min),
+            upper: ratios.fold(f64::NEG_INFINITY, f64::max),
+        })
     }
 }
 
@@ -107,6 +95,8 @@ pub fn median(values: &[f64]) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use virtionet_tests::random::Random;
+
     use super::*;
 
     #[test]
@@ -140,21 +130,35 @@ mod tests {
         let row = pairs(&samples).row("c", "Gbit/s", Better::Higher, "p");
         assert_eq!((row.ours, row.peer, row.ratio()), (3.0, 3.0, 1.0));
         let spread = row.spread.unwrap();
-        assert!(spread.lower == 0.5 && (spread.upper - 4.0 / 3.0).abs() < 1e-9);
+        assert_eq!((spread.lower, spread.upper), (0.5, 3.0));
+    }
+
+    #[test]
+    fn ratio_is_within_its_range_for_all_samples() {
+        let mut random = Random::new(1, 0);
+        for pair_count in 2..9 {
+            for _ in 0..200 {
+                let mut sample = || random.pick(&[1.0, 2.0, 3.0, 5.0, 8.0]);
+                let samples: Vec<_> = (0..pair_count).map(|_| (sample(), sample())).collect();
+                for better in [Better::Lower, Better::Higher] {
+                    let row = pairs(&samples).row("c", "ns", better, "p");
+                    let Spread { lower, upper } = row.spread.unwrap();
+                    let ratio = row.ratio();
+                    // The last bit may differ, because the two are rounded differently.
+                    let error = 1e-9 * ratio;
+                    assert!(
+                        (lower - error..=upper + error).contains(&ratio),
+                        "{samples:?}: {ratio}"
+                    );
+                }
+            }
+        }
     }
 
     #[test]
     fn spread_of_one_pair_is_absent() {
         assert_eq!(pairs(&[(1.0, 2.0)]).spread(Better::Lower), None);
         assert_eq!(pairs(&[]).spread(Better::Lower), None);
-    }
-
-    #[test]
-    fn quartiles_of_even_and_odd_numbers_are_medians_of_the_halves() {
-        let even = quartiles(&[4.0, 1.0, 3.0, 2.0]);
-        assert_eq!((even.lower, even.upper), (1.5, 3.5));
-        let odd = quartiles(&[5.0, 1.0, 4.0, 2.0, 3.0]);
-        assert_eq!((odd.lower, odd.upper), (2.0, 4.0));
     }
 
     #[test]

@@ -19,7 +19,7 @@ pub fn render(meta: &Meta, outcome: &GroupResult) -> String {
     let unit = column_width(outcome, "unit", |row| &row.unit);
     let shows_front_end = outcome.rows.iter().any(|row| row.front_end_busy.is_some());
     let mut line = |columns: [&str; 8], front_end: &str| {
-        let [c, ours, peers, u, ratio, quartiles, p, bound] = columns;
+        let [c, ours, peers, u, ratio, range, p, bound] = columns;
         let front_end = match shows_front_end {
             true => format!("{front_end:>14}  "),
             false => String::new(),
@@ -27,18 +27,11 @@ pub fn render(meta: &Meta, outcome: &GroupResult) -> String {
         // Writing to a String cannot fail.
         _ = writeln!(
             text,
-            "{c:case$}  {ours:>10}  {peers:>10}  {u:unit$}  {ratio:>7}  {quartiles:>13}  {front_end}{p:peer$}  {bound}"
+            "{c:case$}  {ours:>10}  {peers:>10}  {u:unit$}  {ratio:>7}  {range:>13}  {front_end}{p:peer$}  {bound}"
         );
     };
     let head = [
-        "case",
-        "ours",
-        "peer's",
-        "unit",
-        "ratio",
-        "quartiles",
-        "peer",
-        "bound",
+        "case", "ours", "peer's", "unit", "ratio", "range", "peer", "bound",
     ];
     line(head, "front-end busy");
     for row in &outcome.rows {
@@ -48,7 +41,7 @@ pub fn render(meta: &Meta, outcome: &GroupResult) -> String {
             &format_figure(row.peer),
             &*row.unit,
             &format!("{:.2}", row.ratio()),
-            &format_quartiles(row.spread),
+            &format_range(row.spread),
             &*row.peer_name,
             &format_bound(row),
         ];
@@ -70,9 +63,9 @@ pub fn format_figure(value: f64) -> String {
     }
 }
 
-/// Formats the quartiles of a ratio, for a column of a table.
+/// Formats the range of a ratio, for a column of a table.
 #[must_use]
-pub fn format_quartiles(spread: Option<Spread>) -> String {
+pub fn format_range(spread: Option<Spread>) -> String {
     spread.map_or("-".to_owned(), |Spread { lower, upper }| {
         format!("{lower:.2} to {upper:.2}")
     })
@@ -106,7 +99,7 @@ mod tests {
     use crate::sampling::Effort;
 
     #[test]
-    fn ratio_in_a_table_is_that_of_the_figures_beside_it_with_its_quartiles() {
+    fn ratio_in_a_table_is_that_of_the_figures_beside_it_with_its_range() {
         let meta = Meta::gather(Group::Ring, Effort::Quick).unwrap();
         let mut row = Row::new("c", "ns", Better::Lower, 2.0, ("other", 5.0)).with_bound(3.0);
         row.spread = Some(Spread {

@@ -7,7 +7,7 @@ use super::latency::{BackgroundLoad, LatencyPercentiles};
 use super::testbed::VcpuPlacement;
 use crate::outcome::{Better, GroupResult, Row};
 use crate::sampling::{PairedSamples, median};
-use crate::table::{format_figure, format_quartiles};
+use crate::table::{format_figure, format_range};
 use virtionet_tests::iperf::Direction;
 
 /// Lowest acceptable ratio for small packets from the guest, which several queue pairs can slow
@@ -109,11 +109,11 @@ impl QueueFigures {
 
 const BULK_HEAD: &str = "\
 The figures are medians. A ratio is that of the two medians beside it, and several queue pairs are
-better where it is above 1. The quartiles are those of the ratios of all rounds. CPU time is that of
+better where it is above 1. The range is that of the ratios of all rounds. CPU time is that of
 all threads, in seconds per received Gbit (TCP) or microseconds per received datagram (UDP). The host
 column is the sum of workers and QEMU.
 
-| load | placement | queue pairs | one queue pair | several | ratio | quartiles | workers | QEMU | host | host ratio | quartiles | frames per burst |
+| load | placement | queue pairs | one queue pair | several | ratio | range | workers | QEMU | host | host ratio | range | frames per burst |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|
 ";
 
@@ -231,7 +231,7 @@ fn write_bulk_line(
     };
     let ratio = |better, of: fn(&BulkSample) -> f64| {
         let row = pair_samples(several, one, of).row("", "", better, "");
-        format!("{:.2} | {}", row.ratio(), format_quartiles(row.spread))
+        format!("{:.2} | {}", row.ratio(), format_range(row.spread))
     };
     // Writing to a String cannot fail.
     _ = writeln!(
