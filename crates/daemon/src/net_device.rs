@@ -4,6 +4,7 @@
 mod backend;
 mod connection_log;
 mod health;
+mod translation;
 
 use std::collections::BTreeSet;
 use std::sync::atomic::AtomicU64;
@@ -381,3 +382,5 @@ mod migration_tests;
 mod placement_tests;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod translation_tests;
