@@ -40,6 +40,7 @@ const V0_1_0: FeatureSet = FeatureSet {
             | 1 << VIRTIO_RING_F_EVENT_IDX
             | 1 << config::VIRTIO_F_ANY_LAYOUT
             | 1 << config::VIRTIO_F_VERSION_1
+            | 1 << config::VIRTIO_F_ACCESS_PLATFORM
             | 1 << config::VIRTIO_F_RING_PACKED
             | 1 << config::VIRTIO_F_IN_ORDER,
     ),
@@ -48,6 +49,7 @@ const V0_1_0: FeatureSet = FeatureSet {
         | Protocol::RARP.bits()
         | Protocol::REPLY_ACK.bits()
         | Protocol::MTU.bits()
+        | Protocol::BACKEND_REQ.bits()
         | Protocol::RESET_DEVICE.bits()
         | Protocol::CONFIGURE_MEM_SLOTS.bits()
         | Protocol::STATUS.bits(),

@@ -13,6 +13,7 @@ use tracing::warn;
 use virtionet_base::MAX_QUEUE_PAIRS;
 use virtionet_virtqueue::memory::{GuestMemory, MappedRegion, MemoryError, RegionSpec};
 
+use super::iommu::IommuState;
 use super::migration::LogBaseState;
 use super::serving::EndedOnDrop;
 use super::{SESSION_FEATURES, Session};
@@ -36,6 +37,7 @@ struct SessionState {
     vrings: Vec<Vring>,
     memory: Arc<GuestMemory>,
     log_base: LogBaseState,
+    iommu: IommuState,
     features: Option<u64>,
     protocol_features: u64,
     status: u8,
@@ -69,7 +71,7 @@ pub enum ImageError {
     #[error(transparent)]
     Memory(#[from] MemoryError),
     /// A descriptor cannot be copied.
-    #[error("a descriptor of guest memory cannot be copied: {0}; raise the limit of open files")]
+    #[error("a descriptor cannot be made or copied: {0}; raise the limit of open files")]
     Descriptor(#[from] std::io::Error),
 }
 
@@ -85,6 +87,8 @@ pub struct SessionImage<F> {
     pub status: u8,
     /// The value of NET_SET_MTU.
     pub mtu: Option<u16>,
+    /// The channel of SET_BACKEND_REQ_FD.
+    pub backend_channel: Option<F>,
     /// The memory table.
     pub regions: Vec<RegionImage<F>>,
     /// All vrings that a front-end can use.
@@ -170,6 +174,7 @@ impl<F> SessionImage<F> {
         self,
         mut replace: impl FnMut(F) -> Result<G, E>,
     ) -> Result<SessionImage<G>, E> {
+        let backend_channel = self.backend_channel.map(&mut replace).transpose()?;
         let mut regions = Vec::new();
         for region in self.regions {
             regions.push(RegionImage {
@@ -202,6 +207,7 @@ impl<F> SessionImage<F> {
             protocol_features: self.protocol_features,
             status: self.status,
             mtu: self.mtu,
+            backend_channel,
             regions,
             vrings,
         })
@@ -240,6 +246,7 @@ impl SuspendedSession {
             protocol_features: state.protocol_features,
             status: state.status,
             mtu: state.mtu,
+            backend_channel: state.iommu.copy_of_channel()?.map(Arc::new),
             regions,
             vrings: state.vrings.iter().map(Vring::to_image).collect(),
         })
@@ -267,9 +274,12 @@ impl SuspendedSession {
             let file = region.file.try_clone()?.into();
             regions.push(Arc::new(MappedRegion::map(spec, file)?));
         }
+        let channel = image.backend_channel.map(|fd| fd.try_clone()).transpose()?;
+        let iommu = IommuState::of_features(image.features.unwrap_or(0), channel)?;
         Ok(Self {
             stream,
             state: SessionState {
+                iommu,
                 vrings: image.vrings.into_iter().map(Vring::from_image).collect(),
                 memory: Arc::new(GuestMemory::new(regions)?),
                 log_base: LogBaseState::Unset,
@@ -295,6 +305,7 @@ impl SuspendedSession {
             *own = vring;
         }
         session.log_base = state.log_base;
+        session.iommu = state.iommu;
         session.features = state.features;
         session.protocol_features = state.protocol_features;
         session.status = state.status;
@@ -320,6 +331,7 @@ impl<'b> Session<'b> {
                 vrings: mem::take(&mut self.vrings),
                 memory: mem::take(&mut self.memory),
                 log_base: mem::take(&mut self.log_base),
+                iommu: mem::take(&mut self.iommu),
                 features: self.features,
                 protocol_features: self.protocol_features,
                 status: self.status,
@@ -345,7 +357,11 @@ impl<'b> Session<'b> {
                 self.backend.on_vring_announced(index);
             }
         }
-        self.memory = memory;
+        self.memory = match self.with_log(&memory) {
+            Ok(memory) => Arc::new(memory.with_iotlb(self.iotlb())),
+            // It was possible before.
+            Err(_) => memory,
+        };
         // No vring is started, so none can be outside of the memory.
         let _ = self.backend.set_memory(&self.memory);
         for index in self.indices() {
