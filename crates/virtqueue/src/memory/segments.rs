@@ -317,6 +317,8 @@ impl SegmentList {
     }
 
     /// The table of `len` values at `addr`, which is not in the cached region.
+    #[cold]
+    #[inline(never)]
     fn table_slow<T: ByteValued>(&self, addr: u64, len: u16) -> Option<GuestArrayRef<'_, T>> {
         match &self.translations {
             None => self.memory.guest_array(addr, len),

@@ -101,7 +101,6 @@ impl SegmentList {
 
     /// Where the table of this many bytes at I/O virtual address `addr` is mapped, if all of it is, in
     /// one piece.
-    #[cold]
     pub(super) fn translated_table(
         &self,
         translations: &RingTranslations,
