@@ -17,6 +17,7 @@
 //! behind.
 
 pub mod accel;
+pub mod attachment;
 pub mod cleanup;
 pub mod counters;
 pub mod cpus;

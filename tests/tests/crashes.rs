@@ -12,11 +12,12 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
+use virtionet_tests::attachment::Attachment;
 use virtionet_tests::iperf::{Clients, Direction, Iperf, IperfLoad};
 use virtionet_tests::procfs::private_memory_kib;
 use virtionet_tests::random::Random;
 use virtionet_tests::testbed::{Testbed, TestbedConfig};
-use virtionet_tests::topology::{GUEST, HostNetwork, TAP};
+use virtionet_tests::topology::{GUEST, HostNetwork};
 
 const PAIRS: u16 = 2;
 const DEFAULT_CRASHES: u32 = 2;
@@ -29,133 +30,92 @@ const MAX_RECOVERY: Duration = Duration::from_secs(5);
 /// What the memory of a daemon may differ from that of the first one, in KiB.
 const MEMORY_TOLERANCE_KIB: u64 = 1024;
 
-/// How a guest is attached.
-#[derive(Clone, Copy, Debug)]
-struct Attachment {
-    is_packed: bool,
-    is_client: bool,
-    is_on_switch: bool,
-}
-
 #[test]
 fn guest_with_split_virtqueues_on_a_tap_outlives_every_daemon() {
-    Attachment {
-        is_packed: false,
-        is_client: false,
-        is_on_switch: false,
-    }
-    .check()
-    .unwrap();
+    check(Attachment::SPLIT_ON_TAP).unwrap();
 }
 
 #[test]
 fn guest_with_packed_virtqueues_on_a_tap_outlives_every_daemon() {
-    Attachment {
-        is_packed: true,
-        is_client: true,
-        is_on_switch: false,
-    }
-    .check()
-    .unwrap();
+    check(Attachment::PACKED_ON_TAP).unwrap();
 }
 
 #[test]
 fn guest_with_split_virtqueues_on_a_switch_outlives_every_daemon() {
-    Attachment {
-        is_packed: false,
-        is_client: true,
-        is_on_switch: true,
-    }
-    .check()
-    .unwrap();
+    check(Attachment::SPLIT_ON_SWITCH).unwrap();
 }
 
 #[test]
 fn guest_with_packed_virtqueues_on_a_switch_outlives_every_daemon() {
-    Attachment {
-        is_packed: true,
-        is_client: false,
-        is_on_switch: true,
-    }
-    .check()
-    .unwrap();
+    check(Attachment::PACKED_ON_SWITCH).unwrap();
 }
 
-impl Attachment {
-    fn config(self) -> TestbedConfig {
-        let mut config = TestbedConfig::new(PAIRS)
-            .persistent_tap()
-            .reconnect_ms(RECONNECT_MS);
-        if self.is_packed {
-            config = config.prop("packed=on");
-        }
-        if self.is_client {
-            config = config.qemu_listens();
-        }
-        match self.is_on_switch {
-            true => config.uplink(&format!("switch:s,tap={TAP}")),
-            false => config,
-        }
-    }
+fn config(attachment: Attachment) -> TestbedConfig {
+    let config = attachment.config(PAIRS);
+    config.persistent_tap().reconnect_ms(RECONNECT_MS)
+}
 
-    /// QEMU knows where split vrings stopped, and the last daemon knew it of packed ones.
-    fn check_counters(self, device: &Value) -> Result<()> {
-        let corrected = counter_sum(device, "base_corrected");
-        let implausible = counter_sum(device, "base_implausible");
-        ensure!(
-            (corrected > 0) == self.is_packed && implausible == 0,
-            "{corrected} bases were corrected, {implausible} implausible"
-        );
-        Ok(())
-    }
+/// QEMU knows where split vrings stopped, and the last daemon knew it of packed ones.
+fn check_counters(attachment: Attachment, device: &Value) -> Result<()> {
+    let corrected = counter_sum(device, "base_corrected");
+    let implausible = counter_sum(device, "base_implausible");
+    ensure!(
+        (corrected > 0) == attachment.is_packed && implausible == 0,
+        "{corrected} bases were corrected, {implausible} implausible"
+    );
+    Ok(())
+}
 
-    fn check(self) -> Result<()> {
-        let crashes = number("CRASHES", DEFAULT_CRASHES)?;
-        let seed = number("CRASH_SEED", seed_of_the_clock())?;
-        eprintln!("{self:?}: {crashes} ends, CRASH_SEED={seed}");
-        let mut testbed = self.config().start()?;
-        self.end_daemons(&mut testbed, crashes, seed)
-            .map_err(|error| {
-                let device = testbed.daemon.device();
-                let log = testbed.daemon.proc().stderr();
-                error.context(format!("{device:#?}\n{log}"))
-            })
-    }
+fn check(attachment: Attachment) -> Result<()> {
+    let crashes = number("CRASHES", DEFAULT_CRASHES)?;
+    let seed = number("CRASH_SEED", seed_of_the_clock())?;
+    eprintln!("{attachment:?}: {crashes} ends, CRASH_SEED={seed}");
+    let mut testbed = config(attachment).start()?;
+    end_daemons(attachment, &mut testbed, crashes, seed).map_err(|error| {
+        let device = testbed.daemon.device();
+        let log = testbed.daemon.proc().stderr();
+        error.context(format!("{device:#?}\n{log}"))
+    })
+}
 
-    fn end_daemons(self, testbed: &mut Testbed, crashes: u32, seed: u32) -> Result<()> {
-        let config = self.config();
-        let boot = boot_id(testbed)?;
-        let memory_before = private_memory_kib(testbed.daemon.pid())?;
-        let mut random = Random::new(seed.into(), 0);
-        let mut recoveries = Vec::new();
-        for (n, direction) in [Direction::HostToGuest, Direction::GuestToHost]
-            .into_iter()
-            .enumerate()
-        {
-            let ends = (crashes + u32::from(n == 0)) / 2;
-            recoveries.extend(check_under_load(
-                &config,
-                testbed,
-                direction,
-                ends,
-                &mut random,
-            )?);
-        }
-        recoveries.sort_unstable();
-        eprintln!(
-            "{self:?}: recovered within {:?} (median), {:?} (longest)",
-            recoveries[recoveries.len() / 2],
-            recoveries.last()
-        );
-        ensure!(boot_id(testbed)? == boot, "the guest rebooted");
-        self.check_counters(&testbed.daemon.device()?)?;
-        let memory = private_memory_kib(testbed.daemon.pid())?;
-        ensure!(
-            memory.abs_diff(memory_before) <= MEMORY_TOLERANCE_KIB,
-            "the last daemon takes {memory} KiB, and the first one took {memory_before} KiB"
-        );
-        testbed.move_data_both_ways()
+fn end_daemons(
+    attachment: Attachment,
+    testbed: &mut Testbed,
+    crashes: u32,
+    seed: u32,
+) -> Result<()> {
+    let config = config(attachment);
+    let boot = boot_id(testbed)?;
+    let memory_before = private_memory_kib(testbed.daemon.pid())?;
+    let mut random = Random::new(seed.into(), 0);
+    let mut recoveries = Vec::new();
+    for (n, direction) in [Direction::HostToGuest, Direction::GuestToHost]
+        .into_iter()
+        .enumerate()
+    {
+        let ends = (crashes + u32::from(n == 0)) / 2;
+        recoveries.extend(check_under_load(
+            &config,
+            testbed,
+            direction,
+            ends,
+            &mut random,
+        )?);
     }
+    recoveries.sort_unstable();
+    eprintln!(
+        "{attachment:?}: recovered within {:?} (median), {:?} (longest)",
+        recoveries[recoveries.len() / 2],
+        recoveries.last()
+    );
+    ensure!(boot_id(testbed)? == boot, "the guest rebooted");
+    check_counters(attachment, &testbed.daemon.device()?)?;
+    let memory = private_memory_kib(testbed.daemon.pid())?;
+    ensure!(
+        memory.abs_diff(memory_before) <= MEMORY_TOLERANCE_KIB,
+        "the last daemon takes {memory} KiB, and the first one took {memory_before} KiB"
+    );
+    testbed.move_data_both_ways()
 }
 
 /// The sum of a counter over all vrings of a device.

@@ -11,13 +11,17 @@ use virtionet_tests::paths::{require_root, root, virtionetctl, virtionetd};
 const PREAMBLE: &str = include_str!("documented_commands.sh");
 
 /// The first words of commands that other tests run, and which those are.
-const ELSEWHERE: [(&str, &str); 6] = [
+const ELSEWHERE: [(&str, &str); 7] = [
     ("ci/", "`ci/test` and `ci/fresh` themselves"),
     ("cargo ", "the stages of ci/test"),
     ("GUEST=", "the stage e2e"),
     ("SOAK_SEED=", "the stages e2e and soak"),
     ("RUSTC_BOOTSTRAP=", "a crash, of which there is none"),
     ("virsh ", "tests/libvirt.rs"),
+    (
+        "virtionetd --config /etc/virtionetd.toml --take-over",
+        "tests/upgrade.rs",
+    ),
 ];
 
 /// What a page takes for granted, or a reader must adapt: page, text, and what is run instead.

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 const SECTIONS: [(&str, &str, usize); 6] = [
     ("", "", 26),
     ("The guest", "G", 31),
-    ("The front-end", "F", 39),
-    ("The host", "H", 15),
+    ("The front-end", "F", 43),
+    ("The host", "H", 17),
     ("Resource abuse", "A", 7),
     ("Bugs of others", "B", 14),
 ];

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use virtionet_handover::NewSide;
+use virtionet_tests::attachment::Attachment;
 use virtionet_tests::daemon::Options;
 use virtionet_tests::echo_stream::EchoStreams;
 use virtionet_tests::testbed::{Testbed, TestbedConfig};
@@ -23,112 +24,57 @@ const END_TIMEOUT: Duration = Duration::from_secs(10);
 const PROGRESS: u64 = 256 << 10;
 const PROGRESS_TIMEOUT: Duration = Duration::from_secs(40);
 
-/// How a guest is attached.
-#[derive(Clone, Copy, Debug)]
-struct Attachment {
-    is_packed: bool,
-    is_client: bool,
-    is_on_switch: bool,
-}
-
-impl Attachment {
-    fn config(self) -> TestbedConfig {
-        // QEMU does not connect again: whoever loses the connection loses the guest.
-        let mut config = TestbedConfig::new(PAIRS);
-        if self.is_packed {
-            config = config.prop("packed=on");
-        }
-        if self.is_client {
-            config = config.qemu_listens();
-        }
-        match self.is_on_switch {
-            true => config.uplink(&format!("switch:s,tap={TAP}")),
-            false => config,
-        }
-    }
-
-    /// Checks it if the long form is asked for.
-    fn check_if_long(self) -> Result<()> {
-        match std::env::var_os("UPGRADES") {
-            Some(_) => self.check(),
-            None => Ok(()),
-        }
-    }
-
-    fn check(self) -> Result<()> {
-        let upgrades: u32 = match std::env::var("UPGRADES") {
-            Ok(text) => text.parse().with_context(|| format!("UPGRADES={text}"))?,
-            Err(_) => DEFAULT_UPGRADES,
-        };
-        let mut guest = UpgradedGuest::start(self.config())?;
-        let mut pauses = Vec::new();
-        for n in 0..upgrades {
-            let pause = guest.upgrade(n);
-            pauses.push(pause.map_err(|error| guest.explain(error))?);
-        }
-        pauses.sort_unstable();
-        eprintln!(
-            "{self:?}: {upgrades} upgrades, the devices were paused for {:?} (median), {:?} (longest)",
-            pauses.get(pauses.len() / 2),
-            pauses.last()
-        );
-        guest.finish()
-    }
-}
-
 #[test]
 fn guest_with_split_virtqueues_on_a_tap_notices_no_upgrade() {
-    Attachment {
-        is_packed: false,
-        is_client: false,
-        is_on_switch: false,
-    }
-    .check_if_long()
-    .unwrap();
+    check_if_long(Attachment::SPLIT_ON_TAP).unwrap();
 }
 
 #[test]
 fn guest_with_packed_virtqueues_on_a_tap_notices_no_upgrade() {
-    Attachment {
-        is_packed: true,
-        is_client: true,
-        is_on_switch: false,
-    }
-    .check()
-    .unwrap();
+    check(Attachment::PACKED_ON_TAP).unwrap();
 }
 
 #[test]
 fn guest_with_split_virtqueues_on_a_switch_notices_no_upgrade() {
-    Attachment {
-        is_packed: false,
-        is_client: true,
-        is_on_switch: true,
-    }
-    .check()
-    .unwrap();
+    check(Attachment::SPLIT_ON_SWITCH).unwrap();
 }
 
 #[test]
 fn guest_with_packed_virtqueues_on_a_switch_notices_no_upgrade() {
-    Attachment {
-        is_packed: true,
-        is_client: false,
-        is_on_switch: true,
-    }
-    .check_if_long()
-    .unwrap();
+    check_if_long(Attachment::PACKED_ON_SWITCH).unwrap();
 }
 
 #[test]
 fn daemon_goes_on_if_its_successor_fails() {
-    let config = Attachment {
-        is_packed: true,
-        is_client: false,
-        is_on_switch: true,
+    check_failures(Attachment::PACKED_ON_SWITCH.config(PAIRS)).unwrap();
+}
+
+/// Checks it if the long form is asked for.
+fn check_if_long(attachment: Attachment) -> Result<()> {
+    match std::env::var_os("UPGRADES") {
+        Some(_) => check(attachment),
+        None => Ok(()),
     }
-    .config();
-    check_failures(config).unwrap();
+}
+
+fn check(attachment: Attachment) -> Result<()> {
+    let upgrades: u32 = match std::env::var("UPGRADES") {
+        Ok(text) => text.parse().with_context(|| format!("UPGRADES={text}"))?,
+        Err(_) => DEFAULT_UPGRADES,
+    };
+    let mut guest = UpgradedGuest::start(attachment.config(PAIRS))?;
+    let mut pauses = Vec::new();
+    for n in 0..upgrades {
+        let pause = guest.upgrade(n);
+        pauses.push(pause.map_err(|error| guest.explain(error))?);
+    }
+    pauses.sort_unstable();
+    eprintln!(
+        "{attachment:?}: {upgrades} upgrades, the devices were paused for {:?} (median), {:?} (longest)",
+        pauses.get(pauses.len() / 2),
+        pauses.last()
+    );
+    guest.finish()
 }
 
 fn check_failures(config: TestbedConfig) -> Result<()> {
@@ -146,16 +92,24 @@ fn check_failures(config: TestbedConfig) -> Result<()> {
     for _ in 0..3 {
         let path = guest.testbed.dir.join("handover");
         let (side, _) = NewSide::hello(UnixStream::connect(path)?, "test")?;
-        let frozen = side.ready()?;
-        ensure!(frozen.devices.len() == 1, "{frozen:?}");
-        drop((side, frozen));
+        let state = side.ready()?;
+        ensure!(state.devices.len() == 1, "{state:?}");
+        drop((side, state));
         guest.wait_for_progress()?;
     }
     let log = guest.testbed.daemon.stderr();
     let failures = log.matches("the devices are not handed over").count();
     ensure!(failures == 4, "{failures} failures: {log}");
-    // And then one succeeds.
+    // And then one succeeds, also with other settings.
     guest.upgrade(0)?;
+    guest.other_flags = &[
+        ("--queues", "2"),
+        ("--poll", "adaptive"),
+        ("--placement", "none"),
+        ("--sandbox", "log"),
+        ("--helper", "off"),
+    ];
+    guest.upgrade(1)?;
     guest.finish()
 }
 
@@ -166,9 +120,12 @@ struct UpgradedGuest {
     echo: EchoStreams,
     link: String,
     frames: u64,
+    /// Flags of the next daemons.
+    other_flags: &'static [(&'static str, &'static str)],
 }
 
 impl UpgradedGuest {
+    /// QEMU does not connect again, so a connection that is lost is the guest's network lost.
     fn start(config: TestbedConfig) -> Result<Self> {
         let testbed = config
             .start_with(|options, dir| options.flag("--handover-socket", dir.join("handover")))?;
@@ -181,6 +138,7 @@ impl UpgradedGuest {
             config,
             echo,
             frames: 0,
+            other_flags: &[],
         })
     }
 
@@ -192,7 +150,10 @@ impl UpgradedGuest {
 
     /// Starts a successor, and returns how long the devices were paused.
     fn upgrade(&mut self, n: u32) -> Result<Duration> {
-        let options = self.options().take_over(&format!("vnet-{n}"));
+        let mut options = self.options().take_over(&format!("vnet-{n}"));
+        for (flag, value) in self.other_flags {
+            options = options.flag(flag, value);
+        }
         let successor = options.start(&self.testbed.dir, "vnet")?;
         let mut old = std::mem::replace(&mut self.testbed.daemon, successor);
         let status = old.proc().wait(END_TIMEOUT)?;

@@ -6,12 +6,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use signal_hook::iterator::Handle;
 use virtionet_sandbox::ThreadKind;
 use virtionet_vhost_user::{
-    Served, SessionEnd, SessionError, SessionLog, SessionStart, SuspendedSession, serve_from,
+    Served, SessionEnd, SessionError, SessionLog, SessionStart, serve_from,
 };
 
 use crate::frontend_source::FrontendSource;
@@ -19,6 +18,7 @@ use crate::net_device::NetDevice;
 use crate::panic_policy::{contain, contain_panics};
 use crate::run_error::{DeviceFailure, RunError};
 use crate::sandbox;
+use crate::served_device::{ServedDevice, SuspendedSlot};
 use crate::stop::Stop;
 
 /// A session that ends sooner than this is followed by a pause of this length.
@@ -29,18 +29,6 @@ const UNUSABLE_SESSION_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A thread that serves a device, and the device's name.
 pub type DeviceThread = (String, JoinHandle<Result<(), DeviceFailure>>);
-
-/// The suspended session of a front-end, if there is one. The device's thread continues it.
-pub type SuspendedSlot = Mutex<Option<Box<SuspendedSession>>>;
-
-/// A device, and its session while that is suspended.
-#[derive(Debug)]
-pub struct ServedDevice {
-    /// The device.
-    pub net_device: Arc<NetDevice>,
-    /// Its suspended session.
-    pub suspended: SuspendedSlot,
-}
 
 /// Starts a thread for each device. `main` is closed when the last of them ends.
 ///
@@ -96,7 +84,7 @@ pub(crate) fn serve_device(
     stop: &Stop,
     is_only_device: bool,
 ) -> Result<(), DeviceFailure> {
-    let _member = stop.enter();
+    let _participant = stop.enter();
     // A program that continues with other devices must log the failure now; one that ends reports
     // it at its end.
     let fail = |failure: DeviceFailure| {
@@ -110,7 +98,7 @@ pub(crate) fn serve_device(
     loop {
         let start = match next_session(net_device, suspended, &mut source, stop) {
             Ok(Some(start)) => start,
-            Ok(None) if has_been_stopped(stop) => match stop.rest() {
+            Ok(None) if has_been_stopped(stop) => match stop.wait_while_suspended() {
                 true => continue,
                 false => return Ok(()),
             },
@@ -138,14 +126,14 @@ pub(crate) fn serve_device(
             Err(panic) => tracing::error!("{}: the session ended: {panic}", net_device.name()),
         }
         let elapsed = started_at.elapsed();
-        if elapsed < interval && pause(stop, interval - elapsed) && !stop.rest() {
+        if elapsed < interval && pause(stop, interval - elapsed) && !stop.wait_while_suspended() {
             return Ok(());
         }
     }
 }
 
 /// The next session: one that was suspended, as soon as it may continue, or that of the next
-/// front-end. `None` when threads are to come to rest, or no front-end will come.
+/// front-end. `None` when threads must stop, or no front-end will come.
 fn next_session(
     net_device: &NetDevice,
     suspended: &SuspendedSlot,

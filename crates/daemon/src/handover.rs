@@ -1,8 +1,8 @@
 //! Handing the devices over to the next daemon ([`virtionet_handover`]).
 //!
 //! A thread waits for the next daemon and wakes the main thread, which does the rest. The devices
-//! are paused in this order: the workers and the forwarders of switches come to rest first, so that
-//! none finds a vring stopped and drops a frame; then the sessions stop the vrings. If anything fails
+//! are paused in this order: the forwarders of switches and the workers stop first, so that none finds a
+//! vring stopped and drops a frame; then the sessions stop the vrings. If anything fails
 //! before the commit, all of them go on.
 
 use std::io;
@@ -15,15 +15,15 @@ use nix::sys::pthread::{Pthread, pthread_kill, pthread_self};
 use nix::sys::signal::Signal;
 use parking_lot::Mutex;
 use virtionet_handover::{
-    DeviceImage, DeviceOffer, Frozen, HandoverError, ListenerImage, Offer, OldSide, SharedFd,
-    SourceImage,
+    DeviceImage, DeviceOffer, HandoverError, HandoverState, ListenerImage, Offer, OldSide,
+    SharedFd, SourceImage,
 };
 use virtionet_placement::interrupts::IrqAffinityManager;
 use virtionet_sandbox::ThreadKind;
 use virtionet_vhost_user::{ImageError, peer_uid};
 
-use crate::device_thread::ServedDevice;
 use crate::sandbox;
+use crate::served_device::ServedDevice;
 use crate::stop::Stop;
 use crate::uplinks::Uplinks;
 use crate::worker_pool::WorkerPool;
@@ -31,8 +31,8 @@ use crate::worker_pool::WorkerPool;
 /// The signal that tells the main thread of a successor. SIGUSR2 is the watchdog's.
 pub const SUCCESSOR_SIGNAL: Signal = Signal::SIGUSR1;
 
-/// How long workers, and then sessions, may take to come to rest.
-const REST_LIMIT: Duration = Duration::from_secs(1);
+/// How long forwarders, then workers, and then sessions may take to stop.
+const STOP_LIMIT: Duration = Duration::from_secs(1);
 /// The pause after a successor could not be accepted.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
@@ -50,8 +50,8 @@ pub enum HandoverFailure {
         /// The cause.
         source: ImageError,
     },
-    /// A thread did not come to rest.
-    #[error("{0} did not come to rest within a second; try again")]
+    /// A thread did not stop.
+    #[error("{0} did not stop within a second; try again")]
     Busy(String),
     /// There are no descriptors left for copies.
     #[error("descriptors cannot be copied ({0}); raise the limit of open files")]
@@ -109,7 +109,7 @@ impl Successor {
 
 /// What is handed over.
 #[derive(Debug)]
-pub struct Estate {
+pub struct Handover {
     /// The devices.
     pub devices: Vec<Arc<ServedDevice>>,
     /// Where their front-ends come from, in the same order.
@@ -130,37 +130,33 @@ pub struct Estate {
     pub sessions: Arc<Stop>,
 }
 
-impl Estate {
+impl Handover {
     /// Hands everything over to the successor at `stream`. After that this process must end at once,
     /// and touch nothing. Returns the successor's version, and how long the devices were paused.
     ///
     /// # Errors
     /// When it fails; the devices then go on in this process.
     pub fn hand_over(&self, stream: UnixStream) -> Result<(String, Duration), HandoverFailure> {
-        let (successor, program) = OldSide::greet(stream)?;
-        if let Err(failure) = self.offer(&successor) {
-            successor.refuse(&failure.to_string());
-            return Err(failure);
-        }
-        let stopped_at = Instant::now();
-        let handed_over = self.suspend().and_then(|()| match self.freeze() {
-            Ok(frozen) => {
-                successor.freeze(frozen)?;
-                Ok(successor.commit()?)
-            }
+        let (successor, program) = OldSide::accept(stream)?;
+        let refuse = |failure: &HandoverFailure| successor.refuse(&failure.to_string());
+        let offer = self.offer().inspect_err(refuse)?;
+        successor.offer(offer)?;
+        let paused_at = Instant::now();
+        let state = self.suspend().and_then(|()| self.state());
+        let sent = match state.inspect_err(refuse) {
+            Ok(state) => successor.send_state(state).map_err(HandoverFailure::from),
+            Err(failure) => Err(failure),
+        };
+        match sent.and_then(|()| Ok(successor.commit()?)) {
+            Ok(()) => Ok((program, paused_at.elapsed())),
             Err(failure) => {
-                successor.refuse(&failure.to_string());
+                self.resume();
                 Err(failure)
             }
-        });
-        if let Err(failure) = handed_over {
-            self.resume();
-            return Err(failure);
         }
-        Ok((program, stopped_at.elapsed()))
     }
 
-    fn offer(&self, successor: &OldSide) -> Result<(), HandoverFailure> {
+    fn offer(&self) -> Result<Offer<SharedFd>, HandoverFailure> {
         let mut devices = Vec::new();
         for (device, source) in self.devices.iter().zip(&self.sources) {
             let net_device = &device.net_device;
@@ -174,26 +170,26 @@ impl Estate {
                     .transpose()?,
             });
         }
-        Ok(successor.offer(Offer {
+        Ok(Offer {
             program: env!("CARGO_PKG_VERSION").to_owned(),
             devices,
             taps: self.uplinks.tap_images()?,
             switch_seeds: self.uplinks.switch_seeds(),
             control: self.control.clone(),
             handover: self.handover.clone(),
-        })?)
+        })
     }
 
     fn suspend(&self) -> Result<(), HandoverFailure> {
-        if !self.forwarders.suspend(REST_LIMIT) {
+        if !self.forwarders.suspend(STOP_LIMIT) {
             return Err(HandoverFailure::Busy("the thread of a switch".into()));
         }
         self.pool.request_stop();
-        let stuck = self.pool.join(Instant::now() + REST_LIMIT);
+        let stuck = self.pool.join(Instant::now() + STOP_LIMIT);
         if !stuck.is_empty() {
             return Err(HandoverFailure::Busy(stuck.join(", ")));
         }
-        match self.sessions.suspend(REST_LIMIT) {
+        match self.sessions.suspend(STOP_LIMIT) {
             true => Ok(()),
             false => Err(HandoverFailure::Busy("the thread of a device".into())),
         }
@@ -208,7 +204,7 @@ impl Estate {
             .for_each(|device| device.net_device.restart_workers());
     }
 
-    fn freeze(&self) -> Result<Frozen<SharedFd>, HandoverFailure> {
+    fn state(&self) -> Result<HandoverState<SharedFd>, HandoverFailure> {
         let mut devices = Vec::new();
         for device in &self.devices {
             let net_device = &device.net_device;
@@ -228,7 +224,7 @@ impl Estate {
                 counters: net_device.counters(),
             });
         }
-        Ok(Frozen {
+        Ok(HandoverState {
             devices,
             taps: self.uplinks.tap_images()?,
             switches: self.uplinks.switch_images(),

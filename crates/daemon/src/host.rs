@@ -16,7 +16,7 @@ use crate::interrupts::Interrupts;
 use crate::net_device::NetDevice;
 use crate::placer::Placer;
 use crate::run_error::RunError;
-use crate::take_over::Inheritance;
+use crate::take_over::OfferedDevices;
 use crate::uplinks::Uplinks;
 use crate::worker_pool::WorkerPool;
 
@@ -65,12 +65,12 @@ impl Host {
         &self,
         config: &Config,
         uplinks: &mut Uplinks,
-        inheritance: Option<&Inheritance>,
+        offered: Option<&OfferedDevices>,
     ) -> Result<Vec<(DeviceConfig, CreatedDevice)>, RunError> {
         let mut created = Vec::new();
         for (index, device) in config.devices.iter().enumerate() {
-            let records = match inheritance {
-                Some(inheritance) => inheritance.crash_records(index)?,
+            let records = match offered {
+                Some(offered) => offered.crash_records(index)?,
                 None => None,
             };
             let net_device = self.create_net_device(device, uplinks, records)?;

@@ -34,6 +34,7 @@ pub mod queue_pair;
 pub mod report_builder;
 mod run_error;
 pub mod sandbox;
+pub mod served_device;
 pub mod stop;
 pub mod supervisor;
 pub mod sys;

@@ -16,7 +16,7 @@ use crate::handover::Successor;
 use crate::report_builder::DeviceRegistry;
 use crate::run_error::RunError;
 use crate::sandbox;
-use crate::take_over::{Taken, listener_of};
+use crate::take_over::TakenListener;
 
 /// A socket that listens, and its file.
 type ListeningSocket = (UnixListener, SocketFile);
@@ -65,20 +65,13 @@ impl ProcessSockets {
     }
 
     /// The sockets of the daemon before this one.
-    ///
-    /// # Errors
-    /// When the process has no descriptors left.
-    pub fn taken(config: &Config, taken: &Taken) -> io::Result<Self> {
-        let control = config.control.as_ref().zip(taken.control.as_ref());
-        let handover = config.handover.as_ref();
-        Ok(Self {
-            control: control
-                .map(|(socket, image)| listener_of(image, &socket.path))
-                .transpose()?,
-            handover: handover
-                .map(|path| listener_of(&taken.handover, path))
-                .transpose()?,
-        })
+    #[must_use]
+    pub fn taken(config: &Config, control: Option<TakenListener>, handover: TakenListener) -> Self {
+        let control = config.control.as_ref().zip(control);
+        Self {
+            control: control.map(|(socket, listener)| listener.at(&socket.path)),
+            handover: config.handover.as_ref().map(|path| handover.at(path)),
+        }
     }
 
     /// The images of the control socket and of the one for the next daemon.

@@ -37,9 +37,9 @@ use virtionet_virtqueue::memory::survive_lost_memory;
 
 use crate::call_watchdog;
 use crate::descriptor_budget;
-use crate::device_thread::{DeviceThread, ServedDevice, start_devices};
+use crate::device_thread::{DeviceThread, start_devices};
 use crate::frontend_source::FrontendSource;
-use crate::handover::{Estate, SUCCESSOR_SIGNAL, Successor};
+use crate::handover::{Handover, SUCCESSOR_SIGNAL, Successor};
 use crate::helper_process::HelperProcess;
 use crate::host::{CreatedDevice, Host};
 use crate::logging;
@@ -48,8 +48,9 @@ use crate::process_sockets::ProcessSockets;
 use crate::report_builder::DeviceRegistry;
 use crate::run_error::RunError;
 use crate::sandbox;
+use crate::served_device::ServedDevice;
 use crate::stop::Stop;
-use crate::take_over::{Inheritance, socket_file};
+use crate::take_over::{OfferedDevices, socket_file};
 use crate::uplinks::Uplinks;
 use crate::worker_pool::WorkerPool;
 
@@ -78,8 +79,8 @@ pub fn run(config: Config) -> Result<(), RunError> {
         })
     });
     let devices: Vec<_> = devices.collect();
-    if let Some(inheritance) = parts.inheritance.take() {
-        parts.take_over(inheritance, &config, &devices)?;
+    if let Some(offered) = parts.offered.take() {
+        parts.take_over(offered, &config, &devices)?;
     }
     parts.serve(devices, signals)
 }
@@ -87,55 +88,57 @@ pub fn run(config: Config) -> Result<(), RunError> {
 /// What the process has opened.
 struct Parts {
     /// What the daemon before this one offers.
-    inheritance: Option<Inheritance>,
+    offered: Option<OfferedDevices>,
     sources: Vec<FrontendSource>,
     helper: Option<Arc<HelperProcess>>,
     host: Host,
     uplinks: Arc<Uplinks>,
     created: Vec<(DeviceConfig, CreatedDevice)>,
     sockets: ProcessSockets,
+    stops: Stops,
 }
 
 impl Parts {
     /// Opens what `config` names, or has it offered by the daemon before this one.
     fn open(config: &Config) -> Result<Self, RunError> {
-        let inheritance = match &config.handover {
-            Some(path) if config.take_over => Some(Inheritance::ask(path, config)?),
+        let offered = match &config.handover {
+            Some(path) if config.take_over => Some(OfferedDevices::request(path, config)?),
             _ => None,
         };
         // Take inherited descriptors first, because anything that is opened before could get their
         // numbers.
-        let sources = open_sources(config, inheritance.as_ref())?;
+        let sources = open_sources(config, offered.as_ref())?;
         let helper = HelperProcess::start(config).map_err(RunError::Helper)?;
         let host = Host::new(config.state_folder.as_deref())?;
-        let mut uplinks = match &inheritance {
+        let mut uplinks = match &offered {
             Some(offered) => Uplinks::inheriting(offered.taps(), offered.switch_seeds()),
             None => Uplinks::default(),
         };
-        let created = host.create_net_devices(config, &mut uplinks, inheritance.as_ref())?;
+        let created = host.create_net_devices(config, &mut uplinks, offered.as_ref())?;
         Ok(Self {
-            sockets: match inheritance {
+            sockets: match offered {
                 Some(_) => ProcessSockets::default(),
                 None => ProcessSockets::open(config)?,
             },
-            inheritance,
+            offered,
             sources,
             helper: helper.map(Arc::new),
             host,
             uplinks: Arc::new(uplinks),
             created,
+            stops: Stops::new().map_err(host_error("make an eventfd"))?,
         })
     }
 
     /// Takes the sessions over, and with them all that the daemon before this one owned.
     fn take_over(
         &mut self,
-        inheritance: Inheritance,
+        offered: OfferedDevices,
         config: &Config,
         devices: &[Arc<ServedDevice>],
     ) -> Result<(), RunError> {
-        let program = inheritance.program().to_owned();
-        let taken = inheritance.take(devices, &self.uplinks, &self.host.irq_manager)?;
+        let program = offered.program().to_owned();
+        let taken = offered.take(devices, &self.uplinks, &self.host.irq_manager)?;
         tracing::info!("the devices of virtionetd {program} are taken over");
         let sources = std::mem::take(&mut self.sources).into_iter();
         let owned = sources.zip(&config.devices).zip(&taken.socket_files);
@@ -144,16 +147,20 @@ impl Parts {
             Socket::Connect { .. } | Socket::Inherited(_) => source,
         });
         self.sources = owned.collect();
-        let sockets = ProcessSockets::taken(config, &taken);
-        self.sockets = sockets.map_err(host_error("copy a descriptor"))?;
+        self.sockets = ProcessSockets::taken(config, taken.control, taken.handover);
         Ok(())
     }
 
     /// Starts all threads, and returns when they have ended.
     fn serve(self, devices: Vec<Arc<ServedDevice>>, mut signals: Signals) -> Result<(), RunError> {
-        let stops = Stops::new().map_err(host_error("make an eventfd"))?;
-        let estate = self.estate(&devices, &stops);
-        let estate = estate.map_err(host_error("copy a descriptor"))?;
+        // A daemon that has taken over must not end for this.
+        let handover = self.handover(&devices).unwrap_or_else(|error| {
+            tracing::error!(
+                "no other daemon can take over from this one ({error}); raise the limit of open files"
+            );
+            None
+        });
+        let stops = &self.stops;
         let registry = Arc::new(self.registry());
         let successor = Successor::default();
         let served = self.sockets.serve(&registry, &successor)?;
@@ -172,7 +179,7 @@ impl Parts {
         let main = signals.handle();
         let device_threads = start_devices(&devices, self.sources, &stops.sessions, &main)?;
         let helper = self.helper.as_deref();
-        wait_for_end(&mut signals, helper, &successor, estate.as_ref())?;
+        wait_for_end(&mut signals, helper, &successor, handover.as_ref())?;
         stops.end();
         let ended = end_threads(
             &self.host.pool,
@@ -191,12 +198,12 @@ impl Parts {
     }
 
     /// What the next daemon can take over; `None` if it has no socket for that.
-    fn estate(&self, devices: &[Arc<ServedDevice>], stops: &Stops) -> io::Result<Option<Estate>> {
+    fn handover(&self, devices: &[Arc<ServedDevice>]) -> io::Result<Option<Handover>> {
         let [control, Some(handover)] = self.sockets.images()? else {
             return Ok(None);
         };
         let sources = self.sources.iter().map(FrontendSource::to_image);
-        Ok(Some(Estate {
+        Ok(Some(Handover {
             devices: devices.to_vec(),
             sources: sources.collect::<Result<_, _>>()?,
             uplinks: Arc::clone(&self.uplinks),
@@ -204,8 +211,8 @@ impl Parts {
             handover,
             irq_manager: Arc::clone(&self.host.irq_manager),
             pool: Arc::clone(&self.host.pool),
-            forwarders: Arc::clone(&stops.forwarders),
-            sessions: Arc::clone(&stops.sessions),
+            forwarders: Arc::clone(&self.stops.forwarders),
+            sessions: Arc::clone(&self.stops.sessions),
         }))
     }
 
@@ -305,7 +312,7 @@ fn wait_for_end(
     signals: &mut Signals,
     helper: Option<&HelperProcess>,
     successor: &Successor,
-    estate: Option<&Estate>,
+    handover: Option<&Handover>,
 ) -> Result<(), RunError> {
     take_signals()?;
     sandbox::confine_main();
@@ -318,8 +325,8 @@ fn wait_for_end(
                 "SIGHUP ignored, because this version cannot reload its configuration; restart virtionetd to apply a change"
             ),
             SIGUSR1 => {
-                if let Some((estate, stream)) = estate.zip(successor.take()) {
-                    hand_over(estate, stream);
+                if let Some((handover, stream)) = handover.zip(successor.take()) {
+                    hand_over(handover, stream);
                 }
             }
             signal => {
@@ -332,8 +339,8 @@ fn wait_for_end(
 }
 
 /// Hands over and ends the process, or returns if that fails.
-fn hand_over(estate: &Estate, stream: UnixStream) {
-    match estate.hand_over(stream) {
+fn hand_over(handover: &Handover, stream: UnixStream) {
+    match handover.hand_over(stream) {
         Ok((program, paused_for)) => {
             tracing::info!(
                 "all devices are handed over to virtionetd {program}; they were paused for {paused_for:?}"
@@ -365,9 +372,9 @@ fn protect_threads() -> Result<(), RunError> {
 
 fn open_sources(
     config: &Config,
-    inheritance: Option<&Inheritance>,
+    offered: Option<&OfferedDevices>,
 ) -> Result<Vec<FrontendSource>, RunError> {
-    let open = |(index, device): (usize, &DeviceConfig)| match inheritance {
+    let open = |(index, device): (usize, &DeviceConfig)| match offered {
         Some(offered) => Ok(offered.source(index, &device.name, &device.socket)?),
         None => FrontendSource::open(&device.socket).map_err(|source| RunError::Socket {
             device: device.name.clone(),
@@ -396,10 +403,10 @@ fn start_host_port_forwarders(
             .name(format!("sw-{}", forwarder.switch()))
             .spawn(move || {
                 sandbox::confine_thread(ThreadKind::SwitchForwarder);
-                let _member = stop.enter();
+                let _participant = stop.enter();
                 loop {
                     forwarder.run(stop.as_fd());
-                    if !stop.rest() {
+                    if !stop.wait_while_suspended() {
                         break;
                     }
                 }

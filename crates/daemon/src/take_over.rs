@@ -10,7 +10,7 @@ use virtionet_base::rights::FileIdentity;
 use virtionet_base::unix_socket::{SocketFile, connect_own};
 use virtionet_config::{Config, Socket};
 use virtionet_handover::{
-    Frozen, HandoverError, ListenerImage, NewSide, Offer, SharedFd, SourceImage,
+    HandoverError, HandoverState, ListenerImage, NewSide, Offer, SharedFd, SourceImage,
 };
 use virtionet_placement::interrupts::IrqAffinityManager;
 use virtionet_uplink::tap::TapImage;
@@ -18,8 +18,8 @@ use virtionet_vhost_user::listen::ListenError;
 use virtionet_vhost_user::{ImageError, SuspendedSession};
 
 use crate::crash_records::CrashRecords;
-use crate::device_thread::ServedDevice;
 use crate::frontend_source::FrontendSource;
+use crate::served_device::ServedDevice;
 use crate::uplinks::Uplinks;
 
 /// Why this daemon cannot take over. The one before it continues.
@@ -75,27 +75,27 @@ impl TakeOverError {
     }
 }
 
-/// What the daemon before this one offers. It owns all of it until [`Inheritance::take`] returns.
+/// What the daemon before this one offers. It owns all of it until [`OfferedDevices::take`] returns.
 #[derive(Debug)]
-pub struct Inheritance {
+pub struct OfferedDevices {
     side: NewSide,
     offer: Offer<SharedFd>,
 }
 
-impl Inheritance {
+impl OfferedDevices {
     /// Asks the daemon at `path` for the devices of `config`.
     ///
     /// # Errors
     /// When there is no daemon, or it has other devices.
-    pub fn ask(path: &Path, config: &Config) -> Result<Self, TakeOverError> {
+    pub fn request(path: &Path, config: &Config) -> Result<Self, TakeOverError> {
         let stream = connect_own(path).map_err(|source| TakeOverError::NoDaemon {
             path: path.display().to_string(),
             source,
         })?;
         let (side, offer) = NewSide::hello(stream, env!("CARGO_PKG_VERSION"))?;
-        let inheritance = Self { side, offer };
-        inheritance.refuse_if(inheritance.check(config))?;
-        Ok(inheritance)
+        let offered = Self { side, offer };
+        offered.refuse_if(offered.check(config))?;
+        Ok(offered)
     }
 
     /// Passes a result on, and an error also to the daemon before this one.
@@ -199,26 +199,15 @@ impl Inheritance {
                 self.refuse_if(Err(TakeOverError::Different(text)))?;
             }
         }
-        let mut frozen = self.side.ready()?;
-        let affinity = std::mem::take(&mut frozen.affinity);
-        self.refuse_if(restore(devices, uplinks, frozen))?;
+        let mut state = self.side.ready()?;
+        let affinity = std::mem::take(&mut state.affinity);
+        self.refuse_if(restore(devices, uplinks, state))?;
+        // Nothing that can fail may follow the commit.
+        let taken = self.refuse_if(Taken::copy(&self.offer))?;
         self.side.prepared()?;
         uplinks.own();
         irq_manager.inherit(affinity);
-        let files = |image: &SourceImage<SharedFd>| match image {
-            SourceImage::Listener(image) => image.file,
-            SourceImage::Connect | SourceImage::Once => None,
-        };
-        Ok(Taken {
-            socket_files: self
-                .offer
-                .devices
-                .iter()
-                .map(|d| files(&d.source))
-                .collect(),
-            control: self.offer.control,
-            handover: self.offer.handover,
-        })
+        Ok(taken)
     }
 }
 
@@ -228,21 +217,47 @@ pub struct Taken {
     /// The files of the devices' sockets, in their order.
     pub socket_files: Vec<Option<(u64, u64)>>,
     /// The control socket.
-    pub control: Option<ListenerImage<SharedFd>>,
+    pub control: Option<TakenListener>,
     /// The socket for the next handover.
-    pub handover: ListenerImage<SharedFd>,
+    pub handover: TakenListener,
 }
 
-/// The listener of an image, and the file at `path` that belongs to it.
-///
-/// # Errors
-/// When there are no descriptors left.
-pub fn listener_of(
-    image: &ListenerImage<SharedFd>,
-    path: &Path,
-) -> std::io::Result<(UnixListener, SocketFile)> {
-    let socket: OwnedFd = image.socket.try_clone()?;
-    Ok((socket.into(), socket_file(image.file, path)))
+impl Taken {
+    fn copy(offer: &Offer<SharedFd>) -> Result<Self, TakeOverError> {
+        let file = |image: &SourceImage<SharedFd>| match image {
+            SourceImage::Listener(image) => image.file,
+            SourceImage::Connect | SourceImage::Once => None,
+        };
+        let devices = offer.devices.iter();
+        let control = offer.control.as_ref();
+        Ok(Self {
+            socket_files: devices.map(|device| file(&device.source)).collect(),
+            control: control.map(TakenListener::copy).transpose()?,
+            handover: TakenListener::copy(&offer.handover)?,
+        })
+    }
+}
+
+/// A listening socket that belongs to this daemon now.
+#[derive(Debug)]
+pub struct TakenListener {
+    socket: UnixListener,
+    file: Option<(u64, u64)>,
+}
+
+impl TakenListener {
+    fn copy(image: &ListenerImage<SharedFd>) -> Result<Self, TakeOverError> {
+        Ok(Self {
+            socket: image.socket.try_clone()?.into(),
+            file: image.file,
+        })
+    }
+
+    /// The socket, and its file at `path`.
+    #[must_use]
+    pub fn at(self, path: &Path) -> (UnixListener, SocketFile) {
+        (self.socket, socket_file(self.file, path))
+    }
 }
 
 /// The socket file at `path` with these numbers. One without numbers is no file at all.
@@ -255,15 +270,15 @@ pub fn socket_file(numbers: Option<(u64, u64)>, path: &Path) -> SocketFile {
 fn restore(
     devices: &[Arc<ServedDevice>],
     uplinks: &Uplinks,
-    frozen: Frozen<SharedFd>,
+    state: HandoverState<SharedFd>,
 ) -> Result<(), TakeOverError> {
-    if devices.len() != frozen.devices.len() {
+    if devices.len() != state.devices.len() {
         return Err(TakeOverError::Different(
             "the number of devices changed".into(),
         ));
     }
-    uplinks.update(&frozen.taps, &frozen.switches)?;
-    for (device, image) in devices.iter().zip(frozen.devices) {
+    uplinks.update(&state.taps, &state.switches)?;
+    for (device, image) in devices.iter().zip(state.devices) {
         let net_device = &device.net_device;
         net_device.add_counters(&image.counters);
         let Some((stream, session)) = image.session else {

@@ -336,6 +336,14 @@ impl TestFrontend {
         }
     }
 
+    /// Starts vring `ring` with this base from the next [`TestFrontend::reconnect`] on, as a front-end
+    /// does that has used chains itself. It has no effect on a split vring.
+    pub fn set_base(&mut self, ring: usize, base: u32) {
+        if let Some(setup) = self.rings.get_mut(ring) {
+            setup.base = base;
+        }
+    }
+
     /// Enables or disables a queue pair, as `ethtool -L` in a guest does.
     ///
     /// # Errors

@@ -8,7 +8,7 @@
 //! Offer ->                                  opens nothing that the offer has; confines itself
 //!                              <- Ready
 //! stops all workers and sessions
-//! Frozen ->                                 maps memory, makes the sessions
+//! State ->                                 maps memory, makes the sessions
 //!                              <- Prepared
 //! Commit ->                                 starts the vrings
 //! ends
@@ -19,7 +19,7 @@
 //! any more. The new daemon starts nothing before it has received Commit.
 
 mod message;
-mod parcel;
+mod message_io;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -28,17 +28,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use message::{
-    DeviceImage, DeviceOffer, FORMAT, Frozen, ListenerImage, Offer, PairCounters, SourceImage,
+    DeviceImage, DeviceOffer, FORMAT, HandoverState, ListenerImage, Offer, PairCounters,
+    SourceImage,
 };
-pub use parcel::ParcelError;
+pub use message_io::MessageError;
 
 use message::{FromNew, FromOld};
-use parcel::{Packing, Unpacking, receive, send};
+use message_io::{OutgoingDescriptors, ReceivedDescriptors, receive, send};
 
 /// How long one side waits for the other while devices work.
-const PATIENCE: Duration = Duration::from_secs(10);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the old daemon waits while devices are paused.
-const FROZEN_PATIENCE: Duration = Duration::from_secs(2);
+const PAUSED_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A descriptor of this process.
 pub type SharedFd = Arc<OwnedFd>;
@@ -48,7 +49,7 @@ pub type SharedFd = Arc<OwnedFd>;
 pub enum HandoverError {
     /// A message could not be sent or received.
     #[error(transparent)]
-    Parcel(#[from] ParcelError),
+    Message(#[from] MessageError),
     /// The socket cannot be prepared.
     #[error("the connection with the other process fails: {0}")]
     Socket(#[from] io::Error),
@@ -71,13 +72,13 @@ pub enum HandoverError {
 pub struct OldSide(UnixStream);
 
 impl OldSide {
-    /// Greets the new daemon, which has connected. Returns its version, too.
+    /// Accepts the new daemon, which has connected. Returns its version, too.
     ///
     /// # Errors
     /// When it is none, or one of another format.
     // syscalls: setsockopt recvfrom sendto sendmsg
-    pub fn greet(stream: UnixStream) -> Result<(Self, String), HandoverError> {
-        set_patience(&stream, PATIENCE)?;
+    pub fn accept(stream: UnixStream) -> Result<(Self, String), HandoverError> {
+        set_timeouts(&stream, ANSWER_TIMEOUT)?;
         let side = Self(stream);
         match side.receive()? {
             FromNew::Hello { format, program } if format == FORMAT => Ok((side, program)),
@@ -111,9 +112,9 @@ impl OldSide {
     ///
     /// # Errors
     /// When it does not.
-    pub fn freeze(&self, state: Frozen<SharedFd>) -> Result<(), HandoverError> {
-        set_patience(&self.0, FROZEN_PATIENCE)?;
-        self.send(FromOld::Frozen(state))?;
+    pub fn send_state(&self, state: HandoverState<SharedFd>) -> Result<(), HandoverError> {
+        set_timeouts(&self.0, PAUSED_TIMEOUT)?;
+        self.send(FromOld::State(state))?;
         self.expect(FromNew::Prepared)
     }
 
@@ -126,9 +127,9 @@ impl OldSide {
     }
 
     fn send(&self, message: FromOld<SharedFd>) -> Result<(), HandoverError> {
-        let mut packing = Packing::default();
-        let message = message.map(|fd| packing.add(fd))?;
-        Ok(send(&self.0, &message, &packing)?)
+        let mut descriptors = OutgoingDescriptors::default();
+        let message = message.map(|fd| descriptors.add(fd))?;
+        Ok(send(&self.0, &message, &descriptors)?)
     }
 
     fn receive(&self) -> Result<FromNew, HandoverError> {
@@ -161,7 +162,7 @@ impl NewSide {
         stream: UnixStream,
         program: &str,
     ) -> Result<(Self, Offer<SharedFd>), HandoverError> {
-        set_patience(&stream, PATIENCE)?;
+        set_timeouts(&stream, ANSWER_TIMEOUT)?;
         let side = Self(stream);
         side.send(&FromNew::Hello {
             format: FORMAT,
@@ -184,10 +185,10 @@ impl NewSide {
     ///
     /// # Errors
     /// When the old daemon continues instead.
-    pub fn ready(&self) -> Result<Frozen<SharedFd>, HandoverError> {
+    pub fn ready(&self) -> Result<HandoverState<SharedFd>, HandoverError> {
         self.send(&FromNew::Ready)?;
         match self.receive()? {
-            FromOld::Frozen(state) => Ok(state),
+            FromOld::State(state) => Ok(state),
             _ => Err(HandoverError::Order),
         }
     }
@@ -205,12 +206,13 @@ impl NewSide {
     }
 
     fn send(&self, message: &FromNew) -> Result<(), HandoverError> {
-        Ok(send(&self.0, message, &Packing::default())?)
+        Ok(send(&self.0, message, &OutgoingDescriptors::default())?)
     }
 
     fn receive(&self) -> Result<FromOld<SharedFd>, HandoverError> {
-        let (message, mut unpacking): (FromOld<parcel::Position>, Unpacking) = receive(&self.0)?;
-        match message.map(|position| unpacking.take(position).map(Arc::new))? {
+        let (message, mut descriptors): (FromOld<message_io::Position>, ReceivedDescriptors) =
+            receive(&self.0)?;
+        match message.map(|position| descriptors.take(position).map(Arc::new))? {
             FromOld::Refused { reason } => Err(HandoverError::Refused(reason)),
             message => Ok(message),
         }
@@ -221,16 +223,16 @@ impl<F> FromOld<F> {
     fn map<G, E>(self, replace: impl FnMut(F) -> Result<G, E>) -> Result<FromOld<G>, E> {
         Ok(match self {
             Self::Offer(offer) => FromOld::Offer(offer.map(replace)?),
-            Self::Frozen(state) => FromOld::Frozen(state.map(replace)?),
+            Self::State(state) => FromOld::State(state.map(replace)?),
             Self::Commit => FromOld::Commit,
             Self::Refused { reason } => FromOld::Refused { reason },
         })
     }
 }
 
-fn set_patience(stream: &UnixStream, patience: Duration) -> io::Result<()> {
-    stream.set_read_timeout(Some(patience))?;
-    stream.set_write_timeout(Some(patience))
+fn set_timeouts(stream: &UnixStream, timeout: Duration) -> io::Result<()> {
+    stream.set_read_timeout(Some(timeout))?;
+    stream.set_write_timeout(Some(timeout))
 }
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
 //! The messages of a handover, with descriptors of type `F`: those of this process
-//! (`Arc<OwnedFd>`), or their positions in a parcel.
+//! (`Arc<OwnedFd>`), or their positions in a message.
 
 use std::collections::BTreeMap;
 
@@ -40,7 +40,7 @@ pub(crate) enum FromOld<F> {
     /// What it can hand over.
     Offer(Offer<F>),
     /// The state of its devices, which are paused.
-    Frozen(Frozen<F>),
+    State(HandoverState<F>),
     /// From now on the devices belong to the new daemon.
     Commit,
     /// It does not hand over.
@@ -102,7 +102,7 @@ pub struct ListenerImage<F> {
 
 /// The state of paused devices.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Frozen<F> {
+pub struct HandoverState<F> {
     /// The devices, in the order of the offer.
     pub devices: Vec<DeviceImage<F>>,
     /// The TAPs, by their names in the configuration.
@@ -179,12 +179,15 @@ impl<F> Offer<F> {
     }
 }
 
-impl<F> Frozen<F> {
+impl<F> HandoverState<F> {
     /// The same with another type of descriptor.
     ///
     /// # Errors
     /// The first error of `replace`.
-    pub fn map<G, E>(self, mut replace: impl FnMut(F) -> Result<G, E>) -> Result<Frozen<G>, E> {
+    pub fn map<G, E>(
+        self,
+        mut replace: impl FnMut(F) -> Result<G, E>,
+    ) -> Result<HandoverState<G>, E> {
         let mut devices = Vec::new();
         for device in self.devices {
             let session = match device.session {
@@ -196,7 +199,7 @@ impl<F> Frozen<F> {
                 counters: device.counters,
             });
         }
-        Ok(Frozen {
+        Ok(HandoverState {
             devices,
             taps: map_taps(self.taps, &mut replace)?,
             switches: self.switches,

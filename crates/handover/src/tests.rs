@@ -3,7 +3,7 @@ use std::fs::File;
 use std::thread;
 
 use super::*;
-use parcel::Position;
+use message_io::Position;
 
 fn null() -> SharedFd {
     Arc::new(File::open("/dev/null").unwrap().into())
@@ -31,8 +31,8 @@ fn offer() -> Offer<SharedFd> {
     }
 }
 
-fn frozen() -> Frozen<SharedFd> {
-    Frozen {
+fn state() -> HandoverState<SharedFd> {
+    HandoverState {
         devices: vec![DeviceImage {
             session: None,
             counters: BTreeMap::new(),
@@ -45,9 +45,9 @@ fn frozen() -> Frozen<SharedFd> {
 
 /// What the old daemon does with a successor that connects.
 fn old(stream: UnixStream) -> Result<(), HandoverError> {
-    let (side, _program) = OldSide::greet(stream)?;
+    let (side, _program) = OldSide::accept(stream)?;
     side.offer(offer())?;
-    side.freeze(frozen())?;
+    side.send_state(state())?;
     side.commit()
 }
 
@@ -100,7 +100,7 @@ fn successor_of_another_format_is_refused_with_both_formats() {
             format: 7,
             program: "9".into(),
         };
-        send(&stream, &hello, &Packing::default()).unwrap();
+        send(&stream, &hello, &OutgoingDescriptors::default()).unwrap();
         let (answer, _): (FromOld<Position>, _) = receive(&stream).unwrap();
         assert!(matches!(answer, FromOld::Refused { .. }), "{answer:?}");
     });
@@ -116,9 +116,9 @@ fn new_daemon_that_the_old_one_does_not_serve_owns_nothing() {
         side.ready().unwrap();
         side.prepared().unwrap_err()
     });
-    let (side, _) = OldSide::greet(ours).unwrap();
+    let (side, _) = OldSide::accept(ours).unwrap();
     side.offer(offer()).unwrap();
-    side.freeze(frozen()).unwrap();
+    side.send_state(state()).unwrap();
     drop(side);
     let text = new.join().unwrap().to_string();
     assert_eq!(text, "the other process has closed the connection");
@@ -135,15 +135,15 @@ fn sample_of_this_format_is_read_and_written_without_a_loss() {
     assert_eq!(written, sample);
     let [
         FromOld::Offer(offer),
-        FromOld::Frozen(frozen),
+        FromOld::State(state),
         FromOld::Commit,
     ] = &messages[..]
     else {
         panic!("{messages:?}");
     };
-    assert_eq!(offer.devices.len(), frozen.devices.len());
-    let (_, session) = frozen.devices[0].session.as_ref().unwrap();
+    assert_eq!(offer.devices.len(), state.devices.len());
+    let (_, session) = state.devices[0].session.as_ref().unwrap();
     assert!(session.vrings.iter().any(|vring| vring.base.is_some()));
     assert!(!session.regions.is_empty());
-    assert!(!frozen.switches.is_empty() && !frozen.taps.is_empty());
+    assert!(!state.switches.is_empty() && !state.taps.is_empty());
 }

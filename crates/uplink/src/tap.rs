@@ -125,27 +125,40 @@ impl Tap {
         check_not_shared(&link, 1)?;
         prepare(file.as_fd(), NO_OFFLOADS).map_err(|e| error::setup_failed(&name, e))?;
         let shared = Arc::new(TapShared::new(name, NO_OFFLOADS.header_len));
-        let first = Arc::new(TapQueue::new(file, 0, Arc::clone(&shared)));
-        let tap = Self {
-            shared,
-            links,
-            index: AtomicU32::new(link.index),
-            is_created_by_us: AtomicBool::new(before.is_none()),
-            bridge: config.bridge.clone(),
-            state: Mutex::new(TapState {
-                format: NO_OFFLOADS,
-                mtu: None,
-                needs_configuration: false,
-                first,
-                others: BTreeMap::new(),
-                inherited: BTreeMap::new(),
-            }),
-        };
+        let first = TapQueue::new(file, 0, Arc::clone(&shared));
+        let tap = Self::with_first_queue(config, shared, links, link.index, first);
+        tap.is_created_by_us
+            .store(before.is_none(), Ordering::Relaxed);
         tap.configure_interface(&link)?;
         if !link.is_up && !tap.is_created_by_us() {
             tracing::warn!("{}", error::interface_down(&tap.shared.name));
         }
         Ok(tap)
+    }
+
+    /// The TAP of the interface `index` with one queue, which this program has not created.
+    fn with_first_queue(
+        config: &TapConfig,
+        shared: Arc<TapShared>,
+        links: LinkTable,
+        index: u32,
+        first: TapQueue,
+    ) -> Self {
+        Self {
+            shared,
+            links,
+            index: AtomicU32::new(index),
+            is_created_by_us: AtomicBool::new(false),
+            bridge: config.bridge.clone(),
+            state: Mutex::new(TapState {
+                format: NO_OFFLOADS,
+                mtu: None,
+                needs_configuration: false,
+                first: Arc::new(first),
+                others: BTreeMap::new(),
+                inherited: BTreeMap::new(),
+            }),
+        }
     }
 
     /// Whether this program created the interface, which then disappears with the program.

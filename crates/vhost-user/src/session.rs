@@ -52,6 +52,14 @@ pub struct Session<'b> {
     backend: &'b dyn Backend,
     /// The number of queue pairs, each of which has two of the vrings below.
     queue_pairs: u16,
+    state: SessionState,
+    first_refusal: Option<RefusedRequest>,
+    log: &'b SessionLog,
+}
+
+/// What the front-end has set. A session that continues in another process needs all of it.
+#[derive(Debug, Default)]
+struct SessionState {
     vrings: Vec<Vring>,
     /// The guest's memory, with the log if writes are logged.
     memory: Arc<GuestMemory>,
@@ -63,8 +71,6 @@ pub struct Session<'b> {
     status: u8,
     /// The MTU that the front-end set and the device took.
     mtu: Option<u16>,
-    first_refusal: Option<RefusedRequest>,
-    log: &'b SessionLog,
 }
 
 /// Why a request was not done.
@@ -88,18 +94,18 @@ const NO_REPLY_PAYLOAD: RequestOutcome = Ok(None);
 impl<'b> Session<'b> {
     /// Creates the session before its first message.
     pub fn new(backend: &'b dyn Backend, log: &'b SessionLog) -> Self {
+        Self::with_state(backend, log, SessionState::default())
+    }
+
+    /// Creates the session of a front-end that has set `state`.
+    fn with_state(backend: &'b dyn Backend, log: &'b SessionLog, mut state: SessionState) -> Self {
         let queue_pairs = backend.max_queue_pairs().min(MAX_QUEUE_PAIRS);
+        let vrings = 2 * usize::from(queue_pairs);
+        state.vrings.resize_with(vrings, Vring::default);
         Self {
             backend,
             queue_pairs,
-            vrings: (0..2 * queue_pairs).map(|_| Vring::default()).collect(),
-            memory: Arc::default(),
-            log_base: LogBaseState::default(),
-            iommu: IommuState::default(),
-            features: None,
-            protocol_features: 0,
-            status: 0,
-            mtu: None,
+            state,
             first_refusal: None,
             log,
         }
@@ -196,7 +202,7 @@ impl<'b> Session<'b> {
             Request::GetQueueNum => reply_u64(self.queue_pairs.into()),
             Request::NetSetMtu(mtu) => self.net_set_mtu(mtu),
             Request::ResetDevice => self.reset_device(),
-            Request::GetStatus => reply_u64(self.status.into()),
+            Request::GetStatus => reply_u64(self.state.status.into()),
             Request::SetStatus(status) => self.set_status(status),
             Request::SendRarp(mac) => self.send_rarp(mac),
             Request::SetBackendReqFd(fd) => self.set_backend_channel(fd),
@@ -221,20 +227,20 @@ impl<'b> Session<'b> {
         if surplus != 0 {
             return Err(RequestError::Features(surplus).into());
         }
-        let changes = bits ^ self.features.unwrap_or(0);
-        if changes & PACKED != 0 && self.vrings.iter().any(Vring::is_started) {
+        let changes = bits ^ self.state.features.unwrap_or(0);
+        if changes & PACKED != 0 && self.state.vrings.iter().any(Vring::is_started) {
             return Err(RequestError::FormatWhileRunning.into());
         }
         self.forget_translations_if_idle();
-        if self.features == Some(bits) {
+        if self.state.features == Some(bits) {
             return NO_REPLY_PAYLOAD;
         }
         let mut memory = self.memory_with_log_of(bits)?;
         if self.set_translated(bits)? && memory.is_none() {
-            memory = Some(self.with_log(&self.memory)?);
+            memory = Some(self.with_log(&self.state.memory)?);
         }
-        let is_new = self.features.is_none() || changes & !SESSION_FEATURES != 0;
-        self.features = Some(bits);
+        let is_new = self.state.features.is_none() || changes & !SESSION_FEATURES != 0;
+        self.state.features = Some(bits);
         if is_new {
             self.backend.set_features(self.virtio_features());
         }
@@ -249,7 +255,7 @@ impl<'b> Session<'b> {
 
     /// The negotiated virtio features, without those that concern the session itself.
     fn virtio_features(&self) -> u64 {
-        self.features.unwrap_or(0) & !SESSION_FEATURES
+        self.state.features.unwrap_or(0) & !SESSION_FEATURES
     }
 
     fn set_protocol_features(&mut self, bits: u64) -> RequestOutcome {
@@ -257,7 +263,7 @@ impl<'b> Session<'b> {
         if surplus != 0 {
             return Err(RequestError::ProtocolFeatures(surplus).into());
         }
-        self.protocol_features = bits;
+        self.state.protocol_features = bits;
         self.backend.set_protocol_features(bits);
         NO_REPLY_PAYLOAD
     }
@@ -280,18 +286,18 @@ impl<'b> Session<'b> {
 
     fn add_mem_reg(&mut self, spec: RegionSpec, fd: ForeignFd) -> RequestOutcome {
         let region = self.map_region(spec, fd)?;
-        self.apply_memory(self.with_log(&self.memory.with_region(region)?)?);
+        self.apply_memory(self.with_log(&self.state.memory.with_region(region)?)?);
         NO_REPLY_PAYLOAD
     }
 
     fn rem_mem_reg(&mut self, spec: RegionSpec) -> RequestOutcome {
-        self.apply_memory(self.with_log(&self.memory.without_region(spec)?)?);
+        self.apply_memory(self.with_log(&self.state.memory.without_region(spec)?)?);
         NO_REPLY_PAYLOAD
     }
 
     fn apply_memory(&mut self, memory: GuestMemory) {
-        self.memory = Arc::new(memory.with_iotlb(self.iotlb()));
-        let unmapped = self.backend.set_memory(&self.memory);
+        self.state.memory = Arc::new(memory.with_iotlb(self.iotlb()));
+        let unmapped = self.backend.set_memory(&self.state.memory);
         for vring in &unmapped {
             self.note_unmapped(vring);
         }
@@ -299,7 +305,7 @@ impl<'b> Session<'b> {
         // request that changed the table is still valid.
         for index in self.indices() {
             let was_unmapped = unmapped.iter().any(|vring| vring.index == index);
-            if !self.memory.is_empty()
+            if !self.state.memory.is_empty()
                 && !was_unmapped
                 && let Err(error) = self.start(index)
                 && let Some(suppressed) = self.log.failed_starts.allow()
@@ -320,7 +326,7 @@ impl<'b> Session<'b> {
             );
         }
         self.change_state(*index, VringEvent::Unmap);
-        if let Some(vring) = self.vrings.get_mut(usize::from(*index)) {
+        if let Some(vring) = self.state.vrings.get_mut(usize::from(*index)) {
             vring.stopped_at(*base);
         }
     }
@@ -329,7 +335,7 @@ impl<'b> Session<'b> {
 
     fn net_set_mtu(&mut self, mtu: u16) -> RequestOutcome {
         self.backend.set_mtu(mtu)?;
-        self.mtu = Some(mtu);
+        self.state.mtu = Some(mtu);
         NO_REPLY_PAYLOAD
     }
 
@@ -345,15 +351,15 @@ impl<'b> Session<'b> {
     /// they start vrings for the first time.
     fn reset_device(&mut self) -> RequestOutcome {
         self.reset_all();
-        self.vrings.iter_mut().for_each(Vring::reset);
-        self.status = 0;
+        self.state.vrings.iter_mut().for_each(Vring::reset);
+        self.state.status = 0;
         NO_REPLY_PAYLOAD
     }
 
     /// Sets the device status. A status of 0 is the driver's reset (virtio 1.3 §2.1.2), after which
     /// the device must not access memory.
     fn set_status(&mut self, status: u8) -> RequestOutcome {
-        self.status = status;
+        self.state.status = status;
         if status == 0 {
             self.reset_all();
         }
@@ -364,7 +370,8 @@ impl<'b> Session<'b> {
 
     fn vring(&mut self, ring: u16) -> Result<&mut Vring, RequestError> {
         let queue_pairs = self.queue_pairs;
-        self.vrings
+        self.state
+            .vrings
             .get_mut(usize::from(ring))
             .ok_or(RequestError::NoSuchVring { ring, queue_pairs })
     }
@@ -377,7 +384,7 @@ impl<'b> Session<'b> {
 
     /// The acknowledgement, if REPLY_ACK is negotiated and the request asks for one.
     fn acknowledge(&self, header: Header, result: u64) -> Option<Reply> {
-        let wanted = header.need_reply && self.protocol_features & REPLY_ACK != 0;
+        let wanted = header.need_reply && self.state.protocol_features & REPLY_ACK != 0;
         wanted.then_some(Reply {
             code: header.code,
             payload: ReplyPayload::U64(result),

@@ -172,8 +172,6 @@ pub(crate) fn count_fault(fault: ChainFault, direction: Direction, stats: &Vring
         ChainFault::TooShort => &stats.rx_buffer_too_small,
         ChainFault::NextOutOfRange => &stats.chain_next_out_of_range,
         ChainFault::AddressInvalid => &stats.address_invalid,
-        // It stays available, so it is never counted here.
-        ChainFault::TranslationMissing => &stats.iotlb_misses,
         ChainFault::DirectionWrong => &stats.direction_wrong,
         ChainFault::IndirectNested => &stats.indirect_nested,
         ChainFault::IndirectWithNext => &stats.indirect_with_next,

@@ -157,45 +157,48 @@ fn each_format(mut test: impl FnMut(u64, &[u32], &str)) {
     }
 }
 
+/// Lets `deliver` give the device the frames of ten rounds, which it is told the number of. Every
+/// other round is logged.
+fn check_rounds(
+    features: u64,
+    buffers: &[u32],
+    name: &str,
+    mut deliver: impl FnMut(&mut RxQueue, usize),
+) {
+    let guest = Guest::new(memory_for(buffers));
+    let (mut driver, mut device) = receiveq(&guest, features, buffers);
+    let used = driver.queue.ring.addresses().device;
+    for round in 0..5 {
+        driver.fill().unwrap();
+        device.rebind(&guest.logged_memory()).unwrap();
+        device.set_used_log(Some(used));
+        let name = format!("{name} {round}");
+        check(&guest, &driver.queue.ring, &name, || {
+            deliver(&mut device, 2 * round);
+        });
+        driver.receive_frames().unwrap();
+
+        driver.fill().unwrap();
+        device.rebind(&guest.memory).unwrap();
+        let changed = guest.changed_by(|| deliver(&mut device, 2 * round + 1));
+        assert!(!changed.is_empty());
+        assert!(guest.take_logged().is_empty(), "{name}");
+        driver.receive_frames().unwrap();
+    }
+}
+
 #[test]
 fn frames_from_the_uplink_are_logged_until_the_log_ends() {
     each_format(|features, buffers, name| {
-        let guest = Guest::new(memory_for(buffers));
-        let (mut driver, mut device) = receiveq(&guest, features, buffers);
-        let used = driver.queue.ring.addresses().device;
         let header_len = Features(features).header_len();
         let uplink = RecordingUplink::default();
-        let feed = |round| {
+        check_rounds(features, buffers, name, |device, round| {
             let frames = frames(header_len, round).into_iter();
             frames.for_each(|frame| uplink.feed(frame));
-        };
-        for round in 0..5 {
-            driver.fill().unwrap();
-            feed(2 * round);
-            device.rebind(&guest.logged_memory()).unwrap();
-            device.set_used_log(Some(used));
-            check(
-                &guest,
-                &driver.queue.ring,
-                &format!("{name} {round}"),
-                || {
-                    device.disable_kicks();
-                    device.receive(&uplink, 64, usize::MAX).unwrap();
-                    let _ = device.enable_kicks();
-                },
-            );
-            driver.receive_frames().unwrap();
-
-            driver.fill().unwrap();
-            feed(2 * round + 1);
-            device.rebind(&guest.memory).unwrap();
-            let changed = guest.changed_by(|| {
-                device.receive(&uplink, 64, usize::MAX).unwrap();
-            });
-            assert!(!changed.is_empty());
-            assert!(guest.take_logged().is_empty(), "{name}");
-            driver.receive_frames().unwrap();
-        }
+            device.disable_kicks();
+            device.receive(&uplink, 64, usize::MAX).unwrap();
+            let _ = device.enable_kicks();
+        });
     });
 }
 
@@ -237,32 +240,7 @@ fn push(device: &mut RxQueue, round: usize) {
 
 #[test]
 fn pushed_frames_are_logged_until_the_log_ends() {
-    each_format(|features, buffers, name| {
-        let guest = Guest::new(memory_for(buffers));
-        let (mut driver, mut device) = receiveq(&guest, features, buffers);
-        let used = driver.queue.ring.addresses().device;
-        for round in 0..5 {
-            driver.fill().unwrap();
-            device.rebind(&guest.logged_memory()).unwrap();
-            device.set_used_log(Some(used));
-            check(
-                &guest,
-                &driver.queue.ring,
-                &format!("{name} {round}"),
-                || {
-                    push(&mut device, 2 * round);
-                },
-            );
-            driver.receive_frames().unwrap();
-
-            driver.fill().unwrap();
-            device.rebind(&guest.memory).unwrap();
-            let changed = guest.changed_by(|| push(&mut device, 2 * round + 1));
-            assert!(!changed.is_empty());
-            assert!(guest.take_logged().is_empty(), "{name}");
-            driver.receive_frames().unwrap();
-        }
-    });
+    each_format(|features, buffers, name| check_rounds(features, buffers, name, push));
 }
 
 #[test]

@@ -28,10 +28,6 @@ pub enum ChainFault {
     /// A buffer is not entirely in guest memory.
     #[error("descriptor's address is outside guest memory")]
     AddressInvalid,
-    /// The translation of an I/O virtual address is not known. The chain is not given back, but
-    /// stays available until it is.
-    #[error("descriptor's address has no translation yet")]
-    TranslationMissing,
     /// A buffer is writable in a TX virtqueue or readable in an RX virtqueue.
     #[error("descriptor has the wrong direction")]
     DirectionWrong,

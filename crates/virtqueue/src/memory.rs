@@ -64,6 +64,7 @@ pub use iotlb::{
 #[cfg(loom)]
 pub use loom::{DisabledOrdering, clear_model, disable_ordering};
 pub(crate) use segments::SegmentWriter;
+pub(crate) use translation::MissingTranslation;
 pub use segments::{BadAddress, SegmentList};
 pub use slice::GuestSlice;
 

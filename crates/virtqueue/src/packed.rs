@@ -215,8 +215,8 @@ impl PackedVirtqueue {
                 }
             }
         }
-        if segments.end_dequeue() {
-            taken = count_translated(&chains[..taken]);
+        if let Some(missing) = segments.end_dequeue() {
+            taken = count_translated(&chains[..taken], missing);
             let slots = chains[..taken].iter().map(|chain| chain.slots).sum();
             drop(segments);
             burst.commit(taken, taken + descriptors_read);

@@ -194,8 +194,8 @@ impl SplitVirtqueue {
             *slot = Chain::new(head, 1, walked);
             taken += 1;
         }
-        if segments.end_dequeue() {
-            taken = count_translated(&chains[..taken]);
+        if let Some(missing) = segments.end_dequeue() {
+            taken = count_translated(&chains[..taken], missing);
             drop(segments);
             burst.commit(taken, taken + descriptors_read);
             self.next_avail = self.next_avail.wrapping_add(to_u16(taken));

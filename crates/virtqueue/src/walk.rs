@@ -18,7 +18,7 @@ use crate::chain::{Chain, WalkedChain};
 use crate::config::{Direction, MAX_CHAIN_SEGMENTS, VirtqueueConfig};
 use crate::constants::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use crate::fault::ChainFault;
-use crate::memory::{BadAddress, Descriptor, SegmentWriter};
+use crate::memory::{Descriptor, MissingTranslation, SegmentWriter};
 
 /// The rules for every chain of a virtqueue.
 #[derive(Debug, Clone, Copy)]
@@ -203,15 +203,9 @@ impl<'w, 'p> Walk<'w, 'p> {
         }
         // The sum of at most 1,024 lengths of 32 bits fits 64 bits.
         self.len += u64::from(desc.len());
-        let Err(BadAddress) = self.segments.push(desc.addr(), desc.len()) else {
-            return Ok(());
-        };
-        // If only a translation is missing, the walk goes on, to ask for all that the chain needs.
-        if !self.segments.has_missed_translation() {
-            return Err(ChainFault::AddressInvalid);
-        }
-        self.len += MISSING;
-        Ok(())
+        self.segments
+            .push(desc.addr(), desc.len())
+            .map_err(|_| ChainFault::AddressInvalid)
     }
 
     /// Adds the buffers of an indirect table. VIRTQ_DESC_F_WRITE in `outer`, which refers to the
@@ -235,12 +229,10 @@ impl<'w, 'p> Walk<'w, 'p> {
         let limit = self.descriptors + usize::from(entries);
         let mut index = 0;
         loop {
-            let Some(table) = self.segments.table::<Descriptor>(outer.addr(), entries) else {
-                return Err(match self.segments.has_missed_translation() {
-                    true => ChainFault::TranslationMissing,
-                    false => ChainFault::IndirectUnmapped,
-                });
-            };
+            let table = self
+                .segments
+                .table::<Descriptor>(outer.addr(), entries)
+                .ok_or(ChainFault::IndirectUnmapped)?;
             let mut desc = order.descriptor(table.get(index));
             if order == TableOrder::Sequential && self.rules.direction == Direction::Readable {
                 // DPDK's driver (seen with 22.11) leaves VIRTQ_DESC_F_WRITE set on the header in
@@ -275,7 +267,6 @@ impl<'w, 'p> Walk<'w, 'p> {
         let len = u32::try_from(self.len);
         let fault = match (walk_result, len) {
             (Err(fault), _) => Some(fault),
-            (Ok(()), Err(_)) if self.len >= MISSING => Some(ChainFault::TranslationMissing),
             (Ok(()), Err(_)) => Some(ChainFault::TooBig),
             // A buffer that crosses memory regions has several segments.
             (Ok(()), Ok(_)) if count > MAX_CHAIN_SEGMENTS => Some(ChainFault::TooLong),
@@ -301,15 +292,15 @@ impl<'w, 'p> Walk<'w, 'p> {
     }
 }
 
-/// Added to the length of a chain for each buffer whose translation is missing. Without it no chain
-/// is as long.
-const MISSING: u64 = 1 << 48;
-
-/// The number of the first `chains` that need no missing translation.
+/// The number of the first `chains` that can be used although translations were missing in their
+/// dequeue. An indirect table that could not be found may be what they were missing for.
 #[cold]
-pub(crate) fn count_translated(chains: &[Chain]) -> usize {
-    let is_missing = |chain: &Chain| chain.fault == Some(ChainFault::TranslationMissing);
-    chains.iter().take_while(|chain| !is_missing(chain)).count()
+pub(crate) fn count_translated(chains: &[Chain], missing: MissingTranslation) -> usize {
+    let is_usable = |chain: &&Chain| {
+        let end = usize::try_from(chain.from).unwrap_or(usize::MAX) + usize::from(chain.segments);
+        end <= missing.first_segment && chain.fault != Some(ChainFault::IndirectUnmapped)
+    };
+    chains.iter().take_while(is_usable).count()
 }
 
 /// The largest number of chains that one call of `dequeue` takes.

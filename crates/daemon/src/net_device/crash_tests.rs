@@ -3,13 +3,15 @@
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
+use virtionet_guest::frame::{FrameSpec, Transport};
 use virtionet_guest::frontend::FrontendConnection;
 use virtionet_guest::net::{MODERN, PACKED};
 use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 use virtionet_uplink::null::Null;
+use virtionet_virtqueue::{Burst, Direction, Virtqueue, VirtqueueConfig, VirtqueueLayout};
 
 use super::*;
-use crate::testing::{net_device, send, sent_frames, with_socket};
+use crate::testing::{TIMEOUT, net_device, send, sent_frames, with_socket};
 
 fn packed_pairs() -> TestFrontendConfig {
     TestFrontendConfig {
@@ -81,6 +83,67 @@ fn packed_vring_continues_at_its_record_after_the_session_ended() {
     let [rx, tx] = starts(&net_device);
     assert_eq!(rx, (0, 0));
     assert!(tx.0 >= 68 && tx.1 == 0, "{tx:?}");
+}
+
+/// Uses the chains that are available in the first transmitq at `base`, as QEMU does while the link
+/// is down. Returns the base behind them.
+fn use_chains(frontend: &TestFrontend, memory: &Arc<GuestMemory>, base: u32) -> u32 {
+    let ring = &frontend.pairs[0].tx.queue.ring;
+    let at = ring.addresses();
+    let user = |addr| frontend.ram().user_addr(addr).unwrap();
+    let config = VirtqueueConfig {
+        layout: VirtqueueLayout {
+            size: ring.size(),
+            desc: user(at.descriptors),
+            avail: user(at.driver),
+            used: user(at.device),
+        },
+        base,
+        direction: Direction::Readable,
+        packed: true,
+        event_idx: false,
+        indirect: true,
+        min_len: 0,
+    };
+    let mut virtqueue = Virtqueue::new(config, memory).unwrap();
+    let mut burst = Burst::new(Arc::clone(memory));
+    while virtqueue.dequeue(&mut burst, 64).unwrap() > 0 {
+        for chain in burst.chains().to_vec() {
+            virtqueue.complete(&chain, 0);
+        }
+        burst.clear();
+        let _ = virtqueue.publish();
+    }
+    virtqueue.base()
+}
+
+#[test]
+fn frames_in_front_of_those_that_the_front_end_used_itself_are_counted_as_dropped() {
+    const FIRST_BASE: u32 = 0x8000_8000;
+    let net_device = net_device(2, Null, PollMode::Off);
+    let mut frontend = first_session(&net_device);
+    let slots = (frontend.pairs[0].tx.queue.ring.base() & 0x7fff) / 5;
+    // Two frames before the end of the second lap, whose successors are where the vring began.
+    let frames = 2 * 64 / slots - 2;
+    let mut memory = Arc::default();
+    next_session(&net_device, &mut frontend, |frontend| {
+        memory = net_device.frontend().memory;
+        send(frontend, 0, usize::try_from(frames).unwrap() - 5);
+    });
+    let frame = FrameSpec::v4(Transport::Udp).build(b"frame").unwrap();
+    for _ in 0..4 {
+        frontend.pairs[0].tx.send(&frame).unwrap();
+    }
+    let base = use_chains(&frontend, &memory, FIRST_BASE);
+    assert_eq!(base & 0x7fff, 2 * slots);
+    frontend.set_base(1, base);
+    next_session(&net_device, &mut frontend, |frontend| {
+        frontend.pairs[0].tx.drain(TIMEOUT).unwrap();
+        send(frontend, 0, 3);
+    });
+    let served = net_device.pairs().next().unwrap();
+    assert_eq!(served.pair.tx().stats().dropped_at_start.get(), 2);
+    assert_eq!(sent_frames(&net_device), [u64::from(frames) + 3, 0]);
 }
 
 #[test]

@@ -17,10 +17,11 @@ use virtionet_vhost_user::{Backend, SessionError, SuspendedSession, VringState};
 use virtionet_config::{PollMode, Socket};
 
 use super::*;
-use crate::device_thread::{SuspendedSlot, pause, serve_device};
+use crate::device_thread::{pause, serve_device};
 use crate::net_device::NetDevice;
 use crate::panic_policy::contained_panics;
 use crate::run_error::DeviceFailure;
+use crate::served_device::SuspendedSlot;
 use crate::testing::{
     TIMEOUT, TestUplink, net_device, net_device_of, send, sent_frames, two_pairs, wait_until,
     with_frontend,

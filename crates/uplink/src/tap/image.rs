@@ -8,14 +8,13 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 
-use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use virtionet_virtio_net::uplink::UplinkError;
 
 use super::queue::{TapQueue, TapShared};
-use super::{NO_OFFLOADS, Tap, TapConfig, TapState, error, find_link};
+use super::{NO_OFFLOADS, Tap, TapConfig, error, find_link};
 use crate::rtnetlink::LinkTable;
 
 /// The image of a TAP, with descriptors of type `F`.
@@ -88,22 +87,11 @@ impl Tap {
         shared.attached.lock().pairs.clone_from(&image.attached);
         shared.is_owner.store(false, Ordering::Relaxed);
         let shared = Arc::new(shared);
-        let first = Arc::new(TapQueue::inherited(file, 0, Arc::clone(&shared)));
-        Ok(Self {
-            shared,
-            links,
-            index: AtomicU32::new(link.index),
-            is_created_by_us: AtomicBool::new(image.is_created_by_us),
-            bridge: config.bridge.clone(),
-            state: Mutex::new(TapState {
-                format: NO_OFFLOADS,
-                mtu: None,
-                needs_configuration: false,
-                first,
-                others: BTreeMap::new(),
-                inherited: BTreeMap::new(),
-            }),
-        })
+        let first = TapQueue::inherited(file, 0, Arc::clone(&shared));
+        let tap = Self::with_first_queue(config, shared, links, link.index, first);
+        tap.is_created_by_us
+            .store(image.is_created_by_us, Ordering::Relaxed);
+        Ok(tap)
     }
 
     /// Brings a TAP that was made of an earlier image of the same one up to date. Its queues are used

@@ -70,6 +70,12 @@ impl IommuState {
         })
     }
 
+    /// The translations, if addresses have to be translated.
+    pub(super) fn iotlb(&self) -> Option<Arc<Iotlb>> {
+        let translations = self.translations.as_ref()?;
+        Some(Arc::clone(&translations.iotlb))
+    }
+
     /// A copy of the descriptor of the channel.
     pub(super) fn copy_of_channel(&self) -> io::Result<Option<OwnedFd>> {
         let channel = self.channel.as_ref().and_then(ForeignFd::as_fd);
@@ -98,7 +104,7 @@ impl Session<'_> {
     /// The event that happens when there are misses to send. It also happens from time to time
     /// while a vring waits to start, in case the front-end does not answer.
     pub(super) fn miss_event(&self) -> Option<IdleEvent<'_>> {
-        let translations = self.iommu.translations.as_ref()?;
+        let translations = self.state.iommu.translations.as_ref()?;
         let is_waiting = self
             .indices()
             .any(|index| self.pending_start(index).is_some());
@@ -116,18 +122,17 @@ impl Session<'_> {
 
     /// The translations, if addresses have to be translated.
     pub(super) fn iotlb(&self) -> Option<Arc<Iotlb>> {
-        let translations = self.iommu.translations.as_ref()?;
-        Some(Arc::clone(&translations.iotlb))
+        self.state.iommu.iotlb()
     }
 
     /// Begins or ends the translation of addresses, as the features `bits` demand. Returns whether
     /// that is a change, after which guest memory must be applied again.
     pub(super) fn set_translated(&mut self, bits: u64) -> Result<bool, RequestError> {
         let wanted = bits & ACCESS_PLATFORM != 0;
-        if wanted == self.iommu.translations.is_some() {
+        if wanted == self.state.iommu.translations.is_some() {
             return Ok(false);
         }
-        self.iommu.translations = match wanted {
+        self.state.iommu.translations = match wanted {
             true => Some(Translations::new().map_err(RequestError::NoMissEvent)?),
             false => None,
         };
@@ -136,8 +141,8 @@ impl Session<'_> {
 
     /// Forgets all translations if no vring is started.
     pub(super) fn forget_translations_if_idle(&self) {
-        if let Some(translations) = &self.iommu.translations
-            && !self.vrings.iter().any(Vring::is_started)
+        if let Some(translations) = &self.state.iommu.translations
+            && !self.state.vrings.iter().any(Vring::is_started)
         {
             translations.iotlb.clear();
         }
@@ -154,7 +159,7 @@ impl Session<'_> {
         if !is_stream {
             return Err(RequestError::BackendChannel.into());
         }
-        self.iommu.channel = Some(fd);
+        self.state.iommu.channel = Some(fd);
         NO_REPLY_PAYLOAD
     }
 
@@ -164,7 +169,7 @@ impl Session<'_> {
             IotlbMessage::Update(translation) => self.add_translation(&iotlb, translation)?,
             IotlbMessage::Invalidate(range) => {
                 iotlb.invalidate(range);
-                self.backend.forget_translations(range, &self.memory);
+                self.backend.forget_translations(range, &self.state.memory);
             }
         }
         NO_REPLY_PAYLOAD
@@ -176,17 +181,17 @@ impl Session<'_> {
         translation: Translation,
     ) -> Result<(), RequestError> {
         let (user_addr, size) = (translation.user_addr, translation.size());
-        if !self.memory.has_user_range(user_addr, size) {
+        if !self.state.memory.has_user_range(user_addr, size) {
             return Err(RequestError::TranslationOutside { user_addr, size });
         }
         if iotlb.update(translation) == UpdateEffect::Replaced {
             self.backend
-                .forget_translations(translation.range, &self.memory);
+                .forget_translations(translation.range, &self.state.memory);
         }
         self.start_translated();
         // A burst needs many translations, which are asked for together. With a look after each
         // answer a worker would take the CPU from the front-end that gives them.
-        if !iotlb.has_pending_misses() {
+        if !iotlb.expects_answers() {
             self.backend.on_translations();
         }
         Ok(())
@@ -206,14 +211,14 @@ impl Session<'_> {
     /// Sends the misses that wait. What cannot be sent now is not kept: whoever needs the address
     /// notes it again after a while.
     fn send_misses(&mut self) {
-        let Some(translations) = &self.iommu.translations else {
+        let Some(translations) = &self.state.iommu.translations else {
             return;
         };
         // It fails when another call has emptied the event.
         // syscalls: read
         let _ = rustix::io::read(&*translations.missed, &mut [0; 8]);
         let misses = translations.iotlb.take_misses();
-        let Some(channel) = self.iommu.channel.as_ref().and_then(ForeignFd::as_fd) else {
+        let Some(channel) = self.state.iommu.channel.as_ref().and_then(ForeignFd::as_fd) else {
             return;
         };
         for miss in misses {
@@ -232,7 +237,7 @@ impl Session<'_> {
                             "the front-end cannot be asked for translations any more: {result:?} for the channel of SET_BACKEND_REQ_FD"
                         );
                     }
-                    self.iommu.channel = None;
+                    self.state.iommu.channel = None;
                     return;
                 }
             }

@@ -46,13 +46,13 @@ impl Session<'_> {
     /// is refused. The protocol does not define it: QEMU looks at its header only, and the front-end
     /// of rust-vmm wants the log's size and offset, of which it takes a size of 0 for an error.
     pub(super) fn set_log_base(&mut self, base: LogBase) -> RequestOutcome {
-        if self.protocol_features & LOG_SHMFD == 0 {
+        if self.state.protocol_features & LOG_SHMFD == 0 {
             return Err(RequestError::LogWithoutFile.into());
         }
         let (mut size, mut offset) = (base.size, base.offset);
         if let Err(refusal) = self.replace_log(base) {
             (size, offset) = (0, 0);
-            self.log_base = LogBaseState::Refused;
+            self.state.log_base = LogBaseState::Refused;
             if self.wants_log() {
                 // It may not run unlogged, and nothing may be written to the old log.
                 self.stop_writing();
@@ -67,13 +67,13 @@ impl Session<'_> {
         let fd = fd.ok_or(RequestError::LogWithoutFile)?;
         let file = memory_file::from_fd(fd, "the dirty log", &self.log.memory_on_disk)?;
         let log = Arc::new(DirtyLog::map(file, size, offset)?);
-        let memory = self.memory.with_log(Some(Arc::clone(&log)))?;
-        self.log_base = LogBaseState::Set(log);
+        let memory = self.state.memory.with_log(Some(Arc::clone(&log)))?;
+        self.state.log_base = LogBaseState::Set(log);
         if self.wants_log() {
-            let has_written = self.vrings.iter().any(Vring::is_started);
+            let has_written = self.state.vrings.iter().any(Vring::is_started);
             self.apply_memory(memory);
             if has_written {
-                self.memory.log_all();
+                self.state.memory.log_all();
             }
         }
         Ok(())
@@ -89,30 +89,30 @@ impl Session<'_> {
         if wants_log == self.wants_log() {
             return Ok(None);
         }
-        let log = match &self.log_base {
+        let log = match &self.state.log_base {
             LogBaseState::Refused if wants_log => return Err(RequestError::LogRefused),
             LogBaseState::Set(log) if wants_log => Some(Arc::clone(log)),
             _ => None,
         };
-        Ok(Some(self.memory.with_log(log)?))
+        Ok(Some(self.state.memory.with_log(log)?))
     }
 
     /// The same memory with the log, if writes are logged.
     pub(super) fn with_log(&self, memory: &GuestMemory) -> Result<GuestMemory, LogError> {
-        match &self.log_base {
+        match &self.state.log_base {
             LogBaseState::Set(log) if self.wants_log() => memory.with_log(Some(Arc::clone(log))),
             _ => memory.with_log(None),
         }
     }
 
     fn wants_log(&self) -> bool {
-        self.features.unwrap_or(0) & VHOST_F_LOG_ALL != 0
+        self.state.features.unwrap_or(0) & VHOST_F_LOG_ALL != 0
     }
 
     /// Whether nothing may be written to guest memory, because it would have to be logged and
     /// cannot be.
     pub(super) fn must_not_write(&self) -> bool {
-        self.wants_log() && matches!(self.log_base, LogBaseState::Refused)
+        self.wants_log() && matches!(self.state.log_base, LogBaseState::Refused)
     }
 
     /// Stops all vrings until there is a log or none is wanted.
@@ -120,7 +120,7 @@ impl Session<'_> {
         for index in self.indices() {
             self.pause(index);
         }
-        if let Ok(memory) = self.memory.with_log(None) {
+        if let Ok(memory) = self.state.memory.with_log(None) {
             self.apply_memory(memory);
         }
     }

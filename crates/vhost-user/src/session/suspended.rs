@@ -16,7 +16,7 @@ use virtionet_virtqueue::memory::{GuestMemory, MappedRegion, MemoryError, Region
 use super::iommu::IommuState;
 use super::migration::LogBaseState;
 use super::serving::EndedOnDrop;
-use super::{SESSION_FEATURES, Session};
+use super::{SESSION_FEATURES, Session, SessionState};
 use crate::backend::Backend;
 use crate::request::VringAreas;
 use crate::session_log::SessionLog;
@@ -29,19 +29,6 @@ use crate::vring_state::VringEvent;
 pub struct SuspendedSession {
     stream: UnixStream,
     state: SessionState,
-}
-
-/// What a session knows of its front-end, beside the socket.
-#[derive(Debug, Default)]
-struct SessionState {
-    vrings: Vec<Vring>,
-    memory: Arc<GuestMemory>,
-    log_base: LogBaseState,
-    iommu: IommuState,
-    features: Option<u64>,
-    protocol_features: u64,
-    status: u8,
-    mtu: Option<u16>,
 }
 
 /// Why a suspended session cannot continue in another process.
@@ -279,10 +266,10 @@ impl SuspendedSession {
         Ok(Self {
             stream,
             state: SessionState {
-                iommu,
                 vrings: image.vrings.into_iter().map(Vring::from_image).collect(),
-                memory: Arc::new(GuestMemory::new(regions)?),
+                memory: Arc::new(GuestMemory::new(regions)?.with_iotlb(iommu.iotlb())),
                 log_base: LogBaseState::Unset,
+                iommu,
                 features: image.features,
                 protocol_features: image.protocol_features,
                 status: image.status,
@@ -299,19 +286,8 @@ impl SuspendedSession {
     ) -> (UnixStream, EndedOnDrop<'b>) {
         let Self { stream, state } = self;
         backend.on_resume(peer_pid(&stream));
-        let mut session = Session::new(backend, log);
-        let vrings = state.vrings.into_iter().take(session.vrings.len());
-        for (own, vring) in session.vrings.iter_mut().zip(vrings) {
-            *own = vring;
-        }
-        session.log_base = state.log_base;
-        session.iommu = state.iommu;
-        session.features = state.features;
-        session.protocol_features = state.protocol_features;
-        session.status = state.status;
-        session.mtu = state.mtu;
-        let mut session = EndedOnDrop::new(session);
-        session.session.restart(state.memory);
+        let mut session = EndedOnDrop::new(Session::with_state(backend, log, state));
+        session.session.restart();
         (stream, session)
     }
 }
@@ -321,51 +297,38 @@ impl<'b> Session<'b> {
     pub(super) fn suspend(&mut self, stream: UnixStream) -> SuspendedSession {
         for (index, base) in self.backend.suspend() {
             self.change_state(index, VringEvent::Stop);
-            if let Some(vring) = self.vrings.get_mut(usize::from(index)) {
+            if let Some(vring) = self.state.vrings.get_mut(usize::from(index)) {
                 vring.stopped_at(base);
             }
         }
         SuspendedSession {
             stream,
-            state: SessionState {
-                vrings: mem::take(&mut self.vrings),
-                memory: mem::take(&mut self.memory),
-                log_base: mem::take(&mut self.log_base),
-                iommu: mem::take(&mut self.iommu),
-                features: self.features,
-                protocol_features: self.protocol_features,
-                status: self.status,
-                mtu: self.mtu,
-            },
+            state: mem::take(&mut self.state),
         }
     }
 
     /// Tells the back-end, which knows nothing of this session, what the front-end has set, and
     /// starts the vrings.
-    fn restart(&mut self, memory: Arc<GuestMemory>) {
-        self.backend.set_protocol_features(self.protocol_features);
-        if self.features.is_some() {
+    fn restart(&mut self) {
+        self.backend
+            .set_protocol_features(self.state.protocol_features);
+        if self.state.features.is_some() {
             self.backend.set_features(self.virtio_features());
         }
-        if let Some(mtu) = self.mtu
+        if let Some(mtu) = self.state.mtu
             && let Err(error) = self.backend.set_mtu(mtu)
         {
             warn!("the MTU {mtu} of the front-end is not set: {error}");
         }
-        for (index, vring) in (0..).zip(&self.vrings) {
+        for (index, vring) in (0..).zip(&self.state.vrings) {
             if vring.call.is_some() {
                 self.backend.on_vring_announced(index);
             }
         }
-        self.memory = match self.with_log(&memory) {
-            Ok(memory) => Arc::new(memory.with_iotlb(self.iotlb())),
-            // It was possible before.
-            Err(_) => memory,
-        };
         // No vring is started, so none can be outside of the memory.
-        let _ = self.backend.set_memory(&self.memory);
+        let _ = self.backend.set_memory(&self.state.memory);
         for index in self.indices() {
-            if !self.memory.is_empty()
+            if !self.state.memory.is_empty()
                 && let Err(error) = self.start(index)
             {
                 warn!("vring {index} does not continue: {error}");

@@ -117,13 +117,13 @@ impl Session<'_> {
     /// Whether the vring carries frames: the value of the last SET_VRING_ENABLE, or the default if
     /// none has come.
     fn is_enabled(&self, vring: &Vring) -> bool {
-        let negotiated = self.features.unwrap_or(0) & VHOST_USER_F_PROTOCOL_FEATURES != 0;
+        let negotiated = self.state.features.unwrap_or(0) & VHOST_USER_F_PROTOCOL_FEATURES != 0;
         vring.enabled.unwrap_or(!negotiated)
     }
 
     /// Enables or disables the started vrings for which no SET_VRING_ENABLE has come.
     pub(super) fn update_enabled(&self) {
-        for (index, vring) in (0..).zip(&self.vrings) {
+        for (index, vring) in (0..).zip(&self.state.vrings) {
             if vring.is_started() && vring.enabled.is_none() {
                 self.backend.set_enabled(index, self.is_enabled(vring));
             }
@@ -134,7 +134,7 @@ impl Session<'_> {
 
     /// Starts a vring that is ready, or ends the session if there is no guest memory at all.
     fn start_or_end_session(&mut self, ring: u16) -> RequestOutcome {
-        if self.memory.is_empty() && self.pending_start(ring).is_some() {
+        if self.state.memory.is_empty() && self.pending_start(ring).is_some() {
             return Err(end_session(SessionError::NotShared));
         }
         self.start(ring)?;
@@ -146,7 +146,7 @@ impl Session<'_> {
             return Ok(());
         };
         let areas = start.layout.areas(start.features & PACKED != 0);
-        if !self.memory.knows_areas(&areas) {
+        if !self.state.memory.knows_areas(&areas) {
             debug!(ring, "vring waits for the translation of its areas");
             return Ok(());
         }
@@ -164,36 +164,40 @@ impl Session<'_> {
 
     /// The configuration with which a stopped vring starts, if it is complete.
     pub(super) fn pending_start(&self, ring: u16) -> Option<VringStart> {
-        let vring = &self.vrings[usize::from(ring)];
+        let vring = &self.state.vrings[usize::from(ring)];
         if vring.is_started() || self.must_not_write() {
             return None;
         }
-        vring.to_vring_start(self.is_enabled(vring), self.virtio_features(), &self.memory)
+        vring.to_vring_start(
+            self.is_enabled(vring),
+            self.virtio_features(),
+            &self.state.memory,
+        )
     }
 
     /// Stops a vring until a new SET_VRING_KICK starts it again.
     pub(super) fn stop(&mut self, ring: u16) {
         self.pause(ring);
-        self.vrings[usize::from(ring)].kick = Kick::Unset;
+        self.state.vrings[usize::from(ring)].kick = Kick::Unset;
         self.forget_translations_if_idle();
     }
 
     /// Stops a vring, if it is started, and stores its base.
     pub(super) fn pause(&mut self, ring: u16) {
-        if !self.vrings[usize::from(ring)].is_started() {
+        if !self.state.vrings[usize::from(ring)].is_started() {
             return;
         }
         let base = self.backend.stop_vring(ring);
         self.change_state(ring, VringEvent::Stop);
         if let Some(base) = base {
-            self.vrings[usize::from(ring)].stopped_at(base);
+            self.state.vrings[usize::from(ring)].stopped_at(base);
         }
         debug!(ring, base, "vring stopped");
     }
 
     /// Changes the state of a vring by the same table that the device uses.
     pub(super) fn change_state(&mut self, ring: u16, event: VringEvent) {
-        let Some(vring) = self.vrings.get_mut(usize::from(ring)) else {
+        let Some(vring) = self.state.vrings.get_mut(usize::from(ring)) else {
             return;
         };
         match vring.state.after(event) {

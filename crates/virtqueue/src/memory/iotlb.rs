@@ -28,6 +28,8 @@ pub const MAX_TRANSLATIONS: usize = 4096;
 pub const MAX_PENDING_MISSES: usize = 64;
 /// The time after which a miss that was not answered may be sent again.
 const MISS_LIFETIME: Duration = Duration::from_secs(1);
+/// The time within which most answers come.
+const ANSWER_TIME: Duration = Duration::from_millis(5);
 /// The granularity of misses: the smallest page of an IOMMU, in bytes.
 pub(super) const IOVA_PAGE: u64 = 4096;
 
@@ -216,9 +218,13 @@ enum MissState {
 
 impl MissState {
     fn is_expired(self) -> bool {
+        !self.is_younger_than(MISS_LIFETIME)
+    }
+
+    fn is_younger_than(self, age: Duration) -> bool {
         match self {
-            Self::Queued => false,
-            Self::Sent(at) => at.elapsed() >= MISS_LIFETIME,
+            Self::Queued => true,
+            Self::Sent(at) => at.elapsed() < age,
         }
     }
 }
@@ -365,10 +371,12 @@ impl Iotlb {
             .collect()
     }
 
-    /// Whether the answer to a miss is awaited.
+    /// Whether the answer to a miss is to be expected soon. One that has not come for a while may never
+    /// come.
     #[must_use]
-    pub fn has_pending_misses(&self) -> bool {
-        !self.lock_misses().is_empty()
+    pub fn expects_answers(&self) -> bool {
+        let is_new = |pending: &PendingMiss| pending.state.is_younger_than(ANSWER_TIME);
+        self.lock_misses().iter().any(is_new)
     }
 
     /// The number of entries and of events so far.

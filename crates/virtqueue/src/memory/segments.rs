@@ -15,7 +15,7 @@ use vm_memory::ByteValued;
 use super::array::{GuestArrayRef, prefetch, prefetch_to_write};
 use super::iotlb::Access;
 use super::slice::GuestSlice;
-use super::translation::RingTranslations;
+use super::translation::{MissingTranslation, RingTranslations};
 use super::{GuestMemory, array_bytes};
 use crate::config::Direction;
 
@@ -131,20 +131,10 @@ impl SegmentWriter<'_> {
         }
     }
 
-    /// Whether the translation of an address was missing in this dequeue. The state of the writer is
-    /// not passed on, so that it can stay in registers.
+    /// Ends a dequeue. Returns what the chains must not be used for if a translation was missing.
     #[inline(always)]
-    pub(crate) fn has_missed_translation(&self) -> bool {
-        self.segments.has_missed_translation()
-    }
-
-    /// Ends a dequeue. Returns whether the translation of an address was missing in it.
-    #[inline(always)]
-    pub(crate) fn end_dequeue(&self) -> bool {
-        match &self.segments.translations {
-            None => false,
-            Some(translations) => translations.end_dequeue(),
-        }
+    pub(crate) fn end_dequeue(&self) -> Option<MissingTranslation> {
+        self.segments.translations.as_ref()?.end_dequeue()
     }
 }
 

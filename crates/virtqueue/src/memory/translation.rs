@@ -39,6 +39,14 @@ impl MappedIova {
     }
 }
 
+/// What a dequeue did not find, because translations were missing.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct MissingTranslation {
+    /// The index of the first segment that is not what the driver meant, or [`usize::MAX`] when only
+    /// indirect tables were not found.
+    pub(crate) first_segment: usize,
+}
+
 /// The copies of one virtqueue, and whether one was missing.
 #[derive(Debug)]
 pub(super) struct RingTranslations {
@@ -46,8 +54,8 @@ pub(super) struct RingTranslations {
     /// What the buffers of the virtqueue must permit.
     buffer_access: Access,
     copies: Vec<Cell<MappedIova>>,
-    /// Whether a translation was missing since the last [`RingTranslations::end_dequeue`].
-    has_missed: Cell<bool>,
+    /// What was missing since the last [`RingTranslations::end_dequeue`].
+    missing: Cell<Option<MissingTranslation>>,
     /// Whether one was missing before it.
     waits: Cell<bool>,
 }
@@ -58,7 +66,7 @@ impl RingTranslations {
             iotlb: Arc::clone(iotlb),
             buffer_access,
             copies: (0..COPIES).map(|_| Cell::new(MappedIova::NONE)).collect(),
-            has_missed: Cell::new(false),
+            missing: Cell::new(None),
             waits: Cell::new(false),
         }
     }
@@ -87,7 +95,7 @@ impl RingTranslations {
         match (mapped, copy) {
             (Some(mapped), Some(copy)) => copy.set(mapped),
             (None, _) => {
-                self.has_missed.set(true);
+                self.note_missing_segment(usize::MAX);
                 self.iotlb.report_miss(addr, access);
             }
             _ => {}
@@ -100,15 +108,19 @@ impl RingTranslations {
         self.copies.get(usize::try_from(at).ok()?)
     }
 
-    /// Whether a translation was missing since the last [`RingTranslations::end_dequeue`].
-    pub(super) fn has_missed(&self) -> bool {
-        self.has_missed.get()
+    /// Notes that the segment at this index is not what the driver meant.
+    pub(super) fn note_missing_segment(&self, at: usize) {
+        let before = self.missing.get().map_or(usize::MAX, |it| it.first_segment);
+        self.missing.set(Some(MissingTranslation {
+            first_segment: before.min(at),
+        }));
     }
 
-    /// Begins a new dequeue. Returns whether a translation was missing in this one.
-    pub(super) fn end_dequeue(&self) -> bool {
-        self.waits.set(self.has_missed.replace(false));
-        self.waits.get()
+    /// Begins a new dequeue. Returns what was missing in this one.
+    pub(super) fn end_dequeue(&self) -> Option<MissingTranslation> {
+        let missing = self.missing.take();
+        self.waits.set(missing.is_some());
+        missing
     }
 
     /// Whether a translation was missing in the last dequeue.

@@ -132,6 +132,7 @@ fn misses_that_are_never_answered_are_bounded_and_expire() {
         }
     };
     report_all();
+    assert!(iotlb.expects_answers());
     assert_eq!(iotlb.take_misses().len(), MAX_PENDING_MISSES);
     report_all();
     assert_eq!(iotlb.take_misses(), []);
@@ -139,6 +140,7 @@ fn misses_that_are_never_answered_are_bounded_and_expire() {
     for pending in iotlb.lock_misses().iter_mut() {
         pending.state = MissState::Sent(long_ago);
     }
+    assert!(!iotlb.expects_answers());
     report_all();
     assert_eq!(iotlb.take_misses().len(), MAX_PENDING_MISSES);
 }

@@ -12,17 +12,9 @@ const MAX_TRANSLATED_SEGMENTS: usize = 16 * 1024;
 const MAX_MISSES_PER_BUFFER: usize = 32;
 
 impl SegmentList {
-    /// Whether the translation of an address was missing since the last dequeue.
-    #[cold]
-    #[inline(never)]
-    pub(super) fn has_missed_translation(&self) -> bool {
-        let translations = self.translations.as_ref();
-        translations.is_some_and(|translations| translations.has_missed())
-    }
-
     /// Appends a range of I/O virtual addresses, as one segment or several: what lies in one piece
-    /// in this process is one. If translations are missing, they are asked for, and nothing is
-    /// appended.
+    /// in this process is one. If translations are missing, they are asked for, and an empty segment
+    /// stands for the range. The walk then goes on, so that all that the chain needs is asked for.
     pub(super) fn push_translated(
         &mut self,
         mut addr: u64,
@@ -55,11 +47,14 @@ impl SegmentList {
             };
             addr = next;
         }
-        if missed == 0 {
-            return Ok(());
+        if missed != 0 {
+            self.len = from;
+            if let Some(translations) = &self.translations {
+                translations.note_missing_segment(from);
+            }
+            self.append(GuestSlice::empty());
         }
-        self.len = from;
-        Err(BadAddress)
+        Ok(())
     }
 
     /// The range with `addr`, which buffers may use. It becomes the cached region if indirect tables

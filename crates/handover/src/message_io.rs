@@ -1,4 +1,4 @@
-//! Parcels: a JSON document and the descriptors that it names, on a unix stream socket.
+//! Messages on a unix stream socket: a JSON document and the descriptors that it names.
 //!
 //! ```text
 //! header    length of the document in bytes, number of descriptors   2 x u32, byte order of the host
@@ -6,7 +6,7 @@
 //! document
 //! ```
 //!
-//! A descriptor in the document is its position among those of the parcel.
+//! A descriptor in the document is its position among those of the message.
 
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
@@ -29,13 +29,13 @@ const MAX_DOCUMENT: u32 = 256 << 20;
 /// The most descriptors: as many as a process can have by default with the hard limit of systemd.
 const MAX_DESCRIPTORS: u32 = 512 << 10;
 
-/// A descriptor of a parcel, by its position.
+/// A descriptor of a message, by its position.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Position(u32);
 
-/// Why a parcel cannot be sent or received.
+/// Why a message cannot be sent or received.
 #[derive(Debug, thiserror::Error)]
-pub enum ParcelError {
+pub enum MessageError {
     /// The socket failed, or the other process takes too long.
     #[error("the other process does not answer: {0}")]
     Socket(#[from] io::Error),
@@ -56,24 +56,24 @@ pub enum ParcelError {
     /// Descriptors are missing.
     #[error("descriptors are missing; raise the limit of open files")]
     Descriptors,
-    /// The document names a descriptor that is not in the parcel, or names it twice.
+    /// The document names a descriptor that is not in the message, or names it twice.
     #[error("the other process names descriptor {0}, which is not in its message")]
     Position(u32),
 }
 
-/// The descriptors of a parcel that is being packed.
+/// The descriptors of a message that is to be sent.
 #[derive(Debug, Default)]
-pub struct Packing(Vec<Arc<OwnedFd>>);
+pub struct OutgoingDescriptors(Vec<Arc<OwnedFd>>);
 
-impl Packing {
+impl OutgoingDescriptors {
     /// Adds a descriptor, and returns what stands for it in the document.
     ///
     /// # Errors
     /// When there are too many.
-    pub fn add(&mut self, fd: Arc<OwnedFd>) -> Result<Position, ParcelError> {
+    pub fn add(&mut self, fd: Arc<OwnedFd>) -> Result<Position, MessageError> {
         let count = u32::try_from(self.0.len()).unwrap_or(u32::MAX);
         if count >= MAX_DESCRIPTORS {
-            return Err(ParcelError::TooLarge {
+            return Err(MessageError::TooLarge {
                 bytes: 0,
                 descriptors: count,
             });
@@ -83,17 +83,17 @@ impl Packing {
     }
 }
 
-/// The descriptors of a parcel that was received. Those that are not taken are closed with it.
+/// The descriptors of a message that was received. Those that are not taken are closed with it.
 #[derive(Debug)]
-pub struct Unpacking(Vec<Option<OwnedFd>>);
+pub struct ReceivedDescriptors(Vec<Option<OwnedFd>>);
 
-impl Unpacking {
+impl ReceivedDescriptors {
     /// Takes the descriptor at `position`.
     ///
     /// # Errors
     /// When there is none.
-    pub fn take(&mut self, position: Position) -> Result<OwnedFd, ParcelError> {
-        let missing = || ParcelError::Position(position.0);
+    pub fn take(&mut self, position: Position) -> Result<OwnedFd, MessageError> {
+        let missing = || MessageError::Position(position.0);
         let index = usize::try_from(position.0).map_err(|_| missing())?;
         let fd = self.0.get_mut(index).and_then(Option::take);
         fd.ok_or_else(missing)
@@ -108,8 +108,8 @@ impl Unpacking {
 pub(crate) fn send(
     mut socket: &UnixStream,
     document: &impl Serialize,
-    descriptors: &Packing,
-) -> Result<(), ParcelError> {
+    descriptors: &OutgoingDescriptors,
+) -> Result<(), MessageError> {
     let document = serde_json::to_vec(document)?;
     let bytes = u32::try_from(document.len()).unwrap_or(u32::MAX);
     let count = u32::try_from(descriptors.0.len()).unwrap_or(u32::MAX);
@@ -120,7 +120,7 @@ pub(crate) fn send(
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(GROUP))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         if !ancillary.push(SendAncillaryMessage::ScmRights(&fds)) {
-            return Err(ParcelError::Descriptors);
+            return Err(MessageError::Descriptors);
         }
         let carrier = [IoSlice::new(&[0])];
         retry(|| sendmsg(socket, &carrier, &mut ancillary, SendFlags::NOSIGNAL))?;
@@ -132,45 +132,48 @@ pub(crate) fn send(
 /// Receives a document and its descriptors.
 ///
 /// # Errors
-/// When nothing comes for as long as the socket waits, or what comes is not such a parcel.
+/// When nothing comes for as long as the socket waits, or what comes is no such message.
 // syscalls: recvfrom recvmsg
 pub(crate) fn receive<T: DeserializeOwned>(
     mut socket: &UnixStream,
-) -> Result<(T, Unpacking), ParcelError> {
+) -> Result<(T, ReceivedDescriptors), MessageError> {
     let mut header = [0; 8];
     socket
         .read_exact(&mut header)
         .map_err(|error| match error.kind() {
-            io::ErrorKind::UnexpectedEof => ParcelError::Closed,
+            io::ErrorKind::UnexpectedEof => MessageError::Closed,
             _ => error.into(),
         })?;
     let [a, b, c, d, e, f, g, h] = header;
     let bytes = u32::from_ne_bytes([a, b, c, d]);
     let count = u32::from_ne_bytes([e, f, g, h]);
     check_size(bytes, count)?;
-    let count = usize::try_from(count).map_err(|_| ParcelError::Descriptors)?;
+    let count = usize::try_from(count).map_err(|_| MessageError::Descriptors)?;
     let mut descriptors = Vec::new();
     while descriptors.len() < count {
         let expected = (count - descriptors.len()).min(GROUP);
         let group = receive_group(socket)?;
         if group.len() != expected {
-            return Err(ParcelError::Descriptors);
+            return Err(MessageError::Descriptors);
         }
         descriptors.extend(group.into_iter().map(Some));
     }
-    let mut document = vec![0; usize::try_from(bytes).map_err(|_| ParcelError::Closed)?];
+    let mut document = vec![0; usize::try_from(bytes).map_err(|_| MessageError::Closed)?];
     socket.read_exact(&mut document)?;
-    Ok((serde_json::from_slice(&document)?, Unpacking(descriptors)))
+    Ok((
+        serde_json::from_slice(&document)?,
+        ReceivedDescriptors(descriptors),
+    ))
 }
 
-fn check_size(bytes: u32, descriptors: u32) -> Result<(), ParcelError> {
+fn check_size(bytes: u32, descriptors: u32) -> Result<(), MessageError> {
     match bytes <= MAX_DOCUMENT && descriptors <= MAX_DESCRIPTORS {
         true => Ok(()),
-        false => Err(ParcelError::TooLarge { bytes, descriptors }),
+        false => Err(MessageError::TooLarge { bytes, descriptors }),
     }
 }
 
-fn receive_group(socket: &UnixStream) -> Result<Vec<OwnedFd>, ParcelError> {
+fn receive_group(socket: &UnixStream) -> Result<Vec<OwnedFd>, MessageError> {
     let mut carrier = [0];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(GROUP))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
@@ -183,7 +186,7 @@ fn receive_group(socket: &UnixStream) -> Result<Vec<OwnedFd>, ParcelError> {
         )
     })?;
     if received.bytes == 0 {
-        return Err(ParcelError::Closed);
+        return Err(MessageError::Closed);
     }
     let fds = ancillary.drain().filter_map(|message| match message {
         RecvAncillaryMessage::ScmRights(fds) => Some(fds),
@@ -191,12 +194,12 @@ fn receive_group(socket: &UnixStream) -> Result<Vec<OwnedFd>, ParcelError> {
     });
     let fds = fds.flatten().collect();
     match received.flags.contains(ReturnFlags::CTRUNC) {
-        true => Err(ParcelError::Descriptors),
+        true => Err(MessageError::Descriptors),
         false => Ok(fds),
     }
 }
 
-fn retry<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, ParcelError> {
+fn retry<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, MessageError> {
     loop {
         match call() {
             Err(Errno::INTR) => {}
@@ -218,15 +221,15 @@ mod tests {
     #[test]
     fn document_and_more_descriptors_than_one_message_carries_arrive() {
         let (ours, theirs) = pair();
-        let mut packing = Packing::default();
+        let mut descriptors = OutgoingDescriptors::default();
         let dev_null = Arc::new(OwnedFd::from(File::open("/dev/null").unwrap()));
         let file = tempfile();
         let mut positions = Vec::new();
         for n in 0..601 {
             let fd = if n == 600 { &file } else { &dev_null };
-            positions.push(packing.add(Arc::clone(fd)).unwrap());
+            positions.push(descriptors.add(Arc::clone(fd)).unwrap());
         }
-        let sender = std::thread::spawn(move || send(&ours, &positions, &packing));
+        let sender = std::thread::spawn(move || send(&ours, &positions, &descriptors));
         let (received, mut fds) = receive::<Vec<Position>>(&theirs).unwrap();
         sender.join().unwrap().unwrap();
         let last = File::from(fds.take(received[600]).unwrap());
@@ -237,23 +240,23 @@ mod tests {
         );
         assert!(matches!(
             fds.take(received[600]),
-            Err(ParcelError::Position(600))
+            Err(MessageError::Position(600))
         ));
         assert!(matches!(
             fds.take(Position(601)),
-            Err(ParcelError::Position(601))
+            Err(MessageError::Position(601))
         ));
     }
 
     fn tempfile() -> Arc<OwnedFd> {
-        let path = std::env::temp_dir().join(format!("parcel-{}", std::process::id()));
+        let path = std::env::temp_dir().join(format!("handover-message-{}", std::process::id()));
         let file = File::create(&path).unwrap();
         std::fs::remove_file(path).unwrap();
         Arc::new(file.into())
     }
 
     #[test]
-    fn what_is_no_parcel_is_refused() {
+    fn what_is_no_message_is_refused() {
         let refused = |bytes: &[u8]| {
             let (mut ours, theirs) = pair();
             ours.write_all(bytes).unwrap();

@@ -1,0 +1,20 @@
+//! A device as its thread, and a handover, see it.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use virtionet_vhost_user::SuspendedSession;
+
+use crate::net_device::NetDevice;
+
+/// The suspended session of a front-end, if there is one. The device's thread continues it.
+pub type SuspendedSlot = Mutex<Option<Box<SuspendedSession>>>;
+
+/// A device, and its session while that is suspended.
+#[derive(Debug)]
+pub struct ServedDevice {
+    /// The device.
+    pub net_device: Arc<NetDevice>,
+    /// Its suspended session.
+    pub suspended: SuspendedSlot,
+}
