@@ -64,9 +64,9 @@ pub use iotlb::{
 #[cfg(loom)]
 pub use loom::{DisabledOrdering, clear_model, disable_ordering};
 pub(crate) use segments::SegmentWriter;
-pub(crate) use translation::MissingTranslation;
 pub use segments::{BadAddress, SegmentList};
 pub use slice::GuestSlice;
+pub(crate) use translation::MissingTranslation;
 
 /// The largest number of regions in a memory table. QEMU has at most as many memory slots.
 pub const MAX_REGIONS: usize = 509;
