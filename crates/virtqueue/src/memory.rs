@@ -46,7 +46,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
-use vm_memory::{ByteValued, FileOffset, MmapRegion};
+use vm_memory::{FileOffset, MmapRegion};
 
 use dirty_log::SnapshotLog;
 use fault::TrackedRegion;
@@ -398,17 +398,6 @@ impl GuestMemory {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.regions.is_empty()
-    }
-
-    /// The array of `len` values at a *guest* address (an indirect descriptor table). Returns
-    /// `None` when it does not lie in one region. Any alignment is allowed, because the
-    /// specification guarantees none for an indirect table.
-    #[must_use]
-    pub fn guest_array<T: ByteValued>(&self, addr: u64, len: u16) -> Option<GuestArrayRef<'_, T>> {
-        let bytes = array_bytes::<T>(len)?;
-        let (region, offset) = self.find(addr, bytes)?;
-        // SAFETY: `find` checked that the array's bytes lie in the region's mapping.
-        Some(unsafe { GuestArrayRef::new(region.host().add(offset), len) })
     }
 
     /// Copies from guest memory at a guest address to `out`. Returns false, without any effect,

@@ -226,13 +226,13 @@ impl<'w, 'p> Walk<'w, 'p> {
         if entries == 0 || !outer.len().is_multiple_of(16) {
             return Err(ChainFault::IndirectBadLength);
         }
+        let table = self
+            .segments
+            .table::<Descriptor>(outer.addr(), entries)
+            .ok_or(ChainFault::IndirectUnmapped)?;
         let limit = self.descriptors + usize::from(entries);
         let mut index = 0;
         loop {
-            let table = self
-                .segments
-                .table::<Descriptor>(outer.addr(), entries)
-                .ok_or(ChainFault::IndirectUnmapped)?;
             let mut desc = order.descriptor(table.get(index));
             if order == TableOrder::Sequential && self.rules.direction == Direction::Readable {
                 // DPDK's driver (seen with 22.11) leaves VIRTQ_DESC_F_WRITE set on the header in

@@ -404,7 +404,7 @@ impl<T: ByteValued> GuestArrayRef<'_, T> {
     #[must_use]
     pub fn get(&self, index: u16) -> T {
         let index = if index < self.len { index } else { 0 };
-        // SAFETY: index < len, and `guest_array` checked that the whole array lies in its mapping,
+        // SAFETY: index < len, and the caller of `new` checked that the whole array is in a mapping,
         // which the snapshot of lifetime 'm keeps. T is plain data of any bit pattern.
         unsafe {
             let ptr = self.ptr.cast::<T>().add(usize::from(index));

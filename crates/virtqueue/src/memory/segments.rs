@@ -76,7 +76,7 @@ pub(crate) struct SegmentWriter<'p> {
     cached_region: CachedRegion,
 }
 
-impl SegmentWriter<'_> {
+impl<'p> SegmentWriter<'p> {
     /// The number of segments.
     #[inline(always)]
     pub(crate) fn len(&self) -> usize {
@@ -117,18 +117,21 @@ impl SegmentWriter<'_> {
     }
 
     /// The table of `len` values at guest address `addr`, or `None` when it does not lie in one
-    /// region.
+    /// region. Any alignment is allowed, because the specification guarantees none for an indirect
+    /// table.
     #[inline(always)]
-    pub(crate) fn table<T: ByteValued>(&self, addr: u64, len: u16) -> Option<GuestArrayRef<'_, T>> {
+    pub(crate) fn table<T: ByteValued>(&self, addr: u64, len: u16) -> Option<GuestArrayRef<'p, T>> {
         let bytes = array_bytes::<T>(len)?;
-        match self.cached_region.offset(addr, bytes) {
+        let host = match self.cached_region.offset(addr, bytes) {
             Some(offset) => {
                 let offset = usize::try_from(offset).ok()?;
-                // SAFETY: the table lies within the mapping at `host`.
-                Some(unsafe { GuestArrayRef::new(self.cached_region.host.add(offset), len) })
+                self.cached_region.host.wrapping_add(offset)
             }
-            None => self.segments.table_slow(addr, len),
-        }
+            None => self.segments.table_slow(addr, bytes)?,
+        };
+        // SAFETY: the table lies in a mapping of `SegmentList::memory`, which nobody else can replace
+        // during 'p, and which the writer does not replace.
+        Some(unsafe { GuestArrayRef::new(host, len) })
     }
 
     /// Ends a dequeue. Returns what the chains must not be used for if a translation was missing.
@@ -306,17 +309,16 @@ impl SegmentList {
         self.len += 1;
     }
 
-    /// The table of `len` values at `addr`, which is not in the cached region.
+    /// Where the table of this many bytes at `addr`, which is not in the cached region, is mapped.
     #[cold]
     #[inline(never)]
-    fn table_slow<T: ByteValued>(&self, addr: u64, len: u16) -> Option<GuestArrayRef<'_, T>> {
+    fn table_slow(&self, addr: u64, bytes: u64) -> Option<*mut u8> {
         match &self.translations {
-            None => self.memory.guest_array(addr, len),
-            Some(translations) => {
-                let host = self.translated_table(translations, addr, array_bytes::<T>(len)?)?;
-                // SAFETY: all bytes of the table are mapped, piece by piece.
-                Some(unsafe { GuestArrayRef::new(host, len) })
+            None => {
+                let (region, offset) = self.memory.find(addr, bytes)?;
+                Some(region.host().wrapping_add(offset))
             }
+            Some(translations) => self.translated_table(translations, addr, bytes),
         }
     }
 
