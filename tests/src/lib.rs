@@ -38,6 +38,7 @@ pub mod paths;
 pub mod process;
 pub mod procfs;
 pub mod qemu;
+mod qemu_socket;
 pub mod qemu_version;
 pub mod qmp;
 pub mod random;

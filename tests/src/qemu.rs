@@ -1,11 +1,8 @@
 //! QEMU machines: configuring, starting and controlling them.
 
-use std::fs;
-use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
-use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -17,12 +14,12 @@ use crate::netns::Netns;
 pub use crate::nic::Nic;
 use crate::paths::{RunDir, guest_image};
 use crate::process::Proc;
+use crate::qemu_socket::{accept, listen, socket};
 use crate::qemu_version::PROGRAM;
 pub use crate::qemu_version::version;
 use crate::qmp::Qmp;
 use crate::sched;
 
-const START_TIMEOUT: Duration = Duration::from_secs(20);
 /// The time that a trial boot under KVM may take. A working KVM needs about 1 s.
 const KVM_TRIAL_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -38,6 +35,15 @@ const PLUGGABLE_WITHOUT_KVM: [&str; 6] = [
     "qemu64,hypervisor=off",
     "-smbios",
     "type=1,serial=VMware-test",
+];
+
+/// The IOMMU must precede the devices for which it translates. The interrupt controller of KVM as a
+/// whole would not go with it.
+const INTEL_IOMMU: [&str; 4] = [
+    "-machine",
+    "kernel-irqchip=split",
+    "-device",
+    "intel-iommu,intremap=off,device-iotlb=on",
 ];
 
 /// The configuration of a machine, which boots the image that `ci/guest-image` has built.
@@ -57,6 +63,8 @@ pub struct Machine {
     nics: Vec<Nic>,
     command: Option<Vec<String>>,
     args: Vec<String>,
+    /// Arguments of the guest's kernel for its IOMMU, if it has one.
+    iommu: Option<String>,
 }
 
 impl Default for Machine {
@@ -82,6 +90,7 @@ impl Machine {
             nics: Vec::new(),
             command: None,
             args: Vec::new(),
+            iommu: None,
         }
     }
 
@@ -146,6 +155,14 @@ impl Machine {
     #[must_use]
     pub fn pinned_to(mut self, cpus: &[usize]) -> Self {
         self.pinned_cpus = Some(cpus.to_vec());
+        self
+    }
+
+    /// Gives the guest an emulated Intel IOMMU, which translates for all devices whose property
+    /// `iommu_platform` is on, and adds `kernel_args` to the arguments of its kernel.
+    #[must_use]
+    pub fn intel_iommu(mut self, kernel_args: &str) -> Self {
+        self.iommu = Some(kernel_args.to_owned());
         self
     }
 
@@ -264,6 +281,7 @@ impl Machine {
             Some(words) => words.clone(),
             None => self.hardware_args(name)?,
         };
+        let kernel_args = self.iommu.as_deref().unwrap_or_default();
         let common = [
             "-nodefaults",
             "-no-user-config",
@@ -274,7 +292,7 @@ impl Machine {
             "-initrd",
             &initrd.display().to_string(),
             "-append",
-            "console=ttyS0 quiet panic=-1",
+            &format!("console=ttyS0 quiet panic=-1 {kernel_args}"),
             "-chardev",
             &socket("serial", &dir.join(&format!("{name}.serial"))),
             "-serial",
@@ -333,6 +351,9 @@ impl Machine {
         .into();
         if self.max_vcpus.is_some() && accel != "kvm" {
             args.extend(PLUGGABLE_WITHOUT_KVM.map(str::to_owned));
+        }
+        if self.iommu.is_some() {
+            args.extend(INTEL_IOMMU.map(str::to_owned));
         }
         for (n, nic) in self.nics.iter().enumerate() {
             args.extend(nic.args(n)?);
@@ -465,35 +486,4 @@ fn kvm_boots() -> bool {
         machine.guest().wait_boot(KVM_TRIAL_TIMEOUT)
     };
     trial().is_ok()
-}
-
-fn socket(id: &str, path: &Path) -> String {
-    format!("socket,id={id},path={}", path.display())
-}
-
-/// Listens on `path`. The test listens and QEMU connects, so that no output of the boot is lost.
-fn listen(path: &Path) -> Result<UnixListener> {
-    // An earlier machine of this name may have left its socket.
-    _ = fs::remove_file(path);
-    let listener = UnixListener::bind(path)
-        .with_context(|| format!("the socket {} cannot be created", path.display()))?;
-    listener.set_nonblocking(true)?;
-    Ok(listener)
-}
-
-fn accept(listener: &UnixListener, proc: &mut Proc) -> Result<UnixStream> {
-    let until = Instant::now() + START_TIMEOUT;
-    loop {
-        if let Ok((stream, _)) = listener.accept() {
-            stream.set_nonblocking(false)?;
-            return Ok(stream);
-        }
-        proc.check_alive()?;
-        anyhow::ensure!(
-            Instant::now() < until,
-            "QEMU did not connect within {START_TIMEOUT:?}; its stderr: {}",
-            proc.stderr().trim()
-        );
-        sleep(Duration::from_millis(5));
-    }
 }

@@ -29,6 +29,7 @@ pub struct TestbedConfig {
     max_vcpus: Option<u32>,
     daemon_flags: Vec<(String, String)>,
     uplink: (&'static str, String),
+    iommu: Option<String>,
 }
 
 impl TestbedConfig {
@@ -46,6 +47,7 @@ impl TestbedConfig {
             max_vcpus: None,
             daemon_flags: Vec::new(),
             uplink: ("--tap", TAP.to_owned()),
+            iommu: None,
         }
     }
 
@@ -68,6 +70,16 @@ impl TestbedConfig {
     pub fn daemon_flag(mut self, flag: &str, value: &str) -> Self {
         self.daemon_flags.push((flag.to_owned(), value.to_owned()));
         self
+    }
+
+    /// Puts the network device behind an IOMMU, and adds `kernel_args` to the arguments of the
+    /// guest's kernel.
+    #[must_use]
+    pub fn intel_iommu(mut self, kernel_args: &str) -> Self {
+        self.iommu = Some(kernel_args.to_owned());
+        self.prop("iommu_platform=on")
+            .prop("disable-legacy=on")
+            .prop("ats=on")
     }
 
     /// Makes this the daemon's uplink, instead of the TAP itself.
@@ -184,6 +196,9 @@ impl TestbedConfig {
             nic = nic.prop(prop);
         }
         let mut machine = Machine::new();
+        if let Some(kernel_args) = &self.iommu {
+            machine = machine.intel_iommu(kernel_args);
+        }
         if let Some(max) = self.max_vcpus {
             machine = machine.max_vcpus(max);
         }

@@ -141,6 +141,22 @@ pub struct FrontendReport {
     pub features: Vec<String>,
     /// The names, without prefix, of the vhost-user protocol features in use.
     pub protocol_features: Vec<String>,
+    /// The translations of addresses, if the guest's device is behind an IOMMU.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub iotlb: Option<IotlbReport>,
+}
+
+/// The translations of I/O virtual addresses since the driver began to use them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IotlbReport {
+    /// Translations that are known now.
+    pub entries: u64,
+    /// Missing translations that the front-end was asked for.
+    pub misses: u64,
+    /// Translations that the front-end has sent.
+    pub updates: u64,
+    /// Ranges of addresses whose translations the front-end has taken back.
+    pub invalidations: u64,
 }
 
 /// One region of the guest's memory.
@@ -357,6 +373,12 @@ pub(crate) fn sample() -> Report {
                 pid: Some(1),
                 features: vec!["MQ".into()],
                 protocol_features: vec!["MQ".into()],
+                iotlb: Some(IotlbReport {
+                    entries: 1,
+                    misses: 2,
+                    updates: 3,
+                    invalidations: 4,
+                }),
             }),
             memory: vec![MemoryRegionReport {
                 guest_addr: 0,
@@ -441,7 +463,9 @@ mod tests {
                 "helper": "running", "helper_pid": 9,
             }, "devices": [{
                 "name": "vnet", "socket": "/run/a \"b\".sock", "role": "server", "connected": true,
-                "frontend": {"pid": 1, "features": ["MQ"], "protocol_features": ["MQ"]},
+                "frontend": {"pid": 1, "features": ["MQ"], "protocol_features": ["MQ"], "iotlb": {
+                    "entries": 1, "misses": 2, "updates": 3, "invalidations": 4,
+                }},
                 "memory": [{"guest_addr": 0, "size": 4096, "user_addr": 1_u64 << 40}],
                 "uplink": {"kind": "tap", "name": "tap0", "up": true},
                 "features_compat": "0.1.0", "mtu": 1500,

@@ -23,8 +23,9 @@ const PER_TAP_QUEUE: u64 = 1;
 /// Of each TAP: the netlink socket through which it is configured.
 const PER_TAP: u64 = 1;
 /// Of each device: the listening socket, the connection, the monitor's socket of `--qmp`, the file of
-/// crash records, and, during a migration, the dirty log and its eventfd.
-const PER_DEVICE: u64 = 6;
+/// crash records, the channel for requests to the front-end and the event of translations, and, during a
+/// migration, the dirty log and its eventfd.
+const PER_DEVICE: u64 = 8;
 /// The memory regions of one SET_MEM_TABLE at most. More come only with hot-plugged memory.
 const MEMORY_TABLE_REGIONS: usize = 8;
 /// The control server: socket, event loop, and as many clients as may wait at once.
@@ -153,17 +154,17 @@ mod tests {
     #[test]
     fn need_grows_with_pairs_devices_and_the_control_socket() {
         for (line, minimum, maximum) in [
-            ("--socket-path /s --uplink null --queues 1", 94, 595),
-            ("--socket-path /s --uplink null --queues 4", 118, 619),
-            ("--socket-path /s --tap t0 --queues 4", 123, 624),
-            ("--socket-path /s --tap t0 --queues 128", 1239, 1740),
+            ("--socket-path /s --uplink null --queues 1", 96, 597),
+            ("--socket-path /s --uplink null --queues 4", 120, 621),
+            ("--socket-path /s --tap t0 --queues 4", 125, 626),
+            ("--socket-path /s --tap t0 --queues 128", 1241, 1742),
             // Without a number the front-end decides.
-            ("--socket-path /s --tap t0", 96, 1740),
-            ("--socket-path /s --tap t0 --control /c", 116, 1760),
+            ("--socket-path /s --tap t0", 98, 1742),
+            ("--socket-path /s --tap t0 --control /c", 118, 1762),
             (
                 "--queues 4 --device socket-path=/a,uplink=switch:s,,tap=t0 --device socket-path=/b,uplink=switch:s",
-                174,
-                1176,
+                178,
+                1180,
             ),
         ] {
             let expected = DescriptorNeed { minimum, maximum };

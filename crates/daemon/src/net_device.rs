@@ -5,6 +5,7 @@ mod backend;
 mod connection_log;
 mod handover;
 mod health;
+mod translation;
 
 use std::collections::BTreeSet;
 use std::sync::atomic::AtomicU64;
@@ -396,3 +397,5 @@ mod migration_tests;
 mod placement_tests;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod translation_tests;

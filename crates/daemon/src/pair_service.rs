@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use virtionet_virtio_net::uplink::UplinkQueue;
-use virtionet_virtio_net::{DeviceQueue, RxEndReason};
+use virtionet_virtio_net::{DeviceQueue, RxEndReason, RxQueue};
 
 use crate::queue_pair::QueuePair;
 use crate::sys::read_cycles;
@@ -86,6 +86,20 @@ impl PairService {
         self.announce();
         self.poll_all();
         self.starved = false;
+        self.prepare_rx();
+    }
+
+    /// Reserves buffers of a receiveq to which frames are pushed, so that their translations are
+    /// known then. Frames of an uplink that is polled wait there instead.
+    fn prepare_rx(&self) {
+        if self.is_pull_uplink {
+            return;
+        }
+        let prepare = |queue: &mut RxQueue, enabled| match enabled {
+            true => queue.prepare().map(|call| ((), call)),
+            false => Ok(((), false)),
+        };
+        self.pair.rx().process(prepare);
     }
 
     /// Sends the announcement that is due, as soon as the transmitq runs and is enabled.
@@ -102,16 +116,21 @@ impl PairService {
         });
     }
 
-    /// Whether a vring has no kick descriptor, so that it must be polled from time to time.
+    /// Whether a vring must be polled from time to time: it has no kick descriptor, or waits for a
+    /// translation that may never come.
     #[must_use]
     pub fn must_be_polled(&self) -> bool {
         self.pair.tx().must_be_polled() || self.pair.rx().must_be_polled()
     }
 
-    /// Notes that the vrings without a kick descriptor may have new chains.
+    /// Notes that the vrings that must be polled may have new chains.
     pub fn poll_without_kick(&mut self) {
         self.tx_ready |= self.pair.tx().must_be_polled();
         self.starved &= !self.pair.rx().must_be_polled();
+        if self.pair.rx().waits_for_translation() {
+            self.uplink_ready = self.is_pull_uplink;
+            self.prepare_rx();
+        }
     }
 
     /// Makes the next pass poll the transmitq.
@@ -160,7 +179,10 @@ impl PairService {
                 if chains >= TX_CHAINS || read_cycles().wrapping_sub(start) >= TX_CYCLES {
                     break true;
                 }
-                if sent.chains == 0 && !(sleep_next && queue.enable_kicks()) {
+                // Kicks would not help a queue that waits for a translation.
+                if sent.chains == 0
+                    && (queue.waits_for_translation() || !(sleep_next && queue.enable_kicks()))
+                {
                     break false;
                 }
             };
@@ -200,6 +222,8 @@ impl PairService {
                 self.starved = true;
                 self.pair.rx().stats().rx_starved.add(1);
             }
+            // The worker is woken when the translation comes.
+            RxEndReason::Untranslated => self.starved = true,
             RxEndReason::Budget => {}
         }
         found

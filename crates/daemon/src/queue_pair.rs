@@ -79,6 +79,12 @@ impl QueuePair {
         self.uplink.lock().clone()
     }
 
+    /// Whether the uplink pushes frames to the receiveq, instead of having them received from it.
+    pub(crate) fn receives_pushed_frames(&self) -> bool {
+        self.uplink()
+            .is_some_and(|uplink| uplink.poll_fd().is_none())
+    }
+
     /// Whether the driver uses the queue pair.
     #[must_use]
     pub fn is_in_use(&self) -> bool {

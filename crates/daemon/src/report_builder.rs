@@ -8,7 +8,8 @@ use virtionet_control::v1 as report;
 use virtionet_vhost_user::VringState;
 use virtionet_vhost_user::protocol_features::names as protocol_names;
 use virtionet_virtio_net::DeviceQueue;
-use virtionet_virtio_net::stats::{VringStats, WorkerStats};
+use virtionet_virtio_net::stats::{VringStats, WorkerStats, to_u64};
+use virtionet_virtqueue::memory::IotlbCounts;
 
 use crate::helper_process::HelperProcess;
 use crate::logging;
@@ -57,6 +58,15 @@ fn rights(helper: Option<&HelperProcess>) -> report::RightsReport {
     }
 }
 
+fn iotlb_report(counts: IotlbCounts) -> report::IotlbReport {
+    report::IotlbReport {
+        entries: to_u64(counts.entries),
+        misses: counts.misses,
+        updates: counts.updates,
+        invalidations: counts.invalidations,
+    }
+}
+
 fn device(config: &DeviceConfig, net_device: &NetDevice) -> report::DeviceReport {
     let frontend = net_device.frontend();
     // Read the placement before the warnings, so that the warnings apply to the placement shown or
@@ -76,6 +86,10 @@ fn device(config: &DeviceConfig, net_device: &NetDevice) -> report::DeviceReport
             pid: frontend.pid.and_then(|pid| i32::try_from(pid).ok()),
             features: names(frontend.features.names()),
             protocol_features: names(protocol_names(frontend.protocol_features)),
+            iotlb: frontend
+                .memory
+                .iotlb()
+                .map(|iotlb| iotlb_report(iotlb.counts())),
         }),
         memory: frontend
             .memory

@@ -16,7 +16,7 @@ use virtionet_vhost_user::{InvalidTransition, VringEvent, VringState};
 use virtionet_virtio_net::stats::{VringStats, to_u64};
 use virtionet_virtio_net::uplink::TxFrame;
 use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue};
-use virtionet_virtqueue::memory::{GuestMemory, LossWatch};
+use virtionet_virtqueue::memory::{GuestMemory, IovaRange, LossWatch};
 use virtionet_virtqueue::{VirtqueueError, VirtqueueFault};
 
 use crate::notifier::{Notification, Notifier, deferring};
@@ -43,6 +43,9 @@ struct StartedVring<Q> {
     call: Option<Arc<Notifier>>,
     err: Option<Arc<Notifier>>,
     losses: LossWatch,
+    /// The memory in which the vring continues when the translations of its areas are known. Until
+    /// then the queue must not be used, except to stop it.
+    untranslated: Option<Arc<GuestMemory>>,
 }
 
 /// The state that the lock protects.
@@ -80,6 +83,8 @@ pub struct VringSlot<Q> {
     enabled: AtomicBool,
     /// The started vring has a kick descriptor.
     has_kick: AtomicBool,
+    /// The last turn ended at an address without a translation.
+    waits_for_translation: AtomicBool,
     /// [`VringState::to_number`] of the state.
     state: AtomicU8,
     size: AtomicU16,
@@ -97,6 +102,7 @@ impl<Q: DeviceQueue> VringSlot<Q> {
             }),
             enabled: AtomicBool::new(false),
             has_kick: AtomicBool::new(true),
+            waits_for_translation: AtomicBool::new(false),
             state: AtomicU8::new(VringState::Stopped.to_number()),
             size: AtomicU16::new(0),
             log: Arc::new(VringLog::new(name)),
@@ -115,10 +121,19 @@ impl<Q: DeviceQueue> VringSlot<Q> {
         VringState::from_number(self.state.load(Ordering::Relaxed))
     }
 
-    /// Whether the vring runs and the front-end gave no kick descriptor, so that it must be polled.
+    /// Whether the vring runs and must be polled: the front-end gave no kick descriptor, or it waits
+    /// for a translation.
     #[must_use]
     pub fn must_be_polled(&self) -> bool {
-        !self.has_kick.load(Ordering::Relaxed) && self.state() == VringState::Running
+        (!self.has_kick.load(Ordering::Relaxed) || self.waits_for_translation())
+            && self.state() == VringState::Running
+    }
+
+    /// Whether the last turn ended because the front-end has not sent a translation yet. It wakes
+    /// the worker with the next one.
+    #[must_use]
+    pub fn waits_for_translation(&self) -> bool {
+        self.waits_for_translation.load(Ordering::Relaxed)
     }
 
     /// Whether the front-end has enabled the vring.
@@ -167,6 +182,7 @@ impl<Q: DeviceQueue> VringSlot<Q> {
             call: call.clone(),
             err: self.notifier(fds.err),
             losses: LossWatch::default(),
+            untranslated: None,
         });
         self.set_state(&mut contents, state);
         self.has_kick.store(has_kick, Ordering::Relaxed);
@@ -205,6 +221,7 @@ impl<Q: DeviceQueue> VringSlot<Q> {
         let state = contents.state.after(event).ok()?;
         let mut vring = contents.vring.take()?;
         self.set_state(contents, state);
+        self.waits_for_translation.store(false, Ordering::Relaxed);
         Some(StoppedVring {
             base: vring.queue.rewind(),
             kick: vring.kick,
@@ -230,12 +247,55 @@ impl<Q: DeviceQueue> VringSlot<Q> {
     }
 
     /// Continues the vring in another snapshot of memory. A vring whose areas are not in it is
-    /// stopped and returned together with the reason.
+    /// stopped and returned together with the reason. One whose areas only have no translation yet
+    /// stays started, and waits for it.
     pub fn rebind(&self, memory: &Arc<GuestMemory>) -> Option<(StoppedVring, VirtqueueError)> {
         let mut contents = self.contents.lock();
-        let error = contents.vring.as_mut()?.queue.rebind(memory).err()?;
+        let vring = contents.vring.as_mut()?;
+        let is_known = memory.knows_areas(&vring.queue.areas());
+        vring.untranslated = (!is_known).then(|| Arc::clone(memory));
+        let error = vring.queue.rebind(memory).err().filter(|_| is_known)?;
         let stopped = self.release(&mut contents, VringEvent::Unmap)?;
         Some((stopped, error))
+    }
+
+    /// Drops the copies of translations, because those of `range` have ended. If its own areas are in
+    /// the range, the vring waits for their translations, and continues in `memory`. Returns whether
+    /// it waits.
+    pub fn forget_translations(&self, range: IovaRange, memory: &Arc<GuestMemory>) -> bool {
+        let mut contents = self.contents.lock();
+        let Some(vring) = contents.vring.as_mut() else {
+            return false;
+        };
+        vring.queue.forget_translations();
+        if vring.queue.areas().iter().any(|area| area.overlaps(range)) {
+            vring.untranslated = Some(Arc::clone(memory));
+        }
+        vring.untranslated.is_some()
+    }
+
+    /// Continues a vring whose areas had no translation, if they have one now.
+    #[cold]
+    fn translate_areas(&self, vring: &mut StartedVring<Q>) -> bool {
+        let Some(memory) = &vring.untranslated else {
+            return true;
+        };
+        let is_known = memory.knows_areas(&vring.queue.areas());
+        let is_bound = is_known && vring.queue.rebind(memory).is_ok();
+        if is_bound {
+            vring.untranslated = None;
+        } else {
+            self.note_wait(true);
+        }
+        is_bound
+    }
+
+    /// Notes whether a turn ended at an address without a translation.
+    fn note_wait(&self, waits: bool) {
+        if waits {
+            self.stats().iotlb_misses.add(1);
+        }
+        self.waits_for_translation.store(waits, Ordering::Relaxed);
     }
 
     /// Changes where writes to the virtqueue itself are logged.
@@ -319,6 +379,9 @@ impl<Q: DeviceQueue> VringSlot<Q> {
         let Some(vring) = contents.vring.as_mut() else {
             return (None, None);
         };
+        if vring.untranslated.is_some() && !self.translate_areas(vring) {
+            return (None, None);
+        }
         let (queue, is_enabled) = (&mut vring.queue, self.is_enabled());
         // A panic in one vring's code must not end the thread, which serves others as well.
         let result = contain(|| work(queue, is_enabled));
@@ -329,6 +392,7 @@ impl<Q: DeviceQueue> VringSlot<Q> {
         let cause = match (result, loss) {
             (Ok(_), Some(loss)) => loss,
             (Ok(Ok((outcome, should_call))), None) => {
+                self.note_wait(is_enabled && vring.queue.waits_for_translation());
                 let call = vring.call.as_ref().filter(|_| should_call);
                 return (Some(outcome), call.cloned().map(Notification::Call));
             }
@@ -371,7 +435,16 @@ impl VringSlot<RxQueue> {
         });
         // The queue itself counts what it drops.
         if !was_tried {
-            self.stats().dropped_disabled.add(to_u64(frames.len()));
+            let is_untranslated = contents
+                .vring
+                .as_ref()
+                .is_some_and(|vring| vring.untranslated.is_some());
+            let stats = self.stats();
+            let counter = match is_untranslated && self.is_enabled() {
+                true => &stats.dropped_untranslated,
+                false => &stats.dropped_disabled,
+            };
+            counter.add(to_u64(frames.len()));
         }
         MutexGuard::unlock_fair(contents);
         if let Some(notification) = notification {

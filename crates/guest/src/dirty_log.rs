@@ -5,6 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
+use virtionet_virtqueue::memory::RegionSpec;
+
 use crate::error::Error;
 use crate::frontend::{VHOST_F_LOG_ALL, VHOST_VRING_F_LOG_MASK, user_addresses};
 use crate::memory::{GuestRam, RamError, to_u64};
@@ -27,7 +29,15 @@ impl DirtyLog {
     /// # Errors
     /// When the host refuses the memory.
     pub fn new(ram: &GuestRam) -> Result<Self, RamError> {
-        let ends = ram.regions().into_iter().map(|r| r.guest_addr + r.size);
+        Self::of_regions(&ram.regions())
+    }
+
+    /// An empty log for a memory table with these regions.
+    ///
+    /// # Errors
+    /// When the host refuses the memory.
+    pub fn of_regions(regions: &[RegionSpec]) -> Result<Self, RamError> {
+        let ends = regions.iter().map(|r| r.guest_addr + r.size);
         let size = ends.max().unwrap_or(0).div_ceil(8 * LOG_PAGE);
         let file = GuestRam::new(size.next_multiple_of(LOG_PAGE))?;
         Ok(Self { file, size })
@@ -125,7 +135,10 @@ impl TestFrontend {
             if ring % 2 == 0 {
                 self.connection.set_features(features)?;
             }
-            let user = user_addresses(self.ram(), at)?;
+            let user = match self.has_iommu() {
+                false => user_addresses(self.ram(), at)?,
+                true => at,
+            };
             let index = u32::try_from(to_u64(ring)).unwrap_or(u32::MAX);
             self.connection
                 .set_vring_user_addr(index, flags, user, at.device)?;

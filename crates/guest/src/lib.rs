@@ -11,6 +11,7 @@
 //! | [`message_stream`], [`frontend`] | the vhost-user socket, used as QEMU does |
 //! | [`test_frontend`] | a front-end with started queue pairs that send and receive |
 //! | [`dirty_log`] | its part in a migration |
+//! | [`iommu`] | its part in front of a device behind an IOMMU |
 //!
 //! [`hostile`] turns descriptors against the device that has them. [`frame`] and [`header`] build
 //! frames to send and check received ones. [`log_lines`] is for tests of what the device logs.
@@ -30,6 +31,7 @@ pub mod frontend;
 pub mod header;
 pub mod hostile;
 mod indirect;
+pub mod iommu;
 pub mod log_lines;
 pub mod memory;
 pub mod message_stream;

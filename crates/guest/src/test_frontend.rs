@@ -20,6 +20,7 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 
 use crate::error::Error;
 use crate::frontend::{FrontendConnection, VHOST_USER_F_PROTOCOL_FEATURES};
+use crate::iommu::{ACCESS_PLATFORM, to_distant_regions};
 use crate::memory::GuestRam;
 use crate::net::{DriverQueueConfig, PACKED, VringSetup};
 use crate::rx::DriverRxQueue;
@@ -69,6 +70,7 @@ impl TestFrontendConfig {
             | Protocol::MTU
             | Protocol::RARP
             | Protocol::LOG_SHMFD
+            | Protocol::BACKEND_REQ
             | Protocol::RESET_DEVICE
             | Protocol::STATUS;
         Self {
@@ -229,7 +231,17 @@ impl TestFrontend {
             self.send_enable(0, self.enabled[0])?;
             self.connection.set_features(self.features)?;
         }
-        self.connection.share(&self.ram)
+        if !self.has_iommu() {
+            return self.connection.share(&self.ram);
+        }
+        let regions = to_distant_regions(self.ram.regions());
+        let table: Vec<_> = regions.into_iter().map(|r| (r, self.ram.fd())).collect();
+        self.connection.set_mem_table(&table)
+    }
+
+    /// Whether the addresses of the driver are I/O virtual addresses.
+    pub(crate) fn has_iommu(&self) -> bool {
+        self.features & ACCESS_PLATFORM != 0
     }
 
     fn start_pair(&mut self, pair: usize) -> Result<(), Error> {
@@ -248,12 +260,16 @@ impl TestFrontend {
     }
 
     fn start_ring(&mut self, ring: usize) -> Result<(), Error> {
+        let has_iommu = self.has_iommu();
         let setup = &self.rings[ring];
         let index = u32::try_from(ring).map_err(|_| Error::Config("there are too many vrings"))?;
         let connection = &mut self.connection;
         connection.set_vring_num(index, setup.size.into())?;
         connection.set_vring_base(index, setup.base)?;
-        connection.set_vring_addr(index, &self.ram, setup.addresses)?;
+        match has_iommu {
+            false => connection.set_vring_addr(index, &self.ram, setup.addresses)?,
+            true => connection.set_vring_user_addr(index, 0, setup.addresses, 0)?,
+        }
         connection.set_vring_err(index, Some(setup.err.as_raw_fd()))?;
         connection.set_vring_kick(index, Some(setup.kick.as_raw_fd()))?;
         connection.set_vring_call(index, Some(setup.call.as_raw_fd()))

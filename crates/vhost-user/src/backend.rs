@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use virtionet_virtqueue::VirtqueueLayout;
-use virtionet_virtqueue::memory::GuestMemory;
+use virtionet_virtqueue::memory::{GuestMemory, IovaRange};
 
 use crate::backend_error::BackendError;
 use crate::error::RefusedRequest;
@@ -53,9 +53,20 @@ pub trait Backend {
     /// Replaces the guest's memory by `memory`, and rebinds every running vring to it. Returns the
     /// vrings that had to be stopped because the new memory does not contain their areas. The new
     /// snapshot may differ from the old one only in its log of what the device writes
-    /// ([`GuestMemory::with_log`]); after this returns nothing is written to the old log.
+    /// ([`GuestMemory::with_log`]); after this returns nothing is written to the old log. A vring
+    /// whose areas have no translation yet ([`GuestMemory::knows_areas`]) is not stopped, but waits
+    /// for it.
     #[must_use]
     fn set_memory(&self, memory: &Arc<GuestMemory>) -> Vec<UnmappedVring>;
+
+    /// Makes every vring drop the translations that it knows of [`GuestMemory::iotlb`], because those
+    /// of `range` have ended. After this returns no vring accesses memory by one of them. A vring
+    /// whose own areas are in the range stays started, and continues in `memory`, its present
+    /// memory, when their translations are known again.
+    fn forget_translations(&self, _range: IovaRange, _memory: &Arc<GuestMemory>) {}
+
+    /// Called when translations have come. Vrings that wait for one look again.
+    fn on_translations(&self) {}
 
     /// Starts a stopped vring. The device polls the vring once although no kick has come, because
     /// the driver may have made chains available before.

@@ -201,6 +201,43 @@ pub enum RequestError {
     /// The front-end wants writes to be logged, but its last log was refused.
     #[error("the front-end's dirty log was refused, so writes cannot be logged; send another one")]
     LogRefused,
+    /// A translation comes for a device that is not behind an IOMMU.
+    #[error(
+        "translations mean nothing without VIRTIO_F_ACCESS_PLATFORM, which the driver did not accept"
+    )]
+    NotTranslated,
+    /// The type of an IOTLB message is neither UPDATE nor INVALIDATE.
+    #[error(
+        "{0} is not the type of an IOTLB message; a front-end sends 2 (UPDATE) and 3 (INVALIDATE)"
+    )]
+    IotlbType(u8),
+    /// The range of a translation is empty or wraps.
+    #[error("a translation cannot begin at {iova:#x} and have {size:#x} bytes")]
+    TranslationRange {
+        /// The first I/O virtual address.
+        iova: u64,
+        /// The size in bytes.
+        size: u64,
+    },
+    /// The permission of a translation does not exist.
+    #[error("{0} is not the permission of a translation; it must be 1 (ro), 2 (wo) or 3 (rw)")]
+    TranslationPermission(u8),
+    /// A translation leads out of the guest's memory.
+    #[error(
+        "a translation leads to the {size:#x} bytes at {user_addr:#x}, which are not in one region of the memory table"
+    )]
+    TranslationOutside {
+        /// The first front-end address.
+        user_addr: u64,
+        /// The size in bytes.
+        size: u64,
+    },
+    /// The descriptor of SET_BACKEND_REQ_FD is no unix stream socket.
+    #[error("SET_BACKEND_REQ_FD carries something else than a connected unix stream socket")]
+    BackendChannel,
+    /// The host has no descriptor left for the event of a miss.
+    #[error("cannot make an eventfd for translations: {0}; raise the limit of open files")]
+    NoMissEvent(#[source] io::Error),
     /// The address is no network device's own.
     #[error("{0:02x?} is not the MAC address of a network device, so it is not announced")]
     Mac([u8; 6]),
@@ -287,6 +324,13 @@ impl RequestError {
             Self::Log(_) => "dirty-log-invalid",
             Self::LogWithoutFile => "dirty-log-without-file",
             Self::LogRefused => "dirty-log-refused",
+            Self::NotTranslated => "iotlb-without-iommu",
+            Self::IotlbType(_) => "iotlb-type-invalid",
+            Self::TranslationRange { .. } => "iotlb-range-invalid",
+            Self::TranslationPermission(_) => "iotlb-permission-invalid",
+            Self::TranslationOutside { .. } => "iotlb-address-unmapped",
+            Self::BackendChannel => "backend-channel-invalid",
+            Self::NoMissEvent(_) => "open-file-limit",
             Self::Mac(_) => "mac-invalid",
             Self::Backend(error) => error.code(),
             Self::NotOffered => "request-not-offered",

@@ -38,6 +38,7 @@ mod backend_error;
 mod error;
 mod eventfd;
 mod foreign_fd;
+mod iotlb_message;
 mod limits;
 pub mod listen;
 mod memory_file;
@@ -57,6 +58,7 @@ pub use backend::{Backend, UnmappedVring, VringStart};
 pub use backend_error::BackendError;
 pub use error::{DecodeError, ProtocolError, RefusedRequest, RequestError, SessionError};
 pub use foreign_fd::{ForeignFd, start_closer};
+pub use iotlb_message::IotlbMessage;
 pub use session::{
     ImageError, Served, Session, SessionEnd, SessionImage, SessionStart, SuspendedSession, serve,
     serve_from,

@@ -14,6 +14,7 @@ use vm_memory::ByteValued;
 use crate::error::{DecodeError, ProtocolError, RequestError};
 use crate::eventfd;
 use crate::foreign_fd::ForeignFd;
+use crate::iotlb_message::{IOTLB_MESSAGE_SIZE, IotlbMessage};
 use crate::limits::MAX_TABLE_REGIONS;
 
 /// The vring's index in the payload of SET_VRING_KICK, SET_VRING_CALL and SET_VRING_ERR: bits 0-7.
@@ -106,6 +107,10 @@ pub enum Request {
     GetStatus,
     /// Sets the device status.
     SetStatus(u8),
+    /// Sets the channel for requests of the back-end.
+    SetBackendReqFd(ForeignFd),
+    /// Adds or removes translations of I/O virtual addresses.
+    Iotlb(IotlbMessage),
     /// A request that belongs to a protocol feature that was not offered.
     NotOffered(FrontendReq),
     /// A request that this version of the protocol does not have.
@@ -121,7 +126,6 @@ pub fn has_own_reply(request: FrontendReq) -> bool {
         request,
         Code::GET_CONFIG
             | Code::GET_INFLIGHT_FD
-            | Code::IOTLB_MSG
             | Code::CREATE_CRYPTO_SESSION
             | Code::POSTCOPY_ADVISE
             | Code::POSTCOPY_END
@@ -218,6 +222,8 @@ impl RequestBody<'_> {
             Code::RESET_DEVICE => self.decode_empty(Request::ResetDevice)?,
             Code::GET_STATUS => self.decode_empty(Request::GetStatus)?,
             Code::SET_STATUS => self.decode_status()?,
+            Code::SET_BACKEND_REQ_FD => self.decode_backend_channel()?,
+            Code::IOTLB_MSG => self.decode_iotlb()?,
             other => Request::NotOffered(other),
         })
     }
@@ -278,6 +284,19 @@ impl RequestBody<'_> {
             offset: log.mmap_offset,
             fd: self.fds.pop(),
         }))
+    }
+
+    fn decode_backend_channel(mut self) -> Result<Request, DecodeError> {
+        self.check_fd_count(1)?;
+        Ok(Request::SetBackendReqFd(self.take_fd()?))
+    }
+
+    fn decode_iotlb(&self) -> Result<Request, DecodeError> {
+        self.check_fd_count(0)?;
+        let Ok(payload) = self.payload.try_into() else {
+            return Err(self.wrong_size(IOTLB_MESSAGE_SIZE).into());
+        };
+        Ok(Request::Iotlb(IotlbMessage::decode(payload)?))
     }
 
     /// Closes the descriptor. The protocol defines no payload; one that old front-ends may send is

@@ -11,6 +11,7 @@
 //! If a vring could not start, the session tries again when the vring's configuration or the memory
 //! table changes.
 
+mod iommu;
 mod migration;
 mod serving;
 mod suspended;
@@ -34,6 +35,7 @@ use crate::session_log::SessionLog;
 use crate::vring::Vring;
 use crate::vring_state::VringEvent;
 use crate::wire::{Header, Message, Reply, ReplyPayload};
+use iommu::IommuState;
 use migration::LogBaseState;
 pub use serving::{Served, SessionEnd, SessionStart, serve, serve_from};
 pub use suspended::{
@@ -62,6 +64,7 @@ struct SessionState {
     /// The guest's memory, with the log if writes are logged.
     memory: Arc<GuestMemory>,
     log_base: LogBaseState,
+    iommu: IommuState,
     /// The features that SET_FEATURES set, including those that concern the session itself.
     features: Option<u64>,
     protocol_features: u64,
@@ -202,6 +205,8 @@ impl<'b> Session<'b> {
             Request::GetStatus => reply_u64(self.state.status.into()),
             Request::SetStatus(status) => self.set_status(status),
             Request::SendRarp(mac) => self.send_rarp(mac),
+            Request::SetBackendReqFd(fd) => self.set_backend_channel(fd),
+            Request::Iotlb(message) => self.handle_iotlb(message),
             Request::NotOffered(_) => Err(RequestError::NotOffered.into()),
             Request::Unknown(_) => Err(RequestError::Unknown.into()),
         }
@@ -226,10 +231,14 @@ impl<'b> Session<'b> {
         if changes & PACKED != 0 && self.state.vrings.iter().any(Vring::is_started) {
             return Err(RequestError::FormatWhileRunning.into());
         }
+        self.forget_translations_if_idle();
         if self.state.features == Some(bits) {
             return NO_REPLY_PAYLOAD;
         }
-        let memory = self.memory_with_log_of(bits)?;
+        let mut memory = self.memory_with_log_of(bits)?;
+        if self.set_translated(bits)? && memory.is_none() {
+            memory = Some(self.with_log(&self.state.memory)?);
+        }
         let is_new = self.state.features.is_none() || changes & !SESSION_FEATURES != 0;
         self.state.features = Some(bits);
         if is_new {
@@ -287,7 +296,7 @@ impl<'b> Session<'b> {
     }
 
     fn apply_memory(&mut self, memory: GuestMemory) {
-        self.state.memory = Arc::new(memory);
+        self.state.memory = Arc::new(memory.with_iotlb(self.iotlb()));
         let unmapped = self.backend.set_memory(&self.state.memory);
         for vring in &unmapped {
             self.note_unmapped(vring);

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
-use virtionet_virtqueue::memory::GuestMemory;
+use virtionet_virtqueue::memory::{GuestMemory, IovaRange};
 use virtionet_virtqueue::{VirtqueueError, VirtqueueLayout};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -127,6 +127,8 @@ pub(crate) struct RecordingBackend {
     stop_base: Option<u32>,
     /// How long it takes to stop a vring.
     stop_time: Duration,
+    /// The features that it offers beside [`FEATURES`].
+    more_features: u64,
     /// The code of the first refused request of a session that has ended.
     pub(crate) refused: Mutex<Option<&'static str>>,
 }
@@ -147,6 +149,14 @@ impl RecordingBackend {
     pub(crate) fn slow_to_stop(stop_time: Duration) -> Self {
         Self {
             stop_time,
+            ..Self::default()
+        }
+    }
+
+    /// Creates a device that also offers `more_features`.
+    pub(crate) fn with_features(more_features: u64) -> Self {
+        Self {
+            more_features,
             ..Self::default()
         }
     }
@@ -193,7 +203,7 @@ fn fd_presence(fd: Option<&Arc<OwnedFd>>) -> &'static str {
 
 impl Backend for RecordingBackend {
     fn features(&self) -> u64 {
-        FEATURES
+        FEATURES | self.more_features
     }
 
     fn max_queue_pairs(&self) -> u16 {
@@ -249,6 +259,15 @@ impl Backend for RecordingBackend {
             })
         });
         unmapped.collect()
+    }
+
+    fn forget_translations(&self, range: IovaRange, _memory: &Arc<GuestMemory>) {
+        let all = [0, 0x1000, 0x2000, u64::MAX].map(|addr| range.contains(addr));
+        self.write(format!("forget {all:?}"));
+    }
+
+    fn on_translations(&self) {
+        self.write("translations".into());
     }
 
     fn start_vring(&self, index: u16, start: VringStart) -> Result<(), BackendError> {

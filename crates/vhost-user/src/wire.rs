@@ -146,6 +146,8 @@ pub(crate) enum Incoming {
     Closed,
     /// The stop descriptor is readable.
     Stopped,
+    /// The event is readable.
+    Event,
 }
 
 /// The connections that have not been accepted yet. They are those of other front-ends.
@@ -158,10 +160,20 @@ pub trait PendingConnections: Sync {
     fn refuse(&self);
 }
 
+/// What ends the wait for a message before the first byte of one.
+#[derive(Clone, Copy)]
+pub(crate) struct IdleEvent<'e> {
+    /// The descriptor that becomes readable.
+    pub(crate) fd: BorrowedFd<'e>,
+    /// The time after which the event happens in any case.
+    pub(crate) interval: Option<Duration>,
+}
+
 /// The outcome of waiting for the socket.
 enum Wait {
     Ready,
     Stopped,
+    Event,
     TimedOut,
 }
 
@@ -250,8 +262,11 @@ impl<'s> Channel<'s> {
         self.stream.as_fd().ok_or_else(|| Errno::BADF.into())
     }
 
-    /// Waits for the next message.
-    pub(crate) fn receive(&mut self) -> Result<Incoming, SessionError> {
+    /// Waits for the next message, or until `event` happens and no message has begun.
+    pub(crate) fn receive(
+        &mut self,
+        event: Option<IdleEvent<'_>>,
+    ) -> Result<Incoming, SessionError> {
         loop {
             let missing = self.partial.missing()?;
             if missing == 0
@@ -259,8 +274,11 @@ impl<'s> Channel<'s> {
             {
                 return Ok(Incoming::Message(message));
             }
-            match self.wait(PollFlags::IN, self.partial.deadline)? {
+            let deadline = self.partial.deadline;
+            let event = event.filter(|_| deadline.is_none());
+            match self.wait(PollFlags::IN, deadline, event)? {
                 Wait::Ready => {}
+                Wait::Event => return Ok(Incoming::Event),
                 Wait::Stopped => return Ok(Incoming::Stopped),
                 Wait::TimedOut => return Err(SessionError::MessageIncomplete(MESSAGE_TIMEOUT)),
             }
@@ -299,8 +317,8 @@ impl<'s> Channel<'s> {
         let mut rest = bytes.as_slice();
         let deadline = Instant::now() + MESSAGE_TIMEOUT;
         while !rest.is_empty() {
-            match self.wait(PollFlags::OUT, Some(deadline))? {
-                Wait::Ready => {}
+            match self.wait(PollFlags::OUT, Some(deadline), None)? {
+                Wait::Ready | Wait::Event => {}
                 Wait::Stopped => return Ok(false),
                 Wait::TimedOut => return Err(SessionError::ReplyNotTaken(MESSAGE_TIMEOUT)),
             }
@@ -322,8 +340,14 @@ impl<'s> Channel<'s> {
 
     /// Sleeps until the socket is ready, the session is to stop or `deadline` has passed. Other
     /// front-ends that connect meanwhile are refused, unless this one has hung up.
-    fn wait(&self, events: PollFlags, deadline: Option<Instant>) -> io::Result<Wait> {
+    fn wait(
+        &self,
+        events: PollFlags,
+        deadline: Option<Instant>,
+        event: Option<IdleEvent<'_>>,
+    ) -> io::Result<Wait> {
         let stream = self.stream()?;
+        let interval = event.and_then(|event| event.interval);
         loop {
             let mut fds = vec![
                 PollFd::from_borrowed_fd(self.stop, PollFlags::IN),
@@ -333,10 +357,15 @@ impl<'s> Channel<'s> {
                 self.others
                     .map(|others| PollFd::from_borrowed_fd(others.poll_fd(), PollFlags::IN)),
             );
+            let event_at = fds.len();
+            fds.extend(event.map(|event| PollFd::from_borrowed_fd(event.fd, PollFlags::IN)));
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            let timeout = left.and_then(|left| Timespec::try_from(left).ok());
+            let timeout = left
+                .or(interval)
+                .and_then(|left| Timespec::try_from(left).ok());
             // syscalls: ppoll
             match poll(&mut fds, timeout.as_ref()) {
+                Ok(0) if left.is_none() => return Ok(Wait::Event),
                 Ok(0) => return Ok(Wait::TimedOut),
                 Ok(_) => {}
                 Err(Errno::INTR) => continue,
@@ -347,6 +376,9 @@ impl<'s> Channel<'s> {
                 return Ok(Wait::Stopped);
             }
             let has_hung_up = fds[1].revents().contains(PollFlags::HUP);
+            if is_ready(event_at) {
+                return Ok(Wait::Event);
+            }
             if let Some(others) = self.others
                 && is_ready(2)
                 && !has_hung_up
@@ -456,13 +488,13 @@ mod tests {
             };
             let mut channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
             for want in [(1, vec![]), (8, vec![7; 8]), (3, vec![])] {
-                let Incoming::Message(message) = channel.receive().unwrap() else {
+                let Incoming::Message(message) = channel.receive(None).unwrap() else {
                     panic!("no message");
                 };
                 assert_eq!((message.header.code, message.payload), want);
             }
             sender.join().unwrap();
-            assert!(matches!(channel.receive().unwrap(), Incoming::Closed));
+            assert!(matches!(channel.receive(None).unwrap(), Incoming::Closed));
         }
     }
 
@@ -481,7 +513,7 @@ mod tests {
         front_end.send(&encode_message(3, 1, &[]), &[]);
         let mut channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
         for want in [0, 1, 2, 0] {
-            let Incoming::Message(message) = channel.receive().unwrap() else {
+            let Incoming::Message(message) = channel.receive(None).unwrap() else {
                 panic!("no message");
             };
             assert_eq!(message.fds.len(), want);
@@ -496,7 +528,7 @@ mod tests {
             let (front_end, stream) = RawFrontEnd::pair();
             front_end.send(&encode_message(3, 1, &[]), &vec![fd.as_fd(); count]);
             let mut channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
-            match channel.receive() {
+            match channel.receive(None) {
                 Ok(Incoming::Message(message)) => assert!(good && message.fds.len() == 32),
                 Err(SessionError::Protocol(ProtocolError::TooManyFds)) => assert!(!good),
                 other => panic!("{count}: {other:?}"),
@@ -513,7 +545,7 @@ mod tests {
             front_end.send(&bytes[..len], &[]);
             drop(front_end);
             let mut channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
-            match channel.receive() {
+            match channel.receive(None) {
                 Ok(Incoming::Closed) => assert_eq!(len, 0),
                 Err(SessionError::Protocol(ProtocolError::Truncated)) => assert_ne!(len, 0),
                 other => panic!("{len}: {other:?}"),
@@ -535,7 +567,7 @@ mod tests {
                 stop.write(1).unwrap();
             });
             let mut channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
-            assert!(matches!(channel.receive().unwrap(), Incoming::Stopped));
+            assert!(matches!(channel.receive(None).unwrap(), Incoming::Stopped));
             assert!(begin.elapsed() < Duration::from_secs(5));
             trigger.join().unwrap();
         }
@@ -561,7 +593,7 @@ mod tests {
         front_end.send(&encode_message(8, 1, &[7; 8])[..12], &[]);
         let mut channel = Channel::new(stream, stopped.as_fd(), None).unwrap();
         let begin = Instant::now();
-        let error = channel.receive().unwrap_err();
+        let error = channel.receive(None).unwrap_err();
         assert!(
             matches!(error, SessionError::MessageIncomplete(_)),
             "{error}"
@@ -607,12 +639,15 @@ mod tests {
         let (front_end, stream) = RawFrontEnd::pair();
         front_end.send(&encode_message(1, 1, &[]), &[]);
         let mut channel = Channel::new(stream, stopped.as_fd(), Some(&others)).unwrap();
-        assert!(matches!(channel.receive().unwrap(), Incoming::Message(_)));
+        assert!(matches!(
+            channel.receive(None).unwrap(),
+            Incoming::Message(_)
+        ));
         assert_eq!(refused(&others), 1);
         // Another comes after the first has gone.
         drop(front_end);
         rustix::io::write(&others.0, &1u64.to_ne_bytes()).unwrap();
-        assert!(matches!(channel.receive().unwrap(), Incoming::Closed));
+        assert!(matches!(channel.receive(None).unwrap(), Incoming::Closed));
         assert_eq!(refused(&others), 1);
     }
 

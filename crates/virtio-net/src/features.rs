@@ -30,6 +30,7 @@ const OFFERED: &[(u32, &str)] = &[
     (VIRTIO_RING_F_EVENT_IDX, "EVENT_IDX"),
     (config::VIRTIO_F_ANY_LAYOUT, "ANY_LAYOUT"),
     (config::VIRTIO_F_VERSION_1, "VERSION_1"),
+    (config::VIRTIO_F_ACCESS_PLATFORM, "ACCESS_PLATFORM"),
     (config::VIRTIO_F_RING_PACKED, "RING_PACKED"),
     (config::VIRTIO_F_IN_ORDER, "IN_ORDER"),
 ];

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use virtionet_virtqueue::memory::GuestMemory;
+use virtionet_virtqueue::memory::{GuestMemory, IovaRange};
 use virtionet_virtqueue::{
     Burst, ChainFault, CrashRecord, Direction, Virtqueue, VirtqueueConfig, VirtqueueError,
     VirtqueueLayout,
@@ -69,7 +69,17 @@ pub trait DeviceQueue: Sized {
     fn given_back_at_start(&self) -> u16;
 
     /// The guest's memory.
-    fn memory(&self) -> &GuestMemory;
+    fn memory(&self) -> &Arc<GuestMemory>;
+
+    /// The ranges of addresses where the virtqueue itself lies.
+    fn areas(&self) -> Vec<IovaRange>;
+
+    /// Whether chains are available that the queue could not dequeue, because the translation of an
+    /// address of theirs is missing (VIRTIO_F_ACCESS_PLATFORM).
+    fn waits_for_translation(&self) -> bool;
+
+    /// Rewinds the chains that are dequeued and unused, and drops all copies of translations.
+    fn forget_translations(&mut self);
 
     /// Asks the driver for kicks. Returns true when chains became available meanwhile, for which
     /// there may be no kick.
@@ -87,6 +97,7 @@ pub(crate) struct Queue {
     pub(crate) burst: Burst,
     pub(crate) features: Features,
     pub(crate) stats: Arc<VringStats>,
+    direction: Direction,
 }
 
 impl Queue {
@@ -107,7 +118,8 @@ impl Queue {
         }
         Ok(Self {
             virtqueue,
-            burst: Burst::new(config.memory),
+            burst: Burst::with_direction(config.memory, direction),
+            direction,
             features,
             stats: config.stats,
         })
@@ -123,8 +135,15 @@ impl Queue {
     pub(crate) fn rebind(&mut self, memory: &Arc<GuestMemory>) -> Result<(), VirtqueueError> {
         self.rewind();
         self.virtqueue = self.virtqueue.rebind(memory)?;
-        self.burst = Burst::new(Arc::clone(memory));
+        self.burst = Burst::with_direction(Arc::clone(memory), self.direction);
         Ok(())
+    }
+
+    /// Rewinds unused chains, and drops all copies of translations.
+    pub(crate) fn forget_translations(&mut self) {
+        self.rewind();
+        self.burst.forget_translations();
+        self.stats.iotlb_invalidations.add(1);
     }
 
     /// Sets where writes to the virtqueue itself are logged.

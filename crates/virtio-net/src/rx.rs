@@ -11,7 +11,7 @@ use std::sync::Arc;
 pub use push::PushOutcome;
 
 use memmap2::MmapMut;
-use virtionet_virtqueue::memory::{GuestMemory, GuestSlice};
+use virtionet_virtqueue::memory::{GuestMemory, GuestSlice, IovaRange};
 use virtionet_virtqueue::{Direction, VirtqueueError, VirtqueueFault};
 
 use crate::header::{MAX_FRAME, VNET_HEADER_LEN};
@@ -43,6 +43,9 @@ pub enum RxEndReason {
     UplinkEmpty,
     /// The guest has no more buffers; frames may wait in the uplink.
     Starved,
+    /// The next buffers cannot be used yet, because the translation of an address is missing; frames
+    /// may wait in the uplink.
+    Untranslated,
     /// The budget is used up; there may be more frames.
     Budget,
     /// The uplink failed.
@@ -163,6 +166,7 @@ impl RxQueue {
                 Ok(Reserved::Enough) => {}
                 Ok(Reserved::TooLittle) => break RxEndReason::Starved,
                 Ok(Reserved::OverBudget) => break RxEndReason::Budget,
+                Ok(Reserved::Untranslated) => break RxEndReason::Untranslated,
                 // Publish the completed chains first; the next call finds the fault again.
                 Err(_) if self.queue.virtqueue.has_unpublished() => break RxEndReason::Budget,
                 Err(fault) => return Err(fault),
@@ -217,6 +221,7 @@ impl RxQueue {
                 return Ok(
                     match ours > 0 && ours >= usize::from(self.queue.virtqueue.size()) / 2 {
                         true => Reserved::Enough,
+                        false if self.queue.burst.waits_for_translation() => Reserved::Untranslated,
                         false => Reserved::TooLittle,
                     },
                 );
@@ -395,8 +400,21 @@ impl DeviceQueue for RxQueue {
         self.queue.virtqueue.given_back_at_start()
     }
 
-    fn memory(&self) -> &GuestMemory {
-        self.queue.burst.memory()
+    fn memory(&self) -> &Arc<GuestMemory> {
+        self.queue.burst.shared_memory()
+    }
+
+    fn areas(&self) -> Vec<IovaRange> {
+        self.queue.virtqueue.areas()
+    }
+
+    fn waits_for_translation(&self) -> bool {
+        self.queue.burst.waits_for_translation()
+    }
+
+    fn forget_translations(&mut self) {
+        self.capacity = 0;
+        self.queue.forget_translations();
     }
 
     fn rewind(&mut self) -> u32 {
@@ -428,6 +446,7 @@ enum Reserved {
     Enough,
     TooLittle,
     OverBudget,
+    Untranslated,
 }
 
 /// The segments that the next frame may use.

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use arrayvec::ArrayVec;
-use virtionet_virtqueue::memory::{GuestMemory, GuestSlice};
+use virtionet_virtqueue::memory::{GuestMemory, GuestSlice, IovaRange};
 use virtionet_virtqueue::{Chain, Direction, VirtqueueError, VirtqueueFault};
 
 use crate::announcement::announcement;
@@ -180,8 +180,20 @@ impl DeviceQueue for TxQueue {
         self.queue.virtqueue.given_back_at_start()
     }
 
-    fn memory(&self) -> &GuestMemory {
-        self.queue.burst.memory()
+    fn memory(&self) -> &Arc<GuestMemory> {
+        self.queue.burst.shared_memory()
+    }
+
+    fn areas(&self) -> Vec<IovaRange> {
+        self.queue.virtqueue.areas()
+    }
+
+    fn waits_for_translation(&self) -> bool {
+        self.queue.burst.waits_for_translation()
+    }
+
+    fn forget_translations(&mut self) {
+        self.queue.forget_translations();
     }
 
     fn rewind(&mut self) -> u32 {

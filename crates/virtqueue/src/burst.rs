@@ -12,7 +12,8 @@
 use std::sync::Arc;
 
 use crate::chain::Chain;
-use crate::memory::{GuestMemory, GuestSlice, SegmentList, SegmentWriter};
+use crate::config::Direction;
+use crate::memory::{Access, GuestMemory, GuestSlice, SegmentList, SegmentWriter};
 
 /// Dequeued chains in the order in which the driver made them available.
 /// [`crate::Virtqueue::dequeue`] adds chains at the back, and [`Burst::retire`] removes completed
@@ -40,13 +41,29 @@ pub(crate) struct Reservation<'b> {
 const COMPACT_THRESHOLD: usize = 256;
 
 impl Burst {
-    /// An empty burst whose chains refer to `memory`.
+    /// An empty burst whose chains refer to `memory`. An IOMMU must permit the device to read and to
+    /// write their buffers.
     #[must_use]
     pub fn new(memory: Arc<GuestMemory>) -> Self {
+        Self::with_access(memory, Access::ReadWrite)
+    }
+
+    /// The same for chains of a virtqueue with this direction: an IOMMU must permit only what the
+    /// direction needs.
+    #[must_use]
+    pub fn with_direction(memory: Arc<GuestMemory>, direction: Direction) -> Self {
+        let access = match direction {
+            Direction::Readable => Access::Read,
+            Direction::Writable => Access::Write,
+        };
+        Self::with_access(memory, access)
+    }
+
+    fn with_access(memory: Arc<GuestMemory>, access: Access) -> Self {
         Self {
             store: Vec::new(),
             end: 0,
-            segments: SegmentList::new(memory),
+            segments: SegmentList::with_access(memory, access),
             retired: 0,
             descriptors_read: 0,
         }
@@ -56,6 +73,26 @@ impl Burst {
     #[must_use]
     pub fn memory(&self) -> &GuestMemory {
         self.segments.memory()
+    }
+
+    /// The same, for another owner.
+    #[must_use]
+    pub fn shared_memory(&self) -> &Arc<GuestMemory> {
+        self.segments.memory()
+    }
+
+    /// Whether the last dequeue took fewer chains than are available because the translation of an
+    /// address is missing. It is worth another try when the front-end has sent it.
+    #[must_use]
+    pub fn waits_for_translation(&self) -> bool {
+        self.segments.waits_for_translation()
+    }
+
+    /// Drops all copies of translations. The burst must be empty, because its segments are such
+    /// copies as well.
+    pub fn forget_translations(&mut self) {
+        self.clear();
+        self.segments.forget_translations();
     }
 
     /// The number of descriptors read since the last [`Burst::reset_descriptors_read`], those of

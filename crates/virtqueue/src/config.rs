@@ -1,5 +1,7 @@
 //! What a virtqueue is made of: its place in memory, its format and its limits.
 
+use crate::memory::IovaRange;
+
 /// The largest number of descriptors, and of memory segments, in one chain.
 pub const MAX_CHAIN_SEGMENTS: usize = 1024;
 /// The largest size of a virtqueue in descriptors (virtio 1.3 §2.7 and §2.8.10.1).
@@ -16,7 +18,8 @@ pub enum Direction {
 }
 
 /// Where a virtqueue lies: its size in descriptors and the addresses of its three areas in the
-/// front-end's address space, as SET_VRING_NUM and SET_VRING_ADDR carry them. The second and third
+/// front-end's address space, as SET_VRING_NUM and SET_VRING_ADDR carry them. Behind an IOMMU they
+/// are I/O virtual addresses. The second and third
 /// area of a packed virtqueue are the event suppression areas of the driver and of the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct VirtqueueLayout {
@@ -30,6 +33,28 @@ pub struct VirtqueueLayout {
     /// The front-end address of the used ring (split) or of the device's event suppression area
     /// (packed).
     pub used: u64,
+}
+
+impl VirtqueueLayout {
+    /// The ranges of the three areas of a virtqueue, packed or split, without those that wrap.
+    #[must_use]
+    pub fn areas(&self, packed: bool) -> Vec<IovaRange> {
+        let size = u64::from(self.size);
+        // virtio 1.3 §2.7 (with the event fields) and §2.8.
+        let [avail_len, used_len] = match packed {
+            false => [6 + 2 * size, 6 + 8 * size],
+            true => [4, 4],
+        };
+        let ranges = [
+            (self.desc, 16 * size),
+            (self.avail, avail_len),
+            (self.used, used_len),
+        ];
+        let ranges = ranges.into_iter();
+        ranges
+            .filter_map(|(addr, len)| IovaRange::new(addr, len))
+            .collect()
+    }
 }
 
 /// Everything that a virtqueue needs to start.

@@ -19,18 +19,26 @@
 //!   (address, length) pair as a whole and caches the region that it found last.
 //!
 //! During a live migration a snapshot has a log of the pages that the device writes ([`DirtyLog`]).
+//! If the guest's device is behind an IOMMU, it has the translations of I/O virtual addresses
+//! ([`Iotlb`]), which stand in the place of guest addresses, and of front-end addresses where those
+//! say where a virtqueue lies.
 //!
 //! **The guest writes this memory while the device reads it.** Each load is volatile or atomic and
 //! copies the value once; the copy is what is checked and then used. No reference (`&[u8]`) into
 //! guest memory is ever made.
 #![allow(unsafe_code)]
 
+mod areas;
 mod array;
 mod dirty_log;
 mod fault;
+mod iotlb;
 #[cfg(loom)]
 mod loom;
 mod segments;
+mod slice;
+mod stitch;
+mod translation;
 
 use std::fs::File;
 use std::io;
@@ -38,7 +46,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
-use vm_memory::{ByteValued, FileOffset, MmapRegion};
+use vm_memory::{FileOffset, MmapRegion};
 
 use dirty_log::SnapshotLog;
 use fault::TrackedRegion;
@@ -49,10 +57,16 @@ pub use array::{GuestArray, GuestArrayRef, full_fence};
 pub(crate) use dirty_log::AreaLog;
 pub use dirty_log::{DirtyLog, LOG_PAGE, LogError, LogWriter};
 pub use fault::{LossWatch, survive_lost_memory};
+pub use iotlb::{
+    Access, Iotlb, IotlbCounts, IovaRange, MAX_PENDING_MISSES, MAX_TRANSLATIONS, Miss, Translation,
+    UpdateEffect,
+};
 #[cfg(loom)]
 pub use loom::{DisabledOrdering, clear_model, disable_ordering};
 pub(crate) use segments::SegmentWriter;
-pub use segments::{BadAddress, GuestSlice, SegmentList};
+pub use segments::{BadAddress, SegmentList};
+pub use slice::GuestSlice;
+pub(crate) use translation::MissingTranslation;
 
 /// The largest number of regions in a memory table. QEMU has at most as many memory slots.
 pub const MAX_REGIONS: usize = 509;
@@ -138,6 +152,9 @@ pub struct MappedRegion {
     spec: RegionSpec,
     /// Where it begins in its file.
     file: FilePlace,
+    /// The guest addresses of its pages, if it is an area that was put together from pages of other
+    /// regions.
+    stitched: Option<Vec<u64>>,
     /// Before the mapping, because fields are dropped in their order.
     tracked: TrackedRegion,
     mapping: MmapRegion,
@@ -199,6 +216,7 @@ impl MappedRegion {
         Ok(Self {
             spec,
             file: identity,
+            stitched: None,
             tracked,
             mapping,
         })
@@ -243,6 +261,8 @@ pub struct GuestMemory {
     regions: Vec<Arc<MappedRegion>>,
     /// What the device writes is logged here during a migration.
     log: Option<SnapshotLog>,
+    /// What the addresses of a guest behind an IOMMU mean.
+    iotlb: Option<Arc<Iotlb>>,
 }
 
 impl GuestMemory {
@@ -259,7 +279,11 @@ impl GuestMemory {
         check_no_overlap(&regions, |spec| spec.user_addr)?;
         regions.sort_by_key(|r| r.spec.guest_addr);
         check_no_overlap(&regions, |spec| spec.guest_addr)?;
-        Ok(Self { regions, log: None })
+        Ok(Self {
+            regions,
+            log: None,
+            iotlb: None,
+        })
     }
 
     /// A snapshot with one more region (ADD_MEM_REG).
@@ -292,6 +316,7 @@ impl GuestMemory {
                 .cloned()
                 .collect(),
             log: None,
+            iotlb: None,
         })
     }
 
@@ -306,7 +331,21 @@ impl GuestMemory {
             log: log
                 .map(|log| SnapshotLog::new(log, &self.regions))
                 .transpose()?,
+            iotlb: self.iotlb.clone(),
         })
+    }
+
+    /// The same snapshot, in which addresses of the driver are I/O virtual addresses that `iotlb`
+    /// translates, or with `None` guest addresses.
+    #[must_use]
+    pub fn with_iotlb(self, iotlb: Option<Arc<Iotlb>>) -> Self {
+        Self { iotlb, ..self }
+    }
+
+    /// The translations of I/O virtual addresses, if the guest's device is behind an IOMMU.
+    #[must_use]
+    pub fn iotlb(&self) -> Option<&Arc<Iotlb>> {
+        self.iotlb.as_ref()
     }
 
     /// Whether writes of the device must be logged.
@@ -339,17 +378,6 @@ impl GuestMemory {
         self.log.as_ref().is_some_and(SnapshotLog::is_lost)
     }
 
-    /// The log of an area of a virtqueue at *guest* address `start`; `None` when nothing is logged.
-    pub(crate) fn area_log(&self, start: u64) -> Option<AreaLog> {
-        self.log.as_ref().map(|log| log.area(start))
-    }
-
-    /// The guest address of a *front-end* address, or `None` when it lies in no region.
-    pub(crate) fn guest_addr(&self, user_addr: u64) -> Option<u64> {
-        let (region, offset) = self.find_user(user_addr, 1)?;
-        region.spec.guest_addr.checked_add(to_u64(offset))
-    }
-
     /// The regions, in the order of guest addresses.
     pub fn mapped_regions(&self) -> impl Iterator<Item = &MappedRegion> {
         self.regions.iter().map(|region| &**region)
@@ -370,44 +398,6 @@ impl GuestMemory {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.regions.is_empty()
-    }
-
-    /// The array of `len` values at a *front-end* address, as SET_VRING_ADDR gives it. Returns
-    /// `None` when the address is not aligned for `T` or the array does not lie in one region.
-    #[must_use]
-    pub fn user_array<T: ByteValued>(&self, user_addr: u64, len: u16) -> Option<GuestArray<T>> {
-        let bytes = array_bytes::<T>(len)?;
-        let (region, offset) = self.find_user(user_addr, bytes)?;
-        GuestArray::at(region, offset, len)
-    }
-
-    /// The place of a *front-end* address in the file of its region. Returns `None` when it lies in
-    /// no region.
-    pub(crate) fn file_place(&self, user_addr: u64) -> Option<FilePlace> {
-        let (region, offset) = self.find_user(user_addr, 1)?;
-        Some(FilePlace {
-            offset: region.file.offset.checked_add(to_u64(offset))?,
-            ..region.file
-        })
-    }
-
-    /// The address in this process of a *front-end* address, as a number with which the kernel can
-    /// be asked about its page. Returns `None` when it lies in no region.
-    #[must_use]
-    pub fn host_address(&self, user_addr: u64) -> Option<usize> {
-        let (region, offset) = self.find_user(user_addr, 1)?;
-        region.host().addr().checked_add(offset)
-    }
-
-    /// The array of `len` values at a *guest* address (an indirect descriptor table). Returns
-    /// `None` when it does not lie in one region. Any alignment is allowed, because the
-    /// specification guarantees none for an indirect table.
-    #[must_use]
-    pub fn guest_array<T: ByteValued>(&self, addr: u64, len: u16) -> Option<GuestArrayRef<'_, T>> {
-        let bytes = array_bytes::<T>(len)?;
-        let (region, offset) = self.find(addr, bytes)?;
-        // SAFETY: `find` checked that the array's bytes lie in the region's mapping.
-        Some(unsafe { GuestArrayRef::new(region.host().add(offset), len) })
     }
 
     /// Copies from guest memory at a guest address to `out`. Returns false, without any effect,
@@ -433,6 +423,12 @@ impl GuestMemory {
                 unsafe { copy_in(data, region.host().add(offset)) };
                 true
             })
+    }
+
+    /// Whether the `len` bytes at a front-end address lie in one region.
+    #[must_use]
+    pub fn has_user_range(&self, user_addr: u64, len: u64) -> bool {
+        self.find_user(user_addr, len).is_some()
     }
 
     /// The region that holds the `len` bytes at a front-end address, and their offset in it.

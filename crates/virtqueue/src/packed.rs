@@ -50,6 +50,7 @@ use crate::memory::{Descriptor, GuestArray, GuestMemory, SegmentWriter, full_fen
 use crate::ring_log::PackedRingLog;
 use crate::walk::{
     ChainRules, MAX_CHAINS_PER_DEQUEUE, MAX_DESCRIPTORS_PER_DEQUEUE, TableOrder, Walk,
+    count_translated,
 };
 use position::RingPosition;
 
@@ -131,6 +132,16 @@ impl PackedVirtqueue {
         self.size
     }
 
+    /// The device event area.
+    pub(crate) fn used_area(&self) -> &GuestArray<u16> {
+        &self.device_event
+    }
+
+    /// The descriptor ring.
+    pub(crate) fn descriptors(&self) -> &GuestArray<Descriptor> {
+        &self.desc
+    }
+
     /// Logs writes to the virtqueue from now on, or with `None` no longer.
     pub(crate) fn set_log(&mut self, log: Option<PackedRingLog>) {
         if let Some(log) = &log
@@ -203,6 +214,14 @@ impl PackedVirtqueue {
                     break;
                 }
             }
+        }
+        if let Some(missing) = segments.end_dequeue() {
+            taken = count_translated(&chains[..taken], missing);
+            let slots = chains[..taken].iter().map(|chain| chain.slots).sum();
+            drop(segments);
+            burst.commit(taken, taken + descriptors_read);
+            self.avail = self.avail.after(slots, self.size);
+            return Ok(taken);
         }
         drop(segments);
         burst.commit(taken, taken + descriptors_read);

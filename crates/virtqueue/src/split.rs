@@ -30,6 +30,7 @@ use crate::memory::{Descriptor, GuestArray, GuestMemory, SegmentWriter, full_fen
 use crate::ring_log::UsedRingLog;
 use crate::walk::{
     ChainRules, MAX_CHAINS_PER_DEQUEUE, MAX_DESCRIPTORS_PER_DEQUEUE, TableOrder, Walk,
+    count_translated,
 };
 
 // Positions of the fields of both rings, in 16-bit words.
@@ -83,9 +84,12 @@ impl SplitVirtqueue {
             return Err(VirtqueueError::Size(size));
         }
         let base = u16::try_from(config.base).map_err(|_| VirtqueueError::Base(config.base))?;
-        let used_at = |bytes: u64| layout.used.checked_add(bytes);
-        let used = |addr: Option<u64>, len| memory.user_array(addr?, len);
         let no_used = VirtqueueError::unmapped("used ring", layout.used);
+        // `flags`, `idx`, the elements and `avail_event`.
+        let used_elements_len = 8 * u64::from(size);
+        let used = memory
+            .area(layout.used, 4 + used_elements_len + 2)
+            .ok_or(no_used)?;
         let ring = Self {
             size,
             event_idx: config.event_idx,
@@ -101,11 +105,9 @@ impl SplitVirtqueue {
             avail: memory
                 .user_array(layout.avail, size + 3)
                 .ok_or(VirtqueueError::unmapped("available ring", layout.avail))?,
-            used_header: memory.user_array(layout.used, 2).ok_or(no_used)?,
-            used: used_at(4)
-                .and_then(|addr| memory.user_array(addr, size))
-                .ok_or(no_used)?,
-            avail_event: used(used_at(4 + 8 * u64::from(size)), 1).ok_or(no_used)?,
+            used_header: used.array(0, 2).ok_or(no_used)?,
+            used: used.array(4, size).ok_or(no_used)?,
+            avail_event: used.array(4 + used_elements_len, 1).ok_or(no_used)?,
             log: None,
         };
         // The driver has seen everything up to this index. A back-end that takes over continues
@@ -131,6 +133,11 @@ impl SplitVirtqueue {
 
     pub(crate) fn size(&self) -> u16 {
         self.size
+    }
+
+    /// The start of the used ring.
+    pub(crate) fn used_area(&self) -> &GuestArray<u16> {
+        &self.used_header
     }
 
     /// Logs writes to the used ring from now on, or with `None` no longer.
@@ -161,7 +168,7 @@ impl SplitVirtqueue {
         // number.
         let mut descriptors_read = 0;
         let mut taken = 0;
-        for (head, slot) in heads.iter().copied().zip(chains) {
+        for (head, slot) in heads.iter().copied().zip(chains.iter_mut()) {
             // The valid chains in front of an invalid head are returned; the next call reports the
             // fault.
             let Some(desc) = self.desc.descriptor(head) else {
@@ -186,6 +193,13 @@ impl SplitVirtqueue {
             descriptors_read += walked.descriptors_read;
             *slot = Chain::new(head, 1, walked);
             taken += 1;
+        }
+        if let Some(missing) = segments.end_dequeue() {
+            taken = count_translated(&chains[..taken], missing);
+            drop(segments);
+            burst.commit(taken, taken + descriptors_read);
+            self.next_avail = self.next_avail.wrapping_add(to_u16(taken));
+            return Ok(taken);
         }
         drop(segments);
         burst.commit(taken, taken + descriptors_read);

@@ -7,7 +7,7 @@ use crate::chain::{Chain, to_used_len};
 use crate::config::{VirtqueueConfig, VirtqueueError};
 use crate::crash_record::CrashRecord;
 use crate::fault::VirtqueueFault;
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, IovaRange};
 use crate::packed::PackedVirtqueue;
 use crate::ring_log::{PackedRingLog, UsedRingLog};
 use crate::split::SplitVirtqueue;
@@ -201,19 +201,25 @@ impl Virtqueue {
     /// the descriptor ring. With `None` it logs none of these.
     pub fn set_used_log(&mut self, used_log: Option<u64>, memory: &GuestMemory) {
         self.used_log = used_log;
-        let used_area = used_log.and_then(|addr| memory.area_log(addr));
         let size = self.size();
+        let used_area = used_log
+            .and_then(|addr| dispatch!(self, ring => memory.used_area_log(addr, ring.used_area())));
         match &mut self.format {
             Format::Split(ring) => ring.set_log(used_area.map(|area| UsedRingLog::new(size, area))),
             Format::Packed(ring) => {
-                let descriptors = memory.guest_addr(self.config.layout.desc);
-                let descriptors = descriptors.and_then(|addr| memory.area_log(addr));
+                let descriptors = memory.area_log(ring.descriptors());
                 let areas = descriptors.zip(used_area);
                 ring.set_log(areas.map(|(descriptors, device_event)| {
                     PackedRingLog::new(size, descriptors, device_event)
                 }));
             }
         }
+    }
+
+    /// The ranges of addresses of its areas, as SET_VRING_ADDR gave them.
+    #[must_use]
+    pub fn areas(&self) -> Vec<IovaRange> {
+        self.config.layout.areas(self.config.packed)
     }
 
     /// The number of descriptors.
@@ -231,8 +237,9 @@ impl Virtqueue {
     }
 
     /// Moves up to `max` available chains, and at most 64, to the back of `burst`. Returns how many
-    /// were moved; 0 when none is available. The work of one call is bounded, whatever the guest
-    /// wrote.
+    /// were moved; 0 when none is available, or when the translation of an address of the first one
+    /// is missing ([`Burst::waits_for_translation`]). The work of one call is bounded, whatever the
+    /// guest wrote.
     ///
     /// # Errors
     /// When the virtqueue's indices or heads are invalid. Valid chains in front of the fault are

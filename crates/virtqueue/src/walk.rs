@@ -18,7 +18,7 @@ use crate::chain::{Chain, WalkedChain};
 use crate::config::{Direction, MAX_CHAIN_SEGMENTS, VirtqueueConfig};
 use crate::constants::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use crate::fault::ChainFault;
-use crate::memory::{Descriptor, SegmentWriter};
+use crate::memory::{Descriptor, MissingTranslation, SegmentWriter};
 
 /// The rules for every chain of a virtqueue.
 #[derive(Debug, Clone, Copy)]
@@ -226,13 +226,13 @@ impl<'w, 'p> Walk<'w, 'p> {
         if entries == 0 || !outer.len().is_multiple_of(16) {
             return Err(ChainFault::IndirectBadLength);
         }
+        let table = self
+            .segments
+            .table::<Descriptor>(outer.addr(), entries)
+            .ok_or(ChainFault::IndirectUnmapped)?;
         let limit = self.descriptors + usize::from(entries);
         let mut index = 0;
         loop {
-            let table = self
-                .segments
-                .table::<Descriptor>(outer.addr(), entries)
-                .ok_or(ChainFault::IndirectUnmapped)?;
             let mut desc = order.descriptor(table.get(index));
             if order == TableOrder::Sequential && self.rules.direction == Direction::Readable {
                 // DPDK's driver (seen with 22.11) leaves VIRTQ_DESC_F_WRITE set on the header in
@@ -290,6 +290,17 @@ impl<'w, 'p> Walk<'w, 'p> {
     pub(crate) fn abandon(self) {
         self.segments.truncate(self.from);
     }
+}
+
+/// The number of the first `chains` that can be used although translations were missing in their
+/// dequeue. An indirect table that could not be found may be what they were missing for.
+#[cold]
+pub(crate) fn count_translated(chains: &[Chain], missing: MissingTranslation) -> usize {
+    let is_usable = |chain: &&Chain| {
+        let end = usize::try_from(chain.from).unwrap_or(usize::MAX) + usize::from(chain.segments);
+        end <= missing.first_segment && chain.fault != Some(ChainFault::IndirectUnmapped)
+    };
+    chains.iter().take_while(is_usable).count()
 }
 
 /// The largest number of chains that one call of `dequeue` takes.

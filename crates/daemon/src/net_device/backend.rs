@@ -7,7 +7,7 @@ use virtionet_vhost_user::{Backend, BackendError, RefusedRequest, UnmappedVring,
 use virtionet_virtio_net::features::Features;
 use virtionet_virtio_net::{DeviceQueue, QueueConfig};
 use virtionet_virtqueue::CrashRecord;
-use virtionet_virtqueue::memory::GuestMemory;
+use virtionet_virtqueue::memory::{GuestMemory, IovaRange};
 
 use super::{FrontendState, NetDevice, ServedPair};
 use crate::conditions::ConditionKind;
@@ -138,6 +138,14 @@ impl Backend for NetDevice {
             }
         }
         unmapped
+    }
+
+    fn forget_translations(&self, range: IovaRange, memory: &Arc<GuestMemory>) {
+        self.forget_ring_translations(range, memory);
+    }
+
+    fn on_translations(&self) {
+        self.wake_for_translations();
     }
 
     fn start_vring(&self, index: u16, start: VringStart) -> Result<(), BackendError> {

@@ -135,8 +135,12 @@ impl Drop for EndedOnDrop<'_> {
 
 fn run(channel: &mut Channel<'_>, session: &mut Session<'_>) -> Result<SessionEnd, SessionError> {
     loop {
-        let message = match channel.receive()? {
+        let message = match channel.receive(session.miss_event())? {
             Incoming::Message(message) => message,
+            Incoming::Event => {
+                session.handle_miss_event();
+                continue;
+            }
             Incoming::Closed => return Ok(SessionEnd::Disconnected),
             Incoming::Stopped => return Ok(SessionEnd::Stopped),
         };

@@ -13,6 +13,7 @@ use tracing::warn;
 use virtionet_base::MAX_QUEUE_PAIRS;
 use virtionet_virtqueue::memory::{GuestMemory, MappedRegion, MemoryError, RegionSpec};
 
+use super::iommu::IommuState;
 use super::migration::LogBaseState;
 use super::serving::EndedOnDrop;
 use super::{SESSION_FEATURES, Session, SessionState};
@@ -57,7 +58,7 @@ pub enum ImageError {
     #[error(transparent)]
     Memory(#[from] MemoryError),
     /// A descriptor cannot be copied.
-    #[error("a descriptor of guest memory cannot be copied: {0}; raise the limit of open files")]
+    #[error("a descriptor cannot be made or copied: {0}; raise the limit of open files")]
     Descriptor(#[from] std::io::Error),
 }
 
@@ -73,6 +74,8 @@ pub struct SessionImage<F> {
     pub status: u8,
     /// The value of NET_SET_MTU.
     pub mtu: Option<u16>,
+    /// The channel of SET_BACKEND_REQ_FD.
+    pub backend_channel: Option<F>,
     /// The memory table.
     pub regions: Vec<RegionImage<F>>,
     /// All vrings that a front-end can use.
@@ -158,6 +161,7 @@ impl<F> SessionImage<F> {
         self,
         mut replace: impl FnMut(F) -> Result<G, E>,
     ) -> Result<SessionImage<G>, E> {
+        let backend_channel = self.backend_channel.map(&mut replace).transpose()?;
         let mut regions = Vec::new();
         for region in self.regions {
             regions.push(RegionImage {
@@ -190,6 +194,7 @@ impl<F> SessionImage<F> {
             protocol_features: self.protocol_features,
             status: self.status,
             mtu: self.mtu,
+            backend_channel,
             regions,
             vrings,
         })
@@ -228,6 +233,7 @@ impl SuspendedSession {
             protocol_features: state.protocol_features,
             status: state.status,
             mtu: state.mtu,
+            backend_channel: state.iommu.copy_of_channel()?.map(Arc::new),
             regions,
             vrings: state.vrings.iter().map(Vring::to_image).collect(),
         })
@@ -255,12 +261,15 @@ impl SuspendedSession {
             let file = region.file.try_clone()?.into();
             regions.push(Arc::new(MappedRegion::map(spec, file)?));
         }
+        let channel = image.backend_channel.map(|fd| fd.try_clone()).transpose()?;
+        let iommu = IommuState::of_features(image.features.unwrap_or(0), channel)?;
         Ok(Self {
             stream,
             state: SessionState {
                 vrings: image.vrings.into_iter().map(Vring::from_image).collect(),
-                memory: Arc::new(GuestMemory::new(regions)?),
+                memory: Arc::new(GuestMemory::new(regions)?.with_iotlb(iommu.iotlb())),
                 log_base: LogBaseState::Unset,
+                iommu,
                 features: image.features,
                 protocol_features: image.protocol_features,
                 status: image.status,

@@ -145,6 +145,11 @@ impl Session<'_> {
         let Some(start) = self.pending_start(ring) else {
             return Ok(());
         };
+        let areas = start.layout.areas(start.features & PACKED != 0);
+        if !self.state.memory.knows_areas(&areas) {
+            debug!(ring, "vring waits for the translation of its areas");
+            return Ok(());
+        }
         debug!(
             ring,
             size = start.layout.size,
@@ -158,7 +163,7 @@ impl Session<'_> {
     }
 
     /// The configuration with which a stopped vring starts, if it is complete.
-    fn pending_start(&self, ring: u16) -> Option<VringStart> {
+    pub(super) fn pending_start(&self, ring: u16) -> Option<VringStart> {
         let vring = &self.state.vrings[usize::from(ring)];
         if vring.is_started() || self.must_not_write() {
             return None;
@@ -174,6 +179,7 @@ impl Session<'_> {
     pub(super) fn stop(&mut self, ring: u16) {
         self.pause(ring);
         self.state.vrings[usize::from(ring)].kick = Kick::Unset;
+        self.forget_translations_if_idle();
     }
 
     /// Stops a vring, if it is started, and stores its base.

@@ -44,7 +44,7 @@ enum CopyOutcome {
 impl RxQueue {
     /// Copies `frames` (at most [`crate::uplink::MAX_BURST`]), in order, to the guest's buffers.
     /// The used index is published once, at the end. A frame that does not fit is dropped and
-    /// counted: `dropped_no_buffer`, `dropped_too_long`.
+    /// counted: `dropped_no_buffer`, `dropped_untranslated`, `dropped_too_long`.
     ///
     /// # Errors
     /// When the ring is faulty and must be quarantined.
@@ -75,7 +75,7 @@ impl RxQueue {
                 break;
             };
             if progress.too_large.is_some_and(|len| frame.len >= len) {
-                self.queue.stats.dropped_no_buffer.add(1);
+                self.count_without_buffer(1);
                 rest = others;
                 continue;
             }
@@ -83,11 +83,11 @@ impl RxQueue {
                 Ok(CopyOutcome::Continue) => rest = others,
                 Ok(CopyOutcome::NoBuffers) => {
                     // No buffer is left, so the other frames do not fit either.
-                    self.queue.stats.dropped_no_buffer.add(to_u64(rest.len()));
+                    self.count_without_buffer(rest.len());
                     break;
                 }
                 Err(found) => {
-                    self.queue.stats.dropped_no_buffer.add(to_u64(rest.len()));
+                    self.count_without_buffer(rest.len());
                     fault = Some(found);
                     break;
                 }
@@ -112,6 +112,35 @@ impl RxQueue {
                 should_call: self.queue.virtqueue.publish(),
             }),
         }
+    }
+
+    /// Reserves buffers before there is a frame, so that their translations are known when one is
+    /// pushed. Returns whether the driver wants an interrupt for faulty chains. It does nothing
+    /// unless the guest's device is behind an IOMMU.
+    ///
+    /// # Errors
+    /// When the ring is faulty and must be quarantined.
+    pub fn prepare(&mut self) -> Result<bool, VirtqueueFault> {
+        if self.queue.burst.memory().iotlb().is_none() {
+            return Ok(false);
+        }
+        self.queue.burst.reset_descriptors_read();
+        let reserved = self.reserve();
+        match self.queue.virtqueue.has_unpublished() {
+            true => Ok(self.queue.virtqueue.publish()),
+            false => reserved.map(|_| false),
+        }
+    }
+
+    /// Counts frames for which there is no buffer, or none whose translation is known.
+    #[cold]
+    fn count_without_buffer(&self, frames: usize) {
+        let stats = &self.queue.stats;
+        let counter = match self.queue.burst.waits_for_translation() {
+            true => &stats.dropped_untranslated,
+            false => &stats.dropped_no_buffer,
+        };
+        counter.add(to_u64(frames));
     }
 
     /// Copies frames to the next chains, one frame each, for as long as they fit; returns their
@@ -178,7 +207,7 @@ impl RxQueue {
                     return Ok(CopyOutcome::NoBuffers);
                 }
                 progress.too_large = Some(frame.len);
-                self.queue.stats.dropped_no_buffer.add(1);
+                self.count_without_buffer(1);
                 return Ok(CopyOutcome::Continue);
             };
             capacity += chain.len();

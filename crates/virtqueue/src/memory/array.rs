@@ -37,7 +37,7 @@ pub(crate) use impl_byte_valued;
 pub struct GuestArray<T> {
     ptr: *mut T,
     len: u16,
-    _region: Arc<MappedRegion>,
+    region: Arc<MappedRegion>,
 }
 
 // SAFETY: the pointer leads into a shared mapping that the region keeps alive; every access is a
@@ -51,7 +51,7 @@ impl<T: ByteValued> GuestArray<T> {
         ptr.is_aligned().then(|| Self {
             ptr,
             len,
-            _region: Arc::clone(region),
+            region: Arc::clone(region),
         })
     }
 
@@ -65,6 +65,16 @@ impl<T: ByteValued> GuestArray<T> {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// The region of the array.
+    pub(super) fn region(&self) -> &Arc<MappedRegion> {
+        &self.region
+    }
+
+    /// The offset of the array in its region.
+    pub(super) fn offset(&self) -> usize {
+        self.ptr.addr().wrapping_sub(self.region.host().addr())
     }
 
     /// The address of value `index`, or of the first value when `index` is beyond the end. Callers
@@ -394,7 +404,7 @@ impl<T: ByteValued> GuestArrayRef<'_, T> {
     #[must_use]
     pub fn get(&self, index: u16) -> T {
         let index = if index < self.len { index } else { 0 };
-        // SAFETY: index < len, and `guest_array` checked that the whole array lies in its mapping,
+        // SAFETY: index < len, and the caller of `new` checked that the whole array is in a mapping,
         // which the snapshot of lifetime 'm keeps. T is plain data of any bit pattern.
         unsafe {
             let ptr = self.ptr.cast::<T>().add(usize::from(index));

@@ -30,7 +30,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use vm_memory::{FileOffset, MmapRegion};
 
 use super::fault::TrackedRegion;
-use super::segments::GuestSlice;
+use super::slice::GuestSlice;
 use super::{MappedRegion, seal_against_shrinking, to_u64};
 
 /// The bytes of guest memory for which one bit stands (VHOST_LOG_PAGE).
@@ -225,8 +225,23 @@ impl SnapshotLog {
     pub(super) fn area(&self, start: u64) -> AreaLog {
         AreaLog {
             log: Arc::clone(&self.log),
-            start,
+            place: AreaPlace::Contiguous(start),
         }
+    }
+
+    /// The log of an area that begins at `offset` of `region`.
+    pub(super) fn area_of(&self, region: &Arc<MappedRegion>, offset: usize) -> Option<AreaLog> {
+        if region.stitched.is_none() {
+            let start = region.spec.guest_addr.checked_add(to_u64(offset))?;
+            return Some(self.area(start));
+        }
+        Some(AreaLog {
+            log: Arc::clone(&self.log),
+            place: AreaPlace::Stitched {
+                region: Arc::clone(region),
+                offset: to_u64(offset),
+            },
+        })
     }
 
     /// A writer, for what was written before a full fence that lies before its first use.
@@ -275,19 +290,53 @@ impl LogWriter<'_> {
     }
 }
 
-/// Logs writes to one area of a virtqueue, which is known by its guest address.
+/// Logs writes to one area of a virtqueue.
 #[derive(Debug)]
 pub(crate) struct AreaLog {
     log: Arc<DirtyLog>,
-    start: u64,
+    place: AreaPlace,
+}
+
+/// Where an area of a virtqueue is in guest memory.
+#[derive(Debug)]
+enum AreaPlace {
+    /// At this guest address.
+    Contiguous(u64),
+    /// At this offset of a region that was put together from single pages.
+    Stitched {
+        region: Arc<MappedRegion>,
+        offset: u64,
+    },
 }
 
 impl AreaLog {
     /// Logs the `len` bytes at `offset` of the area. A full fence must lie between the writes and
     /// this call.
     pub(crate) fn mark(&self, offset: u64, len: u64) {
-        if let Some(addr) = self.start.checked_add(offset) {
-            self.log.mark(addr, len);
+        match &self.place {
+            AreaPlace::Contiguous(start) => {
+                if let Some(addr) = start.checked_add(offset) {
+                    self.log.mark(addr, len);
+                }
+            }
+            AreaPlace::Stitched {
+                region,
+                offset: start,
+            } => self.mark_pages(region, start.saturating_add(offset), len),
+        }
+    }
+
+    /// Logs the `len` bytes at `at` of a region that was put together from single pages.
+    fn mark_pages(&self, region: &MappedRegion, mut at: u64, len: u64) {
+        let pages = region.stitched.as_deref().unwrap_or_default();
+        let end = at.saturating_add(len).min(region.spec.size);
+        while at < end {
+            let next = (at / LOG_PAGE + 1) * LOG_PAGE;
+            let page = usize::try_from(at / LOG_PAGE).ok();
+            if let Some(page) = page.and_then(|page| pages.get(page)) {
+                self.log.mark(page + at % LOG_PAGE, next.min(end) - at);
+            }
+            at = next;
         }
     }
 }

@@ -6,190 +6,18 @@
 //! and a list that must grow, take the slow path, which is not inlined.
 #![allow(unsafe_code)]
 
-use std::marker::PhantomData;
+mod translated;
+
 use std::sync::Arc;
 
 use vm_memory::ByteValued;
 
 use super::array::{GuestArrayRef, prefetch, prefetch_to_write};
-use super::{GuestMemory, array_bytes, copy_in, copy_out};
+use super::iotlb::Access;
+use super::slice::GuestSlice;
+use super::translation::{MissingTranslation, RingTranslations};
+use super::{GuestMemory, array_bytes};
 use crate::config::Direction;
-
-/// The smallest page.
-const PAGE_SIZE: usize = 4096;
-
-/// A segment of a guest's buffer with the layout of an `iovec`. The guest may write the memory at
-/// any time, so bytes that must be checked are copied first.
-#[derive(Debug, Clone, Copy)]
-#[repr(transparent)]
-pub struct GuestSlice<'m> {
-    vec: libc::iovec,
-    _life: PhantomData<&'m GuestMemory>,
-}
-
-// SAFETY: plain shared memory behind volatile copies, as for GuestArray.
-unsafe impl Send for GuestSlice<'_> {}
-// SAFETY: no method takes or hands out a reference into the memory.
-unsafe impl Sync for GuestSlice<'_> {}
-
-impl<'m> GuestSlice<'m> {
-    /// The `len` bytes at `offset` of a mapping at `host`. The caller has checked that they lie in
-    /// it.
-    #[inline(always)]
-    fn new(host: *mut u8, offset: u64, len: u64) -> Self {
-        // Both numbers fit usize, because they lie within one mapping.
-        let offset = usize::try_from(offset).unwrap_or(0);
-        Self {
-            vec: libc::iovec {
-                // `wrapping_add` needs no SAFETY condition. The accesses need one: that the bytes
-                // are mapped.
-                iov_base: host.wrapping_add(offset).cast(),
-                iov_len: usize::try_from(len).unwrap_or(0),
-            },
-            _life: PhantomData,
-        }
-    }
-
-    /// The length in bytes.
-    #[inline(always)]
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.vec.iov_len
-    }
-
-    /// Reads one byte of each page. To be called when a system call could not access the slice
-    /// (EFAULT): unlike that, this finds lost memory (see [`super::survive_lost_memory`]).
-    pub fn probe(&self) {
-        let mut byte = [0];
-        let mut at = 0;
-        while at < self.len() {
-            self.skip(at).copy_to(&mut byte);
-            std::hint::black_box(byte);
-            at += PAGE_SIZE;
-        }
-        self.skip(self.len().saturating_sub(1)).copy_to(&mut byte);
-        std::hint::black_box(byte);
-    }
-
-    /// Whether the slice holds no byte.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Copies from the start of the slice to `out`. Returns the number of bytes copied: the shorter
-    /// of both lengths.
-    #[inline(always)]
-    pub fn copy_to(&self, out: &mut [u8]) -> usize {
-        let n = self.len().min(out.len());
-        // SAFETY: n bytes from the slice's start are mapped (see SegmentList::push) while 'm lives.
-        unsafe { copy_out(self.vec.iov_base.cast(), &mut out[..n]) };
-        n
-    }
-
-    /// Copies the first `N` bytes to `out`, with one or two instructions for a small `N`. Returns
-    /// false, without any effect, when the slice is shorter.
-    #[inline(always)]
-    pub fn copy_to_array<const N: usize>(&self, out: &mut [u8; N]) -> bool {
-        if self.len() < N {
-            return false;
-        }
-        // SAFETY: as for `copy_to`: N bytes are mapped.
-        unsafe { copy_out(self.vec.iov_base.cast(), out) };
-        true
-    }
-
-    /// Copies `data` to the start of the slice, like [`GuestSlice::copy_to_array`]. Returns false,
-    /// without any effect, when the slice is shorter.
-    #[inline(always)]
-    pub fn copy_from_array<const N: usize>(&self, data: &[u8; N]) -> bool {
-        if self.len() < N {
-            return false;
-        }
-        // SAFETY: as for `copy_from`: N bytes are mapped.
-        unsafe { copy_in(data, self.vec.iov_base.cast()) };
-        true
-    }
-
-    /// Copies `data` to the start of the slice. Returns the number of bytes copied: the shorter of
-    /// both lengths.
-    #[inline(always)]
-    pub fn copy_from(&self, data: &[u8]) -> usize {
-        let n = self.len().min(data.len());
-        // SAFETY: as for `copy_to`.
-        unsafe { copy_in(&data[..n], self.vec.iov_base.cast()) };
-        n
-    }
-
-    /// Copies from the start of another slice to the start of this one. Returns the number of bytes
-    /// copied: the shorter of both lengths. The two may overlap, because guests may share memory.
-    #[inline(always)]
-    pub fn copy_from_slice(&self, from: &GuestSlice<'_>) -> usize {
-        let n = self.len().min(from.len());
-        // SAFETY: as for `copy_to` and `copy_from`, on either side.
-        unsafe { std::ptr::copy(from.vec.iov_base.cast::<u8>(), self.vec.iov_base.cast(), n) };
-        n
-    }
-
-    /// A slice of this process's own memory, for code that takes frames from either kind of memory.
-    #[must_use]
-    pub fn from_private(bytes: &'m mut [u8]) -> Self {
-        Self {
-            vec: libc::iovec {
-                iov_base: bytes.as_mut_ptr().cast(),
-                iov_len: bytes.len(),
-            },
-            _life: PhantomData,
-        }
-    }
-
-    /// A slice without bytes.
-    fn empty() -> Self {
-        Self::new(std::ptr::null_mut(), 0, 0)
-    }
-
-    /// The slice without its first `n` bytes; empty when it has fewer.
-    #[inline(always)]
-    #[must_use]
-    pub fn skip(&self, n: usize) -> Self {
-        let n = n.min(self.len());
-        Self {
-            vec: libc::iovec {
-                // SAFETY: n <= len, so the result stays within or one past the slice.
-                iov_base: unsafe { self.vec.iov_base.cast::<u8>().add(n) }.cast(),
-                iov_len: self.vec.iov_len - n,
-            },
-            _life: PhantomData,
-        }
-    }
-
-    /// The first `n` bytes of the slice; the whole slice when it has fewer.
-    #[inline(always)]
-    #[must_use]
-    pub fn first(&self, n: usize) -> Self {
-        Self {
-            vec: libc::iovec {
-                iov_base: self.vec.iov_base,
-                iov_len: self.vec.iov_len.min(n),
-            },
-            _life: PhantomData,
-        }
-    }
-
-    /// The slice as an `iovec`. Its pointer is valid for as long as the snapshot of memory exists.
-    #[inline(always)]
-    #[must_use]
-    pub fn as_iovec(&self) -> libc::iovec {
-        self.vec
-    }
-
-    /// A list of slices as a list of `iovec`s, without a copy.
-    #[must_use]
-    pub fn as_iovecs<'a>(slices: &'a [GuestSlice<'m>]) -> &'a [libc::iovec] {
-        // SAFETY: repr(transparent) over iovec; lifetime and length are those of the input.
-        unsafe { std::slice::from_raw_parts(slices.as_ptr().cast(), slices.len()) }
-    }
-}
 
 /// Initial capacity of a list in segments: enough for 64 chains of two segments each.
 const INITIAL_CAPACITY: usize = 128;
@@ -206,6 +34,9 @@ pub struct SegmentList {
     len: usize,
     /// The region of the last translation.
     cached_region: CachedRegion,
+    /// What addresses mean, if they are I/O virtual addresses. The cached region is then the range
+    /// of a translation.
+    translations: Option<Box<RingTranslations>>,
     /// Keeps every slice in `list` mapped. The 'static of `list` is never visible outside this
     /// type.
     memory: Arc<GuestMemory>,
@@ -245,7 +76,7 @@ pub(crate) struct SegmentWriter<'p> {
     cached_region: CachedRegion,
 }
 
-impl SegmentWriter<'_> {
+impl<'p> SegmentWriter<'p> {
     /// The number of segments.
     #[inline(always)]
     pub(crate) fn len(&self) -> usize {
@@ -286,18 +117,27 @@ impl SegmentWriter<'_> {
     }
 
     /// The table of `len` values at guest address `addr`, or `None` when it does not lie in one
-    /// region.
+    /// region. Any alignment is allowed, because the specification guarantees none for an indirect
+    /// table.
     #[inline(always)]
-    pub(crate) fn table<T: ByteValued>(&self, addr: u64, len: u16) -> Option<GuestArrayRef<'_, T>> {
+    pub(crate) fn table<T: ByteValued>(&self, addr: u64, len: u16) -> Option<GuestArrayRef<'p, T>> {
         let bytes = array_bytes::<T>(len)?;
-        match self.cached_region.offset(addr, bytes) {
+        let host = match self.cached_region.offset(addr, bytes) {
             Some(offset) => {
                 let offset = usize::try_from(offset).ok()?;
-                // SAFETY: the table lies within the mapping at `host`.
-                Some(unsafe { GuestArrayRef::new(self.cached_region.host.add(offset), len) })
+                self.cached_region.host.wrapping_add(offset)
             }
-            None => self.segments.memory.guest_array(addr, len),
-        }
+            None => self.segments.table_slow(addr, bytes)?,
+        };
+        // SAFETY: the table lies in a mapping of `SegmentList::memory`, which nobody else can replace
+        // during 'p, and which the writer does not replace.
+        Some(unsafe { GuestArrayRef::new(host, len) })
+    }
+
+    /// Ends a dequeue. Returns what the chains must not be used for if a translation was missing.
+    #[inline(always)]
+    pub(crate) fn end_dequeue(&self) -> Option<MissingTranslation> {
+        self.segments.translations.as_ref()?.end_dequeue()
     }
 }
 
@@ -318,6 +158,12 @@ struct CachedRegion {
 }
 
 impl CachedRegion {
+    const NONE: Self = Self {
+        start: 0,
+        size: 0,
+        host: std::ptr::null_mut(),
+    };
+
     /// The offset of `addr` in the region, if all `len` bytes at `addr` lie in it.
     #[inline(always)]
     fn offset(&self, addr: u64, len: u64) -> Option<u64> {
@@ -332,18 +178,42 @@ impl CachedRegion {
 unsafe impl Send for SegmentList {}
 
 impl SegmentList {
-    /// An empty list for addresses of `memory`.
+    /// An empty list for addresses of `memory`. An IOMMU must permit the device to read and to write
+    /// the buffers.
     #[must_use]
     pub fn new(memory: Arc<GuestMemory>) -> Self {
+        Self::with_access(memory, Access::ReadWrite)
+    }
+
+    /// An empty list for addresses of `memory`, of buffers for which an IOMMU must permit `access`.
+    #[must_use]
+    pub fn with_access(memory: Arc<GuestMemory>, access: Access) -> Self {
+        let translations = memory
+            .iotlb()
+            .map(|iotlb| RingTranslations::new(iotlb, access));
         Self {
             list: Vec::new(),
             len: 0,
-            cached_region: CachedRegion {
-                start: 0,
-                size: 0,
-                host: std::ptr::null_mut(),
-            },
+            cached_region: CachedRegion::NONE,
+            translations: translations.map(Box::new),
             memory,
+        }
+    }
+
+    /// Whether the last dequeue ended at an address whose translation is missing. It is worth
+    /// another try when the front-end has sent one.
+    #[must_use]
+    pub fn waits_for_translation(&self) -> bool {
+        let translations = self.translations.as_ref();
+        translations.is_some_and(|translations| translations.waits())
+    }
+
+    /// Empties the list, and drops all copies of translations.
+    pub fn forget_translations(&mut self) {
+        self.len = 0;
+        if let Some(translations) = &self.translations {
+            self.cached_region = CachedRegion::NONE;
+            translations.forget();
         }
     }
 
@@ -403,6 +273,10 @@ impl SegmentList {
         mut len: u64,
     ) -> (usize, CachedRegion, Result<(), BadAddress>) {
         self.len = at;
+        if self.translations.is_some() {
+            let pushed = self.push_translated(addr, len);
+            return (self.len, self.cached_region, pushed);
+        }
         loop {
             let Some(region) = self.memory.region_containing(addr) else {
                 return (at, self.cached_region, Err(BadAddress));
@@ -415,12 +289,7 @@ impl SegmentList {
             let offset = addr - self.cached_region.start;
             let part = len.min(self.cached_region.size - offset);
             if part != 0 {
-                if self.len == self.list.len() {
-                    let capacity = (2 * self.len).max(INITIAL_CAPACITY);
-                    self.list.resize(capacity, GuestSlice::empty());
-                }
-                self.list[self.len] = GuestSlice::new(self.cached_region.host, offset, part);
-                self.len += 1;
+                self.append(GuestSlice::new(self.cached_region.host, offset, part));
             }
             len -= part;
             if len == 0 {
@@ -428,6 +297,28 @@ impl SegmentList {
             }
             // The sum fits, because the end of a region fits 64 bits.
             addr += part;
+        }
+    }
+
+    fn append(&mut self, slice: GuestSlice<'static>) {
+        if self.len == self.list.len() {
+            let capacity = (2 * self.len).max(INITIAL_CAPACITY);
+            self.list.resize(capacity, GuestSlice::empty());
+        }
+        self.list[self.len] = slice;
+        self.len += 1;
+    }
+
+    /// Where the table of this many bytes at `addr`, which is not in the cached region, is mapped.
+    #[cold]
+    #[inline(never)]
+    fn table_slow(&self, addr: u64, bytes: u64) -> Option<*mut u8> {
+        match &self.translations {
+            None => {
+                let (region, offset) = self.memory.find(addr, bytes)?;
+                Some(region.host().wrapping_add(offset))
+            }
+            Some(translations) => self.translated_table(translations, addr, bytes),
         }
     }
 
