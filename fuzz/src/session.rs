@@ -19,16 +19,17 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use virtionet_config::PollMode;
+use virtionet_net_device::call_watchdog;
+use virtionet_net_device::host_cpus::HostCpus;
+use virtionet_net_device::net_device::NetDevice;
+use virtionet_net_device::placer::Placer;
 use virtionet_placement::{Placement, PlacementPlanner};
+use virtionet_process::panic_policy;
 use virtionet_uplink::switch::Switch;
 use virtionet_virtio_net::header::VnetHeader;
 use virtionet_virtio_net::stats::VringStats;
 use virtionet_virtio_net::uplink::{MAX_BURST, TxFrame, Uplink, UplinkQueue, null_rx_sink};
 use virtionet_virtqueue::memory::{GuestSlice, survive_lost_memory};
-use virtionetd::host_cpus::HostCpus;
-use virtionetd::net_device::NetDevice;
-use virtionetd::placer::Placer;
-use virtionetd::{call_watchdog, panic_policy};
 
 use self::files::{Files, RING_DISTANCE, RING_SIZE, RINGS, USED_AREA};
 use self::frontend::Frontend;

@@ -6,11 +6,11 @@ use anyhow::{Context, Result};
 use virtionet_guest::driver::DriverVirtqueue;
 use virtionet_guest::memory::GuestRam;
 use virtionet_guest::net::{self, PACKED};
+use virtionet_net_device::crash_records::CrashRecords;
 use virtionet_virtio_net::features::Features;
 use virtionet_virtio_net::stats::VringStats;
 use virtionet_virtio_net::{DeviceQueue, QueueConfig};
 use virtionet_virtqueue::VirtqueueLayout;
-use virtionetd::crash_records::CrashRecords;
 
 /// Creates guest memory for a queue with this configuration.
 pub(super) fn create_ram(config: &net::DriverQueueConfig) -> Result<GuestRam> {

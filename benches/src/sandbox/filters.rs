@@ -9,9 +9,9 @@ use std::thread::{Scope, scope};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use seccompiler::{apply_filter, sock_filter};
+use virtionet_net_device::sys::read_cycles;
 use virtionet_sandbox::{Enforcement, FileRules, Sandbox, ThreadKind};
 use virtionet_tests::sched;
-use virtionetd::sys::read_cycles;
 
 use super::PAYLOAD;
 use crate::harness::progress;

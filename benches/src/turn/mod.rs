@@ -18,14 +18,14 @@ use anyhow::{Context, Result, ensure};
 use nix::time::{ClockId, clock_gettime};
 use virtionet_guest::frame::{Checksum, Frame, FrameSpec, Transport};
 use virtionet_guest::net::{MODERN, OFFLOADS};
+use virtionet_net_device::pair_service::PairService;
+use virtionet_net_device::queue_pair::QueuePair;
+use virtionet_net_device::waker::Waker;
+use virtionet_net_device::worker_event::PairEvent;
 use virtionet_uplink::null::Null;
 use virtionet_uplink::switch::Switch;
 use virtionet_virtio_net::features::Features;
 use virtionet_virtio_net::uplink::{MAX_BURST, Uplink};
-use virtionetd::pair_service::PairService;
-use virtionetd::queue_pair::QueuePair;
-use virtionetd::waker::Waker;
-use virtionetd::worker_event::PairEvent;
 
 use self::ring::{ChainKind, HostileRing, RX, TX};
 use crate::harness::{pin_to_last_cpu, progress, run_in_netns};

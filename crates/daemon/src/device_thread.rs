@@ -14,12 +14,12 @@ use virtionet_vhost_user::{
 };
 
 use crate::frontend_source::FrontendSource;
-use crate::net_device::NetDevice;
-use crate::panic_policy::{contain, contain_panics};
 use crate::run_error::{DeviceFailure, RunError};
-use crate::sandbox;
 use crate::served_device::{ServedDevice, SuspendedSlot};
-use crate::stop::Stop;
+use virtionet_net_device::net_device::NetDevice;
+use virtionet_net_device::stop::Stop;
+use virtionet_process::panic_policy::{contain, contain_panics};
+use virtionet_process::sandbox;
 
 /// A session that ends sooner than this is followed by a pause of this length.
 const MIN_SESSION_INTERVAL: Duration = Duration::from_millis(20);

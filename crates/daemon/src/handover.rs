@@ -22,11 +22,11 @@ use virtionet_placement::interrupts::IrqAffinityManager;
 use virtionet_sandbox::ThreadKind;
 use virtionet_vhost_user::{ImageError, peer_uid};
 
-use crate::sandbox;
 use crate::served_device::ServedDevice;
-use crate::stop::Stop;
 use crate::uplinks::Uplinks;
-use crate::worker_pool::WorkerPool;
+use virtionet_net_device::stop::Stop;
+use virtionet_net_device::worker_pool::WorkerPool;
+use virtionet_process::sandbox;
 
 /// The signal that tells the main thread of a successor. SIGUSR2 is the watchdog's.
 pub const SUCCESSOR_SIGNAL: Signal = Signal::SIGUSR1;

@@ -18,10 +18,10 @@ use virtionet_base::rights;
 use virtionet_config::uplink::{TapConfig, UplinkConfig};
 use virtionet_config::{Config, DeviceConfig, HelperConfig, SandboxMode, Socket};
 use virtionet_helper::{Client, Rule, take_rules};
+use virtionet_net_device::sys;
 use virtionet_placement::interrupts::{IRQBALANCE_SOCKETS, IrqAffinity};
+use virtionet_process::{logging, sandbox};
 use virtionet_sandbox::ThreadKind;
-
-use crate::{logging, sandbox, sys};
 
 /// The first argument of the helper, which is followed by the name of the sandbox mode and the
 /// number of `-v` flags.

@@ -8,17 +8,17 @@ use virtionet_config::{Config, DeviceConfig, PollMode, Socket};
 use virtionet_placement::PlacementPlanner;
 use virtionet_placement::interrupts::IrqAffinityManager;
 
-use crate::advice::Adviser;
-use crate::crash_records::CrashRecords;
-use crate::feature_set::FeatureSet;
-use crate::host_cpus::HostCpus;
-use crate::interrupts::Interrupts;
-use crate::net_device::NetDevice;
-use crate::placer::Placer;
 use crate::run_error::RunError;
 use crate::take_over::OfferedDevices;
 use crate::uplinks::Uplinks;
-use crate::worker_pool::WorkerPool;
+use virtionet_net_device::advice::Adviser;
+use virtionet_net_device::crash_records::CrashRecords;
+use virtionet_net_device::feature_set::FeatureSet;
+use virtionet_net_device::host_cpus::HostCpus;
+use virtionet_net_device::interrupts::Interrupts;
+use virtionet_net_device::net_device::NetDevice;
+use virtionet_net_device::placer::Placer;
+use virtionet_net_device::worker_pool::WorkerPool;
 
 /// The state that all devices of the process share.
 pub struct Host {

@@ -4,7 +4,9 @@ use std::process::ExitCode;
 
 use virtionet_config::Command;
 use virtionet_config::cli;
-use virtionetd::{RunError, helper_process, logging, panic_policy, sandbox, supervisor, sys};
+use virtionet_net_device::sys;
+use virtionet_process::{logging, panic_policy, sandbox};
+use virtionetd::{RunError, helper_process, supervisor};
 
 fn main() -> ExitCode {
     sys::limit_malloc_arenas();

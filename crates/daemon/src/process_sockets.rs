@@ -15,8 +15,8 @@ use virtionet_sandbox::ThreadKind;
 use crate::handover::Successor;
 use crate::report_builder::DeviceRegistry;
 use crate::run_error::RunError;
-use crate::sandbox;
 use crate::take_over::TakenListener;
+use virtionet_process::sandbox;
 
 /// A socket that listens, and its file.
 type ListeningSocket = (UnixListener, SocketFile);

@@ -12,11 +12,11 @@ use virtionet_virtio_net::stats::{VringStats, WorkerStats, to_u64};
 use virtionet_virtqueue::memory::IotlbCounts;
 
 use crate::helper_process::HelperProcess;
-use crate::logging;
-use crate::net_device::{NetDevice, ServedPair};
-use crate::panic_policy::contained_panics;
-use crate::sandbox;
-use crate::vring_slot::VringSlot;
+use virtionet_net_device::net_device::{NetDevice, ServedPair};
+use virtionet_net_device::vring_slot::VringSlot;
+use virtionet_process::logging;
+use virtionet_process::panic_policy::contained_panics;
+use virtionet_process::sandbox;
 
 /// All devices of this process, with their configurations, and its helper.
 #[derive(Debug)]
@@ -166,7 +166,7 @@ mod tests {
     use virtionet_uplink::null::Null;
 
     use super::*;
-    use crate::testing::{net_device, send, two_pairs, with_frontend};
+    use virtionet_net_device::testing::{net_device, send, two_pairs, with_frontend};
 
     fn config(socket: Socket) -> DeviceConfig {
         DeviceConfig {
@@ -236,7 +236,10 @@ mod tests {
             let queue = &mut frontend.pairs[0].tx.queue;
             queue.ring.as_split().unwrap().set_avail_index(1000);
             queue.kick_now().unwrap();
-            queue.err.wait(crate::testing::TIMEOUT).unwrap();
+            queue
+                .err
+                .wait(virtionet_net_device::testing::TIMEOUT)
+                .unwrap();
             let broken = devices.report().devices.remove(0).pairs.remove(0).tx;
             assert_eq!(broken.state, report::VringStatus::Quarantined);
         });

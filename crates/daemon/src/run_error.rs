@@ -8,10 +8,10 @@ use virtionet_placement::PlacementError;
 use virtionet_vhost_user::SessionError;
 use virtionet_vhost_user::listen::ListenError;
 
-use crate::host_cpus::HostCpusError;
-use crate::sandbox::ConfineError;
 use crate::take_over::TakeOverError;
 use crate::uplinks::OpenUplinkError;
+use virtionet_net_device::host_cpus::HostCpusError;
+use virtionet_process::sandbox::ConfineError;
 
 /// Why the program cannot start, or had to end.
 #[derive(Debug, thiserror::Error)]

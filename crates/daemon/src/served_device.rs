@@ -5,7 +5,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use virtionet_vhost_user::SuspendedSession;
 
-use crate::net_device::NetDevice;
+use virtionet_net_device::net_device::NetDevice;
 
 /// The suspended session of a front-end, if there is one. The device's thread continues it.
 pub type SuspendedSlot = Mutex<Option<Box<SuspendedSession>>>;

@@ -35,24 +35,24 @@ use virtionet_uplink::switch::HostPortForwarder;
 use virtionet_vhost_user::start_closer;
 use virtionet_virtqueue::memory::survive_lost_memory;
 
-use crate::call_watchdog;
 use crate::descriptor_budget;
 use crate::device_thread::{DeviceThread, start_devices};
 use crate::frontend_source::FrontendSource;
 use crate::handover::{Handover, SUCCESSOR_SIGNAL, Successor};
 use crate::helper_process::HelperProcess;
 use crate::host::{CreatedDevice, Host};
-use crate::logging;
-use crate::placement_monitor;
 use crate::process_sockets::ProcessSockets;
 use crate::report_builder::DeviceRegistry;
 use crate::run_error::RunError;
-use crate::sandbox;
 use crate::served_device::ServedDevice;
-use crate::stop::Stop;
 use crate::take_over::{OfferedDevices, socket_file};
 use crate::uplinks::Uplinks;
-use crate::worker_pool::WorkerPool;
+use virtionet_net_device::call_watchdog;
+use virtionet_net_device::placement_monitor;
+use virtionet_net_device::stop::Stop;
+use virtionet_net_device::worker_pool::WorkerPool;
+use virtionet_process::logging;
+use virtionet_process::sandbox;
 
 /// How long all threads together may take to end.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);

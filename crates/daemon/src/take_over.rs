@@ -17,10 +17,10 @@ use virtionet_uplink::tap::TapImage;
 use virtionet_vhost_user::listen::ListenError;
 use virtionet_vhost_user::{ImageError, SuspendedSession};
 
-use crate::crash_records::CrashRecords;
 use crate::frontend_source::FrontendSource;
 use crate::served_device::ServedDevice;
 use crate::uplinks::Uplinks;
+use virtionet_net_device::crash_records::CrashRecords;
 
 /// Why this daemon cannot take over. The one before it continues.
 #[derive(Debug, thiserror::Error)]

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use virtionet_net_device::net_device::NetDevice;
 use virtionet_vhost_user::{SessionLog, serve};
-use virtionetd::net_device::NetDevice;
 
 use super::files::Files;
 use super::message::{Framing, Message};

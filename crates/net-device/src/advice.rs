@@ -14,7 +14,7 @@ use virtionet_base::ReportOnce;
 use virtionet_placement::{QemuNetDevice, query_net_device};
 use virtionet_sandbox::ThreadKind;
 
-use crate::sandbox;
+use virtionet_process::sandbox;
 
 /// The time for which the guest's choice must have stayed the same.
 const MIN_STABLE: Duration = Duration::from_secs(8);
@@ -281,7 +281,7 @@ mod tests {
             "{advice:?}"
         );
         assert!(
-            log.contains(&format!("WARN virtionetd::advice: vnet: {text}")),
+            log.contains(&format!("WARN virtionet_net_device::advice: vnet: {text}")),
             "{log}"
         );
         adviser.update(|| all, start + 3 * MIN_STABLE);

@@ -13,17 +13,17 @@ use crate::vring_slot::VringSlot;
 
 impl NetDevice {
     /// The records of the progress of packed vrings.
-    pub(crate) fn crash_records(&self) -> Option<&CrashRecords> {
+    pub fn crash_records(&self) -> Option<&CrashRecords> {
         self.crash_records.as_ref()
     }
 
     /// What the device's frames go to: `null`, `tap NAME`, `switch NAME`.
-    pub(crate) fn uplink_text(&self) -> String {
+    pub fn uplink_text(&self) -> String {
         format!("{} {}", self.uplink.kind(), self.uplink.name())
     }
 
     /// The counters of the queue pairs.
-    pub(crate) fn counters(&self) -> BTreeMap<u16, PairCounters> {
+    pub fn counters(&self) -> BTreeMap<u16, PairCounters> {
         let counters = self.pairs().map(|served| {
             let counters = PairCounters {
                 rx: vring_counters(served.pair.rx()),
@@ -36,7 +36,7 @@ impl NetDevice {
     }
 
     /// Adds the counters of the daemon before this one, while nothing else counts.
-    pub(crate) fn add_counters(&self, counters: &BTreeMap<u16, PairCounters>) {
+    pub fn add_counters(&self, counters: &BTreeMap<u16, PairCounters>) {
         for (index, counters) in counters {
             let Some(place) = self.pairs.get(usize::from(*index)) else {
                 continue;
@@ -51,7 +51,7 @@ impl NetDevice {
     }
 
     /// Starts the workers of queue pairs again whose vrings run, after all workers were ended.
-    pub(crate) fn restart_workers(&self) {
+    pub fn restart_workers(&self) {
         for served in self.pairs().filter(|served| served.pair.is_in_use()) {
             if let Err(error) = served.worker.start() {
                 tracing::error!("{}: a worker does not start again: {error}", self.name);

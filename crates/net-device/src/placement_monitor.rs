@@ -17,8 +17,8 @@ use virtionet_sandbox::ThreadKind;
 
 use crate::host_cpus::HostCpus;
 use crate::net_device::NetDevice;
-use crate::sandbox;
 use crate::stop::Stop;
+use virtionet_process::sandbox;
 
 /// The time between two checks, so that a worker follows its vCPU in less than a second.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);

@@ -4,7 +4,7 @@ use virtionet_virtio_net::stats::VringStats;
 use virtionet_virtqueue::VirtqueueFault;
 use virtionet_virtqueue::memory::GuestMemory;
 
-use crate::panic_policy::Panicked;
+use virtionet_process::panic_policy::Panicked;
 
 /// Why a vring is quarantined.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

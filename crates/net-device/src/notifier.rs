@@ -140,9 +140,9 @@ pub fn deferring<T>(turn: impl FnOnce() -> T) -> T {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::panic_policy::Panicked;
     use rustix::event::{EventfdFlags, eventfd};
     use rustix::io::read;
+    use virtionet_process::panic_policy::Panicked;
 
     fn notifier(log: &Arc<VringLog>) -> (Arc<OwnedFd>, Arc<Notifier>) {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;

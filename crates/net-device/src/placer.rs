@@ -19,8 +19,8 @@ use virtionet_sandbox::ThreadKind;
 
 use crate::discovered_vcpus::DiscoveredVcpus;
 use crate::host_cpus::{DeviceCpus, HostCpus};
-use crate::sandbox;
 use crate::warning_log::WarningLog;
+use virtionet_process::sandbox;
 
 /// The placer of one device: it decides on which CPUs the device's workers run.
 #[derive(Debug)]

@@ -20,9 +20,9 @@ use virtionet_virtqueue::memory::{GuestMemory, IovaRange, LossWatch};
 use virtionet_virtqueue::{VirtqueueError, VirtqueueFault};
 
 use crate::notifier::{Notification, Notifier, deferring};
-use crate::panic_policy::{Panicked, contain};
 use crate::quarantine::QuarantineCause;
 use crate::vring_log::VringLog;
+use virtionet_process::panic_policy::{Panicked, contain};
 
 /// The file descriptors of a vring.
 #[derive(Debug, Clone, Default)]

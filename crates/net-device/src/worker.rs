@@ -26,14 +26,14 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::busy_poll::BusyPoll;
 use crate::pair_service::PairService;
-use crate::panic_policy::{contain, contain_panics};
 use crate::queue_pair::QueuePair;
-use crate::sandbox;
 use crate::sys::read_cycles;
 use crate::waker::{WakeEvent, Waker};
 use crate::worker_event::{PairEvent, WorkerEvent};
 use crate::worker_placement::{PlacementState, WorkerPlacement};
 use crate::worker_thread::ThreadState;
+use virtionet_process::panic_policy::{contain, contain_panics};
+use virtionet_process::sandbox;
 
 /// Stack of a worker: its deepest call keeps a few dozen KiB of frames and segments.
 const WORKER_STACK_SIZE: usize = 256 * 1024;

@@ -1,5 +1,6 @@
 //! What the tests share: a device, an uplink whose behaviour a test decides, and a session with a
 //! front-end on a socket pair.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -35,46 +36,47 @@ use crate::placer::Placer;
 use crate::worker_pool::WorkerPool;
 
 /// The longest time that a test waits for anything.
-pub(crate) const TIMEOUT: Duration = Duration::from_secs(20);
+pub const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// An uplink that does what a test asks for, and notes what the device does. Clones are the same
 /// uplink.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct TestUplink(Arc<UplinkState>);
+pub struct TestUplink(Arc<UplinkState>);
 
+/// What a [`TestUplink`] does, and what the device did with it.
 #[derive(Debug)]
-pub(crate) struct UplinkState {
+pub struct UplinkState {
     /// The largest MTU that it takes.
-    pub(crate) max_mtu: AtomicU16,
+    pub max_mtu: AtomicU16,
     /// The MTUs that it took.
-    pub(crate) mtus: Mutex<Vec<u16>>,
+    pub mtus: Mutex<Vec<u16>>,
     /// It carries no frames now.
-    pub(crate) is_down: AtomicBool,
+    pub is_down: AtomicBool,
     /// It was opened again since the last check.
-    pub(crate) is_reopened: AtomicBool,
+    pub is_reopened: AtomicBool,
     /// Another device has the same MAC address.
-    pub(crate) has_conflict: AtomicBool,
+    pub has_conflict: AtomicBool,
     /// It refuses further queues.
-    pub(crate) refuses_queues: AtomicBool,
+    pub refuses_queues: AtomicBool,
     /// It refuses what the driver negotiates.
-    pub(crate) refuses_formats: AtomicBool,
+    pub refuses_formats: AtomicBool,
     /// It refuses to attach and detach queues.
-    pub(crate) refuses_attaching: AtomicBool,
+    pub refuses_attaching: AtomicBool,
     /// By queue pair: whether its queue is attached.
-    pub(crate) attached: Mutex<BTreeMap<u16, bool>>,
+    pub attached: Mutex<BTreeMap<u16, bool>>,
     /// The frames that wait in its queue 0, if it has one that can be waited for.
-    pub(crate) waiting: Option<WaitingFrames>,
+    pub waiting: Option<WaitingFrames>,
     /// It panics when the driver's features are negotiated.
-    pub(crate) panics: AtomicBool,
+    pub panics: AtomicBool,
     /// How often frames were to be transmitted.
-    pub(crate) bursts: AtomicU16,
+    pub bursts: AtomicU16,
     /// Held by a test that blocks a thread in `transmit`.
-    pub(crate) gate: Mutex<()>,
+    pub gate: Mutex<()>,
 }
 
 /// Frames that an uplink has received.
 #[derive(Debug)]
-pub(crate) struct WaitingFrames {
+pub struct WaitingFrames {
     frames: Mutex<VecDeque<Vec<u8>>>,
     readable: OwnedFd,
 }
@@ -101,7 +103,7 @@ impl Default for UplinkState {
 
 impl TestUplink {
     /// An uplink from which frames are received, as from a TAP.
-    pub(crate) fn with_frames() -> Self {
+    pub fn with_frames() -> Self {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         Self(Arc::new(UplinkState {
             waiting: Some(WaitingFrames {
@@ -113,14 +115,14 @@ impl TestUplink {
     }
 
     /// Lets a frame arrive at the uplink.
-    pub(crate) fn arrive(&self, frame: Vec<u8>) {
+    pub fn arrive(&self, frame: Vec<u8>) {
         let waiting = self.waiting.as_ref().unwrap();
         waiting.frames.lock().push_back(frame);
         rustix::io::write(&waiting.readable, &1_u64.to_ne_bytes()).unwrap();
     }
 
     /// The number of frames that have arrived and were not received.
-    pub(crate) fn waiting_frames(&self) -> usize {
+    pub fn waiting_frames(&self) -> usize {
         self.waiting
             .as_ref()
             .map_or(0, |waiting| waiting.frames.lock().len())
@@ -265,12 +267,12 @@ impl UplinkQueue for TestQueue {
 }
 
 /// A device `vnet` with `pairs` queue pairs and an uplink, whose workers run on the last CPU.
-pub(crate) fn net_device(pairs: u16, uplink: impl Uplink + 'static, poll: PollMode) -> NetDevice {
+pub fn net_device(pairs: u16, uplink: impl Uplink + 'static, poll: PollMode) -> NetDevice {
     net_device_of(Arc::default(), pairs, uplink, poll)
 }
 
 /// The same device with workers of `pool`.
-pub(crate) fn net_device_of(
+pub fn net_device_of(
     pool: Arc<WorkerPool>,
     pairs: u16,
     uplink: impl Uplink + 'static,
@@ -288,13 +290,13 @@ pub(crate) fn net_device_of(
 }
 
 /// The configuration of a front-end with two queue pairs.
-pub(crate) fn two_pairs() -> TestFrontendConfig {
+pub fn two_pairs() -> TestFrontendConfig {
     TestFrontendConfig::new(2, 64, MODERN)
 }
 
 /// Connects a front-end, calls `work` with it, and disconnects it. Returns the log lines of the
 /// session's thread.
-pub(crate) fn with_frontend(
+pub fn with_frontend(
     net_device: &NetDevice,
     config: &TestFrontendConfig,
     work: impl FnOnce(&mut TestFrontend),
@@ -309,7 +311,7 @@ pub(crate) fn with_frontend(
 
 /// Serves a front-end that `work` is with its end of the socket. Returns the log lines of the
 /// session's thread.
-pub(crate) fn with_socket(net_device: &NetDevice, work: impl FnOnce(UnixStream)) -> String {
+pub fn with_socket(net_device: &NetDevice, work: impl FnOnce(UnixStream)) -> String {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
     std::thread::scope(|scope| {
@@ -325,11 +327,7 @@ pub(crate) fn with_socket(net_device: &NetDevice, work: impl FnOnce(UnixStream))
 
 /// What the session hands over to start vring `index` of `frontend` from the beginning, without
 /// descriptors.
-pub(crate) fn vring_start(
-    net_device: &NetDevice,
-    frontend: &TestFrontend,
-    index: u16,
-) -> VringStart {
+pub fn vring_start(net_device: &NetDevice, frontend: &TestFrontend, index: u16) -> VringStart {
     let setup = &frontend.rings()[usize::from(index)];
     let user = |address| frontend.ram().user_addr(address).unwrap();
     VringStart {
@@ -352,7 +350,7 @@ pub(crate) fn vring_start(
 }
 
 /// Sends `count` frames on queue pair `pair`, and waits until the device has used them all.
-pub(crate) fn send(frontend: &mut TestFrontend, pair: usize, count: usize) {
+pub fn send(frontend: &mut TestFrontend, pair: usize, count: usize) {
     let frame = FrameSpec::v4(Transport::Udp).build(b"frame").unwrap();
     let frames = vec![frame; count];
     frontend.pairs[pair].tx.send_all(&frames, TIMEOUT).unwrap();
@@ -360,7 +358,7 @@ pub(crate) fn send(frontend: &mut TestFrontend, pair: usize, count: usize) {
 }
 
 /// The frames that each queue pair has transmitted.
-pub(crate) fn sent_frames(net_device: &NetDevice) -> Vec<u64> {
+pub fn sent_frames(net_device: &NetDevice) -> Vec<u64> {
     let pairs = net_device.pairs();
     pairs
         .map(|served| served.pair.tx().stats().frames.get())
@@ -369,11 +367,11 @@ pub(crate) fn sent_frames(net_device: &NetDevice) -> Vec<u64> {
 
 /// Held by each test that starts vCPU threads or relies on there being none, because this process
 /// is the front-end of all tests, and each would find the vCPU threads of the others.
-pub(crate) static ONE_TEST_WITH_VCPUS_AT_A_TIME: Mutex<()> = Mutex::new(());
+pub static ONE_TEST_WITH_VCPUS_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 /// Starts a thread with the name of a vCPU thread of QEMU, and returns its thread id. It runs until
 /// the sender is dropped.
-pub(crate) fn start_vcpu(index: u32) -> (i32, mpsc::Sender<()>, JoinHandle<()>) {
+pub fn start_vcpu(index: u32) -> (i32, mpsc::Sender<()>, JoinHandle<()>) {
     let (tid_sender, tid) = mpsc::channel();
     let (end, ended) = mpsc::channel::<()>();
     let thread = std::thread::Builder::new().name(format!("CPU {index}/TCG"));
@@ -387,7 +385,7 @@ pub(crate) fn start_vcpu(index: u32) -> (i32, mpsc::Sender<()>, JoinHandle<()>) 
 }
 
 /// Waits until `is_done`.
-pub(crate) fn wait_until(what: &str, is_done: impl Fn() -> bool) {
+pub fn wait_until(what: &str, is_done: impl Fn() -> bool) {
     let deadline = Instant::now() + TIMEOUT;
     while !is_done() {
         assert!(Instant::now() < deadline, "{what}");

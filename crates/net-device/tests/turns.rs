@@ -14,11 +14,11 @@ use rustix::event::{EventfdFlags, eventfd};
 use virtionet_guest::header::NetHeader;
 use virtionet_guest::net::MODERN;
 use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
+use virtionet_net_device::net_device::NetDevice;
 use virtionet_virtio_net::header::FrameFormat;
 use virtionet_virtio_net::stats::{VringStats, to_u64};
 use virtionet_virtio_net::uplink::{Received, RxSink, TxFrame, Uplink, UplinkError, UplinkQueue};
 use virtionet_virtqueue::memory::GuestSlice;
-use virtionetd::net_device::NetDevice;
 
 /// Descriptors of each virtqueue.
 const SIZE: u16 = 4096;

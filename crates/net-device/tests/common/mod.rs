@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, eventfd};
 use virtionet_config::PollMode;
 use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
+use virtionet_net_device::host_cpus::HostCpus;
+use virtionet_net_device::net_device::NetDevice;
+use virtionet_net_device::placer::Placer;
 use virtionet_placement::{Placement, PlacementPlanner};
 use virtionet_vhost_user::{SessionLog, serve};
 use virtionet_virtio_net::uplink::Uplink;
-use virtionetd::host_cpus::HostCpus;
-use virtionetd::net_device::NetDevice;
-use virtionetd::placer::Placer;
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 

@@ -164,7 +164,7 @@ impl NetDevice {
     }
 
     /// Notes why the progress of packed vrings would not survive the process.
-    pub(crate) fn note_no_crash_records(&self, reason: &str) {
+    pub fn note_no_crash_records(&self, reason: &str) {
         self.conditions
             .set(&self.name, ConditionKind::NoCrashRecord, reason);
     }

@@ -10,12 +10,12 @@ use common::{wait_until, with_frontend};
 use virtionet_guest::header::NetHeader;
 use virtionet_guest::net::MODERN;
 use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
+use virtionet_process::panic_policy::contained_panics;
 use virtionet_vhost_user::VringState;
 use virtionet_virtio_net::header::FrameFormat;
 use virtionet_virtio_net::stats::VringStats;
 use virtionet_virtio_net::uplink::{Received, RxSink, TxFrame, Uplink, UplinkError, UplinkQueue};
 use virtionet_virtqueue::memory::GuestSlice;
-use virtionetd::panic_policy::contained_panics;
 
 /// Length of the frame on which the uplink panics.
 const BAD_LEN: usize = 99;
