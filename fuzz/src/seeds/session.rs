@@ -124,6 +124,7 @@ fn working() -> Vec<(&'static str, Script)> {
                 .ask(REM_MEM_REG, &[1])
                 .offer(1, 10, 60),
         ),
+        ("iommu", behind_an_iommu()),
         (
             "one_by_one",
             Script::new(0)
@@ -140,6 +141,30 @@ fn working() -> Vec<(&'static str, Script)> {
                 .ask(GET_VRING_BASE, &[1, 0]),
         ),
     ]
+}
+
+/// A front-end with an IOMMU that translates, takes a translation back, and gives it again.
+fn behind_an_iommu() -> Script {
+    let translate = |script: Script| {
+        script
+            .ask(IOTLB_MSG, &[0, 0, 0, 0, 0])
+            .ask(IOTLB_MSG, &[1, 0, 0, 0, 0])
+    };
+    let script = Script::new(0)
+        .ask(SET_PROTOCOL_FEATURES, &[4])
+        .request(SET_BACKEND_REQ_FD, NEED_REPLY, &[], WANTED_FDS, &[SUITABLE])
+        .ask(SET_FEATURES, &[6])
+        .request(SET_MEM_TABLE, NEED_REPLY, &[1, 0, 0], WANTED_FDS, &[0, 0])
+        .ask(SET_VRING_NUM, &[1, 0])
+        .ask(SET_VRING_BASE, &[1, 0])
+        .ask(SET_VRING_ADDR, &[1, 0, 0, 0, 0])
+        .request(SET_VRING_KICK, NEED_REPLY, &[1], WANTED_FDS, &[SUITABLE])
+        .ask(SET_VRING_ENABLE, &[1, 0])
+        .offer(1, 8, 100);
+    let script = translate(script).wait().ask(IOTLB_MSG, &[1, 0, 0, 0, 1]);
+    translate(script.offer(1, 3, 60))
+        .wait()
+        .ask(GET_VRING_BASE, &[1, 0])
 }
 
 /// Mistakes while vrings run.

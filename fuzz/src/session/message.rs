@@ -2,7 +2,9 @@
 
 use std::ops::RangeInclusive;
 
-use virtio_bindings::virtio_config::{VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1};
+use virtio_bindings::virtio_config::{
+    VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1,
+};
 use virtio_bindings::virtio_net as net;
 use virtio_bindings::virtio_ring as ring;
 use virtionet_guest::frontend::{
@@ -29,6 +31,9 @@ pub const PACKED: u64 = 1 << VIRTIO_F_RING_PACKED;
 /// MQ, LOG_SHMFD, RARP, REPLY_ACK, NET_MTU, RESET_DEVICE, CONFIGURE_MEM_SLOTS, STATUS.
 pub const PROTOCOL_FEATURES: u64 =
     1 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 13 | 1 << 15 | 1 << 16;
+const BACKEND_REQ: u64 = 1 << 5;
+/// The addresses of the driver are I/O virtual addresses.
+const TRANSLATED: u64 = FEATURES | 1 << VIRTIO_F_ACCESS_PLATFORM;
 /// The requests whose numbers an input encodes in one byte, and some numbers that do not exist.
 const CODES: RangeInclusive<u8> = 0..=47;
 /// The flag that marks a reply.
@@ -150,6 +155,7 @@ impl Message {
         let suitable = match code {
             SET_MEM_TABLE | ADD_MEM_REG | SET_LOG_BASE => FdKind::Memory,
             SET_VRING_KICK | SET_VRING_CALL | SET_VRING_ERR => FdKind::EventFd,
+            SET_BACKEND_REQ_FD => FdKind::Socket,
             _ => FdKind::Null,
         };
         Self {
@@ -246,6 +252,8 @@ fn payload(code: u32, input: &mut Input<'_>) -> (Vec<u8>, usize) {
                 u64::MAX,
                 logged,
                 logged | PACKED,
+                TRANSLATED,
+                TRANSLATED | PACKED,
             ];
             number(input, &table)
         }
@@ -253,7 +261,10 @@ fn payload(code: u32, input: &mut Input<'_>) -> (Vec<u8>, usize) {
             let words = [value(input, &[4096, 64, 8, 0]), value(input, &[0, 4096, 8])];
             return (words.map(u64::to_ne_bytes).concat(), 1);
         }
-        SET_PROTOCOL_FEATURES => number(input, &[PROTOCOL_FEATURES, 1, 0, u64::MAX]),
+        SET_PROTOCOL_FEATURES => {
+            let translated = PROTOCOL_FEATURES | BACKEND_REQ;
+            number(input, &[PROTOCOL_FEATURES, 1, 0, u64::MAX, translated])
+        }
         NET_SET_MTU => number(input, &[1500, 9000, 67, 65_536]),
         SEND_RARP => number(input, &[0x1234_5678_9abc]),
         SET_STATUS => number(input, &[15, 0, 0x80, 256]),
@@ -275,6 +286,8 @@ fn payload(code: u32, input: &mut Input<'_>) -> (Vec<u8>, usize) {
             let flags = value32(input, &[0, 0, 0, 1]);
             addr_payload(ring, flags, areas)
         }
+        SET_BACKEND_REQ_FD => return (Vec::new(), 1),
+        IOTLB_MSG => iotlb_payload(input),
         SET_MEM_TABLE => {
             let count = match input.u8() {
                 n if n < 0xe0 => usize::from(n % 3) + 1,
@@ -308,6 +321,20 @@ fn region(input: &mut Input<'_>, n: usize) -> [u64; 4] {
         k if k < 0xf0 => REGIONS[(usize::from(k) + n) % REGIONS.len()],
         _ => [(); 4].map(|()| input.u64()),
     }
+}
+
+/// Reads a translation or an invalidation. The first values translate the addresses of vrings and of
+/// buffers to those that they are without an IOMMU.
+fn iotlb_payload(input: &mut Input<'_>) -> Vec<u8> {
+    let iova = value(input, &[USER_BASE, 0, USER_BASE + 0x1000, u64::MAX - 0xfff]);
+    let size = value(input, &[FILE_SIZE / 2, 0x1000, 1, 0, u64::MAX]);
+    let user_addr = value(input, &[USER_BASE, USER_BASE + 0x1000, 0, u64::MAX - 0xfff]);
+    // The type is an update or an invalidation.
+    let [permission, ..] = value(input, &[3, 1, 2, 0, 4]).to_le_bytes();
+    let [kind, ..] = value(input, &[2, 3, 1, 4]).to_le_bytes();
+    let mut bytes = [iova, size, user_addr].map(u64::to_ne_bytes).concat();
+    bytes.extend([permission, kind, 0, 0, 0, 0, 0, 0]);
+    bytes
 }
 
 fn region_payload(region: [u64; 4]) -> Vec<u8> {
