@@ -46,6 +46,9 @@ const INTEL_IOMMU: [&str; 4] = [
     "intel-iommu,intremap=off,device-iotlb=on",
 ];
 
+/// A slot in which devices can be plugged while the machine runs. It must precede them.
+const SLOT: [&str; 2] = ["-device", "pcie-root-port,id=hot,chassis=1"];
+
 /// The configuration of a machine, which boots the image that `ci/guest-image` has built.
 #[derive(Clone, Debug)]
 pub struct Machine {
@@ -65,6 +68,7 @@ pub struct Machine {
     args: Vec<String>,
     /// Arguments of the guest's kernel for its IOMMU, if it has one.
     iommu: Option<String>,
+    has_slot: bool,
 }
 
 impl Default for Machine {
@@ -91,6 +95,7 @@ impl Machine {
             command: None,
             args: Vec::new(),
             iommu: None,
+            has_slot: false,
         }
     }
 
@@ -163,6 +168,14 @@ impl Machine {
     #[must_use]
     pub fn intel_iommu(mut self, kernel_args: &str) -> Self {
         self.iommu = Some(kernel_args.to_owned());
+        self
+    }
+
+    /// Gives the machine a slot for a device with the property `bus=hot`, which can then be plugged
+    /// out and in.
+    #[must_use]
+    pub fn slot(mut self) -> Self {
+        self.has_slot = true;
         self
     }
 
@@ -354,6 +367,9 @@ impl Machine {
         }
         if self.iommu.is_some() {
             args.extend(INTEL_IOMMU.map(str::to_owned));
+        }
+        if self.has_slot {
+            args.extend(SLOT.map(str::to_owned));
         }
         for (n, nic) in self.nics.iter().enumerate() {
             args.extend(nic.args(n)?);

@@ -30,6 +30,7 @@ pub struct TestbedConfig {
     daemon_flags: Vec<(String, String)>,
     uplink: (&'static str, String),
     iommu: Option<String>,
+    is_pluggable: bool,
 }
 
 impl TestbedConfig {
@@ -48,6 +49,7 @@ impl TestbedConfig {
             daemon_flags: Vec::new(),
             uplink: ("--tap", TAP.to_owned()),
             iommu: None,
+            is_pluggable: false,
         }
     }
 
@@ -80,6 +82,13 @@ impl TestbedConfig {
         self.prop("iommu_platform=on")
             .prop("disable-legacy=on")
             .prop("ats=on")
+    }
+
+    /// Puts the network device into a slot, so that it can be plugged out and in. Its id is `nic`.
+    #[must_use]
+    pub fn pluggable(mut self) -> Self {
+        self.is_pluggable = true;
+        self.prop("bus=hot").prop("id=nic")
     }
 
     /// Makes this the daemon's uplink, instead of the TAP itself.
@@ -198,6 +207,9 @@ impl TestbedConfig {
         let mut machine = Machine::new();
         if let Some(kernel_args) = &self.iommu {
             machine = machine.intel_iommu(kernel_args);
+        }
+        if self.is_pluggable {
+            machine = machine.slot();
         }
         if let Some(max) = self.max_vcpus {
             machine = machine.max_vcpus(max);
