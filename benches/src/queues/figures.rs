@@ -349,7 +349,7 @@ mod tests {
         let line = |load: &str| page.lines().find(|line| line.starts_with(load)).unwrap();
         assert_eq!(
             line("| TCP to host, 8 flows | pinned"),
-            "| TCP to host, 8 flows | pinned | 4 | 2.00 Gbit/s | 1.80 Gbit/s | 0.90 | 0.90 to 5.45 | 0.25 / 0.28 | 0.50 / 0.56 | 0.75 / 0.83 | 0.90 | 0.90 to 5.45 | 8.00 / 8.00 |"
+            "| TCP to host, 8 flows | pinned | 4 | 2.00 Gbit/s | 1.80 Gbit/s | 0.90 | 0.90 to 10.00 | 0.25 / 0.28 | 0.50 / 0.56 | 0.75 / 0.83 | 0.90 | 0.90 to 10.00 | 8.00 / 8.00 |"
         );
         // 0.25 s per Gbit are 0.25 ns per bit or 128 ns per datagram.
         assert!(
