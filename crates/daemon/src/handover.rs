@@ -201,7 +201,7 @@ impl Handover {
         // Of a session that was not suspended the workers have ended.
         self.devices
             .iter()
-            .for_each(|device| device.net_device.restart_workers());
+            .for_each(|device| device.net_device.resume_workers());
     }
 
     fn state(&self) -> Result<HandoverState<SharedFd>, HandoverFailure> {

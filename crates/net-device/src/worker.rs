@@ -15,7 +15,6 @@
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -31,8 +30,8 @@ use crate::sys::read_cycles;
 use crate::waker::{WakeEvent, Waker};
 use crate::worker_event::{PairEvent, WorkerEvent};
 use crate::worker_placement::{PlacementState, WorkerPlacement};
-use crate::worker_thread::ThreadState;
-use virtionet_process::panic_policy::{contain, contain_panics};
+use crate::worker_thread::{StopRequest, ThreadLifetime, ThreadState};
+use virtionet_process::panic_policy::{Panicked, contain, contain_panics};
 use virtionet_process::sandbox;
 
 /// Stack of a worker: its deepest call keeps a few dozen KiB of frames and segments.
@@ -67,7 +66,7 @@ pub struct Worker {
     waker: Waker,
     pairs: Mutex<Vec<Arc<QueuePair>>>,
     stats: WorkerStats,
-    lifetime: WorkerLifetime,
+    lifetime: ThreadLifetime,
     placement: PlacementState,
     thread: Mutex<ThreadState>,
 }
@@ -77,15 +76,6 @@ pub struct Worker {
 struct WorkerDescriptors {
     epoll: Epoll,
     wake: WakeEvent,
-}
-
-/// How long a worker's threads have run, in cycles of the time-stamp counter.
-#[derive(Debug, Default)]
-struct WorkerLifetime {
-    /// Those that have ended.
-    past: AtomicU64,
-    /// When the present one started; 0 while there is none.
-    started_at: AtomicU64,
 }
 
 impl Worker {
@@ -99,7 +89,7 @@ impl Worker {
             waker: Waker::default(),
             pairs: Mutex::default(),
             stats: WorkerStats::default(),
-            lifetime: WorkerLifetime::default(),
+            lifetime: ThreadLifetime::default(),
             placement,
             thread: Mutex::new(ThreadState::Ended),
         }
@@ -169,11 +159,7 @@ impl Worker {
     /// Cycles of the time-stamp counter that its threads have run.
     #[must_use]
     pub fn cycles(&self) -> u64 {
-        let past = self.lifetime.past.load(Ordering::Relaxed);
-        match self.lifetime.started_at.load(Ordering::Relaxed) {
-            0 => past,
-            started_at => past + read_cycles().saturating_sub(started_at),
-        }
+        self.lifetime.cycles()
     }
 
     /// Lets it serve one more queue pair from its next start on. The result is the position by
@@ -222,24 +208,37 @@ impl Worker {
         }
         // The decision is made while the thread starts.
         self.placement.request();
-        let stop = Arc::new(AtomicBool::new(false));
+        let stop = Arc::new(StopRequest::default());
         let descriptors = self.open_descriptors()?;
         let event_loop = EventLoop::new(Arc::clone(self), descriptors, Arc::clone(&stop));
         let handle = std::thread::Builder::new()
             .name(self.name.clone())
             .stack_size(WORKER_STACK_SIZE)
             .spawn(move || event_loop.run())?;
-        self.lifetime
-            .started_at
-            .store(read_cycles(), Ordering::Relaxed);
+        self.lifetime.begin();
         *thread = ThreadState::Running { stop, handle };
         Ok(())
+    }
+
+    /// Lets the thread go on that was asked to end, or starts another one if it has ended or is about
+    /// to.
+    ///
+    /// # Errors
+    /// When the kernel refuses a thread, or has no descriptors left.
+    pub fn resume(self: &Arc<Self>) -> io::Result<()> {
+        if let ThreadState::Running { stop, .. } = &*self.thread.lock()
+            && stop.withdraw()
+        {
+            return Ok(());
+        }
+        self.join();
+        self.start()
     }
 
     /// Asks the thread to end, without waiting for it.
     pub fn request_stop(&self) {
         if let ThreadState::Running { stop, .. } = &*self.thread.lock() {
-            stop.store(true, Ordering::Release);
+            stop.request();
             self.waker.wake();
         }
     }
@@ -275,9 +274,7 @@ impl Worker {
                 self.name
             );
         }
-        let cycles = self.cycles();
-        self.lifetime.started_at.store(0, Ordering::Relaxed);
-        self.lifetime.past.store(cycles, Ordering::Relaxed);
+        self.lifetime.end();
         self.placement.clear();
         *self.thread.lock() = ThreadState::Ended;
     }
@@ -296,7 +293,7 @@ struct EventLoop {
     worker: Arc<Worker>,
     descriptors: Arc<WorkerDescriptors>,
     pairs: Vec<PairService>,
-    stop: Arc<AtomicBool>,
+    stop: Arc<StopRequest>,
     poll: BusyPoll,
     /// Another thread ran when the worker last yielded, so it shares its CPU.
     shares_cpu: bool,
@@ -305,11 +302,11 @@ struct EventLoop {
 }
 
 impl EventLoop {
-    /// The loop of `worker`, which ends when `stop` is set and the worker is woken.
+    /// The loop of `worker`, which ends when `stop` is requested and the worker is woken.
     fn new(
         worker: Arc<Worker>,
         descriptors: Arc<WorkerDescriptors>,
-        stop: Arc<AtomicBool>,
+        stop: Arc<StopRequest>,
     ) -> Self {
         let pairs = worker.pairs.lock().clone();
         Self {
@@ -328,18 +325,25 @@ impl EventLoop {
     fn run(mut self) {
         sandbox::confine_thread(ThreadKind::Worker);
         contain_panics();
-        while contain(|| self.run_until_stopped()).is_err() {
-            for pair in &self.pairs {
-                pair.pair().quarantine_after_panic();
+        loop {
+            match contain(|| self.run_until_stopped()) {
+                Ok(()) if self.stop.obey() => return,
+                // The request to end was withdrawn.
+                Ok(()) => {}
+                Err(Panicked) => {
+                    for pair in &self.pairs {
+                        pair.pair().quarantine_after_panic();
+                    }
+                    std::thread::sleep(PANIC_PAUSE);
+                }
             }
-            std::thread::sleep(PANIC_PAUSE);
         }
     }
 
     fn run_until_stopped(&mut self) {
         self.worker.placement.place_this_thread();
         self.poll.set_permitted(self.worker.placement.may_poll());
-        while !self.stop.load(Ordering::Acquire) {
+        while !self.stop.is_requested() {
             let must_poll = self.pairs.iter().any(PairService::must_be_polled);
             self.wait(match self.has_work() {
                 true => 0,
@@ -459,7 +463,7 @@ impl EventLoop {
     fn busy_poll(&mut self) {
         let mut deadline = self.poll.deadline();
         let mut polls_done = 0u32;
-        while !self.stop.load(Ordering::Relaxed) {
+        while !self.stop.is_requested() {
             // Also between polls that find frames: a busy vring must not hide a kick of another, or
             // a wake-up.
             polls_done = polls_done.wrapping_add(1);

@@ -50,11 +50,11 @@ impl NetDevice {
         }
     }
 
-    /// Starts the workers of queue pairs again whose vrings run, after all workers were ended.
-    pub fn restart_workers(&self) {
+    /// Lets the workers of queue pairs whose vrings run go on, after all workers were asked to end.
+    pub fn resume_workers(&self) {
         for served in self.pairs().filter(|served| served.pair.is_in_use()) {
-            if let Err(error) = served.worker.start() {
-                tracing::error!("{}: a worker does not start again: {error}", self.name);
+            if let Err(error) = served.worker.resume() {
+                tracing::error!("{}: a worker does not go on: {error}", self.name);
             }
         }
     }

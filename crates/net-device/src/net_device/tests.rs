@@ -2,6 +2,7 @@
 
 use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
 
 use virtionet_guest::eventfd::WaitableEventFd;
 use virtionet_guest::frame::{FrameSpec, Transport};
@@ -412,4 +413,43 @@ fn interrupts_and_advice_follow_the_pairs_in_use() {
     });
     assert_eq!(net_device.advice(), [""; 0]);
     assert_eq!(net_device.affinity_input(), None);
+}
+
+#[test]
+fn worker_that_was_held_goes_on_after_the_request_to_end_was_withdrawn() {
+    let uplink = TestUplink::default();
+    let net_device = net_device(2, uplink.clone(), PollMode::Off);
+    with_frontend(&net_device, &two_pairs(), |frontend| {
+        send(frontend, 1, 1);
+        let gate = uplink.gate.lock();
+        let frame = FrameSpec::v4(Transport::Udp).build(b"held").unwrap();
+        frontend.pairs[0].tx.send(&frame).unwrap();
+        wait_until("the first worker is held", || {
+            uplink.bursts.load(Relaxed) == 2
+        });
+        let workers: Vec<_> = net_device.pairs().map(|served| &served.worker).collect();
+        workers.iter().for_each(|worker| worker.request_stop());
+        // The second one ends, and the first one cannot.
+        assert!(!workers[0].join_until(Instant::now() + Duration::from_millis(1)));
+        assert!(workers[1].join_until(Instant::now() + TIMEOUT));
+        net_device.resume_workers();
+        drop(gate);
+        send(frontend, 0, 2);
+        send(frontend, 1, 3);
+    });
+    assert_eq!(sent_frames(&net_device), [3, 4]);
+}
+
+#[test]
+fn worker_that_is_about_to_end_is_followed_by_another_one() {
+    let net_device = net_device(2, Null, PollMode::Off);
+    with_frontend(&net_device, &two_pairs(), |frontend| {
+        let worker = &net_device.pairs().next().unwrap().worker;
+        for _ in 0..100 {
+            worker.request_stop();
+            net_device.resume_workers();
+            send(frontend, 0, 1);
+        }
+    });
+    assert_eq!(sent_frames(&net_device), [100, 0]);
 }
