@@ -23,7 +23,7 @@ use virtionet_sandbox::ThreadKind;
 use virtionet_vhost_user::{ImageError, peer_uid};
 
 use crate::sandbox;
-use crate::served_device::ServedDevice;
+use crate::served_device::{ServedDevice, count_suspended};
 use crate::stop::Stop;
 use crate::uplinks::Uplinks;
 use crate::worker_pool::WorkerPool;
@@ -196,6 +196,7 @@ impl Handover {
     }
 
     fn resume(&self) {
+        self.pool.gate().hold_for(count_suspended(&self.devices));
         self.sessions.resume();
         self.forwarders.resume();
         // Of a session that was not suspended the workers have ended.

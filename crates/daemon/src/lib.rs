@@ -35,6 +35,7 @@ pub mod report_builder;
 mod run_error;
 pub mod sandbox;
 pub mod served_device;
+pub mod start_gate;
 pub mod stop;
 pub mod supervisor;
 pub mod sys;

@@ -48,7 +48,8 @@ use crate::process_sockets::ProcessSockets;
 use crate::report_builder::DeviceRegistry;
 use crate::run_error::RunError;
 use crate::sandbox;
-use crate::served_device::ServedDevice;
+use crate::served_device::{ServedDevice, count_suspended};
+use crate::start_gate::StartGate;
 use crate::stop::Stop;
 use crate::take_over::{OfferedDevices, socket_file};
 use crate::uplinks::Uplinks;
@@ -139,6 +140,7 @@ impl Parts {
     ) -> Result<(), RunError> {
         let program = offered.program().to_owned();
         let taken = offered.take(devices, &self.uplinks, &self.host.irq_manager)?;
+        self.host.pool.gate().hold_for(count_suspended(devices));
         tracing::info!("the devices of virtionetd {program} are taken over");
         let sources = std::mem::take(&mut self.sources).into_iter();
         let owned = sources.zip(&config.devices).zip(&taken.socket_files);
@@ -164,7 +166,8 @@ impl Parts {
         let registry = Arc::new(self.registry());
         let successor = Successor::default();
         let served = self.sockets.serve(&registry, &successor)?;
-        let mut helper_threads = start_host_port_forwarders(&self.uplinks, &stops.forwarders)?;
+        let mut helper_threads =
+            start_host_port_forwarders(&self.uplinks, &stops.forwarders, self.host.pool.gate())?;
         let followed = devices.iter().map(|device| Arc::clone(&device.net_device));
         let stop = Arc::clone(&stops.placer);
         let placer = placement_monitor::start(followed.collect(), self.host.cpus, stop);
@@ -395,9 +398,10 @@ type HelperThread = (String, JoinHandle<()>);
 fn start_host_port_forwarders(
     uplinks: &Uplinks,
     stop: &Arc<Stop>,
+    gate: &Arc<StartGate>,
 ) -> Result<Vec<HelperThread>, RunError> {
     let start = |forwarder: HostPortForwarder| {
-        let stop = Arc::clone(stop);
+        let (stop, gate) = (Arc::clone(stop), Arc::clone(gate));
         let name = format!("switch {}", forwarder.switch());
         let thread = std::thread::Builder::new()
             .name(format!("sw-{}", forwarder.switch()))
@@ -405,6 +409,7 @@ fn start_host_port_forwarders(
                 sandbox::confine_thread(ThreadKind::SwitchForwarder);
                 let _participant = stop.enter();
                 loop {
+                    gate.wait();
                     forwarder.run(stop.as_fd());
                     if !stop.wait_while_suspended() {
                         break;

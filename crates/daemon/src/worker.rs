@@ -29,6 +29,7 @@ use crate::pair_service::PairService;
 use crate::panic_policy::{contain, contain_panics};
 use crate::queue_pair::QueuePair;
 use crate::sandbox;
+use crate::start_gate::StartGate;
 use crate::sys::read_cycles;
 use crate::waker::{WakeEvent, Waker};
 use crate::worker_event::{PairEvent, WorkerEvent};
@@ -69,6 +70,7 @@ pub struct Worker {
     stats: WorkerStats,
     lifetime: WorkerLifetime,
     placement: PlacementState,
+    gate: Arc<StartGate>,
     thread: Mutex<ThreadState>,
 }
 
@@ -91,7 +93,12 @@ struct WorkerLifetime {
 impl Worker {
     /// A worker without a thread, descriptors or queue pairs yet. `name` is its thread's name.
     #[must_use]
-    pub fn new(name: String, poll: PollMode, placement: PlacementState) -> Self {
+    pub fn new(
+        name: String,
+        poll: PollMode,
+        placement: PlacementState,
+        gate: Arc<StartGate>,
+    ) -> Self {
         Self {
             name,
             poll,
@@ -101,6 +108,7 @@ impl Worker {
             stats: WorkerStats::default(),
             lifetime: WorkerLifetime::default(),
             placement,
+            gate,
             thread: Mutex::new(ThreadState::Ended),
         }
     }
@@ -328,6 +336,7 @@ impl EventLoop {
     fn run(mut self) {
         sandbox::confine_thread(ThreadKind::Worker);
         contain_panics();
+        self.worker.gate.wait();
         while contain(|| self.run_until_stopped()).is_err() {
             for pair in &self.pairs {
                 pair.pair().quarantine_after_panic();
