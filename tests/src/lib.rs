@@ -23,6 +23,7 @@ pub mod cleanup;
 pub mod counters;
 pub mod cpus;
 pub mod daemon;
+pub mod debugger;
 pub mod diagnostics;
 pub mod echo_stream;
 pub mod ethtool;
