@@ -53,3 +53,4 @@ pub mod testpmd;
 pub mod topology;
 pub mod traffic;
 pub mod two_guests;
+pub mod udp_streams;
