@@ -8,7 +8,8 @@
 //! combines all of these; [`two_guests`] does the same with a second guest instead of the host, and
 //! [`libvirt`] starts libvirt domains as guests. [`migration`] has two hosts for one guest,
 //! [`echo_stream`] and [`file_transfer`] what it carries meanwhile. A [`responder`] is a driver that answers pings
-//! without a guest; [`diagnostics`] prints the state of a guest that does not answer. [`testpmd`]
+//! without a guest, and [`traffic`] is numbered frames through all vrings; [`diagnostics`] prints the
+//! state of a guest that does not answer. [`testpmd`]
 //! runs DPDK's driver and back-end, which need [`hugepages`]. A [`systemd_machine`] runs services.
 //!
 //! Each process, namespace, directory and setting is removed by its `Drop` or, when a signal ends
@@ -22,6 +23,7 @@ pub mod cleanup;
 pub mod counters;
 pub mod cpus;
 pub mod daemon;
+pub mod debugger;
 pub mod diagnostics;
 pub mod echo_stream;
 pub mod ethtool;
@@ -41,11 +43,15 @@ pub mod qemu;
 mod qemu_socket;
 pub mod qemu_version;
 pub mod qmp;
+pub mod quantile;
 pub mod random;
 pub mod responder;
 pub mod sched;
+pub mod settings;
 pub mod systemd_machine;
 pub mod testbed;
 pub mod testpmd;
 pub mod topology;
+pub mod traffic;
 pub mod two_guests;
+pub mod udp_streams;

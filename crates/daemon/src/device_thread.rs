@@ -8,6 +8,10 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use signal_hook::iterator::Handle;
+use virtionet_net_device::net_device::NetDevice;
+use virtionet_net_device::stop::Stop;
+use virtionet_process::panic_policy::{contain, contain_panics};
+use virtionet_process::sandbox;
 use virtionet_sandbox::ThreadKind;
 use virtionet_vhost_user::{
     Served, SessionEnd, SessionError, SessionLog, SessionStart, serve_from,
@@ -16,10 +20,6 @@ use virtionet_vhost_user::{
 use crate::frontend_source::FrontendSource;
 use crate::run_error::{DeviceFailure, RunError};
 use crate::served_device::{ServedDevice, SuspendedSlot};
-use virtionet_net_device::net_device::NetDevice;
-use virtionet_net_device::stop::Stop;
-use virtionet_process::panic_policy::{contain, contain_panics};
-use virtionet_process::sandbox;
 
 /// A session that ends sooner than this is followed by a pause of this length.
 const MIN_SESSION_INTERVAL: Duration = Duration::from_millis(20);

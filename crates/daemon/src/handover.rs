@@ -18,15 +18,15 @@ use virtionet_handover::{
     DeviceImage, DeviceOffer, HandoverError, HandoverState, ListenerImage, Offer, OldSide,
     SharedFd, SourceImage,
 };
+use virtionet_net_device::stop::Stop;
+use virtionet_net_device::worker_pool::WorkerPool;
 use virtionet_placement::interrupts::IrqAffinityManager;
+use virtionet_process::sandbox;
 use virtionet_sandbox::ThreadKind;
 use virtionet_vhost_user::{ImageError, peer_uid};
 
-use crate::served_device::ServedDevice;
+use crate::served_device::{ServedDevice, count_suspended};
 use crate::uplinks::Uplinks;
-use virtionet_net_device::stop::Stop;
-use virtionet_net_device::worker_pool::WorkerPool;
-use virtionet_process::sandbox;
 
 /// The signal that tells the main thread of a successor. SIGUSR2 is the watchdog's.
 pub const SUCCESSOR_SIGNAL: Signal = Signal::SIGUSR1;
@@ -196,6 +196,7 @@ impl Handover {
     }
 
     fn resume(&self) {
+        self.pool.gate().hold_for(count_suspended(&self.devices));
         self.sessions.resume();
         self.forwarders.resume();
         // Of a session that was not suspended the workers have ended.

@@ -5,12 +5,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use virtionet_config::{Config, DeviceConfig, PollMode, Socket};
-use virtionet_placement::PlacementPlanner;
-use virtionet_placement::interrupts::IrqAffinityManager;
-
-use crate::run_error::RunError;
-use crate::take_over::OfferedDevices;
-use crate::uplinks::Uplinks;
 use virtionet_net_device::advice::Adviser;
 use virtionet_net_device::crash_records::CrashRecords;
 use virtionet_net_device::feature_set::FeatureSet;
@@ -19,6 +13,12 @@ use virtionet_net_device::interrupts::Interrupts;
 use virtionet_net_device::net_device::NetDevice;
 use virtionet_net_device::placer::Placer;
 use virtionet_net_device::worker_pool::WorkerPool;
+use virtionet_placement::PlacementPlanner;
+use virtionet_placement::interrupts::IrqAffinityManager;
+
+use crate::run_error::RunError;
+use crate::take_over::OfferedDevices;
+use crate::uplinks::Uplinks;
 
 /// The state that all devices of the process share.
 pub struct Host {

@@ -10,13 +10,13 @@ use virtionet_base::unix_socket::{Access, SocketFile, listen_at};
 use virtionet_config::Config;
 use virtionet_control::server::{ControlServer, SocketPermissions, listen};
 use virtionet_handover::{ListenerImage, SharedFd};
+use virtionet_process::sandbox;
 use virtionet_sandbox::ThreadKind;
 
 use crate::handover::Successor;
 use crate::report_builder::DeviceRegistry;
 use crate::run_error::RunError;
 use crate::take_over::TakenListener;
-use virtionet_process::sandbox;
 
 /// A socket that listens, and its file.
 type ListeningSocket = (UnixListener, SocketFile);

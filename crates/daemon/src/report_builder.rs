@@ -5,6 +5,11 @@ use std::sync::Arc;
 use rustix::process::geteuid;
 use virtionet_config::{DeviceConfig, Socket};
 use virtionet_control::v1 as report;
+use virtionet_net_device::net_device::{NetDevice, ServedPair};
+use virtionet_net_device::vring_slot::VringSlot;
+use virtionet_process::logging;
+use virtionet_process::panic_policy::contained_panics;
+use virtionet_process::sandbox;
 use virtionet_vhost_user::VringState;
 use virtionet_vhost_user::protocol_features::names as protocol_names;
 use virtionet_virtio_net::DeviceQueue;
@@ -12,11 +17,6 @@ use virtionet_virtio_net::stats::{VringStats, WorkerStats, to_u64};
 use virtionet_virtqueue::memory::IotlbCounts;
 
 use crate::helper_process::HelperProcess;
-use virtionet_net_device::net_device::{NetDevice, ServedPair};
-use virtionet_net_device::vring_slot::VringSlot;
-use virtionet_process::logging;
-use virtionet_process::panic_policy::contained_panics;
-use virtionet_process::sandbox;
 
 /// All devices of this process, with their configurations, and its helper.
 #[derive(Debug)]

@@ -4,14 +4,14 @@ use std::io;
 
 use virtionet_base::unix_socket::UnixSocketError;
 use virtionet_control::server::ControlError;
+use virtionet_net_device::host_cpus::HostCpusError;
 use virtionet_placement::PlacementError;
+use virtionet_process::sandbox::ConfineError;
 use virtionet_vhost_user::SessionError;
 use virtionet_vhost_user::listen::ListenError;
 
 use crate::take_over::TakeOverError;
 use crate::uplinks::OpenUplinkError;
-use virtionet_net_device::host_cpus::HostCpusError;
-use virtionet_process::sandbox::ConfineError;
 
 /// Why the program cannot start, or had to end.
 #[derive(Debug, thiserror::Error)]

@@ -18,3 +18,10 @@ pub struct ServedDevice {
     /// Its suspended session.
     pub suspended: SuspendedSlot,
 }
+
+/// The number of devices whose session is suspended.
+#[must_use]
+pub fn count_suspended(devices: &[Arc<ServedDevice>]) -> usize {
+    let suspended = |device: &&Arc<ServedDevice>| device.suspended.lock().is_some();
+    devices.iter().filter(suspended).count()
+}

@@ -30,6 +30,13 @@ use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 use virtionet_config::{Config, DeviceConfig, Socket};
 use virtionet_control::server::ControlServer;
+use virtionet_net_device::call_watchdog;
+use virtionet_net_device::placement_monitor;
+use virtionet_net_device::start_gate::StartGate;
+use virtionet_net_device::stop::Stop;
+use virtionet_net_device::worker_pool::WorkerPool;
+use virtionet_process::logging;
+use virtionet_process::sandbox;
 use virtionet_sandbox::ThreadKind;
 use virtionet_uplink::switch::HostPortForwarder;
 use virtionet_vhost_user::start_closer;
@@ -44,15 +51,9 @@ use crate::host::{CreatedDevice, Host};
 use crate::process_sockets::ProcessSockets;
 use crate::report_builder::DeviceRegistry;
 use crate::run_error::RunError;
-use crate::served_device::ServedDevice;
+use crate::served_device::{ServedDevice, count_suspended};
 use crate::take_over::{OfferedDevices, socket_file};
 use crate::uplinks::Uplinks;
-use virtionet_net_device::call_watchdog;
-use virtionet_net_device::placement_monitor;
-use virtionet_net_device::stop::Stop;
-use virtionet_net_device::worker_pool::WorkerPool;
-use virtionet_process::logging;
-use virtionet_process::sandbox;
 
 /// How long all threads together may take to end.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
@@ -139,6 +140,7 @@ impl Parts {
     ) -> Result<(), RunError> {
         let program = offered.program().to_owned();
         let taken = offered.take(devices, &self.uplinks, &self.host.irq_manager)?;
+        self.host.pool.gate().hold_for(count_suspended(devices));
         tracing::info!("the devices of virtionetd {program} are taken over");
         let sources = std::mem::take(&mut self.sources).into_iter();
         let owned = sources.zip(&config.devices).zip(&taken.socket_files);
@@ -164,7 +166,8 @@ impl Parts {
         let registry = Arc::new(self.registry());
         let successor = Successor::default();
         let served = self.sockets.serve(&registry, &successor)?;
-        let mut helper_threads = start_host_port_forwarders(&self.uplinks, &stops.forwarders)?;
+        let mut helper_threads =
+            start_host_port_forwarders(&self.uplinks, &stops.forwarders, self.host.pool.gate())?;
         let followed = devices.iter().map(|device| Arc::clone(&device.net_device));
         let stop = Arc::clone(&stops.placer);
         let placer = placement_monitor::start(followed.collect(), self.host.cpus, stop);
@@ -395,9 +398,10 @@ type HelperThread = (String, JoinHandle<()>);
 fn start_host_port_forwarders(
     uplinks: &Uplinks,
     stop: &Arc<Stop>,
+    gate: &Arc<StartGate>,
 ) -> Result<Vec<HelperThread>, RunError> {
     let start = |forwarder: HostPortForwarder| {
-        let stop = Arc::clone(stop);
+        let (stop, gate) = (Arc::clone(stop), Arc::clone(gate));
         let name = format!("switch {}", forwarder.switch());
         let thread = std::thread::Builder::new()
             .name(format!("sw-{}", forwarder.switch()))
@@ -405,6 +409,7 @@ fn start_host_port_forwarders(
                 sandbox::confine_thread(ThreadKind::SwitchForwarder);
                 let _participant = stop.enter();
                 loop {
+                    gate.wait();
                     forwarder.run(stop.as_fd());
                     if !stop.wait_while_suspended() {
                         break;

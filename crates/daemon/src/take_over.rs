@@ -12,6 +12,7 @@ use virtionet_config::{Config, Socket};
 use virtionet_handover::{
     HandoverError, HandoverState, ListenerImage, NewSide, Offer, SharedFd, SourceImage,
 };
+use virtionet_net_device::crash_records::CrashRecords;
 use virtionet_placement::interrupts::IrqAffinityManager;
 use virtionet_uplink::tap::TapImage;
 use virtionet_vhost_user::listen::ListenError;
@@ -20,7 +21,6 @@ use virtionet_vhost_user::{ImageError, SuspendedSession};
 use crate::frontend_source::FrontendSource;
 use crate::served_device::ServedDevice;
 use crate::uplinks::Uplinks;
-use virtionet_net_device::crash_records::CrashRecords;
 
 /// Why this daemon cannot take over. The one before it continues.
 #[derive(Debug, thiserror::Error)]

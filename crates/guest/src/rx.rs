@@ -158,6 +158,12 @@ impl DriverRxQueue {
         self.idle = (0..self.buffers).rev().collect();
     }
 
+    /// The guest memory of all buffers. The driver never writes to it.
+    #[must_use]
+    pub fn buffers(&self) -> &Area {
+        &self.store.area
+    }
+
     /// Gives the device every buffer that it does not have. Returns how many.
     ///
     /// # Errors

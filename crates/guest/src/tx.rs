@@ -63,6 +63,12 @@ impl DriverTxQueue {
         })
     }
 
+    /// The guest memory of all slots. The device never writes to it.
+    #[must_use]
+    pub fn slots(&self) -> &Area {
+        &self.slots
+    }
+
     /// Writes a frame to a slot and adds its chain. [`DriverTxQueue::flush`] makes it visible to
     /// the device. Returns false when there are not enough slots or descriptors now.
     ///

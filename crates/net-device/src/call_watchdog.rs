@@ -23,10 +23,10 @@ use std::thread::{self, Thread};
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use virtionet_process::sandbox;
 use virtionet_sandbox::ThreadKind;
 
 use crate::sys::{ProcessBarrier, install_interrupt_handler, interrupt_thread};
-use virtionet_process::sandbox;
 
 /// Time between two ticks.
 const TICK: Duration = Duration::from_millis(5);

@@ -19,6 +19,7 @@ pub mod placement_monitor;
 pub mod placer;
 pub mod quarantine;
 pub mod queue_pair;
+pub mod start_gate;
 pub mod stop;
 pub mod sys;
 #[cfg(any(test, feature = "testing"))]

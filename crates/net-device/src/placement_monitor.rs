@@ -13,12 +13,12 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use virtionet_process::sandbox;
 use virtionet_sandbox::ThreadKind;
 
 use crate::host_cpus::HostCpus;
 use crate::net_device::NetDevice;
 use crate::stop::Stop;
-use virtionet_process::sandbox;
 
 /// The time between two checks, so that a worker follows its vCPU in less than a second.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);

@@ -15,12 +15,12 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 use virtionet_placement::{CpuSet, Decision, PlacementPlanner, Topology, Warning};
+use virtionet_process::sandbox;
 use virtionet_sandbox::ThreadKind;
 
 use crate::discovered_vcpus::DiscoveredVcpus;
 use crate::host_cpus::{DeviceCpus, HostCpus};
 use crate::warning_log::WarningLog;
-use virtionet_process::sandbox;
 
 /// The placer of one device: it decides on which CPUs the device's workers run.
 #[derive(Debug)]

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 
 use parking_lot::{Mutex, MutexGuard};
+use virtionet_process::panic_policy::{Panicked, contain};
 use virtionet_vhost_user::{InvalidTransition, VringEvent, VringState};
 use virtionet_virtio_net::stats::{VringStats, to_u64};
 use virtionet_virtio_net::uplink::TxFrame;
@@ -22,7 +23,6 @@ use virtionet_virtqueue::{VirtqueueError, VirtqueueFault};
 use crate::notifier::{Notification, Notifier, deferring};
 use crate::quarantine::QuarantineCause;
 use crate::vring_log::VringLog;
-use virtionet_process::panic_policy::{Panicked, contain};
 
 /// The file descriptors of a vring.
 #[derive(Debug, Clone, Default)]

@@ -6,6 +6,7 @@ use std::time::Instant;
 use parking_lot::Mutex;
 use virtionet_config::PollMode;
 
+use crate::start_gate::StartGate;
 use crate::worker::Worker;
 use crate::worker_placement::PlacementState;
 
@@ -14,9 +15,15 @@ use crate::worker_placement::PlacementState;
 #[derive(Debug, Default)]
 pub struct WorkerPool {
     workers: Mutex<Vec<Arc<Worker>>>,
+    gate: Arc<StartGate>,
 }
 
 impl WorkerPool {
+    /// What holds workers back when they start.
+    pub fn gate(&self) -> &Arc<StartGate> {
+        &self.gate
+    }
+
     /// Creates a worker for one more queue pair. `name` is its thread's name.
     pub fn add_worker(
         &self,
@@ -24,7 +31,7 @@ impl WorkerPool {
         poll: PollMode,
         placement: PlacementState,
     ) -> Arc<Worker> {
-        let worker = Arc::new(Worker::new(name, poll, placement));
+        let worker = Arc::new(Worker::new(name, poll, placement, Arc::clone(&self.gate)));
         self.workers.lock().push(Arc::clone(&worker));
         worker
     }

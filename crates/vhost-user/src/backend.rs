@@ -36,6 +36,9 @@ pub trait Backend {
         self.on_connect(pid);
     }
 
+    /// Called when all vrings of such a session run again that can.
+    fn on_resumed(&self) {}
+
     /// Stops all vrings so that they can continue, and keeps the uplink's queues as they are, so that
     /// frames wait there. Returns the index of each vring that was started, and the base at which it
     /// continues. [`Backend::on_disconnect`] is not called after this.

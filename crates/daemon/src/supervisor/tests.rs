@@ -15,17 +15,17 @@ use virtionet_uplink::null::Null;
 use virtionet_vhost_user::{Backend, SessionError, SuspendedSession, VringState};
 
 use virtionet_config::{PollMode, Socket};
+use virtionet_net_device::net_device::NetDevice;
+use virtionet_process::panic_policy::contained_panics;
 
 use super::*;
 use crate::device_thread::{pause, serve_device};
 use crate::run_error::DeviceFailure;
 use crate::served_device::SuspendedSlot;
-use virtionet_net_device::net_device::NetDevice;
 use virtionet_net_device::testing::{
     TIMEOUT, TestUplink, net_device, net_device_of, send, sent_frames, two_pairs, wait_until,
     with_frontend,
 };
-use virtionet_process::panic_policy::contained_panics;
 
 /// A path for a socket of one test, which is removed at the end.
 struct SocketPath(PathBuf);

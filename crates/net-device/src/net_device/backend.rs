@@ -83,6 +83,10 @@ impl Backend for NetDevice {
         self.connection_log.report_resume(&self.name, pid);
     }
 
+    fn on_resumed(&self) {
+        self.pool.gate().session_continues();
+    }
+
     /// Workers end first, so that none finds a vring stopped and detaches the uplink's queue.
     fn suspend(&self) -> Vec<(u16, u32)> {
         self.pairs().for_each(|served| served.worker.request_stop());
@@ -155,13 +159,6 @@ impl Backend for NetDevice {
             served.pair.set_rx_ring_address(start.layout.desc);
             self.update_memory_node(&served.pair, &start.memory);
         }
-        served
-            .worker
-            .start()
-            .map_err(|source| BackendError::Worker {
-                pair: served.pair.index(),
-                source,
-            })?;
         let kick = start.kick.clone();
         let base = start.base;
         let record = self.crash_record(index, &start);
@@ -202,7 +199,7 @@ impl Backend for NetDevice {
             "the guest's memory is shared now",
         );
         self.apply_vring_state(served, role);
-        Ok(())
+        self.start_worker(served, index)
     }
 
     fn stop_vring(&self, index: u16) -> Option<u32> {
@@ -369,6 +366,17 @@ impl NetDevice {
                 ));
             })
             .ok()
+    }
+
+    /// Starts the worker of vring `index`, unless it runs, or else stops the vring. The vring has been
+    /// started before: a worker that finds the receiveq stopped detaches the uplink's queue, and the
+    /// frames that wait there since a handover would be lost.
+    fn start_worker(&self, served: &ServedPair, index: u16) -> Result<(), BackendError> {
+        served.worker.start().map_err(|source| {
+            self.stop_vring(index);
+            let pair = served.pair.index();
+            BackendError::Worker { pair, source }
+        })
     }
 
     /// The queue pair and role of vring `index`, if that queue pair has been used.

@@ -288,6 +288,7 @@ impl SuspendedSession {
         backend.on_resume(peer_pid(&stream));
         let mut session = EndedOnDrop::new(Session::with_state(backend, log, state));
         session.session.restart();
+        backend.on_resumed();
         (stream, session)
     }
 }

@@ -1,0 +1,251 @@
+//! What a worker's thread does.
+//!
+//! ```text
+//!   transmitq kick ────┐                  ┌── TX turn: a few bursts from the vring to the uplink
+//!   receiveq kick ─────┤                  │
+//!   uplink readable ───┼── epoll ── pass ─┤   (of each queue pair that is ready)
+//!   wake-up ───────────┘                  └── RX turn: frames from the uplink into the vring
+//! ```
+//!
+//! A pass gives TX and RX of each queue pair a turn, with a budget of frames and bytes, so that
+//! none starves another. As long as one of them has more, passes follow each other with a check of
+//! epoll in between. Otherwise the worker polls for a while, if it is configured to, asks for
+//! kicks, polls the vrings once more and sleeps. No error of a frame, a guest or the host ends it.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use virtionet_process::panic_policy::{Panicked, contain, contain_panics};
+use virtionet_process::sandbox;
+use virtionet_sandbox::ThreadKind;
+use vmm_sys_util::epoll::EpollEvent;
+
+use super::{Worker, WorkerDescriptors};
+use crate::busy_poll::BusyPoll;
+use crate::pair_service::PairService;
+use crate::sys::read_cycles;
+use crate::worker_event::WorkerEvent;
+use crate::worker_thread::StopRequest;
+
+/// Events taken from epoll at once.
+const MAX_EVENTS: usize = 4;
+
+/// Cycles that a yield takes at most when no other thread wants the CPU.
+const MAX_UNCONTENDED_YIELD_CYCLES: u64 = 1500;
+
+/// Interval, in milliseconds, at which vrings without a kick descriptor are polled.
+const NO_KICK_INTERVAL_MS: i32 = 1;
+
+/// Pause after a panic, so that one that repeats does not use up the CPU.
+const PANIC_PAUSE: Duration = Duration::from_millis(100);
+
+/// Polls of the vrings after which the worker also checks epoll.
+const POLLS_PER_EPOLL_WAIT: u32 = 64;
+
+/// A worker's thread.
+#[derive(Debug)]
+pub(super) struct EventLoop {
+    worker: Arc<Worker>,
+    descriptors: Arc<WorkerDescriptors>,
+    pairs: Vec<PairService>,
+    stop: Arc<StopRequest>,
+    poll: BusyPoll,
+    /// Another thread ran when the worker last yielded, so it shares its CPU.
+    shares_cpu: bool,
+    /// Value of the time-stamp counter at the start of the interval being accounted.
+    interval_start: u64,
+}
+
+impl EventLoop {
+    /// The loop of `worker`, which ends when `stop` is requested and the worker is woken.
+    pub(super) fn new(
+        worker: Arc<Worker>,
+        descriptors: Arc<WorkerDescriptors>,
+        stop: Arc<StopRequest>,
+    ) -> Self {
+        let pairs = worker.pairs.lock().clone();
+        Self {
+            pairs: pairs.into_iter().map(PairService::new).collect(),
+            stop,
+            poll: BusyPoll::new(worker.poll),
+            shares_cpu: false,
+            interval_start: 0,
+            worker,
+            descriptors,
+        }
+    }
+
+    /// Serves the queue pairs until it is asked to stop. The code of one vring that panics is
+    /// caught in its turn; what panics outside of all turns costs the worker's queue pairs.
+    pub(super) fn run(mut self) {
+        sandbox::confine_thread(ThreadKind::Worker);
+        contain_panics();
+        self.worker.gate.wait();
+        loop {
+            match contain(|| self.run_until_stopped()) {
+                Ok(()) if self.stop.obey() => return,
+                // The request to end was withdrawn.
+                Ok(()) => {}
+                Err(Panicked) => {
+                    for pair in &self.pairs {
+                        pair.pair().quarantine_after_panic();
+                    }
+                    std::thread::sleep(PANIC_PAUSE);
+                }
+            }
+        }
+    }
+
+    fn run_until_stopped(&mut self) {
+        self.worker.placement.place_this_thread();
+        self.poll.set_permitted(self.worker.placement.may_poll());
+        while !self.stop.is_requested() {
+            let must_poll = self.pairs.iter().any(PairService::must_be_polled);
+            self.wait(match self.has_work() {
+                true => 0,
+                false if must_poll => NO_KICK_INTERVAL_MS,
+                false => -1,
+            });
+            if must_poll {
+                self.pairs
+                    .iter_mut()
+                    .for_each(PairService::poll_without_kick);
+            }
+            let found = self.run_pass(false);
+            if self.has_work() {
+                continue;
+            }
+            if found > 0 || self.poll.is_always() {
+                self.poll_or_yield();
+                // Kicks are not asked for yet, so the vrings must be polled before a sleep.
+                self.pairs.iter_mut().for_each(PairService::poll_tx);
+            } else {
+                // Ask for kicks, and poll for what the driver made available before that.
+                self.pairs.iter_mut().for_each(PairService::poll_tx);
+                self.run_pass(true);
+            }
+        }
+    }
+
+    /// Gives frames that follow the last ones a chance to be found without a kick.
+    ///
+    /// Without polling that is one yield. Where the driver's vCPU shares this CPU, as it does when
+    /// each queue pair is placed beside its vCPU, the vCPU goes on and makes more frames meanwhile
+    /// instead of being interrupted for each of them. Where no other thread waits for this CPU it
+    /// costs a system call.
+    fn poll_or_yield(&mut self) {
+        if self.poll.is_on() {
+            self.busy_poll();
+        } else {
+            self.yield_cpu();
+        }
+    }
+
+    #[inline]
+    fn has_work(&self) -> bool {
+        self.pairs.iter().any(PairService::has_work)
+    }
+
+    /// Waits for events (`timeout` in milliseconds, -1 without limit) and notes what they mean.
+    fn wait(&mut self, timeout: i32) {
+        if timeout != 0 {
+            self.worker.stats.sleeps.add(1);
+        }
+        let mut events = [EpollEvent::default(); MAX_EVENTS];
+        let count = match self.descriptors.epoll.wait(timeout, &mut events) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+            Err(error) => {
+                // Cannot happen to an open epoll descriptor. If it does, do not spin on it.
+                tracing::error!("{}: waiting for events failed: {error}", self.worker.name);
+                std::thread::sleep(Duration::from_millis(100));
+                0
+            }
+        };
+        for event in &events[..count] {
+            match WorkerEvent::from_token(event.data()) {
+                Some(WorkerEvent::Wake) => self.handle_wake(),
+                Some(WorkerEvent::Pair { position, event }) => {
+                    if let Some(pair) = self.pairs.get_mut(usize::from(position)) {
+                        pair.handle(event);
+                    }
+                }
+                None => {}
+            }
+        }
+        if count > 0 {
+            self.worker.stats.wakeups.add(1);
+        }
+        self.interval_start = read_cycles();
+    }
+
+    /// Something changed: check everything once.
+    fn handle_wake(&mut self) {
+        self.descriptors.wake.clear();
+        self.pairs.iter_mut().for_each(PairService::handle_wake);
+        self.worker.placement.refresh();
+        self.poll.set_permitted(self.worker.placement.may_poll());
+    }
+
+    /// Gives each queue pair its turns; the result is how many frames they found. With
+    /// `sleep_next`, the turns ask for kicks where they found none.
+    fn run_pass(&mut self, sleep_next: bool) -> usize {
+        let mut found = 0;
+        for pair in &mut self.pairs {
+            found += pair.run_pass(sleep_next);
+        }
+        let stats = &self.worker.stats;
+        let now = read_cycles();
+        if found > 0 {
+            stats.busy_cycles.add(now.wrapping_sub(self.interval_start));
+            stats.busy_frames.add(u64::try_from(found).unwrap_or(0));
+            if self.has_work() {
+                stats.over_budget.add(1);
+            }
+        }
+        self.interval_start = now;
+        found
+    }
+
+    /// Lets threads that share this CPU run first: the vCPU that makes frames, other workers.
+    fn yield_cpu(&mut self) {
+        std::thread::yield_now();
+        let now = read_cycles();
+        self.shares_cpu = now.wrapping_sub(self.interval_start) > MAX_UNCONTENDED_YIELD_CYCLES;
+        self.interval_start = now;
+    }
+
+    /// Polls for frames, without kicks, for as long as that pays.
+    fn busy_poll(&mut self) {
+        let mut deadline = self.poll.deadline();
+        let mut polls_done = 0u32;
+        while !self.stop.is_requested() {
+            // Also between polls that find frames: a busy vring must not hide a kick of another, or
+            // a wake-up.
+            polls_done = polls_done.wrapping_add(1);
+            if polls_done.is_multiple_of(POLLS_PER_EPOLL_WAIT) {
+                self.wait(0);
+            }
+            self.pairs.iter_mut().for_each(PairService::poll_all);
+            let found = self.run_pass(false);
+            if found > 0 {
+                self.worker.stats.busy_polls.add(1);
+                self.poll.record_hit(found);
+                deadline = self.poll.deadline();
+                // Being preempted instead would cost as much, at a worse moment: other threads on
+                // this CPU have waited, and their frames too.
+                if self.shares_cpu {
+                    self.yield_cpu();
+                }
+                continue;
+            }
+            self.worker.stats.polls.add(1);
+            if deadline.is_none_or(|deadline| Instant::now() >= deadline) {
+                self.poll.record_miss();
+                return;
+            }
+            self.yield_cpu();
+        }
+    }
+}
