@@ -62,6 +62,8 @@ pub(crate) struct UplinkState {
     pub(crate) refuses_attaching: AtomicBool,
     /// By queue pair: whether its queue is attached.
     pub(crate) attached: Mutex<BTreeMap<u16, bool>>,
+    /// How often a queue that was attached was detached.
+    pub(crate) detached: AtomicU16,
     /// The frames that wait in its queue 0, if it has one that can be waited for.
     pub(crate) waiting: Option<WaitingFrames>,
     /// It panics when the driver's features are negotiated.
@@ -91,6 +93,7 @@ impl Default for UplinkState {
             refuses_formats: AtomicBool::default(),
             refuses_attaching: AtomicBool::default(),
             attached: Mutex::default(),
+            detached: AtomicU16::default(),
             panics: AtomicBool::default(),
             bursts: AtomicU16::default(),
             waiting: None,
@@ -259,7 +262,10 @@ impl UplinkQueue for TestQueue {
                 source: refused(),
             });
         }
-        self.uplink.attached.lock().insert(self.pair, attached);
+        let before = self.uplink.attached.lock().insert(self.pair, attached);
+        if before == Some(true) && !attached {
+            self.uplink.detached.fetch_add(1, Ordering::Relaxed);
+        }
         Ok(())
     }
 }

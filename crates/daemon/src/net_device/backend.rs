@@ -147,13 +147,6 @@ impl Backend for NetDevice {
             served.pair.set_rx_ring_address(start.layout.desc);
             self.update_memory_node(&served.pair, &start.memory);
         }
-        served
-            .worker
-            .start()
-            .map_err(|source| BackendError::Worker {
-                pair: served.pair.index(),
-                source,
-            })?;
         let kick = start.kick.clone();
         let base = start.base;
         let record = self.crash_record(index, &start);
@@ -167,13 +160,7 @@ impl Backend for NetDevice {
             || with_slot!(served, role, slot => start_vring(slot, start, record)),
         );
         match started {
-            Ok(StartedAt::ImplausibleBase) => {
-                let text = format!(
-                    "vring {index}: the front-end starts the packed ring at {base:#x}, where its descriptors show that it cannot be, and there is no crash record of it; reload the guest's driver or restart the guest"
-                );
-                self.conditions
-                    .set(&self.name, ConditionKind::BaseImplausible, &text);
-            }
+            Ok(StartedAt::ImplausibleBase) => self.note_implausible_base(index, base),
             Ok(_) => {}
             Err(error) => {
                 if let Some(kick) = kick {
@@ -186,6 +173,13 @@ impl Backend for NetDevice {
                     VringStartError::State(source) => BackendError::VringState { index, source },
                 });
             }
+        }
+        // One that finds its receiveq stopped detaches the uplink's queue, which loses the frames that
+        // wait there while a session is suspended.
+        if let Err(source) = served.worker.start() {
+            self.stop_vring(index);
+            let pair = served.pair.index();
+            return Err(BackendError::Worker { pair, source });
         }
         self.frontend.lock().has_started_vring = true;
         self.conditions.clear(
@@ -370,6 +364,14 @@ impl NetDevice {
     }
 
     /// Reconciles what depends on whether a vring runs and is enabled, and wakes the worker.
+    fn note_implausible_base(&self, index: u16, base: u32) {
+        let text = format!(
+            "vring {index}: the front-end starts the packed ring at {base:#x}, where its descriptors show that it cannot be, and there is no crash record of it; reload the guest's driver or restart the guest"
+        );
+        self.conditions
+            .set(&self.name, ConditionKind::BaseImplausible, &text);
+    }
+
     fn apply_vring_state(&self, served: &ServedPair, role: VringRole) {
         if role == VringRole::Rx {
             self.update_active_pairs();
