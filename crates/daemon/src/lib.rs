@@ -35,6 +35,7 @@ pub mod report_builder;
 mod run_error;
 pub mod sandbox;
 pub mod served_device;
+mod service_manager;
 pub mod stop;
 pub mod supervisor;
 pub mod sys;

@@ -49,8 +49,9 @@ use crate::report_builder::DeviceRegistry;
 use crate::run_error::RunError;
 use crate::sandbox;
 use crate::served_device::ServedDevice;
+use crate::service_manager::ServiceManager;
 use crate::stop::Stop;
-use crate::take_over::{OfferedDevices, socket_file};
+use crate::take_over::{OfferedDevices, Predecessor, socket_file};
 use crate::uplinks::Uplinks;
 use crate::worker_pool::WorkerPool;
 
@@ -79,14 +80,16 @@ pub fn run(config: Config) -> Result<(), RunError> {
         })
     });
     let devices: Vec<_> = devices.collect();
-    if let Some(offered) = parts.offered.take() {
-        parts.take_over(offered, &config, &devices)?;
-    }
-    parts.serve(devices, signals)
+    let predecessor = match parts.offered.take() {
+        Some(offered) => Some(parts.take_over(offered, &config, &devices)?),
+        None => None,
+    };
+    parts.serve(devices, predecessor, signals)
 }
 
 /// What the process has opened.
 struct Parts {
+    manager: ServiceManager,
     /// What the daemon before this one offers.
     offered: Option<OfferedDevices>,
     sources: Vec<FrontendSource>,
@@ -108,6 +111,7 @@ impl Parts {
         // Take inherited descriptors first, because anything that is opened before could get their
         // numbers.
         let sources = open_sources(config, offered.as_ref())?;
+        let manager = ServiceManager::from_environment();
         let helper = HelperProcess::start(config).map_err(RunError::Helper)?;
         let host = Host::new(config.state_folder.as_deref())?;
         let mut uplinks = match &offered {
@@ -116,6 +120,7 @@ impl Parts {
         };
         let created = host.create_net_devices(config, &mut uplinks, offered.as_ref())?;
         Ok(Self {
+            manager,
             sockets: match offered {
                 Some(_) => ProcessSockets::default(),
                 None => ProcessSockets::open(config)?,
@@ -136,10 +141,12 @@ impl Parts {
         offered: OfferedDevices,
         config: &Config,
         devices: &[Arc<ServedDevice>],
-    ) -> Result<(), RunError> {
-        let program = offered.program().to_owned();
-        let taken = offered.take(devices, &self.uplinks, &self.host.irq_manager)?;
-        tracing::info!("the devices of virtionetd {program} are taken over");
+    ) -> Result<Predecessor, RunError> {
+        let (taken, predecessor) = offered.take(devices, &self.uplinks, &self.host.irq_manager)?;
+        tracing::info!(
+            "the devices of virtionetd {} are taken over",
+            predecessor.program()
+        );
         let sources = std::mem::take(&mut self.sources).into_iter();
         let owned = sources.zip(&config.devices).zip(&taken.socket_files);
         let owned = owned.map(|((source, device), numbers)| match &device.socket {
@@ -148,11 +155,16 @@ impl Parts {
         });
         self.sources = owned.collect();
         self.sockets = ProcessSockets::taken(config, taken.control, taken.handover);
-        Ok(())
+        Ok(predecessor)
     }
 
     /// Starts all threads, and returns when they have ended.
-    fn serve(self, devices: Vec<Arc<ServedDevice>>, mut signals: Signals) -> Result<(), RunError> {
+    fn serve(
+        self,
+        devices: Vec<Arc<ServedDevice>>,
+        predecessor: Option<Predecessor>,
+        mut signals: Signals,
+    ) -> Result<(), RunError> {
         // A daemon that has taken over must not end for this.
         let handover = self.handover(&devices).unwrap_or_else(|error| {
             tracing::error!(
@@ -178,8 +190,14 @@ impl Parts {
         }
         let main = signals.handle();
         let device_threads = start_devices(&devices, self.sources, &stops.sessions, &main)?;
+        predecessor.iter().for_each(|p| registry.set_predecessor(p));
         let helper = self.helper.as_deref();
-        wait_for_end(&mut signals, helper, &successor, handover.as_ref())?;
+        // Until the end the main thread has nothing else to do than to hand over.
+        take_signals()?;
+        sandbox::confine_main();
+        announce(&self.manager, predecessor);
+        wait_for_end(&mut signals, helper, &successor, handover.as_ref());
+        self.manager.stopping();
         stops.end();
         let ended = end_threads(
             &self.host.pool,
@@ -220,10 +238,11 @@ impl Parts {
         let devices = self.created.iter();
         let devices =
             devices.map(|(config, created)| (config.clone(), Arc::clone(&created.net_device)));
-        DeviceRegistry {
-            devices: devices.collect(),
-            helper: self.helper.clone(),
-        }
+        DeviceRegistry::new(
+            devices.collect(),
+            self.helper.clone(),
+            self.sockets.handover_path(),
+        )
     }
 }
 
@@ -306,16 +325,24 @@ fn handled_signals() -> SigSet {
     signals.into_iter().collect()
 }
 
+/// Tells the service manager, and then the daemon before this one, that this one serves the devices.
+fn announce(manager: &ServiceManager, predecessor: Option<Predecessor>) {
+    match predecessor {
+        Some(predecessor) => {
+            manager.ready_as_successor();
+            predecessor.let_end();
+        }
+        None => manager.ready(),
+    }
+}
+
 /// Returns when a signal requests the end of the program, or when the signals' handle was closed.
-/// Until then the main thread has nothing else to do than to hand over, so it confines itself.
 fn wait_for_end(
     signals: &mut Signals,
     helper: Option<&HelperProcess>,
     successor: &Successor,
     handover: Option<&Handover>,
-) -> Result<(), RunError> {
-    take_signals()?;
-    sandbox::confine_main();
+) {
     for signal in signals.forever() {
         match signal {
             SIGCHLD => {
@@ -335,7 +362,6 @@ fn wait_for_end(
             }
         }
     }
-    Ok(())
 }
 
 /// Hands over and ends the process, or returns if that fails.
