@@ -9,7 +9,8 @@
 //! [`libvirt`] starts libvirt domains as guests. [`migration`] has two hosts for one guest,
 //! [`echo_stream`] and [`file_transfer`] what it carries meanwhile. A [`responder`] is a driver that answers pings
 //! without a guest; [`diagnostics`] prints the state of a guest that does not answer. [`testpmd`]
-//! runs DPDK's driver and back-end, which need [`hugepages`]. A [`systemd_machine`] runs services.
+//! runs DPDK's driver and back-end, which need [`hugepages`]. A [`systemd_machine`] runs services,
+//! of which [`systemd_service`] is virtionetd.
 //!
 //! Each process, namespace, directory and setting is removed by its `Drop` or, when a signal ends
 //! this process, by a signal handler ([`cleanup`]). When SIGKILL ends this process, the kernel
@@ -44,6 +45,7 @@ pub mod random;
 pub mod responder;
 pub mod sched;
 pub mod systemd_machine;
+pub mod systemd_service;
 pub mod testbed;
 pub mod testpmd;
 pub mod topology;
