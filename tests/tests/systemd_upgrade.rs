@@ -1,5 +1,5 @@
 //! `systemctl reload` upgrades the daemon of a service: a new main process, no restart, and no
-//! front-end is disconnected.
+//! front-end is disconnected. `systemctl restart` keeps the TAPs.
 #![allow(clippy::unwrap_used)]
 
 use std::thread::sleep;
@@ -27,7 +27,22 @@ name = "other"
 socket-path = "/run/virtionetd/web.sock"
 tap = "vnet0"
 "#;
+/// With a second TAP.
+const TWO_TAPS: &str = r#"
+[[device]]
+name = "web"
+socket-path = "/run/virtionetd/web.sock"
+tap = "vnet0"
+
+[[device]]
+name = "db"
+socket-path = "/run/virtionetd/db.sock"
+uplink = "switch:lan,tap=vnet1"
+"#;
 const TAP: &str = "vnet0";
+const OTHER_TAP: &str = "vnet1";
+/// What an administrator has added to the TAP.
+const ROUTE: &str = "198.51.100.0/24";
 const PAIRS: u16 = 2;
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// What a ping that runs during an upgrade sends: about 4 s.
@@ -48,19 +63,89 @@ fn reload_upgrades_the_daemon_without_a_restart_or_a_disconnect() {
     }
     refuse_other_configuration(&service);
     // systemd supervises the successor as it supervised the first process.
-    let main = service.property("MainPID").unwrap();
     drop(responder);
-    service.machine().run("kill", ["-KILL", &main]).unwrap();
-    wait_for(&service, "a restart", || {
-        service.property("NRestarts").unwrap() == "1"
-            && service.property("SubState").unwrap() == "running"
-    });
-    assert_ne!(service.property("MainPID").unwrap(), main);
+    crash(&service);
     service.systemctl("stop").unwrap();
     let log = service.log();
     assert!(log.contains(&Service::success()), "{log}");
     assert!(!service.control().exists(), "{log}");
     service.power_off().unwrap();
+}
+
+#[test]
+fn restart_and_crash_keep_the_taps_with_their_addresses_and_routes() {
+    let dir = RunDir::new().unwrap();
+    let Some(service) = Service::boot(&dir, TWO_TAPS).unwrap() else {
+        return;
+    };
+    service.systemctl("start").unwrap();
+    ip(&service, &format!("addr add {}/24 dev {TAP}", HOST.v4));
+    ip(
+        &service,
+        &format!("route add {ROUTE} via {} dev {TAP}", GUEST.v4),
+    );
+    let before = [TAP, OTHER_TAP].map(|tap| interface(&service, tap));
+    assert!(
+        before[0].contains(HOST.v4) && before[0].contains(ROUTE),
+        "{before:?}"
+    );
+    let stays = |how: &str, taps: &[&str]| {
+        for (tap, before) in taps.iter().zip(&before) {
+            assert_eq!(
+                &interface(&service, tap),
+                before,
+                "{how}: {}",
+                service.log()
+            );
+        }
+        drop(connect(&service));
+    };
+    stays("start", &[TAP, OTHER_TAP]);
+    service.systemctl("restart").unwrap();
+    stays("restart", &[TAP, OTHER_TAP]);
+    // A successor has the TAPs from its predecessor, and after its crash they are still kept.
+    service.systemctl("reload").unwrap();
+    stays("reload", &[TAP, OTHER_TAP]);
+    crash(&service);
+    stays("crash", &[TAP, OTHER_TAP]);
+    // One that the configuration has no more is removed.
+    service.configure(CONFIG).unwrap();
+    service.systemctl("restart").unwrap();
+    stays("restart with one device", &[TAP]);
+    wait_for(&service, "the end of a TAP", || {
+        !exists(&service, OTHER_TAP)
+    });
+    service.systemctl("stop").unwrap();
+    wait_for(&service, "the end of a TAP", || !exists(&service, TAP));
+    service.systemctl("start").unwrap();
+    assert!(!interface(&service, TAP).contains(HOST.v4));
+    service.power_off().unwrap();
+}
+
+/// The number of an interface, its addresses and its routes.
+fn interface(service: &Service, name: &str) -> String {
+    let ip = |args: &str| ip(service, &format!("{args} dev {name}"));
+    let link = ip("-oneline -4 addr show") + &ip("-4 route show");
+    let path = format!("/sys/class/net/{name}/ifindex");
+    let index = service.machine().run("cat", [&*path]).unwrap();
+    // Without a front-end the kernel may add that the link is down.
+    index + &link.replace(" linkdown", "")
+}
+
+fn exists(service: &Service, interface: &str) -> bool {
+    let path = format!("/sys/class/net/{interface}");
+    service.machine().run("test", ["-d", &*path]).is_ok()
+}
+
+/// Kills the main process, and waits until systemd has restarted the service.
+fn crash(service: &Service) {
+    let main = service.property("MainPID").unwrap();
+    service.machine().run("kill", ["-KILL", &main]).unwrap();
+    wait_for(service, "a restart", || {
+        service.property("NRestarts").unwrap() == "1"
+            && service.property("SubState").unwrap() == "running"
+    });
+    assert_ne!(service.property("MainPID").unwrap(), main);
 }
 
 /// Upgrades while pings are sent, all of which are answered.
@@ -85,7 +170,12 @@ fn reload(service: &Service, dir: &RunDir, n: usize) {
     let status = ping.wait(TIMEOUT).unwrap();
     let statistics = ping.stdout();
     assert!(status.success(), "{statistics} {log}");
-    assert!(statistics.contains(" 0% packet loss"), "{statistics} {log}");
+    let link = ip(service, &format!("-s link show {TAP}"));
+    let device = &service.report().unwrap()["devices"][0];
+    assert!(
+        statistics.contains(" 0% packet loss"),
+        "{statistics} {link} {device:#} {log}"
+    );
     assert!(self::frames(&service.report().unwrap()) > frames, "{log}");
 }
 

@@ -24,7 +24,6 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{SigSet, Signal};
 use parking_lot::Mutex;
 use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
@@ -39,9 +38,10 @@ use crate::call_watchdog;
 use crate::descriptor_budget;
 use crate::device_thread::{DeviceThread, start_devices};
 use crate::frontend_source::FrontendSource;
-use crate::handover::{Handover, SUCCESSOR_SIGNAL, Successor};
+use crate::handover::{Handover, Successor};
 use crate::helper_process::HelperProcess;
 use crate::host::{CreatedDevice, Host};
+use crate::kept_taps::{KeptTaps, PassedDescriptors};
 use crate::logging;
 use crate::placement_monitor;
 use crate::process_sockets::ProcessSockets;
@@ -50,6 +50,7 @@ use crate::run_error::RunError;
 use crate::sandbox;
 use crate::served_device::ServedDevice;
 use crate::service_manager::ServiceManager;
+use crate::signals;
 use crate::stop::Stop;
 use crate::take_over::{OfferedDevices, Predecessor, socket_file};
 use crate::uplinks::Uplinks;
@@ -61,14 +62,15 @@ const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 const JOIN_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Serves the devices of `config` until a signal asks to end, or the next daemon has taken over.
+/// `passed` are the descriptors of the service manager.
 ///
 /// # Errors
 /// When something cannot be set up, or the only device cannot continue.
-pub fn run(config: Config) -> Result<(), RunError> {
+pub fn run(config: Config, passed: PassedDescriptors) -> Result<(), RunError> {
     descriptor_budget::prepare(&config)?;
     let signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGCHLD, SIGUSR1]);
     let signals = signals.map_err(host_error("handle signals"))?;
-    let mut parts = Parts::open(&config)?;
+    let mut parts = Parts::open(&config, passed)?;
     // From here on nothing is opened that needs a right of this process.
     sandbox::confine_process()?;
     protect_threads()?;
@@ -89,7 +91,7 @@ pub fn run(config: Config) -> Result<(), RunError> {
 
 /// What the process has opened.
 struct Parts {
-    manager: ServiceManager,
+    manager: Arc<ServiceManager>,
     /// What the daemon before this one offers.
     offered: Option<OfferedDevices>,
     sources: Vec<FrontendSource>,
@@ -103,7 +105,7 @@ struct Parts {
 
 impl Parts {
     /// Opens what `config` names, or has it offered by the daemon before this one.
-    fn open(config: &Config) -> Result<Self, RunError> {
+    fn open(config: &Config, passed: PassedDescriptors) -> Result<Self, RunError> {
         let offered = match &config.handover {
             Some(path) if config.take_over => Some(OfferedDevices::request(path, config)?),
             _ => None,
@@ -111,13 +113,14 @@ impl Parts {
         // Take inherited descriptors first, because anything that is opened before could get their
         // numbers.
         let sources = open_sources(config, offered.as_ref())?;
-        let manager = ServiceManager::from_environment();
+        let manager = Arc::new(ServiceManager::from_environment());
         let helper = HelperProcess::start(config).map_err(RunError::Helper)?;
         let host = Host::new(config.state_folder.as_deref())?;
-        let mut uplinks = match &offered {
-            Some(offered) => Uplinks::inheriting(offered.taps(), offered.switch_seeds()),
-            None => Uplinks::default(),
-        };
+        let kept = KeptTaps::new(Arc::clone(&manager), passed, config);
+        let mut uplinks = Uplinks::new(kept);
+        if let Some(offered) = &offered {
+            uplinks = uplinks.inheriting(offered.taps(), offered.switch_seeds());
+        }
         let created = host.create_net_devices(config, &mut uplinks, offered.as_ref())?;
         Ok(Self {
             manager,
@@ -191,9 +194,10 @@ impl Parts {
         let main = signals.handle();
         let device_threads = start_devices(&devices, self.sources, &stops.sessions, &main)?;
         predecessor.iter().for_each(|p| registry.set_predecessor(p));
+        self.uplinks.keep();
         let helper = self.helper.as_deref();
         // Until the end the main thread has nothing else to do than to hand over.
-        take_signals()?;
+        signals::take().map_err(host_error("handle signals"))?;
         sandbox::confine_main();
         announce(&self.manager, predecessor);
         wait_for_end(&mut signals, helper, &successor, handover.as_ref());
@@ -298,31 +302,12 @@ fn end_threads(
     ended.and(helpers_ended)
 }
 
-/// Leaves the signals that end the program to the main thread, which takes them once it has started
-/// all others. No other thread may wake it: see the lists of [`virtionet_sandbox`].
+/// Leaves the signals that end the program to the main thread.
 ///
 /// # Errors
 /// When the kernel refuses it.
 pub fn reserve_signals() -> Result<(), RunError> {
-    let blocked = handled_signals().thread_block();
-    blocked.map_err(|error| host_error("handle signals")(error.into()))
-}
-
-/// Takes them in the calling thread, those that came meanwhile included.
-fn take_signals() -> Result<(), RunError> {
-    let taken = handled_signals().thread_unblock();
-    taken.map_err(|error| host_error("handle signals")(error.into()))
-}
-
-fn handled_signals() -> SigSet {
-    let signals = [
-        Signal::SIGTERM,
-        Signal::SIGINT,
-        Signal::SIGHUP,
-        Signal::SIGCHLD,
-        SUCCESSOR_SIGNAL,
-    ];
-    signals.into_iter().collect()
+    signals::reserve().map_err(host_error("handle signals"))
 }
 
 /// Tells the service manager, and then the daemon before this one, that this one serves the devices.
