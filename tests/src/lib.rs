@@ -10,7 +10,8 @@
 //! [`echo_stream`] and [`file_transfer`] what it carries meanwhile. A [`responder`] is a driver that answers pings
 //! without a guest, and [`traffic`] is numbered frames through all vrings; [`diagnostics`] prints the
 //! state of a guest that does not answer. [`testpmd`]
-//! runs DPDK's driver and back-end, which need [`hugepages`]. A [`systemd_machine`] runs services.
+//! runs DPDK's driver and back-end, which need [`hugepages`]. A [`systemd_machine`] runs services,
+//! of which [`systemd_service`] is virtionetd.
 //!
 //! Each process, namespace, directory and setting is removed by its `Drop` or, when a signal ends
 //! this process, by a signal handler ([`cleanup`]). When SIGKILL ends this process, the kernel
@@ -49,6 +50,7 @@ pub mod responder;
 pub mod sched;
 pub mod settings;
 pub mod systemd_machine;
+pub mod systemd_service;
 pub mod testbed;
 pub mod testpmd;
 pub mod topology;

@@ -209,6 +209,16 @@ impl Machine {
         output("nsenter", command_in(self.init, program, args))
     }
 
+    /// The arguments of nsenter that run a program of the machine.
+    #[must_use]
+    pub fn command<'a>(
+        &self,
+        program: &'a str,
+        args: impl IntoIterator<Item = &'a str>,
+    ) -> Vec<String> {
+        command_in(self.init, program, args)
+    }
+
     /// The path on the host of the machine's file at `path`, which is absolute.
     #[must_use]
     pub fn path(&self, path: &str) -> PathBuf {

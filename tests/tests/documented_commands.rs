@@ -11,7 +11,7 @@ use virtionet_tests::paths::{require_root, root, virtionetctl, virtionetd};
 const PREAMBLE: &str = include_str!("documented_commands.sh");
 
 /// The first words of commands that other tests run, and which those are.
-const ELSEWHERE: [(&str, &str); 7] = [
+const ELSEWHERE: [(&str, &str); 9] = [
     ("ci/", "`ci/test` and `ci/fresh` themselves"),
     ("cargo ", "the stages of ci/test"),
     ("GUEST=", "the stage e2e"),
@@ -22,6 +22,8 @@ const ELSEWHERE: [(&str, &str); 7] = [
         "virtionetd --config /etc/virtionetd.toml --take-over",
         "tests/upgrade.rs",
     ),
+    ("virtionetctl upgrade", "tests/upgrade.rs"),
+    ("systemctl reload ", "tests/systemd_upgrade.rs"),
 ];
 
 /// What a page takes for granted, or a reader must adapt: page, text, and what is run instead.

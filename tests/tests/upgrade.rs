@@ -4,15 +4,19 @@
 //! `UPGRADES=N` makes N upgrades of each kind, also of those that the others cover in short.
 
 use std::os::unix::net::UnixStream;
+use std::process::ExitStatus;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 use virtionet_handover::NewSide;
 use virtionet_tests::attachment::Attachment;
 use virtionet_tests::daemon::Options;
 use virtionet_tests::echo_stream::EchoStreams;
+use virtionet_tests::paths::virtionetctl;
+use virtionet_tests::process::Proc;
 use virtionet_tests::testbed::{Testbed, TestbedConfig};
 use virtionet_tests::topology::{GUEST, TAP};
 
@@ -47,6 +51,11 @@ fn guest_with_packed_virtqueues_on_a_switch_notices_no_upgrade() {
 #[test]
 fn daemon_goes_on_if_its_successor_fails() {
     check_failures(Attachment::PACKED_ON_SWITCH.config(PAIRS)).unwrap();
+}
+
+#[test]
+fn virtionetctl_upgrades_the_daemon_of_a_guest() {
+    check_virtionetctl(Attachment::PACKED_ON_TAP.config(PAIRS)).unwrap();
 }
 
 /// Checks it if the long form is asked for.
@@ -113,6 +122,52 @@ fn check_failures(config: TestbedConfig) -> Result<()> {
     guest.finish()
 }
 
+fn check_virtionetctl(config: TestbedConfig) -> Result<()> {
+    let mut guest = UpgradedGuest::start(config)?;
+    let old = guest.testbed.daemon.pid();
+    // What takes over nothing leaves the devices where they are.
+    let (status, output) = guest.virtionetctl("failing", &["--binary", "/bin/false"])?;
+    ensure!(status.code() == Some(1), "{status}: {output}");
+    ensure!(
+        output.contains(&format!("(process {old}) goes on")),
+        "{output}"
+    );
+    guest.wait_for_progress()?;
+    let (status, output) = guest.virtionetctl("upgrading", &[])?;
+    let new = &guest.testbed.daemon.get("/v1/devices")?["process"];
+    let _ended = EndedAtLast::of(new)?;
+    ensure!(status.success(), "{status}: {output}");
+    let sentence = format!("(process {}) has taken over from virtionetd", new["pid"]);
+    ensure!(output.contains(&sentence), "{output}");
+    ensure!(
+        output.contains("1 device, which was paused for"),
+        "{output}"
+    );
+    ensure!(new["pid"] != old && new["taken_over"].is_object(), "{new}");
+    guest.wait_for_progress()?;
+    // The next successor has all that this one had, which is no child of this process.
+    guest.upgrade(0)?;
+    guest.finish()
+}
+
+/// A process that is killed when this value is dropped.
+struct EndedAtLast(Pid);
+
+impl EndedAtLast {
+    /// The process of a report.
+    fn of(process: &Value) -> Result<Self> {
+        let pid = process["pid"].as_i64().context("no process id")?;
+        Ok(Self(Pid::from_raw(i32::try_from(pid)?)))
+    }
+}
+
+impl Drop for EndedAtLast {
+    fn drop(&mut self) {
+        // An error means that it has ended already.
+        _ = kill(self.0, Signal::SIGKILL);
+    }
+}
+
 /// A guest whose daemon has a successor, again and again.
 struct UpgradedGuest {
     testbed: Testbed,
@@ -175,6 +230,18 @@ impl UpgradedGuest {
         let text = log.split("they were paused for ").nth(1);
         let text = text.and_then(|text| text.lines().next());
         parse_duration(text.with_context(|| format!("no pause in the log: {log}"))?)
+    }
+
+    /// Runs `virtionetctl upgrade` with these arguments. Returns its status and its output, to which
+    /// the messages of the daemon that it started belong.
+    fn virtionetctl(&self, name: &str, args: &[&str]) -> Result<(ExitStatus, String)> {
+        let Testbed { dir, network, .. } = &self.testbed;
+        let control = self.testbed.daemon.control().display().to_string();
+        let all = [&["upgrade", "--control", &control], args].concat();
+        let netns = Some(network.netns().name());
+        let mut proc = Proc::spawn(dir, name, netns, virtionetctl()?, all)?;
+        let status = proc.wait(END_TIMEOUT)?;
+        Ok((status, proc.stdout() + &proc.stderr()))
     }
 
     fn wait_for_progress(&self) -> Result<()> {

@@ -44,6 +44,7 @@ impl Collector for Snapshot {
             log_lines_dropped,
             panics,
             rights,
+            process: _,
             devices,
         } = &self.0;
         page.info(

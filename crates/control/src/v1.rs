@@ -28,8 +28,36 @@ pub struct Report {
     /// The rights that the daemon has left; `None` from a daemon that does not report them.
     #[serde(default)]
     pub rights: Option<RightsReport>,
+    /// Its process; `None` from a daemon that does not report it.
+    #[serde(default)]
+    pub process: Option<ProcessReport>,
     /// Its devices, in the order of the command line.
     pub devices: Vec<DeviceReport>,
+}
+
+/// The process of the daemon, and what must be known to start its successor.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessReport {
+    /// The process id.
+    pub pid: u32,
+    /// The arguments behind the program's name; `None` where one is not UTF-8.
+    pub arguments: Option<Vec<String>>,
+    /// The working directory, to which paths among the arguments are relative; `None` where it is
+    /// unknown or not UTF-8.
+    pub directory: Option<String>,
+    /// The path of the socket at which the next daemon can take over; `None` where there is none.
+    pub handover_socket: Option<String>,
+    /// The handover by which this daemon got its devices; `None` if it made them itself.
+    pub taken_over: Option<TakeOverReport>,
+}
+
+/// How a daemon got the devices of the one before it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TakeOverReport {
+    /// The version of the daemon before.
+    pub version: String,
+    /// For how long the devices were paused, in microseconds, as this daemon measured it.
+    pub paused_us: u64,
 }
 
 /// The rights that the daemon has left.
@@ -364,6 +392,16 @@ pub(crate) fn sample() -> Report {
             helper: HelperState::Running,
             helper_pid: Some(9),
         }),
+        process: Some(ProcessReport {
+            pid: 8,
+            arguments: Some(vec!["-v".into()]),
+            directory: Some("/".into()),
+            handover_socket: Some("/run/h".into()),
+            taken_over: Some(TakeOverReport {
+                version: "0.0.9".into(),
+                paused_us: 1200,
+            }),
+        }),
         devices: vec![DeviceReport {
             name: "vnet".into(),
             socket: "/run/a \"b\".sock".into(),
@@ -461,6 +499,9 @@ mod tests {
             serde_json::json!({"version": "0.1.0", "log_lines_dropped": 1, "panics": 2, "rights": {
                 "sandbox": "on", "user": 7, "capabilities": ["CAP_CHOWN"],
                 "helper": "running", "helper_pid": 9,
+            }, "process": {
+                "pid": 8, "arguments": ["-v"], "directory": "/", "handover_socket": "/run/h",
+                "taken_over": {"version": "0.0.9", "paused_us": 1200},
             }, "devices": [{
                 "name": "vnet", "socket": "/run/a \"b\".sock", "role": "server", "connected": true,
                 "frontend": {"pid": 1, "features": ["MQ"], "protocol_features": ["MQ"], "iotlb": {

@@ -1,5 +1,6 @@
 //! The command line of virtionetctl.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
@@ -11,7 +12,7 @@ Exit status:
   1  something failed, such as a virtionetd that does not answer
   2  the command line, the request for a plan or a configuration file cannot be used";
 
-/// Plan guests, check configuration files, and show the status of a running virtionetd.
+/// Plan guests, check configuration files, and show the status of a running virtionetd or upgrade it.
 #[derive(Debug, Parser)]
 #[command(
     name = "virtionetctl",
@@ -51,5 +52,23 @@ pub enum Command {
         /// Print the daemon's report as JSON, as GET /v1/devices answers it
         #[arg(long)]
         json: bool,
+    },
+
+    /// Start a new virtionetd that takes all devices over from the running one, without a disconnect.
+    /// If that fails, the running one goes on
+    Upgrade {
+        /// The path of virtionetd's control socket [default: the value of the environment variable
+        /// VIRTIONETD_CONTROL, or /run/virtionetd.ctl]
+        #[arg(long, value_name = "PATH")]
+        control: Option<PathBuf>,
+
+        /// The new virtionetd [default: the one in the folder of virtionetctl]
+        #[arg(long, value_name = "PATH")]
+        binary: Option<PathBuf>,
+
+        /// The arguments of the new virtionetd; --take-over is added [default: those of the running
+        /// one]
+        #[arg(last = true, value_name = "ARGUMENT")]
+        arguments: Vec<OsString>,
     },
 }

@@ -1,8 +1,11 @@
-//! virtionetctl: plans for guests, checks of configuration files, and the status of a running
-//! virtionetd. It needs no privileges, and does not link the data path.
+//! virtionetctl: plans for guests, checks of configuration files, and the status and the upgrade of a
+//! running virtionetd. It does not link the data path. Only an upgrade needs the privileges of the
+//! daemon, which it starts.
 
 mod args;
+mod control_socket;
 mod status;
+mod upgrade;
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -12,18 +15,32 @@ use clap::Parser;
 use virtionet_config::Config;
 
 use crate::args::{Args, Command};
+use crate::upgrade::Upgrade;
 
 fn main() -> ExitCode {
     match Args::parse().command {
         Command::Plan(args) => plan(&args),
         Command::Check { files } => check(&files),
-        Command::Status { control, json } => match status::print(control, json) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                report(&error);
-                ExitCode::FAILURE
-            }
-        },
+        Command::Status { control, json } => exit(status::print(control, json)),
+        Command::Upgrade {
+            control,
+            binary,
+            arguments,
+        } => exit(upgrade::run(Upgrade {
+            control,
+            program: binary,
+            arguments,
+        })),
+    }
+}
+
+fn exit(result: Result<(), impl std::error::Error>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            report(&error);
+            ExitCode::FAILURE
+        }
     }
 }
 

@@ -12,14 +12,12 @@ use virtionet_control::v1::{
     Counters, DeviceReport, HelperState, QueuePairReport, Report, RightsReport, SocketRole,
 };
 
+use crate::control_socket;
+
 /// The time between the two reports.
 const INTERVAL: Duration = Duration::from_secs(1);
 /// The largest width of a line, in characters.
 const WIDTH: usize = 80;
-/// The environment variable that names the control socket.
-const CONTROL_VARIABLE: &str = "VIRTIONETD_CONTROL";
-/// The path of the control socket where neither a flag nor the environment names one.
-const DEFAULT_CONTROL: &str = "/run/virtionetd.ctl";
 
 /// The counters of a vring that count neither drops nor faults. Every other counter is shown when
 /// it is not zero, so that the counters of a later daemon are shown too.
@@ -50,9 +48,7 @@ pub(crate) enum StatusError {
 /// # Errors
 /// When the daemon does not answer or the output cannot be written.
 pub(crate) fn print(control: Option<PathBuf>, is_json: bool) -> Result<(), StatusError> {
-    let control = control
-        .or_else(|| std::env::var_os(CONTROL_VARIABLE).map(PathBuf::from))
-        .unwrap_or_else(|| DEFAULT_CONTROL.into());
+    let control = control_socket::path(control);
     let text = match is_json {
         true => client::devices_json(&control)?,
         false => measure(&control)?,

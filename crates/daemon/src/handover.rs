@@ -148,7 +148,11 @@ impl Handover {
             Err(failure) => Err(failure),
         };
         match sent.and_then(|()| Ok(successor.commit()?)) {
-            Ok(()) => Ok((program, paused_at.elapsed())),
+            Ok(handed_over) => {
+                let paused_for = paused_at.elapsed();
+                handed_over.wait_until_served();
+                Ok((program, paused_for))
+            }
             Err(failure) => {
                 self.resume();
                 Err(failure)

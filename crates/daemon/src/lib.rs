@@ -9,12 +9,16 @@ pub mod frontend_source;
 pub mod handover;
 pub mod helper_process;
 mod host;
+mod kept_taps;
 pub mod process_sockets;
 pub mod report_builder;
 mod run_error;
 pub mod served_device;
+mod service_manager;
+mod signals;
 pub mod supervisor;
 pub mod take_over;
 pub mod uplinks;
 
+pub use kept_taps::PassedDescriptors;
 pub use run_error::{DeviceFailure, RunError};

@@ -6,7 +6,7 @@ use virtionet_config::Command;
 use virtionet_config::cli;
 use virtionet_net_device::sys;
 use virtionet_process::{logging, panic_policy, sandbox};
-use virtionetd::{RunError, helper_process, supervisor};
+use virtionetd::{PassedDescriptors, RunError, helper_process, supervisor};
 
 fn main() -> ExitCode {
     sys::limit_malloc_arenas();
@@ -24,6 +24,7 @@ fn main() -> ExitCode {
         Ok(Command::Serve(config)) => *config,
         Err(refusal) => return ExitCode::from(refusal.report()),
     };
+    let passed = PassedDescriptors::take(&config);
     if let Err(error) = sandbox::prepare(&config) {
         return exit(Err(error));
     }
@@ -34,7 +35,7 @@ fn main() -> ExitCode {
         return exit(Err(error));
     }
     panic_policy::install();
-    let ended = supervisor::run(config);
+    let ended = supervisor::run(config, passed);
     let status = match &ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(RunError::Usage { .. }) => ExitCode::from(2),

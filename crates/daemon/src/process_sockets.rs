@@ -4,6 +4,7 @@
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::sync::Arc;
 
 use virtionet_base::unix_socket::{Access, SocketFile, listen_at};
@@ -72,6 +73,12 @@ impl ProcessSockets {
             control: control.map(|(socket, listener)| listener.at(&socket.path)),
             handover: config.handover.as_ref().map(|path| handover.at(path)),
         }
+    }
+
+    /// The path of the socket at which the next daemon can take over.
+    #[must_use]
+    pub fn handover_path(&self) -> Option<&Path> {
+        self.handover.as_ref().map(|(_, file)| file.path())
     }
 
     /// The images of the control socket and of the one for the next daemon.

@@ -1,6 +1,9 @@
 //! Builds the control API's report of the running devices.
 
-use std::sync::Arc;
+use std::env;
+use std::path::Path;
+use std::process;
+use std::sync::{Arc, OnceLock};
 
 use rustix::process::geteuid;
 use virtionet_config::{DeviceConfig, Socket};
@@ -17,14 +20,59 @@ use virtionet_virtio_net::stats::{VringStats, WorkerStats, to_u64};
 use virtionet_virtqueue::memory::IotlbCounts;
 
 use crate::helper_process::HelperProcess;
+use crate::take_over::Predecessor;
 
-/// All devices of this process, with their configurations, and its helper.
+/// All devices of this process, with their configurations, and the process itself.
 #[derive(Debug)]
 pub struct DeviceRegistry {
-    /// The devices.
-    pub devices: Vec<(DeviceConfig, Arc<NetDevice>)>,
-    /// The helper, if there is one.
-    pub helper: Option<Arc<HelperProcess>>,
+    devices: Vec<(DeviceConfig, Arc<NetDevice>)>,
+    helper: Option<Arc<HelperProcess>>,
+    /// The process, without the handover by which it got its devices.
+    process: report::ProcessReport,
+    taken_over: OnceLock<report::TakeOverReport>,
+}
+
+impl DeviceRegistry {
+    /// The registry of a process with these devices, with a helper if there is one, and with a socket
+    /// at which the next daemon can take over if there is one.
+    #[must_use]
+    pub fn new(
+        devices: Vec<(DeviceConfig, Arc<NetDevice>)>,
+        helper: Option<Arc<HelperProcess>>,
+        handover_socket: Option<&Path>,
+    ) -> Self {
+        Self {
+            devices,
+            helper,
+            process: own_process(handover_socket),
+            taken_over: OnceLock::new(),
+        }
+    }
+
+    /// Notes that this process has got its devices from another one, and serves them from now on.
+    pub fn set_predecessor(&self, predecessor: &Predecessor) {
+        let paused_for = predecessor.paused_for().as_micros();
+        self.taken_over.get_or_init(|| report::TakeOverReport {
+            version: predecessor.program().to_owned(),
+            paused_us: u64::try_from(paused_for).unwrap_or(u64::MAX),
+        });
+    }
+}
+
+/// This process, as it was started.
+// syscalls: getcwd
+fn own_process(handover_socket: Option<&Path>) -> report::ProcessReport {
+    let text = |path: &Path| path.to_str().map(str::to_owned);
+    let arguments = env::args_os().skip(1);
+    report::ProcessReport {
+        pid: process::id(),
+        arguments: arguments
+            .map(|argument| argument.into_string().ok())
+            .collect(),
+        directory: env::current_dir().ok().and_then(|path| text(&path)),
+        handover_socket: handover_socket.and_then(text),
+        taken_over: None,
+    }
 }
 
 impl report::ReportSource for DeviceRegistry {
@@ -34,6 +82,10 @@ impl report::ReportSource for DeviceRegistry {
             log_lines_dropped: logging::dropped_lines(),
             panics: contained_panics(),
             rights: Some(rights(self.helper.as_deref())),
+            process: Some(report::ProcessReport {
+                taken_over: self.taken_over.get().cloned(),
+                ..self.process.clone()
+            }),
             devices: self
                 .devices
                 .iter()
@@ -190,10 +242,8 @@ mod tests {
     fn report_of_a_connected_device_has_its_front_end_memory_and_queue_pairs() {
         let net_device = Arc::new(net_device(4, Null, PollMode::Off));
         let socket = Socket::Connect { path: path() };
-        let devices = DeviceRegistry {
-            devices: vec![(config(socket), Arc::clone(&net_device))],
-            helper: None,
-        };
+        let devices = vec![(config(socket), Arc::clone(&net_device))];
+        let devices = DeviceRegistry::new(devices, None, None);
         with_frontend(&net_device, &two_pairs(), |frontend| {
             frontend.connection.set_mtu(2000).unwrap();
             frontend.enable(1, false).unwrap();
@@ -208,7 +258,7 @@ mod tests {
                 ("null", true)
             );
             let seen = device.frontend.unwrap();
-            assert_eq!(seen.pid, i32::try_from(std::process::id()).ok());
+            assert_eq!(seen.pid, i32::try_from(process::id()).ok());
             assert!(seen.features.contains(&"MQ".to_owned()), "{seen:?}");
             assert!(!seen.protocol_features.is_empty());
             let region = frontend.ram().regions()[0];
@@ -270,14 +320,18 @@ mod tests {
             ),
             (Socket::Inherited(5), "fd:5", report::SocketRole::Inherited),
         ] {
-            let devices = DeviceRegistry {
-                devices: vec![(config(socket), Arc::clone(&net_device))],
-                helper: None,
-            };
+            let devices = vec![(config(socket), Arc::clone(&net_device))];
+            let devices = DeviceRegistry::new(devices, None, Some(Path::new("/run/handover")));
             let report = devices.report();
             assert_eq!(report.version, env!("CARGO_PKG_VERSION"));
             assert_eq!(report.devices[0].socket, text);
             assert_eq!(report.devices[0].role, role);
+            let process = report.process.unwrap();
+            assert_eq!(process.pid, process::id());
+            assert_eq!(process.handover_socket.as_deref(), Some("/run/handover"));
+            assert_eq!(process.taken_over, None);
+            let arguments: Vec<String> = env::args().skip(1).collect();
+            assert_eq!(process.arguments, Some(arguments));
         }
     }
 }

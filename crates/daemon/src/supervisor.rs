@@ -24,7 +24,6 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{SigSet, Signal};
 use parking_lot::Mutex;
 use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
@@ -45,14 +44,17 @@ use virtionet_virtqueue::memory::survive_lost_memory;
 use crate::descriptor_budget;
 use crate::device_thread::{DeviceThread, start_devices};
 use crate::frontend_source::FrontendSource;
-use crate::handover::{Handover, SUCCESSOR_SIGNAL, Successor};
+use crate::handover::{Handover, Successor};
 use crate::helper_process::HelperProcess;
 use crate::host::{CreatedDevice, Host};
+use crate::kept_taps::{KeptTaps, PassedDescriptors};
 use crate::process_sockets::ProcessSockets;
 use crate::report_builder::DeviceRegistry;
 use crate::run_error::RunError;
 use crate::served_device::{ServedDevice, count_suspended};
-use crate::take_over::{OfferedDevices, socket_file};
+use crate::service_manager::ServiceManager;
+use crate::signals;
+use crate::take_over::{OfferedDevices, Predecessor, socket_file};
 use crate::uplinks::Uplinks;
 
 /// How long all threads together may take to end.
@@ -61,14 +63,15 @@ const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 const JOIN_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Serves the devices of `config` until a signal asks to end, or the next daemon has taken over.
+/// `passed` are the descriptors of the service manager.
 ///
 /// # Errors
 /// When something cannot be set up, or the only device cannot continue.
-pub fn run(config: Config) -> Result<(), RunError> {
+pub fn run(config: Config, passed: PassedDescriptors) -> Result<(), RunError> {
     descriptor_budget::prepare(&config)?;
     let signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGCHLD, SIGUSR1]);
     let signals = signals.map_err(host_error("handle signals"))?;
-    let mut parts = Parts::open(&config)?;
+    let mut parts = Parts::open(&config, passed)?;
     // From here on nothing is opened that needs a right of this process.
     sandbox::confine_process()?;
     protect_threads()?;
@@ -80,14 +83,16 @@ pub fn run(config: Config) -> Result<(), RunError> {
         })
     });
     let devices: Vec<_> = devices.collect();
-    if let Some(offered) = parts.offered.take() {
-        parts.take_over(offered, &config, &devices)?;
-    }
-    parts.serve(devices, signals)
+    let predecessor = match parts.offered.take() {
+        Some(offered) => Some(parts.take_over(offered, &config, &devices)?),
+        None => None,
+    };
+    parts.serve(devices, predecessor, signals)
 }
 
 /// What the process has opened.
 struct Parts {
+    manager: Arc<ServiceManager>,
     /// What the daemon before this one offers.
     offered: Option<OfferedDevices>,
     sources: Vec<FrontendSource>,
@@ -101,7 +106,7 @@ struct Parts {
 
 impl Parts {
     /// Opens what `config` names, or has it offered by the daemon before this one.
-    fn open(config: &Config) -> Result<Self, RunError> {
+    fn open(config: &Config, passed: PassedDescriptors) -> Result<Self, RunError> {
         let offered = match &config.handover {
             Some(path) if config.take_over => Some(OfferedDevices::request(path, config)?),
             _ => None,
@@ -109,14 +114,17 @@ impl Parts {
         // Take inherited descriptors first, because anything that is opened before could get their
         // numbers.
         let sources = open_sources(config, offered.as_ref())?;
+        let manager = Arc::new(ServiceManager::from_environment());
         let helper = HelperProcess::start(config).map_err(RunError::Helper)?;
         let host = Host::new(config.state_folder.as_deref())?;
-        let mut uplinks = match &offered {
-            Some(offered) => Uplinks::inheriting(offered.taps(), offered.switch_seeds()),
-            None => Uplinks::default(),
-        };
+        let kept = KeptTaps::new(Arc::clone(&manager), passed, config);
+        let mut uplinks = Uplinks::new(kept);
+        if let Some(offered) = &offered {
+            uplinks = uplinks.inheriting(offered.taps(), offered.switch_seeds());
+        }
         let created = host.create_net_devices(config, &mut uplinks, offered.as_ref())?;
         Ok(Self {
+            manager,
             sockets: match offered {
                 Some(_) => ProcessSockets::default(),
                 None => ProcessSockets::open(config)?,
@@ -137,11 +145,13 @@ impl Parts {
         offered: OfferedDevices,
         config: &Config,
         devices: &[Arc<ServedDevice>],
-    ) -> Result<(), RunError> {
-        let program = offered.program().to_owned();
-        let taken = offered.take(devices, &self.uplinks, &self.host.irq_manager)?;
+    ) -> Result<Predecessor, RunError> {
+        let (taken, predecessor) = offered.take(devices, &self.uplinks, &self.host.irq_manager)?;
         self.host.pool.gate().hold_for(count_suspended(devices));
-        tracing::info!("the devices of virtionetd {program} are taken over");
+        tracing::info!(
+            "the devices of virtionetd {} are taken over",
+            predecessor.program()
+        );
         let sources = std::mem::take(&mut self.sources).into_iter();
         let owned = sources.zip(&config.devices).zip(&taken.socket_files);
         let owned = owned.map(|((source, device), numbers)| match &device.socket {
@@ -150,11 +160,16 @@ impl Parts {
         });
         self.sources = owned.collect();
         self.sockets = ProcessSockets::taken(config, taken.control, taken.handover);
-        Ok(())
+        Ok(predecessor)
     }
 
     /// Starts all threads, and returns when they have ended.
-    fn serve(self, devices: Vec<Arc<ServedDevice>>, mut signals: Signals) -> Result<(), RunError> {
+    fn serve(
+        self,
+        devices: Vec<Arc<ServedDevice>>,
+        predecessor: Option<Predecessor>,
+        mut signals: Signals,
+    ) -> Result<(), RunError> {
         // A daemon that has taken over must not end for this.
         let handover = self.handover(&devices).unwrap_or_else(|error| {
             tracing::error!(
@@ -181,8 +196,15 @@ impl Parts {
         }
         let main = signals.handle();
         let device_threads = start_devices(&devices, self.sources, &stops.sessions, &main)?;
+        predecessor.iter().for_each(|p| registry.set_predecessor(p));
+        self.uplinks.keep();
         let helper = self.helper.as_deref();
-        wait_for_end(&mut signals, helper, &successor, handover.as_ref())?;
+        // Until the end the main thread has nothing else to do than to hand over.
+        signals::take().map_err(host_error("handle signals"))?;
+        sandbox::confine_main();
+        announce(&self.manager, predecessor);
+        wait_for_end(&mut signals, helper, &successor, handover.as_ref());
+        self.manager.stopping();
         stops.end();
         let ended = end_threads(
             &self.host.pool,
@@ -223,10 +245,11 @@ impl Parts {
         let devices = self.created.iter();
         let devices =
             devices.map(|(config, created)| (config.clone(), Arc::clone(&created.net_device)));
-        DeviceRegistry {
-            devices: devices.collect(),
-            helper: self.helper.clone(),
-        }
+        DeviceRegistry::new(
+            devices.collect(),
+            self.helper.clone(),
+            self.sockets.handover_path(),
+        )
     }
 }
 
@@ -282,43 +305,32 @@ fn end_threads(
     ended.and(helpers_ended)
 }
 
-/// Leaves the signals that end the program to the main thread, which takes them once it has started
-/// all others. No other thread may wake it: see the lists of [`virtionet_sandbox`].
+/// Leaves the signals that end the program to the main thread.
 ///
 /// # Errors
 /// When the kernel refuses it.
 pub fn reserve_signals() -> Result<(), RunError> {
-    let blocked = handled_signals().thread_block();
-    blocked.map_err(|error| host_error("handle signals")(error.into()))
+    signals::reserve().map_err(host_error("handle signals"))
 }
 
-/// Takes them in the calling thread, those that came meanwhile included.
-fn take_signals() -> Result<(), RunError> {
-    let taken = handled_signals().thread_unblock();
-    taken.map_err(|error| host_error("handle signals")(error.into()))
-}
-
-fn handled_signals() -> SigSet {
-    let signals = [
-        Signal::SIGTERM,
-        Signal::SIGINT,
-        Signal::SIGHUP,
-        Signal::SIGCHLD,
-        SUCCESSOR_SIGNAL,
-    ];
-    signals.into_iter().collect()
+/// Tells the service manager, and then the daemon before this one, that this one serves the devices.
+fn announce(manager: &ServiceManager, predecessor: Option<Predecessor>) {
+    match predecessor {
+        Some(predecessor) => {
+            manager.ready_as_successor();
+            predecessor.let_end();
+        }
+        None => manager.ready(),
+    }
 }
 
 /// Returns when a signal requests the end of the program, or when the signals' handle was closed.
-/// Until then the main thread has nothing else to do than to hand over, so it confines itself.
 fn wait_for_end(
     signals: &mut Signals,
     helper: Option<&HelperProcess>,
     successor: &Successor,
     handover: Option<&Handover>,
-) -> Result<(), RunError> {
-    take_signals()?;
-    sandbox::confine_main();
+) {
     for signal in signals.forever() {
         match signal {
             SIGCHLD => {
@@ -338,7 +350,6 @@ fn wait_for_end(
             }
         }
     }
-    Ok(())
 }
 
 /// Hands over and ends the process, or returns if that fails.

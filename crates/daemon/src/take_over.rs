@@ -5,12 +5,13 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use virtionet_base::rights::FileIdentity;
 use virtionet_base::unix_socket::{SocketFile, connect_own};
 use virtionet_config::{Config, Socket};
 use virtionet_handover::{
-    HandoverError, HandoverState, ListenerImage, NewSide, Offer, SharedFd, SourceImage,
+    HandoverError, HandoverState, ListenerImage, NewSide, Offer, SharedFd, SourceImage, TakenOver,
 };
 use virtionet_net_device::crash_records::CrashRecords;
 use virtionet_placement::interrupts::IrqAffinityManager;
@@ -130,12 +131,6 @@ impl OfferedDevices {
         Ok(())
     }
 
-    /// The version of the daemon before this one.
-    #[must_use]
-    pub fn program(&self) -> &str {
-        &self.offer.program
-    }
-
     /// Where the front-ends of device `index` come from. `socket` is its configuration.
     ///
     /// # Errors
@@ -190,7 +185,7 @@ impl OfferedDevices {
         devices: &[Arc<ServedDevice>],
         uplinks: &Uplinks,
         irq_manager: &IrqAffinityManager,
-    ) -> Result<Taken, TakeOverError> {
+    ) -> Result<(TakenSockets, Predecessor), TakeOverError> {
         for (device, offer) in devices.iter().zip(&self.offer.devices) {
             let own = device.net_device.uplink_text();
             if own != offer.uplink {
@@ -199,21 +194,54 @@ impl OfferedDevices {
                 self.refuse_if(Err(TakeOverError::Different(text)))?;
             }
         }
+        let paused_at = Instant::now();
         let mut state = self.side.ready()?;
         let affinity = std::mem::take(&mut state.affinity);
         self.refuse_if(restore(devices, uplinks, state))?;
         // Nothing that can fail may follow the commit.
-        let taken = self.refuse_if(Taken::copy(&self.offer))?;
-        self.side.prepared()?;
+        let sockets = self.refuse_if(TakenSockets::copy(&self.offer))?;
+        let connection = self.side.prepared()?;
         uplinks.own();
         irq_manager.inherit(affinity);
-        Ok(taken)
+        let predecessor = Predecessor {
+            program: self.offer.program,
+            paused_at,
+            connection,
+        };
+        Ok((sockets, predecessor))
     }
 }
 
-/// What belongs to this daemon now, beside the devices.
+/// The daemon before this one, which has nothing any more and waits until this one serves the devices.
 #[derive(Debug)]
-pub struct Taken {
+pub struct Predecessor {
+    program: String,
+    paused_at: Instant,
+    connection: TakenOver,
+}
+
+impl Predecessor {
+    /// Its version.
+    #[must_use]
+    pub fn program(&self) -> &str {
+        &self.program
+    }
+
+    /// The time since this daemon was ready for paused devices.
+    #[must_use]
+    pub fn paused_for(&self) -> Duration {
+        self.paused_at.elapsed()
+    }
+
+    /// Lets it end, because this daemon serves the devices.
+    pub fn let_end(self) {
+        self.connection.serving();
+    }
+}
+
+/// The sockets that belong to this daemon now.
+#[derive(Debug)]
+pub struct TakenSockets {
     /// The files of the devices' sockets, in their order.
     pub socket_files: Vec<Option<(u64, u64)>>,
     /// The control socket.
@@ -222,7 +250,7 @@ pub struct Taken {
     pub handover: TakenListener,
 }
 
-impl Taken {
+impl TakenSockets {
     fn copy(offer: &Offer<SharedFd>) -> Result<Self, TakeOverError> {
         let file = |image: &SourceImage<SharedFd>| match image {
             SourceImage::Listener(image) => image.file,

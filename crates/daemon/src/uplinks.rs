@@ -5,15 +5,14 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
-use rustix::net::netdevice::name_to_index;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
-
 use virtionet_config::uplink::{SwitchConfig, UplinkConfig};
 use virtionet_handover::SharedFd;
 use virtionet_uplink::null::Null;
 use virtionet_uplink::switch::{HostPortForwarder, Switch, SwitchImage};
 use virtionet_uplink::tap::{Tap, TapConfig, TapImage};
 use virtionet_virtio_net::uplink::{Uplink, UplinkError};
+
+use crate::kept_taps::KeptTaps;
 
 /// An uplink that a device can use.
 #[derive(Debug)]
@@ -59,14 +58,40 @@ impl OpenUplinkError {
     }
 }
 
+/// How a TAP came to this process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum TapOrigin {
+    /// From the daemon before this one.
+    TakenOver,
+    /// From an earlier process, by way of the service manager.
+    Kept,
+    /// It existed.
+    Opened,
+    /// It was created.
+    Created,
+}
+
+impl TapOrigin {
+    fn describe(self, name: &str) -> String {
+        match self {
+            Self::TakenOver => format!("TAP {name} taken over"),
+            Self::Kept => format!("TAP {name} kept by the service manager"),
+            Self::Opened => format!("existing TAP {name} opened"),
+            Self::Created => format!("TAP {name} created"),
+        }
+    }
+}
+
 /// The uplinks of a process.
 #[derive(Debug, Default)]
 pub struct Uplinks {
     switches: BTreeMap<String, Arc<Switch>>,
     /// The owner of each TAP.
     owners: BTreeMap<String, String>,
-    /// The TAPs, by their owners.
-    taps: BTreeMap<String, Arc<Tap>>,
+    /// The TAPs and their configurations, by their owners.
+    taps: BTreeMap<String, (TapConfig, Arc<Tap>)>,
+    /// What the service manager keeps.
+    kept: KeptTaps,
     /// The TAPs of the daemon before this one that are not opened yet, by their owners.
     inherited_taps: BTreeMap<String, TapImage<SharedFd>>,
     /// The seeds of its switches.
@@ -74,16 +99,26 @@ pub struct Uplinks {
 }
 
 impl Uplinks {
-    /// The uplinks of the daemon before this one, to which they belong until [`Uplinks::own`].
+    /// No uplinks yet. TAPs that the service manager keeps are used again.
+    #[must_use]
+    pub fn new(kept: KeptTaps) -> Self {
+        Self {
+            kept,
+            ..Self::default()
+        }
+    }
+
+    /// With the uplinks of the daemon before this one, to which they belong until [`Uplinks::own`].
     #[must_use]
     pub fn inheriting(
+        self,
         taps: BTreeMap<String, TapImage<SharedFd>>,
         switch_seeds: BTreeMap<String, u64>,
     ) -> Self {
         Self {
             inherited_taps: taps,
             inherited_seeds: switch_seeds,
-            ..Self::default()
+            ..self
         }
     }
 
@@ -99,16 +134,9 @@ impl Uplinks {
         match config {
             UplinkConfig::Tap(tap) => {
                 self.claim(&tap.name, "a device".into())?;
-                let existed = interface_exists(&tap.name);
                 let owner = format!("device {device}");
-                let is_inherited = self.inherited_taps.contains_key(&owner);
-                let uplink = self.open_tap(owner, &tap_config(tap))?;
-                let name = uplink.name();
-                let summary = match existed {
-                    _ if is_inherited => format!("TAP {name} taken over"),
-                    true => format!("existing TAP {name} opened"),
-                    false => format!("TAP {name} created"),
-                };
+                let (uplink, origin) = self.open_tap(owner, &tap_config(tap))?;
+                let summary = origin.describe(&uplink.name());
                 Ok(OpenedUplink::new(uplink, summary))
             }
             UplinkConfig::Switch(switch) => {
@@ -153,19 +181,38 @@ impl Uplinks {
         if let Some(tap) = &config.tap {
             let config = tap_config(tap);
             let owner = format!("switch {name}");
-            switch.add_host_tap(&config, || self.open_tap(owner, &config))?;
+            switch.add_host_tap(&config, || Ok(self.open_tap(owner, &config)?.0))?;
         }
         Ok(switch)
     }
 
-    fn open_tap(&mut self, owner: String, config: &TapConfig) -> Result<Arc<Tap>, UplinkError> {
-        let tap = match self.inherited_taps.remove(&owner) {
-            Some(image) => Tap::from_image(config, &image)?,
-            None => Tap::open(config)?,
+    fn open_tap(
+        &mut self,
+        owner: String,
+        config: &TapConfig,
+    ) -> Result<(Arc<Tap>, TapOrigin), UplinkError> {
+        let (tap, origin) = if let Some(image) = self.inherited_taps.remove(&owner) {
+            (Tap::from_image(config, &image)?, TapOrigin::TakenOver)
+        } else if let Some(tap) = self.kept.take(config) {
+            (tap, TapOrigin::Kept)
+        } else {
+            let tap = Tap::open(config)?;
+            match tap.is_created_by_us() {
+                true => (tap, TapOrigin::Created),
+                false => (tap, TapOrigin::Opened),
+            }
         };
         let tap = Arc::new(tap);
-        self.taps.insert(owner, Arc::clone(&tap));
-        Ok(tap)
+        let configured = (config.clone(), Arc::clone(&tap));
+        self.taps.insert(owner, configured);
+        Ok((tap, origin))
+    }
+
+    /// Lets the service manager keep the TAPs that this program has created, for its next start.
+    pub fn keep(&self) {
+        for (config, tap) in self.taps.values() {
+            self.kept.keep(config, tap);
+        }
     }
 
     /// The images of the TAPs, by their owners.
@@ -173,8 +220,9 @@ impl Uplinks {
     /// # Errors
     /// When the process has no descriptors left.
     pub fn tap_images(&self) -> io::Result<BTreeMap<String, TapImage<SharedFd>>> {
-        let image = |(owner, tap): (&String, &Arc<Tap>)| Ok((owner.clone(), tap.to_image()?));
-        self.taps.iter().map(image).collect()
+        let taps = self.taps.iter();
+        taps.map(|(owner, (_, tap))| Ok((owner.clone(), tap.to_image()?)))
+            .collect()
     }
 
     /// The seed of each switch.
@@ -199,7 +247,7 @@ impl Uplinks {
         taps: &BTreeMap<String, TapImage<SharedFd>>,
         switches: &[SwitchImage],
     ) -> io::Result<()> {
-        for (owner, tap) in &self.taps {
+        for (owner, (_, tap)) in &self.taps {
             if let Some(image) = taps.get(owner) {
                 tap.update_from_image(image)?;
             }
@@ -214,7 +262,7 @@ impl Uplinks {
 
     /// Makes inherited uplinks those of this process.
     pub fn own(&self) {
-        self.taps.values().for_each(|tap| tap.own());
+        self.taps.values().for_each(|(_, tap)| tap.own());
     }
 
     /// Records the owner of a TAP, because the kernel's error would not name the other owner. A
@@ -235,18 +283,6 @@ impl Uplinks {
             }
         }
     }
-}
-
-/// Whether the host has an interface of this name. Returns false if that cannot be determined.
-// syscalls: socket ioctl
-fn interface_exists(name: &str) -> bool {
-    let socket = socket_with(
-        AddressFamily::UNIX,
-        SocketType::DGRAM,
-        SocketFlags::CLOEXEC,
-        None,
-    );
-    socket.is_ok_and(|socket| name_to_index(&socket, name).is_ok())
 }
 
 fn tap_config(tap: &virtionet_config::uplink::TapConfig) -> TapConfig {

@@ -10,13 +10,16 @@
 //! stops all workers and sessions
 //! State ->                                 maps memory, makes the sessions
 //!                              <- Prepared
-//! Commit ->                                 starts the vrings
+//! Commit ->                                 starts the vrings, tells the service manager
+//!                              <- Serving
 //! ends
 //! ```
 //!
 //! Until it has sent Commit, the old daemon continues as if nothing had been, whatever goes wrong:
 //! the new one is gone, refuses, or takes longer than a few seconds. From then on it touches nothing
-//! any more. The new daemon starts nothing before it has received Commit.
+//! any more. The new daemon starts nothing before it has received Commit. The old one ends only when
+//! the new one serves, because a service manager must know its new main process before the old one
+//! ends; but it does not depend on that.
 
 mod message;
 mod message_io;
@@ -122,8 +125,9 @@ impl OldSide {
     ///
     /// # Errors
     /// When the new daemon is gone, and does not have them.
-    pub fn commit(self) -> Result<(), HandoverError> {
-        self.send(FromOld::Commit)
+    pub fn commit(self) -> Result<HandedOver, HandoverError> {
+        self.send(FromOld::Commit)?;
+        Ok(HandedOver(self.0))
     }
 
     fn send(&self, message: FromOld<SharedFd>) -> Result<(), HandoverError> {
@@ -147,9 +151,35 @@ impl OldSide {
     }
 }
 
+/// The old daemon's side after the commit. It owns nothing any more.
+#[derive(Debug)]
+pub struct HandedOver(UnixStream);
+
+impl HandedOver {
+    /// Waits until the new daemon serves the devices or is gone, for at most 2 s.
+    // syscalls: recvfrom
+    pub fn wait_until_served(self) {
+        // Nothing depends on what it says: it owns the devices.
+        let _ = receive::<FromNew>(&self.0);
+    }
+}
+
 /// The new daemon's side.
 #[derive(Debug)]
 pub struct NewSide(UnixStream);
+
+/// The new daemon's side after the commit. It owns the devices.
+#[derive(Debug)]
+pub struct TakenOver(UnixStream);
+
+impl TakenOver {
+    /// Tells the old daemon, which is waiting to end, that this one serves the devices.
+    // syscalls: sendto
+    pub fn serving(self) {
+        // One of an earlier version has ended already.
+        let _ = send(&self.0, &FromNew::Serving, &OutgoingDescriptors::default());
+    }
+}
 
 impl NewSide {
     /// Asks the old daemon, to which `stream` is connected, for its offer. `program` is the version
@@ -197,10 +227,10 @@ impl NewSide {
     ///
     /// # Errors
     /// When the old daemon continues instead.
-    pub fn prepared(self) -> Result<(), HandoverError> {
+    pub fn prepared(self) -> Result<TakenOver, HandoverError> {
         self.send(&FromNew::Prepared)?;
         match self.receive()? {
-            FromOld::Commit => Ok(()),
+            FromOld::Commit => Ok(TakenOver(self.0)),
             _ => Err(HandoverError::Order),
         }
     }

@@ -27,6 +27,9 @@ pub(crate) enum FromNew {
     Ready,
     /// It has all.
     Prepared,
+    /// After Commit: it serves the devices. Daemons that do not know this message have ended or wait
+    /// for nothing, so it is no part of the format.
+    Serving,
     /// It does not take over.
     Refused {
         /// Why not.

@@ -48,7 +48,8 @@ fn old(stream: UnixStream) -> Result<(), HandoverError> {
     let (side, _program) = OldSide::accept(stream)?;
     side.offer(offer())?;
     side.send_state(state())?;
-    side.commit()
+    side.commit()?.wait_until_served();
+    Ok(())
 }
 
 /// Runs the old side while `new` does what a successor does.
@@ -66,9 +67,27 @@ fn successor_owns_all_after_the_commit() {
         assert_eq!(received.switch_seeds, offer().switch_seeds);
         assert_eq!(received.devices[0].name, "net0");
         assert_eq!(side.ready().unwrap().devices.len(), 1);
-        side.prepared().unwrap();
+        side.prepared().unwrap().serving();
     })
     .unwrap();
+}
+
+#[test]
+fn old_daemon_waits_until_the_new_one_serves_or_is_gone() {
+    for serves in [true, false] {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let old = thread::spawn(move || old(ours));
+        let (side, _) = NewSide::hello(theirs, "").unwrap();
+        side.ready().unwrap();
+        let taken_over = side.prepared().unwrap();
+        thread::sleep(Duration::from_millis(50));
+        assert!(!old.is_finished());
+        match serves {
+            true => taken_over.serving(),
+            false => drop(taken_over),
+        }
+        old.join().unwrap().unwrap();
+    }
 }
 
 #[test]

@@ -64,6 +64,8 @@ pub struct UplinkState {
     pub refuses_attaching: AtomicBool,
     /// By queue pair: whether its queue is attached.
     pub attached: Mutex<BTreeMap<u16, bool>>,
+    /// How often a queue that was attached was detached.
+    pub detached: AtomicU16,
     /// The frames that wait in its queue 0, if it has one that can be waited for.
     pub waiting: Option<WaitingFrames>,
     /// It panics when the driver's features are negotiated.
@@ -93,6 +95,7 @@ impl Default for UplinkState {
             refuses_formats: AtomicBool::default(),
             refuses_attaching: AtomicBool::default(),
             attached: Mutex::default(),
+            detached: AtomicU16::default(),
             panics: AtomicBool::default(),
             bursts: AtomicU16::default(),
             waiting: None,
@@ -261,7 +264,10 @@ impl UplinkQueue for TestQueue {
                 source: refused(),
             });
         }
-        self.uplink.attached.lock().insert(self.pair, attached);
+        let before = self.uplink.attached.lock().insert(self.pair, attached);
+        if before == Some(true) && !attached {
+            self.uplink.detached.fetch_add(1, Ordering::Relaxed);
+        }
         Ok(())
     }
 }

@@ -58,6 +58,12 @@ impl Ifreq {
             .copy_from_slice(name.as_bytes());
         Ok(request)
     }
+
+    fn name(&self) -> String {
+        let end = self.name.iter().position(|&byte| byte == 0);
+        let name = &self.name[..end.unwrap_or(IFNAMSIZ)];
+        String::from_utf8_lossy(name).into_owned()
+    }
 }
 
 /// Makes `tun` a queue of the multiqueue TAP `name`, which the kernel creates if it does not exist.
@@ -70,9 +76,17 @@ pub(crate) fn attach_device(tun: BorrowedFd<'_>, name: &str) -> io::Result<Strin
     // SAFETY: `request` is alive, not borrowed elsewhere, and at least as long as the ifreq that
     // the kernel reads and writes; on another kind of file the call fails.
     check(unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })?;
-    let end = request.name.iter().position(|&byte| byte == 0);
-    let chosen = &request.name[..end.unwrap_or(IFNAMSIZ)];
-    Ok(String::from_utf8_lossy(chosen).into_owned())
+    Ok(request.name())
+}
+
+/// The present name of the interface of which `tun` is a queue. Fails when it was deleted.
+// syscalls: ioctl(TUNGETIFF)
+pub(crate) fn interface_name(tun: BorrowedFd<'_>) -> io::Result<String> {
+    let mut request = Ifreq::new("", 0)?;
+    // SAFETY: `request` is alive, not borrowed elsewhere, and at least as long as the ifreq that
+    // the kernel writes; on another kind of file the call fails.
+    check(unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNGETIFF, &raw mut request) })?;
+    Ok(request.name())
 }
 
 /// Attaches or detaches the queue `tun`: the kernel steers frames to attached queues only.

@@ -18,6 +18,7 @@
 mod config;
 mod error;
 mod image;
+mod kept;
 mod queue;
 mod rights;
 
@@ -119,20 +120,33 @@ impl Tap {
     /// When the kernel or its state of the interface does not permit it.
     pub fn open(config: &TapConfig) -> Result<Self, UplinkError> {
         let links = LinkTable::open().map_err(error::link_table_unavailable)?;
-        let before = wait_for_release(&links, &config.name)?;
+        let before = wait_for_release(&links, &config.name, 0)?;
         let (file, name) = open_detached(&links, &config.name, before.as_ref())?;
         let link = find_link(&links, &name)?;
         check_not_shared(&link, 1)?;
+        let tap = Self::with_detached_queue(config, links, &link, file, before.is_none())?;
+        if !link.is_up && !tap.is_created_by_us() {
+            tracing::warn!("{}", error::interface_down(&tap.shared.name));
+        }
+        Ok(tap)
+    }
+
+    /// The TAP of the interface of `link`, whose only queue is `file`, which is detached.
+    fn with_detached_queue(
+        config: &TapConfig,
+        links: LinkTable,
+        link: &Link,
+        file: File,
+        is_created_by_us: bool,
+    ) -> Result<Self, UplinkError> {
+        let name = link.name.clone();
         prepare(file.as_fd(), NO_OFFLOADS).map_err(|e| error::setup_failed(&name, e))?;
         let shared = Arc::new(TapShared::new(name, NO_OFFLOADS.header_len));
         let first = TapQueue::new(file, 0, Arc::clone(&shared));
         let tap = Self::with_first_queue(config, shared, links, link.index, first);
         tap.is_created_by_us
-            .store(before.is_none(), Ordering::Relaxed);
-        tap.configure_interface(&link)?;
-        if !link.is_up && !tap.is_created_by_us() {
-            tracing::warn!("{}", error::interface_down(&tap.shared.name));
-        }
+            .store(is_created_by_us, Ordering::Relaxed);
+        tap.configure_interface(link)?;
         Ok(tap)
     }
 
@@ -410,17 +424,17 @@ fn check_not_shared(link: &Link, own: u32) -> Result<(), UplinkError> {
     }
 }
 
-/// Waits up to [`RELEASE_TIMEOUT`] until no process has a queue of the TAP `name`; returns the
+/// Waits up to [`RELEASE_TIMEOUT`] until the TAP `name` has no more than `own` queues; returns the
 /// entry of the table of interfaces after that. The TAP is not opened to find this out, because an
 /// open queue would receive frames that belong to its owner.
-fn wait_for_release(links: &LinkTable, name: &str) -> Result<Option<Link>, UplinkError> {
+fn wait_for_release(links: &LinkTable, name: &str, own: u32) -> Result<Option<Link>, UplinkError> {
     let deadline = Instant::now() + RELEASE_TIMEOUT;
     loop {
         let link = links
             .find_by_name(name)
             .map_err(error::link_table_unavailable)?;
         let queues = link.as_ref().and_then(|link| link.queues).unwrap_or(0);
-        if queues == 0 || Instant::now() >= deadline {
+        if queues <= own || Instant::now() >= deadline {
             return Ok(link);
         }
         thread::sleep(RELEASE_INTERVAL);

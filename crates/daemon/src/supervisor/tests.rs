@@ -389,6 +389,28 @@ fn suspended_session_continues_with_the_frames_that_came_meanwhile() {
     check_suspension(|_, suspended, _| assert!(suspended.lock().is_some()));
 }
 
+/// A queue that is detached loses the frames that wait in it.
+#[test]
+fn queues_of_the_uplink_stay_attached_while_a_session_is_suspended() {
+    let path = SocketPath::new("attached");
+    let uplink = TestUplink::with_frames();
+    let net_device = net_device(2, uplink.clone(), PollMode::Off);
+    let source = FrontendSource::open(&path.listener()).unwrap();
+    let (ended, _) = serve_with(&net_device, source, true, |stop, _| {
+        let mut frontend = TestFrontend::connect(&path.0, &two_pairs()).unwrap();
+        for _ in 0..200 {
+            // Waits until the session runs.
+            send(&mut frontend, 0, 1);
+            assert!(stop.suspend(TIMEOUT));
+            stop.resume();
+        }
+        send(&mut frontend, 0, 1);
+        assert_eq!(uplink.detached.load(Ordering::Relaxed), 0);
+        frontend
+    });
+    ended.unwrap();
+}
+
 #[test]
 fn session_continues_from_its_image() {
     check_suspension(|net_device, suspended, _| {

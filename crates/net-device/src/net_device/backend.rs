@@ -172,13 +172,7 @@ impl Backend for NetDevice {
             || with_slot!(served, role, slot => start_vring(slot, start, record)),
         );
         match started {
-            Ok(StartedAt::ImplausibleBase) => {
-                let text = format!(
-                    "vring {index}: the front-end starts the packed ring at {base:#x}, where its descriptors show that it cannot be, and there is no crash record of it; reload the guest's driver or restart the guest"
-                );
-                self.conditions
-                    .set(&self.name, ConditionKind::BaseImplausible, &text);
-            }
+            Ok(StartedAt::ImplausibleBase) => self.note_implausible_base(index, base),
             Ok(_) => {}
             Err(error) => {
                 if let Some(kick) = kick {
@@ -386,6 +380,14 @@ impl NetDevice {
     }
 
     /// Reconciles what depends on whether a vring runs and is enabled, and wakes the worker.
+    fn note_implausible_base(&self, index: u16, base: u32) {
+        let text = format!(
+            "vring {index}: the front-end starts the packed ring at {base:#x}, where its descriptors show that it cannot be, and there is no crash record of it; reload the guest's driver or restart the guest"
+        );
+        self.conditions
+            .set(&self.name, ConditionKind::BaseImplausible, &text);
+    }
+
     fn apply_vring_state(&self, served: &ServedPair, role: VringRole) {
         if role == VringRole::Rx {
             self.update_active_pairs();
