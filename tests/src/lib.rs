@@ -30,6 +30,7 @@ pub mod echo_stream;
 pub mod ethtool;
 pub mod file_transfer;
 pub mod guest;
+mod hardware;
 pub mod http;
 pub mod hugepages;
 pub mod iperf;

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use crate::accel::Accel;
 use crate::guest::Guest;
+use crate::hardware::{INTEL_IOMMU, PLUGGABLE_WITHOUT_KVM, SLOT};
 use crate::netns::Netns;
 pub use crate::nic::Nic;
 use crate::paths::{RunDir, guest_image};
@@ -22,32 +23,6 @@ use crate::sched;
 
 /// The time that a trial boot under KVM may take. A working KVM needs about 1 s.
 const KVM_TRIAL_TIMEOUT: Duration = Duration::from_secs(20);
-
-/// Additional arguments for vCPU hotplug under software emulation. QEMU's ACPI tables describe
-/// vCPUs that are not plugged in as disabled processors. Newer kernels (6.12.117 and 7.2, but not
-/// 6.1) ignore disabled processors unless they detect a known hypervisor. QEMU's software emulation
-/// is not one, but VMware is detected by the serial number and by QEMU's emulation of its I/O port.
-/// This `-cpu` overrides the earlier one; this `-machine` adds to the earlier one.
-const PLUGGABLE_WITHOUT_KVM: [&str; 6] = [
-    "-machine",
-    "vmport=on",
-    "-cpu",
-    "qemu64,hypervisor=off",
-    "-smbios",
-    "type=1,serial=VMware-test",
-];
-
-/// The IOMMU must precede the devices for which it translates. The interrupt controller of KVM as a
-/// whole would not go with it.
-const INTEL_IOMMU: [&str; 4] = [
-    "-machine",
-    "kernel-irqchip=split",
-    "-device",
-    "intel-iommu,intremap=off,device-iotlb=on",
-];
-
-/// A slot in which devices can be plugged while the machine runs. It must precede them.
-const SLOT: [&str; 2] = ["-device", "pcie-root-port,id=hot,chassis=1"];
 
 /// The configuration of a machine, which boots the image that `ci/guest-image` has built.
 #[derive(Clone, Debug)]
