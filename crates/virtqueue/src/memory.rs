@@ -18,7 +18,8 @@
 //! - [`SegmentList`] stores the slices of a burst and is bound to one snapshot. It translates an
 //!   (address, length) pair as a whole and caches the region that it found last.
 //!
-//! During a live migration a snapshot has a log of the pages that the device writes ([`DirtyLog`]).
+//! During a live migration a snapshot has a log of the pages that the device writes ([`DirtyLog`]),
+//! and after a migration by postcopy some pages have not arrived yet ([`MissingPages`]).
 //!
 //! **The guest writes this memory while the device reads it.** Each load is volatile or atomic and
 //! copies the value once; the copy is what is checked and then used. No reference (`&[u8]`) into
@@ -31,6 +32,7 @@ mod fault;
 #[cfg(loom)]
 mod loom;
 mod segments;
+mod userfault;
 
 use std::fs::File;
 use std::io;
@@ -53,6 +55,7 @@ pub use fault::{LossWatch, survive_lost_memory};
 pub use loom::{DisabledOrdering, clear_model, disable_ordering};
 pub(crate) use segments::SegmentWriter;
 pub use segments::{BadAddress, GuestSlice, SegmentList};
+pub use userfault::{MissingPages, PostcopyError};
 
 /// The largest number of regions in a memory table. QEMU has at most as many memory slots.
 pub const MAX_REGIONS: usize = 509;
@@ -243,6 +246,7 @@ pub struct GuestMemory {
     regions: Vec<Arc<MappedRegion>>,
     /// What the device writes is logged here during a migration.
     log: Option<SnapshotLog>,
+    is_in_postcopy: bool,
 }
 
 impl GuestMemory {
@@ -259,16 +263,19 @@ impl GuestMemory {
         check_no_overlap(&regions, |spec| spec.user_addr)?;
         regions.sort_by_key(|r| r.spec.guest_addr);
         check_no_overlap(&regions, |spec| spec.guest_addr)?;
-        Ok(Self { regions, log: None })
+        Ok(Self {
+            regions,
+            ..Self::default()
+        })
     }
 
     /// A snapshot with one more region (ADD_MEM_REG).
     ///
     /// # Errors
     /// As [`GuestMemory::new`].
-    pub fn with_region(&self, region: MappedRegion) -> Result<Self, MemoryError> {
+    pub fn with_region(&self, region: impl Into<Arc<MappedRegion>>) -> Result<Self, MemoryError> {
         let mut regions = self.regions.clone();
-        regions.push(Arc::new(region));
+        regions.push(region.into());
         Self::new(regions)
     }
 
@@ -291,52 +298,8 @@ impl GuestMemory {
                 .filter(|r| !same(&r.spec))
                 .cloned()
                 .collect(),
-            log: None,
+            ..Self::default()
         })
-    }
-
-    /// A snapshot of the same memory that logs what the device writes, or with `None` one that does
-    /// not.
-    ///
-    /// # Errors
-    /// When the log has no bit for some pages of the memory.
-    pub fn with_log(&self, log: Option<Arc<DirtyLog>>) -> Result<Self, LogError> {
-        Ok(Self {
-            regions: self.regions.clone(),
-            log: log
-                .map(|log| SnapshotLog::new(log, &self.regions))
-                .transpose()?,
-        })
-    }
-
-    /// Whether writes of the device must be logged.
-    #[inline(always)]
-    #[must_use]
-    pub fn is_logging(&self) -> bool {
-        self.log.is_some()
-    }
-
-    /// A writer that logs what was written to buffers before this call; `None` when nothing is
-    /// logged.
-    #[must_use]
-    pub fn log_writer(&self) -> Option<LogWriter<'_>> {
-        let log = self.log.as_ref()?;
-        full_fence();
-        Some(log.writer())
-    }
-
-    /// Logs all of guest memory as written, if anything is logged.
-    pub fn log_all(&self) {
-        if let Some(log) = &self.log {
-            full_fence();
-            log.mark_all();
-        }
-    }
-
-    /// Whether pages of the log have vanished, so that the front-end does not see what is logged.
-    #[must_use]
-    pub fn is_log_lost(&self) -> bool {
-        self.log.as_ref().is_some_and(SnapshotLog::is_lost)
     }
 
     /// The log of an area of a virtqueue at *guest* address `start`; `None` when nothing is logged.
