@@ -13,6 +13,7 @@ mod descriptor_budget;
 pub mod device_thread;
 mod discovered_vcpus;
 pub mod feature_set;
+pub mod frame_inbox;
 pub mod frontend_source;
 pub mod handover;
 pub mod helper_process;

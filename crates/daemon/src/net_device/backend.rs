@@ -122,6 +122,9 @@ impl Backend for NetDevice {
         self.frontend.lock().memory = Arc::clone(memory);
         let mut unmapped = Vec::new();
         for served in self.pairs() {
+            if memory.is_in_postcopy() {
+                served.pair.inbox().open();
+            }
             for role in [VringRole::Rx, VringRole::Tx] {
                 let stopped = with_slot!(served, role, slot => slot.rebind(memory));
                 let Some((stopped, source)) = stopped else {
@@ -136,6 +139,10 @@ impl Backend for NetDevice {
                     error,
                 });
             }
+            // Where all pages have arrived, the worker closes the inbox.
+            if served.pair.inbox().is_open() {
+                served.pair.wake();
+            }
         }
         unmapped
     }
@@ -144,6 +151,7 @@ impl Backend for NetDevice {
         let role = VringRole::of(index);
         let served = self.open_pair(index / 2, index)?;
         if role == VringRole::Rx {
+            served.pair.prepare_inbox(&start.memory);
             served.pair.set_rx_ring_address(start.layout.desc);
             self.update_memory_node(&served.pair, &start.memory);
         }
