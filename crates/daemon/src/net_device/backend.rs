@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use virtionet_vhost_user::{Backend, BackendError, RefusedRequest, UnmappedVring, VringStart};
 use virtionet_virtio_net::features::Features;
 use virtionet_virtio_net::{DeviceQueue, QueueConfig};
@@ -65,7 +66,11 @@ impl Backend for NetDevice {
     }
 
     fn protocol_features(&self) -> u64 {
-        self.offered().protocol
+        let offered = self.offered().protocol;
+        match self.may_postcopy {
+            true => offered,
+            false => offered & !VhostUserProtocolFeatures::PAGEFAULT.bits(),
+        }
     }
 
     fn max_queue_pairs(&self) -> u16 {

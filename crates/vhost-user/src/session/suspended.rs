@@ -14,6 +14,7 @@ use virtionet_base::MAX_QUEUE_PAIRS;
 use virtionet_virtqueue::memory::{GuestMemory, MappedRegion, MemoryError, RegionSpec};
 
 use super::migration::LogBaseState;
+use super::postcopy::Postcopy;
 use super::serving::EndedOnDrop;
 use super::{SESSION_FEATURES, Session, SessionState};
 use crate::backend::Backend;
@@ -33,7 +34,7 @@ pub struct SuspendedSession {
 /// Why a suspended session cannot continue in another process.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
-    /// The guest is being migrated, and what is written is logged.
+    /// The guest is being migrated: what is written is logged, or pages may be missing.
     #[error("the guest is being migrated; try again when that has ended")]
     Migrating,
     /// The front-end has accepted features that the back-end does not offer.
@@ -209,7 +210,7 @@ impl SuspendedSession {
     /// When the guest is being migrated, or the process has no descriptors left.
     pub fn to_image(&self) -> Result<SessionImage<Arc<OwnedFd>>, ImageError> {
         let state = &self.state;
-        if state.memory.is_logging() {
+        if state.memory.is_logging() || !state.postcopy.is_off() {
             return Err(ImageError::Migrating);
         }
         let mut regions = Vec::new();
@@ -261,6 +262,7 @@ impl SuspendedSession {
                 vrings: image.vrings.into_iter().map(Vring::from_image).collect(),
                 memory: Arc::new(GuestMemory::new(regions)?),
                 log_base: LogBaseState::Unset,
+                postcopy: Postcopy::Off,
                 features: image.features,
                 protocol_features: image.protocol_features,
                 status: image.status,

@@ -154,6 +154,7 @@ impl Session<'_> {
         );
         self.backend.start_vring(ring, start)?;
         self.change_state(ring, VringEvent::Start);
+        self.state.postcopy.note_start();
         Ok(())
     }
 
