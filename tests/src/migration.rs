@@ -30,6 +30,9 @@ pub struct Device {
     pub is_packed: bool,
     /// Whether the guest announces itself; if not, QEMU asks the back-end for that.
     pub announces: bool,
+    /// Whether the device is a port of a switch, which reaches the host's bridge by its TAP, and not a
+    /// queue of that TAP itself.
+    pub on_switch: bool,
 }
 
 impl Device {
@@ -40,6 +43,7 @@ impl Device {
             pairs,
             is_packed,
             announces: true,
+            on_switch: false,
         }
     }
 }
@@ -51,6 +55,8 @@ pub struct Method {
     pub multifd: bool,
     /// Whether QEMU slows the vCPUs down until the guest writes less memory than is carried.
     pub auto_converge: bool,
+    /// Whether the guest may continue at the destination before its memory is there.
+    pub postcopy: bool,
 }
 
 impl Method {
@@ -63,6 +69,7 @@ impl Method {
         let capabilities = [
             of("multifd", self.multifd),
             of("auto-converge", self.auto_converge),
+            of("postcopy-ram", self.postcopy),
         ];
         let arguments = json!({"capabilities": capabilities});
         qemu.qmp("migrate-set-capabilities", &arguments).map(drop)
@@ -87,9 +94,12 @@ impl Hosts {
     pub fn new(device: Device) -> Result<Self> {
         let mut hosts = Self::without_daemons(device)?;
         for name in HOSTS {
-            let options = Options::new()
-                .netns(hosts.bridge.netns())
-                .flag("--tap", name);
+            let options = Options::new().netns(hosts.bridge.netns());
+            let options = options.arg("--postcopy");
+            let options = match device.on_switch {
+                true => options.flag("--uplink", format!("switch:lan,tap={name}")),
+                false => options.flag("--tap", name),
+            };
             let daemon = options.start(&hosts.dir, &format!("vnet-{name}"))?;
             hosts.daemons.push(daemon);
         }
@@ -223,6 +233,15 @@ impl Hosts {
         let pairs = self.vrings(host, frames)?;
         let sum = |n: usize| pairs.iter().map(|pair| pair[n]).sum();
         Ok([sum(0), sum(1)])
+    }
+
+    /// The sum of a counter of the receiveqs of the device of `host`.
+    ///
+    /// # Errors
+    /// When the daemon does not answer, or a vring was quarantined.
+    pub fn rx_counter(&self, host: usize, name: &str) -> Result<u64> {
+        let counter = |vring: &Value| vring["counters"][name].as_u64().unwrap_or(0);
+        Ok(self.vrings(host, counter)?.iter().map(|[rx, _]| rx).sum())
     }
 
     /// The number of queue pairs of the device of `host` that are in use.

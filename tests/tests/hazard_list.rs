@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 const SECTIONS: [(&str, &str, usize); 6] = [
     ("", "", 26),
     ("The guest", "G", 31),
-    ("The front-end", "F", 43),
+    ("The front-end", "F", 47),
     ("The host", "H", 17),
     ("Resource abuse", "A", 7),
     ("Bugs of others", "B", 14),

@@ -159,6 +159,7 @@ impl Variant {
             method: Method {
                 multifd,
                 auto_converge,
+                ..Method::default()
             },
             changes_pairs,
         }

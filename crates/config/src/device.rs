@@ -61,6 +61,7 @@ impl DeviceDescription {
         let qmp = problems.record(self.qmp());
         let poll = problems.record(self.poll());
         let features_compat = problems.record(self.features_compat());
+        let postcopy = problems.record(self.switch(Key::POSTCOPY));
         Some(DeviceConfig {
             name: name?,
             socket: socket?,
@@ -71,6 +72,7 @@ impl DeviceDescription {
             qmp: qmp?,
             poll: poll?,
             features_compat: features_compat?,
+            postcopy: postcopy?.is_some(),
         })
     }
 
@@ -127,15 +129,21 @@ impl DeviceDescription {
 
     /// The setting that makes virtionetd connect to the front-end; `None` where virtionetd listens.
     fn client(&self) -> Result<Option<&SettingValue>, Problem> {
-        let Some(value) = self.settings.get(Key::CLIENT) else {
+        self.switch(Key::CLIENT)
+    }
+
+    /// The setting that switches `key` on; `None` where it is off.
+    fn switch(&self, key: Key) -> Result<Option<&SettingValue>, Problem> {
+        let Some(value) = self.settings.get(key) else {
             return Ok(None);
         };
+        let name = key.name;
         match &*value.text() {
             "off" => Ok(None),
             "on" => Ok(Some(value)),
             other => Err(value.origin.problem(
                 ProblemCode::ValueInvalid,
-                format_args!("client={other} is not known: write client=on or client=off"),
+                format_args!("{name}={other} is not known: write {name}=on or {name}=off"),
             )),
         }
     }

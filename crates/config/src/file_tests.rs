@@ -185,7 +185,7 @@ f.toml:3: "frob" is not known at the top: write control = "PATH", [defaults] or 
 f.toml:5: tap describes one device: write it below its [[device]]
 f.toml:6: the key "queue" is not known: write queues, which is the most similar one
 f.toml:8: the key "socket_path" is not known: write socket-path, which is the most similar one
-f.toml:11: the key "frobnicate" is not known: use name, socket-path, fd, client, socket-mode, socket-group, peer-uid, queues, vcpus, tap, bridge, uplink, placement, irq-affinity, qmp, poll, poll-us, features-compat
+f.toml:11: the key "frobnicate" is not known: use name, socket-path, fd, client, socket-mode, socket-group, peer-uid, queues, vcpus, tap, bridge, uplink, placement, irq-affinity, qmp, poll, poll-us, features-compat, postcopy
 f.toml:12: "devices" is not known at the top: write device, which is the most similar one
 ## wrong kinds
 control = 5

@@ -60,7 +60,7 @@ pub(crate) enum DefaultValue {
 }
 
 /// All keys, in the order of the help text and the documentation.
-pub(crate) const KEYS: [Key; 28] = [
+pub(crate) const KEYS: [Key; 29] = [
     Key::NAME,
     Key::SOCKET_PATH,
     Key::FD,
@@ -79,6 +79,7 @@ pub(crate) const KEYS: [Key; 28] = [
     Key::POLL,
     Key::POLL_US,
     Key::FEATURES_COMPAT,
+    Key::POSTCOPY,
     Key::CONTROL,
     Key::CONTROL_MODE,
     Key::CONTROL_GROUP,
@@ -272,6 +273,15 @@ impl Key {
         help: "Offer the guest exactly the features that virtionetd VERSION offers, so that the guest \
                can be migrated to a host with that version. virtionetctl status of that host shows \
                VERSION",
+    };
+    pub(crate) const POSTCOPY: Self = Self {
+        name: "postcopy",
+        kind: ValueKind::Switch,
+        scope: KeyScope::Any,
+        value_name: "on|off",
+        default: DefaultValue::Value("off"),
+        help: "Let the front-end migrate its guest by postcopy. It thereby gets a userfaultfd, with \
+               which it can write the memory of this process: switch it on only where it may do that",
     };
     /// The path of the control socket.
     pub const CONTROL: Self = Self {

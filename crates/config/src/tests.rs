@@ -39,6 +39,7 @@ fn device(name: &str, path: &str, uplink: &str) -> DeviceConfig {
         qmp: None,
         poll: PollMode::Off,
         features_compat: FeaturesVersion::default(),
+        postcopy: false,
     }
 }
 
@@ -73,7 +74,7 @@ fn defaults_are_complete() {
 type Change = fn(&mut DeviceConfig);
 
 /// Flags, and how they change the configuration of a device.
-const FLAGS_OF_A_DEVICE: [(&str, Change); 22] = [
+const FLAGS_OF_A_DEVICE: [(&str, Change); 23] = [
     ("--name eth.0_a-b", |d| d.name = "eth.0_a-b".into()),
     ("--queues 1", |d| d.queues = QueuePairCount::AtMost(1)),
     ("--queues 128", |d| d.queues = QueuePairCount::AtMost(128)),
@@ -104,6 +105,7 @@ const FLAGS_OF_A_DEVICE: [(&str, Change); 22] = [
     ("--features-compat 0.1.0", |d| {
         d.features_compat = FeaturesVersion::V0_1_0
     }),
+    ("--postcopy", |d| d.postcopy = true),
     ("--client", |d| {
         d.socket = Socket::Connect { path: "/s".into() }
     }),

@@ -102,6 +102,8 @@ pub struct DeviceConfig {
     pub poll: PollMode,
     /// The version of virtionetd whose features are offered.
     pub features_compat: FeaturesVersion,
+    /// Whether the front-end may migrate its guest by postcopy.
+    pub postcopy: bool,
 }
 
 /// How a device gets its connection to the front-end.

@@ -121,7 +121,8 @@ impl Host {
             interrupts,
             Adviser::new(&device.name, device.qmp.clone(), socket.clone()),
         )
-        .with_feature_set(FeatureSet::of(device.features_compat));
+        .with_feature_set(FeatureSet::of(device.features_compat))
+        .with_postcopy(device.postcopy);
         let (records, problem) = match records {
             Some(records) => (Some(records), None),
             None => open_crash_records(self.state_folder.as_deref(), socket.as_deref()),

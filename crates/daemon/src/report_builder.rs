@@ -231,6 +231,7 @@ mod tests {
             qmp: None,
             poll: PollMode::Off,
             features_compat: Default::default(),
+            postcopy: false,
         }
     }
 

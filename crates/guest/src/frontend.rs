@@ -5,6 +5,8 @@
 //! pairs. Only the message codes of that crate are used. Errors for a request without a reply are
 //! found only if acknowledgements are negotiated (REPLY_ACK).
 
+mod postcopy;
+
 use std::os::fd::RawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;

@@ -15,6 +15,7 @@
 mod area;
 mod error;
 mod mapping;
+mod page_source;
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
@@ -26,6 +27,7 @@ pub use area::Area;
 pub use error::RamError;
 pub(crate) use mapping::to_u64;
 use mapping::{MappedBlock, memfd};
+pub use page_source::PageSource;
 
 /// The size of the smallest page in bytes. Region addresses and sizes are multiples of it.
 const PAGE: u64 = 4096;

@@ -1,6 +1,7 @@
 //! vhost-user messages on the socket: their framing, file descriptors and replies, and any other
 //! bytes that a test sends.
 
+use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::os::fd::RawFd;
 use std::os::unix::net::UnixStream;
@@ -135,6 +136,31 @@ impl MessageStream {
         let mut body = vec![0; size];
         self.read(request, &mut body)?;
         Ok(body)
+    }
+
+    /// Reads the reply to `request`, which must have no body and come with a descriptor.
+    ///
+    /// # Errors
+    /// When no such reply comes in time.
+    pub fn reply_with_fd(&mut self, request: u32) -> Result<File, Error> {
+        let mut header = [0; VHOST_USER_HDR_SIZE];
+        let wrong = |what: &str| Error::Reply {
+            request,
+            what: what.into(),
+        };
+        let received = self.socket.recv_with_fd(&mut header);
+        let (len, fd) = received.map_err(|error| {
+            let source = std::io::Error::from_raw_os_error(error.errno());
+            Error::io("cannot receive from the back-end")(source)
+        })?;
+        if len == 0 {
+            return Err(Error::HungUp(request));
+        }
+        let wanted = [request, VHOST_USER_VERSION | VHOST_USER_REPLY_MASK, 0];
+        if len != header.len() || header[..] != wanted.map(u32::to_ne_bytes).concat()[..] {
+            return Err(wrong("it is no empty reply"));
+        }
+        fd.ok_or_else(|| wrong("it has no descriptor"))
     }
 
     /// Waits until the back-end closes the connection.

@@ -14,6 +14,7 @@
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
@@ -21,7 +22,7 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 use crate::error::Error;
 use crate::frontend::{FrontendConnection, VHOST_USER_F_PROTOCOL_FEATURES};
 use crate::iommu::{ACCESS_PLATFORM, to_distant_regions};
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, PageSource};
 use crate::net::{DriverQueueConfig, PACKED, VringSetup};
 use crate::rx::DriverRxQueue;
 use crate::tx::DriverTxQueue;
@@ -122,6 +123,8 @@ pub struct TestFrontend {
     enabled: Vec<bool>,
     /// By vring index: 2k for receiveq k, 2k + 1 for transmitq k.
     rings: Vec<VringSetup>,
+    /// What provides the pages of memory, in a postcopy migration.
+    page_source: Option<Arc<PageSource>>,
 }
 
 impl TestFrontend {
@@ -188,6 +191,7 @@ impl TestFrontend {
             order: config.order,
             enabled: (0..config.pairs).map(|k| k < config.enabled).collect(),
             rings,
+            page_source: None,
         };
         frontend.announce()?;
         Ok(frontend)
@@ -231,6 +235,11 @@ impl TestFrontend {
             self.send_enable(0, self.enabled[0])?;
             self.connection.set_features(self.features)?;
         }
+        if let Some(page_source) = &self.page_source {
+            let bases = self.connection.share_in_postcopy(&self.ram)?;
+            page_source.set_back_end_bases(bases);
+            return self.connection.acknowledge_memory();
+        }
         if !self.has_iommu() {
             return self.connection.share(&self.ram);
         }
@@ -242,6 +251,30 @@ impl TestFrontend {
     /// Whether the addresses of the driver are I/O virtual addresses.
     pub(crate) fn has_iommu(&self) -> bool {
         self.features & ACCESS_PLATFORM != 0
+    }
+
+    /// Begins a postcopy migration to this front-end, whose queue pairs must not have been started: the
+    /// guest's memory arrives page by page, from what is returned. PAGEFAULT must be negotiated.
+    ///
+    /// # Errors
+    /// When the connection fails or the back-end refuses.
+    pub fn begin_postcopy(&mut self) -> Result<Arc<PageSource>, Error> {
+        let userfaultfd = self.connection.postcopy_advise()?;
+        self.connection.postcopy_listen()?;
+        let page_source = Arc::new(PageSource::new(&self.ram, userfaultfd)?);
+        self.page_source = Some(Arc::clone(&page_source));
+        Ok(page_source)
+    }
+
+    /// Ends the postcopy migration, after all pages have arrived.
+    ///
+    /// # Errors
+    /// When the connection fails or the back-end refuses.
+    pub fn end_postcopy(&mut self) -> Result<(), Error> {
+        if let Some(page_source) = self.page_source.take() {
+            page_source.provide_all();
+        }
+        self.connection.postcopy_end()
     }
 
     fn start_pair(&mut self, pair: usize) -> Result<(), Error> {

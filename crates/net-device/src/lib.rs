@@ -10,6 +10,7 @@ pub mod conditions;
 pub mod crash_records;
 mod discovered_vcpus;
 pub mod feature_set;
+pub mod frame_inbox;
 pub mod host_cpus;
 pub mod interrupts;
 pub mod net_device;

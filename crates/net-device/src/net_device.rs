@@ -43,6 +43,8 @@ pub struct NetDevice {
     pool: Arc<WorkerPool>,
     poll: PollMode,
     feature_set: FeatureSet,
+    /// Whether PAGEFAULT is offered, if the feature set has it.
+    may_postcopy: bool,
     /// Each queue pair is created when its first vring starts, because a front-end may use fewer
     /// than it may have.
     pairs: Vec<OnceLock<ServedPair>>,
@@ -125,6 +127,7 @@ impl NetDevice {
             pool,
             poll,
             feature_set: FeatureSet::of(FeaturesVersion::default()),
+            may_postcopy: false,
             pairs: (0..max_queue_pairs).map(|_| OnceLock::new()).collect(),
             frontend: Mutex::default(),
             connection_log: ConnectionLog::default(),
@@ -160,6 +163,14 @@ impl NetDevice {
     #[must_use]
     pub fn with_feature_set(mut self, feature_set: FeatureSet) -> Self {
         self.feature_set = feature_set.supported();
+        self
+    }
+
+    /// The same device, whose front-end may migrate its guest by postcopy, or may not. A front-end that
+    /// may can write the memory of this process.
+    #[must_use]
+    pub fn with_postcopy(mut self, may_postcopy: bool) -> Self {
+        self.may_postcopy = may_postcopy;
         self
     }
 
@@ -395,6 +406,8 @@ mod feature_tests;
 mod migration_tests;
 #[cfg(test)]
 mod placement_tests;
+#[cfg(test)]
+mod postcopy_tests;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]

@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
+use virtionet_virtio_net::stats::to_u64;
 use virtionet_virtio_net::uplink::UplinkQueue;
 use virtionet_virtio_net::{DeviceQueue, RxEndReason, RxQueue};
 
+use crate::frame_inbox::OwnFrame;
 use crate::queue_pair::QueuePair;
 use crate::sys::read_cycles;
 use crate::worker_event::PairEvent;
@@ -32,6 +34,8 @@ pub struct PairService {
     uplink_ready: bool,
     /// Whether the guest has no RX buffers. A kick comes when it adds some.
     starved: bool,
+    /// Whether more frames may wait in the inbox.
+    inbox_ready: bool,
 }
 
 impl PairService {
@@ -48,6 +52,7 @@ impl PairService {
             tx_ready: true,
             uplink_ready: true,
             starved: false,
+            inbox_ready: false,
         }
     }
 
@@ -61,7 +66,7 @@ impl PairService {
     #[inline]
     #[must_use]
     pub fn has_work(&self) -> bool {
-        self.tx_ready || (self.uplink_ready && !self.starved)
+        self.tx_ready || (self.uplink_ready && !self.starved) || self.inbox_ready
     }
 
     /// Updates the readiness after an event.
@@ -156,7 +161,39 @@ impl PairService {
         if self.uplink_ready && !self.starved {
             found += self.process_rx();
         }
+        match self.pair.inbox().is_open() {
+            true => found += self.process_inbox(),
+            false => self.inbox_ready = false,
+        }
         found
+    }
+
+    /// Pushes frames that other workers left, because only this one may wait for pages of the guest's
+    /// memory. Each of them has woken this worker.
+    #[cold]
+    fn process_inbox(&mut self) -> usize {
+        let (inbox, rx) = (self.pair.inbox(), self.pair.rx());
+        let mut frames = inbox.take();
+        self.inbox_ready = !frames.is_empty();
+        let count = frames.len();
+        let is_done = rx.process(|queue, enabled| {
+            if !enabled {
+                rx.stats().dropped_disabled.add(to_u64(count));
+                return Ok(((), false));
+            }
+            let should_call = match frames.is_empty() {
+                true => false,
+                false => OwnFrame::with_all(&mut frames, |frames| queue.push(frames))?.should_call,
+            };
+            if !queue.memory().is_in_postcopy() {
+                inbox.close_if_empty();
+            }
+            Ok(((), should_call))
+        });
+        if is_done.is_none() {
+            rx.stats().dropped_postcopy.add_shared(to_u64(count));
+        }
+        count
     }
 
     fn process_tx(&mut self, sleep_next: bool) -> usize {

@@ -11,7 +11,8 @@ use virtionet_virtio_net::uplink::{RxSink, TxFrame, Uplink, UplinkError, UplinkQ
 use virtionet_virtio_net::{RxQueue, TxQueue};
 use virtionet_virtqueue::memory::GuestMemory;
 
-use crate::vring_slot::VringSlot;
+use crate::frame_inbox::FrameInbox;
+use crate::vring_slot::{Pushed, VringSlot};
 use crate::waker::Waker;
 
 /// A queue pair, as all threads share it. Its worker adds the readiness in a `PairService`. It
@@ -24,6 +25,8 @@ pub struct QueuePair {
     device: String,
     rx: VringSlot<RxQueue>,
     tx: VringSlot<TxQueue>,
+    /// Frames that only the worker may push to the receiveq.
+    inbox: FrameInbox,
     /// The worker has its own reference, so frames take no lock.
     uplink: Mutex<Option<Arc<dyn UplinkQueue>>>,
     waker: Waker,
@@ -46,6 +49,7 @@ impl QueuePair {
             device: device.to_owned(),
             rx: VringSlot::new(format!("{device} pair {index} rx")),
             tx: VringSlot::new(format!("{device} pair {index} tx")),
+            inbox: FrameInbox::default(),
             uplink: Mutex::default(),
             waker,
             attach_errors: RateLimiter::new(),
@@ -65,6 +69,23 @@ impl QueuePair {
     #[must_use]
     pub fn tx(&self) -> &VringSlot<TxQueue> {
         &self.tx
+    }
+
+    /// The frames that only the worker may push to the receiveq.
+    #[must_use]
+    pub fn inbox(&self) -> &FrameInbox {
+        &self.inbox
+    }
+
+    /// Decides for a receiveq that starts in `memory` who pushes frames to it. Frames that were meant
+    /// for an earlier start are dropped.
+    pub(crate) fn prepare_inbox(&self, memory: &GuestMemory) {
+        if self.inbox.is_open() {
+            self.inbox.close(self.rx.stats());
+        }
+        if memory.is_in_postcopy() {
+            self.inbox.open();
+        }
     }
 
     /// The queue pair's number, from 0.
@@ -112,6 +133,7 @@ impl QueuePair {
     /// Drops the queue of the uplink after the front-end has disconnected and the worker has ended.
     pub(crate) fn close_uplink(&self) {
         self.announcement.store(0, Ordering::Relaxed);
+        self.inbox.close(self.rx.stats());
         *self.uplink.lock() = None;
     }
 
@@ -195,11 +217,14 @@ impl QueuePair {
 /// For uplinks that push frames from threads of their own.
 impl RxSink for QueuePair {
     fn push(&self, frames: &[TxFrame<'_>]) -> usize {
-        self.rx.push(frames).unwrap_or_else(|| {
+        match self.rx.push(frames, || self.inbox.is_open()) {
+            Pushed::Done(descriptors_read) => return descriptors_read,
+            Pushed::InPostcopy => self.inbox.put(frames, self.rx.stats()),
             // The vring does not run any more, so the worker must detach the uplink.
-            self.wake();
-            0
-        })
+            Pushed::NotRunning => {}
+        }
+        self.wake();
+        0
     }
 }
 

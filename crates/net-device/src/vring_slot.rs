@@ -10,6 +10,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
+use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard};
 use virtionet_process::panic_policy::{Panicked, contain};
@@ -23,6 +24,9 @@ use virtionet_virtqueue::{VirtqueueError, VirtqueueFault};
 use crate::notifier::{Notification, Notifier, deferring};
 use crate::quarantine::QuarantineCause;
 use crate::vring_log::VringLog;
+
+/// The time for which a push waits for a vring before it looks whether only the worker may push.
+const PUSH_WAIT: Duration = Duration::from_millis(1);
 
 /// The file descriptors of a vring.
 #[derive(Debug, Clone, Default)]
@@ -54,6 +58,14 @@ struct Contents<Q> {
     state: VringState,
     /// `Some` in exactly those states that are started.
     vring: Option<StartedVring<Q>>,
+}
+
+impl<Q: DeviceQueue> Contents<Q> {
+    /// Whether pages of the vring's memory may be missing.
+    fn is_in_postcopy(&self) -> bool {
+        let vring = self.vring.as_ref();
+        vring.is_some_and(|vring| vring.queue.memory().is_in_postcopy())
+    }
 }
 
 /// Where a vring was started.
@@ -417,12 +429,36 @@ impl<Q: DeviceQueue> VringSlot<Q> {
     }
 }
 
+/// What became of frames that another thread pushed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pushed {
+    /// The guest has them, or they were dropped and counted; this many descriptors were read.
+    Done(usize),
+    /// The vring does not run. They were dropped and counted.
+    NotRunning,
+    /// Pages of the guest's memory may be missing, so that only its worker may push them.
+    InPostcopy,
+}
+
 impl VringSlot<RxQueue> {
-    /// Gives `frames` to the guest, or drops and counts them; returns how many descriptors were
-    /// read, or `None` when the vring does not run. The driver is interrupted at the end of the
-    /// calling thread's turn.
-    pub fn push(&self, frames: &[TxFrame<'_>]) -> Option<usize> {
-        let mut contents = self.contents.lock();
+    /// Gives `frames` to the guest, or drops and counts them. The driver is interrupted at the end of
+    /// the calling thread's turn.
+    ///
+    /// `is_in_postcopy` is asked while the calling thread waits for the vring: it must be true before
+    /// the vring gets memory of which pages may be missing.
+    pub fn push(&self, frames: &[TxFrame<'_>], is_in_postcopy: impl Fn() -> bool) -> Pushed {
+        let mut contents = loop {
+            if is_in_postcopy() {
+                return Pushed::InPostcopy;
+            }
+            // The lock is held for a turn, or for as long as a page is missing.
+            if let Some(contents) = self.contents.try_lock_for(PUSH_WAIT) {
+                break contents;
+            }
+        };
+        if contents.is_in_postcopy() {
+            return Pushed::InPostcopy;
+        }
         let mut was_tried = false;
         let (outcome, notification) = self.process_locked(&mut contents, |queue, enabled| {
             was_tried = enabled;
@@ -450,7 +486,7 @@ impl VringSlot<RxQueue> {
         if let Some(notification) = notification {
             notification.deliver_after_turn();
         }
-        outcome
+        outcome.map_or(Pushed::NotRunning, Pushed::Done)
     }
 }
 

@@ -5,7 +5,7 @@ use std::io;
 use std::time::Duration;
 
 use vhost::vhost_user::message::FrontendReq;
-use virtionet_virtqueue::memory::{LogError, MemoryError};
+use virtionet_virtqueue::memory::{LogError, MemoryError, PostcopyError};
 
 use crate::backend_error::BackendError;
 use crate::limits::{MAX_FDS, MAX_PAYLOAD, MAX_TABLE_REGIONS};
@@ -117,6 +117,19 @@ pub enum ProtocolError {
         #[source]
         refusal: RequestError,
     },
+    /// A request of a postcopy migration came in the wrong order.
+    #[error(
+        "{request} came {state}; a front-end must send POSTCOPY_ADVISE, POSTCOPY_LISTEN before it starts vrings, an acknowledgement after each memory table, and POSTCOPY_END, in this order"
+    )]
+    PostcopyOrder {
+        /// The request.
+        request: &'static str,
+        /// The state of the session.
+        state: &'static str,
+    },
+    /// The front-end cannot provide the pages of a memory table that it has sent.
+    #[error("the front-end does not accept the addresses of its memory table (it answers {0})")]
+    PostcopyMemory(u64),
 }
 
 /// Why a well-formed request is refused. The session continues.
@@ -238,6 +251,12 @@ pub enum RequestError {
     /// The host has no descriptor left for the event of a miss.
     #[error("cannot make an eventfd for translations: {0}; raise the limit of open files")]
     NoMissEvent(#[source] io::Error),
+    /// Postcopy is not possible.
+    #[error("{0}")]
+    Postcopy(#[from] PostcopyError),
+    /// The host lacks what a postcopy migration needs.
+    #[error("postcopy is not possible: {0}; raise the limits of open files and threads")]
+    PostcopyGuard(#[source] io::Error),
     /// The address is no network device's own.
     #[error("{0:02x?} is not the MAC address of a network device, so it is not announced")]
     Mac([u8; 6]),
@@ -298,6 +317,8 @@ impl ProtocolError {
             Self::Regions(_) => "too-many-memory-regions",
             Self::NotEventFd { .. } => "not-an-eventfd",
             Self::Unanswerable { .. } => "request-unanswerable",
+            Self::PostcopyOrder { .. } => "postcopy-order",
+            Self::PostcopyMemory(_) => "postcopy-memory-not-accepted",
         }
     }
 }
@@ -331,6 +352,8 @@ impl RequestError {
             Self::TranslationOutside { .. } => "iotlb-address-unmapped",
             Self::BackendChannel => "backend-channel-invalid",
             Self::NoMissEvent(_) => "open-file-limit",
+            Self::Postcopy(_) => "postcopy-not-possible",
+            Self::PostcopyGuard(_) => "postcopy-not-guarded",
             Self::Mac(_) => "mac-invalid",
             Self::Backend(error) => error.code(),
             Self::NotOffered => "request-not-offered",

@@ -44,6 +44,15 @@ pub enum Request {
     AddMemReg(RegionSpec, ForeignFd),
     /// Removes a region from the memory table; its file offset means nothing.
     RemMemReg(RegionSpec),
+    /// Acknowledges the addresses of the memory table, in a postcopy migration: 0 if the front-end
+    /// can provide the pages. In the form of SET_MEM_TABLE it is an empty table.
+    AcknowledgeMemory(u64),
+    /// Asks for a userfaultfd.
+    PostcopyAdvise,
+    /// From now on pages of guest memory may be missing.
+    PostcopyListen,
+    /// All pages of guest memory have arrived.
+    PostcopyEnd,
     /// Sets the log of written pages.
     SetLogBase(LogBase),
     /// Sets a descriptor that would be signalled when the log changes; nobody uses it.
@@ -174,7 +183,11 @@ impl Request {
     /// are not the request's; [`DecodeError::Refused`] when a value is not allowed.
     pub fn decode(code: u32, payload: &[u8], fds: Vec<ForeignFd>) -> Result<Self, DecodeError> {
         let Ok(request) = FrontendReq::try_from(code) else {
-            return Ok(Self::Unknown(code));
+            // Where nothing has changed, QEMU acknowledges the memory table under no name.
+            return Ok(match <[u8; 8]>::try_from(payload) {
+                Ok(bytes) if code == 0 => Self::AcknowledgeMemory(u64::from_ne_bytes(bytes)),
+                _ => Self::Unknown(code),
+            });
         };
         RequestBody {
             request,
@@ -201,6 +214,10 @@ impl RequestBody<'_> {
             Code::SET_OWNER => self.decode_empty(Request::SetOwner)?,
             Code::RESET_OWNER => self.decode_empty(Request::ResetOwner)?,
             Code::SET_MEM_TABLE => self.decode_mem_table()?,
+            // QEMU's acknowledgement has the name of its last request.
+            Code::ADD_MEM_REG | Code::REM_MEM_REG if self.is_u64() => {
+                Request::AcknowledgeMemory(self.decode_u64()?)
+            }
             Code::ADD_MEM_REG => self.decode_add_mem_reg()?,
             Code::REM_MEM_REG => self.decode_rem_mem_reg()?,
             Code::SET_LOG_BASE => self.decode_log_base()?,
@@ -224,6 +241,9 @@ impl RequestBody<'_> {
             Code::SET_STATUS => self.decode_status()?,
             Code::SET_BACKEND_REQ_FD => self.decode_backend_channel()?,
             Code::IOTLB_MSG => self.decode_iotlb()?,
+            Code::POSTCOPY_ADVISE => self.decode_empty(Request::PostcopyAdvise)?,
+            Code::POSTCOPY_LISTEN => self.decode_empty(Request::PostcopyListen)?,
+            Code::POSTCOPY_END => self.decode_empty(Request::PostcopyEnd)?,
             other => Request::NotOffered(other),
         })
     }
@@ -232,6 +252,11 @@ impl RequestBody<'_> {
         self.check_fd_count(0)?;
         self.check_size(0)?;
         Ok(request)
+    }
+
+    /// Whether the message is a number and nothing else.
+    fn is_u64(&self) -> bool {
+        self.payload.len() == size_of::<u64>() && self.fds.is_empty()
     }
 
     fn decode_u64(&self) -> Result<u64, ProtocolError> {

@@ -11,8 +11,10 @@
 //! If a vring could not start, the session tries again when the vring's configuration or the memory
 //! table changes.
 
+mod fault_guard;
 mod iommu;
 mod migration;
+mod postcopy;
 mod serving;
 mod suspended;
 mod vrings;
@@ -37,6 +39,7 @@ use crate::vring_state::VringEvent;
 use crate::wire::{Header, Message, Reply, ReplyPayload};
 use iommu::IommuState;
 use migration::LogBaseState;
+use postcopy::Postcopy;
 pub use serving::{Served, SessionEnd, SessionStart, serve, serve_from};
 pub use suspended::{
     ImageError, KickImage, RegionImage, SessionImage, SuspendedSession, VringImage,
@@ -65,6 +68,7 @@ struct SessionState {
     memory: Arc<GuestMemory>,
     log_base: LogBaseState,
     iommu: IommuState,
+    postcopy: Postcopy,
     /// The features that SET_FEATURES set, including those that concern the session itself.
     features: Option<u64>,
     protocol_features: u64,
@@ -174,6 +178,7 @@ impl<'b> Session<'b> {
 
     fn dispatch(&mut self, request: Request) -> RequestOutcome {
         debug!(?request, "vhost-user");
+        self.check_awaited(&request)?;
         match request {
             Request::GetFeatures => reply_u64(self.offered_features()),
             Request::SetFeatures(bits) => self.set_features(bits),
@@ -182,6 +187,10 @@ impl<'b> Session<'b> {
             Request::SetMemTable(regions) => self.set_mem_table(regions),
             Request::AddMemReg(spec, file) => self.add_mem_reg(spec, file),
             Request::RemMemReg(spec) => self.rem_mem_reg(spec),
+            Request::AcknowledgeMemory(result) => self.acknowledge_memory(result),
+            Request::PostcopyAdvise => self.postcopy_advise(),
+            Request::PostcopyListen => self.postcopy_listen(),
+            Request::PostcopyEnd => self.postcopy_end(),
             Request::SetLogBase(log) => self.set_log_base(log),
             Request::SetLogFd => NO_REPLY_PAYLOAD,
             Request::GetMaxMemSlots => reply_u64(u64::try_from(MAX_REGIONS).unwrap_or(u64::MAX)),
@@ -197,7 +206,7 @@ impl<'b> Session<'b> {
             Request::SetVringCall(call) => self.set_vring_call(call),
             Request::SetVringErr(err) => self.set_vring_err(err),
             Request::SetVringEnable { ring, enabled } => self.set_vring_enable(ring, enabled),
-            Request::GetProtocolFeatures => reply_u64(self.offered_protocol_features()),
+            Request::GetProtocolFeatures => reply_u64(self.protocol_features_to_offer()),
             Request::SetProtocolFeatures(bits) => self.set_protocol_features(bits),
             Request::GetQueueNum => reply_u64(self.queue_pairs.into()),
             Request::NetSetMtu(mtu) => self.net_set_mtu(mtu),
@@ -271,6 +280,9 @@ impl<'b> Session<'b> {
     // --- memory ---------------------------------------------------------------------------------
 
     fn set_mem_table(&mut self, regions: Vec<(RegionSpec, ForeignFd)>) -> RequestOutcome {
+        if self.state.postcopy.is_listening() {
+            return self.set_mem_table_in_postcopy(regions);
+        }
         let regions = regions
             .into_iter()
             .map(|(spec, fd)| self.map_region(spec, fd).map(Arc::new))
@@ -285,6 +297,9 @@ impl<'b> Session<'b> {
     }
 
     fn add_mem_reg(&mut self, spec: RegionSpec, fd: ForeignFd) -> RequestOutcome {
+        if self.state.postcopy.is_listening() {
+            return self.add_mem_reg_in_postcopy(spec, fd);
+        }
         let region = self.map_region(spec, fd)?;
         self.apply_memory(self.with_log(&self.state.memory.with_region(region)?)?);
         NO_REPLY_PAYLOAD

@@ -129,6 +129,8 @@ pub(crate) struct RecordingBackend {
     stop_time: Duration,
     /// The features that it offers beside [`FEATURES`].
     more_features: u64,
+    /// Whether it reads guest address 0 when it stops a vring.
+    reads_when_it_stops: bool,
     /// The code of the first refused request of a session that has ended.
     pub(crate) refused: Mutex<Option<&'static str>>,
 }
@@ -157,6 +159,14 @@ impl RecordingBackend {
     pub(crate) fn with_features(more_features: u64) -> Self {
         Self {
             more_features,
+            ..Self::default()
+        }
+    }
+
+    /// Creates a device that reads guest address 0 when it stops a vring.
+    pub(crate) fn reading_memory_when_it_stops() -> Self {
+        Self {
+            reads_when_it_stops: true,
             ..Self::default()
         }
     }
@@ -294,6 +304,9 @@ impl Backend for RecordingBackend {
         self.write(format!("stop {index}"));
         std::thread::sleep(self.stop_time);
         let start = self.running.lock().unwrap().remove(&index)?;
+        if self.reads_when_it_stops {
+            assert!(start.memory.read(0, &mut [0]));
+        }
         Some(self.stop_base.unwrap_or(start.base))
     }
 

@@ -5,19 +5,20 @@
 //! watches a stop descriptor. It waits for an idle front-end without limit, and up to 5 s for one
 //! that has begun a message or has a reply to read.
 
-use std::io::{self, IoSliceMut};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, recvmsg, send,
-    sockopt,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, send, sendmsg, sockopt,
 };
 use vhost::vhost_user::message::VhostUserHeaderFlag;
+use virtionet_virtqueue::memory::RegionSpec;
 
 use crate::error::{ProtocolError, SessionError};
 use crate::foreign_fd::ForeignFd;
@@ -91,7 +92,7 @@ pub struct Message {
 }
 
 /// The payload of a reply.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum ReplyPayload {
     /// A number. In an acknowledgement, 0 means success.
     U64(u64),
@@ -109,10 +110,16 @@ pub enum ReplyPayload {
         /// Its offset in its file in bytes.
         offset: u64,
     },
+    /// No payload but a descriptor (POSTCOPY_ADVISE).
+    Descriptor(OwnedFd),
+    /// A memory table (SET_MEM_TABLE in a postcopy migration).
+    Table(Vec<RegionSpec>),
+    /// One region (ADD_MEM_REG in a postcopy migration).
+    Region(RegionSpec),
 }
 
 /// A reply to a request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Reply {
     /// The request's number.
     pub code: u32,
@@ -121,14 +128,27 @@ pub struct Reply {
 }
 
 impl Reply {
-    /// Converts the reply to a header and 8 bytes of payload, as all replies of a network device
-    /// have.
+    /// Converts the reply to a header and its payload.
     #[must_use]
-    pub fn to_bytes(self) -> Vec<u8> {
-        let payload = match self.payload {
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let payload = match &self.payload {
             ReplyPayload::U64(value) => value.to_ne_bytes().to_vec(),
-            ReplyPayload::VringState { index, num } => [index, num].map(u32::to_ne_bytes).concat(),
-            ReplyPayload::Log { size, offset } => [size, offset].map(u64::to_ne_bytes).concat(),
+            ReplyPayload::VringState { index, num } => {
+                [*index, *num].map(u32::to_ne_bytes).concat()
+            }
+            ReplyPayload::Log { size, offset } => [*size, *offset].map(u64::to_ne_bytes).concat(),
+            ReplyPayload::Descriptor(_) => Vec::new(),
+            ReplyPayload::Table(regions) => {
+                // Their number has 32 bits, and 32 bits of padding follow it.
+                let mut bytes = u32::try_from(regions.len())
+                    .unwrap_or(0)
+                    .to_ne_bytes()
+                    .to_vec();
+                bytes.extend([0; 4]);
+                bytes.extend(regions.iter().flat_map(region_bytes));
+                bytes
+            }
+            ReplyPayload::Region(region) => [&[0; 8], &region_bytes(region)[..]].concat(),
         };
         let flags = VERSION | VhostUserHeaderFlag::REPLY.bits();
         let size = u32::try_from(payload.len()).unwrap_or(0);
@@ -136,6 +156,23 @@ impl Reply {
         bytes.extend(payload);
         bytes
     }
+
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        match &self.payload {
+            ReplyPayload::Descriptor(fd) => Some(fd.as_fd()),
+            _ => None,
+        }
+    }
+}
+
+fn region_bytes(region: &RegionSpec) -> Vec<u8> {
+    let words = [
+        region.guest_addr,
+        region.size,
+        region.user_addr,
+        region.file_offset,
+    ];
+    words.map(u64::to_ne_bytes).concat()
 }
 
 /// The outcome of waiting for a message.
@@ -258,6 +295,11 @@ impl<'s> Channel<'s> {
         self.stream.into_known().map(UnixStream::from)
     }
 
+    /// A copy of the socket's descriptor, with which a thread can wait for the end of the connection.
+    pub(crate) fn copy_of_stream(&self) -> io::Result<ForeignFd> {
+        Ok(ForeignFd::new(self.stream()?.try_clone_to_owned()?))
+    }
+
     fn stream(&self) -> io::Result<BorrowedFd<'_>> {
         self.stream.as_fd().ok_or_else(|| Errno::BADF.into())
     }
@@ -311,8 +353,10 @@ impl<'s> Channel<'s> {
 
     /// Sends a reply. Returns false when the session was stopped while the socket was full, or the
     /// front-end has disconnected.
-    pub(crate) fn send(&mut self, reply: Reply) -> Result<bool, SessionError> {
+    pub(crate) fn send(&mut self, reply: &Reply) -> Result<bool, SessionError> {
         let bytes = reply.to_bytes();
+        // The descriptor comes with the first byte.
+        let mut fd = reply.fd();
         self.is_reply_missing = true;
         let mut rest = bytes.as_slice();
         let deadline = Instant::now() + MESSAGE_TIMEOUT;
@@ -322,13 +366,8 @@ impl<'s> Channel<'s> {
                 Wait::Stopped => return Ok(false),
                 Wait::TimedOut => return Err(SessionError::ReplyNotTaken(MESSAGE_TIMEOUT)),
             }
-            // syscalls: sendto
-            match send(
-                self.stream()?,
-                rest,
-                SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
-            ) {
-                Ok(sent) => rest = &rest[sent..],
+            match send_some(self.stream()?, rest, fd) {
+                Ok(sent) => (rest, fd) = (&rest[sent..], None),
                 Err(Errno::AGAIN | Errno::INTR) => {}
                 Err(Errno::PIPE | Errno::CONNRESET) => return Ok(false),
                 Err(error) => return Err(io::Error::from(error).into()),
@@ -390,6 +429,26 @@ impl<'s> Channel<'s> {
             }
         }
     }
+}
+
+/// Writes once.
+fn send_some(
+    stream: BorrowedFd<'_>,
+    bytes: &[u8],
+    fd: Option<BorrowedFd<'_>>,
+) -> Result<usize, Errno> {
+    let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+    let Some(fd) = fd else {
+        // syscalls: sendto
+        return send(stream, bytes, flags);
+    };
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds = [fd];
+    // There is space for it.
+    control.push(SendAncillaryMessage::ScmRights(&fds));
+    // syscalls: sendmsg
+    sendmsg(stream, &[IoSlice::new(bytes)], &mut control, flags)
 }
 
 /// Reads once. Returns 0 bytes at the end of the connection, and `None` when there was nothing to
@@ -582,7 +641,7 @@ mod tests {
             code: 1,
             payload: ReplyPayload::U64(0),
         };
-        while channel.send(reply).unwrap() {}
+        while channel.send(&reply).unwrap() {}
         trigger.join().unwrap();
     }
 
@@ -611,7 +670,7 @@ mod tests {
             payload: ReplyPayload::U64(0),
         };
         let error = loop {
-            if let Err(error) = channel.send(reply) {
+            if let Err(error) = channel.send(&reply) {
                 break error;
             }
         };
@@ -621,7 +680,7 @@ mod tests {
     #[test]
     fn others_are_refused_while_a_front_end_is_connected_and_kept_once_it_has_hung_up() {
         #[derive(Debug)]
-        struct Others(std::os::fd::OwnedFd, std::sync::atomic::AtomicUsize);
+        struct Others(OwnedFd, std::sync::atomic::AtomicUsize);
         impl PendingConnections for Others {
             fn poll_fd(&self) -> BorrowedFd<'_> {
                 self.0.as_fd()

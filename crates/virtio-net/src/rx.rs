@@ -298,11 +298,13 @@ impl RxQueue {
     /// segments, which is dozens for the longest frame, and for a small frame that costs more than
     /// a copy. A frame's length is known only after the read. So frames are read into the bounce
     /// buffer, which stays in the CPU's cache, and copied, and so is the first large one. The
-    /// [`DIRECT_READ_FRAMES`] frames that follow a large one are read directly.
+    /// [`DIRECT_READ_FRAMES`] frames that follow a large one are read directly, unless pages of the
+    /// buffers may be missing, for which the kernel would not wait.
     fn receive_frame(&mut self, uplink: &dyn UplinkQueue) -> Received {
         let free_slices = free_slices(&self.queue);
         let bounce = self.bounce.as_deref_mut().unwrap_or_default();
-        let is_direct = self.direct_reads_left > 0 || bounce.is_empty();
+        let can_be_direct = !self.queue.burst.memory().is_in_postcopy();
+        let is_direct = self.direct_reads_left > 0 && can_be_direct || bounce.is_empty();
         // What does not fit in these goes into the bounce buffer, and must not count as received.
         let filled = &free_slices[..free_slices.len().min(MAX_RECEIVE_BUFFERS)];
         let received = uplink.receive(if is_direct { filled } else { &[] }, bounce);

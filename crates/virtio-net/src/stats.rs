@@ -91,6 +91,7 @@ counters! {
         dropped_over_budget: "Copies of frames that the switch did not make because their burst had used up its copy budget (floods, offloads in software).",
         dropped_no_buffer: "RX frames dropped because the guest had too few buffers.",
         dropped_untranslated: "RX frames dropped because the front-end had not sent the translation of the guest's ring or buffers yet when a switch pushed them (VIRTIO_F_ACCESS_PLATFORM).",
+        dropped_postcopy: "RX frames dropped because they came, from a switch, faster than the guest's memory arrived after a migration by postcopy, or because the ring stopped meanwhile.",
         dropped_too_long: "RX frames dropped because they were longer than the guest's buffers allow.",
         dropped_at_start: "Chains that were given back unprocessed when the ring was started, because the front-end itself had used later ones since the last back-end was lost (a packed ring whose guest transmits while QEMU waits for the next one).",
         rx_starved: "Times that the guest had no RX buffers for frames that wait in the uplink.",

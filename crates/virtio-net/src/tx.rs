@@ -256,10 +256,29 @@ fn transmit_burst(
         true => chains.len(),
         false => count_invalid_chains(chains, &headers, *features, frames.len(), stats),
     };
-    if !frames.is_empty() {
-        uplink.transmit(&frames, stats);
+    match burst.memory().is_in_postcopy() {
+        _ if frames.is_empty() => {}
+        false => uplink.transmit(&frames, stats),
+        true => transmit_copies(&frames, uplink, stats),
     }
     (done, bytes)
+}
+
+/// Transmits copies of frames in guest memory of which pages may be missing. Only this vring waits
+/// for these pages: the uplink may hold another guest's vring, or give the frame to a system call.
+#[cold]
+fn transmit_copies(frames: &[TxFrame<'_>], uplink: &dyn UplinkQueue, stats: &VringStats) {
+    let mut copies: Vec<Vec<u8>> = frames.iter().map(TxFrame::copy_bytes).collect();
+    let payloads: Vec<[GuestSlice<'_>; 1]> = copies
+        .iter_mut()
+        .map(|copy| [GuestSlice::from_private(copy)])
+        .collect();
+    let frames: Vec<TxFrame<'_>> = frames
+        .iter()
+        .zip(&payloads)
+        .map(|(frame, payload)| TxFrame { payload, ..*frame })
+        .collect();
+    uplink.transmit(&frames, stats);
 }
 
 /// The number of the first frames that cost [`BURST_WORK`] together, or of one that costs more.

@@ -32,6 +32,19 @@ pub struct TxFrame<'a> {
     pub len: usize,
 }
 
+impl TxFrame<'_> {
+    /// A copy of the Ethernet frame.
+    #[must_use]
+    pub fn copy_bytes(&self) -> Vec<u8> {
+        let mut bytes = vec![0; self.len];
+        let mut at = 0;
+        for slice in self.payload {
+            at += slice.copy_to(&mut bytes[at..]);
+        }
+        bytes
+    }
+}
+
 /// The outcome of [`UplinkQueue::receive`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Received {

@@ -18,7 +18,8 @@
 //! - [`SegmentList`] stores the slices of a burst and is bound to one snapshot. It translates an
 //!   (address, length) pair as a whole and caches the region that it found last.
 //!
-//! During a live migration a snapshot has a log of the pages that the device writes ([`DirtyLog`]).
+//! During a live migration a snapshot has a log of the pages that the device writes ([`DirtyLog`]),
+//! and after a migration by postcopy some pages have not arrived yet ([`MissingPages`]).
 //! If the guest's device is behind an IOMMU, it has the translations of I/O virtual addresses
 //! ([`Iotlb`]), which stand in the place of guest addresses, and of front-end addresses where those
 //! say where a virtqueue lies.
@@ -39,6 +40,7 @@ mod segments;
 mod slice;
 mod stitch;
 mod translation;
+mod userfault;
 
 use std::fs::File;
 use std::io;
@@ -67,6 +69,7 @@ pub(crate) use segments::SegmentWriter;
 pub use segments::{BadAddress, SegmentList};
 pub use slice::GuestSlice;
 pub(crate) use translation::MissingTranslation;
+pub use userfault::{MissingPages, PostcopyError};
 
 /// The largest number of regions in a memory table. QEMU has at most as many memory slots.
 pub const MAX_REGIONS: usize = 509;
@@ -263,6 +266,7 @@ pub struct GuestMemory {
     log: Option<SnapshotLog>,
     /// What the addresses of a guest behind an IOMMU mean.
     iotlb: Option<Arc<Iotlb>>,
+    is_in_postcopy: bool,
 }
 
 impl GuestMemory {
@@ -281,8 +285,7 @@ impl GuestMemory {
         check_no_overlap(&regions, |spec| spec.guest_addr)?;
         Ok(Self {
             regions,
-            log: None,
-            iotlb: None,
+            ..Self::default()
         })
     }
 
@@ -290,9 +293,9 @@ impl GuestMemory {
     ///
     /// # Errors
     /// As [`GuestMemory::new`].
-    pub fn with_region(&self, region: MappedRegion) -> Result<Self, MemoryError> {
+    pub fn with_region(&self, region: impl Into<Arc<MappedRegion>>) -> Result<Self, MemoryError> {
         let mut regions = self.regions.clone();
-        regions.push(Arc::new(region));
+        regions.push(region.into());
         Self::new(regions)
     }
 
@@ -315,23 +318,7 @@ impl GuestMemory {
                 .filter(|r| !same(&r.spec))
                 .cloned()
                 .collect(),
-            log: None,
-            iotlb: None,
-        })
-    }
-
-    /// A snapshot of the same memory that logs what the device writes, or with `None` one that does
-    /// not.
-    ///
-    /// # Errors
-    /// When the log has no bit for some pages of the memory.
-    pub fn with_log(&self, log: Option<Arc<DirtyLog>>) -> Result<Self, LogError> {
-        Ok(Self {
-            regions: self.regions.clone(),
-            log: log
-                .map(|log| SnapshotLog::new(log, &self.regions))
-                .transpose()?,
-            iotlb: self.iotlb.clone(),
+            ..Self::default()
         })
     }
 
@@ -346,36 +333,6 @@ impl GuestMemory {
     #[must_use]
     pub fn iotlb(&self) -> Option<&Arc<Iotlb>> {
         self.iotlb.as_ref()
-    }
-
-    /// Whether writes of the device must be logged.
-    #[inline(always)]
-    #[must_use]
-    pub fn is_logging(&self) -> bool {
-        self.log.is_some()
-    }
-
-    /// A writer that logs what was written to buffers before this call; `None` when nothing is
-    /// logged.
-    #[must_use]
-    pub fn log_writer(&self) -> Option<LogWriter<'_>> {
-        let log = self.log.as_ref()?;
-        full_fence();
-        Some(log.writer())
-    }
-
-    /// Logs all of guest memory as written, if anything is logged.
-    pub fn log_all(&self) {
-        if let Some(log) = &self.log {
-            full_fence();
-            log.mark_all();
-        }
-    }
-
-    /// Whether pages of the log have vanished, so that the front-end does not see what is logged.
-    #[must_use]
-    pub fn is_log_lost(&self) -> bool {
-        self.log.as_ref().is_some_and(SnapshotLog::is_lost)
     }
 
     /// The regions, in the order of guest addresses.

@@ -335,6 +335,7 @@ fn device_that_cannot_be_made_is_an_error_that_names_it() {
         qmp: None,
         poll: PollMode::Off,
         features_compat: Default::default(),
+        postcopy: false,
     };
     let mut uplinks = Uplinks::default();
     let created = host

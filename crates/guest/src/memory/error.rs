@@ -45,4 +45,7 @@ pub enum RamError {
     /// The file could not be duplicated.
     #[error("cannot duplicate the guest memory's file: {0}; raise the limit of open files")]
     Duplicate(std::io::Error),
+    /// Its pages cannot arrive one by one.
+    #[error("the pages of guest memory cannot be taken away: {0}; this needs Linux 5.11")]
+    PageSource(std::io::Error),
 }

@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use virtionet_vhost_user::{Backend, BackendError, RefusedRequest, UnmappedVring, VringStart};
 use virtionet_virtio_net::features::Features;
 use virtionet_virtio_net::{DeviceQueue, QueueConfig};
@@ -65,7 +66,11 @@ impl Backend for NetDevice {
     }
 
     fn protocol_features(&self) -> u64 {
-        self.offered().protocol
+        let offered = self.offered().protocol;
+        match self.may_postcopy {
+            true => offered,
+            false => offered & !VhostUserProtocolFeatures::PAGEFAULT.bits(),
+        }
     }
 
     fn max_queue_pairs(&self) -> u16 {
@@ -126,6 +131,9 @@ impl Backend for NetDevice {
         self.frontend.lock().memory = Arc::clone(memory);
         let mut unmapped = Vec::new();
         for served in self.pairs() {
+            if memory.is_in_postcopy() {
+                served.pair.inbox().open();
+            }
             for role in [VringRole::Rx, VringRole::Tx] {
                 let stopped = with_slot!(served, role, slot => slot.rebind(memory));
                 let Some((stopped, source)) = stopped else {
@@ -139,6 +147,10 @@ impl Backend for NetDevice {
                     base: self.after_stop(served, role, stopped),
                     error,
                 });
+            }
+            // Where all pages have arrived, the worker closes the inbox.
+            if served.pair.inbox().is_open() {
+                served.pair.wake();
             }
         }
         unmapped
@@ -156,6 +168,7 @@ impl Backend for NetDevice {
         let role = VringRole::of(index);
         let served = self.open_pair(index / 2, index)?;
         if role == VringRole::Rx {
+            served.pair.prepare_inbox(&start.memory);
             served.pair.set_rx_ring_address(start.layout.desc);
             self.update_memory_node(&served.pair, &start.memory);
         }

@@ -65,6 +65,17 @@ fn protocol_errors() -> Vec<(ProtocolError, &'static str)> {
         (ProtocolError::Regions(9), "too-many-memory-regions"),
         (not_eventfd, "not-an-eventfd"),
         (unanswerable, "request-unanswerable"),
+        (
+            ProtocolError::PostcopyOrder {
+                request: "POSTCOPY_END",
+                state: "before POSTCOPY_LISTEN",
+            },
+            "postcopy-order",
+        ),
+        (
+            ProtocolError::PostcopyMemory(1),
+            "postcopy-memory-not-accepted",
+        ),
     ]
 }
 

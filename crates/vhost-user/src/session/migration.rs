@@ -97,12 +97,14 @@ impl Session<'_> {
         Ok(Some(self.state.memory.with_log(log)?))
     }
 
-    /// The same memory with the log, if writes are logged.
+    /// The same memory with the log, if writes are logged, and marked if its pages may be missing.
     pub(super) fn with_log(&self, memory: &GuestMemory) -> Result<GuestMemory, LogError> {
-        match &self.state.log_base {
-            LogBaseState::Set(log) if self.wants_log() => memory.with_log(Some(Arc::clone(log))),
-            _ => memory.with_log(None),
-        }
+        let log = match &self.state.log_base {
+            LogBaseState::Set(log) if self.wants_log() => Some(Arc::clone(log)),
+            _ => None,
+        };
+        let is_in_postcopy = self.state.postcopy.is_listening();
+        Ok(memory.with_log(log)?.with_postcopy(is_in_postcopy))
     }
 
     fn wants_log(&self) -> bool {

@@ -3,6 +3,7 @@
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 
+use super::fault_guard::FaultGuard;
 use super::{Session, SuspendedSession};
 use crate::backend::Backend;
 use crate::error::SessionError;
@@ -80,8 +81,11 @@ pub fn serve_from(
     // What is declared last is dropped first: the front-end must not see the end of the connection
     // while vrings run, because it may then use their chains itself.
     let mut session = session;
+    let mut guard = None;
+    FaultGuard::update(&mut guard, &session.session, &channel)?;
     loop {
-        match (run(&mut channel, &mut session.session)?, stop.demand()) {
+        let end = run(&mut channel, &mut session.session, &mut guard)?;
+        match (end, stop.demand()) {
             // It was suspended, and that is over already.
             (SessionEnd::Stopped, StopDemand::GoOn) => {}
             (SessionEnd::Stopped, StopDemand::Suspend) => {
@@ -126,6 +130,8 @@ impl<'b> EndedOnDrop<'b> {
 impl Drop for EndedOnDrop<'_> {
     fn drop(&mut self) {
         if let AtDrop::EndSession = self.at_drop {
+            // A worker that waits for a page of guest memory holds the lock of its vring.
+            self.session.abandon_postcopy();
             self.session.stop_all();
             let refused = self.session.first_refusal.as_ref();
             self.session.backend.on_disconnect(refused);
@@ -133,7 +139,11 @@ impl Drop for EndedOnDrop<'_> {
     }
 }
 
-fn run(channel: &mut Channel<'_>, session: &mut Session<'_>) -> Result<SessionEnd, SessionError> {
+fn run(
+    channel: &mut Channel<'_>,
+    session: &mut Session<'_>,
+    guard: &mut Option<FaultGuard>,
+) -> Result<SessionEnd, SessionError> {
     loop {
         let message = match channel.receive(session.miss_event())? {
             Incoming::Message(message) => message,
@@ -144,9 +154,11 @@ fn run(channel: &mut Channel<'_>, session: &mut Session<'_>) -> Result<SessionEn
             Incoming::Closed => return Ok(SessionEnd::Disconnected),
             Incoming::Stopped => return Ok(SessionEnd::Stopped),
         };
+        let reply = session.handle(message)?;
+        FaultGuard::update(guard, session, channel)?;
         // When a reply cannot be sent, the next receive returns the reason.
-        if let Some(reply) = session.handle(message)? {
-            channel.send(reply)?;
+        if let Some(reply) = reply {
+            channel.send(&reply)?;
         }
     }
 }

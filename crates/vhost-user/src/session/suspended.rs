@@ -15,6 +15,7 @@ use virtionet_virtqueue::memory::{GuestMemory, MappedRegion, MemoryError, Region
 
 use super::iommu::IommuState;
 use super::migration::LogBaseState;
+use super::postcopy::Postcopy;
 use super::serving::EndedOnDrop;
 use super::{SESSION_FEATURES, Session, SessionState};
 use crate::backend::Backend;
@@ -34,7 +35,7 @@ pub struct SuspendedSession {
 /// Why a suspended session cannot continue in another process.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
-    /// The guest is being migrated, and what is written is logged.
+    /// The guest is being migrated: what is written is logged, or pages may be missing.
     #[error("the guest is being migrated; try again when that has ended")]
     Migrating,
     /// The front-end has accepted features that the back-end does not offer.
@@ -214,7 +215,7 @@ impl SuspendedSession {
     /// When the guest is being migrated, or the process has no descriptors left.
     pub fn to_image(&self) -> Result<SessionImage<Arc<OwnedFd>>, ImageError> {
         let state = &self.state;
-        if state.memory.is_logging() {
+        if state.memory.is_logging() || !state.postcopy.is_off() {
             return Err(ImageError::Migrating);
         }
         let mut regions = Vec::new();
@@ -270,6 +271,7 @@ impl SuspendedSession {
                 memory: Arc::new(GuestMemory::new(regions)?.with_iotlb(iommu.iotlb())),
                 log_base: LogBaseState::Unset,
                 iommu,
+                postcopy: Postcopy::Off,
                 features: image.features,
                 protocol_features: image.protocol_features,
                 status: image.status,

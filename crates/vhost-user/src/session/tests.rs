@@ -6,6 +6,7 @@ use std::thread;
 
 mod iommu;
 mod migration;
+mod postcopy;
 mod suspension;
 
 use proptest::prelude::*;
@@ -149,11 +150,13 @@ fn qemu(front_end: &FrontEnd, backend: &RecordingBackend) {
             front_end.request_u64(Code::GET_FEATURES),
             FEATURES | SESSION_FEATURES
         );
-        assert_eq!(
-            front_end.request_u64(Code::GET_PROTOCOL_FEATURES),
-            protocol_features::OFFERED
-        );
-        front_end.send_u64(Code::SET_PROTOCOL_FEATURES, protocol_features::OFFERED);
+        let offered = front_end.request_u64(Code::GET_PROTOCOL_FEATURES);
+        let withheld = match pair {
+            0 => 0,
+            _ => VhostUserProtocolFeatures::PAGEFAULT.bits(),
+        };
+        assert_eq!(offered, protocol_features::OFFERED & !withheld);
+        front_end.send_u64(Code::SET_PROTOCOL_FEATURES, offered);
         assert_eq!(
             front_end.request_u64(Code::GET_QUEUE_NUM),
             u64::from(QUEUE_PAIRS)

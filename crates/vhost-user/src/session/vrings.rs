@@ -159,6 +159,7 @@ impl Session<'_> {
         );
         self.backend.start_vring(ring, start)?;
         self.change_state(ring, VringEvent::Start);
+        self.state.postcopy.note_start();
         Ok(())
     }
 

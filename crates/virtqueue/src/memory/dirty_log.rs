@@ -31,7 +31,7 @@ use vm_memory::{FileOffset, MmapRegion};
 
 use super::fault::TrackedRegion;
 use super::slice::GuestSlice;
-use super::{MappedRegion, seal_against_shrinking, to_u64};
+use super::{GuestMemory, MappedRegion, full_fence, seal_against_shrinking, to_u64};
 
 /// The bytes of guest memory for which one bit stands (VHOST_LOG_PAGE).
 pub const LOG_PAGE: u64 = 4096;
@@ -164,6 +164,54 @@ impl DirtyLog {
         if bits.load(Ordering::Relaxed) & mask != mask {
             bits.fetch_or(mask, Ordering::Release);
         }
+    }
+}
+
+impl GuestMemory {
+    /// A snapshot of the same memory that logs what the device writes, or with `None` one that does
+    /// not.
+    ///
+    /// # Errors
+    /// When the log has no bit for some pages of the memory.
+    pub fn with_log(&self, log: Option<Arc<DirtyLog>>) -> Result<Self, LogError> {
+        Ok(Self {
+            regions: self.regions.clone(),
+            log: log
+                .map(|log| SnapshotLog::new(log, &self.regions))
+                .transpose()?,
+            iotlb: self.iotlb.clone(),
+            is_in_postcopy: self.is_in_postcopy,
+        })
+    }
+
+    /// Whether writes of the device must be logged.
+    #[inline(always)]
+    #[must_use]
+    pub fn is_logging(&self) -> bool {
+        self.log.is_some()
+    }
+
+    /// A writer that logs what was written to buffers before this call; `None` when nothing is
+    /// logged.
+    #[must_use]
+    pub fn log_writer(&self) -> Option<LogWriter<'_>> {
+        let log = self.log.as_ref()?;
+        full_fence();
+        Some(log.writer())
+    }
+
+    /// Logs all of guest memory as written, if anything is logged.
+    pub fn log_all(&self) {
+        if let Some(log) = &self.log {
+            full_fence();
+            log.mark_all();
+        }
+    }
+
+    /// Whether pages of the log have vanished, so that the front-end does not see what is logged.
+    #[must_use]
+    pub fn is_log_lost(&self) -> bool {
+        self.log.as_ref().is_some_and(SnapshotLog::is_lost)
     }
 }
 

@@ -88,6 +88,17 @@ impl TrackedRegion {
         Self { entry, is_lost }
     }
 
+    /// Replaces the region, the `len` bytes at `start`, with zeros, as the loss of its pages does.
+    /// Returns false when the kernel refuses that.
+    pub(super) fn replace(&self, start: *mut u8, len: usize) -> bool {
+        let is_replaced = map_zeros(start.addr(), len);
+        if is_replaced {
+            self.is_lost.store(true, Ordering::Release);
+            LOSSES.fetch_add(1, Ordering::Release);
+        }
+        is_replaced
+    }
+
     /// Whether the region's memory was replaced with zeros.
     pub(super) fn is_lost(&self) -> bool {
         self.is_lost.load(Ordering::Acquire)
@@ -179,20 +190,10 @@ fn replace_region(address: usize) -> bool {
         }
         // SAFETY: errno belongs to the thread; the interrupted code must not see it change.
         let errno = unsafe { *libc::__errno_location() };
-        // SAFETY: the range is one mapping of ours, which nobody unmaps while a thread accesses it.
-        let mapped = unsafe {
-            libc::mmap(
-                ptr::without_provenance_mut(start),
-                len,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE,
-                -1,
-                0,
-            )
-        };
+        let is_mapped = map_zeros(start, len);
         // SAFETY: as above.
         unsafe { *libc::__errno_location() = errno };
-        if mapped == libc::MAP_FAILED {
+        if !is_mapped {
             return false;
         }
         // SAFETY: the entry is in use, so its TrackedRegion lives and owns the flag.
@@ -201,6 +202,23 @@ fn replace_region(address: usize) -> bool {
         return true;
     }
     false
+}
+
+/// Maps private zeros over the `len` bytes at `start`, which are one mapping of this module's
+/// regions.
+fn map_zeros(start: usize, len: usize) -> bool {
+    // SAFETY: the range is one mapping of ours, which nobody unmaps while a thread accesses it.
+    let mapped = unsafe {
+        libc::mmap(
+            ptr::without_provenance_mut(start),
+            len,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE,
+            -1,
+            0,
+        )
+    };
+    mapped != libc::MAP_FAILED
 }
 
 /// Held by each test that loses memory, because the losses of the whole process are counted.
