@@ -1,5 +1,5 @@
 //! A worker as other threads see it: what it serves, how it is started, woken and ended. Its thread
-//! runs [`EventLoop`].
+//! runs `EventLoop`.
 
 mod event_loop;
 

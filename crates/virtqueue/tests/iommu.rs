@@ -326,9 +326,13 @@ fn virtqueue_whose_pages_are_scattered_works_and_is_logged_like_any_other() {
                 access: Access::ReadWrite,
             });
         }
-        let (mut queue, mut burst) = guest.device();
-        queue.set_used_log(Some(guest.config.layout.used), &guest.memory);
         let layout = guest.config.layout;
+        assert!(guest.memory.user_array::<u64>(layout.desc, 1024).is_some());
+        // The mapping in one piece does not report accesses to missing pages.
+        let in_postcopy = guest.memory.with_log(None).unwrap().with_postcopy(true);
+        assert!(in_postcopy.user_array::<u64>(layout.desc, 1024).is_none());
+        let (mut queue, mut burst) = guest.device();
+        queue.set_used_log(Some(layout.used), &guest.memory);
         // What is used is near the start and near the end of each area.
         for n in 0..3 * 512 {
             let buffers = [Buf::readable(slot(n % 4), 100)];

@@ -99,6 +99,11 @@ impl GuestMemory {
         if let Some(found) = user_addr.and_then(|addr| self.find_user(addr, len)) {
             return Some(shared(found));
         }
+        // Accesses to missing pages are reported in the mappings of regions only. In another one the kernel
+        // would take them for zeros, and so would the guest. The vring starts when all have arrived.
+        if self.is_in_postcopy {
+            return None;
+        }
         let region = stitch(&self.area_pages(iotlb, range)?)?;
         let offset = usize::try_from(addr % AREA_PAGE).ok()?;
         Some((Arc::new(region), offset))
