@@ -165,7 +165,7 @@ impl Parts {
 
     /// Starts all threads, and returns when they have ended.
     fn serve(
-        self,
+        mut self,
         devices: Vec<Arc<ServedDevice>>,
         predecessor: Option<Predecessor>,
         mut signals: Signals,
@@ -177,12 +177,17 @@ impl Parts {
             );
             None
         });
-        let stops = &self.stops;
         let registry = Arc::new(self.registry());
-        let successor = Successor::default();
-        let served = self.sockets.serve(&registry, &successor)?;
+        let summaries = self.summaries();
+        // First, because the frames of devices that are taken over wait for it.
+        let main = signals.handle();
+        let sources = std::mem::take(&mut self.sources);
+        let device_threads = start_devices(&devices, sources, &self.stops.sessions, &main)?;
+        let stops = &self.stops;
         let mut helper_threads =
             start_host_port_forwarders(&self.uplinks, &stops.forwarders, self.host.pool.gate())?;
+        let successor = Successor::default();
+        let served = self.sockets.serve(&registry, &successor)?;
         let followed = devices.iter().map(|device| Arc::clone(&device.net_device));
         let stop = Arc::clone(&stops.placer);
         let placer = placement_monitor::start(followed.collect(), self.host.cpus, stop);
@@ -190,12 +195,9 @@ impl Parts {
             "placer".into(),
             placer.map_err(host_error("start a thread"))?,
         ));
-        for ((device, created), source) in self.created.iter().zip(&self.sources) {
-            let summary = format!("{source}, {}", created.uplink_summary);
-            log_start(&device.name, &summary, served.control.as_ref());
+        for (device, summary) in &summaries {
+            log_start(device, summary, served.control.as_ref());
         }
-        let main = signals.handle();
-        let device_threads = start_devices(&devices, self.sources, &stops.sessions, &main)?;
         predecessor.iter().for_each(|p| registry.set_predecessor(p));
         self.uplinks.keep();
         let helper = self.helper.as_deref();
@@ -239,6 +241,16 @@ impl Parts {
             forwarders: Arc::clone(&self.stops.forwarders),
             sessions: Arc::clone(&self.stops.sessions),
         }))
+    }
+
+    /// For the log: the name of each device, its socket and its uplink.
+    fn summaries(&self) -> Vec<(String, String)> {
+        let devices = self.created.iter().zip(&self.sources);
+        let summary = |((device, created), source): (&(DeviceConfig, CreatedDevice), _)| {
+            let summary = format!("{source}, {}", created.uplink_summary);
+            (device.name.clone(), summary)
+        };
+        devices.map(summary).collect()
     }
 
     fn registry(&self) -> DeviceRegistry {

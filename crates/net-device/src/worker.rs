@@ -24,8 +24,8 @@ use event_loop::EventLoop;
 /// Stack of a worker: its deepest call keeps a few dozen KiB of frames and segments.
 const WORKER_STACK_SIZE: usize = 256 * 1024;
 
-/// Pause between two checks of whether the thread has ended.
-const JOIN_INTERVAL: Duration = Duration::from_millis(1);
+/// Pause between two checks of whether the thread has ended. Frames wait meanwhile in a handover.
+const JOIN_INTERVAL: Duration = Duration::from_micros(50);
 
 /// A worker, as other threads see it. It lasts as long as its device, because its counters do. Its
 /// descriptors exist only while a front-end is connected.
