@@ -1,6 +1,7 @@
 //! Measures migrations of one guest, with virtionetd and with QEMU's own network device in turns:
 //! the time for which the guest stops, what TCP carries to the guest before and during a migration, and
-//! how many UDP datagrams are lost at its end, 1,000 of which are sent a second each way. `VIRTIONETD` names the program, the argument is the number of pairs:
+//! how many UDP datagrams are lost at its end, 1,000 of which are sent a second each way. `VIRTIONETD`
+//! names the program, the argument is the number of pairs:
 //!
 //! ```text
 //! VIRTIONETD=target/release/virtionetd cargo run --release -p virtionet-tests --example migration 10
