@@ -39,6 +39,7 @@ pub mod migration;
 pub mod netns;
 pub mod nic;
 pub mod paths;
+pub mod pause;
 pub mod process;
 pub mod procfs;
 pub mod qemu;

@@ -221,12 +221,12 @@ impl Traffic {
         self.flows.iter_mut().map(take).collect()
     }
 
-    /// Carries frames for `time`, and forgets what became of them: where the host sends a flow is
-    /// settled only when the driver has sent some of its own.
+    /// Carries frames for `time`, and forgets what became of them: the host sends a flow to its vring
+    /// only after the driver has sent some of its own.
     ///
     /// # Errors
     /// As [`Traffic::exchange`].
-    pub fn settle(&mut self, time: Duration) -> Result<()> {
+    pub fn warm_up(&mut self, time: Duration) -> Result<()> {
         self.exchange_for(1, time)?;
         self.wait_for_late_frames(time)?;
         for flow in &mut self.flows {

@@ -7,7 +7,7 @@
 //! `CRASHES` says how often each daemon ends (default: 2). `ci/test crashes` runs it with 100.
 
 use std::thread::sleep;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
@@ -16,11 +16,12 @@ use virtionet_tests::attachment::Attachment;
 use virtionet_tests::iperf::{Clients, Direction, Iperf, IperfLoad};
 use virtionet_tests::procfs::private_memory_kib;
 use virtionet_tests::random::Random;
+use virtionet_tests::settings::{number, seed};
 use virtionet_tests::testbed::{Testbed, TestbedConfig};
 use virtionet_tests::topology::{GUEST, HostNetwork};
 
 const PAIRS: u16 = 2;
-const DEFAULT_CRASHES: u32 = 2;
+const DEFAULT_CRASHES: u64 = 2;
 /// The pause of QEMU before it connects again, in milliseconds.
 const RECONNECT_MS: u32 = 100;
 /// The longest time from the start of the next daemon to the first answer of the guest. Most of it is
@@ -68,7 +69,7 @@ fn check_counters(attachment: Attachment, device: &Value) -> Result<()> {
 
 fn check(attachment: Attachment) -> Result<()> {
     let crashes = number("CRASHES", DEFAULT_CRASHES)?;
-    let seed = number("CRASH_SEED", seed_of_the_clock())?;
+    let seed = seed("CRASH_SEED")?;
     eprintln!("{attachment:?}: {crashes} ends, CRASH_SEED={seed}");
     let mut testbed = config(attachment).start()?;
     end_daemons(attachment, &mut testbed, crashes, seed).map_err(|error| {
@@ -81,19 +82,19 @@ fn check(attachment: Attachment) -> Result<()> {
 fn end_daemons(
     attachment: Attachment,
     testbed: &mut Testbed,
-    crashes: u32,
-    seed: u32,
+    crashes: u64,
+    seed: u64,
 ) -> Result<()> {
     let config = config(attachment);
     let boot = boot_id(testbed)?;
     let memory_before = private_memory_kib(testbed.daemon.pid())?;
-    let mut random = Random::new(seed.into(), 0);
+    let mut random = Random::new(seed, 0);
     let mut recoveries = Vec::new();
     for (n, direction) in [Direction::HostToGuest, Direction::GuestToHost]
         .into_iter()
         .enumerate()
     {
-        let ends = (crashes + u32::from(n == 0)) / 2;
+        let ends = (crashes + u64::from(n == 0)) / 2;
         recoveries.extend(check_under_load(
             &config,
             testbed,
@@ -133,13 +134,13 @@ fn check_under_load(
     config: &TestbedConfig,
     testbed: &mut Testbed,
     direction: Direction,
-    ends: u32,
+    ends: u64,
     random: &mut Random,
 ) -> Result<Vec<Duration>> {
     let (network, guest, dir) = (&testbed.network, testbed.qemu.guest(), &testbed.dir);
     let iperf = Iperf::new(network, guest, dir, Clients::Host, PAIRS)?;
     // As long as the ends can take, and then some.
-    let load = IperfLoad::tcp(ends * 3 + 3).flows(PAIRS);
+    let load = IperfLoad::tcp(u32::try_from(ends * 3 + 3)?).flows(PAIRS);
     let mut load = iperf.start(&load, direction)?;
     let mut recoveries = Vec::new();
     for n in 0..ends {
@@ -191,16 +192,4 @@ fn recovery(network: &HostNetwork, signal: Signal) -> Result<Duration> {
 fn boot_id(testbed: &Testbed) -> Result<String> {
     let guest = testbed.qemu.guest();
     guest.ok("cat /proc/sys/kernel/random/boot_id")
-}
-
-fn number(variable: &str, default: u32) -> Result<u32> {
-    match std::env::var(variable) {
-        Ok(text) => text.parse().with_context(|| format!("{variable}={text}")),
-        Err(_) => Ok(default),
-    }
-}
-
-fn seed_of_the_clock() -> u32 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    now.map_or(1, |now| now.subsec_nanos())
 }

@@ -8,6 +8,7 @@ use virtionet_tests::daemon::{Daemon, Options};
 use virtionet_tests::file_transfer::FileTransfer;
 use virtionet_tests::libvirt::Libvirt;
 use virtionet_tests::paths::RunDir;
+use virtionet_tests::settings::number;
 use virtionet_tests::topology::{Bridge, GUEST, HOST, configure_guest};
 
 /// The time for the guest's boot, which includes the work of libvirtd.
@@ -20,8 +21,7 @@ const HOSTS: [&str; 2] = ["source", "dest"];
 /// Several times with `MIGRATIONS=N`.
 #[test]
 fn domain_that_virsh_migrates_receives_a_file_meanwhile_if_asked_for() {
-    let runs = std::env::var("MIGRATIONS").ok();
-    for _ in 0..runs.and_then(|n| n.parse().ok()).unwrap_or(0) {
+    for _ in 0..number("MIGRATIONS", 0).unwrap() {
         migrate_domain().unwrap();
     }
 }

@@ -14,6 +14,7 @@ use virtionet_tests::migration::{
     wait_for_migration, wait_until,
 };
 use virtionet_tests::qemu::Qemu;
+use virtionet_tests::settings::number;
 use virtionet_tests::topology::{GUEST, GUEST_INTERFACE};
 
 const PROGRESS_TIMEOUT: Duration = Duration::from_secs(40);
@@ -64,7 +65,7 @@ fn guest_with_four_packed_queue_pairs_keeps_its_connections_over_a_migration() {
 /// The other combinations of format and queue pairs, several times each with `MIGRATIONS=N`.
 #[test]
 fn guests_of_all_formats_keep_their_connections_over_migrations_if_asked_for() {
-    for _ in 0..asked_migrations() {
+    for _ in 0..number("MIGRATIONS", 0).unwrap() {
         for pairs in [1, 4] {
             for is_packed in [false, true] {
                 check_migration(Device::new(pairs, is_packed)).unwrap();
@@ -238,7 +239,7 @@ fn guest_that_changes_its_queue_pairs_receives_a_file_while_it_is_migrated_by_al
 
 /// Migrates guests by each means, several times each with `MIGRATIONS=N`.
 fn check_variants_if_asked_for(is_packed: bool) -> Result<()> {
-    for _ in 0..asked_migrations() {
+    for _ in 0..number("MIGRATIONS", 0)? {
         for variant in [
             Variant::default(),
             Variant::new(true, false, false),
@@ -260,9 +261,4 @@ fn guests_with_split_rings_receive_a_file_while_migrated_by_each_means_if_asked_
 #[test]
 fn guests_with_packed_rings_receive_a_file_while_migrated_by_each_means_if_asked_for() {
     check_variants_if_asked_for(true).unwrap();
-}
-
-fn asked_migrations() -> usize {
-    let runs = std::env::var("MIGRATIONS").ok();
-    runs.and_then(|n| n.parse().ok()).unwrap_or(0)
 }

@@ -10,6 +10,7 @@ use virtionet_tests::migration::{
     Device, Hosts, Method, migrate, set_speed, wait_for_migration, wait_until,
 };
 use virtionet_tests::qemu::Qemu;
+use virtionet_tests::settings::number;
 use virtionet_tests::topology::GUEST;
 
 const PROGRESS_TIMEOUT: Duration = Duration::from_secs(40);
@@ -105,7 +106,7 @@ fn guest_keeps_its_connections_over_a_migration_by_postcopy() {
 /// Split and packed rings at a TAP and on a switch, several times each with `MIGRATIONS=N`.
 #[test]
 fn guests_of_all_kinds_keep_their_connections_over_postcopy_if_asked_for() {
-    for _ in 0..asked_migrations() {
+    for _ in 0..number("MIGRATIONS", 0).unwrap() {
         for on_switch in [false, true] {
             for is_packed in [false, true] {
                 check_postcopy(Device {
@@ -121,7 +122,7 @@ fn guests_of_all_kinds_keep_their_connections_over_postcopy_if_asked_for() {
 /// With `MIGRATIONS=N`: QEMU waits for the vrings to stop while a worker may wait for a page.
 #[test]
 fn guest_that_is_stopped_during_postcopy_continues_if_asked_for() {
-    for _ in 0..asked_migrations() {
+    for _ in 0..number("MIGRATIONS", 0).unwrap() {
         check_stop(Device::new(1, true)).unwrap();
     }
 }
@@ -153,7 +154,7 @@ fn check_stop(device: Device) -> Result<()> {
 /// With `MIGRATIONS=N`: all memory arrives before QEMU is asked to switch over, as it mostly does.
 #[test]
 fn guest_that_could_have_used_postcopy_and_did_not_keeps_its_connections_if_asked_for() {
-    for _ in 0..asked_migrations() {
+    for _ in 0..number("MIGRATIONS", 0).unwrap() {
         check_without_switching_over(Device::new(1, true)).unwrap();
     }
 }
@@ -184,7 +185,7 @@ fn destination_with_several_queue_pairs_refuses_postcopy_before_a_migration() {
 /// daemon serves the next one.
 #[test]
 fn destination_that_is_killed_during_postcopy_frees_its_device_if_asked_for() {
-    for _ in 0..asked_migrations() {
+    for _ in 0..number("MIGRATIONS", 0).unwrap() {
         check_kill(Device::new(1, false)).unwrap();
     }
 }
@@ -207,9 +208,4 @@ fn check_kill(device: Device) -> Result<()> {
     drop(source);
     // Its QEMU starts only if the daemon answers, which serves one front-end at a time.
     hosts.expect_guest_by(&uri, METHOD).map(drop)
-}
-
-fn asked_migrations() -> usize {
-    let runs = std::env::var("MIGRATIONS").ok();
-    runs.and_then(|n| n.parse().ok()).unwrap_or(0)
 }

@@ -16,12 +16,14 @@ use virtionet_tests::attachment::Attachment;
 use virtionet_tests::daemon::Options;
 use virtionet_tests::echo_stream::EchoStreams;
 use virtionet_tests::paths::virtionetctl;
+use virtionet_tests::pause::pause_in_log;
 use virtionet_tests::process::Proc;
+use virtionet_tests::settings::number;
 use virtionet_tests::testbed::{Testbed, TestbedConfig};
 use virtionet_tests::topology::{GUEST, TAP};
 
 const PAIRS: u16 = 2;
-const DEFAULT_UPGRADES: u32 = 3;
+const DEFAULT_UPGRADES: u64 = 3;
 /// How long the old daemon may take to end, all of its successor's start included.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 /// What each connection carries between two upgrades.
@@ -67,10 +69,7 @@ fn check_if_long(attachment: Attachment) -> Result<()> {
 }
 
 fn check(attachment: Attachment) -> Result<()> {
-    let upgrades: u32 = match std::env::var("UPGRADES") {
-        Ok(text) => text.parse().with_context(|| format!("UPGRADES={text}"))?,
-        Err(_) => DEFAULT_UPGRADES,
-    };
+    let upgrades = number("UPGRADES", DEFAULT_UPGRADES)?;
     let mut guest = UpgradedGuest::start(attachment.config(PAIRS))?;
     let mut pauses = Vec::new();
     for n in 0..upgrades {
@@ -204,7 +203,7 @@ impl UpgradedGuest {
     }
 
     /// Starts a successor, and returns how long the devices were paused.
-    fn upgrade(&mut self, n: u32) -> Result<Duration> {
+    fn upgrade(&mut self, n: u64) -> Result<Duration> {
         let mut options = self.options().take_over(&format!("vnet-{n}"));
         for (flag, value) in self.other_flags {
             options = options.flag(flag, value);
@@ -227,9 +226,7 @@ impl UpgradedGuest {
             self.frames
         );
         self.frames = frames;
-        let text = log.split("they were paused for ").nth(1);
-        let text = text.and_then(|text| text.lines().next());
-        parse_duration(text.with_context(|| format!("no pause in the log: {log}"))?)
+        pause_in_log(&log)
     }
 
     /// Runs `virtionetctl upgrade` with these arguments. Returns its status and its output, to which
@@ -282,18 +279,4 @@ fn frames(device: &Value) -> u64 {
         .flat_map(|pair| [&pair["rx"], &pair["tx"]])
         .filter_map(|vring| vring["counters"]["frames"].as_u64())
         .sum()
-}
-
-/// A duration as Rust's `Debug` writes it, in microseconds, milliseconds or seconds.
-fn parse_duration(text: &str) -> Result<Duration> {
-    let number_end = text.find(|c: char| !c.is_ascii_digit() && c != '.');
-    let (number, unit) = text.split_at(number_end.context("a duration has a unit")?);
-    let number: f64 = number.parse()?;
-    let seconds = match unit {
-        "µs" => number / 1e6,
-        "ms" => number / 1e3,
-        "s" => number,
-        other => anyhow::bail!("unknown unit {other}"),
-    };
-    Ok(Duration::from_secs_f64(seconds))
 }

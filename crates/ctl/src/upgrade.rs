@@ -184,7 +184,7 @@ fn start(
     command
         .arg(TAKE_OVER)
         .stdin(Stdio::null())
-        // It writes nothing there, and would hold up whoever reads the output of this program.
+        // It writes nothing there, and would hold up the reader of the output of this program.
         .stdout(Stdio::null())
         // A signal of the terminal is meant for this program.
         .process_group(0)

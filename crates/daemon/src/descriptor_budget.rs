@@ -138,18 +138,8 @@ fn device_need(device: &DeviceConfig, pairs: u16, memory_regions: usize) -> u64 
 
 #[cfg(test)]
 mod tests {
-    use virtionet_config::Command;
-    use virtionet_config::cli;
-
     use super::*;
-
-    fn config(line: &str) -> Config {
-        let words = ["virtionetd"].into_iter().chain(line.split_whitespace());
-        match cli::parse(words.map(Into::into)) {
-            Ok(Command::Serve(config)) => *config,
-            other => panic!("{other:?}"),
-        }
-    }
+    use crate::testing::config;
 
     #[test]
     fn need_grows_with_pairs_devices_and_the_control_socket() {

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::env;
+use std::fmt::Display;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::process;
 use std::sync::Arc;
@@ -142,10 +143,11 @@ fn descriptor_of(device: &DeviceConfig) -> Option<String> {
         UplinkConfig::Switch(switch) => switch.tap.as_ref()?,
         UplinkConfig::Null => return None,
     };
-    Some(format!("{PREFIX}{tap}"))
+    Some(descriptor_name(tap))
 }
 
-fn descriptor_name(config: &TapConfig) -> String {
+/// The name for the configuration of a TAP, as the configuration or the uplink has it.
+fn descriptor_name(config: &impl Display) -> String {
     format!("{PREFIX}{config}")
 }
 
@@ -153,18 +155,10 @@ fn descriptor_name(config: &TapConfig) -> String {
 mod tests {
     use std::fs::File;
 
-    use virtionet_config::{Command, cli};
     use virtionet_guest::log_lines::with_log;
 
     use super::*;
-
-    fn config(line: &str) -> Config {
-        let words = ["virtionetd"].into_iter().chain(line.split_whitespace());
-        match cli::parse(words.map(Into::into)) {
-            Ok(Command::Serve(config)) => *config,
-            other => panic!("{other:?}"),
-        }
-    }
+    use crate::testing::config;
 
     fn null() -> OwnedFd {
         File::open("/dev/null").unwrap().into()

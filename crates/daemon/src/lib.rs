@@ -18,6 +18,8 @@ mod service_manager;
 mod signals;
 pub mod supervisor;
 pub mod take_over;
+#[cfg(test)]
+mod testing;
 pub mod uplinks;
 
 pub use kept_taps::PassedDescriptors;

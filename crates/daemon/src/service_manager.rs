@@ -1,4 +1,4 @@
-//! The service manager that started this process, such as systemd, and what it is told
+//! The service manager that started this process, such as systemd, and the notifications for it
 //! (sd_notify(3)).
 //!
 //! systemd also keeps open files for the next start of the service, in its file descriptor store.

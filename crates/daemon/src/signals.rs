@@ -6,6 +6,15 @@ use nix::sys::signal::{SigSet, Signal};
 
 use crate::handover::SUCCESSOR_SIGNAL;
 
+/// What they are: the end, a reload, the end of the helper, and a successor.
+pub const HANDLED: [Signal; 5] = [
+    Signal::SIGTERM,
+    Signal::SIGINT,
+    Signal::SIGHUP,
+    Signal::SIGCHLD,
+    SUCCESSOR_SIGNAL,
+];
+
 /// Leaves the signals to the main thread, which takes them once it has started all others. No other
 /// thread may wake it: see the lists of [`virtionet_sandbox`].
 ///
@@ -24,12 +33,5 @@ pub fn take() -> io::Result<()> {
 }
 
 fn handled() -> SigSet {
-    let signals = [
-        Signal::SIGTERM,
-        Signal::SIGINT,
-        Signal::SIGHUP,
-        Signal::SIGCHLD,
-        SUCCESSOR_SIGNAL,
-    ];
-    signals.into_iter().collect()
+    HANDLED.into_iter().collect()
 }

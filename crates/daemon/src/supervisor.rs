@@ -25,7 +25,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::consts::{SIGCHLD, SIGHUP, SIGUSR1};
 use signal_hook::iterator::Signals;
 use virtionet_config::{Config, DeviceConfig, Socket};
 use virtionet_control::server::ControlServer;
@@ -69,7 +69,7 @@ const JOIN_INTERVAL: Duration = Duration::from_millis(1);
 /// When something cannot be set up, or the only device cannot continue.
 pub fn run(config: Config, passed: PassedDescriptors) -> Result<(), RunError> {
     descriptor_budget::prepare(&config)?;
-    let signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGCHLD, SIGUSR1]);
+    let signals = Signals::new(signals::HANDLED.map(|signal| signal as i32));
     let signals = signals.map_err(host_error("handle signals"))?;
     let mut parts = Parts::open(&config, passed)?;
     // From here on nothing is opened that needs a right of this process.

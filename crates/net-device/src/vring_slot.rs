@@ -7,26 +7,24 @@
 //! is handed over fairly, so that neither waits for longer than one turn of the other. The values
 //! that other threads read without waiting (state, size) are published in atomics at each change.
 
+mod push;
+
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
-use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard};
 use virtionet_process::panic_policy::{Panicked, contain};
 use virtionet_vhost_user::{InvalidTransition, VringEvent, VringState};
-use virtionet_virtio_net::stats::{VringStats, to_u64};
-use virtionet_virtio_net::uplink::TxFrame;
-use virtionet_virtio_net::{DeviceQueue, QueueConfig, RxQueue};
+use virtionet_virtio_net::stats::VringStats;
+use virtionet_virtio_net::{DeviceQueue, QueueConfig};
 use virtionet_virtqueue::memory::{GuestMemory, IovaRange, LossWatch};
 use virtionet_virtqueue::{VirtqueueError, VirtqueueFault};
 
 use crate::notifier::{Notification, Notifier, deferring};
 use crate::quarantine::QuarantineCause;
 use crate::vring_log::VringLog;
-
-/// The time for which a push waits for a vring before it looks whether only the worker may push.
-const PUSH_WAIT: Duration = Duration::from_millis(1);
+pub use push::Pushed;
 
 /// The file descriptors of a vring.
 #[derive(Debug, Clone, Default)]
@@ -176,14 +174,17 @@ impl<Q: DeviceQueue> VringSlot<Q> {
         let state = contents.state.after(VringEvent::Start)?;
         let base = config.base;
         let mut queue = Q::new(config)?;
-        let started = match (queue.corrected_base(), queue.is_base_implausible()) {
+        let started = match (
+            queue.virtqueue().corrected_base(),
+            queue.virtqueue().is_base_implausible(),
+        ) {
             (_, true) => StartedAt::ImplausibleBase,
             (Some(corrected), false) => StartedAt::Corrected(corrected),
             (None, false) => StartedAt::Base,
         };
         self.stats()
             .dropped_at_start
-            .add(queue.given_back_at_start().into());
+            .add(queue.virtqueue().given_back_at_start().into());
         queue.set_used_log(used_log);
         let has_kick = fds.kick.is_some();
         let call = self.notifier(fds.call);
@@ -246,7 +247,7 @@ impl<Q: DeviceQueue> VringSlot<Q> {
         let size = contents
             .vring
             .as_ref()
-            .map_or(0, |vring| vring.queue.size());
+            .map_or(0, |vring| vring.queue.virtqueue().size());
         self.size.store(size, Ordering::Relaxed);
         self.state.store(state.to_number(), Ordering::Relaxed);
     }
@@ -264,7 +265,7 @@ impl<Q: DeviceQueue> VringSlot<Q> {
     pub fn rebind(&self, memory: &Arc<GuestMemory>) -> Option<(StoppedVring, VirtqueueError)> {
         let mut contents = self.contents.lock();
         let vring = contents.vring.as_mut()?;
-        let is_known = memory.knows_areas(&vring.queue.areas());
+        let is_known = memory.knows_areas(&vring.queue.virtqueue().areas());
         vring.untranslated = (!is_known).then(|| Arc::clone(memory));
         let error = vring.queue.rebind(memory).err().filter(|_| is_known)?;
         let stopped = self.release(&mut contents, VringEvent::Unmap)?;
@@ -280,7 +281,13 @@ impl<Q: DeviceQueue> VringSlot<Q> {
             return false;
         };
         vring.queue.forget_translations();
-        if vring.queue.areas().iter().any(|area| area.overlaps(range)) {
+        if vring
+            .queue
+            .virtqueue()
+            .areas()
+            .iter()
+            .any(|area| area.overlaps(range))
+        {
             vring.untranslated = Some(Arc::clone(memory));
         }
         vring.untranslated.is_some()
@@ -292,7 +299,7 @@ impl<Q: DeviceQueue> VringSlot<Q> {
         let Some(memory) = &vring.untranslated else {
             return true;
         };
-        let is_known = memory.knows_areas(&vring.queue.areas());
+        let is_known = memory.knows_areas(&vring.queue.virtqueue().areas());
         let is_bound = is_known && vring.queue.rebind(memory).is_ok();
         if is_bound {
             vring.untranslated = None;
@@ -426,67 +433,6 @@ impl<Q: DeviceQueue> VringSlot<Q> {
             cause,
             err: vring.and_then(|vring| vring.err.clone()),
         }
-    }
-}
-
-/// What became of frames that another thread pushed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Pushed {
-    /// The guest has them, or they were dropped and counted; this many descriptors were read.
-    Done(usize),
-    /// The vring does not run. They were dropped and counted.
-    NotRunning,
-    /// Pages of the guest's memory may be missing, so that only its worker may push them.
-    InPostcopy,
-}
-
-impl VringSlot<RxQueue> {
-    /// Gives `frames` to the guest, or drops and counts them. The driver is interrupted at the end of
-    /// the calling thread's turn.
-    ///
-    /// `is_in_postcopy` is asked while the calling thread waits for the vring: it must be true before
-    /// the vring gets memory of which pages may be missing.
-    pub fn push(&self, frames: &[TxFrame<'_>], is_in_postcopy: impl Fn() -> bool) -> Pushed {
-        let mut contents = loop {
-            if is_in_postcopy() {
-                return Pushed::InPostcopy;
-            }
-            // The lock is held for a turn, or for as long as a page is missing.
-            if let Some(contents) = self.contents.try_lock_for(PUSH_WAIT) {
-                break contents;
-            }
-        };
-        if contents.is_in_postcopy() {
-            return Pushed::InPostcopy;
-        }
-        let mut was_tried = false;
-        let (outcome, notification) = self.process_locked(&mut contents, |queue, enabled| {
-            was_tried = enabled;
-            match enabled {
-                true => queue
-                    .push(frames)
-                    .map(|pushed| (pushed.descriptors_read, pushed.should_call)),
-                false => Ok((0, false)),
-            }
-        });
-        // The queue itself counts what it drops.
-        if !was_tried {
-            let is_untranslated = contents
-                .vring
-                .as_ref()
-                .is_some_and(|vring| vring.untranslated.is_some());
-            let stats = self.stats();
-            let counter = match is_untranslated && self.is_enabled() {
-                true => &stats.dropped_untranslated,
-                false => &stats.dropped_disabled,
-            };
-            counter.add(to_u64(frames.len()));
-        }
-        MutexGuard::unlock_fair(contents);
-        if let Some(notification) = notification {
-            notification.deliver_after_turn();
-        }
-        outcome.map_or(Pushed::NotRunning, Pushed::Done)
     }
 }
 

@@ -1,5 +1,7 @@
 //! Requests, decoded from a message and checked as far as that is possible without state.
 
+mod body;
+
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -9,13 +11,13 @@ use vhost::vhost_user::message::{
 };
 use virtionet_virtqueue::MAX_QUEUE_SIZE;
 use virtionet_virtqueue::memory::RegionSpec;
-use vm_memory::ByteValued;
 
 use crate::error::{DecodeError, ProtocolError, RequestError};
 use crate::eventfd;
 use crate::foreign_fd::ForeignFd;
 use crate::iotlb_message::{IOTLB_MESSAGE_SIZE, IotlbMessage};
 use crate::limits::MAX_TABLE_REGIONS;
+use body::{RequestBody, from_bytes};
 
 /// The vring's index in the payload of SET_VRING_KICK, SET_VRING_CALL and SET_VRING_ERR: bits 0-7.
 const INDEX_MASK: u64 = 0xff;
@@ -196,13 +198,6 @@ impl Request {
         }
         .decode()
     }
-}
-
-/// The parts of a message with a known code.
-struct RequestBody<'p> {
-    request: FrontendReq,
-    payload: &'p [u8],
-    fds: Vec<ForeignFd>,
 }
 
 impl RequestBody<'_> {
@@ -435,52 +430,6 @@ impl RequestBody<'_> {
         let state = self.read::<VhostUserVringState>()?;
         Ok((to_vring_index(state.index)?, state.num))
     }
-
-    fn read<T: ByteValued + Default>(&self) -> Result<T, ProtocolError> {
-        self.check_size(size_of::<T>())?;
-        Ok(from_bytes(self.payload))
-    }
-
-    fn take_fd(&mut self) -> Result<ForeignFd, ProtocolError> {
-        self.fds.pop().ok_or(ProtocolError::FdCount {
-            request: self.request,
-            got: 0,
-            wanted: 1,
-        })
-    }
-
-    fn check_size(&self, wanted: usize) -> Result<(), ProtocolError> {
-        if self.payload.len() == wanted {
-            return Ok(());
-        }
-        Err(self.wrong_size(wanted))
-    }
-
-    fn wrong_size(&self, wanted: usize) -> ProtocolError {
-        ProtocolError::Size {
-            request: self.request,
-            size: self.payload.len(),
-            wanted,
-        }
-    }
-
-    fn check_fd_count(&self, wanted: usize) -> Result<(), ProtocolError> {
-        if self.fds.len() == wanted {
-            return Ok(());
-        }
-        Err(ProtocolError::FdCount {
-            request: self.request,
-            got: self.fds.len(),
-            wanted,
-        })
-    }
-}
-
-/// Reads a value from bytes of any alignment; `bytes` must have the size of the value.
-fn from_bytes<T: ByteValued + Default>(bytes: &[u8]) -> T {
-    let mut value = T::default();
-    value.as_mut_slice().copy_from_slice(bytes);
-    value
 }
 
 fn to_region_spec(region: &VhostUserMemoryRegion) -> RegionSpec {

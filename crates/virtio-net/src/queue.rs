@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use virtionet_virtqueue::memory::{GuestMemory, IovaRange};
+use virtionet_virtqueue::memory::GuestMemory;
 use virtionet_virtqueue::{
     Burst, ChainFault, CrashRecord, Direction, Virtqueue, VirtqueueConfig, VirtqueueError,
     VirtqueueLayout,
@@ -40,8 +40,11 @@ pub trait DeviceQueue: Sized {
     /// When the configuration does not describe a virtqueue.
     fn new(config: QueueConfig) -> Result<Self, VirtqueueError>;
 
-    /// The number of descriptors.
-    fn size(&self) -> u16;
+    /// Its virtqueue.
+    fn virtqueue(&self) -> &Virtqueue;
+
+    /// The chains that are dequeued and unused.
+    fn burst(&self) -> &Burst;
 
     /// Rewinds the chains that are dequeued and unused; returns the index at which the virtqueue
     /// continues.
@@ -56,27 +59,16 @@ pub trait DeviceQueue: Sized {
     /// Logs what is written to the virtqueue itself, as [`Virtqueue::set_used_log`] says.
     fn set_used_log(&mut self, used_log: Option<u64>);
 
-    /// Where the queue continues, if the base that it was started with was outdated
-    /// ([`Virtqueue::corrected_base`]).
-    fn corrected_base(&self) -> Option<u32>;
-
-    /// Whether the queue cannot continue where it was started, because its progress is lost
-    /// ([`Virtqueue::is_base_implausible`]).
-    fn is_base_implausible(&self) -> bool;
-
-    /// The number of chains that the start gave back unprocessed
-    /// ([`Virtqueue::given_back_at_start`]).
-    fn given_back_at_start(&self) -> u16;
-
     /// The guest's memory.
-    fn memory(&self) -> &Arc<GuestMemory>;
-
-    /// The ranges of addresses where the virtqueue itself lies.
-    fn areas(&self) -> Vec<IovaRange>;
+    fn memory(&self) -> &Arc<GuestMemory> {
+        self.burst().memory()
+    }
 
     /// Whether chains are available that the queue could not dequeue, because the translation of an
     /// address of theirs is missing (VIRTIO_F_ACCESS_PLATFORM).
-    fn waits_for_translation(&self) -> bool;
+    fn waits_for_translation(&self) -> bool {
+        self.burst().waits_for_translation()
+    }
 
     /// Rewinds the chains that are dequeued and unused, and drops all copies of translations.
     fn forget_translations(&mut self);

@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use arrayvec::ArrayVec;
-use virtionet_virtqueue::memory::{GuestMemory, GuestSlice, IovaRange};
-use virtionet_virtqueue::{Chain, Direction, VirtqueueError, VirtqueueFault};
+use virtionet_virtqueue::memory::{GuestMemory, GuestSlice};
+use virtionet_virtqueue::{Burst, Chain, Direction, Virtqueue, VirtqueueError, VirtqueueFault};
 
 use crate::announcement::announcement;
 use crate::features::Features;
@@ -164,32 +164,12 @@ impl DeviceQueue for TxQueue {
         })
     }
 
-    fn size(&self) -> u16 {
-        self.queue.virtqueue.size()
+    fn virtqueue(&self) -> &Virtqueue {
+        &self.queue.virtqueue
     }
 
-    fn corrected_base(&self) -> Option<u32> {
-        self.queue.virtqueue.corrected_base()
-    }
-
-    fn is_base_implausible(&self) -> bool {
-        self.queue.virtqueue.is_base_implausible()
-    }
-
-    fn given_back_at_start(&self) -> u16 {
-        self.queue.virtqueue.given_back_at_start()
-    }
-
-    fn memory(&self) -> &Arc<GuestMemory> {
-        self.queue.burst.shared_memory()
-    }
-
-    fn areas(&self) -> Vec<IovaRange> {
-        self.queue.virtqueue.areas()
-    }
-
-    fn waits_for_translation(&self) -> bool {
-        self.queue.burst.waits_for_translation()
+    fn burst(&self) -> &Burst {
+        &self.queue.burst
     }
 
     fn forget_translations(&mut self) {

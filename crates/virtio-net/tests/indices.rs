@@ -234,13 +234,16 @@ fn base_other_than_the_used_index_is_corrected_if_the_available_index_allows_it(
     assert_eq!(fixture.used().len(), 3);
     let base = tx.rewind();
     assert_eq!(
-        TxQueue::new(fixture.config(base)).unwrap().corrected_base(),
+        TxQueue::new(fixture.config(base))
+            .unwrap()
+            .virtqueue()
+            .corrected_base(),
         None
     );
 
     // The front-end has forgotten the base. Nothing is sent twice.
     let mut tx = TxQueue::new(fixture.config(0)).unwrap();
-    assert_eq!(tx.corrected_base(), Some(base));
+    assert_eq!(tx.virtqueue().corrected_base(), Some(base));
     fixture.offer(&[2]);
     assert_eq!(tx.step(&fixture), Ok(1));
     assert_eq!(fixture.uplink.sent().len(), 4);
@@ -250,7 +253,10 @@ fn base_other_than_the_used_index_is_corrected_if_the_available_index_allows_it(
         .ring
         .set_avail_index(u16::try_from(base).unwrap().wrapping_sub(1));
     assert_eq!(
-        TxQueue::new(fixture.config(0)).unwrap().corrected_base(),
+        TxQueue::new(fixture.config(0))
+            .unwrap()
+            .virtqueue()
+            .corrected_base(),
         None
     );
 }

@@ -71,13 +71,7 @@ impl Burst {
 
     /// The memory that the chains refer to.
     #[must_use]
-    pub fn memory(&self) -> &GuestMemory {
-        self.segments.memory()
-    }
-
-    /// The same, for another owner.
-    #[must_use]
-    pub fn shared_memory(&self) -> &Arc<GuestMemory> {
+    pub fn memory(&self) -> &Arc<GuestMemory> {
         self.segments.memory()
     }
 

@@ -19,8 +19,8 @@ pub enum Direction {
 
 /// Where a virtqueue lies: its size in descriptors and the addresses of its three areas in the
 /// front-end's address space, as SET_VRING_NUM and SET_VRING_ADDR carry them. Behind an IOMMU they
-/// are I/O virtual addresses. The second and third
-/// area of a packed virtqueue are the event suppression areas of the driver and of the device.
+/// are I/O virtual addresses. The second and third area of a packed virtqueue are the event
+/// suppression areas of the driver and of the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct VirtqueueLayout {
     /// The number of descriptors.

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Result, anyhow, ensure};
 use nix::sched::{CloneFlags, setns};
 use rustix::net::sockopt::set_socket_recv_buffer_size_force;
 use virtionet_guest::frame::{FrameSpec, Transport};
@@ -18,6 +18,7 @@ use super::Traffic;
 use crate::daemon::{Daemon, Options};
 use crate::netns::Netns;
 use crate::paths::RunDir;
+use crate::pause::pause_in_log;
 use crate::topology::{GUEST, HOST, HostNetwork, TAP};
 
 /// The number of descriptors of each virtqueue: more than frames can be on their way.
@@ -31,7 +32,7 @@ const HOST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const GUEST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// After it each flow has its vring.
-const SETTLE_TIME: Duration = Duration::from_millis(200);
+const WARM_UP_TIME: Duration = Duration::from_millis(200);
 /// How long the old daemon may take to end, all of its successor's start included.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -162,7 +163,7 @@ impl TrafficTestbed {
             }
             Uplink::Switch => Traffic::between([connect(0)?, connect(1)?], spec_on_switch)?,
         };
-        traffic.settle(SETTLE_TIME)?;
+        traffic.warm_up(WARM_UP_TIME)?;
         Ok(traffic)
     }
 
@@ -209,30 +210,6 @@ impl TrafficTestbed {
     pub fn dir(&self) -> &RunDir {
         &self.dir
     }
-}
-
-/// How long the devices were paused by the log of a daemon that has handed them over.
-///
-/// # Errors
-/// When the log does not say so.
-pub fn pause_in_log(log: &str) -> Result<Duration> {
-    let text = log.split("they were paused for ").nth(1);
-    let text = text.and_then(|text| text.lines().next());
-    parse_duration(text.with_context(|| format!("no pause in the log: {log}"))?)
-}
-
-/// A duration as Rust's `Debug` writes it, in microseconds, milliseconds or seconds.
-fn parse_duration(text: &str) -> Result<Duration> {
-    let number_end = text.find(|c: char| !c.is_ascii_digit() && c != '.');
-    let (number, unit) = text.split_at(number_end.context("a duration has a unit")?);
-    let number: f64 = number.parse()?;
-    let seconds = match unit {
-        "µs" => number / 1e6,
-        "ms" => number / 1e3,
-        "s" => number,
-        other => anyhow::bail!("unknown unit {other}"),
-    };
-    Ok(Duration::from_secs_f64(seconds))
 }
 
 fn socket(dir: &RunDir, device: usize) -> PathBuf {

@@ -23,11 +23,12 @@ mod usage;
 mod well_behaved;
 
 use std::thread;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use virtionet_tests::qemu::Qemu;
 use virtionet_tests::random::Random;
+use virtionet_tests::settings::{number, seed};
 
 use attackers::{assert_switch_counters, attack_null, attack_switch};
 use daemon_under_test::DaemonUnderTest;
@@ -129,21 +130,10 @@ impl Attacked {
     }
 }
 
-fn read_number(variable: &str) -> Option<u64> {
-    let text = std::env::var(variable).ok()?;
-    let number = text.parse().ok();
-    assert!(
-        number.is_some(),
-        "{variable} is '{text}': set it to a whole number"
-    );
-    number
-}
-
 #[test]
 fn a_daemon_under_random_attacks_neither_stalls_nor_leaks_and_counts_every_frame() {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
-    let seed = read_number("SOAK_SEED").unwrap_or(now.as_secs());
-    let duration = Duration::from_secs(read_number("SOAK_SECONDS").unwrap_or(DEFAULT_SECONDS));
+    let seed = seed("SOAK_SEED").unwrap();
+    let duration = Duration::from_secs(number("SOAK_SECONDS", DEFAULT_SECONDS).unwrap());
     eprintln!("SOAK_SEED={seed} for {duration:?}");
     let under_test = DaemonUnderTest::start(seed);
     let pid = under_test.daemon.pid();

@@ -208,8 +208,8 @@ impl Session<'_> {
         }
     }
 
-    /// Sends the misses that wait. What cannot be sent now is not kept: whoever needs the address
-    /// notes it again after a while.
+    /// Sends the misses that wait. What cannot be sent now is not kept: the virtqueue that needs the
+    /// address notes it again after a while.
     fn send_misses(&mut self) {
         let Some(translations) = &self.state.iommu.translations else {
             return;

@@ -259,7 +259,7 @@ impl Session<'_> {
     }
 }
 
-/// What the front-end is told about a region: its address in this process instead of its own.
+/// The answer about a region: its address in this process in the place of the front-end's.
 fn answer(region: &MappedRegion) -> RegionSpec {
     RegionSpec {
         user_addr: region.host_base(),

@@ -335,7 +335,7 @@ impl Iotlb {
     }
 
     /// Notes that the translation of `addr` is missing. It has no effect while the same miss is
-    /// pending, or too many are: whoever needs the address asks again.
+    /// pending, or too many are: the virtqueue that needs the address asks again.
     pub fn report_miss(&self, addr: u64, access: Access) {
         let miss = Miss {
             iova: addr & !(IOVA_PAGE - 1),
