@@ -19,6 +19,11 @@ pub enum QuarantineCause {
     MemoryLost,
     /// The front-end's fault, or its host's.
     #[error(
+        "the front-end disconnected during a migration by postcopy, so pages of the guest's memory are missing for good"
+    )]
+    PagesMissing,
+    /// The front-end's fault, or its host's.
+    #[error(
         "the log of written pages has vanished, because its file shrank or its file system is full, so the guest cannot be migrated"
     )]
     LogLost,
@@ -30,10 +35,11 @@ pub enum QuarantineCause {
 impl QuarantineCause {
     /// The cause if something of `memory` was lost.
     pub(crate) fn of_lost(memory: &GuestMemory) -> Option<Self> {
-        if memory.is_lost() {
-            return Some(Self::MemoryLost);
+        match (memory.is_lost(), memory.is_in_postcopy()) {
+            (true, true) => Some(Self::PagesMissing),
+            (true, false) => Some(Self::MemoryLost),
+            (false, _) => memory.is_log_lost().then_some(Self::LogLost),
         }
-        memory.is_log_lost().then_some(Self::LogLost)
     }
 
     /// Counts a quarantine for this cause. The caller holds the vring's lock.
@@ -43,7 +49,7 @@ impl QuarantineCause {
             Self::Guest(VirtqueueFault::AvailIndexJump { .. }) => &stats.avail_index_jump,
             Self::Guest(VirtqueueFault::HeadOutOfRange { .. }) => &stats.head_out_of_range,
             Self::Guest(VirtqueueFault::ChainWithoutEnd { .. }) => &stats.chain_without_end,
-            Self::MemoryLost => &stats.memory_lost,
+            Self::MemoryLost | Self::PagesMissing => &stats.memory_lost,
             Self::LogLost => &stats.log_lost,
             Self::Panic(Panicked) => &stats.panics,
         };

@@ -125,7 +125,7 @@ counters! {
         chain_without_end: "Rings quarantined for a packed chain that spans the whole ring without an end.",
         base_corrected: "Starts at the ring's used index, or in a packed ring at the position of its crash record, because the front-end's base (SET_VRING_BASE) was another.",
         base_implausible: "Starts of a packed ring at a base that its descriptors contradict, with no crash record: the ring does not continue.",
-        memory_lost: "Rings quarantined because pages of the guest's memory have vanished (its file shrank, or its file system is full).",
+        memory_lost: "Rings quarantined because pages of the guest's memory have vanished (its file shrank, its file system is full, or the front-end disconnected during a migration by postcopy).",
         log_lost: "Rings quarantined because the log of written pages has vanished during a migration (its file shrank, or its file system is full).",
         panics: "Rings quarantined for a panic in their code, each a bug of virtionetd.",
         quarantines: "Times that the ring was stopped for a fault until it is configured again.",

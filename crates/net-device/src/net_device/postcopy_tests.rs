@@ -211,6 +211,7 @@ fn front_end_that_is_gone_while_its_worker_waits_for_a_page_is_followed_by_anoth
                 },
             );
         }
+        assert_eq!(rx_stats(&moved).memory_lost.get(), 2);
         with_frontend(&moved, &config(MODERN), |guest| {
             send(peer, 0, 10);
             guest.pairs[0].rx.wait_frames(10, TIMEOUT).unwrap();
