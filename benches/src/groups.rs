@@ -26,6 +26,10 @@ pub enum Group {
     Isolation,
     /// A frame with the sandbox, against one without it
     Sandbox,
+    /// The round trip of a single frame, against DPDK's vhost PMD and bare wake-ups
+    Latency,
+    /// This build of the daemon, against another one that --against names
+    Builds,
 }
 
 impl Group {
@@ -43,6 +47,8 @@ impl Group {
             Self::Turn => "turn",
             Self::Isolation => "isolation",
             Self::Sandbox => "sandbox",
+            Self::Latency => "latency",
+            Self::Builds => "builds",
         }
     }
 
@@ -68,6 +74,10 @@ impl Group {
                 "A device beside an attacked one, and beside an equal load of its CPUs"
             }
             Self::Sandbox => "A frame from the guest with the sandbox, and without it",
+            Self::Latency => "The round trip of a single frame between two network devices",
+            Self::Builds => {
+                "Two builds of the daemon, with DPDK's virtio-user and with a QEMU guest"
+            }
         }
     }
 }

@@ -10,6 +10,9 @@ use virtionet_tests::paths::require_root;
 use virtionet_tests::process::output;
 use virtionet_tests::sched;
 
+/// The name of another build of virtionetd in results.
+pub const OTHER_BUILD: &str = "the other build";
+
 /// Prints a line about the progress of a run to stderr.
 pub fn progress(text: &str) {
     eprintln!("bench: {text}");

@@ -1,10 +1,11 @@
 //! Measures TCP between a Linux guest and its host through virtionetd, against QEMU's own
-//! virtio-net on a TAP (vhost=off). Both sides have the same guest, vCPUs and queue pairs, and
+//! virtio-net on a TAP (vhost=off) or another build of virtionetd. Both sides have the same guest, vCPUs and queue pairs, and
 //! default settings.
 //!
 //! Both guests are booted again for each repetition and for each number of queue pairs. Only one of
 //! them runs at a time. The other one is stopped through QMP, so that it does not use any CPU.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -17,7 +18,7 @@ use virtionet_tests::paths::RunDir;
 use virtionet_tests::qemu::{Machine, Nic, Qemu};
 use virtionet_tests::topology::{HostNetwork, TAP, configure_guest};
 
-use crate::harness::progress;
+use crate::harness::{OTHER_BUILD, progress};
 use crate::outcome::{Better, GroupResult};
 use crate::sampling::{Effort, PairedSamples};
 
@@ -27,6 +28,24 @@ const DIRECTIONS: [Direction; 2] = [Direction::HostToGuest, Direction::GuestToHo
 const VCPUS: u16 = 4;
 const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
 
+/// What the guest's network device is compared with.
+#[derive(Debug, Clone, Copy)]
+enum Peer<'a> {
+    /// QEMU's own virtio-net.
+    Qemu,
+    /// Another build of virtionetd, which is this program.
+    OtherBuild(&'a Path),
+}
+
+impl Peer<'_> {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Qemu => "QEMU virtio-net",
+            Self::OtherBuild(_) => OTHER_BUILD,
+        }
+    }
+}
+
 /// Measures every number of queue pairs and flows in both directions.
 ///
 /// # Errors
@@ -34,19 +53,32 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
 /// message.
 pub fn run(effort: Effort) -> Result<GroupResult> {
     let mut outcome = GroupResult::default();
+    measure_all(Peer::Qemu, effort, &mut outcome)?;
+    Ok(outcome)
+}
+
+/// Measures the same against another build of virtionetd, and adds the rows.
+///
+/// # Errors
+/// As [`run`]; also when the other build does not understand the arguments.
+pub fn run_against_build(program: &Path, effort: Effort, outcome: &mut GroupResult) -> Result<()> {
+    measure_all(Peer::OtherBuild(program), effort, outcome)
+}
+
+fn measure_all(peer: Peer<'_>, effort: Effort, outcome: &mut GroupResult) -> Result<()> {
     for queue_pairs in QUEUE_PAIRS {
         let cases = cases();
         let mut samples = vec![PairedSamples::default(); cases.len()];
         let mut counters = vec![String::new(); cases.len()];
         for n in 1..=effort.choose(3, 1) {
             progress(&format!("iperf: queue pairs {queue_pairs}, repetition {n}"));
-            counters = measure_repetition(queue_pairs, effort, &cases, &mut samples)
+            counters = measure_repetition(peer, queue_pairs, effort, &cases, &mut samples)
                 .with_context(|| format!("with {queue_pairs} queue pair(s), in repetition {n}"))?;
         }
         for (n, (case, samples)) in cases.iter().zip(&samples).enumerate() {
             let name = case.name(queue_pairs);
             outcome.notes.push(format!("{name}: {}", counters[n]));
-            let row = samples.row(&name, "Gbit/s", Better::Higher, "QEMU virtio-net");
+            let row = samples.row(&name, "Gbit/s", Better::Higher, peer.name());
             outcome.rows.push(row.with_headline(queue_pairs != 2));
         }
     }
@@ -54,7 +86,7 @@ pub fn run(effort: Effort) -> Result<GroupResult> {
     outcome.notes.push(format!(
         "{VCPUS} vCPUs under {accel}, vCPU i pinned to CPU i mod n; one iperf3 process for each flow; medians of the runs"
     ));
-    Ok(outcome)
+    Ok(())
 }
 
 /// The direction and the number of flows of one case.
@@ -88,14 +120,24 @@ impl IperfCase {
 /// Boots both sides and adds one pair of samples to each case. Returns a description of the
 /// counters of our vrings for each case.
 fn measure_repetition(
+    peer: Peer<'_>,
     queue_pairs: u16,
     effort: Effort,
     cases: &[IperfCase],
     samples: &mut [PairedSamples],
 ) -> Result<Vec<String>> {
     let dir = RunDir::new()?;
-    let ours = GuestUnderTest::ours(&dir, queue_pairs).context("with virtionetd")?;
-    let peer = GuestUnderTest::peer(&dir, queue_pairs).context("with QEMU's own virtio-net")?;
+    let peer_name = peer.name();
+    let ours = GuestUnderTest::virtionetd(Options::new(), &dir, "ours", queue_pairs)
+        .context("with virtionetd")?;
+    let peer = match peer {
+        Peer::Qemu => GuestUnderTest::qemu(&dir, queue_pairs),
+        Peer::OtherBuild(program) => {
+            let options = Options::new().program(program);
+            GuestUnderTest::virtionetd(options, &dir, "peer", queue_pairs)
+        }
+    };
+    let peer = peer.with_context(|| format!("with {peer_name}"))?;
     let seconds = effort.choose(4, 2);
     let mut descriptions = Vec::new();
     for (case, samples) in cases.iter().zip(samples) {
@@ -104,7 +146,7 @@ fn measure_repetition(
         descriptions.push(ours.counters(case.direction)?.since(before).describe());
         let our_rate = our_rate.context("with virtionetd")?;
         let peer_rate = peer.measure(&dir, *case, seconds);
-        let peer_rate = peer_rate.context("with QEMU's own virtio-net")?;
+        let peer_rate = peer_rate.with_context(|| format!("with {peer_name}"))?;
         progress(&format!(
             "iperf: {}: {our_rate:.2} against {peer_rate:.2} Gbit/s",
             case.name(queue_pairs)
@@ -132,19 +174,19 @@ struct DirectionCounters {
 }
 
 impl GuestUnderTest {
-    fn ours(dir: &RunDir, queue_pairs: u16) -> Result<Self> {
+    fn virtionetd(options: Options, dir: &RunDir, name: &str, queue_pairs: u16) -> Result<Self> {
         let network = HostNetwork::bare()?;
-        let daemon = Options::new()
+        let daemon = options
             .netns(network.netns())
             .flag("--tap", TAP)
-            .start(dir, "ours")?;
+            .start(dir, name)?;
         network.configure()?;
         let nic = Nic::vhost_user(daemon.socket()).queues(queue_pairs);
-        let qemu = machine().nic(nic).start(dir, "ours-guest")?;
+        let qemu = machine().nic(nic).start(dir, &format!("{name}-guest"))?;
         Self::boot(qemu, Some(daemon), network, queue_pairs)
     }
 
-    fn peer(dir: &RunDir, queue_pairs: u16) -> Result<Self> {
+    fn qemu(dir: &RunDir, queue_pairs: u16) -> Result<Self> {
         let network = HostNetwork::with_tap(queue_pairs)?;
         let nic = Nic::tap(TAP).queues(queue_pairs);
         let machine = machine().netns(network.netns()).nic(nic);

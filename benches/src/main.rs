@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
 use virtionet_benches::groups::Group;
+use virtionet_benches::measure::Parameters;
 use virtionet_benches::meta::Meta;
 use virtionet_benches::outcome::GroupResult;
 use virtionet_benches::sampling::Effort;
@@ -34,12 +35,21 @@ struct Cli {
     #[arg(long = "pairs", value_name = "N,N", default_value = "4", value_delimiter = ',',
           value_parser = clap::value_parser!(u16).range(2..=8))]
     queue_pairs: Vec<u16>,
+
+    /// The virtionetd that the group 'builds' compares with this build
+    #[arg(long, value_name = "PROGRAM")]
+    against: Option<PathBuf>,
 }
 
 fn main() -> Result<()> {
     let cli = Cli::parse();
     let groups = match cli.groups.is_empty() {
-        true => Group::value_variants().to_vec(),
+        // Without a word of the user's, nothing says what 'builds' is to be compared with.
+        true => Group::value_variants()
+            .iter()
+            .copied()
+            .filter(|group| *group != Group::Builds || cli.against.is_some())
+            .collect(),
         false => cli.groups,
     };
     let effort = match cli.quick {
@@ -51,20 +61,25 @@ fn main() -> Result<()> {
         .unwrap_or_else(|| root().join("benches/results"));
     fs::create_dir_all(&results)
         .with_context(|| format!("the directory {} cannot be created", results.display()))?;
+    let parameters = Parameters {
+        queue_pairs: cli.queue_pairs,
+        // It is needed until the program ends.
+        other_build: cli.against.map(|path| &*path.leak()),
+    };
     for group in groups {
-        measure(group, effort, &cli.queue_pairs, &results)?;
+        measure(group, effort, &parameters, &results)?;
     }
     Ok(())
 }
 
-fn measure(group: Group, effort: Effort, queue_pairs: &[u16], results: &Path) -> Result<()> {
+fn measure(group: Group, effort: Effort, parameters: &Parameters, results: &Path) -> Result<()> {
     let mut meta = Meta::gather(group, effort)?;
     if group == Group::Queues {
-        let list: Vec<String> = queue_pairs.iter().map(u16::to_string).collect();
+        let list: Vec<String> = parameters.queue_pairs.iter().map(u16::to_string).collect();
         meta.command
             .push_str(&format!(" --pairs {}", list.join(",")));
     }
-    let outcome = measure::measure(group, effort, queue_pairs)
+    let outcome = measure::measure(group, effort, parameters)
         .with_context(|| format!("the group '{}' could not be measured", group.name()))?;
     let meta = meta.with_notes(&outcome.notes);
     io::stdout()

@@ -97,6 +97,7 @@ fn versions(group: Group) -> Result<BTreeMap<&'static str, String>> {
     let mut versions = BTreeMap::from([("virtionetd", own_version()), ("rustc", rustc())]);
     match group {
         Group::Ring => _ = versions.insert("virtio-queue", locked_version("virtio-queue")?),
+        Group::Builds | Group::Latency => _ = versions.insert("DPDK", testpmd::version()?),
         Group::Peers => {
             versions.insert("DPDK", testpmd::version()?);
             for package in ["vhost-user-backend", "virtio-queue"] {

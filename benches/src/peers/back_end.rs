@@ -1,7 +1,7 @@
 //! Starts the back-ends on one CPU and reads their counters.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use virtionet_tests::process::Proc;
 use virtionet_tests::testpmd::{Testpmd, TestpmdConfig};
 
 use super::load::{Cpus, ForwardingLoad, MEMORY_MIB};
+use crate::harness::OTHER_BUILD;
 
 const START_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -21,6 +22,8 @@ const START_TIMEOUT: Duration = Duration::from_secs(10);
 pub enum BackEndKind {
     /// virtionetd with the switch uplink.
     Ours,
+    /// Another build of virtionetd, which is this program.
+    OtherBuild(&'static Path),
     /// DPDK's vhost PMD, testpmd in `io` mode.
     Dpdk,
     /// `virtionet-plain`: vhost-user-backend and virtio-queue.
@@ -28,11 +31,18 @@ pub enum BackEndKind {
 }
 
 impl BackEndKind {
+    /// Whether it counts its busy cycles.
+    #[must_use]
+    pub fn has_busy_cycles(self) -> bool {
+        self != Self::Plain
+    }
+
     /// Returns the name in the results.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Ours => "virtionetd",
+            Self::OtherBuild(_) => OTHER_BUILD,
             Self::Dpdk => "DPDK vhost PMD",
             Self::Plain => "vhost-user-backend",
         }
@@ -42,6 +52,8 @@ impl BackEndKind {
 /// How our workers wait for frames.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WorkerPollMode {
+    /// They sleep until they are kicked.
+    Off,
     /// They always busy-poll, as the peer does.
     Always,
     /// They busy-poll, and sleep after some time without frames.
@@ -50,7 +62,7 @@ pub enum WorkerPollMode {
 
 /// A running back-end.
 #[derive(Debug)]
-pub(super) enum BackEnd {
+pub(crate) enum BackEnd {
     Ours(Daemon),
     Dpdk(Testpmd),
     Plain(Proc),
@@ -58,13 +70,13 @@ pub(super) enum BackEnd {
 
 /// The counters that a back-end reports about its work.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct BusyCycles {
-    pub(super) cycles: u64,
-    pub(super) frames: u64,
+pub(crate) struct BusyCycles {
+    pub(crate) cycles: u64,
+    pub(crate) frames: u64,
 }
 
 impl BusyCycles {
-    pub(super) fn since(self, before: Self) -> Self {
+    pub(crate) fn since(self, before: Self) -> Self {
         Self {
             cycles: self.cycles.saturating_sub(before.cycles),
             frames: self.frames.saturating_sub(before.frames),
@@ -74,7 +86,7 @@ impl BusyCycles {
 
 impl BackEnd {
     /// Starts a back-end and waits until its sockets exist.
-    pub(super) fn start(
+    pub(crate) fn start(
         kind: BackEndKind,
         dir: &RunDir,
         sockets: &[PathBuf],
@@ -83,7 +95,28 @@ impl BackEnd {
         cpus: Cpus,
     ) -> Result<Self> {
         let mut back_end = match kind {
-            BackEndKind::Ours => Self::Ours(start_ours(dir, sockets, load, poll, cpus.back_end)?),
+            BackEndKind::Ours => {
+                let options = Options::new();
+                Self::Ours(start_ours(
+                    options,
+                    dir,
+                    sockets,
+                    load,
+                    poll,
+                    cpus.back_end,
+                )?)
+            }
+            BackEndKind::OtherBuild(program) => {
+                let options = Options::new().program(program);
+                Self::Ours(start_ours(
+                    options,
+                    dir,
+                    sockets,
+                    load,
+                    poll,
+                    cpus.back_end,
+                )?)
+            }
             BackEndKind::Dpdk => Self::Dpdk(start_dpdk(dir, sockets, load, cpus)?),
             BackEndKind::Plain => Self::Plain(start_plain(dir, sockets, load, cpus.back_end)?),
         };
@@ -91,7 +124,7 @@ impl BackEnd {
         Ok(back_end)
     }
 
-    pub(super) fn proc(&mut self) -> &mut Proc {
+    pub(crate) fn proc(&mut self) -> &mut Proc {
         match self {
             Self::Ours(daemon) => daemon.proc(),
             Self::Dpdk(testpmd) => testpmd.proc(),
@@ -100,7 +133,7 @@ impl BackEnd {
     }
 
     /// Returns the work so far, if the back-end reports it.
-    pub(super) fn busy_cycles(&mut self) -> Result<Option<BusyCycles>> {
+    pub(crate) fn busy_cycles(&mut self) -> Result<Option<BusyCycles>> {
         match self {
             Self::Ours(daemon) => parse_busy_cycles(&daemon.get("/v1/devices")?),
             Self::Dpdk(testpmd) => {
@@ -115,7 +148,7 @@ impl BackEnd {
     }
 
     /// Returns the counters of dropped frames that are not 0.
-    pub(super) fn drops(&mut self) -> Result<BTreeMap<String, u64>> {
+    pub(crate) fn drops(&mut self) -> Result<BTreeMap<String, u64>> {
         match self {
             Self::Ours(daemon) => parse_drops(&daemon.get("/v1/devices")?),
             Self::Dpdk(testpmd) => {
@@ -189,6 +222,7 @@ fn parse_drops(report: &Value) -> Result<BTreeMap<String, u64>> {
 }
 
 fn start_ours(
+    options: Options,
     dir: &RunDir,
     sockets: &[PathBuf],
     load: ForwardingLoad,
@@ -196,10 +230,11 @@ fn start_ours(
     cpu: usize,
 ) -> Result<Daemon> {
     let poll = match poll {
+        WorkerPollMode::Off => "off",
         WorkerPollMode::Always => "always",
         WorkerPollMode::Adaptive => "adaptive",
     };
-    let mut options = Options::new().no_socket();
+    let mut options = options.no_socket();
     for (n, socket) in sockets.iter().enumerate() {
         let device = format!(
             "name=device{n},socket-path={},queues={},uplink=switch:pair{},placement=list:{cpu},poll={poll}",

@@ -7,6 +7,7 @@
 //! per frame show the difference between the back-ends. Both count them in the same way: with the
 //! time-stamp counter, around bursts that found frames.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -73,14 +74,42 @@ pub fn run(effort: Effort) -> Result<GroupResult> {
     Ok(outcome)
 }
 
-fn cases() -> Vec<Case> {
-    let forward = |frame_len, queue_pairs, is_packed| ForwardingLoad {
+/// Measures frames that circulate, against another build of virtionetd, and adds the rows.
+///
+/// # Errors
+/// As [`run`]; also when the other build does not understand the arguments.
+pub fn run_against_build(
+    program: &'static Path,
+    effort: Effort,
+    outcome: &mut GroupResult,
+) -> Result<()> {
+    let _huge_pages = HugePages::reserve(required_huge_pages())?;
+    for is_packed in [false, true] {
+        for (frame_len, queue_pairs) in [(64, 1), (64, 4), (1518, 1)] {
+            let case = Case {
+                load: forward(frame_len, queue_pairs, is_packed),
+                peer: BackEndKind::OtherBuild(program),
+                rate_bound: None,
+                cycles_bound: None,
+            };
+            measure(case, effort, outcome)
+                .with_context(|| format!("the case '{}'", case.name()))?;
+        }
+    }
+    Ok(())
+}
+
+fn forward(frame_len: u16, queue_pairs: u16, is_packed: bool) -> ForwardingLoad {
+    ForwardingLoad {
         traffic: TrafficPattern::Forward,
         frame_len,
         queue_pairs,
         is_packed,
         bursts: BURSTS,
-    };
+    }
+}
+
+fn cases() -> Vec<Case> {
     let dpdk = |load, rate_bound, cycles_bound| Case {
         load,
         peer: BackEndKind::Dpdk,
@@ -194,7 +223,7 @@ fn measure(case: Case, effort: Effort, outcome: &mut GroupResult) -> Result<f64>
     let row = add_bound(row, case.rate_bound);
     outcome.rows.push(row.with_headline(case.is_headline()));
     if case.load.traffic == TrafficPattern::Forward {
-        if case.peer == BackEndKind::Dpdk {
+        if case.peer.has_busy_cycles() {
             let row = cycles.row(&name, "busy cycles", Better::Lower, case.peer.name());
             outcome.rows.push(add_bound(row, case.cycles_bound));
         }

@@ -262,7 +262,7 @@ fn mac(n: usize) -> String {
 
 /// Returns the CPU time of all running threads of a process (proc_pid_schedstat: nanoseconds on a
 /// CPU).
-fn cpu_time(pid: u32) -> Result<Duration> {
+pub(crate) fn cpu_time(pid: u32) -> Result<Duration> {
     let mut sum = 0;
     for (tid, _) in threads(pid)? {
         // A thread may have ended since it was listed.
