@@ -20,9 +20,11 @@ const START_TIMEOUT: Duration = Duration::from_secs(10);
 /// The kind of a back-end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BackEndKind {
-    /// virtionetd with the switch uplink.
+    /// virtionetd with the switch uplink, and one worker for all queue pairs.
     Ours,
-    /// Another build of virtionetd, which is this program.
+    /// The same with a worker for each queue pair.
+    OursPerPair,
+    /// Another build of virtionetd, which is this program, with a worker for each queue pair.
     OtherBuild(&'static Path),
     /// DPDK's vhost PMD, testpmd in `io` mode.
     Dpdk,
@@ -41,7 +43,7 @@ impl BackEndKind {
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
-            Self::Ours => "virtionetd",
+            Self::Ours | Self::OursPerPair => "virtionetd",
             Self::OtherBuild(_) => OTHER_BUILD,
             Self::Dpdk => "DPDK vhost PMD",
             Self::Plain => "vhost-user-backend",
@@ -96,26 +98,18 @@ impl BackEnd {
     ) -> Result<Self> {
         let mut back_end = match kind {
             BackEndKind::Ours => {
+                let options = Options::new().flag("--workers", format!("list:{}", cpus.back_end));
+                Self::Ours(start_ours(options, dir, sockets, load, poll, None)?)
+            }
+            BackEndKind::OursPerPair => {
                 let options = Options::new();
-                Self::Ours(start_ours(
-                    options,
-                    dir,
-                    sockets,
-                    load,
-                    poll,
-                    cpus.back_end,
-                )?)
+                let cpu = Some(cpus.back_end);
+                Self::Ours(start_ours(options, dir, sockets, load, poll, cpu)?)
             }
             BackEndKind::OtherBuild(program) => {
                 let options = Options::new().program(program);
-                Self::Ours(start_ours(
-                    options,
-                    dir,
-                    sockets,
-                    load,
-                    poll,
-                    cpus.back_end,
-                )?)
+                let cpu = Some(cpus.back_end);
+                Self::Ours(start_ours(options, dir, sockets, load, poll, cpu)?)
             }
             BackEndKind::Dpdk => Self::Dpdk(start_dpdk(dir, sockets, load, cpus)?),
             BackEndKind::Plain => Self::Plain(start_plain(dir, sockets, load, cpus.back_end)?),
@@ -221,23 +215,25 @@ fn parse_drops(report: &Value) -> Result<BTreeMap<String, u64>> {
     Ok(drops)
 }
 
+/// With `worker_cpu`, the workers of all queue pairs run on that CPU.
 fn start_ours(
     options: Options,
     dir: &RunDir,
     sockets: &[PathBuf],
     load: ForwardingLoad,
     poll: WorkerPollMode,
-    cpu: usize,
+    worker_cpu: Option<usize>,
 ) -> Result<Daemon> {
     let poll = match poll {
         WorkerPollMode::Off => "off",
         WorkerPollMode::Always => "always",
         WorkerPollMode::Adaptive => "adaptive",
     };
+    let placement = worker_cpu.map_or(String::new(), |cpu| format!(",placement=list:{cpu}"));
     let mut options = options.no_socket();
     for (n, socket) in sockets.iter().enumerate() {
         let device = format!(
-            "name=device{n},socket-path={},queues={},uplink=switch:pair{},placement=list:{cpu},poll={poll}",
+            "name=device{n},socket-path={},queues={},uplink=switch:pair{},poll={poll}{placement}",
             socket.display(),
             load.queue_pairs_per_device(),
             n / 2

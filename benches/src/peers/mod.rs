@@ -42,6 +42,7 @@ const MAX_QUEUE_PAIRS: u16 = 64;
 #[derive(Debug, Clone, Copy)]
 struct Case {
     load: ForwardingLoad,
+    ours: BackEndKind,
     peer: BackEndKind,
     /// Lowest acceptable ratio of the rates.
     rate_bound: Option<f64>,
@@ -88,6 +89,7 @@ pub fn run_against_build(
         for (frame_len, queue_pairs) in [(64, 1), (64, 4), (1518, 1)] {
             let case = Case {
                 load: forward(frame_len, queue_pairs, is_packed),
+                ours: BackEndKind::OursPerPair,
                 peer: BackEndKind::OtherBuild(program),
                 rate_bound: None,
                 cycles_bound: None,
@@ -112,6 +114,7 @@ fn forward(frame_len: u16, queue_pairs: u16, is_packed: bool) -> ForwardingLoad 
 fn cases() -> Vec<Case> {
     let dpdk = |load, rate_bound, cycles_bound| Case {
         load,
+        ours: BackEndKind::Ours,
         peer: BackEndKind::Dpdk,
         rate_bound,
         cycles_bound,
@@ -146,6 +149,7 @@ fn cases() -> Vec<Case> {
     for (frame_len, queue_pairs) in [(64, 1), (64, 4), (1518, 1)] {
         cases.push(Case {
             load: forward(frame_len, queue_pairs, false),
+            ours: BackEndKind::Ours,
             peer: BackEndKind::Plain,
             rate_bound: None,
             cycles_bound: None,
@@ -201,7 +205,7 @@ fn measure(case: Case, effort: Effort, outcome: &mut GroupResult) -> Result<f64>
         BackEndUnderTest::start(kind, case.load, WorkerPollMode::Always)
             .with_context(|| kind.name().to_owned())
     };
-    let mut ours = start(BackEndKind::Ours)?;
+    let mut ours = start(case.ours)?;
     let mut peer = start(case.peer)?;
     let interval = Duration::from_millis(effort.choose(1000, 300));
     let (mut rates, mut cycles) = (PairedSamples::default(), PairedSamples::default());
@@ -231,7 +235,7 @@ fn measure(case: Case, effort: Effort, outcome: &mut GroupResult) -> Result<f64>
         outcome.notes.push(format!(
             "{name}: the front-end itself needs {:.0} cycles per frame; {}; {}",
             median(&front_end_cycles),
-            describe_frames(BackEndKind::Ours, &a),
+            describe_frames(case.ours, &a),
             describe_frames(case.peer, &b)
         ));
     }

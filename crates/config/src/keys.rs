@@ -60,7 +60,7 @@ pub(crate) enum DefaultValue {
 }
 
 /// All keys, in the order of the help text and the documentation.
-pub(crate) const KEYS: [Key; 29] = [
+pub(crate) const KEYS: [Key; 30] = [
     Key::NAME,
     Key::SOCKET_PATH,
     Key::FD,
@@ -84,6 +84,7 @@ pub(crate) const KEYS: [Key; 29] = [
     Key::CONTROL_MODE,
     Key::CONTROL_GROUP,
     Key::HANDOVER_SOCKET,
+    Key::WORKERS,
     Key::STATE_DIR,
     Key::SANDBOX,
     Key::USER,
@@ -330,6 +331,17 @@ impl Key {
         ),
         help: "The folder for what must outlive the process: one file for each device, from which \
                packed virtqueues continue after a crash or a restart. It must be in memory (tmpfs)",
+    };
+    pub(crate) const WORKERS: Self = Self {
+        name: "workers",
+        kind: ValueKind::Text,
+        scope: KeyScope::Process,
+        value_name: "per-pair|list:CPUS",
+        default: DefaultValue::Value("per-pair"),
+        help: "The threads that carry frames. per-pair: each queue pair has a worker, placed by \
+               --placement. list:CPUS: one worker on each of these CPUs, such as list:2-3, and \
+               each of them serves several queue pairs, of all devices. They wait for frames as \
+               --poll says, which must be the same for all devices",
     };
     pub(crate) const SANDBOX: Self = Self {
         name: "sandbox",

@@ -6,7 +6,8 @@
 //!                               v
 //!                      layers: which layer overrides which, by device
 //!                               v
-//!                      device, socket_file: values become types; ownership: no resource has two owners
+//!                      device, socket_file: values become types; ownership: no resource has two owners;
+//!                      workers: what sharing them excludes
 //!                               v
 //!                      Config
 //! ```
@@ -32,11 +33,12 @@ mod socket_file;
 mod tests;
 mod types;
 pub mod uplink;
+mod workers;
 
 pub use cli::Command;
 pub use keys::Key;
 pub use problem::{ConfigError, Problem, ProblemCode};
 pub use types::{
     Config, ControlSocket, DeviceConfig, FeaturesVersion, HelperConfig, IdentityConfig, PollMode,
-    QueuePairCount, SandboxMode, Socket,
+    QueuePairCount, SandboxMode, Socket, WorkersConfig,
 };

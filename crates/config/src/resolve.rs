@@ -13,6 +13,7 @@ use crate::rights::{helper, identity, sandbox_mode};
 use crate::settings::{Origin, SettingValue, Settings};
 use crate::socket_file::{check_path, socket_group, socket_mode};
 use crate::types::{Config, ControlSocket};
+use crate::workers::workers;
 
 impl Config {
     /// Reads the configuration file at `path`, with no flags beside it. Nothing but that file is
@@ -65,16 +66,18 @@ pub(crate) fn resolve(arguments: Arguments) -> Result<Config, ConfigError> {
     for description in &descriptions {
         if let Some(device) = description.resolve(&mut problems) {
             owners.add(description, &device, &mut problems);
-            devices.push(device);
+            devices.push((description, device));
         }
     }
+    let workers = workers(&process, &devices, &mut problems);
     problems.into_result()?;
     Ok(Config {
-        devices,
+        devices: devices.into_iter().map(|(_, device)| device).collect(),
         control,
         handover,
         take_over: arguments.take_over,
         state_folder: state_folder.flatten(),
+        workers,
         sandbox: sandbox.unwrap_or_default(),
         identity: identity.unwrap_or_default(),
         helper: helper.unwrap_or_default(),

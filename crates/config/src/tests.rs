@@ -9,7 +9,7 @@ use crate::cli::{self, CliError, Command};
 use crate::keys::Key;
 use crate::types::{
     Config, ControlSocket, DeviceConfig, FeaturesVersion, HelperConfig, IdentityConfig, PollMode,
-    QueuePairCount, SandboxMode, Socket,
+    QueuePairCount, SandboxMode, Socket, WorkersConfig,
 };
 
 fn command(line: &str) -> Result<Command, String> {
@@ -62,6 +62,7 @@ fn defaults_are_complete() {
             handover: None,
             take_over: false,
             state_folder: None,
+            workers: WorkersConfig::PerPair,
             sandbox: SandboxMode::On,
             identity: IdentityConfig::default(),
             helper: Some(HelperConfig::default()),
@@ -161,6 +162,11 @@ fn flags_of_the_process_are_read() {
     ] {
         let line = format!("--socket-path /s --uplink null --sandbox={value}");
         assert_eq!(config(&line).sandbox, mode);
+    }
+    let shared = WorkersConfig::Shared("2-3,5".parse().unwrap());
+    for (value, workers) in [("per-pair", WorkersConfig::PerPair), ("list:2-3,5", shared)] {
+        let line = format!("--socket-path /s --uplink null --poll always --workers {value}");
+        assert_eq!(config(&line).workers, workers);
     }
     let identity = config("--socket-path /s --uplink null --user vnet --group 12").identity;
     assert_eq!(identity.user.as_deref(), Some("vnet"));
@@ -302,6 +308,18 @@ const REFUSED: &str = r#"
     --control-mode 640 has no effect without a control socket: add --control PATH, or leave --control-mode out
 --socket-path /s --tap t0 --sandbox=strict
     --sandbox strict is not known: write on, off or log
+--socket-path /s --tap t0 --workers=2
+    --workers 2 is not known: write per-pair, or list: and CPUs, such as list:2-3
+--socket-path /s --tap t0 --workers=list:
+    --workers list: names no CPU: write per-pair, or list: and CPUs, such as list:2-3
+--socket-path /s --tap t0 --workers=list:3-2
+    the range "3-2" in the CPU list "3-2" runs backwards: write the lower CPU first
+--socket-path /s --tap t0 --workers=list:2 --placement none
+    --placement none has no effect with --workers list:2, whose CPUs are those of the workers: leave it out
+--socket-path /s --tap t0 --workers=list:2 --postcopy
+    --workers list:2 is not possible with postcopy of device vnet: its worker waits for pages of the guest, and would not serve other guests meanwhile; leave one of them out
+--workers=list:2 --poll off --device name=a,socket-path=/a,tap=a --device name=b,socket-path=/b,tap=b,poll=always
+    --workers list:2 is not possible with different poll modes of the devices a and b: give all devices the same
 --socket-path /s --tap t0 --user=
     --user is empty: write a name or a number
 --socket-path /s --tap t0 --group kvm

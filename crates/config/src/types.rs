@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use virtionet_base::{MAX_QUEUE_PAIRS, Pattern};
-use virtionet_placement::Placement;
 use virtionet_placement::interrupts::IrqAffinity;
+use virtionet_placement::{CpuSet, Placement};
 
 use crate::uplink::UplinkConfig;
 
@@ -23,6 +23,8 @@ pub struct Config {
     pub take_over: bool,
     /// The folder for what must outlive the process; `None` for the default.
     pub state_folder: Option<PathBuf>,
+    /// How queue pairs are distributed over workers.
+    pub workers: WorkersConfig,
     /// Whether threads are confined.
     pub sandbox: SandboxMode,
     /// As whom the daemon runs after it has opened what it needs.
@@ -57,6 +59,17 @@ pub struct IdentityConfig {
     pub user: Option<String>,
     /// The group.
     pub group: Option<String>,
+}
+
+/// How queue pairs are distributed over workers.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum WorkersConfig {
+    /// Each queue pair has a worker of its own.
+    #[default]
+    PerPair,
+    /// There is a worker on each of these CPUs, at least one, and they serve the queue pairs of all
+    /// devices.
+    Shared(CpuSet),
 }
 
 /// What the helper may do beside what the configuration of the devices names.

@@ -4,7 +4,7 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use virtionet_config::{Config, DeviceConfig, PollMode, Socket};
+use virtionet_config::{Config, DeviceConfig, PollMode, Socket, WorkersConfig};
 use virtionet_net_device::advice::Adviser;
 use virtionet_net_device::crash_records::CrashRecords;
 use virtionet_net_device::feature_set::FeatureSet;
@@ -13,8 +13,8 @@ use virtionet_net_device::interrupts::Interrupts;
 use virtionet_net_device::net_device::NetDevice;
 use virtionet_net_device::placer::Placer;
 use virtionet_net_device::worker_pool::WorkerPool;
-use virtionet_placement::PlacementPlanner;
 use virtionet_placement::interrupts::IrqAffinityManager;
+use virtionet_placement::{Placement, PlacementPlanner};
 
 use crate::run_error::RunError;
 use crate::take_over::OfferedDevices;
@@ -41,19 +41,18 @@ pub struct CreatedDevice {
 }
 
 impl Host {
-    /// Reads the host's state. `state_folder` is for what must outlive the process; `None` for the
-    /// default.
+    /// Reads the host's state.
     ///
     /// # Errors
-    /// When the CPUs of this process cannot be read.
-    pub fn new(state_folder: Option<&Path>) -> Result<Self, RunError> {
+    /// When the CPUs of this process cannot be read, or the workers cannot run on those of the
+    /// configuration.
+    pub fn new(config: &Config) -> Result<Self, RunError> {
+        let cpus = HostCpus::read()?;
         Ok(Self {
-            cpus: Arc::new(HostCpus::read()?),
+            pool: Arc::new(worker_pool(config, &cpus)?),
+            cpus: Arc::new(cpus),
             irq_manager: Arc::new(IrqAffinityManager::with_irqbalance()),
-            pool: Arc::default(),
-            state_folder: state_folder
-                .map(Path::to_owned)
-                .or_else(default_state_folder),
+            state_folder: config.state_folder.clone().or_else(default_state_folder),
         })
     }
 
@@ -138,6 +137,17 @@ impl Host {
             uplink_summary: opened.summary,
         })
     }
+}
+
+fn worker_pool(config: &Config, cpus: &HostCpus) -> Result<WorkerPool, RunError> {
+    let WorkersConfig::Shared(shared) = &config.workers else {
+        return Ok(WorkerPool::default());
+    };
+    let list = Placement::List(shared.iter().collect());
+    PlacementPlanner::new(list, cpus.allowed(), None).map_err(RunError::Workers)?;
+    // It is the same for all devices.
+    let poll = config.devices.first().map(|device| device.poll);
+    Ok(WorkerPool::shared(shared, poll.unwrap_or(PollMode::Off)))
 }
 
 /// The folder of the service manager, or the one that the file system hierarchy has for this user.

@@ -168,7 +168,7 @@ fn device(config: &DeviceConfig, net_device: &NetDevice) -> report::DeviceReport
 
 fn queue_pair(served: &ServedPair) -> report::QueuePairReport {
     let ServedPair { pair, worker, .. } = served;
-    let stats = worker.stats();
+    let stats = pair.worker_stats();
     let placement = worker.placement();
     let decision = placement.as_ref().map(|placement| &placement.decision);
     report::QueuePairReport {

@@ -40,6 +40,9 @@ pub enum RunError {
         /// The cause.
         source: PlacementError,
     },
+    /// The CPUs of the shared workers cannot be used.
+    #[error("the workers cannot run as --workers says: {0}")]
+    Workers(PlacementError),
     /// The control socket cannot be created.
     #[error(transparent)]
     Control(#[from] ControlError),
@@ -116,7 +119,7 @@ impl RunError {
         match self {
             Self::Socket { source, .. } => source.code(),
             Self::Uplink { source, .. } => source.code(),
-            Self::Usage { .. } => "placement-impossible",
+            Self::Usage { .. } | Self::Workers(_) => "placement-impossible",
             Self::Control(error) => error.code(),
             Self::HandoverSocket(_) => "handover-socket-unavailable",
             Self::Host { .. } => "host-resources",

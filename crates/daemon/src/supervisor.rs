@@ -116,7 +116,7 @@ impl Parts {
         let sources = open_sources(config, offered.as_ref())?;
         let manager = Arc::new(ServiceManager::from_environment());
         let helper = HelperProcess::start(config).map_err(RunError::Helper)?;
-        let host = Host::new(config.state_folder.as_deref())?;
+        let host = Host::new(config)?;
         let kept = KeptTaps::new(Arc::clone(&manager), passed, config);
         let mut uplinks = Uplinks::new(kept);
         if let Some(offered) = &offered {

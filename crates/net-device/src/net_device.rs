@@ -76,10 +76,16 @@ pub struct ServedPair {
 }
 
 impl ServedPair {
-    /// Closes the descriptors of the pair and of its worker, which must have ended: the epoll, the
-    /// wake-up eventfd, and the queue of the uplink, unless the uplink itself keeps it.
+    /// Closes the descriptors of the pair, which its worker must have released: the queue of the
+    /// uplink, unless the uplink itself keeps it, and those of the worker, unless another pair needs
+    /// them.
     fn close(&self) {
-        self.worker.close();
+        if let Some(uplink) = self.pair.uplink()
+            && let Some(fd) = uplink.poll_fd()
+        {
+            self.worker.unwatch(&fd);
+        }
+        self.worker.close(self.position);
         self.pair.close_uplink();
     }
 }
@@ -252,7 +258,7 @@ impl NetDevice {
         }
         let served = self.create_pair(index);
         if let Err(error) = self.open_descriptors(&served) {
-            self.pool.remove_worker(&served.worker);
+            self.pool.remove_pair(&served.worker, served.position);
             return Err(error);
         }
         Ok(place.get_or_init(|| served))
@@ -262,7 +268,7 @@ impl NetDevice {
     fn create_pair(&self, index: u16) -> ServedPair {
         let name = worker_name(&self.name, u32::from(index));
         let placement = PlacementState::new(Arc::clone(&self.placer), index);
-        let worker = self.pool.add_worker(name, self.poll, placement);
+        let worker = self.pool.worker_for(name, self.poll, placement);
         let pair = Arc::new(QueuePair::new(index, &self.name, worker.waker().clone()));
         let position = worker.add_pair(Arc::clone(&pair));
         ServedPair {
@@ -280,11 +286,11 @@ impl NetDevice {
         let pair = served.pair.index();
         let opened = served
             .worker
-            .open()
+            .open(served.position)
             .map_err(|source| BackendError::QueuePair { pair, source })
             .and_then(|()| self.open_uplink(served));
         if opened.is_err() {
-            served.worker.close();
+            served.worker.close(served.position);
         }
         opened
     }
@@ -408,6 +414,8 @@ mod migration_tests;
 mod placement_tests;
 #[cfg(test)]
 mod postcopy_tests;
+#[cfg(test)]
+mod shared_worker_tests;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]

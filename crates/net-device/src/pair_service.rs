@@ -16,6 +16,9 @@ use crate::worker_event::PairEvent;
 /// [`TxQueue::send`](virtionet_virtio_net::TxQueue::send).
 const TX_CHAINS: usize = 256;
 const TX_CYCLES: u64 = 800_000;
+/// Polls without a frame after which a pair of a busy-polling worker is not polled any more, if the
+/// worker has others: some milliseconds.
+const MAX_IDLE_POLLS: u32 = 16_384;
 /// The budget of one RX turn.
 const RX_FRAMES: usize = 64;
 const RX_BYTES: usize = 1 << 20;
@@ -36,6 +39,8 @@ pub struct PairService {
     starved: bool,
     /// Whether more frames may wait in the inbox.
     inbox_ready: bool,
+    /// Polls since the last frame.
+    idle_polls: u32,
 }
 
 impl PairService {
@@ -53,6 +58,7 @@ impl PairService {
             uplink_ready: true,
             starved: false,
             inbox_ready: false,
+            idle_polls: 0,
         }
     }
 
@@ -67,6 +73,24 @@ impl PairService {
     #[must_use]
     pub fn has_work(&self) -> bool {
         self.tx_ready || (self.uplink_ready && !self.starved) || self.inbox_ready
+    }
+
+    /// Whether a pass over the queue pair can do anything.
+    #[inline]
+    #[must_use]
+    pub fn needs_pass(&self) -> bool {
+        self.has_work() || self.pair.inbox().is_open()
+    }
+
+    /// Makes the next pass of a busy-polling worker that serves several queue pairs poll this one,
+    /// unless no frame has come for some milliseconds. Then the next passes ask for kicks, and one
+    /// of those brings it back.
+    #[inline]
+    pub fn poll_unless_idle(&mut self) {
+        if self.idle_polls < MAX_IDLE_POLLS || self.must_be_polled() {
+            self.poll_all();
+            self.idle_polls = self.idle_polls.saturating_add(1);
+        }
     }
 
     /// Updates the readiness after an event.
@@ -155,6 +179,8 @@ impl PairService {
     /// turn that finds no frame asks the driver for kicks.
     pub fn run_pass(&mut self, sleep_next: bool) -> usize {
         let mut found = 0;
+        // Nobody polls it after this pass.
+        let sleep_next = sleep_next || self.idle_polls >= MAX_IDLE_POLLS;
         if self.tx_ready {
             found += self.process_tx(sleep_next);
         }
@@ -164,6 +190,9 @@ impl PairService {
         match self.pair.inbox().is_open() {
             true => found += self.process_inbox(),
             false => self.inbox_ready = false,
+        }
+        if found > 0 {
+            self.idle_polls = 0;
         }
         found
     }

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use parking_lot::Mutex;
 use virtionet_base::RateLimiter;
 use virtionet_vhost_user::VringState;
+use virtionet_virtio_net::stats::WorkerStats;
 use virtionet_virtio_net::uplink::{RxSink, TxFrame, Uplink, UplinkError, UplinkQueue};
 use virtionet_virtio_net::{RxQueue, TxQueue};
 use virtionet_virtqueue::memory::GuestMemory;
@@ -30,6 +31,8 @@ pub struct QueuePair {
     /// The worker has its own reference, so frames take no lock.
     uplink: Mutex<Option<Arc<dyn UplinkQueue>>>,
     waker: Waker,
+    /// What its worker counts while it serves this queue pair.
+    worker_stats: WorkerStats,
     /// Of log lines about a queue of the uplink that cannot be attached or detached, which a worker
     /// that polls tries again all the time.
     attach_errors: RateLimiter,
@@ -52,6 +55,7 @@ impl QueuePair {
             inbox: FrameInbox::default(),
             uplink: Mutex::default(),
             waker,
+            worker_stats: WorkerStats::default(),
             attach_errors: RateLimiter::new(),
             rx_ring_address: AtomicU64::new(0),
             memory_node: Mutex::new(None),
@@ -69,6 +73,12 @@ impl QueuePair {
     #[must_use]
     pub fn tx(&self) -> &VringSlot<TxQueue> {
         &self.tx
+    }
+
+    /// What its worker counts while it serves this queue pair.
+    #[must_use]
+    pub fn worker_stats(&self) -> &WorkerStats {
+        &self.worker_stats
     }
 
     /// The frames that only the worker may push to the receiveq.

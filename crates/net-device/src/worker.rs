@@ -2,15 +2,15 @@
 //! runs `EventLoop`.
 
 mod event_loop;
+mod members;
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use virtionet_config::PollMode;
-use virtionet_virtio_net::stats::WorkerStats;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::queue_pair::QueuePair;
@@ -20,6 +20,7 @@ use crate::worker_event::{PairEvent, WorkerEvent};
 use crate::worker_placement::{PlacementState, WorkerPlacement};
 use crate::worker_thread::{StopRequest, ThreadLifetime, ThreadState};
 use event_loop::EventLoop;
+use members::Members;
 
 /// Stack of a worker: its deepest call keeps a few dozen KiB of frames and segments.
 const WORKER_STACK_SIZE: usize = 256 * 1024;
@@ -27,8 +28,9 @@ const WORKER_STACK_SIZE: usize = 256 * 1024;
 /// Pause between two checks of whether the thread has ended. Frames wait meanwhile in a handover.
 const JOIN_INTERVAL: Duration = Duration::from_micros(50);
 
-/// A worker, as other threads see it. It lasts as long as its device, because its counters do. Its
-/// descriptors exist only while a front-end is connected.
+/// A worker, as other threads see it. It serves one queue pair, or queue pairs of several devices,
+/// each of which it names by a position. It lasts as long as they do. Its descriptors exist only
+/// while one of them has a front-end, and its thread only while one of them is started.
 #[derive(Debug)]
 pub struct Worker {
     name: String,
@@ -36,11 +38,12 @@ pub struct Worker {
     /// The thread has its own reference, so it takes no lock.
     descriptors: Mutex<Option<Arc<WorkerDescriptors>>>,
     waker: Waker,
-    pairs: Mutex<Vec<Arc<QueuePair>>>,
-    stats: WorkerStats,
+    members: Members,
     lifetime: ThreadLifetime,
     placement: PlacementState,
     gate: Arc<StartGate>,
+    /// Held while the thread is started or joined, so that no two do it at a time.
+    lifecycle: Mutex<()>,
     thread: Mutex<ThreadState>,
 }
 
@@ -65,20 +68,21 @@ impl Worker {
             poll,
             descriptors: Mutex::default(),
             waker: Waker::default(),
-            pairs: Mutex::default(),
-            stats: WorkerStats::default(),
+            members: Members::default(),
             lifetime: ThreadLifetime::default(),
             placement,
             gate,
+            lifecycle: Mutex::default(),
             thread: Mutex::new(ThreadState::Ended),
         }
     }
 
-    /// Opens its descriptors, unless they are open.
+    /// Opens its descriptors for the queue pair at `position`, unless they are open.
     ///
     /// # Errors
     /// When the kernel has no descriptors left.
-    pub fn open(&self) -> io::Result<()> {
+    pub fn open(&self, position: u16) -> io::Result<()> {
+        self.members.open(position);
         self.open_descriptors().map(|_| ())
     }
 
@@ -99,10 +103,14 @@ impl Worker {
         Ok(open)
     }
 
-    /// Closes its descriptors, and waits no longer for any other. The thread must have ended.
-    pub fn close(&self) {
-        *self.descriptors.lock() = None;
-        self.waker.close();
+    /// Closes its descriptors unless another queue pair than the one at `position` needs them, which
+    /// must have been joined, and whose descriptors must not be watched any more.
+    pub fn close(&self, position: u16) {
+        let mut descriptors = self.descriptors.lock();
+        if self.members.close(position) {
+            *descriptors = None;
+            self.waker.close();
+        }
     }
 
     /// Whether its descriptors are open.
@@ -123,12 +131,6 @@ impl Worker {
         &self.waker
     }
 
-    /// Its counters.
-    #[must_use]
-    pub fn stats(&self) -> &WorkerStats {
-        &self.stats
-    }
-
     /// Where it runs, while it does.
     #[must_use]
     pub fn placement(&self) -> Option<WorkerPlacement> {
@@ -141,13 +143,21 @@ impl Worker {
         self.lifetime.cycles()
     }
 
-    /// Lets it serve one more queue pair from its next start on. The result is the position by
-    /// which its events name the pair.
+    /// Adds a queue pair, which it does not serve yet. Returns its position.
     pub fn add_pair(&self, pair: Arc<QueuePair>) -> u16 {
-        let mut pairs = self.pairs.lock();
-        let position = u16::try_from(pairs.len()).unwrap_or(u16::MAX);
-        pairs.push(pair);
-        position
+        self.members.add(pair)
+    }
+
+    /// Removes a queue pair that never started.
+    pub fn remove_pair(&self, position: u16) {
+        self.close(position);
+        self.members.remove(position);
+    }
+
+    /// The number of its queue pairs.
+    #[must_use]
+    pub fn pair_count(&self) -> usize {
+        self.members.count()
     }
 
     /// Waits for `event` of the queue pair at `position` whenever `fd` becomes readable.
@@ -166,7 +176,7 @@ impl Worker {
     }
 
     /// Waits no longer for a descriptor.
-    pub fn unwatch(&self, fd: &OwnedFd) {
+    pub fn unwatch(&self, fd: &impl AsRawFd) {
         let event = EpollEvent::default();
         if let Some(open) = &*self.descriptors.lock() {
             // Fails only when it was not watched.
@@ -176,15 +186,34 @@ impl Worker {
         }
     }
 
-    /// Starts the thread, unless it runs.
+    /// Serves the queue pair at `position` from now on. Starts the thread, unless it runs.
     ///
     /// # Errors
     /// When the kernel refuses a thread, or has no descriptors left.
-    pub fn start(self: &Arc<Self>) -> io::Result<()> {
-        let mut thread = self.thread.lock();
-        if !matches!(*thread, ThreadState::Ended) {
+    pub fn start(self: &Arc<Self>, position: u16) -> io::Result<()> {
+        let lifecycle = self.lifecycle.lock();
+        self.start_locked(position, &lifecycle)
+    }
+
+    fn start_locked(
+        self: &Arc<Self>,
+        position: u16,
+        lifecycle: &MutexGuard<'_, ()>,
+    ) -> io::Result<()> {
+        if !self.members.start(position) {
+            self.waker.wake();
             return Ok(());
         }
+        // The thread before this one may not have returned yet.
+        self.join_thread(lifecycle);
+        self.start_thread().inspect_err(|_| {
+            self.members.stop(position);
+            self.members.end();
+        })
+    }
+
+    fn start_thread(self: &Arc<Self>) -> io::Result<()> {
+        let mut thread = self.thread.lock();
         // The decision is made while the thread starts.
         self.placement.request();
         let stop = Arc::new(StopRequest::default());
@@ -199,19 +228,38 @@ impl Worker {
         Ok(())
     }
 
-    /// Lets the thread go on that was asked to end, or starts another one if it has ended or is about
-    /// to.
+    /// Lets the thread go on that was asked to end, or starts another one for the queue pair at
+    /// `position` if it has ended or is about to.
     ///
     /// # Errors
     /// When the kernel refuses a thread, or has no descriptors left.
-    pub fn resume(self: &Arc<Self>) -> io::Result<()> {
+    pub fn resume(self: &Arc<Self>, position: u16) -> io::Result<()> {
+        let lifecycle = self.lifecycle.lock();
         if let ThreadState::Running { stop, .. } = &*self.thread.lock()
             && stop.withdraw()
         {
             return Ok(());
         }
-        self.join();
-        self.start()
+        self.join_thread(&lifecycle);
+        self.start_locked(position, &lifecycle)
+    }
+
+    /// Serves the queue pair at `position` no longer, without waiting for that.
+    pub fn request_release(&self, position: u16) {
+        self.members.stop(position);
+        self.waker.wake();
+    }
+
+    /// Waits until the queue pair at `position` is not served; to be called after
+    /// [`Worker::request_release`]. If no other is served, the thread has ended.
+    pub fn release(&self, position: u16) {
+        while !self.members.is_released(position) {
+            std::thread::sleep(JOIN_INTERVAL);
+        }
+        let lifecycle = self.lifecycle.lock();
+        if !self.members.has_thread() {
+            self.join_thread(&lifecycle);
+        }
     }
 
     /// Asks the thread to end, without waiting for it.
@@ -225,18 +273,22 @@ impl Worker {
     /// Waits until the thread has ended, or `deadline` has passed; false in that case. To be called
     /// after [`Worker::request_stop`].
     pub fn join_until(&self, deadline: Instant) -> bool {
-        while !self.thread.lock().has_ended() {
+        loop {
+            if let Some(lifecycle) = self.lifecycle.try_lock_until(deadline)
+                && self.thread.lock().has_ended()
+            {
+                self.join_thread(&lifecycle);
+                return true;
+            }
             if Instant::now() >= deadline {
                 return false;
             }
             std::thread::sleep(JOIN_INTERVAL);
         }
-        self.join();
-        true
     }
 
-    /// Waits until the thread has ended; to be called after [`Worker::request_stop`].
-    pub fn join(&self) {
+    /// Waits until the thread has ended, which must have been asked to, or must have no work.
+    fn join_thread(&self, _lifecycle: &MutexGuard<'_, ()>) {
         let mut thread = self.thread.lock();
         let handle = match std::mem::replace(&mut *thread, ThreadState::Joining) {
             ThreadState::Running { handle, .. } => handle,

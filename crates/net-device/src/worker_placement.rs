@@ -1,11 +1,11 @@
-//! The placement of a worker's thread: the decision of the device's placer, and its result in the
-//! kernel.
+//! The placement of a worker's thread: the decision of the device's placer, or a fixed set of CPUs,
+//! and its result in the kernel.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use parking_lot::Mutex;
-use virtionet_placement::{AffinityError, Decision, allowed_cpus};
+use virtionet_placement::{AffinityError, CpuSet, Decision, allowed_cpus};
 
 use crate::placer::Placer;
 
@@ -32,13 +32,20 @@ enum PlacementProgress {
     Refused,
 }
 
-/// The placement of one worker's thread. The thread takes the decision that the placer published
-/// and pins itself; other threads read the result.
+/// What decides where a worker runs.
+#[derive(Debug)]
+enum PlacementSource {
+    /// The placer of the device whose queue pair the worker serves.
+    Placer { placer: Arc<Placer>, pair: u16 },
+    /// The configuration: the worker serves queue pairs of all devices.
+    Fixed { worker: String, cpus: CpuSet },
+}
+
+/// The placement of one worker's thread. The thread takes the decision that the placer published,
+/// or the fixed one, and pins itself; other threads read the result.
 #[derive(Debug)]
 pub struct PlacementState {
-    placer: Arc<Placer>,
-    /// The queue pair that the placer decides for.
-    pair: u16,
+    source: PlacementSource,
     current: Mutex<Option<WorkerPlacement>>,
     /// The generation of the published decisions from which `current` is derived.
     generation: AtomicU32,
@@ -58,9 +65,19 @@ impl PlacementState {
     /// The state of a worker that does not run yet.
     #[must_use]
     pub fn new(placer: Arc<Placer>, pair: u16) -> Self {
+        Self::of(PlacementSource::Placer { placer, pair })
+    }
+
+    /// The state of the thread `worker`, which runs on `cpus` and serves queue pairs of all devices.
+    #[must_use]
+    pub fn fixed(worker: &str, cpus: CpuSet) -> Self {
+        let worker = worker.to_owned();
+        Self::of(PlacementSource::Fixed { worker, cpus })
+    }
+
+    fn of(source: PlacementSource) -> Self {
         Self {
-            placer,
-            pair,
+            source,
             current: Mutex::new(None),
             generation: AtomicU32::new(0),
             may_poll: AtomicBool::new(true),
@@ -81,81 +98,97 @@ impl PlacementState {
 
     /// Asks the placer for a decision, because the worker is about to start.
     pub(crate) fn request(&self) {
-        self.placer.request(self.pair);
+        if let PlacementSource::Placer { placer, pair } = &self.source {
+            placer.request(*pair);
+        }
     }
 
     /// Places the calling thread again if there is a new decision.
     pub(crate) fn refresh(&self) {
-        if self.generation.load(Ordering::Relaxed) != self.placer.published().generation {
+        if self.generation.load(Ordering::Relaxed) != self.published_generation() {
             self.place_this_thread();
+        }
+    }
+
+    fn published_generation(&self) -> u32 {
+        match &self.source {
+            PlacementSource::Placer { placer, .. } => placer.published().generation,
+            PlacementSource::Fixed { .. } => 0,
         }
     }
 
     /// Places the calling thread, which must be that of the worker. It does not wait for a decision
     /// that has not been published yet.
     pub(crate) fn place_this_thread(&self) {
-        let published = self.placer.published();
+        match &self.source {
+            PlacementSource::Placer { placer, pair } => self.place_as_decided(placer, *pair),
+            PlacementSource::Fixed { worker, cpus } => {
+                self.generation.store(0, Ordering::Relaxed);
+                let describe = |decision: &Decision| {
+                    let on = decision.cpus.describe();
+                    format!("{worker}: on {on}: {}", decision.why)
+                };
+                // A refusal is logged, and tried again at the placer's next check.
+                self.apply(&fixed_decision(cpus), None, describe);
+            }
+        }
+    }
+
+    fn place_as_decided(&self, placer: &Placer, pair: u16) {
+        let published = placer.published();
         self.generation
             .store(published.generation, Ordering::Relaxed);
-        let before = self.current();
-        let Some(decision) = published.decision(self.pair) else {
+        let Some(decision) = published.decision(pair) else {
             // A worker whose front-end has just disconnected stays where it is.
-            if before.is_none() {
-                self.set(self.pending());
+            if self.current().is_none() {
+                self.set(pending(pair));
             }
             return;
         };
-        let (decision, refusal) = apply(decision.clone());
-        let has_changed = before.is_none_or(|placement| placement.decision != decision);
-        let device = self.placer.name();
-        match &refusal {
-            None if has_changed => tracing::info!("{device}: {decision}"),
-            Some(error) if has_changed => tracing::warn!("{device}: {decision}, but {error}"),
-            _ => {}
-        }
-        if refusal.is_some() {
-            self.placer.report_refusal();
-        }
         let node = published.node_of(&decision.cpus);
         if published.has_several_nodes() {
             // This applies to the memory that the worker touches first from now on, such as its
             // stack.
             virtionet_placement::prefer_node(node);
         }
+        let describe = |decision: &Decision| format!("{}: {decision}", placer.name());
+        if self.apply(decision, node, describe) == PlacementProgress::Refused {
+            placer.report_refusal();
+        }
+    }
+
+    /// Pins the calling thread, and notes and logs the result.
+    fn apply(
+        &self,
+        decision: &Decision,
+        node: Option<u32>,
+        describe: impl Fn(&Decision) -> String,
+    ) -> PlacementProgress {
+        let before = self.current();
+        let (decision, refusal) = apply(decision.clone());
+        let has_changed = before.is_none_or(|placement| placement.decision != decision);
+        match &refusal {
+            None if has_changed => tracing::info!("{}", describe(&decision)),
+            Some(error) if has_changed => tracing::warn!("{}, but {error}", describe(&decision)),
+            _ => {}
+        }
+        let progress = match refusal {
+            None => PlacementProgress::Applied,
+            Some(_) => PlacementProgress::Refused,
+        };
         self.set(WorkerPlacement {
             tid: this_thread(),
             node,
             decision,
-            progress: match refusal {
-                None => PlacementProgress::Applied,
-                Some(_) => PlacementProgress::Refused,
-            },
+            progress,
         });
+        progress
     }
 
     fn set(&self, placement: WorkerPlacement) {
         self.may_poll
             .store(placement.decision.may_poll, Ordering::Relaxed);
         *self.current.lock() = Some(placement);
-    }
-
-    /// The placement of the calling thread while there is no decision.
-    fn pending(&self) -> WorkerPlacement {
-        WorkerPlacement {
-            tid: this_thread(),
-            node: None,
-            decision: Decision {
-                pair: u32::from(self.pair),
-                vcpus: Vec::new(),
-                vcpu_tid: None,
-                cpus: allowed_cpus().unwrap_or_default(),
-                // A vCPU may be pinned to the CPU where the worker happens to run.
-                may_poll: false,
-                why: "placement pending: the worker is not pinned until its CPUs are decided"
-                    .to_owned(),
-            },
-            progress: PlacementProgress::Pending,
-        }
     }
 
     /// Whether the kernel has moved the worker, as it does when a CPU goes offline or a cpuset
@@ -175,7 +208,7 @@ impl PlacementState {
             });
         drop(placement);
         if has_moved {
-            let other = self.placer.published().generation.wrapping_sub(1);
+            let other = self.published_generation().wrapping_sub(1);
             self.generation.store(other, Ordering::Relaxed);
         }
         has_moved
@@ -184,6 +217,37 @@ impl PlacementState {
     /// Records that the worker has ended.
     pub(crate) fn clear(&self) {
         *self.current.lock() = None;
+    }
+}
+
+/// The placement of the calling thread, the worker of `pair`, while there is no decision.
+fn pending(pair: u16) -> WorkerPlacement {
+    WorkerPlacement {
+        tid: this_thread(),
+        node: None,
+        decision: Decision {
+            pair: u32::from(pair),
+            vcpus: Vec::new(),
+            vcpu_tid: None,
+            cpus: allowed_cpus().unwrap_or_default(),
+            // A vCPU may be pinned to the CPU where the worker happens to run.
+            may_poll: false,
+            why: "placement pending: the worker is not pinned until its CPUs are decided"
+                .to_owned(),
+        },
+        progress: PlacementProgress::Pending,
+    }
+}
+
+/// The decision for a worker that serves queue pairs of all devices.
+fn fixed_decision(cpus: &CpuSet) -> Decision {
+    Decision {
+        pair: 0,
+        vcpus: Vec::new(),
+        vcpu_tid: None,
+        cpus: cpus.clone(),
+        may_poll: true,
+        why: "the worker serves queue pairs of all devices (--workers)".to_owned(),
     }
 }
 

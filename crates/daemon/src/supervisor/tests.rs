@@ -22,6 +22,7 @@ use super::*;
 use crate::device_thread::{pause, serve_device};
 use crate::run_error::DeviceFailure;
 use crate::served_device::SuspendedSlot;
+use crate::testing::config;
 use virtionet_net_device::testing::{
     TIMEOUT, TestUplink, net_device, net_device_of, send, sent_frames, two_pairs, wait_until,
     with_frontend,
@@ -324,7 +325,12 @@ fn device_that_connects_warns_until_the_front_end_listens() {
 
 #[test]
 fn device_that_cannot_be_made_is_an_error_that_names_it() {
-    let host = Host::new(Some(&std::env::temp_dir())).unwrap();
+    let folder = std::env::temp_dir();
+    let flags = format!(
+        "--socket-path /s --uplink null --state-dir {}",
+        folder.display()
+    );
+    let host = Host::new(&config(&flags)).unwrap();
     let device = |uplink: &str, placement: &str| DeviceConfig {
         name: "vnet".into(),
         socket: Socket::Inherited(3),
@@ -347,6 +353,20 @@ fn device_that_cannot_be_made_is_an_error_that_names_it() {
     let error = refused.err().unwrap();
     assert_eq!(error.code(), "placement-impossible");
     assert!(error.to_string().starts_with("vnet: "), "{error}");
+}
+
+#[test]
+fn shared_workers_on_cpus_of_another_host_are_an_error_that_names_them() {
+    let refused = Host::new(&config(
+        "--socket-path /s --uplink null --workers list:4095",
+    ));
+    let error = refused.err().unwrap();
+    assert_eq!(error.code(), "placement-impossible");
+    let text = error.to_string();
+    assert!(
+        text.contains("--workers") && text.contains("4095"),
+        "{text}"
+    );
 }
 
 #[test]

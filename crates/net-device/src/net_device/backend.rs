@@ -94,8 +94,7 @@ impl Backend for NetDevice {
 
     /// Workers end first, so that none finds a vring stopped and detaches the uplink's queue.
     fn suspend(&self) -> Vec<(u16, u32)> {
-        self.pairs().for_each(|served| served.worker.request_stop());
-        self.pairs().for_each(|served| served.worker.join());
+        self.release_workers();
         let mut stopped = Vec::new();
         for served in self.pairs() {
             for role in [VringRole::Rx, VringRole::Tx] {
@@ -295,8 +294,7 @@ impl Backend for NetDevice {
 
     fn on_disconnect(&self, refused: Option<&RefusedRequest>) {
         self.placer.disconnected();
-        self.pairs().for_each(|served| served.worker.request_stop());
-        self.pairs().for_each(|served| served.worker.join());
+        self.release_workers();
         for served in self.pairs() {
             // The worker's last attach or detach may have overtaken the session's, so repeat it.
             served.pair.reconcile_uplink();
@@ -379,11 +377,21 @@ impl NetDevice {
     /// started before: a worker that finds the receiveq stopped detaches the uplink's queue, and the
     /// frames that wait there since a handover would be lost.
     fn start_worker(&self, served: &ServedPair, index: u16) -> Result<(), BackendError> {
-        served.worker.start().map_err(|source| {
+        served.worker.start(served.position).map_err(|source| {
             self.stop_vring(index);
             let pair = served.pair.index();
             BackendError::Worker { pair, source }
         })
+    }
+
+    /// Waits until no worker serves a queue pair of this device.
+    fn release_workers(&self) {
+        for served in self.pairs() {
+            served.worker.request_release(served.position);
+        }
+        for served in self.pairs() {
+            served.worker.release(served.position);
+        }
     }
 
     /// The queue pair and role of vring `index`, if that queue pair has been used.

@@ -28,7 +28,7 @@ impl NetDevice {
             let counters = PairCounters {
                 rx: vring_counters(served.pair.rx()),
                 tx: vring_counters(served.pair.tx()),
-                worker: by_name(WorkerStats::NAMES, served.worker.stats().values()),
+                worker: by_name(WorkerStats::NAMES, served.pair.worker_stats().values()),
             };
             (served.pair.index(), counters)
         });
@@ -45,7 +45,7 @@ impl NetDevice {
             add_to(served.pair.rx().stats(), &counters.rx);
             add_to(served.pair.tx().stats(), &counters.tx);
             for (name, n) in &counters.worker {
-                served.worker.stats().add_to(name, *n);
+                served.pair.worker_stats().add_to(name, *n);
             }
         }
     }
@@ -53,7 +53,7 @@ impl NetDevice {
     /// Lets the workers of queue pairs whose vrings run go on, after all workers were asked to end.
     pub fn resume_workers(&self) {
         for served in self.pairs().filter(|served| served.pair.is_in_use()) {
-            if let Err(error) = served.worker.resume() {
+            if let Err(error) = served.worker.resume(served.position) {
                 tracing::error!("{}: a worker does not go on: {error}", self.name);
             }
         }

@@ -57,7 +57,7 @@ fn arrive(net_device: &NetDevice, uplink: &TestUplink, count: u64) {
 /// Waits until the worker of queue pair 0 does nothing for a while.
 fn wait_until_idle(net_device: &NetDevice) {
     let served = net_device.pairs().next().unwrap();
-    let sleeps = || served.worker.stats().sleeps.get();
+    let sleeps = || served.pair.worker_stats().sleeps.get();
     let before = std::cell::Cell::new(u64::MAX);
     wait_until("the worker sleeps", || {
         let now = sleeps();

@@ -29,9 +29,10 @@ fn worker_that_starts_is_placed_without_waiting_for_the_next_check() {
     let mut slowest = Duration::ZERO;
     for _ in 0..3 {
         device.on_connect(None);
-        let worker = &device.open_pair(0, 0).unwrap().worker;
+        let served = device.open_pair(0, 0).unwrap();
+        let worker = &served.worker;
         let started_at = Instant::now();
-        worker.start().unwrap();
+        worker.start(served.position).unwrap();
         let is_placed = || {
             let placement = worker.placement();
             placement.is_some_and(|placement| !placement.is_pending())

@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use virtionet_process::panic_policy::{Panicked, contain, contain_panics};
 use virtionet_process::sandbox;
 use virtionet_sandbox::ThreadKind;
+use virtionet_virtio_net::stats::{WorkerStats, to_u64};
 use vmm_sys_util::epoll::EpollEvent;
 
 use super::{Worker, WorkerDescriptors};
@@ -43,12 +44,17 @@ const PANIC_PAUSE: Duration = Duration::from_millis(100);
 /// Polls of the vrings after which the worker also checks epoll.
 const POLLS_PER_EPOLL_WAIT: u32 = 64;
 
+/// Polls that find nothing after which the worker yields where no other thread has wanted its CPU:
+/// a thread that wants it meanwhile waits for about a microsecond.
+const POLLS_PER_YIELD: u32 = 16;
+
 /// A worker's thread.
 #[derive(Debug)]
 pub(super) struct EventLoop {
     worker: Arc<Worker>,
     descriptors: Arc<WorkerDescriptors>,
-    pairs: Vec<PairService>,
+    /// By their positions, which are in ascending order.
+    pairs: Vec<(u16, PairService)>,
     stop: Arc<StopRequest>,
     poll: BusyPoll,
     /// Another thread ran when the worker last yielded, so it shares its CPU.
@@ -64,9 +70,8 @@ impl EventLoop {
         descriptors: Arc<WorkerDescriptors>,
         stop: Arc<StopRequest>,
     ) -> Self {
-        let pairs = worker.pairs.lock().clone();
         Self {
-            pairs: pairs.into_iter().map(PairService::new).collect(),
+            pairs: Vec::new(),
             stop,
             poll: BusyPoll::new(worker.poll),
             shares_cpu: false,
@@ -76,19 +81,21 @@ impl EventLoop {
         }
     }
 
-    /// Serves the queue pairs until it is asked to stop. The code of one vring that panics is
-    /// caught in its turn; what panics outside of all turns costs the worker's queue pairs.
+    /// Serves the queue pairs until it is asked to stop, or has none. The code of one vring that
+    /// panics is caught in its turn; what panics outside of all turns costs the worker's queue
+    /// pairs.
     pub(super) fn run(mut self) {
         sandbox::confine_thread(ThreadKind::Worker);
         contain_panics();
         self.worker.gate.wait();
         loop {
             match contain(|| self.run_until_stopped()) {
-                Ok(()) if self.stop.obey() => return,
-                // The request to end was withdrawn.
+                Ok(()) if self.stop.obey() => return self.worker.members.end(),
+                Ok(()) if self.worker.members.end_if_unused() => return,
+                // The request to end was withdrawn, or another queue pair has started.
                 Ok(()) => {}
                 Err(Panicked) => {
-                    for pair in &self.pairs {
+                    for (_, pair) in &self.pairs {
                         pair.pair().quarantine_after_panic();
                     }
                     std::thread::sleep(PANIC_PAUSE);
@@ -100,17 +107,16 @@ impl EventLoop {
     fn run_until_stopped(&mut self) {
         self.worker.placement.place_this_thread();
         self.poll.set_permitted(self.worker.placement.may_poll());
-        while !self.stop.is_requested() {
-            let must_poll = self.pairs.iter().any(PairService::must_be_polled);
+        self.apply_member_changes();
+        while !self.stop.is_requested() && !self.pairs.is_empty() {
+            let must_poll = self.pairs.iter().any(|(_, pair)| pair.must_be_polled());
             self.wait(match self.has_work() {
                 true => 0,
                 false if must_poll => NO_KICK_INTERVAL_MS,
                 false => -1,
             });
             if must_poll {
-                self.pairs
-                    .iter_mut()
-                    .for_each(PairService::poll_without_kick);
+                self.for_each_pair(PairService::poll_without_kick);
             }
             let found = self.run_pass(false);
             if self.has_work() {
@@ -119,10 +125,10 @@ impl EventLoop {
             if found > 0 || self.poll.is_always() {
                 self.poll_or_yield();
                 // Kicks are not asked for yet, so the vrings must be polled before a sleep.
-                self.pairs.iter_mut().for_each(PairService::poll_tx);
+                self.for_each_pair(PairService::poll_tx);
             } else {
                 // Ask for kicks, and poll for what the driver made available before that.
-                self.pairs.iter_mut().for_each(PairService::poll_tx);
+                self.for_each_pair(PairService::poll_tx);
                 self.run_pass(true);
             }
         }
@@ -142,15 +148,38 @@ impl EventLoop {
         }
     }
 
+    /// Takes the queue pairs that have started, and drops those that are released.
+    fn apply_member_changes(&mut self) {
+        let changes = self.worker.members.apply_changes();
+        self.pairs
+            .retain(|(position, _)| !changes.dropped.contains(position));
+        for (position, pair) in changes.taken {
+            self.pairs.push((position, PairService::new(pair)));
+        }
+        self.pairs.sort_unstable_by_key(|(position, _)| *position);
+    }
+
+    #[inline]
+    fn for_each_pair(&mut self, mut each: impl FnMut(&mut PairService)) {
+        self.pairs.iter_mut().for_each(|(_, pair)| each(pair));
+    }
+
+    /// Counts something that happened to all queue pairs of the worker.
+    fn count(&self, mut add: impl FnMut(&WorkerStats)) {
+        for (_, pair) in &self.pairs {
+            add(pair.pair().worker_stats());
+        }
+    }
+
     #[inline]
     fn has_work(&self) -> bool {
-        self.pairs.iter().any(PairService::has_work)
+        self.pairs.iter().any(|(_, pair)| pair.has_work())
     }
 
     /// Waits for events (`timeout` in milliseconds, -1 without limit) and notes what they mean.
     fn wait(&mut self, timeout: i32) {
         if timeout != 0 {
-            self.worker.stats.sleeps.add(1);
+            self.count(|stats| stats.sleeps.add(1));
         }
         let mut events = [EpollEvent::default(); MAX_EVENTS];
         let count = match self.descriptors.epoll.wait(timeout, &mut events) {
@@ -167,15 +196,19 @@ impl EventLoop {
             match WorkerEvent::from_token(event.data()) {
                 Some(WorkerEvent::Wake) => self.handle_wake(),
                 Some(WorkerEvent::Pair { position, event }) => {
-                    if let Some(pair) = self.pairs.get_mut(usize::from(position)) {
-                        pair.handle(event);
+                    let found = self
+                        .pairs
+                        .binary_search_by_key(&position, |(position, _)| *position);
+                    // The event of one that was released is late.
+                    if let Ok(index) = found {
+                        self.pairs[index].1.handle(event);
                     }
                 }
                 None => {}
             }
         }
         if count > 0 {
-            self.worker.stats.wakeups.add(1);
+            self.count(|stats| stats.wakeups.add(1));
         }
         self.interval_start = read_cycles();
     }
@@ -183,7 +216,8 @@ impl EventLoop {
     /// Something changed: check everything once.
     fn handle_wake(&mut self) {
         self.descriptors.wake.clear();
-        self.pairs.iter_mut().for_each(PairService::handle_wake);
+        self.apply_member_changes();
+        self.for_each_pair(PairService::handle_wake);
         self.worker.placement.refresh();
         self.poll.set_permitted(self.worker.placement.may_poll());
     }
@@ -192,19 +226,28 @@ impl EventLoop {
     /// `sleep_next`, the turns ask for kicks where they found none.
     fn run_pass(&mut self, sleep_next: bool) -> usize {
         let mut found = 0;
-        for pair in &mut self.pairs {
-            found += pair.run_pass(sleep_next);
-        }
-        let stats = &self.worker.stats;
-        let now = read_cycles();
-        if found > 0 {
-            stats.busy_cycles.add(now.wrapping_sub(self.interval_start));
-            stats.busy_frames.add(u64::try_from(found).unwrap_or(0));
-            if self.has_work() {
-                stats.over_budget.add(1);
+        let mut has_run = false;
+        for (_, pair) in &mut self.pairs {
+            if !pair.needs_pass() {
+                continue;
             }
+            has_run = true;
+            let frames = pair.run_pass(sleep_next);
+            let now = read_cycles();
+            if frames > 0 {
+                let stats = pair.pair().worker_stats();
+                stats.busy_cycles.add(now.wrapping_sub(self.interval_start));
+                stats.busy_frames.add(to_u64(frames));
+                if pair.has_work() {
+                    stats.over_budget.add(1);
+                }
+            }
+            self.interval_start = now;
+            found += frames;
         }
-        self.interval_start = now;
+        if !has_run {
+            self.interval_start = read_cycles();
+        }
         found
     }
 
@@ -227,10 +270,13 @@ impl EventLoop {
             if polls_done.is_multiple_of(POLLS_PER_EPOLL_WAIT) {
                 self.wait(0);
             }
-            self.pairs.iter_mut().for_each(PairService::poll_all);
+            match self.pairs.len() {
+                1 => self.for_each_pair(PairService::poll_all),
+                _ => self.for_each_pair(PairService::poll_unless_idle),
+            }
             let found = self.run_pass(false);
             if found > 0 {
-                self.worker.stats.busy_polls.add(1);
+                self.count(|stats| stats.busy_polls.add(1));
                 self.poll.record_hit(found);
                 deadline = self.poll.deadline();
                 // Being preempted instead would cost as much, at a worse moment: other threads on
@@ -240,12 +286,14 @@ impl EventLoop {
                 }
                 continue;
             }
-            self.worker.stats.polls.add(1);
+            self.count(|stats| stats.polls.add(1));
             if deadline.is_none_or(|deadline| Instant::now() >= deadline) {
                 self.poll.record_miss();
                 return;
             }
-            self.yield_cpu();
+            if self.shares_cpu || polls_done.is_multiple_of(POLLS_PER_YIELD) {
+                self.yield_cpu();
+            }
         }
     }
 }
