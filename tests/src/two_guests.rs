@@ -52,6 +52,7 @@ pub struct TwoGuestConfig {
     pairs: u16,
     memory_mib: u32,
     flags: Vec<String>,
+    workers: Option<String>,
     props: [Vec<String>; 2],
 }
 
@@ -62,6 +63,7 @@ impl TwoGuestConfig {
             pairs,
             memory_mib: 256,
             flags: Vec::new(),
+            workers: None,
             props: [Vec::new(), Vec::new()],
         }
     }
@@ -70,6 +72,13 @@ impl TwoGuestConfig {
     #[must_use]
     pub fn device(mut self, key: &str, value: &str) -> Self {
         self.flags.push(format!(",{key}={value}"));
+        self
+    }
+
+    /// Sets the daemon's `--workers`.
+    #[must_use]
+    pub fn workers(mut self, value: &str) -> Self {
+        self.workers = Some(value.to_owned());
         self
     }
 
@@ -89,7 +98,11 @@ impl TwoGuestConfig {
         let dir = RunDir::new()?;
         let socket = |name: &str| dir.join(&format!("{name}.sock"));
         let flags = self.flags.concat();
-        let options = NAMES.iter().fold(Options::new().no_socket(), |o, name| {
+        let options = match &self.workers {
+            Some(workers) => Options::new().flag("--workers", workers),
+            None => Options::new(),
+        };
+        let options = NAMES.iter().fold(options.no_socket(), |o, name| {
             let path = socket(name);
             let device = format!(
                 "name={name},socket-path={},uplink=switch:s{flags}",
@@ -248,6 +261,21 @@ impl TwoGuestTestbed {
             Some(daemon) => sum_counters(&daemon.get("/v1/devices")?, which, direction),
             None => Ok(BTreeMap::new()),
         }
+    }
+
+    /// Returns the name of the worker of each queue pair of a guest. The list is empty if the guests
+    /// are on a bridge.
+    ///
+    /// # Errors
+    /// When the daemon does not answer.
+    pub fn workers(&self, which: GuestId) -> Result<Vec<String>> {
+        let Some(daemon) = self.daemon() else {
+            return Ok(Vec::new());
+        };
+        let pairs = daemon.get("/v1/devices")?["devices"][which.index()]["pairs"].take();
+        let pairs = pairs.as_array().into_iter().flatten();
+        let names = pairs.map(|pair| pair["worker"].as_str().unwrap_or_default().to_owned());
+        Ok(names.collect())
     }
 }
 

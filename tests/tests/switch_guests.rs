@@ -1,6 +1,7 @@
 //! Two Linux guests on a switch: TCP over IPv4 and IPv6 in both directions. All data and checksums
-//! must be correct, and every frame must arrive or be counted as dropped. In a second test, one
-//! guest has no offloads, so that the switch computes checksums and segments frames for it.
+//! must be correct, and every frame must arrive or be counted as dropped. In further tests, both
+//! guests share a worker, and one guest has no offloads, so that the switch computes checksums and
+//! segments frames for it.
 
 use std::collections::BTreeMap;
 use std::thread::sleep;
@@ -9,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use virtionet_tests::guest::Guest;
 use virtionet_tests::iperf::IperfLoad;
+use virtionet_tests::sched;
 use virtionet_tests::topology::{GUEST_INTERFACE, GUESTS};
 use virtionet_tests::two_guests::{GuestId, TwoGuestConfig, TwoGuestTestbed, sum_counters};
 
@@ -44,6 +46,20 @@ fn two_guests_exchange_correct_data_and_large_segments_pass_unsegmented() {
     for guest in [GuestId::A, GuestId::B] {
         assert_every_frame_counted(&testbed, guest).unwrap();
         assert_driver_received_all(&testbed, guest).unwrap();
+    }
+}
+
+#[test]
+fn two_guests_that_share_a_worker_exchange_correct_data() {
+    let cpu = sched::allowed_cpus().unwrap()[0];
+    let config = TwoGuestConfig::new(PAIRS).workers(&format!("list:{cpu}"));
+    let testbed = config.on_switch().unwrap();
+    exchange(&testbed).unwrap();
+    for guest in [GuestId::A, GuestId::B] {
+        assert_every_frame_counted(&testbed, guest).unwrap();
+        assert_driver_received_all(&testbed, guest).unwrap();
+        let workers = vec![format!("worker-cpu{cpu}"); PAIRS.into()];
+        assert_eq!(testbed.workers(guest).unwrap(), workers);
     }
 }
 
