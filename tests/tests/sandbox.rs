@@ -10,8 +10,10 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use virtionet_guest::net::MODERN;
 use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
+use virtionet_placement::slice::{SHORTEST_SLICE, slice_of};
 use virtionet_tests::daemon::{Daemon, Options};
 use virtionet_tests::paths::RunDir;
+use virtionet_tests::sched;
 
 const TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -111,4 +113,26 @@ fn without_the_sandbox_no_thread_is_confined_and_the_log_says_so() {
         "{}",
         exit.stderr
     );
+}
+
+/// Otherwise a front-end, a guest or the next daemon waits for milliseconds where a CPU is busy.
+#[test]
+fn every_thread_of_a_running_daemon_has_the_shortest_slice_where_the_kernel_has_slices() {
+    let dir = RunDir::new().unwrap();
+    let daemon = Options::new()
+        .flag("--uplink", "null")
+        .start(&dir, "vnet")
+        .unwrap();
+    let config = TestFrontendConfig::new(1, 256, MODERN);
+    let _frontend = TestFrontend::connect(daemon.socket(), &config).unwrap();
+    let expected = match slice_of(0).unwrap() {
+        Duration::ZERO => Duration::ZERO,
+        _ => SHORTEST_SLICE,
+    };
+    let threads = sched::threads(daemon.pid()).unwrap();
+    for name in EXPECTED.map(|(name, _)| name) {
+        let thread = threads.iter().find(|(_, other)| other == name);
+        let (tid, _) = thread.unwrap_or_else(|| panic!("there is no thread {name}: {threads:?}"));
+        assert_eq!(slice_of(*tid).unwrap(), expected, "{name}");
+    }
 }
