@@ -199,6 +199,11 @@ impl Worker {
         Ok(())
     }
 
+    /// Whether there is a thread that a wake-up reaches.
+    pub(crate) fn is_running(&self) -> bool {
+        matches!(*self.thread.lock(), ThreadState::Running { .. })
+    }
+
     /// Lets the thread go on that was asked to end, or starts another one if it has ended or is about
     /// to.
     ///
