@@ -1,4 +1,4 @@
-//! Measures what the daemon's short slice does, by taking it from its threads and giving it back in turns:
+//! Measures what a short slice of all the daemon's threads does, by giving it to them and taking it in turns:
 //! the rates of TCP with a Linux guest, and the time that single frames take while all CPUs are busy.
 //! `VIRTIONETD` names the program, the arguments are the number of pairs of samples and of queue pairs:
 //!

@@ -75,8 +75,7 @@ pub fn run(config: Config, passed: PassedDescriptors) -> Result<(), RunError> {
     // From here on nothing is opened that needs a right of this process.
     sandbox::confine_process()?;
     protect_threads()?;
-    let created = parts.created.iter();
-    let devices = created.map(|(_, created)| {
+    let devices = parts.created.iter().map(|(_, created)| {
         Arc::new(ServedDevice {
             net_device: Arc::clone(&created.net_device),
             suspended: Mutex::default(),
@@ -256,9 +255,9 @@ impl Parts {
     }
 
     fn registry(&self) -> DeviceRegistry {
-        let devices = self.created.iter();
+        let created = self.created.iter();
         let devices =
-            devices.map(|(config, created)| (config.clone(), Arc::clone(&created.net_device)));
+            created.map(|(config, device)| (config.clone(), Arc::clone(&device.net_device)));
         DeviceRegistry::new(
             devices.collect(),
             self.helper.clone(),

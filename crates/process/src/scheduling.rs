@@ -1,10 +1,14 @@
 //! How soon the threads of this process run once they are woken ([`virtionet_placement::slice`]).
 //!
-//! All of them sleep until something happens, and somebody waits for what they then do: a front-end for a
-//! reply, a guest for a frame, the next daemon for the devices. On a CPU that a vCPU or another process
-//! keeps busy they would wait for the next tick of the clock.
+//! They sleep until something happens, and somebody waits for what they then do: a front-end for a reply,
+//! the next daemon for the devices. On a CPU that a vCPU or another process keeps busy they would wait for
+//! the next tick of the clock.
+//!
+//! Workers that carry frames have the kernel's default. A worker with a short slice interrupts its vCPU for
+//! each frame, where it otherwise finds several.
 
 use std::io;
+use std::time::Duration;
 
 use virtionet_placement::slice::{SHORTEST_SLICE, SliceOutcome, set_slice};
 
@@ -14,10 +18,19 @@ use virtionet_placement::slice::{SHORTEST_SLICE, SliceOutcome, set_slice};
 pub struct SliceRequest(io::Result<SliceOutcome>);
 
 /// Asks for the shortest slice for the calling thread, and for those that it will start. This must
-/// happen while the process has one thread, and before it is confined: no filter allows the call. Where the kernel cannot do that,
+/// happen while the process has one thread, and before it is confined: most filters refuse the call. Where the kernel cannot do that,
 /// everything works as well, but later on a busy CPU.
 pub fn request_short_slice() -> SliceRequest {
     SliceRequest(set_slice(None, SHORTEST_SLICE))
+}
+
+/// Gives the calling thread the kernel's default slice again.
+// syscalls: sched_getattr sched_setattr
+pub fn use_default_slice() {
+    // Where that fails, the thread works as well, with more context switches.
+    if let Err(error) = set_slice(None, Duration::ZERO) {
+        tracing::debug!("the kernel refuses a thread its default slice: {error}");
+    }
 }
 
 impl SliceRequest {
@@ -25,7 +38,7 @@ impl SliceRequest {
     pub fn log(&self) {
         match &self.0 {
             Ok(SliceOutcome::Set) => {
-                tracing::debug!("all threads have a slice of {SHORTEST_SLICE:?}")
+                tracing::debug!("all threads but workers have a slice of {SHORTEST_SLICE:?}")
             }
             Ok(SliceOutcome::OtherPolicy) => tracing::debug!(
                 "the scheduling policy is not SCHED_OTHER, so the slice of threads stays as it is"
