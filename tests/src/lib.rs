@@ -59,3 +59,4 @@ pub mod topology;
 pub mod traffic;
 pub mod two_guests;
 pub mod udp_streams;
+pub mod wake_chain;

@@ -6,6 +6,8 @@ use anyhow::{Context, Result};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 
+use crate::process::output;
+
 /// Pins thread `tid` to `cpu`. A `tid` of 0 means the calling thread.
 ///
 /// # Errors
@@ -24,6 +26,21 @@ pub fn pin_to(tid: i32, cpus: &[usize]) -> Result<()> {
         .try_for_each(|cpu| set.set(*cpu))
         .and_then(|()| sched_setaffinity(Pid::from_raw(tid), &set))
         .with_context(|| format!("thread {tid} cannot be pinned to CPUs {cpus:?}"))
+}
+
+/// The priority among the threads of the scheduling class SCHED_FIFO: low, but above all threads of the
+/// usual class.
+const PRIORITY: &str = "1";
+
+/// Lets thread `tid` run before all threads of the usual scheduling class, so that it never waits for
+/// one of them.
+///
+/// # Errors
+/// When this process may not do that.
+pub fn set_real_time(tid: i32) -> Result<()> {
+    output("chrt", ["--fifo", "--pid", PRIORITY, &tid.to_string()])
+        .with_context(|| format!("thread {tid} cannot have a real-time priority"))?;
+    Ok(())
 }
 
 /// Returns the CPUs that thread `tid` may run on, in ascending order.

@@ -11,6 +11,7 @@
 
 pub mod flow;
 pub mod probe;
+pub mod reply_watch;
 pub mod sequence;
 pub mod testbed;
 
@@ -19,7 +20,6 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use rustix::net::{RecvFlags, recv};
 use virtionet_guest::driver::DriverVirtqueue;
 use virtionet_guest::frame::FrameSpec;
 use virtionet_guest::frontend::FrontendConnection;
@@ -28,6 +28,7 @@ use virtionet_guest::net::DriverQueue;
 use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
 
 use flow::{PAYLOAD_START, frame, receive_by_host, send_by_host};
+use reply_watch::ReplyWatch;
 use sequence::{PAYLOAD_LEN, parse, payload};
 
 pub use flow::{End, Flow};
@@ -273,8 +274,8 @@ impl Traffic {
     }
 
     /// Sends GET_VRING_BASE while the flows go on, also those of this vring, until the reply is
-    /// there. From then on the driver does not access the vring. Returns the base, and how long the
-    /// reply took.
+    /// there. From then on the driver does not access the vring. Returns the base, and when the
+    /// reply arrived after the request, by `watch`.
     ///
     /// # Errors
     /// When no reply comes, or as [`Traffic::exchange`].
@@ -283,31 +284,30 @@ impl Traffic {
         device: usize,
         vring: usize,
         count: u64,
+        watch: &ReplyWatch,
     ) -> Result<(u32, Duration)> {
         let number = u32::try_from(vring)?;
         let body = [number, 0].map(u32::to_ne_bytes).concat();
         let wire = &mut self.devices[device].frontend.connection.wire;
+        watch.expect(wire.socket())?;
         let sent_at = Instant::now();
         wire.send(GET_VRING_BASE, VHOST_USER_VERSION, &body, &[])?;
-        while !self.has_reply(device) {
+        let arrived_at = loop {
+            if let Some(arrived_at) = watch.arrival()? {
+                break arrived_at;
+            }
             ensure!(
                 sent_at.elapsed() < REPLY_TIMEOUT,
                 "GET_VRING_BASE of vring {vring} has no reply after {REPLY_TIMEOUT:?}"
             );
             self.exchange(count)?;
-        }
-        let elapsed = sent_at.elapsed();
+        };
+        let elapsed = arrived_at.saturating_duration_since(sent_at);
         let device = &mut self.devices[device];
         device.is_stopped[vring] = true;
         let reply = device.frontend.connection.wire.reply(GET_VRING_BASE)?;
         let base = reply.get(4..8).context("the reply is too short")?;
         Ok((u32::from_ne_bytes(base.try_into()?), elapsed))
-    }
-
-    fn has_reply(&self, device: usize) -> bool {
-        let socket = self.devices[device].frontend.connection.wire.socket();
-        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-        recv(socket, &mut [0; 1], flags).is_ok()
     }
 
     /// Starts the vrings of a device again, all of which are stopped, at these bases.

@@ -10,8 +10,10 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use virtionet_guest::net::MODERN;
 use virtionet_guest::test_frontend::{TestFrontend, TestFrontendConfig};
+use virtionet_placement::slice::{SHORTEST_SLICE, slice_of};
 use virtionet_tests::daemon::{Daemon, Options};
 use virtionet_tests::paths::RunDir;
+use virtionet_tests::sched;
 
 const TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -111,4 +113,43 @@ fn without_the_sandbox_no_thread_is_confined_and_the_log_says_so() {
         "{}",
         exit.stderr
     );
+}
+
+/// Otherwise a front-end or the next daemon waits for milliseconds where a CPU is busy. A worker would
+/// interrupt its vCPU too often.
+#[test]
+fn threads_other_than_workers_have_the_shortest_slice_where_the_kernel_has_slices() {
+    let dir = RunDir::new().unwrap();
+    let daemon = Options::new()
+        .flag("--uplink", "null")
+        .start(&dir, "vnet")
+        .unwrap();
+    let config = TestFrontendConfig::new(1, 256, MODERN);
+    let _frontend = TestFrontend::connect(daemon.socket(), &config).unwrap();
+    let default = slice_of(0).unwrap();
+    let short = match default {
+        Duration::ZERO => Duration::ZERO,
+        _ => SHORTEST_SLICE,
+    };
+    let expected = EXPECTED.map(|(name, _)| match name {
+        "vnet-q0" => (name, default),
+        _ => (name, short),
+    });
+    let deadline = Instant::now() + TIMEOUT;
+    loop {
+        let threads = sched::threads(daemon.pid()).unwrap();
+        let slices = threads
+            .iter()
+            .map(|(tid, name)| (name.as_str(), slice_of(*tid).unwrap()));
+        let slices = BTreeMap::from_iter(slices);
+        if expected
+            .iter()
+            .all(|(name, slice)| slices.get(name) == Some(slice))
+        {
+            break;
+        }
+        // A thread gets its name, and a worker its slice, only after it has started.
+        assert!(Instant::now() < deadline, "{slices:?}");
+        sleep(Duration::from_millis(10));
+    }
 }

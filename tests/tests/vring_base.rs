@@ -10,8 +10,10 @@ use anyhow::{Result, ensure};
 use virtionet_tests::quantile::quantile;
 use virtionet_tests::random::Random;
 use virtionet_tests::settings::{number, seed};
+use virtionet_tests::traffic::reply_watch::ReplyWatch;
 use virtionet_tests::traffic::testbed::{Setup, TrafficTestbed};
 use virtionet_tests::traffic::{End, Traffic};
+use virtionet_tests::wake_chain::WakeChain;
 
 const PAIRS: u16 = 2;
 const DEFAULT_STOPS: u64 = 4;
@@ -35,22 +37,33 @@ fn check(setup: Setup) -> Result<()> {
     let mut traffic = testbed.connect()?;
     check_ranges(&traffic)?;
     let mut random = Random::new(seed, 0);
-    let mut reply_times = Vec::new();
+    let watch = ReplyWatch::start()?;
+    let chain = WakeChain::start(1)?;
+    let (mut reply_times, mut wake_times) = (Vec::new(), Vec::new());
     for n in 0..stops {
         let device = usize::try_from(n)? % traffic.device_count();
         let load = Duration::from_micros(random.range(1_000, 20_000));
         traffic.exchange_for(BURST, load)?;
         check_load(&mut traffic, device)?;
-        let times = stop_and_compare(&mut traffic, device, &mut random);
+        for _ in 0..traffic.vring_count(device) {
+            traffic.exchange_for(BURST, Duration::from_millis(1))?;
+            wake_times.push(chain.measure(|| traffic.exchange(BURST))?);
+        }
+        let times = stop_and_compare(&mut traffic, device, &mut random, &watch);
         reply_times.extend(times.map_err(|error| error.context(testbed.daemon.stderr()))?);
     }
-    eprintln!(
-        "{setup:?}: {} replies to GET_VRING_BASE under load: {:.0?} (median), {:.0?} (p99), {:.0?} (longest)",
-        reply_times.len(),
-        quantile(&mut reply_times, 0.5),
-        quantile(&mut reply_times, 0.99),
-        quantile(&mut reply_times, 1.0),
-    );
+    for (what, times) in [
+        ("replies to GET_VRING_BASE", &mut reply_times),
+        ("bare wake-ups of a thread", &mut wake_times),
+    ] {
+        eprintln!(
+            "{setup:?}: {} {what} under load: {:.0?} (median), {:.0?} (p99), {:.0?} (longest)",
+            times.len(),
+            quantile(times, 0.5),
+            quantile(times, 0.99),
+            quantile(times, 1.0),
+        );
+    }
     // Where a vring stops, its frames wait, or are dropped by the TAP; none is sent twice.
     let repeated: u64 = traffic.flows.iter().map(|flow| flow.check.repeated).sum();
     ensure!(repeated == 0, "{}", traffic.describe());
@@ -113,13 +126,14 @@ fn stop_and_compare(
     traffic: &mut Traffic,
     device: usize,
     random: &mut Random,
+    watch: &ReplyWatch,
 ) -> Result<Vec<Duration>> {
     let count = traffic.vring_count(device);
     let first = usize::try_from(random.range(0, u64::try_from(count)? - 1))?;
     let (mut bases, mut memory, mut reply_times) = (Vec::new(), Vec::new(), Vec::new());
     for n in 0..count {
         let vring = (first + n) % count;
-        let (base, reply_time) = traffic.stop_vring(device, vring, BURST)?;
+        let (base, reply_time) = traffic.stop_vring(device, vring, BURST, watch)?;
         memory.push((vring, traffic.vring_memory(device, vring)?));
         bases.push((vring, base));
         reply_times.push(reply_time);

@@ -3,6 +3,7 @@
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -30,25 +31,48 @@ const UNUSABLE_SESSION_INTERVAL: Duration = Duration::from_secs(1);
 /// A thread that serves a device, and the device's name.
 pub type DeviceThread = (String, JoinHandle<Result<(), DeviceFailure>>);
 
+/// The threads of the devices, which are confined and wait for the sources of their front-ends. While a
+/// daemon takes over, all that can be done before the devices are paused is done before.
+#[derive(Debug)]
+pub struct WaitingDevices {
+    threads: Vec<DeviceThread>,
+    sources: Vec<Sender<FrontendSource>>,
+}
+
+impl WaitingDevices {
+    /// Lets the threads serve their devices.
+    pub fn serve(self, sources: Vec<FrontendSource>) -> Vec<DeviceThread> {
+        for (sender, source) in self.sources.into_iter().zip(sources) {
+            // A thread that has ended is noticed when it is joined.
+            let _ = sender.send(source);
+        }
+        self.threads
+    }
+}
+
 /// Starts a thread for each device. `main` is closed when the last of them ends.
 ///
 /// # Errors
 /// When the kernel refuses a thread.
 pub fn start_devices(
     devices: &[Arc<ServedDevice>],
-    sources: Vec<FrontendSource>,
     stop: &Arc<Stop>,
     main: &Handle,
-) -> Result<Vec<DeviceThread>, RunError> {
+) -> Result<WaitingDevices, RunError> {
     let is_only_device = devices.len() == 1;
     let running_devices = Arc::new(AtomicUsize::new(devices.len()));
-    let mut threads = Vec::new();
-    for (device, source) in devices.iter().zip(sources) {
+    let (mut threads, mut sources) = (Vec::new(), Vec::new());
+    for device in devices {
         let (device, stop, main) = (Arc::clone(device), Arc::clone(stop), main.clone());
         let name = device.net_device.name().to_owned();
         let running_devices = Arc::clone(&running_devices);
+        let (sender, source) = channel();
         let serve = move || {
             sandbox::confine_thread(ThreadKind::Session);
+            // Without a source the program ends.
+            let Ok(source) = source.recv() else {
+                return Ok(());
+            };
             let ServedDevice {
                 net_device,
                 suspended,
@@ -67,8 +91,9 @@ pub fn start_devices(
                 source,
             })?;
         threads.push((name, thread));
+        sources.push(sender);
     }
-    Ok(threads)
+    Ok(WaitingDevices { threads, sources })
 }
 
 /// A device's thread: serves one front-end after the other, until there will be none. A front-end

@@ -5,11 +5,13 @@ use std::process::ExitCode;
 use virtionet_config::Command;
 use virtionet_config::cli;
 use virtionet_net_device::sys;
-use virtionet_process::{logging, panic_policy, sandbox};
+use virtionet_process::{logging, panic_policy, sandbox, scheduling};
 use virtionetd::{PassedDescriptors, RunError, helper_process, supervisor};
 
 fn main() -> ExitCode {
     sys::limit_malloc_arenas();
+    // Also for the helper, and for the start of a daemon that takes over.
+    let slice = scheduling::request_short_slice();
     let arguments: Vec<String> = std::env::args_os()
         .skip(1)
         .map(|argument| argument.to_string_lossy().into_owned())
@@ -34,6 +36,7 @@ fn main() -> ExitCode {
     if let Err(error) = logging::init(config.verbosity, sandbox::confine_log) {
         return exit(Err(error));
     }
+    slice.log();
     panic_policy::install();
     let ended = supervisor::run(config, passed);
     let status = match &ended {

@@ -42,7 +42,7 @@ use virtionet_vhost_user::start_closer;
 use virtionet_virtqueue::memory::survive_lost_memory;
 
 use crate::descriptor_budget;
-use crate::device_thread::{DeviceThread, start_devices};
+use crate::device_thread::{DeviceThread, WaitingDevices, start_devices};
 use crate::frontend_source::FrontendSource;
 use crate::handover::{Handover, Successor};
 use crate::helper_process::HelperProcess;
@@ -75,19 +75,19 @@ pub fn run(config: Config, passed: PassedDescriptors) -> Result<(), RunError> {
     // From here on nothing is opened that needs a right of this process.
     sandbox::confine_process()?;
     protect_threads()?;
-    let created = parts.created.iter();
-    let devices = created.map(|(_, created)| {
+    let devices = parts.created.iter().map(|(_, created)| {
         Arc::new(ServedDevice {
             net_device: Arc::clone(&created.net_device),
             suspended: Mutex::default(),
         })
     });
     let devices: Vec<_> = devices.collect();
+    let waiting = start_devices(&devices, &parts.stops.sessions, &signals.handle())?;
     let predecessor = match parts.offered.take() {
         Some(offered) => Some(parts.take_over(offered, &config, &devices)?),
         None => None,
     };
-    parts.serve(devices, predecessor, signals)
+    parts.serve(devices, waiting, predecessor, signals)
 }
 
 /// What the process has opened.
@@ -163,10 +163,11 @@ impl Parts {
         Ok(predecessor)
     }
 
-    /// Starts all threads, and returns when they have ended.
+    /// Starts all other threads, and returns when they have ended.
     fn serve(
         mut self,
         devices: Vec<Arc<ServedDevice>>,
+        waiting: WaitingDevices,
         predecessor: Option<Predecessor>,
         mut signals: Signals,
     ) -> Result<(), RunError> {
@@ -180,12 +181,12 @@ impl Parts {
         let registry = Arc::new(self.registry());
         let summaries = self.summaries();
         // First, because the frames of devices that are taken over wait for it.
-        let main = signals.handle();
-        let sources = std::mem::take(&mut self.sources);
-        let device_threads = start_devices(&devices, sources, &self.stops.sessions, &main)?;
+        let device_threads = waiting.serve(std::mem::take(&mut self.sources));
         let stops = &self.stops;
         let mut helper_threads =
             start_host_port_forwarders(&self.uplinks, &stops.forwarders, self.host.pool.gate())?;
+        // What follows, and the end of the daemon before this one, would take the CPUs from them.
+        self.host.pool.gate().wait();
         let successor = Successor::default();
         let served = self.sockets.serve(&registry, &successor)?;
         let followed = devices.iter().map(|device| Arc::clone(&device.net_device));
@@ -254,9 +255,9 @@ impl Parts {
     }
 
     fn registry(&self) -> DeviceRegistry {
-        let devices = self.created.iter();
+        let created = self.created.iter();
         let devices =
-            devices.map(|(config, created)| (config.clone(), Arc::clone(&created.net_device)));
+            created.map(|(config, device)| (config.clone(), Arc::clone(&device.net_device)));
         DeviceRegistry::new(
             devices.collect(),
             self.helper.clone(),

@@ -3,17 +3,17 @@
 //! A vring's state changes by the table in [`virtionet_vhost_user::vring_state`], in one function
 //! of this module (`VringSlot::set_state`), under the slot's lock. The lock also protects the
 //! virtqueue, so the state and the virtqueue cannot contradict each other. The worker takes the
-//! lock for a turn, and the session's thread takes it to start, stop or change the vring. The lock
-//! is handed over fairly, so that neither waits for longer than one turn of the other. The values
-//! that other threads read without waiting (state, size) are published in atomics at each change.
+//! lock for a turn, and the session's thread takes it to start, stop or change the vring, for which it
+//! waits for at most one turn ([`turn_lock`]). The values that other threads read without waiting
+//! (state, size) are published in atomics at each change.
 
 mod push;
+mod turn_lock;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 
-use parking_lot::{Mutex, MutexGuard};
 use virtionet_process::panic_policy::{Panicked, contain};
 use virtionet_vhost_user::{InvalidTransition, VringEvent, VringState};
 use virtionet_virtio_net::stats::VringStats;
@@ -25,6 +25,7 @@ use crate::notifier::{Notification, Notifier, deferring};
 use crate::quarantine::QuarantineCause;
 use crate::vring_log::VringLog;
 pub use push::Pushed;
+use turn_lock::TurnLock;
 
 /// The file descriptors of a vring.
 #[derive(Debug, Clone, Default)]
@@ -89,7 +90,7 @@ pub struct StoppedVring {
 /// The slot of one vring: its state, and while it is started, its virtqueue.
 #[derive(Debug)]
 pub struct VringSlot<Q> {
-    contents: Mutex<Contents<Q>>,
+    contents: TurnLock<Contents<Q>>,
     enabled: AtomicBool,
     /// The started vring has a kick descriptor.
     has_kick: AtomicBool,
@@ -106,7 +107,7 @@ impl<Q: DeviceQueue> VringSlot<Q> {
     #[must_use]
     pub fn new(name: String) -> Self {
         Self {
-            contents: Mutex::new(Contents {
+            contents: TurnLock::new(Contents {
                 state: VringState::Stopped,
                 vring: None,
             }),
@@ -363,9 +364,9 @@ impl<Q: DeviceQueue> VringSlot<Q> {
         work: impl FnOnce(&mut Q, bool) -> Result<(T, bool), VirtqueueFault>,
     ) -> Option<T> {
         let (outcome, notification) = deferring(|| {
-            let mut contents = self.contents.lock();
+            let mut contents = self.contents.lock_for_turn();
             let turn = self.process_locked(&mut contents, work);
-            MutexGuard::unlock_fair(contents);
+            contents.end_turn();
             turn
         });
         if let Some(notification) = notification {

@@ -228,6 +228,12 @@ impl Worker {
         Ok(())
     }
 
+    /// Whether its thread serves the queue pair at `position`, or is about to, so that a wake-up
+    /// reaches it.
+    pub(crate) fn serves(&self, position: u16) -> bool {
+        self.members.will_be_served(position)
+    }
+
     /// Lets the thread go on that was asked to end, or starts another one for the queue pair at
     /// `position` if it has ended or is about to.
     ///

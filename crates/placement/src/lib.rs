@@ -51,6 +51,7 @@
 //! | `affinity.rs` | pins a thread, and reads which CPUs it may run on |
 //! | `decision.rs`, `policy.rs`, `vcpus.rs` | types: the result, the policy, the vCPU threads |
 //! | `queue_pairs.rs` | the driver's rule |
+//! | `slice.rs` | how soon a thread runs once it is woken |
 //! | `topology.rs` | the host's CPUs in sysfs |
 //! | `procfs.rs` | threads in procfs |
 //! | `numa.rs` | the NUMA node of memory |
@@ -73,6 +74,7 @@ mod procfs;
 mod qmp;
 mod queue_pairs;
 mod rules;
+pub mod slice;
 mod spread;
 mod sys;
 #[cfg(test)]

@@ -92,6 +92,40 @@ pub(crate) fn node_of_address(address: usize) -> io::Result<u32> {
     u32::try_from(node).map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
+/// The scheduling policy and parameters of thread `tid` (0: the calling thread).
+pub(crate) fn scheduling(tid: i32) -> io::Result<libc::sched_attr> {
+    // SAFETY: the structure consists of integers, for all of which zero is valid.
+    let mut attributes: libc::sched_attr = unsafe { std::mem::zeroed() };
+    // SAFETY: the kernel writes no more than the given size to `attributes`, which outlives the call.
+    let rc = unsafe {
+        libc::syscall(
+            libc::SYS_sched_getattr,
+            tid,
+            ptr::from_mut(&mut attributes),
+            size_of::<libc::sched_attr>(),
+            0,
+        )
+    };
+    if rc != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(attributes)
+}
+
+/// Sets the scheduling policy and parameters of thread `tid` (0: the calling thread) to `attributes`,
+/// which [`scheduling`] has returned.
+pub(crate) fn set_scheduling(tid: i32, attributes: &libc::sched_attr) -> io::Result<()> {
+    let mut attributes = *attributes;
+    attributes.size = u32::try_from(size_of::<libc::sched_attr>()).unwrap_or(0);
+    // SAFETY: the kernel reads as many bytes of `attributes` as its field `size` says, which is its
+    // length; it outlives the call.
+    let rc = unsafe { libc::syscall(libc::SYS_sched_setattr, tid, ptr::from_ref(&attributes), 0) };
+    if rc != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// Sets the NUMA node that the calling thread allocates memory from; `None`: the node it runs on.
 // syscalls: set_mempolicy
 pub(crate) fn prefer_node(node: Option<u32>) -> io::Result<()> {

@@ -196,6 +196,9 @@ const SESSION: &[Call] = calls![
     epoll_create1: SYS_epoll_create1,
     epoll_ctl: SYS_epoll_ctl,
     ioctl: SYS_ioctl(TUN_IOCTLS),
+    // A worker, before it is confined itself.
+    sched_getattr: SYS_sched_getattr(OWN_THREAD),
+    sched_setattr: SYS_sched_setattr(OWN_THREAD),
     // Waiting for pages of guest memory (postcopy), in user mode only.
     userfaultfd: SYS_userfaultfd(Arguments::OneOf(0, &[USERFAULTFD_OF_USER_MODE])),
     ioctl: SYS_ioctl(USERFAULTFD_IOCTLS),
@@ -346,6 +349,9 @@ const NOT_EXECUTABLE: Arguments = Arguments::Bits {
     mask: bits(libc::PROT_EXEC),
     value: 0,
 };
+
+/// The thread is the calling one.
+const OWN_THREAD: Arguments = Arguments::OneOf(0, &[0]);
 
 const THREAD_OF_THIS_PROCESS: Arguments = Arguments::Bits {
     argument: 0,

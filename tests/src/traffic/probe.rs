@@ -9,13 +9,10 @@ use anyhow::{Context, Result, anyhow};
 use nix::unistd::gettid;
 
 use super::Traffic;
-use crate::process::output;
+use crate::sched::set_real_time;
 
 /// The time between two frames of a flow.
 pub const INTERVAL: Duration = Duration::from_micros(100);
-/// The priority of the thread among those of the scheduling class SCHED_FIFO: low, but above all
-/// threads of the usual class.
-const PRIORITY: &str = "1";
 
 /// What was measured since the last call of [`Probe::take_round`].
 #[derive(Debug)]
@@ -76,9 +73,7 @@ impl Probe {
 
 fn run(mut traffic: Traffic, commands: &Receiver<Command>) -> Result<Traffic> {
     // Without it another thread may run for milliseconds when the next frame is due.
-    let tid = gettid().to_string();
-    output("chrt", ["--fifo", "--pid", PRIORITY, &tid])
-        .context("the probe cannot have a real-time priority")?;
+    set_real_time(gettid().as_raw())?;
     let mut due = Instant::now();
     let mut ran_at = due;
     let mut own_gap = Duration::ZERO;

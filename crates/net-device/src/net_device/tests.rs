@@ -134,6 +134,27 @@ fn ring_that_is_stopped_and_started_again_continues_at_its_base() {
     assert_eq!(sent_frames(&net_device), [8, 0]);
 }
 
+/// Waits until the queues of two queue pairs are attached, or detached.
+fn wait_until_attached(uplink: &TestUplink, is_attached: bool) {
+    let expected = [(0, is_attached), (1, is_attached)];
+    wait_until("the uplink's queues", || attached(uplink) == expected);
+}
+
+#[test]
+fn reply_to_get_vring_base_does_not_wait_until_the_uplinks_queue_is_detached() {
+    let uplink = TestUplink::default();
+    let net_device = net_device(2, uplink.clone(), PollMode::Off);
+    with_frontend(&net_device, &two_pairs(), |frontend| {
+        let busy = uplink.attached.lock();
+        frontend.stop().unwrap();
+        drop(busy);
+        wait_until_attached(&uplink, false);
+        frontend.start().unwrap();
+        wait_until_attached(&uplink, true);
+        send(frontend, 0, 3);
+    });
+}
+
 #[test]
 fn rings_whose_memory_is_removed_stop_and_continue_when_it_is_added_again() {
     let uplink = TestUplink::default();
@@ -142,14 +163,14 @@ fn rings_whose_memory_is_removed_stop_and_continue_when_it_is_added_again() {
         send(frontend, 0, 7);
         let region = frontend.ram().regions()[0];
         frontend.connection.remove_mem_region(&region).unwrap();
-        assert_eq!(attached(&uplink), [(0, false), (1, false)]);
+        wait_until_attached(&uplink, false);
         for served in net_device.pairs() {
             assert_eq!(served.pair.rx().state(), VringState::Stopped);
             assert_eq!(served.pair.tx().state(), VringState::Stopped);
         }
         let fd = frontend.ram().fd();
         frontend.connection.add_mem_region(&region, fd).unwrap();
-        assert_eq!(attached(&uplink), [(0, true), (1, true)]);
+        wait_until_attached(&uplink, true);
         send(frontend, 0, 2);
     });
     assert_eq!(sent_frames(&net_device), [9, 0]);

@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use parking_lot::MutexGuard;
 use virtionet_virtio_net::RxQueue;
 use virtionet_virtio_net::stats::to_u64;
 use virtionet_virtio_net::uplink::TxFrame;
@@ -35,7 +34,7 @@ impl VringSlot<RxQueue> {
                 return Pushed::InPostcopy;
             }
             // The lock is held for a turn, or for as long as a page is missing.
-            if let Some(contents) = self.contents.try_lock_for(PUSH_WAIT) {
+            if let Some(contents) = self.contents.lock_for_turn_within(PUSH_WAIT) {
                 break contents;
             }
         };
@@ -65,7 +64,7 @@ impl VringSlot<RxQueue> {
             };
             counter.add(to_u64(frames.len()));
         }
-        MutexGuard::unlock_fair(contents);
+        contents.end_turn();
         if let Some(notification) = notification {
             notification.deliver_after_turn();
         }

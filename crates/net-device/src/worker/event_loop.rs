@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use virtionet_process::panic_policy::{Panicked, contain, contain_panics};
-use virtionet_process::sandbox;
+use virtionet_process::{sandbox, scheduling};
 use virtionet_sandbox::ThreadKind;
 use virtionet_virtio_net::stats::{WorkerStats, to_u64};
 use vmm_sys_util::epoll::EpollEvent;
@@ -85,9 +85,12 @@ impl EventLoop {
     /// panics is caught in its turn; what panics outside of all turns costs the worker's queue
     /// pairs.
     pub(super) fn run(mut self) {
+        // In a handover the guest waits for it. Until it is confined as a worker, it is as the session's
+        // thread, which may set slices.
+        self.worker.gate.wait();
+        scheduling::use_default_slice();
         sandbox::confine_thread(ThreadKind::Worker);
         contain_panics();
-        self.worker.gate.wait();
         loop {
             match contain(|| self.run_until_stopped()) {
                 Ok(()) if self.stop.obey() => return self.worker.members.end(),

@@ -142,6 +142,15 @@ impl Members {
         !is_served && (!all.has_thread || all.is_used())
     }
 
+    /// Whether a thread serves a queue pair, and goes on with it, or is about to.
+    pub(super) fn will_be_served(&self, position: u16) -> bool {
+        let all = self.0.lock();
+        let state = all.state(position);
+        all.has_thread
+            && state
+                .is_some_and(|state| matches!(state, MemberState::Starting | MemberState::Served))
+    }
+
     /// Whether there is a thread, or one is about to start.
     pub(super) fn has_thread(&self) -> bool {
         self.0.lock().has_thread
@@ -243,6 +252,7 @@ mod tests {
         assert!(members.start(0) && !members.start(1) && members.has_thread());
         assert_eq!(taken(&members.apply_changes()), [0, 1]);
         members.stop(0);
+        assert!(!members.will_be_served(0) && members.will_be_served(1));
         assert!(!members.is_released(0) && !members.end_if_unused());
         assert_eq!(members.apply_changes().dropped, [0]);
         assert!(members.is_released(0) && !members.is_released(1));
