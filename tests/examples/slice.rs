@@ -84,6 +84,7 @@ fn measure_frames(pairs: u32) -> Result<()> {
         uplink: Uplink::Tap,
         is_packed: false,
         pairs: 1,
+        shares_worker: false,
     };
     let testbed = TrafficTestbed::start(setup)?;
     let traffic = testbed.connect()?;

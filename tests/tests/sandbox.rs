@@ -71,11 +71,14 @@ fn every_thread_of_a_running_daemon_has_its_filters_and_no_other_capabilities() 
     let config = TestFrontendConfig::new(1, 256, MODERN);
     let _frontend = TestFrontend::connect(daemon.socket(), &config).unwrap();
     let deadline = Instant::now() + TIMEOUT;
-    // The main thread is the last one, and the worker starts with its vring.
+    // The main thread is the last one. The worker starts with its vring, as confined as the session.
     let threads = loop {
         let threads = threads(&daemon);
-        let is_confined = |name: &str| threads.get(name).is_some_and(|thread| thread.filters > 2);
-        if EXPECTED.iter().all(|(name, ..)| is_confined(name)) {
+        let is_confined = |(name, filters): &(&str, u64)| {
+            let thread = threads.get(*name);
+            thread.is_some_and(|thread| thread.filters >= *filters)
+        };
+        if EXPECTED.iter().all(is_confined) {
             break threads;
         }
         assert!(Instant::now() < deadline, "{threads:?}");

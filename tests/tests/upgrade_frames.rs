@@ -26,6 +26,20 @@ fn upgrade_neither_loses_nor_repeats_nor_reorders_a_frame() {
     }
 }
 
+#[test]
+fn upgrade_with_a_worker_for_all_queue_pairs_neither_loses_nor_reorders_a_frame() {
+    for setup in Setup::all(PAIRS)
+        .into_iter()
+        .filter(|setup| setup.is_packed)
+    {
+        check(Setup {
+            shares_worker: true,
+            ..setup
+        })
+        .unwrap();
+    }
+}
+
 fn check(setup: Setup) -> Result<()> {
     let upgrades = number("UPGRADES", DEFAULT_UPGRADES)?;
     let mut testbed = TrafficTestbed::start(setup)?;

@@ -19,6 +19,7 @@ use crate::daemon::{Daemon, Options};
 use crate::netns::Netns;
 use crate::paths::RunDir;
 use crate::pause::pause_in_log;
+use crate::sched::allowed_cpus;
 use crate::topology::{GUEST, HOST, HostNetwork, TAP};
 
 /// The number of descriptors of each virtqueue: more than frames can be on their way.
@@ -54,6 +55,8 @@ pub struct Setup {
     pub is_packed: bool,
     /// The number of queue pairs of each device.
     pub pairs: u16,
+    /// Whether one worker serves all queue pairs, instead of one each.
+    pub shares_worker: bool,
 }
 
 impl Setup {
@@ -70,6 +73,7 @@ impl Setup {
             uplink,
             is_packed,
             pairs,
+            shares_worker: false,
         })
     }
 
@@ -121,6 +125,10 @@ impl TrafficTestbed {
             .no_socket()
             .netns(network.netns())
             .flag("--handover-socket", dir.join("handover"));
+        if setup.shares_worker {
+            let cpu = allowed_cpus()?.last().copied().unwrap_or(0);
+            options = options.flag("--workers", format!("list:{cpu}"));
+        }
         for device in 0..setup.devices() {
             let socket = socket(&dir, device);
             let socket = socket.display();
