@@ -2,10 +2,14 @@
 //! them.
 //!
 //! Such a chain needs no [`Chain`](crate::Chain): its slice and its id are all there is to know.
-//! The path has three steps. [`Virtqueue::find_singles`](crate::Virtqueue::find_singles) reads the next available chains for as long
+//! The path has three steps. [`Virtqueue::find_singles`] reads the next available chains for as long
 //! as they are of that kind, without dequeuing them. The caller looks at their slices and copies.
-//! [`Virtqueue::complete_singles`](crate::Virtqueue::complete_singles) dequeues and completes them. What is found and not completed stays
-//! available, so a caller that cannot use it calls [`Virtqueue::dequeue`](crate::Virtqueue::dequeue) instead.
+//! [`Virtqueue::complete_singles`] dequeues and completes them. What is found and not completed stays
+//! available, so a caller that cannot use it calls [`Virtqueue::dequeue`] instead.
+//!
+//! [`Virtqueue::find_singles`]: crate::Virtqueue::find_singles
+//! [`Virtqueue::complete_singles`]: crate::Virtqueue::complete_singles
+//! [`Virtqueue::dequeue`]: crate::Virtqueue::dequeue
 
 use crate::memory::{GuestSlice, SingleTranslator};
 
@@ -14,8 +18,8 @@ use crate::memory::{GuestSlice, SingleTranslator};
 pub struct FoundSingles {
     /// The number of chains of one buffer that were found.
     pub count: usize,
-    /// There is something else behind them that [`Virtqueue::dequeue`](crate::Virtqueue::dequeue) must look at: another chain,
-    /// or a fault. It is false if the virtqueue has no more chains, or if enough were found.
+    /// There is something else behind them that [`crate::Virtqueue::dequeue`] must look at: another
+    /// chain, or a fault. It is false if the virtqueue has no more chains, or if enough were found.
     pub has_other: bool,
 }
 
@@ -26,10 +30,6 @@ impl FoundSingles {
         has_other: true,
     };
 }
-
-/// The greatest length in bytes of a chain on the fast path. With a bound, a translation costs one
-/// comparison.
-pub(crate) const MAX_SINGLE_LEN: u32 = 64 << 10;
 
 /// The ids of found chains, in their order.
 #[derive(Debug, Clone, Copy)]

@@ -18,8 +18,7 @@ use crate::chain::{Chain, WalkedChain};
 use crate::config::{Direction, MAX_CHAIN_SEGMENTS, VirtqueueConfig};
 use crate::constants::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use crate::fault::ChainFault;
-use crate::memory::{Descriptor, MissingTranslation, SegmentWriter};
-use crate::singles::MAX_SINGLE_LEN;
+use crate::memory::{Descriptor, MAX_SINGLE_LEN, MissingTranslation, SegmentWriter};
 
 /// The rules for every chain of a virtqueue.
 #[derive(Debug, Clone, Copy)]

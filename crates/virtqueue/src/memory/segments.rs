@@ -9,7 +9,7 @@
 mod singles;
 mod translated;
 
-pub(crate) use singles::SingleTranslator;
+pub(crate) use singles::{MAX_SINGLE_LEN, SingleTranslator};
 
 use std::sync::Arc;
 

@@ -3,7 +3,10 @@
 use super::super::slice::GuestSlice;
 use super::{CachedRegion, GuestMemory, SegmentList, SegmentStart};
 use crate::config::Direction;
-use crate::singles::MAX_SINGLE_LEN;
+
+/// The greatest length in bytes of a chain on the fast path. With a bound, a translation costs one
+/// comparison.
+pub(crate) const MAX_SINGLE_LEN: u32 = 64 << 10;
 
 /// Translates buffers of at most [`MAX_SINGLE_LEN`] bytes, each to one slice. It holds the region of
 /// the last translation by value, so that a buffer costs one comparison.
