@@ -227,7 +227,11 @@ impl QueuePair {
 /// For uplinks that push frames from threads of their own.
 impl RxSink for QueuePair {
     fn push(&self, frames: &[TxFrame<'_>]) -> usize {
-        match self.rx.push(frames, || self.inbox.is_open()) {
+        self.push_releasing(frames, &mut || ())
+    }
+
+    fn push_releasing(&self, frames: &[TxFrame<'_>], release: &mut dyn FnMut()) -> usize {
+        match self.rx.push(frames, || self.inbox.is_open(), release) {
             Pushed::Done(descriptors_read) => return descriptors_read,
             Pushed::InPostcopy => self.inbox.put(frames, self.rx.stats()),
             // The vring does not run any more, so the worker must detach the uplink.

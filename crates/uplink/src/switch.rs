@@ -340,7 +340,16 @@ struct SwitchQueue {
 
 impl UplinkQueue for SwitchQueue {
     fn transmit(&self, frames: &[TxFrame<'_>], stats: &VringStats) {
-        self.switch.forward(&self.ingress, frames, stats);
+        self.transmit_releasing(frames, stats, &mut || ());
+    }
+
+    fn transmit_releasing(
+        &self,
+        frames: &[TxFrame<'_>],
+        stats: &VringStats,
+        release: &mut dyn FnMut(),
+    ) {
+        self.switch.forward(&self.ingress, frames, stats, release);
     }
 
     fn receive(&self, _buffers: &[GuestSlice<'_>], _bounce: &mut [u8]) -> Received {

@@ -34,11 +34,16 @@ struct TestReceiveq {
 
 impl RxSink for TestReceiveq {
     fn push(&self, frames: &[TxFrame<'_>]) -> usize {
+        self.push_releasing(frames, &mut || ())
+    }
+
+    fn push_releasing(&self, frames: &[TxFrame<'_>], release: &mut dyn FnMut()) -> usize {
         assert!(!frames.is_empty() && frames.len() <= MAX_BURST);
         self.pushes.lock().unwrap().push(frames.len());
         if self.enabled.load(Ordering::Relaxed) {
             let mut queue = self.queue.lock().unwrap();
-            queue.push(frames).unwrap().descriptors_read
+            let pushed = queue.push_releasing(frames, release);
+            pushed.unwrap().descriptors_read
         } else {
             let count = u64::try_from(frames.len()).unwrap();
             self.stats.dropped_disabled.add(count);

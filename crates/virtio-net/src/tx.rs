@@ -1,12 +1,15 @@
 //! The TX path: dequeues chains from the transmitq, checks their headers, and transmits the frames
 //! to the uplink.
 
+mod singles;
+
 use std::sync::Arc;
 
 use arrayvec::ArrayVec;
 use virtionet_virtqueue::memory::{GuestMemory, GuestSlice};
 use virtionet_virtqueue::{Burst, Chain, Direction, Virtqueue, VirtqueueError, VirtqueueFault};
 
+use self::singles::send_singles;
 use crate::announcement::announcement;
 use crate::features::Features;
 use crate::header::{LEGACY_VNET_HEADER_LEN, VNET_HEADER_LEN, VnetHeader};
@@ -95,6 +98,21 @@ impl TxQueue {
     /// # Errors
     /// When the ring is faulty and must be quarantined.
     pub fn send(&mut self, uplink: Option<&dyn UplinkQueue>) -> Result<TxOutcome, VirtqueueFault> {
+        if let Some(uplink) = uplink
+            && self.burst_limit == MAX_BURST
+            && let Some(sent) = send_singles(&mut self.queue, uplink)
+        {
+            return Ok(sent);
+        }
+        self.send_chains(uplink)
+    }
+
+    /// The same for chains of any form.
+    #[inline(never)]
+    fn send_chains(
+        &mut self,
+        uplink: Option<&dyn UplinkQueue>,
+    ) -> Result<TxOutcome, VirtqueueFault> {
         let queue = &mut self.queue;
         let dequeued = queue
             .virtqueue
@@ -103,26 +121,23 @@ impl TxQueue {
             return Ok(TxOutcome::default());
         }
         queue.stats.bursts.add(1);
-        let (chains, bytes) = match uplink {
+        let outcome = match uplink {
             Some(uplink) => transmit_burst(queue, uplink, self.burst_limit < MAX_BURST),
             None => {
                 queue.stats.dropped_disabled.add(to_u64(dequeued));
-                (dequeued, 0)
+                queue.virtqueue.complete_all(queue.burst.chains());
+                TxOutcome {
+                    chains: dequeued,
+                    bytes: 0,
+                    should_call: queue.virtqueue.publish(),
+                }
             }
         };
-        queue
-            .virtqueue
-            .complete_all(&queue.burst.chains()[..chains]);
-        if chains < dequeued || self.burst_limit < MAX_BURST {
-            self.adapt_burst_limit(chains, dequeued);
+        if outcome.chains < dequeued || self.burst_limit < MAX_BURST {
+            self.adapt_burst_limit(outcome.chains, dequeued);
         }
-        let queue = &mut self.queue;
-        queue.burst.clear();
-        Ok(TxOutcome {
-            chains,
-            bytes,
-            should_call: queue.virtqueue.publish(),
-        })
+        self.queue.burst.clear();
+        Ok(outcome)
     }
 
     /// Rewinds the chains that the last burst had no budget for.
@@ -197,17 +212,13 @@ impl DeviceQueue for TxQueue {
     }
 }
 
-/// Transmits the frames of the burst's valid chains; returns how many chains it is done with, and
-/// the bytes of their frames. With `is_expensive` it looks at the cost of each frame, even if the
-/// burst has few bytes.
-fn transmit_burst(
-    queue: &mut Queue,
-    uplink: &dyn UplinkQueue,
-    is_expensive: bool,
-) -> (usize, usize) {
+/// Transmits the frames of the burst's valid chains, and completes and publishes the chains that it is
+/// done with. With `is_expensive` it looks at the cost of each frame, even if the burst has few bytes.
+fn transmit_burst(queue: &mut Queue, uplink: &dyn UplinkQueue, is_expensive: bool) -> TxOutcome {
     let mut headers = [VnetHeader::default(); MAX_BURST];
     strip_headers(queue, &mut headers);
     let Queue {
+        virtqueue,
         burst,
         features,
         stats,
@@ -236,12 +247,45 @@ fn transmit_burst(
         true => chains.len(),
         false => count_invalid_chains(chains, &headers, *features, frames.len(), stats),
     };
-    match burst.memory().is_in_postcopy() {
-        _ if frames.is_empty() => {}
-        false => uplink.transmit(&frames, stats),
-        true => transmit_copies(&frames, uplink, stats),
+    let mut release = || {
+        virtqueue.complete_all(&chains[..done]);
+        virtqueue.publish()
+    };
+    let should_call = match burst.memory().is_in_postcopy() {
+        false => transmit_releasing(&frames, uplink, stats, release),
+        true => {
+            if !frames.is_empty() {
+                transmit_copies(&frames, uplink, stats);
+            }
+            release()
+        }
+    };
+    TxOutcome {
+        chains: done,
+        bytes,
+        should_call,
     }
-    (done, bytes)
+}
+
+/// Transmits `frames`, and calls `release`, which gives their buffers back to the driver, once: when
+/// the uplink says so, or afterwards. Returns its result.
+#[inline(always)]
+fn transmit_releasing(
+    frames: &[TxFrame<'_>],
+    uplink: &dyn UplinkQueue,
+    stats: &VringStats,
+    mut release: impl FnMut() -> bool,
+) -> bool {
+    let mut should_call = None;
+    if !frames.is_empty() {
+        uplink.transmit_releasing(frames, stats, &mut || {
+            should_call.get_or_insert_with(&mut release);
+        });
+    }
+    match should_call {
+        Some(should_call) => should_call,
+        None => release(),
+    }
 }
 
 /// Transmits copies of frames in guest memory of which pages may be missing. Only this vring waits

@@ -71,6 +71,21 @@ pub trait UplinkQueue: Send + Sync + fmt::Debug {
     /// transmitted is counted there in `frames` and `bytes`.
     fn transmit(&self, frames: &[TxFrame<'_>], stats: &VringStats);
 
+    /// Does the same, and calls `release` as soon as nothing reads the frames' memory any more, if it
+    /// is before other drivers see the frames. `release` gives the buffers back to the sending driver.
+    /// It has no effect the second time, and the caller calls it afterwards in any case.
+    ///
+    /// An uplink must not call it before a frame is where the end of this process cannot lose it,
+    /// except for frames to another guest, of which one burst may be lost.
+    fn transmit_releasing(
+        &self,
+        frames: &[TxFrame<'_>],
+        stats: &VringStats,
+        _release: &mut dyn FnMut(),
+    ) {
+        self.transmit(frames, stats);
+    }
+
     /// Receives one frame: a virtio-net header of the negotiated length, then the Ethernet frame,
     /// into `buffers` one after the other, and the part that does not fit there into `bounce`. The
     /// caller sets `num_buffers` in the header. It never blocks.
@@ -101,6 +116,12 @@ pub trait RxSink: Send + Sync + fmt::Debug {
     /// Returns how many descriptors of the ring were read, those of invalid chains included: a
     /// measure of the work that the receiving guest's ring caused.
     fn push(&self, frames: &[TxFrame<'_>]) -> usize;
+
+    /// Does the same, and calls `release` (see [`UplinkQueue::transmit_releasing`]) after the frames
+    /// were copied and before the guest sees them, if the receiveq is one that can do so.
+    fn push_releasing(&self, frames: &[TxFrame<'_>], _release: &mut dyn FnMut()) -> usize {
+        self.push(frames)
+    }
 }
 
 /// A reference to no receiveq, for an uplink that no device uses.

@@ -13,7 +13,11 @@ use std::sync::Arc;
 
 use crate::chain::Chain;
 use crate::config::Direction;
-use crate::memory::{Access, GuestMemory, GuestSlice, SegmentList, SegmentWriter};
+use crate::memory::{
+    Access, GuestMemory, GuestSlice, SegmentList, SegmentWriter, SingleTranslator,
+};
+use crate::singles::SingleIds;
+use crate::walk::MAX_CHAINS_PER_DEQUEUE;
 
 /// Dequeued chains in the order in which the driver made them available.
 /// [`crate::Virtqueue::dequeue`] adds chains at the back, and [`Burst::retire`] removes completed
@@ -28,6 +32,9 @@ pub struct Burst {
     retired: usize,
     /// The number of descriptors read since [`Burst::reset_descriptors_read`].
     descriptors_read: usize,
+    /// The ids of the chains that [`Virtqueue::find_singles`](crate::Virtqueue::find_singles) found
+    /// last. They are not in the burst.
+    single_ids: [u16; MAX_CHAINS_PER_DEQUEUE],
 }
 
 /// The capacity for new chains and a writer for their segments. [`Burst::commit`] adds them to
@@ -66,6 +73,7 @@ impl Burst {
             segments: SegmentList::with_access(memory, access),
             retired: 0,
             descriptors_read: 0,
+            single_ids: [0; MAX_CHAINS_PER_DEQUEUE],
         }
     }
 
@@ -183,6 +191,47 @@ impl Burst {
                 chain.segments = chain.segments.saturating_sub(emptied);
             }
         }
+    }
+
+    /// Where up to `count` found chains are stored, at most 64: their ids and slices. The burst must
+    /// be empty.
+    #[inline(always)]
+    pub(crate) fn singles_storage(
+        &mut self,
+        count: usize,
+    ) -> (&mut [u16], &mut [GuestSlice<'static>], SingleTranslator<'_>) {
+        let count = count.min(MAX_CHAINS_PER_DEQUEUE);
+        let (slices, translator) = self.segments.singles(count);
+        (&mut self.single_ids[..count], slices, translator)
+    }
+
+    /// The first `count` chains that were found last: their ids, and the slice of each.
+    #[inline(always)]
+    #[must_use]
+    pub fn singles(&self, count: usize) -> (SingleIds<'_>, &[GuestSlice<'_>]) {
+        let ids = self.single_ids.get(..count).unwrap_or_default();
+        (SingleIds(ids), self.segments.singles_found(count))
+    }
+
+    /// Removes the first `N` bytes of the first `count` chains that were found last, so that they are
+    /// read only once. Returns the ids, and for each chain these bytes and the rest of its slice. None
+    /// may have fewer bytes.
+    #[inline(always)]
+    pub fn strip_singles<'a, const N: usize>(
+        &'a mut self,
+        count: usize,
+    ) -> (
+        SingleIds<'a>,
+        impl Iterator<Item = ([u8; N], &'a GuestSlice<'a>)>,
+    ) {
+        let ids = self.single_ids.get(..count).unwrap_or_default();
+        (SingleIds(ids), self.segments.strip_singles(count))
+    }
+
+    /// Counts the descriptors of found chains that were completed.
+    #[inline(always)]
+    pub fn count_singles(&mut self, count: usize) {
+        self.descriptors_read += count;
     }
 
     /// Removes the first `n` chains, which have been completed.

@@ -19,6 +19,7 @@ mod fault;
 pub mod memory;
 mod packed;
 mod ring_log;
+mod singles;
 mod split;
 #[cfg(test)]
 mod testing;
@@ -32,4 +33,5 @@ pub use config::{
 };
 pub use crash_record::CrashRecord;
 pub use fault::{ChainFault, VirtqueueFault};
+pub use singles::{FoundSingles, SingleIds};
 pub use virtqueue::Virtqueue;

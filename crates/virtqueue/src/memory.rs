@@ -65,8 +65,8 @@ pub use iotlb::{
 };
 #[cfg(loom)]
 pub use loom::{DisabledOrdering, clear_model, disable_ordering};
-pub(crate) use segments::SegmentWriter;
 pub use segments::{BadAddress, SegmentList};
+pub(crate) use segments::{MAX_SINGLE_LEN, SegmentWriter, SingleTranslator};
 pub use slice::GuestSlice;
 pub(crate) use translation::MissingTranslation;
 pub use userfault::{MissingPages, PostcopyError};

@@ -31,7 +31,9 @@
 //! that sets up its ring again clears it, which tells its ring from that of before.
 
 mod position;
+mod publish;
 mod recovery;
+mod singles;
 
 use std::mem;
 
@@ -40,11 +42,9 @@ use crate::chain::Chain;
 use crate::config::{MAX_QUEUE_SIZE, VirtqueueConfig, VirtqueueError};
 use crate::constants::{
     VIRTQ_DESC_F_AVAIL, VIRTQ_DESC_F_USED, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT,
-    VRING_DESC_F_WRITE, VRING_PACKED_EVENT_F_WRAP_CTR, VRING_PACKED_EVENT_FLAG_DESC,
-    VRING_PACKED_EVENT_FLAG_DISABLE, VRING_PACKED_EVENT_FLAG_ENABLE,
+    VRING_PACKED_EVENT_FLAG_DESC, VRING_PACKED_EVENT_FLAG_DISABLE, VRING_PACKED_EVENT_FLAG_ENABLE,
 };
 use crate::crash_record::{CompletedChain, CrashRecord};
-use crate::event::needs_event;
 use crate::fault::{ChainFault, VirtqueueFault};
 use crate::memory::{Descriptor, GuestArray, GuestMemory, SegmentWriter, full_fence};
 use crate::ring_log::PackedRingLog;
@@ -58,6 +58,8 @@ use position::RingPosition;
 const EVENT_OFF_WRAP: u16 = 0;
 const EVENT_FLAGS: u16 = 1;
 
+/// The number of descriptors in a cache line, in which the ring begins.
+const DESCRIPTORS_PER_LINE: u16 = 4;
 /// Number of descriptors between the one that is read and the one that is prefetched: two cache
 /// lines.
 const PREFETCH_DISTANCE: u16 = 8;
@@ -361,65 +363,6 @@ impl PackedVirtqueue {
             .extend(completions.map(|(id, slots, written)| CompletedChain { id, slots, written }));
     }
 
-    /// Writes the used descriptors of all completed chains, the first one last: the driver reads
-    /// them in order, so it sees either all or none. Returns whether the driver wants an interrupt.
-    #[inline(always)]
-    pub(crate) fn publish(&mut self) -> bool {
-        let Some(first) = self.completed.first().copied() else {
-            return false;
-        };
-        let start = self.used;
-        if let Some(record) = &mut self.record {
-            record.record(start.to_word(), &self.completed);
-        }
-        let mut position = start.after(first.slots, self.size);
-        for completed in &self.completed[1..] {
-            self.write_used(position, *completed);
-            position = position.after(completed.slots, self.size);
-        }
-        self.write_used(start, first);
-        self.used = position;
-        self.completed.clear();
-        full_fence();
-        let moved = position.since(start, self.size);
-        if let Some(log) = &self.log {
-            log.log_published(start.index, moved);
-        }
-        self.should_call(moved)
-    }
-
-    #[inline(always)]
-    fn write_used(&self, position: RingPosition, completed: CompletedChain) {
-        let mut flags = if position.wrap {
-            VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED
-        } else {
-            0
-        };
-        if completed.written != 0 {
-            flags |= VRING_DESC_F_WRITE;
-        }
-        self.desc
-            .release_used(position.index, completed.id, completed.written, flags);
-    }
-
-    /// Whether the driver wants an interrupt for the last `moved` descriptors (virtio 1.3 §2.8.10).
-    #[inline(always)]
-    fn should_call(&self, moved: u16) -> bool {
-        match self.driver_event.acquire(EVENT_FLAGS) & 3 {
-            VRING_PACKED_EVENT_FLAG_DISABLE => false,
-            VRING_PACKED_EVENT_FLAG_DESC if self.event_idx => {
-                let word = self.driver_event.acquire(EVENT_OFF_WRAP);
-                let mut event = word & !VRING_PACKED_EVENT_F_WRAP_CTR;
-                if (word & VRING_PACKED_EVENT_F_WRAP_CTR != 0) != self.used.wrap {
-                    event = event.wrapping_sub(self.size);
-                }
-                let new = self.used.index;
-                needs_event(event, new, new.wrapping_sub(moved))
-            }
-            _ => true,
-        }
-    }
-
     pub(crate) fn has_unpublished(&self) -> bool {
         !self.completed.is_empty()
     }
@@ -467,10 +410,14 @@ fn low_half(base: u32) -> u16 {
 /// Whether a descriptor with these flags is available to the device (virtio 1.3 §2.8.1).
 #[inline(always)]
 fn is_available(flags: u16, wrap: bool) -> bool {
-    flags & (VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED)
-        == if wrap {
-            VIRTQ_DESC_F_AVAIL
-        } else {
-            VIRTQ_DESC_F_USED
-        }
+    flags & (VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED) == available_flags(wrap)
+}
+
+/// The flags of an available descriptor that say so.
+#[inline(always)]
+fn available_flags(wrap: bool) -> u16 {
+    match wrap {
+        true => VIRTQ_DESC_F_AVAIL,
+        false => VIRTQ_DESC_F_USED,
+    }
 }

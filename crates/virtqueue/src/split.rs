@@ -18,6 +18,8 @@
 //! `complete` writes used elements behind `published`, where the driver does not read. `publish`
 //! makes all of them visible with one store of `idx`.
 
+mod singles;
+
 use crate::burst::{Burst, Reservation};
 use crate::chain::{Chain, WalkedChain};
 use crate::config::{MAX_QUEUE_SIZE, VirtqueueConfig, VirtqueueError};
@@ -314,13 +316,18 @@ impl SplitVirtqueue {
         // A local copy stays in a register; updating the field each time would cost more than the
         // rest.
         let mut at = self.next_used;
-        for (id, _, written) in completions {
-            let element = UsedElement {
-                id: u32::from(id).to_le(),
-                len: written.to_le(),
-            };
-            self.used.set(at & (self.size - 1), element);
-            at = at.wrapping_add(1);
+        let mut elements = completions.map(|(id, _, written)| UsedElement {
+            id: u32::from(id).to_le(),
+            len: written.to_le(),
+        });
+        // Up to the end of the ring, and then from its beginning.
+        loop {
+            let index = at & (self.size - 1);
+            let written = self.used.set_from(index, &mut elements);
+            at = at.wrapping_add(written);
+            if index + written < self.size {
+                break;
+            }
         }
         self.next_used = at;
     }

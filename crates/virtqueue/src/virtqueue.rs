@@ -4,12 +4,13 @@ use std::sync::Arc;
 
 use crate::burst::Burst;
 use crate::chain::{Chain, to_used_len};
-use crate::config::{VirtqueueConfig, VirtqueueError};
+use crate::config::{Direction, VirtqueueConfig, VirtqueueError};
 use crate::crash_record::CrashRecord;
 use crate::fault::VirtqueueFault;
 use crate::memory::{GuestMemory, IovaRange};
 use crate::packed::PackedVirtqueue;
 use crate::ring_log::{PackedRingLog, UsedRingLog};
+use crate::singles::{FoundSingles, SingleIds, SinglesRequest};
 use crate::split::SplitVirtqueue;
 
 /// The device side of a virtqueue, split or packed (virtio 1.3 §2.7 and §2.8). Callers do not see
@@ -278,6 +279,48 @@ impl Virtqueue {
     pub fn complete_each<'c>(&mut self, completions: impl Iterator<Item = (&'c Chain, u32)>) {
         let completions = completions.map(|(chain, written)| (chain.id, chain.slots, written));
         dispatch!(mut self, ring => ring.complete_each(completions));
+    }
+
+    /// Finds the next available chains for as long as each is one buffer within one region of memory,
+    /// of at least the next of `min_lens` bytes and at most `max_len` bytes, or 64 KiB. It finds no more
+    /// than `min_lens` has elements, and at most 64. `direction` is that of the virtqueue.
+    ///
+    /// Nothing is dequeued and nothing is written to guest memory. `burst` must be empty and not be
+    /// behind an IOMMU; otherwise nothing is found.
+    #[inline(always)]
+    pub fn find_singles(
+        &self,
+        burst: &mut Burst,
+        direction: Direction,
+        min_lens: impl ExactSizeIterator<Item = usize>,
+        max_len: u32,
+    ) -> FoundSingles {
+        if !burst.chains().is_empty() || burst.memory().iotlb().is_some() {
+            return FoundSingles::NONE;
+        }
+        let (ids, slices, translator) = burst.singles_storage(min_lens.len());
+        let request = SinglesRequest {
+            ids,
+            slices,
+            translator,
+            min_lens,
+            max_len,
+        };
+        dispatch!(self, ring => ring.find_singles(direction, request))
+    }
+
+    /// Dequeues and completes the found chains of these ids, each with the number of bytes written to
+    /// it. They must be the next available ones, and `written` must have as many elements.
+    #[inline(always)]
+    pub fn complete_singles(&mut self, ids: SingleIds<'_>, written: impl Iterator<Item = u32>) {
+        // At most 64.
+        let count = u16::try_from(ids.0.len()).unwrap_or(0);
+        let ids = ids.0.iter().copied();
+        let completions = ids.zip(written).map(|(id, written)| (id, 1, written));
+        dispatch!(mut self, ring => {
+            ring.skip_available(count);
+            ring.complete_each(completions);
+        });
     }
 
     /// Completes the chains that `len` bytes fill one after the other, beginning with the first,

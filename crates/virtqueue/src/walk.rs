@@ -18,7 +18,7 @@ use crate::chain::{Chain, WalkedChain};
 use crate::config::{Direction, MAX_CHAIN_SEGMENTS, VirtqueueConfig};
 use crate::constants::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use crate::fault::ChainFault;
-use crate::memory::{Descriptor, MissingTranslation, SegmentWriter};
+use crate::memory::{Descriptor, MAX_SINGLE_LEN, MissingTranslation, SegmentWriter};
 
 /// The rules for every chain of a virtqueue.
 #[derive(Debug, Clone, Copy)]
@@ -49,7 +49,21 @@ impl ChainRules {
         Some(Chain::single_slot(id, to_u32(at), 1, len))
     }
 
-    /// The same for a chain of two buffers, typically those of the header and of the frame.
+    /// The rules for chains of one buffer of at most `max_len` bytes, if `direction` is that of the
+    /// virtqueue. Both are constants in all calls, so that the compiler knows the results.
+    #[inline(always)]
+    pub(crate) fn for_singles(self, direction: Direction, max_len: u32) -> Option<SingleRules> {
+        let rules = Self { direction, ..self };
+        (self.direction == direction).then_some(SingleRules {
+            mask: VRING_DESC_F_NEXT | VRING_DESC_F_WRITE | VRING_DESC_F_INDIRECT,
+            flags: rules.expected_flags(),
+            // An empty buffer has no address that could be checked.
+            min_len: self.min_len.max(1),
+            max_len: max_len.min(MAX_SINGLE_LEN),
+        })
+    }
+
+    /// The same as [`ChainRules::walk_single`] for a chain of two buffers, typically those of the header and of the frame.
     #[inline(always)]
     pub(crate) fn walk_double(
         self,
@@ -134,6 +148,37 @@ impl ChainRules {
             indirect: config.indirect,
             min_len: config.min_len,
         }
+    }
+}
+
+/// The rules for chains of one buffer each, on the path of [`crate::Virtqueue::find_singles`].
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct SingleRules {
+    mask: u16,
+    /// The flags that a descriptor must have, of those in `mask`.
+    pub(crate) flags: u16,
+    min_len: u32,
+    max_len: u32,
+}
+
+impl SingleRules {
+    /// The same rules, and a descriptor must also have exactly the flags `flags` of those in `mask`.
+    #[inline(always)]
+    pub(crate) fn with_flags(self, mask: u16, flags: u16) -> Self {
+        Self {
+            mask: self.mask | mask,
+            flags: self.flags | flags,
+            ..self
+        }
+    }
+
+    /// Whether a descriptor is such a chain, of at least `min_len` bytes.
+    #[inline(always)]
+    pub(crate) fn accepts(self, flags: u16, len: u32, min_len: usize) -> bool {
+        flags & self.mask == self.flags
+            && len >= self.min_len
+            && len <= self.max_len
+            && usize::try_from(len).is_ok_and(|len| len >= min_len)
     }
 }
 

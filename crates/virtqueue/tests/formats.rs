@@ -25,6 +25,14 @@ enum Op {
     Calls(bool),
     /// The device dequeues up to this many chains.
     Dequeue(usize),
+    /// The device finds up to `most` chains of one buffer of at least `min` bytes and at most `max`,
+    /// and completes up to `take` of them.
+    Singles {
+        most: usize,
+        take: usize,
+        min: usize,
+        max: u32,
+    },
     /// The device completes up to this many chains, some of them filled in part.
     Complete(usize),
     /// The device completes up to this many chains with one call, without writing to them.
@@ -47,8 +55,16 @@ enum Op {
 
 fn ops() -> impl Strategy<Value = Op> {
     let lens = prop::collection::vec(prop_oneof![1 => Just(0u16), 9 => 1u16..400], 1..9);
+    let single = prop_oneof![1 => Just(0u16), 9 => 100u16..400];
+    let limits = (
+        prop_oneof![0usize..200, Just(0)],
+        prop_oneof![50u32..400, Just(u32::MAX)],
+    );
+    let singles = (0usize..80, 0usize..80, limits);
     prop_oneof![
         8 => (lens, any::<bool>()).prop_map(|(lens, indirect)| Op::Add { lens, indirect }),
+        12 => single.prop_map(|len| Op::Add { lens: vec![len], indirect: false }),
+        6 => singles.prop_map(|(most, take, (min, max))| Op::Singles { most, take, min, max }),
         5 => Just(Op::DriverPublish),
         4 => Just(Op::Collect),
         2 => any::<bool>().prop_map(Op::Calls),
@@ -91,6 +107,7 @@ fn setups() -> impl Strategy<Value = Setup> {
 struct TestChain {
     token: u64,
     lens: Vec<u16>,
+    indirect: bool,
     descriptors: u16,
     /// The number of bytes that the device reports as written.
     written: usize,
@@ -163,6 +180,12 @@ impl Model {
                 self.calls.disable(self.setup);
             }
             Op::Dequeue(most) => self.dequeue(*most),
+            Op::Singles {
+                most,
+                take,
+                min,
+                max,
+            } => self.singles(*most, *take, *min, *max),
             Op::Complete(most) => self.complete(*most),
             Op::CompleteAll(most) => self.complete_all(*most),
             Op::Fill(bytes) => self.fill(*bytes),
@@ -201,6 +224,7 @@ impl Model {
         let made = TestChain {
             token: self.next,
             lens: lens.to_vec(),
+            indirect,
             descriptors,
             written: 0,
         };
@@ -251,6 +275,42 @@ impl Model {
             let lens = made.lens.iter().map(|len| usize::from(*len));
             assert_eq!(segments, lens.filter(|len| *len != 0).collect::<Vec<_>>());
         }
+    }
+
+    fn singles(&mut self, most: usize, take: usize, min: usize, max: u32) {
+        let direction = self.setup.direction;
+        let lens = std::iter::repeat_n(min, most);
+        let found = self
+            .ring
+            .find_singles(&mut self.burst, direction, lens, max);
+        if !self.taken.is_empty() {
+            assert_eq!((found.count, found.has_other), (0, true));
+            return;
+        }
+        let limit = most.min(64).min(self.available.len());
+        let is_single = |made: &&TestChain| {
+            let len = made.len();
+            !made.indirect && made.lens.len() == 1 && len >= min.max(1) && to_u32(len) <= max
+        };
+        let expected = self.available.iter().take(limit).take_while(is_single);
+        let expected: Vec<TestChain> = expected.cloned().collect();
+        assert_eq!(found.count, expected.len());
+        assert_eq!(found.has_other, found.count < limit);
+        let (ids, slices) = self.burst.singles(take.min(found.count));
+        let mut written = Vec::new();
+        for (slice, made) in slices.iter().zip(&expected) {
+            let mut bytes = vec![0; made.len()];
+            assert_eq!(slice.copy_to(&mut bytes), slice.len());
+            assert_eq!(bytes, made.bytes(0));
+            let mut made = self.available.pop_front().unwrap();
+            if direction == Direction::Writable {
+                made.written = made.len() * usize::try_from(made.token % 3).unwrap() / 2;
+                slice.copy_from(&made.bytes(1)[..made.written]);
+            }
+            written.push(to_u32(made.written));
+            self.completed.push_back(made);
+        }
+        self.ring.complete_singles(ids, written.into_iter());
     }
 
     fn complete(&mut self, most: usize) {
@@ -383,6 +443,10 @@ impl Model {
             assert_eq!(self.ring.base(), ring.base());
         }
     }
+}
+
+fn to_u32(n: usize) -> u32 {
+    u32::try_from(n).unwrap()
 }
 
 fn contents(burst: &Burst, chain: &virtionet_virtqueue::Chain) -> Vec<u8> {

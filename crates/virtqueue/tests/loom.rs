@@ -16,7 +16,7 @@ use loom::thread;
 use model_driver::{Driver, Format};
 use virtionet_guest::memory::GuestRam;
 use virtionet_virtqueue::memory::{DisabledOrdering, GuestMemory, clear_model, disable_ordering};
-use virtionet_virtqueue::{Burst, Virtqueue};
+use virtionet_virtqueue::{Burst, Direction, Virtqueue};
 
 /// The chain of token N has LEN + N bytes, so that the device can identify it.
 const LEN: u32 = 100;
@@ -89,6 +89,28 @@ impl Device {
         }
         self.burst.clear();
         taken
+    }
+
+    /// The same for chains of one buffer, by the fast path.
+    fn work_on_singles(&mut self) -> usize {
+        let lens = std::iter::repeat_n(1, 4);
+        let found = self
+            .ring
+            .find_singles(&mut self.burst, Direction::Writable, lens, u32::MAX);
+        let (ids, slices) = self.burst.singles(found.count);
+        let mut written = Vec::new();
+        for slice in slices {
+            let token = u16::try_from(slice.len()).unwrap() - u16::try_from(LEN).unwrap();
+            assert_eq!(
+                self.payload.read(token),
+                1,
+                "the content that the driver wrote"
+            );
+            self.payload.write(token, 2);
+            written.push(WRITTEN + u32::from(token));
+        }
+        self.ring.complete_singles(ids, written.into_iter());
+        found.count
     }
 }
 
@@ -224,6 +246,37 @@ fn available_together(mut endpoints: Endpoints) {
     );
 }
 
+/// The same with the fast path, for chains of one buffer.
+fn singles_together(mut endpoints: Endpoints) {
+    endpoints.first_lap();
+    let Endpoints {
+        mut driver,
+        mut device,
+    } = endpoints;
+    let payload = device.payload.clone();
+    let working = thread::spawn(move || {
+        let taken = device.work_on_singles();
+        let _call = device.ring.publish();
+        taken
+    });
+    for token in [1, 2] {
+        payload.write(token, 1);
+        driver.add(token, LEN + u32::from(token), 1);
+    }
+    driver.publish();
+    if collect(&mut driver, &payload, 1) {
+        assert!(
+            collect(&mut driver, &payload, 2),
+            "the driver saw only one of two chains"
+        );
+    }
+    let taken = working.join().unwrap();
+    assert!(
+        taken == 0 || taken == 2,
+        "the device saw {taken} of 2 chains"
+    );
+}
+
 /// The device publishes two used chains together. The driver sees both with their content, or none.
 fn used_together(mut endpoints: Endpoints) {
     endpoints.first_lap();
@@ -307,6 +360,11 @@ fn chains_published_together_are_seen_with_their_content() {
 }
 
 #[test]
+fn single_buffers_published_together_are_seen_and_used_with_their_content() {
+    model(Some(3), singles_together);
+}
+
+#[test]
 fn chains_used_together_are_seen_with_their_content() {
     model(None, used_together);
 }
@@ -345,6 +403,11 @@ fn model_without_fences_deadlocks_when_both_sides_wait() {
 #[test]
 fn model_without_acquire_sees_a_part_of_a_batch() {
     assert_detected(DisabledOrdering::Acquire, available_together);
+}
+
+#[test]
+fn model_without_acquire_sees_a_part_of_a_batch_of_single_buffers() {
+    assert_detected(DisabledOrdering::Acquire, singles_together);
 }
 
 #[test]

@@ -28,7 +28,15 @@ impl VringSlot<RxQueue> {
     ///
     /// `is_in_postcopy` is asked while the calling thread waits for the vring: it must be true before
     /// the vring gets memory of which pages may be missing.
-    pub fn push(&self, frames: &[TxFrame<'_>], is_in_postcopy: impl Fn() -> bool) -> Pushed {
+    ///
+    /// `release` is called between copying and publishing (see [`RxQueue::push_releasing`]), or not at
+    /// all.
+    pub fn push(
+        &self,
+        frames: &[TxFrame<'_>],
+        is_in_postcopy: impl Fn() -> bool,
+        release: &mut dyn FnMut(),
+    ) -> Pushed {
         let mut contents = loop {
             if is_in_postcopy() {
                 return Pushed::InPostcopy;
@@ -46,7 +54,7 @@ impl VringSlot<RxQueue> {
             was_tried = enabled;
             match enabled {
                 true => queue
-                    .push(frames)
+                    .push_releasing(frames, release)
                     .map(|pushed| (pushed.descriptors_read, pushed.should_call)),
                 false => Ok((0, false)),
             }

@@ -93,6 +93,8 @@ pub(super) struct BurstDelivery<'a> {
     dropped: Cell<u64>,
     /// The remaining part of [`WORK_BUDGET`]. The copy of a frame to its only receiver is free.
     budget_left: Cell<usize>,
+    /// What the only receiver of all frames calls when it has copied them.
+    release: Option<RefCell<&'a mut dyn FnMut()>>,
     /// The flow of each frame; empty until it is needed.
     flows: RefCell<ArrayVec<u64, MAX_BURST>>,
 }
@@ -118,8 +120,17 @@ impl<'a> BurstDelivery<'a> {
             stats,
             dropped: Cell::new(0),
             budget_left: Cell::new(WORK_BUDGET),
+            release: None,
             flows: RefCell::default(),
         }
+    }
+
+    /// The same delivery, in which no frame has a second receiver, so that one that gets all frames may
+    /// call `release`.
+    #[inline(always)]
+    pub(super) fn with_release(mut self, release: &'a mut dyn FnMut()) -> Self {
+        self.release = Some(RefCell::new(release));
+        self
     }
 
     /// The mask of the frames that were dropped and counted.
@@ -265,6 +276,7 @@ impl<'a> BurstDelivery<'a> {
             _ if !self.requests.is_supported_by(format) => {
                 return self.push_each(port, pair, mask, format);
             }
+            Some(run) if run.len() == self.frames.len() => self.push_all(port, pair),
             Some(run) => self.push_frames(port, pair, &self.frames[run]),
             None => {
                 let mut frames = ArrayVec::<TxFrame<'_>, MAX_BURST>::new();
@@ -275,10 +287,33 @@ impl<'a> BurstDelivery<'a> {
         mask
     }
 
-    /// Pushes `frames`, and takes the cost of the receiver's descriptors from the budget.
+    /// Pushes all frames of the burst, which are released if nobody else gets any.
+    #[inline(always)]
+    fn push_all(&self, port: &DevicePort, pair: u16) {
+        match &self.release {
+            Some(release) => self.push_with(port, pair, self.frames, &mut **release.borrow_mut()),
+            None => self.push_frames(port, pair, self.frames),
+        }
+    }
+
+    /// Pushes `frames`, which stay readable.
     #[inline(always)]
     fn push_frames(&self, port: &DevicePort, pair: u16, frames: &[TxFrame<'_>]) {
-        let cost = port.push(pair, frames).saturating_mul(DESCRIPTOR_COST);
+        self.push_with(port, pair, frames, &mut || ());
+    }
+
+    /// Pushes `frames`, and takes the cost of the receiver's descriptors from the budget.
+    #[inline(always)]
+    fn push_with(
+        &self,
+        port: &DevicePort,
+        pair: u16,
+        frames: &[TxFrame<'_>],
+        release: &mut dyn FnMut(),
+    ) {
+        let cost = port
+            .push(pair, frames, release)
+            .saturating_mul(DESCRIPTOR_COST);
         self.budget_left
             .set(self.budget_left.get().saturating_sub(cost));
     }

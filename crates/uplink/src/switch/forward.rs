@@ -14,19 +14,40 @@ use super::masks::{FrameGroups, low_mask};
 use super::{Switch, coarse_now_secs};
 
 impl Switch {
-    /// Forwards `frames` to the ports of their destinations.
-    pub(super) fn forward(&self, from: &IngressPort, frames: &[TxFrame<'_>], stats: &VringStats) {
+    /// Forwards `frames` to the ports of their destinations. If one receiveq gets all of them, it calls
+    /// `release` when they are copied.
+    pub(super) fn forward(
+        &self,
+        from: &IngressPort,
+        frames: &[TxFrame<'_>],
+        stats: &VringStats,
+        release: &mut dyn FnMut(),
+    ) {
+        if frames.len() <= MAX_BURST {
+            return self.forward_burst(from, frames, stats, release);
+        }
         for frames in frames.chunks(MAX_BURST) {
-            self.forward_burst(from, frames, stats);
+            self.forward_burst(from, frames, stats, &mut || ());
         }
     }
 
     #[inline(always)]
-    fn forward_burst(&self, from: &IngressPort, frames: &[TxFrame<'_>], stats: &VringStats) {
+    fn forward_burst(
+        &self,
+        from: &IngressPort,
+        frames: &[TxFrame<'_>],
+        stats: &VringStats,
+        release: &mut dyn FnMut(),
+    ) {
         let now = coarse_now_secs();
         let decisions = self.decide_burst(from.number, frames, now);
         let burst = BurstDelivery::new(from, frames, decisions.requests, self.seed, now, stats);
         burst.learn_flows();
+        let burst = match decisions.flood {
+            // No frame has a second receiver.
+            0 => burst.with_release(release),
+            _ => burst,
+        };
         let delivered = match decisions.flood {
             0 => self.deliver_each(&burst, &decisions),
             _ => self.deliver_flood(from.number, &burst, &decisions),

@@ -123,7 +123,8 @@ impl HostPortForwarder {
             })
             .collect();
         if !frames.is_empty() {
-            self.switch.forward(&self.ingress, &frames, &self.stats);
+            self.switch
+                .forward(&self.ingress, &frames, &self.stats, &mut || ());
         }
         end
     }

@@ -108,14 +108,20 @@ impl DevicePort {
         unpack(self.format.load(Ordering::Relaxed))
     }
 
-    /// Pushes `frames` to the receiveq of a pair.
+    /// Pushes `frames` to the receiveq of a pair, which may call `release` when they are copied.
     #[inline(always)]
-    pub(super) fn push(&self, pair: u16, frames: &[TxFrame<'_>]) -> usize {
+    pub(super) fn push(
+        &self,
+        pair: u16,
+        frames: &[TxFrame<'_>],
+        release: &mut dyn FnMut(),
+    ) -> usize {
         if frames.is_empty() {
             return 0;
         }
         let rx = self.pairs.get(usize::from(pair)).and_then(OnceLock::get);
-        rx.and_then(Weak::upgrade).map_or(0, |rx| rx.push(frames))
+        rx.and_then(Weak::upgrade)
+            .map_or(0, |rx| rx.push_releasing(frames, release))
     }
 }
 

@@ -2,7 +2,7 @@
 //! to the receiving guest's.
 
 use virtionet_virtqueue::memory::GuestSlice;
-use virtionet_virtqueue::{Chain, VirtqueueFault};
+use virtionet_virtqueue::{Chain, Direction, VirtqueueFault};
 
 use super::{MIN_DEQUEUE, NUM_BUFFERS_OFFSET, RxQueue};
 use crate::header::VNET_HEADER_LEN;
@@ -49,10 +49,23 @@ impl RxQueue {
     /// # Errors
     /// When the ring is faulty and must be quarantined.
     pub fn push(&mut self, frames: &[TxFrame<'_>]) -> Result<PushOutcome, VirtqueueFault> {
+        self.push_releasing(frames, &mut || ())
+    }
+
+    /// Does the same, and calls `release` after the frames were copied and before they are published,
+    /// so that a driver that has got a frame finds the buffers of it free at the sender's.
+    ///
+    /// # Errors
+    /// As [`RxQueue::push`].
+    pub fn push_releasing(
+        &mut self,
+        frames: &[TxFrame<'_>],
+        release: &mut dyn FnMut(),
+    ) -> Result<PushOutcome, VirtqueueFault> {
         // Two copies of the code, so that a frame pays nothing for a log that is not there.
         match self.queue.burst.memory().is_logging() {
-            false => self.push_frames::<false>(frames),
-            true => self.push_frames::<true>(frames),
+            false => self.push_frames::<false>(frames, release),
+            true => self.push_frames::<true>(frames, release),
         }
     }
 
@@ -60,15 +73,17 @@ impl RxQueue {
     fn push_frames<const LOG: bool>(
         &mut self,
         frames: &[TxFrame<'_>],
+        release: &mut dyn FnMut(),
     ) -> Result<PushOutcome, VirtqueueFault> {
         self.queue.burst.reset_descriptors_read();
+        let mut progress = PushProgress::default();
+        let copied = self.copy_to_singles::<LOG>(frames, &mut progress);
+        let mut rest = &frames[copied..];
         let ready = self.queue.burst.chains().len();
-        let mut fault = match ready < frames.len() {
-            true => self.dequeue_chains(frames.len() - ready).err(),
+        let mut fault = match ready < rest.len() {
+            true => self.dequeue_chains(rest.len() - ready).err(),
             false => None,
         };
-        let mut progress = PushProgress::default();
-        let mut rest = frames;
         loop {
             rest = &rest[self.copy_to_single_chains::<LOG>(rest, &mut progress)..];
             let Some((frame, others)) = rest.split_first() else {
@@ -103,6 +118,7 @@ impl RxQueue {
             stats.frames.add(to_u64(progress.frames));
             stats.bytes.add(to_u64(progress.bytes));
         }
+        release();
         match fault {
             // Publish the completed chains first; the next call finds the fault again.
             Some(fault) if !self.queue.virtqueue.has_unpublished() => Err(fault),
@@ -141,6 +157,44 @@ impl RxQueue {
             false => &stats.dropped_no_buffer,
         };
         counter.add(to_u64(frames));
+    }
+
+    /// Copies frames to the next available chains for as long as each of these is one buffer that is
+    /// large enough; returns their number. No chain may be reserved, because that would be the next.
+    #[inline(always)]
+    fn copy_to_singles<const LOG: bool>(
+        &mut self,
+        frames: &[TxFrame<'_>],
+        progress: &mut PushProgress,
+    ) -> usize {
+        let Queue {
+            virtqueue,
+            burst,
+            features,
+            ..
+        } = &mut self.queue;
+        if features.header_len() != VNET_HEADER_LEN || burst.memory().is_in_postcopy() {
+            return 0;
+        }
+        let lens = frames.iter().map(|frame| VNET_HEADER_LEN + frame.len);
+        let found = virtqueue.find_singles(burst, Direction::Writable, lens.clone(), u32::MAX);
+        let (ids, buffers) = burst.singles(found.count);
+        let frames = frames.get(..buffers.len()).unwrap_or_default();
+        for (frame, buffer) in frames.iter().zip(buffers) {
+            copy_to_single(frame, buffer);
+            progress.bytes += frame.len;
+        }
+        let lens = lens.take(frames.len());
+        if LOG && let Some(mut log) = burst.memory().log_writer() {
+            for (buffer, len) in buffers.iter().zip(lens.clone()) {
+                log.mark(std::slice::from_ref(buffer), len);
+            }
+        }
+        let count = frames.len();
+        virtqueue.complete_singles(ids, lens.map(to_u32));
+        burst.count_singles(count);
+        progress.frames += count;
+        count
     }
 
     /// Copies frames to the next chains, one frame each, for as long as they fit; returns their
@@ -249,6 +303,25 @@ fn header_with_num_buffers(frame: &TxFrame<'_>, count: u16) -> [u8; VNET_HEADER_
     header
 }
 
+/// Copies a header of 12 bytes and a frame to one buffer that is large enough.
+#[inline(always)]
+fn copy_to_single(frame: &TxFrame<'_>, buffer: &GuestSlice<'_>) {
+    let (true, [payload]) = (buffer.len() >= VNET_HEADER_LEN, frame.payload) else {
+        let header = header_with_num_buffers(frame, 1);
+        copy_slices(&header, frame.payload, std::slice::from_ref(buffer));
+        return;
+    };
+    // Two parts, as wide as those that the sender's queue stored, and without a copy in memory.
+    let header = &frame.header.0;
+    let first = header.first_chunk::<8>().copied().unwrap_or_default();
+    let last = header.last_chunk::<4>().copied().unwrap_or_default();
+    let last = u32::from_le_bytes(last) & 0xffff | 1 << 16;
+    buffer.copy_from_array(&first);
+    let rest = buffer.skip(8);
+    rest.copy_from_array(&last.to_le_bytes());
+    rest.skip(4).copy_from_slice(payload);
+}
+
 /// Copies header and frame to buffers that are large enough.
 #[inline(always)]
 fn copy_frame(
@@ -303,5 +376,5 @@ fn copy_slices(header: &[u8], payload: &[GuestSlice<'_>], buffers: &[GuestSlice<
 /// A frame's length is far below 2^32.
 #[inline(always)]
 fn to_u32(n: usize) -> u32 {
-    u32::try_from(n).unwrap_or(u32::MAX)
+    u32::try_from(n & 0xffff_ffff).unwrap_or(0)
 }

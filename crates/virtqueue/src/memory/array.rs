@@ -115,6 +115,20 @@ impl<T: ByteValued> GuestArray<T> {
         unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), self.ptr, count) }
     }
 
+    /// Writes `values` from index `start` on, each as [`GuestArray::set`] does, up to the end of the
+    /// array. Returns how many were written. No further value is taken from the iterator.
+    #[inline(always)]
+    pub(crate) fn set_from(&self, start: u16, values: &mut impl Iterator<Item = T>) -> u16 {
+        let mut written = 0;
+        for (index, value) in (usize::from(start)..usize::from(self.len)).zip(values) {
+            before_store();
+            // SAFETY: index < len, and aligned as every value of the array is; T is plain data.
+            unsafe { write_volatile(self.ptr.add(index), value) };
+            written += 1;
+        }
+        written
+    }
+
     /// Prefetches the cache line of value `index` for reading. `index` may be beyond the end.
     #[inline(always)]
     pub fn prefetch(&self, index: u16) {
@@ -279,11 +293,20 @@ impl Descriptor {
     }
 }
 
-impl GuestArray<Descriptor> {
+/// A borrowed array of descriptors. Its fields are in registers in a loop, which those behind a
+/// reference are not: the compiler must assume that an atomic access changes them.
+#[derive(Clone, Copy)]
+pub(crate) struct DescriptorTable<'a> {
+    ptr: *mut Descriptor,
+    len: u16,
+    _life: PhantomData<&'a GuestArray<Descriptor>>,
+}
+
+impl DescriptorTable<'_> {
     /// Reads descriptor `index` once, with two loads. Returns `None` when `index` is beyond the
     /// end.
     #[inline(always)]
-    pub(crate) fn descriptor(&self, index: u16) -> Option<Descriptor> {
+    pub(crate) fn descriptor(self, index: u16) -> Option<Descriptor> {
         if index >= self.len {
             return None;
         }
@@ -297,21 +320,24 @@ impl GuestArray<Descriptor> {
         }
     }
 
-    /// Reads descriptor `index` of a packed ring if `wanted` accepts its flags. The flags are read
-    /// first, with acquire ordering, so that the address read afterwards belongs to them.
+    /// Reads descriptor `index` of a packed ring if it exists and `wanted` accepts its second half. That
+    /// is read first, with acquire ordering, so that the address read afterwards belongs to it.
     #[inline(always)]
     pub(crate) fn descriptor_if(
-        &self,
+        self,
         index: u16,
-        wanted: impl Fn(u16) -> bool,
+        wanted: impl FnOnce(Descriptor) -> bool,
     ) -> Option<Descriptor> {
-        let slot = self.slot(index);
+        if index >= self.len {
+            return None;
+        }
+        // SAFETY: the index is in bounds.
+        let slot = unsafe { self.ptr.add(usize::from(index)) };
         // SAFETY: the second half of a descriptor in bounds, 8-aligned as descriptors are
         // 16-aligned.
         let len_id_flags = unsafe { AtomicU64::from_ptr(&raw mut (*slot).rest) };
         let rest = len_id_flags.load(Ordering::Acquire);
-        let snapshot = Descriptor { addr: 0, rest };
-        wanted(snapshot.packed_flags()).then(|| Descriptor {
+        wanted(Descriptor { addr: 0, rest }).then(|| Descriptor {
             // SAFETY: `slot` is in bounds and aligned; the word is plain data.
             addr: unsafe { read_volatile(&raw const (*slot).addr) },
             rest,
@@ -321,13 +347,52 @@ impl GuestArray<Descriptor> {
     /// Writes `len`, `id` and `flags` of descriptor `index` of a packed ring with one store and
     /// release ordering.
     #[inline(always)]
-    pub(crate) fn release_used(&self, index: u16, id: u16, len: u32, flags: u16) {
+    pub(crate) fn release_used(self, index: u16, id: u16, len: u32, flags: u16) {
+        if index >= self.len {
+            return;
+        }
         before_store();
         let word = u64::from(len) | u64::from(id) << 32 | u64::from(flags) << 48;
         // SAFETY: the second half of a descriptor in bounds, 8-aligned as descriptors are
         // 16-aligned.
-        let len_id_flags = unsafe { AtomicU64::from_ptr(&raw mut (*self.slot(index)).rest) };
+        let len_id_flags =
+            unsafe { AtomicU64::from_ptr(&raw mut (*self.ptr.add(usize::from(index))).rest) };
         len_id_flags.store(word.to_le(), Ordering::Release);
+    }
+
+    /// Prefetches the cache line of descriptor `index` for writing. `index` may be beyond the end.
+    #[inline(always)]
+    pub(crate) fn prefetch_to_write(self, index: u16) {
+        prefetch_to_write(self.ptr.wrapping_add(usize::from(index)).cast());
+    }
+}
+
+impl GuestArray<Descriptor> {
+    /// The array for a loop.
+    #[inline(always)]
+    pub(crate) fn table(&self) -> DescriptorTable<'_> {
+        DescriptorTable {
+            ptr: self.ptr,
+            len: self.len,
+            _life: PhantomData,
+        }
+    }
+
+    /// See [`DescriptorTable::descriptor`].
+    #[inline(always)]
+    pub(crate) fn descriptor(&self, index: u16) -> Option<Descriptor> {
+        self.table().descriptor(index)
+    }
+
+    /// See [`DescriptorTable::descriptor_if`]. `None` if the flags are not accepted.
+    #[inline(always)]
+    pub(crate) fn descriptor_if(
+        &self,
+        index: u16,
+        wanted: impl Fn(u16) -> bool,
+    ) -> Option<Descriptor> {
+        let wanted = |snapshot: Descriptor| wanted(snapshot.packed_flags());
+        self.table().descriptor_if(index, wanted)
     }
 }
 

@@ -6,7 +6,10 @@
 //! and a list that must grow, take the slow path, which is not inlined.
 #![allow(unsafe_code)]
 
+mod singles;
 mod translated;
+
+pub(crate) use singles::{MAX_SINGLE_LEN, SingleTranslator};
 
 use std::sync::Arc;
 
