@@ -209,8 +209,8 @@ fn kill_once(
     for (n, flow) in traffic.flows.iter().enumerate() {
         let lost = match flow.source {
             // None of all that it has ever sent.
-            End::Driver { .. } => flow.unreceived(),
-            End::Host { .. } => flow.check.lost_below(sent[n]) - lost_before[n],
+            End::Driver { .. } if !is_switch => flow.unreceived(),
+            _ => flow.check.lost_below(sent[n]) - lost_before[n],
         };
         let [reordered, repeated] = counts(traffic)[n];
         let (reordered, repeated) = (reordered - before[n][0], repeated - before[n][1]);
