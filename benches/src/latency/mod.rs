@@ -32,7 +32,7 @@ pub mod distribution;
 pub mod round_trip;
 
 /// The sleeping back-end may take 1.1 times as long as the bare wake-ups.
-const SLEEPING_BOUND: f64 = 1.0 / 1.1;
+const SLEEPING_BOUND: f64 = 0.91;
 /// The busy-polling one must be as fast as DPDK's.
 const POLLING_BOUND: f64 = 1.0;
 /// The time between the frames of [`measure_idle_share`].

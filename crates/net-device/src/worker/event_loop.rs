@@ -42,11 +42,11 @@ const NO_KICK_INTERVAL_MS: i32 = 1;
 const PANIC_PAUSE: Duration = Duration::from_millis(100);
 
 /// Polls of the vrings after which the worker also checks epoll.
-const POLLS_PER_EPOLL_WAIT: u32 = 64;
+const POLLS_PER_EPOLL_WAIT: u64 = 64;
 
-/// Polls that find nothing after which the worker yields where no other thread has wanted its CPU:
+/// Polls after which the worker yields, and reads the clock, where no other thread has wanted its CPU:
 /// a thread that wants it meanwhile waits for about a microsecond.
-const POLLS_PER_YIELD: u32 = 16;
+const POLLS_PER_YIELD: u64 = 16;
 
 /// A worker's thread.
 #[derive(Debug)]
@@ -265,23 +265,26 @@ impl EventLoop {
     /// Polls for frames, without kicks, for as long as that pays.
     fn busy_poll(&mut self) {
         let mut deadline = self.poll.deadline();
-        let mut polls_done = 0u32;
+        let mut is_deadline_old = false;
+        let (mut polls_done, mut hits) = (0, 0);
         while !self.stop.is_requested() {
-            // Also between polls that find frames: a busy vring must not hide a kick of another, or
-            // a wake-up.
-            polls_done = polls_done.wrapping_add(1);
-            if polls_done.is_multiple_of(POLLS_PER_EPOLL_WAIT) {
-                self.wait(0);
-            }
             match self.pairs.len() {
                 1 => self.for_each_pair(PairService::poll_all),
                 _ => self.for_each_pair(PairService::poll_unless_idle),
             }
             let found = self.run_pass(false);
+            polls_done += 1;
+            hits += u64::from(found > 0);
+            if polls_done == POLLS_PER_EPOLL_WAIT {
+                self.count_polls(hits, polls_done - hits);
+                (polls_done, hits) = (0, 0);
+                // Also between polls that find frames: a busy vring must not hide a kick of another,
+                // or a wake-up.
+                self.wait(0);
+            }
             if found > 0 {
-                self.count(|stats| stats.busy_polls.add(1));
                 self.poll.record_hit(found);
-                deadline = self.poll.deadline();
+                is_deadline_old = true;
                 // Being preempted instead would cost as much, at a worse moment: other threads on
                 // this CPU have waited, and their frames too.
                 if self.shares_cpu {
@@ -289,14 +292,25 @@ impl EventLoop {
                 }
                 continue;
             }
-            self.count(|stats| stats.polls.add(1));
+            if !self.shares_cpu && !polls_done.is_multiple_of(POLLS_PER_YIELD) {
+                continue;
+            }
+            if std::mem::take(&mut is_deadline_old) {
+                deadline = self.poll.deadline();
+            }
             if deadline.is_none_or(|deadline| Instant::now() >= deadline) {
                 self.poll.record_miss();
-                return;
+                break;
             }
-            if self.shares_cpu || polls_done.is_multiple_of(POLLS_PER_YIELD) {
-                self.yield_cpu();
-            }
+            self.yield_cpu();
         }
+        self.count_polls(hits, polls_done - hits);
+    }
+
+    fn count_polls(&self, hits: u64, misses: u64) {
+        self.count(|stats| {
+            stats.busy_polls.add(hits);
+            stats.polls.add(misses);
+        });
     }
 }
