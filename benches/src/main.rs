@@ -64,7 +64,7 @@ fn main() -> Result<()> {
     let parameters = Parameters {
         queue_pairs: cli.queue_pairs,
         // It is needed until the program ends.
-        other_build: cli.against.map(|path| &*path.leak()),
+        other_build: cli.against.map(|path| &*Box::leak(path.into_boxed_path())),
     };
     for group in groups {
         measure(group, effort, &parameters, &results)?;

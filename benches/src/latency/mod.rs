@@ -114,7 +114,7 @@ fn case_name(mode: Mode, frame_len: usize, is_packed: bool) -> String {
 /// The other side of a comparison.
 enum Peer {
     Bare(BareWakeUps),
-    Dpdk(RoundTrips),
+    Dpdk(Box<RoundTrips>),
 }
 
 impl Peer {
@@ -155,7 +155,7 @@ fn measure(
         ),
         Mode::BusyPolling | Mode::Adaptive => {
             let kind = BackEndKind::Dpdk;
-            (Peer::Dpdk(start(kind)?), kind.name())
+            (Peer::Dpdk(Box::new(start(kind)?)), kind.name())
         }
     };
     sched::pin(0, cpus.front_end)?;

@@ -4,7 +4,7 @@
 //! of this module (`VringSlot::set_state`), under the slot's lock. The lock also protects the
 //! virtqueue, so the state and the virtqueue cannot contradict each other. The worker takes the
 //! lock for a turn, and the session's thread takes it to start, stop or change the vring, for which it
-//! waits for at most one turn ([`turn_lock`]). The values that other threads read without waiting
+//! waits for at most one turn (`turn_lock`). The values that other threads read without waiting
 //! (state, size) are published in atomics at each change.
 
 mod push;
