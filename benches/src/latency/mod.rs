@@ -174,13 +174,10 @@ fn measure(
             tail[1].push(side.microseconds(999));
         }
     }
-    let tail = |side: usize, which: usize| median(&tails[side][which]);
+    let [ours, peer] = tails.map(|tail| tail.map(|samples| median(&samples)));
     outcome.notes.push(format!(
         "{name}: 99 % of the round trips take up to {:.1} µs ({peer_name}: {:.1}), 99.9 % up to {:.1} µs ({:.1})",
-        tail(0, 0),
-        tail(1, 0),
-        tail(0, 1),
-        tail(1, 1)
+        ours[0], peer[0], ours[1], peer[1]
     ));
     let mut row = samples.row(&name, "µs", Better::Lower, peer_name);
     row.bound = mode.bound();

@@ -148,10 +148,8 @@ impl Parts {
     ) -> Result<Predecessor, RunError> {
         let (taken, predecessor) = offered.take(devices, &self.uplinks, &self.host.irq_manager)?;
         self.host.pool.gate().hold_for(count_suspended(devices));
-        tracing::info!(
-            "the devices of virtionetd {} are taken over",
-            predecessor.program()
-        );
+        let program = predecessor.program();
+        tracing::info!("the devices of virtionetd {program} are taken over");
         let sources = std::mem::take(&mut self.sources).into_iter();
         let owned = sources.zip(&config.devices).zip(&taken.socket_files);
         let owned = owned.map(|((source, device), numbers)| match &device.socket {

@@ -196,7 +196,6 @@ const SESSION: &[Call] = calls![
     epoll_create1: SYS_epoll_create1,
     epoll_ctl: SYS_epoll_ctl,
     ioctl: SYS_ioctl(TUN_IOCTLS),
-    // A worker, before it is confined itself.
     sched_getattr: SYS_sched_getattr(OWN_THREAD),
     sched_setattr: SYS_sched_setattr(OWN_THREAD),
     // Waiting for pages of guest memory (postcopy), in user mode only.
@@ -350,7 +349,7 @@ const NOT_EXECUTABLE: Arguments = Arguments::Bits {
     value: 0,
 };
 
-/// The thread is the calling one.
+/// The thread is the calling one, such as a worker that is not confined as one yet.
 const OWN_THREAD: Arguments = Arguments::OneOf(0, &[0]);
 
 const THREAD_OF_THIS_PROCESS: Arguments = Arguments::Bits {

@@ -195,15 +195,10 @@ impl PackedVirtqueue {
             let Some(chain) = chains.get_mut(taken).filter(|_| remaining > 0) else {
                 break;
             };
-            let Some(raw) = self.available(position) else {
+            let Some(walked) = self.walk_at(position, remaining, &mut segments) else {
                 break;
             };
-            let desc = raw.to_split_layout(raw.packed_flags());
-            let walk_result = match self.walk_fast(position, desc, remaining, &mut segments) {
-                Some(walked) => Ok(walked),
-                None => self.walk_slow(position, desc, remaining, &mut segments),
-            };
-            match walk_result {
+            match walked {
                 Ok((walked, read)) => {
                     remaining -= walked.slots;
                     position = position.after(walked.slots, self.size);
@@ -220,10 +215,9 @@ impl PackedVirtqueue {
         if let Some(missing) = segments.end_dequeue() {
             taken = count_translated(&chains[..taken], missing);
             let slots = chains[..taken].iter().map(|chain| chain.slots).sum();
-            drop(segments);
-            burst.commit(taken, taken + descriptors_read);
-            self.avail = self.avail.after(slots, self.size);
-            return Ok(taken);
+            position = self.avail.after(slots, self.size);
+            // It is found again behind the missing translation.
+            fault = Ok(());
         }
         drop(segments);
         burst.commit(taken, taken + descriptors_read);
@@ -233,6 +227,22 @@ impl PackedVirtqueue {
             // The valid chains in front of a fault are returned; the next call reports the fault.
             _ => Ok(taken),
         }
+    }
+
+    /// Walks the chain at `position`, if one is available there.
+    #[inline(always)]
+    fn walk_at(
+        &self,
+        position: RingPosition,
+        remaining: u16,
+        segments: &mut SegmentWriter<'_>,
+    ) -> Option<Result<(Chain, usize), VirtqueueFault>> {
+        let raw = self.available(position)?;
+        let desc = raw.to_split_layout(raw.packed_flags());
+        Some(match self.walk_fast(position, desc, remaining, segments) {
+            Some(walked) => Ok(walked),
+            None => self.walk_slow(position, desc, remaining, segments),
+        })
     }
 
     /// Dequeues chains of one buffer each from `position` on, up to the first other chain or the
