@@ -77,7 +77,7 @@ impl Switch {
                 && let Some((_, entries)) =
                     image.flows.iter().find(|(name, _)| name == port.device())
             {
-                port.restore_flows(entries);
+                port.restore_flows(entries, now);
             }
         }
     }

@@ -93,8 +93,8 @@ impl DevicePort {
     }
 
     /// Takes the entries of a table of the same switch's seed.
-    pub(super) fn restore_flows(&self, entries: &[(u16, u64)]) {
-        self.flows.get_or_init(FlowTable::new).restore(entries);
+    pub(super) fn restore_flows(&self, entries: &[(u16, u64)], now: u32) {
+        self.flows.get_or_init(FlowTable::new).restore(entries, now);
     }
 
     pub(super) fn set_format(&self, format: FrameFormat) {
