@@ -251,7 +251,7 @@ impl TransmitPass {
             }
         }
         Ok(Self {
-            service: PairService::new(pair),
+            service: PairService::new(pair, false),
             ring,
             receivers,
             _tap: tap,
@@ -313,7 +313,7 @@ impl ReceivePass {
         pair.rx().set_enabled(true);
         pair.set_uplink(testbed.queue());
         Ok(Self {
-            service: PairService::new(pair),
+            service: PairService::new(pair, false),
             ring,
             source: testbed.source_file()?,
             _testbed: testbed,

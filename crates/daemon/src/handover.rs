@@ -203,10 +203,9 @@ impl Handover {
         self.pool.gate().hold_for(count_suspended(&self.devices));
         self.sessions.resume();
         self.forwarders.resume();
-        // Of a session that was not suspended the workers have ended.
-        self.devices
-            .iter()
-            .for_each(|device| device.net_device.resume_workers());
+        // Those of sessions that were not suspended go on. The others have ended, and their sessions
+        // start them.
+        self.pool.resume();
     }
 
     fn state(&self) -> Result<HandoverState<SharedFd>, HandoverFailure> {

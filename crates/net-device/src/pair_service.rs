@@ -17,7 +17,7 @@ use crate::worker_event::PairEvent;
 const TX_CHAINS: usize = 256;
 const TX_CYCLES: u64 = 800_000;
 /// Polls without a frame after which a pair of a busy-polling worker is not polled any more, if the
-/// worker has others: some milliseconds.
+/// worker has others: some milliseconds on a worker that is idle otherwise.
 const MAX_IDLE_POLLS: u32 = 16_384;
 /// The budget of one RX turn.
 const RX_FRAMES: usize = 64;
@@ -41,12 +41,17 @@ pub struct PairService {
     inbox_ready: bool,
     /// Polls since the last frame.
     idle_polls: u32,
+    /// Whether the transmitq was found empty in a turn that did not ask for kicks.
+    is_tx_without_kicks: bool,
+    /// Whether the worker serves other queue pairs, too.
+    is_shared: bool,
 }
 
 impl PairService {
-    /// The service of `pair`, whose uplink must be open.
+    /// The service of `pair`, whose uplink must be open. With `is_shared`, the worker also serves queue
+    /// pairs of other devices.
     #[must_use]
-    pub fn new(pair: Arc<QueuePair>) -> Self {
+    pub fn new(pair: Arc<QueuePair>, is_shared: bool) -> Self {
         let uplink = pair.uplink();
         Self {
             is_pull_uplink: uplink
@@ -59,6 +64,8 @@ impl PairService {
             starved: false,
             inbox_ready: false,
             idle_polls: 0,
+            is_tx_without_kicks: false,
+            is_shared,
         }
     }
 
@@ -83,8 +90,8 @@ impl PairService {
     }
 
     /// Makes the next pass of a busy-polling worker that serves several queue pairs poll this one,
-    /// unless no frame has come for some milliseconds. Then the next passes ask for kicks, and one
-    /// of those brings it back.
+    /// unless the last `MAX_IDLE_POLLS` have found no frame. Then the next passes ask for kicks, and
+    /// one of those brings it back.
     #[inline]
     pub fn poll_unless_idle(&mut self) {
         if self.idle_polls < MAX_IDLE_POLLS || self.must_be_polled() {
@@ -109,9 +116,12 @@ impl PairService {
     }
 
     /// Records that anything may have changed. The worker's earlier attach or detach of the uplink
-    /// may have overtaken the session's, so it is repeated.
+    /// may have overtaken the session's, so it is repeated. A worker that is shared leaves that to the
+    /// session, because the kernel takes milliseconds for it, in which other guests would wait.
     pub fn handle_wake(&mut self) {
-        self.pair.reconcile_uplink();
+        if !self.is_shared {
+            self.pair.reconcile_uplink();
+        }
         self.announce();
         self.poll_all();
         self.starved = false;
@@ -166,6 +176,12 @@ impl PairService {
     #[inline]
     pub fn poll_tx(&mut self) {
         self.tx_ready = true;
+    }
+
+    /// Makes the next pass poll the transmitq if no kick would come for new chains.
+    #[inline]
+    pub fn poll_tx_without_kicks(&mut self) {
+        self.tx_ready |= self.is_tx_without_kicks;
     }
 
     /// Makes the next pass poll the transmitq and the uplink.
@@ -254,6 +270,8 @@ impl PairService {
             };
             Ok(((chains, more), call))
         });
+        // A vring that does not run brings a wake-up when it does.
+        self.is_tx_without_kicks = !sleep_next && outcome.is_some();
         let (found, more) = outcome.unwrap_or_default();
         self.tx_ready = more;
         found

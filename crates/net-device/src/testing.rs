@@ -70,6 +70,8 @@ pub struct UplinkState {
     pub waiting: Option<WaitingFrames>,
     /// It panics when the driver's features are negotiated.
     pub panics: AtomicBool,
+    /// How long it takes to transmit a burst, in microseconds.
+    pub transmit_micros: AtomicU16,
     /// How often frames were to be transmitted.
     pub bursts: AtomicU16,
     /// Held by a test that blocks a thread in `transmit`.
@@ -97,6 +99,7 @@ impl Default for UplinkState {
             attached: Mutex::default(),
             detached: AtomicU16::default(),
             panics: AtomicBool::default(),
+            transmit_micros: AtomicU16::default(),
             bursts: AtomicU16::default(),
             waiting: None,
             gate: Mutex::default(),
@@ -236,6 +239,10 @@ impl UplinkQueue for TestQueue {
     fn transmit(&self, frames: &[TxFrame<'_>], stats: &VringStats) {
         self.uplink.bursts.fetch_add(1, Ordering::Relaxed);
         let _open = self.uplink.gate.lock();
+        let micros = self.uplink.transmit_micros.load(Ordering::Relaxed);
+        if micros > 0 {
+            std::thread::sleep(Duration::from_micros(micros.into()));
+        }
         stats.frames.add(to_u64(frames.len()));
     }
 

@@ -35,6 +35,8 @@ const JOIN_INTERVAL: Duration = Duration::from_micros(50);
 pub struct Worker {
     name: String,
     poll: PollMode,
+    /// Whether it may serve queue pairs of several devices.
+    is_shared: bool,
     /// The thread has its own reference, so it takes no lock.
     descriptors: Mutex<Option<Arc<WorkerDescriptors>>>,
     waker: Waker,
@@ -45,6 +47,7 @@ pub struct Worker {
     /// Held while the thread is started or joined, so that no two do it at a time.
     lifecycle: Mutex<()>,
     thread: Mutex<ThreadState>,
+    stop: StopRequest,
 }
 
 /// The descriptors of a worker.
@@ -60,12 +63,14 @@ impl Worker {
     pub fn new(
         name: String,
         poll: PollMode,
+        is_shared: bool,
         placement: PlacementState,
         gate: Arc<StartGate>,
     ) -> Self {
         Self {
             name,
             poll,
+            is_shared,
             descriptors: Mutex::default(),
             waker: Waker::default(),
             members: Members::default(),
@@ -74,6 +79,7 @@ impl Worker {
             gate,
             lifecycle: Mutex::default(),
             thread: Mutex::new(ThreadState::Ended),
+            stop: StopRequest::default(),
         }
     }
 
@@ -104,7 +110,7 @@ impl Worker {
     }
 
     /// Closes its descriptors unless another queue pair than the one at `position` needs them, which
-    /// must have been joined, and whose descriptors must not be watched any more.
+    /// must have been released, and whose descriptors must not be watched any more.
     pub fn close(&self, position: u16) {
         let mut descriptors = self.descriptors.lock();
         if self.members.close(position) {
@@ -192,62 +198,45 @@ impl Worker {
     /// When the kernel refuses a thread, or has no descriptors left.
     pub fn start(self: &Arc<Self>, position: u16) -> io::Result<()> {
         let lifecycle = self.lifecycle.lock();
-        self.start_locked(position, &lifecycle)
-    }
-
-    fn start_locked(
-        self: &Arc<Self>,
-        position: u16,
-        lifecycle: &MutexGuard<'_, ()>,
-    ) -> io::Result<()> {
         if !self.members.start(position) {
             self.waker.wake();
             return Ok(());
         }
-        // The thread before this one may not have returned yet.
-        self.join_thread(lifecycle);
-        self.start_thread().inspect_err(|_| {
-            self.members.stop(position);
-            self.members.end();
-        })
+        let started = self.start_thread(&lifecycle);
+        started.inspect_err(|_| self.members.stop(position))
     }
 
-    fn start_thread(self: &Arc<Self>) -> io::Result<()> {
+    fn start_thread(self: &Arc<Self>, lifecycle: &MutexGuard<'_, ()>) -> io::Result<()> {
+        // The thread before this one may not have returned yet.
+        self.join_thread(lifecycle);
+        self.spawn_thread().inspect_err(|_| self.members.end())
+    }
+
+    fn spawn_thread(self: &Arc<Self>) -> io::Result<()> {
+        let descriptors = self.open_descriptors()?;
         let mut thread = self.thread.lock();
         // The decision is made while the thread starts.
         self.placement.request();
-        let stop = Arc::new(StopRequest::default());
-        let descriptors = self.open_descriptors()?;
-        let event_loop = EventLoop::new(Arc::clone(self), descriptors, Arc::clone(&stop));
+        let event_loop = EventLoop::new(Arc::clone(self), descriptors);
         let handle = std::thread::Builder::new()
             .name(self.name.clone())
             .stack_size(WORKER_STACK_SIZE)
             .spawn(move || event_loop.run())?;
         self.lifetime.begin();
-        *thread = ThreadState::Running { stop, handle };
+        *thread = ThreadState::Running(handle);
         Ok(())
     }
 
-    /// Whether its thread serves the queue pair at `position`, or is about to, so that a wake-up
-    /// reaches it.
-    pub(crate) fn serves(&self, position: u16) -> bool {
-        self.members.will_be_served(position)
+    /// Whether its thread attaches and detaches the uplink of the queue pair at `position` when it is
+    /// woken: it serves the pair, or is about to, and no other device.
+    pub(crate) fn reconciles_uplink(&self, position: u16) -> bool {
+        !self.is_shared && self.members.will_be_served(position)
     }
 
-    /// Lets the thread go on that was asked to end, or starts another one for the queue pair at
-    /// `position` if it has ended or is about to.
-    ///
-    /// # Errors
-    /// When the kernel refuses a thread, or has no descriptors left.
-    pub fn resume(self: &Arc<Self>, position: u16) -> io::Result<()> {
-        let lifecycle = self.lifecycle.lock();
-        if let ThreadState::Running { stop, .. } = &*self.thread.lock()
-            && stop.withdraw()
-        {
-            return Ok(());
-        }
-        self.join_thread(&lifecycle);
-        self.start_locked(position, &lifecycle)
+    /// Lets the thread go on after [`Worker::request_stop`].
+    pub fn resume(&self) {
+        self.stop.withdraw();
+        self.waker.wake();
     }
 
     /// Serves the queue pair at `position` no longer, without waiting for that.
@@ -268,36 +257,30 @@ impl Worker {
         }
     }
 
-    /// Asks the thread to end, without waiting for it.
+    /// Asks the thread, and those that follow, to serve nothing until [`Worker::resume`]. It does not
+    /// wait for that. Queue pairs may start and be released meanwhile.
     pub fn request_stop(&self) {
-        if let ThreadState::Running { stop, .. } = &*self.thread.lock() {
-            stop.request();
-            self.waker.wake();
-        }
+        self.stop.request();
+        self.waker.wake();
     }
 
-    /// Waits until the thread has ended, or `deadline` has passed; false in that case. To be called
+    /// Waits until the thread serves nothing, or `deadline` has passed; false in that case. To be called
     /// after [`Worker::request_stop`].
-    pub fn join_until(&self, deadline: Instant) -> bool {
-        loop {
-            if let Some(lifecycle) = self.lifecycle.try_lock_until(deadline)
-                && self.thread.lock().has_ended()
-            {
-                self.join_thread(&lifecycle);
-                return true;
-            }
+    pub fn wait_until_stopped(&self, deadline: Instant) -> bool {
+        while self.members.has_thread() && !self.stop.is_obeyed() {
             if Instant::now() >= deadline {
                 return false;
             }
             std::thread::sleep(JOIN_INTERVAL);
         }
+        true
     }
 
-    /// Waits until the thread has ended, which must have been asked to, or must have no work.
+    /// Waits until the thread has ended, which must have no work.
     fn join_thread(&self, _lifecycle: &MutexGuard<'_, ()>) {
         let mut thread = self.thread.lock();
         let handle = match std::mem::replace(&mut *thread, ThreadState::Joining) {
-            ThreadState::Running { handle, .. } => handle,
+            ThreadState::Running(handle) => handle,
             other => {
                 *thread = other;
                 return;

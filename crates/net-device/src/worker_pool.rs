@@ -38,7 +38,7 @@ impl WorkerPool {
         let workers = cpus.iter().map(|cpu| {
             let name = format!("worker-cpu{cpu}");
             let placement = PlacementState::fixed(&name, CpuSet::from_iter([cpu]));
-            Arc::new(Worker::new(name, poll, placement, Arc::clone(&gate)))
+            Arc::new(Worker::new(name, poll, true, placement, Arc::clone(&gate)))
         });
         Self {
             workers: Mutex::new(workers.collect()),
@@ -68,7 +68,13 @@ impl WorkerPool {
         if let Some(worker) = shared {
             return Arc::clone(worker);
         }
-        let worker = Arc::new(Worker::new(name, poll, placement, Arc::clone(&self.gate)));
+        let worker = Arc::new(Worker::new(
+            name,
+            poll,
+            false,
+            placement,
+            Arc::clone(&self.gate),
+        ));
         workers.push(Arc::clone(&worker));
         worker
     }
@@ -89,19 +95,25 @@ impl WorkerPool {
         self.workers.lock().len()
     }
 
-    /// Asks all workers to end.
+    /// Asks all workers to serve nothing, until [`WorkerPool::resume`].
     pub fn request_stop(&self) {
         let workers = self.workers.lock().clone();
         workers.iter().for_each(|worker| worker.request_stop());
     }
 
-    /// Waits until all workers have ended, or `deadline` has passed. The result names those that
+    /// Lets all workers go on after [`WorkerPool::request_stop`].
+    pub fn resume(&self) {
+        let workers = self.workers.lock().clone();
+        workers.iter().for_each(|worker| worker.resume());
+    }
+
+    /// Waits until all workers have stopped, or `deadline` has passed. The result names those that
     /// have not. To be called after [`WorkerPool::request_stop`].
     pub fn join(&self, deadline: Instant) -> Vec<String> {
         let workers = self.workers.lock().clone();
         let mut stuck = Vec::new();
         for worker in workers {
-            if !worker.join_until(deadline) {
+            if !worker.wait_until_stopped(deadline) {
                 stuck.push(worker.name().to_owned());
             }
         }

@@ -1,12 +1,12 @@
 //! The thread of a worker, from its start until it is joined.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
 use crate::sys::read_cycles;
 
-/// A request to a thread to end, which can be withdrawn until the thread obeys it.
+/// A request to the thread of a worker to serve nothing until it is withdrawn. It also holds for the
+/// threads that follow.
 #[derive(Debug, Default)]
 pub(crate) struct StopRequest(AtomicU8);
 
@@ -16,32 +16,36 @@ const REQUESTED: u8 = 1;
 const OBEYED: u8 = 2;
 
 impl StopRequest {
-    /// Asks the thread to end.
+    /// Asks the thread to stop.
     pub(crate) fn request(&self) {
         self.change(NONE, REQUESTED);
     }
 
-    /// Withdraws the request. Returns whether the thread goes on; otherwise it ends.
-    pub(crate) fn withdraw(&self) -> bool {
-        self.change(REQUESTED, NONE);
-        self.0.load(Ordering::Relaxed) == NONE
+    /// Withdraws the request.
+    pub(crate) fn withdraw(&self) {
+        self.0.store(NONE, Ordering::Release);
     }
 
-    /// Whether the thread is asked to end. Before it does, it calls [`StopRequest::obey`].
+    /// Whether the thread is asked to stop. Once it has, it calls [`StopRequest::obey`].
     pub(crate) fn is_requested(&self) -> bool {
         self.0.load(Ordering::Acquire) != NONE
     }
 
-    /// Obeys the request. Returns whether the thread must end, since the request was not withdrawn.
-    pub(crate) fn obey(&self) -> bool {
-        self.change(REQUESTED, OBEYED)
+    /// The thread serves nothing any more.
+    pub(crate) fn obey(&self) {
+        self.change(REQUESTED, OBEYED);
     }
 
-    fn change(&self, from: u8, to: u8) -> bool {
-        let changed = self
+    /// Whether the thread serves nothing any more.
+    pub(crate) fn is_obeyed(&self) -> bool {
+        self.0.load(Ordering::Acquire) == OBEYED
+    }
+
+    fn change(&self, from: u8, to: u8) {
+        // It fails if the request is in another state, which then stays.
+        let _ = self
             .0
-            .compare_exchange(from, to, Ordering::AcqRel, Ordering::Relaxed);
-        changed.is_ok()
+            .compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire);
     }
 }
 
@@ -82,24 +86,8 @@ impl ThreadLifetime {
 pub(crate) enum ThreadState {
     /// There is none.
     Ended,
-    /// It runs until it is asked to end and is woken.
-    Running {
-        /// What asks it to end.
-        stop: Arc<StopRequest>,
-        /// What is joined.
-        handle: JoinHandle<()>,
-    },
+    /// It runs as long as it has a queue pair.
+    Running(JoinHandle<()>),
     /// Another thread waits for its end.
     Joining,
-}
-
-impl ThreadState {
-    /// Whether there is no thread, or one that needs only to be joined.
-    pub(crate) fn has_ended(&self) -> bool {
-        match self {
-            Self::Ended => true,
-            Self::Running { handle, .. } => handle.is_finished(),
-            Self::Joining => false,
-        }
-    }
 }

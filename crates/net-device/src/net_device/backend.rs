@@ -418,15 +418,16 @@ impl NetDevice {
     }
 
     /// Updates what depends on a vring that was stopped. Returns the vring's base, for which the
-    /// front-end waits. So it is the worker that detaches the uplink's queue: the kernel then waits until
-    /// every CPU has passed a quiescent state, which takes milliseconds on busy CPUs.
+    /// front-end waits. So it is the worker that detaches the uplink's queue, unless other guests would wait
+    /// for it then: the kernel waits until every CPU has passed a quiescent state, which takes
+    /// milliseconds on busy CPUs.
     fn after_stop(&self, served: &ServedPair, role: VringRole, stopped: StoppedVring) -> u32 {
         if let Some(kick) = &stopped.kick {
             served.worker.unwatch(kick);
         }
         if role == VringRole::Rx {
             self.update_active_pairs();
-            if !served.worker.serves(served.position) {
+            if !served.worker.reconciles_uplink(served.position) {
                 served.pair.reconcile_uplink();
             }
         }

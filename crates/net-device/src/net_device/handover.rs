@@ -49,15 +49,6 @@ impl NetDevice {
             }
         }
     }
-
-    /// Lets the workers of queue pairs whose vrings run go on, after all workers were asked to end.
-    pub fn resume_workers(&self) {
-        for served in self.pairs().filter(|served| served.pair.is_in_use()) {
-            if let Err(error) = served.worker.resume(served.position) {
-                tracing::error!("{}: a worker does not go on: {error}", self.name);
-            }
-        }
-    }
 }
 
 fn vring_counters<Q: DeviceQueue>(slot: &VringSlot<Q>) -> BTreeMap<String, u64> {

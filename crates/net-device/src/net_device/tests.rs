@@ -437,7 +437,7 @@ fn interrupts_and_advice_follow_the_pairs_in_use() {
 }
 
 #[test]
-fn worker_that_was_held_goes_on_after_the_request_to_end_was_withdrawn() {
+fn worker_that_was_held_goes_on_after_the_request_to_stop_was_withdrawn() {
     let uplink = TestUplink::default();
     let net_device = net_device(2, uplink.clone(), PollMode::Off);
     with_frontend(&net_device, &two_pairs(), |frontend| {
@@ -449,11 +449,11 @@ fn worker_that_was_held_goes_on_after_the_request_to_end_was_withdrawn() {
             uplink.bursts.load(Relaxed) == 2
         });
         let workers: Vec<_> = net_device.pairs().map(|served| &served.worker).collect();
-        workers.iter().for_each(|worker| worker.request_stop());
-        // The second one ends, and the first one cannot.
-        assert!(!workers[0].join_until(Instant::now() + Duration::from_millis(1)));
-        assert!(workers[1].join_until(Instant::now() + TIMEOUT));
-        net_device.resume_workers();
+        net_device.pool.request_stop();
+        // The second one stops, and the first one cannot.
+        assert!(!workers[0].wait_until_stopped(Instant::now() + Duration::from_millis(1)));
+        assert!(workers[1].wait_until_stopped(Instant::now() + TIMEOUT));
+        net_device.pool.resume();
         drop(gate);
         send(frontend, 0, 2);
         send(frontend, 1, 3);
@@ -462,13 +462,12 @@ fn worker_that_was_held_goes_on_after_the_request_to_end_was_withdrawn() {
 }
 
 #[test]
-fn worker_that_is_about_to_end_is_followed_by_another_one() {
+fn worker_that_is_asked_to_stop_and_to_go_on_at_once_goes_on() {
     let net_device = net_device(2, Null, PollMode::Off);
     with_frontend(&net_device, &two_pairs(), |frontend| {
-        let worker = &net_device.pairs().next().unwrap().worker;
         for _ in 0..100 {
-            worker.request_stop();
-            net_device.resume_workers();
+            net_device.pool.request_stop();
+            net_device.pool.resume();
             send(frontend, 0, 1);
         }
     });

@@ -22,15 +22,15 @@ use virtionet_sandbox::ThreadKind;
 use virtionet_virtio_net::stats::{WorkerStats, to_u64};
 use vmm_sys_util::epoll::EpollEvent;
 
+use super::members::Members;
 use super::{Worker, WorkerDescriptors};
 use crate::busy_poll::BusyPoll;
 use crate::pair_service::PairService;
 use crate::sys::read_cycles;
 use crate::worker_event::WorkerEvent;
-use crate::worker_thread::StopRequest;
 
 /// Events taken from epoll at once.
-const MAX_EVENTS: usize = 4;
+const MAX_EVENTS: usize = 16;
 
 /// Cycles that a yield takes at most when no other thread wants the CPU.
 const MAX_UNCONTENDED_YIELD_CYCLES: u64 = 1500;
@@ -41,12 +41,31 @@ const NO_KICK_INTERVAL_MS: i32 = 1;
 /// Pause after a panic, so that one that repeats does not use up the CPU.
 const PANIC_PAUSE: Duration = Duration::from_millis(100);
 
-/// Polls of the vrings after which the worker also checks epoll.
+/// Polls of the vrings, or cycles (0.1 to 0.2 ms), after which the worker also checks epoll.
 const POLLS_PER_EPOLL_WAIT: u64 = 64;
+const CYCLES_PER_EPOLL_WAIT: u64 = 300_000;
 
 /// Polls after which the worker yields, and reads the clock, where no other thread has wanted its CPU:
 /// a thread that wants it meanwhile waits for about a microsecond.
 const POLLS_PER_YIELD: u64 = 16;
+
+/// Tells the members that their thread has ended, also if it ends by a panic.
+struct MembersEnd<'a>(Option<&'a Members>);
+
+impl MembersEnd<'_> {
+    /// They know, and another thread may have been started meanwhile.
+    fn is_done(&mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for MembersEnd<'_> {
+    fn drop(&mut self) {
+        if let Some(members) = self.0 {
+            members.end();
+        }
+    }
+}
 
 /// A worker's thread.
 #[derive(Debug)]
@@ -55,7 +74,6 @@ pub(super) struct EventLoop {
     descriptors: Arc<WorkerDescriptors>,
     /// By their positions, which are in ascending order.
     pairs: Vec<(u16, PairService)>,
-    stop: Arc<StopRequest>,
     poll: BusyPoll,
     /// Another thread ran when the worker last yielded, so it shares its CPU.
     shares_cpu: bool,
@@ -64,15 +82,10 @@ pub(super) struct EventLoop {
 }
 
 impl EventLoop {
-    /// The loop of `worker`, which ends when `stop` is requested and the worker is woken.
-    pub(super) fn new(
-        worker: Arc<Worker>,
-        descriptors: Arc<WorkerDescriptors>,
-        stop: Arc<StopRequest>,
-    ) -> Self {
+    /// The loop of `worker`, which ends when the worker has nothing to serve.
+    pub(super) fn new(worker: Arc<Worker>, descriptors: Arc<WorkerDescriptors>) -> Self {
         Self {
             pairs: Vec::new(),
-            stop,
             poll: BusyPoll::new(worker.poll),
             shares_cpu: false,
             interval_start: 0,
@@ -81,9 +94,8 @@ impl EventLoop {
         }
     }
 
-    /// Serves the queue pairs until it is asked to stop, or has none. The code of one vring that
-    /// panics is caught in its turn; what panics outside of all turns costs the worker's queue
-    /// pairs.
+    /// Serves the queue pairs until it has none. The code of one vring that panics is caught in its
+    /// turn; what panics outside of all turns costs the worker's queue pairs.
     pub(super) fn run(mut self) {
         // In a handover the guest waits for it. Until it is confined as a worker, it is as the session's
         // thread, which may set slices.
@@ -91,11 +103,12 @@ impl EventLoop {
         scheduling::use_default_slice();
         sandbox::confine_thread(ThreadKind::Worker);
         contain_panics();
+        let worker = Arc::clone(&self.worker);
+        let mut end = MembersEnd(Some(&worker.members));
         loop {
             match contain(|| self.run_until_stopped()) {
-                Ok(()) if self.stop.obey() => return self.worker.members.end(),
-                Ok(()) if self.worker.members.end_if_unused() => return,
-                // The request to end was withdrawn, or another queue pair has started.
+                Ok(()) if worker.members.end_if_unused() => return end.is_done(),
+                // The request to stop was withdrawn, or another queue pair has started.
                 Ok(()) => {}
                 Err(Panicked) => {
                     for (_, pair) in &self.pairs {
@@ -111,7 +124,7 @@ impl EventLoop {
         self.worker.placement.place_this_thread();
         self.poll.set_permitted(self.worker.placement.may_poll());
         self.apply_member_changes();
-        while !self.stop.is_requested() && !self.pairs.is_empty() {
+        while !self.worker.stop.is_requested() && !self.pairs.is_empty() {
             let must_poll = self.pairs.iter().any(|(_, pair)| pair.must_be_polled());
             self.wait(match self.has_work() {
                 true => 0,
@@ -123,6 +136,8 @@ impl EventLoop {
             }
             let found = self.run_pass(false);
             if self.has_work() {
+                // Transmitqs that were found empty have not been asked for kicks.
+                self.for_each_pair(PairService::poll_tx_without_kicks);
                 continue;
             }
             if found > 0 || self.poll.is_always() {
@@ -135,6 +150,22 @@ impl EventLoop {
                 self.run_pass(true);
             }
         }
+        self.stay_stopped();
+    }
+
+    /// Serves nothing as long as the worker is asked to, but takes and drops queue pairs. What happens
+    /// to their vrings meanwhile is looked at afterwards.
+    fn stay_stopped(&mut self) {
+        while self.worker.stop.is_requested() {
+            self.worker.stop.obey();
+            self.apply_member_changes();
+            if self.pairs.is_empty() {
+                return;
+            }
+            self.wait_for_events(-1, &mut [EpollEvent::default(); MAX_EVENTS]);
+            self.descriptors.wake.clear();
+        }
+        self.handle_wake();
     }
 
     /// Gives frames that follow the last ones a chance to be found without a kick.
@@ -153,11 +184,15 @@ impl EventLoop {
 
     /// Takes the queue pairs that have started, and drops those that are released.
     fn apply_member_changes(&mut self) {
-        let changes = self.worker.members.apply_changes();
+        let members = &self.worker.members;
+        let changes = members.apply_changes();
         self.pairs
             .retain(|(position, _)| !changes.dropped.contains(position));
+        members.confirm_dropped(&changes.dropped);
+        let is_shared = self.worker.is_shared;
         for (position, pair) in changes.taken {
-            self.pairs.push((position, PairService::new(pair)));
+            self.pairs
+                .push((position, PairService::new(pair, is_shared)));
         }
         self.pairs.sort_unstable_by_key(|(position, _)| *position);
     }
@@ -185,16 +220,7 @@ impl EventLoop {
             self.count(|stats| stats.sleeps.add(1));
         }
         let mut events = [EpollEvent::default(); MAX_EVENTS];
-        let count = match self.descriptors.epoll.wait(timeout, &mut events) {
-            Ok(count) => count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
-            Err(error) => {
-                // Cannot happen to an open epoll descriptor. If it does, do not spin on it.
-                tracing::error!("{}: waiting for events failed: {error}", self.worker.name);
-                std::thread::sleep(Duration::from_millis(100));
-                0
-            }
-        };
+        let count = self.wait_for_events(timeout, &mut events);
         for event in &events[..count] {
             match WorkerEvent::from_token(event.data()) {
                 Some(WorkerEvent::Wake) => self.handle_wake(),
@@ -214,6 +240,19 @@ impl EventLoop {
             self.count(|stats| stats.wakeups.add(1));
         }
         self.interval_start = read_cycles();
+    }
+
+    fn wait_for_events(&self, timeout: i32, events: &mut [EpollEvent]) -> usize {
+        match self.descriptors.epoll.wait(timeout, events) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+            Err(error) => {
+                // Cannot happen to an open epoll descriptor. If it does, do not spin on it.
+                tracing::error!("{}: waiting for events failed: {error}", self.worker.name);
+                std::thread::sleep(Duration::from_millis(100));
+                0
+            }
+        }
     }
 
     /// Something changed: check everything once.
@@ -267,7 +306,8 @@ impl EventLoop {
         let mut deadline = self.poll.deadline();
         let mut is_deadline_old = false;
         let (mut polls_done, mut hits) = (0, 0);
-        while !self.stop.is_requested() {
+        let mut checked_at = self.interval_start;
+        while !self.worker.stop.is_requested() && !self.pairs.is_empty() {
             match self.pairs.len() {
                 1 => self.for_each_pair(PairService::poll_all),
                 _ => self.for_each_pair(PairService::poll_unless_idle),
@@ -275,9 +315,11 @@ impl EventLoop {
             let found = self.run_pass(false);
             polls_done += 1;
             hits += u64::from(found > 0);
-            if polls_done == POLLS_PER_EPOLL_WAIT {
+            let cycles = self.interval_start.wrapping_sub(checked_at);
+            if polls_done == POLLS_PER_EPOLL_WAIT || cycles > CYCLES_PER_EPOLL_WAIT {
                 self.count_polls(hits, polls_done - hits);
                 (polls_done, hits) = (0, 0);
+                checked_at = self.interval_start;
                 // Also between polls that find frames: a busy vring must not hide a kick of another,
                 // or a wake-up.
                 self.wait(0);

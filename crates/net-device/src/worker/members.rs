@@ -7,7 +7,7 @@
 //!     └────────────────┘ │ └───────────────┘ stop                 stop │
 //!            close       │                                             ▼
 //!                        └──────────────────────────────────────── Stopping
-//!                              (thread) drops it
+//!                              (thread) has dropped it
 //! ```
 //!
 //! When the thread ends, what it serves is `Starting` again for the next one, and what it was to drop
@@ -116,11 +116,10 @@ impl Members {
     pub(super) fn start(&self, position: u16) -> bool {
         let mut all = self.0.lock();
         all.change(position, |state| match state {
-            MemberState::Closed | MemberState::Open => MemberState::Starting,
-            MemberState::Stopping => MemberState::Served,
+            MemberState::Open => MemberState::Starting,
             other => other,
         });
-        !std::mem::replace(&mut all.has_thread, true)
+        all.needs_thread()
     }
 
     /// Lets the thread serve a queue pair no longer.
@@ -156,7 +155,8 @@ impl Members {
         self.0.lock().has_thread
     }
 
-    /// The thread takes and drops what it is to.
+    /// The thread takes what it is to serve. What it is to drop is in the result; it must call
+    /// [`Members::confirm_dropped`] afterwards.
     pub(super) fn apply_changes(&self) -> MemberChanges {
         let mut changes = MemberChanges::default();
         for (position, place) in self.0.lock().members.iter_mut().enumerate() {
@@ -167,14 +167,22 @@ impl Members {
                     member.state = MemberState::Served;
                     changes.taken.push((position, Arc::clone(&member.pair)));
                 }
-                MemberState::Stopping => {
-                    member.state = MemberState::Open;
-                    changes.dropped.push(position);
-                }
+                MemberState::Stopping => changes.dropped.push(position),
                 MemberState::Closed | MemberState::Open | MemberState::Served => {}
             }
         }
         changes
+    }
+
+    /// The thread uses nothing of the queue pairs at `positions` any more.
+    pub(super) fn confirm_dropped(&self, positions: &[u16]) {
+        let mut all = self.0.lock();
+        for position in positions {
+            all.change(*position, |state| match state {
+                MemberState::Stopping => MemberState::Open,
+                other => other,
+            });
+        }
     }
 
     /// Ends the thread's work if there is none. Returns whether the thread must end.
@@ -203,6 +211,13 @@ impl State {
     fn state(&self, position: u16) -> Option<MemberState> {
         let place = self.members.get(usize::from(position))?;
         place.as_ref().map(|member| member.state)
+    }
+
+    /// Whether a thread must be started. The caller starts it.
+    fn needs_thread(&mut self) -> bool {
+        let is_needed = !self.has_thread && self.is_used();
+        self.has_thread |= is_needed;
+        is_needed
     }
 
     /// Whether the thread serves a queue pair, or is to.
@@ -255,9 +270,11 @@ mod tests {
         assert!(!members.will_be_served(0) && members.will_be_served(1));
         assert!(!members.is_released(0) && !members.end_if_unused());
         assert_eq!(members.apply_changes().dropped, [0]);
+        assert!(!members.is_released(0), "the thread has not dropped it yet");
+        members.confirm_dropped(&[0]);
         assert!(members.is_released(0) && !members.is_released(1));
         members.stop(1);
-        assert_eq!(members.apply_changes().dropped, [1]);
+        members.confirm_dropped(&members.apply_changes().dropped);
         assert!(!members.is_released(1), "the thread is about to end");
         assert!(members.end_if_unused() && members.is_released(1));
         assert!(members.start(1), "the next start needs a thread again");
@@ -285,6 +302,13 @@ mod tests {
         members.end();
         assert!((0..3).all(|n| members.is_released(n)));
         assert_eq!(taken(&members.apply_changes()), [0, 1]);
+    }
+
+    #[test]
+    fn closed_queue_pair_does_not_start() {
+        let members = members(1);
+        members.close(0);
+        assert!(!members.start(0) && members.apply_changes().taken.is_empty());
     }
 
     #[test]
