@@ -68,7 +68,7 @@ impl WakeChain {
     }
 }
 
-/// The value by which a thread is told to end, which it passes on.
+/// The value that ends a thread, which it passes on.
 const END: u64 = 1 << 32;
 
 impl Drop for WakeChain {

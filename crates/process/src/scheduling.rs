@@ -1,7 +1,7 @@
 //! How soon the threads of this process run once they are woken ([`virtionet_placement::slice`]).
 //!
-//! They sleep until something happens, and somebody waits for what they then do: a front-end for a reply,
-//! the next daemon for the devices. On a CPU that a vCPU or another process keeps busy they would wait for
+//! They sleep until something happens, and a front-end then waits for a reply, or the next daemon for the
+//! devices. On a CPU that a vCPU or another process keeps busy they would wait for
 //! the next tick of the clock.
 //!
 //! Workers that carry frames have the kernel's default. A worker with a short slice interrupts its vCPU for

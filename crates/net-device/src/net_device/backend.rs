@@ -384,7 +384,7 @@ impl NetDevice {
         })
     }
 
-    /// Waits until no worker serves a queue pair of this device.
+    /// Lets no worker serve a queue pair of this device any more, and waits for that.
     fn release_workers(&self) {
         for served in self.pairs() {
             served.worker.request_release(served.position);
@@ -400,7 +400,6 @@ impl NetDevice {
         Some((served, VringRole::of(index)))
     }
 
-    /// Reconciles what depends on whether a vring runs and is enabled, and wakes the worker.
     fn note_implausible_base(&self, index: u16, base: u32) {
         let text = format!(
             "vring {index}: the front-end starts the packed ring at {base:#x}, where its descriptors show that it cannot be, and there is no crash record of it; reload the guest's driver or restart the guest"
@@ -409,6 +408,7 @@ impl NetDevice {
             .set(&self.name, ConditionKind::BaseImplausible, &text);
     }
 
+    /// Reconciles what depends on whether a vring runs and is enabled, and wakes the worker.
     fn apply_vring_state(&self, served: &ServedPair, role: VringRole) {
         if role == VringRole::Rx {
             self.update_active_pairs();

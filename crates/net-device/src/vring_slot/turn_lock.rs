@@ -3,8 +3,8 @@
 //!
 //! The latter gets it after the turn that runs, and sleeps until then. A lock that yields the CPU before
 //! it sleeps would cost it milliseconds on a busy CPU: with each yield the kernel's scheduler lets another
-//! thread run for its whole slice. So it does not wait for the mutex itself, but to be told that a turn
-//! has ended. Until it has the lock, no other turn begins.
+//! thread run for its whole slice. So it does not wait for the mutex itself, but for the signal that a
+//! turn has ended. Until it has the lock, no turn begins but those that wait for the mutex already.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicUsize, Ordering, fence};

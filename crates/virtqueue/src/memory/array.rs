@@ -396,14 +396,15 @@ impl GuestArray<Descriptor> {
     }
 }
 
-/// Called before each store to an array, so that a test can end there, as a process does that is
-/// killed.
+/// The size of an array of `len` elements in bytes.
 pub(super) fn array_bytes<T>(len: u16) -> Option<u64> {
     u64::try_from(size_of::<T>())
         .ok()?
         .checked_mul(u64::from(len))
 }
 
+/// Called before each store to an array, so that a test can end there, as a process does that is
+/// killed.
 #[cfg(test)]
 fn before_store() {
     crate::testing::before_store();
