@@ -25,7 +25,8 @@ use members::Members;
 /// Stack of a worker: its deepest call keeps a few dozen KiB of frames and segments.
 const WORKER_STACK_SIZE: usize = 256 * 1024;
 
-/// Pause between two checks of whether the thread has ended. Frames wait meanwhile in a handover.
+/// Pause between two checks of whether the thread has stopped, or released a queue pair. Frames wait
+/// meanwhile in a handover.
 const JOIN_INTERVAL: Duration = Duration::from_micros(50);
 
 /// A worker, as other threads see it. It serves one queue pair, or queue pairs of several devices,

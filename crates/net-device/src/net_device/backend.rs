@@ -92,7 +92,7 @@ impl Backend for NetDevice {
         self.pool.gate().session_continues();
     }
 
-    /// Workers end first, so that none finds a vring stopped and detaches the uplink's queue.
+    /// Workers release the queue pairs first, so that none finds a vring stopped and detaches the uplink's queue.
     fn suspend(&self) -> Vec<(u16, u32)> {
         self.release_workers();
         let mut stopped = Vec::new();

@@ -164,7 +164,7 @@ fn guest_that_breaks_its_ring_costs_no_other_guest_of_the_worker_a_frame() {
 }
 
 #[test]
-fn workers_that_ended_for_a_handover_that_failed_serve_all_devices_again() {
+fn workers_that_stopped_for_a_handover_that_failed_serve_all_devices_again() {
     let pool = one_worker(PollMode::Off);
     let devices = [on_null(&pool), on_null(&pool)];
     with_frontend(&devices[0], &two_pairs(), |first| {
