@@ -5,6 +5,7 @@
 
 pub mod advice;
 pub mod busy_poll;
+pub mod call_pause;
 pub mod call_watchdog;
 pub mod conditions;
 pub mod crash_records;

@@ -10,7 +10,7 @@ mod translation;
 use std::collections::BTreeSet;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use virtionet_base::RateLimiter;
@@ -22,6 +22,7 @@ use virtionet_virtio_net::uplink::Uplink;
 use virtionet_virtqueue::memory::GuestMemory;
 
 use crate::advice::{Adviser, QueueUsage};
+use crate::call_pause::CallPause;
 use crate::conditions::{ConditionKind, Conditions};
 use crate::crash_records::CrashRecords;
 use crate::feature_set::FeatureSet;
@@ -57,6 +58,7 @@ pub struct NetDevice {
     crash_records: Option<CrashRecords>,
     /// The sum of the vrings' counters `address_invalid` at the last check.
     invalid_addresses: AtomicU64,
+    call_pause: Arc<CallPause>,
     /// Of log lines about sessions that ended with an error: a front-end may come again at once.
     session_errors: RateLimiter,
     /// Of log lines about an uplink that was deleted and made again at once.
@@ -142,6 +144,7 @@ impl NetDevice {
             conditions: Conditions::default(),
             crash_records: None,
             invalid_addresses: AtomicU64::new(0),
+            call_pause: Arc::default(),
             session_errors: RateLimiter::new(),
             reopened_uplinks: RateLimiter::new(),
         }
@@ -190,6 +193,13 @@ impl NetDevice {
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// How long the device makes no calls, because one of them blocked. The next front-end must wait for
+    /// that, or one that comes again and again could block more of them.
+    #[must_use]
+    pub fn calls_pause_for(&self) -> Duration {
+        self.call_pause.remaining()
     }
 
     /// The uplink that carries the device's frames.
@@ -269,7 +279,12 @@ impl NetDevice {
         let name = worker_name(&self.name, u32::from(index));
         let placement = PlacementState::new(Arc::clone(&self.placer), index);
         let worker = self.pool.worker_for(name, self.poll, placement);
-        let pair = Arc::new(QueuePair::new(index, &self.name, worker.waker().clone()));
+        let pair = Arc::new(QueuePair::new(
+            index,
+            &self.name,
+            worker.waker().clone(),
+            &self.call_pause,
+        ));
         let position = worker.add_pair(Arc::clone(&pair));
         ServedPair {
             pair,

@@ -12,6 +12,7 @@ use virtionet_virtio_net::uplink::{RxSink, TxFrame, Uplink, UplinkError, UplinkQ
 use virtionet_virtio_net::{RxQueue, TxQueue};
 use virtionet_virtqueue::memory::GuestMemory;
 
+use crate::call_pause::CallPause;
 use crate::frame_inbox::FrameInbox;
 use crate::vring_slot::{Pushed, VringSlot};
 use crate::waker::Waker;
@@ -44,14 +45,16 @@ pub struct QueuePair {
 }
 
 impl QueuePair {
-    /// Queue pair `index` of `device`, whose worker `waker` wakes.
+    /// Queue pair `index` of `device`, whose worker `waker` wakes. Its calls pause together with those of
+    /// the device's other queue pairs, which share `call_pause`.
     #[must_use]
-    pub fn new(index: u16, device: &str, waker: Waker) -> Self {
+    pub fn new(index: u16, device: &str, waker: Waker, call_pause: &Arc<CallPause>) -> Self {
+        let slot_name = |direction: &str| format!("{device} pair {index} {direction}");
         Self {
             index,
             device: device.to_owned(),
-            rx: VringSlot::new(format!("{device} pair {index} rx")),
-            tx: VringSlot::new(format!("{device} pair {index} tx")),
+            rx: VringSlot::new(slot_name("rx"), Arc::clone(call_pause)),
+            tx: VringSlot::new(slot_name("tx"), Arc::clone(call_pause)),
             inbox: FrameInbox::default(),
             uplink: Mutex::default(),
             waker,
