@@ -60,7 +60,7 @@ pub(crate) enum DefaultValue {
 }
 
 /// All keys, in the order of the help text and the documentation.
-pub(crate) const KEYS: [Key; 30] = [
+pub(crate) const KEYS: [Key; 33] = [
     Key::NAME,
     Key::SOCKET_PATH,
     Key::FD,
@@ -83,6 +83,9 @@ pub(crate) const KEYS: [Key; 30] = [
     Key::CONTROL,
     Key::CONTROL_MODE,
     Key::CONTROL_GROUP,
+    Key::CONTROL_READ_ONLY,
+    Key::CONTROL_READ_ONLY_GROUP,
+    Key::ALLOW_ADD,
     Key::HANDOVER_SOCKET,
     Key::WORKERS,
     Key::STATE_DIR,
@@ -291,8 +294,8 @@ impl Key {
         scope: KeyScope::Process,
         value_name: "PATH",
         default: DefaultValue::Computed("no such socket"),
-        help: "Answer HTTP/1.1 on this unix socket: GET /v1/devices (JSON) and GET /metrics (for \
-               Prometheus)",
+        help: "Answer HTTP/1.1 on this unix socket: the control API below /v1/ (JSON) and GET \
+               /metrics (for Prometheus)",
     };
     pub(crate) const CONTROL_MODE: Self = Self {
         name: "control-mode",
@@ -309,7 +312,36 @@ impl Key {
         value_name: "NAME",
         default: DefaultValue::Computed("the group of virtionetd"),
         help: "Group of the control socket, by name or number: the group of those who may read \
-               the state of the daemon",
+               the state of the daemon. Only root and the user of virtionetd may change it",
+    };
+    pub(crate) const CONTROL_READ_ONLY: Self = Self {
+        name: "control-read-only",
+        kind: ValueKind::Path,
+        scope: KeyScope::Process,
+        value_name: "PATH",
+        default: DefaultValue::Computed("no such socket"),
+        help: "A second control socket, for monitoring: it answers what --control answers, and \
+               refuses every change, whoever asks for it",
+    };
+    pub(crate) const CONTROL_READ_ONLY_GROUP: Self = Self {
+        name: "control-read-only-group",
+        kind: ValueKind::NumberOrWord,
+        scope: KeyScope::Process,
+        value_name: "NAME",
+        default: DefaultValue::Computed("the group of virtionetd, and mode 600"),
+        help: "Group of the read-only control socket, by name or number, whose members may use it \
+               (mode 660)",
+    };
+    pub(crate) const ALLOW_ADD: Self = Self {
+        name: "allow-add",
+        kind: ValueKind::Text,
+        scope: KeyScope::Process,
+        value_name: "socket=PATTERN,tap=PATTERN,bridge=PATTERN,switch=PATTERN",
+        default: DefaultValue::Computed("no device can be added at run time"),
+        help: "What devices may use that are added while virtionetd runs, by the control API or by \
+               a reload: sockets at these paths, TAPs of these names, these bridges and switches. In \
+               a pattern * stands for any characters, but not for the / of a path. Each may be \
+               repeated. With it virtionetd also runs without a device",
     };
     pub(crate) const HANDOVER_SOCKET: Self = Self {
         name: "handover-socket",

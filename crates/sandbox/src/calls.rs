@@ -227,6 +227,30 @@ const CONTROL: &[Call] = calls![
     capget: SYS_capget,
 ];
 
+/// Making a socket and its file.
+const MAKE_SOCKET: &[Call] = calls![
+    bind: SYS_bind,
+    listen: SYS_listen,
+    fchmod: SYS_fchmod,
+    fchmodat: SYS_fchmodat,
+    fchownat: SYS_fchownat,
+];
+#[cfg(target_arch = "x86_64")]
+const MAKE_SOCKET_X86: &[Call] = calls![chmod: SYS_chmod];
+#[cfg(not(target_arch = "x86_64"))]
+const MAKE_SOCKET_X86: &[Call] = &[];
+
+/// Opening what a device needs that is added, and letting its thread limit itself to its own files.
+const MANAGER: &[Call] = calls![
+    socket: SYS_socket(Arguments::OneOf(0, &[AF_NETLINK])),
+    ioctl: SYS_ioctl(Arguments::OneOf(1, &[request(libc::TUNGETIFF)])),
+    flock: SYS_flock,
+    memfd_create: SYS_memfd_create,
+    landlock_create_ruleset: SYS_landlock_create_ruleset,
+    landlock_add_rule: SYS_landlock_add_rule,
+    landlock_restrict_self: SYS_landlock_restrict_self,
+];
+
 /// Waiting for the next daemon.
 const HANDOVER: &[Call] = calls![
     accept4: SYS_accept4,
@@ -256,7 +280,7 @@ const CLOSER: &[Call] = calls![setsockopt: SYS_setsockopt, fcntl: SYS_fcntl(FCNT
 const ASK_HELPER: &[Call] = calls![sendmsg: SYS_sendmsg, recvmsg: SYS_recvmsg];
 
 /// Answering the daemon: opening queues of TAPs, changing interfaces, writing CPU masks,
-/// connecting. Beside it, removing sockets.
+/// connecting. Beside it, making and removing sockets.
 const HELPER: &[Call] = calls![
     fstat: SYS_fstat,
     newfstatat: SYS_newfstatat,
@@ -476,11 +500,36 @@ pub(crate) fn of_kind(kind: ThreadKind) -> Vec<Call> {
             ASK_HELPER,
         ],
         ThreadKind::Control => &[RUNTIME, EPOLL_WAIT, READ_FILES, READ_FILES_X86, CONTROL],
+        ThreadKind::Manager => &[
+            RUNTIME,
+            START_THREADS,
+            WORKER,
+            EPOLL_WAIT,
+            READ_FILES,
+            READ_FILES_X86,
+            UNIX_CLIENT,
+            UNLINK,
+            UNLINK_X86,
+            POLL,
+            POLL_X86,
+            SESSION,
+            MAKE_SOCKET,
+            MAKE_SOCKET_X86,
+            MANAGER,
+        ],
         ThreadKind::Log => &[RUNTIME],
         ThreadKind::Closer => &[RUNTIME, CLOSER],
         ThreadKind::Watchdog => &[RUNTIME, WATCHDOG],
         ThreadKind::Handover => &[RUNTIME, HANDOVER],
-        ThreadKind::Helper => &[RUNTIME, ASK_HELPER, HELPER, UNLINK, UNLINK_X86],
+        ThreadKind::Helper => &[
+            RUNTIME,
+            ASK_HELPER,
+            HELPER,
+            MAKE_SOCKET,
+            MAKE_SOCKET_X86,
+            UNLINK,
+            UNLINK_X86,
+        ],
     };
     groups.concat()
 }
