@@ -35,6 +35,7 @@ mod socket_file;
 mod tests;
 mod types;
 pub mod uplink;
+mod value_kind;
 mod workers;
 
 pub use cli::Command;

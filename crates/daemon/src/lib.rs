@@ -18,6 +18,7 @@ pub mod report_builder;
 mod run_error;
 pub mod served_device;
 mod service_manager;
+mod shutdown;
 mod signals;
 pub mod supervisor;
 pub mod take_over;

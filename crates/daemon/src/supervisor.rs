@@ -22,8 +22,6 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::process;
 use std::sync::Arc;
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use signal_hook::consts::{SIGCHLD, SIGHUP, SIGUSR1};
@@ -34,7 +32,6 @@ use virtionet_net_device::call_watchdog;
 use virtionet_net_device::placement_monitor;
 use virtionet_net_device::start_gate::StartGate;
 use virtionet_net_device::stop::Stop;
-use virtionet_net_device::worker_pool::WorkerPool;
 use virtionet_process::logging;
 use virtionet_process::sandbox;
 use virtionet_sandbox::ThreadKind;
@@ -54,16 +51,12 @@ use crate::manager::{ChangeQueue, ChangeReceiver, Manager};
 use crate::process_sockets::ProcessSockets;
 use crate::report_builder::DeviceRegistry;
 use crate::run_error::RunError;
-use crate::served_device::{DeviceThread, ServedDevice, count_suspended};
+use crate::served_device::{ServedDevice, count_suspended};
 use crate::service_manager::ServiceManager;
+use crate::shutdown::{HelperThread, SHUTDOWN_TIMEOUT, end_threads, take_threads};
 use crate::signals;
 use crate::take_over::{OfferedDevices, Predecessor, socket_file};
 use crate::uplinks::Uplinks;
-
-/// How long all threads together may take to end.
-const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
-/// Pause between two checks of whether a thread has ended.
-const JOIN_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Serves the devices of `config` until a signal asks to end, or the next daemon has taken over.
 /// `passed` are the descriptors of the service manager.
@@ -344,42 +337,6 @@ impl Stops {
     }
 }
 
-/// The threads of the devices, with the devices' names.
-fn take_threads(devices: &DeviceSet) -> Vec<(String, DeviceThread)> {
-    let devices = devices.all();
-    let threads = devices.iter().filter_map(|device| {
-        let thread = device.thread.lock().take()?;
-        Some((device.name().to_owned(), thread))
-    });
-    threads.collect()
-}
-
-/// Waits until all threads, which have been asked to stop, have ended, or [`SHUTDOWN_TIMEOUT`] has
-/// passed. The result is the last error.
-fn end_threads(
-    pool: &WorkerPool,
-    control: Option<ControlServer>,
-    device_threads: Vec<(String, DeviceThread)>,
-    mut helper_threads: Vec<HelperThread>,
-) -> Result<(), RunError> {
-    let deadline = Instant::now() + SHUTDOWN_TIMEOUT;
-    pool.request_stop();
-    let stop_control = std::thread::Builder::new().spawn(move || drop(control));
-    helper_threads.push((
-        "control".into(),
-        stop_control.map_err(host_error("start a thread"))?,
-    ));
-    let mut stuck = Vec::new();
-    let ended = join_devices(device_threads, deadline, &mut stuck);
-    let helpers_ended = join_helpers(helper_threads, deadline, &mut stuck);
-    stuck.extend(pool.join(deadline));
-    if !stuck.is_empty() {
-        let threads = stuck.join(", ");
-        return Err(RunError::Stuck { threads });
-    }
-    ended.and(helpers_ended)
-}
-
 /// Leaves the signals that end the program to the main thread.
 ///
 /// # Errors
@@ -476,9 +433,6 @@ fn host_error(operation: &'static str) -> impl Fn(io::Error) -> RunError {
     move |source| RunError::Host { operation, source }
 }
 
-/// A thread beside those of the devices, and its name.
-type HelperThread = (String, JoinHandle<()>);
-
 /// Starts the threads that forward the host's frames to switches.
 fn start_host_port_forwarders(
     uplinks: &Uplinks,
@@ -509,55 +463,6 @@ fn start_host_port_forwarders(
         .into_iter()
         .map(start)
         .collect()
-}
-
-/// Waits until `thread` has ended, or `deadline` has passed; it is then `stuck`.
-fn join<T>(
-    name: &str,
-    thread: JoinHandle<T>,
-    deadline: Instant,
-    stuck: &mut Vec<String>,
-) -> Option<Result<T, RunError>> {
-    while !thread.is_finished() {
-        if Instant::now() >= deadline {
-            stuck.push(name.to_owned());
-            return None;
-        }
-        std::thread::sleep(JOIN_INTERVAL);
-    }
-    let name = name.to_owned();
-    Some(thread.join().map_err(|_| RunError::Panic { name }))
-}
-
-/// Waits for all devices' threads; the result is the last error.
-fn join_devices(
-    threads: Vec<(String, DeviceThread)>,
-    deadline: Instant,
-    stuck: &mut Vec<String>,
-) -> Result<(), RunError> {
-    let mut result = Ok(());
-    for (device, thread) in threads {
-        match join(&device, thread, deadline, stuck) {
-            None | Some(Ok(Ok(()))) => {}
-            Some(Ok(Err(source))) => result = Err(RunError::DeviceFailed { device, source }),
-            Some(Err(panic)) => result = Err(panic),
-        }
-    }
-    result
-}
-
-fn join_helpers(
-    threads: Vec<HelperThread>,
-    deadline: Instant,
-    stuck: &mut Vec<String>,
-) -> Result<(), RunError> {
-    let mut result = Ok(());
-    for (name, thread) in threads {
-        if let Some(Err(panic)) = join(&name, thread, deadline, stuck) {
-            result = Err(panic);
-        }
-    }
-    result
 }
 
 #[cfg(test)]
