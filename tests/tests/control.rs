@@ -54,6 +54,11 @@ fn wrong_requests_are_refused_and_change_nothing() {
 }
 
 #[test]
+fn helper_makes_and_removes_the_socket_where_the_daemon_may_not() {
+    check_helper().unwrap();
+}
+
+#[test]
 fn connections_beyond_the_limit_are_refused() {
     check_connection_limit().unwrap();
 }
@@ -293,11 +298,10 @@ fn check_wrong_requests() -> Result<()> {
         body[key] = value;
         body.to_string()
     };
-    let large = with("name", "x".repeat(100_000).into());
+    let large = with("name", "x".repeat(66_000).into());
     for (method, target, body, status, expected) in [
         ("PUT", "/v1/devices/b", "{", 400, "body-invalid"),
         ("PUT", "/v1/devices/b", "[]", 400, "body-invalid"),
-        ("PUT", "/v1/devices/b", &large, 413, "body-too-large"),
         (
             "PUT",
             "/v1/devices/b",
@@ -384,6 +388,15 @@ fn check_wrong_requests() -> Result<()> {
             "{method} {target} {body:.80}: {response:?}"
         );
     }
+    let answer = raw(
+        daemon.control(),
+        &format!(
+            "PUT /v1/devices/b HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{large}",
+            large.len()
+        ),
+    )?;
+    ensure!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
+    ensure!(answer.contains("\"code\":\"body-too-large\""), "{answer}");
     for (condition, status) in [
         ("If-Match: \"999\"", 412),
         ("If-None-Match: *", 412),
@@ -420,6 +433,41 @@ fn check_wrong_requests() -> Result<()> {
     let log = daemon.stderr();
     ensure!(log.matches("device b is added").count() == 1, "{log}");
     ensure!(log.contains("user 0, process "), "{log}");
+    Ok(())
+}
+
+/// The directory belongs to root, and the daemon runs as another user.
+fn check_helper() -> Result<()> {
+    let dir = RunDir::new()?;
+    let state = dir.join("state");
+    std::fs::create_dir(&state)?;
+    std::os::unix::fs::chown(&state, Some(65534), Some(65534))?;
+    let daemon = Options::new()
+        .flag("--uplink", "null")
+        .flag("--user", "65534")
+        .flag("--group", "65534")
+        .flag(
+            "--allow-add",
+            format!("socket={}/added*.sock", dir.path().display()),
+        )
+        .start(&dir, "vnet")?;
+    let socket = dir.join("added.sock");
+    let added = put(
+        &daemon,
+        "added",
+        &json!({"socket-path": socket, "uplink": "null"}),
+    )?;
+    ensure!(added.status == 201, "{added:?}\n{}", daemon.stderr());
+    let mode = std::os::unix::fs::MetadataExt::mode(&std::fs::metadata(&socket)?);
+    ensure!(mode & 0o777 == 0o600, "{mode:o}");
+    let mut frontend = TestFrontend::connect(&socket, &TestFrontendConfig::new(1, 256, MODERN))?;
+    let frame = FrameSpec::v4(Transport::Udp).build(b"made by the helper")?;
+    frontend.pairs[0].tx.send(&frame)?;
+    frontend.pairs[0].tx.drain(TIMEOUT)?;
+    let outside = json!({"socket-path": dir.join("other.sock"), "uplink": "null"});
+    ensure!(put(&daemon, "other", &outside)?.status == 403);
+    let removed = request(&daemon, "DELETE", "/v1/devices/added", "")?;
+    ensure!(removed.status == 200 && !socket.exists(), "{removed:?}");
     Ok(())
 }
 
@@ -523,14 +571,17 @@ fn code(response: &Response) -> Result<String> {
     Ok(body["code"].as_str().unwrap_or_default().to_owned())
 }
 
-/// The answer to `request`, which is sent as it is.
+/// The answer to `request`, which is sent as it is. A server that has answered may close the connection
+/// before it has read all.
 fn raw(socket: &Path, request: &str) -> Result<String> {
     let mut stream = UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(TIMEOUT))?;
-    stream.write_all(request.as_bytes())?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
-    Ok(answer)
+    let _ = stream.write_all(request.as_bytes());
+    let (mut answer, mut buffer) = (Vec::new(), [0; 4096]);
+    while let Ok(count @ 1..) = stream.read(&mut buffer) {
+        answer.extend_from_slice(&buffer[..count]);
+    }
+    Ok(String::from_utf8(answer)?)
 }
 
 fn wait_for(state: &str, is_reached: impl Fn() -> Result<bool>) -> Result<()> {

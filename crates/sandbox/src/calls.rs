@@ -238,6 +238,9 @@ const MAKE_SOCKET: &[Call] = calls![
     fchmod: SYS_fchmod,
     fchmodat: SYS_fchmodat,
     fchownat: SYS_fchownat,
+    // The file of the socket, by the socket, or else by its path and its owner.
+    ioctl: SYS_ioctl(Arguments::OneOf(1, &[SIOCUNIXFILE])),
+    geteuid: SYS_geteuid,
 ];
 #[cfg(target_arch = "x86_64")]
 const MAKE_SOCKET_X86: &[Call] = calls![chmod: SYS_chmod];
@@ -361,6 +364,8 @@ const USERFAULTFD_IOCTLS: Arguments = Arguments::OneOf(
 
 const TUNSETQUEUE: u32 = request(libc::TUNSETQUEUE);
 const FIONBIO: u32 = request(libc::FIONBIO);
+/// `SIOCPROTOPRIVATE` of unix sockets (linux/un.h).
+const SIOCUNIXFILE: u32 = 0x89e0;
 const AF_UNIX: u32 = bits(libc::AF_UNIX);
 const AF_NETLINK: u32 = bits(libc::AF_NETLINK);
 const PR_SET_NAME: u32 = bits(libc::PR_SET_NAME);
