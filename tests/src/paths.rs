@@ -146,6 +146,11 @@ impl RunDir {
         })
     }
 
+    /// Returns the path of the directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Returns the path of the file `name` in the directory.
     pub fn join(&self, name: &str) -> PathBuf {
         self.path.join(name)

@@ -57,7 +57,7 @@ fn sigterm_and_sigint_stop_the_daemon_within_100_ms_and_the_next_daemon_continue
 
     times.clear();
     while times.len() < 3 && times.last().is_none_or(|time| *time > MAX_SHUTDOWN_TIME) {
-        // The daemon ignores SIGHUP.
+        // The configuration is the same.
         testbed.daemon.proc().signal(Signal::SIGHUP).unwrap();
         testbed.network.wait_for_ping(GUEST.v4).unwrap();
         let stopped = testbed.daemon.stop_in_place(Signal::SIGINT).unwrap();

@@ -355,6 +355,8 @@ impl CaseRunner for PushRunner {
 struct ForwardRunner {
     sender: TransmitRunner,
     receiver: Receiver,
+    /// The receiver has its port as long as this.
+    _receiver_uplink: Arc<dyn UplinkQueue>,
     len: usize,
 }
 
@@ -370,7 +372,7 @@ impl ForwardRunner {
         let mut reply = build_frame(64)?;
         let (destination, source) = reply.bytes[..12].split_at_mut(6);
         destination.swap_with_slice(source);
-        let mut reply_runner = TransmitRunner::new(features, &reply, receiver_uplink)?;
+        let mut reply_runner = TransmitRunner::new(features, &reply, Arc::clone(&receiver_uplink))?;
         reply_runner.offer()?;
         reply_runner.run_device()?;
         reply_runner.collect()?;
@@ -378,6 +380,7 @@ impl ForwardRunner {
         Ok(Self {
             sender: TransmitRunner::new(features, &build_frame(len)?, sender_uplink)?,
             receiver,
+            _receiver_uplink: receiver_uplink,
             len,
         })
     }

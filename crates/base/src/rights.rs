@@ -9,7 +9,7 @@
 use std::fmt;
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::OnceLock;
 
@@ -60,6 +60,10 @@ pub trait Helper: fmt::Debug + Send + Sync {
 
     /// Connects to the unix socket at `path` without waiting. The returned socket blocks.
     fn connect(&self, path: &Path) -> Option<io::Result<UnixStream>>;
+
+    /// Makes a non-blocking socket at `path` that listens, with this mode. The socket file of a
+    /// process that has ended is replaced.
+    fn listen(&self, path: &Path, mode: u32) -> Option<io::Result<(UnixListener, FileIdentity)>>;
 
     /// Removes the socket file at `path`, if it is still the one that `identity` says.
     fn remove_socket(&self, path: &Path, identity: FileIdentity) -> Option<io::Result<()>>;

@@ -80,6 +80,19 @@ impl UnixSocketError {
     }
 }
 
+/// For another process, which knows the path.
+impl From<UnixSocketError> for io::Error {
+    fn from(error: UnixSocketError) -> Self {
+        match error {
+            UnixSocketError::Refused { source, .. } => source,
+            UnixSocketError::InUse(_) => Errno::ADDRINUSE.into(),
+            UnixSocketError::NotASocket(_) | UnixSocketError::Replaced(_) => Errno::EXIST.into(),
+            UnixSocketError::TooLong(_) => Errno::NAMETOOLONG.into(),
+            UnixSocketError::NoGroup(_) => Errno::INVAL.into(),
+        }
+    }
+}
+
 /// Who may connect to a socket. Without a mode the umask decides; without a group the socket file
 /// gets the group of the process.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -91,13 +104,39 @@ pub struct Access {
 }
 
 /// Listens at `path` with a non-blocking socket. The socket file of a process that has ended is
-/// replaced. Mode and group are set before the first client can connect.
+/// replaced. Mode and group are set before the first client can connect. The helper of this process
+/// does that where this thread may not, unless the socket is to have another group.
 ///
 /// # Errors
 /// When the path is in use or is not that of a socket, the group does not exist, or the kernel
 /// refuses an operation.
-// syscalls: socket fchmod bind ioctl openat fstat fchownat chmod listen connect unlink
 pub fn listen_at(
+    path: &Path,
+    access: &Access,
+) -> Result<(UnixListener, SocketFile), UnixSocketError> {
+    let refused = match (listen_own(path, access), access) {
+        (
+            Err(UnixSocketError::Refused { source, .. }),
+            Access {
+                mode: Some(mode),
+                group: None,
+            },
+        ) if source.kind() == io::ErrorKind::PermissionDenied => (source, *mode),
+        (done, _) => return done,
+    };
+    let (source, mode) = refused;
+    let listening = with_help(|| Err(source), |helper| helper.listen(path, mode));
+    let (socket, identity) =
+        listening.map_err(|error| UnixSocketError::refused("listen on", path, error))?;
+    Ok((socket, SocketFile::inherited(path.into(), identity)))
+}
+
+/// The same with the rights of this thread only.
+///
+/// # Errors
+/// The same.
+// syscalls: socket fchmod bind ioctl openat fstat fchownat chmod listen connect unlink
+pub fn listen_own(
     path: &Path,
     access: &Access,
 ) -> Result<(UnixListener, SocketFile), UnixSocketError> {
@@ -235,6 +274,14 @@ impl SocketFile {
     /// What tells the file from another one at its path.
     #[must_use]
     pub fn identity(&self) -> FileIdentity {
+        self.identity
+    }
+
+    /// What tells the file from another one, which is not removed by this value any more.
+    #[must_use]
+    pub fn into_identity(mut self) -> FileIdentity {
+        // No file is at an empty path.
+        self.path = PathBuf::new();
         self.identity
     }
 

@@ -1,6 +1,8 @@
 //! The table of configuration keys, from which the flags, the keys of `--device`, the keys of a
 //! file and the table in docs/configuration.md are made.
 
+pub(crate) use crate::value_kind::{ValueKind, find_nearest};
+
 /// A configuration key, with everything that the flags, the file and the documentation need of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Key {
@@ -16,23 +18,6 @@ pub struct Key {
     pub(crate) default: DefaultValue,
     /// What the key does, for the help text and the documentation.
     pub(crate) help: &'static str,
-}
-
-/// The kind of a value.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum ValueKind {
-    /// A text.
-    Text,
-    /// The path of a file, which need not be UTF-8 in a flag.
-    Path,
-    /// A whole number.
-    Number,
-    /// A whole number or a word.
-    NumberOrWord,
-    /// On or off.
-    Switch,
-    /// A file mode in octal.
-    Octal,
 }
 
 /// What a key can be set for.
@@ -60,7 +45,7 @@ pub(crate) enum DefaultValue {
 }
 
 /// All keys, in the order of the help text and the documentation.
-pub(crate) const KEYS: [Key; 30] = [
+pub(crate) const KEYS: [Key; 33] = [
     Key::NAME,
     Key::SOCKET_PATH,
     Key::FD,
@@ -83,6 +68,9 @@ pub(crate) const KEYS: [Key; 30] = [
     Key::CONTROL,
     Key::CONTROL_MODE,
     Key::CONTROL_GROUP,
+    Key::CONTROL_READ_ONLY,
+    Key::CONTROL_READ_ONLY_GROUP,
+    Key::ALLOW_ADD,
     Key::HANDOVER_SOCKET,
     Key::WORKERS,
     Key::STATE_DIR,
@@ -291,8 +279,8 @@ impl Key {
         scope: KeyScope::Process,
         value_name: "PATH",
         default: DefaultValue::Computed("no such socket"),
-        help: "Answer HTTP/1.1 on this unix socket: GET /v1/devices (JSON) and GET /metrics (for \
-               Prometheus)",
+        help: "Answer HTTP/1.1 on this unix socket: the control API below /v1/ (JSON) and GET \
+               /metrics (for Prometheus)",
     };
     pub(crate) const CONTROL_MODE: Self = Self {
         name: "control-mode",
@@ -309,7 +297,36 @@ impl Key {
         value_name: "NAME",
         default: DefaultValue::Computed("the group of virtionetd"),
         help: "Group of the control socket, by name or number: the group of those who may read \
-               the state of the daemon",
+               the state of the daemon. Only root and the user of virtionetd may change it",
+    };
+    pub(crate) const CONTROL_READ_ONLY: Self = Self {
+        name: "control-read-only",
+        kind: ValueKind::Path,
+        scope: KeyScope::Process,
+        value_name: "PATH",
+        default: DefaultValue::Computed("no such socket"),
+        help: "A second control socket, for monitoring: it answers what --control answers, and \
+               refuses every change, whoever asks for it",
+    };
+    pub(crate) const CONTROL_READ_ONLY_GROUP: Self = Self {
+        name: "control-read-only-group",
+        kind: ValueKind::NumberOrWord,
+        scope: KeyScope::Process,
+        value_name: "NAME",
+        default: DefaultValue::Computed("the group of virtionetd, and mode 600"),
+        help: "Group of the read-only control socket, by name or number, whose members may use it \
+               (mode 660)",
+    };
+    pub(crate) const ALLOW_ADD: Self = Self {
+        name: "allow-add",
+        kind: ValueKind::Text,
+        scope: KeyScope::Process,
+        value_name: "socket=PATTERN,tap=PATTERN,bridge=PATTERN,switch=PATTERN",
+        default: DefaultValue::Computed("no device can be added at run time"),
+        help: "What devices may use that are added while virtionetd runs, by the control API or by \
+               a reload: sockets at these paths, TAPs of these names, these bridges and switches. In \
+               a pattern * stands for any characters, but not for the / of a path. Each may be \
+               repeated. With it virtionetd also runs without a device",
     };
     pub(crate) const HANDOVER_SOCKET: Self = Self {
         name: "handover-socket",
@@ -439,48 +456,6 @@ impl Key {
             DefaultValue::None | DefaultValue::Computed(_) => "",
         }
     }
-}
-
-impl ValueKind {
-    /// What a file may have as the value, in words.
-    #[must_use]
-    pub(crate) fn expected(self) -> &'static str {
-        match self {
-            Self::Text | Self::Path => "a text in quotes",
-            Self::Number => "a whole number without quotes",
-            Self::NumberOrWord => "a whole number, or a word in quotes",
-            Self::Switch => "true or false",
-            Self::Octal => "octal digits in quotes, such as \"660\"",
-        }
-    }
-
-    /// `value` as a file spells it.
-    #[must_use]
-    pub(crate) fn to_toml(self, value: &str) -> String {
-        let is_number = value.parse::<i64>().is_ok();
-        match (self, value) {
-            (Self::Switch, "on") => "true".into(),
-            (Self::Switch, "off") => "false".into(),
-            (Self::Number, _) => value.into(),
-            (Self::NumberOrWord, _) if is_number => value.into(),
-            _ => format!("{value:?}"),
-        }
-    }
-}
-
-/// The most similar one of `names` to `word`; `None` where no name is similar.
-#[must_use]
-pub(crate) fn find_nearest(
-    word: &str,
-    names: impl IntoIterator<Item = &'static str>,
-) -> Option<&'static str> {
-    let word = word.to_lowercase().replace('_', "-");
-    names
-        .into_iter()
-        .map(|name| (strsim::jaro_winkler(&word, name), name))
-        .filter(|(similarity, _)| *similarity > 0.8)
-        .max_by(|(a, _), (b, _)| a.total_cmp(b))
-        .map(|(_, name)| name)
 }
 
 #[cfg(test)]

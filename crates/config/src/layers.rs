@@ -16,14 +16,18 @@ use crate::keys::Key;
 use crate::problem::{Problem, ProblemCode, Problems};
 use crate::settings::{Origin, Settings};
 
-/// The devices that the flags and the `--device` texts describe.
+/// The devices that the flags and the `--device` texts describe, at least one unless `may_be_empty`.
 #[must_use]
 pub(crate) fn devices_of_command_line(
     flags: Settings,
     texts: &[String],
+    may_be_empty: bool,
     problems: &mut Problems,
 ) -> Vec<DeviceDescription> {
     if texts.is_empty() {
+        if may_be_empty && flags.keys().next().is_none() {
+            return Vec::new();
+        }
         let device = problems
             .record(refuse_no_device(&flags))
             .map(|()| DeviceDescription {
@@ -50,7 +54,6 @@ pub(crate) fn devices_of_command_line(
 /// line adds.
 #[must_use]
 pub(crate) fn devices_of_file(
-    path: &Path,
     file: ConfigFile,
     flags: Settings,
     texts: &[String],
@@ -93,15 +96,18 @@ pub(crate) fn devices_of_file(
         let in_file = std::mem::take(&mut device.settings).merged_over(&defaults);
         device.settings = own.merged_over(&flags).merged_over(&in_file);
     }
-    if devices.is_empty() {
-        problems.add(Problem::in_line(
-            &Rc::from(path),
-            1,
-            ProblemCode::DeviceMissing,
-            "no device is described: add [[device]], with socket-path and tap below it".into(),
-        ));
-    }
     devices
+}
+
+/// The problem that neither the file at `path` nor the command line describes a device.
+#[must_use]
+pub(crate) fn no_device_in_file(path: &Path) -> Problem {
+    Problem::in_line(
+        &Rc::from(path),
+        1,
+        ProblemCode::DeviceMissing,
+        "no device is described: add [[device]], with socket-path and tap below it".into(),
+    )
 }
 
 fn numbered_name(at: usize) -> String {

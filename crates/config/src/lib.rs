@@ -14,6 +14,7 @@
 //!
 //! Reading a configuration opens no file except the configuration file itself.
 
+mod allow_add;
 mod arguments;
 pub mod cli;
 mod device;
@@ -25,6 +26,7 @@ mod keys;
 mod layers;
 mod ownership;
 mod problem;
+mod requested;
 mod resolve;
 mod rights;
 mod settings;
@@ -33,12 +35,14 @@ mod socket_file;
 mod tests;
 mod types;
 pub mod uplink;
+mod value_kind;
 mod workers;
 
 pub use cli::Command;
 pub use keys::Key;
 pub use problem::{ConfigError, Problem, ProblemCode};
+pub use requested::{GivenValue, Requested};
 pub use types::{
-    Config, ControlSocket, DeviceConfig, FeaturesVersion, HelperConfig, IdentityConfig, PollMode,
-    QueuePairCount, SandboxMode, Socket, WorkersConfig,
+    AllowAdd, Config, ControlSocket, DeviceConfig, FeaturesVersion, HelperConfig, IdentityConfig,
+    PollMode, QueuePairCount, SandboxMode, Socket, WorkersConfig,
 };

@@ -7,8 +7,50 @@ use crate::device::DeviceDescription;
 use crate::keys::Key;
 use crate::problem::{Problem, ProblemCode, Problems};
 use crate::settings::{Origin, SettingValue};
-use crate::types::{DeviceConfig, Socket};
+use crate::types::{Config, DeviceConfig, Socket};
 use crate::uplink::UplinkConfig;
+
+/// Adds a problem for each resource of `device` that something of `config` has already.
+pub(crate) fn check_owners(config: &Config, device: &DeviceConfig, problems: &mut Problems) {
+    let origin = Origin::Request;
+    let mut owners = ResourceOwners::default();
+    let owner = |name: &str| ResourceOwner {
+        name: name.to_owned(),
+        origin: &origin,
+        is_switch: false,
+    };
+    let mut before = Problems::default();
+    let devices = config
+        .devices
+        .iter()
+        .map(|device| resources_of(device, owner(&device.name)));
+    let control = config.control.iter().chain(&config.control_read_only);
+    let paths = control.map(|control| &control.path).chain(&config.handover);
+    let sockets = paths.map(|path| (path_resource(path), owner("virtionetd itself")));
+    for (resource, owner) in devices.flatten().chain(sockets) {
+        owners.insert(resource, owner, &mut before);
+    }
+    for (resource, owner) in resources_of(device, owner(&device.name)) {
+        owners.insert(resource, owner, problems);
+    }
+}
+
+/// The resources of a device, with `owner` as their owner.
+fn resources_of<'a>(
+    device: &DeviceConfig,
+    owner: ResourceOwner<'a>,
+) -> Vec<(String, ResourceOwner<'a>)> {
+    let copy = || ResourceOwner {
+        name: owner.name.clone(),
+        ..owner
+    };
+    let mut resources = vec![
+        (format!("name {}", device.name), copy()),
+        (socket_resource(&device.socket), copy()),
+    ];
+    resources.extend(tap_resource(&device.uplink, copy()));
+    resources
+}
 
 /// The owner of each resource.
 #[derive(Debug, Default)]

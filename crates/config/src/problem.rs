@@ -40,6 +40,8 @@ pub enum ProblemCode {
     VcpusMissing,
     /// A resource is given to two devices.
     ResourceShared,
+    /// A device that is added later would use something that is not allowed.
+    NotAllowed,
 }
 
 impl ProblemCode {
@@ -63,6 +65,7 @@ impl ProblemCode {
             Self::UplinkMissing => "uplink-missing",
             Self::VcpusMissing => "vcpus-missing",
             Self::ResourceShared => "resource-shared",
+            Self::NotAllowed => "not-allowed",
         }
     }
 }
@@ -163,6 +166,14 @@ impl ConfigError {
     /// The problems: those of the command line first, then the others by line.
     pub fn problems(&self) -> impl Iterator<Item = &Problem> {
         self.0.iter()
+    }
+}
+
+impl ConfigError {
+    /// The error of a configuration whose problems were not recorded.
+    pub(crate) fn unknown() -> Self {
+        let message = "the configuration cannot be used".into();
+        Self(vec![Problem::new(ProblemCode::ValueInvalid, message)])
     }
 }
 

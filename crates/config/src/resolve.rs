@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::allow_add::allow_add;
 use crate::arguments::Arguments;
 use crate::device::DeviceDescription;
 use crate::file;
@@ -38,17 +39,21 @@ pub(crate) fn resolve(arguments: Arguments) -> Result<Config, ConfigError> {
     let mut process = arguments.process;
     let flags = arguments.settings;
     let texts = &arguments.devices;
-    let descriptions = match arguments.config {
-        None => layers::devices_of_command_line(flags, texts, &mut problems),
+    let may_be_empty = process.get(Key::ALLOW_ADD).is_some();
+    let descriptions = match &arguments.config {
+        None => layers::devices_of_command_line(flags, texts, may_be_empty, &mut problems),
         Some(path) => {
-            let (in_file, descriptions) = devices_with_file(&path, flags, texts, &mut problems);
+            let (in_file, descriptions) =
+                devices_with_file(path, flags, texts, may_be_empty, &mut problems);
             process = process.merged_over(&in_file);
             descriptions
         }
     };
     let mut owners = ResourceOwners::default();
     let control = resolve_control(&process, &mut owners, &mut problems);
+    let control_read_only = resolve_read_only(&process, &mut owners, &mut problems);
     let handover = resolve_handover(&process, &mut owners, &mut problems);
+    let allow_add = problems.record(allow_add(&process));
     if arguments.take_over && process.get(Key::HANDOVER_SOCKET).is_none() {
         problems.add(Origin::Flag.problem(
             ProblemCode::KeyUnused,
@@ -73,7 +78,10 @@ pub(crate) fn resolve(arguments: Arguments) -> Result<Config, ConfigError> {
     problems.into_result()?;
     Ok(Config {
         devices: devices.into_iter().map(|(_, device)| device).collect(),
+        file: arguments.config,
+        allow_add: allow_add.flatten(),
         control,
+        control_read_only,
         handover,
         take_over: arguments.take_over,
         state_folder: state_folder.flatten(),
@@ -107,6 +115,38 @@ fn resolve_control<'a>(
         path,
         mode: mode?,
         group: group?,
+    })
+}
+
+/// The read-only control socket; `None` where none is configured or it has problems.
+fn resolve_read_only<'a>(
+    process: &'a Settings,
+    owners: &mut ResourceOwners<'a>,
+    problems: &mut Problems,
+) -> Option<ControlSocket> {
+    let (key, group_key) = (Key::CONTROL_READ_ONLY, Key::CONTROL_READ_ONLY_GROUP);
+    let group = problems.record(socket_group(process, group_key));
+    let Some(value) = process.get(key) else {
+        if let Some(value) = process.get(group_key) {
+            problems.add(value.origin.problem(
+                ProblemCode::KeyUnused,
+                format_args!(
+                    "{} has no effect without such a socket: add {}, or leave {} out",
+                    value.origin.set(group_key, value.text()),
+                    value.origin.set(key, "PATH"),
+                    value.origin.key(group_key),
+                ),
+            ));
+        }
+        return None;
+    };
+    let path = problems.record(check_path(key, value))?;
+    owners.add_process_socket(key, &path, value, problems);
+    let group = group?;
+    Some(ControlSocket {
+        path,
+        mode: if group.is_some() { 0o660 } else { 0o600 },
+        group,
     })
 }
 
@@ -162,14 +202,18 @@ fn devices_with_file(
     path: &Path,
     flags: Settings,
     texts: &[String],
+    may_be_empty: bool,
     problems: &mut Problems,
 ) -> (Settings, Vec<DeviceDescription>) {
     let mut file = file::read(path, problems);
     let process = std::mem::take(&mut file.process);
     // Syntax errors hide devices and keys, so that further problems would be misleading.
     let descriptions = match file.is_complete {
-        true => layers::devices_of_file(path, file, flags, texts, problems),
-        false => Vec::new(),
+        true => layers::devices_of_file(file, flags, texts, problems),
+        false => return (process, Vec::new()),
     };
+    if descriptions.is_empty() && !may_be_empty && process.get(Key::ALLOW_ADD).is_none() {
+        problems.add(layers::no_device_in_file(path));
+    }
     (process, descriptions)
 }

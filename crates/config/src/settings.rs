@@ -18,6 +18,8 @@ pub(crate) enum Origin {
     Flag,
     /// In a `--device` of this text.
     Device(Rc<str>),
+    /// In the description of a device that a request has.
+    Request,
     /// In a line of a file.
     File {
         /// The file.
@@ -32,7 +34,7 @@ impl Origin {
     #[must_use]
     pub fn problem(&self, code: ProblemCode, message: fmt::Arguments<'_>) -> Problem {
         match self {
-            Self::Flag => Problem::new(code, message.to_string()),
+            Self::Flag | Self::Request => Problem::new(code, message.to_string()),
             Self::Device(text) => Problem::new(code, format!("--device {text}: {message}")),
             Self::File { path, line } => Problem::in_line(path, *line, code, message.to_string()),
         }
@@ -43,7 +45,7 @@ impl Origin {
     pub fn key(&self, key: Key) -> String {
         match self {
             Self::Flag => key.flag(),
-            Self::Device(_) | Self::File { .. } => key.name.into(),
+            Self::Device(_) | Self::Request | Self::File { .. } => key.name.into(),
         }
     }
 
@@ -54,6 +56,8 @@ impl Origin {
         match self {
             Self::Flag => format!("--{name} {value}"),
             Self::Device(_) => format!("{name}={value}"),
+            // Texts, numbers and switches are spelt alike in TOML and JSON.
+            Self::Request => format!("{name:?}: {}", kind.to_toml(&value.to_string())),
             Self::File { .. } => format!("{name} = {}", kind.to_toml(&value.to_string())),
         }
     }

@@ -58,7 +58,10 @@ fn defaults_are_complete() {
         config("--socket-path /s --tap t0"),
         Config {
             devices: vec![device("vnet", "/s", "tap:t0")],
+            file: None,
+            allow_add: None,
             control: None,
+            control_read_only: None,
             handover: None,
             take_over: false,
             state_folder: None,

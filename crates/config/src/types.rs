@@ -13,10 +13,16 @@ use crate::uplink::UplinkConfig;
 /// The configuration of the daemon.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    /// The network devices, at least one.
+    /// The network devices, at least one unless devices can be added later.
     pub devices: Vec<DeviceConfig>,
+    /// The configuration file, where there is one.
+    pub file: Option<PathBuf>,
+    /// What devices that are added later may use; `None` where none can be added.
+    pub allow_add: Option<AllowAdd>,
     /// The control socket; `None` for no control server.
     pub control: Option<ControlSocket>,
+    /// The control socket that refuses changes; `None` for none.
+    pub control_read_only: Option<ControlSocket>,
     /// The path of the socket on which the next daemon takes over; `None` for none.
     pub handover: Option<PathBuf>,
     /// Whether this daemon takes over from the one that listens there.
@@ -37,7 +43,8 @@ pub struct Config {
 
 impl Config {
     /// The paths of the sockets that the daemon makes: those of devices that listen, that of the
-    /// control server, and that of the handover.
+    /// control server, and that of the handover. Those of devices that are added later are not among
+    /// them.
     pub fn own_sockets(&self) -> impl Iterator<Item = &Path> {
         let devices = self
             .devices
@@ -47,8 +54,35 @@ impl Config {
                 Socket::Connect { .. } | Socket::Inherited(_) => None,
             });
         let control = self.control.as_ref().map(|control| &control.path);
-        let paths = devices.chain(control).chain(&self.handover);
+        let read_only = self.control_read_only.as_ref().map(|control| &control.path);
+        let paths = devices
+            .chain(control)
+            .chain(read_only)
+            .chain(&self.handover);
         paths.map(PathBuf::as_path)
+    }
+}
+
+impl Config {
+    /// The keys of the whole process whose values differ from those of `other`.
+    #[must_use]
+    pub fn differing_process_keys(&self, other: &Self) -> Vec<&'static str> {
+        let differs = [
+            ("control", self.control != other.control),
+            (
+                "control-read-only",
+                self.control_read_only != other.control_read_only,
+            ),
+            ("handover-socket", self.handover != other.handover),
+            ("state-dir", self.state_folder != other.state_folder),
+            ("workers", self.workers != other.workers),
+            ("sandbox", self.sandbox != other.sandbox),
+            ("user", self.identity != other.identity),
+            ("helper", self.helper != other.helper),
+            ("allow-add", self.allow_add != other.allow_add),
+        ];
+        let differing = differs.into_iter().filter(|(_, differs)| *differs);
+        differing.map(|(key, _)| key).collect()
     }
 }
 
@@ -81,6 +115,20 @@ pub struct HelperConfig {
     pub bridges: Vec<Pattern>,
     /// Patterns of the paths of unix sockets.
     pub sockets: Vec<Pattern>,
+}
+
+/// What devices may use that are added while the daemon runs.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct AllowAdd {
+    /// Patterns of the paths of sockets: of those that the daemon makes, and of those to which it
+    /// connects.
+    pub sockets: Vec<Pattern>,
+    /// Patterns of the names of TAPs.
+    pub taps: Vec<Pattern>,
+    /// Patterns of the names of bridges.
+    pub bridges: Vec<Pattern>,
+    /// Patterns of the names of switches.
+    pub switches: Vec<Pattern>,
 }
 
 /// The socket of the control server.

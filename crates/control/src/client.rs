@@ -5,10 +5,12 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::v1::Report;
+use crate::v1::{ErrorReport, Report};
 
 /// The longest time that the daemon may take for each part of its answer.
 const TIMEOUT: Duration = Duration::from_secs(5);
+/// The longest time for the answer to a change, which waits for threads to end.
+const CHANGE_TIMEOUT: Duration = Duration::from_secs(35);
 /// The largest answer that is read, in bytes. 128 devices with 128 queue pairs each need less.
 const MAX_ANSWER: u64 = 256 << 20;
 
@@ -38,6 +40,14 @@ pub enum ClientError {
         /// The kernel's error.
         source: io::Error,
     },
+    /// The daemon refuses the request.
+    #[error("{message}")]
+    Refused {
+        /// The stable name of the cause.
+        code: String,
+        /// What happened, and what to do.
+        message: String,
+    },
     /// The answer is not a report in the format of this version.
     #[error(
         "the answer of {} cannot be read ({reason}): use the virtionetctl of the daemon's version",
@@ -58,6 +68,7 @@ impl ClientError {
         match self {
             Self::Connect { .. } => "control-unreachable",
             Self::Transfer { .. } => "control-transfer-failed",
+            Self::Refused { .. } => "control-refused",
             Self::Answer { .. } => "control-answer-unreadable",
         }
     }
@@ -81,20 +92,63 @@ pub fn devices(path: &Path) -> Result<Report, ClientError> {
     serde_json::from_str(&body).map_err(|error| answer_error(path, error.to_string()))
 }
 
+/// Sends a request with this body, which is JSON or empty, to the daemon whose socket is at `path`.
+/// Returns the status and the body of the answer, whatever the status is.
+///
+/// # Errors
+/// When the daemon cannot be reached or its answer cannot be read.
+pub fn request(
+    path: &Path,
+    method: &str,
+    target: &str,
+    body: &str,
+) -> Result<(u16, String), ClientError> {
+    let request = format!(
+        "{method} {target} HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    let (head, body) = answer(path, &request)?;
+    let status = head
+        .split(' ')
+        .nth(1)
+        .and_then(|status| status.parse().ok());
+    match status {
+        Some(status) => Ok((status, body)),
+        None => Err(answer_error(path, "its HTTP status is missing".into())),
+    }
+}
+
+/// The same for a request that must succeed. Returns the body of the answer.
+///
+/// # Errors
+/// The same, and when the daemon refuses the request.
+pub fn change(path: &Path, method: &str, target: &str, body: &str) -> Result<String, ClientError> {
+    let (status, body) = request(path, method, target, body)?;
+    accept(path, status, body)
+}
+
+/// The body of an answer of the daemon whose socket is at `path`, if `status` is that of a success.
+///
+/// # Errors
+/// When the daemon refuses the request.
+pub fn accept(path: &Path, status: u16, body: String) -> Result<String, ClientError> {
+    if matches!(status, 200..=299) {
+        return Ok(body);
+    }
+    match serde_json::from_str::<ErrorReport>(&body) {
+        Ok(ErrorReport { error, code }) => Err(ClientError::Refused {
+            code,
+            message: error,
+        }),
+        Err(_) => Err(answer_error(path, format!("its HTTP status is {status}"))),
+    }
+}
+
 fn get(path: &Path, target: &str) -> Result<String, ClientError> {
-    let mut stream = UnixStream::connect(path).map_err(|source| ClientError::Connect {
-        path: path.into(),
-        source,
-    })?;
-    let text = exchange(&mut stream, target).map_err(|source| ClientError::Transfer {
-        path: path.into(),
-        source,
-    })?;
-    let (head, body) = text
-        .split_once("\r\n\r\n")
-        .ok_or_else(|| answer_error(path, "it is not HTTP".into()))?;
+    let request = format!("GET {target} HTTP/1.0\r\nHost: localhost\r\n\r\n");
+    let (head, body) = answer(path, &request)?;
     match head.split(' ').nth(1) {
-        Some("200") => Ok(body.into()),
+        Some("200") => Ok(body),
         status => Err(answer_error(
             path,
             format!("its HTTP status is {}", status.unwrap_or("missing")),
@@ -102,12 +156,30 @@ fn get(path: &Path, target: &str) -> Result<String, ClientError> {
     }
 }
 
+/// The head and the body of the answer to `request`.
+fn answer(path: &Path, request: &str) -> Result<(String, String), ClientError> {
+    let mut stream = UnixStream::connect(path).map_err(|source| ClientError::Connect {
+        path: path.into(),
+        source,
+    })?;
+    let text = exchange(&mut stream, request).map_err(|source| ClientError::Transfer {
+        path: path.into(),
+        source,
+    })?;
+    let (head, body) = text
+        .split_once("\r\n\r\n")
+        .ok_or_else(|| answer_error(path, "it is not HTTP".into()))?;
+    Ok((head.to_owned(), body.to_owned()))
+}
+
 /// Sends one request and reads the whole answer. The version is HTTP/1.0, in which the answer ends
 /// with the connection.
-fn exchange(stream: &mut UnixStream, target: &str) -> io::Result<String> {
-    stream.set_read_timeout(Some(TIMEOUT))?;
+fn exchange(stream: &mut UnixStream, request: &str) -> io::Result<String> {
+    let is_change = !request.starts_with("GET ");
+    let timeout = if is_change { CHANGE_TIMEOUT } else { TIMEOUT };
+    stream.set_read_timeout(Some(timeout))?;
     stream.set_write_timeout(Some(TIMEOUT))?;
-    stream.write_all(format!("GET {target} HTTP/1.0\r\nHost: localhost\r\n\r\n").as_bytes())?;
+    stream.write_all(request.as_bytes())?;
     let mut text = String::new();
     stream.take(MAX_ANSWER).read_to_string(&mut text)?;
     Ok(text)

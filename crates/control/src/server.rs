@@ -1,13 +1,15 @@
 //! The control server: HTTP/1.1 on a unix socket.
 //!
-//! `GET /v1/devices` answers with the [`Report`] in JSON, and `GET /metrics` with the same report
-//! for Prometheus: `curl --unix-socket PATH http://localhost/v1/devices`. The answer to a wrong
-//! request is JSON too: `{"error": "..."}`.
+//! `GET /v1/devices` answers with the [`Report`](crate::v1::Report) in JSON, and `GET /metrics` with
+//! the same report for Prometheus: `curl --unix-socket PATH http://localhost/v1/devices`. [`routes`]
+//! has the other requests, and [`listener`] what bounds the clients.
 //!
 //! The server has a thread of its own, named `control`, so that its clients do not delay the
 //! workers.
 
-use std::fmt;
+mod listener;
+mod routes;
+
 use std::io;
 use std::os::unix::net;
 use std::path::{Path, PathBuf};
@@ -15,34 +17,42 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use axum::extract::State;
-use axum::http::{Method, StatusCode, Uri, header};
-use axum::response::{IntoResponse, Response};
-use axum::routing::get;
-use axum::{Json, Router};
-use serde_json::json;
+use axum::Router;
 use tokio::net::UnixListener;
 use tokio::runtime::Runtime;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 pub use virtionet_base::unix_socket::Access as SocketPermissions;
 use virtionet_base::unix_socket::{SocketFile, UnixSocketError, listen_at};
 
-use crate::metrics;
-use crate::v1::{Report, ReportSource};
+use crate::v1::ReportSource;
+pub use listener::MAX_CONNECTIONS;
+use listener::{BoundedListener, Client};
+pub use routes::Access;
 
 /// The longest time that requests in progress may take after the server is stopped.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(200);
 
+/// A socket of the server.
+#[derive(Debug)]
+pub struct ServedSocket {
+    /// The socket, which listens.
+    pub listener: net::UnixListener,
+    /// Its file.
+    pub file: SocketFile,
+    /// Whether it takes changes.
+    pub access: Access,
+}
+
 /// A running control server. Dropping it stops it, as [`Self::stop`] does.
 #[derive(Debug)]
 pub struct ControlServer {
-    socket: SocketFile,
+    sockets: Vec<SocketFile>,
     stop: watch::Sender<bool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl ControlServer {
-    /// Creates the socket at `path` with the mode and group of `access`, and starts a thread that
+    /// Creates the socket at `path` with the mode and group of `permissions`, and starts a thread that
     /// answers requests, once it has called `on_start`. A socket that no process listens on is
     /// replaced. The thread inherits the caller's signal mask.
     ///
@@ -50,54 +60,66 @@ impl ControlServer {
     /// When another process listens on `path`, or when the socket or the thread cannot be created.
     pub fn start(
         path: &Path,
-        access: &SocketPermissions,
-        report_source: Arc<dyn ReportSource>,
+        permissions: &SocketPermissions,
+        access: Access,
+        source: Arc<dyn ReportSource>,
         on_start: impl FnOnce() + Send + 'static,
     ) -> Result<Self, ControlError> {
-        let (listener, socket) = listen(path, access)?;
-        Self::start_on(listener, socket, report_source, on_start)
+        let (listener, file) = listen(path, permissions)?;
+        let sockets = vec![ServedSocket {
+            listener,
+            file,
+            access,
+        }];
+        Self::start_on(sockets, source, on_start)
     }
 
-    /// Does so with a socket that listens already, and its file.
+    /// Does so with sockets that listen already.
     ///
     /// # Errors
     /// When the thread cannot be created.
     pub fn start_on(
-        listener: net::UnixListener,
-        socket: SocketFile,
-        report_source: Arc<dyn ReportSource>,
+        sockets: Vec<ServedSocket>,
+        source: Arc<dyn ReportSource>,
         on_start: impl FnOnce() + Send + 'static,
     ) -> Result<Self, ControlError> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .map_err(ControlError::Thread)?;
-        // The listener registers with the runtime that polls it.
-        let listener = runtime
-            .block_on(async { UnixListener::from_std(listener) })
-            .map_err(ControlError::Thread)?;
+        let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        let (mut files, mut served) = (Vec::new(), Vec::new());
+        for socket in sockets {
+            // The listener registers with the runtime that polls it.
+            let listener = runtime
+                .block_on(async { UnixListener::from_std(socket.listener) })
+                .map_err(ControlError::Thread)?;
+            files.push(socket.file);
+            let listener = BoundedListener::new(listener, Arc::clone(&connections));
+            served.push((listener, routes::routes(Arc::clone(&source), socket.access)));
+        }
         let (stop, stopped) = watch::channel(false);
         let thread = thread::Builder::new()
             .name("control".into())
             .spawn(move || {
                 on_start();
-                serve(&runtime, listener, routes(report_source), stopped);
+                serve(&runtime, served, stopped);
             })
             .map_err(ControlError::Thread)?;
         Ok(Self {
-            socket,
+            sockets: files,
             stop,
             thread: Some(thread),
         })
     }
 
-    /// The path of the socket.
+    /// The path of the first socket.
     #[must_use]
     pub fn path(&self) -> &Path {
-        self.socket.path()
+        self.sockets.first().map_or(Path::new(""), SocketFile::path)
     }
 
-    /// Waits for requests in progress for a short time, ends the thread and removes the socket.
+    /// Waits for requests in progress for a short time, ends the thread and removes the sockets.
     pub fn stop(self) {}
 }
 
@@ -171,67 +193,30 @@ impl ControlError {
     }
 }
 
-/// The routes of the API.
-fn routes(report_source: Arc<dyn ReportSource>) -> Router {
-    Router::new()
-        .route("/v1/devices", get(devices))
-        .route("/metrics", get(prometheus))
-        .fallback(not_found)
-        .method_not_allowed_fallback(not_allowed)
-        .with_state(report_source)
-}
-
-async fn devices(State(report_source): State<Arc<dyn ReportSource>>) -> Json<Report> {
-    Json(report_source.report())
-}
-
-async fn prometheus(State(report_source): State<Arc<dyn ReportSource>>) -> Response {
-    match metrics::encode(report_source.report()) {
-        Ok(page) => ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], page).into_response(),
-        Err(cause) => error(StatusCode::INTERNAL_SERVER_ERROR, format_args!("{cause}")),
-    }
-}
-
-async fn not_found(uri: Uri) -> Response {
-    error(
-        StatusCode::NOT_FOUND,
-        format_args!(
-            "nothing is at {}: ask for /v1/devices or /metrics",
-            uri.path()
-        ),
-    )
-}
-
-async fn not_allowed(method: Method, uri: Uri) -> Response {
-    error(
-        StatusCode::METHOD_NOT_ALLOWED,
-        format_args!("{} does not take {method}: use GET", uri.path()),
-    )
-}
-
-fn error(status: StatusCode, message: fmt::Arguments<'_>) -> Response {
-    (status, Json(json!({ "error": message.to_string() }))).into_response()
-}
-
 fn serve(
     runtime: &Runtime,
-    listener: UnixListener,
-    routes: Router,
+    sockets: Vec<(BoundedListener, Router)>,
     mut stopped: watch::Receiver<bool>,
 ) {
     runtime.block_on(async {
-        let mut stop_requested = stopped.clone();
-        let server = axum::serve(listener, routes).with_graceful_shutdown(async move {
-            // An error means that the sender is dropped, which stops the server too.
-            let _ = stop_requested.wait_for(|stop| *stop).await;
-        });
-        let server = tokio::spawn(server.into_future());
+        let mut servers = Vec::new();
+        for (listener, routes) in sockets {
+            let mut stop_requested = stopped.clone();
+            let routes = routes.into_make_service_with_connect_info::<Client>();
+            let server = axum::serve(listener, routes).with_graceful_shutdown(async move {
+                // An error means that the sender is dropped, which stops the server too.
+                let _ = stop_requested.wait_for(|stop| *stop).await;
+            });
+            servers.push(tokio::spawn(server.into_future()));
+        }
         let _ = stopped.wait_for(|stop| *stop).await;
+        let ended = async {
+            for server in servers {
+                let _ = server.await;
+            }
+        };
         // A client that never ends its request must not keep the daemon from stopping.
-        if tokio::time::timeout(SHUTDOWN_TIMEOUT, server)
-            .await
-            .is_err()
-        {
+        if tokio::time::timeout(SHUTDOWN_TIMEOUT, ended).await.is_err() {
             tracing::debug!("the control server stops while requests are in progress");
         }
     });
@@ -262,7 +247,10 @@ mod tests {
     use std::time::Instant;
 
     use super::*;
-    use crate::v1::sample;
+    use crate::metrics;
+    use crate::v1::{ErrorReport, Report, sample};
+
+    const OWN: Access = Access::Change { uid: 0 };
 
     struct Sample;
 
@@ -295,7 +283,7 @@ mod tests {
     }
 
     fn start(path: &Path) -> Result<ControlServer, ControlError> {
-        ControlServer::start(path, &owner_only(), Arc::new(Sample), || ())
+        ControlServer::start(path, &owner_only(), OWN, Arc::new(Sample), || ())
     }
 
     /// The code and the text of the error.
@@ -319,7 +307,8 @@ mod tests {
             mode: Some(0o640),
             group: Some(own_group.to_string()),
         };
-        let server = ControlServer::start(&dir.socket(), &access, Arc::new(Sample), || ()).unwrap();
+        let server =
+            ControlServer::start(&dir.socket(), &access, OWN, Arc::new(Sample), || ()).unwrap();
         let metadata = fs::metadata(dir.socket()).unwrap();
         assert_eq!(
             (metadata.permissions().mode() & 0o7777, metadata.gid()),
@@ -331,7 +320,7 @@ mod tests {
             ..access
         };
         let error =
-            ControlServer::start(&dir.socket(), &access, Arc::new(Sample), || ()).unwrap_err();
+            ControlServer::start(&dir.socket(), &access, OWN, Arc::new(Sample), || ()).unwrap_err();
         assert_eq!(error.code(), "control-group-missing");
         assert_eq!(
             error.to_string(),
@@ -374,39 +363,43 @@ mod tests {
         );
         assert_eq!(body, metrics::encode(sample()).unwrap());
 
-        for (request, status, message) in [
-            (
-                "GET /",
-                404,
-                "nothing is at /: ask for /v1/devices or /metrics",
-            ),
-            (
-                "GET /v1/devices/x?y",
-                404,
-                "nothing is at /v1/devices/x: ask for /v1/devices or /metrics",
-            ),
-            (
-                "POST /v1/devices",
-                405,
-                "/v1/devices does not take POST: use GET",
-            ),
-            (
-                "DELETE /metrics",
-                405,
-                "/metrics does not take DELETE: use GET",
-            ),
+        for (request, status, code) in [
+            ("GET /", 404, "no-such-path"),
+            ("GET /v1/devices/x?y", 404, "no-such-device"),
+            ("GET /v1/switches/x", 404, "no-such-switch"),
+            ("PATCH /v1/devices", 405, "method-not-allowed"),
+            ("DELETE /metrics", 405, "method-not-allowed"),
+            ("POST /v1/devices", 400, "body-invalid"),
+            ("PUT /v1/devices/x", 400, "body-invalid"),
+            ("PATCH /v1/devices/x", 400, "body-invalid"),
+            ("POST /v1/reload?x=y", 400, "query-invalid"),
+            ("POST /v1/reload", 501, "not-supported"),
+            ("DELETE /v1/devices/x", 501, "not-supported"),
         ] {
             let (head, body) = ask(server.path(), request);
             assert!(
                 head.starts_with(&format!("http/1.1 {status} ")),
                 "{request}: {head}"
             );
+            assert_eq!(status == 405, head.contains("allow: get,head"), "{request}");
+            let error: ErrorReport = serde_json::from_str(&body).unwrap();
+            assert_eq!(error.code, code, "{request}: {body}");
+            assert!(!error.error.is_empty(), "{request}");
+        }
+        for path in [
+            "/v1/devices/vnet",
+            "/v1/switches",
+            "/v1/health",
+            "/v1/version",
+        ] {
+            let (head, body) = ask(server.path(), &format!("GET {path}"));
+            assert!(head.starts_with("http/1.1 200 ok"), "{path}: {head}");
             assert_eq!(
-                status == 405,
-                head.contains("allow: get,head"),
-                "{request}: {head}"
+                path.ends_with("vnet"),
+                head.contains("etag: \"3\""),
+                "{head}"
             );
-            assert_eq!(body, json!({ "error": message }).to_string(), "{request}");
+            assert!(serde_json::from_str::<serde_json::Value>(&body).is_ok());
         }
 
         // The server closes the connection after the first line, so only the status can be read.

@@ -1,17 +1,44 @@
-//! Version 1 of the API: the types of the answer to `GET /v1/devices`. They are plain data, so that
+//! Version 1 of the API: the types of the answer to `GET /v1/devices`, and in [`change`] those of the
+//! other requests. They are plain data, so that
 //! a client does not link the daemon. Later versions of the daemon can add fields, but never remove
 //! one. The names of the fields are the keys of the JSON.
 
 use std::borrow::Cow;
 use std::fmt;
 
+mod change;
+
+pub use change::{
+    Change, ChangeRequest, Changed, Condition, DeviceSettings, ErrorReport, Health, LinkState,
+    Peer, ReadyProblem, Refusal, Reload, Reply, SwitchAddress, SwitchReport, Version,
+};
+
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// A source of reports about the devices.
+/// What the control server asks and changes.
 pub trait ReportSource: Send + Sync {
     /// The present state of every device.
     fn report(&self) -> Report;
+
+    /// Whether the daemon serves its devices.
+    fn health(&self) -> Health {
+        Health::default()
+    }
+
+    /// The switches, by name.
+    fn switches(&self) -> Vec<SwitchReport> {
+        Vec::new()
+    }
+
+    /// Carries out a change, and calls `reply` when it is done, from any thread.
+    fn change(&self, _request: ChangeRequest, reply: Reply) {
+        reply(Err(Refusal::new(
+            501,
+            "not-supported",
+            "this daemon cannot be changed while it runs; restart it".into(),
+        )));
+    }
 }
 
 /// The state of the daemon.
@@ -112,12 +139,33 @@ pub struct DeviceReport {
     pub mtu: Option<u16>,
     /// Warnings about the placement of vCPUs and workers. Each one says what to do.
     pub warnings: Vec<String>,
+    /// Where the device comes from.
+    #[serde(default)]
+    pub origin: DeviceOrigin,
+    /// Whether the link is up. While it is down, no front-end is served.
+    #[serde(default)]
+    pub link: LinkState,
+    /// A number that grows with each change of the device's configuration by this API. It is also its
+    /// ETag.
+    #[serde(default)]
+    pub revision: u64,
     /// Recommendations for the guest's configuration. Each one names the command that applies it.
     pub advice: Vec<String>,
     /// The host's interrupts and steering masks that follow the workers.
     pub interrupts: InterruptReport,
     /// The queue pairs, by index.
     pub pairs: Vec<QueuePairReport>,
+}
+
+/// Where a device comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceOrigin {
+    /// The command line or the configuration file.
+    #[default]
+    Configuration,
+    /// A request of the control API.
+    Request,
 }
 
 /// The host's interrupts and steering masks that follow the workers of a device.
@@ -431,6 +479,9 @@ pub(crate) fn sample() -> Report {
             features_compat: Some("0.1.0".into()),
             mtu: Some(1500),
             warnings: vec!["few".into()],
+            origin: DeviceOrigin::Request,
+            link: LinkState::Down,
+            revision: 3,
             advice: vec!["more".into()],
             interrupts: InterruptReport {
                 mode: "apply".into(),
@@ -487,6 +538,10 @@ mod tests {
     #[test]
     fn report_has_the_documented_shape() {
         let mut report = serde_json::to_value(sample()).unwrap();
+        let device = report["devices"][0].as_object_mut().unwrap();
+        let added = ["origin", "link", "revision"].map(|key| device.remove(key));
+        let expected = ["request".into(), "down".into(), serde_json::Value::from(3)];
+        assert_eq!(added, expected.map(Some));
         let pair = &mut report["devices"][0]["pairs"][0];
         let rx = pair["rx"]["counters"].take();
         let tx = pair["tx"]["counters"].take();

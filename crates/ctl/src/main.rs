@@ -1,9 +1,10 @@
-//! virtionetctl: plans for guests, checks of configuration files, and the status and the upgrade of a
-//! running virtionetd. It does not link the data path. Only an upgrade needs the privileges of the
+//! virtionetctl: plans for guests, checks of configuration files, and the status, the changes and the
+//! upgrade of a running virtionetd. It does not link the data path. Only an upgrade needs the privileges of the
 //! daemon, which it starts.
 
 mod args;
 mod control_socket;
+mod devices;
 mod status;
 mod upgrade;
 
@@ -14,7 +15,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use virtionet_config::Config;
 
-use crate::args::{Args, Command};
+use crate::args::{Args, Command, SwitchCommand};
 use crate::upgrade::Upgrade;
 
 fn main() -> ExitCode {
@@ -22,6 +23,28 @@ fn main() -> ExitCode {
         Command::Plan(args) => plan(&args),
         Command::Check { files } => check(&files),
         Command::Status { control, json } => exit(status::print(control, json)),
+        Command::List { control } => exit(devices::list(control)),
+        Command::Show { name, control } => exit(devices::show(&name, control)),
+        Command::Add {
+            name,
+            values,
+            control,
+        } => exit(devices::add(&name, &values, control)),
+        Command::Remove { name, control } => exit(devices::remove(&name, control)),
+        Command::Set {
+            name,
+            values,
+            control,
+        } => exit(devices::set(&name, &values, control)),
+        Command::Reload { dry_run, control } => exit(devices::reload(dry_run, control)),
+        Command::Switch(SwitchCommand::Show { name, control }) => {
+            exit(devices::show_switches(name.as_deref(), control))
+        }
+        Command::Switch(SwitchCommand::Addresses { name, control }) => {
+            exit(devices::show_addresses(&name, control))
+        }
+        Command::Health { control } => exit(devices::health(control)),
+        Command::Version { control } => exit(devices::version(control)),
         Command::Upgrade {
             control,
             binary,

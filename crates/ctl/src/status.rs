@@ -106,7 +106,11 @@ fn rights_text(rights: &RightsReport) -> String {
     format!("  sandbox {sandbox}, user {user}, {capabilities}; {helper}\n")
 }
 
-fn device_text(before: Option<&DeviceReport>, now: &DeviceReport, elapsed: Duration) -> String {
+pub(crate) fn device_text(
+    before: Option<&DeviceReport>,
+    now: &DeviceReport,
+    elapsed: Duration,
+) -> String {
     let role = match now.role {
         SocketRole::Server => "listens on",
         SocketRole::Client => "connects to",
@@ -257,7 +261,7 @@ fn cpu_list(cpus: &[u32]) -> String {
 }
 
 /// `text`, cut off with a `+` where it has more than `width` characters.
-fn shorten(text: &str, width: usize) -> String {
+pub(crate) fn shorten(text: &str, width: usize) -> String {
     if text.chars().count() <= width {
         return text.into();
     }
@@ -267,7 +271,7 @@ fn shorten(text: &str, width: usize) -> String {
 
 /// `prefix` and `text`, broken into lines of at most [`WIDTH`] characters, unless a single word is
 /// longer.
-fn wrap(prefix: &str, text: &str) -> String {
+pub(crate) fn wrap(prefix: &str, text: &str) -> String {
     let indent = " ".repeat(prefix.len().max(2));
     let mut lines = String::new();
     let mut line = String::from(prefix);

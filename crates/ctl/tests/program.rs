@@ -7,7 +7,7 @@ use std::process::{Command, Output};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use virtionet_control::server::{ControlServer, SocketPermissions};
+use virtionet_control::server::{Access, ControlServer, SocketPermissions};
 use virtionet_control::v1::{Report, ReportSource};
 
 /// A directory of one test, which is removed at the end.
@@ -68,7 +68,14 @@ impl ReportSource for BusyDevice {
 fn serve(directory: &Directory) -> ControlServer {
     let path = directory.0.join("control");
     let access = SocketPermissions::default();
-    ControlServer::start(&path, &access, Arc::new(BusyDevice::default()), || ()).unwrap()
+    ControlServer::start(
+        &path,
+        &access,
+        Access::ReadOnly,
+        Arc::new(BusyDevice::default()),
+        || (),
+    )
+    .unwrap()
 }
 
 fn command() -> Command {

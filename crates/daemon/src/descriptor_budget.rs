@@ -11,6 +11,7 @@
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use virtionet_config::uplink::UplinkConfig;
 use virtionet_config::{Config, DeviceConfig, QueuePairCount};
+use virtionet_control::server::MAX_CONNECTIONS;
 use virtionet_virtqueue::memory::MAX_REGIONS;
 
 use crate::run_error::RunError;
@@ -22,14 +23,18 @@ const PER_PAIR: u64 = 2 + 2 * 3;
 const PER_TAP_QUEUE: u64 = 1;
 /// Of each TAP: the netlink socket through which it is configured.
 const PER_TAP: u64 = 1;
-/// Of each device: the listening socket, the connection, the monitor's socket of `--qmp`, the file of
-/// crash records, the channel for requests to the front-end and the event of translations, and, during a
-/// migration, the dirty log and its eventfd.
-const PER_DEVICE: u64 = 8;
+/// Of each device: the listening socket, its copy for the next daemon, the connection, the monitor's
+/// socket of `--qmp`, the file of crash records, the eventfd that stops its thread, the channel for
+/// requests to the front-end and the event of translations, and, during a migration, the dirty log and
+/// its eventfd.
+const PER_DEVICE: u64 = 10;
 /// The memory regions of one SET_MEM_TABLE at most. More come only with hot-plugged memory.
 const MEMORY_TABLE_REGIONS: usize = 8;
-/// The control server: socket, event loop, and as many clients as may wait at once.
+/// The control server: sockets, event loop, and a few clients.
 const CONTROL: u64 = 20;
+/// The other clients of the control server.
+#[allow(clippy::as_conversions)]
+const CONTROL_CLIENTS: u64 = MAX_CONNECTIONS as u64;
 /// The process: standard streams, signals, the eventfd of the end, files of /proc and /sys that are
 /// open for a moment, and spare ones.
 const PROCESS: u64 = 64;
@@ -50,10 +55,24 @@ struct DescriptorNeed {
 /// # Errors
 /// When the limit is too low for the configured queue pairs.
 // syscalls: prlimit64
-pub fn prepare(config: &Config) -> Result<(), RunError> {
-    match raise_limit() {
-        Some(limit) => check(DescriptorNeed::of(config), limit),
-        None => Ok(()),
+pub fn prepare(config: &Config) -> Result<DescriptorLimit, RunError> {
+    let limit = DescriptorLimit(raise_limit());
+    limit.check(config)?;
+    Ok(limit)
+}
+
+/// The limit of open files; `None` where there is none.
+#[derive(Debug, Clone, Copy)]
+pub struct DescriptorLimit(Option<u64>);
+
+impl DescriptorLimit {
+    /// Checks that the devices of `config` can work within it.
+    ///
+    /// # Errors
+    /// When it is too low for the configured queue pairs.
+    pub fn check(self, config: &Config) -> Result<(), RunError> {
+        self.0
+            .map_or(Ok(()), |limit| check(DescriptorNeed::of(config), limit))
     }
 }
 
@@ -103,10 +122,14 @@ fn check(need: DescriptorNeed, limit: u64) -> Result<(), RunError> {
 
 impl DescriptorNeed {
     fn of(config: &Config) -> Self {
-        let control = config.control.as_ref().map_or(0, |_| CONTROL);
+        let has_control = config.control.is_some() || config.control_read_only.is_some();
+        let (control, clients) = match has_control {
+            true => (CONTROL, CONTROL_CLIENTS),
+            false => (0, 0),
+        };
         let mut need = Self {
             minimum: PROCESS + control,
-            maximum: PROCESS + control,
+            maximum: PROCESS + control + clients,
         };
         for device in &config.devices {
             let least = match device.queues {
@@ -144,17 +167,17 @@ mod tests {
     #[test]
     fn need_grows_with_pairs_devices_and_the_control_socket() {
         for (line, minimum, maximum) in [
-            ("--socket-path /s --uplink null --queues 1", 96, 597),
-            ("--socket-path /s --uplink null --queues 4", 120, 621),
-            ("--socket-path /s --tap t0 --queues 4", 125, 626),
-            ("--socket-path /s --tap t0 --queues 128", 1241, 1742),
+            ("--socket-path /s --uplink null --queues 1", 98, 599),
+            ("--socket-path /s --uplink null --queues 4", 122, 623),
+            ("--socket-path /s --tap t0 --queues 4", 127, 628),
+            ("--socket-path /s --tap t0 --queues 128", 1243, 1744),
             // Without a number the front-end decides.
-            ("--socket-path /s --tap t0", 98, 1742),
-            ("--socket-path /s --tap t0 --control /c", 118, 1762),
+            ("--socket-path /s --tap t0", 100, 1744),
+            ("--socket-path /s --tap t0 --control /c", 120, 2020),
             (
                 "--queues 4 --device socket-path=/a,uplink=switch:s,,tap=t0 --device socket-path=/b,uplink=switch:s",
-                178,
-                1180,
+                182,
+                1184,
             ),
         ] {
             let expected = DescriptorNeed { minimum, maximum };

@@ -2,9 +2,7 @@
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -18,6 +16,7 @@ use virtionet_vhost_user::{
     Served, SessionEnd, SessionError, SessionLog, SessionStart, serve_from,
 };
 
+use crate::device_set::DeviceSet;
 use crate::frontend_source::FrontendSource;
 use crate::run_error::{DeviceFailure, RunError};
 use crate::served_device::{ServedDevice, SuspendedSlot};
@@ -28,72 +27,99 @@ const MIN_SESSION_INTERVAL: Duration = Duration::from_millis(20);
 /// The same for a session that no front-end of the same configuration could have used.
 const UNUSABLE_SESSION_INTERVAL: Duration = Duration::from_secs(1);
 
-/// A thread that serves a device, and the device's name.
-pub type DeviceThread = (String, JoinHandle<Result<(), DeviceFailure>>);
+/// How often a thread looks whether it may serve front-ends again. Meanwhile it refuses them at once.
+const HELD_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The threads of the devices, which are confined and wait for the sources of their front-ends. While a
 /// daemon takes over, all that can be done before the devices are paused is done before.
 #[derive(Debug)]
-pub struct WaitingDevices {
-    threads: Vec<DeviceThread>,
-    sources: Vec<Sender<FrontendSource>>,
+pub struct WaitingDevices(Vec<WaitingDevice>);
+
+/// A device whose thread waits for the source of its front-ends.
+#[derive(Debug)]
+pub struct WaitingDevice {
+    device: Arc<ServedDevice>,
+    source: Sender<FrontendSource>,
 }
 
 impl WaitingDevices {
     /// Lets the threads serve their devices.
-    pub fn serve(self, sources: Vec<FrontendSource>) -> Vec<DeviceThread> {
-        for (sender, source) in self.sources.into_iter().zip(sources) {
-            // A thread that has ended is noticed when it is joined.
-            let _ = sender.send(source);
+    pub fn serve(self, sources: Vec<FrontendSource>, set: &DeviceSet) {
+        for (device, source) in self.0.into_iter().zip(sources) {
+            device.serve(source, set);
         }
-        self.threads
     }
 }
 
-/// Starts a thread for each device. `main` is closed when the last of them ends.
-///
-/// # Errors
-/// When the kernel refuses a thread.
-pub fn start_devices(
-    devices: &[Arc<ServedDevice>],
-    stop: &Arc<Stop>,
-    main: &Handle,
-) -> Result<WaitingDevices, RunError> {
-    let is_only_device = devices.len() == 1;
-    let running_devices = Arc::new(AtomicUsize::new(devices.len()));
-    let (mut threads, mut sources) = (Vec::new(), Vec::new());
-    for device in devices {
-        let (device, stop, main) = (Arc::clone(device), Arc::clone(stop), main.clone());
-        let name = device.net_device.name().to_owned();
-        let running_devices = Arc::clone(&running_devices);
-        let (sender, source) = channel();
+impl WaitingDevice {
+    /// Starts the thread of `device`, one of `set`. `main` is closed when the last thread ends by
+    /// itself and no device can be added.
+    ///
+    /// # Errors
+    /// When the kernel refuses a thread.
+    pub fn start(
+        device: &Arc<ServedDevice>,
+        set: &Arc<DeviceSet>,
+        main: &Handle,
+    ) -> Result<Self, RunError> {
+        let (sender, receiver) = channel();
+        let (own, set, main) = (Arc::clone(device), Arc::clone(set), main.clone());
+        let is_only_device = set.is_single();
         let serve = move || {
             sandbox::confine_thread(ThreadKind::Session);
             // Without a source the program ends.
-            let Ok(source) = source.recv() else {
+            let Ok(source) = receiver.recv() else {
                 return Ok(());
             };
             let ServedDevice {
                 net_device,
                 suspended,
-            } = &*device;
-            let ended = serve_device(net_device, suspended, source, &stop, is_only_device);
-            if running_devices.fetch_sub(1, Ordering::Relaxed) == 1 {
+                stop,
+                ..
+            } = &*own;
+            let ended = serve_device(net_device, suspended, source, stop, is_only_device);
+            if set.note_end(&own) {
                 main.close();
             }
             ended
         };
         let thread = std::thread::Builder::new()
-            .name(name.clone())
+            .name(device.name().to_owned())
             .spawn(serve)
             .map_err(|source| RunError::Host {
                 operation: "start a thread",
                 source,
             })?;
-        threads.push((name, thread));
-        sources.push(sender);
+        *device.thread.lock() = Some(thread);
+        Ok(Self {
+            device: Arc::clone(device),
+            source: sender,
+        })
     }
-    Ok(WaitingDevices { threads, sources })
+
+    /// Lets the thread serve the device, one of `set`.
+    pub fn serve(self, source: FrontendSource, set: &DeviceSet) {
+        // A handover says if there was no descriptor left for the copy.
+        if set.is_handed_over()
+            && let Ok(image) = source.to_image()
+        {
+            self.device.source.get_or_init(|| image);
+        }
+        // A thread that has ended is noticed when it is joined.
+        let _ = self.source.send(source);
+    }
+}
+
+/// Starts a thread for each device of `set`.
+///
+/// # Errors
+/// When the kernel refuses a thread.
+pub fn start_devices(set: &Arc<DeviceSet>, main: &Handle) -> Result<WaitingDevices, RunError> {
+    let devices = set.all();
+    let waiting = devices
+        .iter()
+        .map(|device| WaitingDevice::start(device, set, main));
+    waiting.collect::<Result<_, _>>().map(WaitingDevices)
 }
 
 /// A device's thread: serves one front-end after the other, until there will be none. A front-end
@@ -121,9 +147,10 @@ pub(crate) fn serve_device(
     contain_panics();
     let log = SessionLog::default();
     loop {
+        wait_while_held(stop, &source);
         let start = match next_session(net_device, suspended, &mut source, stop) {
             Ok(Some(start)) => start,
-            Ok(None) if has_been_stopped(stop) => match stop.wait_while_suspended() {
+            Ok(None) if has_been_stopped(stop) => match may_continue(stop) {
                 true => continue,
                 false => return Ok(()),
             },
@@ -139,6 +166,7 @@ pub(crate) fn serve_device(
                 continue;
             }
             Ok(Ok(Served::Ended(SessionEnd::Disconnected))) => {}
+            Ok(Ok(Served::Ended(SessionEnd::Stopped))) if stop.is_held() => continue,
             Ok(Ok(Served::Ended(SessionEnd::Stopped))) => return Ok(()),
             Ok(Err(error @ SessionError::NotShared)) => {
                 if is_only_device && source.is_finished() {
@@ -152,8 +180,24 @@ pub(crate) fn serve_device(
         }
         let rest = interval.saturating_sub(started_at.elapsed());
         let rest = rest.max(net_device.calls_pause_for());
-        if !rest.is_zero() && pause(stop, rest) && !stop.wait_while_suspended() {
+        if !rest.is_zero() && pause(stop, rest) && !may_continue(stop) {
             return Ok(());
+        }
+    }
+}
+
+/// For a thread that has stopped its work: waits while it is suspended. Returns false if it must end.
+fn may_continue(stop: &Stop) -> bool {
+    stop.is_held() || stop.wait_while_suspended()
+}
+
+/// Waits while the link is down. A front-end that finds it down must not wait for an answer: QEMU does so
+/// in its main loop.
+fn wait_while_held(stop: &Stop, source: &FrontendSource) {
+    if stop.is_held() {
+        let _stopped = stop.note_stopped();
+        while stop.is_held() {
+            source.refuse_next(HELD_INTERVAL, || stop.is_held());
         }
     }
 }

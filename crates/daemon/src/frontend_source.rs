@@ -6,6 +6,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use virtionet_base::rights::FileIdentity;
 use virtionet_base::unix_socket::SocketFile;
@@ -115,6 +116,16 @@ impl FrontendSource {
             Self::Listener(listener) => listener.accept(stop),
             Self::Connect(path) => connect(path, stop, report),
             Self::Once(stream) => Ok(stream.take()),
+        }
+    }
+
+    /// Waits for a front-end for at most `limit`, and closes its connection at once if `is_refused` still
+    /// holds then. One that would be connected to is not.
+    // syscalls: poll accept4
+    pub fn refuse_next(&self, limit: Duration, is_refused: impl Fn() -> bool) {
+        match self {
+            Self::Listener(listener) => listener.refuse_next(limit, is_refused),
+            Self::Connect(_) | Self::Once(_) => std::thread::sleep(limit),
         }
     }
 

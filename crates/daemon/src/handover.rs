@@ -15,8 +15,7 @@ use nix::sys::pthread::{Pthread, pthread_kill, pthread_self};
 use nix::sys::signal::Signal;
 use parking_lot::Mutex;
 use virtionet_handover::{
-    DeviceImage, DeviceOffer, HandoverError, HandoverState, ListenerImage, Offer, OldSide,
-    SharedFd, SourceImage,
+    DeviceImage, DeviceOffer, HandoverError, HandoverState, ListenerImage, Offer, OldSide, SharedFd,
 };
 use virtionet_net_device::stop::Stop;
 use virtionet_net_device::worker_pool::WorkerPool;
@@ -25,7 +24,8 @@ use virtionet_process::sandbox;
 use virtionet_sandbox::ThreadKind;
 use virtionet_vhost_user::{ImageError, peer_uid};
 
-use crate::served_device::{ServedDevice, count_suspended};
+use crate::device_set::DeviceSet;
+use crate::served_device::count_suspended;
 use crate::uplinks::Uplinks;
 
 /// The signal that tells the main thread of a successor. SIGUSR2 is the watchdog's.
@@ -50,6 +50,9 @@ pub enum HandoverFailure {
         /// The cause.
         source: ImageError,
     },
+    /// The devices change at this moment.
+    #[error("a device is being added, removed or changed; try again")]
+    Changing,
     /// A thread did not stop.
     #[error("{0} did not stop within a second; try again")]
     Busy(String),
@@ -111,13 +114,13 @@ impl Successor {
 #[derive(Debug)]
 pub struct Handover {
     /// The devices.
-    pub devices: Vec<Arc<ServedDevice>>,
-    /// Where their front-ends come from, in the same order.
-    pub sources: Vec<SourceImage<SharedFd>>,
+    pub devices: Arc<DeviceSet>,
     /// Their uplinks.
-    pub uplinks: Arc<Uplinks>,
+    pub uplinks: Arc<Mutex<Uplinks>>,
     /// The control socket.
     pub control: Option<ListenerImage<SharedFd>>,
+    /// The control socket that takes no changes.
+    pub control_read_only: Option<ListenerImage<SharedFd>>,
     /// The socket at which successors connect.
     pub handover: ListenerImage<SharedFd>,
     /// The masks that are set for them.
@@ -126,8 +129,6 @@ pub struct Handover {
     pub pool: Arc<WorkerPool>,
     /// Stops the forwarders of switches.
     pub forwarders: Arc<Stop>,
-    /// Stops the devices' threads.
-    pub sessions: Arc<Stop>,
 }
 
 impl Handover {
@@ -139,6 +140,8 @@ impl Handover {
     pub fn hand_over(&self, stream: UnixStream) -> Result<(String, Duration), HandoverFailure> {
         let (successor, program) = OldSide::accept(stream)?;
         let refuse = |failure: &HandoverFailure| successor.refuse(&failure.to_string());
+        let permit = self.devices.try_change().ok_or(HandoverFailure::Changing);
+        let _permit = permit.inspect_err(refuse)?;
         let offer = self.offer().inspect_err(refuse)?;
         successor.offer(offer)?;
         let paused_at = Instant::now();
@@ -162,24 +165,30 @@ impl Handover {
 
     fn offer(&self) -> Result<Offer<SharedFd>, HandoverFailure> {
         let mut devices = Vec::new();
-        for (device, source) in self.devices.iter().zip(&self.sources) {
+        for device in self.devices.all() {
             let net_device = &device.net_device;
             let crash_records = net_device.crash_records();
+            let source = device.source.get().cloned();
             devices.push(DeviceOffer {
                 name: net_device.name().to_owned(),
-                source: source.clone(),
+                source: source.ok_or_else(|| io::Error::from(rustix::io::Errno::MFILE))?,
+                requested: device.requested.lock().clone(),
+                is_link_down: device.stop.is_held(),
                 uplink: net_device.uplink_text(),
                 crash_records: crash_records
                     .map(|records| records.copy_of_file().map(Arc::new))
                     .transpose()?,
             });
         }
+        let uplinks = self.uplinks.lock();
         Ok(Offer {
             program: env!("CARGO_PKG_VERSION").to_owned(),
             devices,
-            taps: self.uplinks.tap_images()?,
-            switch_seeds: self.uplinks.switch_seeds(),
+            taps: uplinks.tap_images()?,
+            switch_seeds: uplinks.switch_seeds(),
             control: self.control.clone(),
+            control_read_only: self.control_read_only.clone(),
+            removed: self.devices.removed(),
             handover: self.handover.clone(),
         })
     }
@@ -193,15 +202,16 @@ impl Handover {
         if !stuck.is_empty() {
             return Err(HandoverFailure::Busy(stuck.join(", ")));
         }
-        match self.sessions.suspend(STOP_LIMIT) {
+        match self.devices.suspend(STOP_LIMIT) {
             true => Ok(()),
             false => Err(HandoverFailure::Busy("the thread of a device".into())),
         }
     }
 
     fn resume(&self) {
-        self.pool.gate().hold_for(count_suspended(&self.devices));
-        self.sessions.resume();
+        let suspended = count_suspended(&self.devices.all());
+        self.pool.gate().hold_for(suspended);
+        self.devices.resume();
         self.forwarders.resume();
         // Those of sessions that were not suspended go on. The others have ended, and their sessions
         // start them.
@@ -210,7 +220,7 @@ impl Handover {
 
     fn state(&self) -> Result<HandoverState<SharedFd>, HandoverFailure> {
         let mut devices = Vec::new();
-        for device in &self.devices {
+        for device in self.devices.all() {
             let net_device = &device.net_device;
             let session = match &*device.suspended.lock() {
                 Some(session) => {
@@ -228,10 +238,11 @@ impl Handover {
                 counters: net_device.counters(),
             });
         }
+        let uplinks = self.uplinks.lock();
         Ok(HandoverState {
             devices,
-            taps: self.uplinks.tap_images()?,
-            switches: self.uplinks.switch_images(),
+            taps: uplinks.tap_images()?,
+            switches: uplinks.switch_images(),
             affinity: self.irq_manager.to_image(),
         })
     }

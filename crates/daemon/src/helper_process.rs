@@ -139,6 +139,16 @@ fn rules(config: &Config, allowed: &HelperConfig) -> io::Result<Vec<Rule>> {
         let sockets = IRQBALANCE_SOCKETS.parse().map_err(io::Error::other)?;
         rules.push(Rule::Sockets(sockets));
     }
+    if let Some(added) = &config.allow_add {
+        rules.extend(added.taps.iter().cloned().map(Rule::Taps));
+        rules.extend(added.bridges.iter().cloned().map(Rule::Bridges));
+        let sockets = || added.sockets.iter().cloned();
+        rules.extend(
+            sockets()
+                .map(Rule::Sockets)
+                .chain(sockets().map(Rule::OwnSockets)),
+        );
+    }
     rules.extend(allowed.taps.iter().cloned().map(Rule::Taps));
     rules.extend(allowed.bridges.iter().cloned().map(Rule::Bridges));
     rules.extend(allowed.sockets.iter().cloned().map(Rule::Sockets));
@@ -198,7 +208,13 @@ fn serve(mode: SandboxMode, verbosity: u8) -> io::Result<()> {
         return Ok(());
     };
     let affinity = server.writes_affinity();
-    sandbox::prepare_helper(mode, server.own_sockets(), affinity).map_err(io::Error::other)?;
+    sandbox::prepare_helper(
+        mode,
+        server.own_sockets(),
+        server.socket_folders(),
+        affinity,
+    )
+    .map_err(io::Error::other)?;
     logging::init(verbosity, sandbox::confine_log).map_err(io::Error::other)?;
     sandbox::confine_process().map_err(io::Error::other)?;
     sandbox::confine_thread(ThreadKind::Helper);

@@ -1,6 +1,8 @@
 //! The devices of the process, and what they share.
 
 use std::env;
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -48,11 +50,15 @@ impl Host {
     /// configuration.
     pub fn new(config: &Config) -> Result<Self, RunError> {
         let cpus = HostCpus::read()?;
+        if let (Some(folder), Some(_)) = (&config.state_folder, &config.allow_add) {
+            // A device that is added later says if it is not there.
+            let _ = DirBuilder::new().recursive(true).mode(0o755).create(folder);
+        }
         Ok(Self {
             pool: Arc::new(worker_pool(config, &cpus)?),
             cpus: Arc::new(cpus),
             irq_manager: Arc::new(IrqAffinityManager::with_irqbalance()),
-            state_folder: config.state_folder.clone().or_else(default_state_folder),
+            state_folder: config.state_folder.clone(),
         })
     }
 
@@ -65,15 +71,14 @@ impl Host {
         config: &Config,
         uplinks: &mut Uplinks,
         offered: Option<&OfferedDevices>,
-    ) -> Result<Vec<(DeviceConfig, CreatedDevice)>, RunError> {
+    ) -> Result<Vec<CreatedDevice>, RunError> {
         let mut created = Vec::new();
         for (index, device) in config.devices.iter().enumerate() {
             let records = match offered {
                 Some(offered) => offered.crash_records(index)?,
                 None => None,
             };
-            let net_device = self.create_net_device(device, uplinks, records)?;
-            created.push((device.clone(), net_device));
+            created.push(self.create_net_device(device, uplinks, records)?);
         }
         Ok(created)
     }
@@ -150,8 +155,10 @@ fn worker_pool(config: &Config, cpus: &HostCpus) -> Result<WorkerPool, RunError>
     Ok(WorkerPool::shared(shared, poll.unwrap_or(PollMode::Off)))
 }
 
-/// The folder of the service manager, or the one that the file system hierarchy has for this user.
-fn default_state_folder() -> Option<PathBuf> {
+/// The folder for what must outlive the process where none is configured: that of the service manager,
+/// or the one that the file system hierarchy has for this user.
+#[must_use]
+pub fn default_state_folder() -> Option<PathBuf> {
     if let Some(folders) = env::var_os("RUNTIME_DIRECTORY") {
         return env::split_paths(&folders).next();
     }

@@ -117,6 +117,13 @@ impl KeptTaps {
         }
     }
 
+    /// Lets the service manager keep the TAP of `config` no longer.
+    pub fn discard(&self, config: &TapConfig) {
+        if self.manager.keeps_descriptors() {
+            self.manager.discard(&descriptor_name(config));
+        }
+    }
+
     /// Lets the service manager keep `tap` from now on, if this program created it.
     pub fn keep(&self, config: &TapConfig, tap: &Tap) {
         let name = descriptor_name(config);

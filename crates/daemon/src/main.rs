@@ -2,11 +2,11 @@
 
 use std::process::ExitCode;
 
-use virtionet_config::Command;
 use virtionet_config::cli;
+use virtionet_config::{Command, Config};
 use virtionet_net_device::sys;
 use virtionet_process::{logging, panic_policy, sandbox, scheduling};
-use virtionetd::{PassedDescriptors, RunError, helper_process, supervisor};
+use virtionetd::{PassedDescriptors, RunError, default_state_folder, helper_process, supervisor};
 
 fn main() -> ExitCode {
     sys::limit_malloc_arenas();
@@ -23,7 +23,10 @@ fn main() -> ExitCode {
     }
     let config = match cli::parse(std::env::args_os()) {
         Ok(Command::PrintCapabilities) => return exit(cli::print_capabilities()),
-        Ok(Command::Serve(config)) => *config,
+        Ok(Command::Serve(config)) => Config {
+            state_folder: config.state_folder.clone().or_else(default_state_folder),
+            ..*config
+        },
         Err(refusal) => return ExitCode::from(refusal.report()),
     };
     let passed = PassedDescriptors::take(&config);

@@ -7,9 +7,10 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
 
-use virtionet_base::unix_socket::{Access, SocketFile, listen_at};
-use virtionet_config::Config;
-use virtionet_control::server::{ControlServer, SocketPermissions, listen};
+use rustix::process::geteuid;
+use virtionet_base::unix_socket::{self, SocketFile, listen_at};
+use virtionet_config::{Config, ControlSocket};
+use virtionet_control::server::{Access, ControlServer, ServedSocket, SocketPermissions, listen};
 use virtionet_handover::{ListenerImage, SharedFd};
 use virtionet_process::sandbox;
 use virtionet_sandbox::ThreadKind;
@@ -17,7 +18,7 @@ use virtionet_sandbox::ThreadKind;
 use crate::handover::Successor;
 use crate::report_builder::DeviceRegistry;
 use crate::run_error::RunError;
-use crate::take_over::TakenListener;
+use crate::take_over::{TakenListener, TakenSockets};
 
 /// A socket that listens, and its file.
 type ListeningSocket = (UnixListener, SocketFile);
@@ -26,6 +27,7 @@ type ListeningSocket = (UnixListener, SocketFile);
 #[derive(Debug, Default)]
 pub struct ProcessSockets {
     control: Option<ListeningSocket>,
+    control_read_only: Option<ListeningSocket>,
     handover: Option<ListeningSocket>,
 }
 
@@ -44,20 +46,25 @@ impl ProcessSockets {
     /// # Errors
     /// When a path is in use, or cannot be listened on.
     pub fn open(config: &Config) -> Result<Self, RunError> {
-        let open_control = |socket: &virtionet_config::ControlSocket| {
+        let open_control = |socket: &ControlSocket| {
             let access = SocketPermissions {
                 mode: Some(socket.mode),
                 group: socket.group.clone(),
             };
             listen(&socket.path, &access)
         };
-        let owner_only = Access {
+        let owner_only = unix_socket::Access {
             mode: Some(0o600),
             group: None,
         };
         let handover = config.handover.as_ref();
         Ok(Self {
             control: config.control.as_ref().map(open_control).transpose()?,
+            control_read_only: config
+                .control_read_only
+                .as_ref()
+                .map(open_control)
+                .transpose()?,
             handover: handover
                 .map(|path| listen_at(path, &owner_only))
                 .transpose()
@@ -67,11 +74,15 @@ impl ProcessSockets {
 
     /// The sockets of the daemon before this one.
     #[must_use]
-    pub fn taken(config: &Config, control: Option<TakenListener>, handover: TakenListener) -> Self {
-        let control = config.control.as_ref().zip(control);
+    pub fn taken(config: &Config, taken: TakenSockets) -> Self {
+        let at = |socket: &Option<ControlSocket>, listener: Option<TakenListener>| {
+            let socket = socket.as_ref().zip(listener);
+            socket.map(|(socket, listener)| listener.at(&socket.path))
+        };
         Self {
-            control: control.map(|(socket, listener)| listener.at(&socket.path)),
-            handover: config.handover.as_ref().map(|path| handover.at(path)),
+            control: at(&config.control, taken.control),
+            control_read_only: at(&config.control_read_only, taken.control_read_only),
+            handover: config.handover.as_ref().map(|path| taken.handover.at(path)),
         }
     }
 
@@ -81,13 +92,15 @@ impl ProcessSockets {
         self.handover.as_ref().map(|(_, file)| file.path())
     }
 
-    /// The images of the control socket and of the one for the next daemon.
+    /// The images of the control socket, of the one that takes no changes, and of the one for the next
+    /// daemon.
     ///
     /// # Errors
     /// When the process has no descriptors left.
-    pub fn images(&self) -> io::Result<[Option<ListenerImage<SharedFd>>; 2]> {
+    pub fn images(&self) -> io::Result<[Option<ListenerImage<SharedFd>>; 3]> {
         Ok([
             self.control.as_ref().map(image_of).transpose()?,
+            self.control_read_only.as_ref().map(image_of).transpose()?,
             self.handover.as_ref().map(image_of).transpose()?,
         ])
     }
@@ -101,11 +114,22 @@ impl ProcessSockets {
         devices: &Arc<DeviceRegistry>,
         successor: &Successor,
     ) -> Result<ServedSockets, RunError> {
-        let start_control = |(listener, file)| {
-            ControlServer::start_on(listener, file, Arc::clone(devices) as _, || {
-                sandbox::confine_thread(ThreadKind::Control);
-            })
+        let access = Access::Change {
+            uid: geteuid().as_raw(),
         };
+        let sockets = [
+            (self.control, access),
+            (self.control_read_only, Access::ReadOnly),
+        ];
+        let sockets = sockets.into_iter().filter_map(|(socket, access)| {
+            let (listener, file) = socket?;
+            Some(ServedSocket {
+                listener,
+                file,
+                access,
+            })
+        });
+        let sockets: Vec<ServedSocket> = sockets.collect();
         let handover = match self.handover {
             Some((listener, file)) => {
                 successor
@@ -119,7 +143,14 @@ impl ProcessSockets {
             None => None,
         };
         Ok(ServedSockets {
-            control: self.control.map(start_control).transpose()?,
+            control: match sockets.is_empty() {
+                true => None,
+                false => Some(ControlServer::start_on(
+                    sockets,
+                    Arc::clone(devices) as _,
+                    || sandbox::confine_thread(ThreadKind::Control),
+                )?),
+            },
             handover,
         })
     }

@@ -5,28 +5,36 @@ use std::path::Path;
 use std::process;
 use std::sync::{Arc, OnceLock};
 
+use parking_lot::Mutex;
 use rustix::process::geteuid;
-use virtionet_config::{DeviceConfig, Socket};
+use virtionet_config::Socket;
 use virtionet_control::v1 as report;
-use virtionet_net_device::net_device::{NetDevice, ServedPair};
+use virtionet_net_device::net_device::ServedPair;
 use virtionet_net_device::vring_slot::VringSlot;
 use virtionet_process::logging;
 use virtionet_process::panic_policy::contained_panics;
 use virtionet_process::sandbox;
+use virtionet_uplink::switch::{AddressImage, Switch};
 use virtionet_vhost_user::VringState;
 use virtionet_vhost_user::protocol_features::names as protocol_names;
 use virtionet_virtio_net::DeviceQueue;
 use virtionet_virtio_net::stats::{VringStats, WorkerStats, to_u64};
 use virtionet_virtqueue::memory::IotlbCounts;
 
+use crate::device_set::DeviceSet;
 use crate::helper_process::HelperProcess;
+use crate::manager::ChangeQueue;
+use crate::served_device::ServedDevice;
 use crate::take_over::Predecessor;
+use crate::uplinks::Uplinks;
 
 /// All devices of this process, with their configurations, and the process itself.
 #[derive(Debug)]
 pub struct DeviceRegistry {
-    devices: Vec<(DeviceConfig, Arc<NetDevice>)>,
+    devices: Arc<DeviceSet>,
     helper: Option<Arc<HelperProcess>>,
+    /// Where changes are handed in, and the uplinks.
+    changes: Option<(ChangeQueue, Arc<Mutex<Uplinks>>)>,
     /// The process, without the handover by which it got its devices.
     process: report::ProcessReport,
     taken_over: OnceLock<report::TakeOverReport>,
@@ -37,15 +45,25 @@ impl DeviceRegistry {
     /// at which the next daemon can take over if there is one.
     #[must_use]
     pub fn new(
-        devices: Vec<(DeviceConfig, Arc<NetDevice>)>,
+        devices: Arc<DeviceSet>,
         helper: Option<Arc<HelperProcess>>,
         handover_socket: Option<&Path>,
     ) -> Self {
         Self {
             devices,
             helper,
+            changes: None,
             process: own_process(handover_socket),
             taken_over: OnceLock::new(),
+        }
+    }
+
+    /// The same registry of a process whose devices can be changed.
+    #[must_use]
+    pub fn with_changes(self, queue: ChangeQueue, uplinks: Arc<Mutex<Uplinks>>) -> Self {
+        Self {
+            changes: Some((queue, uplinks)),
+            ..self
         }
     }
 
@@ -88,10 +106,70 @@ impl report::ReportSource for DeviceRegistry {
             }),
             devices: self
                 .devices
+                .all()
                 .iter()
-                .map(|(c, net_device)| device(c, net_device))
+                .map(|served| device(served))
                 .collect(),
         }
+    }
+
+    fn health(&self) -> report::Health {
+        let mut reasons = Vec::new();
+        let helper = self.helper.as_deref();
+        if helper.is_some_and(|helper| helper.pid().is_none()) {
+            reasons.push(problem(
+                None,
+                "helper-lost",
+                "the helper has ended, so TAPs cannot be opened again: restart virtionetd",
+            ));
+        }
+        for device in self.devices.all() {
+            let name = Some(device.name().to_owned());
+            if !device.has_thread() {
+                let reason = "its front-end has gone and no other one can come: restart virtionetd";
+                reasons.push(problem(name, "device-ended", reason));
+            } else if !device.net_device.is_uplink_up() {
+                let reason = "its uplink carries no frames: see the warnings of the device";
+                reasons.push(problem(name, "uplink-down", reason));
+            }
+        }
+        report::Health::with(reasons)
+    }
+
+    fn switches(&self) -> Vec<report::SwitchReport> {
+        let Some((_, uplinks)) = &self.changes else {
+            return Vec::new();
+        };
+        uplinks.lock().switches().map(switch).collect()
+    }
+
+    fn change(&self, request: report::ChangeRequest, reply: report::Reply) {
+        if let Some((queue, _)) = &self.changes {
+            queue.submit(request, reply);
+        }
+    }
+}
+
+fn problem(device: Option<String>, code: &str, reason: &str) -> report::ReadyProblem {
+    report::ReadyProblem {
+        device,
+        code: code.into(),
+        reason: reason.into(),
+    }
+}
+
+fn switch(switch: &Switch) -> report::SwitchReport {
+    let addresses = switch.to_image().addresses.into_iter();
+    report::SwitchReport {
+        name: switch.name().to_owned(),
+        tap: switch.host_tap().map(str::to_owned),
+        devices: switch.devices(),
+        addresses: addresses
+            .map(|AddressImage { mac, device }| report::SwitchAddress {
+                mac: mac.map(|byte| format!("{byte:02x}")).join(":"),
+                device,
+            })
+            .collect(),
     }
 }
 
@@ -119,7 +197,10 @@ fn iotlb_report(counts: IotlbCounts) -> report::IotlbReport {
     }
 }
 
-fn device(config: &DeviceConfig, net_device: &NetDevice) -> report::DeviceReport {
+fn device(served: &ServedDevice) -> report::DeviceReport {
+    let ServedDevice {
+        config, net_device, ..
+    } = served;
     let frontend = net_device.frontend();
     // Read the placement before the warnings, so that the warnings apply to the placement shown or
     // to a newer one.
@@ -160,6 +241,15 @@ fn device(config: &DeviceConfig, net_device: &NetDevice) -> report::DeviceReport
         features_compat: Some(config.features_compat.name().to_owned()),
         mtu: frontend.mtu,
         warnings: net_device.warnings(),
+        origin: match *served.requested.lock() {
+            Some(_) => report::DeviceOrigin::Request,
+            None => report::DeviceOrigin::Configuration,
+        },
+        link: match served.stop.is_held() {
+            true => report::LinkState::Down,
+            false => report::LinkState::Up,
+        },
+        revision: served.revision(),
         advice: net_device.advice(),
         interrupts: net_device.interrupts().report(),
         pairs,
@@ -213,8 +303,9 @@ fn names<'a>(names: impl IntoIterator<Item = &'a str>) -> Vec<String> {
 mod tests {
     use std::path::PathBuf;
 
-    use virtionet_config::{PollMode, QueuePairCount};
+    use virtionet_config::{DeviceConfig, PollMode, QueuePairCount};
     use virtionet_control::v1::ReportSource;
+    use virtionet_net_device::net_device::NetDevice;
     use virtionet_uplink::null::Null;
 
     use super::*;
@@ -235,6 +326,12 @@ mod tests {
         }
     }
 
+    fn set_of(socket: Socket, net_device: &Arc<NetDevice>) -> Arc<DeviceSet> {
+        let device = ServedDevice::new(config(socket), None, Arc::clone(net_device)).unwrap();
+        let flags = crate::testing::config("--socket-path /s --uplink null");
+        Arc::new(DeviceSet::new(vec![Arc::new(device)], Vec::new(), &flags))
+    }
+
     fn path() -> PathBuf {
         "/run/vnet.sock".into()
     }
@@ -243,8 +340,7 @@ mod tests {
     fn report_of_a_connected_device_has_its_front_end_memory_and_queue_pairs() {
         let net_device = Arc::new(net_device(4, Null, PollMode::Off));
         let socket = Socket::Connect { path: path() };
-        let devices = vec![(config(socket), Arc::clone(&net_device))];
-        let devices = DeviceRegistry::new(devices, None, None);
+        let devices = DeviceRegistry::new(set_of(socket, &net_device), None, None);
         with_frontend(&net_device, &two_pairs(), |frontend| {
             frontend.connection.set_mtu(2000).unwrap();
             frontend.enable(1, false).unwrap();
@@ -321,8 +417,8 @@ mod tests {
             ),
             (Socket::Inherited(5), "fd:5", report::SocketRole::Inherited),
         ] {
-            let devices = vec![(config(socket), Arc::clone(&net_device))];
-            let devices = DeviceRegistry::new(devices, None, Some(Path::new("/run/handover")));
+            let handover = Some(Path::new("/run/handover"));
+            let devices = DeviceRegistry::new(set_of(socket, &net_device), None, handover);
             let report = devices.report();
             assert_eq!(report.version, env!("CARGO_PKG_VERSION"));
             assert_eq!(report.devices[0].socket, text);

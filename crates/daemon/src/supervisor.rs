@@ -8,6 +8,7 @@
 //! | `NAME-qK` | one a queue pair | carries frames |
 //! | `sw-NAME` | one a switch with a TAP | carries the host's frames |
 //! | `control` | one, with `--control` | answers HTTP requests |
+//! | `manager` | one | adds, removes and changes devices |
 //! | `placer` | one | decides, while a front-end is connected, on which CPUs workers run |
 //! | `log` | one | writes log lines |
 //! | `watchdog` | one | bounds writes to eventfds of front-ends |
@@ -21,8 +22,6 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::process;
 use std::sync::Arc;
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use signal_hook::consts::{SIGCHLD, SIGHUP, SIGUSR1};
@@ -33,7 +32,6 @@ use virtionet_net_device::call_watchdog;
 use virtionet_net_device::placement_monitor;
 use virtionet_net_device::start_gate::StartGate;
 use virtionet_net_device::stop::Stop;
-use virtionet_net_device::worker_pool::WorkerPool;
 use virtionet_process::logging;
 use virtionet_process::sandbox;
 use virtionet_sandbox::ThreadKind;
@@ -42,25 +40,23 @@ use virtionet_vhost_user::start_closer;
 use virtionet_virtqueue::memory::survive_lost_memory;
 
 use crate::descriptor_budget;
-use crate::device_thread::{DeviceThread, WaitingDevices, start_devices};
+use crate::device_set::DeviceSet;
+use crate::device_thread::{WaitingDevices, start_devices};
 use crate::frontend_source::FrontendSource;
 use crate::handover::{Handover, Successor};
 use crate::helper_process::HelperProcess;
 use crate::host::{CreatedDevice, Host};
 use crate::kept_taps::{KeptTaps, PassedDescriptors};
+use crate::manager::{ChangeQueue, ChangeReceiver, Manager};
 use crate::process_sockets::ProcessSockets;
 use crate::report_builder::DeviceRegistry;
 use crate::run_error::RunError;
 use crate::served_device::{ServedDevice, count_suspended};
 use crate::service_manager::ServiceManager;
+use crate::shutdown::{HelperThread, SHUTDOWN_TIMEOUT, end_threads, take_threads};
 use crate::signals;
 use crate::take_over::{OfferedDevices, Predecessor, socket_file};
 use crate::uplinks::Uplinks;
-
-/// How long all threads together may take to end.
-const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
-/// Pause between two checks of whether a thread has ended.
-const JOIN_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Serves the devices of `config` until a signal asks to end, or the next daemon has taken over.
 /// `passed` are the descriptors of the service manager.
@@ -68,26 +64,42 @@ const JOIN_INTERVAL: Duration = Duration::from_millis(1);
 /// # Errors
 /// When something cannot be set up, or the only device cannot continue.
 pub fn run(config: Config, passed: PassedDescriptors) -> Result<(), RunError> {
-    descriptor_budget::prepare(&config)?;
+    let limit = descriptor_budget::prepare(&config)?;
+    let mut config = config;
     let signals = Signals::new(signals::HANDLED.map(|signal| signal as i32));
     let signals = signals.map_err(host_error("handle signals"))?;
-    let mut parts = Parts::open(&config, passed)?;
+    let mut parts = Parts::open(&mut config, passed)?;
     // From here on nothing is opened that needs a right of this process.
     sandbox::confine_process()?;
     protect_threads()?;
-    let devices = parts.created.iter().map(|(_, created)| {
-        Arc::new(ServedDevice {
-            net_device: Arc::clone(&created.net_device),
-            suspended: Mutex::default(),
-        })
-    });
-    let devices: Vec<_> = devices.collect();
-    let waiting = start_devices(&devices, &parts.stops.sessions, &signals.handle())?;
+    let devices = Arc::new(parts.device_set(&config)?);
+    let waiting = start_devices(&devices, &signals.handle())?;
     let predecessor = match parts.offered.take() {
-        Some(offered) => Some(parts.take_over(offered, &config, &devices)?),
+        Some(offered) => Some(parts.take_over(offered, &config, &devices.all())?),
         None => None,
     };
-    parts.serve(devices, waiting, predecessor, signals)
+    let (queue, changes) = ChangeQueue::new();
+    let manager = Manager {
+        config,
+        limit,
+        host: Arc::clone(&parts.host),
+        uplinks: Arc::clone(&parts.uplinks),
+        devices: Arc::clone(&devices),
+        main: signals.handle(),
+    };
+    let changes = Changes {
+        queue,
+        manager,
+        receiver: changes,
+    };
+    parts.serve(devices, waiting, predecessor, signals, changes)
+}
+
+/// What changes devices while the process runs.
+struct Changes {
+    queue: ChangeQueue,
+    manager: Manager,
+    receiver: ChangeReceiver,
 }
 
 /// What the process has opened.
@@ -97,20 +109,25 @@ struct Parts {
     offered: Option<OfferedDevices>,
     sources: Vec<FrontendSource>,
     helper: Option<Arc<HelperProcess>>,
-    host: Host,
-    uplinks: Arc<Uplinks>,
-    created: Vec<(DeviceConfig, CreatedDevice)>,
+    host: Arc<Host>,
+    uplinks: Arc<Mutex<Uplinks>>,
+    created: Vec<CreatedDevice>,
     sockets: ProcessSockets,
     stops: Stops,
 }
 
 impl Parts {
-    /// Opens what `config` names, or has it offered by the daemon before this one.
-    fn open(config: &Config, passed: PassedDescriptors) -> Result<Self, RunError> {
+    /// Opens what `config` names, or has it offered by the daemon before this one. The devices of that
+    /// become those of `config`.
+    fn open(config: &mut Config, passed: PassedDescriptors) -> Result<Self, RunError> {
         let offered = match &config.handover {
             Some(path) if config.take_over => Some(OfferedDevices::request(path, config)?),
             _ => None,
         };
+        if let Some(offered) = &offered {
+            config.devices = offered.devices(config)?;
+        }
+        let config = &*config;
         // Take inherited descriptors first, because anything that is opened before could get their
         // numbers.
         let sources = open_sources(config, offered.as_ref())?;
@@ -132,11 +149,29 @@ impl Parts {
             offered,
             sources,
             helper: helper.map(Arc::new),
-            host,
-            uplinks: Arc::new(uplinks),
+            host: Arc::new(host),
+            uplinks: Arc::new(Mutex::new(uplinks)),
             created,
             stops: Stops::new().map_err(host_error("make an eventfd"))?,
         })
+    }
+
+    /// The devices, without threads.
+    fn device_set(&self, config: &Config) -> Result<DeviceSet, RunError> {
+        let offered = self.offered.as_ref();
+        let mut requests = offered.map(|offered| offered.requests());
+        let mut devices = Vec::new();
+        for (config, created) in config.devices.iter().zip(&self.created) {
+            let request = requests.as_mut().and_then(Iterator::next);
+            let (requested, is_link_down) = request.unwrap_or_default();
+            let net_device = Arc::clone(&created.net_device);
+            let device = ServedDevice::new(config.clone(), requested, net_device);
+            let device = device.map_err(host_error("make an eventfd"))?;
+            device.stop.hold(is_link_down);
+            devices.push(Arc::new(device));
+        }
+        let removed = offered.map(OfferedDevices::removed).unwrap_or_default();
+        Ok(DeviceSet::new(devices, removed, config))
     }
 
     /// Takes the sessions over, and with them all that the daemon before this one owned.
@@ -157,17 +192,18 @@ impl Parts {
             Socket::Connect { .. } | Socket::Inherited(_) => source,
         });
         self.sources = owned.collect();
-        self.sockets = ProcessSockets::taken(config, taken.control, taken.handover);
+        self.sockets = ProcessSockets::taken(config, taken);
         Ok(predecessor)
     }
 
     /// Starts all other threads, and returns when they have ended.
     fn serve(
         mut self,
-        devices: Vec<Arc<ServedDevice>>,
+        devices: Arc<DeviceSet>,
         waiting: WaitingDevices,
         predecessor: Option<Predecessor>,
         mut signals: Signals,
+        changes: Changes,
     ) -> Result<(), RunError> {
         // A daemon that has taken over must not end for this.
         let handover = self.handover(&devices).unwrap_or_else(|error| {
@@ -176,20 +212,23 @@ impl Parts {
             );
             None
         });
-        let registry = Arc::new(self.registry());
-        let summaries = self.summaries();
+        let registry = Arc::new(self.registry(&devices, &changes.queue));
+        let summaries = self.summaries(&devices);
         // First, because the frames of devices that are taken over wait for it.
-        let device_threads = waiting.serve(std::mem::take(&mut self.sources));
+        waiting.serve(std::mem::take(&mut self.sources), &devices);
         let stops = &self.stops;
-        let mut helper_threads =
-            start_host_port_forwarders(&self.uplinks, &stops.forwarders, self.host.pool.gate())?;
+        let mut helper_threads = start_host_port_forwarders(
+            &self.uplinks.lock(),
+            &stops.forwarders,
+            self.host.pool.gate(),
+        )?;
         // What follows, and the end of the daemon before this one, would take the CPUs from them.
         self.host.pool.gate().wait();
         let successor = Successor::default();
         let served = self.sockets.serve(&registry, &successor)?;
-        let followed = devices.iter().map(|device| Arc::clone(&device.net_device));
         let stop = Arc::clone(&stops.placer);
-        let placer = placement_monitor::start(followed.collect(), self.host.cpus, stop);
+        let cpus = Arc::clone(&self.host.cpus);
+        let placer = placement_monitor::start(devices.list(), cpus, stop);
         helper_threads.push((
             "placer".into(),
             placer.map_err(host_error("start a thread"))?,
@@ -198,25 +237,37 @@ impl Parts {
             log_start(device, summary, served.control.as_ref());
         }
         predecessor.iter().for_each(|p| registry.set_predecessor(p));
-        self.uplinks.keep();
+        self.uplinks.lock().keep();
+        let Changes {
+            queue,
+            manager,
+            receiver,
+        } = changes;
+        // Its threads inherit its limits, so it must not have those of the main thread.
+        manager
+            .start(receiver)
+            .map_err(host_error("start a thread"))?;
         let helper = self.helper.as_deref();
         // Until the end the main thread has nothing else to do than to hand over.
         signals::take().map_err(host_error("handle signals"))?;
         sandbox::confine_main();
         announce(&self.manager, predecessor);
-        wait_for_end(&mut signals, helper, &successor, handover.as_ref());
+        wait_for_end(&mut signals, helper, &successor, handover.as_ref(), &queue);
         self.manager.stopping();
+        // A change that takes longer does not matter any more.
+        let _no_changes = devices.change_within(SHUTDOWN_TIMEOUT);
         stops.end();
+        devices.end();
         let ended = end_threads(
             &self.host.pool,
             served.control,
-            device_threads,
+            take_threads(&devices),
             helper_threads,
         );
         drop(served.handover);
         helper.inspect(|helper| helper.end());
         if !matches!(ended, Err(RunError::Stuck { .. })) {
-            for switch in self.uplinks.switches() {
+            for switch in self.uplinks.lock().switches() {
                 tracing::info!("{switch}");
             }
         }
@@ -224,43 +275,42 @@ impl Parts {
     }
 
     /// What the next daemon can take over; `None` if it has no socket for that.
-    fn handover(&self, devices: &[Arc<ServedDevice>]) -> io::Result<Option<Handover>> {
-        let [control, Some(handover)] = self.sockets.images()? else {
+    fn handover(&self, devices: &Arc<DeviceSet>) -> io::Result<Option<Handover>> {
+        let [control, control_read_only, Some(handover)] = self.sockets.images()? else {
             return Ok(None);
         };
-        let sources = self.sources.iter().map(FrontendSource::to_image);
         Ok(Some(Handover {
-            devices: devices.to_vec(),
-            sources: sources.collect::<Result<_, _>>()?,
+            devices: Arc::clone(devices),
             uplinks: Arc::clone(&self.uplinks),
             control,
+            control_read_only,
             handover,
             irq_manager: Arc::clone(&self.host.irq_manager),
             pool: Arc::clone(&self.host.pool),
             forwarders: Arc::clone(&self.stops.forwarders),
-            sessions: Arc::clone(&self.stops.sessions),
         }))
     }
 
     /// For the log: the name of each device, its socket and its uplink.
-    fn summaries(&self) -> Vec<(String, String)> {
-        let devices = self.created.iter().zip(&self.sources);
-        let summary = |((device, created), source): (&(DeviceConfig, CreatedDevice), _)| {
+    fn summaries(&mut self, devices: &DeviceSet) -> Vec<(String, String)> {
+        // What is created belongs to the devices, and is closed with them.
+        let created = std::mem::take(&mut self.created);
+        let devices = devices.all();
+        let devices = devices.iter().zip(created).zip(&self.sources);
+        let summary = |((device, created), source): ((&Arc<ServedDevice>, CreatedDevice), _)| {
             let summary = format!("{source}, {}", created.uplink_summary);
-            (device.name.clone(), summary)
+            (device.name().to_owned(), summary)
         };
         devices.map(summary).collect()
     }
 
-    fn registry(&self) -> DeviceRegistry {
-        let created = self.created.iter();
-        let devices =
-            created.map(|(config, device)| (config.clone(), Arc::clone(&device.net_device)));
+    fn registry(&self, devices: &Arc<DeviceSet>, queue: &ChangeQueue) -> DeviceRegistry {
         DeviceRegistry::new(
-            devices.collect(),
+            Arc::clone(devices),
             self.helper.clone(),
             self.sockets.handover_path(),
         )
+        .with_changes(queue.clone(), Arc::clone(&self.uplinks))
     }
 }
 
@@ -268,8 +318,6 @@ impl Parts {
 struct Stops {
     /// Those that carry frames from a TAP to a switch.
     forwarders: Arc<Stop>,
-    /// Those of devices.
-    sessions: Arc<Stop>,
     /// That of the placer.
     placer: Arc<Stop>,
 }
@@ -278,42 +326,15 @@ impl Stops {
     fn new() -> io::Result<Self> {
         Ok(Self {
             forwarders: Arc::new(Stop::new()?),
-            sessions: Arc::new(Stop::new()?),
             placer: Arc::new(Stop::new()?),
         })
     }
 
     fn end(&self) {
-        for stop in [&self.forwarders, &self.sessions, &self.placer] {
+        for stop in [&self.forwarders, &self.placer] {
             stop.end();
         }
     }
-}
-
-/// Waits until all threads, which have been asked to stop, have ended, or [`SHUTDOWN_TIMEOUT`] has
-/// passed. The result is the last error.
-fn end_threads(
-    pool: &WorkerPool,
-    control: Option<ControlServer>,
-    device_threads: Vec<DeviceThread>,
-    mut helper_threads: Vec<HelperThread>,
-) -> Result<(), RunError> {
-    let deadline = Instant::now() + SHUTDOWN_TIMEOUT;
-    pool.request_stop();
-    let stop_control = std::thread::Builder::new().spawn(move || drop(control));
-    helper_threads.push((
-        "control".into(),
-        stop_control.map_err(host_error("start a thread"))?,
-    ));
-    let mut stuck = Vec::new();
-    let ended = join_devices(device_threads, deadline, &mut stuck);
-    let helpers_ended = join_helpers(helper_threads, deadline, &mut stuck);
-    stuck.extend(pool.join(deadline));
-    if !stuck.is_empty() {
-        let threads = stuck.join(", ");
-        return Err(RunError::Stuck { threads });
-    }
-    ended.and(helpers_ended)
 }
 
 /// Leaves the signals that end the program to the main thread.
@@ -341,15 +362,14 @@ fn wait_for_end(
     helper: Option<&HelperProcess>,
     successor: &Successor,
     handover: Option<&Handover>,
+    changes: &ChangeQueue,
 ) {
     for signal in signals.forever() {
         match signal {
             SIGCHLD => {
                 helper.inspect(|helper| helper.check());
             }
-            SIGHUP => tracing::info!(
-                "SIGHUP ignored, because this version cannot reload its configuration; restart virtionetd to apply a change"
-            ),
+            SIGHUP => changes.submit_reload_by_signal(),
             SIGUSR1 => {
                 if let Some((handover, stream)) = handover.zip(successor.take()) {
                     hand_over(handover, stream);
@@ -413,9 +433,6 @@ fn host_error(operation: &'static str) -> impl Fn(io::Error) -> RunError {
     move |source| RunError::Host { operation, source }
 }
 
-/// A thread beside those of the devices, and its name.
-type HelperThread = (String, JoinHandle<()>);
-
 /// Starts the threads that forward the host's frames to switches.
 fn start_host_port_forwarders(
     uplinks: &Uplinks,
@@ -446,55 +463,6 @@ fn start_host_port_forwarders(
         .into_iter()
         .map(start)
         .collect()
-}
-
-/// Waits until `thread` has ended, or `deadline` has passed; it is then `stuck`.
-fn join<T>(
-    name: &str,
-    thread: JoinHandle<T>,
-    deadline: Instant,
-    stuck: &mut Vec<String>,
-) -> Option<Result<T, RunError>> {
-    while !thread.is_finished() {
-        if Instant::now() >= deadline {
-            stuck.push(name.to_owned());
-            return None;
-        }
-        std::thread::sleep(JOIN_INTERVAL);
-    }
-    let name = name.to_owned();
-    Some(thread.join().map_err(|_| RunError::Panic { name }))
-}
-
-/// Waits for all devices' threads; the result is the last error.
-fn join_devices(
-    threads: Vec<DeviceThread>,
-    deadline: Instant,
-    stuck: &mut Vec<String>,
-) -> Result<(), RunError> {
-    let mut result = Ok(());
-    for (device, thread) in threads {
-        match join(&device, thread, deadline, stuck) {
-            None | Some(Ok(Ok(()))) => {}
-            Some(Ok(Err(source))) => result = Err(RunError::DeviceFailed { device, source }),
-            Some(Err(panic)) => result = Err(panic),
-        }
-    }
-    result
-}
-
-fn join_helpers(
-    threads: Vec<HelperThread>,
-    deadline: Instant,
-    stuck: &mut Vec<String>,
-) -> Result<(), RunError> {
-    let mut result = Ok(());
-    for (name, thread) in threads {
-        if let Some(Err(panic)) = join(&name, thread, deadline, stuck) {
-            result = Err(panic);
-        }
-    }
-    result
 }
 
 #[cfg(test)]

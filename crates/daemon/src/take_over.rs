@@ -7,9 +7,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use virtionet_base::rights::FileIdentity;
 use virtionet_base::unix_socket::{SocketFile, connect_own};
-use virtionet_config::{Config, Socket};
+use virtionet_config::{Config, DeviceConfig, Requested, Socket};
 use virtionet_handover::{
     HandoverError, HandoverState, ListenerImage, NewSide, Offer, SharedFd, SourceImage, TakenOver,
 };
@@ -106,15 +107,7 @@ impl OfferedDevices {
 
     fn check(&self, config: &Config) -> Result<(), TakeOverError> {
         let different = |text: String| Err(TakeOverError::Different(text));
-        let names = |names: Vec<&str>| names.join(", ");
-        let offered = names(self.offer.devices.iter().map(|d| d.name.as_str()).collect());
-        let own = names(config.devices.iter().map(|d| d.name.as_str()).collect());
-        if offered != own {
-            return different(format!(
-                "its devices are {offered}, and those of this one {own}"
-            ));
-        }
-        for (device, offer) in config.devices.iter().zip(&self.offer.devices) {
+        for (device, offer) in self.devices(config)?.iter().zip(&self.offer.devices) {
             let is_same = match (&device.socket, &offer.source) {
                 (Socket::Listen { .. }, SourceImage::Listener(_))
                 | (Socket::Connect { .. }, SourceImage::Connect) => true,
@@ -125,10 +118,70 @@ impl OfferedDevices {
                 return different(format!("{} has another kind of socket there", device.name));
             }
         }
-        if config.control.is_some() != self.offer.control.is_some() {
+        let sockets = [
+            (&config.control, &self.offer.control),
+            (&config.control_read_only, &self.offer.control_read_only),
+        ];
+        if sockets
+            .iter()
+            .any(|(own, offered)| own.is_some() != offered.is_some())
+        {
             return different("only one of the two has a control socket".into());
         }
         Ok(())
+    }
+
+    /// The devices that this daemon gets, in the order of the offer: those of the configuration, less
+    /// those that were removed while the other one ran, and with those that were added.
+    ///
+    /// # Errors
+    /// When the configurations differ in another way.
+    pub fn devices(&self, config: &Config) -> Result<Vec<DeviceConfig>, TakeOverError> {
+        let names = |names: Vec<&str>| names.join(", ");
+        let removed = &self.offer.removed;
+        let is_kept = |device: &&DeviceConfig| !removed.contains(&device.name);
+        let own: Vec<&DeviceConfig> = config.devices.iter().filter(is_kept).collect();
+        let offered = self.offer.devices.iter();
+        let configured: Vec<_> = offered.filter(|offer| offer.requested.is_none()).collect();
+        let mut devices = Vec::new();
+        for offer in &self.offer.devices {
+            let device = match &offer.requested {
+                Some(settings) => {
+                    let requested = Requested::from_settings(settings.clone());
+                    Some(
+                        requested
+                            .map_err(|error| TakeOverError::Different(error.to_string()))?
+                            .config,
+                    )
+                }
+                None => own
+                    .iter()
+                    .find(|device| device.name == offer.name)
+                    .map(|d| (*d).clone()),
+            };
+            devices.extend(device);
+        }
+        let count = self.offer.devices.len();
+        if devices.len() != count || own.len() != configured.len() {
+            let offered = names(configured.iter().map(|offer| offer.name.as_str()).collect());
+            let own = names(own.iter().map(|device| device.name.as_str()).collect());
+            let text = format!("its devices are {offered}, and those of this one {own}");
+            return Err(TakeOverError::Different(text));
+        }
+        Ok(devices)
+    }
+
+    /// The settings of the requests by which the devices were added, where they were, and whether their
+    /// links are down.
+    pub fn requests(&self) -> impl Iterator<Item = (Option<BTreeMap<String, String>>, bool)> {
+        let offers = self.offer.devices.iter();
+        offers.map(|offer| (offer.requested.clone(), offer.is_link_down))
+    }
+
+    /// The names of the devices of the configuration that were removed.
+    #[must_use]
+    pub fn removed(&self) -> Vec<String> {
+        self.offer.removed.clone()
     }
 
     /// Where the front-ends of device `index` come from. `socket` is its configuration.
@@ -183,7 +236,7 @@ impl OfferedDevices {
     pub fn take(
         self,
         devices: &[Arc<ServedDevice>],
-        uplinks: &Uplinks,
+        uplinks: &Mutex<Uplinks>,
         irq_manager: &IrqAffinityManager,
     ) -> Result<(TakenSockets, Predecessor), TakeOverError> {
         for (device, offer) in devices.iter().zip(&self.offer.devices) {
@@ -197,11 +250,11 @@ impl OfferedDevices {
         let paused_at = Instant::now();
         let mut state = self.side.ready()?;
         let affinity = std::mem::take(&mut state.affinity);
-        self.refuse_if(restore(devices, uplinks, state))?;
+        self.refuse_if(restore(devices, &uplinks.lock(), state))?;
         // Nothing that can fail may follow the commit.
         let sockets = self.refuse_if(TakenSockets::copy(&self.offer))?;
         let connection = self.side.prepared()?;
-        uplinks.own();
+        uplinks.lock().own();
         irq_manager.inherit(affinity);
         let predecessor = Predecessor {
             program: self.offer.program,
@@ -246,6 +299,8 @@ pub struct TakenSockets {
     pub socket_files: Vec<Option<(u64, u64)>>,
     /// The control socket.
     pub control: Option<TakenListener>,
+    /// The control socket that takes no changes.
+    pub control_read_only: Option<TakenListener>,
     /// The socket for the next handover.
     pub handover: TakenListener,
 }
@@ -257,10 +312,11 @@ impl TakenSockets {
             SourceImage::Connect | SourceImage::Once => None,
         };
         let devices = offer.devices.iter();
-        let control = offer.control.as_ref();
+        let (control, read_only) = (offer.control.as_ref(), offer.control_read_only.as_ref());
         Ok(Self {
             socket_files: devices.map(|device| file(&device.source)).collect(),
             control: control.map(TakenListener::copy).transpose()?,
+            control_read_only: read_only.map(TakenListener::copy).transpose()?,
             handover: TakenListener::copy(&offer.handover)?,
         })
     }

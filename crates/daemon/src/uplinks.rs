@@ -82,6 +82,9 @@ impl TapOrigin {
     }
 }
 
+/// The owner of a TAP that is a device's own.
+const A_DEVICE: &str = "a device";
+
 /// The uplinks of a process.
 #[derive(Debug, Default)]
 pub struct Uplinks {
@@ -133,7 +136,7 @@ impl Uplinks {
     ) -> Result<OpenedUplink, OpenUplinkError> {
         match config {
             UplinkConfig::Tap(tap) => {
-                self.claim(&tap.name, "a device".into())?;
+                self.claim(&tap.name, A_DEVICE.into())?;
                 let owner = format!("device {device}");
                 let (uplink, origin) = self.open_tap(owner, &tap_config(tap))?;
                 let summary = origin.describe(&uplink.name());
@@ -206,6 +209,35 @@ impl Uplinks {
         let configured = (config.clone(), Arc::clone(&tap));
         self.taps.insert(owner, configured);
         Ok((tap, origin))
+    }
+
+    /// Whether `config` needs nothing that only the start of the process makes: a switch gets its TAP,
+    /// and the thread for it, then.
+    #[must_use]
+    pub fn can_be_added(&self, config: &UplinkConfig) -> bool {
+        let UplinkConfig::Switch(SwitchConfig {
+            name,
+            tap: Some(tap),
+            ..
+        }) = config
+        else {
+            return true;
+        };
+        let switch = self.switches.get(name);
+        switch.is_some_and(|switch| switch.host_tap() == Some(tap.name.as_str()))
+    }
+
+    /// Forgets the uplink of a device that was removed, and the switches that have no port any more. The
+    /// service manager keeps the device's TAP no longer.
+    pub fn release(&mut self, device: &str, config: &UplinkConfig) {
+        if let UplinkConfig::Tap(tap) = config {
+            if self.taps.remove(&format!("device {device}")).is_some() {
+                self.kept.discard(&tap_config(tap));
+            }
+            self.owners
+                .retain(|name, owner| name != &tap.name || owner != A_DEVICE);
+        }
+        self.switches.retain(|_, switch| !switch.is_unused());
     }
 
     /// Lets the service manager keep the TAPs that this program has created, for its next start.

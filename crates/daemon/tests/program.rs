@@ -156,7 +156,7 @@ fn two_devices_of_a_switch_reach_each_other_and_sigterm_ends_the_program() {
     assert_eq!(status, Some(0), "{log}");
     for line in [
         "a: listening on ",
-        "SIGHUP ignored",
+        "SIGHUP: the configuration is read again: 0 devices added",
         "was refused; a device serves one front-end at a time",
         "b: front-end gone",
         "signal 15: ending",

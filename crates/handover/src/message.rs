@@ -66,6 +66,12 @@ pub struct Offer<F> {
     pub switch_seeds: BTreeMap<String, u64>,
     /// The control socket.
     pub control: Option<ListenerImage<F>>,
+    /// The control socket that takes no changes.
+    #[serde(default = "none", skip_serializing_if = "Option::is_none")]
+    pub control_read_only: Option<ListenerImage<F>>,
+    /// The devices of its configuration that were removed while it ran.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub removed: Vec<String>,
     /// The socket for the next handover.
     pub handover: ListenerImage<F>,
 }
@@ -81,6 +87,18 @@ pub struct DeviceOffer<F> {
     pub uplink: String,
     /// The file of crash records.
     pub crash_records: Option<F>,
+    /// The settings with which it was added while the daemon ran, by their keys; `None` for a device
+    /// of the configuration.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub requested: Option<BTreeMap<String, String>>,
+    /// Whether its link is down.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub is_link_down: bool,
+}
+
+/// A field that older daemons do not send. The default of an option does not depend on its type.
+fn none<T>() -> Option<T> {
+    None
 }
 
 /// The source of a device's front-ends.
@@ -166,6 +184,8 @@ impl<F> Offer<F> {
                 },
                 uplink: device.uplink,
                 crash_records: device.crash_records.map(&mut replace).transpose()?,
+                requested: device.requested,
+                is_link_down: device.is_link_down,
             });
         }
         Ok(Offer {
@@ -177,6 +197,11 @@ impl<F> Offer<F> {
                 Some(control) => Some(control.map(&mut replace)?),
                 None => None,
             },
+            control_read_only: match self.control_read_only {
+                Some(control) => Some(control.map(&mut replace)?),
+                None => None,
+            },
+            removed: self.removed,
             handover: self.handover.map(&mut replace)?,
         })
     }

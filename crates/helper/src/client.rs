@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -118,6 +118,17 @@ impl Helper for Client {
     fn connect(&self, path: &Path) -> Option<io::Result<UnixStream>> {
         let reply = self.call(&Request::Connect { path: path.into() }, None)?;
         Some(reply.and_then(|(_, fd)| fd.map(UnixStream::from).ok_or_else(unexpected)))
+    }
+
+    fn listen(&self, path: &Path, mode: u32) -> Option<io::Result<(UnixListener, FileIdentity)>> {
+        let path = path.into();
+        let reply = self.call(&Request::Listen { path, mode }, None)?;
+        Some(reply.and_then(|reply| match reply {
+            (Reply::Listening { device, inode }, Some(fd)) => {
+                Ok((fd.into(), FileIdentity { device, inode }))
+            }
+            _ => Err(unexpected()),
+        }))
     }
 
     fn remove_socket(&self, path: &Path, identity: FileIdentity) -> Option<io::Result<()>> {

@@ -45,6 +45,8 @@ pub(crate) enum Request {
     WriteAffinity { file: RawPath, text: String },
     /// To connect to the unix socket at `path`.
     Connect { path: RawPath },
+    /// To make a socket at `path` that listens, with this mode.
+    Listen { path: RawPath, mode: u32 },
     /// To remove the socket file at `path`, if it is the one with these numbers.
     RemoveSocket {
         path: RawPath,
@@ -77,6 +79,7 @@ impl fmt::Display for Request {
             Self::JoinBridge { name, bridge } => write!(f, "make TAP {name} a port of {bridge}"),
             Self::WriteAffinity { file, text } => write!(f, "write {text:?} to {file}"),
             Self::Connect { path } => write!(f, "connect to {path}"),
+            Self::Listen { path, .. } => write!(f, "listen on {path}"),
             Self::RemoveSocket { path, .. } => write!(f, "remove socket {path}"),
         }
     }
@@ -89,6 +92,8 @@ pub(crate) enum Reply {
     Done,
     /// It is done, and the interface has this name.
     Attached { name: String },
+    /// It is done, and the file has these numbers. The socket is a descriptor in the message.
+    Listening { device: u64, inode: u64 },
     /// The kernel's error, or EPERM where no rule allows it.
     Failed { errno: i32 },
 }

@@ -25,6 +25,8 @@ pub enum Rule {
     Sockets(#[serde(with = "as_text")] Pattern),
     /// Remove the socket file at exactly this path.
     OwnSocket(SocketPath),
+    /// Make sockets, and remove them, at all paths that match.
+    OwnSockets(#[serde(with = "as_text")] Pattern),
     /// Write the CPU masks of interrupts and of network interfaces' queues.
     Affinity,
 }

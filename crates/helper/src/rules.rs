@@ -19,6 +19,7 @@ pub(crate) struct Rules {
     sockets: Vec<Pattern>,
     socket_paths: BTreeSet<PathBuf>,
     own_sockets: BTreeSet<PathBuf>,
+    own_socket_patterns: Vec<Pattern>,
     affinity: bool,
 }
 
@@ -58,6 +59,7 @@ impl Rules {
             Rule::OwnSocket(path) => {
                 self.own_sockets.insert(path.as_path().into());
             }
+            Rule::OwnSockets(pattern) => self.own_socket_patterns.push(pattern),
             Rule::Affinity => self.affinity = true,
         }
     }
@@ -65,6 +67,13 @@ impl Rules {
     /// The sockets whose files it removes.
     pub(crate) fn own_sockets(&self) -> impl Iterator<Item = &Path> {
         self.own_sockets.iter().map(PathBuf::as_path)
+    }
+
+    /// The folders in which it makes sockets.
+    pub(crate) fn socket_folders(&self) -> Vec<PathBuf> {
+        let patterns = self.own_socket_patterns.iter().map(ToString::to_string);
+        let folder = |pattern: String| Path::new(&pattern).parent().map(Path::to_owned);
+        patterns.filter_map(folder).collect()
     }
 
     /// Whether the helper writes CPU masks.
@@ -98,8 +107,18 @@ impl Rules {
                 self.affinity && is_affinity_file(file.as_path()) && is_cpu_set(text)
             }
             Request::Connect { path } => self.allows_socket(path.as_path()),
-            Request::RemoveSocket { path, .. } => self.own_sockets.contains(path.as_path()),
+            Request::Listen { path, mode } => {
+                mode & !0o777 == 0 && self.makes_socket(path.as_path())
+            }
+            Request::RemoveSocket { path, .. } => {
+                self.own_sockets.contains(path.as_path()) || self.makes_socket(path.as_path())
+            }
         }
+    }
+
+    fn makes_socket(&self, path: &Path) -> bool {
+        let mut patterns = self.own_socket_patterns.iter();
+        patterns.any(|pattern| pattern.matches_path(path))
     }
 
     fn allows_socket(&self, path: &Path) -> bool {
@@ -279,6 +298,31 @@ mod tests {
         ] {
             assert_eq!(rules.allow(&remove(path), |_| None), allowed, "{path}");
         }
+    }
+
+    #[test]
+    fn sockets_are_made_and_removed_where_the_pattern_says_and_with_permissions_only() {
+        let rules = rules([
+            Rule::OwnSockets(pattern("/run/added/*.sock")),
+            Rule::own_socket_at(Path::new("/run/vnet.sock")),
+        ]);
+        let listen = |path: &str, mode| Request::Listen {
+            path: Path::new(path).into(),
+            mode,
+        };
+        for (path, mode, allowed) in [
+            ("/run/added/a.sock", 0o660, true),
+            ("/run/added/a.sock", 0o4755, false),
+            ("/run/added/x/a.sock", 0o600, false),
+            ("/run/added/../a.sock", 0o600, false),
+            ("/run/vnet.sock", 0o600, false),
+        ] {
+            let request = listen(path, mode);
+            assert_eq!(rules.allow(&request, |_| None), allowed, "{request}");
+        }
+        assert!(rules.allow(&remove("/run/added/a.sock"), |_| None));
+        assert!(!rules.allow(&remove("/run/added/a.lock"), |_| None));
+        assert_eq!(rules.socket_folders(), [Path::new("/run/added")]);
     }
 
     #[test]

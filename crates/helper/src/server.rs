@@ -2,11 +2,12 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{FileType, fstat, major, minor};
+use virtionet_base::RateLimiter;
 use virtionet_base::rights::{FileIdentity, LinkChange};
-use virtionet_base::{RateLimiter, unix_socket};
+use virtionet_base::unix_socket::{self, Access};
 use virtionet_placement::interrupts;
 use virtionet_uplink::tap;
 
@@ -58,12 +59,18 @@ impl Server {
         self.rules.own_sockets()
     }
 
+    /// The folders in which the rules allow to make sockets.
+    #[must_use]
+    pub fn socket_folders(&self) -> Vec<PathBuf> {
+        self.rules.socket_folders()
+    }
+
     /// Serves requests until the daemon closes its end of the socket.
     ///
     /// # Errors
     /// When the socket fails, or something arrives that is no request.
     // syscalls: recvmsg sendmsg fstat ioctl(TUNSETIFF) socket read write connect openat
-    // syscalls: statx unlink
+    // syscalls: statx unlink fchmod bind chmod listen
     pub fn serve(mut self) -> io::Result<()> {
         while let Some((request, fd)) = receive(&self.socket)? {
             let (reply, connection) = self.answer(&request, fd);
@@ -116,6 +123,7 @@ impl Server {
             Request::Connect { path } => {
                 connect(path).map(|connection| (Reply::Done, Some(connection)))
             }
+            Request::Listen { path, mode } => listen(path.as_path(), *mode),
             Request::RemoveSocket {
                 path,
                 device,
@@ -145,6 +153,17 @@ fn not_permitted() -> Reply {
 
 fn connect(path: &RawPath) -> io::Result<OwnedFd> {
     unix_socket::connect_own(path.as_path()).map(OwnedFd::from)
+}
+
+fn listen(path: &Path, mode: u32) -> io::Result<(Reply, Option<OwnedFd>)> {
+    let access = Access {
+        mode: Some(mode),
+        group: None,
+    };
+    let (socket, file) = unix_socket::listen_own(path, &access).map_err(io::Error::from)?;
+    // The file is the daemon's, which lets it be removed.
+    let FileIdentity { device, inode } = file.into_identity();
+    Ok((Reply::Listening { device, inode }, Some(socket.into())))
 }
 
 /// Whether `fd` is an open `/dev/net/tun`.

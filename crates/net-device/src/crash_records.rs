@@ -74,10 +74,13 @@ impl CrashRecords {
     /// # Errors
     /// When the file cannot be created, or another process uses it.
     pub fn open(folder: &Path, socket: &Path) -> io::Result<Self> {
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o755)
-            .create(folder)?;
+        // A confined process makes no folder.
+        if !folder.is_dir() {
+            DirBuilder::new()
+                .recursive(true)
+                .mode(0o755)
+                .create(folder)?;
+        }
         let flags = i32::try_from(OFlags::NOFOLLOW.bits()).unwrap_or(0);
         let file = OpenOptions::new()
             .read(true)

@@ -9,6 +9,7 @@ pub mod call_pause;
 pub mod call_watchdog;
 pub mod conditions;
 pub mod crash_records;
+pub mod device_list;
 mod discovered_vcpus;
 pub mod feature_set;
 pub mod frame_inbox;

@@ -5,6 +5,7 @@ mod backend;
 mod connection_log;
 mod handover;
 mod health;
+mod removal;
 mod translation;
 
 use std::collections::BTreeSet;

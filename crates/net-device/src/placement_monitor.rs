@@ -16,8 +16,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use virtionet_process::sandbox;
 use virtionet_sandbox::ThreadKind;
 
+use crate::device_list::DeviceList;
 use crate::host_cpus::HostCpus;
-use crate::net_device::NetDevice;
 use crate::stop::Stop;
 
 /// The time between two checks, so that a worker follows its vCPU in less than a second.
@@ -43,7 +43,7 @@ enum WakeReason {
 /// # Errors
 /// When the kernel refuses a thread.
 pub fn start(
-    net_devices: Vec<Arc<NetDevice>>,
+    net_devices: Arc<DeviceList>,
     host: Arc<HostCpus>,
     stop: Arc<Stop>,
 ) -> io::Result<JoinHandle<()>> {
@@ -53,16 +53,17 @@ pub fn start(
         .spawn(move || run(&net_devices, &host, stop.as_fd()))
 }
 
-fn run(net_devices: &[Arc<NetDevice>], host: &HostCpus, stop: BorrowedFd<'_>) {
+fn run(net_devices: &DeviceList, host: &HostCpus, stop: BorrowedFd<'_>) {
     sandbox::confine_thread(ThreadKind::Placer);
     let mut next_check = Instant::now();
     loop {
-        let is_busy = net_devices.iter().any(|device| device.has_frontend());
+        let is_busy = net_devices.all().iter().any(|device| device.has_frontend());
         match wait(host, stop, is_busy.then_some(next_check)) {
             WakeReason::Stop => return,
             WakeReason::Change => {
                 host.refresh();
                 net_devices
+                    .all()
                     .iter()
                     .for_each(|device| device.update_placement());
                 std::thread::sleep(MIN_UPDATE_INTERVAL);
@@ -71,6 +72,7 @@ fn run(net_devices: &[Arc<NetDevice>], host: &HostCpus, stop: BorrowedFd<'_>) {
                 next_check = Instant::now() + POLL_INTERVAL;
                 host.refresh();
                 net_devices
+                    .all()
                     .iter()
                     .for_each(|device| device.refresh_placement());
             }

@@ -23,6 +23,8 @@ pub struct Stop {
 #[derive(Debug)]
 struct State {
     demand: StopDemand,
+    /// Whether the threads are held: their work ends, but they do not.
+    is_held: bool,
     /// The threads that take part.
     participants: usize,
     /// Those of them that have stopped their work.
@@ -40,6 +42,26 @@ impl Drop for Participant<'_> {
     }
 }
 
+/// A thread that has stopped its work, until it is dropped.
+#[derive(Debug)]
+pub struct Stopped<'a>(&'a Stop);
+
+impl Drop for Stopped<'_> {
+    fn drop(&mut self) {
+        self.0.state.lock().waiting -= 1;
+    }
+}
+
+impl State {
+    /// What a thread that works is to do.
+    fn effective_demand(&self) -> StopDemand {
+        match (self.demand, self.is_held) {
+            (StopDemand::GoOn, true) => StopDemand::End,
+            (demand, _) => demand,
+        }
+    }
+}
+
 impl Stop {
     /// Lets its threads work.
     ///
@@ -50,6 +72,7 @@ impl Stop {
             event: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             state: Mutex::new(State {
                 demand: StopDemand::GoOn,
+                is_held: false,
                 participants: 0,
                 waiting: 0,
             }),
@@ -70,8 +93,17 @@ impl Stop {
 
     /// Stops the work of all threads. Returns false if one has not stopped within `limit`.
     pub fn suspend(&self, limit: Duration) -> bool {
+        self.request_suspend();
+        self.wait_until_suspended(Instant::now() + limit)
+    }
+
+    /// Asks all threads to stop their work so that they can continue.
+    pub fn request_suspend(&self) {
         self.demand(StopDemand::Suspend);
-        let deadline = Instant::now() + limit;
+    }
+
+    /// Waits until all threads have stopped their work. Returns false if one has not at `deadline`.
+    pub fn wait_until_suspended(&self, deadline: Instant) -> bool {
         let mut state = self.state.lock();
         while state.waiting < state.participants {
             if self.changed.wait_until(&mut state, deadline).timed_out() {
@@ -81,22 +113,50 @@ impl Stop {
         true
     }
 
-    /// Lets all threads continue.
+    /// Lets all threads continue, unless they are held.
     pub fn resume(&self) {
         let mut state = self.state.lock();
-        let mut value = [0; 8];
-        // syscalls: read
-        let _ = rustix::io::read(&self.event, &mut value);
         state.demand = StopDemand::GoOn;
+        self.publish(&state);
+    }
+
+    /// Ends the work of all threads, such as their sessions, without ending the threads, or lets them
+    /// work again.
+    pub fn hold(&self, is_held: bool) {
+        let mut state = self.state.lock();
+        state.is_held = is_held;
+        self.publish(&state);
+    }
+
+    /// Whether the threads are held and need not end.
+    #[must_use]
+    pub fn is_held(&self) -> bool {
+        let state = self.state.lock();
+        state.is_held && state.demand == StopDemand::GoOn
+    }
+
+    /// Notes that the calling thread has stopped its work, until the result is dropped.
+    pub fn note_stopped(&self) -> Stopped<'_> {
+        self.state.lock().waiting += 1;
         self.changed.notify_all();
+        Stopped(self)
     }
 
     fn demand(&self, demand: StopDemand) {
         let mut state = self.state.lock();
         state.demand = demand;
-        // It is read only when threads continue, so it stays readable for all of them.
-        // syscalls: write
-        let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
+        self.publish(&state);
+    }
+
+    /// Makes the descriptor readable exactly while threads must not work. They do not read it, so it
+    /// stays readable for all of them.
+    // syscalls: read write
+    fn publish(&self, state: &State) {
+        let mut value = [0; 8];
+        let _ = match state.effective_demand() {
+            StopDemand::GoOn => rustix::io::read(&self.event, &mut value),
+            _ => rustix::io::write(&self.event, &1u64.to_ne_bytes()),
+        };
         self.changed.notify_all();
     }
 
@@ -126,7 +186,7 @@ impl StopSignal for Stop {
     }
 
     fn demand(&self) -> StopDemand {
-        self.state.lock().demand
+        self.state.lock().effective_demand()
     }
 }
 
@@ -169,6 +229,27 @@ mod tests {
                 assert!(thread.join().unwrap() >= 1);
             }
         });
+    }
+
+    #[test]
+    fn held_threads_end_their_work_and_not_themselves() {
+        let stop = Stop::new().unwrap();
+        let demand = || StopSignal::demand(&stop);
+        let is_readable = || {
+            let now = rustix::event::Timespec::default();
+            poll(&mut [PollFd::new(&stop, PollFlags::IN)], Some(&now)).unwrap() == 1
+        };
+        stop.hold(true);
+        assert!(stop.is_held() && demand() == StopDemand::End && is_readable());
+        stop.request_suspend();
+        assert!(!stop.is_held() && demand() == StopDemand::Suspend && is_readable());
+        stop.resume();
+        assert!(stop.is_held() && is_readable());
+        stop.hold(false);
+        assert!(!stop.is_held() && demand() == StopDemand::GoOn && !is_readable());
+        stop.hold(true);
+        stop.end();
+        assert!(!stop.is_held() && demand() == StopDemand::End && is_readable());
     }
 
     #[test]

@@ -161,6 +161,18 @@ impl<Q: DeviceQueue> VringSlot<Q> {
         self.size.load(Ordering::Relaxed)
     }
 
+    /// Whether the driver has made chains available that were not dequeued. A vring that is not served,
+    /// or whose memory is not there yet, has none.
+    #[must_use]
+    pub fn has_available(&self) -> bool {
+        let contents = self.contents.lock();
+        let is_served = contents.state == VringState::Running && self.is_enabled();
+        let vring = contents.vring.as_ref().filter(|vring| {
+            is_served && vring.untranslated.is_none() && !vring.queue.memory().is_in_postcopy()
+        });
+        vring.is_some_and(|vring| vring.queue.virtqueue().has_more())
+    }
+
     /// Starts the vring, and logs writes to the virtqueue itself at guest address `used_log` while its
     /// memory has a log. It signals a call once, because a back-end that served this vring before
     /// may have ended before it sent one.

@@ -79,7 +79,7 @@ impl WorkerPool {
         worker
     }
 
-    /// Removes a queue pair that never started, and its worker if it has no other.
+    /// Removes a queue pair that is not served, and its worker if it has no other.
     pub fn remove_pair(&self, worker: &Arc<Worker>, position: u16) {
         worker.remove_pair(position);
         if self.kind == PoolKind::PerPair {

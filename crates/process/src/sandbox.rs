@@ -10,10 +10,11 @@ use std::sync::OnceLock;
 
 use rustix::thread::{CapabilitySet, capabilities};
 use virtionet_config::uplink::UplinkConfig;
-use virtionet_config::{Config, SandboxMode};
+use virtionet_config::{AllowAdd, Config, SandboxMode};
 use virtionet_placement::interrupts::IrqAffinity;
 use virtionet_sandbox::{
-    Enforcement, FileRules, Identity, LandlockState, Sandbox, SandboxError, ThreadKind, namespaces,
+    AddedFiles, Enforcement, FileRules, Identity, LandlockState, Sandbox, SandboxError, ThreadKind,
+    namespaces,
 };
 
 use crate::identity::{self, IdentityError};
@@ -67,20 +68,25 @@ pub fn prepare(config: &Config) -> Result<(), ConfineError> {
     Ok(())
 }
 
-/// Prepares the sandbox of the helper, which keeps its user. It removes `sockets` at the end, and
-/// writes CPU masks with `affinity`.
+/// Prepares the sandbox of the helper, which keeps its user. It removes `sockets` at the end, makes
+/// those of devices that are added in the directories `added`, and writes CPU masks with `affinity`.
 ///
 /// # Errors
 /// When there is no filter for this machine.
 pub fn prepare_helper<'a>(
     mode: SandboxMode,
     sockets: impl Iterator<Item = &'a Path>,
+    added: Vec<PathBuf>,
     affinity: bool,
 ) -> Result<(), SandboxError> {
     let files = FileRules {
         socket_folders: folders(sockets),
         opens_taps: false,
         writes_interrupts: affinity,
+        added: AddedFiles {
+            socket_folders: added,
+            ..AddedFiles::default()
+        },
     };
     let sandbox = new_sandbox(mode, files)?;
     CONFINEMENT.get_or_init(|| Confinement {
@@ -209,13 +215,20 @@ fn landlock_warning(state: LandlockState) -> Option<&'static str> {
 /// What the devices of `config` need of files.
 fn file_rules(config: &Config) -> FileRules {
     let devices = || config.devices.iter();
+    let allowed = config.allow_add.as_ref();
     FileRules {
         socket_folders: folders(config.own_sockets()),
-        opens_taps: devices().any(|device| match &device.uplink {
-            UplinkConfig::Tap(_) => true,
-            UplinkConfig::Switch(switch) => switch.tap.is_some(),
-            UplinkConfig::Null => false,
-        }),
+        added: AddedFiles {
+            socket_folders: allowed.map(AllowAdd::socket_folders).unwrap_or_default(),
+            state_folder: allowed.and(config.state_folder.clone()),
+            config_folder: config.file.as_deref().map(folder),
+        },
+        opens_taps: allowed.is_some_and(|allowed| !allowed.taps.is_empty())
+            || devices().any(|device| match &device.uplink {
+                UplinkConfig::Tap(_) => true,
+                UplinkConfig::Switch(switch) => switch.tap.is_some(),
+                UplinkConfig::Null => false,
+            }),
         writes_interrupts: devices().any(|device| device.irq_affinity == IrqAffinity::Apply),
     }
 }

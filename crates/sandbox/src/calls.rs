@@ -63,6 +63,10 @@ macro_rules! calls {
     (@ $arguments:expr) => { $arguments };
 }
 
+mod never_used;
+
+use never_used::{NEVER_USED, NEVER_USED_X86};
+
 /// Every kind of thread: memory, locks, signals, and its own end.
 const RUNTIME: &[Call] = calls![
     read: SYS_read,
@@ -227,6 +231,33 @@ const CONTROL: &[Call] = calls![
     capget: SYS_capget,
 ];
 
+/// Making a socket and its file.
+const MAKE_SOCKET: &[Call] = calls![
+    bind: SYS_bind,
+    listen: SYS_listen,
+    fchmod: SYS_fchmod,
+    fchmodat: SYS_fchmodat,
+    fchownat: SYS_fchownat,
+    // The file of the socket, by the socket, or else by its path and its owner.
+    ioctl: SYS_ioctl(Arguments::OneOf(1, &[SIOCUNIXFILE])),
+    geteuid: SYS_geteuid,
+];
+#[cfg(target_arch = "x86_64")]
+const MAKE_SOCKET_X86: &[Call] = calls![chmod: SYS_chmod];
+#[cfg(not(target_arch = "x86_64"))]
+const MAKE_SOCKET_X86: &[Call] = &[];
+
+/// Opening what a device needs that is added, and letting its thread limit itself to its own files.
+const MANAGER: &[Call] = calls![
+    socket: SYS_socket(Arguments::OneOf(0, &[AF_NETLINK])),
+    ioctl: SYS_ioctl(Arguments::OneOf(1, &[request(libc::TUNGETIFF)])),
+    flock: SYS_flock,
+    memfd_create: SYS_memfd_create,
+    landlock_create_ruleset: SYS_landlock_create_ruleset,
+    landlock_add_rule: SYS_landlock_add_rule,
+    landlock_restrict_self: SYS_landlock_restrict_self,
+];
+
 /// Waiting for the next daemon.
 const HANDOVER: &[Call] = calls![
     accept4: SYS_accept4,
@@ -256,7 +287,7 @@ const CLOSER: &[Call] = calls![setsockopt: SYS_setsockopt, fcntl: SYS_fcntl(FCNT
 const ASK_HELPER: &[Call] = calls![sendmsg: SYS_sendmsg, recvmsg: SYS_recvmsg];
 
 /// Answering the daemon: opening queues of TAPs, changing interfaces, writing CPU masks,
-/// connecting. Beside it, removing sockets.
+/// connecting. Beside it, making and removing sockets.
 const HELPER: &[Call] = calls![
     fstat: SYS_fstat,
     newfstatat: SYS_newfstatat,
@@ -269,79 +300,6 @@ const HELPER: &[Call] = calls![
 ];
 
 const WATCHDOG: &[Call] = calls![membarrier: SYS_membarrier];
-
-/// The calls that no thread of the process makes, and no library tries: executing programs, looking
-/// into other processes, changing mounts, namespaces, users or the kernel. One of them ends the
-/// process.
-const NEVER_USED: &[Call] = calls![
-    execve: SYS_execve,
-    execveat: SYS_execveat,
-    ptrace: SYS_ptrace,
-    process_vm_readv: SYS_process_vm_readv,
-    process_vm_writev: SYS_process_vm_writev,
-    pidfd_getfd: SYS_pidfd_getfd,
-    kcmp: SYS_kcmp,
-    mount: SYS_mount,
-    umount2: SYS_umount2,
-    pivot_root: SYS_pivot_root,
-    chroot: SYS_chroot,
-    open_tree: SYS_open_tree,
-    move_mount: SYS_move_mount,
-    fsopen: SYS_fsopen,
-    fsconfig: SYS_fsconfig,
-    fsmount: SYS_fsmount,
-    fspick: SYS_fspick,
-    mount_setattr: SYS_mount_setattr,
-    unshare: SYS_unshare,
-    setns: SYS_setns,
-    setuid: SYS_setuid,
-    setgid: SYS_setgid,
-    setreuid: SYS_setreuid,
-    setregid: SYS_setregid,
-    setresuid: SYS_setresuid,
-    setresgid: SYS_setresgid,
-    setgroups: SYS_setgroups,
-    setfsuid: SYS_setfsuid,
-    setfsgid: SYS_setfsgid,
-    init_module: SYS_init_module,
-    finit_module: SYS_finit_module,
-    delete_module: SYS_delete_module,
-    kexec_load: SYS_kexec_load,
-    bpf: SYS_bpf,
-    perf_event_open: SYS_perf_event_open,
-    userfaultfd: SYS_userfaultfd(USERFAULTFD_OF_KERNEL_MODE),
-    io_uring_setup: SYS_io_uring_setup,
-    open_by_handle_at: SYS_open_by_handle_at,
-    add_key: SYS_add_key,
-    request_key: SYS_request_key,
-    keyctl: SYS_keyctl,
-    swapon: SYS_swapon,
-    swapoff: SYS_swapoff,
-    acct: SYS_acct,
-    quotactl: SYS_quotactl,
-    reboot: SYS_reboot,
-    settimeofday: SYS_settimeofday,
-    clock_settime: SYS_clock_settime,
-    adjtimex: SYS_adjtimex,
-    clock_adjtime: SYS_clock_adjtime,
-    sethostname: SYS_sethostname,
-    setdomainname: SYS_setdomainname,
-    personality: SYS_personality,
-    syslog: SYS_syslog,
-    vhangup: SYS_vhangup,
-];
-/// Those that only x86_64 has.
-#[cfg(target_arch = "x86_64")]
-const NEVER_USED_X86: &[Call] = calls![
-    iopl: SYS_iopl,
-    ioperm: SYS_ioperm,
-    modify_ldt: SYS_modify_ldt,
-    fork: SYS_fork,
-    vfork: SYS_vfork,
-    mknod: SYS_mknod,
-];
-#[cfg(not(target_arch = "x86_64"))]
-const NEVER_USED_X86: &[Call] = &[];
 
 const NOT_EXECUTABLE: Arguments = Arguments::Bits {
     argument: 2,
@@ -406,6 +364,8 @@ const USERFAULTFD_IOCTLS: Arguments = Arguments::OneOf(
 
 const TUNSETQUEUE: u32 = request(libc::TUNSETQUEUE);
 const FIONBIO: u32 = request(libc::FIONBIO);
+/// `SIOCPROTOPRIVATE` of unix sockets (linux/un.h).
+const SIOCUNIXFILE: u32 = 0x89e0;
 const AF_UNIX: u32 = bits(libc::AF_UNIX);
 const AF_NETLINK: u32 = bits(libc::AF_NETLINK);
 const PR_SET_NAME: u32 = bits(libc::PR_SET_NAME);
@@ -476,11 +436,36 @@ pub(crate) fn of_kind(kind: ThreadKind) -> Vec<Call> {
             ASK_HELPER,
         ],
         ThreadKind::Control => &[RUNTIME, EPOLL_WAIT, READ_FILES, READ_FILES_X86, CONTROL],
+        ThreadKind::Manager => &[
+            RUNTIME,
+            START_THREADS,
+            WORKER,
+            EPOLL_WAIT,
+            READ_FILES,
+            READ_FILES_X86,
+            UNIX_CLIENT,
+            UNLINK,
+            UNLINK_X86,
+            POLL,
+            POLL_X86,
+            SESSION,
+            MAKE_SOCKET,
+            MAKE_SOCKET_X86,
+            MANAGER,
+        ],
         ThreadKind::Log => &[RUNTIME],
         ThreadKind::Closer => &[RUNTIME, CLOSER],
         ThreadKind::Watchdog => &[RUNTIME, WATCHDOG],
         ThreadKind::Handover => &[RUNTIME, HANDOVER],
-        ThreadKind::Helper => &[RUNTIME, ASK_HELPER, HELPER, UNLINK, UNLINK_X86],
+        ThreadKind::Helper => &[
+            RUNTIME,
+            ASK_HELPER,
+            HELPER,
+            MAKE_SOCKET,
+            MAKE_SOCKET_X86,
+            UNLINK,
+            UNLINK_X86,
+        ],
     };
     groups.concat()
 }

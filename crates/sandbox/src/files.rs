@@ -22,6 +22,19 @@ pub struct FileRules {
     pub opens_taps: bool,
     /// Whether CPU masks of interrupts and queues are written.
     pub writes_interrupts: bool,
+    /// The files of devices that are added later.
+    pub added: AddedFiles,
+}
+
+/// What is needed to add devices while the process runs.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct AddedFiles {
+    /// The directories in which their sockets are made, and removed.
+    pub socket_folders: Vec<PathBuf>,
+    /// The directory of their crash records.
+    pub state_folder: Option<PathBuf>,
+    /// The directory of the configuration file, which is read again.
+    pub config_folder: Option<PathBuf>,
 }
 
 /// How far the files of a thread are limited.
@@ -46,6 +59,10 @@ enum FileUse {
     Device,
     /// Removes sockets from the directory.
     Remove,
+    /// Makes sockets in the directory.
+    MakeSocket,
+    /// Makes, reads and writes the files of the directory.
+    Keep,
 }
 
 impl FileUse {
@@ -55,6 +72,10 @@ impl FileUse {
             Self::Write => AccessFs::WriteFile | AccessFs::Truncate,
             Self::Device => AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev,
             Self::Remove => AccessFs::RemoveFile.into(),
+            Self::MakeSocket => AccessFs::MakeSock.into(),
+            Self::Keep => {
+                AccessFs::MakeReg | AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::Truncate
+            }
         }
     }
 }
@@ -69,7 +90,7 @@ fn files_of(kind: ThreadKind, rules: &FileRules) -> Option<Vec<(PathBuf, FileUse
         // They are started while front-ends are served, which may hold all descriptors that the
         // process can have, and a rule set takes one.
         ThreadKind::Worker | ThreadKind::Qmp => return None,
-        ThreadKind::Session | ThreadKind::Placer => {
+        ThreadKind::Session | ThreadKind::Placer | ThreadKind::Manager => {
             add(&["/proc", "/sys"], FileUse::Read);
             if rules.opens_taps {
                 add(&["/dev/net/tun"], FileUse::Device);
@@ -92,12 +113,36 @@ fn files_of(kind: ThreadKind, rules: &FileRules) -> Option<Vec<(PathBuf, FileUse
         | ThreadKind::Handover
         | ThreadKind::Watchdog => {}
     }
+    let AddedFiles {
+        socket_folders: added,
+        state_folder,
+        config_folder,
+    } = &rules.added;
     if matches!(
         kind,
-        ThreadKind::Main | ThreadKind::Session | ThreadKind::Helper
+        ThreadKind::Main | ThreadKind::Session | ThreadKind::Manager | ThreadKind::Helper
     ) {
-        let folders = rules.socket_folders.iter().cloned();
-        files.extend(folders.map(|folder| (folder, FileUse::Remove)));
+        let folders = rules.socket_folders.iter().chain(added);
+        files.extend(folders.map(|folder| (folder.clone(), FileUse::Remove)));
+    }
+    if matches!(kind, ThreadKind::Manager | ThreadKind::Helper) {
+        files.extend(
+            added
+                .iter()
+                .map(|folder| (folder.clone(), FileUse::MakeSocket)),
+        );
+    }
+    if kind == ThreadKind::Manager {
+        files.extend(
+            state_folder
+                .iter()
+                .map(|folder| (folder.clone(), FileUse::Keep)),
+        );
+        files.extend(
+            config_folder
+                .iter()
+                .map(|folder| (folder.clone(), FileUse::Read)),
+        );
     }
     Some(files)
 }
@@ -159,14 +204,40 @@ mod tests {
             socket_folders: vec!["/run/vnet".into()],
             opens_taps: true,
             writes_interrupts: true,
+            added: AddedFiles {
+                socket_folders: vec!["/run/added".into()],
+                state_folder: Some("/run/state".into()),
+                config_folder: Some("/etc/vnet".into()),
+            },
         };
         for kind in ThreadKind::ALL {
             assert_eq!(writable(kind, &none), [""; 0].map(PathBuf::from), "{kind}");
             let expected: &[&str] = match kind {
-                ThreadKind::Main => &["/run/vnet"],
-                ThreadKind::Session => &["/dev/net/tun", "/proc/irq", "/sys/devices", "/run/vnet"],
+                ThreadKind::Main => &["/run/vnet", "/run/added"],
+                ThreadKind::Session => &[
+                    "/dev/net/tun",
+                    "/proc/irq",
+                    "/sys/devices",
+                    "/run/vnet",
+                    "/run/added",
+                ],
+                ThreadKind::Manager => &[
+                    "/dev/net/tun",
+                    "/proc/irq",
+                    "/sys/devices",
+                    "/run/vnet",
+                    "/run/added",
+                    "/run/added",
+                    "/run/state",
+                ],
                 ThreadKind::Placer => &["/dev/net/tun", "/proc/irq", "/sys/devices"],
-                ThreadKind::Helper => &["/proc/irq", "/sys/devices", "/run/vnet"],
+                ThreadKind::Helper => &[
+                    "/proc/irq",
+                    "/sys/devices",
+                    "/run/vnet",
+                    "/run/added",
+                    "/run/added",
+                ],
                 _ => &[],
             };
             let expected: Vec<PathBuf> = expected.iter().map(PathBuf::from).collect();

@@ -49,7 +49,7 @@ use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use rustix::thread::set_no_new_privs;
 use seccompiler::BpfProgram;
 
-pub use files::{FileRules, LandlockState};
+pub use files::{AddedFiles, FileRules, LandlockState};
 pub use identity::Identity;
 pub use thread_kind::ThreadKind;
 

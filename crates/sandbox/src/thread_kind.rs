@@ -23,6 +23,8 @@ pub enum ThreadKind {
     Qmp,
     /// Answers HTTP requests.
     Control,
+    /// Adds and removes devices while the process runs, and starts their threads.
+    Manager,
     /// Writes log lines.
     Log,
     /// Closes descriptors of front-ends.
@@ -38,7 +40,7 @@ pub enum ThreadKind {
 
 impl ThreadKind {
     /// All kinds.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Main,
         Self::Session,
         Self::Worker,
@@ -46,6 +48,7 @@ impl ThreadKind {
         Self::Placer,
         Self::Qmp,
         Self::Control,
+        Self::Manager,
         Self::Log,
         Self::Closer,
         Self::Watchdog,
@@ -66,6 +69,7 @@ impl ThreadKind {
         match self {
             Self::Session => &[Self::Worker],
             Self::Placer => &[Self::Qmp],
+            Self::Manager => &[Self::Session],
             _ => &[],
         }
     }
@@ -94,6 +98,7 @@ impl fmt::Display for ThreadKind {
             Self::Placer => "placer",
             Self::Qmp => "qmp",
             Self::Control => "control",
+            Self::Manager => "manager",
             Self::Log => "log",
             Self::Closer => "closer",
             Self::Watchdog => "watchdog",

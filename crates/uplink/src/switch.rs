@@ -88,13 +88,14 @@ pub struct Switch {
     macs: MacTable,
     /// The seed of the flow hash, unknown to guests.
     seed: u64,
-    /// The ports. The first `count` are set; a port is never removed.
+    /// The ports. The first `count` are set. One whose device was removed becomes that of the next
+    /// device.
     ports: Box<[OnceLock<Port>]>,
     count: AtomicUsize,
     /// Whether frames to reserved group addresses are forwarded.
     forwards_reserved_groups: AtomicBool,
-    /// Held while a port is added.
-    add_lock: Mutex<()>,
+    /// The numbers of the ports whose devices were removed. Held while a port is added or removed.
+    free: Mutex<Vec<u16>>,
 }
 
 #[derive(Debug)]
@@ -120,7 +121,7 @@ impl Switch {
             ports: (0..MAX_PORTS).map(|_| OnceLock::new()).collect(),
             count: AtomicUsize::new(0),
             forwards_reserved_groups: AtomicBool::new(false),
-            add_lock: Mutex::new(()),
+            free: Mutex::default(),
         })
     }
 
@@ -129,12 +130,68 @@ impl Switch {
     /// # Errors
     /// When the switch is full.
     pub fn add_device_port(self: &Arc<Self>, device: &str) -> Result<SwitchPort, UplinkError> {
-        let port = Arc::new(DevicePort::new(device));
-        Ok(SwitchPort {
-            number: self.add(Port::Device(Arc::clone(&port)))?,
+        let (number, port) = match self.reuse_port(device) {
+            Some(reused) => reused,
+            None => {
+                let port = Arc::new(DevicePort::new(device));
+                (self.add(Port::Device(Arc::clone(&port)))?, port)
+            }
+        };
+        Ok(SwitchPort(Arc::new(PortLease {
+            number,
             switch: Arc::clone(self),
             port,
+        })))
+    }
+
+    /// A port whose device was removed, if there is one. It is `device`'s from now on.
+    fn reuse_port(&self, device: &str) -> Option<(u16, Arc<DevicePort>)> {
+        let number = self.free.lock().pop()?;
+        match self.ports.get(usize::from(number))?.get()? {
+            Port::Device(port) => {
+                port.set_device(device);
+                Some((number, Arc::clone(port)))
+            }
+            Port::Host(_) => None,
+        }
+    }
+
+    /// Forgets the device of a port, which transmits nothing any more, and its addresses.
+    fn remove_port(&self, number: u16, port: &DevicePort) {
+        port.clear();
+        self.macs.forget_port(number);
+        self.free.lock().push(number);
+    }
+
+    /// Whether no device has a port.
+    #[must_use]
+    pub fn is_unused(&self) -> bool {
+        !self.ports().any(|(_, port)| match port {
+            Port::Device(port) => !port.device().is_empty(),
+            Port::Host(_) => true,
         })
+    }
+
+    /// The names of the devices, in the order of their ports.
+    #[must_use]
+    pub fn devices(&self) -> Vec<String> {
+        let devices = self.ports().filter_map(|(_, port)| match port {
+            Port::Device(port) => Some(port.device()),
+            Port::Host(_) => None,
+        });
+        devices.filter(|device| !device.is_empty()).collect()
+    }
+
+    /// The switch's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The configured name of the host's TAP, if that is a port.
+    #[must_use]
+    pub fn host_tap(&self) -> Option<&str> {
+        self.host_port().map(|(_, host)| host.config.name.as_str())
     }
 
     /// Makes the TAP of `config` a port, unless it is one already. Frames from the TAP need a
@@ -213,7 +270,7 @@ impl Switch {
     }
 
     fn add(&self, port: Port) -> Result<u16, UplinkError> {
-        let _one_at_a_time = self.add_lock.lock();
+        let _one_at_a_time = self.free.lock();
         let count = self.count.load(Ordering::Relaxed);
         let number = u16::try_from(count).ok();
         let (Some(number), Some(slot)) = (number, self.ports.get(count)) else {
@@ -244,7 +301,7 @@ impl fmt::Display for Switch {
             f,
             "switch {}: {} ports, {} addresses known, {} moved, {} evicted",
             self.name,
-            self.count.load(Ordering::Relaxed),
+            self.count.load(Ordering::Relaxed) - self.free.lock().len(),
             self.macs.len(coarse_now_secs()),
             self.macs.moves(),
             self.macs.evictions(),
@@ -261,10 +318,20 @@ fn coarse_now_secs() -> u32 {
 
 /// The port of a device on a switch.
 #[derive(Debug)]
-pub struct SwitchPort {
+pub struct SwitchPort(Arc<PortLease>);
+
+/// A port as long as its device, or a queue of it, is there. Then it can be another device's.
+#[derive(Debug)]
+struct PortLease {
     number: u16,
     switch: Arc<Switch>,
     port: Arc<DevicePort>,
+}
+
+impl Drop for PortLease {
+    fn drop(&mut self) {
+        self.switch.remove_port(self.number, &self.port);
+    }
 }
 
 impl Uplink for SwitchPort {
@@ -273,50 +340,56 @@ impl Uplink for SwitchPort {
         pair: u16,
         rx: Weak<dyn RxSink>,
     ) -> Result<Arc<dyn UplinkQueue>, UplinkError> {
-        if !self.port.add_pair(pair, rx) {
+        let PortLease {
+            number,
+            switch,
+            port,
+        } = &*self.0;
+        if !port.add_pair(pair, rx) {
             return Err(UplinkError::SwitchPairOutOfRange {
                 pair,
                 max_pairs: MAX_PAIRS,
             });
         }
         Ok(Arc::new(SwitchQueue {
-            ingress: IngressPort::device(self.number, Arc::clone(&self.port), pair),
-            switch: Arc::clone(&self.switch),
+            ingress: IngressPort::device(*number, Arc::clone(port), pair),
+            switch: Arc::clone(switch),
             pair,
-            port: Arc::clone(&self.port),
+            port: Arc::clone(port),
+            _lease: Arc::clone(&self.0),
         }))
     }
 
     fn set_format(&self, format: FrameFormat) -> Result<(), UplinkError> {
-        self.port.set_format(format);
+        self.0.port.set_format(format);
         Ok(())
     }
 
     /// A switch carries frames of any length, and a frame that is too long for a guest is dropped
     /// at its receiveq. The host's TAP, where there is one, gets the largest MTU of all devices.
     fn set_mtu(&self, mtu: u16) -> Result<(), UplinkError> {
-        self.port.set_mtu(mtu);
-        match self.switch.host_port() {
-            Some((_, host)) => host.follow_mtu(mtu, || self.switch.largest_mtu()),
+        self.0.port.set_mtu(mtu);
+        match self.0.switch.host_port() {
+            Some((_, host)) => host.follow_mtu(mtu, || self.0.switch.largest_mtu()),
             None => Ok(()),
         }
     }
 
     /// Refreshes the host's TAP, where there is one. All devices of the switch do that.
     fn refresh(&self) -> Result<UplinkChange, UplinkError> {
-        match self.switch.host_port() {
+        match self.0.switch.host_port() {
             Some((_, host)) => host.refresh(),
             None => Ok(UplinkChange::Unchanged),
         }
     }
 
     fn address_conflict(&self) -> Option<AddressConflict> {
-        let moves = self.switch.macs.recent_moves();
-        let (mac, ports) = moves.conflict_of(self.number, coarse_now_secs())?;
+        let moves = self.0.switch.macs.recent_moves();
+        let (mac, ports) = moves.conflict_of(self.0.number, coarse_now_secs())?;
         Some(AddressConflict {
             mac: mac.to_bytes(),
-            users: ports.map(|port| self.switch.describe_port(port)),
-            switch: self.switch.name.clone(),
+            users: ports.map(|port| self.0.switch.describe_port(port)),
+            switch: self.0.switch.name.clone(),
         })
     }
 
@@ -325,7 +398,7 @@ impl Uplink for SwitchPort {
     }
 
     fn name(&self) -> String {
-        self.switch.name.clone()
+        self.0.switch.name.clone()
     }
 }
 
@@ -336,6 +409,7 @@ struct SwitchQueue {
     switch: Arc<Switch>,
     pair: u16,
     port: Arc<DevicePort>,
+    _lease: Arc<PortLease>,
 }
 
 impl UplinkQueue for SwitchQueue {

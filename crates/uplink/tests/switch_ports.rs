@@ -76,6 +76,37 @@ impl Device {
     }
 }
 
+#[test]
+fn port_of_a_removed_device_is_the_next_ones_and_knows_none_of_its_addresses() {
+    let switch = Switch::new("s");
+    let sender = Device::new(&switch, "sender");
+    let addresses = |name: &str| {
+        let image = switch.to_image();
+        let own = |device: &Option<String>| device.as_deref() == Some(name);
+        image.addresses.iter().filter(|a| own(&a.device)).count()
+    };
+    // A switch has 1,024 ports.
+    for _ in 0..2000 {
+        let removed = Device::new(&switch, "removed");
+        removed.send(&[frame_to([0xff; 6], 7)]);
+        assert_eq!(addresses("removed"), 1);
+        let Device { port, queue, sink } = removed;
+        drop(port);
+        // Its queue still transmits for it.
+        assert_eq!(switch.devices(), ["sender", "removed"]);
+        drop(queue);
+        assert_eq!(switch.devices(), ["sender"]);
+        assert_eq!(addresses("removed"), 0);
+        let next = Device::new(&switch, "next");
+        assert_eq!(addresses("next"), 0);
+        sender.send(&[frame_to([0xff; 6], 1)]);
+        assert_eq!(next.sink.take().len(), 1);
+        assert!(sink.take().is_empty(), "a removed device gets no frame");
+    }
+    drop(sender);
+    assert!(switch.is_unused());
+}
+
 fn frame_to(to: [u8; 6], from: u8) -> Vec<u8> {
     let mut bytes = frame(60, from);
     bytes[..6].copy_from_slice(&to);

@@ -179,6 +179,22 @@ impl Listener {
 }
 
 impl Listener {
+    /// Waits for a front-end for at most `limit`, and closes its connection at once if `is_refused` still
+    /// holds then.
+    // syscalls: poll accept4
+    pub fn refuse_next(&self, limit: Duration, is_refused: impl Fn() -> bool) {
+        let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
+        let timeout = Timespec::try_from(limit).ok();
+        // An interrupted wait is a short one.
+        if matches!(poll(&mut fds, timeout.as_ref()), Ok(ready) if ready > 0) && is_refused() {
+            match self.socket.accept() {
+                // Closing it also closes the descriptors that it has sent, which may block.
+                Ok((stream, _)) => drop(ForeignFd::new(stream.into())),
+                Err(_) => std::thread::sleep(limit),
+            }
+        }
+    }
+
     /// Whether the front-end at the other end of `stream` belongs to a user that is served. If it
     /// does not, the log says so.
     fn is_served(&self, stream: &UnixStream) -> bool {

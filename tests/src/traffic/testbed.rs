@@ -26,6 +26,8 @@ use crate::topology::{GUEST, HOST, HostNetwork, TAP};
 const QUEUE_SIZE: u16 = 1024;
 /// The receive buffer of a socket of the host in bytes: more than the window of a flow needs.
 const SOCKET_BUFFER: usize = 4 << 20;
+/// The names of the TAPs that devices may have that are added to the daemon.
+const ADDED_TAPS: &str = "added*";
 /// The ports of the queue pairs begin here.
 const FIRST_HOST_PORT: u16 = 3000;
 const FIRST_GUEST_PORT: u16 = 2000;
@@ -124,7 +126,14 @@ impl TrafficTestbed {
         let mut options = Options::new()
             .no_socket()
             .netns(network.netns())
-            .flag("--handover-socket", dir.join("handover"));
+            .flag("--handover-socket", dir.join("handover"))
+            .flag(
+                "--allow-add",
+                format!(
+                    "socket={}/added*.sock,tap={ADDED_TAPS},switch=*",
+                    dir.path().display()
+                ),
+            );
         if setup.shares_worker {
             let cpu = allowed_cpus()?.last().copied().unwrap_or(0);
             options = options.flag("--workers", format!("list:{cpu}"));

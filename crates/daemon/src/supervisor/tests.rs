@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc;
+use std::time::{Duration, Instant};
 
 use virtionet_guest::frame::{FrameSpec, Transport};
 use virtionet_guest::frontend::FrontendConnection;
@@ -16,6 +17,7 @@ use virtionet_vhost_user::{Backend, SessionError, SuspendedSession, VringState};
 
 use virtionet_config::{PollMode, Socket};
 use virtionet_net_device::net_device::NetDevice;
+use virtionet_net_device::worker_pool::WorkerPool;
 use virtionet_process::panic_policy::contained_panics;
 
 use super::*;

@@ -7,6 +7,7 @@ use virtionet_uplink::null::Null;
 use virtionet_vhost_user::Backend;
 
 use super::*;
+use crate::device_list::DeviceList;
 use crate::host_cpus::HostCpus;
 use crate::placement_monitor;
 use crate::stop::Stop;
@@ -25,7 +26,11 @@ fn worker_that_starts_is_placed_without_waiting_for_the_next_check() {
     let device = NetDevice::new("test", 1, uplink, placer, PollMode::Off, pool);
     let device = Arc::new(device);
     let stop = Arc::new(Stop::new().unwrap());
-    let monitor = placement_monitor::start(vec![Arc::clone(&device)], host, Arc::clone(&stop));
+    let monitor = placement_monitor::start(
+        Arc::new(DeviceList::new([Arc::clone(&device)])),
+        host,
+        Arc::clone(&stop),
+    );
     let mut slowest = Duration::ZERO;
     for _ in 0..3 {
         device.on_connect(None);

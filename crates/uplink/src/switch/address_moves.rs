@@ -65,6 +65,11 @@ impl AddressMoves {
         });
     }
 
+    /// Forgets the moves from and to a port.
+    pub(super) fn forget_port(&self, port: u16) {
+        self.0.lock().retain(|known| !known.ports.contains(&port));
+    }
+
     /// An address that port `port` has in conflict with another one, and both ports.
     pub(super) fn conflict_of(&self, port: u16, now: u32) -> Option<(MacAddr, [u16; 2])> {
         let suspects = self.0.lock();

@@ -116,6 +116,12 @@ impl FlowTable {
         entries.collect()
     }
 
+    /// Forgets all flows.
+    pub(super) fn clear(&self) {
+        let entries = self.buckets.iter().flat_map(|bucket| &bucket.0);
+        entries.for_each(|entry| entry.store(0, Ordering::Relaxed));
+    }
+
     /// Takes the entries of another table, at the time `now`. A table with one entry for each position
     /// has the same buckets.
     pub(super) fn restore(&self, entries: &[(u16, u64)], now: u32) {

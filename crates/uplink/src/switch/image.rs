@@ -40,7 +40,7 @@ impl Switch {
         addresses.sort_unstable_by_key(|(mac, _)| mac.to_bytes());
         let image = |(mac, port): (MacAddr, u16)| {
             let device = match self.ports.get(usize::from(port))?.get()? {
-                Port::Device(port) => Some(port.device().to_owned()),
+                Port::Device(port) => Some(port.device()),
                 Port::Host(_) => None,
             };
             Some(AddressImage {
@@ -49,13 +49,13 @@ impl Switch {
             })
         };
         let flows = self.ports().filter_map(|(_, port)| match port {
-            Port::Device(port) => Some((port.device().to_owned(), port.flows()?.entries())),
+            Port::Device(port) => Some((port.device(), port.flows()?.entries())),
             Port::Host(_) => None,
         });
         SwitchImage {
             name: self.name.clone(),
             addresses: addresses.into_iter().filter_map(image).collect(),
-            flows: flows.collect(),
+            flows: flows.filter(|(device, _)| !device.is_empty()).collect(),
         }
     }
 
@@ -68,14 +68,14 @@ impl Switch {
                 Port::Device(port) => Some(port.device()),
                 Port::Host(_) => None,
             };
-            let own = |address: &&AddressImage| address.device.as_deref() == device;
+            let own = |address: &&AddressImage| address.device == device;
             for address in image.addresses.iter().filter(own) {
                 self.macs
                     .learn(MacAddr::from_bytes(address.mac), number, now);
             }
             if let Port::Device(port) = port
                 && let Some((_, entries)) =
-                    image.flows.iter().find(|(name, _)| name == port.device())
+                    image.flows.iter().find(|(name, _)| *name == port.device())
             {
                 port.restore_flows(entries, now);
             }

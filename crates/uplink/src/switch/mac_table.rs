@@ -114,6 +114,19 @@ impl MacTable {
         let _ = slot.compare_exchange(before, entry, Ordering::Relaxed, Ordering::Relaxed);
     }
 
+    /// Forgets the addresses at a port, which learns none meanwhile.
+    pub(super) fn forget_port(&self, port: u16) {
+        let entries = self.buckets.iter().flat_map(|bucket| &bucket.entries);
+        for entry in entries {
+            let found = entry.load(Ordering::Relaxed);
+            if found != 0 && entry_port(found) == port {
+                // Another thread may have learned another address in its place.
+                let _ = entry.compare_exchange(found, 0, Ordering::Relaxed, Ordering::Relaxed);
+            }
+        }
+        self.recent_moves.forget_port(port);
+    }
+
     /// The number of addresses that have not expired.
     pub(super) fn len(&self, now: u32) -> usize {
         self.addresses(now).len()
@@ -222,6 +235,20 @@ mod tests {
         }
         assert_eq!(table.len(NOW), 0);
         assert!(!mac_of(0).is_group_or_zero());
+    }
+
+    #[test]
+    fn addresses_of_a_removed_port_are_forgotten_and_no_others() {
+        let table = table();
+        table.learn(mac_of(1), 7, NOW);
+        table.learn(mac_of(2), 8, NOW);
+        table.learn(mac_of(3), 7, NOW);
+        table.forget_port(7);
+        assert_eq!(table.find(mac_of(1), NOW), None);
+        assert_eq!(table.find(mac_of(2), NOW), Some(8));
+        assert_eq!(table.len(NOW), 1);
+        table.learn(mac_of(1), 8, NOW);
+        assert_eq!((table.find(mac_of(1), NOW), table.moves()), (Some(8), 0));
     }
 
     #[test]

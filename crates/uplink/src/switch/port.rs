@@ -4,24 +4,29 @@
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 use std::sync::{OnceLock, Weak};
 
+use parking_lot::{Mutex, RwLock};
 use virtionet_virtio_net::header::{FrameFormat, VNET_HEADER_LEN};
 use virtionet_virtio_net::uplink::{RxSink, TxFrame};
 
 use super::flow_table::{FlowTable, MAX_PAIRS, PairSet};
 
+/// The receiveq of a queue pair, if the pair was used.
+type PairReceiveq = RwLock<Option<Weak<dyn RxSink>>>;
+
 /// The port of a device. The fields that senders read change only when the guest's driver is
-/// reconfigured.
+/// reconfigured, and when the device is removed. The port can then be that of another device.
 #[derive(Debug)]
 pub(super) struct DevicePort {
-    /// The device's name.
-    device: String,
+    /// The device's name; empty while there is none.
+    device: Mutex<String>,
     /// The MTU that the front-end has set; 0 where it has not.
     mtu: AtomicU16,
     /// A bit for each of [`MAX_PAIRS`] pairs.
     attached: [AtomicU64; 2],
     /// The negotiated offloads as [`pack`] encodes them.
     format: AtomicU8,
-    pairs: Box<[OnceLock<Weak<dyn RxSink>>]>,
+    /// Written only when a queue pair is first used, and when the device is removed.
+    pairs: Box<[PairReceiveq]>,
     /// Created when a second pair is attached.
     flows: OnceLock<FlowTable>,
 }
@@ -29,18 +34,39 @@ pub(super) struct DevicePort {
 impl DevicePort {
     pub(super) fn new(device: &str) -> Self {
         Self {
-            device: device.to_owned(),
+            device: Mutex::new(device.to_owned()),
             mtu: AtomicU16::new(0),
             attached: [AtomicU64::new(0), AtomicU64::new(0)],
             format: AtomicU8::new(0),
-            pairs: (0..MAX_PAIRS).map(|_| OnceLock::new()).collect(),
+            pairs: (0..MAX_PAIRS).map(|_| RwLock::default()).collect(),
             flows: OnceLock::new(),
         }
     }
 
-    /// The device's name.
-    pub(super) fn device(&self) -> &str {
-        &self.device
+    /// The device's name; empty while there is none.
+    pub(super) fn device(&self) -> String {
+        self.device.lock().clone()
+    }
+
+    /// Makes this the port of another device, which has no queue pairs yet.
+    pub(super) fn set_device(&self, device: &str) {
+        device.clone_into(&mut self.device.lock());
+    }
+
+    /// Forgets the device, whose worker has ended.
+    pub(super) fn clear(&self) {
+        for word in &self.attached {
+            word.store(0, Ordering::Relaxed);
+        }
+        for pair in &self.pairs {
+            *pair.write() = None;
+        }
+        self.set_mtu(0);
+        self.format.store(0, Ordering::Relaxed);
+        if let Some(flows) = self.flows.get() {
+            flows.clear();
+        }
+        self.set_device("");
     }
 
     pub(super) fn set_mtu(&self, mtu: u16) {
@@ -57,7 +83,7 @@ impl DevicePort {
     pub(super) fn add_pair(&self, pair: u16, rx: Weak<dyn RxSink>) -> bool {
         match self.pairs.get(usize::from(pair)) {
             Some(slot) => {
-                slot.get_or_init(|| rx);
+                slot.write().get_or_insert(rx);
                 true
             }
             None => false,
@@ -119,9 +145,12 @@ impl DevicePort {
         if frames.is_empty() {
             return 0;
         }
-        let rx = self.pairs.get(usize::from(pair)).and_then(OnceLock::get);
-        rx.and_then(Weak::upgrade)
-            .map_or(0, |rx| rx.push_releasing(frames, release))
+        let Some(slot) = self.pairs.get(usize::from(pair)) else {
+            return 0;
+        };
+        // The lock is not held while frames are pushed.
+        let rx = slot.read().as_ref().and_then(Weak::upgrade);
+        rx.map_or(0, |rx| rx.push_releasing(frames, release))
     }
 }
 
