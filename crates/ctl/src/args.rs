@@ -118,7 +118,7 @@ pub enum Command {
         #[arg(value_name = "NAME")]
         name: String,
 
-        /// The keys of a [[device]] of the configuration file, such as socket-path=/run/v/a.sock
+        /// The keys of a `[[device]]` of the configuration file, such as socket-path=/run/v/a.sock
         /// tap=vnet1 queues=4. Keys that are missing have their defaults
         #[arg(value_name = "KEY=VALUE", required = true)]
         values: Vec<String>,
