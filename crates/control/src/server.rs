@@ -1,8 +1,8 @@
 //! The control server: HTTP/1.1 on a unix socket.
 //!
 //! `GET /v1/devices` answers with the [`Report`](crate::v1::Report) in JSON, and `GET /metrics` with
-//! the same report for Prometheus: `curl --unix-socket PATH http://localhost/v1/devices`. [`routes`]
-//! has the other requests, and [`listener`] what bounds the clients.
+//! the same report for Prometheus: `curl --unix-socket PATH http://localhost/v1/devices`. `routes`
+//! has the other requests, and `listener` what bounds the clients.
 //!
 //! The server has a thread of its own, named `control`, so that its clients do not delay the
 //! workers.

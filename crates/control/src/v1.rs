@@ -1,4 +1,4 @@
-//! Version 1 of the API: the types of the answer to `GET /v1/devices`, and in [`change`] those of the
+//! Version 1 of the API: the types of the answer to `GET /v1/devices`, and in `change` those of the
 //! other requests. They are plain data, so that
 //! a client does not link the daemon. Later versions of the daemon can add fields, but never remove
 //! one. The names of the fields are the keys of the JSON.
