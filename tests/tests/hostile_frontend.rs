@@ -152,12 +152,14 @@ fn call_eventfds_that_block_one_after_the_other_hold_up_a_worker_once_a_second()
         // Each broadcast is pushed to the hostile device and would call its driver.
         let tx = &mut other.pairs[0].tx;
         tx.send_all(&[broadcast()], TIMEOUT).unwrap();
-        // Without a look at each frame the driver would ask for no call at the next one.
+        // Every frame is received, and a call asked for at the next one.
         let deadline = Instant::now() + TIMEOUT;
-        while hostile.pairs[0].rx.receive_frames().unwrap().is_empty() {
+        let rx = &mut hostile.pairs[0].rx;
+        while rx.receive_frames().unwrap().is_empty() {
             assert!(Instant::now() < deadline, "frame {n} does not arrive");
             sleep(Duration::from_millis(1));
         }
+        assert!(!rx.queue.ring.enable_calls());
     }
     let report = devices.wait_for(0, "without its calls", |device| {
         counter(device, "rx", "calls_failed") >= DESCRIPTORS
