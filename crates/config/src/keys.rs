@@ -306,7 +306,7 @@ impl Key {
         value_name: "PATH",
         default: DefaultValue::Computed("no such socket"),
         help: "A second control socket, for monitoring: it answers what --control answers, and \
-               refuses every change, whoever asks for it",
+               refuses every change, also of root",
     };
     pub(crate) const CONTROL_READ_ONLY_GROUP: Self = Self {
         name: "control-read-only-group",

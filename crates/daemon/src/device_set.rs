@@ -12,7 +12,7 @@ use crate::served_device::ServedDevice;
 
 /// The devices of the process.
 ///
-/// Whoever changes it, or hands it over, holds the guard of [`DeviceSet::try_change`], so that a
+/// A thread that changes it, or hands it over, holds the guard of [`DeviceSet::try_change`], so that a
 /// successor gets no device that is half there.
 #[derive(Debug)]
 pub struct DeviceSet {

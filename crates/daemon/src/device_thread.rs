@@ -16,9 +16,10 @@ use virtionet_vhost_user::{
     Served, SessionEnd, SessionError, SessionLog, SessionStart, serve_from,
 };
 
+use crate::device_failure::DeviceFailure;
 use crate::device_set::DeviceSet;
 use crate::frontend_source::FrontendSource;
-use crate::run_error::{DeviceFailure, RunError};
+use crate::run_error::RunError;
 use crate::served_device::{ServedDevice, SuspendedSlot};
 
 /// A session that ends sooner than this is followed by a pause of this length.

@@ -4,6 +4,7 @@
 //! [`device_thread`] (the sessions of one device), and then the crate `virtionet-net-device`.
 
 mod descriptor_budget;
+mod device_failure;
 mod device_set;
 pub mod device_thread;
 pub mod frontend_source;
@@ -26,6 +27,7 @@ pub mod take_over;
 mod testing;
 pub mod uplinks;
 
+pub use device_failure::DeviceFailure;
 pub use host::default_state_folder;
 pub use kept_taps::PassedDescriptors;
-pub use run_error::{DeviceFailure, RunError};
+pub use run_error::RunError;

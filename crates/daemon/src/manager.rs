@@ -4,6 +4,7 @@
 //! thread inherits its limits, and the thread of the control server has narrower ones. It carries out one
 //! change after the other, which come from the control server and from SIGHUP.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use virtionet_config::{Config, ConfigError, DeviceConfig, GivenValue, Requested,
 use virtionet_control::v1::{
     Change, ChangeRequest, Changed, Condition, DeviceSettings, LinkState, Refusal, Reply,
 };
+use virtionet_net_device::net_device::NetDevice;
 use virtionet_process::sandbox;
 use virtionet_sandbox::ThreadKind;
 
@@ -274,7 +276,7 @@ impl Manager {
         &self,
         permit: &Changing<'_>,
         config: DeviceConfig,
-        requested: Option<std::collections::BTreeMap<String, String>>,
+        requested: Option<BTreeMap<String, String>>,
     ) -> Result<Arc<ServedDevice>, RunError> {
         let name = config.name.clone();
         let source = FrontendSource::open(&config.socket).map_err(|source| RunError::Socket {
@@ -300,8 +302,8 @@ impl Manager {
     fn start_thread(
         &self,
         config: DeviceConfig,
-        requested: Option<std::collections::BTreeMap<String, String>>,
-        net_device: Arc<virtionet_net_device::net_device::NetDevice>,
+        requested: Option<BTreeMap<String, String>>,
+        net_device: Arc<NetDevice>,
     ) -> Result<(Arc<ServedDevice>, WaitingDevice), RunError> {
         let device = ServedDevice::new(config, requested, net_device);
         let device = Arc::new(device.map_err(|source| RunError::Host {

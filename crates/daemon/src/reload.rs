@@ -96,8 +96,7 @@ impl Manager {
 
     /// Checks all that can be checked before something changes.
     fn check(&self, differences: &Differences) -> Result<(), Refusal> {
-        let changed = differences.changed.iter().map(|(device, _)| device);
-        let gone = changed.chain(&differences.removed);
+        let gone = differences.old_devices();
         let gone: Vec<String> = gone.map(|device| device.config.name.clone()).collect();
         let mut running = self.running(&gone);
         for device in differences.new_devices() {
@@ -133,11 +132,7 @@ impl Manager {
         undo: &mut Vec<(Option<DeviceConfig>, Option<Arc<ServedDevice>>)>,
     ) -> Result<(), Refusal> {
         // A device that goes may have what another one is to get.
-        for device in &differences.removed {
-            self.remove_entirely(permit, Arc::clone(device))?;
-            undo.push((Some(device.config.clone()), None));
-        }
-        for (device, _) in &differences.changed {
+        for device in differences.old_devices() {
             self.remove_entirely(permit, Arc::clone(device))?;
             undo.push((Some(device.config.clone()), None));
         }
@@ -177,6 +172,12 @@ impl Manager {
 }
 
 impl Differences {
+    /// The devices that are removed, for good or to be made anew.
+    fn old_devices(&self) -> impl Iterator<Item = &Arc<ServedDevice>> {
+        let changed = self.changed.iter().map(|(device, _)| device);
+        self.removed.iter().chain(changed)
+    }
+
     /// The configurations of the devices that are made.
     fn new_devices(&self) -> impl Iterator<Item = &DeviceConfig> {
         let changed = self.changed.iter().map(|(_, config)| config);

@@ -7,9 +7,9 @@ use virtionet_control::server::ControlError;
 use virtionet_net_device::host_cpus::HostCpusError;
 use virtionet_placement::PlacementError;
 use virtionet_process::sandbox::ConfineError;
-use virtionet_vhost_user::SessionError;
 use virtionet_vhost_user::listen::ListenError;
 
+use crate::device_failure::DeviceFailure;
 use crate::take_over::TakeOverError;
 use crate::uplinks::OpenUplinkError;
 
@@ -101,17 +101,6 @@ pub enum RunError {
     },
 }
 
-/// Why a device cannot continue.
-#[derive(Debug, thiserror::Error)]
-pub enum DeviceFailure {
-    /// No front-end can connect any more.
-    #[error(transparent)]
-    Socket(#[from] ListenError),
-    /// The session failed for a reason that another front-end would not change.
-    #[error(transparent)]
-    Session(#[from] SessionError),
-}
-
 impl RunError {
     /// A stable name of the error, for programs.
     #[must_use]
@@ -131,17 +120,6 @@ impl RunError {
             Self::DeviceFailed { source, .. } => source.code(),
             Self::Stuck { .. } => "thread-stuck",
             Self::Panic { .. } => "thread-panicked",
-        }
-    }
-}
-
-impl DeviceFailure {
-    /// A stable name of the error, for programs.
-    #[must_use]
-    pub fn code(&self) -> &'static str {
-        match self {
-            Self::Socket(error) => error.code(),
-            Self::Session(error) => error.code(),
         }
     }
 }

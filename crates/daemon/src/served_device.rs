@@ -13,7 +13,7 @@ use virtionet_net_device::net_device::NetDevice;
 use virtionet_net_device::stop::Stop;
 use virtionet_vhost_user::SuspendedSession;
 
-use crate::run_error::DeviceFailure;
+use crate::device_failure::DeviceFailure;
 
 /// The suspended session of a front-end, if there is one. The device's thread continues it.
 pub type SuspendedSlot = Mutex<Option<Box<SuspendedSession>>>;
@@ -36,7 +36,7 @@ pub struct ServedDevice {
     pub stop: Stop,
     /// Where its front-ends come from, for the next daemon.
     pub source: OnceLock<SourceImage<SharedFd>>,
-    /// Its thread, until somebody waits for its end.
+    /// Its thread, until a removal or the end of the process joins it.
     pub thread: Mutex<Option<DeviceThread>>,
     revision: AtomicU64,
     is_removed: AtomicBool,

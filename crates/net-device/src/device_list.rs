@@ -17,7 +17,7 @@ impl DeviceList {
         Self(Mutex::new(devices.into_iter().collect()))
     }
 
-    /// The devices at present. Whoever keeps the result keeps the devices.
+    /// The devices at present. The result keeps them alive.
     #[must_use]
     pub fn all(&self) -> Vec<Arc<NetDevice>> {
         self.0.lock().clone()

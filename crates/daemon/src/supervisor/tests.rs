@@ -21,8 +21,8 @@ use virtionet_net_device::worker_pool::WorkerPool;
 use virtionet_process::panic_policy::contained_panics;
 
 use super::*;
+use crate::device_failure::DeviceFailure;
 use crate::device_thread::{pause, serve_device};
-use crate::run_error::DeviceFailure;
 use crate::served_device::SuspendedSlot;
 use crate::testing::config;
 use virtionet_net_device::testing::{
