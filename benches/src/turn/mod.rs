@@ -273,7 +273,7 @@ impl TransmitPass {
 }
 
 fn new_pair(device: &str) -> Arc<QueuePair> {
-    Arc::new(QueuePair::new(0, device, Waker::default(), &Arc::default()))
+    Arc::new(QueuePair::new(0, device, Waker::default()))
 }
 
 /// A guest without offloads, behind a port of a switch.

@@ -179,9 +179,8 @@ pub(crate) fn serve_device(
             Ok(Err(error)) => net_device.report_session_error(&error),
             Err(panic) => tracing::error!("{}: the session ended: {panic}", net_device.name()),
         }
-        let rest = interval.saturating_sub(started_at.elapsed());
-        let rest = rest.max(net_device.calls_pause_for());
-        if !rest.is_zero() && pause(stop, rest) && !may_continue(stop) {
+        let elapsed = started_at.elapsed();
+        if elapsed < interval && pause(stop, interval - elapsed) && !may_continue(stop) {
             return Ok(());
         }
     }

@@ -5,7 +5,6 @@
 
 pub mod advice;
 pub mod busy_poll;
-pub mod call_pause;
 pub mod call_watchdog;
 pub mod conditions;
 pub mod crash_records;

@@ -11,7 +11,7 @@ mod translation;
 use std::collections::BTreeSet;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use parking_lot::Mutex;
 use virtionet_base::RateLimiter;
@@ -23,7 +23,6 @@ use virtionet_virtio_net::uplink::Uplink;
 use virtionet_virtqueue::memory::GuestMemory;
 
 use crate::advice::{Adviser, QueueUsage};
-use crate::call_pause::CallPause;
 use crate::conditions::{ConditionKind, Conditions};
 use crate::crash_records::CrashRecords;
 use crate::feature_set::FeatureSet;
@@ -59,7 +58,6 @@ pub struct NetDevice {
     crash_records: Option<CrashRecords>,
     /// The sum of the vrings' counters `address_invalid` at the last check.
     invalid_addresses: AtomicU64,
-    call_pause: Arc<CallPause>,
     /// Of log lines about sessions that ended with an error: a front-end may come again at once.
     session_errors: RateLimiter,
     /// Of log lines about an uplink that was deleted and made again at once.
@@ -145,7 +143,6 @@ impl NetDevice {
             conditions: Conditions::default(),
             crash_records: None,
             invalid_addresses: AtomicU64::new(0),
-            call_pause: Arc::default(),
             session_errors: RateLimiter::new(),
             reopened_uplinks: RateLimiter::new(),
         }
@@ -194,13 +191,6 @@ impl NetDevice {
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
-    }
-
-    /// How long the device makes no calls, because one of them blocked. The next front-end must wait for
-    /// that, or one that comes again and again could block more of them.
-    #[must_use]
-    pub fn calls_pause_for(&self) -> Duration {
-        self.call_pause.remaining()
     }
 
     /// The uplink that carries the device's frames.
@@ -280,12 +270,7 @@ impl NetDevice {
         let name = worker_name(&self.name, u32::from(index));
         let placement = PlacementState::new(Arc::clone(&self.placer), index);
         let worker = self.pool.worker_for(name, self.poll, placement);
-        let pair = Arc::new(QueuePair::new(
-            index,
-            &self.name,
-            worker.waker().clone(),
-            &self.call_pause,
-        ));
+        let pair = Arc::new(QueuePair::new(index, &self.name, worker.waker().clone()));
         let position = worker.add_pair(Arc::clone(&pair));
         ServedPair {
             pair,

@@ -1,8 +1,7 @@
 //! The eventfds by which the device notifies a front-end: call and err.
 //!
 //! They are the front-end's, so a write to one may block until the watchdog interrupts it (see
-//! [`call_watchdog`]). Such a descriptor is cut off: nothing is written to it any more, and for a second
-//! nothing to others of the same device ([`CallPause`](crate::call_pause::CallPause)). No write is
+//! [`call_watchdog`]). Such a descriptor is cut off: nothing is written to it any more. No write is
 //! made while a vring is locked. A thread that processes a vring may push frames to other vrings
 //! meanwhile; their notifications wait until it has unlocked its own ([`deferring`]).
 
@@ -47,7 +46,7 @@ impl Notifier {
     #[inline]
     pub fn call(&self) {
         let stats = self.log.stats();
-        if self.is_cut_off.load(Ordering::Relaxed) || self.log.call_pause().is_on() {
+        if self.is_cut_off.load(Ordering::Relaxed) {
             return stats.calls_failed.add_shared(1);
         }
         match self.write() {
@@ -59,9 +58,7 @@ impl Notifier {
     /// Tells the front-end that its vring was quarantined. If it does not listen, the counters and
     /// the log still report it.
     fn signal_error(&self) {
-        if !self.log.call_pause().is_on() && self.write() == Err(Errno::INTR) {
-            self.log.call_pause().begin();
-        }
+        let _ = self.write();
     }
 
     #[inline]
@@ -75,7 +72,6 @@ impl Notifier {
         stats.calls_failed.add_shared(1);
         // Of several threads that were interrupted, one cuts it off.
         if error == Errno::INTR && !self.is_cut_off.swap(true, Ordering::Relaxed) {
-            self.log.call_pause().begin();
             stats.calls_cut_off.add_shared(1);
             self.log.cut_off();
         }
@@ -163,7 +159,7 @@ mod tests {
     #[test]
     fn calls_of_several_threads_are_all_counted() {
         const CALLS: u64 = 50_000;
-        let log = Arc::new(VringLog::new("vring".into(), Arc::default()));
+        let log = Arc::new(VringLog::new("vring".into()));
         let (fd, notifier) = notifier(&log);
         std::thread::scope(|scope| {
             for _ in 0..4 {
@@ -176,7 +172,7 @@ mod tests {
 
     #[test]
     fn notifications_of_a_turn_are_delivered_after_it() {
-        let log = Arc::new(VringLog::new("vring".into(), Arc::default()));
+        let log = Arc::new(VringLog::new("vring".into()));
         let (call_fd, call) = notifier(&log);
         let (err_fd, err) = notifier(&log);
         deferring(|| {

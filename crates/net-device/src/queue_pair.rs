@@ -12,7 +12,6 @@ use virtionet_virtio_net::uplink::{RxSink, TxFrame, Uplink, UplinkError, UplinkQ
 use virtionet_virtio_net::{RxQueue, TxQueue};
 use virtionet_virtqueue::memory::GuestMemory;
 
-use crate::call_pause::CallPause;
 use crate::frame_inbox::FrameInbox;
 use crate::vring_slot::{Pushed, VringSlot};
 use crate::waker::Waker;
@@ -45,16 +44,14 @@ pub struct QueuePair {
 }
 
 impl QueuePair {
-    /// Queue pair `index` of `device`, whose worker `waker` wakes. Its calls pause together with those of
-    /// the device's other queue pairs, which share `call_pause`.
+    /// Queue pair `index` of `device`, whose worker `waker` wakes.
     #[must_use]
-    pub fn new(index: u16, device: &str, waker: Waker, call_pause: &Arc<CallPause>) -> Self {
-        let slot_name = |direction: &str| format!("{device} pair {index} {direction}");
+    pub fn new(index: u16, device: &str, waker: Waker) -> Self {
         Self {
             index,
             device: device.to_owned(),
-            rx: VringSlot::new(slot_name("rx"), Arc::clone(call_pause)),
-            tx: VringSlot::new(slot_name("tx"), Arc::clone(call_pause)),
+            rx: VringSlot::new(format!("{device} pair {index} rx")),
+            tx: VringSlot::new(format!("{device} pair {index} tx")),
             inbox: FrameInbox::default(),
             uplink: Mutex::default(),
             waker,

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use virtionet_base::RateLimiter;
 use virtionet_virtio_net::stats::VringStats;
 
-use crate::call_pause::CallPause;
 use crate::quarantine::QuarantineCause;
 
 /// The name of a vring, its counters and its log lines.
@@ -14,21 +13,18 @@ use crate::quarantine::QuarantineCause;
 pub struct VringLog {
     name: String,
     stats: Arc<VringStats>,
-    call_pause: Arc<CallPause>,
     quarantines: RateLimiter,
     cut_offs: RateLimiter,
     corrected_bases: RateLimiter,
 }
 
 impl VringLog {
-    /// The log lines of the vring of this name, whose calls pause together with those of other vrings
-    /// that share `call_pause`.
+    /// The log lines of the vring of this name.
     #[must_use]
-    pub fn new(name: String, call_pause: Arc<CallPause>) -> Self {
+    pub fn new(name: String) -> Self {
         Self {
             name,
             stats: Arc::default(),
-            call_pause,
             quarantines: RateLimiter::new(),
             cut_offs: RateLimiter::new(),
             corrected_bases: RateLimiter::new(),
@@ -39,12 +35,6 @@ impl VringLog {
     #[must_use]
     pub fn stats(&self) -> &Arc<VringStats> {
         &self.stats
-    }
-
-    /// Whether calls pause.
-    #[inline]
-    pub(crate) fn call_pause(&self) -> &CallPause {
-        &self.call_pause
     }
 
     /// The vring was quarantined.
@@ -63,7 +53,7 @@ impl VringLog {
         if let Some(suppressed) = self.cut_offs.allow() {
             tracing::warn!(
                 suppressed,
-                "{}: a write to the call eventfd blocked, because the front-end made it blocking and filled it; this vring makes no calls until the front-end sets another one, and the whole device makes none for a second",
+                "{}: a write to the call eventfd blocked, because the front-end made it blocking and filled it; the guest gets no interrupts until the front-end sets another one",
                 self.name
             );
         }

@@ -21,7 +21,6 @@ use virtionet_virtio_net::{DeviceQueue, QueueConfig};
 use virtionet_virtqueue::memory::{GuestMemory, IovaRange, LossWatch};
 use virtionet_virtqueue::{VirtqueueError, VirtqueueFault};
 
-use crate::call_pause::CallPause;
 use crate::notifier::{Notification, Notifier, deferring};
 use crate::quarantine::QuarantineCause;
 use crate::vring_log::VringLog;
@@ -104,10 +103,9 @@ pub struct VringSlot<Q> {
 }
 
 impl<Q: DeviceQueue> VringSlot<Q> {
-    /// The slot of a vring that is stopped. `name` is for its log lines, and `call_pause` is that of its
-    /// device.
+    /// The slot of a vring that is stopped. `name` is for its log lines.
     #[must_use]
-    pub fn new(name: String, call_pause: Arc<CallPause>) -> Self {
+    pub fn new(name: String) -> Self {
         Self {
             contents: TurnLock::new(Contents {
                 state: VringState::Stopped,
@@ -118,7 +116,7 @@ impl<Q: DeviceQueue> VringSlot<Q> {
             waits_for_translation: AtomicBool::new(false),
             state: AtomicU8::new(VringState::Stopped.to_number()),
             size: AtomicU16::new(0),
-            log: Arc::new(VringLog::new(name, call_pause)),
+            log: Arc::new(VringLog::new(name)),
         }
     }
 

@@ -80,7 +80,7 @@ counters! {
         bursts: "Bursts with at least one frame.",
         kicks: "Wake-ups by a kick of the driver.",
         calls: "Interrupts of the guest (writes to the call eventfd).",
-        calls_failed: "Interrupts of the guest that failed, or were not tried because the call eventfd is cut off, or another one of the device was within a second.",
+        calls_failed: "Interrupts of the guest that failed, or were not tried because the call eventfd is cut off.",
         calls_cut_off: "Call eventfds that were cut off because a write to them blocked.",
         dropped_disabled: "Frames dropped because the ring was disabled (TX), or disabled or stopped when a switch pushed them (RX).",
         dropped_uplink_full: "Frames dropped because the uplink was full (ENOBUFS, EAGAIN).",

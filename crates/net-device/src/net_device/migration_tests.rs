@@ -61,7 +61,7 @@ fn wait_until_idle(net_device: &NetDevice) {
     let before = std::cell::Cell::new(u64::MAX);
     wait_until("the worker sleeps", || {
         let now = sleeps();
-        std::thread::sleep(Duration::from_millis(20));
+        std::thread::sleep(std::time::Duration::from_millis(20));
         before.replace(now) == sleeps()
     });
 }

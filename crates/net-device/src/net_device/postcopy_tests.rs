@@ -176,7 +176,7 @@ fn stop_of_a_vring_whose_worker_waits_for_a_page_is_answered_once_the_page_is_th
                 wait_until("an access", || pages.back_end_faults() > before);
                 let pages = Arc::clone(pages);
                 let serve = std::thread::spawn(move || {
-                    std::thread::sleep(Duration::from_millis(100));
+                    std::thread::sleep(std::time::Duration::from_millis(100));
                     pages.withhold(false);
                 });
                 guest.stop().unwrap();

@@ -246,7 +246,7 @@ mod tests {
     fn members(count: u16) -> Members {
         let members = Members::default();
         for n in 0..count {
-            let pair = Arc::new(QueuePair::new(n, "test", Waker::default(), &Arc::default()));
+            let pair = Arc::new(QueuePair::new(n, "test", Waker::default()));
             assert_eq!(members.add(pair), n);
             members.open(n);
         }
@@ -326,7 +326,7 @@ mod tests {
         assert!(!members.close(0) && members.close(1));
         members.remove(0);
         assert_eq!(members.count(), 1);
-        let pair = Arc::new(QueuePair::new(7, "test", Waker::default(), &Arc::default()));
+        let pair = Arc::new(QueuePair::new(7, "test", Waker::default()));
         assert_eq!((members.add(pair), members.count()), (0, 2));
     }
 }
