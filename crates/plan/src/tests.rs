@@ -483,9 +483,19 @@ fn daemon_parses_its_command_line_and_file_as_planned() {
             );
         }
         dir.file("virtionetd.toml", &commands.config);
-        let file = dir.0.join("virtionetd.toml").display().to_string();
-        let words = ["virtionetd".into(), "--config".into(), file];
-        assert_eq!(config(&words), listens, "{}", commands.config);
+        let file = dir.0.join("virtionetd.toml");
+        let words = [
+            "virtionetd".into(),
+            "--config".into(),
+            file.display().to_string(),
+        ];
+        let from_file = config(&words);
+        assert_eq!(from_file.file, Some(file));
+        let same = Config {
+            file: None,
+            ..from_file
+        };
+        assert_eq!(same, listens, "{}", commands.config);
     }
 }
 
